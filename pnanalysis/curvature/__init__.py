@@ -1,0 +1,1 @@
+"""Curvature: operators, Lanczos, spectral densities and their summaries."""

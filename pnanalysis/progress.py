@@ -1,0 +1,49 @@
+"""Progress bars with rate and time left, on a terminal only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Advance(Protocol):
+    """Call with the number of units done and, if wanted, a short text to show beside the bar."""
+
+    def __call__(self, steps: float = 1, text: str = "") -> None: ...
+
+
+@contextmanager
+def progress_bar(description: str, total: float, enabled: bool = True) -> Iterator[Advance]:
+    """Show a bar on standard error while the body runs; silent when disabled or not on a terminal.
+
+    Parameters
+    ----------
+    description : str
+        What is going on, in a few words.
+    total : float
+        Units of work in all.
+    enabled : bool
+        ``False`` shows nothing.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console, disable=not (enabled and sys.stderr.isatty())) as bar:
+        task = bar.add_task(description, total=total, text="")
+
+        def advance(steps: float = 1, text: str = "") -> None:
+            bar.update(task, advance=steps, text=text)
+
+        yield advance

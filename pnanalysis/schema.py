@@ -1,0 +1,244 @@
+"""Every dataset pnanalysis writes: its variables, dims, units and attributes.
+
+A *kind* (``"history"``, ``"hessian"``...) is a table of variables. An analysis builds a plain
+``xarray.Dataset`` and passes it through :func:`finish`, which writes ``long_name`` and ``units`` from the
+table, records where the numbers came from, and checks the result. :func:`validate` does the check alone,
+and :func:`save` and :func:`load` move datasets to and from NetCDF4 without ever leaving half a file behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pnanalysis.errors import SchemaError
+
+SCHEMA_VERSION = 1
+
+#: Dims that may stand in front of any variable: several checkpoints, runs or iterations side by side.
+STACKING_DIMS = ("run", "checkpoint", "iteration", "epoch", "layer")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable: its own dims (stacking dims may precede them), unit, label and whether it must be there."""
+
+    dims: tuple[str, ...]
+    units: str
+    long_name: str
+    required: bool = True
+
+
+def _var(dims: str, units: str, long_name: str, required: bool = True) -> Variable:
+    return Variable(tuple(dims.split()), units, long_name, required)
+
+
+_OPTIONAL = False
+
+_SPECTRUM = {
+    "node": _var("quadrature", "loss", "quadrature node (eigenvalue)"),
+    "weight": _var("quadrature", "1", "quadrature weight (share of the spectrum)"),
+    "ritz_value": _var("probe lanczos", "loss", "Ritz value"),
+    "ritz_weight": _var("probe lanczos", "1", "Ritz weight (squared first component)"),
+    "density": _var("eigenvalue", "1 / loss", "spectral density"),
+    "density_se": _var("eigenvalue", "1 / loss", "standard error of the spectral density"),
+    "trace": _var("", "loss", "trace"),
+    "trace_se": _var("", "loss", "standard error of the trace"),
+    "lambda_max": _var("", "loss", "largest eigenvalue"),
+    "lambda_min": _var("", "loss", "smallest eigenvalue"),
+    "deflated_value": _var("component", "loss", "deflated eigenvalue", _OPTIONAL),
+    "deflated_residual": _var("component", "loss", "residual bound of the deflated eigenvalue", _OPTIONAL),
+    "bulk_edge_low": _var("", "loss", "lower edge of the bulk", _OPTIONAL),
+    "bulk_edge_high": _var("", "loss", "upper edge of the bulk", _OPTIONAL),
+    "n_outliers": _var("", "1", "eigenvalues beyond the bulk", _OPTIONAL),
+    "gap_ratio": _var("", "1", "lambda_max over the upper edge of the bulk", _OPTIONAL),
+}
+
+SCHEMAS: dict[str, dict[str, Variable]] = {
+    "history": {
+        "train_loss": _var("iteration epoch", "nat", "training loss"),
+        "penalty": _var("iteration epoch", "nat", "persistent penalty"),
+        "train_error": _var("iteration epoch", "1", "training error", _OPTIONAL),
+        "validation_error": _var("iteration epoch", "1", "validation error"),
+        "test_error": _var("iteration epoch", "1", "test error"),
+        "seconds": _var("iteration epoch", "s", "wall time of the epoch", _OPTIONAL),
+    },
+    "spectral_density": _SPECTRUM,
+    "hessian": _SPECTRUM,
+    "saturation": {
+        "percentile": _var("layer quantile", "1", "activation percentile"),
+        "abs_percentile": _var("layer quantile", "1", "percentile of the absolute activation"),
+        "histogram": _var("layer bin", "1", "normalised histogram of activations (density)"),
+        "mean": _var("layer", "1", "mean activation"),
+        "std": _var("layer", "1", "standard deviation of activations"),
+        "saturated_share": _var("layer", "1", "share of activations within 0.05 of an asymptote", _OPTIONAL),
+    },
+    "trajectory": {
+        "plane": _var("checkpoint component", "1", "coordinate on the plane through the end points"),
+        "pca": _var("checkpoint component", "1", "coordinate on the principal component"),
+        "explained_variance": _var("component", "1", "share of the variance explained"),
+        "plane_residual": _var("checkpoint", "1", "distance from the plane through the end points"),
+        "distance_from_start": _var("checkpoint", "1", "Euclidean distance from the starting point"),
+        "path_length": _var("checkpoint", "1", "length of the path through the saved checkpoints"),
+        "validation_error": _var("checkpoint", "1", "validation error", _OPTIONAL),
+    },
+    "descent": {
+        "path": _var("iteration step component", "1", "position"),
+        "value": _var("iteration step", "1", "value of the unpenalised surface along the path"),
+    },
+    "surface": {
+        "value": _var("iteration y x", "1", "value of the (penalised) surface"),
+    },
+    "ensemble": {
+        "loss": _var("member step", "1", "mean squared error", _OPTIONAL),
+        "final_loss": _var("member", "1", "mean squared error at the end"),
+    },
+}
+
+
+def stamp(ds: xr.Dataset, kind: str, **attrs: Any) -> xr.Dataset:
+    """Write labels, units and provenance on ``ds`` (a shallow copy is returned).
+
+    Attributes that are ``None`` are left out; mappings and sequences are stored as JSON text, booleans as 0/1.
+    """
+    ds = ds.copy()
+    for name, variable in SCHEMAS[kind].items():
+        if name in ds:
+            ds[name].attrs.setdefault("long_name", variable.long_name)
+            ds[name].attrs.setdefault("units", variable.units)
+    record = {"kind": kind, "schema_version": SCHEMA_VERSION, **provenance(), **attrs}
+    ds.attrs.update({key: _plain(value) for key, value in record.items() if value is not None})
+    return ds
+
+
+def finish(ds: xr.Dataset, kind: str, **attrs: Any) -> xr.Dataset:
+    """:func:`stamp` and :func:`validate` in one: the last line of every analysis."""
+    return validate(stamp(ds, kind, **attrs), kind)
+
+
+def validate(ds: xr.Dataset, kind: str | None = None) -> xr.Dataset:
+    """Check that ``ds`` holds what its kind promises and return it.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+    kind : str, optional
+        Defaults to the dataset's own ``kind`` attribute.
+
+    Raises
+    ------
+    SchemaError
+        If the kind is unknown, or a variable is missing, has other dims or lacks its label or unit.
+    """
+    kind = kind or ds.attrs.get("kind")
+    if kind not in SCHEMAS:
+        raise SchemaError(f"not a pnanalysis dataset (kind {kind!r}); known kinds: {', '.join(SCHEMAS)}")
+    for name, variable in SCHEMAS[kind].items():
+        if name not in ds:
+            if variable.required:
+                raise SchemaError(f"{kind} dataset lacks the variable {name!r}")
+            continue
+        array = ds[name]
+        n_stacked = array.ndim - len(variable.dims)
+        stacked, own = array.dims[: max(n_stacked, 0)], array.dims[max(n_stacked, 0) :]
+        if own != variable.dims or not set(stacked) <= set(STACKING_DIMS):
+            raise SchemaError(f"{kind}.{name} has dims {array.dims}, expected (..., {', '.join(variable.dims)})")
+        if not {"long_name", "units"} <= array.attrs.keys():
+            raise SchemaError(f"{kind}.{name} lacks its long_name or units")
+    return ds
+
+
+def provenance() -> dict[str, str]:
+    """What made the numbers: version, command line, torch version and time (UTC)."""
+    return {
+        "pnanalysis_version": metadata.version("pnanalysis"),
+        "torch_version": metadata.version("torch"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    if isinstance(value, int | float | str | np.number):
+        return value
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(value, default=str)
+    return str(value)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; on success sync it to disk and rename it over ``path``.
+
+    If the body raises, ``path`` is untouched and the temporary file is removed.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be created or written (a full disk, say).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save(data: xr.Dataset | xr.DataTree, path: str | os.PathLike[str]) -> Path:
+    """Write a dataset, or a tree of them, as compressed NetCDF4, atomically."""
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        if isinstance(data, xr.DataTree):
+            data.to_netcdf(temporary, engine="h5netcdf")
+        else:
+            numeric = [name for name, array in data.variables.items() if array.dtype.kind in "fiu" and array.ndim]
+            data.to_netcdf(temporary, engine="h5netcdf", encoding={name: {"zlib": True} for name in numeric})
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Read one dataset into memory and check it.
+
+    Raises
+    ------
+    SchemaError
+        If there is no such file, it is not NetCDF4, or does not hold a pnanalysis dataset.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SchemaError(f"{path}: no such file")
+    try:
+        with xr.open_dataset(path, engine="h5netcdf") as ds:
+            loaded = ds.load()
+    except (OSError, ValueError, KeyError) as error:
+        raise SchemaError(f"{path}: not a readable NetCDF4 file ({error})") from error
+    return validate(loaded)

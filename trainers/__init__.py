@@ -1,0 +1,1 @@
+"""The trainer: plain and persistent training into run directories."""
