@@ -1,0 +1,158 @@
+"""What a symmetric linear operator looks like here, and how to make one from a matrix."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
+from scipy.sparse.linalg import aslinearoperator
+
+from pnanalysis.errors import CurvatureError
+
+
+@runtime_checkable
+class LinearOperator(Protocol):
+    """A real symmetric linear map known by its products.
+
+    Anything with these five members will do; no base class is needed. ``shape`` is ``(P, P)``; ``device`` and
+    ``dtype`` are those of the vectors that the products take and return.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        """Product with one vector: ``(P,)`` to ``(P,)``."""
+        ...
+
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
+        """Products with ``k`` vectors at once: ``(P, k)`` to ``(P, k)``."""
+        ...
+
+
+class DenseOperator:
+    """A dense symmetric matrix ``(P, P)`` as an operator on its own device and in its own dtype."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix
+        self.shape = _square(tuple(matrix.shape))
+        self.device = matrix.device
+        self.dtype = matrix.dtype
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        return self.matrix @ v
+
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
+        return self.matrix @ V
+
+
+class DiagonalOperator:
+    """The diagonal matrix of ``eigenvalues`` ``(P,)``: a spectrum that is known exactly, at no cost per product.
+
+    Gaussian probes and probes uniform on the sphere do not see a rotation of the operator, so every statement
+    about their estimates on a dense matrix can be checked on the diagonal of its eigenvalues.
+    """
+
+    def __init__(self, eigenvalues: torch.Tensor) -> None:
+        if eigenvalues.ndim != 1:
+            raise CurvatureError(f"the eigenvalues must be one vector, not of shape {tuple(eigenvalues.shape)}")
+        self.eigenvalues = eigenvalues
+        self.shape = (len(eigenvalues), len(eigenvalues))
+        self.device = eigenvalues.device
+        self.dtype = eigenvalues.dtype
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        return self.eigenvalues * v
+
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
+        return self.eigenvalues[:, None] * V
+
+
+class _FromScipy:
+    """A SciPy linear operator or sparse matrix; products cross to NumPy in host memory and back."""
+
+    def __init__(self, operator: ScipyLinearOperator) -> None:
+        self.operator = operator
+        self.shape = _square(tuple(operator.shape))
+        self.device = torch.device("cpu")
+        single = operator.dtype is not None and np.dtype(operator.dtype) == np.float32
+        self.dtype = torch.float32 if single else torch.float64
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        return self._tensor(self.operator.matvec(v.numpy(force=True)))
+
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
+        return self._tensor(self.operator.matmat(V.numpy(force=True)))
+
+    def _tensor(self, product: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(product)).to(self.dtype)
+
+
+def as_operator(source: Any) -> LinearOperator:
+    """Make a :class:`LinearOperator` of a matrix, or pass an operator through.
+
+    Parameters
+    ----------
+    source : torch.Tensor, numpy.ndarray, scipy sparse matrix, scipy LinearOperator or LinearOperator
+        Square and symmetric (symmetry is checked, on random vectors, where a spectrum is asked for). Integer
+        matrices are taken as float64.
+
+    Returns
+    -------
+    LinearOperator
+
+    Raises
+    ------
+    CurvatureError
+        If ``source`` is none of these, is not square, is empty or is complex.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> op = as_operator(np.diag([3.0, 1.0]))
+    >>> op.matvec(torch.ones(2, dtype=op.dtype))
+    tensor([3., 1.], dtype=torch.float64)
+    """
+    if isinstance(source, torch.Tensor | np.ndarray):
+        dense = torch.as_tensor(source)
+        if dense.is_complex():
+            raise CurvatureError("the matrix is complex; give a real symmetric one")
+        return DenseOperator(dense if dense.is_floating_point() else dense.double())
+    if isinstance(source, LinearOperator) and isinstance(source.dtype, torch.dtype):
+        _square(tuple(source.shape))
+        return source
+    try:
+        operator = aslinearoperator(source)
+    except (TypeError, ValueError) as error:
+        raise CurvatureError(
+            f"cannot make an operator of a {type(source).__name__}: give a square torch tensor, NumPy array, SciPy "
+            "matrix or LinearOperator, or an object with shape, device, dtype, matvec and matmat"
+        ) from error
+    if operator.dtype is not None and np.issubdtype(operator.dtype, np.complexfloating):
+        raise CurvatureError("the operator is complex; give a real symmetric one")
+    return _FromScipy(operator)
+
+
+def random_unit_vectors(operator: LinearOperator, n_vectors: int, seed: int) -> torch.Tensor:
+    """Vectors ``(P, n_vectors)`` uniform on the unit sphere, on the operator's device and in its dtype.
+
+    They are drawn on the CPU in float64, so that a seed means the same vectors everywhere.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(n_vectors, operator.shape[0], generator=generator, dtype=torch.float64)
+    vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors.T.to(device=operator.device, dtype=operator.dtype)
+
+
+def _square(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise CurvatureError(f"an operator must be square and not empty, this one has shape {shape}")
+    return shape[0], shape[1]
