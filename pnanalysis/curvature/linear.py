@@ -33,7 +33,7 @@ class LinearOperator(Protocol):
         """Product with one vector: ``(P,)`` to ``(P,)``."""
         ...
 
-    def matmat(self, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:
         """Products with ``k`` vectors at once: ``(P, k)`` to ``(P, k)``."""
         ...
 
@@ -50,7 +50,7 @@ class DenseOperator:
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         return self.matrix @ v
 
-    def matmat(self, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:
         return self.matrix @ V
 
 
@@ -72,7 +72,7 @@ class DiagonalOperator:
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         return self.eigenvalues * v
 
-    def matmat(self, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:
         return self.eigenvalues[:, None] * V
 
 
@@ -89,7 +89,7 @@ class _FromScipy:
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         return self._tensor(self.operator.matvec(v.numpy(force=True)))
 
-    def matmat(self, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:
         return self._tensor(self.operator.matmat(V.numpy(force=True)))
 
     def _tensor(self, product: np.ndarray) -> torch.Tensor:
