@@ -1,0 +1,130 @@
+"""Six small trained networks and the exact spectra of their Hessians, for benchmarks that need the truth.
+
+The dense Hessians (float64) are cached under ``data/spectra``; the CIFAR networks need the environment variable
+``PNANALYSIS_CIFAR10`` (a folder with ``train/CLASS/IMAGE``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.functional import avg_pool2d, cross_entropy
+
+CACHE = Path(__file__).resolve().parent.parent / "data" / "spectra"
+IMAGES_PER_CLASS = 100
+
+
+def _mlp(activation: type[nn.Module], *widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for n_in, n_out in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(n_in, n_out), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _conv_bn(channels: list[int], strides: list[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for n_in, n_out, stride in zip(channels, channels[1:], strides, strict=False):
+        layers += [nn.Conv2d(n_in, n_out, 3, stride, 1), nn.BatchNorm2d(n_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels[-1], 10))
+
+
+#: name: (data, model)
+NETWORKS: dict[str, tuple[str, Callable[[], nn.Sequential]]] = {
+    "digits tanh MLP": ("digits", lambda: _mlp(nn.Tanh, 64, 16, 16, 10)),
+    "digits ReLU MLP": ("digits", lambda: _mlp(nn.ReLU, 64, 24, 16, 10)),
+    "digits conv BN": ("digits", lambda: _conv_bn([1, 8, 16], [1, 2])),
+    "CIFAR tanh MLP": ("cifar 8x8", lambda: _mlp(nn.Tanh, 192, 16, 16, 10)),
+    "CIFAR ReLU MLP": ("cifar 8x8", lambda: _mlp(nn.ReLU, 192, 20, 16, 10)),
+    "CIFAR conv BN": ("cifar", lambda: _conv_bn([3, 8, 16, 16], [2, 2, 2])),
+}
+
+
+def _digits() -> tuple[torch.Tensor, torch.Tensor]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.from_numpy(data.images / 16.0)[:1000, None], torch.from_numpy(data.target)[:1000]
+
+
+def _cifar() -> tuple[torch.Tensor, torch.Tensor]:
+    from PIL import Image
+
+    folder = os.environ.get("PNANALYSIS_CIFAR10")
+    if not folder:
+        raise FileNotFoundError("set PNANALYSIS_CIFAR10 to the CIFAR-10 image folder")
+    images, labels = [], []
+    for label, class_folder in enumerate(sorted(path for path in (Path(folder) / "train").iterdir() if path.is_dir())):
+        for file in sorted(class_folder.iterdir())[:IMAGES_PER_CLASS]:
+            images.append(np.asarray(Image.open(file)).transpose(2, 0, 1) / 255.0)
+            labels.append(label)
+    x = torch.from_numpy(np.stack(images))
+    return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True), torch.tensor(labels)
+
+
+def _data(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if name == "digits":
+        return _digits()
+    x, y = _cifar()
+    return (avg_pool2d(x, 4), y) if name == "cifar 8x8" else (x, y)
+
+
+def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int = 60, seed: int = 0) -> float:
+    """Adam, batches of 100; returns the loss over all of ``x`` in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x), generator=generator).split(100):
+            optimiser.zero_grad()
+            cross_entropy(model(x[batch]), y[batch]).backward()
+            optimiser.step()
+    model.eval()
+    with torch.no_grad():
+        return cross_entropy(model(x), y).item()
+
+
+def dense_hessian(model: nn.Module, x: torch.Tensor, y: torch.Tensor, chunk: int = 16) -> torch.Tensor:
+    """The Hessian ``(P, P)`` of the mean cross entropy over ``x``, one batch of columns at a time."""
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for _, p in model.named_parameters()]
+    sizes = [shape.numel() for shape in shapes]
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def loss(theta: torch.Tensor) -> torch.Tensor:
+        parts = [part.view(shape) for part, shape in zip(theta.split(sizes), shapes, strict=True)]
+        return cross_entropy(functional_call(model, dict(zip(names, parts, strict=True)), (x,)), y)
+
+    def column(v: torch.Tensor) -> torch.Tensor:
+        return jvp(grad(loss), (flat,), (v,))[1]
+
+    rows = [vmap(column)(part) for part in torch.eye(len(flat), dtype=flat.dtype).split(chunk)]
+    hessian = torch.cat(rows)
+    return (hessian + hessian.T) / 2
+
+
+def exact_spectrum(name: str) -> np.ndarray:
+    """The sorted eigenvalues ``(P,)`` of the named network's Hessian, computed once and cached."""
+    file = CACHE / f"{name.replace(' ', '_')}.npy"
+    if not file.is_file():
+        data, make = NETWORKS[name]
+        x, y = _data(data)
+        torch.manual_seed(0)
+        model = make().double()
+        loss = train(model, x, y)
+        eigenvalues = torch.linalg.eigvalsh(dense_hessian(model, x, y)).numpy()
+        print(f"{name}: P {len(eigenvalues)}, training loss {loss:.3g}", flush=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, eigenvalues)
+    return np.load(file)
+
+
+if __name__ == "__main__":
+    for network in NETWORKS:
+        values = exact_spectrum(network)
+        print(f"{network}: {values[:3].round(4)} ... {values[-12:].round(3)}, trace {values.sum():.4g}")

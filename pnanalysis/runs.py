@@ -1,0 +1,336 @@
+"""The run directory: what training leaves behind and every analysis reads.
+
+Layout::
+
+    run.json                                  the manifest: recipe, configuration, seeds, versions, champion
+    history.nc                                loss and errors, dims iteration x epoch
+    checkpoints/iter03/epoch015.safetensors   weights and buffers; epoch 0 is the starting point
+    resume.safetensors                        present while training can be resumed
+    analysis/hessian.nc ...                   what analyses found, a file per kind
+
+Iteration 0 is the plain model. Every file is written to a temporary name, synced and renamed, so that a kill at
+any moment leaves either the old file or the new one. Opening a run never executes code from it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as dump_safetensors
+
+from pnanalysis import schema
+from pnanalysis.errors import ModelError, PnError, RunError
+
+FORMAT = "pnanalysis-run"
+MANIFEST, HISTORY, RESUME, CHECKPOINTS, ANALYSIS = "run.json", "history.nc", "resume.safetensors", "checkpoints", "analysis"
+_CHECKPOINT_FILE = re.compile(r"iter(\d+)/epoch(\d+)\.safetensors$")
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights and buffers of one model at one moment.
+
+    Attributes
+    ----------
+    name : str
+        ``iter03/epoch015``, or the file's own name for weights that belong to no run.
+    path : pathlib.Path
+    iteration, epoch : int
+        Both -1 for weights that belong to no run.
+    """
+
+    name: str
+    path: Path
+    iteration: int = -1
+    epoch: int = -1
+
+    def load(self) -> State:
+        """Tensors by name, on the CPU."""
+        return read_weights(self.path)
+
+
+class Run:
+    """A finished or running training run, read from disk. Made by :func:`open_run`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: {self.manifest['recipe']}, {len(self.checkpoints)} checkpoints)"
+
+    @property
+    def id(self) -> str:
+        return str(self.manifest["id"])
+
+    @cached_property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint on disk, by iteration and epoch."""
+        return sorted(_find_checkpoints(self.path), key=lambda c: (c.iteration, c.epoch))
+
+    @property
+    def ends(self) -> list[Checkpoint]:
+        """The end point of every finished iteration."""
+        return [self._at(i, epoch) for i, epoch in enumerate(self.manifest["ends"])]
+
+    @property
+    def start(self) -> Checkpoint:
+        """The initial point w_ini of the plain model."""
+        return self._at(0, 0)
+
+    @property
+    def plain(self) -> Checkpoint:
+        """The end point of iteration 0."""
+        return self._end(0)
+
+    @property
+    def champion(self) -> Checkpoint:
+        """The end point of the iteration with the lowest validation error."""
+        return self._end(self.manifest["champion"] or 0)
+
+    @cached_property
+    def history(self) -> xr.Dataset:
+        """Loss, penalty and errors, dims (iteration, epoch)."""
+        path = self.path / HISTORY
+        if not path.is_file():
+            raise RunError(f"{self.path}: no {HISTORY} yet; train for at least one epoch")
+        return schema.load(path)
+
+    @property
+    def results(self) -> xr.DataTree:
+        """The history and every saved analysis as one tree, a group per kind (history, hessian, saturation...)."""
+        groups = {"history": self.history} if (self.path / HISTORY).is_file() else {}
+        groups |= {file.stem: schema.load(file) for file in sorted((self.path / ANALYSIS).glob("*.nc"))}
+        return xr.DataTree.from_dict(groups, name=self.path.name)
+
+    def trajectory(self, iteration: int) -> list[Checkpoint]:
+        """The checkpoints of one iteration in order, its starting point first."""
+        own = [c for c in self.checkpoints if c.iteration == iteration]
+        if own and own[0].epoch > 0:  # iterations that share w_ini store it once, with iteration 0
+            own.insert(0, self.start)
+        if not own:
+            raise RunError(f"{self.path}: no checkpoints of iteration {iteration}")
+        return own
+
+    def select(self, names: Iterable[str]) -> list[Checkpoint]:
+        """Checkpoints by name: ``plain``, ``champion``, ``start``, ``ends``, ``all``, ``iter03`` (its end) or ``iter03/epoch015``.
+
+        Raises
+        ------
+        RunError
+            If a name matches nothing; the message says what there is.
+        """
+        chosen: dict[str, Checkpoint] = {}
+        for name in names:
+            for checkpoint in self._named(name):
+                chosen.setdefault(checkpoint.name, checkpoint)
+        return list(chosen.values())
+
+    def _named(self, name: str) -> list[Checkpoint]:
+        special = {"plain": "plain", "champion": "champion", "start": "start"}
+        if name in special:
+            return [getattr(self, special[name])]
+        if name == "ends":
+            return self.ends
+        if name == "all":
+            return self.checkpoints
+        match = re.fullmatch(r"iter(\d+)(?:/epoch(\d+))?", name)
+        if match and match[2] is None:
+            return [self._end(int(match[1]))]
+        if match:
+            return [self._at(int(match[1]), int(match[2]))]
+        raise RunError(f"{self.path}: no checkpoint {name!r}; use plain, champion, start, ends, all, iterNN or iterNN/epochNNN")
+
+    def _end(self, iteration: int) -> Checkpoint:
+        ends = self.manifest["ends"]
+        if iteration >= len(ends):
+            raise RunError(f"{self.path}: iteration {iteration} has not finished ({len(ends)} have); resume the training")
+        return self._at(iteration, ends[iteration])
+
+    def _at(self, iteration: int, epoch: int) -> Checkpoint:
+        for checkpoint in self.checkpoints:
+            if (checkpoint.iteration, checkpoint.epoch) == (iteration, epoch):
+                return checkpoint
+        there = ", ".join(c.name for c in self.checkpoints[:12]) or "none"
+        raise RunError(f"{self.path}: no checkpoint iter{iteration:02d}/epoch{epoch:03d}; there are: {there}")
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run directory.
+
+    Parameters
+    ----------
+    path : str or path
+        The directory that holds ``run.json``.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    RunError
+        If the directory is missing, was not written by this project, is damaged, or is of a newer version.
+
+    Examples
+    --------
+    >>> run = open_run("runs/lenet5")  # doctest: +SKIP
+    >>> run.champion.name  # doctest: +SKIP
+    'iter03/epoch005'
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path}: no such run directory; train one with `pntrain RECIPE --out {path}`")
+    file = path / MANIFEST
+    if not file.is_file():
+        raise RunError(f"{path}: not a run directory (it holds no {MANIFEST})")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: unreadable ({error}); restore it or train the run anew") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise RunError(f"{file}: not a manifest of pnanalysis")
+    if manifest.get("schema_version", 0) > schema.SCHEMA_VERSION:
+        raise RunError(f"{file}: written by a newer version of pnanalysis; upgrade to read it")
+    missing = [key for key in ("id", "recipe", "config", "model", "data", "ends", "champion") if key not in manifest]
+    if missing:
+        raise RunError(f"{file}: damaged, it lacks {', '.join(missing)}")
+    return Run(path, manifest)
+
+
+class RunWriter:
+    """Writes a run directory, every file atomically. For trainers."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> RunWriter:
+        """Start a new run.
+
+        Raises
+        ------
+        RunError
+            If the directory exists already and is not empty, or cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path}: exists already; give another --out, or --resume to go on with it")
+        writer = cls(path, {"format": FORMAT, "schema_version": schema.SCHEMA_VERSION, **manifest})
+        writer.update()
+        return writer
+
+    def update(self, **entries: Any) -> None:
+        """Change entries of the manifest and write it."""
+        self.manifest.update(entries)
+        self._write(MANIFEST, (json.dumps(self.manifest, indent=2) + "\n").encode())
+
+    def save_checkpoint(self, iteration: int, epoch: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Write weights and buffers as ``checkpoints/iterNN/epochNNN.safetensors``."""
+        self._write(f"{CHECKPOINTS}/iter{iteration:02d}/epoch{epoch:03d}.safetensors", _dump(state))
+
+    def save_history(self, history: xr.Dataset) -> None:
+        """Write the history dataset."""
+        with self._explained(HISTORY):
+            schema.save(history, self.path / HISTORY)
+
+    def save_state(self, tensors: Mapping[str, torch.Tensor], **position: int) -> None:
+        """Write what is needed to go on from here: tensors, and integers such as iteration and epoch."""
+        self._write(RESUME, _dump(tensors, {key: str(value) for key, value in position.items()}))
+
+    def load_state(self) -> tuple[State, dict[str, int]] | None:
+        """What :meth:`save_state` wrote last, or ``None``."""
+        path = self.path / RESUME
+        if not path.is_file():
+            return None
+        raw = path.read_bytes()
+        try:
+            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+            position = {key: int(value) for key, value in header.get("__metadata__", {}).items()}
+            return load_safetensors(raw), position
+        except (SafetensorError, ValueError) as error:
+            raise RunError(f"{path}: damaged ({error}); delete it to repeat the iteration") from error
+
+    def drop_state(self) -> None:
+        """Remove the resume state: the run is complete."""
+        (self.path / RESUME).unlink(missing_ok=True)
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self._explained(name), schema.atomic_path(self.path / name) as temporary:
+            temporary.write_bytes(content)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+            raise RunError(
+                f"{self.path / name}: cannot be written, {reason}; what was saved before is intact, mend it and --resume"
+            ) from error
+
+
+def read_weights(path: str | os.PathLike[str]) -> State:
+    """Read tensors by name from a safetensors file or a ``torch.save`` file, without ever running code from it.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing, damaged, or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such weights file")
+    raw = path.read_bytes()
+    if path.suffix == ".safetensors":
+        try:
+            return load_safetensors(raw)
+        except SafetensorError as error:
+            disguised = raw[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK")
+            hint = "it is a pickle, which could run code" if disguised else str(error)
+            raise ModelError(f"{path}: not a safetensors file ({hint}); refused") from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: holds more than plain tensors or is damaged; save model.state_dict() instead") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise ModelError(f"{path}: holds no state dict; save model.state_dict()")
+    return dict(loaded)
+
+
+def write_error(error: OSError, path: Path) -> PnError:
+    """The one sentence for an output file that cannot be written."""
+    return RunError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def _find_checkpoints(path: Path) -> Iterator[Checkpoint]:
+    for file in (path / CHECKPOINTS).glob("iter*/epoch*.safetensors"):
+        match = _CHECKPOINT_FILE.search(file.as_posix())
+        if match:
+            yield Checkpoint(f"{file.parent.name}/{file.stem}", file, int(match[1]), int(match[2]))
+
+
+def _dump(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Safetensors bytes; tied or strided tensors are written out one by one."""
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return dump_safetensors(own, metadata)

@@ -1,0 +1,217 @@
+"""What an analysis looks at: a model, checkpoints of it and data, from a run or from a user's own files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pnanalysis.data import LoaderSplit, Split, Splits, as_splits, load_data
+from pnanalysis.errors import DataError, ModelError
+from pnanalysis.models import Loss, build_model, load_weights, resolve_loss
+from pnanalysis.registry import DATASETS, registered
+from pnanalysis.runs import Checkpoint, Run, open_run
+
+
+@dataclass
+class Source:
+    """A model factory, checkpoints, data and loss under one roof. Made by :func:`as_source` or :func:`open_files`.
+
+    Attributes
+    ----------
+    label : str
+        Name of the run or model in datasets and figures.
+    checkpoints : list of Checkpoint
+    attrs : dict
+        Identity to write on datasets: run id, model, data.
+    run : Run or None
+    """
+
+    label: str
+    checkpoints: list[Checkpoint]
+    make_model: Callable[[], nn.Module]
+    make_data: Callable[[], Splits]
+    loss: Loss
+    attrs: dict[str, Any] = field(default_factory=dict)
+    run: Run | None = None
+
+    @cached_property
+    def data(self) -> Splits:
+        """The data set; loaded once."""
+        return self.make_data()
+
+    def select(self, names: Iterable[str]) -> list[Checkpoint]:
+        """Checkpoints by name; for a user's own files, by file name, or ``all``."""
+        if self.run is not None:
+            return self.run.select(names)
+        by_name = {checkpoint.name: checkpoint for checkpoint in self.checkpoints}
+        chosen = list(names)
+        if chosen == ["all"]:
+            return self.checkpoints
+        missing = [name for name in chosen if name not in by_name]
+        if missing:
+            raise ModelError(f"no weights named {missing[0]!r}; there are {', '.join(by_name)}")
+        return [by_name[name] for name in chosen]
+
+    def model(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> nn.Module:
+        """The network with the checkpoint's weights, in eval mode on the device."""
+        model = load_weights(self.make_model(), checkpoint.load(), str(checkpoint.path))
+        return model.to(device).eval()
+
+    def split(self, name: str, n: int | None, seed: int, device: torch.device | str) -> Split | LoaderSplit:
+        """``n`` examples of a split, drawn by seed, on the device."""
+        return self.data.get(name).subset(n, seed).to(device)
+
+    def dataset_attrs(self) -> dict[str, Any]:
+        """Identity of run and data for a dataset's attributes; call it once the data are loaded."""
+        return {**self.attrs, "data": self.data.name, "data_fingerprint": self.data.fingerprint}
+
+
+def as_source(
+    run: Run | Source | str | os.PathLike[str],
+    model: str | nn.Module | None = None,
+    data: Any = None,
+    loss: str | Loss | None = None,
+) -> Source:
+    """A source from a run (or its path).
+
+    Parameters
+    ----------
+    run : Run, Source or path
+    model, data, loss : optional
+        Override what the manifest names. Runs of a user's own model or data need them, since a manifest
+        is never trusted to name code.
+
+    Raises
+    ------
+    ModelError, DataError
+        If the run names code instead of a registered model or data set, and no override is given.
+    """
+    if isinstance(run, Source):
+        return run
+    run = run if isinstance(run, Run) else open_run(run)
+    manifest = run.manifest
+    spec, options = manifest["model"]["name"], manifest["model"].get("options", {})
+    if model is None and ":" in spec:
+        raise ModelError(f"{run.path}: was trained with the model {spec}; vouch for that code with --model {spec}")
+    data_spec = manifest["data"]["name"]
+    if data is None and not _is_registered(data_spec):
+        raise DataError(f"{run.path}: was trained on {data_spec}; give the data with --data")
+    loss_spec = manifest.get("loss", "cross_entropy")
+    if loss is None and ":" in loss_spec:
+        raise ModelError(f"{run.path}: was trained with the loss {loss_spec}; vouch for that code with --loss {loss_spec}")
+
+    def make_model() -> nn.Module:
+        if model is None:
+            return build_model(spec, options)
+        return model if isinstance(model, nn.Module) else build_model(model, options if model == spec else {})
+
+    def make_data() -> Splits:
+        shape, seed = options.get("input_shape"), manifest["data"].get("split_seed", 0)
+        splits = load_data(data or data_spec, shape, seed) if isinstance(data or data_spec, str) else as_splits(data)
+        recorded = manifest["data"].get("fingerprint")
+        if data is None and recorded and splits.fingerprint != recorded:
+            raise DataError(f"{data_spec}: has changed since {run.path} was trained (fingerprint {splits.fingerprint}, then {recorded})")
+        return splits
+
+    return Source(
+        label=run.path.name,
+        checkpoints=run.checkpoints,
+        make_model=make_model,
+        make_data=make_data,
+        loss=resolve_loss(loss or loss_spec),
+        attrs={"run": run.path.name, "run_id": run.id, "recipe": manifest["recipe"], "model": spec},
+        run=run,
+    )
+
+
+def open_files(
+    model: str | nn.Module | Callable[[], nn.Module],
+    weights: Sequence[str | os.PathLike[str]],
+    data: Any = None,
+    loss: str | Loss = "cross_entropy",
+    label: str = "model",
+) -> Source:
+    """A source from a user's own model and weight files.
+
+    Parameters
+    ----------
+    model : str, Module or callable
+        Registered name, ``module:factory``, an instance, or a callable that returns one.
+    weights : sequence of paths
+        safetensors files, or ``torch.save`` files that hold nothing but tensors.
+    data : str or object
+        Registered name, ``module:factory``, or anything :func:`pnanalysis.data.as_splits` understands.
+    loss : str or callable
+        ``loss(outputs, targets)``, averaged over the batch.
+
+    Raises
+    ------
+    ModelError
+        If there are no weight files, or one is missing.
+    """
+    files = [Path(path) for path in weights]
+    if not files:
+        raise ModelError("no weights given: name at least one safetensors file")
+    missing = [path for path in files if not path.is_file()]
+    if missing:
+        raise ModelError(f"{missing[0]}: no such weights file")
+    names = _short_names(files)
+
+    def make_model() -> nn.Module:
+        if isinstance(model, nn.Module):
+            return model
+        return build_model(model) if isinstance(model, str) else model()
+
+    def make_data() -> Splits:
+        if data is None:
+            raise DataError("no data given: name a data set with --data")
+        shape = getattr(make_model(), "input_shape", None)
+        return load_data(data, shape) if isinstance(data, str) else as_splits(data)
+
+    return Source(
+        label=label if label != "model" or not isinstance(model, str) else model,
+        checkpoints=[Checkpoint(name, path) for name, path in zip(names, files, strict=True)],
+        make_model=make_model,
+        make_data=make_data,
+        loss=resolve_loss(loss),
+        attrs={"model": model if isinstance(model, str) else type(model).__name__},
+    )
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to work on; ``auto`` or ``None`` takes CUDA where there is one.
+
+    Raises
+    ------
+    ModelError
+        If CUDA is asked for where there is none, or the name is not a device.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"{device!r} is not a device; use cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("no CUDA device here; use --device cpu")
+    return resolved
+
+
+def _is_registered(spec: str) -> bool:
+    return spec.partition(":")[0] in registered(DATASETS)
+
+
+def _short_names(files: list[Path]) -> list[str]:
+    """File stems where they are distinct, else with as many parent folders as it takes."""
+    for depth in range(1, 6):
+        names = ["/".join(path.with_suffix("").parts[-depth:]) for path in files]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in files]

@@ -1,0 +1,127 @@
+"""The paper's networks, for 32x32 images unless told otherwise.
+
+Each factory takes ``input_shape`` (C, H, W) and ``num_classes`` and gives a module that carries ``input_shape``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+CIFAR_SHAPE = (3, 32, 32)
+TANH_WIDTH = 256
+
+
+class ImageNetwork(nn.Sequential):
+    """Named layers in a row, with the input shape they were made for."""
+
+    def __init__(self, input_shape: Sequence[int], **layers: nn.Module) -> None:
+        super().__init__()
+        self.input_shape = tuple(input_shape)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+def lenet5(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> nn.Module:
+    """LeNet-5 with ReLU and max-pooling (LeCun et al. 1998): 62,006 parameters on CIFAR-10, PyTorch's default init."""
+    features = [nn.Conv2d(input_shape[0], 6, 5), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.MaxPool2d(2)]
+    flat = _flat_size(nn.Sequential(*features), input_shape)
+    return ImageNetwork(
+        input_shape,
+        conv1=features[0],
+        relu1=nn.ReLU(),
+        pool1=features[1],
+        conv2=features[2],
+        relu2=nn.ReLU(),
+        pool2=features[3],
+        flatten=nn.Flatten(),
+        fc1=nn.Linear(flat, 120),
+        relu3=nn.ReLU(),
+        fc2=nn.Linear(120, 84),
+        relu4=nn.ReLU(),
+        fc3=nn.Linear(84, num_classes),
+    )
+
+
+def alexnet(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> nn.Module:
+    """AlexNet from torchvision, made for small images.
+
+    The stem, 11x11 with stride 4, becomes 3x3 with stride 1; the adaptive pooling to 6x6, which would only repeat
+    the 3x3 map that is left of 32x32, is taken out, and the first fully connected layer fits that map.
+    """
+    network = torchvision.models.alexnet(num_classes=num_classes)
+    network.features[0] = nn.Conv2d(input_shape[0], 64, kernel_size=3, padding=1)
+    network.avgpool = nn.Identity()
+    network.classifier[1] = nn.Linear(_flat_size(network.features, input_shape), 4096)
+    network.input_shape = tuple(input_shape)
+    return network
+
+
+def resnet18(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> nn.Module:
+    """ResNet-18 from torchvision, made for small images (He et al. 2016, section 4.2).
+
+    The stem, 7x7 with stride 2 and max-pooling, becomes 3x3 with stride 1 and no pooling.
+    """
+    network = torchvision.models.resnet18(num_classes=num_classes)
+    network.conv1 = nn.Conv2d(input_shape[0], 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.maxpool = nn.Identity()
+    network.input_shape = tuple(input_shape)
+    return network
+
+
+def tanh7(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10, width: int = TANH_WIDTH) -> nn.Module:
+    """Seven fully connected layers: six tanh layers of ``width`` units and a linear output.
+
+    Xavier (Glorot) uniform weights with gain 1 and zero biases, as in Glorot and Bengio (2010).
+    """
+    sizes = [prod(input_shape), *[width] * 6]
+    layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
+    for i, (before, after) in enumerate(zip(sizes[:-1], sizes[1:], strict=True), start=1):
+        layers[f"fc{i}"] = nn.Linear(before, after)
+        layers[f"tanh{i}"] = nn.Tanh()
+    layers["fc7"] = nn.Linear(width, num_classes)
+    network = ImageNetwork(input_shape, **layers)
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def relu32(width: int = 32) -> nn.Module:
+    """The 1 -> 32 -> 32 -> 1 ReLU regression network, He normal weights and zero biases (He et al. 2015)."""
+    layers = {
+        "fc1": nn.Linear(1, width),
+        "relu1": nn.ReLU(),
+        "fc2": nn.Linear(width, width),
+        "relu2": nn.ReLU(),
+        "fc3": nn.Linear(width, 1),
+    }
+    network = ImageNetwork((1,), **layers)
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def initialise_normal(model: nn.Module, std: float) -> None:
+    """Draw all weights and biases from N(0, std^2), in place; batch-norm layers keep theirs."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        for parameter in module.parameters(recurse=False):
+            nn.init.normal_(parameter, std=std)
+
+
+def _flat_size(features: nn.Module, input_shape: Sequence[int]) -> int:
+    """Length of the flattened output of convolutional features."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        output: Tensor = features.eval()(torch.zeros(1, *input_shape))
+    features.train()
+    return output.numel()
