@@ -215,7 +215,7 @@ def as_splits(data: Any, name: str = "data") -> Splits:
         unknown = set(data) - set(SPLITS)
         if unknown or "train" not in data:
             raise DataError(f"{name}: a mapping of splits needs 'train' and may have {SPLITS[1:]}, not {sorted(data)}")
-        splits = {key: _as_split(value, name) for key, value in data.items()}
+        splits: dict[str, Any] = {key: _as_split(value, name) for key, value in data.items()}
         return _with_fingerprint(Splits(**splits, name=name))
     return _with_fingerprint(Splits(train=_as_split(data, name), name=name))
 
@@ -307,7 +307,8 @@ def _as_split(data: Any, name: str) -> Split | LoaderSplit:
     if isinstance(data, Iterable) and not isinstance(data, Iterator):
         return LoaderSplit(data)
     raise DataError(
-        f"{name}: expected Splits, a mapping of splits, (inputs, targets), a Dataset or a DataLoader, got {type(data).__name__}"
+        f"{name}: expected Splits, a mapping of splits, (inputs, targets), a Dataset or a DataLoader, "
+        f"got {type(data).__name__}"
     )
 
 

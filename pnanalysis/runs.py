@@ -36,7 +36,13 @@ from pnanalysis import schema
 from pnanalysis.errors import ModelError, PnError, RunError
 
 FORMAT = "pnanalysis-run"
-MANIFEST, HISTORY, RESUME, CHECKPOINTS, ANALYSIS = "run.json", "history.nc", "resume.safetensors", "checkpoints", "analysis"
+MANIFEST, HISTORY, RESUME, CHECKPOINTS, ANALYSIS = (
+    "run.json",
+    "history.nc",
+    "resume.safetensors",
+    "checkpoints",
+    "analysis",
+)
 _CHECKPOINT_FILE = re.compile(r"iter(\d+)/epoch(\d+)\.safetensors$")
 
 State = dict[str, torch.Tensor]
@@ -129,7 +135,9 @@ class Run:
         return own
 
     def select(self, names: Iterable[str]) -> list[Checkpoint]:
-        """Checkpoints by name: ``plain``, ``champion``, ``start``, ``ends``, ``all``, ``iter03`` (its end) or ``iter03/epoch015``.
+        """Checkpoints by name.
+
+        ``plain``, ``champion``, ``start``, ``ends``, ``all``, ``iter03`` (its end) or ``iter03/epoch015``.
 
         Raises
         ------
@@ -155,12 +163,16 @@ class Run:
             return [self._end(int(match[1]))]
         if match:
             return [self._at(int(match[1]), int(match[2]))]
-        raise RunError(f"{self.path}: no checkpoint {name!r}; use plain, champion, start, ends, all, iterNN or iterNN/epochNNN")
+        raise RunError(
+            f"{self.path}: no checkpoint {name!r}; use plain, champion, start, ends, all, iterNN or iterNN/epochNNN"
+        )
 
     def _end(self, iteration: int) -> Checkpoint:
         ends = self.manifest["ends"]
         if iteration >= len(ends):
-            raise RunError(f"{self.path}: iteration {iteration} has not finished ({len(ends)} have); resume the training")
+            raise RunError(
+                f"{self.path}: iteration {iteration} has not finished ({len(ends)} have); resume the training"
+            )
         return self._at(iteration, ends[iteration])
 
     def _at(self, iteration: int, epoch: int) -> Checkpoint:
@@ -281,9 +293,12 @@ class RunWriter:
         try:
             yield
         except OSError as error:
-            reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+            reason = (
+                "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+            )
             raise RunError(
-                f"{self.path / name}: cannot be written, {reason}; what was saved before is intact, mend it and --resume"
+                f"{self.path / name}: cannot be written, {reason}; what was saved before is intact: "
+                "make room and go on with --resume"
             ) from error
 
 
@@ -309,7 +324,9 @@ def read_weights(path: str | os.PathLike[str]) -> State:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: holds more than plain tensors or is damaged; save model.state_dict() instead") from error
+        raise ModelError(
+            f"{path}: holds more than plain tensors or is damaged; save model.state_dict() instead"
+        ) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]

@@ -105,7 +105,9 @@ def as_source(
         raise DataError(f"{run.path}: was trained on {data_spec}; give the data with --data")
     loss_spec = manifest.get("loss", "cross_entropy")
     if loss is None and ":" in loss_spec:
-        raise ModelError(f"{run.path}: was trained with the loss {loss_spec}; vouch for that code with --loss {loss_spec}")
+        raise ModelError(
+            f"{run.path}: was trained with the loss {loss_spec}; vouch for that code with --loss {loss_spec}"
+        )
 
     def make_model() -> nn.Module:
         if model is None:
@@ -117,7 +119,10 @@ def as_source(
         splits = load_data(data or data_spec, shape, seed) if isinstance(data or data_spec, str) else as_splits(data)
         recorded = manifest["data"].get("fingerprint")
         if data is None and recorded and splits.fingerprint != recorded:
-            raise DataError(f"{data_spec}: has changed since {run.path} was trained (fingerprint {splits.fingerprint}, then {recorded})")
+            raise DataError(
+                f"{data_spec}: has changed since {run.path} was trained "
+                f"(fingerprint {splits.fingerprint}, then {recorded})"
+            )
         return splits
 
     return Source(

@@ -107,7 +107,9 @@ def imagefolder(path: str | None = None, input_shape: tuple[int, ...] | None = N
             with atomic_path(cache) as temporary:
                 save_file(tensors, temporary)
         except OSError as error:
-            raise DataError(f"{cache}: the decoded images cannot be cached ({error.strerror}); set PNANALYSIS_DATA") from error
+            raise DataError(
+                f"{cache}: cannot be written ({error.strerror}); point PNANALYSIS_DATA elsewhere"
+            ) from error
     return RawImages(**tensors, classes=tuple(classes))
 
 

@@ -6,6 +6,7 @@ Each factory takes ``input_shape`` (C, H, W) and ``num_classes`` and gives a mod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -81,7 +82,7 @@ def tanh7(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10, width
     """
     sizes = [prod(input_shape), *[width] * 6]
     layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
-    for i, (before, after) in enumerate(zip(sizes[:-1], sizes[1:], strict=True), start=1):
+    for i, (before, after) in enumerate(pairwise(sizes), start=1):
         layers[f"fc{i}"] = nn.Linear(before, after)
         layers[f"tanh{i}"] = nn.Tanh()
     layers["fc7"] = nn.Linear(width, num_classes)

@@ -1,0 +1,264 @@
+"""One training run: data on the device, batches by index, no host sync inside an epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pnanalysis.data import Split
+from pnanalysis.errors import TrainingError
+from pnanalysis.models import Loss, resolve_loss
+from trainers.seeds import derive_seed
+
+AUGMENTATIONS = ("crop", "flip")
+_CROP_PADDING = 4
+_EVALUATION_BATCH = 2000
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave: means over its batches, and errors after it (NaN where there is no such split)."""
+
+    epoch: int
+    train_loss: float
+    penalty: float
+    train_error: float
+    validation_error: float
+    test_error: float
+    seconds: float
+
+
+OnEpoch = Callable[[Epoch, nn.Module, torch.optim.Optimizer], None]
+
+
+def fit(
+    model: nn.Module,
+    train: Split | tuple[Tensor, Tensor],
+    *,
+    epochs: int,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    optimizer: str = "adam",
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    loss: str | Loss = "cross_entropy",
+    penalty: Callable[[], Tensor] | None = None,
+    validation: Split | None = None,
+    test: Split | None = None,
+    augment: Sequence[str] = (),
+    seed: int = 0,
+    amp: str = "no",
+    compile: bool = False,
+    start_epoch: int = 0,
+    optimizer_state: Mapping[str, Tensor] | None = None,
+    on_epoch: OnEpoch | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Epoch]:
+    """Train ``model`` in place; data must be on the model's device.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    train : Split, or (inputs, targets)
+        Tensors of shape (N, ...) and (N, ...).
+    epochs : int
+        Last epoch to reach, counted from 1.
+    batch_size, lr, optimizer, momentum, weight_decay
+        ``optimizer`` is ``"adam"`` or ``"sgd"`` (which uses ``momentum``).
+    loss : str or callable
+        Averaged over the batch; see :func:`pnanalysis.models.resolve_loss`.
+    penalty : callable, optional
+        Called without arguments at every step; its value is added to the loss.
+    validation, test : Split, optional
+        Evaluated after every epoch. Neither has any influence on training.
+    augment : sequence of {"crop", "flip"}
+        Random crops from a 4-pixel reflected border and horizontal flips, on the device.
+    seed : int
+        Order of the batches, augmentation and dropout: each epoch draws from a seed derived from this one and its
+        number, so that a run resumed at any epoch goes on identically.
+    amp : {"no", "bf16"}
+        Forward pass in bfloat16 under autocast; weights and accumulation stay float32.
+    compile : bool
+        ``torch.compile`` the network.
+    start_epoch, optimizer_state
+        Where to go on from: epochs already done, and what :func:`optimizer_tensors` gave then.
+    on_epoch : callable, optional
+        ``on_epoch(record, model, optimizer)`` after each epoch.
+    on_batch : callable, optional
+        ``on_batch(n_examples)`` after each step, for progress.
+
+    Returns
+    -------
+    list of Epoch
+
+    Raises
+    ------
+    TrainingError
+        If the loss stops being finite (says at which epoch and step), or an option is unknown.
+    """
+    split = train if isinstance(train, Split) else Split(*train)
+    _check_options(optimizer, augment, amp, batch_size, epochs)
+    loss_fn = resolve_loss(loss)
+    optim = make_optimizer(model, optimizer, lr, momentum, weight_decay)
+    if optimizer_state:
+        load_optimizer_tensors(optim, optimizer_state)
+    network: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
+    device = split.inputs.device
+    records = []
+    for epoch in range(start_epoch + 1, epochs + 1):
+        begun = time.perf_counter()
+        torch.manual_seed(derive_seed(seed, "noise", epoch))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+        order = torch.randperm(len(split), generator=generator).to(device)
+        model.train()
+        sums = _Sums(-(-len(split) // batch_size), device)
+        for step, index in enumerate(order.split(batch_size)):
+            inputs, targets = split.take(index)
+            inputs = augment_batch(inputs, augment, generator)
+            with _autocast(device, amp):
+                outputs = network(inputs)
+                value = loss_fn(outputs, targets)
+            term = penalty() if penalty is not None else None
+            optim.zero_grad(set_to_none=True)
+            (value if term is None else value + term).backward()
+            optim.step()
+            sums.add(step, value, term, outputs, targets)
+            if on_batch is not None:
+                on_batch(len(index))
+        train_loss, mean_penalty, train_error = sums.means(epoch, len(split))
+        record = Epoch(
+            epoch,
+            train_loss,
+            mean_penalty,
+            train_error,
+            evaluate_error(network, validation, amp),
+            evaluate_error(network, test, amp),
+            time.perf_counter() - begun,
+        )
+        records.append(record)
+        if on_epoch is not None:
+            on_epoch(record, model, optim)
+    return records
+
+
+@torch.no_grad()
+def evaluate_error(model: nn.Module, split: Split | None, amp: str = "no") -> float:
+    """Share of misclassified examples; for real-valued targets the mean squared error; NaN without a split."""
+    if split is None:
+        return float("nan")
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=split.inputs.device)
+    for inputs, targets in split.batches(_EVALUATION_BATCH):
+        with _autocast(inputs.device, amp):
+            outputs = model(inputs)
+        total += _error(outputs, targets)
+    return float(total) / len(split)
+
+
+def make_optimizer(
+    model: nn.Module, name: str = "adam", lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Adam, or SGD with momentum, over the trainable parameters, in fused form."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat named tensors, to be saved."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"{i}.{name}": value
+        for i, entries in state.items()
+        for name, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def augment_batch(inputs: Tensor, augment: Sequence[str], generator: torch.Generator) -> Tensor:
+    """Random crops and flips of images (N, C, H, W), drawn on the CPU so that every device sees the same."""
+    if "crop" in augment:
+        inputs = _random_crop(inputs, generator)
+    if "flip" in augment:
+        flips = torch.rand(len(inputs), generator=generator).lt(0.5).to(inputs.device)
+        inputs = torch.where(flips[:, None, None, None], inputs.flip(-1), inputs)
+    return inputs
+
+
+def _random_crop(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    n, _, height, width = inputs.shape
+    padded = nn.functional.pad(inputs, [_CROP_PADDING] * 4, mode="reflect")
+    shifts = torch.randint(2 * _CROP_PADDING + 1, (2, n), generator=generator).to(inputs.device)
+    rows = shifts[0][:, None] + torch.arange(height, device=inputs.device)
+    columns = shifts[1][:, None] + torch.arange(width, device=inputs.device)
+    examples = torch.arange(n, device=inputs.device)
+    cropped = padded[examples[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (N, H, W, C)
+    return cropped.permute(0, 3, 1, 2).contiguous()
+
+
+class _Sums:
+    """Losses of an epoch, kept on the device until its end."""
+
+    def __init__(self, n_steps: int, device: torch.device) -> None:
+        self.losses = torch.zeros(n_steps, device=device)
+        self.penalties = torch.zeros(n_steps, device=device)
+        self.sizes = torch.zeros(n_steps)
+        self.errors = torch.zeros((), device=device)
+
+    def add(self, step: int, loss: Tensor, penalty: Tensor | None, outputs: Tensor, targets: Tensor) -> None:
+        self.losses[step] = loss.detach()
+        self.sizes[step] = len(targets)
+        if penalty is not None:
+            self.penalties[step] = penalty.detach()
+        self.errors += _error(outputs.detach(), targets)
+
+    def means(self, epoch: int, n: int) -> tuple[float, float, float]:
+        losses, penalties = self.losses.cpu(), self.penalties.cpu()
+        bad = (~(losses + penalties).isfinite()).nonzero()
+        if len(bad):
+            step = int(bad[0])
+            raise TrainingError(
+                f"the loss became {float(losses[step] + penalties[step])} at epoch {epoch}, step {step + 1}; "
+                "try a smaller --lr or --lam"
+            )
+        weights = self.sizes / n
+        return float(losses @ weights), float(penalties @ weights), float(self.errors) / n
+
+
+def _error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Summed error of a batch: mistakes for class indices, squared error (mean over outputs) for real targets."""
+    if targets.is_floating_point():
+        return (outputs - targets).square().flatten(1).mean(1).sum()
+    return (outputs.argmax(1) != targets).sum()
+
+
+def _autocast(device: torch.device, amp: str) -> Any:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if amp == "bf16" else nullcontext()
+
+
+def _check_options(optimizer: str, augment: Sequence[str], amp: str, batch_size: int, epochs: int) -> None:
+    if optimizer not in ("adam", "sgd"):
+        raise TrainingError(f"unknown optimizer {optimizer!r}; there are adam and sgd")
+    unknown = set(augment) - set(AUGMENTATIONS)
+    if unknown:
+        raise TrainingError(f"unknown augmentation {unknown.pop()!r}; there are {', '.join(AUGMENTATIONS)}")
+    if amp not in ("no", "bf16"):
+        raise TrainingError(f"unknown amp {amp!r}; there are no and bf16")
+    if batch_size < 1 or epochs < 1:
+        raise TrainingError(f"batch size {batch_size} and epochs {epochs} must both be at least 1")

@@ -1,0 +1,157 @@
+"""The named experiments S1 to S9, as configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from pnanalysis.errors import TrainingError
+
+STRATEGIES = ("plain", "persistent", "partial", "restart")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a training run; stored whole in its manifest.
+
+    Attributes
+    ----------
+    recipe : str
+        Name under which it was asked for.
+    model, model_options, data, loss
+        What is trained on what; see :mod:`pnanalysis.models` and :mod:`pnanalysis.data`.
+    strategy : {"plain", "persistent", "partial", "restart"}
+        ``persistent`` repels all layers, ``partial`` one; ``restart`` is the control of equal cost.
+    iterations, epochs : int
+        The plain training is iteration 0 and counts.
+    lam : float
+        Strength of the persistent term.
+    layers : str
+        ``all``, ``random`` (drawn once per run), ``random-each`` (anew each iteration), or names joined by commas.
+    init_std : float or None
+        Draw all parameters from N(0, init_std^2) instead of the model's own initialisation.
+    checkpoint_every : int
+        Save every so many epochs; start and end are always saved.
+    """
+
+    recipe: str = "custom"
+    model: str = "lenet5"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    data: str = "cifar10"
+    loss: str = "cross_entropy"
+    strategy: str = "partial"
+    iterations: int = 20
+    epochs: int = 150
+    batch_size: int = 256
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    lam: float = 1e-3
+    layers: str = "random"
+    init_std: float | None = None
+    augment: tuple[str, ...] = ()
+    amp: str = "no"
+    compile: bool = False
+    seed: int = 0
+    split_seed: int = 0
+    checkpoint_every: int = 5
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise TrainingError(f"unknown strategy {self.strategy!r}; there are {', '.join(STRATEGIES)}")
+        for name in ("iterations", "epochs", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.strategy == "plain" and self.iterations != 1:
+            object.__setattr__(self, "iterations", 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return {**asdict(self), "augment": list(self.augment)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """From what :meth:`to_dict` gave; unknown entries are refused."""
+        unknown = set(values) - {entry.name for entry in fields(cls)}
+        if unknown:
+            raise TrainingError(f"unknown setting {', '.join(sorted(unknown))}")
+        return cls(**{**values, "augment": tuple(values.get("augment", ()))})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment of the paper: its id, what it shows, how it runs and its settings."""
+
+    id: str
+    summary: str
+    config: Config
+    runner: str = "images"  # "images" (trainers.strategies), "two-well" (trainers.toy) or "kink" (trainers.ensemble)
+
+
+def _recipe(id: str, name: str, summary: str, runner: str = "images", **settings: Any) -> Recipe:
+    return Recipe(id, summary, Config(recipe=name, **settings), runner)
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.config.recipe: recipe
+    for recipe in (
+        _recipe(
+            "S1", "two-well", "gradient descent on the two-well surface", "two-well",
+            model="", data="", loss="", strategy="persistent", iterations=2, epochs=50_000, lr=1e-3, lam=0.1,
+            layers="all", optimizer="sgd", momentum=0.0, batch_size=1, checkpoint_every=500,
+        ),
+        _recipe(
+            "S2", "kink", "1-D regression where re-initialising gets stuck", "kink",
+            model="relu32", data="kink6", loss="mse", strategy="persistent", iterations=100, epochs=50_000, lr=1e-3,
+            lam=0.01, layers="all", optimizer="sgd", momentum=0.9, batch_size=6, checkpoint_every=50_000,
+        ),
+        _recipe(
+            "S3", "lenet5-full", "LeNet-5, every layer repelled, from a bad or good normal init",
+            strategy="persistent", lam=0.01, layers="all", init_std=0.2,
+        ),
+        _recipe("S4", "lenet5", "LeNet-5, one layer repelled"),
+        _recipe("S5", "alexnet", "AlexNet, one layer repelled", model="alexnet", batch_size=128),
+        _recipe(
+            "S6", "resnet18", "ResNet-18, one layer repelled", model="resnet18", batch_size=128, epochs=350,
+            checkpoint_every=10,
+        ),
+        _recipe(
+            "S7", "gradient-split", "LeNet-5 with every epoch kept, to split the persistent gradient",
+            strategy="persistent", lam=0.01, layers="all", init_std=0.05, iterations=6, epochs=50, checkpoint_every=1,
+        ),
+        _recipe(
+            "S8", "spectrum", "ResNet-18, plain and champion, for their Hessian spectra", model="resnet18",
+            batch_size=128, epochs=350, checkpoint_every=350,
+        ),
+        _recipe(
+            "S9", "tanh7", "seven-layer tanh network, every epoch kept, for its saturation", model="tanh7",
+            iterations=10, epochs=30, checkpoint_every=1,
+        ),
+    )
+}  # fmt: skip
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by name or by id (S1 to S9).
+
+    Raises
+    ------
+    TrainingError
+        If there is none; the message lists them.
+    """
+    for key, recipe in RECIPES.items():
+        if name.lower() in (key, recipe.id.lower()):
+            return recipe
+    raise TrainingError(f"unknown recipe {name!r}; there are {', '.join(f'{r.id} {k}' for k, r in RECIPES.items())}")
+
+
+def configure(recipe: Recipe, **settings: Any) -> Config:
+    """The recipe's configuration with the given settings in place of its own (``None`` leaves one as it is)."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if given.get("strategy") == "persistent" and recipe.config.strategy == "partial":
+        given.setdefault("layers", "all")
+    if given.get("strategy") == "partial" and recipe.config.layers == "all":
+        given.setdefault("layers", "random")
+    return replace(recipe.config, **given)
