@@ -134,10 +134,11 @@ class Run:
             raise RunError(f"{self.path}: no checkpoints of iteration {iteration}")
         return own
 
-    def select(self, names: Iterable[str]) -> list[Checkpoint]:
-        """Checkpoints by name.
+    def select(self, names: Iterable[str]) -> dict[str, Checkpoint]:
+        """Checkpoints by the names they are asked for.
 
-        ``plain``, ``champion``, ``start``, ``ends``, ``all``, ``iter03`` (its end) or ``iter03/epoch015``.
+        ``plain``, ``champion``, ``start``, ``iter03`` (its end), ``iter03/epoch015``, or the groups ``ends`` and
+        ``all``, which give each checkpoint under its own name.
 
         Raises
         ------
@@ -146,26 +147,22 @@ class Run:
         """
         chosen: dict[str, Checkpoint] = {}
         for name in names:
-            for checkpoint in self._named(name):
-                chosen.setdefault(checkpoint.name, checkpoint)
-        return list(chosen.values())
+            if name in ("ends", "all"):
+                chosen |= {c.name: c for c in (self.ends if name == "ends" else self.checkpoints)}
+            else:
+                chosen[name] = self._named(name)
+        return chosen
 
-    def _named(self, name: str) -> list[Checkpoint]:
-        special = {"plain": "plain", "champion": "champion", "start": "start"}
-        if name in special:
-            return [getattr(self, special[name])]
-        if name == "ends":
-            return self.ends
-        if name == "all":
-            return self.checkpoints
+    def _named(self, name: str) -> Checkpoint:
+        if name in ("plain", "champion", "start"):
+            found: Checkpoint = getattr(self, name)
+            return found
         match = re.fullmatch(r"iter(\d+)(?:/epoch(\d+))?", name)
-        if match and match[2] is None:
-            return [self._end(int(match[1]))]
-        if match:
-            return [self._at(int(match[1]), int(match[2]))]
-        raise RunError(
-            f"{self.path}: no checkpoint {name!r}; use plain, champion, start, ends, all, iterNN or iterNN/epochNNN"
-        )
+        if not match:
+            raise RunError(
+                f"{self.path}: no checkpoint {name!r}; use plain, champion, start, ends, all, iterNN or iterNN/epochNNN"
+            )
+        return self._end(int(match[1])) if match[2] is None else self._at(int(match[1]), int(match[2]))
 
     def _end(self, iteration: int) -> Checkpoint:
         ends = self.manifest["ends"]

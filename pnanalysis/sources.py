@@ -46,18 +46,19 @@ class Source:
         """The data set; loaded once."""
         return self.make_data()
 
-    def select(self, names: Iterable[str]) -> list[Checkpoint]:
-        """Checkpoints by name; for a user's own files, by file name, or ``all``."""
+    def select(self, names: Iterable[str] | None) -> dict[str, Checkpoint]:
+        """Checkpoints by name (see :meth:`pnanalysis.runs.Run.select`); a user's own files by file name.
+
+        ``None`` stands for plain and champion of a run, and for all of a user's own files.
+        """
         if self.run is not None:
-            return self.run.select(names)
+            return self.run.select(("plain", "champion") if names is None else names)
         by_name = {checkpoint.name: checkpoint for checkpoint in self.checkpoints}
-        chosen = list(names)
-        if chosen == ["all"]:
-            return self.checkpoints
+        chosen = list(by_name if names is None or list(names) == ["all"] else names)
         missing = [name for name in chosen if name not in by_name]
         if missing:
             raise ModelError(f"no weights named {missing[0]!r}; there are {', '.join(by_name)}")
-        return [by_name[name] for name in chosen]
+        return {name: by_name[name] for name in chosen}
 
     def model(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> nn.Module:
         """The network with the checkpoint's weights, in eval mode on the device."""
@@ -115,7 +116,7 @@ def as_source(
         return model if isinstance(model, nn.Module) else build_model(model, options if model == spec else {})
 
     def make_data() -> Splits:
-        shape, seed = options.get("input_shape"), manifest["data"].get("split_seed", 0)
+        shape, seed = getattr(make_model(), "input_shape", None), manifest["data"].get("split_seed", 0)
         splits = load_data(data or data_spec, shape, seed) if isinstance(data or data_spec, str) else as_splits(data)
         recorded = manifest["data"].get("fingerprint")
         if data is None and recorded and splits.fingerprint != recorded:

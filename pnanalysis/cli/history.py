@@ -1,0 +1,55 @@
+"""``pnanalysis history``."""
+
+from __future__ import annotations
+
+import typer
+import xarray as xr
+from rich.table import Table
+
+from pnanalysis.cli import options
+from pnanalysis.errors import PnError
+from pnanalysis.history import history as analyse
+from pnanalysis.runs import open_run
+from pnanalysis.sources import as_source
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("history")(history)
+
+
+def history(
+    runs: options.Paths = None,
+    output: options.Output = None,
+    plot: options.Plot = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Loss, penalty and errors by iteration and epoch.
+
+    [bold]Example[/bold]
+
+      pnanalysis history runs/lenet5 runs/lenet5-restart --plot history.pdf
+    """
+    if not runs:
+        raise PnError("name a run directory")
+    opened = [open_run(path) for path in runs]
+    ds = analyse(*opened)
+    if output is None and plot is None:
+        options.show(_table(ds), quiet)
+    else:
+        options.deliver(ds, as_source(opened[0]), output, plot, quiet, _table)
+
+
+def _table(ds: xr.Dataset) -> Table:
+    """Every iteration at its last epoch."""
+    last = ds.ffill("epoch").isel(epoch=-1)
+    rows = []
+    for name, run in [("", last)] if "run" not in ds.dims else [(f"{n} ", last.sel(run=n)) for n in ds.run.values]:
+        for iteration in ds.iteration.values:
+            at = run.sel(iteration=iteration)
+            if not at.train_loss.isnull():
+                errors = [f"{float(at.validation_error):.2%}", f"{float(at.test_error):.2%}"]
+                rows.append([f"{name}{iteration}", float(at.train_loss), float(at.penalty), *errors])
+    return options.make_table(
+        "at the end of training", ["iteration", "training loss", "penalty", "validation error", "test error"], rows
+    )

@@ -1,0 +1,113 @@
+"""Options that every analysis shares, and what they share in saving, drawing and printing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import xarray as xr
+from rich.console import Console
+from rich.table import Table
+
+from pnanalysis import schema
+from pnanalysis.errors import PnError
+from pnanalysis.runs import ANALYSIS
+from pnanalysis.sources import Source, as_source, open_files
+
+Paths = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[RUN]...", help="Run directories; with --model, further weight files.", show_default=False),
+]
+Model = Annotated[
+    str | None, typer.Option(metavar="NAME|MODULE:FACTORY", help="Your own model, built without arguments.")
+]
+Weights = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE...", help="Weights of --model: safetensors, or state dicts saved by torch.save."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="SPEC", help="digits, cifar10, imagefolder:PATH or module:factory; by default the run's own."),
+]
+LossName = Annotated[
+    str | None, typer.Option("--loss", metavar="NAME|MODULE:FUNCTION", help="By default the run's, or cross_entropy.")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE.nc", help="Where to save; by default RUN/analysis/KIND.nc."),
+]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.png|pdf|svg", help="Draw the figure too.")]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto takes CUDA where there is one.")]
+Seed = Annotated[int, typer.Option(help="Of the probes and of the choice of examples.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
+Checkpoints = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        metavar="NAME",
+        help="plain, champion, start, ends, all, iterNN or iterNN/epochNNN; repeat.",
+    ),
+]
+
+
+def sources(
+    paths: Iterable[Path] | None, model: str | None, weights: list[Path] | None, data: str | None, loss: str | None
+) -> list[Source]:
+    """What the user named: runs, or weight files of a model.
+
+    Raises
+    ------
+    PnError
+        If nothing is named, or weights come without a model.
+    """
+    given = list(paths or [])
+    if model is not None and (weights or not given or not given[0].is_dir()):
+        return [open_files(model, [*(weights or []), *given], data, loss or "cross_entropy")]
+    if weights:
+        raise PnError("--weights needs --model: a registered name or module:factory")
+    if not given:
+        raise PnError("name a run directory, or your own --model, --weights and --data")
+    return [as_source(path, model, data, loss) for path in given]
+
+
+def deliver(
+    ds: xr.Dataset,
+    first: Source,
+    output: Path | None,
+    plot: Path | None,
+    quiet: bool,
+    table: Callable[[xr.Dataset], Table] | None = None,
+) -> None:
+    """Save the dataset, draw its figure, print its table and say where things are."""
+    kind = str(ds.attrs["kind"])
+    if output is None:
+        output = first.run.path / ANALYSIS / f"{kind}.nc" if first.run is not None else Path(f"{kind}.nc")
+    schema.save(ds, output)
+    if plot is not None:
+        from pnanalysis import plots
+
+        plots.save_figure(plots.plot(ds), plot)
+    show(table(ds) if table is not None else None, quiet)
+    show(f"saved {output}" + (f" and {plot}" if plot is not None else ""), quiet)
+
+
+def show(what: Table | str | None, quiet: bool = False) -> None:
+    """Print a table or a line, unless told to be quiet; where there is no terminal, never wrapped or cut."""
+    if what is None or quiet:
+        return
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(what, highlight=False, soft_wrap=isinstance(what, str))
+
+
+def make_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row))
+    return table

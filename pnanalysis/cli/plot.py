@@ -1,0 +1,38 @@
+"""``pnanalysis plot``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pnanalysis import schema
+from pnanalysis.cli import options
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("plot")(plot)
+
+
+def plot(
+    file: Annotated[Path, typer.Argument(metavar="FILE.nc", help="A saved dataset.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.png|pdf|svg", help="By default FILE.png beside the dataset."),
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Figure to draw; by default the dataset's own.")] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Draw the figure of a saved dataset.
+
+    [bold]Example[/bold]
+
+      pnanalysis plot runs/lenet5/analysis/hessian.nc -o spectrum.pdf
+    """
+    from pnanalysis import plots
+
+    target = output or file.with_suffix(".png")
+    plots.save_figure(plots.plot(schema.load(file), kind), target)
+    options.show(f"saved {target}", quiet)

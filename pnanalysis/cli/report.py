@@ -1,0 +1,36 @@
+"""``pnanalysis report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pnanalysis.cli import options
+from pnanalysis.runs import open_run
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("report")(report)
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, the restart control among them.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """One self-contained HTML page with everything that is known of the runs.
+
+    [bold]Example[/bold]
+
+      pnanalysis report runs/lenet5 runs/lenet5-restart -o report.html
+    """
+    from pnanalysis.report import write_report
+
+    path = write_report([open_run(run) for run in runs], output, title=title)
+    options.show(f"saved {path}", quiet)

@@ -1,0 +1,103 @@
+"""Quantiles of a stream of numbers: exact while it is short, a mergeable histogram of the numbers' own bits beyond."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_KEPT_BITS = 18  # sign, 8 of exponent, 9 of mantissa
+_SHIFT = 32 - _KEPT_BITS
+_BUCKETS = 1 << _KEPT_BITS
+
+#: A quantile from the histogram lies within this relative distance of an order statistic (float32's normal range).
+RELATIVE_ERROR = 2.0 ** -(_KEPT_BITS - 9)
+
+
+class QuantileSketch:
+    """Quantiles of all numbers given to :meth:`add`, in memory that does not grow with their count.
+
+    Up to ``exact_limit`` numbers are kept, and their quantiles are numpy's. Beyond that, numbers are counted in
+    buckets that share sign, exponent and the leading nine bits of the mantissa of their float32 form: adding is one
+    ``bincount``, merging an addition, there is no range to choose, and a quantile is within a factor
+    1 ± :data:`RELATIVE_ERROR` of the order statistic it stands for.
+
+    Parameters
+    ----------
+    exact_limit : int
+        Numbers to keep at most; 0 starts with the histogram.
+    """
+
+    def __init__(self, exact_limit: int = 4_000_000) -> None:
+        self.exact_limit = exact_limit
+        self.count = 0
+        self._kept: list[Tensor] = []
+        self._buckets: Tensor | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether quantiles are exact."""
+        return self._buckets is None
+
+    def add(self, values: Tensor) -> None:
+        """Take in a tensor of any shape."""
+        values = values.detach().reshape(-1).float()
+        self.count += values.numel()
+        if self.exact and self.count <= self.exact_limit:
+            self._kept.append(values)
+            return
+        for kept in self._kept:
+            self._tally(kept)
+        self._kept.clear()
+        self._tally(values)
+
+    def quantiles(self, levels: Sequence[float] | NDArray[np.float64], absolute: bool = False) -> NDArray[np.float64]:
+        """Quantiles at ``levels`` in [0, 1], linearly interpolated; of the absolute values if asked.
+
+        Raises
+        ------
+        ValueError
+            If nothing has been added.
+        """
+        if not self.count:
+            raise ValueError("no numbers have been added")
+        if self._buckets is None:
+            values = torch.cat(self._kept).cpu().numpy().astype(np.float64)
+            return np.quantile(np.abs(values) if absolute else values, levels)
+        values, counts = self._bucket_values()
+        if absolute:
+            order = np.argsort(np.abs(values), kind="stable")
+            values, counts = np.abs(values)[order], counts[order]
+        ends = np.cumsum(counts)
+        ranks = np.asarray(levels, dtype=np.float64) * (self.count - 1)
+        return values[np.searchsorted(ends, ranks, side="right").clip(max=len(values) - 1)]
+
+    def histogram(self, edges: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Density of the numbers over the bins between ``edges``; what lies outside counts in the total only."""
+        if self._buckets is None:
+            counts, _ = np.histogram(torch.cat(self._kept).cpu().numpy(), bins=edges)
+        else:
+            values, weights = self._bucket_values()
+            counts, _ = np.histogram(values, bins=edges, weights=weights)
+        return counts / (self.count * np.diff(edges))
+
+    def _tally(self, values: Tensor) -> None:
+        bits = values.contiguous().view(torch.int32)
+        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # monotone in the number
+        tally = torch.bincount((ordered >> _SHIFT) + _BUCKETS // 2, minlength=_BUCKETS)
+        self._buckets = tally if self._buckets is None else self._buckets + tally
+
+    def _bucket_values(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Middles and counts of the buckets in use, in order."""
+        assert self._buckets is not None
+        counts = self._buckets.cpu().numpy()
+        used = np.flatnonzero(counts)
+        low = (used - _BUCKETS // 2).astype(np.int32) << _SHIFT
+        high = low + ((1 << _SHIFT) - 1)
+        ends = [(key ^ ((key >> 31) & 0x7FFFFFFF)).astype(np.int32).view(np.float32) for key in (low, high)]
+        middles = (ends[0].astype(np.float64) + ends[1].astype(np.float64)) / 2
+        middles[ends[0] == 0] = 0.0  # the bucket of zero holds denormals beside it
+        return middles, counts[used]

@@ -1,0 +1,135 @@
+"""``pntrain``: run a named experiment, or train one's own model, into a run directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pnanalysis.cli.main import run_app
+from pnanalysis.cli.options import make_table, show
+from pnanalysis.errors import TrainingError
+from pnanalysis.runs import Run
+from trainers.recipes import RECIPES, Config, configure, find_recipe
+from trainers.strategies import train
+
+app = typer.Typer(
+    name="pntrain", add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True
+)
+
+_RECIPE_HELP = "; ".join(f"{recipe.id} {name}" for name, recipe in RECIPES.items())
+
+
+@app.command()
+def pntrain(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=f"{_RECIPE_HELP}; or custom, with --model.")],
+    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/RECIPE.")] = None,
+    strategy: Annotated[str | None, typer.Option(metavar="plain|persistent|partial|restart")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Trainings in all, the plain one included.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of each training (steps, for S1 and S2).")] = None,
+    lam: Annotated[float | None, typer.Option(help="Strength of the persistent penalty.")] = None,
+    layers: Annotated[str | None, typer.Option(help="all, random, random-each, or names joined by commas.")] = None,
+    init_std: Annotated[float | None, typer.Option(help="Draw all parameters from N(0, std^2).")] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    optimizer: Annotated[str | None, typer.Option(metavar="adam|sgd")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    augment: Annotated[list[str] | None, typer.Option(metavar="crop|flip", help="Repeat for both.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME|MODULE:FACTORY")] = None,
+    model_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=JSON", help="Argument of the model's factory; repeat.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="digits, cifar10, imagefolder:PATH or module:factory.")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(metavar="NAME|MODULE:FUNCTION")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    split_seed: Annotated[int | None, typer.Option(help="Of the validation/test split.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Epochs between saved checkpoints.")] = None,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto")] = "auto",
+    amp: Annotated[str | None, typer.Option(metavar="no|bf16")] = None,
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile the network.")] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Train the restart control of equal cost too, into OUT-restart.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted or shorter run.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
+) -> None:
+    """Train a network, then again from the same start while repelled from every earlier end point.
+
+    [bold]Examples[/bold]
+
+      pntrain lenet5 --data imagefolder:cifar --iterations 5 --epochs 5 --control
+
+      pntrain custom --model mymodels:make --data mydata:make --epochs 20
+
+      pntrain S1 --out runs/two-well
+    """
+    chosen = find_recipe("lenet5" if recipe == "custom" else recipe)
+    if recipe == "custom" and model is None:
+        raise TrainingError("custom needs --model: a registered name or module:factory")
+    config = configure(
+        chosen, recipe="custom" if recipe == "custom" else None, strategy=strategy, iterations=iterations,
+        epochs=epochs, lam=lam, layers=layers, init_std=init_std, batch_size=batch_size, lr=lr, optimizer=optimizer,
+        momentum=momentum, weight_decay=weight_decay, augment=tuple(augment) if augment else None, model=model,
+        model_options=_model_options(model_option), data=data, loss=loss, seed=seed, split_seed=split_seed,
+        checkpoint_every=checkpoint_every, amp=amp, compile=compile,
+    )  # fmt: skip
+    out = out or Path("runs") / config.recipe
+    run = train(config, out, device=device, resume=resume, progress=not quiet)
+    runs = [run]
+    if control and config.strategy != "restart":
+        twin = configure_restart(config)
+        runs.append(train(twin, out.with_name(f"{out.name}-restart"), device=device, resume=resume, progress=not quiet))
+    for each in runs:
+        _report(each, quiet)
+
+
+def configure_restart(config: Config) -> Config:
+    """The control of equal cost: as many plain trainings from fresh initial points."""
+    from dataclasses import replace
+
+    return replace(config, strategy="restart")
+
+
+def _model_options(entries: list[str] | None) -> dict[str, object] | None:
+    if not entries:
+        return None
+    options = {}
+    for entry in entries:
+        name, separator, text = entry.partition("=")
+        try:
+            options[name] = json.loads(text)
+        except ValueError as error:
+            raise TrainingError(f"--model-option {entry!r}: write NAME=JSON, such as width=256") from error
+        if not separator:
+            raise TrainingError(f"--model-option {entry!r}: write NAME=JSON, such as width=256")
+    return options
+
+
+def _report(run: Run, quiet: bool) -> None:
+    last = run.history.isel(epoch=-1)
+    champion = run.manifest["champion"]
+    rows = [
+        [
+            f"{i}" + (" plain" if i == 0 else "") + (" champion" if i == champion else ""),
+            f"{float(last.train_loss[i]):.4f}",
+            f"{float(last.validation_error[i]):.2%}",
+            f"{float(last.test_error[i]):.2%}",
+        ]
+        for i in range(len(run.ends))
+    ]
+    title = f"{run.path} ({run.manifest['strategy']})"
+    show(make_table(title, ["iteration", "training loss", "validation error", "test error"], rows), quiet)
+
+
+def main() -> None:
+    """Entry point of ``pntrain``."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()
