@@ -48,23 +48,67 @@ def _var(dims: str, units: str, long_name: str, required: bool = True) -> Variab
 
 _OPTIONAL = False
 
+
+def _with_error(name: str, units: str, long_name: str) -> dict[str, Variable]:
+    """A scalar with its standard error and 95 % interval."""
+    return {
+        name: _var("", units, long_name),
+        f"{name}_se": _var("", units, f"standard error of the {long_name}", _OPTIONAL),
+        **_with_interval(name, units, long_name),
+    }
+
+
+def _with_interval(name: str, units: str, long_name: str) -> dict[str, Variable]:
+    """A scalar with the two ends of its 95 % interval."""
+    return {
+        name: _var("", units, long_name),
+        f"{name}_low": _var("", units, f"lower end of the interval of the {long_name}", _OPTIONAL),
+        f"{name}_high": _var("", units, f"upper end of the interval of the {long_name}", _OPTIONAL),
+    }
+
+
+_SPECTRUM_SCALARS = {
+    **_with_error("trace", "loss", "trace"),
+    **_with_error("frobenius_norm", "loss", "Frobenius norm"),
+    **_with_error("negative_mass", "1", "share of negative eigenvalues"),
+    **_with_error("effective_rank", "1", "effective rank (participation ratio)"),
+    **_with_error("effective_dimension", "1", "effective dimension"),
+    **_with_interval("lambda_max", "loss", "largest eigenvalue"),
+    **_with_interval("lambda_min", "loss", "smallest eigenvalue"),
+    **_with_interval("n_outliers", "1", "eigenvalues beyond the bulk"),
+    **_with_interval("bulk_edge_low", "loss", "lower edge of the bulk"),
+    **_with_interval("bulk_edge_high", "loss", "upper edge of the bulk"),
+    **_with_interval("gap_ratio", "1", "lambda_max over the upper edge of the bulk"),
+}
+
 _SPECTRUM = {
     "node": _var("quadrature", "loss", "quadrature node (eigenvalue)"),
     "weight": _var("quadrature", "1", "quadrature weight (share of the spectrum)"),
+    "sampled": _var("quadrature", "1", "node known by random probes (1) or exactly counted (0)"),
     "ritz_value": _var("probe lanczos", "loss", "Ritz value"),
     "ritz_weight": _var("probe lanczos", "1", "Ritz weight (squared first component)"),
+    "ritz_residual": _var("probe lanczos", "loss", "residual bound of the Ritz value"),
     "density": _var("eigenvalue", "1 / loss", "spectral density"),
     "density_se": _var("eigenvalue", "1 / loss", "standard error of the spectral density"),
-    "trace": _var("", "loss", "trace"),
-    "trace_se": _var("", "loss", "standard error of the trace"),
-    "lambda_max": _var("", "loss", "largest eigenvalue"),
-    "lambda_min": _var("", "loss", "smallest eigenvalue"),
     "deflated_value": _var("component", "loss", "deflated eigenvalue", _OPTIONAL),
     "deflated_residual": _var("component", "loss", "residual bound of the deflated eigenvalue", _OPTIONAL),
-    "bulk_edge_low": _var("", "loss", "lower edge of the bulk", _OPTIONAL),
-    "bulk_edge_high": _var("", "loss", "upper edge of the bulk", _OPTIONAL),
-    "n_outliers": _var("", "1", "eigenvalues beyond the bulk", _OPTIONAL),
-    "gap_ratio": _var("", "1", "lambda_max over the upper edge of the bulk", _OPTIONAL),
+    "top_value": _var("top", "loss", "largest eigenvalues"),
+    "top_residual": _var("top", "loss", "residual bound of the largest eigenvalues"),
+    "coupling": _var("", "loss", "coupling of the deflated space with the rest"),
+    "n_parameters": _var("", "1", "number of parameters"),
+    "n_bulk_probes": _var("", "1", "probes behind the sampled nodes"),
+    "kernel_width": _var("", "loss", "standard deviation of the Gaussian kernel"),
+    **_SPECTRUM_SCALARS,
+}
+
+_SPECTRUM_COMPARISON = {
+    "wasserstein1": _var("", "loss", "Wasserstein-1 distance of the two spectra"),
+    "wasserstein1_noise": _var("", "loss", "Wasserstein-1 distance expected of equal spectra"),
+    "wasserstein1_se": _var("", "loss", "bound on the standard error of the Wasserstein-1 distance"),
+    **{
+        name: Variable(scalar.dims, scalar.units, f"difference in {scalar.long_name}", scalar.required)
+        for name, scalar in _SPECTRUM_SCALARS.items()
+    },
 }
 
 SCHEMAS: dict[str, dict[str, Variable]] = {
@@ -78,6 +122,7 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
     },
     "spectral_density": _SPECTRUM,
     "hessian": _SPECTRUM,
+    "spectrum_comparison": _SPECTRUM_COMPARISON,
     "saturation": {
         "percentile": _var("layer quantile", "1", "activation percentile"),
         "abs_percentile": _var("layer quantile", "1", "percentile of the absolute activation"),

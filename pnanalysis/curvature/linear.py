@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -141,15 +142,20 @@ def as_operator(source: Any) -> LinearOperator:
     return _FromScipy(operator)
 
 
-def random_unit_vectors(operator: LinearOperator, n_vectors: int, seed: int) -> torch.Tensor:
-    """Vectors ``(P, n_vectors)`` uniform on the unit sphere, on the operator's device and in its dtype.
+def random_unit_vectors(operator: LinearOperator, indices: Iterable[int], seed: int) -> torch.Tensor:
+    """Vectors ``(P, k)`` uniform on the unit sphere, on the operator's device and in its dtype.
 
-    They are drawn on the CPU in float64, so that a seed means the same vectors everywhere.
+    Vector ``i`` depends on ``seed`` and ``i`` alone, whatever the device, the dtype and the other indices: each is
+    drawn on the CPU in float64 from a generator of its own.
     """
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(n_vectors, operator.shape[0], generator=generator, dtype=torch.float64)
-    vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors.T.to(device=operator.device, dtype=operator.dtype)
+    columns = []
+    for index in indices:
+        state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+        vector = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64)
+        vector /= torch.linalg.vector_norm(vector)
+        columns.append(vector.to(device=operator.device, dtype=operator.dtype))
+    return torch.stack(columns, dim=1)
 
 
 def _square(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -1,0 +1,74 @@
+"""How much memory a spectrum takes, how much there is, and how to stay within it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from pnanalysis.errors import CurvatureError
+
+#: Share of the free memory that a basis may fill where no bound is given; the operator needs the rest.
+DEFAULT_SHARE = 0.6
+
+
+def basis_bytes(n_parameters: int, n_lanczos: int, n_probes: int, dtype: torch.dtype, n_deflated: int = 0) -> int:
+    """Bytes of a Lanczos run: ``((n_lanczos + 3) * n_probes + n_deflated) * P`` numbers of ``dtype``.
+
+    The basis takes ``n_lanczos`` vectors a probe; three more are the vector in hand, its product and the work
+    space of Gram-Schmidt. ``n_deflated`` vectors are shared by all probes. What the operator itself needs for a
+    product comes on top.
+    """
+    return ((n_lanczos + 3) * n_probes + n_deflated) * n_parameters * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now on a CUDA device, or on the host for any other device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def probes_at_once(
+    n_parameters: int,
+    n_lanczos: int,
+    n_probes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    n_deflated: int = 0,
+    max_memory_bytes: int | None = None,
+) -> int:
+    """The most probes whose bases fit in memory together.
+
+    Parameters
+    ----------
+    max_memory_bytes : int, optional
+        The bound; by default 60 % of what is free on ``device``.
+
+    Raises
+    ------
+    CurvatureError
+        If not even one probe fits.
+    """
+    each = basis_bytes(n_parameters, n_lanczos, 1, dtype)
+    shared = basis_bytes(n_parameters, n_lanczos, 0, dtype, n_deflated)
+    limit = max_memory_bytes
+    if limit is None:  # the deflated vectors are there already, and no longer count as free
+        limit = int(DEFAULT_SHARE * free_bytes(device)) + shared
+    fitting = (limit - shared) // each
+    if fitting < 1:
+        raise CurvatureError(
+            f"one probe of {n_lanczos} Lanczos steps on {n_parameters:,} parameters needs {human(each + shared)}, "
+            f"the bound is {human(limit)}: lower n_lanczos, raise the memory bound, or keep the basis in host memory "
+            "(basis_device='cpu')"
+        )
+    return min(n_probes, int(fitting))
+
+
+def human(n_bytes: float) -> str:
+    """Bytes as text: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.3g} GiB"
