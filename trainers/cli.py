@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pnanalysis.cli.main import run_app
-from pnanalysis.cli.options import make_table, show
+from pnanalysis.console import make_table, run_app, show
 from pnanalysis.errors import TrainingError
 from pnanalysis.runs import Run
 from trainers.recipes import RECIPES, Config, configure, find_recipe
@@ -90,8 +90,6 @@ def pntrain(
 
 def configure_restart(config: Config) -> Config:
     """The control of equal cost: as many plain trainings from fresh initial points."""
-    from dataclasses import replace
-
     return replace(config, strategy="restart")
 
 

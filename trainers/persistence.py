@@ -102,7 +102,7 @@ class PersistentPenalty:
             theta = torch.cat([model.get_parameter(name).reshape(-1) for name in names])
             anchors = self._anchors.get(layer)
             if anchors is None:
-                products[layer] = theta.new_zeros(0)
+                products[layer] = theta[:0]
                 continue
             if anchors.device != theta.device or anchors.dtype != theta.dtype:
                 anchors = self._anchors[layer] = anchors.to(theta)

@@ -147,11 +147,11 @@ def find_recipe(name: str) -> Recipe:
     raise TrainingError(f"unknown recipe {name!r}; there are {', '.join(f'{r.id} {k}' for k, r in RECIPES.items())}")
 
 
-def configure(recipe: Recipe, **settings: Any) -> Config:
-    """The recipe's configuration with the given settings in place of its own (``None`` leaves one as it is)."""
+def configure(base: Recipe, /, **settings: Any) -> Config:
+    """A recipe's configuration with the given settings in place of its own (``None`` leaves one as it is)."""
     given = {name: value for name, value in settings.items() if value is not None}
-    if given.get("strategy") == "persistent" and recipe.config.strategy == "partial":
+    if given.get("strategy") == "persistent" and base.config.strategy == "partial":
         given.setdefault("layers", "all")
-    if given.get("strategy") == "partial" and recipe.config.layers == "all":
+    if given.get("strategy") == "partial" and base.config.layers == "all":
         given.setdefault("layers", "random")
-    return replace(recipe.config, **given)
+    return replace(base.config, **given)

@@ -306,8 +306,8 @@ def _restored_history(empty: xr.Dataset, saved: xr.Dataset) -> xr.Dataset:
 
 
 def _input_shape(config: Config) -> tuple[int, ...] | None:
-    shape = config.model_options.get("input_shape")
-    return tuple(shape) if shape else getattr(build_model(config.model, config.model_options), "input_shape", None)
+    shape: tuple[int, ...] | None = getattr(build_model(config.model, config.model_options), "input_shape", None)
+    return shape
 
 
 def _portable(spec: str) -> str:

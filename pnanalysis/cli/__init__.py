@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from pnanalysis.cli import demo, hessian, history, info, plot, report, saturation, trajectory
-from pnanalysis.cli.main import run_app
+from pnanalysis.console import run_app
 
 app = typer.Typer(
     name="pnanalysis",

@@ -7,6 +7,7 @@ import xarray as xr
 from rich.table import Table
 
 from pnanalysis.cli import options
+from pnanalysis.console import make_table, show
 from pnanalysis.errors import PnError
 from pnanalysis.history import history as analyse
 from pnanalysis.runs import open_run
@@ -35,7 +36,7 @@ def history(
     opened = [open_run(path) for path in runs]
     ds = analyse(*opened)
     if output is None and plot is None:
-        options.show(_table(ds), quiet)
+        show(_table(ds), quiet)
     else:
         options.deliver(ds, as_source(opened[0]), output, plot, quiet, _table)
 
@@ -50,6 +51,6 @@ def _table(ds: xr.Dataset) -> Table:
             if not at.train_loss.isnull():
                 errors = [f"{float(at.validation_error):.2%}", f"{float(at.test_error):.2%}"]
                 rows.append([f"{name}{iteration}", float(at.train_loss), float(at.penalty), *errors])
-    return options.make_table(
+    return make_table(
         "at the end of training", ["iteration", "training loss", "penalty", "validation error", "test error"], rows
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pnanalysis import schema
-from pnanalysis.cli import options
+from pnanalysis.console import make_table, show
 from pnanalysis.runs import Run, open_run
 
 
@@ -32,11 +32,11 @@ def info(
             [str(name), " x ".join(f"{d} {n}" for d, n in a.sizes.items()), a.units, a.long_name]
             for name, a in ds.items()
         ]
-        options.show(options.make_table(f"{path}: {ds.attrs['kind']}", ["variable", "dims", "units", "meaning"], rows))
+        show(make_table(f"{path}: {ds.attrs['kind']}", ["variable", "dims", "units", "meaning"], rows))
         rows = [[str(key), str(value)] for key, value in ds.attrs.items()]
-        options.show(options.make_table("made by", ["attribute", "value"], rows))
+        show(make_table("made by", ["attribute", "value"], rows))
         return
-    options.show(options.make_table(str(path), ["entry", "value"], _describe(open_run(path))))
+    show(make_table(str(path), ["entry", "value"], _describe(open_run(path))))
 
 
 def _describe(run: Run) -> list[list[Any]]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import xarray as xr
-from rich.console import Console
 from rich.table import Table
 
 from pnanalysis import schema
+from pnanalysis.console import show
 from pnanalysis.errors import PnError
 from pnanalysis.runs import ANALYSIS
 from pnanalysis.sources import Source, as_source, open_files
@@ -49,7 +48,7 @@ Checkpoints = Annotated[
         "--checkpoint",
         "-c",
         metavar="NAME",
-        help="plain, champion, start, ends, all, iterNN or iterNN/epochNNN; repeat.",
+        help="plain, champion, start, ends, all, iterNN[/epochNNN]; repeat.",
     ),
 ]
 
@@ -93,21 +92,3 @@ def deliver(
         plots.save_figure(plots.plot(ds), plot)
     show(table(ds) if table is not None else None, quiet)
     show(f"saved {output}" + (f" and {plot}" if plot is not None else ""), quiet)
-
-
-def show(what: Table | str | None, quiet: bool = False) -> None:
-    """Print a table or a line, unless told to be quiet; where there is no terminal, never wrapped or cut."""
-    if what is None or quiet:
-        return
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(what, highlight=False, soft_wrap=isinstance(what, str))
-
-
-def make_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row))
-    return table

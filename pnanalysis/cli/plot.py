@@ -9,6 +9,7 @@ import typer
 
 from pnanalysis import schema
 from pnanalysis.cli import options
+from pnanalysis.console import show
 
 
 def register(app: typer.Typer) -> None:
@@ -35,4 +36,4 @@ def plot(
 
     target = output or file.with_suffix(".png")
     plots.save_figure(plots.plot(schema.load(file), kind), target)
-    options.show(f"saved {target}", quiet)
+    show(f"saved {target}", quiet)

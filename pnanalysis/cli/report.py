@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pnanalysis.cli import options
+from pnanalysis.console import show
 from pnanalysis.runs import open_run
 
 
@@ -17,9 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run directories, the restart control among them.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, and restart controls of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     quiet: options.Quiet = False,
@@ -33,4 +32,4 @@ def report(
     from pnanalysis.report import write_report
 
     path = write_report([open_run(run) for run in runs], output, title=title)
-    options.show(f"saved {path}", quiet)
+    show(f"saved {path}", quiet)

@@ -9,6 +9,7 @@ import xarray as xr
 from rich.table import Table
 
 from pnanalysis.cli import options
+from pnanalysis.console import make_table
 from pnanalysis.saturation import saturation as analyse
 
 
@@ -55,7 +56,7 @@ def _table(ds: xr.Dataset) -> Table:
         values = values.ffill("epoch").isel(epoch=-1)
     rows = values.stack(row=[dim for dim in values.dims if dim != "layer"]).transpose("row", "layer")
     names = [" ".join(f"{part}" for part in row) for row in rows.row.values]
-    return options.make_table(
+    return make_table(
         "98th percentile of |activation| at the end of training",
         [" ".join(str(dim) for dim in values.dims if dim != "layer"), *map(str, ds.layer.values)],
         ([name, *row] for name, row in zip(names, rows.values, strict=True)),

@@ -9,6 +9,7 @@ import xarray as xr
 from rich.table import Table
 
 from pnanalysis.cli import options
+from pnanalysis.console import make_table
 from pnanalysis.trajectory import trajectory as analyse
 
 
@@ -50,7 +51,7 @@ def _table(ds: xr.Dataset) -> Table:
         if not (at := paths.sel(run=run, iteration=iteration)).distance_from_start.isnull()
     ]
     shares = ", ".join(f"{share:.1%}" for share in ds.explained_variance.values)
-    return options.make_table(
+    return make_table(
         f"ends of the paths (principal components explain {shares})",
         ["path", "distance from start", "path length", "distance from plane"],
         rows,

@@ -1,0 +1,48 @@
+# Every target sets itself up: .venv is made when it is missing and brought up to date when the lock changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= demo
+
+.PHONY: help demo test test-slow check notebooks bench lock clean
+
+help:
+	@echo "make demo       train, analyse and report on handwritten digits (about three minutes)"
+	@echo "make test       run the tests        make test-slow  the long ones too"
+	@echo "make check      lint and type-check  make notebooks  run the notebooks"
+	@echo "make bench      benchmarks beside peers              make clean  remove what make made"
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (torch takes a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,dev]"
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/pnanalysis demo --out $(OUT)
+
+# One thread a worker: two busy thread pools on two cores are slower than two single threads.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+notebooks: $(STAMP)
+	$(BIN)/python -m pytest tests/notebooks -m "slow or not slow"
+
+bench: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+lock: $(STAMP)
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v -e '@' -e '^pip=' > constraints.txt
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,80 @@
+"""``pnanalysis hessian``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+import xarray as xr
+from rich.table import Table
+
+from pnanalysis.cli import options
+from pnanalysis.console import make_table
+from pnanalysis.hessian import hessian as analyse
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("hessian")(hessian)
+
+
+def hessian(
+    runs: options.Paths = None,
+    checkpoint: options.Checkpoints = None,
+    operator: Annotated[str, typer.Option(metavar="hessian|ggn|fisher")] = "hessian",
+    n_lanczos: Annotated[int, typer.Option(help="Lanczos steps of each probe.")] = 90,
+    n_probes: Annotated[int, typer.Option(help="Random probes.")] = 10,
+    deflate: Annotated[bool, typer.Option("--deflate/--no-deflate", help="Give outliers their exact mass.")] = True,
+    kernel_width: Annotated[float | None, typer.Option(help="Gaussian sigma of the density, in eigenvalues.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    n: Annotated[int, typer.Option("--n", help="Examples, drawn by seed.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Examples at a time; memory, not the result, depends on it.")] = 512,
+    params: Annotated[list[str] | None, typer.Option(metavar="LAYER", help="Restrict to layers; repeat.")] = None,
+    bn: Annotated[str, typer.Option(metavar="eval|train", help="Statistics of batch normalisation.")] = "eval",
+    dtype: Annotated[str, typer.Option(metavar="float32|float64")] = "float32",
+    engine: Annotated[
+        str, typer.Option(metavar="native|pyhessian|curvlinops", help="Of the products.")
+    ] = "native",
+    model: options.Model = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    loss: options.LossName = None,
+    output: options.Output = None,
+    plot: options.Plot = None,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Eigenvalue spectral density of the loss Hessian, with error bars.
+
+    [bold]Examples[/bold]
+
+      pnanalysis hessian runs/lenet5 --plot spectrum.pdf
+
+      pnanalysis hessian --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make --loss mse
+    """
+    given = options.sources(runs, model, weights, data, loss)
+    ds = analyse(
+        *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
+        deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params, bn_mode=bn,
+        dtype=dtype, device=device, seed=seed, progress=not quiet,
+    )  # fmt: skip
+    options.deliver(ds, given[0], output, plot, quiet, _table)
+
+
+def _table(ds: xr.Dataset) -> Table:
+    rows = [
+        [
+            str(name),
+            float(at.lambda_max),
+            float(at.lambda_min),
+            f"{float(at.trace):.4g} ± {float(at.trace_se):.2g}",
+            f"{float(at.n_outliers):.0f}",
+            float(at.bulk_edge_high),
+            float(at.gap_ratio),
+        ]
+        for name in ds.checkpoint.values
+        for at in [ds.sel(checkpoint=name)]
+    ]
+    columns = ["checkpoint", "lambda_max", "lambda_min", "trace ± se", "outliers", "bulk edge", "lambda_max / edge"]
+    return make_table(f"{ds.attrs['operator']} over {ds.attrs.get('n', 'all')} examples", columns, rows)

@@ -1,0 +1,93 @@
+"""The demonstration: two networks on handwritten digits, trained, analysed and reported from nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from pnanalysis import schema
+from pnanalysis.errors import RunError
+from pnanalysis.hessian import hessian
+from pnanalysis.report import write_report
+from pnanalysis.runs import ANALYSIS, Run, open_run
+from pnanalysis.saturation import saturation
+from pnanalysis.trajectory import trajectory
+
+#: Network: options of its training. Both are small enough for two CPU cores and learn the digits well.
+NETWORKS = {
+    "tanh7": [
+        "--model-option", "input_shape=[1,8,8]", "--model-option", "width=64", "--iterations", "6", "--epochs", "20",
+        "--lam", "0.1", "--batch-size", "64", "--checkpoint-every", "1",
+    ],
+    "lenet5": [
+        "--iterations", "6", "--epochs", "15", "--lam", "0.1", "--batch-size", "64", "--checkpoint-every", "1",
+    ],
+}  # fmt: skip
+
+Say = Callable[[str], None]
+
+
+def demo(out: str | os.PathLike[str], device: str = "auto", seed: int = 0, say: Say = print) -> tuple[Path, list[Run]]:
+    """Train plain, persistent and restart runs of two networks on digits, run every analysis and write the report.
+
+    Parameters
+    ----------
+    out : path
+        Folder for the runs (``tanh7``, ``lenet5`` and their ``-restart`` controls) and ``report.html``. Finished runs
+        in it are used again.
+    device : str
+    seed : int
+    say : callable
+        Told what is going on, a line at a time.
+
+    Returns
+    -------
+    (Path, list of Run)
+        The report and the runs.
+    """
+    out = Path(out)
+    jobs = [(network, strategy) for network in NETWORKS for strategy in ("partial", "restart")]
+    say(f"training {', '.join(NETWORKS)} on digits: plain, persistent and restart")
+    workers = min(len(jobs), os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda job: _train(out, *job, device=device, seed=seed, threads=1), jobs))
+    runs = [open_run(out / _name(*job)) for job in jobs]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda run: _analyse(run, device, seed, say), runs))
+    report = write_report(runs, out / "report.html", title="pnanalysis demo: handwritten digits")
+    return report, runs
+
+
+def _name(network: str, strategy: str) -> str:
+    return f"{network}-restart" if strategy == "restart" else network
+
+
+def _train(out: Path, network: str, strategy: str, *, device: str, seed: int, threads: int) -> None:
+    """One training in a process of its own, so that several use the cores side by side."""
+    command = [
+        sys.executable, "-m", "trainers.cli", network, "--strategy", strategy, "--data", "digits", "--out",
+        str(out / _name(network, strategy)), "--device", device, "--seed", str(seed), "--resume", "--quiet",
+        *NETWORKS[network],
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunError(f"training {network} ({strategy}) failed: {done.stderr.strip().splitlines()[-1]}")
+
+
+def _analyse(run: Run, device: str, seed: int, say: Say) -> None:
+    torch.set_num_threads(1)  # as many runs at a time as there are cores
+    found = {
+        "hessian": hessian(run, n=512, n_lanczos=40, n_probes=5, device=device, seed=seed, progress=False),
+        "saturation": saturation(run, n=300, device=device, seed=seed, progress=False),
+        "trajectory": trajectory(run, progress=False),
+    }
+    for kind, ds in found.items():
+        schema.save(ds, run.path / ANALYSIS / f"{kind}.nc")
+    say(f"analysed {run.path.name}: Hessian spectrum, saturation, trajectory")

@@ -1,0 +1,106 @@
+"""Models by name, weights into models, and runs that must not be trusted with code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pnanalysis.errors import ModelError, PnError
+from pnanalysis.models import build_model, load_weights, parameter_layers, resolve_loss
+from pnanalysis.runs import Run, RunWriter, open_run
+from pnanalysis.sources import as_source, open_files, resolve_device
+
+PARAMETERS = {"lenet5": 62_006, "alexnet": 28_711_754, "resnet18": 11_173_962, "tanh7": 1_118_218, "relu32": 1_153}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_registered_models_run_and_have_the_documented_size(name: str) -> None:
+    model = build_model(name).eval()
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert model(torch.zeros(2, *model.input_shape)).shape == (2, 1 if name == "relu32" else 10)
+
+
+def test_an_unknown_model_lists_the_known_ones() -> None:
+    with pytest.raises(ModelError, match="lenet5.*module:factory"):
+        build_model("lenet6")
+
+
+def test_a_factory_of_ones_own_is_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_nets.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(3, 2)\n")
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(build_model("my_nets:make"), nn.Linear)
+
+
+@pytest.mark.parametrize("spec", ["no_such_module:make", "torch:no_such_thing", "math:pi"])
+def test_a_factory_that_is_none_is_refused(spec: str) -> None:
+    with pytest.raises(ModelError):
+        build_model(spec)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"weight": torch.zeros(2, 3)}, "lacks 'bias'"),
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, "has shape"),
+        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)}, "holds 'more'"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(state: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_weights(nn.Linear(3, 2), state)
+
+
+def test_layers_are_the_modules_that_own_parameters() -> None:
+    layers = dict(parameter_layers(build_model("resnet18")))
+    assert {"conv1", "bn1", "fc", "layer2.0.downsample.0"} <= layers.keys()
+    assert [name for name, _ in layers["bn1"]] == ["bn1.weight", "bn1.bias"]
+    assert sum(p.numel() for own in layers.values() for _, p in own) == PARAMETERS["resnet18"]
+
+
+def test_losses_by_name_and_unknown_ones() -> None:
+    assert resolve_loss("mse") is nn.functional.mse_loss
+    with pytest.raises(ModelError, match="cross_entropy"):
+        resolve_loss("hinge")
+
+
+def test_a_run_that_names_code_is_not_believed(tiny_run: Run, tmp_path: Path) -> None:
+    manifest = {**tiny_run.manifest, "model": {"name": "os:system", "options": {}}}
+    RunWriter.create(tmp_path / "evil", manifest)
+    with pytest.raises(PnError, match="vouch"):
+        as_source(open_run(tmp_path / "evil"))
+
+
+def test_a_run_on_code_as_data_needs_the_users_word(tiny_run: Run, tmp_path: Path) -> None:
+    manifest = {**tiny_run.manifest, "data": {"name": "my_data:make"}}
+    RunWriter.create(tmp_path / "evil", manifest)
+    with pytest.raises(PnError, match="--data"):
+        as_source(open_run(tmp_path / "evil"))
+
+
+def test_changed_data_are_noticed(tiny_run: Run, tmp_path: Path) -> None:
+    data = {**tiny_run.manifest["data"], "fingerprint": "0" * 16}
+    RunWriter.create(tmp_path / "changed", {**tiny_run.manifest, "data": data})
+    with pytest.raises(PnError, match="has changed"):
+        _ = as_source(open_run(tmp_path / "changed")).data
+
+
+def test_files_of_ones_own_get_short_distinct_names(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save_file(nn.Linear(3, 2).state_dict(), tmp_path / folder / "end.safetensors")
+    source = open_files(nn.Linear(3, 2), sorted(tmp_path.glob("*/end.safetensors")))
+    assert list(source.select(None)) == ["a/end", "b/end"]
+    with pytest.raises(ModelError, match="no weights named"):
+        source.select(["c/end"])
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    if torch.cuda.is_available() and device != "gpu":
+        pytest.skip("has CUDA")
+    with pytest.raises(ModelError):
+        resolve_device(device)

@@ -1,0 +1,137 @@
+"""Run directories: what is written is read again, and what is damaged says so."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from pnanalysis import schema
+from pnanalysis.errors import ModelError, RunError
+from pnanalysis.runs import MANIFEST, Run, RunWriter, open_run, read_weights
+
+
+def test_a_finished_run_names_start_plain_champion_and_ends(tiny_run: Run) -> None:
+    assert tiny_run.start.name == "iter00/epoch000"
+    assert tiny_run.plain.name == "iter00/epoch004"
+    assert [end.name for end in tiny_run.ends] == [f"iter0{i}/epoch004" for i in range(3)]
+    last = tiny_run.history.validation_error.isel(epoch=-1)
+    assert tiny_run.champion.iteration == int(last.values.argmin())
+
+
+def test_every_trajectory_starts_at_the_shared_initial_point(tiny_run: Run) -> None:
+    for iteration in range(3):
+        path = tiny_run.trajectory(iteration)
+        assert path[0] == tiny_run.start
+        assert [checkpoint.epoch for checkpoint in path] == [0, 1, 2, 3, 4]
+
+
+def test_select_gives_checkpoints_under_the_names_asked_for(tiny_run: Run) -> None:
+    chosen = tiny_run.select(["plain", "iter02", "iter01/epoch003"])
+    assert list(chosen) == ["plain", "iter02", "iter01/epoch003"]
+    assert chosen["iter02"].epoch == 4
+    assert len(tiny_run.select(["all"])) == 13
+
+
+@pytest.mark.parametrize("name", ["best", "iter09", "iter00/epoch077"])
+def test_an_unknown_checkpoint_is_refused_with_what_there_is(tiny_run: Run, name: str) -> None:
+    with pytest.raises(RunError, match="iter"):
+        tiny_run.select([name])
+
+
+def test_results_gather_history_and_saved_analyses(own_run: Run) -> None:
+    assert list(own_run.results.children) == ["history"]
+
+
+def test_the_manifest_records_what_is_needed_to_repeat_the_run(tiny_run: Run) -> None:
+    manifest = tiny_run.manifest
+    assert manifest["status"] == "finished"
+    assert manifest["config"]["lam"] == 0.1
+    assert len(manifest["data"]["fingerprint"]) == len(manifest["data"]["split_hash"]) == 16
+    assert {"torch", "numpy", "python"} <= manifest["versions"].keys()
+    assert all(layers == manifest["layers"][0] and len(layers) == 1 for layers in manifest["layers"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / MANIFEST).unlink(), "no run.json"),
+        (lambda path: (path / MANIFEST).write_text("{"), "unreadable"),
+        (lambda path: (path / MANIFEST).write_text('{"name": "something else"}'), "not a manifest"),
+        (lambda path: (path / MANIFEST).write_text('{"format": "pnanalysis-run", "id": "x"}'), "lacks"),
+        (lambda path: (path / MANIFEST).write_text('{"format": "pnanalysis-run", "schema_version": 99}'), "newer"),
+    ],
+)
+def test_a_damaged_run_gives_one_clear_error(own_run: Run, damage, message: str) -> None:  # noqa: ANN001
+    damage(own_run.path)
+    with pytest.raises(RunError, match=message):
+        open_run(own_run.path)
+
+
+def test_a_missing_run_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="pntrain"):
+        open_run(tmp_path / "nowhere")
+
+
+def test_a_damaged_history_is_an_error_not_a_crash(own_run: Run) -> None:
+    (own_run.path / "history.nc").write_bytes(b"not NetCDF")
+    with pytest.raises(schema.SchemaError, match="not a readable"):
+        _ = open_run(own_run.path).history
+
+
+def test_a_new_run_never_overwrites_an_old_one(own_run: Run) -> None:
+    with pytest.raises(RunError, match="exists already"):
+        RunWriter.create(own_run.path, {})
+
+
+def test_tied_and_strided_tensors_come_back_equal(tmp_path: Path) -> None:
+    writer = RunWriter.create(tmp_path / "run", {})
+    base = torch.arange(12.0).reshape(3, 4)
+    writer.save_checkpoint(0, 0, {"a": base, "tied": base, "turned": base.T})
+    loaded = read_weights(tmp_path / "run/checkpoints/iter00/epoch000.safetensors")
+    assert torch.equal(loaded["tied"], base)
+    assert torch.equal(loaded["turned"], base.T)
+
+
+def test_a_full_disk_keeps_the_old_file_and_says_what_to_do(own_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (own_run.path / MANIFEST).read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    writer = RunWriter(own_run.path, own_run.manifest)
+    with pytest.raises(RunError, match="disk is full.*intact"):
+        writer.update(status="changed")
+    assert (own_run.path / MANIFEST).read_bytes() == before
+    assert not list(own_run.path.glob(".*"))
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("run-by-the-pickle",)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_pickle_posing_as_weights_is_refused_and_never_run(tmp_path: Path, suffix: str, monkeypatch) -> None:  # noqa: ANN001
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(ModelError, match="refused|damaged"):
+        read_weights(file)
+    assert not (tmp_path / "run-by-the-pickle").exists()
+
+
+def test_a_state_dict_saved_by_torch_is_read(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 3)
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "nested.pt")
+    assert torch.equal(read_weights(tmp_path / "nested.pt")["weight"], model.weight)
+
+
+def test_the_manifest_is_plain_json(tiny_run: Run) -> None:
+    assert json.loads((tiny_run.path / MANIFEST).read_text()) == tiny_run.manifest

@@ -1,0 +1,128 @@
+"""The persistent penalty against its formula and finite differences."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pnanalysis.errors import TrainingError
+from trainers import PersistentPenalty
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3)).double()
+
+
+def vector(model: nn.Module, layer: int) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model[layer].parameters()])
+
+
+def by_the_formula(model: nn.Module, ends: list[nn.Module], lam: float, layers: list[int]) -> float:
+    total = 0.0
+    for end in ends:
+        for layer in layers:
+            theta, Theta = vector(model, layer), vector(end, layer)
+            total += abs(float(Theta @ theta)) / float(Theta @ Theta)
+    return lam * total
+
+
+@pytest.mark.parametrize(("layers", "positions"), [("all", [0, 1, 3]), ("3", [3]), (0, [0]), (["0", "3"], [0, 3])])
+@pytest.mark.parametrize("n_ends", [1, 5])
+def test_value_follows_the_formula(layers: object, positions: list[int], n_ends: int) -> None:
+    model, ends = network(), [network(seed) for seed in range(1, n_ends + 1)]
+    penalty = PersistentPenalty(model, lam=0.3, layers=layers)
+    for end in ends:
+        penalty.add(end)
+    expected = by_the_formula(model, ends, 0.3, positions)
+    assert float(penalty().detach()) == pytest.approx(expected, rel=1e-14)  # float64: a few roundings of 2^-53
+
+
+def test_gradient_agrees_with_finite_differences() -> None:
+    model = network()
+    penalty = PersistentPenalty(model, lam=0.3)
+    for seed in range(1, 4):
+        penalty.add(network(seed))
+    parameters = list(model.parameters())
+    gradient = torch.autograd.grad(penalty(), parameters)
+    for parameter, slope in zip(parameters, gradient, strict=True):
+        direction = torch.randn_like(parameter)
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=step)
+                values.append(float(penalty()))
+                parameter.sub_(direction, alpha=step)
+        # piecewise linear: differences are exact but for cancellation, 2^-53 / 1e-5 relative to the value
+        assert (values[0] - values[1]) / 2e-5 == pytest.approx(float((slope * direction).sum()), rel=1e-8, abs=1e-9)
+
+
+def test_gradient_is_the_signed_sum_of_scaled_end_points() -> None:
+    model, end = network(), network(1)
+    penalty = PersistentPenalty(model, lam=0.5, layers="3")
+    penalty.add(end)
+    (gradient,) = torch.autograd.grad(penalty(), [model[3].weight])
+    theta, Theta = vector(model, 3), vector(end, 3)
+    expected = 0.5 * torch.sign(Theta @ theta) * end[3].weight.detach() / (Theta @ Theta)
+    torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=0)
+
+
+def test_end_points_are_copies() -> None:
+    model = network()
+    penalty = PersistentPenalty(model)
+    end = copy.deepcopy(model)
+    penalty.add(end)
+    before = float(penalty())
+    with torch.no_grad():
+        for parameter in end.parameters():
+            parameter.zero_()
+    assert float(penalty()) == before
+    assert len(penalty) == 1
+
+
+def test_without_end_points_it_is_zero_and_differentiable() -> None:
+    model = network()
+    value = PersistentPenalty(model)()
+    assert float(value) == 0
+    value.backward()
+
+
+def test_random_layers_depend_on_the_seed_alone() -> None:
+    model = network()
+    drawn = {seed: tuple(PersistentPenalty(model, layers="random", seed=seed).layers) for seed in range(30)}
+    assert {name for names in drawn.values() for name in names} == {"0", "1", "3"}
+    assert drawn[4] == tuple(PersistentPenalty(network(9), layers="random", seed=4).layers)
+
+
+def test_a_zero_layer_is_left_out_with_one_warning() -> None:
+    model, end = network(), network(1)
+    with torch.no_grad():
+        end[3].weight.zero_()
+        end[3].bias.zero_()
+    penalty = PersistentPenalty(model, lam=1.0)
+    with pytest.warns(UserWarning, match="'3'.*left out") as caught:
+        penalty.add(end)
+        penalty.add(end)
+    assert len(caught) == 1
+    assert float(penalty().detach()) == pytest.approx(2 * by_the_formula(model, [end], 1.0, [0, 1]), rel=1e-14)
+
+
+@pytest.mark.parametrize("lam", [-1.0, math.nan, math.inf])
+def test_a_bad_strength_is_refused(lam: float) -> None:
+    with pytest.raises(TrainingError, match="lam"):
+        PersistentPenalty(network(), lam=lam)
+
+
+@pytest.mark.parametrize("layers", ["fc9", 17, ["0", "conv"]])
+def test_an_unknown_layer_lists_the_known_ones(layers: object) -> None:
+    with pytest.raises(TrainingError, match="there are 0, 1, 3"):
+        PersistentPenalty(network(), layers=layers)
+
+
+def test_an_end_point_of_another_architecture_is_refused() -> None:
+    with pytest.raises(TrainingError, match=r"3\.weight"):
+        PersistentPenalty(network()).add(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).double())

@@ -1,0 +1,185 @@
+"""Runs: what each strategy does, and that a kill at any moment loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pnanalysis.errors import PnError, RunError, TrainingError
+from pnanalysis.runs import Run, RunWriter, open_run
+from trainers import Config, configure, find_recipe, train
+from trainers.recipes import RECIPES
+from trainers.strategies import draw_layers
+
+_SECONDS = "seconds"
+
+
+def same(a: Run, b: Run) -> bool:
+    """Whether two runs hold bit-identical checkpoints and histories."""
+    if [c.name for c in a.checkpoints] != [c.name for c in b.checkpoints]:
+        return False
+    for one, other in zip(a.checkpoints, b.checkpoints, strict=True):
+        states = one.load(), other.load()
+        if any(not torch.equal(states[0][name], states[1][name]) for name in states[0]):
+            return False
+    return a.history.drop_vars(_SECONDS).equals(b.history.drop_vars(_SECONDS)) and a.manifest["ends"] == b.manifest["ends"]
+
+
+def test_the_same_seed_gives_the_same_run(tiny_run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    assert same(tiny_run, train(tiny_config, tmp_path / "again", device="cpu", progress=False))
+    other = train(replace(tiny_config, seed=1), tmp_path / "other", device="cpu", progress=False)
+    assert not same(tiny_run, other)
+
+
+def test_without_strength_persistent_iterations_repeat_the_plain_one(tiny_config: Config, tmp_path: Path) -> None:
+    run = train(replace(tiny_config, lam=0.0, iterations=2), tmp_path / "run", device="cpu", progress=False)
+    ends = [end.load() for end in run.ends]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_penalty_lowers_the_repelled_layers_overlap_with_earlier_ends(tiny_config: Config, tmp_path: Path) -> None:
+    run = train(replace(tiny_config, lam=1.0, layers="fc3"), tmp_path / "run", device="cpu", progress=False)
+    ends = [torch.cat([s["fc3.weight"].flatten(), s["fc3.bias"]]) for s in (end.load() for end in run.ends)]
+    overlap = [float(end @ ends[0] / ends[0].square().sum()) for end in ends]
+    assert overlap[0] > overlap[1] > overlap[2]  # each repelled once more
+    assert (run.history.penalty[0] == 0).all()
+    assert (run.history.penalty[1:] > 0).all()
+
+
+def test_restarts_share_the_plain_model_and_start_elsewhere(tiny_run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    run = train(replace(tiny_config, strategy="restart"), tmp_path / "run", device="cpu", progress=False)
+    plain = tiny_run.plain.load()
+    assert all(torch.equal(plain[name], value) for name, value in run.plain.load().items())
+    starts = [run.trajectory(i)[0].load()["fc1.weight"] for i in range(3)]
+    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[1], starts[2])
+    assert (run.history.penalty == 0).all()
+
+
+def test_random_layers_are_drawn_once_or_each_time(tiny_config: Config) -> None:
+    names = [f"fc{i}" for i in range(1, 8)]
+    once = [draw_layers(replace(tiny_config, layers="random"), i, names) for i in range(20)]
+    each = [draw_layers(replace(tiny_config, layers="random-each"), i, names) for i in range(20)]
+    assert len({tuple(layers) for layers in once}) == 1
+    assert len({tuple(layers) for layers in each}) > 2
+    assert draw_layers(replace(tiny_config, layers="fc2,fc5"), 1, names) == ["fc2", "fc5"]
+
+
+class _Killed(BaseException):
+    """Stands for a kill: nothing in the trainer may catch it."""
+
+
+@pytest.mark.parametrize("moment", range(1, 24, 2))
+def test_a_run_killed_at_any_write_resumes_to_the_same_end(
+    tiny_run: Run, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Every file is written through one rename: die before the ``moment``-th and go on."""
+    writes = 0
+    rename = os.replace
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == moment:
+            raise _Killed
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_or_die)
+        with pytest.raises(_Killed):
+            train(tiny_config, tmp_path / "run", device="cpu", progress=False, save_interval=0.0)
+    run = train(tiny_config, tmp_path / "run", device="cpu", progress=False, save_interval=0.0, resume=True)
+    assert same(run, tiny_run)
+    assert run.manifest["status"] == "finished"
+    assert not (run.path / "resume.safetensors").exists()
+
+
+def test_a_process_killed_hard_resumes_bit_identically(tiny_config: Config, tmp_path: Path) -> None:
+    config = replace(tiny_config, epochs=12, checkpoint_every=4)
+    whole = train(config, tmp_path / "whole", device="cpu", progress=False)
+    script = (
+        "import json, sys; from trainers import Config, train\n"
+        "config = Config.from_dict(json.loads(sys.argv[1]))\n"
+        "train(config, sys.argv[2], device='cpu', progress=False, save_interval=0.0, resume=True)\n"
+    )
+    command = [sys.executable, "-c", script, json.dumps(config.to_dict()), str(tmp_path / "killed")]
+    process = subprocess.Popen(command)
+    state = tmp_path / "killed" / "resume.safetensors"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "history.nc").exists() or open_run(tmp_path / "killed").manifest["status"] == "running"
+    subprocess.run(command, check=True)
+    assert same(whole, open_run(tmp_path / "killed"))
+
+
+def test_a_finished_run_can_be_made_longer(tiny_run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    train(replace(tiny_config, iterations=2), tmp_path / "run", device="cpu", progress=False)
+    longer = train(tiny_config, tmp_path / "run", device="cpu", progress=False, resume=True)
+    assert same(longer, tiny_run)
+
+
+def test_resuming_with_other_settings_is_refused(own_run: Run, tiny_config: Config) -> None:
+    with pytest.raises(RunError, match="lr=0.001, not 0.5"):
+        train(replace(tiny_config, iterations=2, epochs=1, lr=0.5), own_run.path, resume=True, progress=False)
+
+
+def test_a_damaged_resume_state_says_what_to_delete(own_run: Run) -> None:
+    (own_run.path / "resume.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
+    with pytest.raises(RunError, match="delete it"):
+        RunWriter(own_run.path, own_run.manifest).load_state()
+
+
+def test_a_nan_loss_keeps_the_last_good_state_and_marks_the_run(tiny_config: Config, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="epoch 1, step"):
+        train(replace(tiny_config, lr=1e38), tmp_path / "run", device="cpu", progress=False)
+    run = open_run(tmp_path / "run")
+    assert run.manifest["status"] == "failed"
+    assert "epoch 1" in run.manifest["failure"]
+    assert all(value.isfinite().all() for value in run.start.load().values())
+
+
+@pytest.mark.parametrize("settings", [{"lam": -1.0}, {"layers": "fc99"}, {"data": "no-such-data"}, {"model": "lenet6"}])
+def test_bad_settings_are_refused_before_anything_is_written(
+    tiny_config: Config, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    with pytest.raises(PnError):
+        train(replace(tiny_config, **settings), tmp_path / "run", device="cpu", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_are_found_by_id_and_by_name_and_keep_the_papers_settings() -> None:
+    assert [recipe.id for recipe in RECIPES.values()] == [f"S{i}" for i in range(1, 10)]
+    assert find_recipe("s4") is find_recipe("lenet5")
+    config = find_recipe("S4").config
+    assert (config.batch_size, config.epochs, config.lam, config.lr, config.iterations) == (256, 150, 1e-3, 1e-3, 20)
+    assert configure(find_recipe("S3"), init_std=0.05, epochs=None).init_std == 0.05
+    assert configure(find_recipe("S4"), strategy="persistent").layers == "all"
+    with pytest.raises(TrainingError, match="S9 tanh7"):
+        find_recipe("S10")
+
+
+def test_a_config_survives_json(tiny_config: Config) -> None:
+    assert Config.from_dict(tiny_config.to_dict()) == tiny_config
+    with pytest.raises(TrainingError, match="speed"):
+        Config.from_dict({"speed": 3})
+
+
+def test_init_std_draws_every_parameter_normally(tiny_config: Config, tmp_path: Path) -> None:
+    config = replace(tiny_config, init_std=0.2, strategy="plain", epochs=1)
+    weights = train(config, tmp_path / "run", device="cpu", progress=False).start.load()
+    values = torch.cat([value.flatten() for value in weights.values()])
+    # standard error of a standard deviation: sigma / sqrt(2 n)
+    assert float(values.std()) == pytest.approx(0.2, abs=5 * 0.2 / np.sqrt(2 * len(values)))
