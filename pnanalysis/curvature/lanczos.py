@@ -102,7 +102,7 @@ class LanczosRun:
         self._mirror = self._basis.new_zeros(k)
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.step = 0
-        vector = self._orthogonalise(start.T.to(self._basis), 0)
+        vector = self._orthogonalise(start.T.to(self._basis).contiguous(), 0)
         self._next = vector / torch.linalg.vector_norm(vector, dim=1, keepdim=True)
 
     @property
@@ -193,7 +193,7 @@ class LanczosRun:
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         given = rows.to(device=self.operator.device, dtype=self.operator.dtype)
-        return self.operator.matmat(given.T).T.to(self._basis)
+        return self.operator.matmat(given.T).T.to(self._basis).contiguous()
 
     def _orthogonalise(self, vectors: torch.Tensor, n_rows: int) -> torch.Tensor:
         """Two passes against the deflated rows and the first ``n_rows`` basis vectors."""

@@ -12,7 +12,7 @@ from pnanalysis.curvature.quadrature import Estimate, SpectralMeasure, wasserste
 from pnanalysis.errors import CurvatureError
 
 #: An eigenvalue is an outlier when it lies further than so many standard deviations of the others from their mean.
-OUTLIER_SIGMAS = 6.0
+OUTLIER_SIGMAS = 10.0
 #: Two-sided level of every interval.
 LEVEL = 0.95
 
@@ -48,10 +48,10 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0) -> xr.Data
 
     Notes
     -----
-    *Outliers.* An eigenvalue is an outlier if it lies further than six standard deviations from the mean, both
+    *Outliers.* An eigenvalue is an outlier if it lies further than ten standard deviations from the mean, both
     taken over the eigenvalues that are not outliers (found by repeated clipping from the full spectrum). The rule
     does not depend on the scale or the origin of the spectrum; uniform and semicircular spectra (at most 1.7 and 2
-    deviations wide) and Marchenko-Pastur ones up to 15 parameters per observation have none. The bulk edges are
+    deviations wide) and Marchenko-Pastur ones up to 64 parameters per observation have none. The bulk edges are
     the outermost nodes that are not outliers and, on the sampled side, weigh at least half an eigenvalue between
     them and the clip. The intervals follow from moving the clip by its own standard error, and from the sampling
     error of the mass beyond it.

@@ -1,0 +1,254 @@
+"""Lanczos against dense linear algebra in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pnanalysis.curvature.lanczos import LanczosRun, Saver
+from pnanalysis.curvature.linear import DiagonalOperator, LinearOperator, as_operator, random_unit_vectors
+from pnanalysis.curvature.memory import basis_bytes, probes_at_once
+from pnanalysis.curvature.quadrature import ritz
+from pnanalysis.errors import CurvatureError
+
+EPS = np.finfo(np.float64).eps
+
+
+def symmetric(n: int, seed: int = 0) -> torch.Tensor:
+    matrix = torch.from_numpy(np.random.default_rng(seed).standard_normal((n, n)))
+    return (matrix + matrix.T) / 2
+
+
+def run_on(matrix: torch.Tensor, n_steps: int, n_probes: int = 3, **options) -> LanczosRun:
+    operator = as_operator(matrix)
+    return LanczosRun(operator, random_unit_vectors(operator, range(n_probes), 0), n_steps, **options)
+
+
+class Counting:
+    """Counts products and hands out NaN, or stops, at a given one."""
+
+    def __init__(self, matrix: torch.Tensor, nan_at: int = -1, stop_at: int = -1) -> None:
+        self.inner, self.nan_at, self.stop_at, self.calls = as_operator(matrix), nan_at, stop_at, 0
+        self.shape, self.device, self.dtype = self.inner.shape, self.inner.device, self.inner.dtype
+
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        return self.inner.matmat(V) * (torch.nan if self.calls == self.nan_at else 1.0)
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        return self.matmat(v[:, None])[:, 0]
+
+
+def test_basis_is_orthonormal_and_tridiagonalises():
+    matrix = symmetric(60)
+    run = run_on(matrix, 40).extend(40)
+    norm = torch.linalg.matrix_norm(matrix, 2)
+    for basis, alpha, beta in zip(run.basis, run.alpha, run.beta, strict=True):
+        # CGS2 keeps orthogonality to a modest multiple of roundoff
+        assert torch.linalg.matrix_norm(basis @ basis.T - torch.eye(40)) < 100 * EPS
+        tridiagonal = torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)
+        assert torch.linalg.matrix_norm(basis @ matrix @ basis.T - tridiagonal) < 1000 * EPS * norm
+
+
+def test_probes_in_lockstep_equal_probes_alone():
+    matrix = symmetric(50)
+    operator = as_operator(matrix)
+    together = run_on(matrix, 20).extend(20)
+    for index in range(3):
+        alone = LanczosRun(operator, random_unit_vectors(operator, [index], 0), 20).extend(20)
+        # the two differ by the order of summation, amplified by 20 steps
+        torch.testing.assert_close(alone.alpha[0], together.alpha[index], rtol=1e-9, atol=1e-9)
+
+
+def test_full_run_finds_every_eigenvalue():
+    matrix = symmetric(40)
+    run = run_on(matrix, 40, 1).extend(40)
+    value, weight, _ = ritz(run.alpha[0].numpy(), run.beta[0].numpy())
+    np.testing.assert_allclose(value, np.linalg.eigvalsh(matrix.numpy()), atol=1000 * EPS * 10)
+    assert weight.sum() == pytest.approx(1, abs=100 * EPS)
+
+
+def test_residual_bound_holds_an_eigenvalue_for_every_ritz_value():
+    matrix = symmetric(200)
+    exact = np.linalg.eigvalsh(matrix.numpy())
+    run = run_on(matrix, 30).extend(30)
+    for alpha, beta in zip(run.alpha.numpy(), run.beta.numpy(), strict=True):
+        value, _, residual = ritz(alpha, beta)
+        nearest = np.abs(value[:, None] - exact).min(axis=1)
+        assert (nearest <= residual + 100 * EPS * np.abs(exact).max()).all()
+        assert residual.min() < 1e-3 * np.abs(exact).max() < residual.max() * 1e3
+
+
+def test_ritz_vectors_have_the_stated_residuals():
+    matrix = symmetric(80)
+    run = run_on(matrix, 30, 2).extend(30)
+    alpha, beta = run.alpha[1], run.beta[1]
+    tridiagonal = torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)
+    value, coefficients = torch.linalg.eigh(tridiagonal)
+    vectors = run.ritz_vectors(coefficients, probe=1)
+    actual = torch.linalg.vector_norm(matrix @ vectors - value * vectors, dim=0)
+    np.testing.assert_allclose(actual, ritz(alpha.numpy(), beta.numpy())[2], atol=1000 * EPS * 10)
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "dimension"),
+    [
+        (np.zeros(30), 1),
+        (np.full(30, 2.5), 1),
+        (np.r_[np.zeros(27), 1.0, 2.0, 3.0], 4),
+        (np.r_[np.full(15, -1.0), np.full(15, 4.0)], 2),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_invariant_subspace_ends_the_run_with_exact_values(eigenvalues, dimension, dtype):
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((30, 30)))[0]
+    matrix = torch.from_numpy((rotation * eigenvalues) @ rotation.T).to(dtype)
+    run = run_on((matrix + matrix.T) / 2, 12).extend(12)
+    assert run.sizes() == [dimension] * 3
+    assert torch.isfinite(run.basis).all()
+    value, weight, residual = ritz(run.alpha[0, :dimension].double().numpy(), run.beta[0, :dimension].double().numpy())
+    np.testing.assert_allclose(value, np.unique(eigenvalues), atol=200 * torch.finfo(dtype).eps)
+    assert weight.sum() == pytest.approx(1)
+    assert not residual.any()
+
+
+def test_deflated_run_stays_in_the_complement():
+    matrix = symmetric(60)
+    vectors = torch.linalg.eigh(matrix).eigenvectors.T[:20].contiguous()
+    run = run_on(matrix, 40, 2, deflated=vectors).extend(40)
+    assert (run.basis @ vectors.T).abs().max() < 100 * EPS
+    value, _, _ = ritz(run.alpha[0].numpy(), run.beta[0].numpy())
+    np.testing.assert_allclose(value, np.linalg.eigvalsh(matrix.numpy())[20:], atol=1e-11)
+
+
+def test_float64_basis_for_a_float32_operator():
+    matrix = symmetric(300)
+    run = run_on(matrix.float(), 60, 1, dtype=torch.float64).extend(60)
+    basis = run.basis[0]
+    assert basis.dtype == torch.float64
+    assert torch.linalg.matrix_norm(basis @ basis.T - torch.eye(60, dtype=basis.dtype)) < 100 * EPS
+    value, _, _ = ritz(run.alpha[0].numpy(), run.beta[0].numpy())
+    top = torch.linalg.eigvalsh(matrix)[-1].item()
+    assert value[-1] == pytest.approx(top, rel=100 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("stop_at", [2, 9, 23])
+def test_resumed_run_is_identical(tmp_path, stop_at):
+    matrix = symmetric(50)
+    whole = run_on(matrix, 24).extend(24)
+    operator = Counting(matrix, stop_at=stop_at)
+    killed = LanczosRun(operator, random_unit_vectors(operator, range(3), 0), 24)
+    saver = Saver(tmp_path / "state.safetensors", "this run", every=0)
+    with pytest.raises(KeyboardInterrupt):
+        killed.extend(24, saver=saver)
+    again = saver.resume(run_on(matrix, 24))
+    assert again.step == stop_at - 1
+    again.extend(24 - again.step)
+    assert torch.equal(again.alpha, whole.alpha)
+    assert torch.equal(again.basis, whole.basis)
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_foreign_state_is_refused(tmp_path):
+    matrix = symmetric(50)
+    path = tmp_path / "state.safetensors"
+    run_on(matrix, 10).extend(5).save(path, "a")
+    with pytest.raises(CurvatureError, match="not the saved state"):
+        run_on(matrix, 10).restore(path, "b")
+    with pytest.raises(CurvatureError, match="not the saved state"):
+        run_on(matrix, 10, 2).restore(path, "a")
+    with pytest.raises(CurvatureError, match="another operator"):
+        run_on(matrix + torch.eye(50), 10).restore(path, "a")
+    path.write_bytes(b"\x08rubbish")
+    with pytest.raises(CurvatureError, match="not the saved state"):
+        run_on(matrix, 10).restore(path, "a")
+
+
+def test_asymmetry_is_reported_with_its_size():
+    matrix = symmetric(100)
+    matrix = matrix + 0.5 * torch.triu(matrix, 1)
+    with pytest.raises(CurvatureError, match=r"not symmetric.*differ by \d+\.\d%"):
+        run_on(matrix, 5).extend(5)
+    assert run_on(symmetric(100), 5).extend(5).asymmetry() < 1e-12
+
+
+@pytest.mark.parametrize("nan_at", [1, 4, 19])
+def test_nan_in_a_product_is_reported(nan_at):
+    operator = Counting(symmetric(60), nan_at=nan_at)
+    run = LanczosRun(operator, random_unit_vectors(operator, [0], 0), 40)
+    with pytest.raises(CurvatureError, match="NaN or infinite"):
+        run.extend(40)
+    assert operator.calls <= nan_at + 16
+
+
+@pytest.mark.parametrize(("capacity", "deflated"), [(0, None), (31, None), (26, torch.eye(30)[:5].double())])
+def test_too_many_steps_are_refused(capacity, deflated):
+    with pytest.raises(CurvatureError, match="between 1 and"):
+        run_on(symmetric(30), capacity, deflated=deflated)
+
+
+def test_start_vectors_depend_on_seed_and_index_alone():
+    double, single = as_operator(torch.eye(40).double()), as_operator(torch.eye(40))
+    vectors = random_unit_vectors(double, range(4), 7)
+    assert torch.equal(vectors[:, 2:], random_unit_vectors(double, [2, 3], 7))
+    assert torch.equal(vectors.float(), random_unit_vectors(single, range(4), 7))
+    assert not torch.equal(vectors, random_unit_vectors(double, range(4), 8))
+
+
+def test_memory_bound_groups_probes_or_refuses():
+    unit = 1000 * 8
+    assert basis_bytes(1000, 20, 3, torch.float64, 5) == (23 * 3 + 5) * unit
+    sizes = {"n_parameters": 1000, "n_lanczos": 20, "n_probes": 9, "dtype": torch.float64, "device": torch.device("cpu")}
+    assert probes_at_once(**sizes, n_deflated=5, max_memory_bytes=(2 * 23 + 5) * unit) == 2
+    assert probes_at_once(**sizes) == 9
+    with pytest.raises(CurvatureError, match=r"needs 180 KiB, the bound is 179 KiB: lower n_lanczos"):
+        probes_at_once(**sizes, max_memory_bytes=23 * unit - 1000)
+
+
+def test_operators_of_every_kind_agree():
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.linalg import aslinearoperator
+
+    matrix = symmetric(20)
+    vectors = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    array = matrix.numpy()
+    for source in (matrix, array, csr_matrix(array), aslinearoperator(array)):
+        operator = as_operator(source)
+        assert isinstance(operator, LinearOperator)
+        assert operator.shape == (20, 20)
+        torch.testing.assert_close(operator.matmat(vectors), matrix @ vectors)
+        torch.testing.assert_close(operator.matvec(vectors[:, 0]), matrix @ vectors[:, 0])
+    diagonal = DiagonalOperator(matrix.diagonal())
+    torch.testing.assert_close(diagonal.matmat(vectors), matrix.diagonal()[:, None] * vectors)
+    assert as_operator(diagonal) is diagonal
+    assert as_operator(np.diag([1, 2])).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros((2, 3)), "square"),
+        (np.zeros((0, 0)), "empty"),
+        (np.zeros(4), "square"),
+        (np.eye(2) * 1j, "complex"),
+        ("matrix", "cannot make an operator of a str"),
+    ],
+)
+def test_what_is_no_operator_is_refused(source, message):
+    with pytest.raises(CurvatureError, match=message):
+        as_operator(source)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_cpu():
+    matrix = symmetric(200)
+    cpu = run_on(matrix, 40).extend(40)
+    cuda = run_on(matrix.cuda(), 40).extend(40)
+    torch.testing.assert_close(cuda.alpha[:, :10].cpu(), cpu.alpha[:, :10], rtol=1e-9, atol=1e-9)
+    host = run_on(matrix.cuda(), 40, device="cpu").extend(40)
+    assert host.basis.device.type == "cpu"
+    torch.testing.assert_close(host.alpha[:, :10], cpu.alpha[:, :10], rtol=1e-9, atol=1e-9)
