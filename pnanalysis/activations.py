@@ -61,6 +61,13 @@ ACTIVATIONS: dict[Callable[..., Any], Activation] = {
     F.logsigmoid: Activation("logsigmoid", high=0.0),
 }
 
+
+
+def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Activation:
+    """torch's hardtanh, which ReLU6 is made of, has the limits it is called with."""
+    return Activation("hardtanh", min_val, max_val)
+
+
 Observer = Callable[[str, Activation, Tensor], None]
 
 
@@ -83,14 +90,16 @@ class _Watch(TorchFunctionMode):
             output = func(*args, **(kwargs or {}))
         finally:
             self.depth -= 1
+        if func is F.hardtanh:
+            activation = _hardtanh(*args[1:3], **(kwargs or {}))
         self.observe(self._layer(activation), activation, output)
         return output
 
     def _layer(self, activation: Activation) -> str:
         """The module's name; for a functional call, of the calling module and the function; numbered when repeated."""
         path, module = self.modules[-1] if self.modules else ("", None)
-        functional = module is None or any(True for _ in module.children()) or any(True for _ in module.parameters())
-        name = ".".join(part for part in (path, activation.name if functional else "") if part) or activation.name
+        own_module = type(module).__module__ == "torch.nn.modules.activation"
+        name = path if own_module and path else ".".join(part for part in (path, activation.name) if part)
         self.calls[name] += 1
         return name if self.calls[name] == 1 else f"{name}#{self.calls[name]}"
 

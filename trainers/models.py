@@ -10,7 +10,6 @@ from itertools import pairwise
 from math import prod
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 CIFAR_SHAPE = (3, 32, 32)
@@ -54,7 +53,9 @@ def alexnet(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> 
     The stem, 11x11 with stride 4, becomes 3x3 with stride 1; the adaptive pooling to 6x6, which would only repeat
     the 3x3 map that is left of 32x32, is taken out, and the first fully connected layer fits that map.
     """
-    network = torchvision.models.alexnet(num_classes=num_classes)
+    from torchvision import models  # slow to import: only when it is wanted
+
+    network = models.alexnet(num_classes=num_classes)
     network.features[0] = nn.Conv2d(input_shape[0], 64, kernel_size=3, padding=1)
     network.avgpool = nn.Identity()
     network.classifier[1] = nn.Linear(_flat_size(network.features, input_shape), 4096)
@@ -67,7 +68,9 @@ def resnet18(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) ->
 
     The stem, 7x7 with stride 2 and max-pooling, becomes 3x3 with stride 1 and no pooling.
     """
-    network = torchvision.models.resnet18(num_classes=num_classes)
+    from torchvision import models
+
+    network = models.resnet18(num_classes=num_classes)
     network.conv1 = nn.Conv2d(input_shape[0], 64, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
