@@ -85,6 +85,8 @@ _SPECTRUM = {
     "node": _var("quadrature", "loss", "quadrature node (eigenvalue)"),
     "weight": _var("quadrature", "1", "quadrature weight (share of the spectrum)"),
     "sampled": _var("quadrature", "1", "node known by random probes (1) or exactly counted (0)"),
+    "node_run": _var("quadrature", "1", "probe of a sampled node, from 1; minus the run, from 0, of a counted one"),
+    "node_n_before": _var("quadrature", "1", "directions deflated before the node's run"),
     "ritz_value": _var("probe lanczos", "loss", "Ritz value"),
     "ritz_weight": _var("probe lanczos", "1", "Ritz weight (squared first component)"),
     "ritz_residual": _var("probe lanczos", "loss", "residual bound of the Ritz value"),
@@ -96,7 +98,7 @@ _SPECTRUM = {
     "top_residual": _var("top", "loss", "residual bound of the largest eigenvalues"),
     "coupling": _var("", "loss", "coupling of the deflated space with the rest"),
     "n_parameters": _var("", "1", "number of parameters"),
-    "n_bulk_probes": _var("", "1", "probes behind the sampled nodes"),
+    "probe_weight": _var("probe", "1", "share of the run in the averaged estimate"),
     "kernel_width": _var("", "loss", "standard deviation of the Gaussian kernel"),
     **_SPECTRUM_SCALARS,
 }

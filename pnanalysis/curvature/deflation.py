@@ -13,6 +13,11 @@ The probes of ``B`` no longer see the large eigenvalues, whose random mass makes
 stochastic Lanczos quadrature. This holds only if the probes stay orthogonal to *everything* that was given mass:
 Ritz values inside the cluster at zero may well be counted, for their directions are taken out of the probes too.
 
+Given a budget, the probes run in turn and each one's Krylov space is deflated for those after it. Each probe then
+gives an estimate of its own (everything before it exactly, the rest by quadrature); their errors are uncorrelated,
+for each is unbiased given all that went before, and they are averaged by their expected precision. With numbers of
+steps and probes given instead, the probes run in lockstep, which costs less time a product.
+
 References
 ----------
 Bhattacharjee, Jayaram, Musco, Musco and Ray, Improved spectral density estimation via explicit and implicit
@@ -23,7 +28,7 @@ trace). Mirsky's inequality for the eigenvalue shifts: Bhatia, Matrix Analysis (
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +36,11 @@ import torch
 
 from pnanalysis.curvature.lanczos import STEPS_PER_CHECK, SYMMETRY_TOLERANCE, LanczosRun, Saver
 from pnanalysis.curvature.linear import LinearOperator, random_unit_vectors
-from pnanalysis.curvature.memory import basis_bytes, probes_at_once
+from pnanalysis.curvature.memory import probes_at_once, vectors_at_once
 from pnanalysis.curvature.quadrature import ritz
 from pnanalysis.errors import CurvatureError
+
+Advance = Callable[[float], None]
 
 #: The deflating run pauses to look at the spectrum once in so many steps.
 STEPS_PER_LOOK = 4
@@ -41,6 +48,8 @@ STEPS_PER_LOOK = 4
 LARGEST_SHARE = 0.5
 #: ... and so many steps (its basis stays in memory).
 MOST_DEFLATED = 256
+#: See :func:`default_steps`; the error is flat around this value, on spectra of networks and of random matrices.
+STEPS_FACTOR = 0.45
 #: Where the budget covers all P columns and P is at most this, they are all measured and the spectrum is exact.
 LARGEST_EXACT = 5000
 
@@ -62,39 +71,49 @@ class Settings:
     save_every: float = 300.0
 
 
-@dataclass
-class Recurrence:
-    """Lanczos coefficients of one start vector, in float64: ``alpha`` and ``beta`` ``(m,)``."""
+@dataclass(frozen=True)
+class Run:
+    """Lanczos coefficients of one start vector, in float64: ``alpha`` and ``beta`` ``(m,)``, and the run's part.
+
+    ``n_before`` directions had been deflated when it ran. ``sampled``: it is a random probe of what was left then.
+    ``deflated``: the probes after it ran in the complement of its Krylov space.
+    """
 
     alpha: np.ndarray
     beta: np.ndarray
+    n_before: int = 0
+    sampled: bool = True
+    deflated: bool = False
 
 
 @dataclass
 class Sample:
-    """What was measured: the deflated Krylov space (if any) and the probes of its complement."""
+    """What was measured."""
 
     n_parameters: int
     method: str
-    deflation: Recurrence | None = None
-    probes: list[Recurrence] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
     n_hvp: int = 0
 
     @property
     def n_deflated(self) -> int:
-        return 0 if self.deflation is None else len(self.deflation.alpha)
+        return sum(len(run.alpha) for run in self.runs if run.deflated)
+
+    @property
+    def n_free(self) -> int:
+        return self.n_parameters - self.n_deflated
 
 
-def default_steps(n_products: int) -> int:
-    """Lanczos steps a probe when ``n_products`` are to be shared among probes: ``2.5 sqrt(n)``, 10 to 100.
+def default_steps(n_products: int, n_parameters: int) -> int:
+    """Lanczos steps a probe when ``n_products`` are to be shared among probes: ``STEPS_FACTOR (n P)^(1/3)``.
 
-    More steps resolve the bulk more finely, more probes know its masses better; on spectra of trained networks and
-    of random matrices the error is flat around this choice.
+    With ``m`` steps a probe the nodes are ``1/m`` of the bulk apart, and ``n/m`` probes of ``P`` dimensions know its
+    masses to ``sqrt(m / (n P))``. The sum of the two is least at a multiple of ``(n P)^(1/3)``.
     """
-    return int(np.clip(2.5 * np.sqrt(n_products), 10, 100))
+    return max(min(round(STEPS_FACTOR * (n_products * n_parameters) ** (1 / 3)), n_products), 1)
 
 
-def deflated_enough(run: Recurrence, n_left: int, n_parameters: int) -> bool:
+def deflated_enough(run: Run, n_left: int, n_parameters: int) -> bool:
     """Whether the next product is better spent on a probe of the complement than on one more deflating step.
 
     With ``n`` products left for probes, the variance of what they estimate goes as ``V / n``, where ``V`` is the
@@ -115,9 +134,7 @@ def deflated_enough(run: Recurrence, n_left: int, n_parameters: int) -> bool:
     return bool(gain * n_left < left)
 
 
-def sample_spectrum(
-    operator: LinearOperator, settings: Settings, advance: Callable[[float], None] | None = None
-) -> Sample:
+def sample_spectrum(operator: LinearOperator, settings: Settings, advance: Advance | None = None) -> Sample:
     """Spend the products: deflate (if asked to), then probe.
 
     Raises
@@ -127,33 +144,25 @@ def sample_spectrum(
     """
     n_parameters = operator.shape[0]
     budget = settings.n_hvp or settings.n_lanczos * settings.n_probes
-    if not settings.deflate:
-        sample = Sample(n_parameters, "plain")
-        _probe(operator, settings, sample, None, *_probe_shape(settings, budget, 0), advance)
-        return sample
-    if n_parameters <= min(budget, LARGEST_EXACT):
+    if settings.deflate and n_parameters <= min(budget, LARGEST_EXACT):
         return _exact(operator, settings, advance)
-    sample = Sample(n_parameters, "deflated")
-    basis = _deflate(operator, settings, sample, budget, advance)
-    n_free = n_parameters - sample.n_deflated
-    if n_free:
-        n_probes, n_steps = _probe_shape(settings, budget, sample.n_hvp)
-        _probe(operator, settings, sample, basis, n_probes, min(n_steps, n_free), advance)
+    sample = Sample(n_parameters, "deflated" if settings.deflate else "plain")
+    if settings.n_hvp is not None and not settings.deflate:
+        n_steps = default_steps(budget, n_parameters)
+        _probe_in_lockstep(operator, settings, sample, None, max(budget // n_steps, 1), n_steps, advance)
+    elif not settings.deflate:
+        _probe_in_lockstep(operator, settings, sample, None, settings.n_probes, settings.n_lanczos, advance)
+    elif settings.n_hvp is None and settings.n_probes > 1:
+        basis = _deflate(operator, settings, sample, settings.n_lanczos, advance)
+        n_steps = min(settings.n_lanczos, sample.n_free)
+        if n_steps:
+            _probe_in_lockstep(operator, settings, sample, basis, settings.n_probes - 1, n_steps, advance)
+    else:
+        _probe_in_turn(operator, settings, sample, budget, advance)
     return sample
 
 
-def _probe_shape(settings: Settings, budget: int, spent: int) -> tuple[int, int]:
-    """Number of probes and steps a probe."""
-    if settings.n_hvp is None and settings.n_probes > 1:
-        return settings.n_probes - (spent > 0), settings.n_lanczos
-    left = budget - spent
-    if not spent and settings.n_hvp is None:
-        return 1, settings.n_lanczos
-    n_probes = max(round(left / default_steps(left)), min(2, left))
-    return n_probes, left // n_probes
-
-
-def _exact(operator: LinearOperator, settings: Settings, advance: Callable[[float], None] | None) -> Sample:
+def _exact(operator: LinearOperator, settings: Settings, advance: Advance | None) -> Sample:
     """All the eigenvalues, from P products with unit vectors: no more than the budget, and no error."""
     n = operator.shape[0]
     eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
@@ -172,54 +181,31 @@ def _exact(operator: LinearOperator, settings: Settings, advance: Callable[[floa
             "with nothing random in the model (dropout, augmentation)"
         )
     eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2).cpu().numpy()
-    return Sample(n, "exact", Recurrence(eigenvalues, np.zeros(n)), n_hvp=n)
+    return Sample(n, "exact", [Run(eigenvalues, np.zeros(n), sampled=False, deflated=True)], n_hvp=n)
 
 
 def _deflate(
-    operator: LinearOperator,
-    settings: Settings,
-    sample: Sample,
-    budget: int,
-    advance: Callable[[float], None] | None,
+    operator: LinearOperator, settings: Settings, sample: Sample, capacity: int, advance: Advance | None
 ) -> torch.Tensor:
-    """Run Lanczos from one random vector; returns its basis ``(k, P)``."""
-    adaptive = settings.n_hvp is not None or settings.n_probes == 1
-    capacity = _deflation_capacity(operator, settings, budget) if adaptive else settings.n_lanczos
+    """Deflate the Krylov space of one random vector, ``capacity`` steps of it; returns its basis ``(k, P)``."""
     limits = (settings.basis_dtype, settings.basis_device, 0, settings.max_memory_bytes)
     probes_at_once(operator.shape[0], capacity, 1, *limits)
-    run = _start(operator, settings, range(1), capacity, None)
-    saver = _saver(settings, "deflation", f"{capacity} of {budget}")
-    _resume(run, saver, advance)
-    pause = STEPS_PER_LOOK if adaptive else STEPS_PER_CHECK
+    run = _start(operator, settings, range(1), capacity)
+    saver = _saver(settings, run, "deflation", advance)
     while run.step < capacity and run.sizes()[0] == run.step:
-        left = budget - run.step
-        if adaptive and run.step >= 2 * pause and deflated_enough(_recurrences(run)[0], left, operator.shape[0]):
-            break
-        run.extend(min(pause - run.step % pause, capacity - run.step), advance, saver)
-    if saver is not None:
-        saver(run, force=True)
-    sample.deflation = _recurrences(run)[0]
-    sample.n_hvp = run.step
+        run.extend(min(STEPS_PER_CHECK, capacity - run.step), advance, saver)
+    _finish(run, sample, saver, sampled=False, deflated=True)
     return run.basis[0, : sample.n_deflated]
 
 
-def _deflation_capacity(operator: LinearOperator, settings: Settings, budget: int) -> int:
-    """The most steps the deflating run may take: a share of the budget, and of the memory if that is bounded."""
-    capacity = min(int(LARGEST_SHARE * budget), MOST_DEFLATED, operator.shape[0])
-    if settings.max_memory_bytes is not None:
-        n_vectors = settings.max_memory_bytes // basis_bytes(operator.shape[0], -2, 1, settings.basis_dtype)
-        capacity = min(capacity, n_vectors - default_steps(budget) - 3)
-    return max(capacity, 1)
-
-
-def _probe(
+def _probe_in_lockstep(
     operator: LinearOperator,
     settings: Settings,
     sample: Sample,
     deflated: torch.Tensor | None,
     n_probes: int,
     n_steps: int,
-    advance: Callable[[float], None] | None,
+    advance: Advance | None,
 ) -> None:
     """Run Lanczos from random vectors, as many at once as fit in memory."""
     at_once = probes_at_once(
@@ -234,17 +220,53 @@ def _probe(
     for first in range(0, n_probes, at_once):
         indices = range(1 + first, 1 + min(first + at_once, n_probes))
         run = _start(operator, settings, indices, n_steps, deflated)
-        saver = _saver(settings, f"probes-{indices[0]}-{indices[-1]}", f"{sample.n_deflated} {n_steps}")
-        _resume(run, saver, advance)
+        saver = _saver(settings, run, f"probes-{indices[0]}-{indices[-1]}", advance)
         run.extend(n_steps - run.step, advance, saver)
-        if saver is not None:
-            saver(run, force=True)
-        sample.probes += _recurrences(run)
-        sample.n_hvp += n_steps * len(indices)
+        _finish(run, sample, saver)
+
+
+def _probe_in_turn(
+    operator: LinearOperator, settings: Settings, sample: Sample, budget: int, advance: Advance | None
+) -> None:
+    """Deflate as long as it pays, then run one probe after the other, each in the complement of all before it."""
+    n_parameters = operator.shape[0]
+    longest = default_steps(budget, n_parameters)
+    limits = (settings.basis_dtype, settings.basis_device)
+    n_rows = vectors_at_once(n_parameters, min(budget, n_parameters), *limits, settings.max_memory_bytes)
+    if n_rows < min(2 * longest, budget, n_parameters):  # one probe beside as many deflated vectors, or nothing
+        n_rows = min(2 * longest, budget, n_parameters)
+        probes_at_once(n_parameters, n_rows, 1, *limits, max_memory_bytes=settings.max_memory_bytes)
+    rows = torch.empty(n_rows, n_parameters, dtype=settings.basis_dtype, device=settings.basis_device)
+    capacity = max(min(int(LARGEST_SHARE * budget), MOST_DEFLATED, max(n_rows - longest, n_rows // 2)), 1)
+    run = _start(operator, settings, range(1), capacity, storage=rows[:capacity])
+    saver = _saver(settings, run, "deflation", advance)
+    while run.step < capacity and run.sizes()[0] == run.step:
+        if run.step >= 2 * STEPS_PER_LOOK and deflated_enough(_runs(run)[0], budget - run.step, n_parameters):
+            break
+        run.extend(min(STEPS_PER_LOOK - run.step % STEPS_PER_LOOK, capacity - run.step), advance, saver)
+    _finish(run, sample, saver, sampled=False, deflated=True)
+    left = budget - sample.n_hvp
+    n_probes = max(round(left / default_steps(left, n_parameters)), 1)
+    for index in range(1, n_probes + 1):
+        n_steps = min(left // n_probes, sample.n_free, n_rows - sample.n_deflated)
+        if n_steps < 1:
+            break
+        n_before = sample.n_deflated
+        storage = rows[n_before : n_before + n_steps]
+        run = _start(operator, settings, range(index, index + 1), n_steps, rows[:n_before], storage)
+        saver = _saver(settings, run, f"probe-{index}", advance)
+        run.extend(n_steps - run.step, advance, saver)
+        room_for_another = n_before + 2 * n_steps <= n_rows
+        _finish(run, sample, saver, deflated=room_for_another and index < n_probes)
 
 
 def _start(
-    operator: LinearOperator, settings: Settings, indices: range, capacity: int, deflated: torch.Tensor | None
+    operator: LinearOperator,
+    settings: Settings,
+    indices: range,
+    capacity: int,
+    deflated: torch.Tensor | None = None,
+    storage: torch.Tensor | None = None,
 ) -> LanczosRun:
     return LanczosRun(
         operator,
@@ -254,22 +276,31 @@ def _start(
         settings.basis_dtype,
         settings.basis_device,
         settings.symmetry_tolerance,
+        storage,
     )
 
 
-def _resume(run: LanczosRun, saver: Saver | None, advance: Callable[[float], None] | None) -> None:
-    if saver is not None:
-        saver.resume(run)
-    if advance is not None and run.step:
-        advance(run.step * len(run.alpha))
-
-
-def _saver(settings: Settings, name: str, label: str) -> Saver | None:
+def _saver(settings: Settings, run: LanczosRun, name: str, advance: Advance | None) -> Saver | None:
+    """The run's saver, once it has picked up what there was of the run."""
     if settings.state is None:
         return None
-    return Saver(settings.state / f"{name}.safetensors", f"seed {settings.seed}, {label}", settings.save_every)
+    n_before = 0 if run.deflated is None else len(run.deflated)
+    label = f"seed {settings.seed}, {n_before} deflated, {run.capacity} steps, {settings.n_hvp} products"
+    saver = Saver(settings.state / f"{name}.safetensors", label, settings.save_every)
+    saver.resume(run)
+    if advance is not None:
+        advance(run.step * len(run.alpha))
+    return saver
 
 
-def _recurrences(run: LanczosRun) -> list[Recurrence]:
+def _finish(run: LanczosRun, sample: Sample, saver: Saver | None, sampled: bool = True, deflated: bool = False) -> None:
+    if saver is not None:
+        saver(run, force=True)
+    n_before = sample.n_deflated
+    sample.runs += [replace(part, n_before=n_before, sampled=sampled, deflated=deflated) for part in _runs(run)]
+    sample.n_hvp += run.step * len(run.alpha)
+
+
+def _runs(run: LanczosRun) -> list[Run]:
     alpha, beta = run.alpha.double().cpu().numpy(), run.beta.double().cpu().numpy()
-    return [Recurrence(a[:size], b[:size]) for a, b, size in zip(alpha, beta, run.sizes(), strict=True)]
+    return [Run(a[:size], b[:size]) for a, b, size in zip(alpha, beta, run.sizes(), strict=True)]

@@ -151,7 +151,7 @@ def _dataset(
     ds = _measured(sample)
     ds = ds.merge(summarise(ds, top_k=top_k, ridge=ridge))
     measure = SpectralMeasure.from_dataset(ds)
-    n_steps = max((len(probe.alpha) for probe in sample.probes), default=sample.n_deflated)
+    n_steps = max((len(run.alpha) for run in sample.runs if run.sampled), default=sample.n_deflated)
     if kernel_width is None:
         kernel_width = default_kernel_width(measure, float(ds.lambda_min), float(ds.lambda_max), n_steps)
     ds["kernel_width"] = ((), float(kernel_width))
@@ -160,7 +160,7 @@ def _dataset(
         "method": sample.method,
         "n_hvp": sample.n_hvp,
         "n_lanczos": n_steps,
-        "n_probes": len(sample.probes) + (sample.n_deflated > 0),
+        "n_probes": len(sample.runs),
         "n_deflated": sample.n_deflated,
         "n_parameters": sample.n_parameters,
         "kernel_width": kernel_width,
@@ -171,41 +171,62 @@ def _dataset(
 
 def _measured(sample: Sample) -> xr.Dataset:
     """The Lanczos results and the measure they add up to, before any summary."""
-    runs = ([] if sample.deflation is None else [sample.deflation]) + sample.probes
-    results = [ritz(run.alpha, run.beta) for run in runs]
+    results = [ritz(run.alpha, run.beta) for run in sample.runs]
     value, weight, residual = (_padded([result[i] for result in results]) for i in range(3))
-    coupling = 0.0
-    data: dict[str, Any] = {}
-    nodes, weights, sampled = [], [], []
-    if sample.deflation is not None:
-        coupling = float(sample.deflation.beta[-1])
-        order = np.argsort(-results[0][0])
-        data["deflated_value"] = ("component", results[0][0][order])
-        data["deflated_residual"] = ("component", results[0][2][order])
-        nodes.append(results[0][0])
-        weights.append(np.full(sample.n_deflated, 1 / sample.n_parameters))
-        sampled.append(np.zeros(sample.n_deflated))
-    if sample.deflation is not None:  # in the whole space, a probe's Ritz pair is also off by the coupling
-        residual[1:] = np.hypot(residual[1:], coupling)
+    couplings = np.array([run.beta[-1] if run.deflated else 0.0 for run in sample.runs])
+    # in the whole space, a Ritz pair of the complement is also off by the couplings to what was deflated before
+    residual = np.hypot(residual, np.sqrt(np.cumsum(couplings**2) - couplings**2)[:, None])
+    trust = np.array([float(run.sampled) for run in sample.runs])
+    measure = _measure(sample, trust)
+    spread = measure.spread_at()
+    if len(spread) > 1 and min(spread.values()) > 0:
+        trust = np.array([1 / spread[run.n_before] if run.sampled else 0.0 for run in sample.runs])
+        measure = _measure(sample, trust)
     low, high = np.nanmin(value - residual), np.nanmax(value + residual)
-    mass = 1 - sample.n_deflated / sample.n_parameters
-    for probe in sample.probes:
-        node, share = averaged_rule(probe.alpha, probe.beta)
-        nodes.append(np.clip(node, low, high))
-        weights.append(share * mass / len(sample.probes))
-        sampled.append(np.ones(len(node)))
-    data |= {
-        "node": ("quadrature", np.concatenate(nodes)),
-        "weight": ("quadrature", np.concatenate(weights)),
-        "sampled": ("quadrature", np.concatenate(sampled)),
+    trust = trust / trust.sum() if trust.any() else trust
+    coupling = np.sqrt(sum(share * np.sum(couplings[:i] ** 2) for i, share in enumerate(trust)))
+    data: dict[str, Any] = {
+        "node": ("quadrature", np.clip(measure.node, low, high)),
+        "weight": ("quadrature", measure.weight),
+        "sampled": ("quadrature", measure.sampled.astype(float)),
+        "node_run": ("quadrature", measure.run.astype(float)),
+        "node_n_before": ("quadrature", measure.n_before.astype(float)),
         "ritz_value": (("probe", "lanczos"), value),
         "ritz_weight": (("probe", "lanczos"), weight),
         "ritz_residual": (("probe", "lanczos"), residual),
+        "probe_weight": ("probe", trust),
         "n_parameters": ((), sample.n_parameters),
-        "n_bulk_probes": ((), len(sample.probes)),
-        "coupling": ((), coupling),
+        "coupling": ((), float(coupling)),
     }
+    if sample.n_deflated:
+        keep = np.array([run.deflated for run in sample.runs])
+        deflated, error = value[keep].ravel(), residual[keep].ravel()
+        order = np.argsort(-deflated[np.isfinite(deflated)])
+        data["deflated_value"] = ("component", deflated[np.isfinite(deflated)][order])
+        data["deflated_residual"] = ("component", error[np.isfinite(deflated)][order])
     return xr.Dataset(data)
+
+
+def _measure(sample: Sample, trust: np.ndarray) -> SpectralMeasure:
+    """Average the probes' estimates of the spectrum with weights in proportion to ``trust`` ``(runs,)``."""
+    trust = trust / trust.sum() if trust.any() else trust
+    parts: list[tuple[np.ndarray, np.ndarray, int, int]] = []
+    for index, run in enumerate(sample.runs):
+        if run.deflated:
+            later = float(trust[index + 1 :].sum()) if trust.any() else 1.0
+            value = ritz(run.alpha, run.beta)[0]
+            parts.append((value, np.full(len(value), later / sample.n_parameters), -index, run.n_before))
+        if run.sampled:
+            node, share = averaged_rule(run.alpha, run.beta)
+            mass = trust[index] * (1 - run.n_before / sample.n_parameters)
+            parts.append((node, mass * share, index + 1, run.n_before))
+    return SpectralMeasure(
+        np.concatenate([node for node, *_ in parts]),
+        np.concatenate([weight for _, weight, *_ in parts]),
+        np.concatenate([np.full(len(node), run) for node, _, run, _ in parts]),
+        np.concatenate([np.full(len(node), n_before) for node, *_, n_before in parts]),
+        sample.n_parameters,
+    )
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -53,6 +53,8 @@ class LanczosRun:
         to the operator's own error; ``device="cpu"`` keeps the basis in host memory, at a transfer each step.
     symmetry_tolerance : float, optional
         See :meth:`asymmetry`. Default 1e-6 for float64 products, 0.01 for float32.
+    storage : torch.Tensor, optional
+        Where to keep the basis: ``k * capacity * P`` numbers of ``dtype`` on ``device``, contiguous.
 
     Attributes
     ----------
@@ -80,6 +82,7 @@ class LanczosRun:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         symmetry_tolerance: float | None = None,
+        storage: torch.Tensor | None = None,
     ) -> None:
         n_parameters = operator.shape[0]
         self.operator = operator
@@ -95,7 +98,10 @@ class LanczosRun:
                 f"{'parameters' if self.deflated is None else 'directions that are not deflated'}"
             )
         k = start.shape[1]
-        self._basis = torch.zeros(k, self.capacity, n_parameters, dtype=self.dtype, device=self.device)
+        shape = (k, self.capacity, n_parameters)
+        if storage is None:
+            storage = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._basis = storage.view(shape)
         self._alpha = self._basis.new_zeros(k, self.capacity)
         self._beta = self._basis.new_zeros(k, self.capacity)
         self._norm = self._basis.new_zeros(k)

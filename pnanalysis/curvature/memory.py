@@ -65,6 +65,14 @@ def probes_at_once(
     return min(n_probes, int(fitting))
 
 
+def vectors_at_once(
+    n_parameters: int, n_wanted: int, dtype: torch.dtype, device: torch.device, max_memory_bytes: int | None = None
+) -> int:
+    """How many of ``n_wanted`` vectors fit in memory, three more left free to work with (perhaps none)."""
+    limit = int(DEFAULT_SHARE * free_bytes(device)) if max_memory_bytes is None else max_memory_bytes
+    return max(min(n_wanted, limit // (n_parameters * dtype.itemsize) - 3), 0)
+
+
 def human(n_bytes: float) -> str:
     """Bytes as text: ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB"):

@@ -66,49 +66,52 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SpectralMeasure:
-    """An estimated spectrum: weighted nodes, of which some are known and some sampled.
+    """An estimated spectrum: weighted nodes, some of them exactly counted and some sampled.
 
     Attributes
     ----------
     node, weight : ndarray
         ``(quadrature,)``; the weights sum to 1, one eigenvalue has weight ``1 / P``.
-    sampled : ndarray of bool
-        ``(quadrature,)``. Known nodes carry exactly ``1 / P`` each; sampled ones come from random probes of the
-        orthogonal complement of the known directions.
-    n_parameters, n_probes : int
-        ``P`` and the number of probes behind the sampled nodes.
+    run : ndarray of int
+        ``(quadrature,)``. For a sampled node the probe it comes from, counted from 1; zero or minus the number of
+        the run for the Ritz values of a deflated space, which stand for one eigenvalue each.
+    n_before : ndarray of int
+        ``(quadrature,)``. Directions that had been deflated when the node's run began.
+    n_parameters : int
+        ``P``.
 
     Notes
     -----
-    For a probe ``g`` uniform on the unit sphere of the ``n`` sampled dimensions and any function ``f``, with mean
-    and variance over the ``n`` eigenvalues,
+    For a probe ``g`` uniform on the unit sphere of ``n`` dimensions and any function ``f``, with mean and variance
+    over the ``n`` eigenvalues there,
 
         E[g' f(B) g] = mean f,        Var[g' f(B) g] = 2 / (n + 2) * var f.
 
     The spectral measure itself thus tells the error of every average taken with it. That error bar uses all the
     eigenvalues, not the scatter of a handful of probes, so it holds for a single probe too. The variance is itself
     estimated; its uncertainty follows from the same formula and gives, matched to a chi-square distribution
-    (Satterthwaite), the degrees of freedom of the interval: close to ``n_probes`` where one eigenvalue dominates,
-    very large where many eigenvalues share.
+    (Satterthwaite), the degrees of freedom of the interval: close to the number of probes where one eigenvalue
+    dominates, very large where many share.
     """
 
     node: np.ndarray
     weight: np.ndarray
-    sampled: np.ndarray
+    run: np.ndarray
+    n_before: np.ndarray
     n_parameters: int
-    n_probes: int
 
     @classmethod
     def from_dataset(cls, ds: xr.Dataset) -> SpectralMeasure:
         """The measure in a ``spectral_density`` dataset of one checkpoint (padding is dropped)."""
         keep = np.isfinite(ds["weight"].values)
-        return cls(
-            ds["node"].values[keep],
-            ds["weight"].values[keep],
-            ds["sampled"].values[keep].astype(bool),
-            int(ds["n_parameters"]),
-            int(ds["n_bulk_probes"]),
-        )
+        columns = (ds[name].values[keep] for name in ("node", "weight", "node_run", "node_n_before"))
+        node, weight, run, n_before = columns
+        return cls(node, weight, run.astype(int), n_before.astype(int), int(ds["n_parameters"]))
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """Which nodes are sampled, ``(quadrature,)`` of bool."""
+        return self.run > 0
 
     def mean(self, f: np.ndarray) -> Estimate:
         """Average of a function over the spectrum, given its values ``(quadrature,)`` at the nodes.
@@ -116,41 +119,84 @@ class SpectralMeasure:
         The error is that of sampling; the rule's own (zero for polynomials of degree below twice the number of
         steps) is not in it.
         """
-        value, se = self.means(f[None])
-        return Estimate(float(value[0]), float(se[0]), self._degrees(f))
+        value = float(f @ self.weight)
+        variances, degrees = [], []
+        for stage in self._stages():
+            mean, square = stage.averages(np.stack([f, f**2]))
+            spread = max(square - mean**2, 0.0)
+            variances.append(stage.factor * spread)
+            moment = (f - mean) ** 2
+            second, fourth = stage.averages(np.stack([moment, moment**2]))
+            doubt = 2 / (stage.n_free + 2) / stage.n_probes * (fourth / second**2 - 1) if second > 0 else 0.0
+            degrees.append(2 / doubt if doubt > 0 else np.inf)
+        variance = float(np.sum(variances))
+        if variance <= 0:
+            return Estimate(value)
+        doubt = float(np.sum(np.square(variances) / np.array(degrees)))
+        return Estimate(value, variance**0.5, variance**2 / doubt if doubt > 0 else np.inf)
 
     def means(self, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Averages and standard errors of many functions: values ``(n, quadrature)`` to ``(n,)`` and ``(n,)``."""
-        value = f @ self.weight
-        mass, share = self._sampled_mass()
-        if mass <= 0 or self.n_probes == 0:
-            return value, np.zeros_like(value)
-        bulk = f[:, self.sampled]
-        centre = bulk @ share
-        variance = np.maximum((bulk - centre[:, None]) ** 2 @ share, 0)
-        return value, mass * np.sqrt(self._sphere_factor() * variance)
+        variance = np.zeros(len(f))
+        for stage in self._stages():
+            centre = stage.averages(f)
+            variance += stage.factor * np.maximum(stage.averages(f**2) - centre**2, 0)
+        return f @ self.weight, np.sqrt(variance)
 
     def total(self, f: np.ndarray) -> Estimate:
         """Sum of a function over all eigenvalues: ``P`` times :meth:`mean`."""
         mean = self.mean(f)
         return Estimate(self.n_parameters * mean.value, self.n_parameters * mean.se, mean.dof)
 
-    def _sampled_mass(self) -> tuple[float, np.ndarray]:
-        mass = float(self.weight[self.sampled].sum())
-        return mass, self.weight[self.sampled] / mass if mass > 0 else self.weight[self.sampled]
+    def spread_at(self) -> dict[int, float]:
+        """By number of deflated directions: variance of the estimate of the trace by one probe at that stage."""
+        return {
+            stage.n_before: stage.n_free**2 * 2 / (stage.n_free + 2) * max(square - mean**2, 0.0)
+            for stage in self._stages()
+            for mean, square in [stage.averages(np.stack([self.node, self.node**2]))]
+        }
 
-    def _sphere_factor(self) -> float:
-        n_known = int((~self.sampled).sum())
-        return 2 / (self.n_parameters - n_known + 2) / self.n_probes
+    def _stages(self) -> list[_Stage]:
+        """The stages at which probes ran, each with the best estimate of the spectrum that was left to them.
 
-    def _degrees(self, f: np.ndarray) -> float:
-        mass, share = self._sampled_mass()
-        if mass <= 0 or self.n_probes == 0:
-            return np.inf
-        squared = (f[self.sampled] - f[self.sampled] @ share) ** 2
-        first, second = squared @ share, squared**2 @ share
-        spread = self._sphere_factor() * (second / first**2 - 1) if first > 0 else 0.0
-        return 2 / spread if spread > 0 else np.inf
+        That estimate joins the probes of this stage and of all later ones; what was deflated in between counts
+        as known to the later ones.
+        """
+        sampled = self.sampled
+        starts = np.unique(self.n_before[sampled])
+        size = self.n_parameters - starts
+        mass = np.array([self.weight[sampled & (self.n_before == start)].sum() for start in starts])
+        share = mass * self.n_parameters / size  # how much each stage counts in the average
+        stages = []
+        for i, start in enumerate(starts):
+            belief = share[i:] / share[i:].sum()
+            weight = np.zeros_like(self.weight)
+            for stage, trust, n_free, total in zip(starts[i:], belief, size[i:], mass[i:], strict=True):
+                own = sampled & (self.n_before == stage)
+                weight[own] += trust * n_free / size[i] * self.weight[own] / total
+                between = ~sampled & (self.n_before >= start) & (self.n_before < stage)
+                weight[between] += trust / size[i]
+            own = sampled & (self.n_before == start)
+            probe_mass = np.array([self.weight[self.run == run].sum() for run in np.unique(self.run[own])])
+            factor = 2 / (size[i] + 2) * float(np.sum(probe_mass**2))
+            n_probes = len(np.unique(self.run[sampled & (self.n_before >= start)]))
+            stages.append(_Stage(int(start), int(size[i]), weight, factor, n_probes))
+        return stages
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the probes saw that ran when ``n_before`` directions had been deflated."""
+
+    n_before: int
+    n_free: int
+    weight: np.ndarray
+    factor: float
+    n_probes: int
+
+    def averages(self, f: np.ndarray) -> np.ndarray:
+        """Averages of functions ``(n, quadrature)`` over the spectrum left at this stage."""
+        return f @ self.weight
 
 
 def wasserstein1(nodes_a: np.ndarray, weights_a: np.ndarray, nodes_b: np.ndarray, weights_b: np.ndarray) -> float:

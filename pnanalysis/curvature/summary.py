@@ -123,14 +123,11 @@ def _extremes(ds: xr.Dataset, top_k: int) -> dict[str, Any]:
 def _negative_mass(ds: xr.Dataset, measure: SpectralMeasure) -> dict[str, Any]:
     estimate = measure.mean((measure.node < 0).astype(float))
     low, high = estimate.interval(LEVEL)
-    n_known = int((~measure.sampled).sum())
-    probes = slice(1 if n_known and measure.n_probes else 0, None)
-    gaps = [
-        _mass_at_zero(value[np.isfinite(value)], weight[np.isfinite(weight)])
-        for value, weight in zip(ds["ritz_value"].values[probes], ds["ritz_weight"].values[probes], strict=True)
-    ]
-    share = 1 - n_known / measure.n_parameters if measure.n_probes else 0.0
-    below, above = (share * float(np.mean(column)) for column in zip(*gaps, strict=True))
+    below, above = 0.0, 0.0
+    for run, (value, weight) in enumerate(zip(ds["ritz_value"].values, ds["ritz_weight"].values, strict=True)):
+        mass = float(measure.weight[measure.run == run + 1].sum())
+        left, right = _mass_at_zero(value[np.isfinite(value)], weight[np.isfinite(weight)])
+        below, above = below + mass * left, above + mass * right
     return {
         "negative_mass": estimate.value,
         "negative_mass_se": estimate.se,
