@@ -152,6 +152,19 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
     "ensemble": {
         "loss": _var("member step", "1", "mean squared error", _OPTIONAL),
         "final_loss": _var("member", "1", "mean squared error at the end"),
+        "parameters": _var("member parameter", "1", "parameters at the end", _OPTIONAL),
+        "prediction": _var("member x", "1", "output of the trained network", _OPTIONAL),
+        "champion": _var("member", "1", "iteration of the lowest final loss", _OPTIONAL),
+        "champion_loss": _var("member", "1", "lowest mean squared error of all iterations", _OPTIONAL),
+        "data_x": _var("point", "1", "input", _OPTIONAL),
+        "data_y": _var("point", "1", "target", _OPTIONAL),
+    },
+    "escape": {
+        "probability": _var("strategy iteration", "1", "share of starts that have left the plateau"),
+        "probability_low": _var("strategy iteration", "1", "lower end of the interval of the share"),
+        "probability_high": _var("strategy iteration", "1", "upper end of the interval of the share"),
+        "best_loss": _var("strategy iteration", "1", "median over starts of the lowest loss so far"),
+        "n_starts": _var("strategy", "1", "number of starts"),
     },
 }
 
