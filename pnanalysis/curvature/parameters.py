@@ -1,0 +1,76 @@
+"""Choose parameters of a network by layer, and move between one flat vector and a tensor for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from math import prod
+
+import torch
+from torch import nn
+
+from pnanalysis.errors import CurvatureError
+from pnanalysis.models import parameter_layers
+
+Selection = str | nn.Parameter | Sequence["str | nn.Parameter"] | None
+
+
+def select_parameters(model: nn.Module, selection: Selection = None) -> list[str]:
+    """Full names of the chosen parameters, in the model's order.
+
+    Parameters
+    ----------
+    model : Module
+    selection : None, str, Parameter or sequence of these
+        ``None`` takes every trainable parameter. A text names a layer (all parameters below that module), a
+        parameter, or is a pattern with ``*`` and ``?`` over these names.
+
+    Raises
+    ------
+    CurvatureError
+        If the selection is empty or matches nothing (the message lists the layers), or a chosen parameter is frozen
+        or not of a floating-point type.
+    """
+    parameters = dict(model.named_parameters())
+    if selection is None:
+        chosen = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    else:
+        chosen = set()
+        for wanted in [selection] if isinstance(selection, str | nn.Parameter) else selection:
+            found = {name for name, parameter in parameters.items() if _matches(name, parameter, wanted)}
+            if not found:
+                label = wanted if isinstance(wanted, str) else f"a parameter of shape {tuple(wanted.shape)}"
+                layers = ", ".join(layer for layer, _ in parameter_layers(model))
+                raise CurvatureError(f"{label!r} matches no parameter; the layers are {layers}")
+            chosen |= found
+    if not chosen:
+        raise CurvatureError("no parameters chosen: the model has none that are trainable, or the selection is empty")
+    for name in sorted(chosen):
+        if not parameters[name].is_floating_point():
+            raise CurvatureError(f"parameter {name!r} holds {parameters[name].dtype}, not floating-point numbers")
+        if not parameters[name].requires_grad:
+            raise CurvatureError(f"parameter {name!r} is frozen; call requires_grad_() on it or choose others")
+    return [name for name in parameters if name in chosen]
+
+
+def split_vector(vector: torch.Tensor, shapes: Sequence[torch.Size]) -> list[torch.Tensor]:
+    """Views of a flat vector ``(P,)`` in the parameters' shapes."""
+    parts = vector.split([prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def join_tensors(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One flat vector ``(P,)``."""
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _matches(name: str, parameter: nn.Parameter, wanted: str | nn.Parameter) -> bool:
+    if not isinstance(wanted, str):
+        return parameter is wanted
+    layer = name.rpartition(".")[0]
+    return (
+        name == wanted
+        or layer == wanted
+        or name.startswith(f"{wanted}.")
+        or any(fnmatchcase(text, wanted) for text in (name, layer))
+    )
