@@ -44,7 +44,10 @@ Advance = Callable[[float], None]
 
 #: The deflating run pauses to look at the spectrum once in so many steps.
 STEPS_PER_LOOK = 4
-#: The deflating run may take at most this share of a budget...
+#: The deflating run takes at least this share of a budget: what a short run shows says little about what a longer
+#: one would, for Ritz values converge late and then fast...
+SMALLEST_SHARE = 0.2
+#: ... at most this one...
 LARGEST_SHARE = 0.5
 #: ... and so many steps (its basis stays in memory).
 MOST_DEFLATED = 256
@@ -241,7 +244,7 @@ def _probe_in_turn(
     run = _start(operator, settings, range(1), capacity, storage=rows[:capacity])
     saver = _saver(settings, run, "deflation", advance)
     while run.step < capacity and run.sizes()[0] == run.step:
-        if run.step >= 2 * STEPS_PER_LOOK and deflated_enough(_runs(run)[0], budget - run.step, n_parameters):
+        if run.step >= SMALLEST_SHARE * budget and deflated_enough(_runs(run)[0], budget - run.step, n_parameters):
             break
         run.extend(min(STEPS_PER_LOOK - run.step % STEPS_PER_LOOK, capacity - run.step), advance, saver)
     _finish(run, sample, saver, sampled=False, deflated=True)

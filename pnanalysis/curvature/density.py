@@ -15,7 +15,7 @@ from pnanalysis import schema
 from pnanalysis.curvature.deflation import Sample, Settings, sample_spectrum
 from pnanalysis.curvature.linear import as_operator
 from pnanalysis.curvature.memory import basis_bytes, human
-from pnanalysis.curvature.quadrature import SpectralMeasure, averaged_rule, ritz
+from pnanalysis.curvature.quadrature import Extremes, SpectralMeasure, averaged_rule, extremes, ritz
 from pnanalysis.curvature.summary import summarise
 from pnanalysis.errors import CurvatureError
 from pnanalysis.progress import progress_bar
@@ -176,17 +176,17 @@ def _measured(sample: Sample) -> xr.Dataset:
     couplings = np.array([run.beta[-1] if run.deflated else 0.0 for run in sample.runs])
     # in the whole space, a Ritz pair of the complement is also off by the couplings to what was deflated before
     residual = np.hypot(residual, np.sqrt(np.cumsum(couplings**2) - couplings**2)[:, None])
+    bounds = extremes(value, residual)
     trust = np.array([float(run.sampled) for run in sample.runs])
-    measure = _measure(sample, trust)
+    measure = _measure(sample, trust, bounds)
     spread = measure.spread_at()
     if len(spread) > 1 and min(spread.values()) > 0:
         trust = np.array([1 / spread[run.n_before] if run.sampled else 0.0 for run in sample.runs])
-        measure = _measure(sample, trust)
-    low, high = np.nanmin(value - residual), np.nanmax(value + residual)
+        measure = _measure(sample, trust, bounds)
     trust = trust / trust.sum() if trust.any() else trust
     coupling = np.sqrt(sum(share * np.sum(couplings[:i] ** 2) for i, share in enumerate(trust)))
     data: dict[str, Any] = {
-        "node": ("quadrature", np.clip(measure.node, low, high)),
+        "node": ("quadrature", measure.node),
         "weight": ("quadrature", measure.weight),
         "sampled": ("quadrature", measure.sampled.astype(float)),
         "node_run": ("quadrature", measure.run.astype(float)),
@@ -207,8 +207,11 @@ def _measured(sample: Sample) -> xr.Dataset:
     return xr.Dataset(data)
 
 
-def _measure(sample: Sample, trust: np.ndarray) -> SpectralMeasure:
-    """Average the probes' estimates of the spectrum with weights in proportion to ``trust`` ``(runs,)``."""
+def _measure(sample: Sample, trust: np.ndarray, bounds: Extremes) -> SpectralMeasure:
+    """Average the probes' estimates of the spectrum with weights in proportion to ``trust`` ``(runs,)``.
+
+    A probe whose averaged rule has nodes outside the bounds of the spectrum is given its Gauss rule, which never has.
+    """
     trust = trust / trust.sum() if trust.any() else trust
     parts: list[tuple[np.ndarray, np.ndarray, int, int]] = []
     for index, run in enumerate(sample.runs):
@@ -218,6 +221,8 @@ def _measure(sample: Sample, trust: np.ndarray) -> SpectralMeasure:
             parts.append((value, np.full(len(value), later / sample.n_parameters), -index, run.n_before))
         if run.sampled:
             node, share = averaged_rule(run.alpha, run.beta)
+            if node[0] < bounds.min_low or node[-1] > bounds.max_high:
+                node, share, _ = ritz(run.alpha, run.beta)
             mass = trust[index] * (1 - run.n_before / sample.n_parameters)
             parts.append((node, mass * share, index + 1, run.n_before))
     return SpectralMeasure(

@@ -51,6 +51,33 @@ def averaged_rule(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 @dataclass(frozen=True)
+class Extremes:
+    """The outermost Ritz values, ``min_high`` and ``max_low``, and how far beyond them their residuals reach."""
+
+    min_low: float
+    min_high: float
+    max_low: float
+    max_high: float
+
+
+def extremes(value: np.ndarray, residual: np.ndarray) -> Extremes:
+    """Bounds of the spectrum from Ritz values and residual bounds ``(probe, lanczos)``, NaN where there is none.
+
+    Ritz values lie within the spectrum. An eigenvalue lies within the residual of each; that the outermost has
+    none beyond it holds for random start vectors with all but a small probability, once the residual is small
+    against the spacing there.
+    """
+    top, bottom = int(np.nanargmax(value)), int(np.nanargmin(value))
+    value, residual = value.ravel(), residual.ravel()
+    return Extremes(
+        float(value[bottom] - residual[bottom]),
+        float(value[bottom]),
+        float(value[top]),
+        float(value[top] + residual[top]),
+    )
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A number with its standard error and the degrees of freedom behind that (``inf``: known, or very many)."""
 
@@ -214,7 +241,8 @@ def wasserstein1(nodes_a: np.ndarray, weights_a: np.ndarray, nodes_b: np.ndarray
     float
         The integral of the absolute difference of the cumulative distributions.
     """
-    nodes = np.concatenate([nodes_a, nodes_b])
-    mass = np.concatenate([weights_a / np.sum(weights_a), -np.asarray(weights_b) / np.sum(weights_b)])
+    nodes = np.concatenate([np.asarray(nodes_a), np.asarray(nodes_b)])
+    weights_a, weights_b = np.asarray(weights_a), np.asarray(weights_b)
+    mass = np.concatenate([weights_a / weights_a.sum(), -weights_b / weights_b.sum()])
     order = np.argsort(nodes, kind="stable")
     return float(np.abs(np.cumsum(mass[order])[:-1]) @ np.diff(nodes[order]))

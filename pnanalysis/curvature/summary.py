@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis import schema
-from pnanalysis.curvature.quadrature import Estimate, SpectralMeasure, wasserstein1
+from pnanalysis.curvature.quadrature import Estimate, SpectralMeasure, extremes, wasserstein1
 from pnanalysis.errors import CurvatureError
 
 #: An eigenvalue is an outlier when it lies further than so many standard deviations of the others from their mean.
@@ -98,23 +98,21 @@ def _effective_rank(measure: SpectralMeasure) -> Estimate:
 
 
 def _extremes(ds: xr.Dataset, top_k: int) -> dict[str, Any]:
-    value, residual = ds["ritz_value"].values.ravel(), ds["ritz_residual"].values.ravel()
-    known = np.isfinite(value)
-    value, residual = value[known], residual[known]
-    top, bottom = int(np.argmax(value)), int(np.argmin(value))
+    bounds = extremes(ds["ritz_value"].values, ds["ritz_residual"].values)
     if "deflated_value" in ds:
         top_value, top_residual = ds["deflated_value"].values, ds["deflated_residual"].values
     else:  # one probe sees each eigenvalue once
-        sharpest = int(np.nanargmin(np.where(ds["ritz_residual"] >= 0, ds["ritz_residual"], np.nan)[:, -1]))
-        top_value, top_residual = ds["ritz_value"].values[sharpest], ds["ritz_residual"].values[sharpest]
-        top_value, top_residual = top_value[::-1], top_residual[::-1]
+        sharpest = int(np.argmax((ds["ritz_value"].values == bounds.max_low).any(axis=1)))
+        keep = np.isfinite(ds["ritz_value"].values[sharpest])
+        top_value = ds["ritz_value"].values[sharpest][keep][::-1]
+        top_residual = ds["ritz_residual"].values[sharpest][keep][::-1]
     return {
-        "lambda_max": value[top],
-        "lambda_max_low": value[top],
-        "lambda_max_high": value[top] + residual[top],
-        "lambda_min": value[bottom],
-        "lambda_min_low": value[bottom] - residual[bottom],
-        "lambda_min_high": value[bottom],
+        "lambda_max": bounds.max_low,
+        "lambda_max_low": bounds.max_low,
+        "lambda_max_high": bounds.max_high,
+        "lambda_min": bounds.min_high,
+        "lambda_min_low": bounds.min_low,
+        "lambda_min_high": bounds.min_high,
         "top_value": ("top", top_value[:top_k]),
         "top_residual": ("top", top_residual[:top_k]),
     }
