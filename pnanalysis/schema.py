@@ -145,9 +145,18 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
     "descent": {
         "path": _var("iteration step component", "1", "position"),
         "value": _var("iteration step", "1", "value of the unpenalised surface along the path"),
+        "end": _var("iteration component", "1", "end point"),
+        "end_value": _var("iteration", "1", "value of the unpenalised surface at the end point"),
+        "champion": _var("", "1", "iteration with the lowest end value"),
     },
     "surface": {
         "value": _var("iteration y x", "1", "value of the (penalised) surface"),
+    },
+    "basin": {
+        "basin": _var("y x", "1", "well in which the start ends (-1: in none)"),
+        "minimum": _var("well component", "1", "position of the well"),
+        "minimum_value": _var("well", "1", "value of the surface in the well"),
+        "share": _var("well", "1", "share of the starts that end in the well"),
     },
     "ensemble": {
         "loss": _var("member step", "1", "mean squared error", _OPTIONAL),

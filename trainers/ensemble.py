@@ -259,7 +259,7 @@ class _Study:
             "lam": ("member", [lam for _, lam in self.members]),
             "init_seed": (("iteration", "member"), [self.init_seeds(i) for i in range(len(done))]),
         }
-        return schema.finish(xr.Dataset(variables, coords=coords), "ensemble", **self._settings())  # type: ignore[arg-type]
+        return schema.finish(xr.Dataset(variables, coords=coords), "ensemble", **self._settings())
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -1,7 +1,8 @@
 """Kink regression: data on which gradient descent from a He initialisation cannot move its kinks to where they matter.
 
-Near zero bias every kink of a 1-D ReLU network sits near x = 0, where there are no data: the network is linear on either
-side, and stays there (Holzmueller and Steinwart 2020). The plateau is therefore the loss of the best two-sided linear fit.
+Near zero bias every kink of a 1-D ReLU network sits near x = 0, where there are no data: the network is linear on
+either side, and stays so (Holzmueller and Steinwart 2020). The plateau is therefore the loss of the best two-sided
+linear fit.
 
 References
 ----------
