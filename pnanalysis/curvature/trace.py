@@ -44,7 +44,8 @@ def trace_estimate(operator: Any, method: str = "xtrace", n_hvp: int = 100, seed
     Returns
     -------
     TraceEstimate
-        The standard error is that of a mean over vectors (left-out estimates for XTrace), the interval Student's.
+        The standard error is that of a mean over vectors, the interval Student's. XTrace's left-out estimates are
+        not quite independent: with 15 vectors its error is some 15 % too small, and 90 % of the intervals hold.
 
     Raises
     ------

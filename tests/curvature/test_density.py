@@ -43,7 +43,9 @@ def wigner(n: int = 600) -> np.ndarray:
 
 
 spectra = hnp.arrays(np.float64, st.integers(12, 40), elements=st.floats(-10, 10, width=16))
-budgets = st.sampled_from([{"n_hvp": 9}, {"n_lanczos": 4, "n_probes": 2}, {"n_lanczos": 5, "n_probes": 2, "deflate": False}])
+budgets = st.sampled_from(
+    [{"n_hvp": 9}, {"n_lanczos": 4, "n_probes": 2}, {"n_lanczos": 5, "n_probes": 2, "deflate": False}]
+)
 
 
 @given(spectra, budgets, st.integers(0, 3))

@@ -201,7 +201,13 @@ def test_start_vectors_depend_on_seed_and_index_alone():
 def test_memory_bound_groups_probes_or_refuses():
     unit = 1000 * 8
     assert basis_bytes(1000, 20, 3, torch.float64, 5) == (23 * 3 + 5) * unit
-    sizes = {"n_parameters": 1000, "n_lanczos": 20, "n_probes": 9, "dtype": torch.float64, "device": torch.device("cpu")}
+    sizes = {
+        "n_parameters": 1000,
+        "n_lanczos": 20,
+        "n_probes": 9,
+        "dtype": torch.float64,
+        "device": torch.device("cpu"),
+    }
     assert probes_at_once(**sizes, n_deflated=5, max_memory_bytes=(2 * 23 + 5) * unit) == 2
     assert probes_at_once(**sizes) == 9
     with pytest.raises(CurvatureError, match=r"needs 180 KiB, the bound is 179 KiB: lower n_lanczos"):

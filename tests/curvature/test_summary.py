@@ -1,0 +1,207 @@
+"""The numbers drawn from a spectrum, their errors, and the comparison of two."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.stats import wasserstein_distance
+
+from pnanalysis import schema
+from pnanalysis.curvature.density import spectral_density
+from pnanalysis.curvature.linear import DiagonalOperator
+from pnanalysis.curvature.quadrature import Estimate, SpectralMeasure, wasserstein1
+from pnanalysis.curvature.summary import compare_spectra, summarise
+from pnanalysis.errors import CurvatureError
+
+QUIET = {"progress": False, "grid": np.array([0.0, 1.0])}
+BUDGETS = [{"n_hvp": 80}, {"n_lanczos": 20, "n_probes": 4}, {"n_lanczos": 20, "n_probes": 4, "deflate": False}]
+
+
+def spectrum(eigenvalues: np.ndarray, seed: int = 0, **budget) -> xr.Dataset:
+    return spectral_density(
+        DiagonalOperator(torch.from_numpy(eigenvalues)), seed=seed, **(budget or BUDGETS[0]), **QUIET
+    )
+
+
+def spiked(n: int = 1000, seed: int = 0) -> np.ndarray:
+    """A semicircular bulk of radius 1, shifted to 0.2, and eight outliers."""
+    bulk = 0.2 + 2 * (np.random.default_rng(seed).beta(1.5, 1.5, n - 8) - 0.5)
+    return np.r_[bulk, 8.0, 9.0, 10.0, 12.0, 15.0, 18.0, 22.0, 40.0]
+
+
+def truths(eigenvalues: np.ndarray) -> dict[str, float]:
+    positive = np.maximum(eigenvalues, 0)
+    return {
+        "trace": eigenvalues.sum(),
+        "frobenius_norm": np.linalg.norm(eigenvalues),
+        "negative_mass": np.mean(eigenvalues < 0),
+        "effective_rank": np.abs(eigenvalues).sum() ** 2 / np.sum(eigenvalues**2),
+        "effective_dimension": np.sum(positive / (positive + 1.0)),
+    }
+
+
+def test_full_budget_gives_exact_numbers_without_error():
+    eigenvalues = spiked()
+    ds = spectrum(eigenvalues, n_hvp=1000)
+    assert ds.attrs["method"] == "exact"
+    for name, truth in truths(eigenvalues).items():
+        assert float(ds[name]) == pytest.approx(truth, rel=1e-10)
+        assert float(ds[f"{name}_se"]) == 0
+    assert ds.lambda_max_high - ds.lambda_max_low == 0
+    assert ds.n_outliers == ds.n_outliers_low == ds.n_outliers_high == 8
+    bulk = eigenvalues[:-8]
+    assert (float(ds.bulk_edge_low), float(ds.bulk_edge_high)) == pytest.approx((bulk.min(), bulk.max()))
+    assert float(ds.gap_ratio) == pytest.approx(40 / bulk.max())
+    np.testing.assert_allclose(ds.top_value[:8], eigenvalues[:-9:-1])
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=["budget", "lockstep", "plain"])
+def test_intervals_cover_the_truth(budget):
+    eigenvalues = spiked()
+    truth = truths(eigenvalues)
+    covered = dict.fromkeys([*truth, "lambda_max", "lambda_min", "n_outliers"], 0)
+    truth |= {"lambda_max": 40.0, "lambda_min": eigenvalues.min(), "n_outliers": 8.0}
+    n_seeds = 60
+    for seed in range(n_seeds):
+        ds = spectrum(eigenvalues, seed, **budget)
+        for name, value in truth.items():
+            slack = 1e-9 * (1 + abs(value))
+            covered[name] += bool(ds[f"{name}_low"] - slack <= value <= ds[f"{name}_high"] + slack)
+    # 57 of 60 expected of a 95 % interval; 51 or fewer has probability 0.4 %. The quadrature's own error, not
+    # counted, touches the averages of functions with a kink: sum |lambda| and the positive part
+    for name, count in covered.items():
+        assert count >= (45 if name.startswith("effective") else 52), (name, covered)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=["budget", "lockstep", "plain"])
+def test_outliers_are_counted_and_the_bulk_is_found(budget):
+    eigenvalues = spiked()
+    bulk = eigenvalues[:-8]
+    ds = spectrum(eigenvalues, **budget)
+    assert ds.n_outliers_low - 1e-9 <= 8 <= ds.n_outliers_high + 1e-9
+    if budget.get("deflate", True):
+        assert float(ds.n_outliers) == pytest.approx(8, abs=1e-6)
+    # 20 steps place the edge to a few per cent of the bulk's width
+    assert float(ds.bulk_edge_high) == pytest.approx(bulk.max(), abs=0.1 * np.ptp(bulk))
+    assert float(ds.bulk_edge_low) == pytest.approx(bulk.min(), abs=0.1 * np.ptp(bulk))
+    assert ds.gap_ratio_low <= ds.gap_ratio <= ds.gap_ratio_high
+    assert float(ds.gap_ratio) == pytest.approx(40 / float(ds.bulk_edge_high))
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        np.linspace(0, 1, 400),
+        np.linalg.eigvalsh(np.random.default_rng(0).standard_normal((300, 300)) + np.eye(300) * 9),
+    ],
+    ids=["uniform", "Wigner"],
+)
+def test_spectra_without_outliers_have_none(eigenvalues):
+    ds = spectrum(eigenvalues)
+    assert ds.n_outliers == ds.n_outliers_high == 0
+    assert 1 <= ds.gap_ratio < 1.02
+
+
+@pytest.mark.parametrize("eigenvalues", [np.zeros(50), np.full(50, -2.0)], ids=["zero", "constant"])
+def test_a_single_level_is_summarised_without_nan(eigenvalues):
+    ds = spectrum(eigenvalues, n_hvp=20)
+    assert float(ds.trace) == pytest.approx(eigenvalues.sum())
+    assert float(ds.n_outliers) == 0
+    assert float(ds.negative_mass) == pytest.approx(float(eigenvalues[0] < 0))
+    for name in ("trace", "frobenius_norm", "effective_rank", "effective_dimension", "negative_mass"):
+        assert np.isfinite(ds[f"{name}_se"])
+
+
+def test_residuals_of_the_top_eigenvalues_hold_an_eigenvalue():
+    eigenvalues = spiked()
+    for budget in BUDGETS:
+        ds = spectrum(eigenvalues, **budget)
+        assert (np.diff(ds.top_value) <= 0).all()
+        nearest = np.abs(ds.top_value.values[:, None] - eigenvalues).min(axis=1)
+        assert (nearest <= ds.top_residual + 1e-10).all()
+
+
+def test_negative_mass_interval_allows_for_the_quadrature():
+    eigenvalues = np.linspace(-1, 3, 500)
+    ds = spectrum(eigenvalues, n_lanczos=6, n_probes=4)
+    assert ds.negative_mass_high - ds.negative_mass_low > 2 * 1.96 * ds.negative_mass_se
+    assert ds.negative_mass_low <= 0.25 <= ds.negative_mass_high
+
+
+def test_every_scalar_has_an_error_and_a_label():
+    ds = spectrum(spiked())
+    again = summarise(ds)
+    for name in again.data_vars:
+        assert name in schema.SCHEMAS["spectral_density"]
+        if again[name].ndim == 0 and not name.endswith(("_se", "_low", "_high")):
+            assert {f"{name}_low", f"{name}_high"} <= set(again.data_vars)
+            assert again[f"{name}_low"] <= again[name] <= again[f"{name}_high"]
+    for name in ds.data_vars:
+        assert {"long_name", "units"} <= ds[name].attrs.keys()
+
+
+def test_comparison_of_equal_spectra_finds_nothing_and_of_others_the_difference():
+    a = spectrum(spiked(), 0)
+    same = compare_spectra(a, spectrum(spiked(), 1))
+    assert same.attrs["kind"] == "spectrum_comparison"
+    assert same.wasserstein1 < 3 * same.wasserstein1_noise + 1e-3
+    assert same.trace_low <= 0 <= same.trace_high
+    assert same.lambda_max_low <= 1e-9
+    assert same.lambda_max_high >= -1e-9
+    other = spiked() + 0.5
+    difference = compare_spectra(a, spectrum(other, 1))
+    assert difference.trace_low <= 500 <= difference.trace_high
+    assert difference.wasserstein1 > 5 * difference.wasserstein1_noise
+    assert float(difference.wasserstein1) == pytest.approx(0.5, abs=3 * float(difference.wasserstein1_se) + 0.01)
+    assert float(difference.lambda_max) == pytest.approx(0.5, abs=1e-6)
+    back = compare_spectra(spectrum(other, 1), a)
+    assert float(back.trace_low) == pytest.approx(-float(difference.trace_high))
+
+
+def test_comparison_of_exact_spectra_has_no_noise():
+    a, b = np.linspace(0, 1, 40), np.linspace(0, 2, 40)
+    comparison = compare_spectra(spectrum(a, n_hvp=40), spectrum(b, n_hvp=40))
+    assert float(comparison.wasserstein1) == pytest.approx(wasserstein_distance(a, b))
+    assert comparison.wasserstein1_noise == 0
+
+
+def test_stacked_checkpoints_are_refused():
+    a = spectrum(spiked())
+    stacked = xr.concat([a, a], "checkpoint")
+    with pytest.raises(CurvatureError, match="one checkpoint with one"):
+        compare_spectra(stacked, a)
+
+
+values = hnp.arrays(np.float64, st.integers(1, 20), elements=st.floats(-100, 100, width=32))
+
+
+@given(values, values, st.floats(-10, 10))
+@settings(max_examples=60, deadline=None)
+def test_wasserstein_distance_is_a_distance_and_agrees_with_scipy(a, b, shift):
+    rng = np.random.default_rng(0)
+    p, q = rng.random(len(a)) + 0.1, rng.random(len(b)) + 0.1
+    found = wasserstein1(a, p, b, q)
+    assert found == pytest.approx(wasserstein_distance(a, b, p, q), abs=1e-9)
+    assert found == pytest.approx(wasserstein1(b, q, a, p), abs=1e-12)
+    assert wasserstein1(a, p, a, 3 * p) == pytest.approx(0, abs=1e-12)
+    assert wasserstein1(a, p, a + shift, p) == pytest.approx(abs(shift), abs=1e-9)
+
+
+def test_error_of_a_mean_is_the_sphere_formula():
+    eigenvalues = np.random.default_rng(0).normal(size=50)
+    measure = SpectralMeasure(eigenvalues, np.full(50, 1 / 50), np.ones(50, int), np.zeros(50, int), 50)
+    vectors = np.random.default_rng(1).standard_normal((200_000, 50))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    seen = (vectors**2 @ eigenvalues).std()
+    assert measure.mean(eigenvalues).se == pytest.approx(seen, rel=0.02)  # 0.2 % sampling error of the check itself
+
+
+def test_interval_is_students():
+    low, high = Estimate(1.0, 2.0, 3.0).interval()
+    assert (low, high) == pytest.approx((1 - 3.182446 * 2, 1 + 3.182446 * 2), rel=1e-6)
+    assert Estimate(5.0).interval() == (5.0, 5.0)
