@@ -23,7 +23,7 @@ Gradient = Callable[[Any, Any], tuple[Any, Any]]
 
 _aten = torch.ops.aten
 _ELEMENTARY = ("exp", "expm1", "log", "log1p", "sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "atan", "asinh")
-_OPERATORS = {
+_OPERATORS: dict[Any, Callable[..., Any]] = {
     _aten.mul.Tensor: operator.mul,
     _aten.mul.Scalar: operator.mul,
     _aten.div.Tensor: operator.truediv,
@@ -31,7 +31,7 @@ _OPERATORS = {
     _aten.neg.default: operator.neg,
     _aten.abs.default: operator.abs,
 }
-_SUMS = {
+_SUMS: dict[Any, Callable[..., Any]] = {
     _aten.add.Tensor: operator.add,
     _aten.add.Scalar: operator.add,
     _aten.sub.Tensor: operator.sub,

@@ -1,4 +1,4 @@
-"""Gradient descent on surfaces of two parameters: plain, persistent and restarted, and which start ends in which well.
+"""Gradient descent on surfaces of two parameters: plain, persistent and restarted.
 
 A surface is a function of two 0-d float64 tensors made of torch operations. :func:`two_well` is the paper's; any other
 does as well. A penalised surface is again a surface, so every function here takes it too.
@@ -18,9 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from pnanalysis import schema
@@ -34,7 +31,6 @@ START = (-0.335, -1.4)
 WINDOW = ((-4.0, 4.0), (-4.0, 2.0))
 Window = tuple[tuple[float, float], tuple[float, float]]
 OnIteration = Callable[[xr.Dataset], None]
-_LEAST_ARRIVALS = 3
 
 
 def two_well(x: Tensor, y: Tensor) -> Tensor:
@@ -131,7 +127,7 @@ def descend(
     settings = {"strategy": "persistent", "lam": lam, "lr": lr, "steps": steps, "start": list(here)}
     study = _Study(surface, settings, samples, resume)
     with progress_bar("persistent descents", max(iterations - len(study.paths), 0)) as advance:
-        for _ in range(len(study.paths), _at_least(iterations, 1, "iterations")):
+        for _ in range(len(study.paths), at_least(iterations, 1, "iterations")):
             ends = [path[-1] for path in study.paths]
             descent = Descent(penalised(surface, ends, lam))
             study.add(descent.run(np.array([here]), lr, study.steps))
@@ -163,7 +159,7 @@ def descend_restarts(
     """
     (left, right), (bottom, top) = window
     starts = [_point(start)]
-    for k in range(1, _at_least(iterations, 1, "iterations")):
+    for k in range(1, at_least(iterations, 1, "iterations")):
         u, v = np.random.default_rng(derive_seed(seed, "restart", k)).random(2)
         starts.append((left + (right - left) * u, bottom + (top - bottom) * v))
     study = _Study(surface, {"strategy": "restart", "lr": lr, "steps": steps, "seed": seed}, samples, None)
@@ -190,7 +186,7 @@ def surfaces(surface: Surface, descent: xr.Dataset, *, window: Window = WINDOW, 
     xarray.Dataset
         Kind ``surface``: ``value`` (iteration, y, x), NaN where the surface has no value.
     """
-    x, y = _axes(window, n)
+    x, y = axes(window, n)
     ends, lam = descent["end"].values, descent.attrs.get("lam", 0.0)
     values = []
     for k in descent["iteration"].values:
@@ -200,61 +196,15 @@ def surfaces(surface: Surface, descent: xr.Dataset, *, window: Window = WINDOW, 
     return schema.finish(ds.assign_coords(iteration=descent["iteration"].values), "surface", lam=lam)
 
 
-def basin_map(
-    surface: Surface = two_well, *, window: Window = WINDOW, n: int = 101, lr: float = 1e-2, steps: int = 5_000
-) -> xr.Dataset:
-    """Which start ends in which well: descents from a grid of starts, all at once.
-
-    Parameters
-    ----------
-    surface : callable
-        Pass :func:`penalised` for the basins of f_n.
-    window, n
-        The grid, as for :func:`surfaces`.
-    lr, steps
-        By default ten times the paper's rate for a tenth of its steps, which follows the same gradient flow.
-
-    Returns
-    -------
-    xarray.Dataset
-        Kind ``basin``: ``basin`` (y, x), the index of the well where the start ends, or -1 where it is still on its
-        way, alone, or no longer finite; ``minimum`` (well, component), ``minimum_value`` and ``share`` (well). Wells
-        are sorted by value, the lowest first.
-
-    Notes
-    -----
-    A well is a point to which at least three starts have come and where they rest: they lie within a quarter of the
-    grid's spacing of one another, and moved less than a tenth of that in the last tenth of the steps.
-    """
-    x, y = _axes(window, n)
-    starts = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-    late = steps - _at_least(steps, 10, "steps") // 10
-    _, before, ends = Descent(surface, strict=False).run(starts, lr, [0, late, steps])
-    near = min(x[1] - x[0], y[1] - y[0]) / 4
-    with np.errstate(invalid="ignore"):
-        resting = np.linalg.norm(ends - before, axis=1) < near / 10
-    label = np.full(len(ends), -1)
-    label[resting] = _groups(ends[resting], near)
-    minima, values, label = _wells(surface, ends, label)
-    variables = {
-        "basin": (("y", "x"), label.reshape(n, n)),
-        "minimum": (("well", "component"), minima),
-        "minimum_value": ("well", values),
-        "share": ("well", np.bincount(label[label >= 0], minlength=len(minima)) / len(label)),
-    }
-    coords = {"x": x, "y": y, "component": ["x", "y"], "well": np.arange(len(minima))}
-    return schema.finish(xr.Dataset(variables, coords=coords), "basin", lr=lr, steps=steps)
-
-
 class _Study:
     """Paths so far, and the dataset they make."""
 
     def __init__(self, surface: Surface, settings: dict[str, Any], samples: int, resume: xr.Dataset | None) -> None:
-        steps, lr = _at_least(settings["steps"], 1, "steps"), settings["lr"]
+        steps, lr = at_least(settings["steps"], 1, "steps"), settings["lr"]
         if not (math.isfinite(lr) and lr > 0):
             raise TrainingError(f"lr is {lr}; it must be positive and finite")
         self.surface, self.settings = surface, settings
-        sampled = np.linspace(0, steps, _at_least(samples, 1, "samples") + 1).round().astype(int)
+        sampled = np.linspace(0, steps, at_least(samples, 1, "samples") + 1).round().astype(int)
         self.steps: list[int] = np.unique(sampled).tolist()
         self.paths: list[np.ndarray] = []
         if resume is not None:
@@ -287,38 +237,18 @@ class _Study:
         self.paths = list(ds["path"].values)
 
 
-def _groups(points: np.ndarray, near: float) -> np.ndarray:
-    """A label for each point: those linked by distances below ``near`` share one; -1 for groups of fewer than three."""
-    if not len(points):
-        return np.empty(0, dtype=int)
-    cells, cell = np.unique(np.round(points / (near / 8)), axis=0, return_inverse=True)  # thousands share a few cells
-    pairs = cKDTree(cells).query_pairs(8, output_type="ndarray")
-    links = coo_matrix((np.ones(len(pairs)), pairs.T), shape=(len(cells), len(cells)))
-    label = connected_components(links, directed=False)[1][cell]
-    return np.where(np.bincount(label)[label] >= _LEAST_ARRIVALS, label, -1)
+def axes(window: Window, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """``n`` points along x and ``n`` along y.
 
-
-def _wells(surface: Surface, ends: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The lowest end point of each group and its value, sorted by value, and the labels in that order."""
-    minima, values = [], []
-    old = np.unique(label[label >= 0])
-    for group in old:
-        members = ends[label == group]
-        value = values_at(surface, members)
-        minima.append(members[value.argmin()])
-        values.append(value.min())
-    order = np.argsort(values)
-    relabelled = np.full(len(label), -1)
-    for new, k in enumerate(order):
-        relabelled[label == old[k]] = new
-    return np.array(minima).reshape(-1, 2)[order], np.array(values)[order], relabelled
-
-
-def _axes(window: Window, n: int) -> tuple[np.ndarray, np.ndarray]:
+    Raises
+    ------
+    TrainingError
+        If the window is empty or ``n`` too small.
+    """
     (left, right), (bottom, top) = window
     if not (left < right and bottom < top):
         raise TrainingError(f"window {window} must be ((left, right), (bottom, top)) with left < right, bottom < top")
-    _at_least(n, 2, "n")
+    at_least(n, 2, "n")
     return np.linspace(left, right, n), np.linspace(bottom, top, n)
 
 
@@ -334,7 +264,8 @@ def _check_lam(lam: float) -> None:
         raise TrainingError(f"lam is {lam}; it must be a finite number, zero or more")
 
 
-def _at_least(value: int, least: int, name: str) -> int:
+def at_least(value: int, least: int, name: str) -> int:
+    """``value``, or a :class:`TrainingError` that names it."""
     if value < least:
         raise TrainingError(f"{name} is {value}; it must be at least {least}")
     return value

@@ -1,0 +1,183 @@
+"""Figures of many small networks trained at once: predictors, losses, and the probability of leaving a plateau."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_BLUE, _ORANGE, _GREEN, _PINK, _SKY, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
+_ARMS = (_BLUE, _ORANGE, _GREEN, _PINK, _SKY)  # Okabe and Ito
+_STRATEGY = {"persistent": _BLUE, "restart": _ORANGE}
+
+
+def ensemble(ds: xr.Dataset) -> Figure:
+    """Predictors beside losses: by iteration, or by seed if there is one iteration only.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``ensemble``.
+
+    Returns
+    -------
+    Figure
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    predictors(ds, ax=left)
+    (losses_by_iteration if ds.sizes["iteration"] > 1 else losses_by_seed)(ds, ax=right)
+    return figure
+
+
+def predictors(ds: xr.Dataset, restarts: xr.Dataset | None = None, member: int = 0, ax: Axes | None = None) -> Axes:
+    """The functions learned, over the data: plain, the best of this study, and the best restart.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``ensemble``. With several iterations, plain and best are those of ``member``; with one, the first and the
+        best of all members.
+    restarts : xarray.Dataset, optional
+        Kind ``ensemble``: the control; its best training of all is drawn.
+    member : int
+        Which chain to draw.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    own = ds.isel(member=[member]) if ds.sizes["iteration"] > 1 else ds
+    _predictor(own, (0, 0), "plain", _GREY, "-", ax)
+    if restarts is not None:
+        _best_predictor(restarts, ax)
+    _best_predictor(own, ax)
+    ax.plot(ds["data_x"], ds["data_y"], "o", color="black", ms=6, zorder=5, label="data")
+    ax.set_xlabel("input")
+    ax.set_ylabel("output")
+    ax.legend(fontsize="small")
+    return ax
+
+
+def losses_by_seed(ds: xr.Dataset, plateau: float | None = None, ax: Axes | None = None) -> Axes:
+    """Loss at the end of the plain training of each member, against its seed; the best is marked.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``ensemble``.
+    plateau : float, optional
+        A loss to draw a line at.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    loss, seed = ds["final_loss"].isel(iteration=0), ds["seed"]
+    best = int(loss.values.argmin())
+    _plateau(plateau, ax)
+    ax.plot(seed, loss, "o", ms=4, color=_ORANGE, label=f"{len(loss)} trainings")
+    ax.plot(
+        seed[best], loss[best], "*", ms=14, color=_ORANGE, mec="black", ls="", label=f"best: {float(loss[best]):.3g}"
+    )
+    ax.set_xlabel("seed")
+    ax.set_ylabel("mean squared error")
+    ax.legend(fontsize="small")
+    return ax
+
+
+def losses_by_iteration(ds: xr.Dataset, plateau: float | None = None, ax: Axes | None = None) -> Axes:
+    """Loss at the end of each iteration of each chain; the champion of all is marked.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``ensemble``.
+    plateau : float, optional
+        A loss to draw a line at.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    loss = ds["final_loss"].transpose("member", "iteration").values
+    iteration = ds["iteration"].values
+    _plateau(plateau, ax)
+    groups = [(float(lam), ds["lam"].values == lam) for lam in np.unique(ds["lam"].values[~np.isnan(ds["lam"].values)])]
+    if not groups:
+        groups = [(np.nan, np.ones(len(loss), dtype=bool))]
+    for k, (lam, mine) in enumerate(groups):
+        colour = _STRATEGY["restart"] if np.isnan(lam) else _ARMS[k % len(_ARMS)]
+        label = "restart" if np.isnan(lam) else f"persistent, λ = {lam:g}"
+        ax.plot(
+            iteration,
+            loss[mine].T,
+            "o-",
+            ms=3,
+            lw=0.8,
+            alpha=0.7,
+            color=colour,
+            label=[label, *[None] * (mine.sum() - 1)],
+        )
+    member, best = np.unravel_index(loss.argmin(), loss.shape)
+    champion = f"champion: {loss.min():.3g} at iteration {iteration[best]}"
+    ax.plot(iteration[best], loss[member, best], "*", ms=14, color="#F0E442", mec="black", ls="", label=champion)
+    ax.set_xlabel("iteration")
+    ax.set_ylabel("mean squared error")
+    ax.legend(fontsize="small")
+    return ax
+
+
+def escape(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Probability of having left the plateau against iteration, with its interval, for every strategy.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``escape``.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    for k, label in enumerate(ds["strategy"].values.tolist()):
+        arm = ds.sel(strategy=label)
+        is_control = bool(np.isnan(arm["lam"]))
+        colour = _GREY if is_control else _ARMS[k % len(_ARMS)]
+        text = f"{label} ({int(arm['n_starts'])} starts)"
+        ax.plot(ds["iteration"], arm["probability"], "s--" if is_control else "o-", ms=4, color=colour, label=text)
+        ax.fill_between(
+            ds["iteration"], arm["probability_low"], arm["probability_high"], color=colour, alpha=0.18, linewidth=0
+        )
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel("iteration (trainings after the plain one)")
+    ax.set_ylabel("share of starts that have left the plateau")
+    ax.legend(fontsize="small")
+    return ax
+
+
+def _best_predictor(ds: xr.Dataset, ax: Axes) -> None:
+    loss = ds["final_loss"].transpose("iteration", "member").values
+    iteration, member = np.unravel_index(loss.argmin(), loss.shape)
+    strategy = ds.attrs.get("strategy", "training")
+    _predictor(ds, (int(iteration), int(member)), f"best {strategy}", _STRATEGY.get(strategy, _GREEN), "-", ax)
+
+
+def _predictor(ds: xr.Dataset, which: tuple[int, int], label: str, colour: str, style: str, ax: Axes) -> None:
+    one = ds.isel(iteration=which[0], member=which[1])
+    text = f"{label} (loss {float(one['final_loss']):.3g})"
+    ax.plot(ds["x"], one["prediction"], style, color=colour, lw=2, label=text)
+
+
+def _plateau(plateau: float | None, ax: Axes) -> None:
+    if plateau is not None:
+        ax.axhline(plateau, color=_GREY, lw=1, ls=":", label=f"two-sided linear fit: {plateau:.3g}")

@@ -1,0 +1,174 @@
+"""Figures of descents on a surface of two parameters."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+_COLOURS = ("#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2")  # Okabe and Ito
+_NOWHERE = "#DDDDDD"
+_LEVELS = 24
+
+
+def descent(ds: xr.Dataset, surfaces: xr.Dataset | None = None, iteration: int = 0, ax: Axes | None = None) -> Axes:
+    """Paths of the descents over the contours of the surface.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``descent``.
+    surfaces : xarray.Dataset, optional
+        Kind ``surface``; without it only the paths are drawn.
+    iteration : int
+        Whose surface to draw: 0 is the unpenalised one.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    if surfaces is not None:
+        _contours(surfaces.sel(iteration=iteration), ax)
+    for k in ds["iteration"].values:
+        _path(ds.sel(iteration=k), _label(ds, k), _COLOURS[k % len(_COLOURS)], ax)
+    _label_axes(ax)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def surface(ds: xr.Dataset, descents: xr.Dataset | None = None) -> Figure:
+    """The surface of every iteration, f, f_1, f_2, ..., each with the path that went down it.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``surface``.
+    descents : xarray.Dataset, optional
+        Kind ``descent``, of the same iterations.
+
+    Returns
+    -------
+    Figure
+    """
+    iterations = ds["iteration"].values
+    n_columns = min(len(iterations), 3)
+    n_rows = -(-len(iterations) // n_columns)
+    figure, axes = plt.subplots(
+        n_rows,
+        n_columns,
+        figsize=(4.2 * n_columns, 3.4 * n_rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[len(iterations) :]:
+        ax.set_visible(False)
+    for k, ax in zip(iterations, axes.flat, strict=False):
+        _contours(ds.sel(iteration=k), ax)
+        ax.set_title("$f$" if k == 0 else f"$f_{{{k}}}$")
+        if descents is not None:
+            _path(descents.sel(iteration=k), _label(descents, k), _COLOURS[k % len(_COLOURS)], ax)
+            ax.legend(fontsize="small")
+        _label_axes(ax)
+        ax.label_outer()
+    return figure
+
+
+def surface_3d(ds: xr.Dataset, descents: xr.Dataset | None = None, iteration: int = 0) -> Figure:
+    """One iteration's surface in perspective, and the path that went down it, at that surface's own height.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``surface``.
+    descents : xarray.Dataset, optional
+        Kind ``descent``.
+    iteration : int
+
+    Returns
+    -------
+    Figure
+    """
+    value = ds["value"].sel(iteration=iteration)
+    figure = plt.figure(figsize=(6, 5), layout="constrained")
+    ax = figure.add_subplot(projection="3d", computed_zorder=False)
+    x, y = np.meshgrid(ds["x"], ds["y"])
+    ax.plot_surface(x, y, value, cmap="cividis", alpha=0.85, linewidth=0, rcount=80, ccount=80)
+    if descents is not None:
+        path = descents["path"].sel(iteration=iteration)
+        xs, ys = path.sel(component="x"), path.sel(component="y")
+        height = value.interp(x=xs, y=ys).values
+        ax.plot(xs, ys, height, color=_COLOURS[iteration % len(_COLOURS)], lw=2, label=_label(descents, iteration))
+        ax.legend()
+    _label_axes(ax)
+    ax.set_zlabel("value")
+    return figure
+
+
+def basin(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """The map of which start ends in which well; grey starts end in none.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``basin``.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = ax or plt.subplots(layout="constrained")[1]
+    n = ds.sizes["well"]
+    colours = [_NOWHERE, *(_COLOURS[k % len(_COLOURS)] for k in range(n))]
+    ax.pcolormesh(
+        ds["x"],
+        ds["y"],
+        ds["basin"],
+        cmap=ListedColormap(colours),
+        vmin=-1.5,
+        vmax=n - 0.5,
+        alpha=0.75,
+        rasterized=True,
+    )
+    for k in range(n):
+        x, y = ds["minimum"].isel(well=k).values
+        value, share = float(ds["minimum_value"][k]), float(ds["share"][k])
+        ax.plot(
+            x, y, "*", ms=14, mec="black", mfc=colours[k + 1], label=f"value {value:.3f}: {share:.0%} of starts", ls=""
+        )
+    _label_axes(ax)
+    if n:
+        ax.legend(fontsize="small")
+    return ax
+
+
+def _contours(ds: xr.Dataset, ax: Axes) -> None:
+    drawn = ax.contourf(ds["x"], ds["y"], ds["value"], levels=_LEVELS, cmap="cividis")
+    ax.contour(ds["x"], ds["y"], ds["value"], levels=_LEVELS, colors="white", linewidths=0.3, alpha=0.6)
+    figure = ax.get_figure()
+    assert figure is not None
+    figure.colorbar(drawn, ax=ax, label="value", fraction=0.05)
+
+
+def _path(ds: xr.Dataset, label: str, colour: str, ax: Axes) -> None:
+    x, y = ds["path"].sel(component="x").values, ds["path"].sel(component="y").values
+    ax.plot(x, y, color=colour, lw=2, label=label)
+    ax.plot(x[0], y[0], "o", color="white", mec="black", ms=5)
+    ax.plot(x[-1], y[-1], "*", color=colour, mec="black", ms=12)
+
+
+def _label(ds: xr.Dataset, iteration: int) -> str:
+    name = "plain" if iteration == 0 else f"{ds.attrs.get('strategy', 'iteration')} {iteration}"
+    return f"{name}: {float(ds['end_value'].sel(iteration=iteration)):.3f}"
+
+
+def _label_axes(ax: Axes) -> None:
+    ax.set_xlabel("x")
+    ax.set_ylabel("y")
