@@ -64,8 +64,9 @@ def spectral_density(
     progress : bool
         Show a bar on a terminal.
     n_hvp : int, optional
-        A budget of products in place of ``n_lanczos`` and ``n_probes``: how much of it goes into deflation is
-        decided from what the first probe shows, the rest is split by a fixed rule.
+        A budget of products in place of ``n_lanczos`` and ``n_probes``, spent as well as we know how: how much of it
+        goes into deflation is decided from what the first probe shows, the rest is split by a fixed rule, and each
+        probe deflates for those after it. The most accurate choice; probes in lockstep cost less time a product.
     grid : ndarray, optional
         Where to give the density, ``(eigenvalue,)``, ascending. Default: :func:`default_grid`.
     top_k : int
@@ -126,7 +127,7 @@ def spectral_density(
         save_every,
     )
     budget = n_hvp or n_lanczos * n_probes
-    need = basis_bytes(operator.shape[0], n_lanczos, n_probes, settings.basis_dtype)
+    need = basis_bytes(operator.shape[0], *((n_hvp, 1) if n_hvp else (n_lanczos, n_probes)), settings.basis_dtype)
     with progress_bar(f"spectrum ({human(need)} for the basis)", budget, progress) as advance:
         sample = sample_spectrum(operator, settings, advance)
     ds = _dataset(sample, top_k, ridge, kernel_width, grid)
@@ -210,7 +211,8 @@ def _measured(sample: Sample) -> xr.Dataset:
 def _measure(sample: Sample, trust: np.ndarray, bounds: Extremes) -> SpectralMeasure:
     """Average the probes' estimates of the spectrum with weights in proportion to ``trust`` ``(runs,)``.
 
-    A probe whose averaged rule has nodes outside the bounds of the spectrum is given its Gauss rule, which never has.
+    A probe whose averaged rule has nodes outside the bounds of the spectrum is given its Gauss rule, which never
+    has (but knows the variance from two steps on only).
     """
     trust = trust / trust.sum() if trust.any() else trust
     parts: list[tuple[np.ndarray, np.ndarray, int, int]] = []
@@ -221,7 +223,7 @@ def _measure(sample: Sample, trust: np.ndarray, bounds: Extremes) -> SpectralMea
             parts.append((value, np.full(len(value), later / sample.n_parameters), -index, run.n_before))
         if run.sampled:
             node, share = averaged_rule(run.alpha, run.beta)
-            if node[0] < bounds.min_low or node[-1] > bounds.max_high:
+            if len(run.alpha) > 1 and (node[0] < bounds.min_low or node[-1] > bounds.max_high):
                 node, share, _ = ritz(run.alpha, run.beta)
             mass = trust[index] * (1 - run.n_before / sample.n_parameters)
             parts.append((node, mass * share, index + 1, run.n_before))

@@ -42,9 +42,11 @@ def averaged_rule(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.n
     Reichel and Spalevic, A new representation of generalized averaged Gauss quadrature rules, 2021.
     """
     m = len(alpha)
-    if m == 1 or beta[-1] == 0:
+    if beta[-1] == 0:
         value, weight, _ = ritz(alpha, beta)
         return value, weight
+    if m == 1:  # the two points with this mean and variance
+        return alpha[0] + beta[0] * np.array([-1.0, 1.0]), np.array([0.5, 0.5])
     mirrored = np.concatenate([beta[: m - 1], beta[m - 1 :], beta[: m - 2][::-1]])
     value, vector = eigh_tridiagonal(np.concatenate([alpha, alpha[:-1][::-1]]), mirrored)
     return value, vector[0] ** 2

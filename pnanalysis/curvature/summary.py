@@ -51,7 +51,9 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0) -> xr.Data
     *Outliers.* An eigenvalue is an outlier if it lies further than ten standard deviations from the mean, both
     taken over the eigenvalues that are not outliers (found by repeated clipping from the full spectrum). The rule
     does not depend on the scale or the origin of the spectrum; uniform and semicircular spectra (at most 1.7 and 2
-    deviations wide) and Marchenko-Pastur ones up to 64 parameters per observation have none. The bulk edges are
+    deviations wide) and Marchenko-Pastur ones up to 64 parameters per observation have none. Outliers of like size are
+    told from the rest while they are fewer than one in a hundred; in a power-law tail the line is a convention. The
+    bulk edges are
     the outermost nodes that are not outliers and, on the sampled side, weigh at least half an eigenvalue between
     them and the clip. The intervals follow from moving the clip by its own standard error, and from the sampling
     error of the mass beyond it.

@@ -267,6 +267,14 @@ def test_averaged_rule_is_exact_for_polynomials_and_finer_than_gauss():
     assert wasserstein1(node, share, eigenvalues, uniform) < wasserstein1(value, weight, eigenvalues, uniform)
 
 
+def test_one_step_a_probe_still_tells_the_error_of_the_trace():
+    eigenvalues = np.arange(100.0)
+    runs = [spectral_density(diagonal(eigenvalues), 1, 4, deflate=False, seed=seed, **QUIET) for seed in range(60)]
+    errors = np.array([float(ds.trace) for ds in runs]) - eigenvalues.sum()
+    stated = np.sqrt(np.mean([float(ds.trace_se) ** 2 for ds in runs]))
+    assert 0.7 < stated / np.sqrt(np.mean(errors**2)) < 1.4  # 60 draws know a root mean square to 9 %
+
+
 def test_cost_is_as_asked_and_recorded():
     op = diagonal(like_a_network(500))
     assert spectral_density(op, 20, 5, **QUIET).attrs["n_hvp"] == 100
