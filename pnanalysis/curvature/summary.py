@@ -51,12 +51,12 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0) -> xr.Data
     *Outliers.* An eigenvalue is an outlier if it lies further than ten standard deviations from the mean, both
     taken over the eigenvalues that are not outliers (found by repeated clipping from the full spectrum). The rule
     does not depend on the scale or the origin of the spectrum; uniform and semicircular spectra (at most 1.7 and 2
-    deviations wide) and Marchenko-Pastur ones up to 64 parameters per observation have none. Outliers of like size are
-    told from the rest while they are fewer than one in a hundred; in a power-law tail the line is a convention. The
-    bulk edges are
-    the outermost nodes that are not outliers and, on the sampled side, weigh at least half an eigenvalue between
-    them and the clip. The intervals follow from moving the clip by its own standard error, and from the sampling
-    error of the mass beyond it.
+    deviations wide) and Marchenko-Pastur ones up to 64 parameters per observation have none. Outliers of like size
+    are told from the rest while they are fewer than one in a hundred; in a power-law tail the line is a convention.
+
+    *Bulk.* Its edges are the outermost nodes that are not outliers and have at least half an eigenvalue between them
+    and the clip. The intervals follow from moving the clip by its own standard error, and from the sampling error
+    of the mass beyond it.
 
     References
     ----------
@@ -149,7 +149,7 @@ def _clip(measure: SpectralMeasure) -> tuple[float, float, float, float]:
         weight = np.where(inside, measure.weight, 0) / measure.weight[inside].sum()
         centre = float(weight @ measure.node)
         spread = float(np.sqrt(weight @ (measure.node - centre) ** 2))
-        kept = inside & (np.abs(measure.node - centre) <= OUTLIER_SIGMAS * spread)
+        kept = inside & (np.abs(measure.node - centre) <= max(OUTLIER_SIGMAS * spread, _resolution(measure)))
         if kept.sum() == inside.sum() or not kept.any():
             break
         inside = kept
@@ -160,12 +160,16 @@ def _clip(measure: SpectralMeasure) -> tuple[float, float, float, float]:
     return centre, spread, centre_se, float(spread_se)
 
 
+def _resolution(measure: SpectralMeasure) -> float:
+    """Differences below this are roundoff of single precision: one part in a million of the largest magnitude."""
+    return 1e-6 * float(np.abs(measure.node).max())
+
+
 def _bulk(measure: SpectralMeasure, data: dict[str, Any]) -> dict[str, Any]:
     centre, spread, centre_se, spread_se = _clip(measure)
-    if spread == 0:
-        half, half_se = 1e-9 * abs(centre), 0.0
-    else:
-        half, half_se = OUTLIER_SIGMAS * spread, float(np.hypot(centre_se, OUTLIER_SIGMAS * spread_se))
+    half, half_se = OUTLIER_SIGMAS * spread, float(np.hypot(centre_se, OUTLIER_SIGMAS * spread_se))
+    if half < _resolution(measure):
+        half, half_se = _resolution(measure), 0.0
     counts, lows, highs = [], [], []
     for width in (half, half - 1.96 * half_se, half + 1.96 * half_se):
         outside = np.abs(measure.node - centre) > width
