@@ -1,0 +1,43 @@
+"""Are these two minima different, and which is better? Diagnostics of minima of neural networks.
+
+Public names::
+
+    import pnanalysis as pn
+    run = pn.open_run("runs/lenet5")
+    ds = pn.hessian(run)
+    pn.plots.spectral_density(ds)
+"""
+
+from pnanalysis import plots
+from pnanalysis.curvature.density import spectral_density
+from pnanalysis.curvature.linear import as_operator
+from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from pnanalysis.errors import PnError
+from pnanalysis.hessian import hessian
+from pnanalysis.history import history
+from pnanalysis.runs import Checkpoint, Run, open_run
+from pnanalysis.saturation import saturation
+from pnanalysis.schema import load, save, validate
+from pnanalysis.sources import open_files
+from pnanalysis.trajectory import trajectory
+
+__all__ = [
+    "Checkpoint",
+    "EmpiricalFisherOperator",
+    "GGNOperator",
+    "HessianOperator",
+    "PnError",
+    "Run",
+    "as_operator",
+    "hessian",
+    "history",
+    "load",
+    "open_files",
+    "open_run",
+    "plots",
+    "saturation",
+    "save",
+    "spectral_density",
+    "trajectory",
+    "validate",
+]

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 
 from pnanalysis import schema
-from pnanalysis.curvature.density import common_grid, smooth, spectral_density
+from pnanalysis.curvature.density import default_grid, smooth, spectral_density
 from pnanalysis.curvature.engines import make_operator
 from pnanalysis.data import Split
 from pnanalysis.runs import Checkpoint, Run
@@ -102,10 +102,11 @@ def hessian(
             )  # fmt: skip
             spectra[which, checkpoint] = spectral_density(
                 op, n_lanczos, n_probes, deflate=deflate, kernel_width=kernel_width, seed=seed,
-                progress=f"{source.label} {name}" if progress else False, **lanczos_options,
+                progress=progress, **lanczos_options,
             )  # fmt: skip
-    grid, width = common_grid(list(spectra.values()))
-    smoothed = {key: smooth(ds, grid, kernel_width or width) for key, ds in spectra.items()}
+    grid = default_grid(*spectra.values())
+    width = max(float(ds.kernel_width) for ds in spectra.values())
+    smoothed = {key: smooth(ds, grid, width) for key, ds in spectra.items()}
     stacked = xr.concat(
         [smoothed[which, checkpoint] for _, which, checkpoint in rows],
         dim="checkpoint", join="outer", combine_attrs="drop_conflicts",

@@ -110,7 +110,7 @@ def _no_classes(folder: Path) -> None:
         (lambda folder: (folder / "test/cow").mkdir(), "train/ does not have"),
     ],
 )
-def test_a_bad_folder_gives_one_clear_error(folder: Path, damage, message: str) -> None:  # noqa: ANN001
+def test_a_bad_folder_gives_one_clear_error(folder: Path, damage, message: str) -> None:
     damage(folder)
     with pytest.raises(DataError, match=message):
         load_data(f"imagefolder:{folder}")

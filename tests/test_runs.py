@@ -67,7 +67,7 @@ def test_the_manifest_records_what_is_needed_to_repeat_the_run(tiny_run: Run) ->
         (lambda path: (path / MANIFEST).write_text('{"format": "pnanalysis-run", "schema_version": 99}'), "newer"),
     ],
 )
-def test_a_damaged_run_gives_one_clear_error(own_run: Run, damage, message: str) -> None:  # noqa: ANN001
+def test_a_damaged_run_gives_one_clear_error(own_run: Run, damage, message: str) -> None:
     damage(own_run.path)
     with pytest.raises(RunError, match=message):
         open_run(own_run.path)
@@ -118,7 +118,7 @@ class _Evil:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_pickle_posing_as_weights_is_refused_and_never_run(tmp_path: Path, suffix: str, monkeypatch) -> None:  # noqa: ANN001
+def test_a_pickle_posing_as_weights_is_refused_and_never_run(tmp_path: Path, suffix: str, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / f"weights{suffix}"
     file.write_bytes(pickle.dumps(_Evil()))

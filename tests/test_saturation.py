@@ -106,8 +106,8 @@ def test_functional_method_and_repeated_calls_are_all_seen() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(), nn.ELU(), nn.SELU(),
-     nn.CELU(), nn.GELU(), nn.SiLU(), nn.Mish(), nn.Hardtanh(), nn.Hardsigmoid(), nn.Hardswish(), nn.Softplus(),
+    [nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(), nn.ELU(),
+     nn.SELU(), nn.CELU(), nn.GELU(), nn.SiLU(), nn.Mish(), nn.Hardtanh(), nn.Hardsigmoid(), nn.Hardswish(), nn.Softplus(),
      nn.Softsign(), nn.LogSigmoid()],
     ids=lambda module: type(module).__name__,
 )  # fmt: skip
@@ -136,7 +136,9 @@ def test_a_network_without_activations_says_so(tiny_run: Run) -> None:
 @given(
     seed=st.integers(0, 10_000), scale=st.sampled_from([1e-3, 1.0, 1e4]), parts=st.integers(1, 5), relu=st.booleans()
 )
-def test_the_sketch_stays_within_its_bound_of_an_order_statistic(seed: int, scale: float, parts: int, relu: bool) -> None:
+def test_the_sketch_stays_within_its_bound_of_an_order_statistic(
+    seed: int, scale: float, parts: int, relu: bool
+) -> None:
     values = scale * torch.randn(2001, generator=torch.Generator().manual_seed(seed))
     values = values.relu() if relu else values
     sketch = QuantileSketch(exact_limit=100)

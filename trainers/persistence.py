@@ -6,6 +6,7 @@ import math
 import random
 import warnings
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class PersistentPenalty:
         model = self.model if model is None else model
         products = {}
         for layer, names in self.layers.items():
-            theta = torch.cat([model.get_parameter(name).reshape(-1) for name in names])
+            theta = torch.cat([attrgetter(name)(model).reshape(-1) for name in names])
             anchors = self._anchors.get(layer)
             if anchors is None:
                 products[layer] = theta[:0]

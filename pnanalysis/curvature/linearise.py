@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -23,7 +24,7 @@ _NO_OPS = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.op
 
 
 class Untraceable(Exception):
-    """The function cannot be traced on shapes alone, or its graph cannot be split; use another way."""
+    """The function looks at values and cannot be traced, or its graph cannot be split; use another way."""
 
 
 class Linearisation:
@@ -33,10 +34,16 @@ class Linearisation:
     ----------
     function : callable
         ``function(fixed, v)``: ``fixed`` any nest of tensors, ``v`` a list of tensors; returns a list of tensors.
+    rehearsal : callable
+        ``rehearsal(fixed)`` runs the same user code without any transform of functions. It is tried first, on tensors
+        without values: torch does not recover from a trace that fails inside a transform.
     """
 
-    def __init__(self, function: Callable[[Any, list[Tensor]], list[Tensor]]) -> None:
+    def __init__(
+        self, function: Callable[[Any, list[Tensor]], list[Tensor]], rehearsal: Callable[[Any], object]
+    ) -> None:
         self.function = function
+        self.rehearsal = rehearsal
         self._programs: dict[Any, tuple[fx.GraphModule, fx.GraphModule]] = {}
 
     def at(self, fixed: Any, like: Sequence[Tensor]) -> tuple[Product, int]:
@@ -84,18 +91,23 @@ class Linearisation:
             return self.function(fixed, list(given))
 
         try:
+            with FakeTensorMode() as mode:
+                fakes = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                self.rehearsal(pytree.tree_unflatten(fakes, spec))
             traced = make_fx(flat, tracing_mode="fake")(*tensors, *like)
-        except Exception as error:  # whatever a user's model may raise on tensors without values
+        except Exception as error:  # whatever a user's model may raise while it is traced
             raise Untraceable(f"{type(error).__name__}: {error}") from error
         _drop_no_ops(traced.graph)
         return _split(traced, len(tensors))
 
 
 def _drop_no_ops(graph: fx.Graph) -> None:
-    """Remove aliases, and copies to the type a tensor already has."""
+    """Remove aliases and copies to the type a tensor already has; make symbolic zeros plain ones."""
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
+        if node.target == torch.ops.aten._efficientzerotensor.default:
+            node.target = torch.ops.aten.zeros.default
         if node.target in _NO_OPS or (node.target == torch.ops.aten._to_copy.default and _keeps_its_type(node)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

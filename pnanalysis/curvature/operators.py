@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -108,7 +108,8 @@ class CurvatureOperator:
             raise CurvatureError("there are no batches; was the loader an iterator that is used up?")
         self._total = sum(self._sizes)
         self._finite = torch.ones(len(self._sizes), dtype=torch.bool, device=self.device)
-        self._linearisation = Linearisation(self._product) if expected_products >= _TRACE_FROM else None
+        self._linearisation = Linearisation(self._product, self._rehearse) if expected_products >= _TRACE_FROM else None
+        self._penalty_slope: tuple[Sequence[Tensor], list[Tensor]] | None = None
         self._cache: dict[int, Product] = {}
         self._cached_bytes = 0
         parameters, others = dict(self.model.named_parameters()), dict(self.model.named_buffers())
@@ -145,6 +146,7 @@ class CurvatureOperator:
             part = torch.stack([join_tensors(product(v)) for v in vectors])
             self._finite[i] &= part.isfinite().all()
             result.add_(part.to(self.dtype), alpha=weight)
+        self._add_regulariser(result, rows)
         self.n_hvp += len(vectors)
         return result.T
 
@@ -165,7 +167,7 @@ class CurvatureOperator:
         """The loss over all batches, weight decay and penalty included."""
         with torch.no_grad():
             values = [w * float(self._loss(self._fixed(batch), self._theta)) for w, batch in self._weighted()]
-        return sum(values)
+            return sum(values) + float(self._regulariser(self._theta))
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, ``(P,)``."""
@@ -174,6 +176,9 @@ class CurvatureOperator:
             fixed = self._fixed(batch)
             slope: Named = grad(partial(self._loss, fixed))(self._theta)
             total.add_(join_tensors(list(slope.values())).detach(), alpha=weight)
+        if self.weight_decay or self.penalty is not None:
+            theta = _requiring_grad(self._theta)
+            total += join_tensors(_pullback([self._regulariser(theta)], list(theta.values()), [total.new_ones(())]))
         return total
 
     def to_dense(self, chunk: int = 64) -> Tensor:
@@ -227,6 +232,9 @@ class CurvatureOperator:
                 self._linearisation = None
         return self._direct(fixed), 0
 
+    def _rehearse(self, fixed: Any) -> Tensor:
+        return self._loss(fixed, fixed[0])
+
     def _fixed(self, batch: tuple[Any, Any]) -> Any:
         return self._theta, self._others, batch[0], batch[1]
 
@@ -242,22 +250,35 @@ class CurvatureOperator:
         )
 
     def _loss(self, fixed: Any, theta: Named) -> Tensor:
-        value = self._data_loss(fixed, self._outputs(fixed, theta))
-        extra = self._regulariser(fixed, theta)
-        if extra is None:
-            return value
-        return value + (extra if self.reduction == "mean" else extra * (_batch_size(fixed[2:]) / self._total))
+        return self._data_loss(fixed, self._outputs(fixed, theta))
 
-    def _regulariser(self, fixed: Any, theta: Named) -> Tensor | None:
-        """Weight decay and penalty, or ``None``."""
-        terms = []
+    # -- weight decay and penalty -------------------------------------------------------------------------------
+
+    def _regulariser(self, theta: Named) -> Tensor:
+        """Weight decay and penalty, a scalar."""
+        decay = 0.5 * self.weight_decay * sum(tensor.square().sum() for tensor in theta.values())
+        return torch.as_tensor(decay if self.penalty is None else decay + self._penalised(theta))
+
+    def _penalised(self, theta: Named) -> Tensor:
+        """The penalty, seeing the model with ``theta`` in it."""
+        assert self.penalty is not None
+        state = {f"model.{name}": tensor for name, tensor in {**self._others, **theta}.items()}
+        value: Tensor = functional_call(_Caller(self.model, self.penalty), state, ())
+        return value
+
+    def _add_regulariser(self, result: Tensor, rows: Tensor) -> None:
+        """Add the Hessian of weight decay and penalty times ``rows`` (k, P) to ``result``, in place."""
         if self.weight_decay:
-            terms.append(0.5 * self.weight_decay * sum(tensor.square().sum() for tensor in theta.values()))
-        if self.penalty is not None:
-            caller = _Caller(self.model, self.penalty)
-            state = {f"model.{name}": value for name, value in {**fixed[1], **theta}.items()}
-            terms.append(functional_call(caller, state, ()))
-        return sum(terms) if terms else None  # type: ignore[return-value]
+            result.add_(rows, alpha=self.weight_decay)
+        if self.penalty is None:
+            return
+        if self._penalty_slope is None:
+            theta = _requiring_grad(self._theta)
+            leaves = list(theta.values())
+            slope = torch.autograd.grad(self._penalised(theta), leaves, create_graph=True, materialize_grads=True)
+            self._penalty_slope = slope, leaves
+        for row, into in zip(rows, result, strict=True):
+            into.add_(join_tensors(_pullback(*self._penalty_slope, split_vector(row, self._shapes))))
 
     # -- all batches --------------------------------------------------------------------------------------------
 
@@ -331,19 +352,7 @@ class GGNOperator(CurvatureOperator):
         outputs, pushed = jvp(at_theta, (theta,), (direction,))[:2]
         curved = jvp(grad(partial(self._data_loss, fixed)), (outputs,), (pushed,))[1]
         pulled = vjp(at_theta, theta)[1](curved)[0]
-        return self._with_regulariser(fixed, list(pulled.values()), direction)
-
-    def _with_regulariser(self, fixed: Any, product: list[Tensor], direction: Named) -> list[Tensor]:
-        if not self.weight_decay and self.penalty is None:
-            return product
-
-        def extra(at: Named) -> Tensor:
-            value = self._regulariser(fixed, at)
-            assert value is not None
-            return value if self.reduction == "mean" else value * (_batch_size(fixed[2:]) / self._total)
-
-        added = jvp(grad(extra), (fixed[0],), (direction,))[1]
-        return [a + b for a, b in zip(product, added.values(), strict=True)]
+        return list(pulled.values())
 
     def _direct(self, fixed: Any) -> Product:
         theta = _requiring_grad(fixed[0])
@@ -357,8 +366,7 @@ class GGNOperator(CurvatureOperator):
         def product(v: Any) -> list[Tensor]:
             (pushed,) = _pullback(pulled, [cotangent], v)
             (curved,) = _pullback(slope, [cut], [pushed])
-            back = torch.autograd.grad(outputs, leaves, curved, retain_graph=True, materialize_grads=True)
-            return self._with_regulariser(fixed, list(back), dict(zip(self.names, v, strict=True)))
+            return list(torch.autograd.grad(outputs, leaves, curved, retain_graph=True, materialize_grads=True))
 
         return product
 
@@ -431,6 +439,10 @@ def _frozen_copy(model: nn.Module, bn_mode: str) -> nn.Module:
     """A copy in eval mode without in-place activations; batch normalisation optionally on batch statistics."""
     frozen = copy.deepcopy(model).eval()
     for module in frozen.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):  # a constant that is no buffer: make it one, so that it can be traced
+                delattr(module, name)
+                module.register_buffer(name, value, persistent=False)
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
         if bn_mode == "train" and isinstance(module, _BatchNorm):

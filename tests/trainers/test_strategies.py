@@ -32,7 +32,9 @@ def same(a: Run, b: Run) -> bool:
         states = one.load(), other.load()
         if any(not torch.equal(states[0][name], states[1][name]) for name in states[0]):
             return False
-    return a.history.drop_vars(_SECONDS).equals(b.history.drop_vars(_SECONDS)) and a.manifest["ends"] == b.manifest["ends"]
+    return (
+        a.history.drop_vars(_SECONDS).equals(b.history.drop_vars(_SECONDS)) and a.manifest["ends"] == b.manifest["ends"]
+    )
 
 
 def test_the_same_seed_gives_the_same_run(tiny_run: Run, tiny_config: Config, tmp_path: Path) -> None:
@@ -120,7 +122,10 @@ def test_a_process_killed_hard_resumes_bit_identically(tiny_config: Config, tmp_
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "killed" / "history.nc").exists() or open_run(tmp_path / "killed").manifest["status"] == "running"
+    assert (
+        not (tmp_path / "killed" / "history.nc").exists()
+        or open_run(tmp_path / "killed").manifest["status"] == "running"
+    )
     subprocess.run(command, check=True)
     assert same(whole, open_run(tmp_path / "killed"))
 
@@ -132,7 +137,7 @@ def test_a_finished_run_can_be_made_longer(tiny_run: Run, tiny_config: Config, t
 
 
 def test_resuming_with_other_settings_is_refused(own_run: Run, tiny_config: Config) -> None:
-    with pytest.raises(RunError, match="lr=0.001, not 0.5"):
+    with pytest.raises(RunError, match=r"lr=0\.001, not 0\.5"):
         train(replace(tiny_config, iterations=2, epochs=1, lr=0.5), own_run.path, resume=True, progress=False)
 
 

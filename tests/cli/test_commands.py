@@ -1,0 +1,166 @@
+"""What the commands print, save and draw, and how they say no."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pnanalysis import schema
+from pnanalysis.runs import Run, open_run
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+TINY = ("--data", "digits", "--model", "tanh7", "--model-option", "input_shape=[1,8,8]", "--model-option", "width=16")
+
+
+def test_pntrain_trains_a_recipe_and_its_control(run, tmp_path: Path) -> None:
+    options = ("--iterations", 2, "--epochs", 2, "--control", "--out", tmp_path / "net")
+    done = run("pntrain", "tanh7", *TINY, *options)
+    assert done.status == 0, done.err
+    assert "champion" in done.out
+    assert open_run(tmp_path / "net").manifest["strategy"] == "partial"
+    assert open_run(tmp_path / "net-restart").manifest["strategy"] == "restart"
+    again = run("pntrain", "tanh7", *TINY, *options)
+    assert again.status == 2
+    assert "--resume" in again.err
+    assert run("pntrain", "tanh7", *TINY, *options, "--resume").status == 0
+
+
+def test_pntrain_trains_ones_own_model_and_data(run, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def net():\n    return torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))\n"
+        "def data():\n"
+        "    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))\n"
+        "    y = x[:, :1].sin()\n"
+        "    return {'train': (x[:150], y[:150]), 'validation': (x[150:], y[150:])}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = ("--model", "mine:net", "--data", "mine:data", "--loss", "mse")
+    done = run("pntrain", "custom", *own, "--epochs", 3, "--iterations", 2, "--out", "net", "--lam", 0.1)
+    assert done.status == 0, done.err
+    refused = run("pnanalysis", "saturation", "net")
+    assert refused.status == 2
+    assert "vouch" in refused.err
+    done = run("pnanalysis", "saturation", "net", "--model", "mine:net", "--data", "mine:data", "--loss", "mse")
+    assert done.status == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pntrain", "lenet6"), "S4 lenet5"),
+        (("pntrain", "lenet5", "--lam", "-1"), "lam"),
+        (("pntrain", "lenet5", "--strategy", "magic"), "restart"),
+        (("pntrain", "custom"), "--model"),
+        (("pntrain", "tanh7", "--model-option", "width"), "NAME=JSON"),
+        (("pntrain", "lenet5", "--data", "imagefolder:/no/such/folder"), "no such folder"),
+        (("pntrain", "lenet5", "--device", "gpu"), "not a device"),
+        (("pntrain", "lenet5", "--epochs", "many"), "many"),
+        (("pnanalysis", "saturation"), "name a run"),
+        (("pnanalysis", "saturation", "/no/such/run"), "no such run"),
+        (("pnanalysis", "hessian", "--weights", "a.pt"), "--model"),
+        (("pnanalysis", "history"), "name a run"),
+        (("pnanalysis", "info", "/no/such/run"), "no such run"),
+        (("pnanalysis", "plot", "/no/such/file.nc"), "no such file"),
+        (("pnanalysis", "dance"), "dance"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_status_2(run, arguments, message: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert done.status == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.rglob("*.nc"))
+
+
+def test_nan_in_training_says_where_and_loses_nothing(run, tmp_path: Path) -> None:
+    done = run("pntrain", "tanh7", *TINY, "--lr", 1e38, "--epochs", 2, "--out", tmp_path / "net", "--quiet")
+    assert done.status == 2
+    assert "epoch 1, step" in done.err
+    assert open_run(tmp_path / "net").manifest["status"] == "failed"
+
+
+def test_analyses_save_beside_the_run_and_draw(run, own_run: Run, tmp_path: Path) -> None:
+    for kind in ("saturation", "trajectory", "history"):
+        figure = tmp_path / f"{kind}.png"
+        done = run("pnanalysis", kind, own_run.path, "--plot", figure)
+        assert done.status == 0, done.err
+        assert figure.read_bytes()[:4] == b"\x89PNG"
+        assert schema.load(own_run.path / "analysis" / f"{kind}.nc").attrs["kind"] == kind
+    assert set(own_run.results.children) == {"history", "saturation", "trajectory"}
+
+
+def test_hessian_of_a_run_has_plain_and_champion(run, own_run: Run, tmp_path: Path) -> None:
+    small = ("--n", 100, "--n-lanczos", 10, "--n-probes", 2)
+    done = run("pnanalysis", "hessian", own_run.path, *small, "-o", tmp_path / "h.nc", "--plot", tmp_path / "h.svg")
+    assert done.status == 0, done.err
+    ds = schema.load(tmp_path / "h.nc")
+    assert ds.checkpoint.values.tolist() == ["plain", "champion"]
+    assert "lambda_max" in done.out
+    assert run("pnanalysis", "plot", tmp_path / "h.nc", "-o", tmp_path / "h.pdf").status == 0
+    assert (tmp_path / "h.pdf").read_bytes()[:5] == b"%PDF-"
+    info = run("pnanalysis", "info", tmp_path / "h.nc")
+    assert "Ritz" in info.out
+
+
+def test_a_users_own_weights_go_through_every_analysis(run, tmp_path: Path, own_run: Run, monkeypatch) -> None:
+    (tmp_path / "own_nets.py").write_text(
+        "from trainers.models import tanh7\ndef make():\n    return tanh7((1, 8, 8), width=16)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    weights = [checkpoint.path for checkpoint in own_run.checkpoints]
+    own = ("--model", "own_nets:make", "--weights", *weights)
+    data = ("--data", "digits")
+    assert run("pnanalysis", "saturation", *own, *data).status == 0
+    assert run("pnanalysis", "trajectory", *own).status == 0
+    small = ("--n", 100, "--n-lanczos", 8, "--n-probes", 2, "-o", "own.nc")
+    done = run("pnanalysis", "hessian", *own, *data, *small)
+    assert done.status == 0, done.err
+    assert schema.load("own.nc").sizes["checkpoint"] == len(weights)
+
+
+def test_a_pickle_posing_as_weights_is_refused(run, tmp_path: Path, monkeypatch) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, ("run-by-the-pickle",)
+
+    monkeypatch.chdir(tmp_path)
+    Path("evil.pt").write_bytes(pickle.dumps(Evil()))
+    done = run("pnanalysis", "saturation", "--model", "tanh7", "--weights", "evil.pt", "--data", "digits")
+    assert done.status == 2
+    assert "state_dict" in done.err
+    assert not Path("run-by-the-pickle").exists()
+
+
+def test_weights_of_another_architecture_are_refused(run, tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
+    done = run("pnanalysis", "saturation", "--model", "lenet5", "--weights", tmp_path / "other.pt", "--data", "digits")
+    assert done.status == 2
+    assert "another architecture" in done.err
+
+
+def test_an_output_that_cannot_be_written_is_one_line(run, own_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = run("pnanalysis", "trajectory", own_run.path, "-o", tmp_path / "file" / "t.nc")
+    assert done.status == 2
+    assert "Traceback" not in done.err
+
+
+def test_info_and_report_describe_a_run(run, own_run: Run, tmp_path: Path) -> None:
+    assert "finished, 2 of 2 iterations" in run("pnanalysis", "info", own_run.path).out
+    done = run("pnanalysis", "report", own_run.path, "-o", tmp_path / "r.html")
+    assert done.status == 0, done.err
+    assert "<svg" in (tmp_path / "r.html").read_text()
+
+
+def test_quiet_says_nothing(run, own_run: Run) -> None:
+    done = run("pnanalysis", "saturation", own_run.path, "--quiet")
+    assert (done.status, done.out, done.err) == (0, "", "")
+    assert np.isfinite(schema.load(own_run.path / "analysis/saturation.nc").percentile).any()

@@ -1,0 +1,49 @@
+"""Networks and data that operators are tried on: every kind of layer, small enough for a dense matrix."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def images(sizes: tuple[int, ...] = (5, 3), n_classes: int = 3) -> Batches:
+    """Batches of unequal size of 1x6x6 images with class targets."""
+    torch.manual_seed(1)
+    return [(torch.randn(n, 1, 6, 6).double(), torch.randint(n_classes, (n,))) for n in sizes]
+
+
+def _net(*layers: nn.Module) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = copy.deepcopy(nn.Sequential(*layers)).double()
+        for layer in model:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        for module in model.modules():  # statistics that differ from the batches' own
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.3)
+                module.running_var.uniform_(0.5, 2.0)
+                nn.init.normal_(module.weight, mean=1.0, std=0.2)
+        return model.eval()
+
+    return make
+
+
+#: name -> factory of a network on 1x6x6 images with three outputs
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "linear": _net(nn.Flatten(), nn.Linear(36, 3)),
+    "tanh": _net(nn.Flatten(), nn.Linear(36, 4), nn.Tanh(), nn.Linear(4, 3)),
+    "relu": _net(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)),
+    "conv": _net(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 2, 3, stride=2), nn.Flatten(), nn.Linear(2, 3)),
+    "maxpool": _net(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)),
+    "batchnorm": _net(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)),
+    "avgpool-gelu": _net(
+        nn.Conv2d(1, 3, 3, bias=False), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)
+    ),
+    "layernorm": _net(nn.Flatten(), nn.Linear(36, 4), nn.LayerNorm(4), nn.Sigmoid(), nn.Linear(4, 3)),
+}
