@@ -48,22 +48,14 @@ class Descent:
         gradient = compile_gradient(self.surface, "float" if len(starts) == 1 else "array")
         positions = np.empty((len(steps), *np.shape(starts)))
         positions[0] = starts
+        if self.strict:
+            self._torch_steps(positions[0], lr, 0, 0)  # only checks
         for k, (before, now) in enumerate(pairwise(steps)):
-            there = None if gradient is None else _plain_steps(gradient, positions[k], lr, now - before)
+            there = None if gradient is None else _plain_steps(gradient, positions[k], lr, now - before, self.strict)
             positions[k + 1] = self._torch_steps(positions[k], lr, before, now) if there is None else there
         if self.strict:
-            self._require_finite(positions, lr, steps)
+            self._torch_steps(positions[-1], lr, steps[-1], steps[-1])
         return positions
-
-    def _require_finite(self, positions: np.ndarray, lr: float, steps: Sequence[int]) -> None:
-        """Walk again, checking every step, to the first position kept that is not finite or has no finite value."""
-        finite = np.isfinite(positions).all(-1)
-        finite[finite] = np.isfinite(values_at(self.surface, positions[finite]))
-        bad = np.flatnonzero(~finite.all(1))
-        if len(bad):
-            k = max(int(bad[0]), 1)
-            self._torch_steps(positions[k - 1], lr, steps[k - 1], steps[k])
-            raise TrainingError(f"the surface is not finite by step {steps[k]}; start elsewhere or try a smaller lr")
 
     def _torch_steps(self, positions: np.ndarray, lr: float, before: int, now: int) -> np.ndarray:
         """Steps through torch, each checked if strict: for what plain arithmetic cannot do or does not survive."""
@@ -102,18 +94,21 @@ def values_at(surface: Surface, points: np.ndarray) -> np.ndarray:
         return np.array([float(surface(a, b)) for a, b in zip(x, y, strict=True)])
 
 
-def _plain_steps(gradient: Gradient, positions: np.ndarray, lr: float, steps: int) -> np.ndarray | None:
-    """``steps`` steps in plain arithmetic; ``None`` if it breaks off (a float overflow, a division by zero)."""
+def _plain_steps(gradient: Gradient, positions: np.ndarray, lr: float, steps: int, strict: bool) -> np.ndarray | None:
+    """``steps`` steps in plain arithmetic; ``None`` if it breaks off or, if strict, meets what is not finite."""
     x, y = positions[0].tolist() if len(positions) == 1 else positions.T
+    trace: float | np.ndarray = 0.0  # stays zero as long as all values are finite
     try:
         with np.errstate(all="ignore"):
             for _ in range(steps):
-                slope_x, slope_y = gradient(x, y)
+                slope_x, slope_y, value = gradient(x, y)
                 x = x - lr * slope_x
                 y = y - lr * slope_y
+                trace = trace + (value - value)
     except (ArithmeticError, ValueError):
         return None
-    return np.stack(np.broadcast_arrays(x, y), axis=-1).reshape(-1, 2)
+    there = np.stack(np.broadcast_arrays(x, y), axis=-1).reshape(-1, 2)
+    return None if strict and not np.isfinite(there + np.reshape(trace, (-1, 1))).all() else there
 
 
 def _trace(surface: Surface, x: Tensor, y: Tensor) -> _Batched:

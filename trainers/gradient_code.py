@@ -1,4 +1,4 @@
-"""The gradient of a function of two numbers, traced once and rewritten as plain Python or NumPy arithmetic.
+"""A function of two numbers and its gradient, traced once and rewritten as plain Python or NumPy arithmetic.
 
 A step of gradient descent in two dimensions is some fifty additions, products and exponentials. As torch operations
 they cost some hundred microseconds, as Python floats two. The function is traced through torch (so its derivative is
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 Surface = Callable[[Tensor, Tensor], Tensor]
-Gradient = Callable[[Any, Any], tuple[Any, Any]]
+Gradient = Callable[[Any, Any], tuple[Any, Any, Any]]
 
 _aten = torch.ops.aten
 _ELEMENTARY = ("exp", "expm1", "log", "log1p", "sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "atan", "asinh")
@@ -47,7 +47,7 @@ class _Unknown(Exception):
 
 
 def compile_gradient(surface: Surface, numbers: Literal["float", "array"]) -> Gradient | None:
-    """A function ``(x, y) -> (df/dx, df/dy)`` of Python floats, or of NumPy arrays elementwise.
+    """A function ``(x, y) -> (df/dx, df/dy, f)`` of Python floats, or of NumPy arrays elementwise.
 
     Parameters
     ----------
@@ -62,8 +62,9 @@ def compile_gradient(surface: Surface, numbers: Literal["float", "array"]) -> Gr
         ``None`` if the surface cannot be traced or holds operations unknown here.
     """
 
-    def gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.grad(surface, argnums=(0, 1))(x, y)
+    def gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        slopes, value = torch.func.grad_and_value(surface, argnums=(0, 1))(x, y)
+        return *slopes, value
 
     point = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
     try:

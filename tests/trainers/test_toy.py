@@ -1,0 +1,287 @@
+"""Descents on surfaces of two parameters against hand-written loops and the paper's end points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pnanalysis import schema
+from pnanalysis.errors import TrainingError
+from trainers.basins import basin_map
+from trainers.gradient_code import Surface, compile_gradient
+from trainers.toy import START, WINDOW, descend, descend_restarts, penalised, surfaces, two_well
+
+matplotlib.use("agg")
+
+
+def branching(x: Tensor, y: Tensor) -> Tensor:
+    return x * x + y * y if x > 0 else 2 * x * x + y * y
+
+
+def quadratic_form(x: Tensor, y: Tensor) -> Tensor:
+    v = torch.stack([x, y])
+    return v @ torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64) @ v
+
+
+OFFSET = torch.tensor(0.3, dtype=torch.float64)
+PLAIN: dict[str, Surface] = {
+    "two wells": two_well,
+    "repelled": penalised(two_well, [(2.0, -2.0), (-1.9, -1.0)], 0.1),
+    "Rosenbrock": lambda x, y: (1 - x) ** 2 + 100 * (y - x**2) ** 2,
+    "Himmelblau": lambda x, y: (x**2 + y - 11) ** 2 + (x + y**2 - 7) ** 2,
+    "Rastrigin": lambda x, y: 20 + x**2 + y**2 - 10 * torch.cos(2 * math.pi * x) - 10 * torch.cos(2 * math.pi * y),
+    "powers": lambda x, y: (x * x + 1) ** 1.5 + (2 + y) ** -2 + 2**y + x**3 + y**4 + (y - x) ** 0,
+    "quotients": lambda x, y: 1 / (1 + x * x) + torch.rsqrt(2 + y) + (x - y) / (y * y + 3),
+    "squashing": lambda x, y: torch.tanh(x * y) + torch.sigmoid(x - y) + torch.sqrt(1 + x.abs()),
+    "transcendental": lambda x, y: torch.sin(x) * torch.log(3 + y) + torch.log1p(x * x) + torch.expm1(y).cosh(),
+    "a constant it holds": lambda x, y: (x - OFFSET) ** 2 * torch.tensor(2.0) + torch.sub(y * y, x, alpha=3),
+}  # fmt: skip
+OTHER: dict[str, Surface] = {"a branch": branching, "matrix products": quadratic_form, "hypot": torch.hypot}
+
+
+def by_hand(surface: Surface, start: tuple[float, float], lr: float, steps: int) -> np.ndarray:
+    """Positions (steps + 1, 2) of plain descent through torch's autograd."""
+    path = [start]
+    for _ in range(steps):
+        x, y = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in path[-1])
+        slope = torch.autograd.grad(surface(x, y), (x, y))
+        path.append((path[-1][0] - lr * float(slope[0]), path[-1][1] - lr * float(slope[1])))
+    return np.array(path)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_traced_gradient_is_torchs_own(name: str) -> None:
+    surface = PLAIN[name]
+    floats, arrays = compile_gradient(surface, "float"), compile_gradient(surface, "array")
+    assert floats is not None
+    assert arrays is not None
+    points = torch.from_numpy(np.random.default_rng(0).uniform(-1.5, 1.5, (2, 40)))
+    slopes, values = torch.func.vmap(torch.func.grad_and_value(surface, argnums=(0, 1)))(*points)
+    expected = torch.stack([*slopes, values]).numpy()
+    x, y = points.numpy()
+    one_by_one = np.array([floats(a, b) for a, b in zip(x.tolist(), y.tolist(), strict=True)]).T
+    # the same operations in the same order; a library function may differ in its last bit, 2^-52, and terms up to
+    # 2,000 (Rosenbrock) cancel
+    tolerance = 1e3 * 2**-52 * max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(one_by_one, expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(np.broadcast_arrays(*arrays(x, y)), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["a branch", "matrix products"])
+def test_what_cannot_be_rewritten_is_left_to_torch(name: str) -> None:
+    assert compile_gradient(OTHER[name], "float") is None
+
+
+@pytest.mark.parametrize("name", ["two wells", "Himmelblau", *OTHER])
+def test_descent_follows_the_hand_written_loop(name: str) -> None:
+    surface = {**PLAIN, **OTHER}[name]
+    ds = descend(surface, (-0.5, 1.0), iterations=1, lr=1e-2, steps=60, samples=60)
+    expected = by_hand(surface, (-0.5, 1.0), 1e-2, 60)
+    np.testing.assert_allclose(ds["path"][0], expected, rtol=1e-12)  # 60 steps of a few roundings, 2^-53 each
+    assert ds["step"].values.tolist() == list(range(61))
+    np.testing.assert_allclose(ds["value"][0], [surface(*torch.from_numpy(p)) for p in expected], rtol=1e-12)
+
+
+def test_end_points_are_the_papers() -> None:
+    ds = descend(iterations=2, lam=0.1)
+    expected = [(2.000, -2.000), (-1.973, -1.013)]
+    np.testing.assert_allclose(ds["end"], expected, atol=5e-4)  # to the digits given
+    np.testing.assert_allclose(ds["end_value"], [-1.000, -1.534], atol=5e-4)
+    assert int(ds["champion"]) == 1
+    assert ds.sizes["step"] == 501
+    assert ds["step"].values[-1] == 50_000
+
+
+def test_persistent_iterations_are_repelled_from_all_before() -> None:
+    ds = descend(iterations=3, lam=0.2, steps=300, lr=1e-2, samples=3)
+    ends = ds["end"].values
+
+    def repelled(x: Tensor, y: Tensor) -> Tensor:
+        value = two_well(x, y)
+        for a, b in ends[:2]:
+            value = value + 0.2 * torch.abs(a * x + b * y) / (a * a + b * b)
+        return value
+
+    np.testing.assert_allclose(ends[2], by_hand(repelled, START, 1e-2, 300)[-1], rtol=1e-11)
+
+
+def test_surfaces_are_the_penalised_ones() -> None:
+    ds = descend(iterations=3, lam=0.2, steps=300, lr=1e-2, samples=3)
+    grid = surfaces(two_well, ds, window=((-3, 3), (-3, 1)), n=11)
+    x, y = np.meshgrid(np.linspace(-3, 3, 11), np.linspace(-3, 1, 11))
+    expected = -np.exp(-((x - 2) ** 2 + (y + 2) ** 2) / 5) - 1.5 * np.exp(-((x + 2) ** 2) - (y + 1) ** 2)
+    for k in range(3):
+        np.testing.assert_allclose(grid["value"].sel(iteration=k), expected, rtol=1e-13, atol=1e-15)
+        a, b = ds["end"].values[k]
+        expected = expected + 0.2 * np.abs(a * x + b * y) / (a * a + b * b)
+
+
+def test_an_end_point_at_the_origin_repels_nothing() -> None:
+    with pytest.warns(UserWarning, match="origin"):
+        assert penalised(two_well, [(0.0, 0.0)], 0.1) is two_well
+
+
+def test_restarts_begin_with_the_plain_descent_and_stay_in_the_window() -> None:
+    three = descend_restarts(iterations=3, steps=200, seed=5)
+    five = descend_restarts(iterations=5, steps=200, seed=5)
+    np.testing.assert_array_equal(three["path"][:, 0], five["path"][:3, 0])
+    np.testing.assert_array_equal(five["path"][0, 0], START)
+    (left, right), (bottom, top) = WINDOW
+    starts = five["path"][1:, 0].values
+    assert len(np.unique(starts)) == 8
+    assert (starts[:, 0] > left).all()
+    assert (starts[:, 0] < right).all()
+    assert (starts[:, 1] > bottom).all()
+    assert (starts[:, 1] < top).all()
+    expected = by_hand(two_well, tuple(starts[0]), 1e-3, 200)[-1]
+    np.testing.assert_allclose(five["end"][1], expected, rtol=1e-12)
+
+
+def test_a_stopped_study_goes_on_where_it_was() -> None:
+    seen: list[xr.Dataset] = []
+    whole = descend(iterations=4, steps=400, on_iteration=seen.append)
+    assert [ds.sizes["iteration"] for ds in seen] == [1, 2, 3, 4]
+    resumed = descend(iterations=4, steps=400, resume=seen[1])
+    xr.testing.assert_equal(resumed, whole)
+    with pytest.raises(TrainingError, match="another lam"):
+        descend(iterations=4, steps=400, lam=0.3, resume=seen[1])
+
+
+def test_studies_survive_saving(tmp_path: Path) -> None:
+    first = descend(iterations=2, steps=100)
+    loaded = schema.load(schema.save(first, tmp_path / "descent.nc"))
+    xr.testing.assert_equal(descend(iterations=3, steps=100, resume=loaded), descend(iterations=3, steps=100))
+
+
+def first_bad_step(surface: Surface, start: tuple[float, float], lr: float, steps: int) -> int:
+    for step, position in enumerate(by_hand(surface, start, lr, steps)):
+        if not math.isfinite(float(surface(*torch.from_numpy(position)))):
+            return step
+    raise AssertionError("always finite")
+
+
+@pytest.mark.parametrize(
+    "surface",
+    [
+        lambda x, y: torch.log(x) + y * y,  # no value at negative x, but a slope
+        lambda x, y: torch.sqrt(x) + y * y,
+        lambda x, y: y * y + torch.where(x < 0.5, torch.nan, 1.0) * x,  # left to torch
+    ],
+)
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_surface_that_returns_nan_is_named_with_the_step(surface: Surface, restarts: bool) -> None:
+    step = first_bad_step(surface, (1.0, 1.0), 0.01, 200)
+    go: Callable[..., xr.Dataset] = descend_restarts if restarts else descend
+    with pytest.raises(TrainingError, match=rf"not finite at step {step}, at \(-?0\.\d+, "):
+        go(surface, (1.0, 1.0), lr=0.01, steps=1000, samples=7, **({"window": ((2.9, 3), (0, 1))} if restarts else {}))
+
+
+def test_a_descent_that_runs_away_is_an_error_with_the_step() -> None:
+    with pytest.raises(TrainingError, match="not finite at step 21"):
+        descend(lambda x, y: -(x**4) - y**2, (1.0, 1.0), lr=0.01, steps=5000)
+
+
+def test_two_wells_have_two_basins() -> None:
+    ds = basin_map(n=41)
+    # where the gradient vanishes, by Newton's method on the formula
+    minima = []
+    for start in ((-2.0, -1.0), (2.0, -2.0)):
+        point = torch.tensor(start, dtype=torch.float64)
+        for _ in range(8):
+            slope = torch.func.grad(lambda p: two_well(p[0], p[1]))(point)
+            curvature = torch.func.hessian(lambda p: two_well(p[0], p[1]))(point)
+            point = point - torch.linalg.solve(curvature, slope)
+        minima.append(point.numpy())
+    # the wide well has curvature 0.4: after time 50, e^(-20) of a distance up to 8 is left
+    np.testing.assert_allclose(ds["minimum"], minima, atol=8 * math.exp(-20))
+    assert ds["minimum_value"].values[0] < ds["minimum_value"].values[1]
+    assert ds["basin"].sel(x=2, y=-2, method="nearest") == 1
+    assert ds["basin"].sel(x=-2, y=-1, method="nearest") == 0
+    assert ds["basin"].values[-1, 0] == -1  # the plateau in the corner
+    counts = [(ds["basin"].values == well).mean() for well in (0, 1)]
+    np.testing.assert_allclose(ds["share"], counts)
+
+
+def test_basins_agree_with_single_descents_at_the_papers_rate() -> None:
+    ds = basin_map(n=41)
+    for row, column in ((17, 18), (30, 15), (33, 25), (13, 5), (3, 22)):
+        start = float(ds["x"][column]), float(ds["y"][row])
+        end = descend(two_well, start, iterations=1, samples=1)["end"].values[0]
+        minimum = ds["minimum"][int(ds["basin"][row, column])]
+        np.testing.assert_allclose(end, minimum, atol=8 * math.exp(-18))  # at most 5 of the 50 spent on the plateau
+
+
+def test_a_surface_without_a_minimum_has_no_basin() -> None:
+    ds = basin_map(lambda x, y: -(x**4) - y**2, n=11, lr=0.1, steps=500)
+    assert ds.sizes["well"] == 0
+    assert (ds["basin"].values == -1).all()
+
+
+def test_one_bowl_is_one_basin() -> None:
+    ds = basin_map(lambda x, y: (x - 1) ** 2 + 2 * (y + 1) ** 2, n=15, lr=0.05, steps=1000)
+    np.testing.assert_allclose(ds["minimum"], [[1.0, -1.0]], atol=1e-12)
+    assert float(ds["share"][0]) == 1.0
+
+
+@pytest.mark.parametrize("lam", [-0.1, math.nan, math.inf])
+def test_bad_strengths_are_refused(lam: float) -> None:
+    with pytest.raises(TrainingError, match="lam is"):
+        descend(lam=lam)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: descend(start=(1.0, math.nan)), "two finite numbers"),
+        (lambda: descend(start=(1.0, 2.0, 3.0)), "two finite numbers"),
+        (lambda: descend(lambda x, y: 3.0), "must return one number"),  # type: ignore[arg-type,return-value]
+        (lambda: descend(lambda x, y: torch.stack([x, y])), "must return one number"),
+        (lambda: descend(iterations=0), "iterations is 0"),
+        (lambda: descend(steps=0), "steps is 0"),
+        (lambda: descend(lr=-1.0), "lr is -1"),
+        (lambda: basin_map(window=((1, 0), (0, 1))), "window"),
+        (lambda: basin_map(n=1), "n is 1"),
+    ],
+)
+def test_bad_settings_are_refused(call: Callable[[], xr.Dataset], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        call()
+
+
+@pytest.fixture
+def closed_figures() -> Iterator[None]:
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+@pytest.mark.usefixtures("closed_figures")
+def test_figures_draw_what_the_datasets_hold() -> None:
+    from pnanalysis.plots import toy as plots
+
+    ds = descend(iterations=3, steps=200)
+    grid = surfaces(two_well, ds, n=21)
+    ax = plots.descent(ds, grid)
+    np.testing.assert_array_equal(ax.lines[3].get_xydata(), ds["path"].values[1])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "y")
+    panels = [ax for ax in plots.surface(grid, ds).axes if ax.get_title()]
+    assert [ax.get_title() for ax in panels] == ["$f$", "$f_{1}$", "$f_{2}$"]
+    np.testing.assert_array_equal(panels[2].lines[0].get_xydata(), ds["path"].values[2])
+    basins = basin_map(n=21)
+    ax = plots.basin(basins)
+    np.testing.assert_array_equal(np.concatenate([line.get_xydata() for line in ax.lines]), basins["minimum"].values)
+    perspective = plots.surface_3d(grid, ds, iteration=1).axes[0]
+    path = perspective.lines[0].get_data_3d()  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(path[0], ds["path"].values[1, :, 0])
+    low, high = float(grid["value"].sel(iteration=1).min()), float(grid["value"].sel(iteration=1).max())
+    assert (path[2] >= low).all()
+    assert (path[2] <= high).all()
