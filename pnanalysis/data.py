@@ -1,6 +1,6 @@
 """Data as tensors on a device: resolve a data set, split it by seed, hand out normalised batches.
 
-A registered data set is a factory ``factory(path, input_shape) -> RawImages``; your own goes as
+A registered data set is a factory ``factory(path, input_shape)`` that gives :class:`RawImages`; your own goes as
 ``module:factory`` and may return :class:`Splits`, a mapping of split names, a pair ``(inputs, targets)``, a torch
 ``Dataset``, or any re-iterable of batches such as a ``DataLoader``.
 """
@@ -197,8 +197,8 @@ def load_data(spec: str, input_shape: Sequence[int] | None = None, split_seed: i
         factory = None
     if factory is None:
         return as_splits(import_object(spec, DataError)(), spec)
-    raw: RawImages = factory(argument or None, shape)
-    return _split(raw, spec, shape, split_seed)
+    found = factory(argument or None, shape)
+    return _split(found, spec, shape, split_seed) if isinstance(found, RawImages) else as_splits(found, spec)
 
 
 def as_splits(data: Any, name: str = "data") -> Splits:

@@ -113,6 +113,23 @@ def imagefolder(path: str | None = None, input_shape: tuple[int, ...] | None = N
     return RawImages(**tensors, classes=tuple(classes))
 
 
+def kink6(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """The six points of the kink regression, inputs and targets of shape (6, 1); see :mod:`trainers.kink`."""
+    return _kink("kink6")
+
+
+def kink20(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """The denser kink regression, shape (20, 1)."""
+    return _kink("kink20")
+
+
+def _kink(name: str) -> tuple[Tensor, Tensor]:
+    from trainers.kink import kink_data
+
+    x, y = kink_data(name)
+    return torch.tensor(x, dtype=torch.float32)[:, None], torch.tensor(y, dtype=torch.float32)[:, None]
+
+
 def _class_names(root: Path) -> list[str]:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")

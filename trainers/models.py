@@ -114,6 +114,24 @@ def relu32(width: int = 32) -> nn.Module:
     return network
 
 
+class Point(nn.Module):
+    """A point (x, y) of a two-parameter surface, float64; its coordinates are the parameter ``w``."""
+
+    input_shape = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        return self.w
+
+
+def point() -> nn.Module:
+    """What moves on the two-well surface."""
+    return Point()
+
+
 def initialise_normal(model: nn.Module, std: float) -> None:
     """Draw all weights and biases from N(0, std^2), in place; batch-norm layers keep theirs."""
     for module in model.modules():

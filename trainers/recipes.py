@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
-from pnanalysis.errors import TrainingError
+from pnanalysis.errors import RunError, TrainingError
 
 STRATEGIES = ("plain", "persistent", "partial", "restart")
 
@@ -99,7 +100,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         _recipe(
             "S1", "two-well", "gradient descent on the two-well surface", "two-well",
-            model="", data="", loss="", strategy="persistent", iterations=2, epochs=50_000, lr=1e-3, lam=0.1,
+            model="point", data="", loss="mse", strategy="persistent", iterations=2, epochs=50_000, lr=1e-3, lam=0.1,
             layers="all", optimizer="sgd", momentum=0.0, batch_size=1, checkpoint_every=500,
         ),
         _recipe(
@@ -155,3 +156,20 @@ def configure(base: Recipe, /, **settings: Any) -> Config:
     if given.get("strategy") == "partial" and base.config.layers == "all":
         given.setdefault("layers", "random")
     return replace(base.config, **given)
+
+
+def check_same(before: Mapping[str, Any], config: Config, out: Path) -> None:
+    """Refuse to resume a run with other settings than it was begun with; only more iterations are allowed.
+
+    Raises
+    ------
+    RunError
+        The message names the first setting that differs.
+    """
+    after = config.to_dict()
+    for name, value in before.items():
+        longer = name == "iterations" and after[name] >= value
+        if after.get(name) != value and not longer:
+            raise RunError(
+                f"{out}: was begun with {name}={value!r}, not {after.get(name)!r}; resume with the same settings"
+            )

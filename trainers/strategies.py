@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pnanalysis import schema
 from pnanalysis.data import Split, Splits, load_data
-from pnanalysis.errors import DataError, PnError, RunError
+from pnanalysis.errors import DataError, PnError
 from pnanalysis.models import build_model, parameter_layers
 from pnanalysis.progress import progress_bar
 from pnanalysis.runs import MANIFEST, Run, RunWriter, open_run
@@ -31,8 +31,9 @@ from trainers.fit import Epoch, fit, optimizer_tensors
 from trainers.manifest import describe, now
 from trainers.models import initialise_normal
 from trainers.persistence import PersistentPenalty, choose_layers
-from trainers.recipes import Config
+from trainers.recipes import RECIPES, Config, check_same
 from trainers.seeds import derive_seed
+from trainers.studies import RUNNERS
 
 _SERIES = tuple(entry.name for entry in fields(Epoch) if entry.name != "epoch")
 _SAVE_INTERVAL = 5.0  # seconds between resume states, so that small networks do not spend their time on syncing files
@@ -75,6 +76,9 @@ def train(
         If something is wrong with the configuration, the data, the disk, or the loss is not finite. What was saved
         before stays.
     """
+    recipe = RECIPES.get(config.recipe)
+    if recipe is not None and recipe.runner != "images":
+        return RUNNERS[recipe.runner](config, Path(out), device, resume, progress)
     torch_device = resolve_device(device)
     data = load_data(config.data, _input_shape(config), config.split_seed)
     if not isinstance(data.train, Split):
@@ -254,7 +258,7 @@ class _Recorder:
 def _open_writer(config: Config, session: _Session, out: Path, resume: bool) -> RunWriter:
     if resume and (out / MANIFEST).is_file():
         writer = RunWriter(out, open_run(out).manifest)
-        _check_same(Config.from_dict(writer.manifest["config"]), config, out)
+        check_same(writer.manifest["config"], config, out)
         recorded = writer.manifest["data"]["fingerprint"]
         if recorded != session.data.fingerprint:
             raise DataError(f"{config.data}: has changed since {out} was begun; resume needs the same data")
@@ -275,15 +279,6 @@ def _open_writer(config: Config, session: _Session, out: Path, resume: bool) -> 
         layers=session.layers,
     )
     return RunWriter.create(out, description)
-
-
-def _check_same(before: Config, after: Config, out: Path) -> None:
-    old, new = before.to_dict(), after.to_dict()
-    for name, value in old.items():
-        if name == "iterations" and new[name] >= value:
-            continue
-        if new[name] != value:
-            raise RunError(f"{out}: was begun with {name}={value!r}, not {new[name]!r}; resume with the same settings")
 
 
 def _champion(history: xr.Dataset) -> int:
