@@ -41,7 +41,7 @@ NETWORKS: dict[str, tuple[str, Callable[[], nn.Sequential]]] = {
     "digits conv BN": ("digits", lambda: _conv_bn([1, 8, 16], [1, 2])),
     "CIFAR tanh MLP": ("cifar 8x8", lambda: _mlp(nn.Tanh, 192, 16, 16, 10)),
     "CIFAR ReLU MLP": ("cifar 8x8", lambda: _mlp(nn.ReLU, 192, 20, 16, 10)),
-    "CIFAR conv BN": ("cifar 16x16", lambda: _conv_bn([3, 8, 16, 16], [1, 2, 2])),
+    "CIFAR conv BN": ("cifar 16x16", lambda: _conv_bn([3, 8, 16, 16], [2, 2, 2])),
 }
 
 
