@@ -95,7 +95,11 @@ def saturation(
             advance(text=checkpoint.name)
     exact = all(part.attrs.pop("exact") for parts in results.values() for part in parts.values())
     arranged = [_arrange(parts) for parts in results.values()]
-    ds = arranged[0] if len(arranged) == 1 else xr.concat(arranged, dim="run", join="outer").assign_coords(run=list(results))
+    ds = (
+        arranged[0]
+        if len(arranged) == 1
+        else xr.concat(arranged, dim="run", join="outer").assign_coords(run=list(results))
+    )
     first = sources[0]
     return schema.finish(
         ds, "saturation", **first.dataset_attrs(), split=split, n=size, seed=seed, device=str(torch_device),

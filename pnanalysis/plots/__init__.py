@@ -1,0 +1,84 @@
+"""A function per figure: dataset in, matplotlib Axes or Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pnanalysis.errors import PnError
+from pnanalysis.plots.history import errors, history
+from pnanalysis.plots.saturation import activation_histogram, saturation
+from pnanalysis.plots.spectrum import spectral_density
+from pnanalysis.plots.style import save_figure, style
+from pnanalysis.plots.trajectory import trajectory
+
+#: Figure by name, as ``module:function``; a dataset's kind names its own.
+FIGURES: dict[str, str] = {
+    "history": "pnanalysis.plots.history:history",
+    "errors": "pnanalysis.plots.history:errors",
+    "hessian": "pnanalysis.plots.spectrum:spectral_density",
+    "spectral_density": "pnanalysis.plots.spectrum:spectral_density",
+    "saturation": "pnanalysis.plots.saturation:saturation",
+    "activation_histogram": "pnanalysis.plots.saturation:activation_histogram",
+    "trajectory": "pnanalysis.plots.trajectory:trajectory",
+    "pca": "pnanalysis.plots.trajectory:principal_components",
+    "descent": "pnanalysis.plots.toy:descent",
+    "surface": "pnanalysis.plots.toy:surface",
+    "basin": "pnanalysis.plots.toy:basin",
+    "ensemble": "pnanalysis.plots.ensemble:ensemble",
+    "escape": "pnanalysis.plots.ensemble:escape",
+}
+
+
+def plot(ds: xr.Dataset, kind: str | None = None, **options: Any) -> Figure:
+    """The figure of a dataset.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+    kind : str, optional
+        A name in :data:`FIGURES`; by default the dataset's own kind.
+    **options
+        Passed to the figure's function.
+
+    Raises
+    ------
+    PnError
+        If there is no such figure, or the dataset does not hold what it draws.
+    """
+    name = kind or str(ds.attrs.get("kind"))
+    if name not in FIGURES:
+        raise PnError(f"no figure {name!r}; there are {', '.join(FIGURES)}")
+    module, _, attribute = FIGURES[name].partition(":")
+    draw: Callable[..., Axes | Figure] = getattr(import_module(module), attribute)
+    try:
+        with style():
+            drawn = draw(ds, **options)
+    except (KeyError, AttributeError) as error:
+        raise PnError(
+            f"a {ds.attrs.get('kind', 'foreign')} dataset has no {error} to draw a {name} figure from"
+        ) from error
+    if isinstance(drawn, Figure):
+        return drawn
+    figure = drawn.get_figure()
+    assert isinstance(figure, Figure)
+    return figure
+
+
+__all__ = [
+    "FIGURES",
+    "activation_histogram",
+    "errors",
+    "history",
+    "plot",
+    "saturation",
+    "save_figure",
+    "spectral_density",
+    "style",
+    "trajectory",
+]

@@ -1,0 +1,62 @@
+"""Spectral densities (the paper's figure 12)."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+
+from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, own_axes
+
+_DECADES = 8.0
+
+
+def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = False) -> Axes:
+    """Density of eigenvalues on a logarithmic scale, with its standard error as a band and outliers as a rug.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``spectral_density`` or ``hessian``; with a dim ``checkpoint``, its entries are laid over one another.
+    ax : Axes, optional
+    symlog : bool
+        Eigenvalues on a scale that is linear near zero and logarithmic beyond.
+
+    Returns
+    -------
+    Axes
+        The rug, one row a checkpoint, marks eigenvalues that were found one by one and lie beyond the bulk.
+    """
+    ax = own_axes(ax, PAGE if "checkpoint" in ds.dims else COLUMN, 2.6)
+    parts = [("", ds)]
+    if "checkpoint" in ds.dims:
+        parts = [(str(name), ds.isel(checkpoint=i)) for i, name in enumerate(ds.checkpoint.values)]
+    top = float(ds.density.max())
+    floor = top * 10**-_DECADES
+    for i, (name, one) in enumerate(parts):
+        colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+        grid, density, se = one.eigenvalue.values, one.density.values, np.nan_to_num(one.density_se.values)
+        low, high = np.maximum(density - se, floor), np.maximum(density + se, floor)
+        ax.fill_between(grid, low, high, color=colour, alpha=0.25, lw=0)
+        ax.plot(grid, np.maximum(density, floor), color=colour, ls=dashes, label=name or None)
+        _rug(one, ax, colour, i)
+    ax.set_yscale("log")
+    ax.set_ylim(floor, top * 4)
+    if symlog:
+        edge = float(np.nanmax(np.abs(ds.get("bulk_edge_high", ds.lambda_max).values)))
+        ax.set_xscale("symlog", linthresh=max(edge, 1e-12))
+    ax.axvline(0.0, color="#BBBBBB", lw=0.6, zorder=0)
+    ax.set_xlabel("eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else ""))
+    ax.set_ylabel(label(ds.density))
+    if any(name for name, _ in parts):
+        ax.legend()
+    return ax
+
+
+def _rug(ds: xr.Dataset, ax: Axes, colour: str, row: int) -> None:
+    if "deflated_value" not in ds or "bulk_edge_high" not in ds:
+        return
+    values = ds.deflated_value.values[np.isfinite(ds.deflated_value.values)]
+    outside = values[(values > float(ds.bulk_edge_high)) | (values < float(ds.bulk_edge_low))]
+    height = 0.02 + 0.035 * row
+    ax.plot(outside, np.full(len(outside), height), "|", color=colour, ms=5, transform=ax.get_xaxis_transform())

@@ -1,0 +1,106 @@
+"""The figures of a report: every one that a run's datasets allow, as inline SVG with a caption."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import xarray as xr
+from matplotlib.figure import Figure
+
+from pnanalysis import plots
+from pnanalysis.plots.style import new_figure, style
+from pnanalysis.runs import Run
+
+_SVG_LIMIT = 1_500_000
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure: markup, title, caption (also its text for those who do not see it)."""
+
+    title: str
+    caption: str
+    markup: str
+
+
+def pictures(run: Run, control: Run | None) -> Iterator[Picture]:
+    """Every figure that the run's datasets allow."""
+    results = run.results
+    found = {str(name): node.to_dataset() for name, node in results.children.items()}
+    for name, ds in found.items():
+        for title, caption, options in _figures_of(name, ds, control):
+            figure = _draw(options.pop("figure"), ds, options)
+            yield Picture(title, caption, embed(figure, f"{title}. {caption}", f"{run.path.name}-{title}"))
+
+
+def _figures_of(kind: str, ds: xr.Dataset, control: Run | None) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    if kind == "history":
+        if bool(ds.validation_error.notnull().any()):
+            yield (
+                "Errors by iteration",
+                "Validation and test error at the end of each iteration; lines are the plain model's, bars "
+                "one binomial standard error" + (", hollow green markers the restart control." if control else "."),
+                {"figure": "errors", "control": control.history if control else None},
+            )
+        yield "Training", "Plain and champion in colour, the other iterations in grey.", {"figure": "history"}
+    elif kind == "hessian":
+        yield (
+            "Hessian spectrum",
+            "Density of eigenvalues with its standard error as a band; ticks below mark single eigenvalues beyond the "
+            "bulk, a row a checkpoint.",
+            {"figure": "hessian"},
+        )
+    elif kind == "saturation":
+        yield (
+            "Saturation", "98th percentile of the absolute activations, a panel a layer.", {"figure": "saturation"},
+        )  # fmt: skip
+        yield (
+            "Activations", "Normalised histograms, plain against champion.", {"figure": "activation_histogram"},
+        )  # fmt: skip
+    elif kind == "trajectory":
+        yield (
+            "Trajectories", "On the plane through the start and two end points; squares are ends.",
+            {"figure": "trajectory"},
+        )  # fmt: skip
+        yield "Trajectories, principal components", "The first two of all checkpoints.", {"figure": "pca"}
+    elif kind in plots.FIGURES:
+        yield kind.capitalize(), "", {"figure": kind}
+
+
+def _draw(name: str, ds: xr.Dataset, options: dict[str, Any]) -> Figure:
+    if name == "errors":
+        with style():
+            ax = plots.errors(ds, ax=new_figure(4.6, 2.8).add_subplot(), **options)
+            figure = ax.get_figure()
+            assert isinstance(figure, Figure)
+            return figure
+    return plots.plot(ds, name, **options)
+
+
+def embed(figure: Figure, text: str, prefix: str) -> str:
+    """The figure as inline SVG whose identifiers cannot clash with another's; as PNG where that would be large."""
+    buffer = BytesIO()
+    with style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue().decode()
+    if len(svg) > _SVG_LIMIT:
+        buffer = BytesIO()
+        with style():
+            figure.savefig(buffer, format="png", dpi=160)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return f'<img alt="{_escaped(text)}" src="data:image/png;base64,{data}">'
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    mark = re.sub(r"\W+", "-", prefix)
+    svg = re.sub(r'\bid="', f'id="{mark}-', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{mark}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{_escaped(text)}"', 1)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
