@@ -95,7 +95,7 @@ def train_chains(
 
     References
     ----------
-    Y. Min, "Persistent Neurons", arXiv:2007.01419, section 3.2.
+    Y. Min, "Persistent Neurons", arXiv:2007.01419, section 3.
     """
     for lam in lams:
         if not (math.isfinite(lam) and lam >= 0):
@@ -273,6 +273,9 @@ class _Study:
         }
 
     def _restore(self, ds: xr.Dataset) -> list[_Iteration]:
+        schema.validate(ds, "ensemble")
+        if not {"loss", "parameters", "prediction", "data_x", "data_y"} <= set(ds.variables):
+            raise TrainingError("cannot go on with a study that has not kept its losses and parameters")
         ours = {**self._settings(), "members": self.members, "data": [self.x, self.y], "step": self.sampled}
         theirs = {name: ds.attrs.get(name) for name in self._settings()}
         theirs["members"] = list(zip(ds["seed"].values.tolist(), ds["lam"].values.tolist(), strict=True))

@@ -22,7 +22,7 @@ from scipy.stats import norm
 from pnanalysis import schema
 from pnanalysis.errors import TrainingError
 
-#: Loss of the best two-sided linear fit on both built-in data sets (the plateau of arXiv:2007.01419, fig. 4).
+#: Loss of the best two-sided linear fit on both built-in data sets (the plateau of arXiv:2007.01419, section 3).
 PLATEAU = 4.2
 
 
@@ -54,6 +54,7 @@ def kink_data(name: str = "kink6") -> tuple[np.ndarray, np.ndarray]:
 def two_sided_fit_loss(x: np.ndarray, y: np.ndarray) -> float:
     """Mean squared error of the best pair of lines, one for x < 0 and one for x >= 0: where a stuck network ends."""
     residuals = []
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     for side in (x < 0, x >= 0):
         design = np.stack([x[side], np.ones(side.sum())], axis=1)
         residuals.append(y[side] - design @ np.linalg.lstsq(design, y[side], rcond=None)[0])
@@ -105,21 +106,21 @@ def escape(
     ]
     if restarts is not None:
         groups.append(("restart", np.nan, restarts))
-    arms = []
+    arms, dims = [], ("strategy", "iteration")
     for label, lam, ds in groups:
         lowest = np.minimum.accumulate(ds["final_loss"].transpose("member", "iteration").values, axis=1)
         left = lowest < (1 - margin) * plateau
         low, high = wilson_interval(left.sum(0), len(left), confidence)
         variables = {
-            "probability": ("iteration", left.mean(0)),
-            "probability_low": ("iteration", low),
-            "probability_high": ("iteration", high),
-            "best_loss": ("iteration", np.median(lowest, axis=0)),
-            "n_starts": ((), len(left)),
+            "probability": (dims, left.mean(0)[None]),
+            "probability_low": (dims, low[None]),
+            "probability_high": (dims, high[None]),
+            "best_loss": (dims, np.median(lowest, axis=0)[None]),
+            "n_starts": ("strategy", [len(left)]),
         }
-        coords = {"iteration": ds["iteration"].values, "strategy": label, "lam": lam}
+        coords = {"iteration": ds["iteration"].values, "strategy": [label], "lam": ("strategy", [lam])}
         arms.append(xr.Dataset(variables, coords=coords))
-    joined = xr.concat(arms, dim="strategy", join="outer", coords="different", compat="equals")
+    joined = xr.concat(arms, dim="strategy", join="outer")
     return schema.finish(joined, "escape", plateau=plateau, margin=margin, confidence=confidence)
 
 

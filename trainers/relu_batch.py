@@ -17,7 +17,7 @@ from torch import Tensor
 
 _GRAPH_STEPS = 25  # steps in one CUDA graph: few enough to record at once, enough to hide the launch
 _WARM_UP_STEPS = 3
-_WORTH_THREADS = 4_000_000  # multiplications in the middle layer from which a second thread gains more than it costs
+_WORTH_THREADS = 4_000_000  # multiplications in the middle layer; operations on fewer are too short to share out
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -168,11 +168,12 @@ class ReluBatch:
     def advance(self, steps: int) -> None:
         """Take ``steps`` steps; on a GPU from a recorded graph."""
         if self._theta.device.type == "cuda" and steps > _GRAPH_STEPS + _WARM_UP_STEPS:
-            if self._graph is None:
-                steps -= self._record()
-            assert self._graph is not None
-            for _ in range(steps // _GRAPH_STEPS):
-                self._graph.replay()
+            with torch.cuda.device(self._theta.device):
+                if self._graph is None:
+                    steps -= self._record()
+                assert self._graph is not None
+                for _ in range(steps // _GRAPH_STEPS):
+                    self._graph.replay()
             steps %= _GRAPH_STEPS
         for _ in range(steps):
             self.step()

@@ -5,7 +5,7 @@ does as well. A penalised surface is again a surface, so every function here tak
 
 References
 ----------
-Y. Min, "Persistent Neurons", arXiv:2007.01419, section 3.1.
+Y. Min, "Persistent Neurons", arXiv:2007.01419, section 2.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def descend(
     here = _point(start)
     settings = {"strategy": "persistent", "lam": lam, "lr": lr, "steps": steps, "start": list(here)}
     study = _Study(surface, settings, samples, resume)
-    with progress_bar("persistent descents", max(iterations - len(study.paths), 0)) as advance:
+    with progress_bar("persistent descents", max(iterations - len(study.paths), 0), progress) as advance:
         for _ in range(len(study.paths), at_least(iterations, 1, "iterations")):
             ends = [path[-1] for path in study.paths]
             descent = Descent(penalised(surface, ends, lam))
@@ -229,6 +229,7 @@ class _Study:
         return schema.finish(xr.Dataset(variables, coords=coords), "descent", dtype="float64", **self.settings)
 
     def _restore(self, ds: xr.Dataset) -> None:
+        schema.validate(ds, "descent")
         for name, value in self.settings.items():
             if ds.attrs.get(name) != (value if isinstance(value, int | float | str) else str(value)):
                 raise TrainingError(f"cannot go on with descents of another {name}; start anew or use its {name}")

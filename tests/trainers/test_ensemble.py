@@ -172,6 +172,8 @@ def test_a_stopped_study_goes_on_where_it_was(train: Callable[..., xr.Dataset], 
     resumed = train(X, Y, iterations=4, resume=saved, **settings)
     xr.testing.assert_identical(resumed.drop_attrs(), whole.drop_attrs())
     xr.testing.assert_identical(train(X, Y, iterations=4, resume=whole, **settings).drop_attrs(), whole.drop_attrs())
+    with pytest.raises(TrainingError, match="not kept its losses"):
+        train(X, Y, resume=saved.drop_vars("parameters"), **settings)
     with pytest.raises(TrainingError, match="another lr"):
         train(X, Y, iterations=4, resume=saved, **settings, lr=1e-2)
     with pytest.raises(TrainingError, match="another members"):
@@ -247,6 +249,14 @@ def test_escape_counts_starts_that_have_left_so_far() -> None:
     assert float(ds["probability_low"][2, 0]) == pytest.approx(interval.low)
     assert float(ds["probability_high"][2, 0]) == pytest.approx(interval.high)
     np.testing.assert_array_equal(ds["lam"], [0.01, 0.1, math.nan])
+
+
+def test_escape_takes_one_strength_and_a_shorter_control() -> None:
+    ds = escape(made_up([[4.2], [0.1]], [0.1]))
+    assert ds["probability"].dims == ("strategy", "iteration")
+    assert ds["lam"].values.tolist() == [0.1]
+    both = escape(made_up([[4.2], [0.1]], [0.1]), made_up([[4.2]], [math.nan]))
+    np.testing.assert_array_equal(both["probability"], [[0, 1], [0, math.nan]])
 
 
 def test_escape_refuses_other_data() -> None:
