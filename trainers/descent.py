@@ -38,9 +38,9 @@ class Descent:
 
     def __init__(self, surface: Surface, strict: bool = True) -> None:
         self.surface, self.strict = surface, strict
-        probe = surface(*torch.tensor([0.5, 0.25], dtype=torch.float64))
-        if not (isinstance(probe, Tensor) and probe.ndim == 0 and probe.is_floating_point()):
-            raise TrainingError("the surface must return one number, a 0-d tensor made from its two arguments")
+        probe = surface(*torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True))
+        if not (isinstance(probe, Tensor) and probe.ndim == 0 and probe.requires_grad):
+            raise TrainingError("the surface must return one number, a 0-d tensor made from its arguments by torch")
         self._torch: _Batched | None = None
 
     def run(self, starts: np.ndarray, lr: float, steps: Sequence[int]) -> np.ndarray:

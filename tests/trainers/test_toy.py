@@ -244,6 +244,7 @@ def test_bad_strengths_are_refused(lam: float) -> None:
         (lambda: descend(start=(1.0, 2.0, 3.0)), "two finite numbers"),
         (lambda: descend(lambda x, y: 3.0), "must return one number"),  # type: ignore[arg-type,return-value]
         (lambda: descend(lambda x, y: torch.stack([x, y])), "must return one number"),
+        (lambda: descend(lambda x, y: torch.tensor(float(x) ** 2)), "must return one number"),
         (lambda: descend(iterations=0), "iterations is 0"),
         (lambda: descend(steps=0), "steps is 0"),
         (lambda: descend(lr=-1.0), "lr is -1"),
