@@ -62,7 +62,6 @@ ACTIVATIONS: dict[Callable[..., Any], Activation] = {
 }
 
 
-
 def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Activation:
     """torch's hardtanh, which ReLU6 is made of, has the limits it is called with."""
     return Activation("hardtanh", min_val, max_val)

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -58,8 +60,9 @@ def demo(out: str | os.PathLike[str], device: str = "auto", seed: int = 0, say: 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda job: _train(out, *job, device=device, seed=seed, threads=1), jobs))
     runs = [open_run(out / _name(*job)) for job in jobs]
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda run: _analyse(run, device, seed, say), runs))
+    say("analysing Hessian spectra, saturation and trajectories")
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        list(pool.map(_analyse, runs, repeat(device), repeat(seed)))
     report = write_report(runs, out / "report.html", title="pnanalysis demo: handwritten digits")
     return report, runs
 
@@ -81,8 +84,7 @@ def _train(out: Path, network: str, strategy: str, *, device: str, seed: int, th
         raise RunError(f"training {network} ({strategy}) failed: {done.stderr.strip().splitlines()[-1]}")
 
 
-def _analyse(run: Run, device: str, seed: int, say: Say) -> None:
-    torch.set_num_threads(1)  # as many runs at a time as there are cores
+def _analyse(run: Run, device: str, seed: int) -> None:
     found = {
         "hessian": hessian(run, n=512, n_lanczos=40, n_probes=5, device=device, seed=seed, progress=False),
         "saturation": saturation(run, n=300, device=device, seed=seed, progress=False),
@@ -90,4 +92,3 @@ def _analyse(run: Run, device: str, seed: int, say: Say) -> None:
     }
     for kind, ds in found.items():
         schema.save(ds, run.path / ANALYSIS / f"{kind}.nc")
-    say(f"analysed {run.path.name}: Hessian spectrum, saturation, trajectory")

@@ -32,9 +32,7 @@ def hessian(
     params: Annotated[list[str] | None, typer.Option(metavar="LAYER", help="Restrict to layers; repeat.")] = None,
     bn: Annotated[str, typer.Option(metavar="eval|train", help="Statistics of batch normalisation.")] = "eval",
     dtype: Annotated[str, typer.Option(metavar="float32|float64")] = "float32",
-    engine: Annotated[
-        str, typer.Option(metavar="native|pyhessian|curvlinops", help="Of the products.")
-    ] = "native",
+    engine: Annotated[str, typer.Option(metavar="native|pyhessian|curvlinops", help="Of the products.")] = "native",
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,

@@ -43,7 +43,7 @@ def history(
 
 def _table(ds: xr.Dataset) -> Table:
     """Every iteration at its last epoch."""
-    last = ds.ffill("epoch").isel(epoch=-1)
+    last = ds.dropna("epoch", how="all").isel(epoch=-1)
     rows = []
     for name, run in [("", last)] if "run" not in ds.dims else [(f"{n} ", last.sel(run=n)) for n in ds.run.values]:
         for iteration in ds.iteration.values:

@@ -53,7 +53,7 @@ def _table(ds: xr.Dataset) -> Table:
     """The 98th percentile of the absolute activations at each path's last checkpoint."""
     values = ds.abs_percentile.sel(quantile=98.0)
     if "epoch" in values.dims:
-        values = values.ffill("epoch").isel(epoch=-1)
+        values = values.dropna("epoch", how="all").isel(epoch=-1)
     rows = values.stack(row=[dim for dim in values.dims if dim != "layer"]).transpose("row", "layer")
     names = [" ".join(f"{part}" for part in row) for row in rows.row.values]
     return make_table(

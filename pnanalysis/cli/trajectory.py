@@ -43,12 +43,11 @@ def trajectory(
 
 def _table(ds: xr.Dataset) -> Table:
     """Each path's end: distance from the start, length, distance from the plane."""
-    paths = ds.groupby(["run", "iteration"]).last() if ds.sizes["checkpoint"] else ds
+    ends = {(run, i): k for k, (run, i) in enumerate(zip(ds.run.values, ds.iteration.values, strict=True))}
     rows = [
         [f"{run} iteration {iteration}", float(at.distance_from_start), float(at.path_length), float(at.plane_residual)]
-        for run in paths.run.values
-        for iteration in paths.iteration.values
-        if not (at := paths.sel(run=run, iteration=iteration)).distance_from_start.isnull()
+        for (run, iteration), k in ends.items()
+        for at in [ds.isel(checkpoint=k)]
     ]
     shares = ", ".join(f"{share:.1%}" for share in ds.explained_variance.values)
     return make_table(

@@ -9,6 +9,7 @@ takes nine.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -94,7 +95,9 @@ class Linearisation:
             with FakeTensorMode() as mode:
                 fakes = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
                 self.rehearsal(pytree.tree_unflatten(fakes, spec))
-            traced = make_fx(flat, tracing_mode="fake")(*tensors, *like)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit.script
+                traced = make_fx(flat, tracing_mode="fake")(*tensors, *like)
         except Exception as error:  # whatever a user's model may raise while it is traced
             raise Untraceable(f"{type(error).__name__}: {error}") from error
         _drop_no_ops(traced.graph)

@@ -44,7 +44,7 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: st
     if not runs:
         raise RunError("name at least one run to report on")
     environment = Environment(
-        loader=PackageLoader("pnanalysis", "report"), autoescape=select_autoescape(["html", "j2"]), trim_blocks=True,
+        loader=PackageLoader("pnanalysis.report"), autoescape=select_autoescape(["html", "j2"]), trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     html = environment.get_template("report.html.j2").render(
