@@ -37,7 +37,7 @@ class Source:
     checkpoints: list[Checkpoint]
     make_model: Callable[[], nn.Module]
     make_data: Callable[[], Splits]
-    loss: Loss
+    make_loss: Callable[[], Loss]
     attrs: dict[str, Any] = field(default_factory=dict)
     run: Run | None = None
 
@@ -45,6 +45,11 @@ class Source:
     def data(self) -> Splits:
         """The data set; loaded once."""
         return self.make_data()
+
+    @property
+    def loss(self) -> Loss:
+        """The loss, ``loss(outputs, targets)``."""
+        return self.make_loss()
 
     def select(self, names: Iterable[str] | None) -> dict[str, Checkpoint]:
         """Checkpoints by name (see :meth:`pnanalysis.runs.Run.select`); a user's own files by file name.
@@ -104,11 +109,6 @@ def as_source(
     data_spec = manifest["data"]["name"]
     if data is None and not _is_registered(data_spec):
         raise DataError(f"{run.path}: was trained on {data_spec}; give the data with --data")
-    loss_spec = manifest.get("loss", "cross_entropy")
-    if loss is None and ":" in loss_spec:
-        raise ModelError(
-            f"{run.path}: was trained with the loss {loss_spec}; vouch for that code with --loss {loss_spec}"
-        )
 
     def make_model() -> nn.Module:
         if model is None:
@@ -126,12 +126,18 @@ def as_source(
             )
         return splits
 
+    def make_loss() -> Loss:
+        named = manifest.get("loss", "cross_entropy")
+        if loss is None and ":" in named:
+            raise ModelError(f"{run.path}: was trained with the loss {named}; vouch for that code with --loss {named}")
+        return resolve_loss(loss or named)
+
     return Source(
         label=run.path.name,
         checkpoints=run.checkpoints,
         make_model=make_model,
         make_data=make_data,
-        loss=resolve_loss(loss or loss_spec),
+        make_loss=make_loss,
         attrs={"run": run.path.name, "run_id": run.id, "recipe": manifest["recipe"], "model": spec},
         run=run,
     )
@@ -186,7 +192,7 @@ def open_files(
         checkpoints=[Checkpoint(name, path) for name, path in zip(names, files, strict=True)],
         make_model=make_model,
         make_data=make_data,
-        loss=resolve_loss(loss),
+        make_loss=lambda: resolve_loss(loss),
         attrs={"model": model if isinstance(model, str) else type(model).__name__},
     )
 

@@ -107,8 +107,8 @@ def test_functional_method_and_repeated_calls_are_all_seen() -> None:
 @pytest.mark.parametrize(
     "module",
     [nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(), nn.ELU(),
-     nn.SELU(), nn.CELU(), nn.GELU(), nn.SiLU(), nn.Mish(), nn.Hardtanh(), nn.Hardsigmoid(), nn.Hardswish(), nn.Softplus(),
-     nn.Softsign(), nn.LogSigmoid()],
+     nn.SELU(), nn.CELU(), nn.GELU(), nn.SiLU(), nn.Mish(), nn.Hardtanh(), nn.Hardsigmoid(), nn.Hardswish(),
+     nn.Softplus(), nn.Softsign(), nn.LogSigmoid()],
     ids=lambda module: type(module).__name__,
 )  # fmt: skip
 def test_every_activation_module_is_seen_once_within_its_asymptotes(module: nn.Module) -> None:

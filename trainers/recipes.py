@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -65,6 +66,8 @@ class Config:
         for name in ("iterations", "epochs", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not (math.isfinite(self.lam) and self.lam >= 0):
+            raise TrainingError(f"lam is {self.lam}; it must be a finite number, zero or more")
         if self.strategy == "plain" and self.iterations != 1:
             object.__setattr__(self, "iterations", 1)
 

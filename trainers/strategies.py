@@ -120,7 +120,6 @@ class _Session:
         self.layer_names = [name for name, _ in parameter_layers(self.initial_model(0))]
         self.layers = [draw_layers(config, i, self.layer_names) for i in range(config.iterations)]
         self.history = _empty_history(config)
-        PersistentPenalty(nn.Linear(1, 1), config.lam)  # refuses a bad lam before any work
 
     def initial_model(self, iteration: int) -> nn.Module:
         """The network at its starting point: w_ini, or a fresh one for restarts."""

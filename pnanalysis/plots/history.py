@@ -56,7 +56,7 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
     Axes
         Error bars are binomial standard errors.
     """
-    ax = own_axes(ax)
+    ax = own_axes(ax, PAGE * 0.7, 2.4)
     last = ds.isel(epoch=-1)
     for name, colour, marker, text in (
         ("validation_error", PLAIN, "o", "validation"),
@@ -79,7 +79,7 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
     ax.set_ylabel("error at the end of training")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    ax.legend(ncols=2)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
@@ -99,6 +99,7 @@ def _curves(ds: xr.Dataset, name: str, ax: Axes) -> None:
         )
     ax.set_xlabel(str(ds.epoch.attrs.get("long_name", "epoch")))
     ax.set_ylabel(label(ds[name]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _binomial_se(share: np.ndarray, n: int) -> np.ndarray | None:

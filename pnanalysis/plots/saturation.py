@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pnanalysis.errors import PnError
 from pnanalysis.plots.style import CHAMPION, DASHES, PAGE, PLAIN, new_figure
@@ -51,9 +52,10 @@ def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True)
                 colour, width = _line(int(iteration), ds.sizes["iteration"], champion)
                 ax.plot(curve.epoch, curve, color=colour, lw=width, ls=dashes, label=_name(iteration, champion, one))
         ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     what = "|activation|" if absolute else "activation"
     for ax in axes[::_PER_ROW]:
-        ax.set_ylabel(f"{quantile:g}th percentile of {what}")
+        ax.set_ylabel(f"{quantile:g}th percentile\nof {what}")
     if "checkpoint" not in ds.dims:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside right center")
@@ -93,11 +95,12 @@ def activation_histogram(ds: xr.Dataset, epochs: list[int] | None = None) -> Fig
             for (name, one), colour, dashes in zip(entries, _ends(len(entries)), DASHES * len(entries), strict=False):
                 density = one.histogram.sel(layer=layer).values
                 ax.stairs(density, _edges(ds.bin.values), color=colour, ls=dashes, lw=0.9, label=name)
-            ax.set_title(str(layer))
         line[0].set_ylabel(f"density{title}")
+    for ax, layer in zip(axes[0], ds.layer.values, strict=True):
+        ax.set_title(str(layer))
     for ax in axes[-1]:
         ax.set_xlabel("activation")
-    axes[0][-1].legend(fontsize=6)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=len(rows[0][1]))
     return figure
 
 
