@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ def hessian(
     engine: str = "native",
     n_lanczos: int = 90,
     n_probes: int = 10,
+    n_hvp: int | None = None,
     deflate: bool = True,
     kernel_width: float | None = None,
     split: str = "train",
@@ -31,9 +34,11 @@ def hessian(
     params: str | Sequence[str] | None = None,
     bn_mode: str = "eval",
     dtype: str = "float32",
+    amp: str = "no",
     device: str | None = "cpu",
     seed: int = 0,
     progress: bool = True,
+    state: str | os.PathLike[str] | None = None,
     **lanczos_options: Any,
 ) -> xr.Dataset:
     """The spectral density at each checkpoint, on one common grid.
@@ -48,7 +53,7 @@ def hessian(
         Hessian of the mean loss, generalised Gauss-Newton, or empirical Fisher.
     engine : {"native", "pyhessian", "curvlinops"}
         Who computes the products; Lanczos is the same.
-    n_lanczos, n_probes, deflate, kernel_width
+    n_lanczos, n_probes, n_hvp, deflate, kernel_width
         See :func:`pnanalysis.spectral_density`.
     split : {"train", "validation", "test"}
     n : int or None
@@ -60,9 +65,13 @@ def hessian(
     bn_mode : {"eval", "train"}
         Batch normalisation with running or with batch statistics.
     dtype : {"float32", "float64"}
+    amp : {"no", "bf16"}
+        See :class:`pnanalysis.HessianOperator`.
     device : str or None
     seed : int
         Of probes and examples.
+    state : path, optional
+        Folder for unfinished work, a subfolder a checkpoint: an interrupted call given the same folder goes on.
     **lanczos_options
         Passed to :func:`pnanalysis.spectral_density`.
 
@@ -97,12 +106,12 @@ def hessian(
                 continue
             op = make_operator(
                 engine, operator, source.model(checkpoint, torch_device), source.loss, batches,
-                params=params, bn_mode=bn_mode, dtype=torch_dtype, device=torch_device,
-                expected_products=n_lanczos * n_probes,
+                params=params, bn_mode=bn_mode, dtype=torch_dtype, device=torch_device, amp=amp,
+                expected_products=n_hvp or n_lanczos * n_probes,
             )  # fmt: skip
             spectra[which, checkpoint] = spectral_density(
-                op, n_lanczos, n_probes, deflate=deflate, kernel_width=kernel_width, seed=seed,
-                progress=progress, **lanczos_options,
+                op, n_lanczos, n_probes, n_hvp=n_hvp, deflate=deflate, kernel_width=kernel_width, seed=seed,
+                progress=progress, state=_own_folder(state, which, checkpoint), **lanczos_options,
             )  # fmt: skip
     grid = default_grid(*spectra.values())
     width = max(float(ds.kernel_width) for ds in spectra.values())
@@ -120,3 +129,8 @@ def hessian(
         stacked, "hessian", **sources[0].dataset_attrs(), operator=operator, engine=engine, split=split, n=size,
         batch_size=batch_size, bn_mode=bn_mode, params=params, seed=seed, device=str(torch_device), dtype=dtype,
     )  # fmt: skip
+
+
+def _own_folder(state: str | os.PathLike[str] | None, which: int, checkpoint: Checkpoint) -> Path | None:
+    """Where the unfinished work on one checkpoint is kept."""
+    return None if state is None else Path(state) / f"{which}-{checkpoint.name.replace('/', '-')}"

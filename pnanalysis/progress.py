@@ -8,13 +8,30 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 
 class Advance(Protocol):
     """Call with the number of units done and, if wanted, a short text to show beside the bar."""
 
     def __call__(self, steps: float = 1, text: str = "") -> None: ...
+
+
+class _Rate(ProgressColumn):
+    """Units of work a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.3g}/s")
 
 
 @contextmanager
@@ -35,6 +52,7 @@ def progress_bar(description: str, total: float, enabled: bool = True) -> Iterat
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

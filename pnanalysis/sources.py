@@ -107,8 +107,6 @@ def as_source(
     if model is None and ":" in spec:
         raise ModelError(f"{run.path}: was trained with the model {spec}; vouch for that code with --model {spec}")
     data_spec = manifest["data"]["name"]
-    if data is None and not _is_registered(data_spec):
-        raise DataError(f"{run.path}: was trained on {data_spec}; give the data with --data")
 
     def make_model() -> nn.Module:
         if model is None:
@@ -116,6 +114,8 @@ def as_source(
         return model if isinstance(model, nn.Module) else build_model(model, options if model == spec else {})
 
     def make_data() -> Splits:
+        if data is None and not _is_registered(data_spec):
+            raise DataError(f"{run.path}: was trained on {data_spec or 'no data set'}; give the data with --data")
         shape, seed = getattr(make_model(), "input_shape", None), manifest["data"].get("split_seed", 0)
         splits = load_data(data or data_spec, shape, seed) if isinstance(data or data_spec, str) else as_splits(data)
         recorded = manifest["data"].get("fingerprint")

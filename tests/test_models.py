@@ -78,7 +78,7 @@ def test_a_run_on_code_as_data_needs_the_users_word(tiny_run: Run, tmp_path: Pat
     manifest = {**tiny_run.manifest, "data": {"name": "my_data:make"}}
     RunWriter.create(tmp_path / "evil", manifest)
     with pytest.raises(PnError, match="--data"):
-        as_source(open_run(tmp_path / "evil"))
+        _ = as_source(open_run(tmp_path / "evil")).data
 
 
 def test_changed_data_are_noticed(tiny_run: Run, tmp_path: Path) -> None:

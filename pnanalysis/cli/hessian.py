@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Annotated
 
 import typer
@@ -24,6 +25,8 @@ def hessian(
     operator: Annotated[str, typer.Option(metavar="hessian|ggn|fisher")] = "hessian",
     n_lanczos: Annotated[int, typer.Option(help="Lanczos steps of each probe.")] = 90,
     n_probes: Annotated[int, typer.Option(help="Random probes.")] = 10,
+    n_hvp: Annotated[int | None, typer.Option(help="A budget of products instead, split by what they show.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Bound for the Lanczos basis: 500M, 8G.")] = None,
     deflate: Annotated[bool, typer.Option("--deflate/--no-deflate", help="Give outliers their exact mass.")] = True,
     kernel_width: Annotated[float | None, typer.Option(help="Gaussian sigma of the density, in eigenvalues.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
@@ -32,6 +35,7 @@ def hessian(
     params: Annotated[list[str] | None, typer.Option(metavar="LAYER", help="Restrict to layers; repeat.")] = None,
     bn: Annotated[str, typer.Option(metavar="eval|train", help="Statistics of batch normalisation.")] = "eval",
     dtype: Annotated[str, typer.Option(metavar="float32|float64")] = "float32",
+    amp: Annotated[str, typer.Option(metavar="no|bf16", help="Passes in bfloat16, sums in dtype.")] = "no",
     engine: Annotated[str, typer.Option(metavar="native|pyhessian|curvlinops", help="Of the products.")] = "native",
     model: options.Model = None,
     weights: options.Weights = None,
@@ -52,12 +56,15 @@ def hessian(
       pnanalysis hessian --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make --loss mse
     """
     given = options.sources(runs, model, weights, data, loss)
+    unfinished = options.destination("hessian", given[0], output).with_suffix(".unfinished")
     ds = analyse(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
+        n_hvp=n_hvp, max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
         deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params, bn_mode=bn,
         dtype=dtype, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _table)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _table(ds: xr.Dataset) -> Table:

@@ -73,6 +73,31 @@ def sources(
     return [as_source(path, model, data, loss) for path in given]
 
 
+def destination(kind: str, first: Source, output: Path | None) -> Path:
+    """Where a dataset goes: as told, else into the first run, else into the current folder."""
+    if output is not None:
+        return output
+    return first.run.path / ANALYSIS / f"{kind}.nc" if first.run is not None else Path(f"{kind}.nc")
+
+
+def size(text: str | None) -> int | None:
+    """Bytes from a text such as ``500M`` or ``8G``.
+
+    Raises
+    ------
+    PnError
+        If it is no such text.
+    """
+    if text is None:
+        return None
+    units = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        return int(float(number) * (units[unit] if unit else 1))
+    except (ValueError, KeyError) as error:
+        raise PnError(f"--memory {text!r}: write a number and K, M, G or T, such as 8G") from error
+
+
 def deliver(
     ds: xr.Dataset,
     first: Source,
@@ -82,9 +107,7 @@ def deliver(
     table: Callable[[xr.Dataset], Table] | None = None,
 ) -> None:
     """Save the dataset, draw its figure, print its table and say where things are."""
-    kind = str(ds.attrs["kind"])
-    if output is None:
-        output = first.run.path / ANALYSIS / f"{kind}.nc" if first.run is not None else Path(f"{kind}.nc")
+    output = destination(str(ds.attrs["kind"]), first, output)
     schema.save(ds, output)
     if plot is not None:
         from pnanalysis import plots

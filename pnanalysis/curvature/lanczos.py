@@ -170,6 +170,8 @@ class LanczosRun:
 
     def _check(self) -> None:
         if not bool(self._finite):
+            if hasattr(self.operator, "check_finite"):
+                self.operator.check_finite()  # names the batch
             raise CurvatureError(
                 f"a product of the operator held NaN or infinite values (by Lanczos step {self.step}); "
                 "check the weights, the data and the dtype"

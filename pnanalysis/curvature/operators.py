@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 
 from pnanalysis.curvature.linearise import Linearisation, Product, Untraceable
+from pnanalysis.curvature.memory import free_bytes
 from pnanalysis.curvature.parameters import Selection, join_tensors, select_parameters, split_vector
 from pnanalysis.errors import CurvatureError
 from pnanalysis.models import Loss, parameter_layers
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-_CACHE_BYTES = 1 << 30
+_CACHE_SHARE = 0.25  # of the free memory, for what products of a batch share
 _TRACE_FROM = 30  # products that pay for a trace
 
 Named = dict[str, Tensor]
@@ -112,6 +113,7 @@ class CurvatureOperator:
         self._penalty_slope: tuple[Sequence[Tensor], list[Tensor]] | None = None
         self._cache: dict[int, Product] = {}
         self._cached_bytes = 0
+        self._cache_bytes = _CACHE_SHARE * free_bytes(self.device)
         parameters, others = dict(self.model.named_parameters()), dict(self.model.named_buffers())
         self._theta: Named = {name: parameters.pop(name).detach() for name in self.names}
         self._others: Named = {**{name: p.detach() for name, p in parameters.items()}, **others}
@@ -218,7 +220,7 @@ class CurvatureOperator:
                 yield weight, self._cache[i]
                 continue
             product, n_bytes = self._prepare(batch, like)
-            if n_bytes and self._cached_bytes + n_bytes <= _CACHE_BYTES:
+            if n_bytes and self._cached_bytes + n_bytes <= self._cache_bytes:
                 self._cache[i] = product
                 self._cached_bytes += n_bytes
             yield weight, product

@@ -1,0 +1,110 @@
+"""Spectra of runs and of users' own networks, beside PyHessian's, and after an interruption."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pnanalysis as pn
+from pnanalysis.data import load_data
+from pnanalysis.errors import CurvatureError
+from pnanalysis.models import build_model
+from pnanalysis.runs import Run
+from trainers import fit
+
+SMALL = {"n": 128, "n_lanczos": 16, "n_probes": 3, "progress": False}
+
+
+def test_plain_and_champion_share_grid_and_examples(tiny_run: Run) -> None:
+    ds = pn.hessian(tiny_run, **SMALL)
+    assert ds.checkpoint.values.tolist() == ["plain", "champion"]
+    assert ds.density.dims == ("checkpoint", "eigenvalue")
+    np.testing.assert_allclose(ds.weight.sum("quadrature"), 1.0, rtol=1e-12)
+    assert ds.iteration.values.tolist() == [0, tiny_run.champion.iteration]
+    assert ds.attrs["data_fingerprint"] == tiny_run.manifest["data"]["fingerprint"]
+
+
+def test_the_spectrum_is_that_of_the_dense_hessian(tiny_run: Run) -> None:
+    ds = pn.hessian(tiny_run, checkpoints=["plain"], n=128, n_lanczos=60, n_probes=6, dtype="float64", progress=False)
+    source = pn.sources.as_source(tiny_run)
+    model = source.model(tiny_run.plain).double()
+    part = source.data.train.subset(128, 0)
+    op = pn.HessianOperator(model, source.loss, part.batches(512))
+    exact = torch.linalg.eigvalsh(op.to_dense())
+    at = ds.isel(checkpoint=0)
+    assert float(at.lambda_max) == pytest.approx(float(exact[-1]), rel=1e-8)
+    # five standard errors: a false alarm in a million, were the errors normal
+    assert abs(float(at.trace) - float(exact.sum())) < 5 * float(at.trace_se) + 1e-9
+    assert 0 < float(at.trace_se) < 0.1 * abs(float(exact.sum()))
+
+
+def test_several_runs_are_told_apart_by_name(tiny_run: Run, own_run: Run) -> None:
+    ds = pn.hessian(tiny_run, own_run, checkpoints=["plain"], **SMALL)
+    assert ds.checkpoint.values.tolist() == ["tiny/plain", "own/plain"]
+
+
+@pytest.mark.parametrize("operator", ["ggn", "fisher"])
+def test_gauss_newton_and_fisher_have_no_negative_eigenvalues(tiny_run: Run, operator: str) -> None:
+    ds = pn.hessian(tiny_run, checkpoints=["plain"], operator=operator, dtype="float64", **SMALL)
+    assert float(ds.lambda_min[0]) > -1e-9 * float(ds.lambda_max[0])
+
+
+def test_an_interrupted_spectrum_goes_on_to_the_same_result(tiny_run: Run, tmp_path: Path, monkeypatch) -> None:
+    options = {**SMALL, "checkpoints": ["plain"], "save_every": 0.0}
+    whole = pn.hessian(tiny_run, **options)
+    calls = 0
+    product = pn.HessianOperator.matmat
+
+    def interrupted(self: pn.HessianOperator, V: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        return product(self, V)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pn.HessianOperator, "matmat", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pn.hessian(tiny_run, **options, state=tmp_path / "state")
+    calls = -1000
+    resumed = pn.hessian(tiny_run, **options, state=tmp_path / "state")
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], resumed[name], err_msg=str(name))
+
+
+def test_a_batch_that_is_not_finite_is_named() -> None:
+    inputs, targets = torch.randn(30, 4), torch.randint(2, (30,))
+    inputs[17] = torch.nan
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    batches = list(zip(inputs.split(10), targets.split(10), strict=True))
+    op = pn.HessianOperator(model, nn.functional.cross_entropy, batches)
+    with pytest.raises(CurvatureError, match="batch 1"):
+        pn.spectral_density(op, 5, 2, progress=False)
+
+
+def test_pyhessian_agrees_on_lenet5() -> None:
+    """Its power iteration and Hutchinson trace; its density needs a function that torch no longer has."""
+    from pyhessian import hessian as PyHessian
+
+    data = load_data("digits", (3, 32, 32))
+    torch.manual_seed(0)
+    model = build_model("lenet5")
+    fit(model, data.train, epochs=2, batch_size=64)
+    inputs, targets = data.train.subset(256).take(slice(None))
+    ours = pn.spectral_density(
+        pn.HessianOperator(model, nn.functional.cross_entropy, [(inputs, targets)]), 30, 4, progress=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PyHessian(model.eval(), nn.functional.cross_entropy, data=(inputs, targets), cuda=False)
+        (top,), _ = theirs.eigenvalues(maxIter=200, tol=1e-5, top_n=1)
+        traces = np.array(theirs.trace(maxIter=60, tol=0.0))
+    # power iteration stops at a relative change of 1e-5 a step; the gap to the next eigenvalue multiplies that
+    assert float(ours.lambda_max) == pytest.approx(top, rel=1e-2)
+    error = np.hypot(float(ours.trace_se), traces.std(ddof=1) / np.sqrt(len(traces)))
+    assert abs(float(ours.trace) - traces.mean()) < 4 * error
