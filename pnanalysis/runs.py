@@ -33,7 +33,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as dump_safetensors
 
 from pnanalysis import schema
-from pnanalysis.errors import ModelError, PnError, RunError
+from pnanalysis.errors import ModelError, RunError
 
 FORMAT = "pnanalysis-run"
 MANIFEST, HISTORY, RESUME, CHECKPOINTS, ANALYSIS = (
@@ -330,11 +330,6 @@ def read_weights(path: str | os.PathLike[str]) -> State:
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise ModelError(f"{path}: holds no state dict; save model.state_dict()")
     return dict(loaded)
-
-
-def write_error(error: OSError, path: Path) -> PnError:
-    """The one sentence for an output file that cannot be written."""
-    return RunError(f"{path}: cannot be written ({error.strerror or error})")
 
 
 def _find_checkpoints(path: Path) -> Iterator[Checkpoint]:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.linear import LinearOperator
-from pnanalysis.curvature.operators import CurvatureOperator, EmpiricalFisherOperator, GGNOperator, HessianOperator
+from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError
 
 OPERATORS: dict[str, type[CurvatureOperator]] = {

@@ -14,6 +14,7 @@ from pnanalysis.errors import PnError
 from pnanalysis.plots.style import CHAMPION, DASHES, PAGE, PLAIN, new_figure
 
 _PER_ROW = 3
+_BOUNDED = {"tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign"}
 
 
 def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True) -> Figure:
@@ -98,6 +99,9 @@ def activation_histogram(ds: xr.Dataset, epochs: list[int] | None = None) -> Fig
         line[0].set_ylabel(f"density{title}")
     for ax, layer in zip(axes[0], ds.layer.values, strict=True):
         ax.set_title(str(layer))
+    if not set(ds.activation.values.ravel()) <= _BOUNDED:  # a spike at zero and a long tail
+        for ax in axes.ravel():
+            ax.set_yscale("log")
     for ax in axes[-1]:
         ax.set_xlabel("activation")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=len(rows[0][1]))

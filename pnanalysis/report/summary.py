@@ -157,7 +157,7 @@ def _difference(a: Measured, b: Measured) -> str:
 def _spectrum_sentence(run: Run, spectrum: xr.Dataset) -> str:
     plain = spectrum.isel(checkpoint=int(np.flatnonzero(spectrum.iteration.values == 0)[0]))
     champion = spectrum.isel(checkpoint=int(np.flatnonzero(spectrum.iteration.values == run.champion.iteration)[0]))
-    traces = " and ".join(f"{float(at.trace):.3g} ± {float(at.trace_se):.1g}" for at in (plain, champion))
+    traces = " and ".join(f"{float(at.trace):.3g} ± {float(at.trace_se):.2g}" for at in (plain, champion))
     return (
         f"{run.path.name}: largest Hessian eigenvalue of plain and champion {float(plain.lambda_max):.3g} and "
         f"{float(champion.lambda_max):.3g}, trace {traces}, eigenvalues beyond the bulk {float(plain.n_outliers):.0f} "

@@ -1,0 +1,352 @@
+"""What all curvature operators share: data, parameters, and products batch by batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+from pnanalysis.curvature.linearise import Linearisation, Product, Untraceable
+from pnanalysis.curvature.memory import free_bytes
+from pnanalysis.curvature.nest import as_arguments, batch_size, cut, move
+from pnanalysis.curvature.parameters import Selection, join_tensors, select_parameters, split_vector
+from pnanalysis.errors import CurvatureError
+from pnanalysis.models import Loss, parameter_layers
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+_CACHE_SHARE = 0.25  # of the free memory, for what products of a batch share
+_TRACE_FROM = 30  # products that pay for a trace
+
+Named = dict[str, Tensor]
+
+
+class CurvatureOperator:
+    r"""What the three operators share: data, parameters, and products batch by batch.
+
+    The matrix is that of the mean over all examples, :math:`\sum_b (n_b / N) M_b`, so that unequal batches count by
+    their size. The model is copied: later changes to it, or to its mode, have no effect here, nor has this on it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Called as ``model(inputs)``, with a tuple as ``model(*inputs)`` and a mapping as ``model(**inputs)``.
+    loss_fn : callable
+        ``loss_fn(outputs, targets)``, a scalar: the mean over the batch, or its sum.
+    batches : re-iterable of (inputs, targets)
+        Lists, a ``DataLoader`` without shuffling, :class:`pnanalysis.data.Batches`...
+    params : None, str, Parameter or sequence of these
+        See :func:`pnanalysis.curvature.parameters.select_parameters`.
+    dtype : torch.dtype, optional
+        Cast model and floating-point data to it; the parameters' own by default.
+    device : torch.device or str, optional
+        Where to compute; the parameters' own by default. Batches are moved as they are read.
+    bn_mode : {"eval", "train"}
+        Batch normalisation with its running statistics or with each batch's own. All else, dropout for one, is in
+        eval mode.
+    reduction : {"mean", "sum"}
+        What ``loss_fn`` does over the batch; with ``"sum"`` the matrix is that of the summed loss.
+    weight_decay : float
+        Adds ``weight_decay / 2 * ||theta||^2`` over the chosen parameters to the loss.
+    penalty : callable, optional
+        ``penalty(model)``, a scalar added to the loss, :class:`trainers.PersistentPenalty` for one.
+    micro_batch : int, optional
+        Take this many examples at a time; no influence on the result but for round-off.
+    amp : {"no", "bf16"}
+        Forward and backward pass in bfloat16 under autocast; sums stay in ``dtype``.
+    expected_products : int
+        How many products are to come, roughly: few do not pay for a trace (see
+        :mod:`pnanalysis.curvature.linearise`).
+
+    Raises
+    ------
+    CurvatureError
+        For an empty selection, no data, or batch normalisation in train mode on a single example.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Loss,
+        batches: Iterable[tuple[Any, Any]],
+        *,
+        params: Selection = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        bn_mode: str = "eval",
+        reduction: str = "mean",
+        weight_decay: float = 0.0,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
+        micro_batch: int | None = None,
+        amp: str = "no",
+        expected_products: int = 1000,
+    ) -> None:
+        for name, value, known in (
+            ("bn_mode", bn_mode, ("eval", "train")),
+            ("reduction", reduction, ("mean", "sum")),
+            ("amp", amp, ("no", "bf16")),
+        ):
+            if value not in known:
+                raise CurvatureError(f"{name} is {value!r}; it must be {' or '.join(known)}")
+        if micro_batch is not None and bn_mode == "train":
+            raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
+        self.names = select_parameters(model, params)
+        first = model.get_parameter(self.names[0])
+        self.dtype = dtype or first.dtype
+        self.device = torch.device(device) if device is not None else first.device
+        self.model = _frozen_copy(model, bn_mode).to(self.device, self.dtype)
+        self.loss_fn, self.batches = loss_fn, batches
+        self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
+        self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
+        self.n_hvp = 0
+        self._sizes = [self._check_batch(i, batch) for i, batch in enumerate(self._read())]
+        if not self._sizes:
+            raise CurvatureError("there are no batches; was the loader an iterator that is used up?")
+        self._total = sum(self._sizes)
+        self._finite = torch.ones(len(self._sizes), dtype=torch.bool, device=self.device)
+        self._linearisation = Linearisation(self._product, self._rehearse) if expected_products >= _TRACE_FROM else None
+        self._penalty_slope: tuple[Sequence[Tensor], list[Tensor]] | None = None
+        self._cache: dict[int, Product] = {}
+        self._cached_bytes = 0
+        self._cache_bytes = _CACHE_SHARE * free_bytes(self.device)
+        parameters, others = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        self._theta: Named = {name: parameters.pop(name).detach() for name in self.names}
+        self._others: Named = {**{name: p.detach() for name, p in parameters.items()}, **others}
+        self._shapes = [tensor.shape for tensor in self._theta.values()]
+        self.n_parameters = sum(tensor.numel() for tensor in self._theta.values())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P)."""
+        return self.n_parameters, self.n_parameters
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Product with one vector, ``(P,)`` to ``(P,)``."""
+        if v.ndim != 1:
+            raise CurvatureError(f"matvec takes a vector of {self.n_parameters} entries, not shape {tuple(v.shape)}")
+        return self.matmat(v[:, None])[:, 0]
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Products with ``k`` vectors, ``(P, k)`` to ``(P, k)``; every batch is prepared once for all of them.
+
+        Raises
+        ------
+        CurvatureError
+            If the shape does not fit.
+        """
+        if V.ndim != 2 or V.shape[0] != self.n_parameters:
+            raise CurvatureError(f"matmat takes {self.n_parameters} rows, not shape {tuple(V.shape)}")
+        rows = V.T.to(self.device, self.dtype).contiguous()
+        vectors = [split_vector(row, self._shapes) for row in rows]
+        result = torch.zeros_like(rows)
+        for i, (weight, product) in enumerate(self._products(vectors[0])):
+            part = torch.stack([join_tensors(product(v)) for v in vectors])
+            self._finite[i] &= part.isfinite().all()
+            result.add_(part.to(self.dtype), alpha=weight)
+        self._add_regulariser(result, rows)
+        self.n_hvp += len(vectors)
+        return result.T
+
+    def check_finite(self) -> None:
+        """Raise if any product so far was not finite, naming the batch; the one place that waits for the device.
+
+        Raises
+        ------
+        CurvatureError
+        """
+        bad = (~self._finite).nonzero().flatten().tolist()
+        if bad:
+            raise CurvatureError(
+                f"the products of batch {bad[0]} (of {len(self._sizes)}) are not finite; look at its data"
+            )
+
+    def loss(self) -> float:
+        """The loss over all batches, weight decay and penalty included."""
+        with torch.no_grad():
+            values = [w * float(self._loss(self._fixed(batch), self._theta)) for w, batch in self._weighted()]
+            return sum(values) + float(self._regulariser(self._theta))
+
+    def gradient(self) -> Tensor:
+        """Gradient of the loss over all batches, ``(P,)``."""
+        total = torch.zeros(self.n_parameters, dtype=self.dtype, device=self.device)
+        for weight, batch in self._weighted():
+            fixed = self._fixed(batch)
+            slope: Named = grad(partial(self._loss, fixed))(self._theta)
+            total.add_(join_tensors(list(slope.values())).detach(), alpha=weight)
+        if self.weight_decay or self.penalty is not None:
+            theta = requiring_grad(self._theta)
+            total += join_tensors(pullback([self._regulariser(theta)], list(theta.values()), [total.new_ones(())]))
+        return total
+
+    def to_dense(self, chunk: int = 64) -> Tensor:
+        """The matrix itself, ``(P, P)``, symmetrised; for small P."""
+        eye = torch.eye(self.n_parameters, dtype=self.dtype, device=self.device)
+        dense = torch.cat([self.matmat(part.T) for part in eye.split(chunk)], dim=1)
+        return (dense + dense.T) / 2
+
+    def per_layer(self) -> Iterator[tuple[str, CurvatureOperator]]:
+        """The diagonal blocks, layer by layer: pairs of a layer's name and its operator."""
+        for layer, own in parameter_layers(self.model):
+            names = [name for name, _ in own if name in self.names]
+            if names:
+                yield layer, type(self)(
+                    self.model, self.loss_fn, self.batches, params=names, dtype=self.dtype, device=self.device,
+                    bn_mode=self.bn_mode, reduction=self.reduction, weight_decay=self.weight_decay,
+                    penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
+                )  # fmt: skip
+
+    # -- one batch ----------------------------------------------------------------------------------------------
+
+    def _product(self, fixed: Any, v: list[Tensor]) -> list[Tensor]:
+        """The matrix of one batch times ``v``, by transforms of functions; traced."""
+        raise NotImplementedError
+
+    def _direct(self, fixed: Any) -> Product:
+        """The same by differentiating a recorded graph twice; for models that cannot be traced, and a few products."""
+        raise NotImplementedError
+
+    def _products(self, like: list[Tensor]) -> Iterator[tuple[float, Product]]:
+        """For each batch, its weight and its product; those already prepared are used again."""
+        if len(self._cache) == len(self._sizes):
+            yield from ((self._weight(size), self._cache[i]) for i, size in enumerate(self._sizes))
+            return
+        for i, (weight, batch) in enumerate(self._weighted()):
+            if i in self._cache:
+                yield weight, self._cache[i]
+                continue
+            product, n_bytes = self._prepare(batch, like)
+            if n_bytes and self._cached_bytes + n_bytes <= self._cache_bytes:
+                self._cache[i] = product
+                self._cached_bytes += n_bytes
+            yield weight, product
+
+    def _prepare(self, batch: tuple[Any, Any], like: list[Tensor]) -> tuple[Product, int]:
+        fixed = self._fixed(batch)
+        if self._linearisation is not None:
+            try:
+                return self._linearisation.at(fixed, like)
+            except Untraceable:
+                self._linearisation = None
+        return self._direct(fixed), 0
+
+    def _rehearse(self, fixed: Any) -> Tensor:
+        return self._loss(fixed, fixed[0])
+
+    def _fixed(self, batch: tuple[Any, Any]) -> Any:
+        return self._theta, self._others, batch[0], batch[1]
+
+    def _outputs(self, fixed: Any, theta: Named) -> Any:
+        _, others, inputs, _ = fixed
+        arguments, keywords = as_arguments(inputs)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
+            return functional_call(self.model, (theta, others), arguments, keywords)
+
+    def _data_loss(self, fixed: Any, outputs: Any) -> Tensor:
+        return self.loss_fn(
+            outputs.float() if self.amp == "bf16" and isinstance(outputs, Tensor) else outputs, fixed[3]
+        )
+
+    def _loss(self, fixed: Any, theta: Named) -> Tensor:
+        return self._data_loss(fixed, self._outputs(fixed, theta))
+
+    # -- weight decay and penalty -------------------------------------------------------------------------------
+
+    def _regulariser(self, theta: Named) -> Tensor:
+        """Weight decay and penalty, a scalar."""
+        decay = 0.5 * self.weight_decay * sum(tensor.square().sum() for tensor in theta.values())
+        return torch.as_tensor(decay if self.penalty is None else decay + self._penalised(theta))
+
+    def _penalised(self, theta: Named) -> Tensor:
+        """The penalty, seeing the model with ``theta`` in it."""
+        assert self.penalty is not None
+        state = {f"model.{name}": tensor for name, tensor in {**self._others, **theta}.items()}
+        value: Tensor = functional_call(_Caller(self.model, self.penalty), state, ())
+        return value
+
+    def _add_regulariser(self, result: Tensor, rows: Tensor) -> None:
+        """Add the Hessian of weight decay and penalty times ``rows`` (k, P) to ``result``, in place."""
+        if self.weight_decay:
+            result.add_(rows, alpha=self.weight_decay)
+        if self.penalty is None:
+            return
+        if self._penalty_slope is None:
+            theta = requiring_grad(self._theta)
+            leaves = list(theta.values())
+            slope = torch.autograd.grad(self._penalised(theta), leaves, create_graph=True, materialize_grads=True)
+            self._penalty_slope = slope, leaves
+        for row, into in zip(rows, result, strict=True):
+            into.add_(join_tensors(pullback(*self._penalty_slope, split_vector(row, self._shapes))))
+
+    # -- all batches --------------------------------------------------------------------------------------------
+
+    def _weighted(self) -> Iterator[tuple[float, tuple[Any, Any]]]:
+        for size, batch in zip(self._sizes, self._read(), strict=True):
+            yield self._weight(size), batch
+
+    def _weight(self, size: int) -> float:
+        return size / self._total if self.reduction == "mean" else 1.0
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        for inputs, targets in self.batches:
+            batch = move(inputs, self.device, self.dtype), move(targets, self.device, self.dtype)
+            size = batch_size(batch)
+            if self.micro_batch is None or size <= self.micro_batch:
+                yield batch
+                continue
+            for start in range(0, size, self.micro_batch):
+                yield cut(batch, slice(start, start + self.micro_batch))
+
+    def _check_batch(self, index: int, batch: tuple[Any, Any]) -> int:
+        size = batch_size(batch)
+        if size == 0:
+            raise CurvatureError(f"batch {index} is empty; leave it out")
+        if size == 1 and self.bn_mode == "train" and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
+            raise CurvatureError(
+                f"batch {index} holds one example, which has no batch statistics; "
+                "use bn_mode='eval' or make the last batch larger (drop_last)"
+            )
+        return size
+
+
+class _Caller(nn.Module):
+    """Lets a penalty see the model with the parameters that ``functional_call`` puts in."""
+
+    def __init__(self, model: nn.Module, penalty: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.model, self.penalty = model, penalty
+
+    def forward(self) -> Tensor:
+        return self.penalty(self.model)
+
+
+def _frozen_copy(model: nn.Module, bn_mode: str) -> nn.Module:
+    """A copy in eval mode without in-place activations; batch normalisation optionally on batch statistics."""
+    frozen = copy.deepcopy(model).eval()
+    for module in frozen.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):  # a constant that is no buffer: make it one, so that it can be traced
+                delattr(module, name)
+                module.register_buffer(name, value, persistent=False)
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
+        if bn_mode == "train" and isinstance(module, _BatchNorm):
+            module.train()
+            module.track_running_stats = False  # its running statistics are neither used nor changed
+    return frozen
+
+
+def pullback(outputs: Any, inputs: Any, cotangents: Any) -> list[Tensor]:
+    """Vector-Jacobian product on a graph that is kept; parts that do not depend on the inputs give zeros."""
+    pairs = [(out, cotangent) for out, cotangent in zip(outputs, cotangents, strict=True) if out.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    roots, seeds = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(roots, inputs, seeds, retain_graph=True, materialize_grads=True))
+
+
+def requiring_grad(theta: Named) -> Named:
+    return {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
