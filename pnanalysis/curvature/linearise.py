@@ -143,7 +143,32 @@ def _split(traced: fx.GraphModule, n_fixed: int) -> tuple[fx.GraphModule, fx.Gra
     first = _program(traced, [n for n in nodes if n not in reached and n is not output], inputs[:n_fixed], kept)
     body = [node for node in nodes if node in reached and node.op != "placeholder"]
     second = _program(traced, body, [*kept, *inputs[n_fixed:]], output.args[0])
+    _fuse_products(second)
     return first, second
+
+
+def _fuse_products(program: fx.GraphModule) -> None:
+    """Make ``a + b * c`` one pass over memory where the product has no other use."""
+    aten = torch.ops.aten
+    for node in program.graph.nodes:
+        if node.target != aten.add.Tensor or node.kwargs or len(node.args) != 2:
+            continue
+        for summand, product in (node.args, node.args[::-1]):
+            if not (isinstance(product, fx.Node) and isinstance(summand, fx.Node)):
+                continue
+            fits = product.target == aten.mul.Tensor and len(product.users) == 1 and summand is not product
+            if fits and _all_alike(node, summand, *product.args):
+                node.target, node.args = aten.addcmul.default, (summand, *product.args)
+                break
+    program.graph.eliminate_dead_code(lambda node: _is_mutated(node) or node.op in ("placeholder", "output"))
+    program.recompile()
+
+
+def _all_alike(*nodes: Any) -> bool:
+    """Whether all are tensors of one floating-point type, none of them a scalar that a product would promote."""
+    values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in nodes]
+    types = {value.dtype if isinstance(value, Tensor) and value.ndim else None for value in values}
+    return len(types) == 1 and types <= {torch.float32, torch.float64}
 
 
 def _inputs_of(nodes: Iterable[fx.Node], reached: set[fx.Node]) -> Iterable[fx.Node]:
@@ -155,6 +180,8 @@ def _inputs_of(nodes: Iterable[fx.Node], reached: set[fx.Node]) -> Iterable[fx.N
 def _program(root: fx.GraphModule, body: list[fx.Node], inputs: list[fx.Node], outputs: Any) -> fx.GraphModule:
     graph = fx.Graph()
     copies = {node: graph.placeholder(f"in_{i}") for i, node in enumerate(inputs)}
+    for node, placeholder in copies.items():
+        placeholder.meta = dict(node.meta)
     for node in body:
         if node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
