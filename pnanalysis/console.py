@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -39,6 +40,11 @@ def make_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
     for row in rows:
         table.add_row(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row))
     return table
+
+
+def percent(share: float) -> str:
+    """A share as printed in tables; a dash where it is unknown."""
+    return "–" if math.isnan(share) else f"{share:.2%}"
 
 
 def show(what: Table | str | None, quiet: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pnanalysis.console import make_table, run_app, show
+from pnanalysis.console import make_table, percent, run_app, show
 from pnanalysis.errors import TrainingError
 from pnanalysis.runs import Run
 from trainers.recipes import RECIPES, Config, configure, find_recipe
@@ -115,8 +115,8 @@ def _report(run: Run, quiet: bool) -> None:
         [
             f"{i}" + (" plain" if i == 0 else "") + (" champion" if i == champion else ""),
             f"{float(last.train_loss[i]):.4f}",
-            f"{float(last.validation_error[i]):.2%}",
-            f"{float(last.test_error[i]):.2%}",
+            percent(float(last.validation_error[i])),
+            percent(float(last.test_error[i])),
         ]
         for i in range(len(run.ends))
     ]
