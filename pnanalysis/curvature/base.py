@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from types import MethodType
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call
+from torch.utils.data import DataLoader, RandomSampler
 
-from pnanalysis.curvature.linearise import Linearisation, Product, Untraceable
+from pnanalysis.curvature.autodiff import Named, requiring_grad
+from pnanalysis.curvature.frozen import BatchNorm, frozen_copy
+from pnanalysis.curvature.linearise import Linearisation, Product, Untraceable, rehearse
 from pnanalysis.curvature.memory import free_bytes
 from pnanalysis.curvature.nest import as_arguments, batch_size, cut, map_tensors, move
 from pnanalysis.curvature.parameters import Selection, join_tensors, select_parameters, split_vector
+from pnanalysis.curvature.precision import PRECISIONS, autocast, float32_precision
+from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.errors import CurvatureError
 from pnanalysis.models import Loss, parameter_layers
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
 _CACHE_SHARE = 0.25  # of the free memory, for what products of a batch share
 _TRACE_FROM = 30  # products that pay for a trace
-
-Named = dict[str, Tensor]
 
 
 class CurvatureOperator:
@@ -57,8 +56,8 @@ class CurvatureOperator:
         ``penalty(model)``, a scalar added to the loss, :class:`trainers.PersistentPenalty` for one.
     micro_batch : int, optional
         Take this many examples at a time; no influence on the result but for round-off.
-    amp : {"no", "bf16"}
-        Forward and backward pass in bfloat16 under autocast; sums stay in ``dtype``.
+    amp : {"no", "tf32", "bf16"}
+        Passes over the network in TensorFloat-32 (on CUDA), or in bfloat16 under autocast; sums stay in ``dtype``.
     expected_products : int
         How many products are to come, roughly: few do not pay for a trace (see
         :mod:`pnanalysis.curvature.linearise`).
@@ -66,7 +65,8 @@ class CurvatureOperator:
     Raises
     ------
     CurvatureError
-        For an empty selection, no data, or batch normalisation in train mode on a single example.
+        For an empty selection, no data, data that come in a new order on every pass, or batch normalisation in train
+        mode on a single example.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CurvatureOperator:
         for name, value, known in (
             ("bn_mode", bn_mode, ("eval", "train")),
             ("reduction", reduction, ("mean", "sum")),
-            ("amp", amp, ("no", "bf16")),
+            ("amp", amp, PRECISIONS),
         ):
             if value not in known:
                 raise CurvatureError(f"{name} is {value!r}; it must be {' or '.join(known)}")
@@ -99,30 +99,32 @@ class CurvatureOperator:
         first = model.get_parameter(self.names[0])
         self.dtype = dtype or first.dtype
         self.device = torch.device(device) if device is not None else first.device
-        self.model = _frozen_copy(model, bn_mode).to(self.device, self.dtype)
-        # oneDNN's backward convolutions are quicker with channels last
-        self._channels_last = self.device.type == "cpu" and any(isinstance(m, nn.Conv2d) for m in self.model.modules())
-        if self._channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
+        self.model = frozen_copy(model, bn_mode).to(self.device, self.dtype)
         self.loss_fn, self.batches = loss_fn, batches
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
         self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
+        self.expected_products = expected_products
         self.n_hvp = 0
-        self._sizes = [self._check_batch(i, batch) for i, batch in enumerate(self._read())]
-        if not self._sizes:
-            raise CurvatureError("there are no batches; was the loader an iterator that is used up?")
-        self._total = sum(self._sizes)
-        self._finite = torch.ones(len(self._sizes), dtype=torch.bool, device=self.device)
-        self._linearisation = Linearisation(self._product, self._rehearse) if expected_products >= _TRACE_FROM else None
-        self._penalty_slope: tuple[Sequence[Tensor], list[Tensor]] | None = None
-        self._cache: dict[int, Product] = {}
-        self._cached_bytes = 0
-        self._cache_bytes = _CACHE_SHARE * free_bytes(self.device)
         parameters, others = dict(self.model.named_parameters()), dict(self.model.named_buffers())
         self._theta: Named = {name: parameters.pop(name).detach() for name in self.names}
         self._others: Named = {**{name: p.detach() for name, p in parameters.items()}, **others}
         self._shapes = [tensor.shape for tensor in self._theta.values()]
         self.n_parameters = sum(tensor.numel() for tensor in self._theta.values())
+        self._regulariser = Regulariser(self.model, self._theta, self._others, weight_decay, penalty)
+        self._channels_last = False
+        self._sizes = [self._check_batch(i, batch) for i, batch in enumerate(self._read())]
+        if not self._sizes:
+            raise CurvatureError("there are no batches; was the loader an iterator that is used up?")
+        if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):
+            raise CurvatureError("the batches come in a new order on every pass; make the loader with shuffle=False")
+        self._total = sum(self._sizes)
+        self._finite = torch.ones(len(self._sizes), dtype=torch.bool, device=self.device)
+        self._linearisation = Linearisation(self._product, self._rehearse) if expected_products >= _TRACE_FROM else None
+        self._cache: dict[int, Product] = {}
+        self._cached_bytes = 0
+        self._cache_bytes = _CACHE_SHARE * free_bytes(self.device)
+        if self.device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
+            self._try_channels_last()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -148,11 +150,13 @@ class CurvatureOperator:
         rows = V.T.to(self.device, self.dtype).contiguous()
         vectors = [split_vector(row, self._shapes) for row in rows]
         result = torch.zeros_like(rows)
-        for i, (weight, product) in enumerate(self._products(vectors[0])):
-            part = torch.stack([join_tensors(product(v)) for v in vectors])
-            self._finite[i] &= part.isfinite().all()
-            result.add_(part.to(self.dtype), alpha=weight)
-        self._add_regulariser(result, rows)
+        with float32_precision(self.amp):
+            for i, (weight, product) in enumerate(self._products(vectors[0])):
+                for v, into in zip(vectors, result, strict=True):
+                    part = join_tensors(product(v)).to(self.dtype)
+                    self._finite[i] &= part.sum().isfinite()
+                    into.add_(part, alpha=weight)
+        self._regulariser.add_products(result, rows)
         self.n_hvp += len(vectors)
         return result.T
 
@@ -171,21 +175,20 @@ class CurvatureOperator:
 
     def loss(self) -> float:
         """The loss over all batches, weight decay and penalty included."""
-        with torch.no_grad():
+        with torch.no_grad(), float32_precision(self.amp):
             values = [w * float(self._loss(self._fixed(batch), self._theta)) for w, batch in self._weighted()]
-            return sum(values) + float(self._regulariser(self._theta))
+            return sum(values) + float(self._regulariser.value(self._theta))
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, ``(P,)``."""
         total = torch.zeros(self.n_parameters, dtype=self.dtype, device=self.device)
-        for weight, batch in self._weighted():
-            fixed = self._fixed(batch)
-            slope: Named = grad(partial(self._loss, fixed))(self._theta)
-            total.add_(join_tensors(list(slope.values())).detach(), alpha=weight)
-        if self.weight_decay or self.penalty is not None:
-            theta = requiring_grad(self._theta)
-            total += join_tensors(pullback([self._regulariser(theta)], list(theta.values()), [total.new_ones(())]))
-        return total
+        with float32_precision(self.amp):
+            for weight, batch in self._weighted():
+                theta = requiring_grad(self._theta)
+                loss = self._loss(self._fixed(batch), theta)
+                slope = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
+                total.add_(join_tensors(slope), alpha=weight)
+        return total + self._regulariser.gradient() if self._regulariser else total
 
     def to_dense(self, chunk: int = 64) -> Tensor:
         """The matrix itself, ``(P, P)``, symmetrised; for small P."""
@@ -202,6 +205,7 @@ class CurvatureOperator:
                     self.model, self.loss_fn, self.batches, params=names, dtype=self.dtype, device=self.device,
                     bn_mode=self.bn_mode, reduction=self.reduction, weight_decay=self.weight_decay,
                     penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
+                    expected_products=self.expected_products,
                 )  # fmt: skip
 
     # -- one batch ----------------------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ class CurvatureOperator:
     def _outputs(self, fixed: Any, theta: Named) -> Any:
         _, others, inputs, _ = fixed
         arguments, keywords = as_arguments(inputs)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
+        with autocast(self.device, self.amp):
             return functional_call(self.model, (theta, others), arguments, keywords)
 
     def _data_loss(self, fixed: Any, outputs: Any) -> Tensor:
@@ -257,34 +261,6 @@ class CurvatureOperator:
 
     def _loss(self, fixed: Any, theta: Named) -> Tensor:
         return self._data_loss(fixed, self._outputs(fixed, theta))
-
-    # -- weight decay and penalty -------------------------------------------------------------------------------
-
-    def _regulariser(self, theta: Named) -> Tensor:
-        """Weight decay and penalty, a scalar."""
-        decay = 0.5 * self.weight_decay * sum(tensor.square().sum() for tensor in theta.values())
-        return torch.as_tensor(decay if self.penalty is None else decay + self._penalised(theta))
-
-    def _penalised(self, theta: Named) -> Tensor:
-        """The penalty, seeing the model with ``theta`` in it."""
-        assert self.penalty is not None
-        state = {f"model.{name}": tensor for name, tensor in {**self._others, **theta}.items()}
-        value: Tensor = functional_call(_Caller(self.model, self.penalty), state, ())
-        return value
-
-    def _add_regulariser(self, result: Tensor, rows: Tensor) -> None:
-        """Add the Hessian of weight decay and penalty times ``rows`` (k, P) to ``result``, in place."""
-        if self.weight_decay:
-            result.add_(rows, alpha=self.weight_decay)
-        if self.penalty is None:
-            return
-        if self._penalty_slope is None:
-            theta = requiring_grad(self._theta)
-            leaves = list(theta.values())
-            slope = torch.autograd.grad(self._penalised(theta), leaves, create_graph=True, materialize_grads=True)
-            self._penalty_slope = slope, leaves
-        for row, into in zip(rows, result, strict=True):
-            into.add_(join_tensors(pullback(*self._penalty_slope, split_vector(row, self._shapes))))
 
     # -- all batches --------------------------------------------------------------------------------------------
 
@@ -299,7 +275,7 @@ class CurvatureOperator:
         for inputs, targets in self.batches:
             batch = move(inputs, self.device, self.dtype), move(targets, self.device, self.dtype)
             if self._channels_last:
-                batch = map_tensors(batch[0], _last), batch[1]
+                batch = map_tensors(batch, _last)
             size = batch_size(batch)
             if self.micro_batch is None or size <= self.micro_batch:
                 yield batch
@@ -307,11 +283,21 @@ class CurvatureOperator:
             for start in range(0, size, self.micro_batch):
                 yield cut(batch, slice(start, start + self.micro_batch))
 
+    def _try_channels_last(self) -> None:
+        """Channels last, quicker in oneDNN's convolutions, unless the model takes views that forbid it."""
+        fixed = map_tensors(self._fixed(next(self._read())), _last)
+        try:
+            rehearse(self._rehearse, fixed)
+        except Untraceable:
+            return
+        self._theta, self._others = fixed[:2]
+        self._channels_last = True
+
     def _check_batch(self, index: int, batch: tuple[Any, Any]) -> int:
         size = batch_size(batch)
         if size == 0:
             raise CurvatureError(f"batch {index} is empty; leave it out")
-        if size == 1 and self.bn_mode == "train" and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
+        if size == 1 and self.bn_mode == "train" and any(isinstance(m, BatchNorm) for m in self.model.modules()):
             raise CurvatureError(
                 f"batch {index} holds one example, which has no batch statistics; "
                 "use bn_mode='eval' or make the last batch larger (drop_last)"
@@ -319,62 +305,6 @@ class CurvatureOperator:
         return size
 
 
-class _Caller(nn.Module):
-    """Lets a penalty see the model with the parameters that ``functional_call`` puts in."""
-
-    def __init__(self, model: nn.Module, penalty: Callable[[nn.Module], Tensor]) -> None:
-        super().__init__()
-        self.model, self.penalty = model, penalty
-
-    def forward(self) -> Tensor:
-        return self.penalty(self.model)
-
-
-def _frozen_copy(model: nn.Module, bn_mode: str) -> nn.Module:
-    """A copy in eval mode without in-place activations; batch normalisation optionally on batch statistics."""
-    frozen = copy.deepcopy(model).eval()
-    for module in frozen.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor):  # a constant that is no buffer: make it one, so that it can be traced
-                delattr(module, name)
-                module.register_buffer(name, value, persistent=False)
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
-        if not isinstance(module, _BatchNorm):
-            continue
-        if bn_mode == "train":
-            module.train()
-            module.track_running_stats = False  # its running statistics are neither used nor changed
-        elif module.running_mean is not None:
-            module.forward = MethodType(_affine, module)  # type: ignore[method-assign]
-    return frozen
-
-
 def _last(tensor: Tensor) -> Tensor:
     """Images with their channels last in memory; other tensors as they are."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-
-
-def _affine(norm: _BatchNorm, inputs: Tensor) -> Tensor:
-    """Batch normalisation with running statistics as what it is, one multiplication and one addition a channel."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    shift = -norm.running_mean * scale
-    if norm.affine:
-        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
-    shape = [1, -1] + [1] * (inputs.ndim - 2)
-    return inputs * scale.view(shape) + shift.view(shape)
-
-
-def pullback(outputs: Any, inputs: Any, cotangents: Any) -> list[Tensor]:
-    """Vector-Jacobian product on a graph that is kept; parts that do not depend on the inputs give zeros."""
-    pairs = [(out, cotangent) for out, cotangent in zip(outputs, cotangents, strict=True) if out.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(tensor) for tensor in inputs]
-    roots, seeds = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(roots, inputs, seeds, retain_graph=True, materialize_grads=True))
-
-
-def requiring_grad(theta: Named) -> Named:
-    return {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-Product = Callable[[Sequence[Tensor]], list[Tensor]]
+from pnanalysis.curvature.simplify import is_mutated, simplify
 
-_NO_OPS = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh.default}
+Product = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class Untraceable(Exception):
@@ -91,40 +91,30 @@ class Linearisation:
             fixed = pytree.tree_unflatten([next(given) if isinstance(t, Tensor) else t for t in leaves], spec)
             return self.function(fixed, list(given))
 
+        rehearse(self.rehearsal, pytree.tree_unflatten(leaves, spec))
         try:
-            with FakeTensorMode() as mode:
-                fakes = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                self.rehearsal(pytree.tree_unflatten(fakes, spec))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit.script
                 traced = make_fx(flat, tracing_mode="fake")(*tensors, *like)
         except Exception as error:  # whatever a user's model may raise while it is traced
             raise Untraceable(f"{type(error).__name__}: {error}") from error
-        _drop_no_ops(traced.graph)
+        simplify(traced.graph)
         return _split(traced, len(tensors))
 
 
-def _drop_no_ops(graph: fx.Graph) -> None:
-    """Remove aliases and copies to the type a tensor already has; make symbolic zeros plain ones."""
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target == torch.ops.aten._efficientzerotensor.default:
-            node.target = torch.ops.aten.zeros.default
-        if node.target in _NO_OPS or (node.target == torch.ops.aten._to_copy.default and _keeps_its_type(node)):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+def rehearse(function: Callable[[Any], object], fixed: Any) -> None:
+    """Call ``function(fixed)`` on tensors without values, in no time.
 
-
-def _keeps_its_type(node: fx.Node) -> bool:
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
-    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or any(_is_mutated(n) for n in node.users):
-        return False
-    return (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride())
-
-
-def _is_mutated(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    Raises
+    ------
+    Untraceable
+        If that fails.
+    """
+    try:
+        with FakeTensorMode() as mode:
+            function(pytree.tree_map_only(Tensor, mode.from_tensor, fixed))
+    except Exception as error:  # whatever a user's model may raise on tensors without values
+        raise Untraceable(f"{type(error).__name__}: {error}") from error
 
 
 def _split(traced: fx.GraphModule, n_fixed: int) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -136,39 +126,14 @@ def _split(traced: fx.GraphModule, n_fixed: int) -> tuple[fx.GraphModule, fx.Gra
     for node in nodes:
         if node.op != "output" and any(source in reached for source in node.all_input_nodes):
             reached.add(node)
-            if _is_mutated(node) and node.args[0] not in reached:
+            if is_mutated(node) and node.args[0] not in reached:
                 raise Untraceable(f"{node.target} writes into a value that all products share")
     wanted = {*_inputs_of(nodes, reached), *(n for n in output.all_input_nodes if n not in reached)}
     kept = [node for node in nodes if node in wanted]
     first = _program(traced, [n for n in nodes if n not in reached and n is not output], inputs[:n_fixed], kept)
     body = [node for node in nodes if node in reached and node.op != "placeholder"]
     second = _program(traced, body, [*kept, *inputs[n_fixed:]], output.args[0])
-    _fuse_products(second)
     return first, second
-
-
-def _fuse_products(program: fx.GraphModule) -> None:
-    """Make ``a + b * c`` one pass over memory where the product has no other use."""
-    aten = torch.ops.aten
-    for node in program.graph.nodes:
-        if node.target != aten.add.Tensor or node.kwargs or len(node.args) != 2:
-            continue
-        for summand, product in (node.args, node.args[::-1]):
-            if not (isinstance(product, fx.Node) and isinstance(summand, fx.Node)):
-                continue
-            fits = product.target == aten.mul.Tensor and len(product.users) == 1 and summand is not product
-            if fits and _all_alike(node, summand, *product.args):
-                node.target, node.args = aten.addcmul.default, (summand, *product.args)
-                break
-    program.graph.eliminate_dead_code(lambda node: _is_mutated(node) or node.op in ("placeholder", "output"))
-    program.recompile()
-
-
-def _all_alike(*nodes: Any) -> bool:
-    """Whether all are tensors of one floating-point type, none of them a scalar that a product would promote."""
-    values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in nodes]
-    types = {value.dtype if isinstance(value, Tensor) and value.ndim else None for value in values}
-    return len(types) == 1 and types <= {torch.float32, torch.float64}
 
 
 def _inputs_of(nodes: Iterable[fx.Node], reached: set[fx.Node]) -> Iterable[fx.Node]:
@@ -180,14 +145,12 @@ def _inputs_of(nodes: Iterable[fx.Node], reached: set[fx.Node]) -> Iterable[fx.N
 def _program(root: fx.GraphModule, body: list[fx.Node], inputs: list[fx.Node], outputs: Any) -> fx.GraphModule:
     graph = fx.Graph()
     copies = {node: graph.placeholder(f"in_{i}") for i, node in enumerate(inputs)}
-    for node, placeholder in copies.items():
-        placeholder.meta = dict(node.meta)
     for node in body:
         if node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(fx.map_arg(outputs if isinstance(outputs, tuple | list) else [outputs], copies.__getitem__))
-    graph.eliminate_dead_code(lambda node: _is_mutated(node) or node.op in ("placeholder", "output"))
+    graph.eliminate_dead_code(lambda node: is_mutated(node) or node.op in ("placeholder", "output"))
     return fx.GraphModule(root, graph)
 
 
-__all__ = ["Linearisation", "Product", "Untraceable"]
+__all__ = ["Linearisation", "Product", "Untraceable", "rehearse"]

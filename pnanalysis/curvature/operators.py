@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from pnanalysis.curvature.base import CurvatureOperator, Named, pullback, requiring_grad
+from pnanalysis.curvature.autodiff import Named, pullback, requiring_grad
+from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.linearise import Product
 from pnanalysis.curvature.nest import batch_size
 from pnanalysis.errors import CurvatureError

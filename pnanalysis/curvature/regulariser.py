@@ -1,0 +1,88 @@
+"""What is added to the loss over the data: weight decay and a penalty, and their curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pnanalysis.curvature.autodiff import Named, pullback, requiring_grad
+from pnanalysis.curvature.parameters import join_tensors, split_vector
+
+Penalty = Callable[[nn.Module], Tensor]
+
+
+class Regulariser:
+    """``weight_decay / 2 * ||theta||^2`` plus ``penalty(model)``, as a function of the chosen parameters.
+
+    Parameters
+    ----------
+    model : Module
+        What the penalty is shown, with other tensors in its place.
+    theta, others : mappings of str to Tensor
+        The chosen parameters, and all else that the model holds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        theta: Named,
+        others: Named,
+        weight_decay: float = 0.0,
+        penalty: Penalty | None = None,
+    ) -> None:
+        self.weight_decay, self.penalty = weight_decay, penalty
+        self._caller = None if penalty is None else _Caller(model, penalty)
+        self._theta, self._others = theta, others
+        self._slope: tuple[Sequence[Tensor], list[Tensor]] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.weight_decay) or self.penalty is not None
+
+    def value(self, theta: Named) -> Tensor:
+        """The scalar that is added to the loss."""
+        decay = 0.5 * self.weight_decay * sum(tensor.square().sum() for tensor in theta.values())
+        return torch.as_tensor(decay) + self._penalised(theta)
+
+    def gradient(self) -> Tensor:
+        """Its gradient, ``(P,)``."""
+        theta = requiring_grad(self._theta)
+        value = self.value(theta)
+        return join_tensors(pullback([value], list(theta.values()), [torch.ones_like(value)]))
+
+    def add_products(self, result: Tensor, rows: Tensor) -> None:
+        """Add its Hessian times ``rows`` (k, P) to ``result``, in place."""
+        if self.weight_decay:
+            result.add_(rows, alpha=self.weight_decay)
+        if self.penalty is None:
+            return
+        if self._slope is None:
+            theta = requiring_grad(self._theta)
+            leaves = list(theta.values())
+            value = torch.as_tensor(self._penalised(theta))
+            slope = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+            self._slope = slope, leaves
+        shapes = [tensor.shape for tensor in self._theta.values()]
+        for row, into in zip(rows, result, strict=True):
+            into.add_(join_tensors(pullback(*self._slope, split_vector(row, shapes))))
+
+    def _penalised(self, theta: Named) -> Tensor | float:
+        """The penalty, seeing the model with ``theta`` in it."""
+        if self._caller is None:
+            return 0.0
+        state = {f"model.{name}": tensor for name, tensor in {**self._others, **theta}.items()}
+        value: Tensor = functional_call(self._caller, state, ())
+        return value
+
+
+class _Caller(nn.Module):
+    """Lets a penalty see the model with the parameters that ``functional_call`` puts in."""
+
+    def __init__(self, model: nn.Module, penalty: Penalty) -> None:
+        super().__init__()
+        self.model, self.penalty = model, penalty
+
+    def forward(self) -> Tensor:
+        return self.penalty(self.model)
