@@ -118,7 +118,7 @@ class LoaderSplit:
         return replace(self, device=device)
 
     def subset(self, n: int | None, seed: int = 0) -> LoaderSplit:
-        """The leading batches until ``n`` examples have been seen (``seed`` is not used)."""
+        """The leading batches until ``n`` examples have been seen, all if there are fewer (``seed`` is not used)."""
         if n is None:
             return self
         seen, count = 0, 0
@@ -126,7 +126,9 @@ class LoaderSplit:
             seen, count = seen + len(targets), count + 1
             if seen >= n:
                 return replace(self, n_batches=count)
-        raise DataError(f"{n} examples asked for, the loader gives {seen}")
+        if not count:
+            raise DataError("the loader gives no batches; was it an iterator that is used up?")
+        return self
 
     def batches(self, batch_size: int) -> list[Batch]:
         """The batches on the device (``batch_size`` is the loader's own)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,19 @@ import torch
 import xarray as xr
 
 from pnanalysis import schema
+from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.density import default_grid, smooth, spectral_density
 from pnanalysis.curvature.engines import make_operator
+from pnanalysis.curvature.linear import LinearOperator
 from pnanalysis.data import Split
+from pnanalysis.errors import CurvatureError
 from pnanalysis.runs import Checkpoint, Run
 from pnanalysis.sources import Source, as_source, resolve_device
+
+#: Lanczos steps a probe where none are asked for.
+N_LANCZOS = 90
+
+_Key = tuple[int, Checkpoint, str]  # source, checkpoint, layer ("" for all)
 
 
 def hessian(
@@ -23,7 +31,7 @@ def hessian(
     checkpoints: Sequence[str] | None = None,
     operator: str = "hessian",
     engine: str = "native",
-    n_lanczos: int = 90,
+    n_lanczos: int | None = None,
     n_probes: int = 10,
     n_hvp: int | None = None,
     deflate: bool = True,
@@ -32,6 +40,7 @@ def hessian(
     n: int | None = 2048,
     batch_size: int = 512,
     params: str | Sequence[str] | None = None,
+    per_layer: bool = False,
     bn_mode: str = "eval",
     dtype: str = "float32",
     amp: str = "no",
@@ -53,7 +62,10 @@ def hessian(
         Hessian of the mean loss, generalised Gauss-Newton, or empirical Fisher.
     engine : {"native", "pyhessian", "curvlinops"}
         Who computes the products; Lanczos is the same.
-    n_lanczos, n_probes, n_hvp, deflate, kernel_width
+    n_lanczos : int, optional
+        Lanczos steps a probe; 90 by default, or P where that is smaller. With ``per_layer``, a layer of fewer
+        parameters takes as many as it has.
+    n_probes, n_hvp, deflate, kernel_width
         See :func:`pnanalysis.spectral_density`.
     split : {"train", "validation", "test"}
     n : int or None
@@ -62,10 +74,13 @@ def hessian(
         Examples a product takes at a time; no influence on the result beyond round-off.
     params : str or sequence of str, optional
         Layer names or patterns to restrict the operator to.
+    per_layer : bool
+        The diagonal block of each layer in place of the whole matrix. The rows of ``checkpoint`` are then called
+        ``CHECKPOINT:LAYER``, and a coordinate ``layer`` names the layer.
     bn_mode : {"eval", "train"}
         Batch normalisation with running or with batch statistics.
     dtype : {"float32", "float64"}
-    amp : {"no", "bf16"}
+    amp : {"no", "tf32", "bf16"}
         See :class:`pnanalysis.HessianOperator`.
     device : str or None
     seed : int
@@ -94,43 +109,73 @@ def hessian(
     sources = [as_source(run) for run in runs]
     torch_device = resolve_device(device)
     torch_dtype = {"float32": torch.float32, "float64": torch.float64}[dtype]
-    spectra: dict[tuple[int, Checkpoint], xr.Dataset] = {}
-    rows: list[tuple[str, int, Checkpoint]] = []
+    spectra: dict[_Key, xr.Dataset] = {}
+    rows: list[tuple[str, _Key]] = []
     for which, source in enumerate(sources):
         part = source.data.get(split)
         size = min(n, len(part)) if n is not None and isinstance(part, Split) else n
         batches = part.subset(size, seed).to(torch_device).batches(batch_size)
         for name, checkpoint in source.select(checkpoints).items():
-            rows.append((name if len(sources) == 1 else f"{source.label}/{name}", which, checkpoint))
-            if (which, checkpoint) in spectra:  # the champion may be the plain model
+            label = name if len(sources) == 1 else f"{source.label}/{name}"
+            done = [key for key in spectra if key[:2] == (which, checkpoint)]  # the champion may be the plain model
+            if done:
+                rows += [(_row(label, key[2]), key) for key in done]
                 continue
-            op = make_operator(
+            whole = make_operator(
                 engine, operator, source.model(checkpoint, torch_device), source.loss, batches,
                 params=params, bn_mode=bn_mode, dtype=torch_dtype, device=torch_device, amp=amp,
-                expected_products=n_hvp or n_lanczos * n_probes,
+                expected_products=n_hvp or (n_lanczos or N_LANCZOS) * n_probes,
             )  # fmt: skip
-            spectra[which, checkpoint] = spectral_density(
-                op, n_lanczos, n_probes, n_hvp=n_hvp, deflate=deflate, kernel_width=kernel_width, seed=seed,
-                progress=progress, state=_own_folder(state, which, checkpoint), **lanczos_options,
-            )  # fmt: skip
+            size = getattr(whole, "n_examples", size)
+            for layer, op in _blocks(whole, per_layer):
+                key = (which, checkpoint, layer)
+                n_steps = n_lanczos if n_lanczos and not per_layer else min(n_lanczos or N_LANCZOS, op.shape[0])
+                spectra[key] = spectral_density(
+                    op, n_steps, n_probes, n_hvp=n_hvp, deflate=deflate, kernel_width=kernel_width, seed=seed,
+                    progress=progress, state=_own_folder(state, key), title=_row(label, layer), **lanczos_options,
+                )  # fmt: skip
+                rows.append((_row(label, layer), key))
     grid = default_grid(*spectra.values())
     width = max(float(ds.kernel_width) for ds in spectra.values())
     smoothed = {key: smooth(ds, grid, width) for key, ds in spectra.items()}
-    stacked = xr.concat(
-        [smoothed[which, checkpoint] for _, which, checkpoint in rows],
-        dim="checkpoint", join="outer", combine_attrs="drop_conflicts",
-    )  # fmt: skip
+    stacked = _stacked([smoothed[key] for _, key in rows])
     stacked = stacked.assign_coords(
-        checkpoint=[label for label, _, _ in rows],
-        iteration=("checkpoint", [checkpoint.iteration for *_, checkpoint in rows]),
-        epoch=("checkpoint", [checkpoint.epoch for *_, checkpoint in rows]),
+        checkpoint=[label for label, _ in rows],
+        iteration=("checkpoint", [checkpoint.iteration for _, (_, checkpoint, _) in rows]),
+        epoch=("checkpoint", [checkpoint.epoch for _, (_, checkpoint, _) in rows]),
     )
+    if per_layer:
+        stacked = stacked.assign_coords(layer=("checkpoint", [layer for _, (_, _, layer) in rows]))
     return schema.finish(
         stacked, "hessian", **sources[0].dataset_attrs(), operator=operator, engine=engine, split=split, n=size,
         batch_size=batch_size, bn_mode=bn_mode, params=params, seed=seed, device=str(torch_device), dtype=dtype,
     )  # fmt: skip
 
 
-def _own_folder(state: str | os.PathLike[str] | None, which: int, checkpoint: Checkpoint) -> Path | None:
-    """Where the unfinished work on one checkpoint is kept."""
-    return None if state is None else Path(state) / f"{which}-{checkpoint.name.replace('/', '-')}"
+def _stacked(spectra: Sequence[xr.Dataset]) -> xr.Dataset:
+    """All along ``checkpoint``; those with fewer nodes or probes than others are filled up with NaN."""
+    longest: dict[Any, int] = {}
+    for ds in spectra:
+        longest |= {dim: max(size, longest.get(dim, 0)) for dim, size in ds.sizes.items()}
+    padded = [ds.pad({dim: (0, longest[dim] - size) for dim, size in ds.sizes.items()}) for ds in spectra]
+    return xr.concat(padded, dim="checkpoint", join="outer", combine_attrs="drop_conflicts")
+
+
+def _blocks(whole: LinearOperator, per_layer: bool) -> Iterator[tuple[str, LinearOperator]]:
+    """The operator itself, under no name, or its diagonal blocks by layer."""
+    if not per_layer:
+        yield "", whole
+    elif isinstance(whole, CurvatureOperator):
+        yield from whole.per_layer()
+    else:
+        raise CurvatureError("only the native engine does one layer at a time")
+
+
+def _row(label: str, layer: str) -> str:
+    return f"{label}:{layer}" if layer else label
+
+
+def _own_folder(state: str | os.PathLike[str] | None, key: _Key) -> Path | None:
+    """Where the unfinished work on one spectrum is kept."""
+    which, checkpoint, layer = key
+    return None if state is None else Path(state) / f"{which}-{_row(checkpoint.name.replace('/', '-'), layer)}"

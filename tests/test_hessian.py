@@ -108,3 +108,34 @@ def test_pyhessian_agrees_on_lenet5() -> None:
     assert float(ours.lambda_max) == pytest.approx(top, rel=1e-2)
     error = np.hypot(float(ours.trace_se), traces.std(ddof=1) / np.sqrt(len(traces)))
     assert abs(float(ours.trace) - traces.mean()) < 4 * error
+
+
+def test_per_layer_gives_a_row_for_each_block(tiny_run: Run) -> None:
+    ds = pn.hessian(tiny_run, checkpoints=["plain"], per_layer=True, **{**SMALL, "n_hvp": 2000}, dtype="float64")
+    source = pn.sources.as_source(tiny_run)
+    model = source.model(tiny_run.plain).double()
+    dense = pn.HessianOperator(model, source.loss, source.data.train.subset(128, 0).batches(512)).to_dense()
+    start = 0
+    for row, (layer, own) in enumerate(pn.models.parameter_layers(model)):
+        size = sum(parameter.numel() for _, parameter in own)
+        block = torch.linalg.eigvalsh(dense[start : start + size, start : start + size])
+        at = ds.isel(checkpoint=row)
+        assert (at.checkpoint.item(), at.layer.item()) == (f"plain:{layer}", layer)
+        assert float(at.lambda_max) == pytest.approx(float(block[-1]), rel=1e-8)
+        start += size
+
+
+def test_the_default_number_of_steps_fits_a_tiny_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    own = pn.open_files(model, [tmp_path / "w.pt"], [(torch.randn(9, 4), torch.arange(9) % 2)])
+    assert pn.hessian(own, progress=False).sizes["checkpoint"] == 1
+
+
+def test_checkpoints_with_budgets_split_differently_stand_side_by_side(tiny_run: Run) -> None:
+    ds = pn.hessian(tiny_run, checkpoints=["start", "plain"], n=128, n_hvp=150, progress=False)
+    alone = pn.hessian(tiny_run, checkpoints=["plain"], n=128, n_hvp=150, progress=False)
+    assert float(ds.trace[1]) == pytest.approx(float(alone.trace[0]), rel=1e-12)
+    np.testing.assert_allclose(ds.weight.sum("quadrature"), 1.0, rtol=1e-12)
+    assert np.isnan(ds.weight.values).any()  # they do differ in length

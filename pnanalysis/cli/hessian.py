@@ -10,7 +10,8 @@ import xarray as xr
 from rich.table import Table
 
 from pnanalysis.cli import options
-from pnanalysis.console import make_table
+from pnanalysis.console import make_table, show
+from pnanalysis.curvature.summary import compare_spectra
 from pnanalysis.hessian import hessian as analyse
 
 
@@ -23,7 +24,7 @@ def hessian(
     runs: options.Paths = None,
     checkpoint: options.Checkpoints = None,
     operator: Annotated[str, typer.Option(metavar="hessian|ggn|fisher")] = "hessian",
-    n_lanczos: Annotated[int, typer.Option(help="Lanczos steps of each probe.")] = 90,
+    n_lanczos: Annotated[int | None, typer.Option(help="Lanczos steps of each probe; 90 by default.")] = None,
     n_probes: Annotated[int, typer.Option(help="Random probes.")] = 10,
     n_hvp: Annotated[int | None, typer.Option(help="A budget of products instead, split by what they show.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Bound for the Lanczos basis: 500M, 8G.")] = None,
@@ -33,9 +34,10 @@ def hessian(
     n: Annotated[int, typer.Option("--n", help="Examples, drawn by seed.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Examples at a time; memory, not the result, depends on it.")] = 512,
     params: Annotated[list[str] | None, typer.Option(metavar="LAYER", help="Restrict to layers; repeat.")] = None,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="The diagonal block of each layer.")] = False,
     bn: Annotated[str, typer.Option(metavar="eval|train", help="Statistics of batch normalisation.")] = "eval",
     dtype: Annotated[str, typer.Option(metavar="float32|float64")] = "float32",
-    amp: Annotated[str, typer.Option(metavar="no|bf16", help="Passes in bfloat16, sums in dtype.")] = "no",
+    amp: Annotated[str, typer.Option(metavar="no|tf32|bf16", help="Arithmetic of passes; sums in dtype.")] = "no",
     engine: Annotated[str, typer.Option(metavar="native|pyhessian|curvlinops", help="Of the products.")] = "native",
     model: options.Model = None,
     weights: options.Weights = None,
@@ -53,6 +55,8 @@ def hessian(
 
       pnanalysis hessian runs/lenet5 --plot spectrum.pdf
 
+      pnanalysis hessian runs/lenet5 -c champion --per-layer --n-hvp 200
+
       pnanalysis hessian --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make --loss mse
     """
     given = options.sources(runs, model, weights, data, loss)
@@ -60,10 +64,12 @@ def hessian(
     ds = analyse(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
         n_hvp=n_hvp, max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
-        deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params, bn_mode=bn,
-        dtype=dtype, device=device, seed=seed, progress=not quiet,
+        deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
+        per_layer=per_layer, bn_mode=bn, dtype=dtype, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _table)
+    if len(ds.checkpoint) > 1 and not per_layer:
+        show(_differences(ds), quiet)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -83,3 +89,23 @@ def _table(ds: xr.Dataset) -> Table:
     ]
     columns = ["checkpoint", "lambda_max", "lambda_min", "trace ± se", "outliers", "bulk edge", "lambda_max / edge"]
     return make_table(f"{ds.attrs['operator']} over {ds.attrs.get('n', 'all')} examples", columns, rows)
+
+
+def _differences(ds: xr.Dataset) -> Table:
+    """Each checkpoint minus the first; a W1 distance near its noise is none."""
+    first, *others = (ds.sel(checkpoint=name) for name in ds.checkpoint.values)
+    rows = []
+    for other in others:
+        found = compare_spectra(first, other)
+        ends = [f"{float(found[f'lambda_max{end}']):+.3g}" for end in ("_low", "_high")]
+        rows.append(
+            [
+                f"{other.checkpoint.item()} - {first.checkpoint.item()}",
+                " to ".join(ends),
+                f"{float(found.trace):+.4g} ± {float(found.trace_se):.2g}",
+                f"{float(found.negative_mass):+.2%} ± {float(found.negative_mass_se):.2%}",
+                f"{float(found.wasserstein1):.2g} (noise {float(found.wasserstein1_noise):.2g})",
+            ]
+        )
+    columns = ["difference", "lambda_max", "trace ± se", "negative mass ± se", "W1 distance"]
+    return make_table("beside the first checkpoint", columns, rows)

@@ -131,6 +131,11 @@ class CurvatureOperator:
         """(P, P)."""
         return self.n_parameters, self.n_parameters
 
+    @property
+    def n_examples(self) -> int:
+        """Examples over all batches."""
+        return self._total
+
     def matvec(self, v: Tensor) -> Tensor:
         """Product with one vector, ``(P,)`` to ``(P,)``."""
         if v.ndim != 1:

@@ -43,6 +43,7 @@ def spectral_density(
     symmetry_tolerance: float | None = None,
     state: str | Path | None = None,
     save_every: float = 300.0,
+    title: str = "spectrum",
 ) -> xr.Dataset:
     """Estimate the spectrum of a symmetric operator from its products with vectors.
 
@@ -82,6 +83,8 @@ def spectral_density(
     state : path, optional
         A folder to save unfinished work in, every ``save_every`` seconds; a run that finds work of its own there
         continues it, to the same result. The folder's contents are removed on success.
+    title : str
+        What the progress bar calls it.
 
     Returns
     -------
@@ -128,7 +131,7 @@ def spectral_density(
     )
     budget = n_hvp or n_lanczos * n_probes
     need = basis_bytes(operator.shape[0], *((n_hvp, 1) if n_hvp else (n_lanczos, n_probes)), settings.basis_dtype)
-    with progress_bar(f"spectrum ({human(need)} for the basis)", budget, progress) as advance:
+    with progress_bar(f"{title} ({human(need)} for the basis)", budget, progress) as advance:
         sample = sample_spectrum(operator, settings, advance)
     ds = _dataset(sample, top_k, ridge, kernel_width, grid)
     if state is not None:

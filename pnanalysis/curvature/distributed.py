@@ -1,0 +1,99 @@
+"""One operator over data that several processes share, each with batches of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pnanalysis.curvature.base import CurvatureOperator
+from pnanalysis.errors import CurvatureError
+
+T = TypeVar("T")
+
+
+def own_share(batches: Sequence[T], group: Any = None) -> Sequence[T]:
+    """This process's part of the batches: every ``world_size``-th one, from its rank on."""
+    return batches[_rank(group) :: dist.get_world_size(group)]
+
+
+class DistributedOperator:
+    """The mean over the data of all processes of a ``torch.distributed`` group.
+
+    Each process builds its own operator over its own batches and wraps it; every process then calls the same
+    products (or :func:`pnanalysis.spectral_density` with the same seed) and gets the same results. A product costs
+    one broadcast of the vectors and one sum of the results, ``P`` numbers a vector each.
+
+    Parameters
+    ----------
+    operator : CurvatureOperator
+        Over this process's batches, with ``reduction="mean"``. Shares may differ in size: each counts by its
+        examples. Weight decay and penalty are given to every process alike, and counted once.
+    group : ProcessGroup, optional
+        The default group if left out.
+
+    Raises
+    ------
+    CurvatureError
+        If no process group is there, the operator sums over its data, or the processes' parameters differ in number.
+
+    Examples
+    --------
+    Under ``torchrun --nproc-per-node 2 script.py``::
+
+        dist.init_process_group()
+        local = pn.HessianOperator(model, loss_fn, own_share(batches))
+        ds = pn.spectral_density(DistributedOperator(local))
+    """
+
+    def __init__(self, operator: CurvatureOperator, group: Any = None) -> None:
+        if not dist.is_initialized():
+            raise CurvatureError("there is no process group; call torch.distributed.init_process_group first")
+        if operator.reduction != "mean":
+            raise CurvatureError("a distributed operator needs reduction='mean'; scale the result by the examples")
+        self.operator, self.group = operator, group
+        self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
+        sizes: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(sizes, (operator.n_examples, operator.shape[0]), group)
+        if len({n_parameters for _, n_parameters in sizes}) > 1:
+            raise CurvatureError(f"the processes differ in their parameters: {[n for _, n in sizes]}")
+        self._share = operator.n_examples / sum(n_examples for n_examples, _ in sizes)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Product with one vector: ``(P,)`` to ``(P,)``."""
+        return self.matmat(v[:, None])[:, 0]
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Products with ``k`` vectors, those of the group's first process: ``(P, k)`` to ``(P, k)``."""
+        rows = V.T.to(self.device, self.dtype, copy=True).contiguous()
+        dist.broadcast(rows, group=self.group, group_src=0)
+        result = (self.operator.matmat(rows.T) * self._share).T.contiguous()
+        dist.all_reduce(result, group=self.group)
+        return result.T
+
+    def check_finite(self) -> None:
+        """Raise on every process if a product of any was not finite.
+
+        Raises
+        ------
+        CurvatureError
+        """
+        try:
+            self.operator.check_finite()
+            message = None
+        except CurvatureError as error:
+            message = f"process {_rank(self.group)}: {error}"
+        messages: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(messages, message, self.group)
+        for found in messages:
+            if found is not None:
+                raise CurvatureError(found)
+
+
+def _rank(group: Any) -> int:
+    return dist.get_rank(group)
+
+
+__all__ = ["DistributedOperator", "own_share"]

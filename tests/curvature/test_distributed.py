@@ -1,0 +1,60 @@
+"""An operator over the data of several processes, against the same data in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.functional import cross_entropy
+
+import pnanalysis as pn
+from pnanalysis.curvature.distributed import DistributedOperator, own_share
+from pnanalysis.errors import CurvatureError
+from tests.curvature.conftest import NETWORKS, images
+
+SIZES = (5, 3, 4)  # one process gets nine examples, the other three
+SPECTRUM = {"n_lanczos": 12, "n_probes": 3, "progress": False}
+
+
+def _work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = NETWORKS["conv"]()
+    local = pn.HessianOperator(model, cross_entropy, own_share(images(SIZES)), weight_decay=0.1, expected_products=1)
+    operator = DistributedOperator(local)
+    torch.manual_seed(rank)  # the first process's vectors are the ones that count
+    V = torch.randn(operator.shape[0], 2).double()
+    ds = pn.spectral_density(operator, **SPECTRUM)
+    found = {"V": V, "product": operator.matmat(V), "trace": float(ds.trace), "lambda_max": float(ds.lambda_max)}
+    broken = images(SIZES)
+    broken[1][0][0] = torch.nan  # the second process's only batch
+    for_nan = DistributedOperator(pn.HessianOperator(model, cross_entropy, own_share(broken), expected_products=1))
+    try:
+        pn.spectral_density(for_nan, **SPECTRUM)
+    except CurvatureError as error:
+        found["error"] = str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    mp.spawn(_work, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    whole = pn.HessianOperator(NETWORKS["conv"](), cross_entropy, images(SIZES), weight_decay=0.1, expected_products=1)
+    torch.testing.assert_close(first["product"], whole.matmat(first["V"]), rtol=1e-10, atol=1e-12)
+    assert torch.equal(first["product"], second["product"])
+    assert first["trace"] == second["trace"]
+    alone = pn.spectral_density(whole, **SPECTRUM)
+    assert first["trace"] == pytest.approx(float(alone.trace), rel=1e-9)
+    assert first["lambda_max"] == pytest.approx(float(alone.lambda_max), rel=1e-9)
+    for found in (first, second):
+        assert "process 1: the products of batch 0" in found["error"]
+
+
+def test_without_a_group_it_says_what_to_do() -> None:
+    local = pn.HessianOperator(NETWORKS["linear"](), cross_entropy, images(), expected_products=1)
+    with pytest.raises(CurvatureError, match="init_process_group"):
+        DistributedOperator(local)
