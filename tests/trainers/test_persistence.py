@@ -126,3 +126,60 @@ def test_an_unknown_layer_lists_the_known_ones(layers: object) -> None:
 def test_an_end_point_of_another_architecture_is_refused() -> None:
     with pytest.raises(TrainingError, match=r"3\.weight"):
         PersistentPenalty(network()).add(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).double())
+
+
+def test_signs_are_right_all_along_a_path_that_crosses_many_kinks() -> None:
+    torch.manual_seed(0)
+    model, ends = network(), [network(seed) for seed in range(1, 8)]
+    penalty = PersistentPenalty(model, lam=0.3)
+    for end in ends:
+        penalty.add(end)
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    flips, before = 0, penalty.inner_products()
+    for step in range(600):
+        value = penalty()
+        assert float(value.detach()) == pytest.approx(by_the_formula(model, ends, 0.3, [0, 1, 3]), rel=1e-12)
+        gradient = torch.autograd.grad(value, list(model.parameters()))
+        products = penalty.inner_products()
+        expected = sum(p.abs().sum() for p in products.values()) * 0.3
+        direct = torch.autograd.grad(expected, list(model.parameters()))
+        torch.testing.assert_close(gradient, direct, rtol=1e-10, atol=1e-13)
+        flips += sum(int((products[name].sign() != before[name].sign()).sum()) for name in products)
+        before = products
+        with torch.no_grad():
+            for p, v in zip(model.parameters(), velocity, strict=True):
+                p.add_(v.mul_(0.95).add_(torch.randn_like(p), alpha=0.02), alpha=0.2 if step < 500 else 0.0)
+    assert flips > 10  # the path was worth the test
+
+
+@pytest.mark.parametrize("form", ["absolute", "squared", "cosine"])
+@pytest.mark.parametrize("from_start", [False, True])
+def test_other_forms_and_origins_follow_their_formulas(form: str, from_start: bool) -> None:
+    model, end, start = network(), network(1), network(2)
+    penalty = PersistentPenalty(model, lam=0.5, layers="3", form=form, origin=start if from_start else None)
+    penalty.add(end)
+    away = vector(start, 3) if from_start else 0.0
+    theta, Theta = vector(model, 3) - away, vector(end, 3) - away
+    product = abs(Theta @ theta)
+    expected = {
+        "absolute": product / (Theta @ Theta),
+        "squared": (product / (Theta @ Theta)) ** 2,
+        "cosine": product / (Theta.norm() * theta.norm()),
+    }[form]
+    assert float(penalty().detach()) == pytest.approx(0.5 * float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("form", ["absolute", "squared", "cosine"])
+def test_at_the_origin_itself_nothing_is_infinite(form: str) -> None:
+    model = network()
+    penalty = PersistentPenalty(model, form=form, origin=copy.deepcopy(model))
+    penalty.add(network(1))
+    value = penalty()
+    value.backward()
+    assert float(value) == 0
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_an_unknown_form_lists_the_known_ones() -> None:
+    with pytest.raises(TrainingError, match="absolute, squared, cosine"):
+        PersistentPenalty(network(), form="quartic")
