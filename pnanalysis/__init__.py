@@ -9,10 +9,12 @@ Public names::
 """
 
 from pnanalysis import plots
+from pnanalysis.collection import open_runs
 from pnanalysis.curvature.density import spectral_density
 from pnanalysis.curvature.linear import as_operator
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import PnError
+from pnanalysis.gradients import gradient_split
 from pnanalysis.hessian import hessian
 from pnanalysis.history import history
 from pnanalysis.runs import Checkpoint, Run, open_run
@@ -29,11 +31,13 @@ __all__ = [
     "PnError",
     "Run",
     "as_operator",
+    "gradient_split",
     "hessian",
     "history",
     "load",
     "open_files",
     "open_run",
+    "open_runs",
     "plots",
     "saturation",
     "save",

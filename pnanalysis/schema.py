@@ -142,6 +142,16 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "path_length": _var("checkpoint", "1", "length of the path through the saved checkpoints"),
         "validation_error": _var("checkpoint", "1", "validation error", _OPTIONAL),
     },
+    "gradients": {
+        "inner_product": _var("layer epoch end", "1", "inner product with the end point over its squared norm"),
+        "sign": _var("layer epoch end", "1", "sign of the inner product"),
+        "last_flip": _var("layer end", "1", "epoch from which on the sign stays as it is"),
+        "constant_norm": _var("layer", "loss", "norm of the constant push of the penalty"),
+        "fluctuation_norm": _var("layer epoch", "loss", "norm of the fluctuation of the penalty's push"),
+        "loss_gradient_norm": _var("layer epoch", "loss", "norm of the gradient of the loss"),
+        "half_difference": _var("layer", "loss", "norm of the difference between the window's halves"),
+        "half_difference_se": _var("layer", "loss", "size of that difference for independent fluctuations"),
+    },
     "descent": {
         "path": _var("iteration step component", "1", "position"),
         "value": _var("iteration step", "1", "value of the unpenalised surface along the path"),

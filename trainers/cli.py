@@ -11,9 +11,11 @@ import typer
 
 from pnanalysis.console import make_table, percent, run_app, show
 from pnanalysis.errors import TrainingError
-from pnanalysis.runs import Run
+from pnanalysis.runs import Run, open_run
 from trainers.recipes import RECIPES, Config, configure, find_recipe
 from trainers.strategies import train
+from trainers.sweep import Outcome, parse_sweep
+from trainers.sweep import sweep as run_sweep
 
 app = typer.Typer(
     name="pntrain", add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True
@@ -31,6 +33,8 @@ def pntrain(
     epochs: Annotated[int | None, typer.Option(help="Of each training (steps, for S1 and S2).")] = None,
     lam: Annotated[float | None, typer.Option(help="Strength of the persistent penalty.")] = None,
     layers: Annotated[str | None, typer.Option(help="all, random, random-each, or names joined by commas.")] = None,
+    penalty: Annotated[str | None, typer.Option(metavar="absolute|squared|cosine", help="Form of the penalty.")] = None,
+    origin: Annotated[str | None, typer.Option(metavar="zero|start", help="Where it measures parameters from.")] = None,
     init_std: Annotated[float | None, typer.Option(help="Draw all parameters from N(0, std^2).")] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
@@ -55,6 +59,11 @@ def pntrain(
     control: Annotated[
         bool, typer.Option("--control", help="Train the restart control of equal cost too, into OUT-restart.")
     ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=A,B|FIRST:LAST", help="A grid of runs in OUT, over this setting; repeat."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs of a sweep at a time; by default a core or GPU each.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted or shorter run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
 ) -> None:
@@ -67,18 +76,27 @@ def pntrain(
       pntrain custom --model mymodels:make --data mydata:make --epochs 20
 
       pntrain S1 --out runs/two-well
+
+      pntrain lenet5 --sweep lam=1e-3,1e-2 --sweep seed=0:5 --out runs/sweep
     """
     chosen = find_recipe("lenet5" if recipe == "custom" else recipe)
     if recipe == "custom" and model is None:
         raise TrainingError("custom needs --model: a registered name or module:factory")
     config = configure(
         chosen, recipe="custom" if recipe == "custom" else None, strategy=strategy, iterations=iterations,
-        epochs=epochs, lam=lam, layers=layers, init_std=init_std, batch_size=batch_size, lr=lr, optimizer=optimizer,
+        epochs=epochs, lam=lam, layers=layers, penalty=penalty, origin=origin, init_std=init_std,
+        batch_size=batch_size, lr=lr, optimizer=optimizer,
         momentum=momentum, weight_decay=weight_decay, augment=tuple(augment) if augment else None, model=model,
         model_options=_model_options(model_option), data=data, loss=loss, seed=seed, split_seed=split_seed,
         checkpoint_every=checkpoint_every, amp=amp, compile=compile,
     )  # fmt: skip
     out = out or Path("runs") / config.recipe
+    if sweep:
+        if control:
+            raise TrainingError("--control goes with one run; a sweep over strategy=partial,restart has both")
+        grid = parse_sweep(sweep, config)
+        _report_sweep(run_sweep(config, grid, out, jobs=jobs, device=device, resume=resume, progress=not quiet), quiet)
+        return
     run = train(config, out, device=device, resume=resume, progress=not quiet)
     runs = [run]
     if control and config.strategy != "restart":
@@ -122,6 +140,26 @@ def _report(run: Run, quiet: bool) -> None:
     ]
     title = f"{run.path} ({run.manifest['strategy']})"
     show(make_table(title, ["iteration", "training loss", "validation error", "test error"], rows), quiet)
+
+
+def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
+    """A row a run; an error that names the first failure, once all have ended."""
+    rows = []
+    for outcome in outcomes:
+        ending, errors = outcome.failure or "finished", ["–", "–"]
+        if outcome.failure is None:
+            run = open_run(outcome.path)
+            last = run.history.isel(epoch=-1, iteration=run.manifest["champion"])
+            errors = [percent(float(last.validation_error)), percent(float(last.test_error))]
+        rows.append([outcome.path.name, *errors, ending])
+    title = "champions of the sweep"
+    show(make_table(title, ["run", "validation error", "test error", "ended"], rows), quiet)
+    failed = [outcome for outcome in outcomes if outcome.failure is not None]
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(outcomes)} runs failed ({failed[0].path.name}: {failed[0].failure}); "
+            "the others are complete; mend the cause and go on with --resume"
+        )
 
 
 def main() -> None:

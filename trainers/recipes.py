@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pnanalysis.errors import RunError, TrainingError
+from trainers.persistence import FORMS
 
 STRATEGIES = ("plain", "persistent", "partial", "restart")
 
@@ -31,6 +32,10 @@ class Config:
         Strength of the persistent term.
     layers : str
         ``all``, ``random`` (drawn once per run), ``random-each`` (anew each iteration), or names joined by commas.
+    penalty : {"absolute", "squared", "cosine"}
+        Form of the persistent term; see :class:`trainers.PersistentPenalty`.
+    origin : {"zero", "start"}
+        Where the persistent term measures parameters from: zero as in the paper, or the common start.
     init_std : float or None
         Draw all parameters from N(0, init_std^2) instead of the model's own initialisation.
     checkpoint_every : int
@@ -52,6 +57,8 @@ class Config:
     weight_decay: float = 0.0
     lam: float = 1e-3
     layers: str = "random"
+    penalty: str = "absolute"
+    origin: str = "zero"
     init_std: float | None = None
     augment: tuple[str, ...] = ()
     amp: str = "no"
@@ -68,6 +75,9 @@ class Config:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not (math.isfinite(self.lam) and self.lam >= 0):
             raise TrainingError(f"lam is {self.lam}; it must be a finite number, zero or more")
+        for name, value, known in (("penalty", self.penalty, FORMS), ("origin", self.origin, ("zero", "start"))):
+            if value not in known:
+                raise TrainingError(f"unknown {name} {value!r}; there are {', '.join(known)}")
         if self.strategy == "plain" and self.iterations != 1:
             object.__setattr__(self, "iterations", 1)
 

@@ -189,7 +189,10 @@ class _Session:
     def _penalty(self, model: nn.Module, writer: RunWriter, iteration: int) -> PersistentPenalty | None:
         if iteration == 0 or self.config.strategy not in ("persistent", "partial"):
             return None
-        penalty = PersistentPenalty(model, self.config.lam, self.layers[iteration])
+        origin = self.initial_model(0) if self.config.origin == "start" else None
+        penalty = PersistentPenalty(
+            model, self.config.lam, self.layers[iteration], form=self.config.penalty, origin=origin
+        )
         for end in open_run(writer.path).ends:
             penalty.add(end.load())
         return penalty

@@ -27,6 +27,7 @@ FIGURES: dict[str, str] = {
     "activation_histogram": "pnanalysis.plots.saturation:activation_histogram",
     "trajectory": "pnanalysis.plots.trajectory:trajectory",
     "pca": "pnanalysis.plots.trajectory:principal_components",
+    "gradients": "pnanalysis.plots.gradients:gradients",
     "descent": "pnanalysis.plots.toy:descent",
     "surface": "pnanalysis.plots.toy:surface",
     "basin": "pnanalysis.plots.toy:basin",

@@ -164,3 +164,38 @@ def test_quiet_says_nothing(run, own_run: Run) -> None:
     done = run("pnanalysis", "saturation", own_run.path, "--quiet")
     assert (done.status, done.out, done.err) == (0, "", "")
     assert np.isfinite(schema.load(own_run.path / "analysis/saturation.nc").percentile).any()
+
+
+def test_a_sweep_ends_with_a_table_and_tells_of_failures(run, tmp_path: Path) -> None:
+    small = [
+        "--model",
+        "tanh7",
+        "--model-option",
+        "input_shape=[1,8,8]",
+        "--model-option",
+        "width=8",
+        "--data",
+        "digits",
+    ]
+    sweep = ["--epochs", 1, "--iterations", 2, "--sweep", "layers=fc1,nowhere", "--jobs", 1, "--out", tmp_path / "grid"]
+    outcome = run("pntrain", "custom", *small, *sweep, "--device", "cpu")
+    assert outcome.status == 2
+    assert "1 of 2 runs failed" in outcome.err
+    assert "layers=fc1" in outcome.out
+    assert run("pntrain", "S9", "--sweep", "nothing=1", "--out", tmp_path / "no").status == 2
+
+
+def test_gradients_of_a_run_are_drawn_and_saved(run, own_run: Run, tmp_path: Path) -> None:
+    outcome = run("pnanalysis", "gradients", own_run.path, "--n", 100, "--plot", tmp_path / "g.svg", "--device", "cpu")
+    assert outcome.status == 0
+    assert "constant push" in outcome.out
+    assert (own_run.path / "analysis" / "gradients.nc").is_file()
+    assert (tmp_path / "g.svg").is_file()
+
+
+def test_hessian_says_how_checkpoints_differ(run, own_run: Run) -> None:
+    few = ["--n", 100, "--n-hvp", 60, "--device", "cpu", "-q"]
+    assert run("pnanalysis", "hessian", own_run.path, *few, "-c", "plain", "--per-layer").status == 0
+    outcome = run("pnanalysis", "hessian", own_run.path, *few[:-1], "-c", "start", "-c", "plain")
+    assert "plain - start" in outcome.out
+    assert "noise" in outcome.out

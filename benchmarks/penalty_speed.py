@@ -1,0 +1,71 @@
+"""Time of a training step with 20 earlier end points on all layers, against the same step without.
+
+    python benchmarks/penalty_speed.py [--threads 1] [--repeats 7]
+
+Both sides in turn in one process; end points are random, about as far from the network as its own size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from pnanalysis.models import build_model
+from trainers import PersistentPenalty
+
+SETTINGS = {"lenet5": (256, 40), "resnet18": (32, 1)}  # batch size, steps a run
+N_ENDS = 20
+
+
+def measure(name: str, repeats: int) -> str:
+    """One line of the table."""
+    batch_size, n_steps = SETTINGS[name]
+    torch.manual_seed(0)
+    models = [build_model(name)]
+    models.append(copy.deepcopy(models[0]))
+    penalty = PersistentPenalty(models[1], lam=1e-3)
+    for _ in range(N_ENDS):
+        end = copy.deepcopy(models[0])
+        with torch.no_grad():
+            for parameter in end.parameters():
+                parameter.add_(torch.randn_like(parameter) * parameter.square().mean().sqrt().clamp_min(0.01))
+        penalty.add(end)
+    optimisers = [torch.optim.Adam(model.parameters(), lr=1e-3) for model in models]
+    images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
+
+    def seconds(side: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(n_steps):
+            optimisers[side].zero_grad()
+            loss = cross_entropy(models[side](images), labels)
+            (loss + penalty() if side else loss).backward()
+            optimisers[side].step()
+        return (time.perf_counter() - begun) / n_steps
+
+    for side in (0, 1):
+        seconds(side)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for side in (0, 1):
+            times[side].append(seconds(side))
+    plain, repelled = map(statistics.median, times)
+    return f"{name}, batch {batch_size}: {1e3 * plain:.1f} ms a step, with the penalty {repelled / plain:.3f} times"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name in SETTINGS:
+        print(measure(name, options.repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()

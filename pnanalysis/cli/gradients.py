@@ -1,0 +1,78 @@
+"""``pnanalysis gradients``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import xarray as xr
+from rich.table import Table
+
+from pnanalysis.cli import options
+from pnanalysis.console import make_table
+from pnanalysis.gradients import gradient_split
+from pnanalysis.sources import as_source
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("gradients")(gradients)
+
+
+def gradients(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A persistent or partial run.")],
+    iteration: Annotated[list[int] | None, typer.Option(help="Which iterations; repeat. All by default.")] = None,
+    window: Annotated[int, typer.Option(help="First epoch of the window that defines the constant push.")] = 1,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    n: Annotated[int, typer.Option("--n", help="Examples for the gradient of the loss.")] = 2048,
+    model: options.Model = None,
+    data: options.Data = None,
+    loss: options.LossName = None,
+    output: options.Output = None,
+    plot: options.Plot = None,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """The persistent gradient: its constant push, its fluctuation, and the gradient of the loss.
+
+    [bold]Example[/bold]
+
+      pnanalysis gradients runs/gradient-split --window 10 --plot gradients.pdf
+    """
+    source = as_source(run, model, data, loss)
+    ds = gradient_split(
+        source, iterations=iteration, window=window, split=split, n=n, device=device, seed=seed, progress=not quiet
+    )
+    options.deliver(ds, source, output, plot, quiet, _table)
+
+
+def _table(ds: xr.Dataset) -> Table:
+    rows = []
+    for i in ds.iteration.values:
+        for layer in ds.layer.values:
+            at = ds.sel(iteration=i, layer=layer)
+            if bool(at.constant_norm.isnull()):
+                continue
+            used = at.sel(epoch=slice(ds.attrs["window"], None))
+            last = at.dropna("epoch", subset=["loss_gradient_norm"]).isel(epoch=-1)
+            rows.append(
+                [
+                    f"iteration {i} {layer}",
+                    float(at.constant_norm),
+                    float((used.fluctuation_norm**2).mean() ** 0.5),
+                    float(last.loss_gradient_norm),
+                    f"{float(at.last_flip.max()):.0f}",
+                    f"{float(at.half_difference):.2g} ± {float(at.half_difference_se):.2g}",
+                ]
+            )
+    columns = [
+        "layer",
+        "constant push",
+        "rms fluctuation",
+        "loss gradient, end",
+        "last flip, epoch",
+        "halves differ by",
+    ]
+    return make_table(f"norms over epochs from {ds.attrs['window']} on, lam {ds.attrs['lam']:g}", columns, rows)

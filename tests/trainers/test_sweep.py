@@ -1,0 +1,65 @@
+"""Grids of runs: all of them run, failures stay alone, what was killed goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pnanalysis as pn
+from pnanalysis.errors import RunError, TrainingError
+from tests.conftest import TINY
+from trainers import Config
+from trainers.sweep import parse_sweep, sweep
+
+BASE = Config(recipe="grid", **TINY, iterations=2, epochs=1, checkpoint_every=1)
+QUIET = {"jobs": 1, "device": "cpu", "progress": False}
+
+
+def test_a_grid_becomes_one_dataset_along_its_settings(tmp_path: Path) -> None:
+    outcomes = sweep(BASE, {"lam": [0.001, 0.1], "seed": [0, 3]}, tmp_path, **QUIET)
+    assert [outcome.failure for outcome in outcomes] == [None] * 4
+    assert [outcome.path.name for outcome in outcomes][:2] == ["lam=0.001,seed=0", "lam=0.001,seed=3"]
+    ds = pn.open_runs(tmp_path)
+    assert (ds.lam.values.tolist(), ds.seed.values.tolist()) == ([0.001, 0.1], [0, 3])
+    for outcome in outcomes:
+        own = pn.open_run(outcome.path).history
+        np.testing.assert_array_equal(ds.train_loss.sel(**outcome.settings), own.train_loss)
+
+
+def test_one_failed_run_stops_no_other_and_resume_goes_on(tmp_path: Path) -> None:
+    outcomes = sweep(BASE, {"layers": ["fc1", "nowhere"]}, tmp_path, **QUIET)
+    assert outcomes[0].failure is None
+    assert "nowhere" in str(outcomes[1].failure)
+    again = sweep(BASE, {"layers": ["fc1", "fc2"]}, tmp_path, **QUIET)
+    assert "--resume" in str(again[0].failure)
+    assert again[1].failure is None
+    assert [o.failure for o in sweep(BASE, {"layers": ["fc1", "fc2"]}, tmp_path, resume=True, **QUIET)] == [None, None]
+
+
+def test_several_processes_give_the_same_runs(tmp_path: Path) -> None:
+    grid = {"seed": [0, 1]}
+    sweep(BASE, grid, tmp_path / "one", **QUIET)
+    sweep(BASE, grid, tmp_path / "two", **{**QUIET, "jobs": 2})
+    one, two = (pn.open_runs(tmp_path / name) for name in ("one", "two"))
+    np.testing.assert_allclose(one.train_loss, two.train_loss, rtol=1e-4)  # thread counts differ
+
+
+def test_values_are_read_by_their_setting() -> None:
+    grid = parse_sweep(["lam=1e-3,1e-2", "seed=0:3", "layers=all,random", "batch-size=32"], Config())
+    assert grid == {"lam": [1e-3, 1e-2], "seed": [0, 1, 2], "layers": ["all", "random"], "batch_size": [32]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [("lam", "NAME=A,B,C"), ("lamda=1", "there are"), ("seed=a", "not a int"), ("lam=x", "not a float")],
+)
+def test_bad_entries_are_told(entry: str, says: str) -> None:
+    with pytest.raises(TrainingError, match=says):
+        parse_sweep([entry], Config())
+
+
+def test_a_folder_without_runs_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no runs"):
+        pn.open_runs(tmp_path)
