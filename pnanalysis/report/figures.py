@@ -68,6 +68,12 @@ def _figures_of(kind: str, ds: xr.Dataset, control: Run | None) -> Iterator[tupl
             {"figure": "trajectory"},
         )  # fmt: skip
         yield "Trajectories, principal components", "The first two of all checkpoints.", {"figure": "pca"}
+    elif kind == "gradients":
+        yield (
+            "Persistent gradient", "The penalty's constant push and its fluctuation beside the gradient of the loss; "
+            "below, the signs of the inner products with the earlier end points.",
+            {"figure": "gradients"},
+        )  # fmt: skip
     elif kind in plots.FIGURES:
         yield kind.capitalize(), "", {"figure": kind}
 
