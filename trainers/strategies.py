@@ -9,6 +9,7 @@ penalty and by nothing else; restarts draw their own.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -21,8 +22,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
+from pnanalysis.curvature.memory import human
 from pnanalysis.data import Split, Splits, load_data
-from pnanalysis.errors import DataError, PnError
+from pnanalysis.errors import DataError, PnError, RunError
 from pnanalysis.models import build_model, parameter_layers
 from pnanalysis.progress import progress_bar
 from pnanalysis.runs import MANIFEST, Run, RunWriter, open_run
@@ -84,6 +86,7 @@ def train(
     if not isinstance(data.train, Split):
         raise DataError(f"{config.data}: training needs tensors (inputs, targets), not a loader")
     session = _Session(config, data.to(torch_device), torch_device, save_interval)
+    _check_disk(config, session.initial_model(0), Path(out))
     writer = _open_writer(config, session, Path(out), resume)
     total = (config.iterations - len(writer.manifest["ends"])) * config.epochs * len(data.train)
     try:
@@ -281,6 +284,26 @@ def _open_writer(config: Config, session: _Session, out: Path, resume: bool) -> 
         layers=session.layers,
     )
     return RunWriter.create(out, description)
+
+
+def _check_disk(config: Config, model: nn.Module, out: Path) -> None:
+    """Refuse to begin what the disk cannot hold; checkpoints that are there already count as room.
+
+    Raises
+    ------
+    RunError
+    """
+    a_checkpoint = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    starts = config.iterations if config.strategy == "restart" else 1
+    n_checkpoints = starts + config.iterations * -(-config.epochs // config.checkpoint_every)
+    existing = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.is_dir())
+    there = sum(file.stat().st_size for file in out.glob("checkpoints/*/*.safetensors"))
+    free = shutil.disk_usage(existing).free + there
+    if n_checkpoints * a_checkpoint > free:
+        raise RunError(
+            f"{out}: {n_checkpoints:,} checkpoints need {human(n_checkpoints * a_checkpoint)}, "
+            f"the disk has {human(free)} free; raise checkpoint_every, or lower iterations or epochs"
+        )
 
 
 def _champion(history: xr.Dataset) -> int:

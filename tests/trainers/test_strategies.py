@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,3 +189,11 @@ def test_init_std_draws_every_parameter_normally(tiny_config: Config, tmp_path: 
     values = torch.cat([value.flatten() for value in weights.values()])
     # standard error of a standard deviation: sigma / sqrt(2 n)
     assert float(values.std()) == pytest.approx(0.2, abs=5 * 0.2 / np.sqrt(2 * len(values)))
+
+
+def test_what_the_disk_cannot_hold_is_not_begun(tiny_config: Config, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(RunError, match=r"checkpoints need .*, the disk has .* free"):
+        train(replace(tiny_config, iterations=50), tmp_path / "huge", device="cpu", progress=False)
+    assert not (tmp_path / "huge").exists()
