@@ -77,7 +77,7 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
     )
     ax.set_xlabel("iteration (0 is the plain model)")
     ax.set_ylabel("error at the end of training")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
@@ -99,7 +99,7 @@ def _curves(ds: xr.Dataset, name: str, ax: Axes) -> None:
         )
     ax.set_xlabel(str(ds.epoch.attrs.get("long_name", "epoch")))
     ax.set_ylabel(label(ds[name]))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def _binomial_se(share: np.ndarray, n: int) -> np.ndarray | None:

@@ -33,12 +33,15 @@ def pictures(run: Run, control: Run | None) -> Iterator[Picture]:
     results = run.results
     found = {str(name): node.to_dataset() for name, node in results.children.items()}
     for name, ds in found.items():
-        for title, caption, options in _figures_of(name, ds, control):
+        for title, caption, options in _figures_of(name, found, control):
             figure = _draw(options.pop("figure"), ds, options)
             yield Picture(title, caption, embed(figure, f"{title}. {caption}", f"{run.path.name}-{title}"))
 
 
-def _figures_of(kind: str, ds: xr.Dataset, control: Run | None) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _figures_of(
+    kind: str, found: dict[str, xr.Dataset], control: Run | None
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    ds = found[kind]
     if kind == "history":
         if bool(ds.validation_error.notnull().any()):
             yield (
@@ -73,6 +76,18 @@ def _figures_of(kind: str, ds: xr.Dataset, control: Run | None) -> Iterator[tupl
             "Persistent gradient", "The penalty's constant push and its fluctuation beside the gradient of the loss; "
             "below, the signs of the inner products with the earlier end points.",
             {"figure": "gradients"},
+        )  # fmt: skip
+    elif kind == "descent":
+        yield (
+            "Descents", "Paths of all iterations over the contours of the unpenalised surface.",
+            {"figure": "descent", "surfaces": found.get("surface")},
+        )  # fmt: skip
+    elif kind == "basin":
+        yield "Basins", "Which start ends in which well of the unpenalised surface.", {"figure": "basin"}
+    elif kind == "surface":
+        yield (
+            "Surfaces", "The surface that each iteration descends, and its path.",
+            {"figure": "surface", "descents": found.get("descent")},
         )  # fmt: skip
     elif kind in plots.FIGURES:
         yield kind.capitalize(), "", {"figure": kind}

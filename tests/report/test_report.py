@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 import pnanalysis as pn
-from pnanalysis import schema
+from pnanalysis import plots, schema
 from pnanalysis.errors import RunError
 from pnanalysis.report import summary_table, write_report
+from pnanalysis.report.figures import embed, pictures
 from pnanalysis.report.summary import Measured, sentences
 from pnanalysis.runs import ANALYSIS, MANIFEST, Run, open_run
-from trainers import Config, train
+from trainers import Config, configure, find_recipe, train
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,11 @@ def test_names_are_escaped(tiny_config: Config, tmp_path: Path) -> None:
 def test_a_report_about_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="at least one"):
         write_report([], tmp_path / "r.html")
+
+
+def test_descents_are_drawn_over_their_surface(tmp_path: Path) -> None:
+    run = train(configure(find_recipe("S1"), epochs=2000), tmp_path / "wells", device="cpu", progress=False)
+    found = {picture.title: picture for picture in pictures(run, None)}
+    assert {"Descents", "Surfaces", "Basins"} <= set(found)
+    alone = plots.plot(run.results["descent"].to_dataset())
+    assert len(found["Descents"].markup) > 2 * len(embed(alone, "", "alone"))  # the contours are there
