@@ -1,7 +1,7 @@
 """Grids of runs: every combination of some settings, each a resumable run of its own, several at a time.
 
-Runs are independent processes on one machine, so joblib (its loky backend) is all that is needed: it survives workers
-that die and comes with scikit-learn. One failed run never stops the others.
+Runs are independent processes on one machine, so joblib (its loky backend) is all that is needed, and scikit-learn
+brings it along. One failed run never stops the others; if a whole process is killed, the sweep ends and is resumed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import joblib
 import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.progress import progress_bar
@@ -85,6 +86,11 @@ def sweep(
     -------
     list of Outcome
         In the order of the grid.
+
+    Raises
+    ------
+    TrainingError
+        If a process of the sweep is killed from outside.
     """
     configs = [
         (replace(base, **dict(zip(grid, values, strict=True))), dict(zip(grid, values, strict=True)))
@@ -101,9 +107,15 @@ def sweep(
     ]
     found: dict[Path, Outcome] = {}
     with progress_bar(f"{len(calls)} runs", len(calls), progress) as advance:
-        for outcome in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
-            found[outcome.path] = outcome
-            advance(1)
+        try:
+            for outcome in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
+                found[outcome.path] = outcome
+                advance(1)
+        except TerminatedWorkerError as error:
+            raise TrainingError(
+                f"a process of the sweep was killed, for want of memory perhaps; {len(found)} of {len(calls)} runs are "
+                "complete: go on with --resume, and fewer --jobs"
+            ) from error
     return [found[out / _folder(settings)] for _, settings in configs]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pnanalysis as pn
+import trainers.sweep
 from pnanalysis.errors import RunError, TrainingError
 from tests.conftest import TINY
 from trainers import Config
@@ -44,6 +47,16 @@ def test_several_processes_give_the_same_runs(tmp_path: Path) -> None:
     sweep(BASE, grid, tmp_path / "two", **{**QUIET, "jobs": 2})
     one, two = (pn.open_runs(tmp_path / name) for name in ("one", "two"))
     np.testing.assert_allclose(one.train_loss, two.train_loss, rtol=1e-4)  # thread counts differ
+
+
+def _killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_ends_the_sweep_with_what_to_do(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trainers.sweep, "_one", _killed)
+    with pytest.raises(TrainingError, match="killed.*--resume"):
+        sweep(BASE, {"seed": [0, 1]}, tmp_path, **{**QUIET, "jobs": 2})
 
 
 def test_values_are_read_by_their_setting() -> None:
