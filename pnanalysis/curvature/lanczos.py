@@ -160,9 +160,11 @@ class LanczosRun:
     def asymmetry(self) -> float:
         """How far ``q0 . (H q1)`` is from ``q1 . (H q0)``, relative to ``|H q0|``; the worst of the probes.
 
-        Both numbers fall out of the first two steps, from a random vector: the check costs no product.
+        Both numbers fall out of the first two steps, from a random vector: the check costs no product. Zero in the
+        complement of deflated rows, where the products may be nothing but roundoff: the run that gave the rows has
+        been asked.
         """
-        if self.step < 2:
+        if self.step < 2 or self.deflated is not None:
             return 0.0
         scale = torch.hypot(self._alpha[:, 0], self._beta[:, 0])
         gap = torch.where(self._beta[:, 0] > 0, (self._mirror - self._beta[:, 0]).abs(), 0)
