@@ -154,9 +154,11 @@ class SpectralMeasure:
             mean, square = stage.averages(np.stack([f, f**2]))
             spread = max(square - mean**2, 0.0)
             variances.append(stage.factor * spread)
-            moment = (f - mean) ** 2
+            deviation = f - mean
+            moment = (deviation / (np.abs(deviation).max() or 1.0)) ** 2  # in units in which its square cannot vanish
             second, fourth = stage.averages(np.stack([moment, moment**2]))
-            doubt = 2 / (stage.n_free + 2) / stage.n_probes * (fourth / second**2 - 1) if second > 0 else 0.0
+            excess = fourth / second**2 - 1 if second > 1e-100 else 0.0
+            doubt = 2 / (stage.n_free + 2) / stage.n_probes * excess
             degrees.append(2 / doubt if doubt > 0 else np.inf)
         variance = float(np.sum(variances))
         if variance <= 0:
