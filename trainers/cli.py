@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from pnanalysis.console import make_table, percent, run_app, show
-from pnanalysis.errors import TrainingError
+from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.runs import Run, open_run
 from trainers.recipes import RECIPES, Config, configure, find_recipe
-from trainers.strategies import train
+from trainers.strategies import train, train_together
 from trainers.sweep import Outcome, parse_sweep
 from trainers.sweep import sweep as run_sweep
 
@@ -64,6 +64,9 @@ def pntrain(
         typer.Option(metavar="NAME=A,B|FIRST:LAST", help="A grid of runs in OUT, over this setting; repeat."),
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs of a sweep at a time; by default a core or GPU each.")] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Train the runs of a sweep, or a run and its control, as one program.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted or shorter run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
 ) -> None:
@@ -78,6 +81,8 @@ def pntrain(
       pntrain S1 --out runs/two-well
 
       pntrain lenet5 --sweep lam=1e-3,1e-2 --sweep seed=0:5 --out runs/sweep
+
+      pntrain lenet5 --sweep strategy=partial,restart --sweep seed=0:10 --together --device cuda --out runs/study
     """
     chosen = find_recipe("lenet5" if recipe == "custom" else recipe)
     if recipe == "custom" and model is None:
@@ -95,15 +100,26 @@ def pntrain(
         if control:
             raise TrainingError("--control goes with one run; a sweep over strategy=partial,restart has both")
         grid = parse_sweep(sweep, config)
-        _report_sweep(run_sweep(config, grid, out, jobs=jobs, device=device, resume=resume, progress=not quiet), quiet)
+        outcomes = run_sweep(
+            config, grid, out, jobs=jobs, device=device, resume=resume, progress=not quiet, together=together
+        )
+        _report_sweep(outcomes, quiet)
         return
-    run = train(config, out, device=device, resume=resume, progress=not quiet)
-    runs = [run]
+    configs, outs = [config], [out]
     if control and config.strategy != "restart":
-        twin = configure_restart(config)
-        runs.append(train(twin, out.with_name(f"{out.name}-restart"), device=device, resume=resume, progress=not quiet))
-    for each in runs:
-        _report(each, quiet)
+        configs.append(configure_restart(config))
+        outs.append(out.with_name(f"{out.name}-restart"))
+    if together:
+        runs = train_together(configs, outs, device=device, resume=resume, progress=not quiet)
+    else:
+        runs = [
+            train(each, path, device=device, resume=resume, progress=not quiet)
+            for each, path in zip(configs, outs, strict=True)
+        ]
+    for run in runs:
+        if isinstance(run, PnError):
+            raise run
+        _report(run, quiet)
 
 
 def configure_restart(config: Config) -> Config:

@@ -18,7 +18,7 @@ from trainers.seeds import derive_seed
 
 AUGMENTATIONS = ("crop", "flip")
 _CROP_PADDING = 4
-_EVALUATION_BATCH = 2000
+EVALUATION_BATCH = 2000
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def fit(
         If the loss stops being finite (says at which epoch and step), or an option is unknown.
     """
     split = train if isinstance(train, Split) else Split(*train)
-    _check_options(optimizer, augment, amp, batch_size, epochs)
+    check_options(optimizer, augment, amp, batch_size, epochs)
     loss_fn = resolve_loss(loss)
     optim = make_optimizer(model, optimizer, lr, momentum, weight_decay)
     if optimizer_state:
@@ -114,21 +114,20 @@ def fit(
     for epoch in range(start_epoch + 1, epochs + 1):
         begun = time.perf_counter()
         torch.manual_seed(derive_seed(seed, "noise", epoch))
-        generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-        order = torch.randperm(len(split), generator=generator).to(device)
+        order, generator = batch_order(len(split), seed, epoch, device)
         model.train()
-        sums = _Sums(-(-len(split) // batch_size), device)
+        sums = EpochSums(-(-len(split) // batch_size), device)
         for step, index in enumerate(order.split(batch_size)):
             inputs, targets = split.take(index)
             inputs = augment_batch(inputs, augment, generator)
-            with _autocast(device, amp):
+            with autocast(device, amp):
                 outputs = network(inputs)
                 value = loss_fn(outputs, targets)
             term = penalty() if penalty is not None else None
             optim.zero_grad(set_to_none=True)
             (value if term is None else value + term).backward()
             optim.step()
-            sums.add(step, value, term, outputs, targets)
+            sums.add(step, len(index), value, term, mistakes(outputs.detach(), targets))
             if on_batch is not None:
                 on_batch(len(index))
         train_loss, mean_penalty, train_error = sums.means(epoch, len(split))
@@ -154,10 +153,10 @@ def evaluate_error(model: nn.Module, split: Split | None, amp: str = "no") -> fl
         return float("nan")
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=split.inputs.device)
-    for inputs, targets in split.batches(_EVALUATION_BATCH):
-        with _autocast(inputs.device, amp):
+    for inputs, targets in split.batches(EVALUATION_BATCH):
+        with autocast(inputs.device, amp):
             outputs = model(inputs)
-        total += _error(outputs, targets)
+        total += mistakes(outputs, targets)
     return float(total) / len(split)
 
 
@@ -165,7 +164,13 @@ def make_optimizer(
     model: nn.Module, name: str = "adam", lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     """Adam, or SGD with momentum, over the trainable parameters, in fused form."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return optimise([p for p in model.parameters() if p.requires_grad], name, lr, momentum, weight_decay)
+
+
+def optimise(
+    parameters: list[Any], name: str = "adam", lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """:func:`make_optimizer` over given tensors."""
     if name == "adam":
         return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
@@ -212,24 +217,33 @@ def _random_crop(inputs: Tensor, generator: torch.Generator) -> Tensor:
     return cropped.permute(0, 3, 1, 2).contiguous()
 
 
-class _Sums:
-    """Losses of an epoch, kept on the device until its end."""
+class EpochSums:
+    """Losses of an epoch, kept on the device until its end; of several networks at once, given their ``shape``."""
 
-    def __init__(self, n_steps: int, device: torch.device) -> None:
-        self.losses = torch.zeros(n_steps, device=device)
-        self.penalties = torch.zeros(n_steps, device=device)
+    def __init__(self, n_steps: int, device: torch.device, shape: tuple[int, ...] = ()) -> None:
+        self.losses = torch.zeros(*shape, n_steps, device=device)
+        self.penalties = torch.zeros(*shape, n_steps, device=device)
         self.sizes = torch.zeros(n_steps)
-        self.errors = torch.zeros((), device=device)
+        self.errors = torch.zeros(shape, device=device)
 
-    def add(self, step: int, loss: Tensor, penalty: Tensor | None, outputs: Tensor, targets: Tensor) -> None:
-        self.losses[step] = loss.detach()
-        self.sizes[step] = len(targets)
+    def add(self, step: int, size: int, loss: Tensor, penalty: Tensor | None, mistakes: Tensor) -> None:
+        """A step's mean loss and penalty, and its sum of :func:`mistakes`, over ``size`` examples."""
+        self.losses[..., step] = loss.detach()
+        self.sizes[step] = size
         if penalty is not None:
-            self.penalties[step] = penalty.detach()
-        self.errors += _error(outputs.detach(), targets)
+            self.penalties[..., step] = penalty.detach()
+        self.errors += mistakes
 
-    def means(self, epoch: int, n: int) -> tuple[float, float, float]:
-        losses, penalties = self.losses.cpu(), self.penalties.cpu()
+    def means(self, epoch: int, n: int, member: int | None = None) -> tuple[float, float, float]:
+        """Loss, penalty and error, averaged over the epoch's ``n`` examples.
+
+        Raises
+        ------
+        TrainingError
+            If a loss was not finite.
+        """
+        chosen = ... if member is None else member
+        losses, penalties = self.losses[chosen].cpu(), self.penalties[chosen].cpu()
         bad = (~(losses + penalties).isfinite()).nonzero()
         if len(bad):
             step = int(bad[0])
@@ -238,21 +252,29 @@ class _Sums:
                 "try a smaller --lr or --lam"
             )
         weights = self.sizes / n
-        return float(losses @ weights), float(penalties @ weights), float(self.errors) / n
+        return float(losses @ weights), float(penalties @ weights), float(self.errors[chosen]) / n
 
 
-def _error(outputs: Tensor, targets: Tensor) -> Tensor:
+def mistakes(outputs: Tensor, targets: Tensor) -> Tensor:
     """Summed error of a batch: mistakes for class indices, squared error (mean over outputs) for real targets."""
     if targets.is_floating_point():
         return (outputs - targets).square().flatten(1).mean(1).sum()
     return (outputs.argmax(1) != targets).sum()
 
 
-def _autocast(device: torch.device, amp: str) -> Any:
+def batch_order(n: int, seed: int, epoch: int, device: torch.device) -> tuple[Tensor, torch.Generator]:
+    """The examples of an epoch in the order that they are seen, and the generator that augments them."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    return torch.randperm(n, generator=generator).to(device), generator
+
+
+def autocast(device: torch.device, amp: str) -> Any:
+    """The forward pass in bfloat16, where asked for."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if amp == "bf16" else nullcontext()
 
 
-def _check_options(optimizer: str, augment: Sequence[str], amp: str, batch_size: int, epochs: int) -> None:
+def check_options(optimizer: str, augment: Sequence[str], amp: str, batch_size: int, epochs: int) -> None:
+    """Refuse what :func:`fit` cannot do."""
     if optimizer not in ("adam", "sgd"):
         raise TrainingError(f"unknown optimizer {optimizer!r}; there are adam and sgd")
     unknown = set(augment) - set(AUGMENTATIONS)

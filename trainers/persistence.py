@@ -94,12 +94,12 @@ class PersistentPenalty:
         self.layers: dict[str, list[str]] = {name: found[name] for name in choose_layers(list(found), layers, seed)}
         self._anchors: dict[str, Tensor] = {}
         self._sums: dict[str, _SignedSum] = {}
-        self._origin: dict[str, Tensor] = {}
+        self.origin: dict[str, Tensor] = {}
         self._count = 0
         self._warned = False
         if origin is not None:
             state = _state(origin)
-            self._origin = {layer: self._vector(names, state) for layer, names in self.layers.items()}
+            self.origin = {layer: self._vector(names, state) for layer, names in self.layers.items()}
 
     def __len__(self) -> int:
         """Number of end points."""
@@ -129,7 +129,9 @@ class PersistentPenalty:
     def inner_products(self, model: nn.Module | None = None) -> dict[str, Tensor]:
         """``<Theta_k, theta> / ||Theta_k||^2`` per layer, shape (number of end points,)."""
         model = self.model if model is None else model
-        return {layer: self._products(layer, self._theta(layer, model)) for layer in self.layers}
+        return {
+            layer: self.rows(layer, theta) @ theta for layer in self.layers for theta in [self._theta(layer, model)]
+        }
 
     def __call__(self, model: nn.Module | None = None) -> Tensor:
         """The penalty at the model's present parameters, a scalar that can be differentiated."""
@@ -138,30 +140,20 @@ class PersistentPenalty:
         return self.lam * torch.stack(terms).sum()
 
     def _term(self, layer: str, theta: Tensor, model: nn.Module) -> Tensor:
-        if self.form == "squared":
-            return self._products(layer, theta).square().sum()
-        if self.form == "cosine":
-            products, norms = self._products(layer, theta), torch.linalg.vector_norm(self._matrix(layer, theta), dim=1)
-            length = torch.linalg.vector_norm(theta)
-            rows = torch.where(norms > 0, products / norms.clamp_min(torch.finfo(theta.dtype).tiny), 0)
-            return torch.where(length > 0, rows.abs().sum() / length.clamp_min(torch.finfo(theta.dtype).tiny), 0)
         plain = theta.device.type == "cpu" and all(
             isinstance(attrgetter(name)(model), nn.Parameter) for name in self.layers[layer]
         )  # within transforms of functions there are no values to look at
-        if not plain or not self._count:
-            return self._products(layer, theta).abs().sum()
+        if self.form != "absolute" or not plain or not self._count:
+            return repulsion(self.form, self.rows(layer, theta), theta)
         if layer not in self._sums:
-            self._sums[layer] = _SignedSum(self._matrix(layer, theta))
+            self._sums[layer] = _SignedSum(self.rows(layer, theta))
         return self._sums[layer].at(theta)
 
     def _theta(self, layer: str, model: nn.Module) -> Tensor:
         theta = torch.cat([attrgetter(name)(model).reshape(-1) for name in self.layers[layer]])
-        return theta - self._origin[layer].to(theta) if self._origin else theta
+        return theta - self.origin[layer].to(theta) if self.origin else theta
 
-    def _products(self, layer: str, theta: Tensor) -> Tensor:
-        return self._matrix(layer, theta) @ theta
-
-    def _matrix(self, layer: str, like: Tensor) -> Tensor:
+    def rows(self, layer: str, like: Tensor) -> Tensor:
         """The layer's scaled end points as rows, ``(n, P_l)``, where and as precise as ``like``."""
         anchors = self._anchors.get(layer)
         if anchors is None:
@@ -172,8 +164,8 @@ class PersistentPenalty:
 
     def _row(self, layer: str, names: list[str], state: Mapping[str, Tensor]) -> Tensor:
         vector = self._vector(names, state)
-        if self._origin:
-            vector = vector - self._origin[layer]
+        if self.origin:
+            vector = vector - self.origin[layer]
         norm = vector.double().square().sum()
         if norm == 0:
             if not self._warned:
@@ -233,6 +225,22 @@ class _SignedSum:
         if not torch.equal(signs, self.signs[index]):
             self.signs[index] = signs
             self.sum = self.signs @ self.rows
+
+
+def repulsion(form: str, rows: Tensor, theta: Tensor) -> Tensor:
+    """A layer's term of the penalty without its strength: rows ``(..., n, P_l)``, parameters ``(..., P_l)``.
+
+    Rows are end points over their squared norms; a row of zeros adds nothing.
+    """
+    products = (rows @ theta[..., None])[..., 0]
+    if form == "absolute":
+        return products.abs().sum(-1)
+    if form == "squared":
+        return products.square().sum(-1)
+    tiny = torch.finfo(theta.dtype).tiny
+    norms, length = torch.linalg.vector_norm(rows, dim=-1), torch.linalg.vector_norm(theta, dim=-1)
+    cosines = torch.where(norms > 0, products / norms.clamp_min(tiny), 0)
+    return torch.where(length > 0, cosines.abs().sum(-1) / length.clamp_min(tiny), 0)
 
 
 def _state(point: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

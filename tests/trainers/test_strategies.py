@@ -20,7 +20,7 @@ from pnanalysis.errors import PnError, RunError, TrainingError
 from pnanalysis.runs import Run, RunWriter, open_run
 from trainers import Config, configure, find_recipe, train
 from trainers.recipes import RECIPES
-from trainers.strategies import draw_layers
+from trainers.session import draw_layers
 
 _SECONDS = "seconds"
 

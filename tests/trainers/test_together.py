@@ -1,0 +1,154 @@
+"""Trainings as one: each member ends where it would have ended alone, whatever becomes of the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pnanalysis as pn
+from pnanalysis.data import load_data
+from pnanalysis.errors import PnError, TrainingError
+from tests.conftest import TINY
+from trainers import Config, PersistentPenalty, fit
+from trainers.fit import optimizer_tensors
+from trainers.strategies import train, train_together
+from trainers.sweep import sweep
+from trainers.together import Member, fit_together
+
+BASE = Config(recipe="together", **TINY, iterations=3, epochs=2, checkpoint_every=1)
+QUIET = {"device": "cpu", "progress": False}
+
+
+def network(seed: int = 0) -> nn.Module:
+    """Float64, so that two orders of summing agree to 1e-12: convolution, batch norm and what follows."""
+    torch.manual_seed(seed)
+    convolution = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten()]
+    return nn.Sequential(*convolution, nn.Linear(108, 10)).double()
+
+
+def digits():
+    data = load_data("digits")
+    parts = [part.subset(300) for part in (data.train, data.validation)]
+    return [replace(part, offset=part.offset.double(), scale=part.scale.double()) for part in parts]
+
+
+def repelled(model: nn.Module, form: str, n_ends: int, origin: bool, layers) -> PersistentPenalty:
+    penalty = PersistentPenalty(model, 0.3, layers, form=form, origin=network(9) if origin else None)
+    for seed in range(n_ends):
+        penalty.add(network(20 + seed))
+    return penalty
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize(("form", "origin"), [("absolute", False), ("squared", True), ("cosine", False)])
+def test_members_end_where_they_would_alone(optimizer: str, form: str, origin: bool) -> None:
+    train_part, validation = digits()
+    options = {"epochs": 2, "batch_size": 64, "optimizer": optimizer, "validation": validation, "weight_decay": 1e-3}
+    ends = [0, 1, 3]
+    alone, records = [network(seed) for seed in range(3)], []
+    for seed, (model, n_ends) in enumerate(zip(alone, ends, strict=True)):
+        penalty = repelled(model, form, n_ends, origin, "4" if seed == 1 else "all") if n_ends else None
+        records.append(fit(model, train_part, seed=seed, penalty=penalty, **options))
+    models = [network(seed) for seed in range(3)]
+    members = [
+        Member(m, seed, repelled(m, form, n, origin, "4" if seed == 1 else "all") if n else None)
+        for seed, (m, n) in enumerate(zip(models, ends, strict=True))
+    ]
+    found = fit_together(members, train_part, **options)
+    for one, other in zip(alone, models, strict=True):
+        for name, value in one.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-7, atol=1e-9)
+    for mine, theirs in zip(found, records, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.train_loss == pytest.approx(b.train_loss, rel=1e-5)  # float32 sums
+            assert a.penalty == pytest.approx(b.penalty, rel=1e-5)
+            assert (a.train_error, a.validation_error) == pytest.approx((b.train_error, b.validation_error), abs=1e-6)
+
+
+def test_augmentation_is_each_members_own() -> None:
+    train_part, _ = digits()
+    options = {"epochs": 1, "batch_size": 100, "augment": ("crop", "flip")}
+    alone, models = ([network(seed) for seed in range(2)] for _ in range(2))
+    for seed, model in enumerate(alone):
+        fit(model, train_part, seed=seed, **options)
+    fit_together([Member(model, seed) for seed, model in enumerate(models)], train_part, **options)
+    for one, other in zip(alone, models, strict=True):
+        torch.testing.assert_close(other[4].weight, one[4].weight, rtol=1e-7, atol=1e-9)
+
+
+def test_a_member_goes_on_from_a_single_trainings_state() -> None:
+    train_part, _ = digits()
+    whole, models, states = network(0), [network(0), network(1)], []
+    fit(whole, train_part, epochs=2, batch_size=64)
+    for seed, model in enumerate(models):
+        fit(
+            model, train_part, epochs=1, batch_size=64, seed=seed,
+            on_epoch=lambda record, model, optimizer: states.append(
+                {name: value.clone() for name, value in optimizer_tensors(optimizer).items()}
+            ),
+        )  # fmt: skip
+    members = [
+        Member(model, seed, optimizer_state=state)
+        for seed, (model, state) in enumerate(zip(models, states, strict=True))
+    ]
+    fit_together(members, train_part, epochs=2, batch_size=64, start_epoch=1)
+    torch.testing.assert_close(models[0][4].weight, whole[4].weight, rtol=1e-7, atol=1e-9)
+
+
+def test_a_member_whose_loss_explodes_stops_alone() -> None:
+    train_part, _ = digits()
+    models = [network(0), network(1)]
+    with torch.no_grad():
+        models[1][4].weight.fill_(torch.inf)
+    found = fit_together([Member(model) for model in models], train_part, epochs=2, batch_size=100)
+    assert isinstance(found[1], TrainingError)
+    assert [record.epoch for record in found[0]] == [1, 2]
+    assert all(torch.isfinite(value).all() for value in models[0].state_dict().values())
+
+
+def test_runs_trained_together_are_those_trained_alone(tmp_path: Path) -> None:
+    configs = [replace(BASE, seed=seed, strategy=strategy) for seed in (0, 1) for strategy in ("partial", "restart")]
+    together = train_together(configs, [tmp_path / f"t{i}" for i in range(4)], **QUIET)
+    for i, (config, run) in enumerate(zip(configs, together, strict=True)):
+        alone = train(config, tmp_path / f"a{i}", **QUIET)
+        assert [c.name for c in run.checkpoints] == [c.name for c in alone.checkpoints]
+        # float32 round-off, amplified by some fifty steps of training
+        np.testing.assert_allclose(run.history.train_loss, alone.history.train_loss, rtol=1e-3)
+        assert run.manifest["status"] == "finished"
+        assert run.manifest["layers"] == alone.manifest["layers"]
+
+
+def test_an_interrupted_study_goes_on_to_the_same_end(tmp_path: Path, monkeypatch) -> None:
+    configs, outs = [replace(BASE, seed=seed) for seed in (0, 1)], [tmp_path / "a", tmp_path / "b"]
+    whole = train_together(configs, [tmp_path / "c", tmp_path / "d"], **QUIET)
+    save, n_saves = pn.runs.RunWriter.save_state, 0
+
+    def interrupted(self, *args, **kwargs):
+        nonlocal n_saves
+        save(self, *args, **kwargs)
+        n_saves += 1
+        if n_saves == 3:  # the first run is an epoch ahead of the second
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pn.runs.RunWriter, "save_state", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_together(configs, outs, save_interval=0.0, **QUIET)
+    again = train_together(configs, outs, resume=True, **QUIET)
+    for one, other in zip(whole, again, strict=True):
+        np.testing.assert_allclose(one.history.train_loss, other.history.train_loss, rtol=1e-3)
+
+
+def test_sweeps_train_together_and_say_what_cannot_be(tmp_path: Path) -> None:
+    outcomes = sweep(BASE, {"lam": [0.001, 0.1]}, tmp_path / "grid", together=True, **QUIET)
+    assert [outcome.failure for outcome in outcomes] == [None, None]
+    assert pn.open_runs(tmp_path / "grid").lam.values.tolist() == [0.001, 0.1]
+    again = sweep(BASE, {"lam": [0.001, 0.1]}, tmp_path / "grid", together=True, **QUIET)
+    assert all("exists already" in outcome.failure for outcome in again)
+    with pytest.raises(PnError, match="differ in lr"):
+        sweep(BASE, {"lr": [0.001, 0.1]}, tmp_path / "lr", together=True, **QUIET)
