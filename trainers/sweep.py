@@ -83,8 +83,9 @@ def sweep(
         Go on with the runs that are there; without it they are reported as failed and left as they are.
     progress : bool
     together : bool
-        Train all runs as one batched program in this process, in place of one process a run: many times faster for
-        small networks on a GPU. The grid may then be over what :func:`trainers.strategies.train_together` allows.
+        Train all runs as one batched program in this process, in place of one process a run. Made for small networks
+        on a GPU, which a single one leaves idle; on a CPU separate processes take about half the time (LeNet-5). The
+        grid may then be over what :func:`trainers.strategies.train_together` allows.
 
     Returns
     -------

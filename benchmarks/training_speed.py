@@ -1,0 +1,125 @@
+"""The trainer beside loops written by hand, and several trainings as one beside one after the other.
+
+    python benchmarks/training_speed.py [--data imagefolder:PATH] [--model lenet5] [--device cpu] [--repeats 3]
+
+One epoch of the training set, without evaluation: :func:`trainers.fit`; the same steps as a plain loop over tensors;
+the usual loop over a torchvision ``DataLoader``. Then ``--members`` networks by :func:`trainers.together.fit_together`
+beside as many calls of ``fit``. All sides in turn in one process, medians of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from pnanalysis.data import Split, load_data
+from pnanalysis.models import build_model
+from trainers import fit
+from trainers.together import Member, fit_together
+
+
+class Images(Dataset):
+    """Single images as most people load them: uint8 to a normalised float tensor, one by one."""
+
+    def __init__(self, split: Split) -> None:
+        self.images, self.targets = split.inputs.cpu(), split.targets.cpu()
+        offset, scale = split.offset.flatten().tolist(), split.scale.flatten().tolist()
+        mean, std = ([value / 255 for value in values] for values in (offset, [1 / s for s in scale]))
+        self.transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return self.transform(self.images[index]), self.targets[index]
+
+
+def ours(model: nn.Module, split: Split, options: argparse.Namespace) -> None:
+    fit(model, split, epochs=1, batch_size=options.batch_size, amp=options.amp, compile=options.compile)
+
+
+def by_hand(model: nn.Module, split: Split, options: argparse.Namespace) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    for index in torch.randperm(len(split), device=split.inputs.device).split(options.batch_size):
+        inputs, targets = split.take(index)
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def by_loader(model: nn.Module, split: Split, options: argparse.Namespace) -> None:
+    device = split.inputs.device
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loader = DataLoader(
+        Images(split), options.batch_size, shuffle=True, num_workers=2, pin_memory=device.type == "cuda"
+    )
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        cross_entropy(model(inputs.to(device)), targets.to(device)).backward()
+        optimizer.step()
+
+
+def timed(sides: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each side, taken in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            begun = time.perf_counter()
+            side()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def report(title: str, seconds: dict[str, float]) -> None:
+    print(title)
+    first = next(iter(seconds.values()))
+    for name, value in seconds.items():
+        print(f"  {name:34s} {value:8.2f} s   {value / first:5.2f} times")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--model", default="lenet5")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--amp", default="no", choices=("no", "bf16"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--members", type=int, default=8)
+    parser.add_argument("--n", type=int, help="images of the training set to use")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    split = load_data(options.data, getattr(build_model(options.model), "input_shape", None)).train
+    assert isinstance(split, Split)
+    split = split.subset(options.n).to(device)
+    model = build_model(options.model).to(device)
+    sides = {"trainers.fit": ours, "tensor loop by hand": by_hand, "DataLoader, two workers": by_loader}
+    for side in sides.values():  # warm up: kernels chosen, memory there
+        side(build_model(options.model).to(device), split.subset(min(1000, len(split))), options)
+    calls = {name: (lambda side=side: side(model, split, options)) for name, side in sides.items()}
+    where = f"{options.model}, {len(split):,} images, batch {options.batch_size}, {device}, torch {torch.__version__}"
+    report(f"one epoch: {where}", timed(calls, device, options.repeats))
+    models = [build_model(options.model).to(device) for _ in range(options.members)]
+    settings = {"epochs": 1, "batch_size": options.batch_size, "amp": options.amp, "compile": options.compile}
+    calls = {
+        "fit_together": lambda: fit_together([Member(model) for model in models], split, **settings),
+        "fit, one after the other": lambda: [fit(model, split, **settings) for model in models],
+    }
+    report(f"{options.members} networks: {where}", timed(calls, device, options.repeats))
+
+
+if __name__ == "__main__":
+    main()
