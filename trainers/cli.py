@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pnanalysis.console import make_table, percent, run_app, show
+from pnanalysis.console import Percent, make_table, run_app, show, speak_json, version_option
 from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.runs import Run, open_run
 from trainers.recipes import RECIPES, Config, configure, find_recipe
@@ -68,7 +68,14 @@ def pntrain(
         bool, typer.Option("--together", help="Train the runs of a sweep, or a run and its control, as one program.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted or shorter run.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=version_option, is_eager=True)
+    ] = False,
+    json_output: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object in place of tables.", callback=speak_json, is_eager=True),
+    ] = False,
 ) -> None:
     """Train a network, then again from the same start while repelled from every earlier end point.
 
@@ -148,9 +155,9 @@ def _report(run: Run, quiet: bool) -> None:
     rows = [
         [
             f"{i}" + (" plain" if i == 0 else "") + (" champion" if i == champion else ""),
-            f"{float(last.train_loss[i]):.4f}",
-            percent(float(last.validation_error[i])),
-            percent(float(last.test_error[i])),
+            float(last.train_loss[i]),
+            Percent(last.validation_error[i]),
+            Percent(last.test_error[i]),
         ]
         for i in range(len(run.ends))
     ]
@@ -162,11 +169,11 @@ def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
     """A row a run; an error that names the first failure, once all have ended."""
     rows = []
     for outcome in outcomes:
-        ending, errors = outcome.failure or "finished", ["–", "–"]
+        ending, errors = outcome.failure or "finished", [Percent("nan"), Percent("nan")]
         if outcome.failure is None:
             run = open_run(outcome.path)
             last = run.history.isel(epoch=-1, iteration=run.manifest["champion"])
-            errors = [percent(float(last.validation_error)), percent(float(last.test_error))]
+            errors = [Percent(last.validation_error), Percent(last.test_error)]
         rows.append([outcome.path.name, *errors, ending])
     title = "champions of the sweep"
     show(make_table(title, ["run", "validation error", "test error", "ended"], rows), quiet)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from pnanalysis.cli import demo, gradients, hessian, history, info, plot, report, saturation, trajectory
-from pnanalysis.console import run_app
+from pnanalysis.console import run_app, version_option
 
 app = typer.Typer(
     name="pnanalysis",
-    help="Are these two minima different, and which is better?",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 for command in (demo, hessian, saturation, trajectory, gradients, history, plot, report, info):
     command.register(app)
+
+
+@app.callback()
+def pnanalysis(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=version_option, is_eager=True)
+    ] = False,
+) -> None:
+    """Are these two minima different, and which is better?
+
+    Exit status: 0 when all is done, 2 for what you can mend (one line says what), 130 when interrupted; what was
+    saved by then is intact, and [bold]pnanalysis hessian[/bold] and [bold]pntrain --resume[/bold] go on from it.
+    """
 
 
 def main() -> None:

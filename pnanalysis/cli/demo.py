@@ -22,6 +22,7 @@ def demo(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
+    json: options.Json = False,
 ) -> None:
     """Train two small networks on digits, plain, persistent and restarted; analyse and report. Takes minutes.
 

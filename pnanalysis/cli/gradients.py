@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 import xarray as xr
-from rich.table import Table
 
 from pnanalysis.cli import options
-from pnanalysis.console import make_table
+from pnanalysis.console import Table, WithError, make_table
 from pnanalysis.gradients import gradient_split
 from pnanalysis.sources import as_source
 
@@ -34,6 +33,7 @@ def gradients(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
+    json: options.Json = False,
 ) -> None:
     """The persistent gradient: its constant push, its fluctuation, and the gradient of the loss.
 
@@ -64,7 +64,7 @@ def _table(ds: xr.Dataset) -> Table:
                     float((used.fluctuation_norm**2).mean() ** 0.5),
                     float(last.loss_gradient_norm),
                     f"{float(at.last_flip.max()):.0f}",
-                    f"{float(at.half_difference):.2g} ± {float(at.half_difference_se):.2g}",
+                    WithError(float(at.half_difference), float(at.half_difference_se)),
                 ]
             )
     columns = [

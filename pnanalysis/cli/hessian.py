@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 import xarray as xr
-from rich.table import Table
 
 from pnanalysis.cli import options
-from pnanalysis.console import make_table, show
+from pnanalysis.console import Table, WithError, make_table, show
 from pnanalysis.curvature.summary import compare_spectra
 from pnanalysis.hessian import hessian as analyse
 
@@ -48,6 +47,7 @@ def hessian(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
+    json: options.Json = False,
 ) -> None:
     """Eigenvalue spectral density of the loss Hessian, with error bars.
 
@@ -79,15 +79,15 @@ def _table(ds: xr.Dataset) -> Table:
             str(name),
             float(at.lambda_max),
             float(at.lambda_min),
-            f"{float(at.trace):.4g} ± {float(at.trace_se):.2g}",
-            f"{float(at.n_outliers):.0f}",
+            WithError(float(at.trace), float(at.trace_se)),
+            round(float(at.n_outliers)),
             float(at.bulk_edge_high),
             float(at.gap_ratio),
         ]
         for name in ds.checkpoint.values
         for at in [ds.sel(checkpoint=name)]
     ]
-    columns = ["checkpoint", "lambda_max", "lambda_min", "trace ± se", "outliers", "bulk edge", "lambda_max / edge"]
+    columns = ["checkpoint", "lambda_max", "lambda_min", "trace", "outliers", "bulk edge", "lambda_max / edge"]
     return make_table(f"{ds.attrs['operator']} over {ds.attrs.get('n', 'all')} examples", columns, rows)
 
 
@@ -97,15 +97,16 @@ def _differences(ds: xr.Dataset) -> Table:
     rows = []
     for other in others:
         found = compare_spectra(first, other)
-        ends = [f"{float(found[f'lambda_max{end}']):+.3g}" for end in ("_low", "_high")]
         rows.append(
             [
                 f"{other.checkpoint.item()} - {first.checkpoint.item()}",
-                " to ".join(ends),
-                f"{float(found.trace):+.4g} ± {float(found.trace_se):.2g}",
-                f"{float(found.negative_mass):+.2%} ± {float(found.negative_mass_se):.2%}",
-                f"{float(found.wasserstein1):.2g} (noise {float(found.wasserstein1_noise):.2g})",
+                float(found.lambda_max_low),
+                float(found.lambda_max_high),
+                WithError(float(found.trace), float(found.trace_se)),
+                WithError(float(found.negative_mass), float(found.negative_mass_se)),
+                float(found.wasserstein1),
+                float(found.wasserstein1_noise),
             ]
         )
-    columns = ["difference", "lambda_max", "trace ± se", "negative mass ± se", "W1 distance"]
+    columns = ["difference", "lambda_max from", "to", "trace", "negative mass", "W1 distance", "W1 of noise alone"]
     return make_table("beside the first checkpoint", columns, rows)

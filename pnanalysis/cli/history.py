@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import typer
 import xarray as xr
-from rich.table import Table
 
 from pnanalysis.cli import options
-from pnanalysis.console import make_table, percent, show
+from pnanalysis.console import Percent, Table, make_table, show
 from pnanalysis.errors import PnError
 from pnanalysis.history import history as analyse
 from pnanalysis.runs import open_run
@@ -24,6 +23,7 @@ def history(
     output: options.Output = None,
     plot: options.Plot = None,
     quiet: options.Quiet = False,
+    json: options.Json = False,
 ) -> None:
     """Loss, penalty and errors by iteration and epoch.
 
@@ -49,7 +49,7 @@ def _table(ds: xr.Dataset) -> Table:
         for iteration in ds.iteration.values:
             at = run.sel(iteration=iteration)
             if not at.train_loss.isnull():
-                errors = [percent(float(at.validation_error)), percent(float(at.test_error))]
+                errors = [Percent(at.validation_error), Percent(at.test_error)]
                 rows.append([f"{name}{iteration}", float(at.train_loss), float(at.penalty), *errors])
     return make_table(
         "at the end of training", ["iteration", "training loss", "penalty", "validation error", "test error"], rows

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pnanalysis import schema
+from pnanalysis.cli import options
 from pnanalysis.console import make_table, show
 from pnanalysis.runs import Run, open_run
 
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def info(
     path: Annotated[Path, typer.Argument(metavar="RUN|FILE.nc", help="A run directory or a saved dataset.")],
+    json: options.Json = False,
 ) -> None:
     """What is in a run directory or a dataset.
 

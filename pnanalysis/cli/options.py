@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 import xarray as xr
-from rich.table import Table
 
 from pnanalysis import schema
-from pnanalysis.console import show
+from pnanalysis.console import Table, show, show_saved, speak_json
 from pnanalysis.errors import PnError
 from pnanalysis.runs import ANALYSIS
 from pnanalysis.sources import Source, as_source, open_files
@@ -41,6 +40,9 @@ Output = Annotated[
 Plot = Annotated[Path | None, typer.Option(metavar="FILE.png|pdf|svg", help="Draw the figure too.")]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto takes CUDA where there is one.")]
 Seed = Annotated[int, typer.Option(help="Of the probes and of the choice of examples.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object in place of tables.", callback=speak_json, is_eager=True)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 Checkpoints = Annotated[
     list[str] | None,
@@ -114,4 +116,4 @@ def deliver(
 
         plots.save_figure(plots.plot(ds), plot)
     show(table(ds) if table is not None else None, quiet)
-    show(f"saved {output}" + (f" and {plot}" if plot is not None else ""), quiet)
+    show_saved(quiet, output, plot)

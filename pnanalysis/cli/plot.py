@@ -9,7 +9,7 @@ import typer
 
 from pnanalysis import schema
 from pnanalysis.cli import options
-from pnanalysis.console import show
+from pnanalysis.console import show_saved
 
 
 def register(app: typer.Typer) -> None:
@@ -25,6 +25,7 @@ def plot(
     ] = None,
     kind: Annotated[str | None, typer.Option(help="Figure to draw; by default the dataset's own.")] = None,
     quiet: options.Quiet = False,
+    json: options.Json = False,
 ) -> None:
     """Draw the figure of a saved dataset.
 
@@ -36,4 +37,4 @@ def plot(
 
     target = output or file.with_suffix(".png")
     plots.save_figure(plots.plot(schema.load(file), kind), target)
-    show(f"saved {target}", quiet)
+    show_saved(quiet, target)

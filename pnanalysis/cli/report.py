@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import show
+from pnanalysis.console import show_saved
 from pnanalysis.runs import open_run
 
 
@@ -22,6 +22,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     quiet: options.Quiet = False,
+    json: options.Json = False,
 ) -> None:
     """One self-contained HTML page with everything that is known of the runs.
 
@@ -32,4 +33,4 @@ def report(
     from pnanalysis.report import write_report
 
     path = write_report([open_run(run) for run in runs], output, title=title)
-    show(f"saved {path}", quiet)
+    show_saved(quiet, path)

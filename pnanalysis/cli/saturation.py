@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 import xarray as xr
-from rich.table import Table
 
 from pnanalysis.cli import options
-from pnanalysis.console import make_table
+from pnanalysis.console import Table, make_table
 from pnanalysis.saturation import saturation as analyse
 
 
@@ -32,6 +31,7 @@ def saturation(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
+    json: options.Json = False,
 ) -> None:
     """Percentiles and histograms of every activation, by layer, epoch and iteration.
 

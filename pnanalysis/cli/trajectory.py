@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 import xarray as xr
-from rich.table import Table
 
 from pnanalysis.cli import options
-from pnanalysis.console import make_table
+from pnanalysis.console import Table, make_table
 from pnanalysis.trajectory import trajectory as analyse
 
 
@@ -27,6 +26,7 @@ def trajectory(
     output: options.Output = None,
     plot: options.Plot = None,
     quiet: options.Quiet = False,
+    json: options.Json = False,
 ) -> None:
     """Paths through parameter space, on the plane through their ends and on their principal components.
 

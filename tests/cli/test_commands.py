@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from pnanalysis import schema
+from pnanalysis.cli import app
 from pnanalysis.runs import Run, open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -199,3 +202,35 @@ def test_hessian_says_how_checkpoints_differ(run, own_run: Run) -> None:
     outcome = run("pnanalysis", "hessian", own_run.path, *few[:-1], "-c", "start", "-c", "plain")
     assert "plain - start" in outcome.out
     assert "noise" in outcome.out
+
+
+def test_json_is_for_machines(run, own_run: Run, tmp_path: Path) -> None:
+    out = json.loads(run("pnanalysis", "history", own_run.path, "--json", "-o", tmp_path / "h.nc").out)
+    assert out["files"] == [str(tmp_path / "h.nc")]
+    row = out["tables"][0]["rows"][0]
+    assert row["iteration"] == "0"
+    assert row["test error"] == pytest.approx(float(own_run.history.test_error[0, -1]))
+    described = json.loads(run("pnanalysis", "info", own_run.path, "--json").out)["tables"][0]["rows"]
+    assert {"entry": "status", "value": "finished, 2 of 2 iterations"} in described
+    failed = run("pnanalysis", "info", "/no/such/run", "--json")
+    assert (failed.status, failed.out) == (2, "")
+    tiny = ("--iterations", 1, "--epochs", 1, "--out", tmp_path / "net", "--json")
+    table = json.loads(run("pntrain", "tanh7", *TINY, *tiny).out)["tables"][0]
+    assert 0 <= table["rows"][0]["validation error"] <= 1
+
+
+@pytest.mark.parametrize("program", ["pnanalysis", "pntrain"])
+def test_version_help_and_completion(run, program: str, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(program, "--version").out.strip() == metadata.version("pnanalysis")
+    shown = run(program, "--help")
+    assert shown.status == 0
+    assert "--install-completion" in shown.out
+
+
+@pytest.mark.parametrize("command", [command.name for command in app.registered_commands])
+def test_every_command_shows_examples(run, command: str) -> None:
+    shown = run("pnanalysis", command, "--help")
+    assert shown.status == 0
+    assert "Example" in shown.out
+    assert f" pnanalysis {command} " in " ".join(shown.out.split("Example", 1)[1].split())
