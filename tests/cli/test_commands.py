@@ -233,4 +233,4 @@ def test_every_command_shows_examples(run, command: str) -> None:
     shown = run("pnanalysis", command, "--help")
     assert shown.status == 0
     assert "Example" in shown.out
-    assert f" pnanalysis {command} " in " ".join(shown.out.split("Example", 1)[1].split())
+    assert f"pnanalysis {command} " in " ".join(shown.out.split("Example", 1)[1].split())
