@@ -50,7 +50,7 @@ Checkpoints = Annotated[
         "--checkpoint",
         "-c",
         metavar="NAME",
-        help="plain, champion, start, ends, all, iterNN[/epochNNN]; repeat.",
+        help="plain, champion, start, ends, all, iterNN or iterNN/epochNNN; repeat.",
     ),
 ]
 
