@@ -14,9 +14,10 @@ import pytest
 import pnanalysis as pn
 from pnanalysis import plots, schema
 from pnanalysis.errors import RunError
+from pnanalysis.measured import Measured
 from pnanalysis.report import summary_table, write_report
 from pnanalysis.report.figures import embed, pictures
-from pnanalysis.report.summary import Measured, sentences
+from pnanalysis.report.summary import sentences
 from pnanalysis.runs import ANALYSIS, MANIFEST, Run, open_run
 from trainers import Config, configure, find_recipe, train
 

@@ -1,0 +1,70 @@
+"""``pnanalysis compare``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+import xarray as xr
+from rich.table import Table
+
+from pnanalysis.cli import options
+from pnanalysis.comparison import compare as analyse
+from pnanalysis.console import make_table, show
+from pnanalysis.verdict import diagnostics, verdict
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("compare")(compare)
+
+
+def compare(
+    runs: options.Paths = None,
+    checkpoint: options.Checkpoints = None,
+    n: Annotated[int | None, typer.Option("--n", help="Examples of each split, drawn by seed; all by default.")] = None,
+    split: Annotated[str, typer.Option(help="Where functions are compared: test, validation or train.")] = "test",
+    hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Compare Hessian spectra.")] = True,
+    n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
+    cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
+    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 256,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    loss: options.LossName = None,
+    output: options.Output = None,
+    plot: options.Plot = None,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+) -> None:
+    """Are these minima different, and which is better? Every diagnostic side by side, differences with their errors.
+
+    The first checkpoint is the reference. By default plain and champion of one run, the champion of each of several
+    (of a restart control, the best restart), and all weight files of --model.
+
+    [bold]Examples[/bold]
+
+      pnanalysis compare runs/lenet5
+
+      pnanalysis compare runs/lenet5 runs/lenet5-restart --plot dashboard.pdf
+
+      pnanalysis compare runs/lenet5 -c plain -c iter01 -c iter02 --no-hessian --n 2000
+
+      pnanalysis compare --model mymodels:make --weights a.safetensors --data mydata:make --loss mse b.safetensors
+    """
+    given = options.sources(runs, model, weights, data, loss)
+    ds = analyse(
+        *given, checkpoints=checkpoint, n=n, split=split, hessian={"n": n_hessian} if hessian else False, cka=cka,
+        batch_size=batch_size, device=device, seed=seed, progress=not quiet,
+    )  # fmt: skip
+    options.deliver(ds, given[0], output, plot, quiet, _table)
+    for sentence in verdict(ds):
+        show(sentence, quiet)
+
+
+def _table(ds: xr.Dataset) -> Table:
+    names = [str(name) for name in ds.checkpoint.values]
+    beside = ["difference"] if len(names) == 2 else [f"{name} - {names[0]}" for name in names[1:]]
+    title = f"beside {names[0]}: differences, and what two have together"
+    return make_table(title, ["diagnostic", *names, *beside], (row.cells() for row in diagnostics(ds)))
