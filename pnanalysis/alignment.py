@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 #: The name under which a network's output stands among its layers.
 OUTPUT = "output"
 _FEWEST = 4  # examples that the unbiased estimate needs
+_ROUND_OFF = 1e-12  # of the double-precision sums; kernels that are equal have CKA 1 at every batch
 
 
 def linear_kernel(features: Tensor) -> Tensor:
@@ -126,7 +127,8 @@ class Alignment:
             return cka, np.full(cka.shape, np.nan)
         left_out = np.stack([_ratio(total - one) for one in weighted])
         spread = np.square(left_out - left_out.mean(0)).sum(0)
-        return cka, np.sqrt((len(weights) - 1) / len(weights) * spread)
+        se = np.sqrt((len(weights) - 1) / len(weights) * spread)
+        return cka, np.where(se < _ROUND_OFF, 0.0, se)
 
 
 def _watched(network: nn.Module) -> dict[str, nn.Module]:

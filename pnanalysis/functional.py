@@ -27,6 +27,8 @@ from pnanalysis.sources import Source, resolve_device
 
 Array = NDArray[np.float64]
 
+_ROUND_OFF = 1e-15  # nats: what double precision leaves of zero
+
 
 def functional_distance(
     *runs: Run | Source,
@@ -201,8 +203,8 @@ def aligned(alignment: Alignment) -> dict[str, Any]:
 def js_divergence(a: Tensor, b: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats of log-probabilities ``(N, C, ...)``, along the classes."""
     middle = torch.logaddexp(a, b) - np.log(2.0)
-    terms = a.exp() * (a - middle) + b.exp() * (b - middle)
-    return terms.nan_to_num(nan=0.0).sum(1).clamp_min(0.0) / 2  # 0 log 0 = 0
+    total = sum((p.exp() * (p - middle)).nan_to_num(nan=0.0) for p in (a, b)).sum(1) / 2  # 0 log 0 = 0
+    return torch.where(total > _ROUND_OFF, total, torch.zeros_like(total))
 
 
 def expected_disagreement(accuracy: Array, classes: int) -> Array:

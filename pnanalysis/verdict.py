@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,10 +65,10 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
     if "cka" in ds:
         for layer in map(str, ds.layer.values):
             yield _pair(ds.sel(layer=layer), "cka", f"CKA of {layer}")
-    yield _single(ds, "lambda_max", "largest Hessian eigenvalue")
+    yield _single(ds, "lambda_max", "Hessian lambda_max")
     yield _single(ds, "trace", "Hessian trace")
-    yield _single(ds, "n_outliers", "eigenvalues beyond the bulk")
-    yield _single(ds, "effective_rank", "effective rank")
+    yield _single(ds, "n_outliers", "Hessian outliers")
+    yield _single(ds, "effective_rank", "Hessian effective rank")
     yield _single(ds, "negative_mass", "negative eigenvalues", percent=True)
     yield _pair(ds, "wasserstein1", "W1 distance of spectra")
     yield _pair(ds, "wasserstein1_noise", "  of equal spectra (noise)")
@@ -122,8 +123,15 @@ def verdict(ds: xr.Dataset) -> list[str]:
     return said
 
 
+def short_names(ds: xr.Dataset) -> list[str]:
+    """The checkpoints' names, without their epochs where the rest tells them apart."""
+    names = [str(name) for name in ds.checkpoint.values]
+    short = [re.sub(r"(iter\d+)/epoch\d+$", r"\1", name) for name in names]
+    return short if len(set(short)) == len(short) else names
+
+
 def _name(ds: xr.Dataset, i: int) -> str:
-    label, what = str(ds.checkpoint.values[i]), str(ds.description.values[i])
+    label, what = short_names(ds)[i], str(ds.description.values[i])
     short = what.removesuffix(", the champion") if label.endswith("champion") else what
     return label if short in ("", label) or label.endswith("plain") else f"{label} ({short})"
 
@@ -228,7 +236,7 @@ def _order(ds: xr.Dataset) -> str:
     at = ds.sel(split=split)
     places: dict[int, list[str]] = {}
     for i in np.lexsort((at.error.values, at["rank"].values)):
-        places.setdefault(int(at["rank"][i]), []).append(str(ds.checkpoint.values[i]))
+        places.setdefault(int(at["rank"][i]), []).append(short_names(ds)[i])
     if len(places) == 1:
         return f"By {split} error none is told from the best: {', '.join(next(iter(places.values())))} all rank first."
     ranked = "; ".join(f"{place}. {', '.join(names)}" for place, names in places.items())

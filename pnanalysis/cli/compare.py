@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -11,7 +12,9 @@ from rich.table import Table
 from pnanalysis.cli import options
 from pnanalysis.comparison import compare as analyse
 from pnanalysis.console import make_table, show
-from pnanalysis.verdict import diagnostics, verdict
+from pnanalysis.verdict import diagnostics, short_names, verdict
+
+_NARROW = 3  # checkpoints whose values and differences fit side by side
 
 
 def register(app: typer.Typer) -> None:
@@ -58,13 +61,22 @@ def compare(
         *given, checkpoints=checkpoint, n=n, split=split, hessian={"n": n_hessian} if hessian else False, cka=cka,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
-    options.deliver(ds, given[0], output, plot, quiet, _table)
+    options.deliver(ds, given[0], output, plot, quiet)
+    for table in _tables(ds):
+        show(table, quiet)
     for sentence in verdict(ds):
         show(sentence, quiet)
 
 
-def _table(ds: xr.Dataset) -> Table:
-    names = [str(name) for name in ds.checkpoint.values]
-    beside = ["difference"] if len(names) == 2 else [f"{name} - {names[0]}" for name in names[1:]]
-    title = f"beside {names[0]}: differences, and what two have together"
-    return make_table(title, ["diagnostic", *names, *beside], (row.cells() for row in diagnostics(ds)))
+def _tables(ds: xr.Dataset) -> Iterator[Table]:
+    """Values and what stands beside the first, in one table while it is narrow."""
+    names, rows = short_names(ds), diagnostics(ds)
+    k = len(names)
+    beside = ["difference"] if k == 2 else [f"{name} - first" for name in names[1:]]
+    if k <= _NARROW:
+        cells = [row.cells() for row in rows]
+        yield make_table(f"beside {names[0]}", ["diagnostic", *names, *beside], cells)
+        return
+    yield make_table("values", ["diagnostic", *names], (row.cells()[: k + 1] for row in rows if row.values))
+    cells = [[row.title, *row.cells()[k + 1 :]] for row in rows]
+    yield make_table(f"beside {names[0]}", ["diagnostic", *names[1:]], cells)

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pnanalysis.measured import Measured
 from pnanalysis.plots.style import COLOURS, DASHES, PAGE, QUIET, new_figure
-from pnanalysis.verdict import Diagnostic, diagnostics
+from pnanalysis.verdict import Diagnostic, diagnostics, short_names
 
 _PER_ROW = 4
 _MARKERS = "osD^vP*X"
@@ -38,14 +38,14 @@ def comparison(ds: xr.Dataset) -> Figure:
     n_rows = -(-len(rows) // _PER_ROW)
     height, foot = 0.55 + 0.2 * k, 1.6 + 0.22 * k
     figure = new_figure(PAGE, n_rows * height + foot + 0.2)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(n_rows * height, foot))
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(n_rows * height, foot))[:, 0]
     panels = upper.subplots(n_rows, _PER_ROW, sharey=True, squeeze=False).ravel()
     sigmas = float(ds.attrs["sigmas"])
     for ax, row in zip(panels, rows, strict=False):
         _dots(row, sigmas, ax)
     for ax in panels[len(rows) :]:
         ax.remove()
-    labels = [str(name) for name in ds.checkpoint.values]
+    labels = short_names(ds)
     panels[0].set_yticks(range(k), labels)
     panels[0].set_ylim(k - 0.5, -0.5)
     matrix = "disagreement" if "disagreement" in ds else "rms_difference"
@@ -53,6 +53,10 @@ def comparison(ds: xr.Dataset) -> Figure:
     _heat(ds, matrix, labels, pictures[0, 0])
     if "cka" in ds:
         _layers(ds, labels, pictures[0, 1])
+    lower.supxlabel(
+        "bars: 95 % intervals; hollow: the difference from the first (paired where examples are the same) is not told "
+        "from zero", x=0.01, ha="left", fontsize=6.5, color="#555555",
+    )  # fmt: skip
     return figure
 
 
@@ -65,10 +69,10 @@ def _dots(row: Diagnostic, sigmas: float, ax: Axes) -> None:
         ax.plot([low, high], [i, i], color=colour, lw=1.0, zorder=2)
         ax.plot(value.value, i, _MARKERS[i % len(_MARKERS)], color=colour, mfc=colour if solid else "white", zorder=3)
     ax.axvline(row.values[0].value, color=QUIET, lw=0.6, ls=":", zorder=0)
-    ax.set_title(row.title, loc="left", fontsize=7)
+    ax.set_title(f"{row.title} [%]" if row.percent else row.title, loc="left", fontsize=7)
     ax.xaxis.set_major_locator(MaxNLocator(3))
     if row.percent:
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     ax.tick_params(axis="y", length=0)
     ax.margins(x=0.12)
 
@@ -89,13 +93,12 @@ def _heat(ds: xr.Dataset, name: str, labels: list[str], ax: Axes) -> None:
     values = ds[name].values * (100 if share else 1)
     k = len(labels)
     top = float(np.nanmax(values)) or 1.0
-    ax.imshow(np.where(np.eye(k, dtype=bool), np.nan, values), cmap="Greys", vmin=0, vmax=1.6 * top, aspect="auto")
+    ax.imshow(np.where(np.eye(k, dtype=bool), np.nan, values), cmap="Greys", vmin=0, vmax=2.5 * top, aspect="auto")
     for i in range(k):
         for j in range(k):
             if i != j:
                 text = f"{values[i, j]:.1f}" if share else f"{values[i, j]:.2g}"
-                dark = values[i, j] > 0.9 * top and top > 0
-                ax.text(j, i, text, ha="center", va="center", color="white" if dark and k > 8 else "black", fontsize=7)
+                ax.text(j, i, text, ha="center", va="center", fontsize=7)
     ax.set_yticks(range(k), labels)
     ax.set_xticks(range(k), labels, rotation=20, ha="right")
     for spine in ax.spines.values():
