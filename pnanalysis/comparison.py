@@ -14,6 +14,7 @@ from torch import nn
 from pnanalysis import schema
 from pnanalysis.alignment import Alignment
 from pnanalysis.curvature.summary import compare_spectra
+from pnanalysis.data import Split
 from pnanalysis.distance import distance_between, parameter_distances
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation import Scores, paired
@@ -233,6 +234,9 @@ def _saved_spectrum(member: Member, options: Mapping[str, Any]) -> xr.Dataset | 
     ds = schema.load(file)
     wanted = {"operator": "hessian", "split": "train", "bn_mode": "eval", "params": None}
     wanted |= {key: options[key] for key in ("n", "seed", *wanted) if key in options}
+    train = member.source.data.train
+    if isinstance(train, Split) and wanted["n"] is not None:
+        wanted["n"] = min(wanted["n"], len(train))
     at = np.flatnonzero((ds.iteration == member.checkpoint.iteration) & (ds.epoch == member.checkpoint.epoch))
     fits = all(ds.attrs.get(key) == value for key, value in wanted.items())
     enough = ds.sizes["lanczos"] >= options["n_lanczos"] and ds.sizes["probe"] >= options["n_probes"]

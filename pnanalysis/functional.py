@@ -106,7 +106,7 @@ def functional_distance(
         variables |= aligned(alignment)
         coords["layer"] = alignment.layers
     return schema.finish(
-        xr.Dataset(variables, coords=coords), "functional", **chosen[0].source.dataset_attrs(), split=split,
+        xr.Dataset(variables, coords=coords), "functional", **chosen[0].source.dataset_attrs(), function_split=split,
         n=function.n, batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
     )  # fmt: skip
 

@@ -98,6 +98,8 @@ def _describe(run: Run | None, checkpoint: Checkpoint) -> str:
 class Examples:
     """The examples that all members see in the same order, each in the shape that its own network takes.
 
+    Loaders have no fingerprint to tell them apart: the first member's is used for all.
+
     Raises
     ------
     DataError

@@ -54,7 +54,7 @@ def compare(
 
       pnanalysis compare runs/lenet5 -c plain -c iter01 -c iter02 --no-hessian --n 2000
 
-      pnanalysis compare --model mymodels:make --weights a.safetensors --data mydata:make --loss mse b.safetensors
+      pnanalysis compare --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
     given = options.sources(runs, model, weights, data, loss)
     ds = analyse(

@@ -30,6 +30,7 @@ FIGURES: dict[str, str] = {
     "pca": "pnanalysis.plots.trajectory:principal_components",
     "gradients": "pnanalysis.plots.gradients:gradients",
     "comparison": "pnanalysis.plots.comparison:comparison",
+    "functional": "pnanalysis.plots.comparison:functional",
     "descent": "pnanalysis.plots.toy:descent",
     "surface": "pnanalysis.plots.toy:surface",
     "basin": "pnanalysis.plots.toy:basin",

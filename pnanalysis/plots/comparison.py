@@ -7,7 +7,7 @@ import math
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pnanalysis.measured import Measured
@@ -45,19 +45,39 @@ def comparison(ds: xr.Dataset) -> Figure:
         _dots(row, sigmas, ax)
     for ax in panels[len(rows) :]:
         ax.remove()
-    labels = short_names(ds)
-    panels[0].set_yticks(range(k), labels)
+    panels[0].set_yticks(range(k), short_names(ds))
     panels[0].set_ylim(k - 0.5, -0.5)
-    matrix = "disagreement" if "disagreement" in ds else "rms_difference"
-    pictures = lower.subplots(1, 2 if "cka" in ds else 1, squeeze=False, width_ratios=(1.0, 1.2)[: 1 + ("cka" in ds)])
-    _heat(ds, matrix, labels, pictures[0, 0])
-    if "cka" in ds:
-        _layers(ds, labels, pictures[0, 1])
+    _functions(ds, lower)
     lower.supxlabel(
         "bars: 95 % intervals; hollow: the difference from the first (paired where examples are the same) is not told "
         "from zero", x=0.01, ha="left", fontsize=6.5, color="#555555",
     )  # fmt: skip
     return figure
+
+
+def functional(ds: xr.Dataset) -> Figure:
+    """How far the checkpoints differ as functions: a matrix of disagreement, and CKA layer by layer.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``functional`` or ``comparison``.
+
+    Returns
+    -------
+    Figure
+    """
+    figure = new_figure(PAGE, 1.6 + 0.22 * ds.sizes["checkpoint"])
+    _functions(ds, figure)
+    return figure
+
+
+def _functions(ds: xr.Dataset, figure: FigureBase) -> None:
+    labels, layered = short_names(ds), "cka" in ds
+    axes = figure.subplots(1, 1 + layered, squeeze=False, width_ratios=(1.0, 1.2)[: 1 + layered])[0]
+    _heat(ds, "disagreement" if "disagreement" in ds else "rms_difference", labels, axes[0])
+    if layered:
+        _layers(ds, labels, axes[1])
 
 
 def _dots(row: Diagnostic, sigmas: float, ax: Axes) -> None:
