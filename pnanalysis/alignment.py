@@ -53,10 +53,10 @@ def u_centred(gram: Tensor) -> Tensor:
     return centred - torch.diag(centred.diagonal())
 
 
-def unbiased_hsic(a: Tensor, b: Tensor) -> float:
-    """HSIC without bias, from two U-centred kernels of the same ``n`` examples."""
-    n = len(a)
-    return float((a * b).sum()) / (n * (n - 3))
+def unbiased_hsic(kernels: Tensor) -> Tensor:
+    """HSIC without bias between all pairs of U-centred kernels of the same examples: ``(k, n, n)`` to ``(k, k)``."""
+    rows, n = kernels.flatten(1), kernels.shape[-1]
+    return rows @ rows.T / (n * (n - 3))
 
 
 class Alignment:
@@ -109,8 +109,8 @@ class Alignment:
         there = [i for i, gram in enumerate(grams) if gram is not None and len(gram) == n]
         hsic = torch.full((len(grams), len(grams)), torch.nan, dtype=torch.float64)
         if there:
-            rows = torch.stack([u_centred(gram).reshape(-1) for i in there if (gram := grams[i]) is not None])
-            hsic[np.ix_(there, there)] = (rows @ rows.T).cpu() / (n * (n - 3))
+            kernels = torch.stack([u_centred(gram) for i in there if (gram := grams[i]) is not None])
+            hsic[np.ix_(there, there)] = unbiased_hsic(kernels).cpu()
         return hsic
 
     def result(self) -> tuple[Array, Array]:

@@ -100,6 +100,8 @@ def compare(
     checkpoints; for more, as many as keep the chance of any false claim among all pairs what it is for one
     (Bonferroni). Ranks may tie: checkpoints that nothing beats all have rank 1.
 
+    Errors of the spectra's numbers come from the probes, on the examples that were drawn: not from the drawing.
+
     The champion was picked by its validation error, which is therefore too low; the test error is not.
 
     References
@@ -232,7 +234,7 @@ def _saved_spectrum(member: Member, options: Mapping[str, Any]) -> xr.Dataset | 
     if file is None or not file.is_file() or file.stat().st_mtime < member.checkpoint.path.stat().st_mtime:
         return None
     ds = schema.load(file)
-    wanted = {"operator": "hessian", "split": "train", "bn_mode": "eval", "params": None}
+    wanted: dict[str, Any] = {"operator": "hessian", "split": "train", "bn_mode": "eval", "params": None}
     wanted |= {key: options[key] for key in ("n", "seed", *wanted) if key in options}
     train = member.source.data.train
     if isinstance(train, Split) and wanted["n"] is not None:

@@ -111,6 +111,7 @@ class Examples:
         self.data: list[Splits] = []
         self.which: list[int] = []
         for member in chosen:
+            member.source.share_data(chosen[0].source)
             data = member.source.data
             if self.data:
                 _check_same(chosen[0], member)

@@ -19,7 +19,7 @@ from pnanalysis.distance import parameter_distances
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.evaluation import paired
 from pnanalysis.measured import Measured
-from pnanalysis.members import members
+from pnanalysis.members import Examples, members
 from pnanalysis.runs import ANALYSIS, MANIFEST, Run, open_run
 from pnanalysis.sources import as_source, open_files
 from pnanalysis.verdict import diagnostics, measured, verdict
@@ -243,6 +243,18 @@ def test_ranks_tie_where_errors_do_not_tell(tmp_path: Path) -> None:
     assert ds["rank"].sel(split="train").values.tolist() == [3, 1, 1]
     assert verdict(ds)[-1].startswith("By train error, ties where none is told to be better: 1. ")
     assert verdict(ds)[-1].endswith("3. far.")
+
+
+def test_a_run_and_its_control_load_the_data_once(tiny_run: Run, control: Run, own_run: Run) -> None:
+    chosen = members([tiny_run, control])
+    Examples(chosen, torch.device("cpu"))
+    assert chosen[0].source.data is chosen[1].source.data
+    manifest = json.loads((own_run.path / MANIFEST).read_text())
+    manifest["data"]["split_seed"] = 5
+    (own_run.path / MANIFEST).write_text(json.dumps(manifest))
+    others = [as_source(tiny_run), as_source(open_run(own_run.path))]
+    others[1].share_data(others[0])
+    assert others[1].data.split_hash != others[0].data.split_hash
 
 
 def test_many_comparisons_ask_for_more() -> None:
