@@ -135,10 +135,10 @@ def compare(
         sizes[name] = scores.losses.shape[1]
         if pairs is not None:
             function = xr.Dataset(pairs.variables(1 - scores.errors.mean(1), scores.classes))
-    del networks
     found = [xr.concat(parts, dim="split").assign(n_examples=("split", list(sizes.values()))), function]
     if alignment is not None:
         found.append(xr.Dataset(aligned(alignment), {"layer": alignment.layers}).reindex(layer=layers))
+    del networks, alignment  # room for the spectra
     spectra = xr.Dataset()
     if hessian:
         options = {"seed": seed, **HESSIAN, **(hessian if isinstance(hessian, Mapping) else {})}

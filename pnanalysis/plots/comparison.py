@@ -49,8 +49,8 @@ def comparison(ds: xr.Dataset) -> Figure:
     panels[0].set_ylim(k - 0.5, -0.5)
     _functions(ds, lower)
     lower.supxlabel(
-        "bars: 95 % intervals; hollow: the difference from the first (paired where examples are the same) is not told "
-        "from zero", x=0.01, ha="left", fontsize=6.5, color="#555555",
+        "bars: 95 % intervals, none where no error is known or it is too small to see; hollow: the (paired) difference "
+        "from the first is not told from zero", x=0.01, ha="left", fontsize=6.5, color="#555555",
     )  # fmt: skip
     return figure
 
