@@ -10,10 +10,12 @@ Public names::
 
 from pnanalysis import plots
 from pnanalysis.collection import open_runs
+from pnanalysis.comparison import compare
 from pnanalysis.curvature.density import spectral_density
 from pnanalysis.curvature.linear import as_operator
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import PnError
+from pnanalysis.functional import functional_distance
 from pnanalysis.gradients import gradient_split
 from pnanalysis.hessian import hessian
 from pnanalysis.history import history
@@ -22,6 +24,7 @@ from pnanalysis.saturation import saturation
 from pnanalysis.schema import load, save, validate
 from pnanalysis.sources import open_files
 from pnanalysis.trajectory import trajectory
+from pnanalysis.verdict import verdict
 
 __all__ = [
     "Checkpoint",
@@ -31,6 +34,8 @@ __all__ = [
     "PnError",
     "Run",
     "as_operator",
+    "compare",
+    "functional_distance",
     "gradient_split",
     "hessian",
     "history",
@@ -44,4 +49,5 @@ __all__ = [
     "spectral_density",
     "trajectory",
     "validate",
+    "verdict",
 ]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import rich.markup
 import rich.table
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from pnanalysis.errors import PnError
+from pnanalysis.measured import Measured, Shown
 
 _INTERRUPTED = 130
 
@@ -27,14 +28,7 @@ class Percent(float):
     """A share: printed in per cent, a dash where it is unknown."""
 
 
-class WithError(NamedTuple):
-    """A number and its standard error (NaN where there is none)."""
-
-    value: float
-    se: float
-
-
-Cell = str | float | int | Percent | WithError | None
+Cell = str | float | int | Percent | Measured | Shown | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ def version_option(wanted: bool) -> None:
 def speak_json(wanted: bool) -> None:
     """From here on, collect tables and files and print them as one JSON object at the end (option ``--json``)."""
     global _spoken
-    _spoken = {"files": [], "tables": []} if wanted else None
+    _spoken = {"files": [], "tables": [], "notes": []} if wanted else None
 
 
 def make_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
@@ -98,6 +92,8 @@ def show(what: Table | str | None, quiet: bool = False) -> None:
         if isinstance(what, Table):
             rows = [dict(zip(what.columns, map(_plain, row), strict=True)) for row in what.rows]
             _spoken["tables"].append({"title": what.title, "rows": rows})
+        else:
+            _spoken["notes"].append(what)
         return
     if quiet:
         return
@@ -119,21 +115,24 @@ def text(cell: Cell) -> str:
     """A cell as people read it."""
     if isinstance(cell, str):
         return cell
-    if cell is None or (not isinstance(cell, WithError) and math.isnan(cell)):
+    if isinstance(cell, Measured):
+        return cell.text()
+    if isinstance(cell, Shown):
+        return cell.text()
+    if cell is None or math.isnan(cell):
         return "–"
     if isinstance(cell, Percent):
         return f"{float(cell):.2%}"
-    if isinstance(cell, WithError):
-        if math.isnan(cell.value):
-            return "–"
-        return f"{cell.value:.4g}" + ("" if math.isnan(cell.se) else f" ± {cell.se:.2g}")
     return f"{cell:.4g}"
 
 
 def _plain(cell: Cell) -> Any:
     """A cell as machines read it: numbers stay numbers, what is unknown is null."""
-    if isinstance(cell, WithError):
-        return {"value": _plain(cell.value), "se": _plain(cell.se)}
+    if isinstance(cell, Shown):
+        return _plain(cell.measured)
+    if isinstance(cell, Measured):
+        known = {name: value for name, value in vars(cell).items() if not math.isnan(value)}
+        return {"value": None, **known}
     if isinstance(cell, str) or cell is None:
         return cell
     return None if math.isnan(cell) else int(cell) if isinstance(cell, int) else float(cell)

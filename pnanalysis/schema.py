@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -67,6 +67,14 @@ def _with_interval(name: str, units: str, long_name: str) -> dict[str, Variable]
     }
 
 
+def _measured(name: str, dims: str, units: str, long_name: str, required: bool = _OPTIONAL) -> dict[str, Variable]:
+    """A variable with its standard error."""
+    return {
+        name: _var(dims, units, long_name, required),
+        f"{name}_se": _var(dims, units, f"standard error of the {long_name}", required),
+    }
+
+
 _SPECTRUM_SCALARS = {
     **_with_error("trace", "loss", "trace"),
     **_with_error("frobenius_norm", "loss", "Frobenius norm"),
@@ -80,6 +88,9 @@ _SPECTRUM_SCALARS = {
     **_with_interval("bulk_edge_high", "loss", "upper edge of the bulk"),
     **_with_interval("gap_ratio", "1", "lambda_max over the upper edge of the bulk"),
 }
+
+#: Numbers of a spectrum that a comparison lists.
+COMPARED_SPECTRUM = ("lambda_max", "lambda_min", "trace", "n_outliers", "effective_rank", "negative_mass")
 
 _SPECTRUM = {
     "node": _var("quadrature", "loss", "quadrature node (eigenvalue)"),
@@ -113,6 +124,53 @@ _SPECTRUM_COMPARISON = {
     },
 }
 
+_FUNCTIONAL = {
+    **_measured("disagreement", "checkpoint other", "1", "share of examples put into different classes"),
+    "expected_disagreement": _var(
+        "checkpoint other", "1", "disagreement of independent networks of these accuracies", _OPTIONAL
+    ),
+    **_measured("js_divergence", "checkpoint other", "nat", "mean Jensen-Shannon divergence of the probabilities"),
+    **_measured("rms_difference", "checkpoint other", "1", "root mean square difference of the outputs"),
+    **_measured("cka", "checkpoint other layer", "1", "linear CKA"),
+}
+
+_COMPARISON = {
+    **_measured("loss", "checkpoint split", "nat", "loss", required=True),
+    **_measured("loss_difference", "checkpoint other split", "nat", "difference in loss", required=True),
+    **_measured("error", "checkpoint split", "1", "error", required=True),
+    **_measured("error_difference", "checkpoint other split", "1", "difference in error", required=True),
+    "only_wrong": _var("checkpoint other split", "1", "examples wrong here and right in the other", _OPTIONAL),
+    "rank": _var("checkpoint split", "1", "one more than the number that have told lower error"),
+    "n_examples": _var("split", "1", "number of examples"),
+    "norm": _var("checkpoint", "1", "norm of the parameters"),
+    "distance": _var("checkpoint other", "1", "Euclidean distance in parameters"),
+    "relative_distance": _var("checkpoint other", "1", "distance over the norm of the other"),
+    "cosine": _var("checkpoint other", "1", "cosine of the parameters"),
+    "layer_distance": _var("checkpoint other layer", "1", "Euclidean distance in the layer's parameters"),
+    "layer_cosine": _var("checkpoint other layer", "1", "cosine of the layer's parameters"),
+    "distance_from_start": _var("checkpoint", "1", "Euclidean distance from the starting point", _OPTIONAL),
+    **_FUNCTIONAL,
+    **{
+        f"{name}{end}": replace(_SPECTRUM_SCALARS[f"{name}{end}"], dims=("checkpoint",), required=False)
+        for name in COMPARED_SPECTRUM
+        for end in ("", "_se", "_low", "_high")
+        if f"{name}{end}" in _SPECTRUM_SCALARS
+    },
+    **{
+        f"{name}_difference{end}": replace(
+            _SPECTRUM_COMPARISON[f"{name}{end}"], dims=("checkpoint", "other"), required=False
+        )
+        for name in COMPARED_SPECTRUM
+        for end in ("", "_se", "_low", "_high")
+        if f"{name}{end}" in _SPECTRUM_COMPARISON
+    },
+    **{
+        name: replace(_SPECTRUM_COMPARISON[name], dims=("checkpoint", "other"), required=False)
+        for name in ("wasserstein1", "wasserstein1_noise", "wasserstein1_se")
+    },
+    "saturation": _var("checkpoint activation", "1", "98th percentile of the absolute activation", _OPTIONAL),
+}
+
 SCHEMAS: dict[str, dict[str, Variable]] = {
     "history": {
         "train_loss": _var("iteration epoch", "nat", "training loss"),
@@ -125,6 +183,8 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
     "spectral_density": _SPECTRUM,
     "hessian": _SPECTRUM,
     "spectrum_comparison": _SPECTRUM_COMPARISON,
+    "functional": _FUNCTIONAL,
+    "comparison": _COMPARISON,
     "saturation": {
         "percentile": _var("layer quantile", "1", "activation percentile"),
         "abs_percentile": _var("layer quantile", "1", "percentile of the absolute activation"),

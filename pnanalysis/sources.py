@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class Source:
     attrs : dict
         Identity to write on datasets: run id, model, data.
     run : Run or None
+    data_key : str
+        Equal for sources that would load the same data in the same shape; empty where that is not known.
     """
 
     label: str
@@ -40,11 +43,17 @@ class Source:
     make_loss: Callable[[], Loss]
     attrs: dict[str, Any] = field(default_factory=dict)
     run: Run | None = None
+    data_key: str = ""
 
     @cached_property
     def data(self) -> Splits:
         """The data set; loaded once."""
         return self.make_data()
+
+    def share_data(self, other: Source) -> None:
+        """Use what ``other`` has loaded where it is the same, in place of loading it again."""
+        if self.data_key and self.data_key == other.data_key:
+            self.__dict__.setdefault("data", other.data)
 
     @property
     def loss(self) -> Loss:
@@ -107,6 +116,7 @@ def as_source(
     if model is None and ":" in spec:
         raise ModelError(f"{run.path}: was trained with the model {spec}; vouch for that code with --model {spec}")
     data_spec = manifest["data"]["name"]
+    named = data is None or isinstance(data, str)
 
     def make_model() -> nn.Module:
         if model is None:
@@ -140,6 +150,7 @@ def as_source(
         make_loss=make_loss,
         attrs={"run": run.path.name, "run_id": run.id, "recipe": manifest["recipe"], "model": spec},
         run=run,
+        data_key=json.dumps([manifest["model"], manifest["data"], data]) if model is None and named else "",
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pnanalysis.cli import demo, gradients, hessian, history, info, plot, report, saturation, trajectory
+from pnanalysis.cli import compare, demo, gradients, hessian, history, info, plot, report, saturation, trajectory
 from pnanalysis.console import run_app, version_option
 
 app = typer.Typer(
@@ -15,7 +15,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (demo, hessian, saturation, trajectory, gradients, history, plot, report, info):
+for command in (demo, compare, hessian, saturation, trajectory, gradients, history, plot, report, info):
     command.register(app)
 
 

@@ -9,8 +9,9 @@ import typer
 import xarray as xr
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, WithError, make_table
+from pnanalysis.console import Table, make_table
 from pnanalysis.gradients import gradient_split
+from pnanalysis.measured import Measured
 from pnanalysis.sources import as_source
 
 
@@ -64,7 +65,7 @@ def _table(ds: xr.Dataset) -> Table:
                     float((used.fluctuation_norm**2).mean() ** 0.5),
                     float(last.loss_gradient_norm),
                     f"{float(at.last_flip.max()):.0f}",
-                    WithError(float(at.half_difference), float(at.half_difference_se)),
+                    Measured(float(at.half_difference), float(at.half_difference_se)),
                 ]
             )
     columns = [

@@ -9,9 +9,10 @@ import typer
 import xarray as xr
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, WithError, make_table, show
+from pnanalysis.console import Table, make_table, show
 from pnanalysis.curvature.summary import compare_spectra
 from pnanalysis.hessian import hessian as analyse
+from pnanalysis.measured import Measured
 
 
 def register(app: typer.Typer) -> None:
@@ -79,7 +80,7 @@ def _table(ds: xr.Dataset) -> Table:
             str(name),
             float(at.lambda_max),
             float(at.lambda_min),
-            WithError(float(at.trace), float(at.trace_se)),
+            Measured(float(at.trace), float(at.trace_se)),
             round(float(at.n_outliers)),
             float(at.bulk_edge_high),
             float(at.gap_ratio),
@@ -102,8 +103,8 @@ def _differences(ds: xr.Dataset) -> Table:
                 f"{other.checkpoint.item()} - {first.checkpoint.item()}",
                 float(found.lambda_max_low),
                 float(found.lambda_max_high),
-                WithError(float(found.trace), float(found.trace_se)),
-                WithError(float(found.negative_mass), float(found.negative_mass_se)),
+                Measured(float(found.trace), float(found.trace_se)),
+                Measured(float(found.negative_mass), float(found.negative_mass_se)),
                 float(found.wasserstein1),
                 float(found.wasserstein1_noise),
             ]

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pnanalysis.errors import PnError
+from pnanalysis.plots.comparison import comparison
 from pnanalysis.plots.history import errors, history
 from pnanalysis.plots.saturation import activation_histogram, saturation
 from pnanalysis.plots.spectrum import spectral_density
@@ -28,6 +29,8 @@ FIGURES: dict[str, str] = {
     "trajectory": "pnanalysis.plots.trajectory:trajectory",
     "pca": "pnanalysis.plots.trajectory:principal_components",
     "gradients": "pnanalysis.plots.gradients:gradients",
+    "comparison": "pnanalysis.plots.comparison:comparison",
+    "functional": "pnanalysis.plots.comparison:functional",
     "descent": "pnanalysis.plots.toy:descent",
     "surface": "pnanalysis.plots.toy:surface",
     "basin": "pnanalysis.plots.toy:basin",
@@ -74,6 +77,7 @@ def plot(ds: xr.Dataset, kind: str | None = None, **options: Any) -> Figure:
 __all__ = [
     "FIGURES",
     "activation_histogram",
+    "comparison",
     "errors",
     "history",
     "plot",

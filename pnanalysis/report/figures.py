@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from pnanalysis import plots
 from pnanalysis.plots.style import new_figure, style
 from pnanalysis.runs import Run
+from pnanalysis.verdict import verdict
 
 _SVG_LIMIT = 1_500_000
 
@@ -76,6 +77,12 @@ def _figures_of(
             "Persistent gradient", "The penalty's constant push and its fluctuation beside the gradient of the loss; "
             "below, the signs of the inner products with the earlier end points.",
             {"figure": "gradients"},
+        )  # fmt: skip
+    elif kind == "comparison":
+        yield (
+            "Comparison", "Every diagnostic with its 95 % interval, hollow where the paired difference from the first "
+            "checkpoint is not told from zero; below, how far they differ as functions and layer by layer. "
+            + " ".join(verdict(ds)), {"figure": "comparison"},
         )  # fmt: skip
     elif kind == "descent":
         yield (

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from pnanalysis.errors import RunError
 from pnanalysis.report.figures import pictures
+from pnanalysis.report.interactive import explorers
 from pnanalysis.report.summary import sentences, studies, summary_table
 from pnanalysis.runs import ANALYSIS, HISTORY, Run
 from pnanalysis.schema import atomic_path, provenance
@@ -52,6 +53,7 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: st
         sentences=sentences(runs),
         table=summary_table(runs),
         studies=[_study(run, control) for run, control in studies(runs)],
+        plotly=Markup(get_plotlyjs()),
         made=provenance(),
     )
     path = Path(path)
@@ -67,7 +69,7 @@ def _study(run: Run, control: Run | None) -> dict[str, Any]:
         "pictures": [
             {"title": p.title, "caption": p.caption, "markup": Markup(p.markup)} for p in pictures(run, control)
         ],
-        "spectrum": _spectrum_data(run),
+        "explorers": list(explorers(run)),
         "runs": [_facts(member) for member in members],
         "downloads": [entry for member in members for entry in _downloads(member)],
     }
@@ -101,29 +103,3 @@ def _downloads(run: Run) -> list[dict[str, Any]]:
         data = base64.b64encode(file.read_bytes()).decode() if size <= _DOWNLOAD_LIMIT else ""
         found.append({"name": f"{run.path.name}-{file.name}", "size": f"{size / 1000:,.0f} kB", "data": data})
     return found
-
-
-def _spectrum_data(run: Run) -> str:
-    """Densities for the read-out under the pointer, as JSON; empty where there is no spectrum."""
-    results = run.results
-    if "hessian" not in results.children:
-        return ""
-    ds = results["hessian"].to_dataset()
-
-    def short(values: np.ndarray) -> list[float]:
-        return [float(f"{value:.4g}") for value in values]
-
-    return json.dumps(
-        {
-            "grid": short(ds.eigenvalue.values),
-            "curves": [
-                {
-                    "name": str(name),
-                    "density": short(at.density.values),
-                    "se": short(np.nan_to_num(at.density_se.values)),
-                }
-                for i, name in enumerate(ds.checkpoint.values)
-                for at in [ds.isel(checkpoint=i)]
-            ],
-        }
-    ).replace("<", "\\u003c")

@@ -9,25 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from pnanalysis.measured import Measured, share
 from pnanalysis.runs import Run
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A number with its standard error (NaN where there is none)."""
-
-    value: float
-    se: float = math.nan
-
-    def text(self, percent: bool = False) -> str:
-        """As printed: ``12.34 ± 0.56 %``; a dash for what is unknown."""
-        if math.isnan(self.value):
-            return "–"
-        if percent:
-            error = "" if math.isnan(self.se) else f" ± {100 * self.se:.2f}"
-            return f"{100 * self.value:.2f}{error} %"
-        error = "" if math.isnan(self.se) else f" ± {self.se:.2g}"
-        return f"{self.value:.4g}{error}"
 
 
 @dataclass(frozen=True)
@@ -98,14 +81,14 @@ def sentences(runs: Sequence[Run]) -> list[str]:
                 champion = _row(run, "champion", best)
                 said.append(
                     f"{run.path.name}: the champion, iteration {best} of {len(run.ends)}, against the plain model: "
-                    f"test error {_difference(champion.test, plain.test)}."
+                    f"test error {champion.test.minus(plain.test).as_points()}."
                 )
             if control is not None:
                 restart = _row(control, "restart", control.champion.iteration)
                 own = _row(run, "champion", best)
                 said.append(
                     f"{run.path.name}: the best of {len(control.ends)} restarts, which cost as much, against the "
-                    f"champion: test error {_difference(restart.test, own.test)}."
+                    f"champion: test error {restart.test.minus(own.test).as_points()}."
                 )
         spectrum = _spectra(run)
         if spectrum is not None and best:
@@ -126,8 +109,8 @@ def _row(run: Run, name: str, iteration: int) -> Row:
         name=name,
         iteration=iteration,
         loss=Measured(float(last.train_loss)),
-        validation=_share(float(last.validation_error), sizes["validation"]),
-        test=_share(float(last.test_error), sizes["test"]),
+        validation=share(float(last.validation_error), sizes["validation"]),
+        test=share(float(last.test_error), sizes["test"]),
         lambda_max=Measured(math.nan if at is None else float(at.lambda_max)),
         trace=Measured(math.nan) if at is None else Measured(float(at.trace), float(at.trace_se)),
     )
@@ -138,20 +121,6 @@ def _spectra(run: Run) -> xr.Dataset | None:
     if "hessian" not in results.children:
         return None
     return results["hessian"].to_dataset()
-
-
-def _share(value: float, n: int) -> Measured:
-    """A share of n examples, with its binomial standard error."""
-    return Measured(value, math.sqrt(value * (1 - value) / n) if n and 0 <= value <= 1 else math.nan)
-
-
-def _difference(a: Measured, b: Measured) -> str:
-    """``a`` against ``b``, in points of per cent, with the error of a difference of independent samples."""
-    difference, se = a.value - b.value, math.hypot(a.se, b.se)
-    verdict = "lower" if difference < 0 else "higher"
-    if math.isnan(se) or abs(difference) <= 2 * se:
-        verdict = "no difference that this test set could tell"
-    return f"{100 * difference:+.2f} ± {100 * se:.2f} points ({verdict})"
 
 
 def _spectrum_sentence(run: Run, spectrum: xr.Dataset) -> str:

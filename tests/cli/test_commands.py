@@ -69,6 +69,7 @@ def test_pntrain_trains_ones_own_model_and_data(run, tmp_path: Path, monkeypatch
         (("pnanalysis", "saturation", "/no/such/run"), "no such run"),
         (("pnanalysis", "hessian", "--weights", "a.pt"), "--model"),
         (("pnanalysis", "history"), "name a run"),
+        (("pnanalysis", "compare"), "name a run"),
         (("pnanalysis", "info", "/no/such/run"), "no such run"),
         (("pnanalysis", "plot", "/no/such/file.nc"), "no such file"),
         (("pnanalysis", "dance"), "dance"),
@@ -234,3 +235,36 @@ def test_every_command_shows_examples(run, command: str) -> None:
     assert shown.status == 0
     assert "Example" in shown.out
     assert f"pnanalysis {command} " in " ".join(shown.out.split("Example", 1)[1].split())
+
+
+def test_compare_prints_a_table_and_sentences(run, own_run: Run, tmp_path: Path) -> None:
+    few = ["--n", 200, "--n-hessian", 50, "--device", "cpu"]
+    picture = tmp_path / "dashboard.svg"
+    outcome = run("pnanalysis", "compare", own_run.path, "-c", "ends", *few, "--plot", picture)
+    assert outcome.status == 0, outcome.err
+    for text in ("test error", "difference", "disagreement", "CKA of fc3", "Hessian trace", "iter01 (iteration 1 of 2"):
+        assert text in outcome.out
+    assert "<svg" in picture.read_text()
+    ds = schema.load(own_run.path / "analysis" / "comparison.nc")
+    assert ds.attrs["kind"] == "comparison"
+    assert ds.n_examples.values.tolist() == [200, 200, 200]
+
+
+def test_compare_takes_many_checkpoints_and_own_weights(run, own_run: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = ("--no-hessian", "--no-cka", "--device", "cpu")
+    outcome = run("pnanalysis", "compare", own_run.path, "-c", "all", "-c", "plain", *plain, "-o", "c.nc")
+    assert outcome.status == 0, outcome.err
+    assert "values" in outcome.out
+    assert "By test error" in outcome.out
+    (tmp_path / "compared.py").write_text(
+        "from trainers.models import tanh7\ndef make():\n    return tanh7((1, 8, 8), width=16)\n"
+    )
+    weights = [end.path for end in own_run.ends]
+    own = ("--model", "compared:make", "--weights", *weights[:1], "--data", "digits", *weights[1:])
+    outcome = run("pnanalysis", "compare", *own, *plain, "-o", "own.nc", "--quiet")
+    assert (outcome.status, outcome.out) == (0, ""), outcome.err
+    assert schema.load("own.nc").sizes["checkpoint"] == 2
+    refused = run("pnanalysis", "compare", own_run.path, "-c", "plain", *plain)
+    assert refused.status == 2
+    assert "at least two checkpoints" in refused.err

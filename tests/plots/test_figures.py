@@ -116,3 +116,30 @@ def test_drawing_changes_no_settings(spectra: xr.Dataset) -> None:
     before = dict(mpl.rcParams)
     plots.plot(spectra)
     assert dict(mpl.rcParams) == before
+
+
+def test_the_dashboard_shows_intervals_disagreement_and_layers(tiny_run: Run) -> None:
+    ds = pn.compare(tiny_run, checkpoints=["ends"], hessian={"n": 60, "n_lanczos": 8, "n_probes": 3}, progress=False)
+    figure = plots.plot(ds)
+    panels = {ax.get_title(loc="left"): ax for ax in figure.axes}
+    assert {"train loss", "test error [%]", "Hessian trace", "saturation, layers' mean"} <= set(panels)
+    ax = panels["test loss"]
+    at = ds.sel(split="test").isel(checkpoint=1, other=0)
+    bar = next(line for line in ax.lines if list(line.get_ydata()) == [1, 1] and line.get_marker() in ("None", None))
+    expected = [float(at.loss - 1.96 * at.loss_se), float(at.loss + 1.96 * at.loss_se)]
+    np.testing.assert_allclose(bar.get_xdata(), expected)
+    marker = next(line for line in ax.lines if line.get_marker() == "s")
+    told = abs(float(at.loss_difference)) > ds.attrs["sigmas"] * float(at.loss_difference_se)
+    assert (marker.get_markerfacecolor() != "white") == told
+    heat = next(ax for title, ax in panels.items() if title.startswith("disagreement"))
+    numbers = {text.get_text() for text in heat.texts}
+    assert f"{100 * float(ds.disagreement[0, 2]):.1f}" in numbers
+    assert len(heat.texts) == 6
+    curves = next(ax for title, ax in panels.items() if title.startswith("CKA"))
+    np.testing.assert_array_equal(curves.containers[1].lines[0].get_ydata(), ds.cka[2, 0])
+    assert [text.get_text() for text in heat.get_yticklabels()] == ["iter00", "iter01", "iter02"]
+    bare = plots.plot(pn.compare(tiny_run, hessian=False, cka=False, saturation=False, progress=False))
+    assert not any(ax.get_title(loc="left").startswith("CKA") for ax in bare.axes)
+    assert not any(ax.get_title(loc="left").startswith("Hessian") for ax in bare.axes)
+    alone = plots.plot(pn.functional_distance(tiny_run, progress=False))
+    assert [ax.get_title(loc="left")[:3] for ax in alone.axes] == ["dis", "CKA"]

@@ -14,9 +14,10 @@ import pytest
 import pnanalysis as pn
 from pnanalysis import plots, schema
 from pnanalysis.errors import RunError
+from pnanalysis.measured import Measured
 from pnanalysis.report import summary_table, write_report
-from pnanalysis.report.figures import embed, pictures
-from pnanalysis.report.summary import Measured, sentences
+from pnanalysis.report.figures import _figures_of, embed, pictures
+from pnanalysis.report.summary import sentences
 from pnanalysis.runs import ANALYSIS, MANIFEST, Run, open_run
 from trainers import Config, configure, find_recipe, train
 
@@ -118,3 +119,10 @@ def test_descents_are_drawn_over_their_surface(tmp_path: Path) -> None:
     assert {"Descents", "Surfaces", "Basins"} <= set(found)
     alone = plots.plot(run.results["descent"].to_dataset())
     assert len(found["Descents"].markup) > 2 * len(embed(alone, "", "alone"))  # the contours are there
+
+
+def test_a_comparison_comes_with_its_sentences(pair: list[Run]) -> None:
+    ds = pn.compare(*pair, hessian=False, cka=False, saturation=False, progress=False)
+    ((title, caption, options),) = _figures_of("comparison", {"comparison": ds}, None)
+    assert (title, options) == ("Comparison", {"figure": "comparison"})
+    assert all(sentence in caption for sentence in pn.verdict(ds))

@@ -1,0 +1,82 @@
+"""``pnanalysis compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+import xarray as xr
+
+from pnanalysis.cli import options
+from pnanalysis.comparison import compare as analyse
+from pnanalysis.console import Table, make_table, show
+from pnanalysis.verdict import diagnostics, short_names, verdict
+
+_NARROW = 3  # checkpoints whose values and differences fit side by side
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("compare")(compare)
+
+
+def compare(
+    runs: options.Paths = None,
+    checkpoint: options.Checkpoints = None,
+    n: Annotated[int | None, typer.Option("--n", help="Examples of each split, drawn by seed; all by default.")] = None,
+    split: Annotated[str, typer.Option(help="Where functions are compared: test, validation or train.")] = "test",
+    hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Compare Hessian spectra.")] = True,
+    n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
+    cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
+    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 256,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    loss: options.LossName = None,
+    output: options.Output = None,
+    plot: options.Plot = None,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Are these minima different, and which is better? Every diagnostic side by side, differences with their errors.
+
+    The first checkpoint is the reference. By default plain and champion of one run, the champion of each of several
+    (of a restart control, the best restart), and all weight files of --model.
+
+    [bold]Examples[/bold]
+
+      pnanalysis compare runs/lenet5
+
+      pnanalysis compare runs/lenet5 runs/lenet5-restart --plot dashboard.pdf
+
+      pnanalysis compare runs/lenet5 -c plain -c iter01 -c iter02 --no-hessian --n 2000
+
+      pnanalysis compare --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
+    """
+    given = options.sources(runs, model, weights, data, loss)
+    ds = analyse(
+        *given, checkpoints=checkpoint, n=n, split=split, hessian={"n": n_hessian} if hessian else False, cka=cka,
+        batch_size=batch_size, device=device, seed=seed, progress=not quiet,
+    )  # fmt: skip
+    options.deliver(ds, given[0], output, plot, quiet)
+    for table in _tables(ds):
+        show(table, quiet)
+    for sentence in verdict(ds):
+        show(sentence, quiet)
+
+
+def _tables(ds: xr.Dataset) -> Iterator[Table]:
+    """Values and what stands beside the first, in one table while it is narrow."""
+    names, rows = short_names(ds), diagnostics(ds)
+    k = len(names)
+    beside = ["difference"] if k == 2 else [f"{name} - first" for name in names[1:]]
+    if k <= _NARROW:
+        cells = [row.cells() for row in rows]
+        yield make_table(f"beside {names[0]}", ["diagnostic", *names, *beside], cells)
+        return
+    yield make_table("values", ["diagnostic", *names], (row.cells()[: k + 1] for row in rows if row.values))
+    cells = [[row.title, *row.cells()[k + 1 :]] for row in rows]
+    yield make_table(f"beside {names[0]}", ["diagnostic", *names[1:]], cells)

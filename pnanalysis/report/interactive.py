@@ -1,0 +1,171 @@
+"""Figures to explore: values under the pointer, one layer or iteration at a time. Plain data for plotly.js to draw.
+
+Each is a set of curves, and lists to choose among them: a curve is shown when every list that it answers to is set
+to its value, or to all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pnanalysis.plots.style import CHAMPION, COLOURS, PLAIN, QUIET, label
+from pnanalysis.runs import Run
+
+ALL = "all"
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_ERRORS = ("validation_error", "test_error", "train_loss", "penalty")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A list to choose from; the first option is chosen at the beginning."""
+
+    key: str
+    label: str
+    options: list[str]
+
+
+@dataclass(frozen=True)
+class Explorer:
+    """One figure to explore: its title, its lists, its curves (plotly traces) and its axes (plotly layout)."""
+
+    title: str
+    choices: list[Choice]
+    traces: list[dict[str, Any]]
+    layout: dict[str, Any] = field(default_factory=dict)
+
+    def json(self) -> str:
+        """Curves and axes for a script element: no name in it can end the element."""
+        return json.dumps({"data": self.traces, "layout": self.layout}).replace("<", "\\u003c")
+
+
+def explorers(run: Run) -> Iterator[Explorer]:
+    """Every figure to explore that the run's datasets allow."""
+    makers = {"history": _history, "hessian": _hessian, "saturation": _saturation, "trajectory": _trajectory}
+    for name, node in run.results.children.items():
+        ds = node.to_dataset()
+        if str(name) in makers and not (name == "saturation" and "epoch" not in ds.dims):
+            yield makers[str(name)](ds)
+
+
+def _history(ds: xr.Dataset) -> Explorer:
+    shown = [name for name in _ERRORS if bool(ds[name].notnull().any())]
+    names = {name: str(ds[name].attrs["long_name"]) for name in shown}
+    traces = [
+        _trace(
+            ds.epoch.values, ds[name].sel(iteration=iteration).values, f"iteration {iteration}",
+            _look(int(iteration), ds), {"quantity": names[name], "iteration": str(iteration)},
+            hovertemplate="epoch %{x}: %{y:.4g}",
+        )
+        for name in shown
+        for iteration in ds.iteration.values
+    ]  # fmt: skip
+    choices = [Choice("quantity", "Quantity", list(names.values())), _iterations(ds)]
+    return Explorer("Explore the training", choices, traces, _axes("epoch", ""))
+
+
+def _hessian(ds: xr.Dataset) -> Explorer:
+    names = [str(name) for name in ds.checkpoint.values]
+    grid, traces = ds.eigenvalue.values, []
+    for i, name in enumerate(names):
+        density, se = (ds[variable].isel(checkpoint=i).values for variable in ("density", "density_se"))
+        curve = _trace(
+            grid, np.where(density > 0, density, np.nan), name,
+            {"color": COLOURS[i % len(COLOURS)], "dash": _DASHES[i % len(_DASHES)]}, {"checkpoint": name},
+            hovertemplate="%{y:.3g} ± %{customdata:.1g} at %{x:.4g}",
+        )  # fmt: skip
+        traces.append({**curve, "customdata": _numbers(se)})
+    layout = _axes(label(ds.eigenvalue) if ds.eigenvalue.attrs else "eigenvalue [loss]", label(ds.density))
+    top = float(ds.density.max())
+    layout["yaxis"] |= {"type": "log", "range": [float(np.log10(top)) - 8, float(np.log10(top)) + 0.3]}
+    return Explorer("Explore the spectrum", [Choice("checkpoint", "Checkpoint", [ALL, *names])], traces, layout)
+
+
+def _saturation(ds: xr.Dataset) -> Explorer:
+    if "run" in ds.dims:
+        ds = ds.isel(run=0)
+    layers = [str(layer) for layer in ds.layer.values]
+    levels = sorted(ds["quantile"].values.tolist(), reverse=True)
+    traces = [
+        _trace(
+            ds.epoch.values, ds.abs_percentile.sel(iteration=iteration, layer=layer, quantile=level).values,
+            f"iteration {iteration}", _look(int(iteration), ds),
+            {"layer": layer, "level": f"{level:g}", "iteration": str(iteration)},
+            hovertemplate="epoch %{x}: %{y:.4f}",
+        )
+        for layer in layers
+        for level in levels
+        for iteration in ds.iteration.values
+    ]  # fmt: skip
+    choices = [
+        Choice("layer", "Layer", layers),
+        Choice("level", "Percentile of |activation|", [f"{level:g}" for level in levels]),
+        _iterations(ds),
+    ]
+    return Explorer("Explore the saturation", choices, traces, _axes("epoch", "|activation|"))
+
+
+def _trajectory(ds: xr.Dataset) -> Explorer:
+    paths = list(dict.fromkeys(zip(ds.run.values.tolist(), ds.iteration.values.tolist(), strict=True)))
+    first, several = str(ds.run.values[0]), len(set(ds.run.values.tolist())) > 1
+    projections = {"plane": "plane through start and ends", "pca": "principal components"}
+    traces = []
+    for projection, title in projections.items():
+        for run, iteration in paths:
+            at = ds.isel(checkpoint=np.flatnonzero((ds.run == run).values & (ds.iteration == iteration).values))
+            x, y = at[projection].isel(component=slice(2)).values.T
+            name = f"{run} iteration {iteration}" if several else f"iteration {iteration}"
+            look = _look(int(iteration), ds) if run == first else {"color": COLOURS[2], "dash": "dot"}
+            curve = _trace(
+                x, y, name, look, {"projection": title, "path": name},
+                hovertemplate="epoch %{customdata[0]}, validation error %{customdata[1]:.2%}",
+            )  # fmt: skip
+            known = zip(at.epoch.values.tolist(), _numbers(at.validation_error.values), strict=True)
+            traces.append({**curve, "mode": "lines+markers", "customdata": list(map(list, known))})
+    choices = [
+        Choice("projection", "Projection", list(projections.values())),
+        Choice("path", "Path", [ALL, *dict.fromkeys(trace["name"] for trace in traces)]),
+    ]
+    layout = _axes("[parameter units]", "[parameter units]")
+    layout["yaxis"] |= {"scaleanchor": "x"}
+    return Explorer("Explore the trajectories", choices, traces, {**layout, "hovermode": "closest"})
+
+
+def _iterations(ds: xr.Dataset) -> Choice:
+    return Choice("iteration", "Iteration", [ALL, *(str(iteration) for iteration in ds.iteration.values)])
+
+
+def _look(iteration: int, ds: xr.Dataset) -> dict[str, Any]:
+    """Plain and champion as in the printed figures, the others quiet."""
+    if iteration == 0:
+        return {"color": PLAIN, "dash": "solid", "width": 2.5}
+    if iteration == int(ds.attrs.get("champion", -1)):
+        return {"color": CHAMPION, "dash": "dash", "width": 2.5}
+    return {"color": QUIET, "dash": _DASHES[iteration % len(_DASHES)], "width": 1.2}
+
+
+def _trace(
+    x: np.ndarray, y: np.ndarray, name: str, line: dict[str, Any], answers: dict[str, str], hovertemplate: str
+) -> dict[str, Any]:
+    return {
+        "type": "scatter", "mode": "lines", "name": name, "x": _numbers(x), "y": _numbers(y), "line": line,
+        "meta": answers, "hovertemplate": f"{hovertemplate}<extra>%{{fullData.name}}</extra>",
+    }  # fmt: skip
+
+
+def _axes(x: str, y: str) -> dict[str, Any]:
+    return {
+        "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}, "hovermode": "x unified",
+        "margin": {"l": 70, "r": 10, "t": 10, "b": 50}, "height": 420,
+    }  # fmt: skip
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """To five digits, enough for a screen; None for what is unknown."""
+    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values.astype(float)]

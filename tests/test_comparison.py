@@ -1,0 +1,343 @@
+"""Comparisons: every number against a direct computation, paired errors that cover, and words that claim no more."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+import pnanalysis as pn
+from pnanalysis import schema
+from pnanalysis.comparison import _saved_spectrum, told_beyond
+from pnanalysis.distance import parameter_distances
+from pnanalysis.errors import DataError, RunError
+from pnanalysis.evaluation import paired
+from pnanalysis.measured import Measured
+from pnanalysis.members import Examples, members
+from pnanalysis.runs import ANALYSIS, MANIFEST, Run, open_run
+from pnanalysis.sources import as_source, open_files
+from pnanalysis.verdict import diagnostics, measured, verdict
+from trainers import Config, train
+
+SMALL = {"n": 100, "n_lanczos": 10, "n_probes": 3}
+QUIET = {"device": "cpu", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def control(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The restart control of the tiny run."""
+    return train(replace(tiny_config, strategy="restart"), tmp_path_factory.mktemp("runs") / "restart", **QUIET)
+
+
+@pytest.fixture(scope="module")
+def ends(tiny_run: Run) -> xr.Dataset:
+    """All end points of the tiny run."""
+    return pn.compare(tiny_run, checkpoints=["ends"], hessian=SMALL, progress=False)
+
+
+def regression(seed: int, hidden: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+
+
+def saved(folder: Path, **models: nn.Module) -> list[Path]:
+    for name, model in models.items():
+        torch.save(model.state_dict(), folder / f"{name}.pt")
+    return [folder / f"{name}.pt" for name in models]
+
+
+def points(seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    x = torch.randn(80, 3, generator=torch.Generator().manual_seed(seed))
+    y = x[:, :1].sin()
+    return {"train": (x[:50], y[:50]), "validation": (x[50:], y[50:])}
+
+
+def test_losses_errors_and_counts_equal_those_by_hand(tiny_run: Run, ends: xr.Dataset) -> None:
+    source = as_source(tiny_run)
+    for split in ("train", "validation", "test"):
+        x, y = source.data.get(split).take(slice(None))
+        with torch.no_grad():
+            logits = [source.model(end)(x).double() for end in tiny_run.ends]
+        losses = np.stack([nn.functional.cross_entropy(o, y, reduction="none").numpy() for o in logits])
+        wrong = np.stack([(o.argmax(1) != y).numpy() for o in logits])
+        at = ends.sel(split=split)
+        assert int(at.n_examples) == len(y)
+        np.testing.assert_allclose(at.loss, losses.mean(1), rtol=1e-5)
+        np.testing.assert_allclose(at.loss_se, losses.std(1, ddof=1) / np.sqrt(len(y)), rtol=1e-4)
+        np.testing.assert_allclose(at.error, wrong.mean(1))
+        np.testing.assert_allclose(at.only_wrong[0, 2], (wrong[0] & ~wrong[2]).sum())
+        np.testing.assert_allclose(at.error_difference[0, 2], wrong[0].mean() - wrong[2].mean(), atol=1e-15)
+    for split in ("validation", "test"):  # what training wrote down
+        np.testing.assert_allclose(ends.error.sel(split=split), tiny_run.history[f"{split}_error"][:, -1], atol=1e-9)
+
+
+def test_the_error_of_a_difference_is_mcnemars(ends: xr.Dataset) -> None:
+    at = ends.sel(split="train").isel(checkpoint=1, other=0)
+    back = float(ends.only_wrong.sel(split="train").isel(checkpoint=0, other=1))
+    n, b, c = float(at.n_examples), float(at.only_wrong), back
+    assert b + c > 0
+    assert float(at.error_difference) == pytest.approx((b - c) / n)
+    assert float(at.error_difference_se) == pytest.approx(np.sqrt((b + c - (b - c) ** 2 / n) / (n * (n - 1))))
+
+
+def test_paired_errors_agree_with_a_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.exponential(size=300)
+    values = np.stack([hard + 0.1 * rng.normal(size=300), hard + 0.2 * rng.normal(size=300) + 0.02])
+    found = paired(values)
+    draws = rng.integers(300, size=(2000, 300))
+    boot = values[0][draws].mean(1) - values[1][draws].mean(1)
+    # 2,000 resamples know a standard deviation to 1 / sqrt(4000) = 1.6 %
+    assert found["_difference_se"][0, 1] == pytest.approx(boot.std(), rel=0.07)
+    assert found["_difference_se"][0, 1] < 0.2 * np.hypot(*found["_se"])  # what all find hard does not count
+    np.testing.assert_allclose(found["_difference"], -found["_difference"].T)
+
+
+def test_paired_intervals_cover_the_difference() -> None:
+    rng = np.random.default_rng(1)
+    trials, n, covered = 1500, 400, 0
+    for _ in range(trials):
+        hard = rng.random(n) < 0.3  # both fail
+        wrong = np.stack([hard | (rng.random(n) < 0.10), hard | (rng.random(n) < 0.06)]).astype(float)
+        found = paired(wrong)
+        truth = 0.7 * 0.04
+        covered += abs(found["_difference"][0, 1] - truth) <= 1.96 * found["_difference_se"][0, 1]
+    # binomial with 0.95: standard deviation 0.0056; three of these and one point for the normal approximation
+    assert covered / trials == pytest.approx(0.95, abs=0.027)
+
+
+def test_distances_equal_those_of_the_flattened_parameters(tiny_run: Run, ends: xr.Dataset) -> None:
+    names = [name for name, _ in as_source(tiny_run).make_model().named_parameters()]
+    states = [end.load() for end in tiny_run.ends]
+    flat = np.stack([np.concatenate([s[name].double().numpy().ravel() for name in names]) for s in states])
+    start = np.concatenate([tiny_run.start.load()[name].double().numpy().ravel() for name in names])
+    np.testing.assert_allclose(ends.norm, np.linalg.norm(flat, axis=1))
+    np.testing.assert_allclose(ends.distance[1, 2], np.linalg.norm(flat[1] - flat[2]))
+    np.testing.assert_allclose(ends.distance_from_start, np.linalg.norm(flat - start, axis=1))
+    np.testing.assert_allclose(ends.relative_distance[1, 0], ends.distance[1, 0] / ends.norm[0])
+    cosine = flat[0] @ flat[2] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[2])
+    np.testing.assert_allclose(ends.cosine[0, 2], cosine)
+    by_layer = ends.layer_distance.sel(layer="fc3")[1, 0]
+    part = [np.concatenate([s[f"fc3.{n}"].double().numpy().ravel() for n in ("weight", "bias")]) for s in states]
+    np.testing.assert_allclose(by_layer, np.linalg.norm(part[1] - part[0]))
+    np.testing.assert_allclose((ends.layer_distance**2).sum("layer"), ends.distance**2)
+    assert ends.layer.values.tolist() == [*(f"fc{i}" for i in range(1, 8)), "output"]
+
+
+def test_distances_between_architectures_are_unknown() -> None:
+    found = parameter_distances([nn.Linear(3, 2), nn.Linear(2, 3), nn.Linear(3, 2)])
+    distance = found["distance"][1]
+    assert np.isnan(distance[0, 1])
+    assert np.isfinite(distance[0, 2])
+    np.testing.assert_array_equal(np.diagonal(distance), 0)
+
+
+def test_spectra_differ_as_their_own_comparison_says(tiny_run: Run, ends: xr.Dataset) -> None:
+    spectra = pn.hessian(tiny_run, checkpoints=["ends"], progress=False, **SMALL)
+    np.testing.assert_allclose(ends.trace, spectra.trace, rtol=1e-6)
+    np.testing.assert_allclose(ends.lambda_max_high, spectra.lambda_max_high, rtol=1e-6)
+    direct = pn.curvature.summary.compare_spectra(*(spectra.isel(checkpoint=i) for i in (0, 2)))
+    pair = ends.isel(checkpoint=2, other=0)
+    for name in ("trace", "trace_se", "effective_rank", "lambda_max_low"):
+        stem, _, end = name.partition("_se") if name.endswith("_se") else name.partition("_low")
+        end = name.removeprefix(stem)
+        assert float(pair[f"{stem}_difference{end}"]) == pytest.approx(float(direct[name]), rel=1e-5), name
+    assert float(pair.wasserstein1) == pytest.approx(float(direct.wasserstein1), rel=1e-4)
+    back = ends.isel(checkpoint=0, other=2)
+    assert float(back.lambda_max_difference_low) == -float(pair.lambda_max_difference_high)
+    assert ends.attrs["n_hessian"] == 100
+
+
+def test_a_saved_spectrum_is_used_only_if_it_is_the_same(own_run: Run) -> None:
+    options = {**SMALL, "seed": 0}
+    chosen = members([own_run], ["plain", "iter01"])
+    assert _saved_spectrum(chosen[0], options) is None
+    saved_ds = pn.hessian(own_run, checkpoints=["ends"], progress=False, **options)
+    file = own_run.path / ANALYSIS / "hessian.nc"
+    schema.save(saved_ds.assign(trace=saved_ds.trace + 1000), file)
+    found = _saved_spectrum(chosen[1], options)
+    assert found is not None
+    assert float(found.trace) == float(saved_ds.trace[1]) + 1000
+    ds = pn.compare(own_run, checkpoints=["ends"], hessian=SMALL, progress=False)
+    np.testing.assert_array_equal(ds.trace, saved_ds.trace + 1000)
+    for change in ({"n": 99}, {"seed": 1}, {"n_lanczos": 11}, {"n_probes": 4}, {"split": "test"}):
+        assert _saved_spectrum(chosen[1], options | change) is None, change
+    start = members([own_run], ["start", "plain"])[0]
+    assert _saved_spectrum(start, options) is None
+    chosen[1].checkpoint.path.touch()  # trained anew
+    assert _saved_spectrum(chosen[1], options) is None
+
+
+def test_saturation_is_that_of_the_checkpoint(tiny_run: Run, ends: xr.Dataset) -> None:
+    direct = pn.saturation(tiny_run, checkpoints=["ends"], split="test", progress=False).sel(epoch=4, quantile=98.0)
+    np.testing.assert_allclose(ends.saturation, direct.abs_percentile)
+    assert ends.activation.values.tolist() == direct.layer.values.tolist()
+
+
+def test_a_checkpoint_does_not_differ_from_itself(tiny_run: Run) -> None:
+    ds = pn.compare(tiny_run, checkpoints=["plain", "iter00"], hessian=SMALL, progress=False)
+    pair = ds.isel(checkpoint=1, other=0)
+    for name in ("loss_difference", "loss_difference_se", "error_difference", "error_difference_se", "only_wrong"):
+        np.testing.assert_array_equal(pair[name], 0)
+    for name in ("distance", "disagreement", "js_divergence", "trace_difference", "wasserstein1"):
+        assert float(pair[name]) == 0, name
+    np.testing.assert_allclose(pair.cka, 1)
+    assert verdict(ds) == ["iter00 (the plain model) against plain: the same parameters."]
+
+
+def test_defaults_are_plain_and_champion_and_then_champions(tiny_run: Run, control: Run) -> None:
+    assert [m.label for m in members([tiny_run])] == ["plain", "champion"]
+    both = members([tiny_run, control])
+    assert [m.label for m in both] == ["tiny/champion", "restart/champion"]
+    assert both[1].description == "the best of 3 restarts"
+    assert [m.label for m in members([tiny_run, tiny_run])] == ["tiny#1/champion", "tiny#2/champion"]
+
+
+def test_the_restart_control_is_named(tiny_run: Run, control: Run) -> None:
+    ds = pn.compare(tiny_run, control, hessian=False, cka=False, saturation=False, progress=False)
+    said = verdict(ds)
+    assert said[0].startswith("restart/champion (the best of 3 restarts) against tiny/champion (")
+    assert "cka" not in ds
+    assert "trace" not in ds
+    assert "saturation" not in ds
+    titles = [row.title for row in diagnostics(ds)]
+    assert "disagreement" in titles
+    assert not any(title.startswith(("Hessian", "CKA", "saturation")) for title in titles)
+
+
+def test_words_claim_what_the_errors_allow(ends: xr.Dataset) -> None:
+    """The same difference with a small and with a large error."""
+    for factor, claimed in ((0.1, True), (10.0, False)):
+        ds = ends.copy(deep=True)
+        ds.error_difference[:] = np.sign(np.arange(3)[:, None, None] - np.arange(3)[None, :, None]) * 0.02
+        ds.error_difference_se[:] = factor * 0.02
+        said = verdict(ds)[0]
+        assert ("points (higher)" in said) is claimed
+        assert ("no difference that this test set could tell" in said) is not claimed
+    lower = Measured(-1.0, 0.3)
+    assert lower.verdict() == "lower"
+    assert not Measured(-1.0, 0.6).told()
+    assert not Measured(1.0).told()
+    assert not Measured(1.0, 0.1, low=-0.2, high=2.0).told()  # the interval knows better
+    assert Measured(1.0, low=0.2, high=2.0).told()
+    assert Measured(1.0, low=0.5, high=2.0).text() == "1 (0.5 to 2)"
+
+
+def test_ranks_tie_where_errors_do_not_tell(tmp_path: Path) -> None:
+    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    model = regression(0)
+    with torch.no_grad():
+        targets = model(x) + 0.1 * torch.randn(400, 1, generator=torch.Generator().manual_seed(1))
+    near, far = regression(0), regression(0)
+    with torch.no_grad():
+        near[2].bias += 1e-4
+        far[2].bias += 1.0
+    source = open_files(lambda: regression(3), saved(tmp_path, far=far, near=near, best=model), (x, targets), "mse")
+    ds = pn.compare(source, hessian=False, progress=False)
+    assert ds["rank"].sel(split="train").values.tolist() == [3, 1, 1]
+    assert verdict(ds)[-1].startswith("By train error, ties where none is told to be better: 1. ")
+    assert verdict(ds)[-1].endswith("3. far.")
+
+
+def test_a_run_and_its_control_load_the_data_once(tiny_run: Run, control: Run, own_run: Run) -> None:
+    chosen = members([tiny_run, control])
+    Examples(chosen, torch.device("cpu"))
+    assert chosen[0].source.data is chosen[1].source.data
+    manifest = json.loads((own_run.path / MANIFEST).read_text())
+    manifest["data"]["split_seed"] = 5
+    (own_run.path / MANIFEST).write_text(json.dumps(manifest))
+    others = [as_source(tiny_run), as_source(open_run(own_run.path))]
+    others[1].share_data(others[0])
+    assert others[1].data.split_hash != others[0].data.split_hash
+
+
+def test_many_comparisons_ask_for_more() -> None:
+    assert told_beyond(1) == 2.0
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(20_000, 6))
+    false = (np.abs(noise) > told_beyond(6)).any(1).mean()
+    assert false <= 0.0455 + 3 * np.sqrt(0.0455 / 20_000)
+    assert told_beyond(6) > 2.5
+
+
+def test_a_users_own_regression_is_compared(tmp_path: Path) -> None:
+    files = saved(tmp_path, a=regression(0), b=regression(1))
+    ds = pn.compare(open_files(lambda: regression(2), files, points(), "mse"), hessian=SMALL, progress=False)
+    assert ds.split.values.tolist() == ["train", "validation"]
+    np.testing.assert_allclose(ds.loss, ds.error, rtol=1e-6)  # both are the squared error
+    assert "disagreement" not in ds
+    assert float(ds.rms_difference[0, 1]) > 0
+    said = verdict(ds)
+    assert "validation squared error" in said[0]
+    assert "picked by this error" in said[0]
+    assert any("outputs differ by" in line for line in said)
+    assert np.isnan(ds.distance_from_start).all()
+    assert schema.load(schema.save(ds, tmp_path / "c.nc")).identical(ds)
+
+
+def test_one_instance_serves_for_all_weights(tmp_path: Path) -> None:
+    files = saved(tmp_path, a=regression(0), b=regression(1))
+    shared, made = (
+        pn.compare(open_files(model, files, points(), "mse"), hessian=False, progress=False)
+        for model in (regression(2), lambda: regression(2))
+    )
+    np.testing.assert_array_equal(shared.loss, made.loss)
+    assert float(shared.distance[0, 1]) > 0
+
+
+def test_architectures_may_differ_if_outputs_do_not(tmp_path: Path) -> None:
+    data = points()
+    a = open_files(lambda: regression(2), saved(tmp_path, small=regression(0)), data, "mse", label="small")
+    b = open_files(lambda: regression(2, 9), saved(tmp_path, wide=regression(1, 9)), data, "mse", label="wide")
+    ds = pn.compare(a, b, hessian=SMALL, progress=False)
+    assert np.isnan(float(ds.distance[0, 1]))
+    assert float(ds.rms_difference[0, 1]) > 0
+    assert ds.cka.sel(layer="0").notnull().all()  # layers of one name, of whatever width
+    assert any("different architectures, so that they have no distance" in line for line in verdict(ds))
+    assert "distance in parameters" not in [row.title for row in diagnostics(ds)]
+
+
+def test_identical_functions_with_more_layers(tmp_path: Path) -> None:
+    """An identity in between: another architecture, the same outputs."""
+    plain = regression(0)
+    deep = nn.Sequential(*plain, nn.Linear(1, 1))
+    with torch.no_grad():
+        deep[3].weight.fill_(1.0)
+        deep[3].bias.zero_()
+    data = points()
+    sources = [
+        open_files(lambda: regression(0), saved(tmp_path, plain=plain), data, "mse", label="plain"),
+        open_files(lambda: nn.Sequential(*regression(0), nn.Linear(1, 1)), saved(tmp_path, deep=deep), data, "mse"),
+    ]
+    ds = pn.compare(*sources, hessian=False, progress=False)
+    assert float(ds.rms_difference[0, 1]) == 0
+    assert any("the same function on all 30 validation examples" in line for line in verdict(ds))
+    assert np.isnan(ds.cka.sel(layer="3")[0, 1])
+    np.testing.assert_allclose(ds.cka.sel(layer="output"), 1, rtol=1e-6)
+
+
+def test_bad_input_is_one_clear_sentence(tiny_run: Run, own_run: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="at least two checkpoints, there is only plain"):
+        pn.compare(tiny_run, checkpoints=["plain"])
+    manifest = json.loads((own_run.path / MANIFEST).read_text())
+    manifest["data"]["split_seed"] = 5
+    (own_run.path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="different validation and test halves"):
+        pn.compare(tiny_run, open_run(own_run.path), progress=False)
+    files = saved(tmp_path, a=regression(0))
+    a, b = (open_files(lambda: regression(0), files, points(seed), "mse") for seed in (0, 1))
+    with pytest.raises(DataError, match="model#1/a and model#2/a are of different data sets"):
+        pn.compare(a, b, progress=False)
+
+
+def test_variables_of_one_checkpoint_become_numbers_with_errors(ends: xr.Dataset) -> None:
+    at = measured(ends.isel(checkpoint=0, other=0), "trace")
+    assert at.low < at.value < at.high
+    assert at.se > 0
+    assert np.isnan(measured(ends.isel(checkpoint=0, other=0), "norm").se)
