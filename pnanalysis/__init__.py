@@ -17,9 +17,11 @@ from pnanalysis.errors import PnError
 from pnanalysis.gradients import gradient_split
 from pnanalysis.hessian import hessian
 from pnanalysis.history import history
+from pnanalysis.landscape import landscape
 from pnanalysis.runs import Checkpoint, Run, open_run
 from pnanalysis.saturation import saturation
 from pnanalysis.schema import load, save, validate
+from pnanalysis.sharpness import sharpness
 from pnanalysis.sources import open_files
 from pnanalysis.trajectory import trajectory
 
@@ -34,6 +36,7 @@ __all__ = [
     "gradient_split",
     "hessian",
     "history",
+    "landscape",
     "load",
     "open_files",
     "open_run",
@@ -41,6 +44,7 @@ __all__ = [
     "plots",
     "saturation",
     "save",
+    "sharpness",
     "spectral_density",
     "trajectory",
     "validate",

@@ -104,6 +104,8 @@ def train_curve(
     stacked = surface.combine(ends, weights)
     anchors = [{name: tensor[k] for name, tensor in stacked.items()} for k in range(n_bends + 2)]
     bends = {name: stacked[name][1:-1].clone() for name in surface.parameter_names}
+    for k, anchor in enumerate(anchors[1:-1]):
+        anchor.update({name: bend[k] for name, bend in bends.items()})  # views: they move with the bends
     optimizer = torch.optim.Adam(list(bends.values()), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     batches = _minibatches(split, batch_size, generator)
@@ -119,8 +121,6 @@ def train_curve(
                 bend.grad = torch.tensordot(inner[:, None], gradient[name][None], 1)
             optimizer.step()
             schedule.step()
-            for k, anchor in enumerate(anchors[1:-1]):
-                anchor.update({name: bend[k] for name, bend in bends.items()})
             advance(text=f"loss {loss:.4g}")
     return anchors
 

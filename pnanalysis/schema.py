@@ -67,6 +67,14 @@ def _with_interval(name: str, units: str, long_name: str) -> dict[str, Variable]
     }
 
 
+def _with_se(name: str, dims: str, units: str, long_name: str, required: bool = True) -> dict[str, Variable]:
+    """A variable with its standard error."""
+    return {
+        name: _var(dims, units, long_name, required),
+        f"{name}_se": _var(dims, units, f"standard error of the {long_name}", required),
+    }
+
+
 _SPECTRUM_SCALARS = {
     **_with_error("trace", "loss", "trace"),
     **_with_error("frobenius_norm", "loss", "Frobenius norm"),
@@ -141,6 +149,28 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "distance_from_start": _var("checkpoint", "1", "Euclidean distance from the starting point"),
         "path_length": _var("checkpoint", "1", "length of the path through the saved checkpoints"),
         "validation_error": _var("checkpoint", "1", "validation error", _OPTIONAL),
+    },
+    "barrier": {
+        **_with_se("loss", "path split position", "nat", "loss"),
+        **_with_se("error", "path split position", "1", "error", _OPTIONAL),
+        **_with_se("excess", "path split position", "nat", "loss above the line between the ends' losses"),
+        **_with_se("barrier", "path split", "nat", "barrier of the loss"),
+        "barrier_position": _var("path split", "1", "position of the barrier of the loss"),
+        **_with_se("error_barrier", "path split", "1", "barrier of the error", _OPTIONAL),
+        "distance": _var("path", "1", "Euclidean distance between the ends"),
+        "length": _var("path", "1", "length of the path"),
+    },
+    "landscape": {
+        **_with_se("loss", "split y x", "nat", "loss"),
+        "error": _var("split y x", "1", "error", _OPTIONAL),
+        "point_position": _var("point component", "1", "coordinates of the checkpoint"),
+    },
+    "sharpness": {
+        **_with_se("loss", "checkpoint", "nat", "loss"),
+        **_with_se("rise", "checkpoint neighbourhood", "nat", "largest rise of the loss found"),
+        **_with_se("one_step", "checkpoint neighbourhood", "nat", "rise of the loss after one step to the border"),
+        "relative": _var("checkpoint neighbourhood", "%", "largest rise of the loss found, relative to 1 + loss"),
+        "radius": _var("neighbourhood", "1", "radius of the neighbourhood"),
     },
     "gradients": {
         "inner_product": _var("layer epoch end", "1", "inner product with the end point over its squared norm"),

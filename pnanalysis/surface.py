@@ -7,6 +7,7 @@ of the anchors times its weights. Lines, planes and curves through checkpoints a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
+from pnanalysis.data import LoaderSplit, Split
 from pnanalysis.errors import ModelError
 from pnanalysis.models import Loss, load_weights
 from pnanalysis.progress import Advance
 from pnanalysis.runs import State
+from pnanalysis.sources import Source
 
 Matrix = NDArray[np.float64]
 BATCH_NORM = ("reestimate", "interpolate")
@@ -79,9 +82,9 @@ class Surface:
         at_once: int | None = None,
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
-        self.model = model.to(self.device, dtype).eval()
+        self.model = deepcopy(model).to(self.device, dtype).eval()
         self.loss = loss
-        self.norms = {name: module for name, module in model.named_modules() if _has_statistics(module)}
+        self.norms = {name: module for name, module in self.model.named_modules() if _has_statistics(module)}
         self.bn_batches = bn_batches if self.norms else None
         self.at_once = at_once or self._points_at_once()
         self._checked = False
@@ -185,8 +188,8 @@ class Surface:
             for part, row in zip(parts, rows, strict=True):
                 part.append(row)
         for part in parts:
-            loss, wrong = (torch.cat(column).double().cpu().numpy() for column in zip(*part, strict=True))
-            yield Values(loss, wrong)
+            columns = [torch.cat(column).double().cpu().numpy() for column in zip(*part, strict=True)]
+            yield Values(*columns)
 
     def _measure(self, state: State, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         outputs = functional_call(self.model, state, (inputs,))
@@ -261,10 +264,17 @@ def example_losses(loss: Loss, outputs: Any, targets: Any) -> Tensor:
         raise ModelError(f"the loss cannot be taken one example at a time ({reason})") from error
 
 
+def examples(source: Source, split: str, n: int | None, seed: int, device: torch.device) -> Split | LoaderSplit:
+    """``n`` examples of a split, drawn by seed, or all where there are fewer."""
+    part = source.data.get(split)
+    return part.subset(min(n, len(part)) if n is not None and isinstance(part, Split) else n, seed).to(device)
+
+
 def mean_and_error(values: Matrix) -> tuple[float, float]:
     """Mean over examples and its standard error (NaN for a single example)."""
     n = len(values)
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+    with np.errstate(invalid="ignore", over="ignore"):  # losses far out may overflow
+        return float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
 
 
 def _are_classes(outputs: Tensor, targets: Tensor) -> bool:
