@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from pnanalysis.cli import demo, gradients, hessian, history, info, plot, report, saturation, trajectory
+from pnanalysis.cli import (
+    demo,
+    gradients,
+    hessian,
+    history,
+    info,
+    landscape,
+    plot,
+    report,
+    saturation,
+    sharpness,
+    trajectory,
+)
 from pnanalysis.console import run_app
 
 app = typer.Typer(
@@ -14,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (demo, hessian, saturation, trajectory, gradients, history, plot, report, info):
+for command in (demo, hessian, saturation, trajectory, landscape, sharpness, gradients, history, plot, report, info):
     command.register(app)
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from pnanalysis.errors import PnError
 from pnanalysis.plots.history import errors, history
+from pnanalysis.plots.landscape import barrier, landscape, sharpness
 from pnanalysis.plots.saturation import activation_histogram, saturation
 from pnanalysis.plots.spectrum import spectral_density
 from pnanalysis.plots.style import save_figure, style
@@ -27,6 +28,9 @@ FIGURES: dict[str, str] = {
     "activation_histogram": "pnanalysis.plots.saturation:activation_histogram",
     "trajectory": "pnanalysis.plots.trajectory:trajectory",
     "pca": "pnanalysis.plots.trajectory:principal_components",
+    "barrier": "pnanalysis.plots.landscape:barrier",
+    "landscape": "pnanalysis.plots.landscape:landscape",
+    "sharpness": "pnanalysis.plots.landscape:sharpness",
     "gradients": "pnanalysis.plots.gradients:gradients",
     "descent": "pnanalysis.plots.toy:descent",
     "surface": "pnanalysis.plots.toy:surface",
@@ -74,11 +78,14 @@ def plot(ds: xr.Dataset, kind: str | None = None, **options: Any) -> Figure:
 __all__ = [
     "FIGURES",
     "activation_histogram",
+    "barrier",
     "errors",
     "history",
+    "landscape",
     "plot",
     "saturation",
     "save_figure",
+    "sharpness",
     "spectral_density",
     "style",
     "trajectory",
