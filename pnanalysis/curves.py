@@ -57,7 +57,7 @@ def train_curve(
     kind: str = "bezier",
     n_bends: int = 1,
     n_steps: int = 1000,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = True,

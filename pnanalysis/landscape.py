@@ -37,7 +37,7 @@ def landscape(
     curve: str = "bezier",
     n_bends: int = 1,
     n_steps: int = 1000,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     n_restarts: int = 5,
     bn: str = "reestimate",
     splits: Sequence[str] | None = None,
@@ -175,7 +175,8 @@ def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> _P
         raise RunError("name a run, or your own model and weights")
     needed = {"plane": 3, "random": 1}.get(view, 2)
     if names is None and view == "plane":
-        chosen = {name: (sources[0], checkpoint) for name, checkpoint in plane_points(sources[0]).items()}
+        found = plane_points(sources[0])
+        chosen = {_short_name(sources[0], name, checkpoint): (sources[0], checkpoint) for name, checkpoint in found}
     elif len(sources) == 1:
         one = sources[0]
         only = ["champion"] if names is None and view == "random" and one.run is not None else names
@@ -210,6 +211,12 @@ def _of_several(sources: list[Source], names: Sequence[str] | None) -> _Points:
         for label, source, selected in wanted
         for name, checkpoint in source.select(selected).items()
     }
+
+
+def _short_name(source: Source, name: str, checkpoint: Checkpoint) -> str:
+    """``start``, ``plain`` or ``champion`` where it is one of them."""
+    names = () if source.run is None else ("start", "plain", "champion")
+    return next((known for known in names if getattr(source.run, known) == checkpoint), name)
 
 
 def _full_name(source: Source, checkpoint: Checkpoint) -> str:

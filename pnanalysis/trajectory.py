@@ -99,12 +99,12 @@ def trajectory(
     )  # fmt: skip
 
 
-def plane_points(source: Source) -> dict[str, Checkpoint]:
-    """The three checkpoints that span the plane of :func:`trajectory`, by name: start, first and second end."""
+def plane_points(source: Source) -> list[tuple[str, Checkpoint]]:
+    """The three checkpoints that span the plane of :func:`trajectory`, and their names: start, two ends."""
     points = list(_points(source, None))
     if len(points) < 3:
         raise RunError(f"a plane needs three checkpoints, there are {len(points)}")
-    return {points[i].name: points[i].checkpoint for i in (0, *_plane_ends(source, points))}
+    return [(points[i].name, points[i].checkpoint) for i in (0, *_plane_ends(source, points))]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def landscape(
     curve: Annotated[str, typer.Option(help="bezier or chain.")] = "bezier",
     bends: Annotated[int, typer.Option(help="Trained points of the curve.")] = 1,
     steps: Annotated[int, typer.Option(help="Minibatches to train the curve with.")] = 1000,
-    lr: Annotated[float, typer.Option(help="Largest step length of that training (Adam).")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Largest step length of that training (Adam).")] = 3e-3,
     restarts: Annotated[int, typer.Option(help="Of the alignment.")] = 5,
     bn: Annotated[str, typer.Option(help="Batch-norm statistics: reestimate or interpolate.")] = "reestimate",
     split: Annotated[

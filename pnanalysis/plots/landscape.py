@@ -7,7 +7,9 @@ import json
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from pnanalysis.errors import PnError
 from pnanalysis.plots.style import CHAMPION, COLUMN, PAGE, PLAIN, QUIET, RESTART, label, new_figure, own_axes
@@ -16,15 +18,13 @@ _LOOKS = {"line": (PLAIN, "-", "o"), "aligned": ("#E69F00", "--", "s"), "curve":
 _LEVELS = 16
 
 
-def barrier(ds: xr.Dataset, *, log: bool = False) -> Figure:
+def barrier(ds: xr.Dataset) -> Figure:
     """Loss, and error where there is one, along each path; a band of one standard error, the barrier in the legend.
 
     Parameters
     ----------
     ds : xarray.Dataset
         Kind ``barrier``.
-    log : bool
-        Loss on a logarithmic scale.
 
     Returns
     -------
@@ -33,20 +33,21 @@ def barrier(ds: xr.Dataset, *, log: bool = False) -> Figure:
     """
     quantities = [("loss", "barrier")] + ([("error", "error_barrier")] if "error" in ds else [])
     n_splits = ds.sizes["split"]
-    figure = new_figure(PAGE if len(quantities) > 1 else COLUMN * 1.2, 0.5 + 1.9 * n_splits)
+    figure = new_figure(PAGE if len(quantities) > 1 else COLUMN * 1.2, 0.4 + 2.1 * n_splits)
     panels = figure.subplots(n_splits, len(quantities), squeeze=False, sharex=True)
     for row, split in zip(panels, ds.split.values, strict=True):
         for ax, (name, top) in zip(row, quantities, strict=True):
             for path in ds.path.values:
                 one = ds.sel(path=path, split=split)
-                text = f"{path}: {float(one[top]):.3g} ± {float(one[f'{top}_se']):.1g}"
+                text = f"{path} {float(one[top]):.3g} ± {float(one[f'{top}_se']):.1g}"
                 _profile(ax, one, name, str(path), text)
             for end in (0.0, 1.0):
                 ax.axvline(end, color="#BBBBBB", lw=0.6, zorder=0)
             ax.set_ylabel(f"{split} {label(ds[name])}")
-            ax.legend(title=f"barrier of the {name}", title_fontsize=6.5, fontsize=6.5)
-            if log and name == "loss":
-                ax.set_yscale("log")
+            low, high = ax.get_ylim()
+            ax.set_ylim(low, high + 0.13 * (ds.sizes["path"] + 1) * (high - low))  # room for the legend
+            title = f"barrier of the {name} ± standard error"
+            ax.legend(title=title, title_fontsize=6.5, fontsize=6.5, loc="upper left", alignment="left")
     names = json.loads(ds.attrs.get("checkpoints", '["first end", "second end"]'))
     for ax in panels[-1]:
         ax.set_xlabel(f"position, {names[0]} (0) to {names[1]} (1)")
@@ -71,7 +72,7 @@ def landscape(
     trajectory : xarray.Dataset, optional
         Kind ``trajectory``, on the same plane (:func:`same_plane`); its points are projected.
     quantity : {"loss", "error"}
-        Loss is drawn on a logarithmic scale where it is positive throughout.
+        Contours lie the closer, the lower; all above the 95 % quantile of the grid is of one colour.
     split : str, optional
         The first by default.
 
@@ -86,20 +87,17 @@ def landscape(
     """
     at = ds.isel(split=0) if split is None else ds.sel(split=split)
     values = at[quantity].values
-    ax = own_axes(ax, COLUMN * 1.5, COLUMN * 1.15)
-    positive = quantity == "loss" and bool(np.nanmin(values) > 0)
-    finite = np.log10(values) if positive else values
-    levels = np.linspace(np.nanmin(finite), np.nanmax(finite[np.isfinite(finite)]), _LEVELS)
-    drawn = ax.contourf(ds.x, ds.y, finite, levels=levels, cmap="cividis", extend="max")
-    ax.contour(ds.x, ds.y, finite, levels=levels, colors="white", linewidths=0.3, alpha=0.6)
+    shape = float((ds.y[-1] - ds.y[0]) / (ds.x[-1] - ds.x[0]))
+    ax = own_axes(ax, COLUMN / max(shape, 1) + 1.6, COLUMN * min(shape, 1) + 1.0)
+    levels = _levels(values[np.isfinite(values)])
+    norm = BoundaryNorm(levels, 256, extend="max")
+    drawn = ax.contourf(ds.x, ds.y, values, levels=levels, cmap="cividis", norm=norm, extend="max")
+    ax.contour(ds.x, ds.y, values, levels=levels, colors="white", linewidths=0.3, alpha=0.6)
     figure = ax.get_figure()
     assert figure is not None
-    bar = figure.colorbar(drawn, ax=ax, fraction=0.05)
-    text = f"{at.split.item()} {label(ds[quantity])}"
-    bar.set_label(text)
-    if positive:
-        ticks = np.linspace(levels[0], levels[-1], 6)
-        bar.set_ticks(ticks.tolist(), labels=[f"{10**tick:.3g}" for tick in ticks])
+    bar = figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.03, spacing="uniform")
+    bar.set_label(f"{at.split.item()} {label(ds[quantity])}")
+    bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
     if trajectory is not None:
         _paths(ds, trajectory, ax)
     for marker, (name, (x, y)) in zip("osD", zip(ds.point.values, ds.point_position.values, strict=True), strict=False):
@@ -109,7 +107,7 @@ def landscape(
     ax.set_aspect("equal", adjustable="box")
     ax.set_xlabel(label(ds.x))
     ax.set_ylabel(label(ds.y))
-    ax.legend(fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.0)
+    ax.legend(fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1.0)
     return ax
 
 
@@ -136,6 +134,12 @@ def sharpness(ds: xr.Dataset) -> Figure:
     panels[0].set_ylabel("rise of the loss [nat]")
     panels[0].legend()
     return figure
+
+
+def _levels(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Contours whose height above the lowest point grows by a constant factor."""
+    low, high = values.min(), np.quantile(values, 0.95)
+    return np.asarray(low + max(high - low, 1e-12) * np.append(0.0, np.geomspace(0.01, 1.0, _LEVELS)))
 
 
 def _profile(ax: Axes, one: xr.Dataset, name: str, path: str, text: str) -> None:
