@@ -113,7 +113,7 @@ def landscape(
     S. Ainsworth et al., "Git Re-Basin", arXiv:2209.04836. T. Garipov et al., arXiv:1802.10026.
     H. Li et al., arXiv:1712.09913. K. Jordan et al., "REPAIR", arXiv:2211.08403.
     """
-    _check(view, align, bn, curve, n_points)
+    _check(view, align, bn, curve, n_points, extrapolate)
     sources = [as_source(run) for run in runs]
     points = _choose(sources, checkpoints, view)
     first, torch_device = sources[0], resolve_device(device)
@@ -159,7 +159,7 @@ def landscape(
     )  # fmt: skip
 
 
-def _check(view: str, align: bool, bn: str, curve: str, n_points: int | None) -> None:
+def _check(view: str, align: bool, bn: str, curve: str, n_points: int | None, extrapolate: float) -> None:
     for name, value, known in (("view", view, VIEWS), ("bn", bn, BATCH_NORM), ("curve", curve, CURVES)):
         if value not in known:
             raise ModelError(f"unknown {name} {value!r}; there are {', '.join(known)}")
@@ -167,6 +167,8 @@ def _check(view: str, align: bool, bn: str, curve: str, n_points: int | None) ->
         raise ModelError("only lines and curves are aligned: a relabelled network lies on another plane")
     if n_points is not None and n_points < 2:
         raise ModelError(f"{n_points} points show no landscape; take at least 2")
+    if not 0 <= extrapolate < 100:
+        raise ModelError(f"extrapolate by a share of the line that is not negative, not by {extrapolate}")
 
 
 def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> _Points:

@@ -85,6 +85,8 @@ def sharpness(
     """
     radii = dict(RADII if radii is None else radii)
     _check(radii, n_steps, n_starts)
+    if not runs:
+        raise ModelError("name a run, or your own model and weights")
     sources, torch_device = [as_source(run) for run in runs], resolve_device(device)
     chosen = {
         name if len(sources) == 1 else f"{source.label}/{name}": (source, checkpoint)

@@ -50,9 +50,10 @@ def sharpness(
 
       pnanalysis sharpness runs/lenet5 -c ends --radius ball=0.1 --radius box=5e-4 --plot sharpness.pdf
     """
+    radii = _radii(radius)
     given = options.sources(runs, model, weights, data, loss)
     ds = analyse(
-        *given, checkpoints=checkpoint, radii=_radii(radius), n_steps=steps, n_starts=starts, split=split, n=n,
+        *given, checkpoints=checkpoint, radii=radii, n_steps=steps, n_starts=starts, split=split, n=n,
         batch_size=batch_size, dtype=dtype, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _table)
