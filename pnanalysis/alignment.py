@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pnanalysis.channels import Group, Use
 from pnanalysis.errors import ModelError
-from pnanalysis.progress import progress_bar
+from pnanalysis.progress import Advance, progress_bar
 from pnanalysis.runs import State
-from pnanalysis.symmetries import Group, Use, find_groups
+from pnanalysis.symmetries import find_groups
 
 _MAX_SWEEPS = 100
+_ROUND_OFF = 1e-6  # relative to the largest similarity: what no gain may be smaller than
 _SAME = 1e-6  # relative deviation of outputs in float64 that a relabelled network may show
 
 
@@ -132,7 +134,8 @@ def align(
     best, nearest = Relabelling.identity(groups), -np.inf
     with progress_bar("aligning", n_restarts, progress) as advance:
         for restart in range(max(n_restarts, 1)):
-            found = _descend(_Matching(groups, names, reference, state, signs), rng if restart else None)
+            matching = _Matching(groups, names, reference, state, signs)
+            found = _descend(matching, rng if restart else None, advance)
             similarity = _inner(reference, found.apply(state), names)
             if similarity > nearest:
                 best, nearest = found, similarity
@@ -202,19 +205,27 @@ class _Matching:
                 tensor.movedim(use.dim, 0).reshape(size, use.repeat, -1).flatten(1)
                 for tensor in (self.reference[use.tensor], other)
             )
-            parts[0 if use.signed else 1] += (a.double() @ b.double().T).cpu().numpy()
+            parts[0 if use.signed else 1] += (a @ b.T).double().cpu().numpy()
         return parts[0], parts[1]
 
+    def neighbours(self, k: int) -> set[int]:
+        """Groups whose similarities depend on the order of group k."""
+        shared = [self.by_tensor[use.tensor] for use in self.uses[k]]
+        return {j for users in shared for j, _ in users if len(users) > 1}
 
-def _descend(matching: _Matching, rng: np.random.Generator | None) -> Relabelling:
+
+def _descend(matching: _Matching, rng: np.random.Generator | None, advance: Advance) -> Relabelling:
     """Coordinate descent from the identity; in the order of the network, or in a new random order each sweep."""
-    current = Relabelling.identity(matching.groups)
+    current, n = Relabelling.identity(matching.groups), len(matching.groups)
+    pending = set(range(n))  # groups that may gain
     for _ in range(_MAX_SWEEPS):
-        gained = False
-        n = len(matching.groups)
-        for k in range(n) if rng is None else rng.permutation(n):
-            gained |= _improve(matching, current, int(k))
-        if not gained:
+        for k in range(n) if rng is None else rng.permutation(n).tolist():
+            if k in pending:
+                pending.discard(k)
+                advance(0, text=f"{len(pending) + 1} of {n} groups may gain")
+                if _improve(matching, current, k):
+                    pending |= matching.neighbours(k)
+        if not pending:
             break
     return current
 
@@ -227,7 +238,7 @@ def _improve(matching: _Matching, current: Relabelling, k: int) -> bool:
     rows, order = linear_sum_assignment(score, maximize=True)
     old = current.orders[k]
     before = float(np.sum(current.signs[k] * signed[rows, old] + plain[rows, old]))
-    if score[rows, order].sum() <= before + 1e-9 * np.abs(score).max():
+    if score[rows, order].sum() <= before + _ROUND_OFF * np.abs(score).max():
         return False
     current.orders[k] = order
     if flips:

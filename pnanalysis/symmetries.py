@@ -9,7 +9,7 @@ the network's output may not be relabelled.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, cast
 
@@ -21,29 +21,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pnanalysis.activations import ACTIVATIONS
+from pnanalysis.channels import Axis, ChannelGroups, Group, misunderstood
 from pnanalysis.errors import ModelError
-
-
-@dataclass(frozen=True)
-class Use:
-    """An axis of a tensor that a group indexes, each channel ``repeat`` times in a row.
-
-    ``signed`` says whether the entries change sign with the channel (a weight does, a running variance does not).
-    """
-
-    tensor: str
-    dim: int
-    repeat: int
-    signed: bool
-
-
-@dataclass(frozen=True)
-class Group:
-    """``size`` interchangeable channels; where ``odd``, the sign of each may be flipped as well."""
-
-    size: int
-    uses: tuple[Use, ...]
-    odd: bool
 
 
 def find_groups(model: nn.Module, inputs: Any) -> list[Group]:
@@ -76,16 +55,7 @@ def find_groups(model: nn.Module, inputs: Any) -> list[Group]:
             f"{type(model).__name__} cannot be aligned: torch.fx cannot trace it ({reason}); "
             "write its forward without branches on data"
         ) from error
-    return _Walk(traced, dict(model.named_modules()), _canonical(model)).groups()
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Where a value carries its channels: group (``None``: not to be relabelled), axis, repetitions."""
-
-    group: int | None
-    dim: int
-    repeat: int = 1
+    return _Walk(traced, dict(model.named_modules()), _canonical(model)).channels.groups()
 
 
 _ODD = {"tanh", "softsign", "dropout", "contiguous", "clone", "float", "double", "to", "neg", "avg_pool1d",
@@ -107,43 +77,29 @@ class _Walk:
     """One walk through the graph; groups are merged by union-find as the walk learns of it."""
 
     def __init__(self, traced: fx.GraphModule, modules: dict[str, nn.Module], canonical: dict[str, str]) -> None:
-        self.modules, self.canonical = modules, canonical
-        self.parent: list[int] = []
-        self.size: list[int] = []
-        self.fixed: list[bool] = []
-        self.even: list[bool] = []
-        self.uses: dict[tuple[str, int], tuple[_Axis, bool]] = {}
-        self.values: dict[fx.Node, _Axis] = {}
+        self.modules, self.channels = modules, ChannelGroups(canonical)
+        self.values: dict[fx.Node, Axis] = {}
         for node in traced.graph.nodes:
             axis = self._visit(node)
             if axis is not None:
                 self.values[node] = axis
 
-    def groups(self) -> list[Group]:
-        """The groups that are free, with their uses."""
-        uses: dict[int, list[Use]] = {}
-        for (tensor, dim), (axis, signed) in self.uses.items():
-            root = self._root(axis.group)
-            if root is not None and not self.fixed[root] and self.size[root] > 1:
-                uses.setdefault(root, []).append(Use(tensor, dim, axis.repeat, signed))
-        return [Group(self.size[root], tuple(found), not self.even[root]) for root, found in uses.items()]
-
-    def _visit(self, node: fx.Node) -> _Axis | None:
+    def _visit(self, node: fx.Node) -> Axis | None:
         if node.op == "output":
             for source in node.all_input_nodes:
-                self._fix(self.values.get(source))
+                self.channels.fix(self.values.get(source))
             return None
         if _shape(node) is None and node.op != "get_attr":  # sizes and the like
             return None
         if node.op == "placeholder":
-            return _Axis(None, 1)
+            return Axis(None, 1)
         if node.op == "call_module":
             return self._module(node, str(node.target), self.modules[str(node.target)])
         if node.op == "get_attr":
-            raise self._misunderstood(node, "a parameter outside a layer")
+            raise misunderstood("a parameter outside a layer", node.name)
         return self._call(node)
 
-    def _module(self, node: fx.Node, name: str, module: nn.Module) -> _Axis:
+    def _module(self, node: fx.Node, name: str, module: nn.Module) -> Axis:
         axis = self._input(node)
         if isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
             return self._layer(node, name, module, axis)
@@ -155,12 +111,12 @@ class _Walk:
             return axis
         kinds = (activation, pooling, padding)
         if any(type(module).__module__ == kind.__name__ for kind in kinds) and not isinstance(module, _MIXING):
-            return self._mark_even(axis)
+            return self.channels.mark_even(axis)
         if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-            return self._mark_even(axis)
-        raise self._misunderstood(node, type(module).__name__)
+            return self.channels.mark_even(axis)
+        raise misunderstood(type(module).__name__, node.name)
 
-    def _call(self, node: fx.Node) -> _Axis:
+    def _call(self, node: fx.Node) -> Axis:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         name = name.rstrip("_")
         operands = [part for part in (*node.args, *node.kwargs.values()) if part in self.values]
@@ -171,74 +127,74 @@ class _Walk:
         if name in _ODD | _EVEN and len(operands) == 1:
             axis = self._input(node)
             if axis.group is not None and not self._keeps(node, axis):
-                raise self._misunderstood(node, name)
-            return axis if name in _ODD else self._mark_even(axis)
-        raise self._misunderstood(node, name)
+                raise misunderstood(name, node.name)
+            return axis if name in _ODD else self.channels.mark_even(axis)
+        raise misunderstood(name, node.name)
 
-    def _layer(self, node: fx.Node, name: str, module: nn.Module, axis: _Axis) -> _Axis:
+    def _layer(self, node: fx.Node, name: str, module: nn.Module, axis: Axis) -> Axis:
         """A layer whose weight leads from the channels of its input to new ones."""
         shape = cast("tuple[int, ...]", _shape(node))
         if isinstance(module, nn.Embedding):
-            opened = self._open(module.embedding_dim, len(shape) - 1)
-            self._bind(f"{name}.weight", 1, opened)
+            opened = self.channels.open(module.embedding_dim, len(shape) - 1)
+            self.channels.bind(f"{name}.weight", 1, opened)
             return opened
         if isinstance(module, _ConvNd) and module.groups > 1:
             return self._grouped(node, name, module, axis)
         into, out = (0, 1) if isinstance(module, _ConvTransposeNd) else (1, 0)
         dim = 1 if isinstance(module, _ConvNd) else len(shape) - 1
         if axis.group is not None and axis.dim != dim:
-            raise self._misunderstood(node, f"{type(module).__name__} across other axes than the channels")
-        self._bind(f"{name}.weight", into, axis)
-        opened = self._open(shape[dim], dim)
-        self._bind(f"{name}.weight", out, opened)
+            raise misunderstood(f"{type(module).__name__} across other axes than the channels", node.name)
+        self.channels.bind(f"{name}.weight", into, axis)
+        opened = self.channels.open(shape[dim], dim)
+        self.channels.bind(f"{name}.weight", out, opened)
         if getattr(module, "bias", None) is not None:
-            self._bind(f"{name}.bias", 0, opened)
+            self.channels.bind(f"{name}.bias", 0, opened)
         return opened
 
-    def _grouped(self, node: fx.Node, name: str, module: _ConvNd, axis: _Axis) -> _Axis:
+    def _grouped(self, node: fx.Node, name: str, module: _ConvNd, axis: Axis) -> Axis:
         if module.groups == module.in_channels == module.out_channels:  # depthwise: a filter a channel
-            self._bind(f"{name}.weight", 0, axis, signed=False)
+            self.channels.bind(f"{name}.weight", 0, axis, signed=False)
             if module.bias is not None:
-                self._bind(f"{name}.bias", 0, axis)
+                self.channels.bind(f"{name}.bias", 0, axis)
             return axis
-        self._fix(axis)
-        return _Axis(None, 1)
+        self.channels.fix(axis)
+        return Axis(None, 1)
 
-    def _normalise(self, node: fx.Node, name: str, module: nn.Module, axis: _Axis) -> _Axis:
+    def _normalise(self, node: fx.Node, name: str, module: nn.Module, axis: Axis) -> Axis:
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):  # mixes its channels: no signs
-            self._mark_even(axis)
+            self.channels.mark_even(axis)
             last = axis.dim == len(cast("tuple[int, ...]", _shape(node))) - 1
             if isinstance(module, nn.LayerNorm) and not (last and len(module.normalized_shape) == 1):
-                raise self._misunderstood(node, "LayerNorm over more than the channels")
+                raise misunderstood("LayerNorm over more than the channels", node.name)
             if isinstance(module, nn.GroupNorm) and module.num_groups not in (1, module.num_channels):
-                self._fix(axis)
+                self.channels.fix(axis)
         for tensor, signed in (("weight", False), ("bias", True), ("running_mean", True), ("running_var", False)):
             if getattr(module, tensor, None) is not None:
-                self._bind(f"{name}.{tensor}", 0, axis, signed)
+                self.channels.bind(f"{name}.{tensor}", 0, axis, signed)
         return axis
 
-    def _combine(self, node: fx.Node, operands: list[fx.Node], is_sum: bool) -> _Axis:
+    def _combine(self, node: fx.Node, operands: list[fx.Node], is_sum: bool) -> Axis:
         """A sum or product: its operands' channels are the same, unless one has but a single channel."""
         shape = cast("tuple[int, ...]", _shape(node))
         whole = [self.values[source] for source in operands if self._spans(source, self.values[source], shape)]
         if not whole:
-            raise self._misunderstood(node, "operands of unlike shapes")
+            raise misunderstood("operands of unlike shapes", node.name)
         result = whole[0]
         for other in whole[1:]:
-            result = self._unify(node, result, other)
+            result = self.channels.unify(result, other, node.name)
         keeps_signs = len(whole) > 1 if is_sum else len(operands) == 1  # x + y and 2 x are odd, x + 1 and x y are not
         if not keeps_signs or len(whole) < len(operands):
             for source in operands:
-                self._mark_even(self.values[source])
+                self.channels.mark_even(self.values[source])
         return result
 
-    def _spans(self, source: fx.Node, axis: _Axis, shape: tuple[int, ...]) -> bool:
+    def _spans(self, source: fx.Node, axis: Axis, shape: tuple[int, ...]) -> bool:
         """Whether an operand has the channels of the result (else it is broadcast along them)."""
         own = cast("tuple[int, ...]", _shape(source))
         shift = len(shape) - len(own)
         return axis.group is None or own[axis.dim] == shape[axis.dim + shift]
 
-    def _reshape(self, node: fx.Node, axis: _Axis) -> _Axis:
+    def _reshape(self, node: fx.Node, axis: Axis) -> Axis:
         """Flattening (N, C, ...) to (N, C * ...): each channel is repeated; other reshapes keep N and C."""
         if axis.group is None:
             return axis
@@ -250,9 +206,9 @@ class _Walk:
             return replace(axis, repeat=axis.repeat * prod(before[2:]))
         if axis.dim == 1 and before[:2] == after[:2] and axis.repeat == 1:
             return axis
-        raise self._misunderstood(node, f"a reshape of {before} to {after}")
+        raise misunderstood(f"a reshape of {before} to {after}", node.name)
 
-    def _keeps(self, node: fx.Node, axis: _Axis) -> bool:
+    def _keeps(self, node: fx.Node, axis: Axis) -> bool:
         """Whether the channels lie where they lay (a mean over other axes keeps them)."""
         before = cast("tuple[int, ...]", _shape(node.all_input_nodes[0]))
         after = cast("tuple[int, ...]", _shape(node))
@@ -262,59 +218,11 @@ class _Walk:
         dims = [reduced] if isinstance(reduced, int) else list(cast("Any", reduced) or [])
         return bool(dims) and all(dim % len(before) > axis.dim for dim in dims)
 
-    def _input(self, node: fx.Node) -> _Axis:
+    def _input(self, node: fx.Node) -> Axis:
         sources = [self.values[source] for source in node.all_input_nodes if source in self.values]
         if len(sources) != 1:
-            raise self._misunderstood(node, f"{len(sources)} inputs")
+            raise misunderstood(f"{len(sources)} inputs", node.name)
         return sources[0]
-
-    def _open(self, size: int, dim: int) -> _Axis:
-        self.parent.append(len(self.parent))
-        self.size.append(size)
-        self.fixed.append(False)
-        self.even.append(False)
-        return _Axis(self.parent[-1], dim)
-
-    def _bind(self, tensor: str, dim: int, axis: _Axis, signed: bool = True) -> None:
-        """The group of ``axis`` indexes this axis of a tensor; where another does so too, they are one."""
-        key = (self.canonical[tensor], dim)
-        if key in self.uses:
-            self._unify(None, self.uses[key][0], axis)
-        else:
-            self.uses[key] = (axis, signed)
-
-    def _unify(self, node: fx.Node | None, a: _Axis, b: _Axis) -> _Axis:
-        first, second = self._root(a.group), self._root(b.group)
-        if first is None or second is None:
-            self._fix(a)
-            self._fix(b)
-            return a if second is None else b
-        if (self.size[first], a.repeat) != (self.size[second], b.repeat) or (node is not None and a.dim != b.dim):
-            raise self._misunderstood(node, "channels of unlike layout put together")
-        self.parent[second] = first
-        self.fixed[first] |= self.fixed[second]
-        self.even[first] |= self.even[second]
-        return a
-
-    def _root(self, group: int | None) -> int | None:
-        while group is not None and self.parent[group] != group:
-            group = self.parent[group]
-        return group
-
-    def _fix(self, axis: _Axis | None) -> None:
-        root = self._root(axis.group) if axis is not None else None
-        if root is not None:
-            self.fixed[root] = True
-
-    def _mark_even(self, axis: _Axis) -> _Axis:
-        root = self._root(axis.group)
-        if root is not None:
-            self.even[root] = True
-        return axis
-
-    def _misunderstood(self, node: fx.Node | None, what: str) -> ModelError:
-        where = f" ({node.name})" if node is not None else ""
-        return ModelError(f"this network cannot be aligned: what becomes of its channels in {what}{where} is not known")
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
