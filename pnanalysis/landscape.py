@@ -68,7 +68,8 @@ def landscape(
     extrapolate : float
         Go on beyond both ends of a line by this share of its length.
     span : four floats, optional
-        ``x_min, x_max, y_min, y_max``; by default a quarter more than three points take, or -1 to 1 for random planes.
+        ``x_min, x_max, y_min, y_max``; by default a quarter more on each side than the three points take (no side
+        less than half the other), or -1 to 1 for random planes.
     curve, n_bends, n_steps, lr
         See :func:`pnanalysis.curves.train_curve`; trained on the whole training split.
     n_restarts : int

@@ -28,7 +28,8 @@ def through_three(
 ) -> xr.Dataset:
     """Loss and error on the plane through three states, as variables of kind ``landscape``.
 
-    ``span`` (x_min, x_max, y_min, y_max) by default reaches a quarter beyond what the three take.
+    ``span`` (x_min, x_max, y_min, y_max) by default reaches a quarter beyond what the three take, and no side is less
+    than half the other.
 
     Raises
     ------
@@ -38,8 +39,9 @@ def through_three(
     displacements = gram(states, surface.parameter_names)
     _, points = plane_weights(displacements, np.zeros(1), np.zeros(1))
     low, high = points.min(0), points.max(0)
-    margin = (high - low) / 4
-    around = np.stack([low - margin, high + margin], axis=1).reshape(-1)
+    half = 0.75 * (high - low)
+    half = np.maximum(half, half.max() / 2)
+    around = ((low + high)[:, None] / 2 + half[:, None] * [-1, 1]).reshape(-1)
     x, y = _grid(around if span is None else span, n_points)
     weights, _ = plane_weights(displacements, *_flat(x, y))
     ds = _on_grid(surface, states, weights, x, y, batches, progress)

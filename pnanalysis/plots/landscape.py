@@ -88,7 +88,7 @@ def landscape(
     at = ds.isel(split=0) if split is None else ds.sel(split=split)
     values = at[quantity].values
     shape = float((ds.y[-1] - ds.y[0]) / (ds.x[-1] - ds.x[0]))
-    ax = own_axes(ax, COLUMN / max(shape, 1) + 1.6, COLUMN * min(shape, 1) + 1.0)
+    ax = own_axes(ax, COLUMN / np.clip(shape, 1, 2) + 1.6, COLUMN * min(shape, 1) + 1.0)
     levels = _levels(values[np.isfinite(values)])
     norm = BoundaryNorm(levels, 256, extend="max")
     drawn = ax.contourf(ds.x, ds.y, values, levels=levels, cmap="cividis", norm=norm, extend="max")
@@ -159,7 +159,7 @@ def _paths(ds: xr.Dataset, trajectory: xr.Dataset, ax: Axes) -> None:
     ):
         chosen = (trajectory.run == run).values & (trajectory.iteration == iteration).values
         x, y = trajectory.plane.values[chosen, :2].T
-        colour, dashes, text = "white", "-", "other iterations"
+        colour, dashes, text = "black", ":", "other iterations"
         if run != first:
             colour, dashes, text = RESTART, ":", str(run)
         elif iteration == 0:
