@@ -13,6 +13,7 @@ from pnanalysis import schema
 from pnanalysis.alignment import Relabelling, check_preserved
 from pnanalysis.alignment import align as match
 from pnanalysis.curves import CURVES, train_curve
+from pnanalysis.data import Split
 from pnanalysis.errors import ModelError, RunError
 from pnanalysis.planes import about_one, through_three
 from pnanalysis.profiles import profiles
@@ -130,6 +131,7 @@ def landscape(
     if view == "curve" and surface.norms and bn != "reestimate":
         raise ModelError("a curve through networks with batch normalisation needs their statistics re-estimated")
     states = [surface.anchor(c.load(), str(c.path)) for _, c in points.values()]
+    sizes = {name: len(part) for name, part in parts.items() if isinstance(part, Split)} or n
     chosen, names = {name: batches[name] for name in splits}, list(points)
     settings: dict[str, Any] = {}
     if view == "plane":
@@ -155,7 +157,7 @@ def landscape(
         ds.position.attrs |= {"long_name": f"position from {names[0]} (0) to {names[1]} (1)", "units": "1"}
     return schema.finish(
         ds, "landscape" if view in ("plane", "random") else "barrier", **first.dataset_attrs(), view=view,
-        checkpoints=names, **settings, bn=bn if surface.norms else None, n=n, batch_size=batch_size, seed=seed,
+        checkpoints=names, **settings, bn=bn if surface.norms else None, n=sizes, batch_size=batch_size, seed=seed,
         device=str(torch_device), dtype=dtype,
     )  # fmt: skip
 
@@ -178,8 +180,8 @@ def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> _P
         raise RunError("name a run, or your own model and weights")
     needed = {"plane": 3, "random": 1}.get(view, 2)
     if names is None and view == "plane":
-        found = plane_points(sources[0])
-        chosen = {_short_name(sources[0], name, checkpoint): (sources[0], checkpoint) for name, checkpoint in found}
+        found = plane_points(*sources)
+        chosen = {_short_name(name, sources[0], source, at): (source, at) for name, source, at in found}
     elif len(sources) == 1:
         one = sources[0]
         only = ["champion"] if names is None and view == "random" and one.run is not None else names
@@ -216,9 +218,9 @@ def _of_several(sources: list[Source], names: Sequence[str] | None) -> _Points:
     }
 
 
-def _short_name(source: Source, name: str, checkpoint: Checkpoint) -> str:
-    """``start``, ``plain`` or ``champion`` where it is one of them."""
-    names = () if source.run is None else ("start", "plain", "champion")
+def _short_name(name: str, first: Source, source: Source, checkpoint: Checkpoint) -> str:
+    """``start``, ``plain`` or ``champion`` of the first run where it is one of them."""
+    names = ("start", "plain", "champion") if source is first and source.run is not None else ()
     return next((known for known in names if getattr(source.run, known) == checkpoint), name)
 
 

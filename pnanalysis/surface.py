@@ -59,6 +59,7 @@ class Surface:
     at_once : int, optional
         Points to a vectorised pass. By default 32 for networks of up to 100,000 parameters on a CPU, or 4,000,000 on
         CUDA, and 1 for larger ones; with convolutions 8 on CUDA and 1 on a CPU, where many at a time are slower.
+        What has no vectorised form is done one by one.
 
     Notes
     -----
@@ -180,16 +181,21 @@ class Surface:
             inputs, targets = self._cast(inputs), self._cast(targets)
             if not self._checked:
                 self._check_loss({name: tensor[0] for name, tensor in points.items()}, inputs, targets)
-            if self.at_once > 1:
-                loss, wrong = vmap(self._measure, in_dims=(0, None, None))(points, inputs, targets)
-                rows = list(zip(loss, wrong, strict=True))
-            else:
-                rows = [self._measure({n: t[k] for n, t in points.items()}, inputs, targets) for k in range(size)]
-            for part, row in zip(parts, rows, strict=True):
+            for part, row in zip(parts, self._rows(points, size, inputs, targets), strict=True):
                 part.append(row)
         for part in parts:
             columns = [torch.cat(column).double().cpu().numpy() for column in zip(*part, strict=True)]
             yield Values(*columns)
+
+    def _rows(self, points: State, size: int, inputs: Any, targets: Any) -> list[tuple[Tensor, Tensor]]:
+        """Losses and errors of a batch at each point."""
+        if self.at_once > 1:
+            try:
+                loss, wrong = vmap(self._measure, in_dims=(0, None, None))(points, inputs, targets)
+                return list(zip(loss, wrong, strict=True))
+            except RuntimeError:  # the network does something that has no vectorised form
+                self.at_once = 1
+        return [self._measure({n: t[k] for n, t in points.items()}, inputs, targets) for k in range(size)]
 
     def _measure(self, state: State, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         outputs = functional_call(self.model, state, (inputs,))

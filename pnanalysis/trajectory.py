@@ -99,12 +99,13 @@ def trajectory(
     )  # fmt: skip
 
 
-def plane_points(source: Source) -> list[tuple[str, Checkpoint]]:
+def plane_points(*sources: Source) -> list[tuple[str, Source, Checkpoint]]:
     """The three checkpoints that span the plane of :func:`trajectory`, and their names: start, two ends."""
-    points = list(_points(source, None))
-    if len(points) < 3:
-        raise RunError(f"a plane needs three checkpoints, there are {len(points)}")
-    return [(points[i].name, points[i].checkpoint) for i in (0, *_plane_ends(source, points))]
+    found = [(source, point) for source in sources for point in _points(source, None)]
+    if len(found) < 3:
+        raise RunError(f"a plane needs three checkpoints, there are {len(found)}")
+    ends = _plane_ends(sources[0], [point for _, point in found])
+    return [(found[i][1].name, found[i][0], found[i][1].checkpoint) for i in (0, *ends)]
 
 
 @dataclass(frozen=True)

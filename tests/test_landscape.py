@@ -190,6 +190,29 @@ def test_many_points_a_pass_equal_one_after_the_other(tiny_run: Run) -> None:
     np.testing.assert_allclose(results[2], results[0], rtol=1e-12)
 
 
+class InPlace(nn.Module):
+    """Adds a parameter to a tensor that no parameter has touched yet, in place: vmap cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.layer = nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 1.0 * x
+        x += self.shift
+        return self.layer(x)
+
+
+def test_what_has_no_vectorised_form_is_done_one_by_one(tmp_path: Path) -> None:
+    model, inputs, targets = InPlace(), torch.randn(30, 4), torch.randint(3, (30,))
+    surface = Surface(model, nn.functional.cross_entropy)
+    assert surface.at_once == 32
+    (found,) = surface.values([surface.anchor(model.state_dict())], np.ones((1, 1)), [(inputs, targets)])
+    assert surface.at_once == 1
+    expected = nn.functional.cross_entropy(model(inputs), targets, reduction="none").detach()
+    np.testing.assert_allclose(found.loss, expected, rtol=20 * EPS32)
+
+
 def test_gradients_are_those_of_the_mean_loss(tiny_run: Run) -> None:
     source = as_source(tiny_run)
     surface = Surface(source.make_model(), source.loss, dtype=torch.float64)
@@ -304,6 +327,10 @@ def test_two_runs_are_joined_champion_to_champion(tiny_run: Run, two_minima: Run
     )
     np.testing.assert_array_equal(ds.loss, named.loss)
     assert ds.split.values.tolist() == ["train", "test"]
+    assert json.loads(ds.attrs["n"]) == {"train": 100, "test": 100}
+    plane = landscape(tiny_run, two_minima, view="plane", n_points=2, n=50, progress=False)
+    paths = trajectory(tiny_run, two_minima, progress=False)
+    assert plane.attrs["plane_points"] == paths.attrs["plane_points"]
 
 
 def test_a_loader_and_a_loss_of_ones_own_give_the_same(tmp_path: Path) -> None:

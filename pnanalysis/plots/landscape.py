@@ -90,6 +90,7 @@ def landscape(
     shape = float((ds.y[-1] - ds.y[0]) / (ds.x[-1] - ds.x[0]))
     ax = own_axes(ax, COLUMN / np.clip(shape, 1, 2) + 1.6, COLUMN * min(shape, 1) + 1.0)
     levels = _levels(values[np.isfinite(values)])
+    values = np.ma.masked_invalid(values)
     norm = BoundaryNorm(levels, 256, extend="max")
     drawn = ax.contourf(ds.x, ds.y, values, levels=levels, cmap="cividis", norm=norm, extend="max")
     ax.contour(ds.x, ds.y, values, levels=levels, colors="white", linewidths=0.3, alpha=0.6)
