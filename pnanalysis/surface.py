@@ -32,7 +32,7 @@ BATCH_NORM = ("reestimate", "interpolate")
 
 _BY_ELEMENT = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits)
 _AT_ONCE = 32
-_SMALL = {"cpu": 100_000, "cuda": 4_000_000}  # parameters up to which points share a pass
+_SMALL = {"cpu": 50_000, "cuda": 4_000_000}  # parameters up to which points share a pass
 
 
 class Values(NamedTuple):
@@ -57,7 +57,7 @@ class Surface:
         Re-estimate the running statistics of batch normalisation at each point in a pass over these; without,
         running statistics are combined like parameters (variances never below zero).
     at_once : int, optional
-        Points to a vectorised pass. By default 32 for networks of up to 100,000 parameters on a CPU, or 4,000,000 on
+        Points to a vectorised pass. By default 32 for networks of up to 50,000 parameters on a CPU, or 4,000,000 on
         CUDA, and 1 for larger ones; with convolutions 8 on CUDA and 1 on a CPU, where many at a time are slower.
         What has no vectorised form is done one by one.
 
