@@ -19,9 +19,11 @@ from pnanalysis.functional import functional_distance
 from pnanalysis.gradients import gradient_split
 from pnanalysis.hessian import hessian
 from pnanalysis.history import history
+from pnanalysis.landscape import landscape
 from pnanalysis.runs import Checkpoint, Run, open_run
 from pnanalysis.saturation import saturation
 from pnanalysis.schema import load, save, validate
+from pnanalysis.sharpness import sharpness
 from pnanalysis.sources import open_files
 from pnanalysis.trajectory import trajectory
 from pnanalysis.verdict import verdict
@@ -39,6 +41,7 @@ __all__ = [
     "gradient_split",
     "hessian",
     "history",
+    "landscape",
     "load",
     "open_files",
     "open_run",
@@ -46,6 +49,7 @@ __all__ = [
     "plots",
     "saturation",
     "save",
+    "sharpness",
     "spectral_density",
     "trajectory",
     "validate",

@@ -67,7 +67,7 @@ def _with_interval(name: str, units: str, long_name: str) -> dict[str, Variable]
     }
 
 
-def _measured(name: str, dims: str, units: str, long_name: str, required: bool = _OPTIONAL) -> dict[str, Variable]:
+def _with_se(name: str, dims: str, units: str, long_name: str, required: bool = True) -> dict[str, Variable]:
     """A variable with its standard error."""
     return {
         name: _var(dims, units, long_name, required),
@@ -125,20 +125,22 @@ _SPECTRUM_COMPARISON = {
 }
 
 _FUNCTIONAL = {
-    **_measured("disagreement", "checkpoint other", "1", "share of examples put into different classes"),
+    **_with_se("disagreement", "checkpoint other", "1", "share of examples put into different classes", _OPTIONAL),
     "expected_disagreement": _var(
         "checkpoint other", "1", "disagreement of independent networks of these accuracies", _OPTIONAL
     ),
-    **_measured("js_divergence", "checkpoint other", "nat", "mean Jensen-Shannon divergence of the probabilities"),
-    **_measured("rms_difference", "checkpoint other", "1", "root mean square difference of the outputs"),
-    **_measured("cka", "checkpoint other layer", "1", "linear CKA"),
+    **_with_se(
+        "js_divergence", "checkpoint other", "nat", "mean Jensen-Shannon divergence of probabilities", _OPTIONAL
+    ),
+    **_with_se("rms_difference", "checkpoint other", "1", "root mean square difference of the outputs", _OPTIONAL),
+    **_with_se("cka", "checkpoint other layer", "1", "linear CKA", _OPTIONAL),
 }
 
 _COMPARISON = {
-    **_measured("loss", "checkpoint split", "nat", "loss", required=True),
-    **_measured("loss_difference", "checkpoint other split", "nat", "difference in loss", required=True),
-    **_measured("error", "checkpoint split", "1", "error", required=True),
-    **_measured("error_difference", "checkpoint other split", "1", "difference in error", required=True),
+    **_with_se("loss", "checkpoint split", "nat", "loss"),
+    **_with_se("loss_difference", "checkpoint other split", "nat", "difference in loss"),
+    **_with_se("error", "checkpoint split", "1", "error"),
+    **_with_se("error_difference", "checkpoint other split", "1", "difference in error"),
     "only_wrong": _var("checkpoint other split", "1", "examples wrong here and right in the other", _OPTIONAL),
     "rank": _var("checkpoint split", "1", "one more than the number that have told lower error"),
     "n_examples": _var("split", "1", "number of examples"),
@@ -201,6 +203,28 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "distance_from_start": _var("checkpoint", "1", "Euclidean distance from the starting point"),
         "path_length": _var("checkpoint", "1", "length of the path through the saved checkpoints"),
         "validation_error": _var("checkpoint", "1", "validation error", _OPTIONAL),
+    },
+    "barrier": {
+        **_with_se("loss", "path split position", "nat", "loss"),
+        **_with_se("error", "path split position", "1", "error", _OPTIONAL),
+        **_with_se("excess", "path split position", "nat", "loss above the line between the ends' losses"),
+        **_with_se("barrier", "path split", "nat", "barrier of the loss"),
+        "barrier_position": _var("path split", "1", "position of the barrier of the loss"),
+        **_with_se("error_barrier", "path split", "1", "barrier of the error", _OPTIONAL),
+        "distance": _var("path", "1", "Euclidean distance between the ends"),
+        "length": _var("path", "1", "length of the path"),
+    },
+    "landscape": {
+        **_with_se("loss", "split y x", "nat", "loss"),
+        "error": _var("split y x", "1", "error", _OPTIONAL),
+        "point_position": _var("point component", "1", "coordinates of the checkpoint"),
+    },
+    "sharpness": {
+        **_with_se("loss", "checkpoint", "nat", "loss"),
+        **_with_se("rise", "checkpoint neighbourhood", "nat", "largest rise of the loss found"),
+        **_with_se("one_step", "checkpoint neighbourhood", "nat", "rise of the loss after one step to the border"),
+        "relative": _var("checkpoint neighbourhood", "%", "largest rise of the loss found, relative to 1 + loss"),
+        "radius": _var("neighbourhood", "1", "radius of the neighbourhood"),
     },
     "gradients": {
         "inner_product": _var("layer epoch end", "1", "inner product with the end point over its squared norm"),

@@ -71,7 +71,7 @@ def trajectory(
     names = [name for name, _ in sources[0].make_model().named_parameters()]
     gram = _gram([point.checkpoint for point in points], names, progress)
     ends = _plane_ends(sources[0], points)
-    plane, residual = _project_plane(gram, *ends)
+    plane, residual = project_plane(gram, *ends)
     pca, explained = _principal_components(gram, max(n_components, 2))
     pca *= np.where(pca[ends[0]] < 0, -1.0, 1.0)  # the sign is free: let the first end lie on the positive side
     ds = xr.Dataset(
@@ -97,6 +97,15 @@ def trajectory(
         ds, "trajectory", **first.attrs, plane_points=[points[0].name, *(points[end].name for end in ends)],
         champion=None if first.run is None else first.run.manifest["champion"], dtype="float64",
     )  # fmt: skip
+
+
+def plane_points(*sources: Source) -> list[tuple[str, Source, Checkpoint]]:
+    """The three checkpoints that span the plane of :func:`trajectory`, and their names: start, two ends."""
+    found = [(source, point) for source in sources for point in _points(source, None)]
+    if len(found) < 3:
+        raise RunError(f"a plane needs three checkpoints, there are {len(found)}")
+    ends = _plane_ends(sources[0], [point for _, point in found])
+    return [(found[i][1].name, found[i][0], found[i][1].checkpoint) for i in (0, *ends)]
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,7 @@ def _plane_ends(source: Source, points: list[_Point]) -> tuple[int, int]:
     return first, second
 
 
-def _project_plane(gram: Matrix, first: int, second: int) -> tuple[Matrix, Matrix]:
+def project_plane(gram: Matrix, first: int, second: int) -> tuple[Matrix, Matrix]:
     """Coordinates (T, 2) on the plane through point 0, ``first`` and ``second``, and distances from it (T,)."""
     a2, ab, b2 = gram[first, first], gram[first, second], gram[second, second]
     height2 = b2 - ab**2 / a2 if a2 > 0 else 0.0

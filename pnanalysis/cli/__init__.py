@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from pnanalysis.cli import compare, demo, gradients, hessian, history, info, plot, report, saturation, trajectory
+from pnanalysis.cli import (
+    compare,
+    demo,
+    gradients,
+    hessian,
+    history,
+    info,
+    landscape,
+    plot,
+    report,
+    saturation,
+    sharpness,
+    trajectory,
+)
 from pnanalysis.console import run_app, version_option
 
 app = typer.Typer(
@@ -15,7 +28,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (demo, compare, hessian, saturation, trajectory, gradients, history, plot, report, info):
+COMMANDS = (
+    demo, compare, hessian, saturation, trajectory, landscape, sharpness, gradients, history, plot, report, info,
+)  # fmt: skip
+for command in COMMANDS:
     command.register(app)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import xarray as xr
@@ -107,13 +107,14 @@ def deliver(
     plot: Path | None,
     quiet: bool,
     table: Callable[[xr.Dataset], Table] | None = None,
+    **drawing: Any,
 ) -> None:
-    """Save the dataset, draw its figure, print its table and say where things are."""
+    """Save the dataset, draw its figure (``drawing`` goes to it), print its table and say where things are."""
     output = destination(str(ds.attrs["kind"]), first, output)
     schema.save(ds, output)
     if plot is not None:
         from pnanalysis import plots
 
-        plots.save_figure(plots.plot(ds), plot)
+        plots.save_figure(plots.plot(ds, **drawing), plot)
     show(table(ds) if table is not None else None, quiet)
     show_saved(quiet, output, plot)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from pnanalysis.errors import PnError
 from pnanalysis.plots.comparison import comparison
 from pnanalysis.plots.history import errors, history
+from pnanalysis.plots.landscape import barrier, landscape, sharpness
 from pnanalysis.plots.saturation import activation_histogram, saturation
 from pnanalysis.plots.spectrum import spectral_density
 from pnanalysis.plots.style import save_figure, style
@@ -28,6 +29,9 @@ FIGURES: dict[str, str] = {
     "activation_histogram": "pnanalysis.plots.saturation:activation_histogram",
     "trajectory": "pnanalysis.plots.trajectory:trajectory",
     "pca": "pnanalysis.plots.trajectory:principal_components",
+    "barrier": "pnanalysis.plots.landscape:barrier",
+    "landscape": "pnanalysis.plots.landscape:landscape",
+    "sharpness": "pnanalysis.plots.landscape:sharpness",
     "gradients": "pnanalysis.plots.gradients:gradients",
     "comparison": "pnanalysis.plots.comparison:comparison",
     "functional": "pnanalysis.plots.comparison:functional",
@@ -77,12 +81,15 @@ def plot(ds: xr.Dataset, kind: str | None = None, **options: Any) -> Figure:
 __all__ = [
     "FIGURES",
     "activation_histogram",
+    "barrier",
     "comparison",
     "errors",
     "history",
+    "landscape",
     "plot",
     "saturation",
     "save_figure",
+    "sharpness",
     "spectral_density",
     "style",
     "trajectory",

@@ -13,6 +13,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from pnanalysis import plots
+from pnanalysis.plots.landscape import same_plane
 from pnanalysis.plots.style import new_figure, style
 from pnanalysis.runs import Run
 from pnanalysis.verdict import verdict
@@ -72,6 +73,23 @@ def _figures_of(
             {"figure": "trajectory"},
         )  # fmt: skip
         yield "Trajectories, principal components", "The first two of all checkpoints.", {"figure": "pca"}
+    elif kind == "barrier":
+        yield (
+            "Loss between minima", "Loss and error along paths from one minimum to the other, with one standard error; "
+            "the barrier is the largest height above the line between the ends.",
+            {"figure": "barrier"},
+        )  # fmt: skip
+    elif kind == "landscape":
+        paths = found.get("trajectory")
+        yield (
+            "Loss on a plane", "Contours of the loss; the axes are in the units of the parameters, or of filter norms.",
+            {"figure": "landscape", "trajectory": paths if same_plane(ds, paths) else None},
+        )  # fmt: skip
+    elif kind == "sharpness":
+        yield (
+            "Sharpness", "The largest rise of the loss found in small neighbourhoods of the minima.",
+            {"figure": "sharpness"},
+        )  # fmt: skip
     elif kind == "gradients":
         yield (
             "Persistent gradient", "The penalty's constant push and its fluctuation beside the gradient of the loss; "

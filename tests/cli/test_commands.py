@@ -72,6 +72,9 @@ def test_pntrain_trains_ones_own_model_and_data(run, tmp_path: Path, monkeypatch
         (("pnanalysis", "compare"), "name a run"),
         (("pnanalysis", "info", "/no/such/run"), "no such run"),
         (("pnanalysis", "plot", "/no/such/file.nc"), "no such file"),
+        (("pnanalysis", "landscape"), "name a run"),
+        (("pnanalysis", "landscape", "/no/such/run", "--view", "plane"), "no such run"),
+        (("pnanalysis", "sharpness", "/no/such/run", "--radius", "ball=wide"), "write ball|adaptive|box"),
         (("pnanalysis", "dance"), "dance"),
     ],
 )
@@ -268,3 +271,24 @@ def test_compare_takes_many_checkpoints_and_own_weights(run, own_run: Run, tmp_p
     refused = run("pnanalysis", "compare", own_run.path, "-c", "plain", *plain)
     assert refused.status == 2
     assert "at least two checkpoints" in refused.err
+
+
+def test_landscapes_are_saved_drawn_and_summed_up(run, own_run: Run, tmp_path: Path) -> None:
+    ends = ("-c", "start", "-c", "plain", "--n", 100, "--points", 3, "--device", "cpu")
+    done = run("pnanalysis", "landscape", own_run.path, *ends, "--align")
+    assert done.status == 0, done.err
+    assert "aligned, test" in done.out
+    done = run("pnanalysis", "landscape", own_run.path, *ends, "--view", "curve", "--steps", 5, "-o", tmp_path / "c.nc")
+    assert done.status == 0, done.err
+    assert schema.load(tmp_path / "c.nc").path.values.tolist() == ["line", "curve"]
+    plane = ("--view", "plane", "--points", 3, "--n", 50, "--device", "cpu")
+    done = run("pnanalysis", "landscape", own_run.path, *plane, "--plot", tmp_path / "p.svg")
+    assert done.status == 0, done.err
+    assert "path of plain" in (tmp_path / "p.svg").read_text()
+    done = run("pnanalysis", "sharpness", own_run.path, "--n", 50, "--steps", 3, "--radius", "ball=0.1", "-q")
+    assert done.status == 0, done.err
+    assert set(own_run.results.children) == {"history", "barrier", "landscape", "sharpness"}
+    assert schema.load(own_run.path / "analysis" / "sharpness.nc").radius.values.tolist() == [0.1]
+    assert run("pnanalysis", "report", own_run.path, "-o", tmp_path / "r.html").status == 0
+    page = (tmp_path / "r.html").read_text()
+    assert all(title in page for title in ("Loss between minima", "Loss on a plane", "Sharpness"))

@@ -92,6 +92,46 @@ def test_errors_show_the_control_and_binomial_bars(tiny_run: Run) -> None:
     assert (high - low) / 2 == pytest.approx(np.sqrt(share * (1 - share) / 300))
 
 
+def test_barriers_are_drawn_by_path_and_split_with_their_heights(tiny_run: Run) -> None:
+    ds = pn.landscape(tiny_run, checkpoints=["start", "plain"], align=True, n_points=4, n=200, progress=False)
+    figure = plots.plot(ds)
+    assert len(figure.axes) == 4  # loss and error, train and test
+    ax = figure.axes[2]
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines if len(line.get_xdata()) == 4}
+    at = ds.sel(split="test")
+    for (text, heights), path in zip(drawn.items(), ("line", "aligned"), strict=True):
+        np.testing.assert_array_equal(heights, at.loss.sel(path=path))
+        assert text.startswith(f"{path} {float(at.barrier.sel(path=path)):.3g} ±")
+    assert {line.get_linestyle() for line in ax.lines if line.get_label() in drawn} == {"-", "--"}
+
+
+def test_planes_carry_their_points_and_the_trajectories_of_the_same_plane(tiny_run: Run, own_run: Run) -> None:
+    ds = pn.landscape(tiny_run, view="plane", n_points=4, n=200, progress=False)
+    paths = pn.trajectory(tiny_run, progress=False)
+    ax = plots.plot(ds, trajectory=paths).axes[0]
+    drawn = [line.get_xydata() for line in ax.lines]
+    for name in ("start", "plain"):
+        at = ds.point_position.sel(point=name).values
+        assert any(len(xy) == 1 and np.allclose(xy[0], at) for xy in drawn)
+    plain = paths.plane.sel(checkpoint=(paths.iteration == 0).values).values[:, :2]
+    assert any(xy.shape == plain.shape and np.allclose(xy, plain) for xy in drawn)
+    assert ax.get_xlim() == (float(ds.x[0]), float(ds.x[-1]))
+    with pytest.raises(PnError, match="another plane"):
+        plots.plot(ds, trajectory=pn.trajectory(own_run, progress=False))
+    random = pn.landscape(tiny_run, view="random", n_points=3, n=100, progress=False)
+    assert "filter norms" in plots.plot(random, quantity="error").axes[0].get_xlabel()
+
+
+def test_sharpness_has_a_panel_a_neighbourhood(tiny_run: Run) -> None:
+    ds = pn.sharpness(tiny_run, checkpoints=["ends"], n=100, n_steps=3, n_starts=1, progress=False)
+    figure = plots.plot(ds)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == [
+        "ball, radius 0.05", "adaptive, radius 0.5", "box, radius 0.001",
+    ]  # fmt: skip
+    found = next(c for c in figure.axes[0].containers if c.get_label() == "largest found")
+    np.testing.assert_array_equal(found.lines[0].get_ydata(), ds.rise.sel(neighbourhood="ball"))
+
+
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
 def test_figures_are_saved_alike_every_time(tiny_run: Run, tmp_path: Path, suffix: str) -> None:
     contents = []

@@ -1,0 +1,81 @@
+"""``pnanalysis sharpness``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+import xarray as xr
+
+from pnanalysis.cli import options
+from pnanalysis.console import Table, make_table
+from pnanalysis.errors import PnError
+from pnanalysis.measured import Measured
+from pnanalysis.sharpness import RADII
+from pnanalysis.sharpness import sharpness as analyse
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("sharpness")(sharpness)
+
+
+def sharpness(
+    runs: options.Paths = None,
+    checkpoint: options.Checkpoints = None,
+    radius: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=RADIUS", help="ball, adaptive or box; repeat. All by default.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Gradients that each ascent may take.")] = 20,
+    starts: Annotated[int, typer.Option(help="Ascents; the first from the checkpoint, the others at random.")] = 2,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    n: Annotated[int, typer.Option("--n", help="Examples.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 512,
+    dtype: Annotated[str, typer.Option(metavar="float32|float64")] = "float32",
+    model: options.Model = None,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    loss: options.LossName = None,
+    output: options.Output = None,
+    plot: options.Plot = None,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """How far the loss rises in small neighbourhoods of minima (SAM, ASAM and Keskar's measure).
+
+    [bold]Examples[/bold]
+
+      pnanalysis sharpness runs/lenet5
+
+      pnanalysis sharpness runs/lenet5 -c ends --radius ball=0.1 --radius box=5e-4 --plot sharpness.pdf
+    """
+    radii = _radii(radius)
+    given = options.sources(runs, model, weights, data, loss)
+    ds = analyse(
+        *given, checkpoints=checkpoint, radii=radii, n_steps=steps, n_starts=starts, split=split, n=n,
+        batch_size=batch_size, dtype=dtype, device=device, seed=seed, progress=not quiet,
+    )  # fmt: skip
+    options.deliver(ds, given[0], output, plot, quiet, _table)
+
+
+def _radii(texts: list[str] | None) -> dict[str, float] | None:
+    radii: dict[str, float] = {}
+    for text in texts or ():
+        name, _, number = text.partition("=")
+        try:
+            radii[name] = float(number) if number else RADII[name]
+        except (ValueError, KeyError) as error:
+            raise PnError(f"--radius {text}: write {'|'.join(RADII)}=RADIUS, such as ball=0.05") from error
+    return radii or None
+
+
+def _table(ds: xr.Dataset) -> Table:
+    rows = []
+    for name in ds.checkpoint.values:
+        at = ds.sel(checkpoint=name)
+        rises = [Measured(float(rise), float(se)) for rise, se in zip(at.rise, at.rise_se, strict=True)]
+        rows.append([str(name), Measured(float(at.loss), float(at.loss_se)), *rises])
+    columns = [f"{kind} {float(r):g}" for kind, r in zip(ds.neighbourhood.values, ds.radius, strict=True)]
+    return make_table("largest rise of the loss", ["checkpoint", "loss", *columns], rows)

@@ -1,0 +1,171 @@
+"""Loss between and around minima: profiles along paths, contours on planes, sharpness."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from pnanalysis.errors import PnError
+from pnanalysis.plots.style import CHAMPION, COLUMN, PAGE, PLAIN, QUIET, RESTART, label, new_figure, own_axes
+
+_LOOKS = {"line": (PLAIN, "-", "o"), "aligned": ("#E69F00", "--", "s"), "curve": ("#000000", ":", "^")}
+_LEVELS = 16
+
+
+def barrier(ds: xr.Dataset) -> Figure:
+    """Loss, and error where there is one, along each path; a band of one standard error, the barrier in the legend.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``barrier``.
+
+    Returns
+    -------
+    Figure
+        A column a quantity, a row a split.
+    """
+    quantities = [("loss", "barrier")] + ([("error", "error_barrier")] if "error" in ds else [])
+    n_splits = ds.sizes["split"]
+    figure = new_figure(PAGE if len(quantities) > 1 else COLUMN * 1.2, 0.4 + 2.1 * n_splits)
+    panels = figure.subplots(n_splits, len(quantities), squeeze=False, sharex=True)
+    for row, split in zip(panels, ds.split.values, strict=True):
+        for ax, (name, top) in zip(row, quantities, strict=True):
+            for path in ds.path.values:
+                one = ds.sel(path=path, split=split)
+                text = f"{path} {float(one[top]):.3g} ± {float(one[f'{top}_se']):.1g}"
+                _profile(ax, one, name, str(path), text)
+            for end in (0.0, 1.0):
+                ax.axvline(end, color="#BBBBBB", lw=0.6, zorder=0)
+            ax.set_ylabel(f"{split} {label(ds[name])}")
+            low, high = ax.get_ylim()
+            ax.set_ylim(low, high + 0.13 * (ds.sizes["path"] + 1) * (high - low))  # room for the legend
+            title = f"barrier of the {name} ± standard error"
+            ax.legend(title=title, title_fontsize=6.5, fontsize=6.5, loc="upper left", alignment="left")
+    names = json.loads(ds.attrs.get("checkpoints", '["first end", "second end"]'))
+    for ax in panels[-1]:
+        ax.set_xlabel(f"position, {names[0]} (0) to {names[1]} (1)")
+    return figure
+
+
+def landscape(
+    ds: xr.Dataset,
+    ax: Axes | None = None,
+    *,
+    trajectory: xr.Dataset | None = None,
+    quantity: str = "loss",
+    split: str | None = None,
+) -> Axes:
+    """Contours on a plane, the checkpoints that span it, and trajectories over it.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``landscape``.
+    ax : Axes, optional
+    trajectory : xarray.Dataset, optional
+        Kind ``trajectory``, on the same plane (:func:`same_plane`); its points are projected.
+    quantity : {"loss", "error"}
+        Contours lie the closer, the lower; all above the 95 % quantile of the grid is of one colour.
+    split : str, optional
+        The first by default.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    PnError
+        If the trajectories lie on another plane.
+    """
+    at = ds.isel(split=0) if split is None else ds.sel(split=split)
+    values = at[quantity].values
+    shape = float((ds.y[-1] - ds.y[0]) / (ds.x[-1] - ds.x[0]))
+    ax = own_axes(ax, COLUMN / np.clip(shape, 1, 2) + 1.6, COLUMN * min(shape, 1) + 1.0)
+    levels = _levels(values[np.isfinite(values)])
+    values = np.ma.masked_invalid(values)
+    norm = BoundaryNorm(levels, 256, extend="max")
+    drawn = ax.contourf(ds.x, ds.y, values, levels=levels, cmap="cividis", norm=norm, extend="max")
+    ax.contour(ds.x, ds.y, values, levels=levels, colors="white", linewidths=0.3, alpha=0.6)
+    figure = ax.get_figure()
+    assert figure is not None
+    bar = figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.03, spacing="uniform")
+    bar.set_label(f"{at.split.item()} {label(ds[quantity])}")
+    bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
+    if trajectory is not None:
+        _paths(ds, trajectory, ax)
+    for marker, (name, (x, y)) in zip("osD", zip(ds.point.values, ds.point_position.values, strict=True), strict=False):
+        ax.plot(x, y, marker, color="white", mec="black", ms=6, zorder=6, label=str(name), ls="")
+    ax.set_xlim(float(ds.x[0]), float(ds.x[-1]))
+    ax.set_ylim(float(ds.y[0]), float(ds.y[-1]))
+    ax.set_aspect("equal", adjustable="box")
+    ax.set_xlabel(label(ds.x))
+    ax.set_ylabel(label(ds.y))
+    ax.legend(fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1.0)
+    return ax
+
+
+def same_plane(ds: xr.Dataset, trajectory: xr.Dataset | None) -> bool:
+    """Whether trajectories have coordinates on the plane of a landscape."""
+    points = ds.attrs.get("plane_points")
+    return trajectory is not None and points is not None and points == trajectory.attrs.get("plane_points")
+
+
+def sharpness(ds: xr.Dataset) -> Figure:
+    """Largest rise of the loss in each neighbourhood, a panel each, with the rise after one step hollow."""
+    figure = new_figure(PAGE, 2.0)
+    panels = figure.subplots(1, ds.sizes["neighbourhood"], squeeze=False)[0]
+    where = np.arange(ds.sizes["checkpoint"])
+    for ax, kind in zip(panels, ds.neighbourhood.values, strict=True):
+        at = ds.sel(neighbourhood=kind)
+        ax.errorbar(where, at.rise, at.rise_se, fmt="o", color=CHAMPION, capsize=2, label="largest found")
+        ax.errorbar(where + 0.1, at.one_step, at.one_step_se, fmt="s", color=PLAIN, mfc="white", capsize=2,
+                    label="one step")  # fmt: skip
+        ax.set_xticks(where, labels=[str(name) for name in ds.checkpoint.values])
+        ax.set_xlim(-0.5, where[-1] + 0.6)
+        ax.set_ylim(bottom=0 if float(at.one_step.min()) >= 0 else None)
+        ax.set_title(f"{kind}, radius {float(at.radius):g}", loc="left")
+    panels[0].set_ylabel("rise of the loss [nat]")
+    panels[0].legend()
+    return figure
+
+
+def _levels(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Contours whose height above the lowest point grows by a constant factor."""
+    low, high = values.min(), np.quantile(values, 0.95)
+    return np.asarray(low + max(high - low, 1e-12) * np.append(0.0, np.geomspace(0.01, 1.0, _LEVELS)))
+
+
+def _profile(ax: Axes, one: xr.Dataset, name: str, path: str, text: str) -> None:
+    colour, dashes, marker = _LOOKS.get(path, (QUIET, "-", "x"))
+    x, y, se = one.position.values, one[name].values, np.nan_to_num(one[f"{name}_se"].values)
+    ax.fill_between(x, y - se, y + se, color=colour, alpha=0.2, lw=0)
+    ax.plot(x, y, color=colour, ls=dashes, marker=marker, ms=3, mfc="white", markevery=max(1, len(x) // 8), label=text)
+
+
+def _paths(ds: xr.Dataset, trajectory: xr.Dataset, ax: Axes) -> None:
+    if not same_plane(ds, trajectory):
+        raise PnError("these trajectories lie on another plane than the landscape; make both from the same runs")
+    champion, first = int(trajectory.attrs.get("champion", -1)), str(trajectory.run.values[0])
+    seen: set[str] = set()
+    for run, iteration in dict.fromkeys(
+        zip(trajectory.run.values.tolist(), trajectory.iteration.values.tolist(), strict=True)
+    ):
+        chosen = (trajectory.run == run).values & (trajectory.iteration == iteration).values
+        x, y = trajectory.plane.values[chosen, :2].T
+        colour, dashes, text = "black", ":", "other iterations"
+        if run != first:
+            colour, dashes, text = RESTART, ":", str(run)
+        elif iteration == 0:
+            colour, dashes, text = "#56B4E9", "-", "path of plain"
+        elif iteration == champion:
+            colour, dashes, text = CHAMPION, "--", "path of champion"
+        ax.plot(x, y, color=colour, ls=dashes, marker=".", ms=3, lw=1.2, zorder=4, label=None if text in seen else text)
+        seen.add(text)

@@ -1,0 +1,214 @@
+"""Alignment: relabelled networks compute the same and are recovered; what cannot be traced is refused."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pnanalysis.alignment import Relabelling, align, check_preserved, distance
+from pnanalysis.errors import ModelError
+from pnanalysis.symmetries import find_groups
+from trainers.models import alexnet, lenet5, resnet18, tanh7
+
+
+class Block(nn.Module):
+    """A residual block whose shortcut is a convolution."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after)
+        self.conv2, self.norm2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
+        self.shortcut = nn.Conv2d(before, after, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        y += self.shortcut(x)
+        return F.relu(y)
+
+
+class ResNet(nn.Module):
+    """Two residual blocks, the mean over the image, a linear output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two, self.out = nn.Conv2d(3, 8, 3), Block(8, 10), Block(10, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.two(self.one(torch.relu(self.stem(x)))).mean((2, 3)))
+
+
+class Separable(nn.Module):
+    """Depthwise convolutions, a gate of channels, group normalisation, sums with scalars."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.deep, self.norm = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.GroupNorm(1, 8)
+        self.gate, self.down = nn.Linear(8, 8), nn.Linear(8 * 16, 6)
+        self.last = nn.LayerNorm(6)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.deep(self.up(x)) + 0.1)
+        gate = torch.sigmoid(self.gate(F.adaptive_avg_pool2d(x, 1).flatten(1)))
+        x = x * gate.view(x.size(0), -1, 1, 1)
+        return self.out(F.gelu(self.last(self.down(x.reshape(x.shape[0], -1)))))
+
+
+def conv_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, bias=False),
+        nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 9, 20), nn.BatchNorm1d(20), nn.ReLU(),
+        nn.Linear(20, 5),
+    )  # fmt: skip
+
+
+NETWORKS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 15), nn.ReLU(), nn.Linear(15, 3)), (6,)),
+    "tanh": (lambda: tanh7((1, 8, 8), width=12), (1, 8, 8)),
+    "tanh with norms": (
+        lambda: nn.Sequential(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.Tanh(), nn.Linear(20, 9), nn.Tanh(),
+                              nn.Linear(9, 3)),
+        (6,),
+    ),
+    "lenet5": (lenet5, (3, 32, 32)),
+    "convolutions with norms": (conv_net, (3, 12, 12)),
+    "residual": (ResNet, (3, 16, 16)),
+    "separable": (Separable, (2, 6, 6)),
+}  # fmt: skip
+
+
+def trained_looking(make) -> nn.Module:
+    """A network none of whose parameters and statistics are at special values."""
+    torch.manual_seed(3)
+    model = make().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
+            nn.init.normal_(module.weight, 1, 0.3)
+            nn.init.normal_(module.bias)
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.bias, std=0.3)
+    return model
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_relabelled_network_computes_the_same_and_is_recovered(name: str) -> None:
+    make, shape = NETWORKS[name]
+    model, inputs = trained_looking(make), torch.randn(4, *shape)
+    state, names = state_of(model), [n for n, _ in model.named_parameters()]
+    groups = find_groups(model, inputs)
+    shuffled = Relabelling.random(groups, seed=1).apply(state)
+    # float64 forward passes that add in another order: about depth * width * 2^-53
+    assert check_preserved(model, state, shuffled, inputs) < 1e-12
+    assert distance(state, shuffled, names) > 0.5 * distance(state, {n: 0 * state[n] for n in names}, names)
+    found = align(model, state, shuffled, inputs, n_restarts=4)
+    back = found.apply(shuffled)
+    assert all(torch.equal(back[n], state[n]) for n in state)
+
+
+def test_tanh_networks_need_signs_too() -> None:
+    model, inputs = trained_looking(NETWORKS["tanh"][0]), torch.randn(4, 1, 8, 8)
+    state = state_of(model)
+    groups = find_groups(model, inputs)
+    assert [(group.size, group.odd) for group in groups] == [(12, True)] * 6
+    flipped = Relabelling.random(groups, seed=2).apply(state)
+    names = list(state)
+    with_signs = align(model, state, flipped, inputs)
+    without = align(model, state, flipped, inputs, signs=False)
+    assert distance(state, with_signs.apply(flipped), names) == 0
+    assert distance(state, without.apply(flipped), names) > 1
+    assert all((sign == 1).all() for sign in without.signs)
+
+
+def test_one_hidden_layer_is_matched_as_by_trying_all_permutations() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    a = state_of(trained_looking(lambda: model))
+    b = {name: torch.randn(tensor.shape) for name, tensor in a.items()}
+    groups = find_groups(model, torch.randn(2, 3))
+    trials = [Relabelling(groups, [np.array(order)], [np.ones(5)]) for order in permutations(range(5))]
+    best = min(distance(a, trial.apply(b), list(a)) for trial in trials)
+    assert distance(a, align(model, a, b, torch.randn(2, 3)).apply(b), list(a)) == pytest.approx(best, rel=1e-6)
+
+
+def test_resnet18_and_alexnet_have_the_groups_they_should() -> None:
+    groups = find_groups(resnet18().eval(), torch.randn(2, 3, 32, 32))
+    streams = [(g.size, len({use.tensor.rsplit(".", 1)[0] for use in g.uses})) for g in groups if len(g.uses) > 6]
+    # channels of a residual stream: written by stem or shortcut and each block, read by the next ones
+    assert [size for size, _ in streams] == [64, 128, 256, 512]
+    assert sorted(g.size for g in groups) == sorted([64] * 3 + [128] * 3 + [256] * 3 + [512] * 3)
+    assert not any(g.odd for g in groups)
+    sizes = [g.size for g in find_groups(alexnet().eval(), torch.randn(1, 3, 32, 32))]
+    assert sizes == [64, 192, 384, 256, 256, 4096, 4096]
+
+
+def test_a_layer_that_is_called_twice_shares_its_groups() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.again, self.out = nn.Linear(4, 7), nn.Linear(7, 7), nn.Linear(7, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.into(x))
+            for _ in range(2):
+                x = x + torch.tanh(self.again(x))
+            return self.out(x)
+
+    model, inputs = Twice().eval(), torch.randn(3, 4)
+    (group,) = find_groups(model, inputs)
+    assert (group.size, group.odd, len(group.uses)) == (7, True, 6)
+    state = state_of(model)
+    check_preserved(model, state, Relabelling.random([group], 5).apply(state), inputs)
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Joining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.a(x), self.b(x)], 1)
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).view(-1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(Branching(), "branches on data"), (Joining(), "cat"), (Mixing(), "reshape")],
+    ids=["branching", "joining", "mixing"],
+)
+def test_what_cannot_be_followed_is_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as raised:
+        find_groups(model, torch.randn(2, 4))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_relabelling_that_changes_the_function_is_caught() -> None:
+    model, inputs = trained_looking(NETWORKS["mlp"][0]), torch.randn(4, 6)
+    groups = find_groups(model, inputs)
+    signs = [-np.ones(group.size) for group in groups]  # ReLU is not odd
+    wrong = Relabelling(groups, Relabelling.identity(groups).orders, signs)
+    with pytest.raises(ModelError, match="changed what the network computes"):
+        check_preserved(model, state_of(model), wrong.apply(state_of(model)), inputs)
