@@ -17,6 +17,7 @@ from pnanalysis.errors import PnError
 from pnanalysis.gradients import gradient_split
 from pnanalysis.hessian import hessian
 from pnanalysis.history import history
+from pnanalysis.monitor import SaturationMonitor
 from pnanalysis.runs import Checkpoint, Run, open_run
 from pnanalysis.saturation import saturation
 from pnanalysis.schema import load, save, validate
@@ -30,6 +31,7 @@ __all__ = [
     "HessianOperator",
     "PnError",
     "Run",
+    "SaturationMonitor",
     "as_operator",
     "gradient_split",
     "hessian",

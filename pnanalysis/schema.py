@@ -29,7 +29,7 @@ from pnanalysis.errors import SchemaError
 SCHEMA_VERSION = 1
 
 #: Dims that may stand in front of any variable: several checkpoints, runs or iterations side by side.
-STACKING_DIMS = ("run", "checkpoint", "iteration", "epoch", "layer")
+STACKING_DIMS = ("run", "checkpoint", "iteration", "epoch", "step", "layer")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,14 @@ def _with_interval(name: str, units: str, long_name: str) -> dict[str, Variable]
         name: _var("", units, long_name),
         f"{name}_low": _var("", units, f"lower end of the interval of the {long_name}", _OPTIONAL),
         f"{name}_high": _var("", units, f"upper end of the interval of the {long_name}", _OPTIONAL),
+    }
+
+
+def _with_se(name: str, long_name: str, dim: str = "", required: bool = True) -> dict[str, Variable]:
+    """A quantity of each layer with its standard error over the examples."""
+    return {
+        name: _var(f"layer {dim}", "1", long_name, required),
+        f"{name}_se": _var(f"layer {dim}", "1", f"standard error of the {long_name}", required),
     }
 
 
@@ -126,12 +134,18 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
     "hessian": _SPECTRUM,
     "spectrum_comparison": _SPECTRUM_COMPARISON,
     "saturation": {
-        "percentile": _var("layer quantile", "1", "activation percentile"),
-        "abs_percentile": _var("layer quantile", "1", "percentile of the absolute activation"),
-        "histogram": _var("layer bin", "1", "normalised histogram of activations (density)"),
-        "mean": _var("layer", "1", "mean activation"),
-        "std": _var("layer", "1", "standard deviation of activations"),
-        "saturated_share": _var("layer", "1", "share of activations within 0.05 of an asymptote", _OPTIONAL),
+        **_with_se("percentile", "activation percentile", "quantile"),
+        **_with_se("abs_percentile", "percentile of the absolute activation", "quantile"),
+        **_with_se("histogram", "normalised histogram of activations (density)", "bin"),
+        **_with_se("mean", "mean activation"),
+        **_with_se("std", "standard deviation of activations"),
+        **_with_se("saturated_share", "share of activations within 0.05 of an asymptote"),
+        **_with_se("saturation_measure", "saturation measure (Rakitianskaia and Engelbrecht)"),
+        "dead_units": _var("layer", "1", "units that no example moves"),
+        "n_units": _var("layer", "1", "number of units"),
+        **_with_se("unit_saturated_share", "share of a unit's activations within 0.05 of an asymptote", "unit", False),
+        **_with_se("unit_saturation_measure", "saturation measure of a unit", "unit", False),
+        "unit_dead": _var("layer unit", "1", "whether no example moves the unit", _OPTIONAL),
     },
     "trajectory": {
         "plane": _var("checkpoint component", "1", "coordinate on the plane through the end points"),
