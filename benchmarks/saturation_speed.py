@@ -2,8 +2,7 @@
 
     python benchmarks/saturation_speed.py [--threads 1] [--repeats 7]
 
-All sides in turn in one process, 50 steps of Adam a turn (which hold one record). Where delve is installed (``pip install
-delve``), its SaturationTracker at its own defaults is a third side; it measures another saturation, from the covariance
+All sides in turn in one process, 50 steps of Adam a turn (which hold one record). Where delve is installed (PyPI), its SaturationTracker at its own defaults is a third side; it measures another saturation, from the covariance
 of layer outputs.
 """
 

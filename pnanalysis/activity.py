@@ -72,7 +72,7 @@ class LayerActivity:
             self._add(part.contiguous())
 
     def _add(self, values: Tensor) -> None:
-        n, n_units, n_places = values.shape
+        n, _, n_places = values.shape
         flat = values.view(n, -1)
         count = flat.shape[1]
         self.sketch.add(flat)

@@ -95,8 +95,8 @@ class ShareErrors:
     known exactly; relative to independent examples of one number each, :math:`F(1-F)/n`, it is the design effect. That
     varies slowly and is interpolated in :math:`F`.
 
-    Woodruff's standard error of a quantile :math:`Q(p)` is then :math:`(Q(p + e) - Q(p - e))/2` with :math:`e` the error
-    of the share at :math:`p`: it needs no density, and is zero within an atom (a ReLU's zeros).
+    Woodruff's standard error of a quantile :math:`Q(p)` is then :math:`(Q(p + e) - Q(p - e))/2` with :math:`e` the
+    error of the share at :math:`p`: it needs no density, and is zero within an atom (a ReLU's zeros).
 
     References
     ----------
