@@ -36,7 +36,7 @@ class QuantileSketch:
         self.count = 0
         self._kept: list[Tensor] = []
         self._buckets: Tensor | None = None
-        self._sorted: NDArray[np.float32] | None = None
+        self._sorted: dict[bool, NDArray[np.float32]] = {}
 
     @property
     def exact(self) -> bool:
@@ -47,7 +47,7 @@ class QuantileSketch:
         """Take in a tensor of any shape."""
         values = values.detach().reshape(-1).float()
         self.count += values.numel()
-        self._sorted = None
+        self._sorted.clear()
         if self.exact and self.count <= self.exact_limit:
             self._kept.append(values.clone())  # its owner may overwrite it in place
             return
@@ -57,7 +57,7 @@ class QuantileSketch:
     def merge(self, other: QuantileSketch) -> None:
         """Take in all numbers that ``other`` was given; it stays as it is."""
         self.count += other.count
-        self._sorted = None
+        self._sorted.clear()
         self._kept += other._kept
         if other._buckets is not None:
             self._buckets = other._buckets.clone() if self._buckets is None else self._buckets + other._buckets
@@ -75,7 +75,7 @@ class QuantileSketch:
         if not self.count:
             raise ValueError("no numbers have been added")
         if self._buckets is None:
-            return _interpolated(np.sort(np.abs(self._in_order())) if absolute else self._in_order(), levels)
+            return _interpolated(self._in_order(absolute), levels)
         values, counts = self._bucket_values()
         if absolute:
             order = np.argsort(np.abs(values), kind="stable")
@@ -93,10 +93,11 @@ class QuantileSketch:
             counts, _ = np.histogram(values, bins=edges, weights=weights)
         return counts / (self.count * np.diff(edges))
 
-    def _in_order(self) -> NDArray[np.float32]:
-        if self._sorted is None:
-            self._sorted = np.sort(torch.cat(self._kept).cpu().numpy())
-        return self._sorted
+    def _in_order(self, absolute: bool = False) -> NDArray[np.float32]:
+        if absolute not in self._sorted:
+            kept = torch.cat(self._kept).cpu().numpy()
+            self._sorted[absolute] = np.sort(np.abs(kept) if absolute else kept)
+        return self._sorted[absolute]
 
     def _tally_kept(self) -> None:
         for kept in self._kept:
