@@ -2,9 +2,9 @@
 
     python benchmarks/saturation_speed.py [--threads 1] [--repeats 7]
 
-All sides in turn in one process, 50 steps of Adam a turn (which hold one record), in CPU time, which other processes
-disturb little. Where delve is installed (PyPI), its SaturationTracker at its own defaults is a third side; it measures
-another saturation, from the covariance of layer outputs.
+All sides in one process, a step of each in turn, 50 steps a run (which hold one record), in CPU time, which other
+processes disturb little; medians over the runs. Where delve is installed (PyPI), its SaturationTracker at its own
+defaults is a third side; it measures another saturation, from the covariance of layer outputs.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import logging
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -58,31 +59,37 @@ def measure(name: str, repeats: int) -> str:
     with contextlib.suppress(ImportError):
         import delve  # noqa: F401
 
+        logging.disable(logging.INFO)  # a line a layer
         sides["delve"] = _delve
 
-    def seconds(side: str) -> float:
-        model = copy.deepcopy(original)
-        optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-        begun = time.process_time()
-        with sides[side](model) as finish:
-            for _ in range(EVERY):
-                optimiser.zero_grad()
-                cross_entropy(model(images), labels).backward()
-                optimiser.step()
-            finish()
-        return (time.process_time() - begun) / EVERY
+    def turn() -> dict[str, float]:
+        """CPU seconds a step of each side, over steps taken in turn."""
+        spent = dict.fromkeys(sides, 0.0)
+        with ExitStack() as stack:
+            trained = []
+            for side, watch in sides.items():
+                begun = time.process_time()
+                model = copy.deepcopy(original)
+                finish = stack.enter_context(watch(model))
+                trained.append((side, model, torch.optim.Adam(model.parameters(), lr=1e-3), finish))
+                spent[side] += time.process_time() - begun
+            for step in range(EVERY):
+                for side, model, optimiser, finish in trained:
+                    begun = time.process_time()
+                    optimiser.zero_grad()
+                    cross_entropy(model(images), labels).backward()
+                    optimiser.step()
+                    if step == EVERY - 1:
+                        finish()
+                    spent[side] += time.process_time() - begun
+        return {side: total / EVERY for side, total in spent.items()}
 
-    seconds("alone")
-    times = {side: [] for side in sides}
-    for _ in range(repeats):
-        for side in sides:
-            times[side].append(seconds(side))
-    ratios = {
-        side: statistics.median(mine / alone for mine, alone in zip(times[side], times["alone"], strict=True))
-        for side in sides
-    }
+    turn()
+    times = [turn() for _ in range(repeats)]
+    ratios = {side: statistics.median(one[side] / one["alone"] for one in times) for side in sides}
+    alone = statistics.median(one["alone"] for one in times)
     text = ", ".join(f"with {side} {ratio:.3f} times" for side, ratio in ratios.items() if side != "alone")
-    return f"{name}, batch {batch_size}: {1e3 * statistics.median(times['alone']):.1f} ms a step, {text}"
+    return f"{name}, batch {batch_size}: {1e3 * alone:.1f} ms a step, {text}"
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from pnanalysis.errors import PnError
 from pnanalysis.plots.history import errors, history
-from pnanalysis.plots.saturation import activation_histogram, saturation
+from pnanalysis.plots.saturation import activation_histogram, saturated_layers, saturation
 from pnanalysis.plots.spectrum import spectral_density
 from pnanalysis.plots.style import save_figure, style
 from pnanalysis.plots.trajectory import trajectory
@@ -24,6 +24,7 @@ FIGURES: dict[str, str] = {
     "hessian": "pnanalysis.plots.spectrum:spectral_density",
     "spectral_density": "pnanalysis.plots.spectrum:spectral_density",
     "saturation": "pnanalysis.plots.saturation:saturation",
+    "saturated_layers": "pnanalysis.plots.saturation:saturated_layers",
     "activation_histogram": "pnanalysis.plots.saturation:activation_histogram",
     "trajectory": "pnanalysis.plots.trajectory:trajectory",
     "pca": "pnanalysis.plots.trajectory:principal_components",
@@ -77,6 +78,7 @@ __all__ = [
     "errors",
     "history",
     "plot",
+    "saturated_layers",
     "saturation",
     "save_figure",
     "spectral_density",

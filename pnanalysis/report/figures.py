@@ -60,7 +60,12 @@ def _figures_of(
         )
     elif kind == "saturation":
         yield (
-            "Saturation", "98th percentile of the absolute activations, a panel a layer.", {"figure": "saturation"},
+            "Saturation", "98th percentile of the absolute activations, a panel a layer; bands are one standard error.",
+            {"figure": "saturation"},
+        )  # fmt: skip
+        yield (
+            "Saturated and dead units", "Layer by layer at the end of each iteration; bars are one standard error.",
+            {"figure": "saturated_layers"},
         )  # fmt: skip
         yield (
             "Activations", "Normalised histograms, plain against champion.", {"figure": "activation_histogram"},
