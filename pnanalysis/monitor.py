@@ -43,7 +43,7 @@ class SaturationMonitor:
     percentiles, bins, saturation_bins, per_unit
         As for :func:`pnanalysis.saturation`.
     bin_range : (float, float), optional
-        Of the histograms. By default asymptotes where there are any, and for unbounded activations twice the range that
+        Of the histograms. By default asymptotes where there are any, and for unbounded activations four times the range that
         the first record shows.
 
     Examples
@@ -160,6 +160,6 @@ class SaturationMonitor:
 
 
 def _wide_range(seen: list[tuple[str, Activation, Tensor]]) -> tuple[float, float]:
-    """The asymptotes, or twice what unbounded activations show: they grow."""
-    shown = [(activation, 2 * float(values.min()), 2 * float(values.max())) for _, activation, values in seen]
+    """The asymptotes, or four times what unbounded activations show: they grow."""
+    shown = [(activation, 4 * float(values.min()), 4 * float(values.max())) for _, activation, values in seen]
     return common_range([(one, min(low, 0.0), max(high, 0.0)) for one, low, high in shown])

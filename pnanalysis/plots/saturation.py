@@ -19,7 +19,7 @@ _BOUNDED = {"tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign"}
 
 
 def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True) -> Figure:
-    """A percentile of the activations against epoch, a panel a layer: plain in bold, later iterations lighter.
+    """A percentile of the activations against epoch, a panel a layer: plain in bold, later iterations over it.
 
     Bands are one standard error over the images to either side.
 
@@ -62,7 +62,7 @@ def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True)
         else:
             runs = [(at, error)] if "run" not in at.dims else [(at.sel(run=r), error.sel(run=r)) for r in at.run.values]
             for (one, band), dashes in zip(runs, DASHES, strict=False):
-                for iteration in one.iteration.values[::-1]:
+                for iteration in one.iteration.values:
                     colour, width = _line(int(iteration), ds.sizes["iteration"], champion)
                     look = {"color": colour, "lw": width, "ls": dashes, "label": _name(iteration, champion, one)}
                     _curve(ax, one.sel(iteration=iteration), band.sel(iteration=iteration), "epoch", **look)
@@ -72,7 +72,7 @@ def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True)
         ax.set_ylabel(f"{quantile:g}th percentile\nof {what}")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles[::-1], labels[::-1], loc="outside right center")
+        figure.legend(handles, labels, loc="outside right center")
     return figure
 
 
@@ -110,9 +110,12 @@ def saturated_layers(ds: xr.Dataset, epoch: int | None = None) -> Figure:
         left.errorbar(places + shift, one[name], one[f"{name}_se"], fmt="o", color=colour, ms=3, label=text)
         right.bar(places + shift, one.dead_units / one.n_units, width, color=colour)
     left.set_ylabel("saturation measure" if bounded else f"share within {ds.attrs.get('margin', 0.05)} of an asymptote")
-    left.set_ylim(bottom=0)
+    left.set_ylim(0, 1.03 if bounded else None)
     right.set_ylabel("share of dead units")
-    right.set_ylim(0, max(1.1 * float((ds.dead_units / ds.n_units).max()), 0.05))
+    most = max(float(one.dead_units.max()) for _, one, _ in entries)
+    right.set_ylim(0, None if most else 0.05)
+    if not most:
+        right.text(0.5, 0.5, "none", transform=right.transAxes, ha="center", color="0.4")
     for ax in (left, right):
         ax.set_xticks(places, [str(layer) for layer in ds.layer.values], **_tilted(ds))
         for place in places[1:]:
@@ -123,6 +126,8 @@ def saturated_layers(ds: xr.Dataset, epoch: int | None = None) -> Figure:
 
 def activation_histogram(ds: xr.Dataset, epochs: list[int] | None = None) -> Figure:
     """Normalised histograms of the activations, a column a layer and a row an epoch, plain against champion.
+
+    Bands are one standard error over the images.
 
     Parameters
     ----------
@@ -153,7 +158,11 @@ def activation_histogram(ds: xr.Dataset, epochs: list[int] | None = None) -> Fig
         for ax, layer in zip(line, ds.layer.values, strict=True):
             for (name, one), colour, dashes in zip(entries, _ends(len(entries)), DASHES * len(entries), strict=False):
                 density = one.histogram.sel(layer=layer).values
-                ax.stairs(density, _edges(ds.bin.values), color=colour, ls=dashes, lw=0.9, label=name)
+                error, edges = one.histogram_se.sel(layer=layer).values, _edges(ds.bin.values)
+                ax.stairs(density, edges, color=colour, ls=dashes, lw=0.9, label=name)
+                if np.isfinite(error).all():
+                    low = np.maximum(density - error, 0)
+                    ax.stairs(density + error, edges, baseline=low, fill=True, color=colour, alpha=0.2, lw=0)
         line[0].set_ylabel(f"density{title}")
     for ax, layer in zip(axes[0], ds.layer.values, strict=True):
         ax.set_title(str(layer))
@@ -228,6 +237,8 @@ def _panels(ds: xr.Dataset, shared: bool) -> tuple[Figure, list[Any]]:
     axes = figure.subplots(n_rows, min(n, _PER_ROW), sharex=shared, sharey=shared, squeeze=False).ravel()
     for ax, layer in zip(axes, ds.layer.values, strict=False):
         ax.set_title(str(layer))
+    for ax in axes[max(n - _PER_ROW, 0) : n]:  # the lowest of their columns
+        ax.xaxis.set_tick_params(labelbottom=True)
     for ax in axes[n:]:
         ax.remove()
     return figure, list(axes[:n])
@@ -235,7 +246,7 @@ def _panels(ds: xr.Dataset, shared: bool) -> tuple[Figure, list[Any]]:
 
 def _line(iteration: int, n: int, champion: int) -> tuple[object, float]:
     if iteration == 0:
-        return PLAIN, 1.8
+        return PLAIN, 2.4
     if iteration == champion:
         return CHAMPION, 1.5
     return colormaps["Greys"](0.35 + 0.45 * iteration / max(n - 1, 1)), 0.7
