@@ -43,8 +43,8 @@ class SaturationMonitor:
     percentiles, bins, saturation_bins, per_unit
         As for :func:`pnanalysis.saturation`.
     bin_range : (float, float), optional
-        Of the histograms. By default asymptotes where there are any, and for unbounded activations four times the range that
-        the first record shows.
+        Of the histograms. By default asymptotes where there are any, and for unbounded activations four times the
+        range that the first record shows.
 
     Examples
     --------

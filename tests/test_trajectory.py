@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def test_path_lengths_add_up_along_each_path(tiny_run: Run) -> None:
 
 def test_small_blocks_give_the_same_projection(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trajectory(tiny_run, progress=False)
-    monkeypatch.setattr(sys.modules["pnanalysis.trajectory"], "_BLOCK_BYTES", 8 * 15 * 7)  # seven parameters at a time
+    monkeypatch.setattr("pnanalysis.gram._BLOCK_BYTES", 8 * 16 * 7)  # seven parameters at a time
     np.testing.assert_allclose(trajectory(tiny_run, progress=False).plane, whole.plane, atol=1e-10)
 
 

@@ -15,7 +15,7 @@ from pnanalysis.plots.history import errors, history
 from pnanalysis.plots.saturation import activation_histogram, saturated_layers, saturation
 from pnanalysis.plots.spectrum import spectral_density
 from pnanalysis.plots.style import save_figure, style
-from pnanalysis.plots.trajectory import trajectory
+from pnanalysis.plots.trajectory import cosines, trajectories, trajectory, trajectory_layers
 
 #: Figure by name, as ``module:function``; a dataset's kind names its own.
 FIGURES: dict[str, str] = {
@@ -27,6 +27,9 @@ FIGURES: dict[str, str] = {
     "saturated_layers": "pnanalysis.plots.saturation:saturated_layers",
     "activation_histogram": "pnanalysis.plots.saturation:activation_histogram",
     "trajectory": "pnanalysis.plots.trajectory:trajectory",
+    "trajectories": "pnanalysis.plots.trajectory:trajectories",
+    "trajectory_layers": "pnanalysis.plots.trajectory:trajectory_layers",
+    "cosines": "pnanalysis.plots.trajectory:cosines",
     "pca": "pnanalysis.plots.trajectory:principal_components",
     "gradients": "pnanalysis.plots.gradients:gradients",
     "descent": "pnanalysis.plots.toy:descent",
@@ -75,6 +78,7 @@ def plot(ds: xr.Dataset, kind: str | None = None, **options: Any) -> Figure:
 __all__ = [
     "FIGURES",
     "activation_histogram",
+    "cosines",
     "errors",
     "history",
     "plot",
@@ -83,5 +87,7 @@ __all__ = [
     "save_figure",
     "spectral_density",
     "style",
+    "trajectories",
     "trajectory",
+    "trajectory_layers",
 ]

@@ -72,10 +72,17 @@ def _figures_of(
         )  # fmt: skip
     elif kind == "trajectory":
         yield (
-            "Trajectories", "On the plane through the start and two end points; squares are ends.",
-            {"figure": "trajectory"},
+            "Trajectories", "On planes through the start and two end points, and of principal components; squares are "
+            "ends, percentages the share of the variance that an axis explains.",
+            {"figure": "trajectories"},
         )  # fmt: skip
-        yield "Trajectories, principal components", "The first two of all checkpoints.", {"figure": "pca"}
+        if int(ds.end_iteration.max()) > 0:
+            yield (
+                "Cosines with earlier end points", "Seen from zero: what the penalty pushes down.",
+                {"figure": "cosines"},
+            )  # fmt: skip
+        if "layer" in ds.dims:
+            yield "Trajectories by layer", "Each layer on axes of its own.", {"figure": "trajectory_layers"}
     elif kind == "gradients":
         yield (
             "Persistent gradient", "The penalty's constant push and its fluctuation beside the gradient of the loss; "
