@@ -118,6 +118,11 @@ class LayerActivity:
         signed = [torch.where(middle, sign * scaled, plus).sum(2, dtype=torch.float64) for sign in (1, -1)]
         return torch.stack(signed, dim=1)
 
+    @property
+    def n(self) -> int:
+        """How many examples have been taken in."""
+        return self._powers.n
+
     def merge(self, other: LayerActivity) -> None:
         """Take in all examples that ``other`` was given; both must measure the same."""
         self.sketch.merge(other.sketch)
@@ -195,7 +200,9 @@ def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:
     }
     if first.measures.per_unit:
         coords["unit"] = ("unit", np.arange(units))
-    return xr.Dataset(data, coords=coords, attrs={"exact": all(layer.sketch.exact for layer in layers.values())})
+    return xr.Dataset(
+        data, coords=coords, attrs={"exact": all(layer.sketch.exact for layer in layers.values()), "n": first.n}
+    )
 
 
 def common_range(shown: Sequence[tuple[Activation, float, float]]) -> tuple[float, float]:

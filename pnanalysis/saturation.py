@@ -120,7 +120,8 @@ def saturation(
             layers = _observe(model, parts[source.label], batch_size, measures, bin_range)
             results[source.label][checkpoint] = to_dataset(layers)
             advance(text=checkpoint.name)
-    exact = all(part.attrs.pop("exact") for found in results.values() for part in found.values())
+    every = [part for found in results.values() for part in found.values()]
+    exact, size = all(part.attrs["exact"] for part in every), every[0].attrs["n"]
     arranged = [_arrange(found) for found in results.values()]
     ds = (
         arranged[0]
@@ -128,10 +129,9 @@ def saturation(
         else xr.concat(arranged, dim="run", join="outer").assign_coords(run=list(results))
     )
     first = sources[0]
-    part = parts[first.label]
     return schema.finish(
-        ds, "saturation", **first.dataset_attrs(), split=split, n=len(part) if isinstance(part, Split) else n or 0,
-        seed=seed, device=str(torch_device), dtype="float32", margin=MARGIN, saturation_bins=saturation_bins,
+        ds.drop_attrs(deep=False), "saturation", **first.dataset_attrs(), split=split, n=size, seed=seed,
+        device=str(torch_device), dtype="float32", margin=MARGIN, saturation_bins=saturation_bins,
         relative_error=0.0 if exact else RELATIVE_ERROR,
         champion=None if first.run is None else first.run.manifest["champion"],
     )  # fmt: skip
@@ -164,7 +164,7 @@ def _range(
 
     for source, checkpoint in chosen:
         model = source.model(checkpoint, device)
-        inputs, _ = next(iter(parts[source.label].batches(_PROBED)))
+        inputs, _ = next(parts[source.label].stream(_PROBED))
         with torch.no_grad(), watch_activations(model, observe):
             model(inputs)
         if not shown:
@@ -189,7 +189,7 @@ def _observe(
         layers[name].add(output)
 
     with torch.no_grad(), watch_activations(model, observe):
-        for inputs, _ in part.batches(batch_size):
+        for inputs, _ in part.stream(batch_size):
             model(inputs)
     if not layers:
         raise no_activations(model)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 
 from pnanalysis import schema
-from pnanalysis.errors import PnError, RunError
+from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.gram import layer_grams
 from pnanalysis.models import parameter_layers
 from pnanalysis.runs import Checkpoint, Run
@@ -40,7 +40,7 @@ def trajectory(
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Project the trajectories of one or more runs, and measure how far they go.
+    """Project the trajectories of one or more runs through the trainable parameters, and measure how far they go.
 
     Each checkpoint is read once, a block of parameters at a time: 2,000 checkpoints of LeNet-5 or 200 of ResNet-18 take
     well under 4 GB.
@@ -170,7 +170,7 @@ def _points(source: Source, iterations: Sequence[int] | None) -> Iterator[_Point
 
 
 def _layers(source: Source) -> dict[str, list[str]]:
-    """Names of the parameters of each layer; what layers share counts with the first."""
+    """Names of the trainable parameters of each layer; what layers share counts with the first."""
     layers: dict[str, list[str]] = {}
     seen: set[int] = set()
     for layer, parameters in parameter_layers(source.make_model()):
@@ -178,6 +178,8 @@ def _layers(source: Source) -> dict[str, list[str]]:
         seen |= {id(parameter) for _, parameter in parameters}
         if own:
             layers[layer] = own
+    if not layers:
+        raise ModelError(f"{source.label}: has no trainable parameters, so there is no trajectory")
     return layers
 
 

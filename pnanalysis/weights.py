@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,8 +66,8 @@ class FlatWeights:
             loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             if isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values()):
                 return loaded
-        except (RuntimeError, ValueError, OSError):
-            pass
+        except (pickle.UnpicklingError, RuntimeError, ValueError, OSError):
+            pass  # the checkpoint itself says what is wrong, if anything is
         return self._checkpoint.load()
 
 

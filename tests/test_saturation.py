@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
+from pnanalysis import schema
 from pnanalysis.activations import ACTIVATIONS, Activation, watch_activations
 from pnanalysis.activity import LayerActivity, Measures
+from pnanalysis.cli import app
 from pnanalysis.data import load_data
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.models import build_model
@@ -183,6 +188,40 @@ def test_bins_hold_what_unbounded_activations_show_at_any_checkpoint(tmp_path: P
     np.testing.assert_allclose(total, 1.0, rtol=1e-12)  # 64 images tell the range
     ds = saturation(open_files(model, files, "digits"), n=60, bin_range=(0.0, 0.5), progress=False)
     assert (ds.histogram * 0.005).sum("bin")[1] < 0.9
+
+
+def test_a_loader_is_read_a_batch_at_a_time(tmp_path: Path) -> None:
+    """A second batch is only made once the first has been let go."""
+    alive: list[weakref.ref] = []
+
+    class Loader:
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for seed in range(4):
+                assert sum(ref() is not None for ref in alive) <= 1
+                batch = torch.randn(30, 3, generator=torch.Generator().manual_seed(seed))
+                alive.append(weakref.ref(batch))
+                yield batch, torch.zeros(30)
+                del batch
+
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    ds = saturation(open_files(model, [tmp_path / "w.pt"], {"train": Loader()}), n=70, progress=False)
+    assert ds.n == 90  # whole batches
+    inputs = torch.cat([torch.randn(30, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    expected = np.percentile(model(inputs).detach().numpy(), PERCENTILES)
+    np.testing.assert_allclose(ds.percentile.squeeze(), expected, atol=1e-6)
+
+
+def test_the_command_shows_saturation_and_dead_units(tiny_run: Run, tmp_path: Path) -> None:
+    command = ["saturation", str(tiny_run.path), "-c", "plain", "--per-unit", "--saturation-bins", "5", "-o",
+               str(tmp_path / "s.nc")]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "saturation measure" in result.output
+    assert "0 of 16" in result.output
+    ds = schema.load(tmp_path / "s.nc")
+    assert ds.saturation_bins == 5
+    assert ds.unit_dead.dims == ("iteration", "epoch", "layer", "unit")
 
 
 def test_measures_that_make_no_sense_are_refused(tiny_run: Run) -> None:
