@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,12 @@ def test_what_cannot_be_monitored_is_said() -> None:
         monitor.dataset()
     with pytest.raises(PnError, match="every one or more"):
         pn.SaturationMonitor(linear, every=0)
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    result = doctest.testmod(importlib.import_module("pnanalysis.monitor"))
+    assert result.attempted > 3
+    assert result.failed == 0
 
 
 def test_a_live_dataset_survives_saving(tmp_path: Path) -> None:
