@@ -3,7 +3,7 @@
     python benchmarks/saturation_speed.py [--threads 1] [--repeats 7]
 
 All sides in one process, a step of each in turn, 50 steps a run (which hold one record), in CPU time, which other
-processes disturb little; medians over the runs. Where delve is installed (PyPI), its SaturationTracker at its own
+processes disturb little; medians over the runs. Where delve is installed, its SaturationTracker at its own
 defaults is a third side; it measures another saturation, from the covariance of layer outputs.
 """
 
