@@ -20,6 +20,7 @@ from pnanalysis.gradients import gradient_split
 from pnanalysis.hessian import hessian
 from pnanalysis.history import history
 from pnanalysis.landscape import landscape
+from pnanalysis.monitor import SaturationMonitor
 from pnanalysis.runs import Checkpoint, Run, open_run
 from pnanalysis.saturation import saturation
 from pnanalysis.schema import load, save, validate
@@ -35,6 +36,7 @@ __all__ = [
     "HessianOperator",
     "PnError",
     "Run",
+    "SaturationMonitor",
     "as_operator",
     "compare",
     "functional_distance",

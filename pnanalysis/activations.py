@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -17,15 +17,34 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation function: its name and its horizontal asymptotes (infinite where it has none)."""
+    """An activation function.
+
+    Attributes
+    ----------
+    name : str
+    low, high : float
+        Its horizontal asymptotes, infinite where it has none.
+    rectifier : bool
+        Whether its output exceeds zero just where its input does.
+    """
 
     name: str
     low: float = -inf
     high: float = inf
+    rectifier: bool = False
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it has both asymptotes."""
+        return isfinite(self.low) and isfinite(self.high)
+
+
+def _rectifier(name: str, low: float = 0.0, high: float = inf) -> Activation:
+    return Activation(name, low, high, rectifier=True)
 
 
 _TANH, _SIGMOID = Activation("tanh", -1.0, 1.0), Activation("sigmoid", 0.0, 1.0)
-_RELU, _GELU, _SILU = Activation("relu", 0.0), Activation("gelu", 0.0), Activation("silu", 0.0)
+_RELU = _rectifier("relu")
 
 #: Every function that is seen, by identity; functions that call one another are recorded once, at the outermost.
 ACTIVATIONS: dict[Callable[..., Any], Activation] = {
@@ -44,18 +63,18 @@ ACTIVATIONS: dict[Callable[..., Any], Activation] = {
     Tensor.relu: _RELU,
     Tensor.relu_: _RELU,
     F.relu: _RELU,
-    F.relu6: Activation("relu6", 0.0, 6.0),
-    F.leaky_relu: Activation("leaky_relu"),
-    F.prelu: Activation("prelu"),
-    F.elu: Activation("elu", -1.0),
-    F.selu: Activation("selu", -1.7580993408473766),
-    F.celu: Activation("celu", -1.0),
-    F.gelu: _GELU,
-    F.silu: _SILU,
-    F.mish: Activation("mish", 0.0),
+    F.relu6: _rectifier("relu6", 0.0, 6.0),
+    F.leaky_relu: _rectifier("leaky_relu", -inf),
+    F.prelu: _rectifier("prelu", -inf),
+    F.elu: _rectifier("elu", -1.0),
+    F.selu: _rectifier("selu", -1.7580993408473766),
+    F.celu: _rectifier("celu", -1.0),
+    F.gelu: _rectifier("gelu"),
+    F.silu: _rectifier("silu"),
+    F.mish: _rectifier("mish"),
     F.hardtanh: Activation("hardtanh", -1.0, 1.0),
     F.hardsigmoid: Activation("hardsigmoid", 0.0, 1.0),
-    F.hardswish: Activation("hardswish", 0.0),
+    F.hardswish: _rectifier("hardswish"),
     F.softplus: Activation("softplus", 0.0),
     F.softsign: Activation("softsign", -1.0, 1.0),
     F.logsigmoid: Activation("logsigmoid", high=0.0),
@@ -64,8 +83,17 @@ ACTIVATIONS: dict[Callable[..., Any], Activation] = {
 
 def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Activation:
     """torch's hardtanh, which ReLU6 is made of, has the limits it is called with."""
+    if (min_val, max_val) == (0.0, 6.0):
+        return _rectifier("relu6", 0.0, 6.0)
     return Activation("hardtanh", min_val, max_val)
 
+
+#: Which dim of an activation counts units: that of the last of these functions before it.
+_UNIT_DIMS: dict[Callable[..., Any], int] = {
+    **dict.fromkeys((F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__), -1),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.instance_norm, F.group_norm), 1),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1),
+}
 
 Observer = Callable[[str, Activation, Tensor], None]
 
@@ -73,15 +101,17 @@ Observer = Callable[[str, Activation, Tensor], None]
 class _Watch(TorchFunctionMode):
     """Calls ``observe(layer, activation, output)`` for every outermost activation function."""
 
-    def __init__(self, observe: Observer) -> None:
+    def __init__(self, model: nn.Module, observe: Observer) -> None:
         super().__init__()
         self.observe = observe
-        self.modules: list[tuple[str, nn.Module]] = []
+        self.modules: list[tuple[str, nn.Module]] = [("", model)]
         self.calls: Counter[str] = Counter()
         self.depth = 0
+        self.unit_dim = 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         activation = ACTIVATIONS.get(func)
+        self.unit_dim = _UNIT_DIMS.get(func, self.unit_dim)
         if activation is None or self.depth:
             return func(*args, **(kwargs or {}))
         self.depth += 1
@@ -91,12 +121,13 @@ class _Watch(TorchFunctionMode):
             self.depth -= 1
         if func is F.hardtanh:
             activation = _hardtanh(*args[1:3], **(kwargs or {}))
-        self.observe(self._layer(activation), activation, output)
+        values = output if output.ndim > 1 else output.reshape(-1, 1)
+        self.observe(self._layer(activation), activation, values.movedim(self.unit_dim, 1))
         return output
 
     def _layer(self, activation: Activation) -> str:
         """The module's name; for a functional call, of the calling module and the function; numbered when repeated."""
-        path, module = self.modules[-1] if self.modules else ("", None)
+        path, module = self.modules[-1]
         own_module = type(module).__module__ == "torch.nn.modules.activation"
         name = path if own_module and path else ".".join(part for part in (path, activation.name) if part)
         self.calls[name] += 1
@@ -112,14 +143,17 @@ def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
     model : torch.nn.Module
     observe : callable
         ``observe(layer, activation, output)``; ``layer`` is the name of the activation module, or of the module that
-        calls the function followed by the function's name. A second use in one pass is ``name#2``.
+        calls the function followed by the function's name. A second use in one pass is ``name#2``. ``output`` counts
+        examples along dim 0 and units along dim 1: channels after a convolution, features after a linear layer. It is
+        what the network goes on with, and may be overwritten in place afterwards.
     """
-    watch = _Watch(observe)
+    watch = _Watch(model, observe)
+
+    def begin(module: nn.Module, args: Any) -> None:
+        watch.calls.clear()
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            if module is model:
-                watch.calls.clear()
             watch.modules.append((name, module))
 
         return hook
@@ -128,11 +162,10 @@ def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
         watch.modules.pop()
 
     with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(begin, prepend=True).remove)
         for name, module in model.named_modules():
-            for handle in (
-                module.register_forward_pre_hook(enter(name), prepend=True),
-                module.register_forward_hook(leave, always_call=True),
-            ):
-                stack.callback(handle.remove)
+            if module is not model:
+                stack.callback(module.register_forward_pre_hook(enter(name), prepend=True).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         stack.enter_context(watch)
         yield

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,6 +90,10 @@ class Split:
         """All examples in order, ``batch_size`` at a time."""
         return Batches(self, batch_size)
 
+    def stream(self, batch_size: int) -> Iterator[Batch]:
+        """The same, for a single pass."""
+        return iter(self.batches(batch_size))
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -131,13 +136,13 @@ class LoaderSplit:
         return self
 
     def batches(self, batch_size: int) -> list[Batch]:
-        """The batches on the device (``batch_size`` is the loader's own)."""
-        found: list[Batch] = []
-        for inputs, targets in self.loader:
-            if self.n_batches is not None and len(found) == self.n_batches:
-                break
-            found.append((_move(inputs, self.device), _move(targets, self.device)))
-        return found
+        """The batches on the device, all at once (``batch_size`` is the loader's own)."""
+        return list(self.stream(batch_size))
+
+    def stream(self, batch_size: int) -> Iterator[Batch]:
+        """The batches on the device, one at a time."""
+        for inputs, targets in islice(self.loader, self.n_batches):
+            yield _move(inputs, self.device), _move(targets, self.device)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pnanalysis.errors import ModelError
+from pnanalysis.errors import ModelError, RunError
 from pnanalysis.progress import progress_bar
 from pnanalysis.runs import State
 from pnanalysis.surface import Matrix, Surface, mean_and_error
-from pnanalysis.trajectory import project_plane
+from pnanalysis.trajectory import COLLINEAR, on_plane
 
 
 def through_three(
@@ -103,7 +103,9 @@ def plane_weights(displacements: Matrix, x: Matrix, y: Matrix) -> tuple[Matrix, 
     RunError
         If the three lie on one line.
     """
-    points, _ = project_plane(displacements, 1, 2)
+    points = on_plane(displacements, displacements[:, 1:], displacements[1:, 1:])
+    if np.isnan(points).any():
+        raise RunError(COLLINEAR)
     (length, _), (shift, height) = points[1:]
     second = y / height
     first = (x - shift * second) / length

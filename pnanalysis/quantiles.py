@@ -36,6 +36,7 @@ class QuantileSketch:
         self.count = 0
         self._kept: list[Tensor] = []
         self._buckets: Tensor | None = None
+        self._sorted: dict[bool, NDArray[np.float32]] = {}
 
     @property
     def exact(self) -> bool:
@@ -46,13 +47,22 @@ class QuantileSketch:
         """Take in a tensor of any shape."""
         values = values.detach().reshape(-1).float()
         self.count += values.numel()
+        self._sorted.clear()
         if self.exact and self.count <= self.exact_limit:
-            self._kept.append(values)
+            self._kept.append(values.clone())  # its owner may overwrite it in place
             return
-        for kept in self._kept:
-            self._tally(kept)
-        self._kept.clear()
+        self._tally_kept()
         self._tally(values)
+
+    def merge(self, other: QuantileSketch) -> None:
+        """Take in all numbers that ``other`` was given; it stays as it is."""
+        self.count += other.count
+        self._sorted.clear()
+        self._kept += other._kept
+        if other._buckets is not None:
+            self._buckets = other._buckets.clone() if self._buckets is None else self._buckets + other._buckets
+        if not self.exact or self.count > self.exact_limit:
+            self._tally_kept()
 
     def quantiles(self, levels: Sequence[float] | NDArray[np.float64], absolute: bool = False) -> NDArray[np.float64]:
         """Quantiles at ``levels`` in [0, 1], linearly interpolated; of the absolute values if asked.
@@ -65,8 +75,7 @@ class QuantileSketch:
         if not self.count:
             raise ValueError("no numbers have been added")
         if self._buckets is None:
-            values = torch.cat(self._kept).cpu().numpy().astype(np.float64)
-            return np.quantile(np.abs(values) if absolute else values, levels)
+            return _interpolated(self._in_order(absolute), levels)
         values, counts = self._bucket_values()
         if absolute:
             order = np.argsort(np.abs(values), kind="stable")
@@ -78,11 +87,22 @@ class QuantileSketch:
     def histogram(self, edges: NDArray[np.float64]) -> NDArray[np.float64]:
         """Density of the numbers over the bins between ``edges``; what lies outside counts in the total only."""
         if self._buckets is None:
-            counts, _ = np.histogram(torch.cat(self._kept).cpu().numpy(), bins=edges)
+            counts, _ = np.histogram(self._in_order(), bins=edges)
         else:
             values, weights = self._bucket_values()
             counts, _ = np.histogram(values, bins=edges, weights=weights)
         return counts / (self.count * np.diff(edges))
+
+    def _in_order(self, absolute: bool = False) -> NDArray[np.float32]:
+        if absolute not in self._sorted:
+            kept = torch.cat(self._kept).cpu().numpy()
+            self._sorted[absolute] = np.sort(np.abs(kept) if absolute else kept)
+        return self._sorted[absolute]
+
+    def _tally_kept(self) -> None:
+        for kept in self._kept:
+            self._tally(kept)
+        self._kept = []
 
     def _tally(self, values: Tensor) -> None:
         bits = values.contiguous().view(torch.int32)
@@ -101,3 +121,11 @@ class QuantileSketch:
         middles = (ends[0].astype(np.float64) + ends[1].astype(np.float64)) / 2
         middles[ends[0] == 0] = 0.0  # the bucket of zero holds denormals beside it
         return middles, counts[used]
+
+
+def _interpolated(ordered: NDArray[np.float32], levels: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """numpy's linear quantiles, of numbers already in order."""
+    ranks = np.asarray(levels, dtype=np.float64) * (len(ordered) - 1)
+    below = np.floor(ranks).astype(np.intp)
+    low, high = (ordered[index].astype(np.float64) for index in (below, np.minimum(below + 1, len(ordered) - 1)))
+    return low + (ranks - below) * (high - low)

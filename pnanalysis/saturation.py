@@ -1,28 +1,24 @@
-"""Activation saturation: percentiles and histograms of every activation, layer by layer (the paper's section 5)."""
+"""Activation saturation: percentiles, histograms, saturation and dead units, layer by layer (the paper's section 5)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from math import inf, isfinite
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pnanalysis import schema
 from pnanalysis.activations import Activation, watch_activations
+from pnanalysis.activity import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
 from pnanalysis.data import LoaderSplit, Split
 from pnanalysis.errors import ModelError
 from pnanalysis.progress import progress_bar
-from pnanalysis.quantiles import RELATIVE_ERROR, QuantileSketch
+from pnanalysis.quantiles import RELATIVE_ERROR
 from pnanalysis.runs import Checkpoint, Run
 from pnanalysis.sources import Source, as_source, resolve_device
 
-PERCENTILES = (2.0, 25.0, 50.0, 75.0, 98.0)
-MARGIN = 0.05
+_PROBED = 64  # examples that the range of unbounded activations is taken from
 
 
 def saturation(
@@ -32,13 +28,18 @@ def saturation(
     n: int | None = 1000,
     percentiles: Sequence[float] = PERCENTILES,
     bins: int = 100,
+    bin_range: tuple[float, float] | None = None,
+    saturation_bins: int = 10,
+    per_unit: bool = False,
     batch_size: int = 500,
     exact_limit: int = 4_000_000,
     device: str | None = "cpu",
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Percentiles and histograms of every activation at every checkpoint.
+    r"""Percentiles, histograms, saturation and dead units of every activation at every checkpoint.
+
+    One pass over the images a checkpoint, in memory that does not grow with their number.
 
     Parameters
     ----------
@@ -54,8 +55,15 @@ def saturation(
     percentiles : sequence of float
         In percent; of the signed activations and of their absolute values.
     bins : int
-        Of the histograms. Bounded activations are binned between their asymptotes, others over the range that the
-        first checkpoint shows.
+        Of the histograms, which share one range.
+    bin_range : (float, float), optional
+        That range. By default it holds the asymptotes of bounded activations, and for others what some images show at
+        any of the checkpoints; numbers outside count in a histogram's total only.
+    saturation_bins : int
+        Of the saturation measure, B below.
+    per_unit : bool
+        Give ``unit_saturated_share``, ``unit_saturation_measure`` and ``unit_dead`` too, dims (..., layer, unit), NaN
+        beyond a layer's own units. A unit is a channel of a convolution, or a feature of a linear layer.
     exact_limit : int
         Up to so many numbers a layer, percentiles are exact; beyond, relative error at most 2^-9 (see
         :class:`pnanalysis.quantiles.QuantileSketch`).
@@ -72,29 +80,49 @@ def saturation(
     ------
     ModelError
         If the network has no activation functions, or networks of different layers are mixed.
+    PnError
+        If a percentile lies outside 0 to 100, or there are no bins.
+
+    Notes
+    -----
+    ``saturation_measure`` is :math:`\varphi_B = \sum_b |\bar g_b| f_b / \sum_b f_b`: the range between the two
+    asymptotes is cut into B equal bins, :math:`f_b` counts the activations in a bin and :math:`\bar g_b` is their mean,
+    scaled so that the asymptotes lie at -1 and 1. It is 0 for activations half-way between the asymptotes, 1/2 for
+    uniform and 1 for saturated ones, and NaN for activations without two asymptotes. Bins on one side of the middle
+    share their sign, so an even B gives the mean absolute scaled signal whatever B is.
+
+    ``saturated_share`` is the share of activations within 0.05 of an asymptote. A unit is dead if no image moves it:
+    the output of a rectifier (the ReLU family, GELU, SiLU...) never exceeds zero, that of another activation is always
+    within 0.05 of an asymptote. A unit that is called dead over n images is active for less than a share 3/n of all
+    images, with 95 % confidence.
+
+    Every ``*_se`` is a standard error over images: activations of one image are dependent, so means, shares and
+    histograms get the error of per-image sums, and percentiles Woodruff's with the design effect of the images
+    (:mod:`pnanalysis.clusters`).
 
     References
     ----------
     X. Glorot, Y. Bengio, "Understanding the difficulty of training deep feedforward neural networks", AISTATS 2010.
+    A. Rakitianskaia, A. Engelbrecht, "Measuring saturation in neural networks", IEEE SSCI 2015.
     Y. Min, "Persistent Neurons", arXiv:2007.01419, fig. 14 and 15.
     """
+    measures = Measures(tuple(percentiles), bins, saturation_bins, per_unit, exact_limit)
     sources = [as_source(run) for run in runs]
     chosen = [(source, checkpoint) for source in sources for checkpoint in source.select(checkpoints).values()]
     torch_device = resolve_device(device)
-    edges: NDArray[np.float64] | None = None
+    parts = {source.label: _examples(source, split, n, seed, torch_device) for source in sources}
+    if bin_range is None:
+        bin_range = _range(chosen, parts, torch_device)
     results: dict[str, dict[Checkpoint, xr.Dataset]] = {source.label: {} for source in sources}
-    size = 0
     with progress_bar("saturation", len(chosen), progress) as advance:
         for source, checkpoint in chosen:
-            part = _examples(source, split, n, seed, torch_device)
-            size = len(part) if isinstance(part, Split) else n or 0
-            layers = _observe(source.model(checkpoint, torch_device), part, batch_size, exact_limit)
-            if edges is None:
-                edges = _edges(layers.values(), bins)
-            results[source.label][checkpoint] = _measure(layers, percentiles, edges)
+            model = source.model(checkpoint, torch_device)
+            layers = _observe(model, parts[source.label], batch_size, measures, bin_range)
+            results[source.label][checkpoint] = to_dataset(layers)
             advance(text=checkpoint.name)
-    exact = all(part.attrs.pop("exact") for parts in results.values() for part in parts.values())
-    arranged = [_arrange(parts) for parts in results.values()]
+    every = [part for found in results.values() for part in found.values()]
+    exact, size = all(part.attrs["exact"] for part in every), every[0].attrs["n"]
+    arranged = [_arrange(found) for found in results.values()]
     ds = (
         arranged[0]
         if len(arranged) == 1
@@ -102,10 +130,19 @@ def saturation(
     )
     first = sources[0]
     return schema.finish(
-        ds, "saturation", **first.dataset_attrs(), split=split, n=size, seed=seed, device=str(torch_device),
-        dtype="float32", margin=MARGIN, relative_error=0.0 if exact else RELATIVE_ERROR,
+        ds.drop_attrs(deep=False), "saturation", **first.dataset_attrs(), split=split, n=size, seed=seed,
+        device=str(torch_device), dtype="float32", margin=MARGIN, saturation_bins=saturation_bins,
+        relative_error=0.0 if exact else RELATIVE_ERROR,
         champion=None if first.run is None else first.run.manifest["champion"],
     )  # fmt: skip
+
+
+def no_activations(model: nn.Module) -> ModelError:
+    """What to say of a network that has none."""
+    return ModelError(
+        f"{type(model).__name__} has no activation functions that are known here (tanh, sigmoid, the ReLU family, "
+        "GELU, SiLU...); saturation has nothing to measure"
+    )
 
 
 def _examples(source: Source, split: str, n: int | None, seed: int, device: torch.device) -> Split | LoaderSplit:
@@ -116,90 +153,47 @@ def _examples(source: Source, split: str, n: int | None, seed: int, device: torc
     return part.subset(n, seed).to(device)
 
 
-@dataclass
-class _Layer:
-    """What is known of one activation after a pass over the data."""
+def _range(
+    chosen: list[tuple[Source, Checkpoint]], parts: dict[str, Split | LoaderSplit], device: torch.device
+) -> tuple[float, float]:
+    """The bins' range; a few images of each checkpoint tell that of unbounded activations."""
+    shown: list[tuple[Activation, float, float]] = []
 
-    activation: Activation
-    sketch: QuantileSketch
-    total: float = 0.0
-    squares: float = 0.0
-    saturated: float = 0.0
-    low: float = inf
-    high: float = -inf
-    _sums: list[Tensor] = field(default_factory=list)
+    def observe(name: str, activation: Activation, output: Tensor) -> None:
+        shown.append((activation, float(output.min()), float(output.max())))
 
-    def add(self, values: Tensor) -> None:
-        values = values.detach().float()
-        self.sketch.add(values)
-        near = torch.zeros_like(values, dtype=torch.bool)
-        for asymptote in (self.activation.low, self.activation.high):
-            if isfinite(asymptote):
-                near |= (values - asymptote).abs() <= MARGIN
-        parts = [values.sum(dtype=torch.float64), values.double().square().sum(), near.sum().double()]
-        self._sums.append(torch.stack([*parts, values.min().double(), values.max().double()]))
-
-    def close(self) -> None:
-        table = torch.stack(self._sums).cpu()
-        self.total, self.squares, self.saturated = table[:, :3].sum(0).tolist()
-        self.low, self.high = float(table[:, 3].min()), float(table[:, 4].max())
+    for source, checkpoint in chosen:
+        model = source.model(checkpoint, device)
+        inputs, _ = next(parts[source.label].stream(_PROBED))
+        with torch.no_grad(), watch_activations(model, observe):
+            model(inputs)
+        if not shown:
+            raise no_activations(model)
+        if all(activation.bounded for activation, _, _ in shown):
+            break
+    return common_range(shown)
 
 
-def _observe(model: nn.Module, part: Split | LoaderSplit, batch_size: int, exact_limit: int) -> dict[str, _Layer]:
-    layers: dict[str, _Layer] = {}
+def _observe(
+    model: nn.Module,
+    part: Split | LoaderSplit,
+    batch_size: int,
+    measures: Measures,
+    bin_range: tuple[float, float],
+) -> dict[str, LayerActivity]:
+    layers: dict[str, LayerActivity] = {}
 
     def observe(name: str, activation: Activation, output: Tensor) -> None:
         if name not in layers:
-            layers[name] = _Layer(activation, QuantileSketch(exact_limit))
+            layers[name] = LayerActivity(activation, measures, bin_range)
         layers[name].add(output)
 
     with torch.no_grad(), watch_activations(model, observe):
-        for inputs, _ in part.batches(batch_size):
+        for inputs, _ in part.stream(batch_size):
             model(inputs)
     if not layers:
-        raise ModelError(
-            f"{type(model).__name__} has no activation functions that are known here (tanh, sigmoid, the ReLU family, "
-            "GELU, SiLU...); saturation has nothing to measure"
-        )
-    for layer in layers.values():
-        layer.close()
+        raise no_activations(model)
     return layers
-
-
-def _edges(layers: Iterable[_Layer], bins: int) -> NDArray[np.float64]:
-    lows, highs = [], []
-    for layer in layers:
-        lows.append(layer.activation.low if isfinite(layer.activation.low) else layer.low)
-        highs.append(layer.activation.high if isfinite(layer.activation.high) else layer.high)
-    low, high = min(lows), max(highs)
-    return np.linspace(low, high if high > low else low + 1.0, bins + 1)
-
-
-def _measure(layers: dict[str, _Layer], percentiles: Sequence[float], edges: NDArray[np.float64]) -> xr.Dataset:
-    levels = np.asarray(percentiles, dtype=np.float64)
-    count = np.array([layer.sketch.count for layer in layers.values()], dtype=np.float64)
-    mean = np.array([layer.total for layer in layers.values()]) / count
-    square = np.array([layer.squares for layer in layers.values()]) / count
-    bounded = [isfinite(layer.activation.low) or isfinite(layer.activation.high) for layer in layers.values()]
-    share = np.array([layer.saturated for layer in layers.values()]) / count
-    sketches = [layer.sketch for layer in layers.values()]
-    return xr.Dataset(
-        {
-            "percentile": (("layer", "quantile"), np.stack([s.quantiles(levels / 100) for s in sketches])),
-            "abs_percentile": (("layer", "quantile"), np.stack([s.quantiles(levels / 100, True) for s in sketches])),
-            "histogram": (("layer", "bin"), np.stack([s.histogram(edges) for s in sketches])),
-            "mean": (("layer",), mean),
-            "std": (("layer",), np.sqrt(np.maximum(square - mean**2, 0.0))),
-            "saturated_share": (("layer",), np.where(bounded, share, np.nan)),
-        },
-        coords={
-            "layer": list(layers),
-            "activation": ("layer", [layer.activation.name for layer in layers.values()]),
-            "quantile": ("quantile", levels, {"units": "%", "long_name": "percentile"}),
-            "bin": ("bin", (edges[:-1] + edges[1:]) / 2, {"units": "1", "long_name": "activation"}),
-        },
-        attrs={"exact": all(sketch.exact for sketch in sketches)},
-    )
 
 
 def _arrange(results: dict[Checkpoint, xr.Dataset]) -> xr.Dataset:

@@ -29,7 +29,7 @@ from pnanalysis.errors import SchemaError
 SCHEMA_VERSION = 1
 
 #: Dims that may stand in front of any variable: several checkpoints, runs or iterations side by side.
-STACKING_DIMS = ("run", "checkpoint", "iteration", "epoch", "layer")
+STACKING_DIMS = ("run", "checkpoint", "iteration", "epoch", "step", "layer")
 
 
 @dataclass(frozen=True)
@@ -188,20 +188,33 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
     "functional": _FUNCTIONAL,
     "comparison": _COMPARISON,
     "saturation": {
-        "percentile": _var("layer quantile", "1", "activation percentile"),
-        "abs_percentile": _var("layer quantile", "1", "percentile of the absolute activation"),
-        "histogram": _var("layer bin", "1", "normalised histogram of activations (density)"),
-        "mean": _var("layer", "1", "mean activation"),
-        "std": _var("layer", "1", "standard deviation of activations"),
-        "saturated_share": _var("layer", "1", "share of activations within 0.05 of an asymptote", _OPTIONAL),
+        **_with_se("percentile", "layer quantile", "1", "activation percentile"),
+        **_with_se("abs_percentile", "layer quantile", "1", "percentile of the absolute activation"),
+        **_with_se("histogram", "layer bin", "1", "normalised histogram of activations (density)"),
+        **_with_se("mean", "layer", "1", "mean activation"),
+        **_with_se("std", "layer", "1", "standard deviation of activations"),
+        **_with_se("saturated_share", "layer", "1", "share of activations within 0.05 of an asymptote"),
+        **_with_se("saturation_measure", "layer", "1", "saturation measure (Rakitianskaia and Engelbrecht)"),
+        "dead_units": _var("layer", "1", "units that no example moves"),
+        "n_units": _var("layer", "1", "number of units"),
+        **_with_se("unit_saturated_share", "layer unit", "1", "share of a unit near an asymptote", _OPTIONAL),
+        **_with_se("unit_saturation_measure", "layer unit", "1", "saturation measure of a unit", _OPTIONAL),
+        "unit_dead": _var("layer unit", "1", "whether no example moves the unit", _OPTIONAL),
     },
     "trajectory": {
-        "plane": _var("checkpoint component", "1", "coordinate on the plane through the end points"),
-        "pca": _var("checkpoint component", "1", "coordinate on the principal component"),
-        "explained_variance": _var("component", "1", "share of the variance explained"),
-        "plane_residual": _var("checkpoint", "1", "distance from the plane through the end points"),
+        "plane": _var("checkpoint component", "1", "coordinate on the plane through the end points", _OPTIONAL),
+        "pca": _var("checkpoint component", "1", "coordinate on the principal component", _OPTIONAL),
+        "pca_end": _var("checkpoint component", "1", "coordinate on the component about the end point", _OPTIONAL),
+        "random": _var("draw checkpoint component", "1", "coordinate on a random plane", _OPTIONAL),
+        "explained_variance": _var("component", "1", "share of the variance explained", _OPTIONAL),
+        "explained_variance_end": _var("component", "1", "share of the distances from the end explained", _OPTIONAL),
+        "explained_variance_plane": _var("component", "1", "share of the distances from the start", _OPTIONAL),
+        "explained_variance_random": _var("draw component", "1", "share of the distances from the start", _OPTIONAL),
+        "plane_residual": _var("checkpoint", "1", "distance from the plane through the end points", _OPTIONAL),
         "distance_from_start": _var("checkpoint", "1", "Euclidean distance from the starting point"),
         "path_length": _var("checkpoint", "1", "length of the path through the saved checkpoints"),
+        "distance_to_end": _var("checkpoint end", "1", "Euclidean distance from the end point"),
+        "cosine": _var("checkpoint end", "1", "cosine with the end point, seen from zero"),
         "validation_error": _var("checkpoint", "1", "validation error", _OPTIONAL),
     },
     "barrier": {

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
-from pnanalysis.activations import watch_activations
-from pnanalysis.errors import ModelError
+from pnanalysis import schema
+from pnanalysis.activations import ACTIVATIONS, Activation, watch_activations
+from pnanalysis.activity import LayerActivity, Measures
+from pnanalysis.cli import app
+from pnanalysis.data import load_data
+from pnanalysis.errors import ModelError, PnError
+from pnanalysis.models import build_model
 from pnanalysis.quantiles import RELATIVE_ERROR, QuantileSketch
 from pnanalysis.runs import Run
 from pnanalysis.saturation import PERCENTILES, saturation
@@ -44,6 +54,181 @@ def test_percentiles_and_histograms_equal_numpys(tiny_run: Run) -> None:
         np.testing.assert_allclose(at.saturated_share, (np.abs(values) >= 0.95).mean(), atol=2e-3)
         expected, _ = np.histogram(values, bins=np.linspace(-1, 1, 101), density=True)
         assert np.abs(at.histogram.values - expected).sum() * 0.02 < 1e-3  # a value on an edge may change bins
+
+
+def trained_lenet(path: Path) -> tuple[nn.Module, torch.Tensor]:
+    """LeNet-5 after some steps on digits that are enlarged to 20x20, saved at ``path``, and its images."""
+    images, labels = load_data("digits").train.take(slice(200))
+    images = F.interpolate(images, 20)
+    torch.manual_seed(0)
+    model = build_model("lenet5", {"input_shape": (1, 20, 20)})
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(20):
+        optimiser.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+    torch.save(model.state_dict(), path)
+    return model, images
+
+
+def test_percentiles_of_the_sketch_lie_within_its_bound_on_every_layer(tiny_run: Run, tmp_path: Path) -> None:
+    lenet, images = trained_lenet(tmp_path / "lenet.pt")
+    tanh7 = as_source(tiny_run)
+    cases = [
+        (lenet, images, open_files(lenet, [tmp_path / "lenet.pt"], (images, torch.zeros(len(images))))),
+        (tanh7.model(tiny_run.plain), tanh7.data.validation.take(slice(None))[0], tanh7),
+    ]
+    for model, inputs, source in cases:
+        kept: dict[str, np.ndarray] = {}
+        keep = lambda name, _, output, kept=kept: kept.update({name: output.numpy().copy()})  # noqa: E731
+        with torch.no_grad(), watch_activations(model, keep):
+            model(inputs)
+        names = ["lenet"] if source.run is None else ["plain"]
+        ds = saturation(source, checkpoints=names, n=None, exact_limit=0, batch_size=len(inputs), progress=False)
+        assert ds.relative_error == RELATIVE_ERROR
+        assert ds.layer.values.tolist() == list(kept)
+        for name, values in kept.items():
+            at = ds.sel(layer=name).squeeze()
+            for found, ordered in (
+                (at.percentile, np.sort(values, axis=None)), (at.abs_percentile, np.sort(np.abs(values), axis=None)),
+            ):  # fmt: skip
+                ranks = np.floor(np.array(PERCENTILES) / 100 * (len(ordered) - 1)).astype(int)
+                np.testing.assert_allclose(found, ordered[ranks], rtol=RELATIVE_ERROR, atol=1e-38)
+
+
+def test_every_unit_agrees_with_numpy(tiny_run: Run, tmp_path: Path) -> None:
+    lenet, images = trained_lenet(tmp_path / "lenet.pt")
+    source = open_files(lenet, [tmp_path / "lenet.pt"], (images, torch.zeros(len(images))))
+    ds = saturation(source, n=None, per_unit=True, progress=False).isel(checkpoint=0)
+    with torch.no_grad():
+        values = lenet.relu1(lenet.conv1(images)).double().numpy()  # (N, channel, y, x)
+    near = (np.abs(values) <= 0.05).mean((2, 3))
+    conv = ds.sel(layer="relu1")
+    assert ds.sizes["unit"] == 120
+    assert conv.n_units == 6
+    assert conv.unit_saturated_share.isel(unit=slice(6, None)).isnull().all()
+    np.testing.assert_allclose(conv.unit_saturated_share[:6], near.mean(0), atol=1e-5)  # batches round differently
+    np.testing.assert_allclose(conv.unit_saturated_share_se[:6], near.std(0, ddof=1) / np.sqrt(len(images)), rtol=1e-3)
+    np.testing.assert_allclose(conv.saturated_share, near.mean(), atol=1e-5)
+    np.testing.assert_allclose(conv.saturated_share_se, near.mean(1).std(ddof=1) / np.sqrt(len(images)), rtol=1e-3)
+    assert ds.saturation_measure.isnull().all()  # a ReLU has one asymptote
+
+    ds = saturation(tiny_run, checkpoints=["plain"], n=None, per_unit=True, progress=False).squeeze()
+    assert ds.unit_saturation_measure.dims == ("layer", "unit")
+    values = np.abs(stored_activations(tiny_run, 0, 4, "tanh2").reshape(-1, 16))
+    at = ds.sel(layer="tanh2")
+    np.testing.assert_allclose(at.unit_saturation_measure, values.mean(0), atol=1e-6)
+    error = values.std(0, ddof=1) / np.sqrt(len(values))
+    np.testing.assert_allclose(at.unit_saturation_measure_se, error, rtol=1e-4)
+    np.testing.assert_allclose(at.saturation_measure, values.mean(), atol=1e-6)
+    assert saturation(tiny_run, checkpoints=["plain"], per_unit=True, progress=False).unit_dead.dims == (
+        "iteration", "epoch", "layer", "unit",
+    )  # fmt: skip
+
+
+def measure(values: torch.Tensor, activation: Activation, bins: int) -> float:
+    layer = LayerActivity(activation, Measures(saturation_bins=bins), (activation.low, activation.high))
+    layer.add(values)
+    return float(layer.measure()["saturation_measure"][1])
+
+
+def test_the_saturation_measure_by_hand() -> None:
+    tanh, sigmoid = ACTIVATIONS[torch.tanh], ACTIVATIONS[torch.sigmoid]
+    values = torch.tensor([[-0.9], [0.25], [0.05], [0.75]])
+    # bins of width 0.2: each number is alone in its own
+    assert measure(values, tanh, 10) == pytest.approx((0.9 + 0.25 + 0.05 + 0.75) / 4, rel=1e-6)
+    # three bins: -0.9 | 0.25 and 0.05, of mean 0.15 | 0.75
+    assert measure(values, tanh, 3) == pytest.approx((0.9 + 2 * 0.15 + 0.75) / 4, rel=1e-6)
+    # one bin: the mean 0.0375
+    assert measure(values, tanh, 1) == pytest.approx(0.0375, rel=1e-6)
+    assert measure(-values, tanh, 1) == pytest.approx(0.0375, rel=1e-6)
+    assert measure((values + 1) / 2, sigmoid, 3) == pytest.approx(measure(values, tanh, 3), rel=1e-6)
+    assert measure(torch.full((5, 3), -1.0), tanh, 10) == 1.0
+    assert measure(torch.full((5, 3), 0.5), sigmoid, 7) == 0.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), bins=st.integers(1, 13), shift=st.floats(-2, 2))
+def test_the_saturation_measure_is_the_sum_over_bins(seed: int, bins: int, shift: float) -> None:
+    values = (torch.randn(40, 5, generator=torch.Generator().manual_seed(seed)) + shift).tanh()
+    flat = values.double().numpy().ravel()
+    place = np.clip(((flat + 1) / 2 * bins).astype(int), 0, bins - 1)
+    expected = sum(abs(flat[place == b].mean()) * (place == b).sum() for b in range(bins) if (place == b).any())
+    assert measure(values, ACTIVATIONS[torch.tanh], bins) == pytest.approx(expected / flat.size, rel=1e-5, abs=1e-7)
+
+
+def test_dead_units_are_those_that_no_image_moves(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.GELU(),
+        nn.Linear(3, 3), nn.LeakyReLU(),
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer, bias in ((1, [-99, 0, -99, 0, -99]), (3, [9, 0, -9, 0]), (5, [1, -9, 1]), (7, [-9, 9, 9])):
+            model[layer].weight.mul_(0.1 if layer > 1 else 1.0)
+            model[layer].bias.copy_(torch.tensor(bias))
+    torch.save(model.state_dict(), tmp_path / "dead.pt")
+    ds = saturation(open_files(model, [tmp_path / "dead.pt"], "digits"), per_unit=True, progress=False)
+    ds = ds.isel(checkpoint=0)
+    assert ds.activation.values.tolist() == ["relu", "tanh", "gelu", "leaky_relu"]
+    assert ds.dead_units.values.tolist() == [3, 2, 1, 1]
+    assert ds.unit_dead.sel(layer="2").values.tolist() == [1, 0, 1, 0, 1]
+    assert ds.unit_dead.sel(layer="4").values[:4].tolist() == [1, 0, 1, 0]
+
+
+def test_bins_hold_what_unbounded_activations_show_at_any_checkpoint(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU())
+    files = []
+    for scale in (1.0, 20.0):
+        with torch.no_grad():
+            model[1].weight.mul_(scale)
+        files.append(tmp_path / f"{scale}.pt")
+        torch.save(model.state_dict(), files[-1])
+    ds = saturation(open_files(model, files, "digits"), n=60, progress=False)
+    total = (ds.histogram * float(ds.bin[1] - ds.bin[0])).sum("bin")
+    np.testing.assert_allclose(total, 1.0, rtol=1e-12)  # 64 images tell the range
+    ds = saturation(open_files(model, files, "digits"), n=60, bin_range=(0.0, 0.5), progress=False)
+    assert (ds.histogram * 0.005).sum("bin")[1] < 0.9
+
+
+def test_a_loader_is_read_a_batch_at_a_time(tmp_path: Path) -> None:
+    """A second batch is only made once the first has been let go."""
+    alive: list[weakref.ref] = []
+
+    class Loader:
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for seed in range(4):
+                assert sum(ref() is not None for ref in alive) <= 1
+                batch = torch.randn(30, 3, generator=torch.Generator().manual_seed(seed))
+                alive.append(weakref.ref(batch))
+                yield batch, torch.zeros(30)
+                del batch
+
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    ds = saturation(open_files(model, [tmp_path / "w.pt"], {"train": Loader()}), n=70, progress=False)
+    assert ds.n == 90  # whole batches
+    inputs = torch.cat([torch.randn(30, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    expected = np.percentile(model(inputs).detach().numpy(), PERCENTILES)
+    np.testing.assert_allclose(ds.percentile.squeeze(), expected, atol=1e-6)
+
+
+def test_the_command_shows_saturation_and_dead_units(tiny_run: Run, tmp_path: Path) -> None:
+    command = ["saturation", str(tiny_run.path), "-c", "plain", "--per-unit", "--saturation-bins", "5", "-o",
+               str(tmp_path / "s.nc")]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "saturation measure" in result.output
+    assert "0 of 16" in result.output
+    ds = schema.load(tmp_path / "s.nc")
+    assert ds.saturation_bins == 5
+    assert ds.unit_dead.dims == ("iteration", "epoch", "layer", "unit")
+
+
+def test_measures_that_make_no_sense_are_refused(tiny_run: Run) -> None:
+    with pytest.raises(PnError, match="between 0 and 100"):
+        saturation(tiny_run, percentiles=(50, 101), progress=False)
+    with pytest.raises(PnError, match="at least one bin"):
+        saturation(tiny_run, saturation_bins=0, progress=False)
 
 
 def test_histograms_integrate_to_one(tiny_run: Run) -> None:
@@ -130,6 +315,23 @@ def test_a_network_without_activations_says_so(tiny_run: Run) -> None:
     torch.save(model.state_dict(), tiny_run.path.parent / "linear.pt")
     with pytest.raises(ModelError, match="no activation functions"):
         saturation(open_files(model, [tiny_run.path.parent / "linear.pt"], "digits"), progress=False)
+
+
+@pytest.mark.parametrize("limits", [(0, 0), (10**6, 10**6), (10**6, 100), (100, 10**6), (3000, 3000)])
+def test_sketches_merge_to_what_all_numbers_give(limits: tuple[int, int]) -> None:
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    merged, other = (QuantileSketch(limit) for limit in limits)
+    whole = QuantileSketch(limits[0])
+    merged.add(values[:1500])
+    for sketch, part in ((other, values[1500:]), (whole, values)):
+        sketch.add(part)
+    merged.merge(other)
+    assert merged.count == 4000
+    levels = np.linspace(0, 1, 9)
+    if merged.exact == whole.exact:
+        np.testing.assert_array_equal(merged.quantiles(levels), whole.quantiles(levels))
+    ordered = np.sort(values.numpy())[np.floor(levels * 3999).astype(int)]
+    np.testing.assert_allclose(merged.quantiles(levels), ordered, rtol=RELATIVE_ERROR, atol=2e-3)
 
 
 @settings(max_examples=30, deadline=None)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import pnanalysis.schema as schema
-from pnanalysis.errors import ModelError, RunError
+from pnanalysis import plots
+from pnanalysis.cli import app
+from pnanalysis.errors import ModelError, PnError, RunError
+from pnanalysis.gram import _blocks
 from pnanalysis.history import history
-from pnanalysis.runs import Run
+from pnanalysis.runs import Checkpoint, Run
 from pnanalysis.sources import open_files
 from pnanalysis.trajectory import trajectory
+from pnanalysis.weights import FlatWeights
 from trainers import Config, train
 
 
@@ -66,7 +75,7 @@ def test_path_lengths_add_up_along_each_path(tiny_run: Run) -> None:
 
 def test_small_blocks_give_the_same_projection(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trajectory(tiny_run, progress=False)
-    monkeypatch.setattr(sys.modules["pnanalysis.trajectory"], "_BLOCK_BYTES", 8 * 15 * 7)  # seven parameters at a time
+    monkeypatch.setattr("pnanalysis.gram._BLOCK_BYTES", 8 * 16 * 7)  # seven parameters at a time
     np.testing.assert_allclose(trajectory(tiny_run, progress=False).plane, whole.plane, atol=1e-10)
 
 
@@ -114,3 +123,185 @@ def test_every_dataset_survives_saving(tiny_run: Run, tmp_path: Path) -> None:
     ds = trajectory(tiny_run, progress=False)
     loaded = schema.load(schema.save(ds, tmp_path / "trajectory.nc"))
     assert loaded.identical(ds)
+
+
+def end_index(ds: xr.Dataset) -> list[int]:
+    return [ds.checkpoint.values.tolist().index(name) for name in ds.end.values]
+
+
+def test_components_about_the_end_agree_with_a_singular_value_decomposition(tiny_run: Run) -> None:
+    ds = trajectory(tiny_run, n_components=4, progress=False)
+    moved = stacked(tiny_run) - stacked(tiny_run)[4]  # the plain end
+    u, s, _ = np.linalg.svd(moved, full_matrices=False)
+    np.testing.assert_allclose(np.abs(ds.pca_end), np.abs(u[:, :4] * s[:4]), atol=1e-8 * s[0])
+    np.testing.assert_allclose(ds.explained_variance_end, s[:4] ** 2 / (s**2).sum(), rtol=1e-8)
+    # zero of the Gram matrix up to round-off of its entries: the square root of 2^-53
+    np.testing.assert_allclose(ds.pca_end[4], 0.0, atol=1e-7 * s[0])
+    assert float(ds.pca_end[0, 0]) >= 0
+
+
+def test_distances_and_cosines_agree_with_dense_vectors(tiny_run: Run) -> None:
+    ds = trajectory(tiny_run, progress=False)
+    points = stacked(tiny_run)
+    ends = points[[4, 9, 14]]
+    assert ds.end_iteration.values.tolist() == [0, 1, 2]
+    assert end_index(ds) == [4, 9, 14]
+    far = np.linalg.norm(points[:, None] - ends, axis=2)
+    np.testing.assert_allclose(ds.distance_to_end, far, atol=1e-7 * far.max())
+    norms = np.linalg.norm(points, axis=1)
+    np.testing.assert_allclose(ds.cosine, points @ ends.T / np.outer(norms, norms[[4, 9, 14]]), rtol=1e-10)
+
+
+def test_layers_agree_with_their_own_vectors_and_add_up(tiny_run: Run) -> None:
+    whole = trajectory(tiny_run, projections=["plane", "pca", "pca_end", "random"], progress=False)
+    ds = trajectory(tiny_run, projections=["plane", "pca", "pca_end", "random"], per_layer=True, progress=False)
+    assert ds.layer.values.tolist() == ["all", *(f"fc{i}" for i in range(1, 8))]
+    for name in whole.data_vars:
+        np.testing.assert_array_equal(ds[name].sel(layer="all") if "layer" in ds[name].dims else ds[name], whole[name])
+    squares = ds.distance_from_start**2
+    np.testing.assert_allclose(squares.isel(layer=slice(1, None)).sum("layer"), squares.sel(layer="all"), rtol=1e-12)
+    points = []
+    for i in range(3):
+        for checkpoint in tiny_run.trajectory(i):
+            state = checkpoint.load()
+            points.append(torch.cat([state["fc3.weight"].ravel(), state["fc3.bias"]]).double().numpy())
+    points = np.stack(points)
+    at = ds.sel(layer="fc3")
+    _, s, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
+    np.testing.assert_allclose(at.explained_variance, s[:2] ** 2 / (s**2).sum(), rtol=1e-8)
+    far = np.linalg.norm(points[:, None] - points[end_index(ds)], axis=2)
+    np.testing.assert_allclose(at.distance_to_end, far, atol=1e-7 * far.max())
+    norms = np.linalg.norm(points, axis=1)
+    expected = points @ points[end_index(ds)].T / np.outer(norms, norms[end_index(ds)])
+    np.testing.assert_allclose(at.cosine, expected, rtol=1e-10)
+
+
+def test_random_planes_are_filter_normalised_and_seeded(tiny_run: Run) -> None:
+    options = {"projections": ["random"], "n_random": 2, "progress": False}
+    ds = trajectory(tiny_run, seed=3, **options)
+    assert ds.random.dims == ("draw", "checkpoint", "component")
+    np.testing.assert_array_equal(ds.random, trajectory(tiny_run, seed=3, **options).random)
+    assert not np.allclose(ds.random, trajectory(tiny_run, seed=4, **options).random)
+    # drawn anew by hand: a normal vector for each row of a weight matrix, as long as the row; vectors stay
+    end = tiny_run.plain.load()
+    generator = torch.Generator().manual_seed(3)
+    names = [f"fc{i}.{kind}" for i in range(1, 8) for kind in ("weight", "bias")]
+    parts = []
+    for name in names:
+        own = end[name].double()
+        if own.ndim == 1:
+            parts.append(torch.zeros(4, len(own), dtype=torch.float64))
+            continue
+        drawn = torch.randn(4, *own.shape, generator=generator, dtype=torch.float64)
+        drawn *= own.norm(dim=1, keepdim=True) / drawn.norm(dim=2, keepdim=True)
+        parts.append(drawn.flatten(1))
+    directions = torch.cat(parts, dim=1).numpy()
+    paths = [c.load() for i in range(3) for c in tiny_run.trajectory(i)]
+    points = np.stack([np.concatenate([state[name].double().numpy().ravel() for name in names]) for state in paths])
+    for i in range(2):
+        axes, _ = np.linalg.qr(directions[2 * i : 2 * i + 2].T)
+        axes *= np.sign((axes * directions[2 * i : 2 * i + 2].T).sum(0))
+        expected = (points - points[0]) @ axes
+        np.testing.assert_allclose(ds.random[i], expected, atol=1e-10)
+        share = (expected**2).sum(0) / ((points - points[0]) ** 2).sum()
+        np.testing.assert_allclose(ds.explained_variance_random[i], share, rtol=1e-8)
+
+
+def test_every_parameter_is_read_once(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[str] = Counter()
+    original = np.fromfile
+
+    def counting(path: Path, dtype: type, count: int, offset: int) -> np.ndarray:
+        read[str(path)] += count
+        return original(path, dtype, count, offset=offset)
+
+    monkeypatch.setattr(np, "fromfile", counting)
+    monkeypatch.setattr("pnanalysis.gram._BLOCK_BYTES", 8 * 16 * 100)
+    trajectory(tiny_run, iterations=[0], progress=False)
+    n_bytes = 4 * sum(tensor.numel() for tensor in tiny_run.plain.load().values())
+    assert set(read.values()) == {n_bytes}
+    assert len(read) == 5
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6), width=st.integers(1, 40))
+def test_blocks_cover_every_entry_once(sizes: list[int], width: int) -> None:
+    blocks = list(_blocks([(str(i), size) for i, size in enumerate(sizes)], width))
+    seen = [(name, k) for pieces in blocks for name, begin, end in pieces for k in range(begin, end)]
+    assert seen == [(str(i), k) for i, size in enumerate(sizes) for k in range(size)]
+    assert all(sum(end - begin for _, begin, end in pieces) == width for pieces in blocks[:-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_are_read_in_place_whatever_their_type(tmp_path: Path, dtype: torch.dtype, suffix: str) -> None:
+    state = {"a": torch.randn(5, 7).to(dtype), "steps": torch.tensor(3), "b": torch.randn(4).to(dtype)}
+    path = tmp_path / f"w.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    weights = FlatWeights(Checkpoint("w", path), ["a", "b"])
+    assert torch.equal(weights.read("a", 3, 30), state["a"].ravel()[3:30].double())
+    assert torch.equal(weights.read("b", 0, 4), state["b"].double())
+    with pytest.raises(ModelError, match="another architecture"):
+        FlatWeights(Checkpoint("w", path), ["c"])
+
+
+def test_damaged_files_are_said_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.randn(50)}, path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ModelError, match="cut short"):
+        FlatWeights(Checkpoint("w", path), ["a"]).read("a", 0, 50)
+    path.write_bytes(b"not weights at all")
+    with pytest.raises(ModelError, match="not a readable safetensors file"):
+        FlatWeights(Checkpoint("w", path), ["a"])
+
+
+def test_what_the_plane_cannot_show_other_projections_can(tmp_path: Path) -> None:
+    files = []
+    for i in range(4):
+        files.append(tmp_path / f"{i}.safetensors")
+        save_file({"weight": torch.full((2, 2), float(i)), "bias": torch.zeros(2)}, files[-1])
+    source = open_files(nn.Linear(2, 2), files)
+    ds = trajectory(source, projections=["pca", "random"], progress=False)
+    np.testing.assert_allclose(ds.explained_variance, [1, 0], atol=1e-12)
+    np.testing.assert_allclose(ds.path_length, [0, 2, 4, 6], rtol=1e-12)
+    assert np.isnan(ds.cosine[0, 0])  # zero has no direction
+    with pytest.raises(RunError, match="one line"):
+        trajectory(source, progress=False)
+    with pytest.raises(PnError, match="no projection 'tsne'"):
+        trajectory(source, projections=["tsne"], progress=False)
+    save_file({"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}, files[2])
+    with pytest.raises(ModelError, match="another architecture than"):
+        trajectory(source, projections=["pca"], progress=False)
+
+
+def test_figures_of_trajectories(tiny_run: Run) -> None:
+    every = ["plane", "pca", "pca_end", "random"]
+    ds = trajectory(tiny_run, projections=every, per_layer=True, progress=False)
+    figure = plots.plot(ds, "trajectories")
+    assert len(figure.axes) == 4
+    assert f"({float(ds.explained_variance.sel(layer='all')[0]):.1%})" in figure.axes[1].get_xlabel()
+    assert len(plots.plot(ds, "trajectory_layers").axes) == 8
+    panels = plots.plot(ds, "cosines").axes
+    assert len(panels) == 8
+    drawn = [line.get_ydata() for line in panels[0].lines]
+    expected = ds.cosine.sel(layer="all")[5:10, 0]
+    assert any(np.array_equal(y, expected) for y in drawn if len(y) == len(expected))
+    flat = trajectory(tiny_run, iterations=[0], projections=["pca"], progress=False)
+    assert len(plots.plot(flat, "trajectory").axes) == 1
+    for name, message in (("trajectory_layers", "no layers"), ("cosines", "no earlier end|no iteration has earlier")):
+        with pytest.raises(PnError, match=message):
+            plots.plot(flat, name)
+    with pytest.raises(PnError, match="no projection 'plane'"):
+        plots.trajectory(flat, projection="plane")
+
+
+def test_the_command_gives_layers_and_projections(tiny_run: Run, tmp_path: Path) -> None:
+    command = ["trajectory", str(tiny_run.path), "--per-layer", "--projection", "pca", "--projection", "random",
+               "-o", str(tmp_path / "t.nc"), "--plot", str(tmp_path / "t.svg")]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "fc3" in result.output
+    ds = schema.load(tmp_path / "t.nc")
+    assert {"pca", "random"} <= set(ds.data_vars)
+    assert "plane" not in ds

@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 import xarray as xr
 
+from pnanalysis.activity import MARGIN
 from pnanalysis.cli import options
-from pnanalysis.console import Table, make_table
+from pnanalysis.console import Cell, Table, make_table
+from pnanalysis.measured import Measured
 from pnanalysis.saturation import saturation as analyse
 
 
@@ -23,6 +25,8 @@ def saturation(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
     n: Annotated[int, typer.Option("--n", help="Images to look at.")] = 1000,
     bins: Annotated[int, typer.Option(help="Of the histograms.")] = 100,
+    saturation_bins: Annotated[int, typer.Option(help="Of the saturation measure.")] = 10,
+    per_unit: Annotated[bool, typer.Option("--per-unit", help="Saturation of every unit (channel) too.")] = False,
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
@@ -33,31 +37,44 @@ def saturation(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Percentiles and histograms of every activation, by layer, epoch and iteration.
+    """Percentiles, histograms, saturation and dead units of every activation, by layer, epoch and iteration.
 
     [bold]Examples[/bold]
 
       pnanalysis saturation runs/tanh7 --plot saturation.pdf
 
+      pnanalysis saturation runs/lenet5 --checkpoint ends --per-unit
+
       pnanalysis saturation --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
     given = options.sources(runs, model, weights, data, None)
     ds = analyse(
-        *given, checkpoints=checkpoint or ["all"], split=split, n=n, bins=bins, device=device, seed=seed,
-        progress=not quiet,
+        *given, checkpoints=checkpoint or ["all"], split=split, n=n, bins=bins, saturation_bins=saturation_bins,
+        per_unit=per_unit, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _table)
 
 
 def _table(ds: xr.Dataset) -> Table:
-    """The 98th percentile of the absolute activations at each path's last checkpoint."""
-    values = ds.abs_percentile.sel(quantile=98.0)
-    if "epoch" in values.dims:
-        values = values.dropna("epoch", how="all").isel(epoch=-1)
-    rows = values.stack(row=[dim for dim in values.dims if dim != "layer"]).transpose("row", "layer")
-    names = [" ".join(f"{part}" for part in row) for row in rows.row.values]
+    """Each layer at the end of each iteration: percentile, saturation with standard errors, dead units."""
+    stacked = [dim for dim in ds.n_units.dims if dim not in ("layer", "epoch")]
+    rows = []
+    for key, one in ds.drop_dims(["bin", "unit"], errors="ignore").stack(row=stacked).groupby("row", squeeze=False):
+        at = one.isel(row=0)
+        if "epoch" in at.dims:
+            at = at.dropna("epoch", how="all", subset=["n_units"]).isel(epoch=-1)
+        rows += [_row(" ".join(map(str, key)), at.sel(layer=layer)) for layer in ds.layer.values]
+    level = float(ds["quantile"].max())
     return make_table(
-        "98th percentile of |activation| at the end of training",
-        [" ".join(str(dim) for dim in values.dims if dim != "layer"), *map(str, ds.layer.values)],
-        ([name, *row] for name, row in zip(names, rows.values, strict=True)),
-    )
+        "activations at the end of training, with standard errors over the images",
+        [" ".join(map(str, [*stacked, "layer"])), f"{level:g}th percentile of |a|", f"share within {MARGIN}",
+         "saturation measure", "dead units", "of"],
+        rows,
+    )  # fmt: skip
+
+
+def _row(name: str, at: xr.Dataset) -> list[Cell]:
+    shown = [(at.abs_percentile.isel(quantile=-1), at.abs_percentile_se.isel(quantile=-1))]
+    shown += [(at[variable], at[f"{variable}_se"]) for variable in ("saturated_share", "saturation_measure")]
+    measured = [Measured(float(value), float(se)) for value, se in shown]
+    return [f"{name} {at.layer.item()}", *measured, int(at.dead_units), int(at.n_units)]

@@ -9,6 +9,7 @@ import xarray as xr
 
 from pnanalysis.cli import options
 from pnanalysis.console import Table, make_table
+from pnanalysis.trajectory import DEFAULT_PROJECTIONS, PROJECTIONS, WHOLE
 from pnanalysis.trajectory import trajectory as analyse
 
 
@@ -20,38 +21,62 @@ def register(app: typer.Typer) -> None:
 def trajectory(
     runs: options.Paths = None,
     iteration: Annotated[list[int] | None, typer.Option(help="Which iterations; repeat. All by default.")] = None,
+    projection: Annotated[
+        list[str] | None,
+        typer.Option(metavar="|".join(PROJECTIONS), help="Repeat; all but random by default."),
+    ] = None,
     components: Annotated[int, typer.Option(help="Principal components to give.")] = 2,
+    random_planes: Annotated[int, typer.Option(help="Random planes to give, for --projection random.")] = 1,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Everything for each layer too.")] = False,
     model: options.Model = None,
     weights: options.Weights = None,
     output: options.Output = None,
     plot: options.Plot = None,
+    seed: Annotated[int, typer.Option(help="Of the random planes.")] = 0,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Paths through parameter space, on the plane through their ends and on their principal components.
+    """Paths through parameter space: planes through their ends, principal components, random planes, by layer.
 
     [bold]Examples[/bold]
 
       pnanalysis trajectory runs/lenet5 --iteration 0 --iteration 3 --plot paths.pdf
 
       pnanalysis trajectory runs/lenet5 runs/lenet5-restart
+
+      pnanalysis trajectory runs/lenet5 --per-layer --projection pca --projection random
     """
     given = options.sources(runs, model, weights, None, None)
-    ds = analyse(*given, iterations=iteration, n_components=components, progress=not quiet)
+    ds = analyse(
+        *given, iterations=iteration, projections=projection or DEFAULT_PROJECTIONS, n_components=components,
+        n_random=random_planes, per_layer=per_layer, seed=seed, progress=not quiet,
+    )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _table)
 
 
 def _table(ds: xr.Dataset) -> Table:
-    """Each path's end: distance from the start, length, distance from the plane."""
+    """Each path's end: distances, length, and cosines with the first path's end; a row a layer if there are layers."""
     ends = {(run, i): k for k, (run, i) in enumerate(zip(ds.run.values, ds.iteration.values, strict=True))}
-    rows = [
-        [f"{run} iteration {iteration}", float(at.distance_from_start), float(at.path_length), float(at.plane_residual)]
-        for (run, iteration), k in ends.items()
-        for at in [ds.isel(checkpoint=k)]
-    ]
-    shares = ", ".join(f"{share:.1%}" for share in ds.explained_variance.values)
+    rows = []
+    for (run, iteration), k in ends.items():
+        at = ds.isel(checkpoint=k)
+        for name, one in (
+            [("", at)] if "layer" not in ds.dims else [(f" {n}", at.sel(layer=n)) for n in ds.layer.values]
+        ):
+            numbers = [one.distance_from_start, one.path_length, *_residual(one)]
+            numbers += [one.distance_to_end.isel(end=0), one.cosine.isel(end=0)]
+            rows.append([f"{run} iteration {iteration}{name}", *map(float, numbers)])
+    explained = {name: ds[name] for name in ("explained_variance", "explained_variance_end") if name in ds}
+    whole = [share.sel(layer=WHOLE) if "layer" in share.dims else share for share in explained.values()]
+    shares = [", ".join(f"{part:.1%}" for part in share.values) for share in whole]
+    text = "; about the plain end ".join(shares)
     return make_table(
-        f"ends of the paths (principal components explain {shares})",
-        ["path", "distance from start", "path length", "distance from plane"],
+        "ends of the paths" + (f" (principal components explain {text})" if text else ""),
+        ["path", "distance from start", "path length", *(["distance from plane"] if "plane_residual" in ds else []),
+         "distance to first end", "cosine with it"],
         rows,
-    )
+    )  # fmt: skip
+
+
+def _residual(one: xr.Dataset) -> list[xr.DataArray]:
+    return [one.plane_residual] if "plane_residual" in one else []

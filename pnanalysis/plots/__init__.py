@@ -14,10 +14,10 @@ from pnanalysis.errors import PnError
 from pnanalysis.plots.comparison import comparison
 from pnanalysis.plots.history import errors, history
 from pnanalysis.plots.landscape import barrier, landscape, sharpness
-from pnanalysis.plots.saturation import activation_histogram, saturation
+from pnanalysis.plots.saturation import activation_histogram, saturated_layers, saturation
 from pnanalysis.plots.spectrum import spectral_density
 from pnanalysis.plots.style import save_figure, style
-from pnanalysis.plots.trajectory import trajectory
+from pnanalysis.plots.trajectory import cosines, trajectories, trajectory, trajectory_layers
 
 #: Figure by name, as ``module:function``; a dataset's kind names its own.
 FIGURES: dict[str, str] = {
@@ -26,8 +26,12 @@ FIGURES: dict[str, str] = {
     "hessian": "pnanalysis.plots.spectrum:spectral_density",
     "spectral_density": "pnanalysis.plots.spectrum:spectral_density",
     "saturation": "pnanalysis.plots.saturation:saturation",
+    "saturated_layers": "pnanalysis.plots.saturation:saturated_layers",
     "activation_histogram": "pnanalysis.plots.saturation:activation_histogram",
     "trajectory": "pnanalysis.plots.trajectory:trajectory",
+    "trajectories": "pnanalysis.plots.trajectory:trajectories",
+    "trajectory_layers": "pnanalysis.plots.trajectory:trajectory_layers",
+    "cosines": "pnanalysis.plots.trajectory:cosines",
     "pca": "pnanalysis.plots.trajectory:principal_components",
     "barrier": "pnanalysis.plots.landscape:barrier",
     "landscape": "pnanalysis.plots.landscape:landscape",
@@ -83,14 +87,18 @@ __all__ = [
     "activation_histogram",
     "barrier",
     "comparison",
+    "cosines",
     "errors",
     "history",
     "landscape",
     "plot",
+    "saturated_layers",
     "saturation",
     "save_figure",
     "sharpness",
     "spectral_density",
     "style",
+    "trajectories",
     "trajectory",
+    "trajectory_layers",
 ]

@@ -62,17 +62,29 @@ def _figures_of(
         )
     elif kind == "saturation":
         yield (
-            "Saturation", "98th percentile of the absolute activations, a panel a layer.", {"figure": "saturation"},
+            "Saturation", "98th percentile of the absolute activations, a panel a layer; bands are one standard error.",
+            {"figure": "saturation"},
+        )  # fmt: skip
+        yield (
+            "Saturated and dead units", "Layer by layer at the end of each iteration; bars are one standard error.",
+            {"figure": "saturated_layers"},
         )  # fmt: skip
         yield (
             "Activations", "Normalised histograms, plain against champion.", {"figure": "activation_histogram"},
         )  # fmt: skip
     elif kind == "trajectory":
         yield (
-            "Trajectories", "On the plane through the start and two end points; squares are ends.",
-            {"figure": "trajectory"},
+            "Trajectories", "On planes through the start and two end points, and of principal components; squares are "
+            "ends, percentages the share of the variance that an axis explains.",
+            {"figure": "trajectories"},
         )  # fmt: skip
-        yield "Trajectories, principal components", "The first two of all checkpoints.", {"figure": "pca"}
+        if int(ds.end_iteration.max()) > 0:
+            yield (
+                "Cosines with earlier end points", "Seen from zero: what the penalty pushes down.",
+                {"figure": "cosines"},
+            )  # fmt: skip
+        if "layer" in ds.dims:
+            yield "Trajectories by layer", "Each layer on axes of its own.", {"figure": "trajectory_layers"}
     elif kind == "barrier":
         yield (
             "Loss between minima", "Loss and error along paths from one minimum to the other, with one standard error; "

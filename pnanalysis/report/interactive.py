@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,13 @@ import xarray as xr
 
 from pnanalysis.plots.style import CHAMPION, COLOURS, PLAIN, QUIET, label
 from pnanalysis.runs import Run
+from pnanalysis.trajectory import WHOLE
 
 ALL = "all"
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_PROJECTIONS = {
+    "plane": "plane through start and ends", "pca": "principal components", "pca_end": "components about the end",
+}  # fmt: skip
 _ERRORS = ("validation_error", "test_error", "train_loss", "penalty")
 
 
@@ -92,17 +97,15 @@ def _saturation(ds: xr.Dataset) -> Explorer:
         ds = ds.isel(run=0)
     layers = [str(layer) for layer in ds.layer.values]
     levels = sorted(ds["quantile"].values.tolist(), reverse=True)
-    traces = [
-        _trace(
-            ds.epoch.values, ds.abs_percentile.sel(iteration=iteration, layer=layer, quantile=level).values,
-            f"iteration {iteration}", _look(int(iteration), ds),
+    traces = []
+    for layer, level, iteration in product(layers, levels, ds.iteration.values):
+        at = ds.sel(iteration=iteration, layer=layer, quantile=level)
+        curve = _trace(
+            ds.epoch.values, at.abs_percentile.values, f"iteration {iteration}", _look(int(iteration), ds),
             {"layer": layer, "level": f"{level:g}", "iteration": str(iteration)},
-            hovertemplate="epoch %{x}: %{y:.4f}",
-        )
-        for layer in layers
-        for level in levels
-        for iteration in ds.iteration.values
-    ]  # fmt: skip
+            hovertemplate="epoch %{x}: %{y:.4f} ± %{customdata:.1g}",
+        )  # fmt: skip
+        traces.append({**curve, "customdata": _numbers(at.abs_percentile_se.values)})
     choices = [
         Choice("layer", "Layer", layers),
         Choice("level", "Percentile of |activation|", [f"{level:g}" for level in levels]),
@@ -114,7 +117,9 @@ def _saturation(ds: xr.Dataset) -> Explorer:
 def _trajectory(ds: xr.Dataset) -> Explorer:
     paths = list(dict.fromkeys(zip(ds.run.values.tolist(), ds.iteration.values.tolist(), strict=True)))
     first, several = str(ds.run.values[0]), len(set(ds.run.values.tolist())) > 1
-    projections = {"plane": "plane through start and ends", "pca": "principal components"}
+    if "layer" in ds.dims:
+        ds = ds.sel(layer=WHOLE)
+    projections = {name: title for name, title in _PROJECTIONS.items() if name in ds}
     traces = []
     for projection, title in projections.items():
         for run, iteration in paths:

@@ -72,6 +72,41 @@ def test_saturation_has_a_panel_a_layer_and_a_curve_an_iteration(tiny_run: Run) 
     np.testing.assert_array_equal(plain.get_ydata(), expected)
 
 
+def test_bands_of_the_percentiles_are_one_standard_error(tiny_run: Run) -> None:
+    ds = pn.saturation(tiny_run, progress=False)
+    ax = plots.saturation(ds).axes[2]
+    at = ds.sel(iteration=0, layer="tanh3", quantile=98.0)
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(float((at.abs_percentile + at.abs_percentile_se).max()))
+    with pytest.raises(PnError, match="99th percentile has not been measured"):
+        plots.saturation(ds, quantile=99)
+
+
+def test_saturated_layers_have_a_marker_and_a_bar_for_each_iteration(tiny_run: Run) -> None:
+    ds = pn.saturation(tiny_run, progress=False)
+    left, right = plots.saturated_layers(ds).axes
+    assert [text.get_text() for text in left.get_xticklabels()] == list(ds.layer.values)
+    heights = [container.lines[0].get_ydata() for container in left.containers]
+    np.testing.assert_array_equal(heights, ds.saturation_measure.sel(epoch=4))
+    assert len(right.patches) == 18
+    early = plots.saturated_layers(ds, epoch=1).axes[0].containers[0].lines[0].get_ydata()
+    np.testing.assert_array_equal(early, ds.saturation_measure.sel(epoch=1, iteration=0))
+    with pytest.raises(PnError, match="epoch 99"):
+        plots.saturated_layers(ds, epoch=99)
+
+
+def test_every_figure_of_saturation_can_show_a_monitor() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    with pn.SaturationMonitor(model, every=1) as monitor:
+        for _ in range(3):
+            model(torch.randn(20, 3))
+    ds = monitor.dataset()
+    (line,) = plots.saturation(ds).axes[0].lines
+    np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2])
+    assert len(plots.saturated_layers(ds).axes[1].patches) == 3
+    assert len(plots.activation_histogram(ds).axes) == 1
+
+
 def test_histograms_show_plain_and_another_at_two_epochs(tiny_run: Run) -> None:
     ds = pn.saturation(tiny_run, progress=False)
     figure = plots.activation_histogram(ds)

@@ -59,7 +59,7 @@ class _Page(HTMLParser):
 def test_the_page_holds_everything_and_fetches_nothing(pair: list[Run], tmp_path: Path) -> None:
     text = write_report(pair, tmp_path / "report.html").read_text()
     page = _Page(text)
-    assert page.tags.count("svg") == 7
+    assert page.tags.count("svg") == 8
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
     assert not re.search(r"@import|url\(\s*['\"]?http", text)
     assert len(page.ids) == len(set(page.ids))
