@@ -14,7 +14,7 @@ from pnanalysis.errors import PnError
 from pnanalysis.plots.history import errors, history
 from pnanalysis.plots.saturation import activation_histogram, saturation
 from pnanalysis.plots.spectrum import spectral_density
-from pnanalysis.plots.style import save_figure, style
+from pnanalysis.plots.style import new_figure, save_figure, style
 from pnanalysis.plots.trajectory import trajectory
 
 #: Figure by name, as ``module:function``; a dataset's kind names its own.
@@ -30,6 +30,7 @@ FIGURES: dict[str, str] = {
     "gradients": "pnanalysis.plots.gradients:gradients",
     "descent": "pnanalysis.plots.toy:descent",
     "surface": "pnanalysis.plots.toy:surface",
+    "surface_3d": "pnanalysis.plots.toy:surface_3d",
     "basin": "pnanalysis.plots.toy:basin",
     "ensemble": "pnanalysis.plots.ensemble:ensemble",
     "escape": "pnanalysis.plots.ensemble:escape",
@@ -76,6 +77,7 @@ __all__ = [
     "activation_histogram",
     "errors",
     "history",
+    "new_figure",
     "plot",
     "saturation",
     "save_figure",
