@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -150,7 +152,7 @@ def basin(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _contours(ds: xr.Dataset, ax: Axes, levels: int | np.ndarray = _LEVELS) -> ContourSet:
+def _contours(ds: xr.Dataset, ax: Axes, levels: int | Sequence[float] = _LEVELS) -> ContourSet:
     drawn = ax.contourf(ds["x"], ds["y"], ds["value"], levels=levels, cmap="cividis")
     ax.contour(ds["x"], ds["y"], ds["value"], levels=levels, colors="white", linewidths=0.3, alpha=0.6)
     return drawn

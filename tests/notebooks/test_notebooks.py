@@ -23,7 +23,6 @@ SMALL = {
     "05_plain_against_persistent": "folder, data, iterations, epochs, n_hvp = None, 'digits', 3, 3, 40",
     "06_sweeps": "folder, lams, n_seeds, iterations, epochs, jobs = None, (0.01, 0.1), 2, 2, 2, 2",
 }
-SLOW = ()
 
 
 def read(path: Path) -> NotebookNode:
@@ -38,18 +37,11 @@ def parameters(notebook: NotebookNode) -> NotebookNode:
 
 def names_set(source: str) -> set[str]:
     """Names that a piece of code assigns to."""
-    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name) and _is_stored(node)}
+    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    return {node.id for node in names if isinstance(node.ctx, ast.Store)}
 
 
-def _is_stored(node: ast.Name) -> bool:
-    return isinstance(node.ctx, ast.Store)
-
-
-def marked(path: Path) -> object:
-    return pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in SLOW else ())
-
-
-@pytest.mark.parametrize("path", [marked(path) for path in PATHS])
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("PNANALYSIS_CIFAR10", raising=False)
