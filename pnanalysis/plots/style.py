@@ -62,7 +62,7 @@ def style() -> Iterator[None]:
         yield
 
 
-class _Shown(Figure):
+class _NotebookFigure(Figure):
     """A figure that notebooks show although pyplot does not know of it, in 256 colours: a third of the bytes."""
 
     def _repr_png_(self) -> bytes:
@@ -79,7 +79,7 @@ def new_figure(width: float = COLUMN, height: float | None = None) -> Figure:
     A notebook shows it as the value of a cell's last line, once, and nothing has to be closed.
     """
     size = (width, height if height is not None else width * GOLDEN)
-    figure = _Shown(figsize=size, dpi=_SCREEN_DPI, layout="constrained")
+    figure = _NotebookFigure(figsize=size, dpi=_SCREEN_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
