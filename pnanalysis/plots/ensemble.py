@@ -152,7 +152,7 @@ def escape(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     -------
     Axes
     """
-    ax = own_axes(ax, COLUMN * 1.4, 2.8)
+    ax = own_axes(ax, PAGE, 2.8)
     for k, label in enumerate(ds["strategy"].values.tolist()):
         arm = ds.sel(strategy=label)
         is_control = bool(np.isnan(arm["lam"]))
@@ -166,7 +166,7 @@ def escape(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("iteration (trainings after the plain one)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel("share of starts off the plateau")
-    ax.legend(**OVERLAY)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
