@@ -10,7 +10,7 @@ OUT ?= demo
 help:
 	@echo "make demo       train, analyse and report on handwritten digits (about three minutes)"
 	@echo "make test       run the tests        make test-slow  the long ones too"
-	@echo "make check      lint and type-check  make notebooks  run the notebooks"
+	@echo "make check      lint and type-check  make notebooks  execute them into notebooks/executed"
 	@echo "make bench      benchmarks beside peers              make clean  remove what make made"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -35,7 +35,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 notebooks: $(STAMP)
-	$(BIN)/python -m pytest tests/notebooks -m "slow or not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
@@ -45,4 +45,4 @@ lock: $(STAMP)
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v -e '@' -e '^pip=' > constraints.txt
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info notebooks/executed

@@ -16,7 +16,7 @@ from pnanalysis.plots.history import errors, history
 from pnanalysis.plots.landscape import barrier, landscape, sharpness
 from pnanalysis.plots.saturation import activation_histogram, saturated_layers, saturation
 from pnanalysis.plots.spectrum import spectral_density
-from pnanalysis.plots.style import save_figure, style
+from pnanalysis.plots.style import new_figure, save_figure, style
 from pnanalysis.plots.trajectory import cosines, trajectories, trajectory, trajectory_layers
 
 #: Figure by name, as ``module:function``; a dataset's kind names its own.
@@ -41,6 +41,7 @@ FIGURES: dict[str, str] = {
     "functional": "pnanalysis.plots.comparison:functional",
     "descent": "pnanalysis.plots.toy:descent",
     "surface": "pnanalysis.plots.toy:surface",
+    "surface_3d": "pnanalysis.plots.toy:surface_3d",
     "basin": "pnanalysis.plots.toy:basin",
     "ensemble": "pnanalysis.plots.ensemble:ensemble",
     "escape": "pnanalysis.plots.ensemble:escape",
@@ -91,6 +92,7 @@ __all__ = [
     "errors",
     "history",
     "landscape",
+    "new_figure",
     "plot",
     "saturated_layers",
     "saturation",

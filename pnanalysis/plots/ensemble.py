@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pnanalysis.plots.style import COLUMN, OVERLAY, PAGE, new_figure, own_axes
 
 _BLUE, _ORANGE, _GREEN, _PINK, _SKY, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
 _ARMS = (_BLUE, _ORANGE, _GREEN, _PINK, _SKY)  # Okabe and Ito
@@ -25,7 +27,8 @@ def ensemble(ds: xr.Dataset) -> Figure:
     -------
     Figure
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = new_figure(PAGE, 2.8)
+    left, right = figure.subplots(1, 2)
     predictors(ds, ax=left)
     (losses_by_iteration if ds.sizes["iteration"] > 1 else losses_by_seed)(ds, ax=right)
     return figure
@@ -49,16 +52,16 @@ def predictors(ds: xr.Dataset, restarts: xr.Dataset | None = None, member: int =
     -------
     Axes
     """
-    ax = ax or plt.subplots(layout="constrained")[1]
+    ax = own_axes(ax, COLUMN * 1.4, 2.8)
     own = ds.isel(member=[member]) if ds.sizes["iteration"] > 1 else ds
     _predictor(own, (0, 0), "plain", _GREY, "-", ax)
     if restarts is not None:
         _best_predictor(restarts, ax)
     _best_predictor(own, ax)
-    ax.plot(ds["data_x"], ds["data_y"], "o", color="black", ms=6, zorder=5, label="data")
+    ax.plot(ds["data_x"], ds["data_y"], "o", color="black", ms=4.5, zorder=5, label="data")
     ax.set_xlabel("input")
     ax.set_ylabel("output")
-    ax.legend(fontsize="small")
+    ax.legend(**OVERLAY)
     return ax
 
 
@@ -77,17 +80,17 @@ def losses_by_seed(ds: xr.Dataset, plateau: float | None = None, ax: Axes | None
     -------
     Axes
     """
-    ax = ax or plt.subplots(layout="constrained")[1]
+    ax = own_axes(ax, COLUMN * 1.4, 2.8)
     loss, seed = ds["final_loss"].isel(iteration=0), ds["seed"]
     best = int(loss.values.argmin())
     _plateau(plateau, ax)
     ax.plot(seed, loss, "o", ms=4, color=_ORANGE, label=f"{len(loss)} trainings")
     ax.plot(
-        seed[best], loss[best], "*", ms=14, color=_ORANGE, mec="black", ls="", label=f"best: {float(loss[best]):.3g}"
+        seed[best], loss[best], "*", ms=10, color=_ORANGE, mec="black", ls="", label=f"best: {float(loss[best]):.3g}"
     )
     ax.set_xlabel("seed")
     ax.set_ylabel("mean squared error")
-    ax.legend(fontsize="small")
+    ax.legend(**OVERLAY)
     return ax
 
 
@@ -106,7 +109,7 @@ def losses_by_iteration(ds: xr.Dataset, plateau: float | None = None, ax: Axes |
     -------
     Axes
     """
-    ax = ax or plt.subplots(layout="constrained")[1]
+    ax = own_axes(ax, COLUMN * 1.4, 2.8)
     loss = ds["final_loss"].transpose("member", "iteration").values
     iteration = ds["iteration"].values
     _plateau(plateau, ax)
@@ -128,10 +131,11 @@ def losses_by_iteration(ds: xr.Dataset, plateau: float | None = None, ax: Axes |
         )
     member, best = np.unravel_index(loss.argmin(), loss.shape)
     champion = f"champion: {loss.min():.3g} at iteration {iteration[best]}"
-    ax.plot(iteration[best], loss[member, best], "*", ms=14, color="#F0E442", mec="black", ls="", label=champion)
+    ax.plot(iteration[best], loss[member, best], "*", ms=10, color="#F0E442", mec="black", ls="", label=champion)
     ax.set_xlabel("iteration")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel("mean squared error")
-    ax.legend(fontsize="small")
+    ax.legend(**OVERLAY)
     return ax
 
 
@@ -148,7 +152,7 @@ def escape(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     -------
     Axes
     """
-    ax = ax or plt.subplots(layout="constrained")[1]
+    ax = own_axes(ax, PAGE, 2.8)
     for k, label in enumerate(ds["strategy"].values.tolist()):
         arm = ds.sel(strategy=label)
         is_control = bool(np.isnan(arm["lam"]))
@@ -160,8 +164,9 @@ def escape(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
         )
     ax.set_ylim(-0.02, 1.02)
     ax.set_xlabel("iteration (trainings after the plain one)")
-    ax.set_ylabel("share of starts that have left the plateau")
-    ax.legend(fontsize="small")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylabel("share of starts off the plateau")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
@@ -175,7 +180,7 @@ def _best_predictor(ds: xr.Dataset, ax: Axes) -> None:
 def _predictor(ds: xr.Dataset, which: tuple[int, int], label: str, colour: str, style: str, ax: Axes) -> None:
     one = ds.isel(iteration=which[0], member=which[1])
     text = f"{label} (loss {float(one['final_loss']):.3g})"
-    ax.plot(ds["x"], one["prediction"], style, color=colour, lw=2, label=text)
+    ax.plot(ds["x"], one["prediction"], style, color=colour, lw=1.6, label=text)
 
 
 def _plateau(plateau: float | None, ax: Axes) -> None:

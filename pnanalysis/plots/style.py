@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,20 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from pnanalysis.errors import PnError
 from pnanalysis.schema import atomic_path
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column, both columns
 GOLDEN = 0.618
+_SCREEN_DPI = 120  # in notebooks; files have their own
 
 #: Okabe and Ito's palette, dark and light alternating so that neighbours differ in grey too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000", "#F0E442")
 PLAIN, CHAMPION, RESTART, QUIET = "#0072B2", "#D55E00", "#009E73", "#999999"
+#: Of legends that lie over what is drawn.
+OVERLAY: dict[str, Any] = {"frameon": True, "framealpha": 0.75, "edgecolor": "none"}
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 _RC: dict[Any, Any] = {
@@ -57,9 +62,24 @@ def style() -> Iterator[None]:
         yield
 
 
+class _NotebookFigure(Figure):
+    """A figure that notebooks show although pyplot does not know of it, in 256 colours: a third of the bytes."""
+
+    def _repr_png_(self) -> bytes:
+        drawn, small = BytesIO(), BytesIO()
+        self.savefig(drawn, format="png", dpi=self.dpi)
+        image = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        image.save(small, "PNG", optimize=True)
+        return small.getvalue()
+
+
 def new_figure(width: float = COLUMN, height: float | None = None) -> Figure:
-    """An empty figure that no window manager knows of; constrained layout."""
-    figure = Figure(figsize=(width, height if height is not None else width * GOLDEN), layout="constrained")
+    """An empty figure that no window manager knows of; constrained layout. Sizes are in inches.
+
+    A notebook shows it as the value of a cell's last line, once, and nothing has to be closed.
+    """
+    size = (width, height if height is not None else width * GOLDEN)
+    figure = _NotebookFigure(figsize=size, dpi=_SCREEN_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

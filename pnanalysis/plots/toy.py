@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
+from collections.abc import Sequence
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pnanalysis.plots.style import COLUMN, OVERLAY, PAGE, new_figure, own_axes
 
 _COLOURS = ("#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2")  # Okabe and Ito
 _NOWHERE = "#DDDDDD"
@@ -31,13 +36,16 @@ def descent(ds: xr.Dataset, surfaces: xr.Dataset | None = None, iteration: int =
     -------
     Axes
     """
-    ax = ax or plt.subplots(layout="constrained")[1]
+    ax = own_axes(ax, COLUMN * 1.4, 2.8)
     if surfaces is not None:
-        _contours(surfaces.sel(iteration=iteration), ax)
+        drawn = _contours(surfaces.sel(iteration=iteration), ax)
+        figure = ax.get_figure()
+        assert figure is not None
+        figure.colorbar(drawn, ax=ax, label="value", fraction=0.05)
     for k in ds["iteration"].values:
         _path(ds.sel(iteration=k), _label(ds, k), _COLOURS[k % len(_COLOURS)], ax)
     _label_axes(ax)
-    ax.legend(fontsize="small")
+    ax.legend(**OVERLAY)
     return ax
 
 
@@ -58,25 +66,20 @@ def surface(ds: xr.Dataset, descents: xr.Dataset | None = None) -> Figure:
     iterations = ds["iteration"].values
     n_columns = min(len(iterations), 3)
     n_rows = -(-len(iterations) // n_columns)
-    figure, axes = plt.subplots(
-        n_rows,
-        n_columns,
-        figsize=(4.2 * n_columns, 3.4 * n_rows),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(max(PAGE * n_columns / 3, COLUMN * 1.3), 2.3 * n_rows)
+    axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
+    levels = MaxNLocator(_LEVELS).tick_values(float(ds["value"].min()), float(ds["value"].max()))
     for ax in axes.flat[len(iterations) :]:
         ax.set_visible(False)
     for k, ax in zip(iterations, axes.flat, strict=False):
-        _contours(ds.sel(iteration=k), ax)
+        drawn = _contours(ds.sel(iteration=k), ax, levels)
         ax.set_title("$f$" if k == 0 else f"$f_{{{k}}}$")
         if descents is not None:
             _path(descents.sel(iteration=k), _label(descents, k), _COLOURS[k % len(_COLOURS)], ax)
-            ax.legend(fontsize="small")
+            ax.legend(**OVERLAY)
         _label_axes(ax)
         ax.label_outer()
+    figure.colorbar(drawn, ax=axes, label="value", fraction=0.05)
     return figure
 
 
@@ -96,7 +99,7 @@ def surface_3d(ds: xr.Dataset, descents: xr.Dataset | None = None, iteration: in
     Figure
     """
     value = ds["value"].sel(iteration=iteration)
-    figure = plt.figure(figsize=(6, 5), layout="constrained")
+    figure = new_figure(COLUMN * 1.3, 3.6)
     ax = figure.add_subplot(projection="3d", computed_zorder=False)
     x, y = np.meshgrid(ds["x"], ds["y"])
     ax.plot_surface(x, y, value, cmap="cividis", alpha=0.85, linewidth=0, rcount=80, ccount=80)
@@ -105,7 +108,7 @@ def surface_3d(ds: xr.Dataset, descents: xr.Dataset | None = None, iteration: in
         xs, ys = path.sel(component="x"), path.sel(component="y")
         height = value.interp(x=xs, y=ys).values
         ax.plot(xs, ys, height, color=_COLOURS[iteration % len(_COLOURS)], lw=2, label=_label(descents, iteration))
-        ax.legend()
+        ax.legend(**OVERLAY)
     _label_axes(ax)
     ax.set_zlabel("value")
     return figure
@@ -124,7 +127,7 @@ def basin(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     -------
     Axes
     """
-    ax = ax or plt.subplots(layout="constrained")[1]
+    ax = own_axes(ax, COLUMN * 1.4, 2.8)
     n = ds.sizes["well"]
     colours = [_NOWHERE, *(_COLOURS[k % len(_COLOURS)] for k in range(n))]
     ax.pcolormesh(
@@ -141,27 +144,25 @@ def basin(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
         x, y = ds["minimum"].isel(well=k).values
         value, share = float(ds["minimum_value"][k]), float(ds["share"][k])
         ax.plot(
-            x, y, "*", ms=14, mec="black", mfc=colours[k + 1], label=f"value {value:.3f}: {share:.0%} of starts", ls=""
+            x, y, "*", ms=10, mec="black", mfc=colours[k + 1], label=f"value {value:.3f}: {share:.0%} of starts", ls=""
         )
     _label_axes(ax)
     if n:
-        ax.legend(fontsize="small")
+        ax.legend(**OVERLAY)
     return ax
 
 
-def _contours(ds: xr.Dataset, ax: Axes) -> None:
-    drawn = ax.contourf(ds["x"], ds["y"], ds["value"], levels=_LEVELS, cmap="cividis")
-    ax.contour(ds["x"], ds["y"], ds["value"], levels=_LEVELS, colors="white", linewidths=0.3, alpha=0.6)
-    figure = ax.get_figure()
-    assert figure is not None
-    figure.colorbar(drawn, ax=ax, label="value", fraction=0.05)
+def _contours(ds: xr.Dataset, ax: Axes, levels: int | Sequence[float] = _LEVELS) -> ContourSet:
+    drawn = ax.contourf(ds["x"], ds["y"], ds["value"], levels=levels, cmap="cividis")
+    ax.contour(ds["x"], ds["y"], ds["value"], levels=levels, colors="white", linewidths=0.3, alpha=0.6)
+    return drawn
 
 
 def _path(ds: xr.Dataset, label: str, colour: str, ax: Axes) -> None:
     x, y = ds["path"].sel(component="x").values, ds["path"].sel(component="y").values
-    ax.plot(x, y, color=colour, lw=2, label=label)
-    ax.plot(x[0], y[0], "o", color="white", mec="black", ms=5)
-    ax.plot(x[-1], y[-1], "*", color=colour, mec="black", ms=12)
+    ax.plot(x, y, color=colour, lw=1.6, label=label)
+    ax.plot(x[0], y[0], "o", color="white", mec="black", ms=4)
+    ax.plot(x[-1], y[-1], "*", color=colour, mec="black", ms=9)
 
 
 def _label(ds: xr.Dataset, iteration: int) -> str:

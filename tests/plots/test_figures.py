@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import matplotlib as mpl
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 import pnanalysis as pn
 from pnanalysis import plots
 from pnanalysis.errors import PnError
+from pnanalysis.plots.style import PLAIN
 from pnanalysis.runs import Run
 
 
@@ -218,3 +220,22 @@ def test_the_dashboard_shows_intervals_disagreement_and_layers(tiny_run: Run) ->
     assert not any(ax.get_title(loc="left").startswith("Hessian") for ax in bare.axes)
     alone = plots.plot(pn.functional_distance(tiny_run, progress=False))
     assert [ax.get_title(loc="left")[:3] for ax in alone.axes] == ["dis", "CKA"]
+
+
+def test_notebooks_show_a_figure_once_and_small(spectra: xr.Dataset) -> None:
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
+    from PIL import Image
+
+    before = plt.get_fignums()
+    figure = plots.plot(spectra)
+    png = figure._repr_png_()  # type: ignore[attr-defined]
+    assert plt.get_fignums() == before  # pyplot would show it a second time
+    saved = io.BytesIO()
+    figure.savefig(saved, format="png", dpi=figure.dpi)
+    assert len(png) < len(saved.getvalue())
+    shown, original = (np.asarray(Image.open(file).convert("RGB"), int) for file in (io.BytesIO(png), saved))
+    assert shown.shape == original.shape == (*(figure.dpi * figure.get_size_inches()[::-1]).astype(int), 3)
+    assert np.abs(shown - original).mean() < 2  # of 255
+    plain = np.array(to_rgb(PLAIN)) * 255
+    assert np.abs(shown - plain).sum(-1).min() < 20

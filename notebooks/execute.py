@@ -1,0 +1,36 @@
+"""Execute the notebooks of this folder at full scale and write the results to ``executed/``.
+
+Usage: ``python notebooks/execute.py [NAME ...]``, by default all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent
+
+
+def main(names: list[str]) -> None:
+    """Execute the named notebooks (a beginning such as ``04`` will do), or all."""
+    out = FOLDER / "executed"
+    out.mkdir(exist_ok=True)
+    paths = [path for path in sorted(FOLDER.glob("*.ipynb")) if path.name.startswith(tuple(names or [""]))]
+    if not paths:
+        sys.exit(f"no notebook begins with {' or '.join(names)}")
+    for path in paths:
+        start = time.perf_counter()
+        notebook = nbformat.read(path, as_version=4)
+        try:
+            NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(FOLDER)}}).execute()
+        finally:  # one that failed shows where
+            nbformat.write(notebook, out / path.name)
+        print(f"{out.name}/{path.name}  {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
