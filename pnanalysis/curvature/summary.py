@@ -39,8 +39,9 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0) -> xr.Data
           outwards only, by the residual bound; it is not statistical;
         - ``top_value``, ``top_residual`` ``(top,)``: the largest Ritz values, descending, and how far the nearest
           eigenvalue is at most;
-        - ``negative_mass``: share of the eigenvalues below zero. Its interval adds to the sampling error what the
-          quadrature leaves open: mass between the two nodes on either side of zero (Chebyshev, Markov, Stieltjes);
+        - ``negative_mass``: share of the eigenvalues below zero by more than roundoff, one part in a million of the
+          largest magnitude. Its interval adds to the sampling error what the quadrature leaves open: mass between
+          the two nodes on either side of zero (Chebyshev, Markov, Stieltjes);
         - ``effective_rank``: ``(sum |lambda|)^2 / sum lambda^2``;
         - ``effective_dimension``: sum of ``lambda / (lambda + z)`` over the positive eigenvalues;
         - ``n_outliers``, ``bulk_edge_low``, ``bulk_edge_high``: see Notes;
@@ -121,12 +122,13 @@ def _extremes(ds: xr.Dataset, top_k: int) -> dict[str, Any]:
 
 
 def _negative_mass(ds: xr.Dataset, measure: SpectralMeasure) -> dict[str, Any]:
-    estimate = measure.mean((measure.node < 0).astype(float))
+    zero = -_resolution(measure)
+    estimate = measure.mean((measure.node < zero).astype(float))
     low, high = estimate.interval(LEVEL)
     below, above = 0.0, 0.0
     for run, (value, weight) in enumerate(zip(ds["ritz_value"].values, ds["ritz_weight"].values, strict=True)):
         mass = float(measure.weight[measure.run == run + 1].sum())
-        left, right = _mass_at_zero(value[np.isfinite(value)], weight[np.isfinite(weight)])
+        left, right = _mass_beside(zero, value[np.isfinite(value)], weight[np.isfinite(weight)])
         below, above = below + mass * left, above + mass * right
     return {
         "negative_mass": estimate.value,
@@ -136,9 +138,9 @@ def _negative_mass(ds: xr.Dataset, measure: SpectralMeasure) -> dict[str, Any]:
     }
 
 
-def _mass_at_zero(value: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Gauss weight of the nodes next to zero on either side: how far the mass below zero may be off."""
-    split = int(np.searchsorted(value, 0.0))
+def _mass_beside(point: float, value: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+    """Gauss weight of the nodes next to a point on either side: how far the mass below it may be off."""
+    split = int(np.searchsorted(value, point))
     return float(weight[split - 1]) if split else 0.0, float(weight[split]) if split < len(value) else 0.0
 
 

@@ -126,6 +126,13 @@ def test_residuals_of_the_top_eigenvalues_hold_an_eigenvalue():
         assert (nearest <= ds.top_residual + 1e-10).all()
 
 
+def test_roundoff_around_zero_is_not_negative():
+    noise = 1e-12 * np.random.default_rng(0).standard_normal(300)
+    ds = spectrum(np.r_[noise, np.linspace(1, 5, 20)], n_lanczos=12, n_probes=3)
+    assert float(ds.negative_mass) == 0
+    assert float(ds.negative_mass_low) == 0
+
+
 def test_negative_mass_interval_allows_for_the_quadrature():
     eigenvalues = np.linspace(-1, 3, 500)
     ds = spectrum(eigenvalues, n_lanczos=6, n_probes=4)
