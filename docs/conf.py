@@ -36,8 +36,8 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = False
+napoleon_use_param = False
 napoleon_use_rtype = False
-napoleon_preprocess_types = False
 python_display_short_literal_types = True
 python_maximum_signature_line_length = 100
 

@@ -45,7 +45,7 @@ def run_page(path: Path, namespace: dict[str, Any] | None = None) -> list[str]:
     missing: set[str] = set()
     for number, block in enumerate(code_blocks(path.read_text(encoding="utf-8"), "python"), start=1):
         tree = ast.parse(block, f"{path.name}, block {number}")
-        reasons = [*_unavailable(tree), *sorted(_used(tree) & missing)]
+        reasons = [*dict.fromkeys(_unavailable(tree)), *sorted(_used(tree) & missing - _defined(tree))]
         if reasons:
             skipped.append(f"{path.name}, block {number}: no {', '.join(reasons)}")
             missing |= _defined(tree) - names.keys()

@@ -50,14 +50,14 @@ def _command(name: str, command: Any, heading: str) -> Iterator[str]:
 
 
 def _parameter(parameter: Any, context: Any) -> list[str]:
-    value = parameter.make_metavar(context)
     if parameter.param_type_name == "argument":
-        return [f"`{value}`", "", parameter.help or ""]
-    flag = bool(parameter.is_flag)
-    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
-    default = parameter.default
-    shown = "" if default in (None, False, "", ()) else "on" if default is True else f"`{default}`"
-    return [names if flag else f"{names} `{value}`", shown, parameter.help or ""]
+        return [f"`{parameter.metavar or parameter.name.upper()}`", "", parameter.help or ""]
+    name = parameter.get_help_record(context)[0]
+    default = (
+        {True: "on", False: ""}.get(parameter.default) if isinstance(parameter.default, bool) else parameter.default
+    )
+    shown = "" if default in (None, "", ()) else default if default == "on" else f"`{default}`"
+    return [f"`{' '.join(name.split())}`", shown, parameter.help or ""]
 
 
 def kinds() -> Iterator[str]:
@@ -125,7 +125,7 @@ def _documented(paths: Any) -> Iterator[str]:
     yield "```{eval-rst}"
     for path in paths:
         if isinstance(resolve_name(path), type):
-            yield f".. autoclass:: {path}\n   :members:\n   :inherited-members: Exception, Module\n"
+            yield f".. autoclass:: {path}\n   :members:\n"
         else:
             yield f".. autofunction:: {path}\n"
     yield "```"

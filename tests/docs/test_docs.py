@@ -68,7 +68,7 @@ def test_commands_on_a_page_exist(page: Path) -> None:
     ],
 )
 def test_commands_that_do_not_exist_are_noticed(line: str) -> None:
-    with pytest.raises(Exception, match=r"No such (option|command)|not a valid|Missing argument"):
+    with pytest.raises(Exception, match=r"No such (option|command)|not a valid|Missing"):
         check_command(line)
 
 
@@ -110,8 +110,7 @@ def test_references_are_complete() -> None:
     pages = {path.stem: fill_in(path.read_text()) for path in (DOCS / "reference").glob("*.md")}
     for name in command_of("pnanalysis").commands:
         assert f"\n## pnanalysis {name}\n" in pages["command-line"]
-    assert "`--sweep`" not in pages["command-line"]  # an option stands with its value
-    assert "`--sweep` `NAME=A,B" in pages["command-line"]
+    assert "`--sweep NAME=A,B" in pages["command-line"]
     for kind, variables in SCHEMAS.items():
         assert f"### {kind}\n" in pages["schema"]
         assert all(f"`{name}`" in pages["schema"] for name in variables)
