@@ -47,10 +47,11 @@ def _fill_in(app: Any, name: str, content: list[str]) -> None:
     content[0] = gallery.without_missing(page, generate.fill_in(content[0]))
 
 
-def _number_footnotes_apart(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Give the footnotes of each docstring names of their own, so that many fit on one page."""
+def _mend(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Footnotes get names of their own, so that many docstrings fit on one page; "A. Author" begins no list."""
     own = name.replace(".", "-").replace("_", "-").lower()
     lines[:] = [re.sub(r"\[(\d+)\](?=_|\s)", rf"[#{own}-\1]", line) for line in lines]
+    lines[:] = [re.sub(r"^(\s*[A-Z])\. ", r"\1\\. ", line) for line in lines]
 
 
 def _make_figures(app: Any) -> None:
@@ -62,4 +63,4 @@ def setup(app: Any) -> None:
     """What happens on the way from a file to a page."""
     app.connect("builder-inited", _make_figures)
     app.connect("source-read", _fill_in)
-    app.connect("autodoc-process-docstring", _number_footnotes_apart, priority=100)
+    app.connect("autodoc-process-docstring", _mend, priority=100)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -33,7 +34,7 @@ def make(page: Path, anew: bool = False) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         skipped = run_page(page)
     (folder / _KEY).write_text(json.dumps({"key": key, "skipped": skipped}))
     return folder

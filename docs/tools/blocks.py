@@ -62,9 +62,8 @@ def _unavailable(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names if not _installed(alias.name))
         elif isinstance(node, ast.ImportFrom) and not node.level and not _installed(str(node.module)):
             yield str(node.module)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pn":
-            if not hasattr(pnanalysis, node.attr):
-                yield f"pn.{node.attr}"
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pn" and not hasattr(pnanalysis, node.attr):
+            yield f"pn.{node.attr}"
 
 
 def _installed(module: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import Any
 
@@ -16,14 +17,22 @@ def setup(app: Sphinx) -> dict[str, Any]:
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
+_NORM = re.compile(r"\\lVert(.*?)\\rVert", flags=re.DOTALL)
+
+
+def _converted(node: Any, as_block: bool) -> str:
+    """MathML; norms are grouped first, so that an exponent belongs to the whole and both bars are of one height."""
+    return tex2mathml(_NORM.sub(lambda match: f"{{{match[0]}}}", node.astext()), as_block=as_block)
+
+
 def _inline(translator: HTML5Translator, node: Any) -> None:
-    translator.body.append(tex2mathml(node.astext(), as_block=False))
+    translator.body.append(_converted(node, as_block=False))
     _skip(translator, node)
 
 
 def _display(translator: HTML5Translator, node: Any) -> None:
     translator.body.append(f'<div class="math" role="math" aria-label="{escape(node.astext())}">')
-    translator.body.append(tex2mathml(node.astext(), as_block=True))
+    translator.body.append(_converted(node, as_block=True))
     translator.body.append("</div>\n")
     _skip(translator, node)
 
