@@ -50,14 +50,15 @@ def _command(name: str, command: Any, heading: str) -> Iterator[str]:
 
 
 def _parameter(parameter: Any, context: Any) -> list[str]:
+    meaning = re.sub(r"--[\w-]+", r"`\g<0>`", parameter.help or "")
     if parameter.param_type_name == "argument":
-        return [f"`{parameter.metavar or parameter.name.upper()}`", "", parameter.help or ""]
+        return [f"`{parameter.metavar or parameter.name.upper()}`", "", meaning]
     name = parameter.get_help_record(context)[0]
     default = (
         {True: "on", False: ""}.get(parameter.default) if isinstance(parameter.default, bool) else parameter.default
     )
     shown = "" if default in (None, "", ()) else default if default == "on" else f"`{default}`"
-    return [f"`{' '.join(name.split())}`", shown, parameter.help or ""]
+    return [f"`{' '.join(name.split())}`", shown, meaning]
 
 
 def kinds() -> Iterator[str]:

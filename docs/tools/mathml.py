@@ -17,12 +17,14 @@ def setup(app: Sphinx) -> dict[str, Any]:
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
+_FENCE = re.compile(r'<mo( class="math(?:open|close)")?>([‖⟨⟩])</mo>')
 _NORM = re.compile(r"\\lVert(.*?)\\rVert", flags=re.DOTALL)
 
 
 def _converted(node: Any, as_block: bool) -> str:
-    """MathML; norms are grouped first, so that an exponent belongs to the whole and both bars are of one height."""
-    return tex2mathml(_NORM.sub(lambda match: f"{{{match[0]}}}", node.astext()), as_block=as_block)
+    """MathML in which an exponent belongs to the whole norm, and bars and brackets keep the size they were given."""
+    markup = tex2mathml(_NORM.sub(lambda match: f"{{{match[0]}}}", node.astext()), as_block=as_block)
+    return _FENCE.sub(r'<mo stretchy="false"\1>\2</mo>', markup)
 
 
 def _inline(translator: HTML5Translator, node: Any) -> None:
