@@ -54,10 +54,11 @@ def _parameter(parameter: Any, context: Any) -> list[str]:
     if parameter.param_type_name == "argument":
         return [f"`{parameter.metavar or parameter.name.upper()}`", "", meaning]
     name = parameter.get_help_record(context)[0]
-    default = (
-        {True: "on", False: ""}.get(parameter.default) if isinstance(parameter.default, bool) else parameter.default
-    )
-    shown = "" if default in (None, "", ()) else default if default == "on" else f"`{default}`"
+    default = parameter.default
+    if isinstance(default, bool):
+        shown = "on" if default else ""
+    else:
+        shown = "" if default in (None, "", ()) else f"`{default}`"
     return [f"`{' '.join(name.split())}`", shown, meaning]
 
 
