@@ -48,10 +48,10 @@ def _fill_in(app: Any, name: str, content: list[str]) -> None:
 
 
 def _mend(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Footnotes get names of their own, so that many docstrings fit on one page; "A. Author" begins no list."""
-    own = name.replace(".", "-").replace("_", "-").lower()
-    lines[:] = [re.sub(r"\[(\d+)\](?=_|\s)", rf"[#{own}-\1]", line) for line in lines]
-    lines[:] = [re.sub(r"^(\s*[A-Z])\. ", r"\1\\. ", line) for line in lines]
+    """Numbered references become a list; "A. Author" begins none; bars in plain text are bars."""
+    for pattern, by in ((r"\[(\d+)\]_", r"[\1]"), (r"^(\s*)\.\. \[\d+\] ", r"\1#. "), (r"^(\s*[A-Z])\. ", r"\1\\. ")):
+        lines[:] = [re.sub(pattern, by, line) for line in lines]
+    lines[:] = [line if "`" in line else re.sub(r"\|(\w+)\|", r"\\|\1\\|", line) for line in lines]
 
 
 def _make_figures(app: Any) -> None:
