@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo
 
-.PHONY: help demo test test-slow check notebooks bench lock clean
+.PHONY: help demo test test-slow check notebooks docs bench lock clean
 
 help:
 	@echo "make demo       train, analyse and report on handwritten digits (about three minutes)"
 	@echo "make test       run the tests        make test-slow  the long ones too"
 	@echo "make check      lint and type-check  make notebooks  execute them into notebooks/executed"
-	@echo "make bench      benchmarks beside peers              make clean  remove what make made"
+	@echo "make bench      benchmarks beside peers              make docs   the documentation, in docs/_build/html"
+	@echo "make clean      remove what make made"
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +38,12 @@ check: $(STAMP)
 notebooks: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 
+# Pages show figures that their own code makes, once for each state of the code.
+docs: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "documentation in docs/_build/html/index.html"
+
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
@@ -45,4 +52,5 @@ lock: $(STAMP)
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v -e '@' -e '^pip=' > constraints.txt
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info notebooks/executed
+	rm -rf $(VENV) $(OUT) build dist docs/_build docs/_figures .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info \
+		notebooks/executed

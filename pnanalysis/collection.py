@@ -52,12 +52,25 @@ def open_runs(directory: str | os.PathLike[str], kind: str = "history") -> xr.Da
     places = [{name: _plain(config.get(name)) for name in differing} for config in configs]
     if not differing or len({tuple(place.values()) for place in places}) < len(places):
         places = [{"run": run.path.name} for run, _ in found]
-    parts = []
-    for (_, file), place in zip(found, places, strict=True):
-        ds = schema.load(file)
-        renamed = {name: f"{name}_setting" for name in place if name in ds.variables or name in ds.dims}
-        parts.append(ds.expand_dims({renamed.get(name, name): [value] for name, value in place.items()}))
+    parts = _padded([schema.load(file) for _, file in found])
+    parts = [_placed(ds, place) for ds, place in zip(parts, places, strict=True)]
     return xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop_conflicts")
+
+
+def _padded(parts: list[xr.Dataset]) -> list[xr.Dataset]:
+    """Dims that only count (nodes, probes) brought to the length of the longest with NaN."""
+    longest: dict[Any, int] = {}
+    for ds in parts:
+        longest |= {dim: max(size, longest.get(dim, 0)) for dim, size in ds.sizes.items() if dim not in ds.indexes}
+    return [ds.pad({dim: (0, longest[dim] - n) for dim, n in ds.sizes.items() if dim in longest}) for ds in parts]
+
+
+def _placed(ds: xr.Dataset, place: dict[str, Any]) -> xr.Dataset:
+    """The dataset with a dim of length one for each setting, along which every run's own coordinates lie too."""
+    renamed = {name: f"{name}_setting" for name in place if name in ds.variables or name in ds.dims}
+    loose = [name for name in ds.coords if name not in ds.indexes]  # the champion's iteration, say
+    own = ds.reset_coords(loose).expand_dims({renamed.get(name, name): [value] for name, value in place.items()})
+    return own.set_coords(loose)
 
 
 def _file(run: Run, kind: str) -> Path:

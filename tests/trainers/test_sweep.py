@@ -31,6 +31,21 @@ def test_a_grid_becomes_one_dataset_along_its_settings(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ds.train_loss.sel(**outcome.settings), own.train_loss)
 
 
+def test_analyses_of_a_grid_keep_what_is_each_runs_own(tmp_path: Path) -> None:
+    outcomes = sweep(BASE, {"seed": [0, 1]}, tmp_path, **QUIET)
+    for outcome, champion in zip(outcomes, (0, 1), strict=True):
+        run = pn.open_run(outcome.path)
+        checkpoints = ("plain", f"iter{champion:02d}")
+        ds = pn.hessian(run, checkpoints=checkpoints, n=16, n_hvp=4, progress=False)
+        pn.save(ds.assign_coords(checkpoint=["plain", "champion"]), outcome.path / "analysis" / "hessian.nc")
+    joined = pn.open_runs(tmp_path, "hessian")
+    assert joined.iteration.sel(checkpoint="champion").values.tolist() == [0, 1]
+    assert "iteration" in joined.coords
+    np.testing.assert_array_equal(
+        joined.lambda_max.sel(seed=1), pn.load(outcomes[1].path / "analysis/hessian.nc").lambda_max
+    )
+
+
 def test_one_failed_run_stops_no_other_and_resume_goes_on(tmp_path: Path) -> None:
     outcomes = sweep(BASE, {"layers": ["fc1", "nowhere"]}, tmp_path, **QUIET)
     assert outcomes[0].failure is None
