@@ -221,7 +221,7 @@ def _shares(ds: xr.Dataset, projection: str) -> list[str]:
     """What the axes explain, as text behind their names."""
     shares = ds[_PROJECTIONS[projection][1]]
     shares = shares.isel(draw=0) if "draw" in shares.dims else shares
-    return [f" ({share:.2g})" if share < 1e-3 else f" ({share:.1%})" for share in shares.values[:2]]
+    return [" (below 0.1%)" if share < 1e-3 else f" ({share:.1%})" for share in shares.values[:2]]
 
 
 def _title(layer: str) -> str:

@@ -64,7 +64,7 @@ def _history(ds: xr.Dataset) -> Explorer:
     names = {name: str(ds[name].attrs["long_name"]) for name in shown}
     traces = [
         _trace(
-            ds.epoch.values, ds[name].sel(iteration=iteration).values, f"iteration {iteration}",
+            ds.epoch.values, ds[name].sel(iteration=iteration).values, _name(int(iteration), ds),
             _look(int(iteration), ds), {"quantity": names[name], "iteration": str(iteration)},
             hovertemplate="epoch %{x}: %{y:.4g}",
         )
@@ -85,7 +85,7 @@ def _hessian(ds: xr.Dataset) -> Explorer:
             {"color": COLOURS[i % len(COLOURS)], "dash": _DASHES[i % len(_DASHES)]}, {"checkpoint": name},
             hovertemplate="%{y:.3g} ± %{customdata:.1g} at %{x:.4g}",
         )  # fmt: skip
-        traces.append({**curve, "customdata": _numbers(se)})
+        traces.append({**curve, "mode": "lines", "customdata": _numbers(se)})
     layout = _axes(label(ds.eigenvalue) if ds.eigenvalue.attrs else "eigenvalue [loss]", label(ds.density))
     top = float(ds.density.max())
     layout["yaxis"] |= {"type": "log", "range": [float(np.log10(top)) - 8, float(np.log10(top)) + 0.3]}
@@ -101,7 +101,7 @@ def _saturation(ds: xr.Dataset) -> Explorer:
     for layer, level, iteration in product(layers, levels, ds.iteration.values):
         at = ds.sel(iteration=iteration, layer=layer, quantile=level)
         curve = _trace(
-            ds.epoch.values, at.abs_percentile.values, f"iteration {iteration}", _look(int(iteration), ds),
+            ds.epoch.values, at.abs_percentile.values, _name(int(iteration), ds), _look(int(iteration), ds),
             {"layer": layer, "level": f"{level:g}", "iteration": str(iteration)},
             hovertemplate="epoch %{x}: %{y:.4f} ± %{customdata:.1g}",
         )  # fmt: skip
@@ -125,14 +125,14 @@ def _trajectory(ds: xr.Dataset) -> Explorer:
         for run, iteration in paths:
             at = ds.isel(checkpoint=np.flatnonzero((ds.run == run).values & (ds.iteration == iteration).values))
             x, y = at[projection].isel(component=slice(2)).values.T
-            name = f"{run} iteration {iteration}" if several else f"iteration {iteration}"
+            name = (f"{run} " if several else "") + _name(int(iteration), ds if run == first else None)
             look = _look(int(iteration), ds) if run == first else {"color": COLOURS[2], "dash": "dot"}
             curve = _trace(
                 x, y, name, look, {"projection": title, "path": name},
                 hovertemplate="epoch %{customdata[0]}, validation error %{customdata[1]:.2%}",
             )  # fmt: skip
             known = zip(at.epoch.values.tolist(), _numbers(at.validation_error.values), strict=True)
-            traces.append({**curve, "mode": "lines+markers", "customdata": list(map(list, known))})
+            traces.append({**curve, "customdata": list(map(list, known))})
     choices = [
         Choice("projection", "Projection", list(projections.values())),
         Choice("path", "Path", [ALL, *dict.fromkeys(trace["name"] for trace in traces)]),
@@ -144,6 +144,12 @@ def _trajectory(ds: xr.Dataset) -> Explorer:
 
 def _iterations(ds: xr.Dataset) -> Choice:
     return Choice("iteration", "Iteration", [ALL, *(str(iteration) for iteration in ds.iteration.values)])
+
+
+def _name(iteration: int, ds: xr.Dataset | None) -> str:
+    champion = None if ds is None else ds.attrs.get("champion")
+    own = "plain" if iteration == 0 and ds is not None else f"iteration {iteration}"
+    return f"{own} (champion)" if iteration == champion else own
 
 
 def _look(iteration: int, ds: xr.Dataset) -> dict[str, Any]:
@@ -159,7 +165,8 @@ def _trace(
     x: np.ndarray, y: np.ndarray, name: str, line: dict[str, Any], answers: dict[str, str], hovertemplate: str
 ) -> dict[str, Any]:
     return {
-        "type": "scatter", "mode": "lines", "name": name, "x": _numbers(x), "y": _numbers(y), "line": line,
+        "type": "scatter", "mode": "lines+markers", "marker": {"size": 4}, "name": name,
+        "x": _numbers(x), "y": _numbers(y), "line": line,
         "meta": answers, "hovertemplate": f"{hovertemplate}<extra>%{{fullData.name}}</extra>",
     }  # fmt: skip
 
@@ -167,7 +174,8 @@ def _trace(
 def _axes(x: str, y: str) -> dict[str, Any]:
     return {
         "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}, "hovermode": "x unified",
-        "margin": {"l": 70, "r": 10, "t": 10, "b": 50}, "height": 420,
+        "margin": {"l": 70, "r": 10, "t": 40, "b": 50}, "height": 420,
+        "modebar": {"bgcolor": "rgba(0,0,0,0)"},
     }  # fmt: skip
 
 
