@@ -218,7 +218,7 @@ def test_the_command_shows_saturation_and_dead_units(tiny_run: Run, tmp_path: Pa
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "saturation measure" in result.output
-    assert "0 of 16" in result.output
+    assert "dead units" in result.output
     ds = schema.load(tmp_path / "s.nc")
     assert ds.saturation_bins == 5
     assert ds.unit_dead.dims == ("iteration", "epoch", "layer", "unit")

@@ -40,7 +40,7 @@ def test_curves_are_the_datasets(pair: list[Run]) -> None:
     known = [math.nan if value is None else value for value in curve["y"]]
     np.testing.assert_allclose(known, expected, rtol=1e-4)
     assert len(shown(found["Explore the spectrum"])) == 2
-    assert shown(found["Explore the trajectories"])[0]["name"].endswith("plain")
+    assert shown(found["Explore the trajectories"])[0]["name"].removesuffix(" (champion)").endswith("plain")
 
 
 def test_every_choice_shows_something(pair: list[Run]) -> None:
