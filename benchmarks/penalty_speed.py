@@ -1,8 +1,9 @@
 """Time of a training step with 20 earlier end points on all layers, against the same step without.
 
-    python benchmarks/penalty_speed.py [--threads 1] [--repeats 7]
+    python benchmarks/penalty_speed.py [--threads 1] [--steps 200]
 
-Both sides in turn in one process; end points are random, about as far from the network as its own size.
+The two sides take single steps in turn in one process, medians over the steps; end points are random, about as far
+from the network as its own size.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch.nn.functional import cross_entropy
 from pnanalysis.models import build_model
 from trainers import PersistentPenalty
 
-SETTINGS = {"lenet5": (256, 40), "resnet18": (32, 1)}  # batch size, steps a run
+SETTINGS = {"lenet5": (256, 1.0), "resnet18": (32, 0.1)}  # batch size, share of the steps
 N_ENDS = 20
 
 
-def measure(name: str, repeats: int) -> str:
+def measure(name: str, steps: int) -> str:
     """One line of the table."""
-    batch_size, n_steps = SETTINGS[name]
+    batch_size, share = SETTINGS[name]
     torch.manual_seed(0)
     models = [build_model(name)]
     models.append(copy.deepcopy(models[0]))
@@ -40,17 +41,16 @@ def measure(name: str, repeats: int) -> str:
 
     def seconds(side: int) -> float:
         begun = time.perf_counter()
-        for _ in range(n_steps):
-            optimisers[side].zero_grad()
-            loss = cross_entropy(models[side](images), labels)
-            (loss + penalty() if side else loss).backward()
-            optimisers[side].step()
-        return (time.perf_counter() - begun) / n_steps
+        optimisers[side].zero_grad()
+        loss = cross_entropy(models[side](images), labels)
+        (loss + penalty() if side else loss).backward()
+        optimisers[side].step()
+        return time.perf_counter() - begun
 
     for side in (0, 1):
         seconds(side)
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
+    for _ in range(max(round(share * steps), 5)):
         for side in (0, 1):
             times[side].append(seconds(side))
     plain, repelled = map(statistics.median, times)
@@ -60,11 +60,11 @@ def measure(name: str, repeats: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in SETTINGS:
-        print(measure(name, options.repeats), flush=True)
+        print(measure(name, options.steps), flush=True)
 
 
 if __name__ == "__main__":

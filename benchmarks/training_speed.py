@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torchvision import transforms
 
 from pnanalysis.data import Split, load_data
 from pnanalysis.models import build_model
@@ -27,13 +28,14 @@ from trainers.together import Member, fit_together
 
 
 class Images(Dataset):
-    """Single images as most people load them: uint8 to a normalised float tensor, one by one."""
+    """Single images as torchvision's own data sets give them: a PIL image, made a normalised tensor, one by one."""
 
     def __init__(self, split: Split) -> None:
-        self.images, self.targets = split.inputs.cpu(), split.targets.cpu()
+        self.images = [Image.fromarray(image.squeeze()) for image in split.inputs.permute(0, 2, 3, 1).numpy(force=True)]
+        self.targets = split.targets.tolist()
         offset, scale = split.offset.flatten().tolist(), split.scale.flatten().tolist()
         mean, std = ([value / 255 for value in values] for values in (offset, [1 / s for s in scale]))
-        self.transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,10 +70,10 @@ def by_loader(model: nn.Module, split: Split, options: argparse.Namespace) -> No
 
 
 def timed(sides: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each side, taken in turn."""
+    """Median seconds of each side, taken in turn, forwards and backwards."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, side in sides.items():
+    for repeat in range(repeats):
+        for name, side in list(sides.items())[:: -1 if repeat % 2 else 1]:
             begun = time.perf_counter()
             side()
             if device.type == "cuda":
@@ -97,7 +99,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--n", type=int, help="images of the training set to use")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="by default one a core")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -106,9 +108,11 @@ def main() -> None:
     assert isinstance(split, Split)
     split = split.subset(options.n).to(device)
     model = build_model(options.model).to(device)
+    few = split.subset(min(1000, len(split)))
+    options.images = {len(part): Images(part) for part in (split, few)}
     sides = {"trainers.fit": ours, "tensor loop by hand": by_hand, "DataLoader, two workers": by_loader}
     for side in sides.values():  # warm up: kernels chosen, memory there
-        side(build_model(options.model).to(device), split.subset(min(1000, len(split))), options)
+        side(build_model(options.model).to(device), few, options)
     calls = {name: (lambda side=side: side(model, split, options)) for name, side in sides.items()}
     where = f"{options.model}, {len(split):,} images, batch {options.batch_size}, {device}, torch {torch.__version__}"
     report(f"one epoch: {where}", timed(calls, device, options.repeats))
