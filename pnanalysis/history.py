@@ -19,7 +19,8 @@ def history(*runs: Run) -> xr.Dataset:
     Returns
     -------
     xarray.Dataset
-        Kind ``history``, dims ([run,] iteration, epoch); NaN where a run has no such iteration or epoch yet.
+        Kind ``history``, dims ([run,] iteration, epoch); NaN where a run has no such iteration or epoch yet. Of
+        several runs, the coordinates ``champion`` and ``strategy`` lie along ``run``.
 
     Raises
     ------
@@ -33,4 +34,7 @@ def history(*runs: Run) -> xr.Dataset:
     names = [run.path.name for run in runs]
     labels = names if len(set(names)) == len(names) else [str(run.path) for run in runs]
     joined = xr.concat([run.history for run in runs], dim="run", join="outer", combine_attrs="drop_conflicts")
-    return schema.finish(joined.assign_coords(run=labels), "history")
+    champions = [run.manifest["champion"] for run in runs]
+    strategies = [run.manifest.get("strategy", "") for run in runs]
+    along = {"run": labels, "champion": ("run", champions), "strategy": ("run", strategies)}
+    return schema.finish(joined.assign_coords(along), "history")

@@ -129,6 +129,9 @@ def saturation(
         else xr.concat(arranged, dim="run", join="outer").assign_coords(run=list(results))
     )
     first = sources[0]
+    if len(arranged) > 1 and all(source.run is not None for source in sources):
+        champions = [source.run.manifest["champion"] for source in sources if source.run is not None]
+        ds = ds.assign_coords(champion=("run", champions))
     return schema.finish(
         ds.drop_attrs(deep=False), "saturation", **first.dataset_attrs(), split=split, n=size, seed=seed,
         device=str(torch_device), dtype="float32", margin=MARGIN, saturation_bins=saturation_bins,

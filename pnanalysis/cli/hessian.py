@@ -68,7 +68,8 @@ def hessian(
         deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
         per_layer=per_layer, bn_mode=bn, dtype=dtype, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
-    options.deliver(ds, given[0], output, plot, quiet, _table)
+    drawing = {"kind": "layer_spectra"} if per_layer else {}
+    options.deliver(ds, given[0], output, plot, quiet, _table, **drawing)
     if len(ds.checkpoint) > 1 and not per_layer:
         show(_differences(ds), quiet)
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -15,7 +15,7 @@ from pnanalysis.plots.comparison import comparison
 from pnanalysis.plots.history import errors, history
 from pnanalysis.plots.landscape import barrier, landscape, sharpness
 from pnanalysis.plots.saturation import activation_histogram, saturated_layers, saturation
-from pnanalysis.plots.spectrum import spectral_density
+from pnanalysis.plots.spectrum import layer_spectra, spectral_density
 from pnanalysis.plots.style import new_figure, save_figure, style
 from pnanalysis.plots.trajectory import cosines, trajectories, trajectory, trajectory_layers
 
@@ -25,6 +25,7 @@ FIGURES: dict[str, str] = {
     "errors": "pnanalysis.plots.history:errors",
     "hessian": "pnanalysis.plots.spectrum:spectral_density",
     "spectral_density": "pnanalysis.plots.spectrum:spectral_density",
+    "layer_spectra": "pnanalysis.plots.spectrum:layer_spectra",
     "saturation": "pnanalysis.plots.saturation:saturation",
     "saturated_layers": "pnanalysis.plots.saturation:saturated_layers",
     "activation_histogram": "pnanalysis.plots.saturation:activation_histogram",
@@ -92,6 +93,7 @@ __all__ = [
     "errors",
     "history",
     "landscape",
+    "layer_spectra",
     "new_figure",
     "plot",
     "saturated_layers",

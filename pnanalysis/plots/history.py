@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pnanalysis.plots.style import CHAMPION, PAGE, PLAIN, QUIET, RESTART, label, new_figure, own_axes
+from pnanalysis.plots.style import CHAMPION, PAGE, PLAIN, QUIET, RESTART, champion_of, label, new_figure, own_axes
 
 
 def history(ds: xr.Dataset) -> Figure:
@@ -84,15 +84,15 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
 
 
 def _curves(ds: xr.Dataset, name: str, ax: Axes) -> None:
-    champion = int(ds.attrs.get("champion", 0))
-    strategy = str(ds.attrs.get("strategy", "persistent"))
+    champion = champion_of(ds)
+    strategy = str(ds.coords["strategy"].item() if "strategy" in ds.coords else ds.attrs.get("strategy", "persistent"))
     others = [i for i in ds.iteration.values if i not in (0, champion)]
     for k, i in enumerate(others):
         ax.plot(
             ds.epoch, ds[name].sel(iteration=i), color=QUIET, lw=0.6, alpha=0.7, label=None if k else "other iterations"
         )
     ax.plot(ds.epoch, ds[name].sel(iteration=0), color=PLAIN, label="plain")
-    if champion:
+    if champion > 0:
         text = "best restart" if strategy == "restart" else "champion"
         ax.plot(
             ds.epoch, ds[name].sel(iteration=champion), color=CHAMPION, ls="--", label=f"{text} (iteration {champion})"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pnanalysis.errors import PnError
-from pnanalysis.plots.style import CHAMPION, DASHES, PAGE, PLAIN, new_figure
+from pnanalysis.plots.style import CHAMPION, DASHES, PAGE, PLAIN, champion_of, new_figure
 
 _PER_ROW = 3
 _BOUNDED = {"tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign"}
@@ -48,7 +48,6 @@ def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True)
     name = "abs_percentile" if absolute else "percentile"
     values, errors = ds[name].sel(quantile=quantile), ds[f"{name}_se"].sel(quantile=quantile)
     figure, axes = _panels(ds, shared=True)
-    champion = int(ds.attrs.get("champion", -1))
     for ax, layer in zip(axes, ds.layer.values, strict=True):
         at, error = values.sel(layer=layer), errors.sel(layer=layer)
         if "checkpoint" in at.dims:
@@ -62,6 +61,7 @@ def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True)
         else:
             runs = [(at, error)] if "run" not in at.dims else [(at.sel(run=r), error.sel(run=r)) for r in at.run.values]
             for (one, band), dashes in zip(runs, DASHES, strict=False):
+                champion = champion_of(one) if "run" in at.dims else champion_of(ds)
                 for iteration in one.iteration.values:
                     colour, width = _line(int(iteration), ds.sizes["iteration"], champion)
                     look = {"color": colour, "lw": width, "ls": dashes, "label": _name(iteration, champion, one)}
@@ -183,7 +183,7 @@ def _rows_of_run(ds: xr.Dataset, epochs: list[int] | None) -> list[tuple[str, li
     missing = [epoch for epoch in epochs if epoch not in ds.epoch.values]
     if missing:
         raise PnError(f"epoch {missing[0]} has not been saved; there are {', '.join(map(str, saved))}")
-    champion = int(ds.attrs.get("champion", 0))
+    champion = max(champion_of(ds), 0)
     wanted = [("plain", 0)] + ([(f"iteration {champion} (champion)", champion)] if champion else [])
     if not champion and ds.sizes["iteration"] > 1:
         wanted.append((f"iteration {int(ds.iteration[-1])}", int(ds.iteration[-1])))
@@ -198,7 +198,7 @@ def _entries(ds: xr.Dataset, epoch: int | None) -> list[tuple[str, xr.Dataset, A
     if "run" in ds.dims:
         ds = ds.isel(run=0)
     if "iteration" in ds.dims:
-        champion = int(ds.attrs.get("champion", -1))
+        champion = champion_of(ds)
         found = []
         for iteration in ds.iteration.values:
             one = ds.sel(iteration=iteration).dropna("epoch", how="all", subset=["n_units"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, own_axes
+from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, new_figure, own_axes
 
 _DECADES = 8.0
 
@@ -44,13 +45,60 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     ax.set_ylim(floor, top * 4)
     if symlog:
         edge = float(np.nanmax(np.abs(ds.get("bulk_edge_high", ds.lambda_max).values)))
-        ax.set_xscale("symlog", linthresh=max(edge, 1e-12))
+        ax.set_xscale("symlog", linthresh=max(edge, _linear_out_to(ds)))
     ax.axvline(0.0, color="#BBBBBB", lw=0.6, zorder=0)
     ax.set_xlabel("eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else ""))
     ax.set_ylabel(label(ds.density))
     if any(name for name, _ in parts):
         ax.legend()
     return ax
+
+
+def layer_spectra(ds: xr.Dataset) -> Figure:
+    """Spectra of layers as ridges: a row a layer, its density on a logarithmic scale of eight decades.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``hessian`` with a coordinate ``layer`` (``per_layer=True``); checkpoints of one layer share its row.
+
+    Returns
+    -------
+    Figure
+        Eigenvalues on a scale that is linear over what the kernel blurs and logarithmic beyond.
+    """
+    layers = list(dict.fromkeys(ds.layer.values.tolist()))
+    names = [
+        str(name).rsplit(f":{layer}", 1)[0] for name, layer in zip(ds.checkpoint.values, ds.layer.values, strict=True)
+    ]
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
+    figure = new_figure(PAGE, max(0.55 * len(layers) + 0.6, 1.6))
+    axes = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, layer in zip(axes, layers, strict=True):
+        for i in np.flatnonzero(ds.layer.values == layer):
+            one, name = ds.isel(checkpoint=i), names[i]
+            floor = float(one.density.max()) * 10**-_DECADES
+            density = np.maximum(one.density.values, floor)
+            dashes = DASHES[list(colours).index(name) % len(DASHES)]
+            ax.fill_between(one.eigenvalue, floor, density, color=colours[name], alpha=0.2, lw=0)
+            ax.plot(one.eigenvalue, density, color=colours[name], lw=0.9, ls=dashes, label=name)
+        ax.set_yscale("log")
+        ax.set_yticks([], minor=False)
+        ax.minorticks_off()
+        ax.spines["left"].set_visible(False)
+        ax.set_ylabel(layer, rotation=0, ha="right", va="center")
+    axes[-1].set_xscale("symlog", linthresh=_linear_out_to(ds), linscale=2)
+    axes[-1].set_xlabel("eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else ""))
+    figure.supylabel("spectral density (log scale, eight decades a row)", fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+    return figure
+
+
+def _linear_out_to(ds: xr.Dataset) -> float:
+    """Four widths of the kernel: nothing finer is to be seen."""
+    return 4 * float(np.max(ds.kernel_width))
 
 
 def _rug(ds: xr.Dataset, ax: Axes, colour: str, row: int) -> None:

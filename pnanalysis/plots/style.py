@@ -89,6 +89,14 @@ def own_axes(ax: Axes | None, width: float = COLUMN, height: float | None = None
     return ax if ax is not None else new_figure(width, height).add_subplot()
 
 
+def champion_of(ds: xr.Dataset | xr.DataArray) -> int:
+    """The champion's iteration: of the run that was selected where there are several; -1 where there is none."""
+    own = ds.coords.get("champion")
+    if own is not None:
+        return int(own) if own.ndim == 0 else -1
+    return int(ds.attrs.get("champion", -1))
+
+
 def label(array: xr.DataArray) -> str:
     """An axis label from a variable's own attributes: its name and its unit."""
     text = str(array.attrs.get("long_name", array.name or ""))

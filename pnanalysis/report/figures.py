@@ -53,6 +53,12 @@ def _figures_of(
                 {"figure": "errors", "control": control.history if control else None},
             )
         yield "Training", "Plain and champion in colour, the other iterations in grey.", {"figure": "history"}
+    elif kind == "hessian" and "layer" in ds.coords:
+        yield (
+            "Hessian spectra by layer",
+            "Densities of the diagonal blocks, a row a layer.",
+            {"figure": "layer_spectra"},
+        )
     elif kind == "hessian":
         yield (
             "Hessian spectrum",

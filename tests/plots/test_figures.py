@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,7 +19,7 @@ import pnanalysis as pn
 from pnanalysis import plots
 from pnanalysis.errors import PnError
 from pnanalysis.plots.style import PLAIN
-from pnanalysis.runs import Run
+from pnanalysis.runs import MANIFEST, Run
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +241,36 @@ def test_notebooks_show_a_figure_once_and_small(spectra: xr.Dataset) -> None:
     assert np.abs(shown - original).mean() < 2  # of 255
     plain = np.array(to_rgb(PLAIN)) * 255
     assert np.abs(shown - plain).sum(-1).min() < 20
+
+
+def test_each_of_several_runs_shows_its_own_champion(tiny_run: Run, tmp_path: Path) -> None:
+    runs = []
+    for name, champion in (("a", 1), ("b", 2)):
+        shutil.copytree(tiny_run.path, tmp_path / name)
+        manifest = json.loads((tmp_path / name / MANIFEST).read_text())
+        (tmp_path / name / MANIFEST).write_text(json.dumps(manifest | {"champion": champion}))
+        runs.append(pn.open_run(tmp_path / name))
+    labels = [
+        text.get_text()
+        for ax in plots.plot(pn.history(*runs)).axes
+        if ax.get_legend() is not None
+        for text in ax.get_legend().get_texts()
+    ]
+    assert [text for text in labels if "champion" in text] == ["champion (iteration 1)", "champion (iteration 2)"]
+    ds = pn.saturation(*runs, checkpoints=["ends"], n=50, progress=False)
+    assert ds.champion.values.tolist() == [1, 2]
+    names = {text.get_text() for text in plots.plot(ds).legends[0].get_texts()}
+    assert {"a: iteration 1 (champion)", "b: iteration 2 (champion)"} <= names
+
+
+def test_layers_have_a_row_each_and_checkpoints_share_it(tiny_run: Run) -> None:
+    ds = pn.hessian(tiny_run, checkpoints=["plain", "start"], per_layer=True, n=50, n_hvp=20, progress=False)
+    figure = plots.plot(ds, "layer_spectra")
+    layers = list(dict.fromkeys(ds.layer.values))
+    assert [ax.get_ylabel() for ax in figure.axes] == layers
+    for ax, layer in zip(figure.axes, layers, strict=True):
+        rows = ds.density.values[ds.layer.values == layer]
+        assert len(ax.lines) == len(rows) == 2
+        for line, density in zip(ax.lines, rows, strict=True):
+            seen = density > density.max() * 1e-8
+            np.testing.assert_allclose(line.get_ydata()[seen], density[seen])
