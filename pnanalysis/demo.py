@@ -10,12 +10,16 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+import xarray as xr
 
 from pnanalysis import schema
+from pnanalysis.comparison import compare
 from pnanalysis.errors import RunError
 from pnanalysis.hessian import hessian
+from pnanalysis.landscape import landscape
 from pnanalysis.report import write_report
 from pnanalysis.runs import ANALYSIS, Run, open_run
 from pnanalysis.saturation import saturation
@@ -31,6 +35,9 @@ NETWORKS = {
         "--iterations", "6", "--epochs", "15", "--lam", "0.1", "--batch-size", "64", "--checkpoint-every", "1",
     ],
 }  # fmt: skip
+
+#: What is spent on each spectrum.
+SPECTRUM: dict[str, Any] = {"n": 512, "n_lanczos": 40, "n_probes": 5}
 
 Say = Callable[[str], None]
 
@@ -60,9 +67,10 @@ def demo(out: str | os.PathLike[str], device: str = "auto", seed: int = 0, say: 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda job: _train(out, *job, device=device, seed=seed, threads=1), jobs))
     runs = [open_run(out / _name(*job)) for job in jobs]
-    say("analysing Hessian spectra, saturation and trajectories")
+    say("analysing Hessian spectra, saturation, trajectories and what lies between the minima")
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         list(pool.map(_analyse, runs, repeat(device), repeat(seed)))
+        list(pool.map(_compare, runs[::2], runs[1::2], repeat(device), repeat(seed)))
     report = write_report(runs, out / "report.html", title="pnanalysis demo: handwritten digits")
     return report, runs
 
@@ -86,9 +94,22 @@ def _train(out: Path, network: str, strategy: str, *, device: str, seed: int, th
 
 def _analyse(run: Run, device: str, seed: int) -> None:
     found = {
-        "hessian": hessian(run, n=512, n_lanczos=40, n_probes=5, device=device, seed=seed, progress=False),
+        "hessian": hessian(run, **SPECTRUM, device=device, seed=seed, progress=False),
         "saturation": saturation(run, n=300, device=device, seed=seed, progress=False),
         "trajectory": trajectory(run, progress=False),
     }
+    _save(run, found)
+
+
+def _compare(run: Run, control: Run, device: str, seed: int) -> None:
+    """Champion beside best restart, with the spectra that are there already; the line from plain to champion."""
+    options: dict[str, Any] = {"device": device, "seed": seed, "progress": False}
+    found = {"comparison": compare(run, control, hessian=SPECTRUM, **options)}
+    if run.manifest["champion"]:
+        found["barrier"] = landscape(run, view="line", align=True, **options)
+    _save(run, found)
+
+
+def _save(run: Run, found: dict[str, xr.Dataset]) -> None:
     for kind, ds in found.items():
         schema.save(ds, run.path / ANALYSIS / f"{kind}.nc")
