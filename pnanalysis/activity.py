@@ -20,6 +20,7 @@ from pnanalysis.quantiles import QuantileSketch
 
 PERCENTILES = (2.0, 25.0, 50.0, 75.0, 98.0)
 MARGIN = 0.05
+_TABLE = 1 << 10  # numbers that the errors of percentiles take for an example
 _AT_A_TIME = 1 << 20  # numbers; bounds temporary memory and keeps it in the cache
 
 Array = NDArray[np.float64]
@@ -68,7 +69,7 @@ class LayerActivity:
     def add(self, values: Tensor) -> None:
         """Take in activations (N, U, ...): examples, units, and the places at which a unit is applied."""
         values = values.detach().float().flatten(2) if values.ndim > 2 else values.detach().float()[:, :, None]
-        for part in values.split(max(1, _AT_A_TIME // max(values[0].numel(), 1))):
+        for part in values.split(max(1, _AT_A_TIME // max(values[0].numel(), _TABLE))):
             self._add(part.contiguous())
 
     def _add(self, values: Tensor) -> None:

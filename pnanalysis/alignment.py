@@ -131,7 +131,7 @@ def align(
     groups = find_groups(model, inputs)
     names = {name for name, _ in model.named_parameters()}
     rng = np.random.default_rng(seed)
-    best, nearest = Relabelling.identity(groups), -np.inf
+    best, nearest = Relabelling.identity(groups), _inner(reference, state, names)  # never farther than as it is
     with progress_bar("aligning", n_restarts, progress) as advance:
         for restart in range(max(n_restarts, 1)):
             matching = _Matching(groups, names, reference, state, signs)

@@ -80,7 +80,9 @@ class CentredKernelAlignment:
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         self.networks = networks
         self._watched = [_watched(network) for network in networks]
-        self.layers = [*dict.fromkeys(name for own in self._watched for name in own), OUTPUT]
+        names = dict.fromkeys(name for own in self._watched for name in own)
+        self._output = next(name for name in (OUTPUT, f"network {OUTPUT}", f"{OUTPUT} of all") if name not in names)
+        self.layers = [*names, self._output]
         self._grams: list[dict[str, Tensor]] = [{} for _ in networks]
         self._hsic: list[Tensor] = []
         self._weights: list[int] = []
@@ -88,7 +90,7 @@ class CentredKernelAlignment:
 
     def __enter__(self) -> CentredKernelAlignment:
         for network, watched, grams in zip(self.networks, self._watched, self._grams, strict=True):
-            for name, module in [*watched.items(), (OUTPUT, network)]:
+            for name, module in [*watched.items(), (self._output, network)]:
                 self._stack.callback(module.register_forward_hook(_keep(grams, name)).remove)
         return self
 

@@ -235,6 +235,7 @@ def _saved_spectrum(member: Member, options: Mapping[str, Any]) -> xr.Dataset | 
         return None
     ds = schema.load(file)
     wanted: dict[str, Any] = {"operator": "hessian", "split": "train", "bn_mode": "eval", "params": None}
+    wanted |= {"amp": "no", "dtype": "float32", **{name: member.source.attrs.get(name) for name in ("loss", "model")}}
     wanted |= {key: options[key] for key in ("n", "seed", *wanted) if key in options}
     train = member.source.data.train
     if isinstance(train, Split) and wanted["n"] is not None:

@@ -63,7 +63,7 @@ def run_app(app: typer.Typer) -> None:
 
 def _print_json() -> None:
     if _spoken is not None and any(_spoken.values()):
-        print(json.dumps(_spoken, indent=2))
+        print(json.dumps(_spoken, indent=2, allow_nan=False))
 
 
 def version_option(wanted: bool) -> None:
@@ -131,11 +131,11 @@ def _plain(cell: Cell) -> Any:
     if isinstance(cell, Shown):
         return _plain(cell.measured)
     if isinstance(cell, Measured):
-        known = {name: value for name, value in vars(cell).items() if not math.isnan(value)}
+        known = {name: value for name, value in vars(cell).items() if math.isfinite(value)}
         return {"value": None, **known}
     if isinstance(cell, str) or cell is None:
         return cell
-    return None if math.isnan(cell) else int(cell) if isinstance(cell, int) else float(cell)
+    return None if not math.isfinite(cell) else int(cell) if isinstance(cell, int) else float(cell)
 
 
 def _rendered(table: Table) -> rich.table.Table:

@@ -134,4 +134,5 @@ def _minibatches(split: Split | LoaderSplit, batch_size: int, generator: torch.G
             continue
         order: Tensor = torch.randperm(len(split), generator=generator).to(split.inputs.device)
         for index in order.split(batch_size):
-            yield split.take(index)
+            if len(index) > 1 or len(order) == 1:  # batch normalisation has no use for one example
+                yield split.take(index)

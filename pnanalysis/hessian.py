@@ -18,7 +18,7 @@ from pnanalysis.curvature.linear import LinearOperator
 from pnanalysis.data import Split
 from pnanalysis.errors import CurvatureError
 from pnanalysis.runs import Checkpoint, Run
-from pnanalysis.sources import Source, as_source, resolve_device
+from pnanalysis.sources import Source, as_sources, resolve_device
 
 #: Lanczos steps a probe where none are asked for.
 N_LANCZOS = 90
@@ -106,7 +106,7 @@ def hessian(
     B. Ghorbani, S. Krishnan, Y. Xiao, "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density",
     arXiv:1901.10159. Y. Min, "Persistent Neurons", arXiv:2007.01419, fig. 12.
     """
-    sources = [as_source(run) for run in runs]
+    sources = as_sources(runs)
     torch_device = resolve_device(device)
     torch_dtype = {"float32": torch.float32, "float64": torch.float64}[dtype]
     spectra: dict[_Key, xr.Dataset] = {}
@@ -149,6 +149,7 @@ def hessian(
     return schema.finish(
         stacked, "hessian", **sources[0].dataset_attrs(), operator=operator, engine=engine, split=split, n=size,
         batch_size=batch_size, bn_mode=bn_mode, params=params, seed=seed, device=str(torch_device), dtype=dtype,
+        amp=amp,
     )  # fmt: skip
 
 

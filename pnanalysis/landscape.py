@@ -18,7 +18,7 @@ from pnanalysis.errors import ModelError, RunError
 from pnanalysis.planes import about_one, through_three
 from pnanalysis.profiles import profiles
 from pnanalysis.runs import Checkpoint, Run, State
-from pnanalysis.sources import Source, as_source, resolve_device
+from pnanalysis.sources import Source, as_sources, resolve_device
 from pnanalysis.surface import BATCH_NORM, Surface, examples
 from pnanalysis.trajectory import plane_points
 
@@ -116,7 +116,7 @@ def landscape(
     H. Li et al., arXiv:1712.09913. K. Jordan et al., "REPAIR", arXiv:2211.08403.
     """
     _check(view, align, bn, curve, n_points, extrapolate)
-    sources = [as_source(run) for run in runs]
+    sources = as_sources(runs)
     points = _choose(sources, checkpoints, view)
     first, torch_device = sources[0], resolve_device(device)
     if splits is None:
@@ -184,7 +184,7 @@ def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> _P
         chosen = {_short_name(name, sources[0], source, at): (source, at) for name, source, at in found}
     elif len(sources) == 1:
         one = sources[0]
-        only = ["champion"] if names is None and view == "random" and one.run is not None else names
+        only = _default(one.run, view) if names is None and one.run is not None else names
         chosen = {name: (one, checkpoint) for name, checkpoint in one.select(only).items()}
     else:
         chosen = _of_several(sources, names)
@@ -194,8 +194,16 @@ def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> _P
     for name, (_, checkpoint) in chosen.items():
         other = by_path.setdefault(checkpoint.path.resolve(), name)
         if other != name:
-            raise RunError(f"{other} and {name} are the same checkpoint; name two that differ with checkpoints")
+            raise RunError(f"{other} and {name} are the same checkpoint; name others (-c), such as iter00 and iter01")
     return chosen
+
+
+def _default(run: Run, view: str) -> Sequence[str]:
+    """Plain and champion; where these are one, plain and the last iteration; about one point, the champion."""
+    if view == "random":
+        return ["champion"]
+    last = len(run.ends) - 1
+    return ["plain", "champion"] if run.manifest["champion"] or last < 1 else ["plain", f"iter{last:02d}"]
 
 
 def _of_several(sources: list[Source], names: Sequence[str] | None) -> _Points:

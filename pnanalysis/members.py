@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pnanalysis.data import SPLITS, Split, Splits
 from pnanalysis.errors import DataError, ModelError, RunError
 from pnanalysis.runs import Checkpoint, Run
-from pnanalysis.sources import Source, as_source
+from pnanalysis.sources import Source, as_sources
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,17 @@ def members(runs: Sequence[Any], checkpoints: Sequence[str] | None = None) -> li
     RunError
         If fewer than two are left.
     """
-    sources = [as_source(run) for run in runs]
-    names = _distinct([source.label for source in sources])
+    sources = as_sources(runs)
     found = []
-    for prefix, source in zip(names, sources, strict=True):
+    for source in sources:
         wanted = ("champion",) if checkpoints is None and source.run is not None and len(sources) > 1 else checkpoints
         for name, checkpoint in source.select(wanted).items():
-            label = name if len(sources) == 1 else f"{prefix}/{name}"
+            label = name if len(sources) == 1 else f"{source.label}/{name}"
             found.append(Member(label, source, checkpoint, _describe(source.run, checkpoint)))
     if len(found) < 2:
         there = f"there is only {found[0].label}" if found else "none is given"
         raise RunError(f"a comparison needs at least two checkpoints, {there}; name another run, weights or checkpoint")
     return found
-
-
-def _distinct(labels: list[str]) -> list[str]:
-    """Labels that are given twice are numbered."""
-    return [f"{label}#{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
 
 
 def _describe(run: Run | None, checkpoint: Checkpoint) -> str:

@@ -85,17 +85,21 @@ def resolve_loss(loss: str | Loss) -> Loss:
 def parameter_layers(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
     """Layers in the paper's sense: modules that own trainable parameters directly, in order.
 
+    A parameter that several modules share belongs to the first.
+
     Yields
     ------
     (str, list of (str, Parameter))
         The module's name, and its parameters by full name (weight and bias together form the layer's vector).
     """
+    seen: set[int] = set()
     for module_name, module in model.named_modules():
         own = [
             (f"{module_name}.{name}" if module_name else name, parameter)
             for name, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad
+            if parameter.requires_grad and id(parameter) not in seen
         ]
+        seen |= {id(parameter) for _, parameter in own}
         if own:
             yield module_name or type(module).__name__, own
 

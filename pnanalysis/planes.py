@@ -45,9 +45,15 @@ def through_three(
     x, y = _grid(around if span is None else span, n_points)
     weights, _ = plane_weights(displacements, *_flat(x, y))
     ds = _on_grid(surface, states, weights, x, y, batches, progress)
-    ds.x.attrs |= {"long_name": f"along {names[0]} to {names[1]}", "units": "parameter units"}
-    ds.y.attrs |= {"long_name": f"across, towards {names[2]}", "units": "parameter units"}
+    ds.x.attrs |= {"long_name": f"along {_short(names[0])} to {_short(names[1])}", "units": "parameter units"}
+    ds.y.attrs |= {"long_name": f"across, towards {_short(names[2])}", "units": "parameter units"}
     return ds.assign(point_position=(("point", "component"), points)).assign_coords(point=list(names))
+
+
+def _short(name: str) -> str:
+    """A checkpoint's name without its run's and its epoch."""
+    parts = [part for part in name.split("/") if not part.startswith("epoch")]
+    return parts[-1] if parts else name
 
 
 def about_one(

@@ -16,7 +16,7 @@ from pnanalysis.errors import ModelError
 from pnanalysis.progress import progress_bar
 from pnanalysis.quantiles import RELATIVE_ERROR
 from pnanalysis.runs import Checkpoint, Run
-from pnanalysis.sources import Source, as_source, resolve_device
+from pnanalysis.sources import Source, as_sources, resolve_device
 
 _PROBED = 64  # examples that the range of unbounded activations is taken from
 
@@ -107,7 +107,7 @@ def saturation(
     Y. Min, "Persistent Neurons", arXiv:2007.01419, fig. 14 and 15.
     """
     measures = Measures(tuple(percentiles), bins, saturation_bins, per_unit, exact_limit)
-    sources = [as_source(run) for run in runs]
+    sources = as_sources(runs)
     chosen = [(source, checkpoint) for source in sources for checkpoint in source.select(checkpoints).values()]
     torch_device = resolve_device(device)
     parts = {source.label: _examples(source, split, n, seed, torch_device) for source in sources}

@@ -14,7 +14,7 @@ from pnanalysis import schema
 from pnanalysis.errors import ModelError
 from pnanalysis.progress import Advance, progress_bar
 from pnanalysis.runs import Checkpoint, Run, State
-from pnanalysis.sources import Source, as_source, resolve_device
+from pnanalysis.sources import Source, as_sources, resolve_device
 from pnanalysis.surface import Surface, examples, mean_and_error
 
 #: Neighbourhood to its radius where none is given.
@@ -87,7 +87,7 @@ def sharpness(
     _check(radii, n_steps, n_starts)
     if not runs:
         raise ModelError("name a run, or your own model and weights")
-    sources, torch_device = [as_source(run) for run in runs], resolve_device(device)
+    sources, torch_device = as_sources(runs), resolve_device(device)
     chosen = {
         name if len(sources) == 1 else f"{source.label}/{name}": (source, checkpoint)
         for source in sources

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def as_source(
     def make_model() -> nn.Module:
         if model is None:
             return build_model(spec, options)
-        return model if isinstance(model, nn.Module) else build_model(model, options if model == spec else {})
+        return deepcopy(model) if isinstance(model, nn.Module) else build_model(model, options if model == spec else {})
 
     def make_data() -> Splits:
         if data is None and not _is_registered(data_spec):
@@ -148,10 +149,26 @@ def as_source(
         make_model=make_model,
         make_data=make_data,
         make_loss=make_loss,
-        attrs={"run": run.path.name, "run_id": run.id, "recipe": manifest["recipe"], "model": spec},
+        attrs={
+            "run": run.path.name,
+            "run_id": run.id,
+            "recipe": manifest["recipe"],
+            "model": _name(model or spec),
+            "loss": _name(loss or manifest.get("loss", "cross_entropy")),
+        },
         run=run,
         data_key=json.dumps([manifest["model"], manifest["data"], data]) if model is None and named else "",
     )
+
+
+def as_sources(runs: Iterable[Run | Source | str | os.PathLike[str]]) -> list[Source]:
+    """A source from each run, with labels that tell them apart: one that is given twice is numbered."""
+    sources = [as_source(run) for run in runs]
+    labels = [source.label for source in sources]
+    return [
+        replace(source, label=f"{source.label}#{i + 1}") if labels.count(source.label) > 1 else source
+        for i, source in enumerate(sources)
+    ]
 
 
 def open_files(
@@ -189,7 +206,7 @@ def open_files(
 
     def make_model() -> nn.Module:
         if isinstance(model, nn.Module):
-            return model
+            return deepcopy(model)  # the user's own keeps its weights
         return build_model(model) if isinstance(model, str) else model()
 
     def make_data() -> Splits:
@@ -204,8 +221,13 @@ def open_files(
         make_model=make_model,
         make_data=make_data,
         make_loss=lambda: resolve_loss(loss),
-        attrs={"model": model if isinstance(model, str) else type(model).__name__},
+        attrs={"model": _name(model), "loss": _name(loss)},
     )
+
+
+def _name(given: Any) -> str:
+    """What a model or loss is called in attributes; objects are told apart from whatever has a name."""
+    return given if isinstance(given, str) else f"own {type(given).__name__} {id(given):x}"
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

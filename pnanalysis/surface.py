@@ -92,8 +92,8 @@ class Surface:
 
     @property
     def parameter_names(self) -> list[str]:
-        """Names of the parameters, as opposed to the buffers of a state."""
-        return [name for name, _ in self.model.named_parameters()]
+        """Names of the trainable parameters, as opposed to what else a state holds: buffers and frozen parameters."""
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def anchor(self, state: Mapping[str, Tensor], origin: str = "weights") -> State:
         """A state on the device and in the precision of this surface; it must be of the model's architecture."""
@@ -212,6 +212,8 @@ class Surface:
         try:
             n_seen = 0
             for inputs, targets in self.bn_batches:
+                if len(targets) < 2 and n_seen:
+                    continue  # one example has no variance
                 n_seen += len(targets)
                 for module in self.norms.values():
                     module.momentum = len(targets) / n_seen

@@ -20,7 +20,7 @@ from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.gram import layer_grams
 from pnanalysis.models import parameter_layers
 from pnanalysis.runs import Checkpoint, Run
-from pnanalysis.sources import Source, as_source
+from pnanalysis.sources import Source, as_sources
 
 PROJECTIONS = ("plane", "pca", "pca_end", "random")
 DEFAULT_PROJECTIONS = PROJECTIONS[:3]
@@ -110,7 +110,7 @@ def trajectory(
     unknown = [name for name in projections if name not in PROJECTIONS]
     if unknown:
         raise PnError(f"no projection {unknown[0]!r}; there are {', '.join(PROJECTIONS)}")
-    sources = [as_source(run) for run in runs]
+    sources = as_sources(runs)
     points = [point for source in sources for point in _points(source, iterations)]
     if len(points) < 3:
         raise RunError(f"a trajectory needs at least three checkpoints, there are {len(points)}")
@@ -180,14 +180,8 @@ def _points(source: Source, iterations: Sequence[int] | None) -> Iterator[_Point
 
 
 def _layers(source: Source) -> dict[str, list[str]]:
-    """Names of the trainable parameters of each layer; what layers share counts with the first."""
-    layers: dict[str, list[str]] = {}
-    seen: set[int] = set()
-    for layer, parameters in parameter_layers(source.make_model()):
-        own = [name for name, parameter in parameters if id(parameter) not in seen]
-        seen |= {id(parameter) for _, parameter in parameters}
-        if own:
-            layers[layer] = own
+    """Names of the trainable parameters of each layer."""
+    layers = {layer: [name for name, _ in own] for layer, own in parameter_layers(source.make_model())}
     if not layers:
         raise ModelError(f"{source.label}: has no trainable parameters, so there is no trajectory")
     return layers

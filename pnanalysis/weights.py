@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +80,13 @@ def _header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
             entries = json.loads(file.read(length))
-        return {
-            name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in entries.items()
-            if name != "__metadata__" and entry["dtype"] in _DTYPES
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = {}
+        for name, entry in entries.items():
+            if name != "__metadata__" and entry["dtype"] in _DTYPES:
+                dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+                if begin < 0 or min(shape, default=0) < 0 or end - begin != prod(shape) * dtype.itemsize:
+                    raise ValueError(f"the place of {name!r} does not fit its shape")
+                found[name] = (dtype, shape, 8 + length + begin)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from error

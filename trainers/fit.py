@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pnanalysis.data import Split
 from pnanalysis.errors import TrainingError
-from pnanalysis.models import Loss, resolve_loss
+from pnanalysis.models import LOSSES, Loss, resolve_loss
 from trainers.seeds import derive_seed
 
 AUGMENTATIONS = ("crop", "flip")
@@ -105,6 +105,7 @@ def fit(
     split = train if isinstance(train, Split) else Split(*train)
     check_options(optimizer, augment, amp, batch_size, epochs)
     loss_fn = resolve_loss(loss)
+    logits = loss_fn is LOSSES["binary_cross_entropy"]
     optim = make_optimizer(model, optimizer, lr, momentum, weight_decay)
     if optimizer_state:
         load_optimizer_tensors(optim, optimizer_state)
@@ -127,7 +128,7 @@ def fit(
             optim.zero_grad(set_to_none=True)
             (value if term is None else value + term).backward()
             optim.step()
-            sums.add(step, len(index), value, term, mistakes(outputs.detach(), targets))
+            sums.add(step, len(index), value, term, mistakes(outputs.detach(), targets, logits))
             if on_batch is not None:
                 on_batch(len(index))
         train_loss, mean_penalty, train_error = sums.means(epoch, len(split))
@@ -136,8 +137,8 @@ def fit(
             train_loss,
             mean_penalty,
             train_error,
-            evaluate_error(network, validation, amp),
-            evaluate_error(network, test, amp),
+            evaluate_error(network, validation, amp, logits),
+            evaluate_error(network, test, amp, logits),
             time.perf_counter() - begun,
         )
         records.append(record)
@@ -147,7 +148,7 @@ def fit(
 
 
 @torch.no_grad()
-def evaluate_error(model: nn.Module, split: Split | None, amp: str = "no") -> float:
+def evaluate_error(model: nn.Module, split: Split | None, amp: str = "no", logits: bool = False) -> float:
     """Share of misclassified examples; for real-valued targets the mean squared error; NaN without a split."""
     if split is None:
         return float("nan")
@@ -156,7 +157,7 @@ def evaluate_error(model: nn.Module, split: Split | None, amp: str = "no") -> fl
     for inputs, targets in split.batches(EVALUATION_BATCH):
         with autocast(inputs.device, amp):
             outputs = model(inputs)
-        total += mistakes(outputs, targets)
+        total += mistakes(outputs, targets, logits)
     return float(total) / len(split)
 
 
@@ -255,8 +256,13 @@ class EpochSums:
         return float(losses @ weights), float(penalties @ weights), float(self.errors[chosen]) / n
 
 
-def mistakes(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Summed error of a batch: mistakes for class indices, squared error (mean over outputs) for real targets."""
+def mistakes(outputs: Tensor, targets: Tensor, logits: bool = False) -> Tensor:
+    """Summed error of a batch: mistakes for class indices, squared error (mean over outputs) for real targets.
+
+    With ``logits`` (binary cross-entropy) outputs and targets are compared by the side they are on.
+    """
+    if logits:
+        return ((outputs > 0) != (targets > 0.5)).double().flatten(1).mean(1).sum()
     if targets.is_floating_point():
         return (outputs - targets).square().flatten(1).mean(1).sum()
     return (outputs.argmax(1) != targets).sum()

@@ -145,7 +145,7 @@ class PersistentPenalty:
         )  # within transforms of functions there are no values to look at
         if self.form != "absolute" or not plain or not self._count:
             return repulsion(self.form, self.rows(layer, theta), theta)
-        if layer not in self._sums:
+        if layer not in self._sums or self._sums[layer].rows.dtype != theta.dtype:
             self._sums[layer] = _SignedSum(self.rows(layer, theta))
         return self._sums[layer].at(theta)
 
@@ -244,7 +244,7 @@ def repulsion(form: str, rows: Tensor, theta: Tensor) -> Tensor:
 
 
 def _state(point: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return dict(point.named_parameters()) if isinstance(point, nn.Module) else point
+    return dict(point.named_parameters(remove_duplicate=False)) if isinstance(point, nn.Module) else point
 
 
 def choose_layers(names: Sequence[str], layers: Layers, seed: int = 0) -> list[str]:

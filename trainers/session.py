@@ -227,7 +227,7 @@ def _open_writer(config: Config, session: Session, out: Path, resume: bool) -> R
         recorded = writer.manifest["data"]["fingerprint"]
         if recorded != session.data.fingerprint:
             raise DataError(f"{config.data}: has changed since {out} was begun; resume needs the same data")
-        writer.update(status="running", config=config.to_dict(), layers=session.layers)
+        writer.update(status="running", failure=None, config=config.to_dict(), layers=session.layers)
         return writer
     data = session.data
     description = describe(

@@ -181,8 +181,11 @@ def _iterate_together(sessions: Mapping[int, Session], advance: Callable[..., No
         for k, records in zip(chosen, ended, strict=True):
             if isinstance(records, PnError):
                 failed[k] = records
-            else:
+                continue
+            try:
                 sessions[k].end_iteration()
+            except PnError as error:
+                failed[k] = error
     return failed
 
 

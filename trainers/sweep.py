@@ -52,6 +52,8 @@ def parse_sweep(entries: Sequence[str], base: Config) -> dict[str, list[Any]]:
             simple = [key for key, value in known.items() if isinstance(value, int | float | str | None)]
             raise TrainingError(f"--sweep {entry!r}: no setting {name!r}; there are {', '.join(simple)}")
         grid[name] = [_value(part, known[name], entry) for part in _parts(text, known[name])]
+        if len(set(grid[name])) < len(grid[name]):
+            raise TrainingError(f"--sweep {entry!r}: a value is there twice")
     return grid
 
 
@@ -109,8 +111,11 @@ def sweep(
             Outcome(path, settings, str(end) if isinstance(end, PnError) else None)
             for path, (_, settings), end in zip(paths, configs, ended, strict=True)
         ]
-    kind = resolve_device(device).type
-    n_devices = torch.cuda.device_count() if kind == "cuda" else joblib.cpu_count()
+    where = resolve_device(device)
+    kind = where.type if where.index is None else str(where)
+    n_devices = (
+        (torch.cuda.device_count() if where.index is None else 1) if where.type == "cuda" else joblib.cpu_count()
+    )
     jobs = max(min(jobs or n_devices, len(configs)), 1)
     threads = max(joblib.cpu_count() // jobs, 1)
     places = [f"cuda:{i % n_devices}" if kind == "cuda" else kind for i in range(len(configs))]

@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from pnanalysis.data import Split
-from pnanalysis.errors import TrainingError
-from pnanalysis.models import Loss, resolve_loss
+from pnanalysis.errors import PnError, TrainingError
+from pnanalysis.models import LOSSES, Loss, resolve_loss
 from trainers.fit import (
     EVALUATION_BATCH,
     Epoch,
@@ -80,7 +81,7 @@ def fit_together(
     compile: bool = False,
     start_epoch: int = 0,
     on_batch: Callable[[int], None] | None = None,
-) -> list[list[Epoch] | TrainingError]:
+) -> list[list[Epoch] | PnError]:
     """Train several networks of one architecture in lockstep.
 
     Parameters
@@ -96,7 +97,8 @@ def fit_together(
     Returns
     -------
     list
-        For each member its records, or the error that ended it: a loss that is not finite stops its own member only.
+        For each member its records, or the error that ended it: a loss that is not finite, or what ``on_epoch``
+        raised, stops its own member only.
 
     Raises
     ------
@@ -112,7 +114,7 @@ def fit_together(
         load_optimizer_tensors(optim, {name: _joined(name, states) for name in states[0] or {}})
     own = [make_optimizer(member.model, optimizer, lr, momentum, weight_decay) for member in members]
     n, device = len(split), split.inputs.device
-    ended: list[list[Epoch] | TrainingError] = [[] for _ in members]
+    ended: list[list[Epoch] | PnError] = [[] for _ in members]
     for epoch in range(start_epoch + 1, epochs + 1):
         begun = time.perf_counter()
         torch.manual_seed(derive_seed(members[0].seed, "noise", epoch))
@@ -128,14 +130,14 @@ def fit_together(
             optim.zero_grad(set_to_none=True)
             (losses if terms is None else losses + terms).sum().backward()
             optim.step()
-            sums.add(step, index.shape[1], losses, terms, vmap(mistakes)(outputs.detach(), targets))
+            sums.add(step, index.shape[1], losses, terms, vmap(stack.mistakes)(outputs.detach(), targets))
             if on_batch is not None:
                 on_batch(index.numel())
         errors = [stack.errors(part) for part in (validation, test)]
         stack.write_back(optim, own)
         seconds = (time.perf_counter() - begun) / len(members)
         for k, (member, records) in enumerate(zip(members, ended, strict=True)):
-            if isinstance(records, TrainingError):
+            if isinstance(records, PnError):
                 continue
             try:
                 train_loss, penalty, train_error = sums.means(epoch, n, k)
@@ -145,8 +147,11 @@ def fit_together(
             record = Epoch(epoch, train_loss, penalty, train_error, errors[0][k], errors[1][k], seconds)
             records.append(record)
             if member.on_epoch is not None:
-                member.on_epoch(record, member.model, own[k])
-        if all(isinstance(records, TrainingError) for records in ended):
+                try:
+                    member.on_epoch(record, member.model, own[k])
+                except PnError as error:  # a full disk, say: the others go on
+                    ended[k] = error
+        if all(isinstance(records, PnError) for records in ended):
             break
     return ended
 
@@ -161,8 +166,9 @@ class _Stack:
         models = [member.model.train() for member in members]
         self.parameters, self.buffers = stack_module_state(models)
         self.trainable = [tensor for tensor in self.parameters.values() if tensor.requires_grad]
-        self.skeleton = copy.deepcopy(models[0]).to("meta")
+        self.skeleton = copy.deepcopy(models[0])
         self.loss, self.amp = loss, amp
+        self.mistakes = partial(mistakes, logits=loss is LOSSES["binary_cross_entropy"])
         self.push = _StackedPenalty([member.penalty for member in members], self.parameters)
 
         def call(parameters: Any, buffers: Any, inputs: Tensor) -> Tensor:
@@ -195,7 +201,7 @@ class _Stack:
         for inputs, targets in split.batches(max(EVALUATION_BATCH // n_members, 100)):
             with autocast(inputs.device, self.amp):
                 outputs = self._shared(self.parameters, self.buffers, inputs)
-            total += vmap(mistakes, in_dims=(0, None))(outputs, targets)
+            total += vmap(self.mistakes, in_dims=(0, None))(outputs, targets)
         shares: list[float] = (total / len(split)).tolist()
         return shares
 

@@ -30,6 +30,7 @@ def trajectory(
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Everything for each layer too.")] = False,
     model: options.Model = None,
     weights: options.Weights = None,
+    data: options.Data = None,
     output: options.Output = None,
     plot: options.Plot = None,
     seed: Annotated[int, typer.Option(help="Of the random planes.")] = 0,
@@ -46,7 +47,7 @@ def trajectory(
 
       pnanalysis trajectory runs/lenet5 --per-layer --projection pca --projection random
     """
-    given = options.sources(runs, model, weights, None, None)
+    given = options.sources(runs, model, weights, data, None)
     ds = analyse(
         *given, iterations=iteration, projections=projection or DEFAULT_PROJECTIONS, n_components=components,
         n_random=random_planes, per_layer=per_layer, seed=seed, progress=not quiet,
