@@ -18,7 +18,7 @@ from pnanalysis.errors import ModelError, RunError
 from pnanalysis.planes import about_one, through_three
 from pnanalysis.profiles import profiles
 from pnanalysis.runs import Checkpoint, Run, State
-from pnanalysis.sources import Source, as_sources, resolve_device
+from pnanalysis.sources import Source, as_sources, check_same_data, resolve_device
 from pnanalysis.surface import BATCH_NORM, Surface, examples
 from pnanalysis.trajectory import plane_points
 
@@ -119,6 +119,9 @@ def landscape(
     sources = as_sources(runs)
     points = _choose(sources, checkpoints, view)
     first, torch_device = sources[0], resolve_device(device)
+    for other in sources[1:]:
+        other.share_data(first)
+        check_same_data(first, other)
     if splits is None:
         others = [name for name in ("test", "validation") if getattr(first.data, name) is not None]
         splits = ("train", *others[:1]) if view in ("line", "curve") else ("train",)

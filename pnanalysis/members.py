@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.data import SPLITS, Split, Splits
-from pnanalysis.errors import DataError, ModelError, RunError
+from pnanalysis.errors import ModelError, RunError
 from pnanalysis.runs import Checkpoint, Run
-from pnanalysis.sources import Source, as_sources
+from pnanalysis.sources import Source, as_sources, check_same_data
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Examples:
             member.source.share_data(chosen[0].source)
             data = member.source.data
             if self.data:
-                _check_same(chosen[0], member)
+                check_same_data(chosen[0].source, member.source)
             at = next((i for i, known in enumerate(self.data) if _alike(known, data)), len(self.data))
             if at == len(self.data):
                 self.data.append(data)
@@ -147,20 +147,6 @@ class Examples:
                 yield [parts[at][0] for at in self.which], parts[0][1]
 
         return len(streams[0]), stream()
-
-
-def _check_same(first: Member, other: Member) -> None:
-    a, b = first.source.data, other.source.data
-    if a.fingerprint != b.fingerprint:
-        raise DataError(
-            f"{first.label} and {other.label} are of different data sets ({a.name} {a.fingerprint}, {b.name} "
-            f"{b.fingerprint}): compare networks on one, given with --data"
-        )
-    if a.split_hash != b.split_hash:
-        raise DataError(
-            f"{first.label} and {other.label} were trained with different validation and test halves of {a.name}: "
-            "what one was picked by would test the other; train both with one --split-seed"
-        )
 
 
 def _alike(a: Splits, b: Splits) -> bool:

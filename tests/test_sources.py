@@ -165,3 +165,15 @@ def test_a_value_twice_in_a_sweep_is_refused() -> None:
 
     with pytest.raises(TrainingError, match="twice"):
         parse_sweep(["lam=0.1,0.10"], Config())
+
+
+def test_a_line_between_runs_on_different_data_is_refused(tiny_config, tiny_run: Run, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from pnanalysis.errors import DataError
+    from trainers import train
+
+    config = replace(tiny_config, iterations=1, epochs=1, split_seed=5)
+    other = train(config, tmp_path / "other", device="cpu", progress=False)
+    with pytest.raises(DataError, match="--split-seed"):
+        pn.landscape(tiny_run, other, n=50, progress=False)
