@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,20 +122,21 @@ def hessian(
             if done:
                 rows += [(_row(label, key[2]), key) for key in done]
                 continue
-            whole = make_operator(
-                engine, operator, source.model(checkpoint, torch_device), source.loss, batches,
-                params=params, bn_mode=bn_mode, dtype=torch_dtype, device=torch_device, amp=amp,
-                expected_products=n_hvp or (n_lanczos or N_LANCZOS) * n_probes,
-            )  # fmt: skip
-            size = getattr(whole, "n_examples", size)
-            for layer, op in _blocks(whole, per_layer):
-                key = (which, checkpoint, layer)
-                n_steps = n_lanczos if n_lanczos and not per_layer else min(n_lanczos or N_LANCZOS, op.shape[0])
-                spectra[key] = spectral_density(
-                    op, n_steps, n_probes, n_hvp=n_hvp, deflate=deflate, kernel_width=kernel_width, seed=seed,
-                    progress=progress, state=_own_folder(state, key), title=_row(label, layer), **lanczos_options,
+            with _explained(label):
+                whole = make_operator(
+                    engine, operator, source.model(checkpoint, torch_device), source.loss, batches,
+                    params=params, bn_mode=bn_mode, dtype=torch_dtype, device=torch_device, amp=amp,
+                    expected_products=n_hvp or (n_lanczos or N_LANCZOS) * n_probes,
                 )  # fmt: skip
-                rows.append((_row(label, layer), key))
+                size = getattr(whole, "n_examples", size)
+                for layer, op in _blocks(whole, per_layer):
+                    key = (which, checkpoint, layer)
+                    n_steps = n_lanczos if n_lanczos and not per_layer else min(n_lanczos or N_LANCZOS, op.shape[0])
+                    spectra[key] = spectral_density(
+                        op, n_steps, n_probes, n_hvp=n_hvp, deflate=deflate, kernel_width=kernel_width, seed=seed,
+                        progress=progress, state=_own_folder(state, key), title=_row(label, layer), **lanczos_options,
+                    )  # fmt: skip
+                    rows.append((_row(label, layer), key))
     grid = default_grid(*spectra.values())
     width = max(float(ds.kernel_width) for ds in spectra.values())
     smoothed = {key: smooth(ds, grid, width) for key, ds in spectra.items()}
@@ -151,6 +153,21 @@ def hessian(
         batch_size=batch_size, bn_mode=bn_mode, params=params, seed=seed, device=str(torch_device), dtype=dtype,
         amp=amp,
     )  # fmt: skip
+
+
+@contextmanager
+def _explained(label: str) -> Iterator[None]:
+    """What the network or the loss raise when given the data, as one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CurvatureError(
+            f"{label}: the network or the loss cannot take these data ({type(error).__name__}: {reason}); check the "
+            "shapes of the inputs, and the targets"
+        ) from error
 
 
 def _stacked(spectra: Sequence[xr.Dataset]) -> xr.Dataset:

@@ -108,7 +108,7 @@ class Examples:
             member.source.share_data(chosen[0].source)
             data = member.source.data
             if self.data:
-                check_same_data(chosen[0].source, member.source)
+                check_same_data(chosen[0].source, member.source, (chosen[0].label, member.label))
             at = next((i for i, known in enumerate(self.data) if _alike(known, data)), len(self.data))
             if at == len(self.data):
                 self.data.append(data)

@@ -171,22 +171,24 @@ def as_sources(runs: Iterable[Run | Source | str | os.PathLike[str]]) -> list[So
     ]
 
 
-def check_same_data(first: Source, other: Source) -> None:
+def check_same_data(first: Source, other: Source, names: tuple[str, str] | None = None) -> None:
     """Refuse to lay networks side by side that were trained on different data, or on other halves of the same.
 
     Raises
     ------
     DataError
+        It calls the two by ``names``, or by their labels.
     """
     a, b = first.data, other.data
+    one, two = names or (first.label, other.label)
     if a.fingerprint != b.fingerprint:
         raise DataError(
-            f"{first.label} and {other.label} are of different data sets ({a.name} {a.fingerprint}, {b.name} "
+            f"{one} and {two} are of different data sets ({a.name} {a.fingerprint}, {b.name} "
             f"{b.fingerprint}): compare networks on one, given with --data"
         )
     if a.split_hash != b.split_hash:
         raise DataError(
-            f"{first.label} and {other.label} were trained with different validation and test halves of {a.name}: "
+            f"{one} and {two} were trained with different validation and test halves of {a.name}: "
             "what one was picked by would test the other; train both with one --split-seed"
         )
 

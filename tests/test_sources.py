@@ -177,3 +177,13 @@ def test_a_line_between_runs_on_different_data_is_refused(tiny_config, tiny_run:
     other = train(config, tmp_path / "other", device="cpu", progress=False)
     with pytest.raises(DataError, match="--split-seed"):
         pn.landscape(tiny_run, other, n=50, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets"), [(torch.randn(20, 5), torch.zeros(20).long()), (torch.randn(20, 3), torch.full((20,), 9))]
+)
+def test_data_that_do_not_fit_are_one_sentence(inputs, targets, tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "w.pt")
+    source = pn.open_files(lambda: nn.Linear(3, 2), [tmp_path / "w.pt"], (inputs, targets))
+    with pytest.raises(pn.PnError, match="cannot take these data"):
+        pn.hessian(source, n_hvp=8, progress=False)
