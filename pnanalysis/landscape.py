@@ -212,8 +212,6 @@ def _default(run: Run, view: str) -> Sequence[str]:
 def _of_several(sources: list[Source], names: Sequence[str] | None) -> _Points:
     """Checkpoints of several runs by ``RUN/NAME``; by default the champion of each (all of a user's own files)."""
     labels = [source.label for source in sources]
-    if len(set(labels)) < len(labels):
-        labels = [str(source.run.path) if source.run is not None else source.label for source in sources]
     wanted: list[tuple[str, Source, list[str] | None]] = []
     if names is None:
         wanted = [(label, s, ["champion"] if s.run else None) for label, s in zip(labels, sources, strict=True)]
