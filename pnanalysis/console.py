@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import rich.markup
 import rich.table
@@ -18,10 +21,12 @@ from rich.console import Console
 from pnanalysis.errors import PnError
 from pnanalysis.measured import Measured, Shown
 
-_INTERRUPTED = 130
-
+#: The base of what typer raises for command lines it does not understand.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 #: What a command has to say, where ``--json`` asked for it; printed at the command's end.
 _spoken: dict[str, Any] | None = None
+#: How to go on with the command after an interrupt.
+_next = ""
 
 
 class Percent(float):
@@ -41,29 +46,71 @@ class Table:
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a typer application; exit status 2 for what the user can mend, 130 for an interrupt."""
-    global _spoken
-    _spoken = None
+    """Run a typer application; exit status 2 for what the user can mend, 128 and the signal for an interrupt.
+
+    SIGTERM, which batch systems send before they kill, is an interrupt too.
+    """
+    global _spoken, _next
+    _spoken, _next = None, "what was saved is intact"
     try:
-        app()
+        with _interruptible() as stopped:
+            status = app(standalone_mode=False)
     except PnError as error:
-        _print_json()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
     except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename}", file=sys.stderr)
-        sys.exit(2)
-    except SystemExit as stopped:
-        if stopped.code == _INTERRUPTED:
-            print("interrupted; what was saved is intact", file=sys.stderr)
-        elif not stopped.code:
-            _print_json()
-        raise
+        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    except _USAGE_ERROR as error:
+        _fail_usage(error)
+    if stopped:
+        print(f"interrupted; {_next}", file=sys.stderr)
+        sys.exit(128 + stopped[0])
+    if not status:
+        _print_json()
+    sys.exit(status or 0)
+
+
+def when_interrupted(advice: str) -> None:
+    """Say how this command is gone on with, should it be interrupted from here on."""
+    global _next
+    _next = advice
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Within the body SIGINT and SIGTERM raise KeyboardInterrupt; the list tells which has come."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print_json() -> None:
     if _spoken is not None and any(_spoken.values()):
         print(json.dumps(_spoken, indent=2, allow_nan=False))
+
+
+def _fail(message: str) -> NoReturn:
+    if _spoken is not None:
+        _spoken["error"] = message
+    _print_json()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    """A command line that cannot be understood: what is wrong with it, and where to read how it goes."""
+    message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+    if not message:  # nothing was asked for, and the help has been shown
+        sys.exit(2)
+    _fail(message + (f"; see {context.command_path} --help" if context is not None else ""))
 
 
 def version_option(wanted: bool) -> None:
@@ -80,7 +127,7 @@ def speak_json(wanted: bool) -> None:
 
 
 def make_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
-    """A table whose first column is text and whose others are mostly numbers."""
+    """A table; columns of nothing but text stand left, others right."""
     return Table(title, list(columns), [list(row) for row in rows])
 
 
@@ -123,6 +170,8 @@ def text(cell: Cell) -> str:
         return "–"
     if isinstance(cell, Percent):
         return f"{float(cell):.2%}"
+    if isinstance(cell, int):
+        return f"{cell:,}"
     return f"{cell:.4g}"
 
 
@@ -141,7 +190,8 @@ def _plain(cell: Cell) -> Any:
 def _rendered(table: Table) -> rich.table.Table:
     drawn = rich.table.Table(title=rich.markup.escape(table.title), title_justify="left")
     for i, column in enumerate(table.columns):
-        drawn.add_column(rich.markup.escape(column), justify="left" if i == 0 else "right")
+        names = all(isinstance(row[i], str) for row in table.rows)
+        drawn.add_column(rich.markup.escape(column), justify="left" if names else "right")
     for row in table.rows:
         drawn.add_row(*(rich.markup.escape(text(cell)) for cell in row))
     return drawn

@@ -127,8 +127,8 @@ class LoaderSplit:
         if n is None:
             return self
         seen, count = 0, 0
-        for _, targets in self.loader:
-            seen, count = seen + len(targets), count + 1
+        for batch in self.loader:
+            seen, count = seen + len(_pair(batch)[1]), count + 1
             if seen >= n:
                 return replace(self, n_batches=count)
         if not count:
@@ -141,7 +141,8 @@ class LoaderSplit:
 
     def stream(self, batch_size: int) -> Iterator[Batch]:
         """The batches on the device, one at a time."""
-        for inputs, targets in islice(self.loader, self.n_batches):
+        for batch in islice(self.loader, self.n_batches):
+            inputs, targets = _pair(batch)
             yield _move(inputs, self.device), _move(targets, self.device)
 
 
@@ -317,6 +318,14 @@ def _as_split(data: Any, name: str) -> Split | LoaderSplit:
         f"{name}: expected Splits, a mapping of splits, (inputs, targets), a Dataset or a DataLoader, "
         f"got {type(data).__name__}"
     )
+
+
+def _pair(batch: Any) -> Batch:
+    """A batch of a user's own loader, as it has to be."""
+    if isinstance(batch, tuple | list) and len(batch) == 2 and hasattr(batch[1], "__len__"):
+        return batch[0], batch[1]
+    got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
+    raise DataError(f"each batch of the data has to be a pair of tensors (inputs, targets), not {got}")
 
 
 def _with_fingerprint(splits: Splits) -> Splits:

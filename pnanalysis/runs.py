@@ -34,6 +34,7 @@ from safetensors.torch import save as dump_safetensors
 
 from pnanalysis import schema
 from pnanalysis.errors import ModelError, RunError
+from pnanalysis.files import check_writable
 
 FORMAT = "pnanalysis-run"
 MANIFEST, HISTORY, RESUME, CHECKPOINTS, ANALYSIS = (
@@ -223,6 +224,19 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     return Run(path, manifest)
 
 
+def check_new(path: str | os.PathLike[str]) -> None:
+    """Refuse a run directory that exists already and is not empty, or cannot be written.
+
+    Raises
+    ------
+    RunError
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path}: exists already; give another --out, or --resume to go on with it")
+    check_writable(path / MANIFEST)
+
+
 class RunWriter:
     """Writes a run directory, every file atomically. For trainers."""
 
@@ -240,8 +254,7 @@ class RunWriter:
             If the directory exists already and is not empty, or cannot be written.
         """
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunError(f"{path}: exists already; give another --out, or --resume to go on with it")
+        check_new(path)
         writer = cls(path, {"format": FORMAT, "schema_version": schema.SCHEMA_VERSION, **manifest})
         writer.update()
         return writer

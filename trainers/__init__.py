@@ -1,8 +1,26 @@
 """The trainer: plain and persistent training into run directories."""
 
-from trainers.fit import fit
-from trainers.persistence import PersistentPenalty
-from trainers.recipes import RECIPES, Config, configure, find_recipe
-from trainers.strategies import train
+from typing import TYPE_CHECKING
 
-__all__ = ["RECIPES", "Config", "PersistentPenalty", "configure", "find_recipe", "fit", "train"]
+from pnanalysis.lazy import offer
+
+if TYPE_CHECKING:
+    from trainers.fit import fit as fit
+    from trainers.persistence import PersistentPenalty as PersistentPenalty
+    from trainers.recipes import RECIPES as RECIPES
+    from trainers.recipes import Config as Config
+    from trainers.recipes import configure as configure
+    from trainers.recipes import find_recipe as find_recipe
+    from trainers.strategies import train as train
+
+_WHERE = {
+    "Config": "trainers.recipes",
+    "PersistentPenalty": "trainers.persistence",
+    "RECIPES": "trainers.recipes",
+    "configure": "trainers.recipes",
+    "find_recipe": "trainers.recipes",
+    "fit": "trainers.fit",
+    "train": "trainers.strategies",
+}
+__all__ = [*_WHERE]
+offer(__name__, _WHERE)

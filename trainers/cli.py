@@ -3,59 +3,38 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pnanalysis.console import Percent, make_table, run_app, show, speak_json, version_option
+from pnanalysis.console import Percent, make_table, run_app, show, speak_json, version_option, when_interrupted
 from pnanalysis.errors import PnError, TrainingError
-from pnanalysis.runs import Run, open_run
+from trainers.choices import Amp, Form, Optimizer, Origin, Strategy
 from trainers.recipes import RECIPES, Config, configure, find_recipe
-from trainers.strategies import train, train_together
-from trainers.sweep import Outcome, parse_sweep
-from trainers.sweep import sweep as run_sweep
 
-app = typer.Typer(
-    name="pntrain", add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True
-)
+if TYPE_CHECKING:
+    from pnanalysis.runs import Run
+    from trainers.sweep import Outcome
 
+app = typer.Typer(name="pntrain", add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+_PERSISTENT, _DATA, _OPTIMISATION, _OUTPUT = "Persistent penalty", "Model and data", "Optimisation", "Output"
 _RECIPE_HELP = "; ".join(f"{recipe.id} {name}" for name, recipe in RECIPES.items())
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def pntrain(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=f"{_RECIPE_HELP}; or custom, with --model.")],
     out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/RECIPE.")] = None,
-    strategy: Annotated[str | None, typer.Option(metavar="plain|persistent|partial|restart")] = None,
+    strategy: Annotated[
+        Strategy | None, typer.Option(help="persistent repels all layers, partial one; restart starts afresh.")
+    ] = None,
     iterations: Annotated[int | None, typer.Option(help="Trainings in all, the plain one included.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Of each training (steps, for S1 and S2).")] = None,
-    lam: Annotated[float | None, typer.Option(help="Strength of the persistent penalty.")] = None,
-    layers: Annotated[str | None, typer.Option(help="all, random, random-each, or names joined by commas.")] = None,
-    penalty: Annotated[str | None, typer.Option(metavar="absolute|squared|cosine", help="Form of the penalty.")] = None,
-    origin: Annotated[str | None, typer.Option(metavar="zero|start", help="Where it measures parameters from.")] = None,
-    init_std: Annotated[float | None, typer.Option(help="Draw all parameters from N(0, std^2).")] = None,
-    batch_size: Annotated[int | None, typer.Option()] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    optimizer: Annotated[str | None, typer.Option(metavar="adam|sgd")] = None,
-    momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None,
-    weight_decay: Annotated[float | None, typer.Option()] = None,
-    augment: Annotated[list[str] | None, typer.Option(metavar="crop|flip", help="Repeat for both.")] = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME|MODULE:FACTORY")] = None,
-    model_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=JSON", help="Argument of the model's factory; repeat.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="digits, cifar10, imagefolder:PATH or module:factory.")
-    ] = None,
-    loss: Annotated[str | None, typer.Option(metavar="NAME|MODULE:FUNCTION")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    split_seed: Annotated[int | None, typer.Option(help="Of the validation/test split.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Epochs between saved checkpoints.")] = None,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto")] = "auto",
-    amp: Annotated[str | None, typer.Option(metavar="no|bf16")] = None,
-    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile the network.")] = None,
     control: Annotated[
         bool, typer.Option("--control", help="Train the restart control of equal cost too, into OUT-restart.")
     ] = False,
@@ -68,13 +47,77 @@ def pntrain(
         bool, typer.Option("--together", help="Train the runs of a sweep, or a run and its control, as one program.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted or shorter run.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=version_option, is_eager=True)
+    seed: Annotated[int | None, typer.Option(help="Of initial points, order of the batches and augmentation.")] = None,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto takes CUDA where there is one.")] = "auto",
+    lam: Annotated[
+        float | None, typer.Option(rich_help_panel=_PERSISTENT, help="Strength of the persistent penalty.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=_PERSISTENT, help="all, random, random-each, or names joined by commas."),
+    ] = None,
+    penalty: Annotated[Form | None, typer.Option(rich_help_panel=_PERSISTENT, help="Form of the penalty.")] = None,
+    origin: Annotated[
+        Origin | None, typer.Option(rich_help_panel=_PERSISTENT, help="Where it measures parameters from.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|MODULE:FACTORY", rich_help_panel=_DATA, help="By default the recipe's."),
+    ] = None,
+    model_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=JSON", rich_help_panel=_DATA, help="Argument of the model's factory; repeat."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", rich_help_panel=_DATA, help="digits, cifar10, imagefolder:PATH or module:factory."
+        ),
+    ] = None,
+    split_seed: Annotated[int | None, typer.Option(rich_help_panel=_DATA, help="Of the validation/test split.")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|MODULE:FUNCTION", rich_help_panel=_DATA, help="By default the recipe's."),
+    ] = None,
+    init_std: Annotated[
+        float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Draw all parameters from N(0, std^2).")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Examples a step.")] = None,
+    lr: Annotated[float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Learning rate.")] = None,
+    optimizer: Annotated[Optimizer | None, typer.Option(rich_help_panel=_OPTIMISATION)] = None,
+    momentum: Annotated[float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Of sgd.")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Coefficient of the L2 term.")
+    ] = None,
+    augment: Annotated[
+        list[str] | None,
+        typer.Option(metavar="crop|flip", rich_help_panel=_OPTIMISATION, help="Random, on the device; repeat."),
+    ] = None,
+    amp: Annotated[
+        Amp | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Precision of the forward pass.")
+    ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", rich_help_panel=_OPTIMISATION, help="torch.compile the network."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(rich_help_panel=_OUTPUT, help="Epochs between saved checkpoints.")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="No progress, no table.")
     ] = False,
     json_output: Annotated[
         bool,
-        typer.Option("--json", help="Print one JSON object in place of tables.", callback=speak_json, is_eager=True),
+        typer.Option(
+            "--json",
+            rich_help_panel=_OUTPUT,
+            callback=speak_json,
+            is_eager=True,
+            help="Print one JSON object in place of tables.",
+        ),
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=version_option, is_eager=True)
     ] = False,
 ) -> None:
     """Train a network, then again from the same start while repelled from every earlier end point.
@@ -102,7 +145,12 @@ def pntrain(
         model_options=_model_options(model_option), data=data, loss=loss, seed=seed, split_seed=split_seed,
         checkpoint_every=checkpoint_every, amp=amp, compile=compile,
     )  # fmt: skip
+    from trainers.strategies import train, train_together
+    from trainers.sweep import parse_sweep
+    from trainers.sweep import sweep as run_sweep
+
     out = out or Path("runs") / config.recipe
+    when_interrupted(f"go on with: {_resuming(sys.argv)}")
     if sweep:
         if control:
             raise TrainingError("--control goes with one run; a sweep over strategy=partial,restart has both")
@@ -134,6 +182,12 @@ def configure_restart(config: Config) -> Config:
     return replace(config, strategy="restart")
 
 
+def _resuming(arguments: list[str]) -> str:
+    """The command that goes on where this one stops."""
+    own = [Path(arguments[0]).name, *arguments[1:]]
+    return shlex.join(own if "--resume" in own else [*own, "--resume"])
+
+
 def _model_options(entries: list[str] | None) -> dict[str, object] | None:
     if not entries:
         return None
@@ -154,7 +208,8 @@ def _report(run: Run, quiet: bool) -> None:
     champion = run.manifest["champion"]
     rows = [
         [
-            f"{i}" + (" plain" if i == 0 else "") + (" champion" if i == champion else ""),
+            i,
+            ", ".join([*["plain"][i:], *(["champion"] if i == champion else [])]),
             float(last.train_loss[i]),
             Percent(last.validation_error[i]),
             Percent(last.test_error[i]),
@@ -162,11 +217,13 @@ def _report(run: Run, quiet: bool) -> None:
         for i in range(len(run.ends))
     ]
     title = f"{run.path} ({run.manifest['strategy']})"
-    show(make_table(title, ["iteration", "training loss", "validation error", "test error"], rows), quiet)
+    show(make_table(title, ["iteration", "role", "training loss", "validation error", "test error"], rows), quiet)
 
 
 def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
     """A row a run; an error that names the first failure, once all have ended."""
+    from pnanalysis.runs import open_run
+
     rows = []
     for outcome in outcomes:
         ending, errors = outcome.failure or "finished", [Percent("nan"), Percent("nan")]

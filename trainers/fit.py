@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from pnanalysis.data import Split
 from pnanalysis.errors import TrainingError
 from pnanalysis.models import LOSSES, Loss, resolve_loss
+from trainers.choices import check_choice
 from trainers.seeds import derive_seed
 
-AUGMENTATIONS = ("crop", "flip")
 _CROP_PADDING = 4
 EVALUATION_BATCH = 2000
 
@@ -281,12 +281,8 @@ def autocast(device: torch.device, amp: str) -> Any:
 
 def check_options(optimizer: str, augment: Sequence[str], amp: str, batch_size: int, epochs: int) -> None:
     """Refuse what :func:`fit` cannot do."""
-    if optimizer not in ("adam", "sgd"):
-        raise TrainingError(f"unknown optimizer {optimizer!r}; there are adam and sgd")
-    unknown = set(augment) - set(AUGMENTATIONS)
-    if unknown:
-        raise TrainingError(f"unknown augmentation {unknown.pop()!r}; there are {', '.join(AUGMENTATIONS)}")
-    if amp not in ("no", "bf16"):
-        raise TrainingError(f"unknown amp {amp!r}; there are no and bf16")
+    check_choice("optimizer", optimizer)
+    check_choice("augment", augment)
+    check_choice("amp", amp)
     if batch_size < 1 or epochs < 1:
         raise TrainingError(f"batch size {batch_size} and epochs {epochs} must both be at least 1")

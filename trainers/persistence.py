@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pnanalysis.errors import TrainingError
 from pnanalysis.models import parameter_layers
+from trainers.choices import check_choice
 
 Layers = str | int | Sequence[str | int]
-FORMS = ("absolute", "squared", "cosine")
 
 
 class PersistentPenalty:
@@ -85,8 +85,7 @@ class PersistentPenalty:
     ) -> None:
         if not (math.isfinite(lam) and lam >= 0):
             raise TrainingError(f"lam is {lam}; it must be a finite number, zero or more")
-        if form not in FORMS:
-            raise TrainingError(f"unknown form {form!r} of the penalty; there are {', '.join(FORMS)}")
+        check_choice("penalty", form)
         self.model = model
         self.lam = float(lam)
         self.form = form

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pnanalysis.errors import RunError, TrainingError
-from trainers.persistence import FORMS
-
-STRATEGIES = ("plain", "persistent", "partial", "restart")
+from trainers.choices import CHOICES, check_choice
 
 
 @dataclass(frozen=True)
@@ -68,16 +66,13 @@ class Config:
     checkpoint_every: int = 5
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise TrainingError(f"unknown strategy {self.strategy!r}; there are {', '.join(STRATEGIES)}")
+        for name in CHOICES:
+            check_choice(name, getattr(self, name))
         for name in ("iterations", "epochs", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not (math.isfinite(self.lam) and self.lam >= 0):
             raise TrainingError(f"lam is {self.lam}; it must be a finite number, zero or more")
-        for name, value, known in (("penalty", self.penalty, FORMS), ("origin", self.origin, ("zero", "start"))):
-            if value not in known:
-                raise TrainingError(f"unknown {name} {value!r}; there are {', '.join(known)}")
         if self.strategy == "plain" and self.iterations != 1:
             object.__setattr__(self, "iterations", 1)
 

@@ -19,8 +19,8 @@ from pnanalysis import schema
 from pnanalysis.curvature.memory import human
 from pnanalysis.data import Split, Splits
 from pnanalysis.errors import DataError, PnError, RunError
-from pnanalysis.models import build_model, parameter_layers
-from pnanalysis.runs import MANIFEST, Run, RunWriter, open_run
+from pnanalysis.models import build_model, parameter_layers, resolve_loss
+from pnanalysis.runs import MANIFEST, Run, RunWriter, check_new, open_run
 from trainers.fit import Epoch, fit, optimizer_tensors
 from trainers.manifest import describe, now
 from trainers.models import initialise_normal
@@ -29,6 +29,24 @@ from trainers.recipes import Config, check_same
 from trainers.seeds import derive_seed
 
 _SERIES = tuple(entry.name for entry in fields(Epoch) if entry.name != "epoch")
+
+
+def check_settings(config: Config, out: Path, resume: bool) -> None:
+    """Refuse what cannot be trained, or not there, before any data are loaded.
+
+    Raises
+    ------
+    PnError
+        If a layer or the loss does not exist, the directory is taken, or it was begun with other settings.
+    """
+    if resume and (out / MANIFEST).is_file():
+        check_same(open_run(out).manifest["config"], config, out)
+    else:
+        check_new(out)
+    resolve_loss(config.loss)
+    names = [name for name, _ in parameter_layers(build_model(config.model, config.model_options))]
+    for iteration in range(config.iterations):
+        draw_layers(config, iteration, names)
 
 
 def draw_layers(config: Config, iteration: int, names: list[str]) -> list[str]:
@@ -85,6 +103,16 @@ class Session:
     def iteration(self) -> int:
         """The iteration that is next to train."""
         return len(self.writer.manifest["ends"])
+
+    def going_on(self) -> str:
+        """Where an interrupted run is taken up again; empty for one that begins."""
+        if not (self.iteration or self.state):
+            return ""
+        if self.iteration == self.config.iterations:
+            return f"{self.writer.path}: is complete"
+        epoch = self.state[1]["epoch"] if self.state and self.state[1]["iteration"] == self.iteration else 0
+        done = f", after epoch {epoch} of {self.config.epochs}" if epoch else ""
+        return f"{self.writer.path}: going on with iteration {self.iteration + 1} of {self.config.iterations}{done}"
 
     def n_to_see(self) -> int:
         """Examples still to be seen."""

@@ -22,7 +22,7 @@ from pnanalysis.progress import progress_bar
 from pnanalysis.runs import Run
 from pnanalysis.sources import resolve_device
 from trainers.recipes import RECIPES, Config
-from trainers.session import Session, Start
+from trainers.session import Session, Start, check_settings
 from trainers.studies import RUNNERS
 from trainers.together import Member, fit_together
 
@@ -70,7 +70,9 @@ def train(
     if recipe is not None and recipe.runner != "images":
         return RUNNERS[recipe.runner](config, Path(out), device, resume, progress)
     torch_device = resolve_device(device)
+    check_settings(config, Path(out), resume)
     session = Session(config, _load(config, torch_device), torch_device, Path(out), resume, save_interval)
+    _say_going_on(session, progress)
     try:
         with progress_bar(f"{config.recipe}/{config.strategy}", session.n_to_see(), progress) as advance:
             session.run(advance, progress and not sys.stderr.isatty())
@@ -115,12 +117,20 @@ def train_together(
     """
     check_together(configs)
     torch_device = resolve_device(device)
-    data = _load(configs[0], torch_device)
-    results: list[Run | PnError | None] = [None] * len(configs)
-    sessions: dict[int, Session] = {}
+    results: dict[int, Run | PnError] = {}
     for k, (config, out) in enumerate(zip(configs, outs, strict=True)):
         try:
-            sessions[k] = Session(config, data, torch_device, Path(out), resume, save_interval)
+            check_settings(config, Path(out), resume)
+        except PnError as error:
+            results[k] = error
+    if len(results) == len(configs):
+        return [results[k] for k in range(len(configs))]
+    data = _load(configs[0], torch_device)
+    sessions: dict[int, Session] = {}
+    for k in sorted(set(range(len(configs))) - set(results)):
+        try:
+            sessions[k] = Session(configs[k], data, torch_device, Path(outs[k]), resume, save_interval)
+            _say_going_on(sessions[k], progress)
         except PnError as error:
             results[k] = error
     total = sum(session.n_to_see() for session in sessions.values())
@@ -131,7 +141,7 @@ def train_together(
             for k, failure in _iterate_together(sessions, advance).items():
                 sessions.pop(k).fail(failure)
                 results[k] = failure
-    return [result for result in results if result is not None]
+    return [results[k] for k in range(len(configs))]
 
 
 def check_together(configs: Sequence[Config]) -> None:
@@ -187,6 +197,11 @@ def _iterate_together(sessions: Mapping[int, Session], advance: Callable[..., No
             except PnError as error:
                 failed[k] = error
     return failed
+
+
+def _say_going_on(session: Session, progress: bool) -> None:
+    if progress and session.going_on():
+        print(session.going_on(), file=sys.stderr)
 
 
 def _load(config: Config, device: torch.device) -> Splits:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import xarray as xr
 
 from pnanalysis.cli import options
-from pnanalysis.comparison import compare as analyse
 from pnanalysis.console import Table, make_table, show
-from pnanalysis.verdict import diagnostics, short_names, verdict
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 _NARROW = 3  # checkpoints whose values and differences fit side by side
 
@@ -25,7 +25,7 @@ def compare(
     runs: options.Paths = None,
     checkpoint: options.Checkpoints = None,
     n: Annotated[int | None, typer.Option("--n", help="Examples of each split, drawn by seed; all by default.")] = None,
-    split: Annotated[str, typer.Option(help="Where functions are compared: test, validation or train.")] = "test",
+    split: Annotated[options.Split, typer.Option(help="Where functions are compared.")] = "test",
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Compare Hessian spectra.")] = True,
     n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
@@ -56,6 +56,9 @@ def compare(
 
       pnanalysis compare --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
+    from pnanalysis.comparison import compare as analyse
+    from pnanalysis.verdict import verdict
+
     given = options.sources(runs, model, weights, data, loss)
     ds = analyse(
         *given, checkpoints=checkpoint, n=n, split=split, hessian={"n": n_hessian} if hessian else False, cka=cka,
@@ -70,6 +73,8 @@ def compare(
 
 def _tables(ds: xr.Dataset) -> Iterator[Table]:
     """Values and what stands beside the first, in one table while it is narrow."""
+    from pnanalysis.verdict import diagnostics, short_names
+
     names, rows = short_names(ds), diagnostics(ds)
     k = len(names)
     beside = ["difference"] if k == 2 else [f"{name} - first" for name in names[1:]]

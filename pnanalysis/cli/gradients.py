@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import xarray as xr
 
 from pnanalysis.cli import options
 from pnanalysis.console import Table, make_table
-from pnanalysis.gradients import gradient_split
 from pnanalysis.measured import Measured
-from pnanalysis.sources import as_source
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +24,7 @@ def gradients(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A persistent or partial run.")],
     iteration: Annotated[list[int] | None, typer.Option(help="Which iterations; repeat. All by default.")] = None,
     window: Annotated[int, typer.Option(help="First epoch of the window that defines the constant push.")] = 1,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[int, typer.Option("--n", help="Examples for the gradient of the loss.")] = 2048,
     model: options.Model = None,
     data: options.Data = None,
@@ -42,6 +42,9 @@ def gradients(
 
       pnanalysis gradients runs/gradient-split --window 10 --plot gradients.pdf
     """
+    from pnanalysis.gradients import gradient_split
+    from pnanalysis.sources import as_source
+
     source = as_source(run, model, data, loss)
     ds = gradient_split(
         source, iterations=iteration, window=window, split=split, n=n, device=device, seed=seed, progress=not quiet
@@ -60,7 +63,8 @@ def _table(ds: xr.Dataset) -> Table:
             last = at.dropna("epoch", subset=["loss_gradient_norm"]).isel(epoch=-1)
             rows.append(
                 [
-                    f"iteration {i} {layer}",
+                    int(i),
+                    str(layer),
                     float(at.constant_norm),
                     float((used.fluctuation_norm**2).mean() ** 0.5),
                     float(last.loss_gradient_norm),
@@ -69,6 +73,7 @@ def _table(ds: xr.Dataset) -> Table:
                 ]
             )
     columns = [
+        "iteration",
         "layer",
         "constant push",
         "rms fluctuation",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
-import xarray as xr
 
 from pnanalysis.cli import options
 from pnanalysis.console import Percent, Table, make_table, show
 from pnanalysis.errors import PnError
-from pnanalysis.history import history as analyse
-from pnanalysis.runs import open_run
-from pnanalysis.sources import as_source
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +32,10 @@ def history(
 
       pnanalysis history runs/lenet5 runs/lenet5-restart --plot history.pdf
     """
+    from pnanalysis.history import history as analyse
+    from pnanalysis.runs import open_run
+    from pnanalysis.sources import as_source
+
     if not runs:
         raise PnError("name a run directory")
     opened = [open_run(path) for path in runs]
@@ -45,12 +50,18 @@ def _table(ds: xr.Dataset) -> Table:
     """Every iteration at its last epoch."""
     last = ds.dropna("epoch", how="all").isel(epoch=-1)
     rows = []
-    for name, run in [("", last)] if "run" not in ds.dims else [(f"{n} ", last.sel(run=n)) for n in ds.run.values]:
+    several = "run" in ds.dims
+    for name, run in [(str(n), last.sel(run=n)) for n in ds.run.values] if several else [("", last)]:
         for iteration in ds.iteration.values:
             at = run.sel(iteration=iteration)
             if not at.train_loss.isnull():
                 errors = [Percent(at.validation_error), Percent(at.test_error)]
-                rows.append([f"{name}{iteration}", float(at.train_loss), float(at.penalty), *errors])
+                rows.append(
+                    [*([name] if several else []), int(iteration), float(at.train_loss), float(at.penalty), *errors]
+                )
+    columns = ["run"] if several else []
     return make_table(
-        "at the end of training", ["iteration", "training loss", "penalty", "validation error", "test error"], rows
+        "at the end of training",
+        [*columns, "iteration", "training loss", "penalty", "validation error", "test error"],
+        rows,
     )

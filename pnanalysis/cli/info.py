@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pnanalysis import schema
 from pnanalysis.cli import options
-from pnanalysis.console import make_table, show
-from pnanalysis.runs import Run, open_run
+from pnanalysis.console import Cell, Table, make_table, show
+from pnanalysis.errors import PnError
+
+if TYPE_CHECKING:
+    import torch
+    import xarray as xr
+
+    from pnanalysis.runs import Run
+
+_DATASETS = (".nc", ".h5", ".hdf5")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def register(app: typer.Typer) -> None:
@@ -19,29 +28,53 @@ def register(app: typer.Typer) -> None:
 
 
 def info(
-    path: Annotated[Path, typer.Argument(metavar="RUN|FILE.nc", help="A run directory or a saved dataset.")],
+    path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run directory, a saved dataset, or weights.")],
     json: options.Json = False,
 ) -> None:
-    """What is in a run directory or a dataset.
+    """What is in a run directory, a dataset, or a file of weights.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       pnanalysis info runs/lenet5
+
+      pnanalysis info runs/lenet5/analysis/hessian.nc
     """
-    if path.is_file():
-        ds = schema.load(path)
-        rows = [
-            [str(name), " x ".join(f"{d} {n}" for d, n in a.sizes.items()), a.units, a.long_name]
-            for name, a in ds.items()
-        ]
-        show(make_table(f"{path}: {ds.attrs['kind']}", ["variable", "dims", "units", "meaning"], rows))
-        rows = [[str(key), str(value)] for key, value in ds.attrs.items()]
-        show(make_table("made by", ["attribute", "value"], rows))
-        return
-    show(make_table(str(path), ["entry", "value"], _describe(open_run(path))))
+    from pnanalysis import schema
+    from pnanalysis.runs import open_run, read_weights
+
+    if path.suffix in _DATASETS:
+        tables = _of_dataset(path, schema.load(path))
+    elif path.suffix in _WEIGHTS:
+        tables = iter([_of_weights(path, read_weights(path))])
+    elif path.is_file():
+        raise PnError(
+            f"{path}: is no run directory, dataset ({', '.join(_DATASETS)}) or weights ({', '.join(_WEIGHTS)})"
+        )
+    else:
+        tables = iter([make_table(str(path), ["entry", "value"], _of_run(open_run(path)))])
+    for table in tables:
+        show(table)
 
 
-def _describe(run: Run) -> list[list[Any]]:
+def _of_dataset(path: Path, ds: xr.Dataset) -> Iterator[Table]:
+    rows = [
+        [str(name), " x ".join(f"{d} {n}" for d, n in a.sizes.items()), a.units, a.long_name] for name, a in ds.items()
+    ]
+    yield make_table(f"{path}: {ds.attrs['kind']}", ["variable", "dims", "units", "meaning"], rows)
+    yield make_table("made by", ["attribute", "value"], [[str(key), str(value)] for key, value in ds.attrs.items()])
+
+
+def _of_weights(path: Path, state: Mapping[str, torch.Tensor]) -> Table:
+    """A row a tensor."""
+    rows = [
+        [name, " x ".join(map(str, tensor.shape)) or "scalar", str(tensor.dtype).removeprefix("torch."), tensor.numel()]
+        for name, tensor in sorted(state.items())
+    ]
+    total = sum(tensor.numel() for tensor in state.values())
+    return make_table(f"{path}: {len(rows)} tensors, {total:,} numbers", ["tensor", "shape", "dtype", "numbers"], rows)
+
+
+def _of_run(run: Run) -> list[list[Cell]]:
     manifest, config = run.manifest, run.manifest["config"]
     champion = f"{run.champion.name}" if run.ends else "none yet"
     return [

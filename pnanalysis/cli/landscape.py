@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import xarray as xr
 
 from pnanalysis.cli import options
 from pnanalysis.console import Percent, Table, make_table
-from pnanalysis.landscape import landscape as analyse
 from pnanalysis.measured import Measured, Shown
-from pnanalysis.sources import Source
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from pnanalysis.sources import Source
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +23,9 @@ def register(app: typer.Typer) -> None:
 
 def landscape(
     runs: options.Paths = None,
-    view: Annotated[str, typer.Option(help="line, curve (line and trained curve), plane or random.")] = "line",
+    view: Annotated[
+        Literal["line", "curve", "plane", "random"], typer.Option(help="curve gives the line and a trained curve.")
+    ] = "line",
     align: Annotated[bool, typer.Option("--align", help="Also the line to the relabelled second network.")] = False,
     checkpoint: options.Checkpoints = None,
     points: Annotated[int | None, typer.Option(help="From end to end (25), or along each axis (21).")] = None,
@@ -29,18 +33,18 @@ def landscape(
     span: Annotated[
         tuple[float, float, float, float] | None, typer.Option(help="Of a plane: x_min x_max y_min y_max.")
     ] = None,
-    curve: Annotated[str, typer.Option(help="bezier or chain.")] = "bezier",
+    curve: Annotated[Literal["bezier", "chain"], typer.Option()] = "bezier",
     bends: Annotated[int, typer.Option(help="Trained points of the curve.")] = 1,
     steps: Annotated[int, typer.Option(help="Minibatches to train the curve with.")] = 1000,
     lr: Annotated[float, typer.Option(help="Largest step length of that training (Adam).")] = 3e-3,
     restarts: Annotated[int, typer.Option(help="Of the alignment.")] = 5,
-    bn: Annotated[str, typer.Option(help="Batch-norm statistics: reestimate or interpolate.")] = "reestimate",
+    bn: Annotated[Literal["reestimate", "interpolate"], typer.Option(help="Batch-norm statistics.")] = "reestimate",
     split: Annotated[
-        list[str] | None, typer.Option(help="train, validation or test; repeat. Lines: train and test.")
+        list[str] | None, typer.Option(metavar="train|validation|test", help="Repeat; lines: train and test.")
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Examples of each split.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 512,
-    dtype: Annotated[str, typer.Option(metavar="float32|float64")] = "float32",
+    dtype: Annotated[options.Dtype, typer.Option()] = "float32",
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
@@ -64,6 +68,8 @@ def landscape(
 
       pnanalysis landscape --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
+    from pnanalysis.landscape import landscape as analyse
+
     given = options.sources(runs, model, weights, data, loss)
     ds = analyse(
         *given, checkpoints=checkpoint, view=view, align=align, n_points=points, extrapolate=extrapolate, span=span,
@@ -92,8 +98,8 @@ def _barriers(ds: xr.Dataset) -> Table:
             if "error" in ds:
                 error = Shown(Measured(float(at.error_barrier), float(at.error_barrier_se)), percent=True, signed=True)
             place, distance, length = (float(at[name]) for name in ("barrier_position", "distance", "length"))
-            rows.append([f"{path}, {split}", loss, place, error, distance, length])
-    columns = ["path", "barrier of the loss", "at", "barrier of the error", "distance of the ends", "length"]
+            rows.append([str(path), str(split), loss, place, error, distance, length])
+    columns = ["path", "split", "barrier of the loss", "at", "barrier of the error", "distance of the ends", "length"]
     return make_table("barriers", columns, rows)
 
 

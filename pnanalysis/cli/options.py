@@ -4,55 +4,92 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import xarray as xr
 
-from pnanalysis import schema
 from pnanalysis.console import Table, show, show_saved, speak_json
 from pnanalysis.errors import PnError
-from pnanalysis.runs import ANALYSIS
-from pnanalysis.sources import Source, as_source, open_files
+from pnanalysis.files import check_figure, check_writable
 
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from pnanalysis.sources import Source
+
+
+def _dataset_file(path: Path | None) -> Path | None:
+    return None if path is None else check_writable(path)
+
+
+def figure_file(path: Path | None) -> Path | None:
+    return None if path is None else check_figure(path)
+
+
+Split = Literal["train", "validation", "test"]
+Dtype = Literal["float32", "float64"]
+_INPUT, _OUTPUT = "Model and data", "Output"
 Paths = Annotated[
     list[Path] | None,
     typer.Argument(metavar="[RUN]...", help="Run directories; with --model, further weight files.", show_default=False),
 ]
-Model = Annotated[
-    str | None, typer.Option(metavar="NAME|MODULE:FACTORY", help="Your own model, built without arguments.")
-]
-Weights = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="FILE...", help="Weights of --model: safetensors, or state dicts saved by torch.save."),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(metavar="SPEC", help="digits, cifar10, imagefolder:PATH or module:factory; by default the run's own."),
-]
-LossName = Annotated[
-    str | None, typer.Option("--loss", metavar="NAME|MODULE:FUNCTION", help="By default the run's, or cross_entropy.")
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="FILE.nc", help="Where to save; by default RUN/analysis/KIND.nc."),
-]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE.png|pdf|svg", help="Draw the figure too.")]
-Device = Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto takes CUDA where there is one.")]
-Seed = Annotated[int, typer.Option(help="Of the probes and of the choice of examples.")]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object in place of tables.", callback=speak_json, is_eager=True)
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 Checkpoints = Annotated[
     list[str] | None,
     typer.Option(
-        "--checkpoint",
-        "-c",
-        metavar="NAME",
+        "--checkpoint", "-c", metavar="NAME", rich_help_panel=_INPUT,
         help="plain, champion, start, ends, all, iterNN or iterNN/epochNNN; repeat.",
     ),
+]  # fmt: skip
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|MODULE:FACTORY", rich_help_panel=_INPUT, help="Your own model, built without arguments."
+    ),
 ]
+Weights = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE...", rich_help_panel=_INPUT,
+        help="Weights of --model: safetensors, or state dicts saved by torch.save.",
+    ),
+]  # fmt: skip
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC", rich_help_panel=_INPUT,
+        help="digits, cifar10, imagefolder:PATH or module:factory; by default the run's own.",
+    ),
+]  # fmt: skip
+LossName = Annotated[
+    str | None,
+    typer.Option(
+        "--loss", metavar="NAME|MODULE:FUNCTION", rich_help_panel=_INPUT,
+        help="By default the run's, or cross_entropy.",
+    ),
+]  # fmt: skip
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FILE.nc", rich_help_panel=_OUTPUT, callback=_dataset_file,
+        help="Where to save; by default RUN/analysis/KIND.nc.",
+    ),
+]  # fmt: skip
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.png|pdf|svg", rich_help_panel=_OUTPUT, callback=figure_file, help="Draw the figure too."
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", rich_help_panel=_OUTPUT, callback=speak_json, is_eager=True,
+        help="Print one JSON object in place of tables.",
+    ),
+]  # fmt: skip
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="No progress, no table.")]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto takes CUDA where there is one.")]
+Seed = Annotated[int, typer.Option(help="Of the probes and of the choice of examples.")]
 
 
 def sources(
@@ -65,6 +102,8 @@ def sources(
     PnError
         If nothing is named, or weights come without a model.
     """
+    from pnanalysis.sources import as_source, open_files
+
     given = list(paths or [])
     if model is not None and (weights or not given or not given[0].is_dir()):
         return [open_files(model, [*(weights or []), *given], data, loss or "cross_entropy")]
@@ -77,6 +116,8 @@ def sources(
 
 def destination(kind: str, first: Source, output: Path | None) -> Path:
     """Where a dataset goes: as told, else into the first run, else into the current folder."""
+    from pnanalysis.runs import ANALYSIS
+
     if output is not None:
         return output
     return first.run.path / ANALYSIS / f"{kind}.nc" if first.run is not None else Path(f"{kind}.nc")
@@ -110,6 +151,8 @@ def deliver(
     **drawing: Any,
 ) -> None:
     """Save the dataset, draw its figure (``drawing`` goes to it), print its table and say where things are."""
+    from pnanalysis import schema
+
     output = destination(str(ds.attrs["kind"]), first, output)
     schema.save(ds, output)
     if plot is not None:

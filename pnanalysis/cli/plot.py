@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pnanalysis import schema
 from pnanalysis.cli import options
 from pnanalysis.console import show_saved
+from pnanalysis.files import check_writable
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +21,13 @@ def plot(
     file: Annotated[Path, typer.Argument(metavar="FILE.nc", help="A saved dataset.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE.png|pdf|svg", help="By default FILE.png beside the dataset."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.png|pdf|svg",
+            help="By default FILE.png beside the dataset.",
+            callback=options.figure_file,
+        ),
     ] = None,
     kind: Annotated[str | None, typer.Option(help="Figure to draw; by default the dataset's own.")] = None,
     quiet: options.Quiet = False,
@@ -33,8 +39,8 @@ def plot(
 
       pnanalysis plot runs/lenet5/analysis/hessian.nc -o spectrum.pdf
     """
-    from pnanalysis import plots
+    from pnanalysis import plots, schema
 
-    target = output or file.with_suffix(".png")
+    target = output or check_writable(file.with_suffix(".png"))
     plots.save_figure(plots.plot(schema.load(file), kind), target)
     show_saved(quiet, target)

@@ -9,7 +9,7 @@ import typer
 
 from pnanalysis.cli import options
 from pnanalysis.console import show_saved
-from pnanalysis.runs import open_run
+from pnanalysis.files import check_writable
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +19,9 @@ def register(app: typer.Typer) -> None:
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, and restart controls of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", callback=check_writable)] = Path(
+        "report.html"
+    ),
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     quiet: options.Quiet = False,
     json: options.Json = False,
@@ -31,6 +33,7 @@ def report(
       pnanalysis report runs/lenet5 runs/lenet5-restart -o report.html
     """
     from pnanalysis.report import write_report
+    from pnanalysis.runs import open_run
 
     path = write_report([open_run(run) for run in runs], output, title=title)
     show_saved(quiet, path)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import xarray as xr
 
-from pnanalysis.activity import MARGIN
 from pnanalysis.cli import options
 from pnanalysis.console import Cell, Table, make_table
 from pnanalysis.measured import Measured
-from pnanalysis.saturation import saturation as analyse
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 def saturation(
     runs: options.Paths = None,
     checkpoint: options.Checkpoints = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    split: Annotated[options.Split, typer.Option()] = "validation",
     n: Annotated[int, typer.Option("--n", help="Images to look at.")] = 1000,
     bins: Annotated[int, typer.Option(help="Of the histograms.")] = 100,
     saturation_bins: Annotated[int, typer.Option(help="Of the saturation measure.")] = 10,
@@ -47,6 +47,8 @@ def saturation(
 
       pnanalysis saturation --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
+    from pnanalysis.saturation import saturation as analyse
+
     given = options.sources(runs, model, weights, data, None)
     ds = analyse(
         *given, checkpoints=checkpoint or ["all"], split=split, n=n, bins=bins, saturation_bins=saturation_bins,
@@ -57,24 +59,25 @@ def saturation(
 
 def _table(ds: xr.Dataset) -> Table:
     """Each layer at the end of each iteration: percentile, saturation with standard errors, dead units."""
+    from pnanalysis.activity import MARGIN
+
     stacked = [dim for dim in ds.n_units.dims if dim not in ("layer", "epoch")]
     rows = []
     for key, one in ds.drop_dims(["bin", "unit"], errors="ignore").stack(row=stacked).groupby("row", squeeze=False):
         at = one.isel(row=0)
         if "epoch" in at.dims:
             at = at.dropna("epoch", how="all", subset=["n_units"]).isel(epoch=-1)
-        rows += [_row(" ".join(map(str, key)), at.sel(layer=layer)) for layer in ds.layer.values]
+        rows += [[*key, str(layer), *_measured(at.sel(layer=layer))] for layer in ds.layer.values]
     level = float(ds["quantile"].max())
     return make_table(
         "activations at the end of training, with standard errors over the images",
-        [" ".join(map(str, [*stacked, "layer"])), f"{level:g}th percentile of |a|", f"share within {MARGIN}",
+        [*map(str, stacked), "layer", f"{level:g}th percentile of |a|", f"share within {MARGIN}",
          "saturation measure", "dead units", "of"],
         rows,
     )  # fmt: skip
 
 
-def _row(name: str, at: xr.Dataset) -> list[Cell]:
+def _measured(at: xr.Dataset) -> list[Cell]:
     shown = [(at.abs_percentile.isel(quantile=-1), at.abs_percentile_se.isel(quantile=-1))]
     shown += [(at[variable], at[f"{variable}_se"]) for variable in ("saturated_share", "saturation_measure")]
-    measured = [Measured(float(value), float(se)) for value, se in shown]
-    return [f"{name} {at.layer.item()}", *measured, int(at.dead_units), int(at.n_units)]
+    return [*(Measured(float(value), float(se)) for value, se in shown), int(at.dead_units), int(at.n_units)]

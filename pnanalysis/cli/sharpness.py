@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import xarray as xr
 
 from pnanalysis.cli import options
 from pnanalysis.console import Table, make_table
 from pnanalysis.errors import PnError
 from pnanalysis.measured import Measured
-from pnanalysis.sharpness import RADII
-from pnanalysis.sharpness import sharpness as analyse
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def register(app: typer.Typer) -> None:
@@ -28,10 +28,10 @@ def sharpness(
     ] = None,
     steps: Annotated[int, typer.Option(help="Gradients that each ascent may take.")] = 20,
     starts: Annotated[int, typer.Option(help="Ascents; the first from the checkpoint, the others at random.")] = 2,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[int, typer.Option("--n", help="Examples.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 512,
-    dtype: Annotated[str, typer.Option(metavar="float32|float64")] = "float32",
+    dtype: Annotated[options.Dtype, typer.Option()] = "float32",
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
@@ -51,6 +51,8 @@ def sharpness(
 
       pnanalysis sharpness runs/lenet5 -c ends --radius ball=0.1 --radius box=5e-4 --plot sharpness.pdf
     """
+    from pnanalysis.sharpness import sharpness as analyse
+
     radii = _radii(radius)
     given = options.sources(runs, model, weights, data, loss)
     ds = analyse(
@@ -61,6 +63,8 @@ def sharpness(
 
 
 def _radii(texts: list[str] | None) -> dict[str, float] | None:
+    from pnanalysis.sharpness import RADII
+
     radii: dict[str, float] = {}
     for text in texts or ():
         name, _, number = text.partition("=")

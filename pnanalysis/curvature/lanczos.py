@@ -139,21 +139,26 @@ class LanczosRun:
         advance : callable, optional
             Called with ``k`` after each step (a progress bar).
         saver : Saver, optional
-            Writes the state now and then.
+            Writes the state now and then, and when interrupted.
 
         Raises
         ------
         CurvatureError
             If a product holds NaN or infinite values, or the operator is not symmetric.
         """
-        for _ in range(n_steps):
-            self._advance()
-            if advance is not None:
-                advance(len(self._alpha))
-            if self.step % STEPS_PER_CHECK == 0:
-                self._check()
-            if saver is not None:
-                saver(self)
+        try:
+            for _ in range(n_steps):
+                self._advance()
+                if advance is not None:
+                    advance(len(self._alpha))
+                if self.step % STEPS_PER_CHECK == 0:
+                    self._check()
+                if saver is not None:
+                    saver(self)
+        except KeyboardInterrupt:
+            if saver is not None and self.step:
+                saver(self, force=True)
+            raise
         self._check()
         return self
 
@@ -186,6 +191,7 @@ class LanczosRun:
             )
 
     def _advance(self) -> None:
+        """One step; interrupted at any point, it leaves the state as it was, for all that counts beyond ``step``."""
         j = self.step
         self._basis[:, j] = self._next
         product = self._product(self._next)
@@ -198,8 +204,8 @@ class LanczosRun:
         beta = torch.linalg.vector_norm(vector, dim=1)
         alive = beta > BREAKDOWN_ULPS * torch.finfo(self.operator.dtype).eps * self._norm
         self._beta[:, j] = torch.where(alive, beta, 0)
-        self._next = torch.where(alive[:, None], vector / torch.where(alive, beta, 1)[:, None], 0)
-        self.step = j + 1
+        following = torch.where(alive[:, None], vector / torch.where(alive, beta, 1)[:, None], 0)
+        self._next, self.step = following, j + 1
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         given = rows.to(device=self.operator.device, dtype=self.operator.dtype)
