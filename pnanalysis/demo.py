@@ -20,6 +20,7 @@ from pnanalysis.comparison import compare
 from pnanalysis.errors import RunError
 from pnanalysis.hessian import hessian
 from pnanalysis.landscape import landscape
+from pnanalysis.progress import progress_bar
 from pnanalysis.report import write_report
 from pnanalysis.runs import ANALYSIS, Run, open_run
 from pnanalysis.saturation import saturation
@@ -42,7 +43,9 @@ SPECTRUM: dict[str, Any] = {"n": 512, "n_lanczos": 40, "n_probes": 5}
 Say = Callable[[str], None]
 
 
-def demo(out: str | os.PathLike[str], device: str = "auto", seed: int = 0, say: Say = print) -> tuple[Path, list[Run]]:
+def demo(
+    out: str | os.PathLike[str], device: str = "auto", seed: int = 0, say: Say = print, progress: bool = True
+) -> tuple[Path, list[Run]]:
     """Train plain, persistent and restart runs of two networks on digits, run every analysis and write the report.
 
     Parameters
@@ -54,6 +57,8 @@ def demo(out: str | os.PathLike[str], device: str = "auto", seed: int = 0, say: 
     seed : int
     say : callable
         Told what is going on, a line at a time.
+    progress : bool
+        Show bars on a terminal.
 
     Returns
     -------
@@ -64,13 +69,20 @@ def demo(out: str | os.PathLike[str], device: str = "auto", seed: int = 0, say: 
     jobs = [(network, strategy) for network in NETWORKS for strategy in ("partial", "restart")]
     say(f"training {', '.join(NETWORKS)} on digits: plain, persistent and restart")
     workers = min(len(jobs), os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda job: _train(out, *job, device=device, seed=seed, threads=1), jobs))
+    with ThreadPoolExecutor(workers) as pool, progress_bar("training", len(jobs), progress) as advance:
+        for _ in pool.map(lambda job: _train(out, *job, device=device, seed=seed, threads=1), jobs):
+            advance()
     runs = [open_run(out / _name(*job)) for job in jobs]
     say("analysing Hessian spectra, saturation, trajectories and what lies between the minima")
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        list(pool.map(_analyse, runs, repeat(device), repeat(seed)))
-        list(pool.map(_compare, runs[::2], runs[1::2], repeat(device), repeat(seed)))
+    pairs = list(zip(runs[::2], runs[1::2], strict=True))
+    with (
+        ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+        progress_bar("analysing", len(runs) + len(pairs), progress) as advance,
+    ):
+        for _ in pool.map(_analyse, runs, repeat(device), repeat(seed)):
+            advance()
+        for _ in pool.map(_compare, *zip(*pairs, strict=True), repeat(device), repeat(seed)):
+            advance()
     report = write_report(runs, out / "report.html", title="pnanalysis demo: handwritten digits")
     return report, runs
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import make_table, show
+from pnanalysis.console import make_table, show, when_interrupted
 
 
 def register(app: typer.Typer) -> None:
@@ -33,8 +33,9 @@ def demo(
     from pnanalysis.demo import demo as run_demo
     from pnanalysis.report import summary_table
 
+    when_interrupted("the same command goes on from there")
     begun = time.monotonic()
-    report, runs = run_demo(out, device, seed, say=lambda line: show(line, quiet))
+    report, runs = run_demo(out, device, seed, say=lambda line: show(line, quiet), progress=not quiet)
     rows = summary_table(runs)
     show(make_table("plain, champion and best restart", list(rows[0]), ([*row.values()] for row in rows)), quiet)
     show(f"runs in {out}, report in {report} ({time.monotonic() - begun:.0f} s)", quiet)
