@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pnanalysis.channels import Group, Use
 from pnanalysis.errors import ModelError
+from pnanalysis.forward import run
 from pnanalysis.progress import Advance, progress_bar
 from pnanalysis.runs import State
 from pnanalysis.symmetries import find_groups
@@ -158,7 +158,7 @@ def check_preserved(model: nn.Module, before: Mapping[str, Tensor], after: Mappi
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     first, second = (
-        tree_leaves(functional_call(twin, {n: widened(t) for n, t in state.items()}, (tree_map(widened, inputs),)))
+        tree_leaves(run(twin, tree_map(widened, inputs), {n: widened(t) for n, t in state.items()}))
         for state in (before, after)
     )
     deviation = max(

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pnanalysis.forward import prediction
+from pnanalysis.measured import ratio
 from pnanalysis.models import parameter_layers
 
 Array = NDArray[np.float64]
@@ -124,10 +126,10 @@ class CentredKernelAlignment:
         weights = np.array(self._weights, dtype=float)
         weighted = torch.stack(self._hsic).numpy() * weights[:, None, None, None]
         total = weighted.sum(0)
-        cka = _ratio(total)
+        cka = _aligned(total)
         if len(weights) == 1:
             return cka, np.full(cka.shape, np.nan)
-        left_out = np.stack([_ratio(total - one) for one in weighted])
+        left_out = np.stack([_aligned(total - one) for one in weighted])
         spread = np.square(left_out - left_out.mean(0)).sum(0)
         se = np.sqrt((len(weights) - 1) / len(weights) * spread)
         return cka, np.where(se < _ROUND_OFF, 0.0, se)
@@ -143,8 +145,8 @@ def _keep(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
     """A hook that adds the (not yet centred) kernel of a layer's output to what is there of this batch."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        found = next(iter(output), None) if isinstance(output, tuple | list) else output
-        if not isinstance(found, Tensor) or found.ndim < 1 or not found.is_floating_point():
+        found = prediction(output)
+        if found is None or found.ndim < 1 or not found.is_floating_point():
             return
         gram = linear_kernel(found)
         known = grams.get(name)
@@ -154,8 +156,7 @@ def _keep(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
     return hook
 
 
-def _ratio(hsic: Array) -> Array:
+def _aligned(hsic: Array) -> Array:
     """``(k, k, layers)`` of HSIC to CKA."""
     own = np.sqrt(np.maximum(np.einsum("iil->il", hsic), 0.0))
-    scale = own[:, None] * own[None, :]
-    return np.divide(hsic, scale, out=np.full(hsic.shape, np.nan), where=scale > 0)
+    return ratio(hsic, own[:, None] * own[None, :])

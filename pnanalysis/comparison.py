@@ -12,9 +12,10 @@ from scipy.stats import norm
 from torch import nn
 
 from pnanalysis import schema
+from pnanalysis.arguments import at_least, one_of
 from pnanalysis.cka import CentredKernelAlignment
 from pnanalysis.curvature.summary import compare_spectra
-from pnanalysis.data import Split
+from pnanalysis.data import SPLITS, Split
 from pnanalysis.distance import distance_between, parameter_distances
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation import Scores, paired
@@ -114,6 +115,9 @@ def compare(
     >>> ds = compare(open_run("runs/lenet5"), open_run("runs/lenet5-restart"))  # doctest: +SKIP
     >>> ds.error_difference.sel(split="test").isel(other=0)  # doctest: +SKIP
     """
+    at_least(1, n=n, batch_size=batch_size)
+    at_least(0, seed=seed)
+    one_of(SPLITS, split=split)
     chosen = members(runs, checkpoints)
     torch_device = resolve_device(device)
     examples = Examples(chosen, torch_device)
@@ -132,7 +136,7 @@ def compare(
         with progress_bar(f"{name} examples", total, progress) as advance:
             scores = evaluate(chosen, networks, batches, advance, pairs, alignment if pairs else None)
         parts.append(_scored(scores, sigmas))
-        sizes[name] = scores.losses.shape[1]
+        sizes[name] = scores.n
         if pairs is not None:
             function = xr.Dataset(pairs.variables(1 - scores.errors.mean(1), scores.classes))
     found = [xr.concat(parts, dim="split").assign(n_examples=("split", list(sizes.values()))), function]
@@ -174,8 +178,7 @@ def _scored(scores: Scores, sigmas: float) -> xr.Dataset:
     difference, se = variables["error_difference"][1], variables["error_difference_se"][1]
     variables["rank"] = ("checkpoint", 1 + (difference > sigmas * se).sum(1))
     if scores.classes is not None:
-        errors = scores.errors
-        only = [[float((a > b).sum()) for b in errors] for a in errors]
+        only = [[float((a > b).sum()) for b in scores.shares] for a in scores.shares]
         variables["only_wrong"] = (("checkpoint", "other"), only)
     return xr.Dataset(variables)
 

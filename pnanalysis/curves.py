@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pnanalysis.arguments import one_of
+from pnanalysis.curvature.nest import batch_size as nest_size
 from pnanalysis.data import LoaderSplit, Split
 from pnanalysis.errors import ModelError
 from pnanalysis.progress import progress_bar
@@ -35,8 +37,7 @@ def curve_weights(kind: str, position: Matrix, n_bends: int) -> Matrix:
     ModelError
         If the kind is unknown or there is no bend.
     """
-    if kind not in CURVES:
-        raise ModelError(f"unknown curve {kind!r}; there are {', '.join(CURVES)}")
+    one_of(CURVES, curve=kind)
     if n_bends < 1:
         raise ModelError(f"a curve needs at least one bend, not {n_bends}")
     t, degree = np.asarray(position, dtype=np.float64)[:, None], n_bends + 1
@@ -127,12 +128,13 @@ def train_curve(
 
 def _minibatches(split: Split | LoaderSplit, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Any, Any]]:
     """Minibatches without end, drawn without replacement; a loader's own batches in a new order each time."""
-    while True:
+    while True:  # batch normalisation has no use for one example, where there are others
         if isinstance(split, LoaderSplit):
             found = split.batches(batch_size)
+            found = [batch for batch in found if nest_size(batch) > 1] or found
             yield from (found[i] for i in torch.randperm(len(found), generator=generator).tolist())
             continue
         order: Tensor = torch.randperm(len(split), generator=generator).to(split.inputs.device)
         for index in order.split(batch_size):
-            if len(index) > 1 or len(order) == 1:  # batch normalisation has no use for one example
+            if len(index) > 1 or len(order) == 1:
                 yield split.take(index)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pnanalysis.measured import ratio
 from pnanalysis.models import parameter_layers
 
 Array = NDArray[np.float64]
@@ -57,7 +58,7 @@ def parameter_distances(networks: Sequence[nn.Module]) -> dict[str, Any]:
     return {
         "norm": ("checkpoint", norm),
         "distance": (pair, distance),
-        "relative_distance": (pair, _ratio(distance, np.broadcast_to(norm, (k, k)))),
+        "relative_distance": (pair, ratio(distance, np.broadcast_to(norm, (k, k)))),
         "cosine": (pair, _cosine(whole_inner)),
         "layer_distance": (third, np.sqrt(squared)),
         "layer_cosine": (third, np.stack([_cosine(inner[..., at]) for at in range(len(names))], axis=-1)),
@@ -88,9 +89,4 @@ def _shapes(network: nn.Module) -> dict[str, list[tuple[int, ...]]]:
 
 def _cosine(inner: Array) -> Array:
     norm = np.sqrt(np.diagonal(inner))
-    return np.clip(_ratio(inner, norm[:, None] * norm[None, :]), -1.0, 1.0)
-
-
-def _ratio(a: Array, b: Array) -> Array:
-    """``a / b``, NaN where ``b`` is zero or unknown."""
-    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)
+    return np.clip(ratio(inner, norm[:, None] * norm[None, :]), -1.0, 1.0)

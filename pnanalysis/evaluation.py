@@ -1,85 +1,89 @@
-"""Losses and mistakes of several networks example by example, and their means and differences with paired errors."""
+"""Losses and mistakes of several networks on the same examples, and their means and differences with paired errors."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
-from pnanalysis.models import LOSSES, Loss
+from pnanalysis.forward import prediction
+from pnanalysis.losses import check_mean, example_errors, example_losses, linearised, log_probabilities, squared_errors
+from pnanalysis.measured import mean_and_error
+from pnanalysis.models import Loss
 
 Array = NDArray[np.float64]
-
-
-def log_probabilities(outputs: Tensor, targets: Tensor, loss: Loss) -> Tensor | None:
-    """What a classifier says, as log-probabilities ``(N, classes, ...)``; ``None`` for real-valued targets.
-
-    Binary cross-entropy makes each of its outputs a choice between two classes.
-    """
-    if loss is LOSSES["binary_cross_entropy"]:
-        return torch.stack([F.logsigmoid(-outputs), F.logsigmoid(outputs)], dim=1).double()
-    if targets.is_floating_point():
-        return None
-    return F.log_softmax(outputs.double(), dim=1)
-
-
-def example_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each example, ``(N,)``: what ``loss`` gives for batches of one."""
-    if any(loss is known for known in LOSSES.values()):
-        each: Callable[..., Tensor] = loss
-        return _per_example(each(outputs, targets, reduction="none"))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # vmap names operations that it repeats in a loop
-            return torch.func.vmap(lambda o, t: loss(o[None], t[None]))(outputs, targets)
-    except (RuntimeError, ValueError, TypeError):  # a loss that looks at values or sizes
-        return torch.stack([loss(outputs[i : i + 1], targets[i : i + 1]) for i in range(len(outputs))])
-
-
-def _per_example(values: Tensor) -> Tensor:
-    return values.reshape(len(values), -1).mean(1)
 
 
 class Scores:
     """Loss and error of every network on every example.
 
     The error is the share of wrong classes (of an example's positions, where it has several), or the squared error
-    for real-valued targets, averaged over outputs.
+    for real-valued targets, averaged over outputs; NaN where the targets are neither.
+
+    Attributes
+    ----------
+    classes : int or None
+        How many there are; ``None`` where no mistakes can be counted.
     """
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
         self.classes: int | None = None
-        self._losses: list[Tensor] = []
-        self._errors: list[Tensor] = []
+        self._parts: list[Tensor] = []
 
-    def add(self, outputs: Sequence[Tensor], targets: Tensor) -> None:
-        """Take in a batch: each network's outputs, and the targets."""
-        self._losses.append(torch.stack([example_losses(self.loss, o, targets) for o in outputs]).double().cpu())
-        self._errors.append(torch.stack([self._error(o, targets) for o in outputs]).double().cpu())
+    def add(self, outputs: Sequence[Any], targets: Any) -> None:
+        """Take in a batch: each network's outputs, and the targets.
 
-    def _error(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        said = log_probabilities(outputs, targets, self.loss)
-        if said is None:
-            return _per_example((outputs - targets).square())
-        self.classes = said.shape[1]
-        return _per_example((said.argmax(1) != targets).double())
+        Raises
+        ------
+        ModelError
+            If the loss is no mean over examples.
+        """
+        rows = [self._rows(one, targets) for one in outputs]
+        self._parts.append(torch.stack(rows, dim=1).cpu())
+
+    def _rows(self, outputs: Any, targets: Any) -> Tensor:
+        """Losses, their weights, errors and their weights, (4, N)."""
+        each, weight = example_losses(self.loss, outputs, targets)
+        check_mean(self.loss, self.loss(outputs, targets), each, weight)
+        said = prediction(outputs)
+        found = example_errors(self.loss, said, targets)
+        if found is not None and said is not None:
+            probabilities = log_probabilities(said, targets, self.loss)
+            self.classes = None if probabilities is None else probabilities.shape[1]
+        else:
+            errors = None if said is None else squared_errors(said, targets)
+            found = (torch.full_like(each, torch.nan) if errors is None else errors, torch.ones_like(each))
+        return torch.stack([part.double() for part in (each, weight, *found)])
+
+    def _all(self) -> Array:
+        return torch.cat(self._parts, dim=-1).numpy()
+
+    @property
+    def n(self) -> int:
+        """How many examples there are."""
+        return sum(part.shape[-1] for part in self._parts)
 
     @property
     def losses(self) -> Array:
-        """``(k, N)``."""
-        return torch.cat(self._losses, dim=1).numpy()
+        """``(k, N)``; of weighted means, what :func:`pnanalysis.losses.linearised` makes of them."""
+        each, weight, _, _ = self._all()
+        return linearised(each, weight)
 
     @property
     def errors(self) -> Array:
-        """``(k, N)``."""
-        return torch.cat(self._errors, dim=1).numpy()
+        """``(k, N)``, as for :attr:`losses`."""
+        _, _, each, weight = self._all()
+        return linearised(each, weight)
+
+    @property
+    def shares(self) -> Array:
+        """``(k, N)``: the error of each example by itself."""
+        return self._all()[2]
 
 
 def paired(values: Array) -> dict[str, Any]:
@@ -102,14 +106,10 @@ def paired(values: Array) -> dict[str, Any]:
     difference_se = np.zeros((k, k))
     for i in range(k):
         for j in range(i):
-            difference_se[i, j] = difference_se[j, i] = _se(values[i] - values[j])
+            difference_se[i, j] = difference_se[j, i] = mean_and_error(values[i] - values[j])[1]
     return {
         "": mean,
-        "_se": np.array([_se(row) for row in values]),
+        "_se": np.array([mean_and_error(row)[1] for row in values]),
         "_difference": mean[:, None] - mean[None, :],
         "_difference_se": difference_se,
     }
-
-
-def _se(values: Array) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.nan

@@ -17,8 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pnanalysis import schema
+from pnanalysis.arguments import at_least, one_of
 from pnanalysis.cka import CentredKernelAlignment
-from pnanalysis.evaluation import Scores, log_probabilities
+from pnanalysis.curvature.nest import batch_size
+from pnanalysis.data import SPLITS
+from pnanalysis.evaluation import Scores
+from pnanalysis.forward import explained, wanted
+from pnanalysis.losses import log_probabilities
 from pnanalysis.members import Examples, Member, members, run_all
 from pnanalysis.models import Loss
 from pnanalysis.progress import Advance, progress_bar
@@ -89,6 +94,9 @@ def functional_distance(
     S. Fort, H. Hu, B. Lakshminarayanan, "Deep Ensembles: A Loss Landscape Perspective", arXiv:1912.02757
     (disagreement). For CKA see :class:`pnanalysis.cka.CentredKernelAlignment`.
     """
+    at_least(1, n=n, batch_size=batch_size)
+    at_least(0, seed=seed)
+    one_of(SPLITS, split=split)
     chosen = members(runs, checkpoints)
     torch_device = resolve_device(device)
     examples = Examples(chosen, torch_device)
@@ -114,7 +122,7 @@ def functional_distance(
 def evaluate(
     chosen: Sequence[Member],
     networks: Sequence[nn.Module],
-    batches: Iterable[tuple[list[Any], Tensor]],
+    batches: Iterable[tuple[list[Any], Any]],
     advance: Advance,
     pairs: FunctionPairs | None = None,
     alignment: CentredKernelAlignment | None = None,
@@ -124,12 +132,13 @@ def evaluate(
     labels = [member.label for member in chosen]
     with torch.no_grad(), alignment or nullcontext():
         for inputs, targets in batches:
-            outputs = run_all(networks, inputs, labels)
-            scores.add(outputs, targets)
-            if pairs is not None:
-                pairs.add(outputs, targets)
+            outputs = run_all(networks, inputs, targets, labels, scores.loss)
+            with explained(labels[0], networks[0], [(inputs[0], targets)], scores.loss):
+                scores.add(outputs, targets)
+                if pairs is not None:
+                    pairs.add(outputs, targets)
             if alignment is not None:
-                alignment.collect(len(targets))
+                alignment.collect(batch_size(targets))
             advance()
     return scores
 
@@ -148,12 +157,13 @@ class FunctionPairs:
         self.loss, self.k, self.n = loss, k, 0
         self._sums: dict[str, Array] = {}
 
-    def add(self, outputs: Sequence[Tensor], targets: Tensor) -> None:
+    def add(self, outputs: Sequence[Any], targets: Any) -> None:
         """Take in a batch: each network's outputs, and the targets."""
-        self.n += len(targets)
-        said = [log_probabilities(o, targets, self.loss) for o in outputs]
+        tensors = [wanted(one) for one in outputs]
+        self.n += len(tensors[0])
+        said = [log_probabilities(one, targets, self.loss) for one in tensors]
         if said[0] is None:
-            self._tally("square", [o.double() for o in outputs], lambda a, b: (a - b).square())
+            self._tally("square", [one.double() for one in tensors], lambda a, b: (a - b).square())
             return
         self._tally("disagreement", [p.argmax(1) for p in said if p is not None], lambda a, b: (a != b).double())
         self._tally("js_divergence", [p for p in said if p is not None], js_divergence)

@@ -12,9 +12,11 @@ import xarray as xr
 from torch import Tensor
 
 from pnanalysis import schema
+from pnanalysis.arguments import at_least
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.data import Split
 from pnanalysis.errors import RunError
+from pnanalysis.forward import explained
 from pnanalysis.models import parameter_layers
 from pnanalysis.progress import progress_bar
 from pnanalysis.runs import Run
@@ -75,6 +77,8 @@ def gradient_split(
     ----------
     Y. Min, "Persistent Neurons", arXiv:2007.01419, eq. 6 to 8.
     """
+    at_least(1, n=n, batch_size=batch_size)
+    at_least(0, window=window, seed=seed)
     source = as_source(run)
     config = _check(source)
     assert source.run is not None
@@ -84,9 +88,9 @@ def gradient_split(
     if wrong or not chosen:
         raise RunError(f"{source.run.path}: has no repelled iteration {wrong or ''}; there are 1 to {len(ends) - 1}")
     torch_device = resolve_device(device)
-    part = source.data.get(split)
-    size = min(n, len(part)) if n is not None and isinstance(part, Split) else n
-    batches = part.subset(size, seed).to(torch_device).batches(batch_size)
+    part = source.split(split, n, seed, torch_device)
+    size = len(part) if isinstance(part, Split) else n
+    batches = part.batches(batch_size)
     layers = {
         name: [full for full, _ in own] for name, own in parameter_layers(source.model(ends[0], torch_device))
     }  # fmt: skip
@@ -101,9 +105,10 @@ def gradient_split(
             for point in path:
                 model = source.model(point, torch_device)
                 here = _by_layer(model.state_dict(), layers, origin)
-                inner.append([[_ratio(end[layer], here[layer]) for end in earlier[:i]] for layer in repelled])
-                operator = HessianOperator(model, source.loss, batches, expected_products=1)
-                slope = dict(zip(operator.names, operator.gradient().split(_sizes(operator)), strict=True))
+                inner.append([[_projection(end[layer], here[layer]) for end in earlier[:i]] for layer in repelled])
+                with explained(f"{source.label}/{point.name}", model, batches, source.loss):
+                    operator = HessianOperator(model, source.loss, batches, expected_products=1)
+                    slope = dict(zip(operator.names, operator.gradient().split(_sizes(operator)), strict=True))
                 slopes.append([_norm([slope[name] for name in layers[layer]]) for layer in repelled])
                 advance(1)
             epochs = np.array([point.epoch for point in path])
@@ -184,7 +189,7 @@ def _gram(ends: list[Tensor]) -> np.ndarray:
     return (rows @ rows.T).numpy()
 
 
-def _ratio(end: Tensor, here: Tensor) -> float:
+def _projection(end: Tensor, here: Tensor) -> float:
     squared = float(end @ end)
     return float(end @ here) / squared if squared > 0 else 0.0
 

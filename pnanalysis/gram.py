@@ -1,9 +1,11 @@
-"""Inner products of many checkpoints, in memory for a block of parameters at a time."""
+"""Inner products of many checkpoints, in memory for a block of parameters at a time; and random directions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -66,25 +68,89 @@ def layer_grams(
     names = [name for own in layers.values() for name in own]
     weights = [FlatWeights(checkpoint, names) for checkpoint in checkpoints]
     _same_architecture(weights)
-    n_rows = len(weights) + 1 + n_directions
-    width = max(1, _BLOCK_BYTES // (8 * n_rows))
     generator = torch.Generator().manual_seed(seed)
     total = sum(prod(weights[0].shapes[name]) for name in names)
     with progress_bar("reading checkpoints", total, progress) as advance:
         for layer, own in layers.items():
-            gram = np.zeros((n_rows, n_rows), order="F")
-            drawn = {
-                name: _directions(weights[reference], name, n_directions, generator) for name in own if n_directions
-            }
-            for pieces in _blocks([(name, prod(weights[0].shapes[name])) for name in own], width):
-                block = torch.empty(n_rows, sum(end - begin for _, begin, end in pieces), dtype=torch.float64)
-                _fill(block, pieces, weights, drawn)
-                gram = dsyrk(1.0, block.numpy().T, beta=1.0, c=gram, trans=1, overwrite_c=1)
-                advance(block.shape[1], text=layer)
-            yield layer, np.triu(gram) + np.triu(gram, 1).T
+            drawn = {}
+            for name in own if n_directions else ():
+                size = prod(weights[reference].shapes[name])
+                about = weights[reference].read(name, 0, size).view(weights[reference].shapes[name])
+                drawn[name] = filter_directions(about, n_directions, generator).flatten(1)
+            yield layer, _summed(weights, own, drawn, n_directions, partial(advance, text=layer))
 
 
-def _fill(block: Tensor, pieces: list[_Piece], weights: list[FlatWeights], drawn: dict[str, Tensor]) -> None:
+def displacement_gram(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Matrix:
+    """Inner products of states' displacements from the first, (T, T), over the named tensors, in float64."""
+    weights = [_InMemory(state) for state in states]
+    return _summed(weights, names, {}, 0, lambda n: None)[: len(states), : len(states)]
+
+
+def filter_directions(about: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Normal directions of one tensor, each filter (the entries of one output) scaled to the norm of the tensor's own.
+
+    Parameters
+    ----------
+    about : Tensor, shape (F, ...)
+    n : int
+    generator : torch.Generator
+        On the CPU.
+
+    Returns
+    -------
+    Tensor, shape (n, F, ...)
+        In float64, on the CPU; zeros where ``about`` has fewer than two axes (biases, batch normalisation).
+
+    References
+    ----------
+    H. Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913, section 4.
+    """
+    if about.ndim < 2:
+        return torch.zeros(n, *about.shape, dtype=torch.float64)
+    norms = about.detach().double().cpu().flatten(1).norm(dim=1, keepdim=True)
+    drawn = torch.randn(n, *norms.shape[:1], about[0].numel(), generator=generator, dtype=torch.float64)
+    return (drawn * (norms / drawn.norm(dim=2, keepdim=True))).view(n, *about.shape)
+
+
+class _Weights(Protocol):
+    """Named tensors that are read piece by piece."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str, begin: int, end: int) -> Tensor: ...
+
+
+class _InMemory:
+    """A state, read as :class:`pnanalysis.weights.FlatWeights` are."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def read(self, name: str, begin: int, end: int) -> Tensor:
+        return self._state[name].detach().reshape(-1)[begin:end].double().cpu()
+
+
+def _summed(
+    weights: Sequence[_Weights],
+    names: Sequence[str],
+    drawn: Mapping[str, Tensor],
+    n_directions: int,
+    advance: Callable[[int], None],
+) -> Matrix:
+    """Inner products over the named tensors: see what :func:`layer_grams` yields."""
+    n_rows = len(weights) + 1 + n_directions
+    width = max(1, _BLOCK_BYTES // (8 * n_rows))
+    gram = np.zeros((n_rows, n_rows), order="F")
+    for pieces in _blocks([(name, prod(weights[0].shapes[name])) for name in names], width):
+        block = torch.empty(n_rows, sum(end - begin for _, begin, end in pieces), dtype=torch.float64)
+        _fill(block, pieces, weights, drawn)
+        gram = dsyrk(1.0, block.numpy().T, beta=1.0, c=gram, trans=1, overwrite_c=1)
+        advance(block.shape[1])
+    return np.triu(gram) + np.triu(gram, 1).T
+
+
+def _fill(block: Tensor, pieces: list[_Piece], weights: Sequence[_Weights], drawn: Mapping[str, Tensor]) -> None:
     """Displacements, the first checkpoint and the directions over some pieces of tensors."""
     n, at = len(weights), 0
     for name, begin, end in pieces:
@@ -114,17 +180,6 @@ def _blocks(tensors: list[tuple[str, int]], width: int) -> Iterator[list[_Piece]
                 pieces, room = [], width
     if pieces:
         yield pieces
-
-
-def _directions(weights: FlatWeights, name: str, n: int, generator: torch.Generator) -> Tensor:
-    """Filter-normalised directions of one tensor, (n, size)."""
-    shape = weights.shapes[name]
-    size = prod(shape)
-    if len(shape) < 2:
-        return torch.zeros(n, size, dtype=torch.float64)
-    norms = weights.read(name, 0, size).view(shape[0], -1).norm(dim=1, keepdim=True)
-    drawn = torch.randn(n, shape[0], size // shape[0], generator=generator, dtype=torch.float64)
-    return (drawn * (norms / drawn.norm(dim=2, keepdim=True))).view(n, size)
 
 
 def _same_architecture(weights: list[FlatWeights]) -> None:

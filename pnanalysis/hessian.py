@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import xarray as xr
 
 from pnanalysis import schema
+from pnanalysis.arguments import at_least, positive, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.density import default_grid, smooth, spectral_density
 from pnanalysis.curvature.engines import make_operator
 from pnanalysis.curvature.linear import LinearOperator
 from pnanalysis.data import Split
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, RunError
+from pnanalysis.forward import explained
 from pnanalysis.runs import Checkpoint, Run
 from pnanalysis.sources import Source, as_sources, resolve_device
 
@@ -107,28 +107,34 @@ def hessian(
     B. Ghorbani, S. Krishnan, Y. Xiao, "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density",
     arXiv:1901.10159. Y. Min, "Persistent Neurons", arXiv:2007.01419, fig. 12.
     """
+    torch_dtype = resolve_dtype(dtype)
+    at_least(1, n=n, batch_size=batch_size, n_lanczos=n_lanczos, n_probes=n_probes)
+    at_least(4, n_hvp=n_hvp)
+    at_least(0, seed=seed)
+    positive(kernel_width=kernel_width)
     sources = as_sources(runs)
+    if not sources:
+        raise RunError("name a run, or your own model and weights")
     torch_device = resolve_device(device)
-    torch_dtype = {"float32": torch.float32, "float64": torch.float64}[dtype]
     spectra: dict[_Key, xr.Dataset] = {}
     rows: list[tuple[str, _Key]] = []
     for which, source in enumerate(sources):
-        part = source.data.get(split)
-        size = min(n, len(part)) if n is not None and isinstance(part, Split) else n
-        batches = part.subset(size, seed).to(torch_device).batches(batch_size)
+        part = source.split(split, n, seed, torch_device)
+        batches = part.batches(batch_size)
         for name, checkpoint in source.select(checkpoints).items():
             label = name if len(sources) == 1 else f"{source.label}/{name}"
             done = [key for key in spectra if key[:2] == (which, checkpoint)]  # the champion may be the plain model
             if done:
                 rows += [(_row(label, key[2]), key) for key in done]
                 continue
-            with _explained(label):
+            model = source.model(checkpoint, torch_device)
+            with explained(label, model, batches, source.loss):
                 whole = make_operator(
-                    engine, operator, source.model(checkpoint, torch_device), source.loss, batches,
+                    engine, operator, model, source.loss, batches,
                     params=params, bn_mode=bn_mode, dtype=torch_dtype, device=torch_device, amp=amp,
                     expected_products=n_hvp or (n_lanczos or N_LANCZOS) * n_probes,
                 )  # fmt: skip
-                size = getattr(whole, "n_examples", size)
+                size = getattr(whole, "n_examples", len(part) if isinstance(part, Split) else n)
                 for layer, op in _blocks(whole, per_layer):
                     key = (which, checkpoint, layer)
                     n_steps = n_lanczos if n_lanczos and not per_layer else min(n_lanczos or N_LANCZOS, op.shape[0])
@@ -153,21 +159,6 @@ def hessian(
         batch_size=batch_size, bn_mode=bn_mode, params=params, seed=seed, device=str(torch_device), dtype=dtype,
         amp=amp,
     )  # fmt: skip
-
-
-@contextmanager
-def _explained(label: str) -> Iterator[None]:
-    """What the network or the loss raise when given the data, as one sentence."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CurvatureError(
-            f"{label}: the network or the loss cannot take these data ({type(error).__name__}: {reason}); check the "
-            "shapes of the inputs, and the targets"
-        ) from error
 
 
 def _stacked(spectra: Sequence[xr.Dataset]) -> xr.Dataset:

@@ -7,6 +7,7 @@ import xarray as xr
 from pnanalysis import schema
 from pnanalysis.errors import RunError
 from pnanalysis.runs import Run
+from pnanalysis.sources import as_sources
 
 
 def history(*runs: Run) -> xr.Dataset:
@@ -31,8 +32,7 @@ def history(*runs: Run) -> xr.Dataset:
         raise RunError("no run given")
     if len(runs) == 1:
         return schema.validate(runs[0].history, "history")
-    names = [run.path.name for run in runs]
-    labels = names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    labels = [source.label for source in as_sources(runs)]
     joined = xr.concat([run.history for run in runs], dim="run", join="outer", combine_attrs="drop_conflicts")
     champions = [run.manifest["champion"] for run in runs]
     strategies = [run.manifest.get("strategy", "") for run in runs]

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import xarray as xr
 from torch.utils._pytree import tree_map
 
 from pnanalysis import schema
 from pnanalysis.alignment import Relabelling, check_preserved
 from pnanalysis.alignment import align as match
+from pnanalysis.arguments import at_least, one_of, positive, resolve_dtype
 from pnanalysis.curves import CURVES, train_curve
 from pnanalysis.data import Split
-from pnanalysis.errors import ModelError, RunError
+from pnanalysis.errors import DataError, ModelError, RunError
+from pnanalysis.forward import explained
+from pnanalysis.members import check_same_loss
 from pnanalysis.planes import about_one, through_three
 from pnanalysis.profiles import profiles
 from pnanalysis.runs import Checkpoint, Run, State
 from pnanalysis.sources import Source, as_sources, check_same_data, resolve_device
-from pnanalysis.surface import BATCH_NORM, Surface, examples
+from pnanalysis.surface import BATCH_NORM, Surface
 from pnanalysis.trajectory import plane_points
 
 VIEWS = ("line", "curve", "plane", "random")
@@ -115,20 +117,28 @@ def landscape(
     S. Ainsworth et al., "Git Re-Basin", arXiv:2209.04836. T. Garipov et al., arXiv:1802.10026.
     H. Li et al., arXiv:1712.09913. K. Jordan et al., "REPAIR", arXiv:2211.08403.
     """
-    _check(view, align, bn, curve, n_points, extrapolate)
+    _check(view, align, bn, curve, extrapolate)
+    at_least(1, n=n, batch_size=batch_size, n_steps=n_steps, n_bends=n_bends, n_restarts=n_restarts)
+    at_least(2, n_points=n_points)
+    at_least(0, seed=seed)
+    positive(lr=lr)
+    torch_dtype = resolve_dtype(dtype)
     sources = as_sources(runs)
     points = _choose(sources, checkpoints, view)
     first, torch_device = sources[0], resolve_device(device)
     for other in sources[1:]:
         other.share_data(first)
         check_same_data(first, other)
+        check_same_loss(first, other)
     if splits is None:
         others = [name for name in ("test", "validation") if getattr(first.data, name) is not None]
         splits = ("train", *others[:1]) if view in ("line", "curve") else ("train",)
-    parts = {name: examples(first, name, n, seed, torch_device) for name in dict.fromkeys(("train", *splits))}
+    if not splits:
+        raise DataError("no split to look at; name train, validation or test")
+    parts = {name: first.split(name, n, seed, torch_device) for name in dict.fromkeys(("train", *splits))}
     batches = {name: part.batches(batch_size) for name, part in parts.items()}
     surface = Surface(
-        first.make_model(), first.loss, torch_device, getattr(torch, dtype),
+        first.make_model(), first.loss, torch_device, torch_dtype,
         batches["train"] if bn == "reestimate" else None,
     )  # fmt: skip
     if view == "curve" and surface.norms and bn != "reestimate":
@@ -137,27 +147,28 @@ def landscape(
     sizes = {name: len(part) for name, part in parts.items() if isinstance(part, Split)} or n
     chosen, names = {name: batches[name] for name in splits}, list(points)
     settings: dict[str, Any] = {}
-    if view == "plane":
-        ds = through_three(surface, states, names, chosen, span, n_points or 21, progress)
-        settings = {"plane_points": [_full_name(*point) for point in points.values()]}
-    elif view == "random":
-        ds = about_one(surface, states[0], names[0], chosen, span, n_points or 21, seed, progress)
-    else:
-        paths: dict[str, tuple[list[State], str]] = {"line": (states, "line")}
-        if align:
-            relabelling = _aligned(surface, states, batches["train"], n_restarts, seed, progress)
-            paths["aligned"] = ([states[0], relabelling.apply(states[1])], "line")
-            settings = {"n_relabelled": relabelling.n_moved, "n_restarts": n_restarts}
-        if view == "curve":
-            train = first.data.get("train").to(torch_device)
-            bent = train_curve(
-                surface, (states[0], states[1]), train, kind=curve, n_bends=n_bends, n_steps=n_steps, lr=lr, seed=seed,
-                progress=progress,
-            )  # fmt: skip
-            paths["curve"] = (bent, curve)
-            settings |= {"curve": curve, "n_bends": n_bends, "n_steps": n_steps, "lr": lr}
-        ds = profiles(surface, paths, chosen, n_points or 25, extrapolate, progress)
-        ds.position.attrs |= {"long_name": f"position from {names[0]} (0) to {names[1]} (1)", "units": "1"}
+    with explained(first.label, surface.model, batches["train"], surface.loss):
+        if view == "plane":
+            ds = through_three(surface, states, names, chosen, span, n_points or 21, progress)
+            settings = {"plane_points": [_full_name(*point) for point in points.values()]}
+        elif view == "random":
+            ds = about_one(surface, states[0], names[0], chosen, span, n_points or 21, seed, progress)
+        else:
+            paths: dict[str, tuple[list[State], str]] = {"line": (states, "line")}
+            if align:
+                relabelling = _aligned(surface, states, batches["train"], n_restarts, seed, progress)
+                paths["aligned"] = ([states[0], relabelling.apply(states[1])], "line")
+                settings = {"n_relabelled": relabelling.n_moved, "n_restarts": n_restarts}
+            if view == "curve":
+                train = first.data.get("train").to(torch_device)
+                bent = train_curve(
+                    surface, (states[0], states[1]), train, kind=curve, n_bends=n_bends, n_steps=n_steps, lr=lr,
+                    seed=seed, progress=progress,
+                )  # fmt: skip
+                paths["curve"] = (bent, curve)
+                settings |= {"curve": curve, "n_bends": n_bends, "n_steps": n_steps, "lr": lr}
+            ds = profiles(surface, paths, chosen, n_points or 25, extrapolate, progress)
+            ds.position.attrs |= {"long_name": f"position from {names[0]} (0) to {names[1]} (1)", "units": "1"}
     return schema.finish(
         ds, "landscape" if view in ("plane", "random") else "barrier", **first.dataset_attrs(), view=view,
         checkpoints=names, **settings, bn=bn if surface.norms else None, n=sizes, batch_size=batch_size, seed=seed,
@@ -165,14 +176,12 @@ def landscape(
     )  # fmt: skip
 
 
-def _check(view: str, align: bool, bn: str, curve: str, n_points: int | None, extrapolate: float) -> None:
-    for name, value, known in (("view", view, VIEWS), ("bn", bn, BATCH_NORM), ("curve", curve, CURVES)):
-        if value not in known:
-            raise ModelError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+def _check(view: str, align: bool, bn: str, curve: str, extrapolate: float) -> None:
+    one_of(VIEWS, view=view)
+    one_of(BATCH_NORM, bn=bn)
+    one_of(CURVES, curve=curve)
     if align and view not in ("line", "curve"):
         raise ModelError("only lines and curves are aligned: a relabelled network lies on another plane")
-    if n_points is not None and n_points < 2:
-        raise ModelError(f"{n_points} points show no landscape; take at least 2")
     if not 0 <= extrapolate < 100:
         raise ModelError(f"extrapolate by a share of the line that is not negative, not by {extrapolate}")
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 #: Standard errors beyond which a difference is claimed, where one is looked at.
 SIGMAS = 2.0
 
@@ -69,3 +72,15 @@ class Shown:
 def share(value: float, n: int) -> Measured:
     """A share of n examples, with its binomial standard error."""
     return Measured(value, math.sqrt(value * (1 - value) / n) if n and 0 <= value <= 1 else math.nan)
+
+
+def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean over examples ``(N,)`` and its standard error (NaN for a single example)."""
+    n = len(values)
+    with np.errstate(invalid="ignore", over="ignore"):  # losses far out may overflow
+        return float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else math.nan
+
+
+def ratio(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``a / b``, NaN where ``b`` is zero, negative or unknown."""
+    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)

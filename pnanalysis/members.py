@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pnanalysis.data import SPLITS, Split, Splits
 from pnanalysis.errors import ModelError, RunError
+from pnanalysis.forward import explained, run, wanted
+from pnanalysis.models import Loss
 from pnanalysis.runs import Checkpoint, Run
 from pnanalysis.sources import Source, as_sources, check_same_data
 
@@ -98,6 +100,8 @@ class Examples:
     ------
     DataError
         If the members were trained on different data, or on other halves of the same.
+    ModelError
+        If they were trained by different losses.
     """
 
     def __init__(self, chosen: Sequence[Member], device: torch.device) -> None:
@@ -105,6 +109,7 @@ class Examples:
         self.data: list[Splits] = []
         self.which: list[int] = []
         for member in chosen:
+            check_same_loss(chosen[0].source, member.source, (chosen[0].label, member.label))
             member.source.share_data(chosen[0].source)
             data = member.source.data
             if self.data:
@@ -125,7 +130,7 @@ class Examples:
 
     def batches(
         self, split: str, n: int | None, batch_size: int, seed: int, at_least: int = 10
-    ) -> tuple[int, Iterator[tuple[list[Any], Tensor]]]:
+    ) -> tuple[int, Iterator[tuple[list[Any], Any]]]:
         """How many batches there are, and each as (inputs of every member, targets).
 
         ``n`` examples are drawn by ``seed``, all if there are fewer; batches are smaller than ``batch_size`` where
@@ -142,7 +147,7 @@ class Examples:
                 part = part.subset(n, seed)
             streams.append(part.to(self.device).batches(batch_size))
 
-        def stream() -> Iterator[tuple[list[Any], Tensor]]:
+        def stream() -> Iterator[tuple[list[Any], Any]]:
             for parts in zip(*streams, strict=True):
                 yield [parts[at][0] for at in self.which], parts[0][1]
 
@@ -156,19 +161,41 @@ def _alike(a: Splits, b: Splits) -> bool:
     return a.train.inputs.shape == b.train.inputs.shape and a.train.inputs.dtype == b.train.inputs.dtype
 
 
-def run_all(networks: Sequence[nn.Module], inputs: Sequence[Any], labels: Sequence[str]) -> list[Tensor]:
-    """The outputs of every network on its own form of the same examples.
+def run_all(
+    networks: Sequence[nn.Module], inputs: Sequence[Any], targets: Any, labels: Sequence[str], loss: Loss
+) -> list[Any]:
+    """What every network gives for its own form of the same examples.
 
     Raises
     ------
     ModelError
-        If their outputs are not of one shape.
+        If there is no prediction in it, or predictions are not of one shape.
+    DataError
+        If a network cannot take its examples.
     """
-    outputs = [network(x) for network, x in zip(networks, inputs, strict=True)]
-    for label, output in zip(labels, outputs, strict=True):
-        if output.shape != outputs[0].shape:
-            shapes = [" x ".join(map(str, o.shape[1:])) or "1" for o in (outputs[0], output)]
+    outputs = []
+    for network, x, label in zip(networks, inputs, labels, strict=True):
+        with explained(label, network, [(x, targets)], loss):
+            outputs.append(run(network, x))
+    shapes = [wanted(one, label).shape[1:] for one, label in zip(outputs, labels, strict=True)]
+    for label, shape in zip(labels, shapes, strict=True):
+        if shape != shapes[0]:
+            first, other = (" x ".join(map(str, each)) or "1" for each in (shapes[0], shape))
             raise ModelError(
-                f"{labels[0]} has {shapes[0]} outputs, {label} has {shapes[1]}: what they compute cannot be compared"
+                f"{labels[0]} has {first} outputs, {label} has {other}: what they compute cannot be compared"
             )
     return outputs
+
+
+def check_same_loss(first: Source, other: Source, names: tuple[str, str] | None = None) -> None:
+    """Refuse to compare losses of networks that were trained by different ones.
+
+    Raises
+    ------
+    ModelError
+        It calls the two by ``names``, or by their labels.
+    """
+    a, b = first.attrs.get("loss"), other.attrs.get("loss")
+    one, two = names or (first.label, other.label)
+    if a != b:
+        raise ModelError(f"{one} has the loss {a}, {two} has {b}: compare networks by one, given with --loss")

@@ -11,9 +11,11 @@ import xarray as xr
 from torch import Tensor
 
 from pnanalysis.errors import ModelError, RunError
+from pnanalysis.gram import displacement_gram, filter_directions
+from pnanalysis.measured import mean_and_error
 from pnanalysis.progress import progress_bar
 from pnanalysis.runs import State
-from pnanalysis.surface import Matrix, Surface, mean_and_error
+from pnanalysis.surface import Matrix, Surface
 from pnanalysis.trajectory import COLLINEAR, on_plane
 
 
@@ -36,7 +38,7 @@ def through_three(
     RunError
         If they lie on one line.
     """
-    displacements = gram(states, surface.parameter_names)
+    displacements = displacement_gram(states, surface.parameter_names)
     _, points = plane_weights(displacements, np.zeros(1), np.zeros(1))
     low, high = points.min(0), points.max(0)
     half = 0.75 * (high - low)
@@ -77,23 +79,13 @@ def about_one(
     return ds.assign(point_position=(("point", "component"), np.zeros((1, 2)))).assign_coords(point=[name])
 
 
-def gram(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Matrix:
-    """Inner products of displacements from the first state, (T, T), in float64."""
-    total = np.zeros((len(states), len(states)))
-    for name in names:
-        rows = torch.stack([state[name].reshape(-1) for state in states]).double()
-        rows -= rows[0].clone()
-        total += (rows @ rows.T).cpu().numpy()
-    return total
-
-
 def plane_weights(displacements: Matrix, x: Matrix, y: Matrix) -> tuple[Matrix, Matrix]:
     """The plane through three states, in orthonormal coordinates: the first at the origin, the second on the x axis.
 
     Parameters
     ----------
     displacements : array, shape (3, 3)
-        Their :func:`gram` matrix.
+        Their :func:`pnanalysis.gram.displacement_gram`.
     x, y : arrays, shape (K,)
         Points of the plane, in parameter units; the same coordinates as ``plane`` of :func:`pnanalysis.trajectory`.
 
@@ -121,6 +113,8 @@ def plane_weights(displacements: Matrix, x: Matrix, y: Matrix) -> tuple[Matrix, 
 def random_directions(state: Mapping[str, Tensor], names: Sequence[str], seed: int = 0) -> tuple[State, State]:
     """Two Gaussian directions, each filter scaled to the norm of the state's own; biases and batch norm stay put.
 
+    The one random plane of :func:`pnanalysis.trajectory` with the same seed, about the same checkpoint, is this one.
+
     Parameters
     ----------
     state : mapping of tensors
@@ -133,16 +127,10 @@ def random_directions(state: Mapping[str, Tensor], names: Sequence[str], seed: i
     H. Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913, section 4.
     """
     generator = torch.Generator().manual_seed(seed)
-    directions: list[State] = []
-    for _ in range(2):
-        direction = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-        for name in names:
-            if state[name].ndim > 1:
-                drawn = torch.randn(state[name].shape, generator=generator, dtype=torch.float64)
-                filters = state[name].double().cpu().flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
-                direction[name] += (drawn * filters.view(-1, *[1] * (drawn.ndim - 1))).to(state[name])
-        directions.append(direction)
-    return directions[0], directions[1]
+    first, second = ({name: torch.zeros_like(tensor) for name, tensor in state.items()} for _ in range(2))
+    for name in names:
+        first[name], second[name] = filter_directions(state[name], 2, generator).to(state[name])
+    return first, second
 
 
 def _on_grid(

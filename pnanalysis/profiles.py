@@ -9,10 +9,11 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.curves import curve_weights
-from pnanalysis.planes import gram
+from pnanalysis.gram import displacement_gram
+from pnanalysis.measured import mean_and_error
 from pnanalysis.progress import progress_bar
 from pnanalysis.runs import State
-from pnanalysis.surface import Matrix, Surface, Values, mean_and_error
+from pnanalysis.surface import Matrix, Surface, Values
 
 
 def profiles(
@@ -49,7 +50,7 @@ def profiles(
                 profile(position[order], surface.values(anchors, weights[order], part, advance))
                 for part in batches.values()
             ]
-            displacements = gram(anchors, surface.parameter_names)
+            displacements = displacement_gram(anchors, surface.parameter_names)
             steps = np.diff(weights[(position >= 0) & (position <= 1)], axis=0)
             length = np.sqrt(np.einsum("ka,ab,kb->k", steps, displacements, steps).clip(0)).sum()
             row = xr.concat(parts, dim="split")

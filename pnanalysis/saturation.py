@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from pnanalysis import schema
 from pnanalysis.activations import Activation, watch_activations
 from pnanalysis.activity import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
-from pnanalysis.data import LoaderSplit, Split
+from pnanalysis.arguments import at_least, one_of
+from pnanalysis.data import SPLITS, LoaderSplit, Split
 from pnanalysis.errors import ModelError
+from pnanalysis.forward import explained, run
 from pnanalysis.progress import progress_bar
 from pnanalysis.quantiles import RELATIVE_ERROR
 from pnanalysis.runs import Checkpoint, Run
@@ -106,6 +108,9 @@ def saturation(
     A. Rakitianskaia, A. Engelbrecht, "Measuring saturation in neural networks", IEEE SSCI 2015.
     Y. Min, "Persistent Neurons", arXiv:2007.01419, fig. 14 and 15.
     """
+    at_least(1, n=n, batch_size=batch_size)
+    at_least(0, exact_limit=exact_limit, seed=seed)
+    one_of(SPLITS, split=split)
     measures = Measures(tuple(percentiles), bins, saturation_bins, per_unit, exact_limit)
     sources = as_sources(runs)
     chosen = [(source, checkpoint) for source in sources for checkpoint in source.select(checkpoints).values()]
@@ -117,7 +122,8 @@ def saturation(
     with progress_bar("saturation", len(chosen), progress) as advance:
         for source, checkpoint in chosen:
             model = source.model(checkpoint, torch_device)
-            layers = _observe(model, parts[source.label], batch_size, measures, bin_range)
+            with explained(_name(source, checkpoint), model, parts[source.label].stream(2)):
+                layers = _observe(model, parts[source.label], batch_size, measures, bin_range)
             results[source.label][checkpoint] = to_dataset(layers)
             advance(text=checkpoint.name)
     every = [part for found in results.values() for part in found.values()]
@@ -149,11 +155,12 @@ def no_activations(model: nn.Module) -> ModelError:
 
 
 def _examples(source: Source, split: str, n: int | None, seed: int, device: torch.device) -> Split | LoaderSplit:
-    """``n`` examples of the split, or of the training data where there is no such split; fewer if there are fewer."""
-    part = source.data.get(split if getattr(source.data, split, None) is not None else "train")
-    if n is not None and isinstance(part, Split):
-        n = min(n, len(part))
-    return part.subset(n, seed).to(device)
+    """Those of the split, or of the training data where there is no such split."""
+    return source.split(split if getattr(source.data, split) is not None else "train", n, seed, device)
+
+
+def _name(source: Source, checkpoint: Checkpoint) -> str:
+    return f"{source.label}/{checkpoint.name}"
 
 
 def _range(
@@ -168,8 +175,9 @@ def _range(
     for source, checkpoint in chosen:
         model = source.model(checkpoint, device)
         inputs, _ = next(parts[source.label].stream(_PROBED))
-        with torch.no_grad(), watch_activations(model, observe):
-            model(inputs)
+        name = _name(source, checkpoint)
+        with explained(name, model, [(inputs, inputs)]), torch.no_grad(), watch_activations(model, observe):
+            run(model, inputs)
         if not shown:
             raise no_activations(model)
         if all(activation.bounded for activation, _, _ in shown):
@@ -193,7 +201,7 @@ def _observe(
 
     with torch.no_grad(), watch_activations(model, observe):
         for inputs, _ in part.stream(batch_size):
-            model(inputs)
+            run(model, inputs)
     if not layers:
         raise no_activations(model)
     return layers

@@ -116,7 +116,7 @@ _SPECTRUM = {
 
 _SPECTRUM_COMPARISON = {
     "wasserstein1": _var("", "loss", "Wasserstein-1 distance of the two spectra"),
-    "wasserstein1_noise": _var("", "loss", "Wasserstein-1 distance expected of equal spectra"),
+    "wasserstein1_noise": _var("", "loss", "Wasserstein-1 distance expected of two estimates of one spectrum"),
     "wasserstein1_se": _var("", "loss", "bound on the standard error of the Wasserstein-1 distance"),
     **{
         name: Variable(scalar.dims, scalar.units, f"difference in {scalar.long_name}", scalar.required)

@@ -11,11 +11,14 @@ import xarray as xr
 from torch import Tensor
 
 from pnanalysis import schema
+from pnanalysis.arguments import at_least, positive, resolve_dtype
 from pnanalysis.errors import ModelError
+from pnanalysis.forward import explained
+from pnanalysis.measured import mean_and_error
 from pnanalysis.progress import Advance, progress_bar
 from pnanalysis.runs import Checkpoint, Run, State
 from pnanalysis.sources import Source, as_sources, resolve_device
-from pnanalysis.surface import Surface, examples, mean_and_error
+from pnanalysis.surface import Surface
 
 #: Neighbourhood to its radius where none is given.
 RADII = {"ball": 0.05, "adaptive": 0.5, "box": 1e-3}
@@ -84,7 +87,11 @@ def sharpness(
        full space; they ascend by L-BFGS-B.
     """
     radii = dict(RADII if radii is None else radii)
-    _check(radii, n_steps, n_starts)
+    _check(radii)
+    at_least(2, n_steps=n_steps)
+    at_least(1, n_starts=n_starts, n=n, batch_size=batch_size)
+    at_least(0, seed=seed)
+    torch_dtype = resolve_dtype(dtype)
     if not runs:
         raise ModelError("name a run, or your own model and weights")
     sources, torch_device = as_sources(runs), resolve_device(device)
@@ -95,12 +102,13 @@ def sharpness(
     }
     found: dict[Checkpoint, xr.Dataset] = {}  # the champion may be the plain model
     with progress_bar("sharpness", len(chosen) * len(radii) * n_starts * n_steps, progress) as advance:
-        for source, checkpoint in chosen.values():
+        for name, (source, checkpoint) in chosen.items():
             if checkpoint not in found:
-                surface = Surface(source.make_model(), source.loss, torch_device, getattr(torch, dtype))
-                batches = examples(source, split, n, seed, torch_device).batches(batch_size)
+                surface = Surface(source.make_model(), source.loss, torch_device, torch_dtype)
+                batches = source.split(split, n, seed, torch_device).batches(batch_size)
                 state = surface.anchor(checkpoint.load(), str(checkpoint.path))
-                found[checkpoint] = _measure(surface, state, batches, radii, n_steps, n_starts, seed, advance)
+                with explained(name, surface.model, batches, surface.loss):
+                    found[checkpoint] = _measure(surface, state, batches, radii, n_steps, n_starts, seed, advance)
     ds = xr.concat([found[checkpoint] for _, checkpoint in chosen.values()], dim="checkpoint").assign_coords(
         checkpoint=list(chosen),
         iteration=("checkpoint", [checkpoint.iteration for _, checkpoint in chosen.values()]),
@@ -180,11 +188,10 @@ def _norm(parts: Mapping[str, Tensor]) -> float:
     return float(torch.stack([part.double().square().sum() for part in parts.values()]).sum().sqrt())
 
 
-def _check(radii: Mapping[str, float], n_steps: int, n_starts: int) -> None:
+def _check(radii: Mapping[str, float]) -> None:
     for kind, radius in radii.items():
         if kind not in RADII:
             raise ModelError(f"unknown neighbourhood {kind!r}; there are {', '.join(RADII)}")
-        if not radius > 0:
-            raise ModelError(f"the radius of the {kind} must be positive, not {radius}")
-    if not radii or n_steps < 2 or n_starts < 1:
-        raise ModelError("sharpness needs a neighbourhood, at least 2 steps and 1 start")
+        positive(**{f"the radius of the {kind}": radius})
+    if not radii:
+        raise ModelError(f"no neighbourhood to look at; there are {', '.join(RADII)}")

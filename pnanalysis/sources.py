@@ -81,8 +81,9 @@ class Source:
         return model.to(device).eval()
 
     def split(self, name: str, n: int | None, seed: int, device: torch.device | str) -> Split | LoaderSplit:
-        """``n`` examples of a split, drawn by seed, on the device."""
-        return self.data.get(name).subset(n, seed).to(device)
+        """``n`` examples of a split, drawn by seed, on the device; fewer if there are fewer."""
+        part = self.data.get(name)
+        return part.subset(min(n, len(part)) if n is not None and isinstance(part, Split) else n, seed).to(device)
 
     def dataset_attrs(self) -> dict[str, Any]:
         """Identity of run and data for a dataset's attributes; call it once the data are loaded."""

@@ -6,7 +6,7 @@ of the anchors times its weights. Lines, planes and curves through checkpoints a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -14,29 +14,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.nn import functional as F
+from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
-from pnanalysis.data import LoaderSplit, Split
+from pnanalysis.curvature.nest import batch_size, map_tensors
 from pnanalysis.errors import ModelError
+from pnanalysis.forward import prediction, run
+from pnanalysis.losses import check_mean, example_errors, example_losses, example_weights, linearised
 from pnanalysis.models import Loss, load_weights
 from pnanalysis.progress import Advance
 from pnanalysis.runs import State
-from pnanalysis.sources import Source
 
 Matrix = NDArray[np.float64]
 BATCH_NORM = ("reestimate", "interpolate")
 
-_BY_ELEMENT = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits)
 _AT_ONCE = 32
 _SMALL = {"cpu": 50_000, "cuda": 4_000_000}  # parameters up to which points share a pass
 
 
+_Row = tuple[Tensor, ...]  # of a batch: losses, their weights, errors, their weights (N,) each; the loss of the batch
+
+
 class Values(NamedTuple):
-    """Loss of every example at one point, (N,), and whether it is misclassified, (N,), NaN in regression."""
+    """Loss of every example at one point, (N,), and its share of mistakes, (N,), NaN in regression.
+
+    Of weighted means, what :func:`pnanalysis.losses.linearised` makes of them.
+    """
 
     loss: Matrix
     error: Matrix
@@ -88,7 +93,6 @@ class Surface:
         self.norms = {name: module for name, module in self.model.named_modules() if _has_statistics(module)}
         self.bn_batches = bn_batches if self.norms else None
         self.at_once = at_once or self._points_at_once()
-        self._checked = False
 
     @property
     def parameter_names(self) -> list[str]:
@@ -158,51 +162,56 @@ class Surface:
         """
         theta = {name: state[name].detach().requires_grad_() for name in self.parameter_names}
         rest = {name: tensor.clone() for name, tensor in state.items() if name not in theta}
-        total, n_seen = 0.0, 0
+        total, weight_seen = 0.0, 0.0
         gradient = [torch.zeros_like(tensor) for tensor in theta.values()]
         self._train_norms(batch_statistics)
         try:
             for inputs, targets in batches:
-                outputs = functional_call(self.model, {**rest, **theta}, (self._cast(inputs),))
-                value = self.loss(outputs, self._cast(targets))
+                targets = self._cast(targets)
+                outputs = run(self.model, self._cast(inputs), {**rest, **theta})
+                value = self.loss(outputs, targets)
+                weight = float(example_weights(self.loss, targets).sum())
+                if weight == 0:  # nothing but ignored positions
+                    continue
                 parts = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
                 for into, part in zip(gradient, parts, strict=True):
                     if part is not None:
-                        into.add_(part, alpha=len(targets))
-                total += float(value.detach()) * len(targets)
-                n_seen += len(targets)
+                        into.add_(part, alpha=weight)
+                total += float(value.detach()) * weight
+                weight_seen += weight
         finally:
             self._train_norms(False)
-        return total / n_seen, {name: part / n_seen for name, part in zip(theta, gradient, strict=True)}
+        return total / weight_seen, {name: part / weight_seen for name, part in zip(theta, gradient, strict=True)}
 
     def _pass(self, points: State, size: int, batches: Iterable[Any]) -> Iterator[Values]:
-        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(size)]
+        parts: list[list[_Row]] = [[] for _ in range(size)]
         for inputs, targets in batches:
-            inputs, targets = self._cast(inputs), self._cast(targets)
-            if not self._checked:
-                self._check_loss({name: tensor[0] for name, tensor in points.items()}, inputs, targets)
-            for part, row in zip(parts, self._rows(points, size, inputs, targets), strict=True):
-                part.append(row)
+            for part, row in zip(parts, self._rows(points, size, self._cast(inputs), self._cast(targets)), strict=True):
+                check_mean(self.loss, row[-1], row[0], row[1])
+                part.append(row[:-1])
         for part in parts:
-            columns = [torch.cat(column).double().cpu().numpy() for column in zip(*part, strict=True)]
-            yield Values(*columns)
+            loss, weight, error, count = (
+                torch.cat(column).double().cpu().numpy() for column in zip(*part, strict=True)
+            )
+            yield Values(linearised(loss, weight), linearised(error, count))
 
-    def _rows(self, points: State, size: int, inputs: Any, targets: Any) -> list[tuple[Tensor, Tensor]]:
-        """Losses and errors of a batch at each point."""
+    def _rows(self, points: State, size: int, inputs: Any, targets: Any) -> list[_Row]:
+        """What :meth:`_measure` gives for a batch at each point."""
         if self.at_once > 1:
             try:
-                loss, wrong = vmap(self._measure, in_dims=(0, None, None))(points, inputs, targets)
-                return list(zip(loss, wrong, strict=True))
-            except RuntimeError:  # the network does something that has no vectorised form
+                found = vmap(self._measure, in_dims=(0, None, None))(points, inputs, targets)
+                return list(zip(*found, strict=True))
+            except (RuntimeError, ModelError):  # the network or the loss does something that has no vectorised form
                 self.at_once = 1
         return [self._measure({n: t[k] for n, t in points.items()}, inputs, targets) for k in range(size)]
 
-    def _measure(self, state: State, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        outputs = functional_call(self.model, state, (inputs,))
-        loss = example_losses(self.loss, outputs, targets)
-        if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and _are_classes(outputs, targets):
-            return loss, (outputs.argmax(1) != targets).reshape(len(targets), -1).to(loss.dtype).mean(1)
-        return loss, torch.full_like(loss, float("nan"))
+    def _measure(self, state: State, inputs: Any, targets: Any) -> _Row:
+        outputs = run(self.model, inputs, state)
+        loss, weight = example_losses(self.loss, outputs, targets)
+        errors = example_errors(self.loss, prediction(outputs), targets)
+        if errors is None:
+            errors = torch.full_like(loss, torch.nan), torch.ones_like(loss)
+        return loss, weight, *errors, self.loss(outputs, targets)
 
     def _reestimate(self, state: State) -> None:
         """Running statistics of the state from the batches, in place."""
@@ -211,13 +220,17 @@ class Surface:
         self._train_norms(True)
         try:
             n_seen = 0
-            for inputs, targets in self.bn_batches:
-                if len(targets) < 2 and n_seen:
-                    continue  # one example has no variance
-                n_seen += len(targets)
+            for inputs in _of_two_or_more(self.bn_batches):
+                n = batch_size(inputs)
+                n_seen += n
                 for module in self.norms.values():
-                    module.momentum = len(targets) / n_seen
-                functional_call(self.model, state, (self._cast(inputs),))
+                    module.momentum = n / n_seen
+                run(self.model, self._cast(inputs), state)
+            if not n_seen:
+                raise ModelError(
+                    "the statistics of batch normalisation cannot be estimated from a single example; "
+                    "give more (n), or bn='interpolate'"
+                )
         finally:
             for name, module in self.norms.items():
                 module.momentum = momenta[name]
@@ -235,59 +248,18 @@ class Surface:
             return 1
         return 8 if convolutions else _AT_ONCE
 
-    def _check_loss(self, state: State, inputs: Any, targets: Any) -> None:
-        """The loss must be a mean over examples, else it has no value for a single one."""
-        outputs = functional_call(self.model, state, (inputs,))
-        whole = float(self.loss(outputs, targets))
-        mean = float(example_losses(self.loss, outputs, targets).double().mean())
-        if np.isfinite(whole) and abs(mean - whole) > 1e-3 * max(abs(whole), 1e-6):
-            raise ModelError(
-                f"the loss of a batch ({whole:.6g}) is not the mean over its examples ({mean:.6g}); "
-                "a landscape needs a loss that is"
-            )
-        self._checked = True
-
     def _cast(self, value: Any) -> Any:
-        def cast(part: Any) -> Any:
-            return part.to(self.dtype) if isinstance(part, Tensor) and part.is_floating_point() else part
-
-        return tree_map(cast, value)
+        return map_tensors(value, lambda part: part.to(self.dtype) if part.is_floating_point() else part)
 
 
-def example_losses(loss: Loss, outputs: Any, targets: Any) -> Tensor:
-    """The loss of each example by itself, (B,).
-
-    Raises
-    ------
-    ModelError
-        If the loss cannot be taken one example at a time.
-    """
-    if loss in _BY_ELEMENT:
-        by_element: Callable[..., Tensor] = loss
-        return by_element(outputs, targets, reduction="none").reshape(len(targets), -1).mean(1)
-    try:
-        return vmap(lambda o, t: loss(*tree_map(lambda part: part.unsqueeze(0), (o, t))))(outputs, targets)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"the loss cannot be taken one example at a time ({reason})") from error
-
-
-def examples(source: Source, split: str, n: int | None, seed: int, device: torch.device) -> Split | LoaderSplit:
-    """``n`` examples of a split, drawn by seed, or all where there are fewer."""
-    part = source.data.get(split)
-    return part.subset(min(n, len(part)) if n is not None and isinstance(part, Split) else n, seed).to(device)
-
-
-def mean_and_error(values: Matrix) -> tuple[float, float]:
-    """Mean over examples and its standard error (NaN for a single example)."""
-    n = len(values)
-    with np.errstate(invalid="ignore", over="ignore"):  # losses far out may overflow
-        return float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
-
-
-def _are_classes(outputs: Tensor, targets: Tensor) -> bool:
-    """Whether targets are class indices of these outputs."""
-    return not targets.is_floating_point() and outputs.ndim == targets.ndim + 1
+def _of_two_or_more(batches: Iterable[Any]) -> Iterator[Any]:
+    """Inputs of batches; a single example, which has no variance, joins the next batch (the last is left out)."""
+    held: Any = None
+    for inputs, _ in batches:
+        joined = inputs if held is None else tree_map(lambda a, b: torch.cat([a, b]), held, inputs)
+        held = joined if batch_size(joined) < 2 else None
+        if held is None:
+            yield joined
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pnanalysis.activations import ACTIVATIONS
 from pnanalysis.channels import Axis, ChannelGroups, Group, misunderstood
+from pnanalysis.curvature.nest import as_arguments
 from pnanalysis.errors import ModelError
 
 
@@ -32,7 +33,7 @@ def find_groups(model: nn.Module, inputs: Any) -> list[Group]:
     ----------
     model : Module
         In eval mode.
-    inputs : Tensor
+    inputs : Tensor, or mapping or tuple of tensors
         A few examples, from which the shapes of activations are known.
 
     Returns
@@ -48,7 +49,9 @@ def find_groups(model: nn.Module, inputs: Any) -> list[Group]:
     try:
         traced = fx.symbolic_trace(model)
         with torch.no_grad():
-            ShapeProp(traced).propagate(inputs)
+            arguments, keywords = as_arguments(inputs)
+            named = [keywords[node.name] for node in traced.graph.nodes if node.op == "placeholder" and keywords]
+            ShapeProp(traced).propagate(*arguments, *named)
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(

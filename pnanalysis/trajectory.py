@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 
 from pnanalysis import schema
-from pnanalysis.errors import ModelError, PnError, RunError
+from pnanalysis.arguments import at_least, one_of
+from pnanalysis.errors import ModelError, RunError
 from pnanalysis.gram import layer_grams
 from pnanalysis.models import parameter_layers
 from pnanalysis.runs import Checkpoint, Run
@@ -107,9 +108,10 @@ def trajectory(
     H. Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913.
     Y. Min, "Persistent Neurons", arXiv:2007.01419, fig. 6.
     """
-    unknown = [name for name in projections if name not in PROJECTIONS]
-    if unknown:
-        raise PnError(f"no projection {unknown[0]!r}; there are {', '.join(PROJECTIONS)}")
+    for name in projections:
+        one_of(PROJECTIONS, projection=name)
+    at_least(1, n_components=n_components, n_random=n_random)
+    at_least(0, seed=seed)
     sources = as_sources(runs)
     points = [point for source in sources for point in _points(source, iterations)]
     if len(points) < 3:

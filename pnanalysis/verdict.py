@@ -163,7 +163,10 @@ def _errors(ds: xr.Dataset, i: int) -> str:
     at = ds.isel(checkpoint=i, other=0).sel(split=split)
     by = f"this {split} set"
     error = measured(at, "error_difference")
-    if "only_wrong" in ds:
+    if math.isnan(error.value):  # targets that are neither classes nor real numbers
+        loss = measured(at, "loss_difference")
+        text = f"{split} loss {loss.text(signed=True)} ({loss.verdict(sigmas, by)})"
+    elif "only_wrong" in ds:
         back = int(ds.only_wrong.isel(checkpoint=0, other=i).sel(split=split))
         text = f"{split} error {error.as_points(sigmas, by)}, {back} examples right only in the former and "
         text += f"{int(at.only_wrong)} only in the latter"
@@ -190,12 +193,10 @@ def _functions(ds: xr.Dataset, i: int) -> str:
     n = int(ds.n_examples.sel(split=split))
     if "rms_difference" in pair:
         error = float(np.sqrt(ds.error.sel(split=split).isel(checkpoint=0)))
-        if float(pair.rms_difference) <= _SAME * max(error, 1.0):
+        if float(pair.rms_difference) <= _SAME * np.fmax(error, 1.0):
             return f"They are the same function on all {n} {split} examples."
-        return (
-            f"Their outputs differ by {measured(pair, 'rms_difference').text()} (rms), where the latter's are "
-            f"{error:.3g} off the targets."
-        )
+        beside = "" if math.isnan(error) else f", where the latter's are {error:.3g} off the targets"
+        return f"Their outputs differ by {measured(pair, 'rms_difference').text()} (rms){beside}."
     share = measured(pair, "disagreement")
     if share.value == 0:
         what = "are the same function" if float(pair.js_divergence) < _SAME else "predict the same classes"
@@ -203,10 +204,10 @@ def _functions(ds: xr.Dataset, i: int) -> str:
             f"They {what} on all {n} {split} examples (at 95 % confidence they disagree on fewer than "
             f"{min(300 / n, 100):.2g} %)."
         )
-    return (
-        f"They disagree on {share.text(percent=True)} of the {split} examples, where networks of these accuracies with "
-        f"independent mistakes would on {100 * float(pair.expected_disagreement):.1f} %."
-    )
+    expected = measured(pair, "expected_disagreement").value if "expected_disagreement" in pair else math.nan
+    beside = f"where networks of these accuracies with independent mistakes would on {100 * expected:.1f} %"
+    known = "" if math.isnan(expected) else f", {beside}"
+    return f"They disagree on {share.text(percent=True)} of the {split} examples{known}."
 
 
 def _layers(pair: xr.Dataset) -> str:

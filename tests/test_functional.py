@@ -13,8 +13,8 @@ from torch import nn
 import pnanalysis as pn
 from pnanalysis.cka import OUTPUT, CentredKernelAlignment, linear_kernel, u_centred, unbiased_hsic
 from pnanalysis.errors import DataError, ModelError, RunError
-from pnanalysis.evaluation import example_losses, log_probabilities
 from pnanalysis.functional import expected_disagreement, functional_distance, js_divergence
+from pnanalysis.losses import example_losses, log_probabilities
 from pnanalysis.models import LOSSES
 from pnanalysis.runs import Run
 from pnanalysis.sources import Source, as_source, open_files
@@ -254,8 +254,9 @@ def test_losses_of_examples_average_to_the_loss(shape: tuple[int, ...]) -> None:
         return CROSS_ENTROPY(o, t) if float(o.sum()) > -1e9 else o.sum()
 
     for loss in (CROSS_ENTROPY, nn.CrossEntropyLoss(), branching):
-        each = example_losses(loss, outputs, targets)
+        each, weight = example_losses(loss, outputs, targets)
         assert each.shape == (20,)
+        assert (weight == 1).all()
         assert float(each.mean()) == pytest.approx(float(CROSS_ENTROPY(outputs, targets)), rel=1e-10)
         assert float(each[3]) == pytest.approx(float(CROSS_ENTROPY(outputs[3:4], targets[3:4])), rel=1e-10)
 

@@ -123,8 +123,8 @@ def test_a_runs_checkpoints_lie_along_checkpoint(tiny_run: Run, tmp_path: Path) 
     ("options", "message"),
     [
         ({"radii": {"cube": 1.0}}, "unknown neighbourhood 'cube'"),
-        ({"radii": {"ball": 0.0}}, "must be positive"),
-        ({"n_steps": 1}, "at least 2 steps"),
+        ({"radii": {"ball": 0.0}}, "must be a number above 0"),
+        ({"n_steps": 1}, "at least 2"),
         ({"checkpoints": ["middle"]}, "no checkpoint"),
     ],
 )

@@ -268,7 +268,7 @@ def test_what_the_plane_cannot_show_other_projections_can(tmp_path: Path) -> Non
     assert np.isnan(ds.cosine[0, 0])  # zero has no direction
     with pytest.raises(RunError, match="one line"):
         trajectory(source, progress=False)
-    with pytest.raises(PnError, match="no projection 'tsne'"):
+    with pytest.raises(PnError, match="unknown projection 'tsne'"):
         trajectory(source, projections=["tsne"], progress=False)
     save_file({"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}, files[2])
     with pytest.raises(ModelError, match="another architecture than"):

@@ -50,7 +50,8 @@ def map_tensors(nest: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(nest, Mapping):
         return {key: map_tensors(value, function) for key, value in nest.items()}
     if isinstance(nest, tuple | list):
-        return type(nest)(map_tensors(value, function) for value in nest)
+        parts = [map_tensors(value, function) for value in nest]
+        return type(nest)(*parts) if hasattr(nest, "_fields") else type(nest)(parts)  # a named tuple, or not
     return nest
 
 

@@ -174,6 +174,49 @@ class SpectralMeasure:
             variance += stage.factor * np.maximum(stage.averages(f**2) - centre**2, 0)
         return f @ self.weight, np.sqrt(variance)
 
+    def cumulative_variance(self, points: np.ndarray) -> tuple[np.ndarray, int]:
+        """Sampling variance of the cumulative distribution at some points, from the scatter of the probes.
+
+        Parameters
+        ----------
+        points : ndarray
+            ``(n,)``, ascending.
+
+        Returns
+        -------
+        variance : ndarray
+            ``(n,)``.
+        dof : int
+            One less than the number of probes. Of a single probe 0: there is no scatter, and the variance is that of
+            :meth:`means`, without what the places of the nodes add.
+
+        Notes
+        -----
+        Each probe gives an estimate of the whole spectrum: what was deflated before it, and its own nodes. The
+        estimates are averaged with weights ``t_i`` in proportion to their precision, and then the variance of the
+        average is ``sum t_i (F_i - F)^2 / (K - 1)``. It counts the random masses of the nodes and their random places
+        alike. The places matter for large matrices, where masses are known to ``P^(-1/2)`` and nodes stay as far
+        apart as the number of steps makes them.
+        """
+        runs = np.unique(self.run[self.sampled])
+        if len(runs) < 2:
+            return self.means((self.node <= points[:, None]).astype(float))[1] ** 2, 0
+        shares, each = [], []
+        for run in runs:
+            own = self.run == run
+            n_before = self.n_before[own][0]
+            before = ~self.sampled & (self.n_before < n_before)
+            free = 1 - n_before / self.n_parameters
+            mass = self.weight[own].sum()
+            shares.append(mass / free)
+            weight = np.where(own, self.weight * free / mass, np.where(before, 1 / self.n_parameters, 0.0))
+            order = np.argsort(self.node)
+            steps = np.concatenate([[0.0], np.cumsum(weight[order])])
+            each.append(steps[np.searchsorted(self.node[order], points, side="right")])
+        trust = np.array(shares) / np.sum(shares)
+        deviation = np.array(each) - trust @ np.array(each)
+        return trust @ deviation**2 / (len(runs) - 1), len(runs) - 1
+
     def total(self, f: np.ndarray) -> Estimate:
         """Sum of a function over all eigenvalues: ``P`` times :meth:`mean`."""
         mean = self.mean(f)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from scipy.special import gammaln
 
 from pnanalysis import schema
 from pnanalysis.curvature.quadrature import Estimate, SpectralMeasure, extremes, wasserstein1
@@ -214,7 +215,7 @@ _BOUNDED = ("lambda_max", "lambda_min", "n_outliers", "bulk_edge_low", "bulk_edg
 
 
 def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
-    """How two spectra differ: B minus A, each difference with its error.
+    r"""How two spectra differ: B minus A, each difference with its error.
 
     Parameters
     ----------
@@ -227,14 +228,24 @@ def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
     xarray.Dataset
         Of kind ``"spectrum_comparison"``: for each scalar of :func:`summarise` its difference as ``NAME`` with
         ``NAME_se`` (sampled quantities) or ``NAME_low`` and ``NAME_high`` (both).
-        ``wasserstein1`` is the distance of the two spectra; ``wasserstein1_noise`` is what the sampling error alone
-        would make of two equal spectra, on average, so that a distance well above it is real;
-        ``wasserstein1_se`` bounds its standard error from above.
+        ``wasserstein1`` is the distance of the two spectra; ``wasserstein1_noise`` is what it would be, on average, for
+        two estimates of one spectrum, so that a distance well above it is real; ``wasserstein1_se`` bounds its
+        standard error from above. See Notes.
 
     Raises
     ------
     CurvatureError
         If a dataset holds more than one checkpoint.
+
+    Notes
+    -----
+    *Noise.* The distance is the integral of the absolute difference of two cumulative distributions. For equal spectra
+    that difference is noise of mean zero; its variance at each point is taken from the scatter of the probes
+    (:meth:`pnanalysis.curvature.quadrature.SpectralMeasure.cumulative_variance`), and for a normal distribution its
+    mean absolute value is :math:`\sqrt{2/\pi}` standard deviations. The scatter counts the random masses and the random
+    places of the nodes. It does not know what the probes share, the space that was deflated first: with very many
+    probes of a large matrix two estimates differ by up to half as much again. With a single probe there is no scatter,
+    and only the random masses count.
     """
     data: dict[str, Any] = {}
     for ds in (ds_a, ds_b):
@@ -269,11 +280,20 @@ def _reach(ds_a: xr.Dataset, ds_b: xr.Dataset, name: str) -> tuple[tuple[float, 
 
 def _distance(a: SpectralMeasure, b: SpectralMeasure) -> dict[str, float]:
     points = np.unique(np.concatenate([a.node, b.node]))
-    steps = np.diff(points)
-    errors = [measure.means((measure.node <= points[:-1, None]).astype(float))[1] for measure in (a, b)]
-    se = float(np.hypot(*errors) @ steps)
+    (var_a, dof_a), (var_b, dof_b) = (measure.cumulative_variance(points[:-1]) for measure in (a, b))
+    variance = var_a + var_b
+    doubt = sum(np.square(part) / dof for part, dof in ((var_a, dof_a), (var_b, dof_b)) if dof)
+    known = doubt > 0
+    dof = np.divide(variance**2, doubt, out=np.full(variance.shape, np.inf), where=known)  # Satterthwaite
+    se = float((np.sqrt(variance) / _shrinkage(dof)) @ np.diff(points))
     return {
         "wasserstein1": wasserstein1(a.node, a.weight, b.node, b.weight),
         "wasserstein1_noise": float(np.sqrt(2 / np.pi)) * se,
         "wasserstein1_se": se,
     }
+
+
+def _shrinkage(dof: np.ndarray) -> np.ndarray:
+    """Mean of the root of a sample variance of so many degrees of freedom, over the root of its mean (normal)."""
+    finite = np.minimum(dof, 1e6)
+    return np.asarray(np.sqrt(2 / finite) * np.exp(gammaln((finite + 1) / 2) - gammaln(finite / 2)))

@@ -1,0 +1,63 @@
+"""Checks that arguments of several analyses share; each failure is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from pnanalysis.errors import PnError
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def at_least(least: int, **numbers: Any) -> None:
+    """Whole numbers must not be smaller than this; ``None`` stands for a default and passes.
+
+    Raises
+    ------
+    PnError
+    """
+    for name, value in numbers.items():
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < least):
+            raise PnError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+def positive(**numbers: Any) -> None:
+    """Numbers must be finite and above zero; ``None`` stands for a default and passes.
+
+    Raises
+    ------
+    PnError
+    """
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, Real) and isfinite(value) and float(value) > 0):
+            raise PnError(f"{name} is {value!r}; it must be a number above 0")
+
+
+def one_of(known: Iterable[str], **names: Any) -> None:
+    """Names must be among those known.
+
+    Raises
+    ------
+    PnError
+    """
+    known = list(known)
+    for name, value in names.items():
+        if value not in known:
+            raise PnError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+
+
+def resolve_dtype(name: Any) -> torch.dtype:
+    """``float32`` or ``float64``.
+
+    Raises
+    ------
+    PnError
+        For any other name.
+    """
+    one_of(DTYPES, dtype=name)
+    return DTYPES[name]

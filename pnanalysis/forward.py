@@ -1,0 +1,168 @@
+"""Where a network meets its data: how it is called, what counts of its answer, and what goes wrong as one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pnanalysis.curvature.nest import as_arguments, cut, move, tensors
+from pnanalysis.errors import DataError, ModelError, PnError
+from pnanalysis.models import Loss
+
+#: Entries of an answer that hold the prediction: of Hugging Face's models, and of torchvision's segmentation.
+PREDICTIONS = ("logits", "out")
+#: The target that torch's cross-entropy passes over where it is not told another.
+IGNORED = -100
+_WRAP = "wrap the network in a module that returns its logits, or give a loss that takes what it returns"
+
+
+def run(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = None) -> Any:
+    """The network's answer: a mapping is passed by keyword, a tuple or list by position, all else as it is.
+
+    ``state`` stands in for the network's own parameters and buffers.
+    """
+    arguments, keywords = as_arguments(inputs)
+    if state is None:
+        return model(*arguments, **keywords)
+    return functional_call(model, dict(state), arguments, keywords)
+
+
+def prediction(outputs: Any) -> Tensor | None:
+    """The tensor that is a network's prediction: the answer itself, its ``logits`` or ``out``, the first of a sequence.
+
+    ``None`` where there is none of these.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    for name in PREDICTIONS:
+        found = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if isinstance(found, Tensor):
+            return found
+    first = next(iter(outputs), None) if isinstance(outputs, tuple | list) else None
+    return first if isinstance(first, Tensor) else None
+
+
+def wanted(outputs: Any, who: str = "the network") -> Tensor:
+    """The :func:`prediction`, where there has to be one.
+
+    Raises
+    ------
+    ModelError
+        If there is none.
+    """
+    found = prediction(outputs)
+    if found is None:
+        raise ModelError(f"{who} returns {_kind(outputs)}, in which there is no prediction; {_WRAP}")
+    return found
+
+
+def not_for(loss: Loss, outputs: Any) -> ModelError:
+    """What to say where a loss takes a tensor and the network returns something else."""
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return ModelError(f"the network returns {_kind(outputs)}, where {name} takes a tensor; {_WRAP}")
+
+
+@contextmanager
+def explained(
+    label: str, model: nn.Module | None = None, batches: Iterable[Any] = (), loss: Loss | None = None
+) -> Iterator[None]:
+    """What the network or the loss raise when given the data, as one sentence.
+
+    Parameters
+    ----------
+    label : str
+        What the network is called.
+    model, batches, loss : optional
+        Tried again on two examples when something was raised, to say which of them does not fit.
+
+    Raises
+    ------
+    DataError
+        In place of what was raised in the body; errors of the user's own making, and of memory, pass.
+    """
+    try:
+        yield
+    except (PnError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        found = None if model is None else _diagnosis(model, batches, loss)
+        if found is None:
+            found = (
+                f"the network or the loss cannot take these data ({_reason(error)}); "
+                "check the shapes of the inputs, and the targets"
+            )
+        raise DataError(f"{label}: {found}") from error
+
+
+@torch.no_grad()
+def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> str | None:
+    """What does not fit, as far as two examples and a look at all targets tell."""
+    try:
+        first = next(iter(batches))
+        own = next(model.parameters())
+        inputs, targets = move(cut(first, slice(0, 2)), own.device, own.dtype)
+    except Exception:  # nothing that could be tried
+        return None
+    try:
+        outputs = run(model, inputs)
+    except Exception as error:
+        return f"the network cannot take these data: inputs of {_shapes(inputs)} ({_reason(error)})"
+    if loss is None:
+        return None
+    try:
+        loss(outputs, targets)
+        failed = None
+    except Exception as error:
+        failed = error
+    if not isinstance(outputs, Tensor):
+        return None if failed is None else str(not_for(loss, outputs))
+    beyond = _no_class(outputs, batches, loss)
+    if beyond is not None:
+        return f"the loss cannot take these data: {beyond}"
+    if failed is None:
+        return None
+    return (
+        f"the loss cannot take these data: outputs of {_shapes(outputs)} with targets of {_shapes(targets)} "
+        f"({_reason(failed)})"
+    )
+
+
+def _no_class(outputs: Tensor, batches: Iterable[Any], loss: Loss) -> str | None:
+    """The first integer target that is no class of these outputs."""
+    ignored = getattr(loss, "ignore_index", getattr(loss, "keywords", {}).get("ignore_index", IGNORED))
+    for _, targets in batches:
+        whole = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
+        if not whole or outputs.ndim != targets.ndim + 1:
+            return None
+        said = no_class(outputs.shape[1], targets, ignored)
+        if said is not None:
+            return said
+    return None
+
+
+def no_class(n_classes: int, targets: Tensor, ignored: int = IGNORED) -> str | None:
+    """That some target is not one of so many classes; ``None`` if all are."""
+    bad = ((targets < 0) | (targets >= n_classes)) & (targets != ignored)
+    if not bool(bad.any()):
+        return None
+    return f"the target {int(targets[bad][0])} is no class of a network with {n_classes} outputs (0 to {n_classes - 1})"
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _shapes(nest: Any) -> str:
+    """Shapes and types, as words."""
+    parts = [f"shape {tuple(t.shape)}, {str(t.dtype).removeprefix('torch.')}" for t in tensors(nest)]
+    return " and ".join(parts) or _kind(nest)
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"

@@ -1,0 +1,222 @@
+"""Losses and mistakes example by example: against the loss of all data at once, and errors of ratios by hand."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pnanalysis as pn
+from pnanalysis.errors import PnError
+from pnanalysis.losses import example_errors, example_losses, linearised
+from pnanalysis.sources import Source, open_files
+
+VOID = 255
+
+
+class Pixels(nn.Sequential):
+    """A segmentation network: (N, 3, 6, 6) to (N, 4, 6, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, 4, 1))
+
+
+def saved(folder: Path, make, n: int = 2) -> list[Path]:
+    for seed in range(n):
+        torch.manual_seed(seed)
+        torch.save(make().state_dict(), folder / f"w{seed}.pt")
+    return [folder / f"w{seed}.pt" for seed in range(n)]
+
+
+def masks(n: int = 40, void: bool = True) -> tuple[Tensor, Tensor]:
+    """Images, and a class for each pixel; each image has another share of pixels without, one has no class at all."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(n, 3, 6, 6, generator=generator)
+    targets = torch.randint(4, (n, 6, 6), generator=generator)
+    if void:
+        targets[torch.rand(n, 6, 6, generator=generator) < torch.linspace(0, 0.9, n)[:, None, None]] = VOID
+        targets[7] = VOID
+    return inputs, targets
+
+
+def segmentation(folder: Path, loss, void: bool = True) -> Source:
+    return open_files(Pixels, saved(folder, Pixels), masks(void=void), loss)
+
+
+def whole(source: Source, loss) -> list[float]:
+    """The loss over all the data as one batch, of each network."""
+    inputs, targets = source.data.train.take(slice(None))
+    with torch.no_grad():
+        return [float(loss(source.model(c)(inputs), targets)) for c in source.checkpoints]
+
+
+CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 4.0, 2.0])
+WEIGHTED = {
+    "ignored": nn.CrossEntropyLoss(ignore_index=VOID),
+    "class weights": nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, ignore_index=VOID),
+    "smoothed": nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, ignore_index=VOID, label_smoothing=0.2),
+    "partial": partial(F.cross_entropy, ignore_index=VOID),
+}
+
+
+@pytest.mark.parametrize("loss", WEIGHTED.values(), ids=WEIGHTED.keys())
+def test_weighted_means_are_those_of_all_data_at_once(tmp_path: Path, loss) -> None:
+    source = segmentation(tmp_path, loss)
+    expected = whole(source, loss)
+    ds = pn.compare(source, split="train", hessian=False, saturation=False, batch_size=8, progress=False)
+    np.testing.assert_allclose(ds.loss.sel(split="train"), expected, rtol=1e-5)
+    line = pn.landscape(source, n_points=2, batch_size=7, progress=False)
+    np.testing.assert_allclose(line.loss.values.ravel(), expected, rtol=1e-5)
+    np.testing.assert_allclose(line.loss_se.values.ravel(), ds.loss_se.sel(split="train"), rtol=1e-4)
+    there = pn.sharpness(source, radii={"ball": 0.1}, n_steps=3, batch_size=7, progress=False)
+    np.testing.assert_allclose(there.loss, expected, rtol=1e-5)
+
+
+def test_mistakes_are_counted_where_there_is_a_class(tmp_path: Path) -> None:
+    source = segmentation(tmp_path, nn.CrossEntropyLoss(ignore_index=VOID))
+    ds = pn.compare(source, split="train", hessian=False, saturation=False, batch_size=8, progress=False)
+    inputs, targets = masks()
+    valid = targets != VOID
+    with torch.no_grad():
+        wrong = [(source.model(c)(inputs).argmax(1) != targets)[valid].double().mean() for c in source.checkpoints]
+    np.testing.assert_allclose(ds.error.sel(split="train"), wrong, rtol=1e-12)
+    line = pn.landscape(source, n_points=2, progress=False)
+    np.testing.assert_allclose(line.error.values.ravel(), wrong, rtol=1e-12)
+
+
+def test_the_error_of_a_weighted_mean_is_its_spread_over_data() -> None:
+    """Over independent samples the ratio spreads by what the linearised numbers say."""
+    rng = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(400):
+        weight = rng.integers(0, 30, size=60).astype(float)
+        value = rng.normal(1 + weight / 30, 1 / np.sqrt(1 + weight))
+        standing = linearised(value, weight)
+        assert standing.mean() == pytest.approx((value * weight).sum() / weight.sum(), rel=1e-12)
+        means.append(standing.mean())
+        errors.append(standing.std(ddof=1) / np.sqrt(60))
+    # the spread of 400 values is known to 1 / sqrt(798) = 3.5 %; three of these, and 3 % for the linearisation (1 / 60)
+    assert np.std(means, ddof=1) == pytest.approx(np.mean(errors), rel=0.14)
+
+
+def test_differences_of_weighted_means_are_paired(tmp_path: Path) -> None:
+    loss = nn.CrossEntropyLoss(ignore_index=VOID)
+    source = segmentation(tmp_path, loss)
+    ds = pn.compare(source, split="train", hessian=False, saturation=False, progress=False).sel(split="train")
+    inputs, targets = masks()
+    valid = (targets != VOID).double()
+    w = valid.sum((1, 2)).numpy()
+    with torch.no_grad():
+        each = [
+            (F.cross_entropy(source.model(c)(inputs), targets, ignore_index=VOID, reduction="none") * valid).sum((1, 2))
+            for c in source.checkpoints
+        ]
+    a, b = (values.numpy() / np.maximum(w, 1) for values in each)
+    difference = ((b - a) * w).sum() / w.sum()
+    residual = w / w.mean() * ((b - a) - difference)
+    assert float(ds.loss_difference[1, 0]) == pytest.approx(difference, rel=1e-4)
+    assert float(ds.loss_difference_se[1, 0]) == pytest.approx(
+        np.sqrt((residual**2).sum() / (len(w) * (len(w) - 1))), rel=1e-4
+    )
+
+
+def soft(n: int = 30) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(n, 5, generator=generator), torch.rand(n, 3, generator=generator).softmax(1)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "cross_entropy",
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])),
+        lambda o, t: -(t * o.log_softmax(1)).sum(1).mean(),
+    ],
+    ids=["by name", "class weights", "own"],
+)
+def test_class_probabilities_are_classes(tmp_path: Path, loss) -> None:
+    inputs, targets = soft()
+    source = open_files(lambda: nn.Linear(5, 3), saved(tmp_path, lambda: nn.Linear(5, 3)), (inputs, targets), loss)
+    ds = pn.compare(source, split="train", hessian=False, batch_size=8, progress=False).sel(split="train")
+    with torch.no_grad():
+        wrong = [
+            float((source.model(c)(inputs).argmax(1) != targets.argmax(1)).double().mean()) for c in source.checkpoints
+        ]
+    np.testing.assert_allclose(ds.error, wrong, rtol=1e-12)
+    np.testing.assert_allclose(ds.loss, whole(source, source.loss), rtol=1e-5)
+    assert "disagreement" in ds
+    assert ds.attrs["classes"] == 3
+    line = pn.landscape(source, n_points=2, progress=False)
+    np.testing.assert_allclose(line.error.values.ravel(), wrong, rtol=1e-12)
+
+
+def test_real_targets_stay_a_regression() -> None:
+    outputs, targets = torch.randn(6, 3), torch.randn(6, 3)
+    for loss in (F.mse_loss, nn.MSELoss(), lambda o, t: (o - t).abs().mean()):
+        assert example_errors(loss, outputs, targets) is None
+    one_hot = F.one_hot(torch.arange(6) % 3, 3).float()
+    assert example_errors(F.mse_loss, outputs, one_hot) is None
+    shares, counts = example_errors(F.binary_cross_entropy_with_logits, outputs, (targets > 0).float())
+    assert (counts == 1).all()
+    np.testing.assert_allclose(shares, ((outputs > 0) != (targets > 0)).double().mean(1))
+
+
+def test_classes_along_the_last_dim_are_compared_but_not_judged(tmp_path: Path) -> None:
+    """A language model's logits (batch, length, vocabulary), under a loss that shifts its targets."""
+
+    def next_token(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Embedding(11, 4), nn.Tanh(), nn.Linear(4, 11))
+
+    tokens = torch.randint(11, (20, 6), generator=torch.Generator().manual_seed(0))
+    source = open_files(make, saved(tmp_path, make), (tokens, tokens), next_token)
+    ds = pn.compare(source, split="train", hessian=False, batch_size=8, progress=False)
+    np.testing.assert_allclose(ds.loss.values.ravel(), whole(source, next_token), rtol=1e-5)
+    with torch.no_grad():
+        a, b = (source.model(c)(tokens).argmax(-1) for c in source.checkpoints)
+    assert float(ds.disagreement[1, 0]) == pytest.approx(float((a != b).double().mean()))
+    assert ds.error.isnull().all()
+    assert pn.verdict(ds)
+    assert "error" not in pn.landscape(source, n_points=2, progress=False)
+
+
+def _summed(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="sum")
+
+
+def _hidden_weights(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, ignore_index=VOID)
+
+
+@pytest.mark.parametrize("loss", [_summed, nn.CrossEntropyLoss(reduction="sum")], ids=["own", "torch's"])
+def test_a_sum_over_examples_is_refused_by_all_alike(tmp_path: Path, loss) -> None:
+    source = segmentation(tmp_path, loss, void=False)
+    for analysis in (pn.compare, pn.landscape, pn.functional_distance):
+        with pytest.raises(PnError, match="not the mean over its examples"):
+            analysis(source, progress=False)
+
+
+def test_weights_that_nobody_can_see_are_refused_and_the_way_out_is_told(tmp_path: Path) -> None:
+    source = segmentation(tmp_path, _hidden_weights)
+    for analysis in (pn.compare, pn.landscape):
+        with pytest.raises(PnError, match=r"torch\.nn\.CrossEntropyLoss are understood") as raised:
+            analysis(source, progress=False)
+        assert "\n" not in str(raised.value)
+
+
+def test_losses_that_look_at_values_or_sizes_are_taken_one_by_one() -> None:
+    outputs, targets = torch.randn(9, 4, dtype=torch.float64), torch.randint(4, (9,))
+
+    def looking(o: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(o, t) if float(o.abs().max()) < 1e9 else o.sum()
+
+    each, weight = example_losses(looking, outputs, targets)
+    np.testing.assert_allclose(each, F.cross_entropy(outputs, targets, reduction="none"), rtol=1e-12)
+    assert (weight == 1).all()
