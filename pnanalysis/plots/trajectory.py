@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -161,15 +159,12 @@ def cosines(ds: xr.Dataset) -> Figure:
             chosen = ((ds.run == ds.run.values[0]) & (ds.iteration == i)).values
             one = at.cosine.isel(checkpoint=chosen, end=(ends.end_iteration < i).values)
             best = i == champion
-            look: dict[str, Any] = {
-                "color": CHAMPION if best else OTHERS,
-                "zorder": 4 if best else 2,
-                "ls": "--" if best else "-",
-            }
+            colour, width, dashes = (CHAMPION, 1.6, "--") if best else (OTHERS, 1.0, "-")
             mean = one.mean("end")
-            ax.plot(one.epoch, one.values, color=look["color"], lw=0.4, alpha=0.4)
+            ax.plot(one.epoch, one.values, color=colour, lw=0.4, alpha=0.4)
             text = f"champion (iteration {i})" if best else others(later, champion)
-            ax.plot(one.epoch, mean, lw=1.6 if best else 1.0, marker=few(len(mean)), label=text, **look)
+            ax.plot(one.epoch, mean, color=colour, lw=width, ls=dashes, marker=few(len(mean)), zorder=2 + width,
+                    label=text)  # fmt: skip
         integer_axis(ax, one.epoch.values)
     for ax in lowest(axes):
         ax.set_xlabel("epoch")
