@@ -52,7 +52,8 @@ def trajectory(
         *given, iterations=iteration, projections=projection or DEFAULT_PROJECTIONS, n_components=components,
         n_random=random_planes, per_layer=per_layer, seed=seed, progress=not quiet,
     )  # fmt: skip
-    options.deliver(ds, given[0], output, plot, quiet, _table)
+    drawing = {"kind": "trajectory_layers"} if per_layer else {}
+    options.deliver(ds, given[0], output, plot, quiet, _table, **drawing)
 
 
 def _table(ds: xr.Dataset) -> Table:

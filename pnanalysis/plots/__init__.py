@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pnanalysis.errors import PnError
+from pnanalysis.plots.activations import activation_histogram, saturated_layers
 from pnanalysis.plots.comparison import comparison
 from pnanalysis.plots.history import errors, history
 from pnanalysis.plots.landscape import barrier, landscape, sharpness
-from pnanalysis.plots.saturation import activation_histogram, saturated_layers, saturation
+from pnanalysis.plots.saturation import saturation, saturation_gap
 from pnanalysis.plots.spectrum import layer_spectra, spectral_density
 from pnanalysis.plots.style import new_figure, save_figure, style
 from pnanalysis.plots.trajectory import cosines, trajectories, trajectory, trajectory_layers
@@ -27,8 +28,9 @@ FIGURES: dict[str, str] = {
     "spectral_density": "pnanalysis.plots.spectrum:spectral_density",
     "layer_spectra": "pnanalysis.plots.spectrum:layer_spectra",
     "saturation": "pnanalysis.plots.saturation:saturation",
-    "saturated_layers": "pnanalysis.plots.saturation:saturated_layers",
-    "activation_histogram": "pnanalysis.plots.saturation:activation_histogram",
+    "saturation_gap": "pnanalysis.plots.saturation:saturation_gap",
+    "saturated_layers": "pnanalysis.plots.activations:saturated_layers",
+    "activation_histogram": "pnanalysis.plots.activations:activation_histogram",
     "trajectory": "pnanalysis.plots.trajectory:trajectory",
     "trajectories": "pnanalysis.plots.trajectory:trajectories",
     "trajectory_layers": "pnanalysis.plots.trajectory:trajectory_layers",
@@ -98,6 +100,7 @@ __all__ = [
     "plot",
     "saturated_layers",
     "saturation",
+    "saturation_gap",
     "save_figure",
     "sharpness",
     "spectral_density",

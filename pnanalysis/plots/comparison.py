@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pnanalysis.measured import Measured
-from pnanalysis.plots.style import COLOURS, DASHES, PAGE, QUIET, new_figure
+from pnanalysis.plots.style import COLOURS, DASHES, MARKERS, PAGE, QUIET, new_figure, tilted
 from pnanalysis.verdict import Diagnostic, diagnostics, short_names
 
 _PER_ROW = 4
-_MARKERS = "osD^vP*X"
+_TOLD, _SAME, _UNKNOWN = "full", "none", "left"  # how markers are filled
+_SAID = {
+    _TOLD: "the first, or told from it",
+    _SAME: "not told from the first",
+    _UNKNOWN: "difference of unknown error",
+}
+_NEVER_NEGATIVE = ("loss", "error", "outliers", "effective rank")
 _LEFT_OUT = {"norm of the parameters", "negative eigenvalues"}
 
 
@@ -31,27 +39,26 @@ def comparison(ds: xr.Dataset) -> Figure:
     -------
     Figure
         Bars are 95 % intervals. A marker is hollow where the (paired) difference from the first checkpoint, the
-        reference, is not told from zero; these differences are known better than the bars suggest.
+        reference, is not told from zero, and half filled where its error is not known; paired differences are known
+        better than the bars suggest.
     """
     rows = [row for row in diagnostics(ds) if row.values and row.title not in _LEFT_OUT]
     k = ds.sizes["checkpoint"]
     n_rows = -(-len(rows) // _PER_ROW)
-    height, foot = 0.55 + 0.2 * k, 1.6 + 0.22 * k
+    height, foot = 0.6 + 0.2 * k, 1.6 + 0.22 * k
     figure = new_figure(PAGE, n_rows * height + foot + 0.2)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(n_rows * height, foot))[:, 0]
     panels = upper.subplots(n_rows, _PER_ROW, sharey=True, squeeze=False).ravel()
     sigmas = float(ds.attrs["sigmas"])
+    fills = [_TOLD]
     for ax, row in zip(panels, rows, strict=False):
-        _dots(row, sigmas, ax)
+        fills += _dots(row, sigmas, ax)
     for ax in panels[len(rows) :]:
         ax.remove()
     panels[0].set_yticks(range(k), short_names(ds))
     panels[0].set_ylim(k - 0.5, -0.5)
     _functions(ds, lower)
-    lower.supxlabel(
-        "bars: 95 % intervals, none where no error is known or it is too small to see; hollow: the (paired) difference "
-        "from the first is not told from zero", x=0.01, ha="left", fontsize=6.5, color="#555555",
-    )  # fmt: skip
+    _explain(fills, figure)
     return figure
 
 
@@ -80,25 +87,51 @@ def _functions(ds: xr.Dataset, figure: FigureBase) -> None:
         _layers(ds, labels, axes[1])
 
 
-def _dots(row: Diagnostic, sigmas: float, ax: Axes) -> None:
-    """One number of every checkpoint, the first as a line."""
-    for i, value in enumerate(row.values):
+def _dots(row: Diagnostic, sigmas: float, ax: Axes) -> list[str]:
+    """One number of every checkpoint, the first as a line; how their markers are filled."""
+    fills = [_TOLD, *(_fill(beside, sigmas) for beside in row.beside)]
+    for i, (value, fill) in enumerate(zip(row.values, fills, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
-        solid = i == 0 or row.beside[i - 1].told(sigmas) or not _has_error(row.beside[i - 1])
         low, high = _interval(value)
+        if row.title.endswith(_NEVER_NEGATIVE):
+            low = max(low, 0.0)
         ax.plot([low, high], [i, i], color=colour, lw=1.0, zorder=2)
-        ax.plot(value.value, i, _MARKERS[i % len(_MARKERS)], color=colour, mfc=colour if solid else "white", zorder=3)
+        ax.plot(value.value, i, MARKERS[i % len(MARKERS)], zorder=3, **_filled(fill, colour))
     ax.axvline(row.values[0].value, color=QUIET, lw=0.6, ls=":", zorder=0)
     ax.set_title(f"{row.title} [%]" if row.percent else row.title, loc="left", fontsize=7)
     ax.xaxis.set_major_locator(MaxNLocator(3))
     if row.percent:
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    else:
+        ax.ticklabel_format(axis="x", useOffset=False)
     ax.tick_params(axis="y", length=0)
     ax.margins(x=0.12)
+    low, high = ax.get_xlim()
+    size = max(abs(low), abs(high))
+    least = 2e-3 * size if size > 1e-9 else 1.0  # differences below are round-off, or of no interest
+    if high - low < least:
+        ax.set_xlim((low + high - least) / 2, (low + high + least) / 2)
+    return fills
 
 
-def _has_error(value: Measured) -> bool:
-    return math.isfinite(value.se) or math.isfinite(value.low)
+def _fill(beside: Measured, sigmas: float) -> str:
+    """What a marker says of the difference from the first checkpoint."""
+    if not (math.isfinite(beside.se) or math.isfinite(beside.low)):
+        return _UNKNOWN
+    return _TOLD if beside.told(sigmas) else _SAME
+
+
+def _filled(fill: str, colour: str) -> dict[str, Any]:
+    inside = "white" if fill == _SAME else colour
+    return {"color": colour, "mfc": inside, "mfcalt": "white", "fillstyle": "left" if fill == _UNKNOWN else "full"}
+
+
+def _explain(fills: list[str], figure: Figure) -> None:
+    """What bars and fillings mean, of those that there are."""
+    bar = Line2D([], [], color="#555555", lw=1.0, label="95 % interval, where known")
+    marks = [Line2D([], [], marker="o", ls="none", label=_SAID[fill], **_filled(fill, "#555555")) for fill in _SAID
+             if fill in fills]  # fmt: skip
+    figure.legend(handles=[bar, *marks], loc="outside lower left", ncols=4, fontsize=6.5)
 
 
 def _interval(value: Measured) -> tuple[float, float]:
@@ -120,10 +153,13 @@ def _heat(ds: xr.Dataset, name: str, labels: list[str], ax: Axes) -> None:
                 text = f"{values[i, j]:.1f}" if share else f"{values[i, j]:.2g}"
                 ax.text(j, i, text, ha="center", va="center", fontsize=7)
     ax.set_yticks(range(k), labels)
-    ax.set_xticks(range(k), labels, rotation=20, ha="right")
+    ax.set_xticks(range(k), labels, **tilted(labels, 2.4))
+    ax.set_xticks(np.arange(k - 1) + 0.5, minor=True)
+    ax.set_yticks(np.arange(k - 1) + 0.5, minor=True)
+    ax.grid(which="minor", color="0.8", lw=0.5)
     for spine in ax.spines.values():
-        spine.set_visible(False)
-    ax.tick_params(length=0)
+        spine.set(visible=True, color="0.8")
+    ax.tick_params(which="both", length=0)
     split = str(ds.attrs["function_split"])
     title = f"disagreement on {split} examples [%]" if share else f"rms difference of outputs, {split} examples"
     ax.set_title(title, loc="left", fontsize=7)
@@ -134,12 +170,14 @@ def _layers(ds: xr.Dataset, labels: list[str], ax: Axes) -> None:
     places = range(ds.sizes["layer"])
     for i in range(1, len(labels)):
         at = ds.isel(checkpoint=i, other=0)
+        shifted = np.array(places) + 0.06 * (i - len(labels) / 2)
         ax.errorbar(
-            places, at.cka, 1.96 * at.cka_se, color=COLOURS[i % len(COLOURS)], ls=DASHES[(i - 1) % len(DASHES)],
-            marker=_MARKERS[i % len(_MARKERS)], elinewidth=0.8, capsize=1.5, label=labels[i],
+            shifted, at.cka, 1.96 * at.cka_se, color=COLOURS[i % len(COLOURS)], ls=DASHES[(i - 1) % len(DASHES)],
+            marker=MARKERS[i % len(MARKERS)], elinewidth=0.8, capsize=1.5, label=labels[i],
         )  # fmt: skip
-    ax.set_xticks(places, [str(name) for name in ds.layer.values], rotation=30, ha="right")
+    layers = [str(name) for name in ds.layer.values]
+    ax.set_xticks(places, layers, **tilted(layers, 2.8))
     lowest = float(np.nanmin((ds.cka - 1.96 * ds.cka_se.fillna(0)).isel(other=0)))
     ax.set_ylim(min(lowest, 0.98) - 0.02, 1.01) if lowest > 0.5 else ax.set_ylim(min(lowest, 0.0) - 0.02, 1.03)
-    ax.set_title(f"CKA with {labels[0]}", loc="left", fontsize=7)
+    ax.set_title(f"CKA with {labels[0]}, bars: 95 % intervals", loc="left", fontsize=7)
     ax.legend(loc="best")

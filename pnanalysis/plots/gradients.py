@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-from pnanalysis.plots.style import CHAMPION, PAGE, PLAIN, RESTART, new_figure
+from pnanalysis.plots.style import (
+    CHAMPION,
+    COLUMN,
+    PAGE,
+    PLAIN,
+    RESTART,
+    few,
+    integer_axis,
+    legend_above,
+    log_axis,
+    new_figure,
+)
+
+_PER_ROW = 4
+_POSITIVE, _NEGATIVE = "#0072B2", "#F5C76A"
 
 
 def gradients(ds: xr.Dataset, iteration: int | None = None) -> Figure:
@@ -26,29 +43,53 @@ def gradients(ds: xr.Dataset, iteration: int | None = None) -> Figure:
     """
     at = ds.isel(iteration=-1) if iteration is None else ds.sel(iteration=iteration)
     at = at.isel(layer=at.constant_norm.notnull().values).dropna("epoch", subset=["loss_gradient_norm"])
-    figure = new_figure(PAGE, 3.2)
-    panels = figure.subplots(2, at.sizes["layer"], sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
-    for (top, bottom), layer in zip(panels.T, at.layer.values, strict=True):
-        one = at.sel(layer=layer)
-        top.plot(one.epoch, one.loss_gradient_norm, color=PLAIN, label="loss gradient")
-        top.axhline(float(one.constant_norm), color=CHAMPION, ls="--", label="constant push")
-        moving = one.fluctuation_norm.where(one.fluctuation_norm > 1e-9 * float(one.constant_norm))
-        top.plot(one.epoch, moving, color=RESTART, ls=":", marker=".", label="fluctuation")
-        top.set_yscale("log")
+    n = at.sizes["layer"]
+    columns = min(n, _PER_ROW)
+    n_rows = -(-n // columns)
+    figure = new_figure(PAGE if n > 1 else COLUMN * 1.5, 0.3 + 2.9 * n_rows)
+    panels = figure.subplots(2 * n_rows, columns, squeeze=False, height_ratios=(2, 1) * n_rows)
+    pairs = [(panels[2 * (k // columns), k % columns], panels[2 * (k // columns) + 1, k % columns]) for k in range(n)]
+    for ax in panels.reshape(n_rows, 2, columns).transpose(0, 2, 1).reshape(-1, 2)[n:].ravel():
+        ax.remove()
+    for k, ((top, bottom), layer) in enumerate(zip(pairs, at.layer.values, strict=True)):
+        top.sharey(pairs[0][0])
+        top.sharex(bottom)
+        _norms(at.sel(layer=layer), top)
+        _signs(at.sel(layer=layer), bottom)
         top.set_title(str(layer), loc="left")
-        signs = one.sign.dropna("end", how="all")
-        bottom.pcolormesh(
-            _edges(one.epoch.values), np.arange(signs.sizes["end"] + 1) - 0.5, signs.transpose("end", "epoch").values,
-            cmap=ListedColormap(["#E69F00", "#FFFFFF", "#0072B2"]), vmin=-1, vmax=1, rasterized=True,
-        )  # fmt: skip
+        top.tick_params(labelbottom=False)
+        top.tick_params(axis="y", which="both", labelleft=k % columns == 0)
+        bottom.tick_params(labelleft=k % columns == 0)
         bottom.set_xlabel("epoch")
-    panels[0, 0].set_ylabel("norm")
-    panels[1, 0].set_ylabel("earlier end point\n(sign: blue +, orange −)")
-    panels[1, 0].yaxis.get_major_locator().set_params(integer=True)
-    handles, names = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncols=3)
+        if k % columns == 0:
+            top.set_ylabel("norm [loss]")
+            bottom.set_ylabel("earlier end")
+    drawn = np.concatenate([at.constant_norm.values, at.loss_gradient_norm.values.ravel()])
+    log_axis(pairs[0][0], drawn.min(), drawn.max())
+    handles, names = pairs[0][0].get_legend_handles_labels()
+    signs = [Patch(fc=_POSITIVE, label="inner product > 0"), Patch(fc=_NEGATIVE, label="inner product < 0")]
+    legend_above(figure, [*handles, *signs], [*names, *(str(patch.get_label()) for patch in signs)])
     figure.suptitle(f"iteration {int(at.iteration)}", x=0.01, ha="left", fontsize="medium")
     return figure
+
+
+def _norms(one: xr.Dataset, ax: Axes) -> None:
+    ax.plot(one.epoch, one.loss_gradient_norm, color=PLAIN, marker=few(one.sizes["epoch"]), label="loss gradient")
+    ax.axhline(float(one.constant_norm), color=CHAMPION, ls="--", label="constant push")
+    moving = one.fluctuation_norm.where(one.fluctuation_norm > 1e-9 * float(one.constant_norm))
+    none = "" if bool(moving.notnull().any()) else ": none"
+    ax.plot(one.epoch, moving, color=RESTART, ls=":", marker="s", ms=2.5, label=f"fluctuation{none}")
+
+
+def _signs(one: xr.Dataset, ax: Axes) -> None:
+    signs = one.sign.dropna("end", how="all")
+    ax.pcolormesh(
+        _edges(one.epoch.values), np.arange(signs.sizes["end"] + 1) - 0.5, signs.transpose("end", "epoch").values,
+        cmap=ListedColormap([_NEGATIVE, "#FFFFFF", _POSITIVE]), vmin=-1, vmax=1, edgecolors="white", lw=0.3,
+        rasterized=True,
+    )  # fmt: skip
+    ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+    integer_axis(ax, one.epoch.values)
 
 
 def _edges(epochs: np.ndarray) -> np.ndarray:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from pnanalysis.plots.style import CHAMPION, PAGE, PLAIN, QUIET, RESTART, champion_of, label, new_figure, own_axes
+from pnanalysis.errors import PnError
+from pnanalysis.plots.style import (
+    CHAMPION,
+    OTHERS,
+    PAGE,
+    PLAIN,
+    QUIET,
+    RESTART,
+    champion_of,
+    few,
+    integer_axis,
+    label,
+    log_axis,
+    new_figure,
+    others,
+    own_axes,
+)
 
 
 def history(ds: xr.Dataset) -> Figure:
@@ -29,8 +47,9 @@ def history(ds: xr.Dataset) -> Figure:
     axes = figure.subplots(len(runs), 1 + has_error, squeeze=False)
     for row, (name, one) in zip(axes, runs, strict=True):
         _curves(one, "train_loss", row[0])
-        if bool((one.train_loss > 0).all() | one.train_loss.isnull().all()) and float(one.train_loss.max()) > 0:
-            row[0].set_yscale("log")
+        least, most = float(one.train_loss.min()), float(one.train_loss.max())
+        if least > 0:
+            log_axis(row[0], least, most)
         if has_error:
             _curves(one, "validation_error", row[1])
             row[1].yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -55,21 +74,30 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
     -------
     Axes
         Error bars are binomial standard errors.
+
+    Raises
+    ------
+    PnError
+        If the dataset has several runs.
     """
+    if "run" in ds.dims:
+        raise PnError(f"errors are drawn of one run; select one of {', '.join(map(str, ds.run.values))}")
     ax = own_axes(ax, PAGE * 0.7, 2.4)
     last = ds.isel(epoch=-1)
-    for name, colour, marker, text in (
-        ("validation_error", PLAIN, "o", "validation"),
-        ("test_error", CHAMPION, "s", "test"),
+    entries: list[Any] = []
+    for name, colour, marker, text, shift in (
+        ("validation_error", PLAIN, "o", "validation", -0.06),
+        ("test_error", CHAMPION, "s", "test", 0.06),
     ):
         size = int(ds.attrs.get(f"n_{name.split('_')[0]}", 0))
         values = last[name].values
-        ax.errorbar(ds.iteration, values, _binomial_se(values, size), color=colour, marker=marker, ls="--", lw=0.8,
-                    capsize=1.5, elinewidth=0.6, label=text)  # fmt: skip
-        ax.axhline(values[0], color=colour, lw=0.8)
+        bars = ax.errorbar(ds.iteration + shift, values, _binomial_se(values, size), color=colour, marker=marker,
+                           ls="--", lw=0.8, capsize=1.5, elinewidth=0.6, label=text)  # fmt: skip
+        entries.append(bars)
+        ax.axhline(values[0], color=colour, lw=0.8, ls="-" if marker == "o" else "-.")
         if control is not None:
-            ax.plot(control.iteration, control.isel(epoch=-1)[name], marker, mfc="none", color=RESTART, ls="none",
-                    label=f"{text}, restart")  # fmt: skip
+            entries += ax.plot(control.iteration + shift, control.isel(epoch=-1)[name], marker, mfc="none",
+                               color=RESTART, ls="none", label=f"{text}, restart")  # fmt: skip
     champion = int(ds.attrs.get("champion", 0))
     ax.axvline(champion, color=QUIET, lw=0.6, ls=":", zorder=0)
     ax.annotate(
@@ -77,29 +105,33 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
     )
     ax.set_xlabel("iteration (0 is the plain model)")
     ax.set_ylabel("error at the end of training")
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.set_xlim(-0.5, float(ds.iteration.max()) + 0.5)
+    integer_axis(ax, ds.iteration.values)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.0, 1.0), title_fontsize=7, alignment="left",
+              title="± standard error; lines:\nplain model")  # fmt: skip
     return ax
 
 
 def _curves(ds: xr.Dataset, name: str, ax: Axes) -> None:
     champion = champion_of(ds)
     strategy = str(ds.coords["strategy"].item() if "strategy" in ds.coords else ds.attrs.get("strategy", "persistent"))
-    others = [i for i in ds.iteration.values if i not in (0, champion)]
-    for k, i in enumerate(others):
-        ax.plot(
-            ds.epoch, ds[name].sel(iteration=i), color=QUIET, lw=0.6, alpha=0.7, label=None if k else "other iterations"
-        )
-    ax.plot(ds.epoch, ds[name].sel(iteration=0), color=PLAIN, label="plain")
+    iterations = [int(i) for i in ds.iteration.values]
+    marker = few(int(ds[name].notnull().any("iteration").sum()))
+    ax.plot(ds.epoch, ds[name].sel(iteration=0), color=PLAIN, lw=2.2, marker=marker, ms=5, label="plain")
+    for i in iterations:
+        if i not in (0, champion):
+            text = others(iterations, champion)
+            known = ax.get_legend_handles_labels()[1]
+            ax.plot(ds.epoch, ds[name].sel(iteration=i), color=OTHERS, lw=0.7, marker=marker, ms=2.5,
+                    label=None if text in known else text)  # fmt: skip
     if champion > 0:
         text = "best restart" if strategy == "restart" else "champion"
-        ax.plot(
-            ds.epoch, ds[name].sel(iteration=champion), color=CHAMPION, ls="--", label=f"{text} (iteration {champion})"
-        )
+        ax.plot(ds.epoch, ds[name].sel(iteration=champion), color=CHAMPION, ls="--", marker=marker and "s", ms=3.5,
+                label=f"{text} (iteration {champion})")  # fmt: skip
     ax.set_xlabel(str(ds.epoch.attrs.get("long_name", "epoch")))
     ax.set_ylabel(label(ds[name]))
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    integer_axis(ax, ds.epoch.values)
 
 
 def _binomial_se(share: np.ndarray, n: int) -> np.ndarray | None:

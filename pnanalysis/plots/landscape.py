@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import json
+from textwrap import fill
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from pnanalysis.errors import PnError
-from pnanalysis.plots.style import CHAMPION, COLUMN, PAGE, PLAIN, QUIET, RESTART, label, new_figure, own_axes
+from pnanalysis.measured import Measured
+from pnanalysis.plots.style import (
+    CHAMPION,
+    COLUMN,
+    PAGE,
+    PLAIN,
+    QUIET,
+    RESTART,
+    label,
+    legend_above,
+    new_figure,
+    others,
+    own_axes,
+    tilted,
+)
+from pnanalysis.verdict import short_names
 
 _LOOKS = {"line": (PLAIN, "-", "o"), "aligned": ("#E69F00", "--", "s"), "curve": ("#000000", ":", "^")}
 _LEVELS = 16
+_ROUNDING = 1e-6  # of the loss: what single precision makes of no barrier
 
 
 def barrier(ds: xr.Dataset) -> Figure:
@@ -37,10 +55,11 @@ def barrier(ds: xr.Dataset) -> Figure:
     panels = figure.subplots(n_splits, len(quantities), squeeze=False, sharex=True)
     for row, split in zip(panels, ds.split.values, strict=True):
         for ax, (name, top) in zip(row, quantities, strict=True):
-            for path in ds.path.values:
+            for k, path in enumerate(ds.path.values):
                 one = ds.sel(path=path, split=split)
-                text = f"{path} {float(one[top]):.3g} ± {float(one[f'{top}_se']):.1g}"
-                _profile(ax, one, name, str(path), text)
+                _profile(ax, one, name, str(path), f"{path}: {_height(one, name, top)}", k / ds.sizes["path"])
+            if name == "error":
+                ax.yaxis.set_major_formatter(PercentFormatter(1.0))
             for end in (0.0, 1.0):
                 ax.axvline(end, color="#BBBBBB", lw=0.6, zorder=0)
             ax.set_ylabel(f"{split} {label(ds[name])}")
@@ -107,7 +126,7 @@ def landscape(
     ax.set_ylim(float(ds.y[0]), float(ds.y[-1]))
     ax.set_aspect("equal", adjustable="box")
     ax.set_xlabel(label(ds.x))
-    ax.set_ylabel(label(ds.y))
+    ax.set_ylabel(fill(label(ds.y), 26))
     ax.legend(fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1.0)
     return ax
 
@@ -119,21 +138,27 @@ def same_plane(ds: xr.Dataset, trajectory: xr.Dataset | None) -> bool:
 
 
 def sharpness(ds: xr.Dataset) -> Figure:
-    """Largest rise of the loss in each neighbourhood, a panel each, with the rise after one step hollow."""
-    figure = new_figure(PAGE, 2.0)
+    """Largest rise of the loss in each neighbourhood, a panel each, with the rise after one step hollow.
+
+    Bars are one standard error to either side.
+    """
+    where, names = np.arange(ds.sizes["checkpoint"]), short_names(ds)
+    turned = tilted(names, PAGE / ds.sizes["neighbourhood"] - 0.5)
+    figure = new_figure(PAGE, 2.2 + (0.035 * max(map(len, names)) if turned else 0))
     panels = figure.subplots(1, ds.sizes["neighbourhood"], squeeze=False)[0]
-    where = np.arange(ds.sizes["checkpoint"])
     for ax, kind in zip(panels, ds.neighbourhood.values, strict=True):
         at = ds.sel(neighbourhood=kind)
         ax.errorbar(where, at.rise, at.rise_se, fmt="o", color=CHAMPION, capsize=2, label="largest found")
         ax.errorbar(where + 0.1, at.one_step, at.one_step_se, fmt="s", color=PLAIN, mfc="white", capsize=2,
                     label="one step")  # fmt: skip
-        ax.set_xticks(where, labels=[str(name) for name in ds.checkpoint.values])
+        ax.set_xticks(where, names, **turned)
         ax.set_xlim(-0.5, where[-1] + 0.6)
+        ax.margins(y=0.1)
         ax.set_ylim(bottom=0 if float(at.one_step.min()) >= 0 else None)
         ax.set_title(f"{kind}, radius {float(at.radius):g}", loc="left")
     panels[0].set_ylabel("rise of the loss [nat]")
-    panels[0].legend()
+    legend_above(figure, *panels[0].get_legend_handles_labels())
+    figure.suptitle("bars: ± 1 standard error", x=0.01, ha="left", fontsize=7)
     return figure
 
 
@@ -143,11 +168,21 @@ def _levels(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(low + max(high - low, 1e-12) * np.append(0.0, np.geomspace(0.01, 1.0, _LEVELS)))
 
 
-def _profile(ax: Axes, one: xr.Dataset, name: str, path: str, text: str) -> None:
+def _height(one: xr.Dataset, name: str, top: str) -> str:
+    """A barrier in words and numbers; what round-off alone makes is none."""
+    barrier = Measured(float(one[top]), float(one[f"{top}_se"]))
+    if abs(barrier.value) <= _ROUNDING * float(np.abs(one[name]).max()):
+        return "no barrier"
+    return barrier.text(percent=name == "error")
+
+
+def _profile(ax: Axes, one: xr.Dataset, name: str, path: str, text: str, shift: float) -> None:
     colour, dashes, marker = _LOOKS.get(path, (QUIET, "-", "x"))
     x, y, se = one.position.values, one[name].values, np.nan_to_num(one[f"{name}_se"].values)
-    ax.fill_between(x, y - se, y + se, color=colour, alpha=0.2, lw=0)
-    ax.plot(x, y, color=colour, ls=dashes, marker=marker, ms=3, mfc="white", markevery=max(1, len(x) // 8), label=text)
+    step = max(1, len(x) // 8)
+    ax.fill_between(x, y - se, y + se, color=colour, alpha=0.15, lw=0)
+    ax.plot(x, y, color=colour, ls=dashes, marker=marker, ms=3, mfc="white", markevery=(int(shift * step), step),
+            label=text)  # fmt: skip
 
 
 def _paths(ds: xr.Dataset, trajectory: xr.Dataset, ax: Axes) -> None:
@@ -155,12 +190,12 @@ def _paths(ds: xr.Dataset, trajectory: xr.Dataset, ax: Axes) -> None:
         raise PnError("these trajectories lie on another plane than the landscape; make both from the same runs")
     champion, first = int(trajectory.attrs.get("champion", -1)), str(trajectory.run.values[0])
     seen: set[str] = set()
-    for run, iteration in dict.fromkeys(
-        zip(trajectory.run.values.tolist(), trajectory.iteration.values.tolist(), strict=True)
-    ):
+    paths = dict.fromkeys(zip(trajectory.run.values.tolist(), trajectory.iteration.values.tolist(), strict=True))
+    rest = others([iteration for run, iteration in paths if run == first], champion)
+    for run, iteration in paths:
         chosen = (trajectory.run == run).values & (trajectory.iteration == iteration).values
         x, y = trajectory.plane.values[chosen, :2].T
-        colour, dashes, text = "black", ":", "other iterations"
+        colour, dashes, text = "black", ":", rest
         if run != first:
             colour, dashes, text = RESTART, ":", str(run)
         elif iteration == 0:

@@ -1,4 +1,4 @@
-"""Saturation of activations (the paper's figures 14 and 15)."""
+"""Percentiles of activations as training goes on (the paper's figure 14)."""
 
 from __future__ import annotations
 
@@ -9,29 +9,53 @@ import xarray as xr
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from pnanalysis.errors import PnError
-from pnanalysis.plots.style import CHAMPION, DASHES, PAGE, PLAIN, champion_of, new_figure
+from pnanalysis.plots.style import (
+    CHAMPION,
+    COLUMN,
+    DASHES,
+    MARKERS,
+    PAGE,
+    PLAIN,
+    RESTART,
+    champion_of,
+    few,
+    grid,
+    integer_axis,
+    leftmost,
+    legend_beside,
+    log_axis,
+    lowest,
+    panels,
+    tilted,
+)
 
-_PER_ROW = 3
-_BOUNDED = {"tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign"}
+#: Activations with two asymptotes, and those among them that cannot exceed one in size.
+BOUNDED = {"tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign"}
+_PLAIN = (PLAIN, RESTART, "#CC79A7", "#000000")  # of each run
+_FINEST = 2.0**-24  # from one to the next single-precision number below it
 
 
-def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True) -> Figure:
-    """A percentile of the activations against epoch, a panel a layer: plain in bold, later iterations over it.
+def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True, gap: bool = False) -> Figure:
+    """A percentile of the activations against epoch, a panel a layer: plain thick below, later iterations thin over it.
 
-    Bands are one standard error over the images to either side.
+    Bands, or bars, are one standard error over the images to either side. Markers are spread over the epochs, so that
+    iterations of equal values are all to be seen.
 
     Parameters
     ----------
     ds : xarray.Dataset
-        Kind ``saturation``; several runs are told apart by line style, a user's own weights lie along the axis, and
-        what a :class:`pnanalysis.SaturationMonitor` has recorded lies along training steps.
+        Kind ``saturation``; several runs are told apart by line style, a user's own weights are points beside one
+        another, and what a :class:`pnanalysis.SaturationMonitor` has recorded lies along training steps.
     quantile : float
         In percent.
     absolute : bool
         Of the absolute activations, or of the signed ones.
+    gap : bool
+        Draw how far the percentile of the absolute activations is from one, on a logarithmic axis: where networks
+        saturate, all else is next to one. Layers of activations that may exceed one are left out, and gaps below the
+        resolution of single precision, 6e-8, are drawn there.
 
     Returns
     -------
@@ -40,228 +64,106 @@ def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True)
     Raises
     ------
     PnError
-        If the percentile has not been measured.
+        If the percentile has not been measured, or no activation is bounded by one of which to draw gaps.
     """
     if quantile not in ds["quantile"].values:
         measured = ", ".join(f"{level:g}" for level in ds["quantile"].values)
         raise PnError(f"the {quantile:g}th percentile has not been measured; there are {measured}")
-    name = "abs_percentile" if absolute else "percentile"
+    if gap:
+        ds = ds.isel(layer=bounded_layers(ds))
+        if not ds.sizes["layer"]:
+            raise PnError("no activation of this network is bounded by 1, so that none has a distance from it")
+    name = "abs_percentile" if absolute or gap else "percentile"
     values, errors = ds[name].sel(quantile=quantile), ds[f"{name}_se"].sel(quantile=quantile)
-    figure, axes = _panels(ds, shared=True)
+    names = [str(c) for c in ds.checkpoint.values] if "checkpoint" in ds.dims else []
+    turned = tilted(names, PAGE / grid(ds.sizes["layer"])[1]) if names else {}
+    height = 1.6 + (0.035 * max(map(len, names)) if turned else 0)
+    figure, axes = panels(ds.sizes["layer"], height, alone=COLUMN * 1.6, sharex=True, sharey=True)
     for ax, layer in zip(axes, ds.layer.values, strict=True):
-        at, error = values.sel(layer=layer), errors.sel(layer=layer)
-        if "checkpoint" in at.dims:
-            places = range(at.sizes["checkpoint"])
-            ax.errorbar(places, at, error, fmt="o-", color=PLAIN)
-            ax.set_xticks(places, [str(c) for c in at.checkpoint.values], rotation=30, ha="right")
-            ax.set_xlabel("checkpoint")
-            continue
-        if "step" in at.dims:
-            _curve(ax, at, error, "step", color=PLAIN, lw=1.2)
+        at, error = (1 - values if gap else values).sel(layer=layer), errors.sel(layer=layer)
+        if names:
+            low, high = _band(at.values, error.values, gap)
+            middle = np.clip(at.values, low, high)
+            ax.errorbar(range(len(names)), middle, [middle - low, high - middle], fmt="o", color=PLAIN, capsize=2)
+            ax.set_xticks(range(len(names)), names, **turned)
+            ax.set_xlim(-0.5, len(names) - 0.5)
+        elif "step" in at.dims:
+            _curve(ax, at, error, "step", gap, color=PLAIN, lw=1.2)
         else:
-            runs = [(at, error)] if "run" not in at.dims else [(at.sel(run=r), error.sel(run=r)) for r in at.run.values]
-            for (one, band), dashes in zip(runs, DASHES, strict=False):
-                champion = champion_of(one) if "run" in at.dims else champion_of(ds)
-                for iteration in one.iteration.values:
-                    colour, width = _line(int(iteration), ds.sizes["iteration"], champion)
-                    look = {"color": colour, "lw": width, "ls": dashes, "label": _name(iteration, champion, one)}
-                    _curve(ax, one.sel(iteration=iteration), band.sel(iteration=iteration), "epoch", **look)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    what = "|activation|" if absolute else "activation"
-    for ax in axes[::_PER_ROW]:
-        ax.set_ylabel(f"{quantile:g}th percentile\nof {what}")
+            _iterations(ax, ds, at, error, gap)
+        if not names:
+            integer_axis(ax, at["step" if "step" in at.dims else "epoch"].values)
+        ax.set_title(str(layer))
+    if gap:
+        drawn = np.maximum(1 - values.values[np.isfinite(values.values)], _FINEST)
+        log_axis(axes[0], float(drawn.min()), float(drawn.max()))
+    what = f"{quantile:g}th percentile\nof {'|activation|' if absolute or gap else 'activation'}"
+    for ax in leftmost(axes):
+        ax.set_ylabel(f"1 − {what}" if gap else what)
+    for ax in lowest(axes):
+        ax.set_xlabel("checkpoint" if names else "training step" if "step" in ds.dims else "epoch")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside right center")
+        legend_beside(figure, handles, labels, len(axes))
     return figure
 
 
-def saturated_layers(ds: xr.Dataset, epoch: int | None = None) -> Figure:
-    """Layer by layer, how saturated activations are (left) and how many units are dead (right).
-
-    On the left the saturation measure, or for networks without bounded activations the share of activations within
-    0.05 of an asymptote; bars are one standard error over the images.
-
-    Parameters
-    ----------
-    ds : xarray.Dataset
-        Kind ``saturation``.
-    epoch : int, optional
-        Of a run; by default the last saved one.
-
-    Returns
-    -------
-    Figure
-
-    Raises
-    ------
-    PnError
-        If the epoch has not been saved.
-    """
-    entries = _entries(ds, epoch)
-    bounded = bool(ds.saturation_measure.notnull().any())
-    name = "saturation_measure" if bounded else "saturated_share"
-    figure = new_figure(PAGE, 2.4)
-    left, right = figure.subplots(1, 2, sharex=True)
-    places = np.arange(ds.sizes["layer"])
-    width = 0.8 / len(entries)
-    for i, (text, one, colour) in enumerate(entries):
-        shift = (i - (len(entries) - 1) / 2) * width
-        left.errorbar(places + shift, one[name], one[f"{name}_se"], fmt="o", color=colour, ms=3, label=text)
-        right.bar(places + shift, one.dead_units / one.n_units, width, color=colour)
-    left.set_ylabel("saturation measure" if bounded else f"share within {ds.attrs.get('margin', 0.05)} of an asymptote")
-    left.set_ylim(0, 1.03 if bounded else None)
-    right.set_ylabel("share of dead units")
-    most = max(float(one.dead_units.max()) for _, one, _ in entries)
-    right.set_ylim(0, None if most else 0.05)
-    if not most:
-        right.text(0.5, 0.5, "none", transform=right.transAxes, ha="center", color="0.4")
-    for ax in (left, right):
-        ax.set_xticks(places, [str(layer) for layer in ds.layer.values], **_tilted(ds))
-        for place in places[1:]:
-            ax.axvline(place - 0.5, color="0.9", lw=0.5, zorder=0)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
-    return figure
+def saturation_gap(ds: xr.Dataset, quantile: float = 98.0) -> Figure:
+    """:func:`saturation` as the distance of the percentile from the asymptote at one, on a logarithmic axis."""
+    return saturation(ds, quantile=quantile, gap=True)
 
 
-def activation_histogram(ds: xr.Dataset, epochs: list[int] | None = None) -> Figure:
-    """Normalised histograms of the activations, a column a layer and a row an epoch, plain against champion.
-
-    Bands are one standard error over the images.
-
-    Parameters
-    ----------
-    ds : xarray.Dataset
-        Kind ``saturation`` of one run, of a user's own weights, or of a monitor.
-    epochs : list of int, optional
-        By default the middle and the last of training.
-
-    Returns
-    -------
-    Figure
-
-    Raises
-    ------
-    PnError
-        If an epoch has not been saved.
-    """
-    if "run" in ds.dims:
-        ds = ds.isel(run=0)
-    n_layers = ds.sizes["layer"]
-    if "iteration" not in ds.dims:
-        rows = [("", [(text, one) for text, one, _ in _entries(ds, None)])]
-    else:
-        rows = _rows_of_run(ds, epochs)
-    figure = new_figure(PAGE, 1.5 * len(rows) + 0.4)
-    axes = figure.subplots(len(rows), n_layers, sharex=True, sharey="row", squeeze=False)
-    for line, (title, entries) in zip(axes, rows, strict=True):
-        for ax, layer in zip(line, ds.layer.values, strict=True):
-            for (name, one), colour, dashes in zip(entries, _ends(len(entries)), DASHES * len(entries), strict=False):
-                density = one.histogram.sel(layer=layer).values
-                error, edges = one.histogram_se.sel(layer=layer).values, _edges(ds.bin.values)
-                ax.stairs(density, edges, color=colour, ls=dashes, lw=0.9, label=name)
-                if np.isfinite(error).all():
-                    low = np.maximum(density - error, 0)
-                    ax.stairs(density + error, edges, baseline=low, fill=True, color=colour, alpha=0.2, lw=0)
-        line[0].set_ylabel(f"density{title}")
-    for ax, layer in zip(axes[0], ds.layer.values, strict=True):
-        ax.set_title(str(layer))
-    if not set(ds.activation.values.ravel()) <= _BOUNDED:  # a spike at zero and a long tail
-        for ax in axes.ravel():
-            ax.set_yscale("log")
-    for ax in axes[-1]:
-        ax.set_xlabel("activation")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=len(rows[0][1]))
-    return figure
+def bounded_layers(ds: xr.Dataset) -> np.ndarray:
+    """Which layers, ``(layer,)``, have activations that cannot exceed one in size."""
+    return np.isin(ds.activation.values, sorted(BOUNDED))
 
 
-def _rows_of_run(ds: xr.Dataset, epochs: list[int] | None) -> list[tuple[str, list[tuple[str, xr.Dataset]]]]:
-    plain = ds.histogram.sel(iteration=0)
-    saved = ds.epoch.values[plain.notnull().any(["layer", "bin"]).values]
-    if epochs is None:
-        epochs = sorted({int(saved[len(saved) // 2]), int(saved[-1])})
-    missing = [epoch for epoch in epochs if epoch not in ds.epoch.values]
-    if missing:
-        raise PnError(f"epoch {missing[0]} has not been saved; there are {', '.join(map(str, saved))}")
-    champion = max(champion_of(ds), 0)
-    wanted = [("plain", 0)] + ([(f"iteration {champion} (champion)", champion)] if champion else [])
-    if not champion and ds.sizes["iteration"] > 1:
-        wanted.append((f"iteration {int(ds.iteration[-1])}", int(ds.iteration[-1])))
-    return [
-        (f", epoch {epoch}", [(name, ds.sel(iteration=iteration, epoch=epoch)) for name, iteration in wanted])
-        for epoch in epochs
-    ]
+def _iterations(ax: Axes, ds: xr.Dataset, values: xr.DataArray, errors: xr.DataArray, gap: bool) -> None:
+    """A curve an iteration; runs differ by dashes."""
+    several = "run" in values.dims
+    runs = [(values.sel(run=r), errors.sel(run=r)) for r in values.run.values] if several else [(values, errors)]
+    for k, ((one, band), dashes) in enumerate(zip(runs, DASHES, strict=False)):
+        champion = champion_of(one) if several else champion_of(ds)
+        there = [int(i) for i in one.iteration.values if bool(one.sel(iteration=i).notnull().any())]
+        for place, iteration in enumerate(there):
+            at = one.sel(iteration=iteration)
+            look = iteration_look(iteration, champion, place, len(there), int(at.notnull().sum()))
+            if iteration == 0:
+                look |= {"color": _PLAIN[k % len(_PLAIN)], "lw": 3.0 / (1 + k)}
+            look |= {"ls": dashes, "label": iteration_name(iteration, champion, one)}
+            _curve(ax, at, band.sel(iteration=iteration), "epoch", gap, **look)
 
 
-def _entries(ds: xr.Dataset, epoch: int | None) -> list[tuple[str, xr.Dataset, Any]]:
-    """What to lay side by side, each with its name and colour: iterations, checkpoints, or three steps of training."""
-    if "run" in ds.dims:
-        ds = ds.isel(run=0)
-    if "iteration" in ds.dims:
-        champion = champion_of(ds)
-        found = []
-        for iteration in ds.iteration.values:
-            one = ds.sel(iteration=iteration).dropna("epoch", how="all", subset=["n_units"])
-            if epoch is not None and epoch not in one.epoch.values:
-                raise PnError(f"epoch {epoch} has not been saved; there are {', '.join(map(str, one.epoch.values))}")
-            colour, _ = _line(int(iteration), ds.sizes["iteration"], champion)
-            at = one.isel(epoch=-1) if epoch is None else one.sel(epoch=epoch)
-            found.append((_name(iteration, champion, one.n_units), at, colour))
-        return found
-    if "step" in ds.dims:
-        places = sorted({0, ds.sizes["step"] // 2, ds.sizes["step"] - 1})
-        chosen = [(f"step {int(ds.step[i])}", ds.isel(step=i)) for i in places]
-    else:
-        chosen = [(str(name), ds.sel(checkpoint=name)) for name in ds.checkpoint.values]
-    return [(text, one, colour) for (text, one), colour in zip(chosen, _ends(len(chosen)), strict=True)]
-
-
-def _curve(ax: Axes, values: xr.DataArray, errors: xr.DataArray, along: str, **look: Any) -> None:
+def _curve(ax: Axes, values: xr.DataArray, errors: xr.DataArray, along: str, gap: bool, **look: Any) -> None:
     """A line and its band of one standard error."""
     there = values.notnull().values
     x, y, error = values[along].values[there], values.values[there], errors.values[there]
-    ax.plot(x, y, **look)
-    ax.fill_between(x, y - error, y + error, color=look["color"], alpha=0.2, lw=0)
-    ax.set_xlabel("training step" if along == "step" else along)
+    low, high = _band(y, error, gap)
+    ax.plot(x, np.maximum(y, _FINEST) if gap else y, **look)
+    ax.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
 
 
-def _tilted(ds: xr.Dataset) -> dict[str, Any]:
-    long = max(len(str(layer)) for layer in ds.layer.values) * ds.sizes["layer"] > 40
-    return {"rotation": 45, "ha": "right"} if long else {}
+def _band(values: np.ndarray, errors: np.ndarray, gap: bool) -> tuple[np.ndarray, np.ndarray]:
+    """One standard error to either side; on a logarithmic axis, from what single precision resolves upwards."""
+    low, high = values - errors, values + errors
+    return (np.maximum(low, _FINEST), np.maximum(high, _FINEST)) if gap else (low, high)
 
 
-def _panels(ds: xr.Dataset, shared: bool) -> tuple[Figure, list[Any]]:
-    n = ds.sizes["layer"]
-    n_rows = -(-n // _PER_ROW)
-    figure = new_figure(PAGE, 1.6 * n_rows + 0.3)
-    axes = figure.subplots(n_rows, min(n, _PER_ROW), sharex=shared, sharey=shared, squeeze=False).ravel()
-    for ax, layer in zip(axes, ds.layer.values, strict=False):
-        ax.set_title(str(layer))
-    for ax in axes[max(n - _PER_ROW, 0) : n]:  # the lowest of their columns
-        ax.xaxis.set_tick_params(labelbottom=True)
-    for ax in axes[n:]:
-        ax.remove()
-    return figure, list(axes[:n])
-
-
-def _line(iteration: int, n: int, champion: int) -> tuple[object, float]:
+def iteration_look(iteration: int, champion: int, place: int, n: int, n_points: int) -> dict[str, Any]:
+    """How an iteration is drawn, the ``place``-th of ``n``: plain thick below, others thin, with markers in turn."""
     if iteration == 0:
-        return PLAIN, 2.4
-    if iteration == champion:
-        return CHAMPION, 1.5
-    return colormaps["Greys"](0.35 + 0.45 * iteration / max(n - 1, 1)), 0.7
+        return {"color": PLAIN, "lw": 3.0, "alpha": 0.8, "marker": few(n_points), "ms": 5, "solid_capstyle": "round"}
+    colour = CHAMPION if iteration == champion else colormaps["Greys"](0.45 + 0.5 * place / n)
+    step = max(1, min(n - 1, n_points // 2))
+    return {
+        "color": colour, "lw": 1.4 if iteration == champion else 0.8, "marker": MARKERS[place % len(MARKERS)],
+        "mfc": colour if iteration == champion else "white", "mew": 0.8,
+        "ms": 3.5 if step >= n - 1 else 3 + 4 * (n - place) / n,  # within one another where all lie on one point
+        "markevery": ((place - 1) % step, step), "zorder": 4 if iteration == champion else 3,
+    }  # fmt: skip
 
 
-def _name(iteration: int, champion: int, one: xr.DataArray) -> str:
+def iteration_name(iteration: int, champion: int, one: xr.DataArray) -> str:
     text = "plain" if iteration == 0 else f"iteration {iteration}"
     text += " (champion)" if iteration == champion else ""
     return f"{one.run.item()}: {text}" if "run" in one.coords else text
-
-
-def _ends(n: int) -> list[str]:
-    return [PLAIN, CHAMPION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"][:n] if n <= 7 else [PLAIN] * n
-
-
-def _edges(middles: np.ndarray) -> np.ndarray:
-    half = (middles[1] - middles[0]) / 2
-    return np.append(middles - half, middles[-1] + half)

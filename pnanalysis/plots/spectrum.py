@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, new_figure, own_axes
+from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, legend_above, new_figure, own_axes
 
 _DECADES = 8.0
 
@@ -26,7 +30,8 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     Returns
     -------
     Axes
-        The rug, one row a checkpoint, marks eigenvalues that were found one by one and lie beyond the bulk.
+        Ticks at the bottom, a row a checkpoint, mark the outliers: eigenvalues that were found one by one and lie
+        beyond the bulk. The band is one standard error to either side.
     """
     ax = own_axes(ax, PAGE if "checkpoint" in ds.dims else COLUMN, 2.6)
     parts = [("", ds)]
@@ -34,13 +39,16 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
         parts = [(str(name), ds.isel(checkpoint=i)) for i, name in enumerate(ds.checkpoint.values)]
     top = float(ds.density.max())
     floor = top * 10**-_DECADES
+    handles: list[Artist] = []
+    rugs = False
     for i, (name, one) in enumerate(parts):
         colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
         grid, density, se = one.eigenvalue.values, one.density.values, np.nan_to_num(one.density_se.values)
         low, high = np.maximum(density - se, floor), np.maximum(density + se, floor)
-        ax.fill_between(grid, low, high, color=colour, alpha=0.25, lw=0)
-        ax.plot(grid, np.maximum(density, floor), color=colour, ls=dashes, label=name or None)
-        _rug(one, ax, colour, i)
+        ax.fill_between(grid, low, high, fc=to_rgba(colour, 0.3), ec=to_rgba(colour, 0.8), lw=0.4, zorder=1)
+        line = ax.plot(grid, np.maximum(density, floor), color=colour, ls=dashes, lw=1.0, label=name or None)
+        handles += line if name else []
+        rugs |= _rug(one, ax, colour, i)
     ax.set_yscale("log")
     ax.set_ylim(floor, top * 4)
     if symlog:
@@ -49,8 +57,12 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     ax.axvline(0.0, color="#BBBBBB", lw=0.6, zorder=0)
     ax.set_xlabel("eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else ""))
     ax.set_ylabel(label(ds.density))
-    if any(name for name, _ in parts):
-        ax.legend()
+    if bool((ds.density_se > 0).any()):
+        handles.append(Patch(fc="#CCCCCC", ec="#777777", lw=0.4, label="± 1 standard error"))
+    if rugs:
+        handles.append(Line2D([], [], marker="|", ls="none", color="#555555", ms=5, label="outliers"))
+    if handles:
+        ax.legend(handles=handles, framealpha=0.8, frameon=True, edgecolor="none")
     return ax
 
 
@@ -89,10 +101,10 @@ def layer_spectra(ds: xr.Dataset) -> Figure:
         ax.set_ylabel(layer, rotation=0, ha="right", va="center")
     axes[-1].set_xscale("symlog", linthresh=_linear_out_to(ds), linscale=2)
     axes[-1].set_xlabel("eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else ""))
-    figure.supylabel("spectral density (log scale, eight decades a row)", fontsize=7)
+    figure.suptitle("spectral density, a log scale of eight decades a row", x=0.01, ha="left", fontsize=7)
     handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+        legend_above(figure, handles, labels)
     return figure
 
 
@@ -101,10 +113,12 @@ def _linear_out_to(ds: xr.Dataset) -> float:
     return 4 * float(np.max(ds.kernel_width))
 
 
-def _rug(ds: xr.Dataset, ax: Axes, colour: str, row: int) -> None:
+def _rug(ds: xr.Dataset, ax: Axes, colour: str, row: int) -> bool:
+    """A tick an outlier; whether there are any."""
     if "deflated_value" not in ds or "bulk_edge_high" not in ds:
-        return
+        return False
     values = ds.deflated_value.values[np.isfinite(ds.deflated_value.values)]
     outside = values[(values > float(ds.bulk_edge_high)) | (values < float(ds.bulk_edge_low))]
     height = 0.02 + 0.035 * row
     ax.plot(outside, np.full(len(outside), height), "|", color=colour, ms=5, transform=ax.get_xaxis_transform())
+    return len(outside) > 0

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
 
 from pnanalysis.errors import PnError
-from pnanalysis.plots.style import CHAMPION, COLUMN, PAGE, PLAIN, QUIET, RESTART, new_figure, own_axes
+from pnanalysis.plots.style import (
+    CHAMPION,
+    COLUMN,
+    OTHERS,
+    PLAIN,
+    RESTART,
+    few,
+    integer_axis,
+    leftmost,
+    legend_above,
+    legend_beside,
+    lowest,
+    others,
+    own_axes,
+    panels,
+)
 
 _WHOLE = "all"
-_PER_ROW = 3
+_ROUNDING = 1e-6  # of what coordinates are sums of
 #: Each projection's title, and the variable with its axes' shares.
 _PROJECTIONS = {
     "plane": ("plane through the end points", "explained_variance_plane"),
@@ -50,19 +63,7 @@ def trajectory(ds: xr.Dataset, ax: Axes | None = None, *, projection: str | None
     if projection not in ds:
         raise PnError(f"the trajectory has no projection {projection!r}; there are {', '.join(_there(ds)) or 'none'}")
     ax = own_axes(ax, COLUMN * 1.3, COLUMN * 1.1)
-    at = _at_layer(ds, layer)
-    _paths(ax, at, projection)
-    first, second = _shares(at, projection)
-    if projection == "plane":
-        farthest = float(np.nanmax(at.plane_residual))
-        ax.set_xlabel(f"along start to plain end [parameter units]{first}")
-        ax.set_ylabel(f"across, towards the other end{second}")
-        ax.set_title(f"distance of the points from this plane: up to {farthest:.2g}", loc="left", fontsize=7)
-    else:
-        noun = "direction" if projection == "random" else "component"
-        ax.set_xlabel(f"first {noun}{first}")
-        ax.set_ylabel(f"second {noun}{second}")
-        ax.set_title(_PROJECTIONS[projection][0], loc="left", fontsize=7)
+    _on_plane(ax, _at_layer(ds, layer), projection)
     ax.legend(fontsize=6.5)
     return ax
 
@@ -77,16 +78,13 @@ def trajectories(ds: xr.Dataset) -> Figure:
     names = _there(ds)
     if not names:
         raise PnError("the trajectory has no projections; give some to pn.trajectory")
-    columns = min(len(names), 2)
-    figure = new_figure(PAGE, 3.1 * -(-len(names) // columns))
-    axes = figure.subplots(-(-len(names) // columns), columns, squeeze=False).ravel()
-    for ax, name in zip(axes, names, strict=False):
-        trajectory(ds, ax, projection=name)
-        ax.get_legend().remove()
-    for ax in axes[len(names) :]:
-        ax.remove()
-    handles, texts = axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper right", ncols=len(texts))
+    figure, axes = panels(len(names), 2.8, alone=COLUMN * 1.4, per_row=2)
+    for ax, name in zip(axes, names, strict=True):
+        _on_plane(ax, ds, name)
+    if len(axes) % 2:
+        legend_beside(figure, *axes[0].get_legend_handles_labels(), len(axes), per_row=2)
+    else:
+        legend_above(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -112,7 +110,7 @@ def trajectory_layers(ds: xr.Dataset, projection: str | None = None) -> Figure:
     if "layer" not in ds.dims:
         raise PnError("the trajectory has no layers; make it with per_layer=True (--per-layer)")
     projection = projection or ("pca" if "pca" in ds else _there(ds)[0])
-    figure, axes = _panels(ds)
+    figure, axes = panels(ds.sizes["layer"], 2.0)
     for ax, layer in zip(axes, ds.layer.values, strict=True):
         at = ds.sel(layer=layer)
         ax.set_title(_title(layer), loc="left")
@@ -124,14 +122,14 @@ def trajectory_layers(ds: xr.Dataset, projection: str | None = None) -> Figure:
         ax.set_xlabel(f"first axis{first}")
         ax.set_ylabel(f"second{second}")
     figure.suptitle(_PROJECTIONS[projection][0], x=0.01, ha="left", fontsize="medium")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+    legend_above(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
 def cosines(ds: xr.Dataset) -> Figure:
     """Cosines with the earlier end points, which the penalty pushes down, against epoch; a panel a layer.
 
-    A faint line for each later iteration and earlier end, a bold one for each iteration's mean over these ends.
+    A faint line for each later iteration and earlier end, a stronger one for each iteration's mean over these ends.
 
     Parameters
     ----------
@@ -152,7 +150,7 @@ def cosines(ds: xr.Dataset) -> Figure:
     later = [i for i in iterations if (ends.end_iteration < i).any()]
     if not later:
         raise PnError("no iteration has earlier end points; cosines need a run of several iterations")
-    figure, axes = _panels(ds, shared=True)
+    figure, axes = panels(ds.sizes.get("layer", 1), 1.9, alone=COLUMN * 1.5, sharex=True, sharey=True)
     champion = int(ds.attrs.get("champion", -1))
     for ax, layer in zip(axes, ds.layer.values if "layer" in ds.dims else [_WHOLE], strict=True):
         at = _at_layer(ends, layer)
@@ -160,19 +158,39 @@ def cosines(ds: xr.Dataset) -> Figure:
         for i in later:
             chosen = ((ds.run == ds.run.values[0]) & (ds.iteration == i)).values
             one = at.cosine.isel(checkpoint=chosen, end=(ends.end_iteration < i).values)
-            colour = CHAMPION if i == champion else QUIET
+            best = i == champion
+            colour, width, dashes = (CHAMPION, 1.6, "--") if best else (OTHERS, 1.0, "-")
             mean = one.mean("end")
-            ax.plot(one.epoch, one.values, color=colour, lw=0.5, alpha=0.6, zorder=3 if i == champion else 2)
-            text = f"champion (iteration {i})" if i == champion else "other iterations"
-            ax.plot(one.epoch, mean, color=colour, lw=1.6, marker=".", zorder=4 if i == champion else 2, label=text)
+            ax.plot(one.epoch, one.values, color=colour, lw=0.4, alpha=0.4)
+            text = f"champion (iteration {i})" if best else others(later, champion)
+            ax.plot(one.epoch, mean, color=colour, lw=width, ls=dashes, marker=few(len(mean)), zorder=2 + width,
+                    label=text)  # fmt: skip
+        integer_axis(ax, one.epoch.values)
+    for ax in lowest(axes):
         ax.set_xlabel("epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    for ax in axes[::_PER_ROW]:
+    for ax in leftmost(axes):
         ax.set_ylabel("cosine with earlier ends")
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=2)
-    figure.suptitle("bold: mean over the earlier ends", x=0.01, ha="left", fontsize="medium")
+    handles["a single earlier end"] = Line2D([], [], color=OTHERS, lw=0.4)
+    legend_above(figure, list(handles.values()), [name if "single" in name else f"{name}, mean" for name in handles])
     return figure
+
+
+def _on_plane(ax: Axes, at: xr.Dataset, projection: str) -> None:
+    _paths(ax, at, projection)
+    first, second = _shares(at, projection)
+    if projection == "plane":
+        farthest, size = float(np.nanmax(at.plane_residual)), float(np.nanmax(np.abs(at.plane)))
+        far = f"points lie up to {farthest:.3g} off this plane"
+        ax.set_xlabel(f"along start to plain end [parameter units]{first}")
+        ax.set_ylabel(f"across, towards the other end{second}")
+        title = far if farthest > _ROUNDING * size else "all points lie in this plane"
+        ax.set_title(title, loc="left", fontsize=7)
+    else:
+        noun = "direction" if projection == "random" else "component"
+        ax.set_xlabel(f"first {noun}{first}")
+        ax.set_ylabel(f"second {noun}{second}")
+        ax.set_title(_PROJECTIONS[projection][0], loc="left", fontsize=7)
 
 
 def _paths(ax: Axes, ds: xr.Dataset, projection: str) -> None:
@@ -181,26 +199,16 @@ def _paths(ax: Axes, ds: xr.Dataset, projection: str) -> None:
     champion, first = int(ds.attrs.get("champion", -1)), str(ds.run.values[0])
     paths = list(dict.fromkeys(zip(ds.run.values.tolist(), ds.iteration.values.tolist(), strict=True)))
     named: set[str] = set()
+    rest = others([iteration for run, iteration in paths if run == first], champion)
     for run, iteration in sorted(paths, key=lambda path: _rank(path, first, champion)):
         chosen = (ds.run == run).values & (ds.iteration == iteration).values
         x, y = points.values[chosen].T
-        colour, width, dashes, text = _look(run == first, iteration, champion, run)
+        colour, width, dashes, text = _look(run == first, iteration, champion, run, rest)
         ax.plot(x, y, marker=".", ms=2.5, color=colour, lw=width, ls=dashes, label=None if text in named else text)
-        ax.plot(x[-1], y[-1], "s", color=colour, ms=4.5, zorder=4)
+        ax.plot(x[-1], y[-1], "s", color=colour, ms=3.5 + width, zorder=2 + 1 / width)
         named.add(text)
-    ax.plot(*points.values[0], "o", color="black", ms=5, zorder=5, label="start")
+    ax.plot(*points.values[0], "o", color="black", ms=5, zorder=5, ls="none", label="start")
     ax.set_aspect("equal", adjustable="datalim")
-
-
-def _panels(ds: xr.Dataset, shared: bool = False) -> tuple[Figure, list[Any]]:
-    n = ds.sizes.get("layer", 1)
-    columns = min(n, _PER_ROW)
-    n_rows = -(-n // columns)
-    figure = new_figure(PAGE if n > 1 else COLUMN * 1.3, 2.0 * n_rows + 0.4)
-    axes = list(figure.subplots(n_rows, columns, squeeze=False, sharey=shared).ravel())
-    for ax in axes[n:]:
-        ax.remove()
-    return figure, axes[:n]
 
 
 def _at_layer(ds: xr.Dataset, layer: str) -> xr.Dataset:
@@ -230,14 +238,14 @@ def _title(layer: str) -> str:
 
 def _rank(path: tuple[str, int], first: str, champion: int) -> int:
     run, iteration = path
-    return 0 if run != first else 1 if iteration not in (0, champion) else 2 if iteration else 3
+    return 0 if run != first else 1 if iteration == 0 else 3 if iteration == champion else 2
 
 
-def _look(own: bool, iteration: int, champion: int, run: str) -> tuple[str, float, str, str]:
+def _look(own: bool, iteration: int, champion: int, run: str, rest: str) -> tuple[str, float, str, str]:
     if not own:
         return RESTART, 0.7, ":", run
     if iteration == 0:
-        return PLAIN, 1.6, "-", "plain" + (" (champion)" if champion == 0 else "")
+        return PLAIN, 2.2, "-", "plain" + (" (champion)" if champion == 0 else "")
     if iteration == champion:
         return CHAMPION, 1.4, "--", f"champion (iteration {iteration})"
-    return QUIET, 0.7, "-", "other iterations"
+    return OTHERS, 0.7, "-", rest
