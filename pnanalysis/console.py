@@ -149,6 +149,12 @@ def show(what: Table | str | None, quiet: bool = False) -> None:
     console.print(rendered, highlight=False, soft_wrap=isinstance(what, str), markup=False)
 
 
+def say(line: str, quiet: bool = False) -> None:
+    """A line on standard error, about the work rather than its result."""
+    if not quiet:
+        print(line, file=sys.stderr)
+
+
 def show_saved(quiet: bool, *files: Any) -> None:
     """Say where files are."""
     names = [str(file) for file in files if file is not None]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +90,8 @@ def hessian(
     seed : int
         Of probes and examples.
     state : path, optional
-        Folder for unfinished work, a subfolder a checkpoint: an interrupted call given the same folder goes on.
+        Folder for unfinished work: an interrupted call given the same folder and arguments goes on. It holds a file
+        for each finished spectrum and a subfolder for the one under way, and may be removed once the call returns.
     **lanczos_options
         Passed to :func:`pnanalysis.spectral_density`.
 
@@ -116,11 +120,17 @@ def hessian(
     if not sources:
         raise RunError("name a run, or your own model and weights")
     torch_device = resolve_device(device)
+    settings = {
+        "operator": operator, "engine": engine, "n_lanczos": n_lanczos, "n_probes": n_probes, "n_hvp": n_hvp,
+        "deflate": deflate, "kernel_width": kernel_width, "split": split, "n": n, "batch_size": batch_size,
+        "params": params, "bn_mode": bn_mode, "dtype": dtype, "amp": amp, "seed": seed, **lanczos_options,
+    }  # fmt: skip
     spectra: dict[_Key, xr.Dataset] = {}
     rows: list[tuple[str, _Key]] = []
     for which, source in enumerate(sources):
         part = source.split(split, n, seed, torch_device)
         batches = part.batches(batch_size)
+        asked = settings | source.dataset_attrs()
         for name, checkpoint in source.select(checkpoints).items():
             label = name if len(sources) == 1 else f"{source.label}/{name}"
             done = [key for key in spectra if key[:2] == (which, checkpoint)]  # the champion may be the plain model
@@ -138,10 +148,13 @@ def hessian(
                 for layer, op in _blocks(whole, per_layer):
                     key = (which, checkpoint, layer)
                     n_steps = n_lanczos if n_lanczos and not per_layer else min(n_lanczos or N_LANCZOS, op.shape[0])
-                    spectra[key] = spectral_density(
-                        op, n_steps, n_probes, n_hvp=n_hvp, deflate=deflate, kernel_width=kernel_width, seed=seed,
-                        progress=progress, state=_own_folder(state, key), title=_row(label, layer), **lanczos_options,
+                    folder = _own_folder(state, key)
+                    compute = partial(
+                        spectral_density, op, n_steps, n_probes, n_hvp=n_hvp, deflate=deflate,
+                        kernel_width=kernel_width, seed=seed, progress=progress, state=folder,
+                        title=_row(label, layer), **lanczos_options,
                     )  # fmt: skip
+                    spectra[key] = _finished(folder, {**asked, "weights": _digest(checkpoint.path)}, compute)
                     rows.append((_row(label, layer), key))
     grid = default_grid(*spectra.values())
     width = max(float(ds.kernel_width) for ds in spectra.values())
@@ -159,6 +172,25 @@ def hessian(
         batch_size=batch_size, bn_mode=bn_mode, params=params, seed=seed, device=str(torch_device), dtype=dtype,
         amp=amp,
     )  # fmt: skip
+
+
+def _finished(folder: Path | None, asked: dict[str, Any], compute: Callable[[], xr.Dataset]) -> xr.Dataset:
+    """A spectrum, from the file beside ``folder`` if it is there and answers just what is asked."""
+    if folder is None:
+        return compute()
+    path, question = folder.with_name(f"{folder.name}.nc"), json.dumps(asked, sort_keys=True, default=str)
+    if path.is_file() and asked["data_fingerprint"]:
+        found = schema.load(path)
+        if found.attrs.pop("asked", None) == question:
+            return found
+    ds = compute()
+    schema.save(ds.assign_attrs(asked=question), path)
+    return ds
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _stacked(spectra: Sequence[xr.Dataset]) -> xr.Dataset:

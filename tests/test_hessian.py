@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import nn
 
 import pnanalysis as pn
+from pnanalysis.curvature.density import spectral_density
 from pnanalysis.data import load_data
 from pnanalysis.errors import CurvatureError
 from pnanalysis.models import build_model
@@ -75,6 +78,29 @@ def test_an_interrupted_spectrum_goes_on_to_the_same_result(tiny_run: Run, tmp_p
     resumed = pn.hessian(tiny_run, **options, state=tmp_path / "state")
     for name in whole:
         np.testing.assert_array_equal(whole[name], resumed[name], err_msg=str(name))
+
+
+def test_finished_spectra_are_kept_while_others_are_under_way(tiny_run: Run, tmp_path: Path, monkeypatch) -> None:
+    options = {**SMALL, "checkpoints": ["plain", "start"], "state": tmp_path / "state"}
+    whole = pn.hessian(tiny_run, **{**options, "state": None})
+    computed = []
+
+    def counted(*arguments: object, title: str, **others: object) -> xr.Dataset:
+        if len(computed) == 1:
+            computed.append("interrupted")
+            raise KeyboardInterrupt
+        computed.append(title)
+        return spectral_density(*arguments, title=title, **others)
+
+    monkeypatch.setattr(sys.modules["pnanalysis.hessian"], "spectral_density", counted)
+    with pytest.raises(KeyboardInterrupt):
+        pn.hessian(tiny_run, **options)
+    resumed = pn.hessian(tiny_run, **options)
+    assert computed == ["plain", "interrupted", "start"]
+    xr.testing.assert_identical(resumed.drop_attrs(), whole.drop_attrs())
+    assert resumed.attrs.keys() == whole.attrs.keys()
+    pn.hessian(tiny_run, **{**options, "seed": 1})
+    assert computed[3:] == ["plain", "start"]  # other probes were asked for
 
 
 def test_a_batch_that_is_not_finite_is_named() -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-import xarray as xr
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, make_table, show
-from pnanalysis.curvature.summary import compare_spectra
-from pnanalysis.hessian import hessian as analyse
+from pnanalysis.console import Table, make_table, say, show, when_interrupted
 from pnanalysis.measured import Measured
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def register(app: typer.Typer) -> None:
@@ -23,22 +23,22 @@ def register(app: typer.Typer) -> None:
 def hessian(
     runs: options.Paths = None,
     checkpoint: options.Checkpoints = None,
-    operator: Annotated[str, typer.Option(metavar="hessian|ggn|fisher")] = "hessian",
+    operator: Annotated[Literal["hessian", "ggn", "fisher"], typer.Option()] = "hessian",
     n_lanczos: Annotated[int | None, typer.Option(help="Lanczos steps of each probe; 90 by default.")] = None,
     n_probes: Annotated[int, typer.Option(help="Random probes.")] = 10,
     n_hvp: Annotated[int | None, typer.Option(help="A budget of products instead, split by what they show.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Bound for the Lanczos basis: 500M, 8G.")] = None,
     deflate: Annotated[bool, typer.Option("--deflate/--no-deflate", help="Give outliers their exact mass.")] = True,
     kernel_width: Annotated[float | None, typer.Option(help="Gaussian sigma of the density, in eigenvalues.")] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[int, typer.Option("--n", help="Examples, drawn by seed.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Examples at a time; memory, not the result, depends on it.")] = 512,
     params: Annotated[list[str] | None, typer.Option(metavar="LAYER", help="Restrict to layers; repeat.")] = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="The diagonal block of each layer.")] = False,
-    bn: Annotated[str, typer.Option(metavar="eval|train", help="Statistics of batch normalisation.")] = "eval",
-    dtype: Annotated[str, typer.Option(metavar="float32|float64")] = "float32",
-    amp: Annotated[str, typer.Option(metavar="no|tf32|bf16", help="Arithmetic of passes; sums in dtype.")] = "no",
-    engine: Annotated[str, typer.Option(metavar="native|pyhessian|curvlinops", help="Of the products.")] = "native",
+    bn: Annotated[Literal["eval", "train"], typer.Option(help="Statistics of batch normalisation.")] = "eval",
+    dtype: Annotated[options.Dtype, typer.Option()] = "float32",
+    amp: Annotated[Literal["no", "tf32", "bf16"], typer.Option(help="Arithmetic of passes; sums in dtype.")] = "no",
+    engine: Annotated[Literal["native", "pyhessian", "curvlinops"], typer.Option(help="Of the products.")] = "native",
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
@@ -60,8 +60,13 @@ def hessian(
 
       pnanalysis hessian --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make --loss mse
     """
+    from pnanalysis.hessian import hessian as analyse
+
     given = options.sources(runs, model, weights, data, loss)
     unfinished = options.destination("hessian", given[0], output).with_suffix(".unfinished")
+    if unfinished.is_dir():
+        say(f"going on with what is in {unfinished}", quiet)
+    when_interrupted("the same command goes on from there")
     ds = analyse(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
         n_hvp=n_hvp, max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
@@ -95,6 +100,8 @@ def _table(ds: xr.Dataset) -> Table:
 
 def _differences(ds: xr.Dataset) -> Table:
     """Each checkpoint minus the first; a W1 distance near its noise is none."""
+    from pnanalysis.curvature.summary import compare_spectra
+
     first, *others = (ds.sel(checkpoint=name) for name in ds.checkpoint.values)
     rows = []
     for other in others:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import xarray as xr
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, make_table
-from pnanalysis.trajectory import DEFAULT_PROJECTIONS, PROJECTIONS, WHOLE
-from pnanalysis.trajectory import trajectory as analyse
+from pnanalysis.console import Cell, Table, make_table
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +23,7 @@ def trajectory(
     iteration: Annotated[list[int] | None, typer.Option(help="Which iterations; repeat. All by default.")] = None,
     projection: Annotated[
         list[str] | None,
-        typer.Option(metavar="|".join(PROJECTIONS), help="Repeat; all but random by default."),
+        typer.Option(metavar="plane|pca|pca_end|random", help="Repeat; all but random by default."),
     ] = None,
     components: Annotated[int, typer.Option(help="Principal components to give.")] = 2,
     random_planes: Annotated[int, typer.Option(help="Random planes to give, for --projection random.")] = 1,
@@ -47,6 +47,9 @@ def trajectory(
 
       pnanalysis trajectory runs/lenet5 --per-layer --projection pca --projection random
     """
+    from pnanalysis.trajectory import DEFAULT_PROJECTIONS
+    from pnanalysis.trajectory import trajectory as analyse
+
     given = options.sources(runs, model, weights, data, None)
     ds = analyse(
         *given, iterations=iteration, projections=projection or DEFAULT_PROJECTIONS, n_components=components,
@@ -58,26 +61,25 @@ def trajectory(
 
 def _table(ds: xr.Dataset) -> Table:
     """Each path's end: distances, length, and cosines with the first path's end; a row a layer if there are layers."""
+    from pnanalysis.trajectory import WHOLE
+
     ends = {(run, i): k for k, (run, i) in enumerate(zip(ds.run.values, ds.iteration.values, strict=True))}
-    rows = []
+    layers = "layer" in ds.dims
+    rows: list[list[Cell]] = []
     for (run, iteration), k in ends.items():
         at = ds.isel(checkpoint=k)
-        for name, one in (
-            [("", at)] if "layer" not in ds.dims else [(f" {n}", at.sel(layer=n)) for n in ds.layer.values]
-        ):
+        for name, one in [("", at)] if not layers else [(str(n), at.sel(layer=n)) for n in ds.layer.values]:
             numbers = [one.distance_from_start, one.path_length, *_residual(one)]
             numbers += [one.distance_to_end.isel(end=0), one.cosine.isel(end=0)]
-            rows.append([f"{run} iteration {iteration}{name}", *map(float, numbers)])
+            rows.append([str(run), int(iteration), *([name] if layers else []), *map(float, numbers)])
     explained = {name: ds[name] for name in ("explained_variance", "explained_variance_end") if name in ds}
     whole = [share.sel(layer=WHOLE) if "layer" in share.dims else share for share in explained.values()]
     shares = [", ".join(f"{part:.1%}" for part in share.values) for share in whole]
     text = "; about the plain end ".join(shares)
-    return make_table(
-        "ends of the paths" + (f" (principal components explain {text})" if text else ""),
-        ["path", "distance from start", "path length", *(["distance from plane"] if "plane_residual" in ds else []),
-         "distance to first end", "cosine with it"],
-        rows,
-    )  # fmt: skip
+    columns = ["run", "iteration", *(["layer"] if layers else []), "distance from start", "path length"]
+    columns += [*(["distance from plane"] if "plane_residual" in ds else []), "distance to first end", "cosine with it"]
+    title = "ends of the paths" + (f" (principal components explain {text})" if text else "")
+    return make_table(title, columns, rows)
 
 
 def _residual(one: xr.Dataset) -> list[xr.DataArray]:
