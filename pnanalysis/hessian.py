@@ -120,6 +120,7 @@ def hessian(
     if not sources:
         raise RunError("name a run, or your own model and weights")
     torch_device = resolve_device(device)
+    selected = [source.select(checkpoints) for source in sources]
     settings = {
         "operator": operator, "engine": engine, "n_lanczos": n_lanczos, "n_probes": n_probes, "n_hvp": n_hvp,
         "deflate": deflate, "kernel_width": kernel_width, "split": split, "n": n, "batch_size": batch_size,
@@ -127,11 +128,11 @@ def hessian(
     }  # fmt: skip
     spectra: dict[_Key, xr.Dataset] = {}
     rows: list[tuple[str, _Key]] = []
-    for which, source in enumerate(sources):
+    for which, (source, chosen) in enumerate(zip(sources, selected, strict=True)):
         part = source.split(split, n, seed, torch_device)
         batches = part.batches(batch_size)
         asked = settings | source.dataset_attrs()
-        for name, checkpoint in source.select(checkpoints).items():
+        for name, checkpoint in chosen.items():
             label = name if len(sources) == 1 else f"{source.label}/{name}"
             done = [key for key in spectra if key[:2] == (which, checkpoint)]  # the champion may be the plain model
             if done:
