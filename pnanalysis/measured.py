@@ -30,7 +30,7 @@ class Measured:
             error = "" if math.isnan(self.se) else f" ± {100 * self.se:.2f}"
             return f"{100 * self.value:{sign}.2f}{error} %"
         if math.isnan(self.se) and self.low < self.high:
-            return f"{self.value:{sign}.4g} ({self.low:{sign}.3g} to {self.high:{sign}.3g})"
+            return f"{self.value:{sign}.4g} ({self.low:{sign}.4g} to {self.high:{sign}.4g})"
         error = "" if math.isnan(self.se) else f" ± {self.se:.2g}"
         return f"{self.value:{sign}.4g}{error}"
 

@@ -9,7 +9,7 @@ import typer
 
 from pnanalysis.cli import options
 from pnanalysis.console import Table, make_table, say, show, when_interrupted
-from pnanalysis.measured import Measured
+from pnanalysis.measured import Measured, Shown
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -84,18 +84,23 @@ def _table(ds: xr.Dataset) -> Table:
     rows = [
         [
             str(name),
-            float(at.lambda_max),
-            float(at.lambda_min),
+            _within(at, "lambda_max"),
+            _within(at, "lambda_min"),
             Measured(float(at.trace), float(at.trace_se)),
-            round(float(at.n_outliers)),
-            float(at.bulk_edge_high),
-            float(at.gap_ratio),
+            _within(at, "n_outliers"),
+            _within(at, "bulk_edge_high"),
+            _within(at, "gap_ratio"),
         ]
         for name in ds.checkpoint.values
         for at in [ds.sel(checkpoint=name)]
     ]
     columns = ["checkpoint", "lambda_max", "lambda_min", "trace", "outliers", "bulk edge", "lambda_max / edge"]
     return make_table(f"{ds.attrs['operator']} over {ds.attrs.get('n', 'all')} examples", columns, rows)
+
+
+def _within(ds: xr.Dataset, name: str) -> Measured:
+    """A number in its interval: residual bounds of extreme eigenvalues, 95 % otherwise."""
+    return Measured(float(ds[name]), low=float(ds[f"{name}_low"]), high=float(ds[f"{name}_high"]))
 
 
 def _differences(ds: xr.Dataset) -> Table:
@@ -109,13 +114,12 @@ def _differences(ds: xr.Dataset) -> Table:
         rows.append(
             [
                 f"{other.checkpoint.item()} - {first.checkpoint.item()}",
-                float(found.lambda_max_low),
-                float(found.lambda_max_high),
-                Measured(float(found.trace), float(found.trace_se)),
-                Measured(float(found.negative_mass), float(found.negative_mass_se)),
+                Shown(_within(found, "lambda_max"), signed=True),
+                Shown(Measured(float(found.trace), float(found.trace_se)), signed=True),
+                Shown(Measured(float(found.negative_mass), float(found.negative_mass_se)), signed=True),
                 float(found.wasserstein1),
                 float(found.wasserstein1_noise),
             ]
         )
-    columns = ["difference", "lambda_max from", "to", "trace", "negative mass", "W1 distance", "W1 of noise alone"]
+    columns = ["difference", "lambda_max", "trace", "negative mass", "W1 distance", "W1 of noise alone"]
     return make_table("beside the first checkpoint", columns, rows)

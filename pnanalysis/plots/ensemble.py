@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pnanalysis.plots.style import COLUMN, OVERLAY, PAGE, new_figure, own_axes
+from pnanalysis.plots.style import COLUMN, DASHES, MARKERS, OVERLAY, PAGE, new_figure, own_axes
 
 _BLUE, _ORANGE, _GREEN, _PINK, _SKY, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
 _ARMS = (_BLUE, _ORANGE, _GREEN, _PINK, _SKY)  # Okabe and Ito
@@ -31,6 +32,8 @@ def ensemble(ds: xr.Dataset) -> Figure:
     left, right = figure.subplots(1, 2)
     predictors(ds, ax=left)
     (losses_by_iteration if ds.sizes["iteration"] > 1 else losses_by_seed)(ds, ax=right)
+    for ax in (left, right):
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
     return figure
 
 
@@ -117,14 +120,15 @@ def losses_by_iteration(ds: xr.Dataset, plateau: float | None = None, ax: Axes |
     if not groups:
         groups = [(np.nan, np.ones(len(loss), dtype=bool))]
     for k, (lam, mine) in enumerate(groups):
-        colour = _STRATEGY["restart"] if np.isnan(lam) else _ARMS[k % len(_ARMS)]
+        colour, marker = _STRATEGY["restart"] if np.isnan(lam) else _ARMS[k % len(_ARMS)], MARKERS[k % len(MARKERS)]
         label = "restart" if np.isnan(lam) else f"persistent, λ = {lam:g}"
         ax.plot(
             iteration,
             loss[mine].T,
-            "o-",
+            marker=marker,
             ms=3,
             lw=0.8,
+            ls=DASHES[k % len(DASHES)],
             alpha=0.7,
             color=colour,
             label=[label, *[None] * (mine.sum() - 1)],
@@ -158,15 +162,16 @@ def escape(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
         is_control = bool(np.isnan(arm["lam"]))
         colour = _GREY if is_control else _ARMS[k % len(_ARMS)]
         text = f"{label} ({int(arm['n_starts'])} starts)"
-        ax.plot(ds["iteration"], arm["probability"], "s--" if is_control else "o-", ms=4, color=colour, label=text)
-        ax.fill_between(
-            ds["iteration"], arm["probability_low"], arm["probability_high"], color=colour, alpha=0.18, linewidth=0
-        )
+        dashes, marker = DASHES[k % len(DASHES)], MARKERS[k % len(MARKERS)]
+        ax.plot(ds["iteration"], arm["probability"], marker=marker, ls=dashes, ms=4, color=colour, label=text)
+        ax.fill_between(ds["iteration"], arm["probability_low"], arm["probability_high"], fc=to_rgba(colour, 0.13),
+                        ec=to_rgba(colour, 0.7), lw=0.5, ls=dashes)  # fmt: skip
     ax.set_ylim(-0.02, 1.02)
     ax.set_xlabel("iteration (trainings after the plain one)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel("share of starts off the plateau")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    level = f"bands: {ds.attrs.get('confidence', 0.95):.0%} intervals"
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=level, title_fontsize=7, alignment="left")
     return ax
 
 

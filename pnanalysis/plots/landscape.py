@@ -181,8 +181,8 @@ def _profile(ax: Axes, one: xr.Dataset, name: str, path: str, text: str, shift: 
     x, y, se = one.position.values, one[name].values, np.nan_to_num(one[f"{name}_se"].values)
     step = max(1, len(x) // 8)
     ax.fill_between(x, y - se, y + se, color=colour, alpha=0.15, lw=0)
-    ax.plot(x, y, color=colour, ls=dashes, marker=marker, ms=3, mfc="white", markevery=(int(shift * step), step),
-            label=text)  # fmt: skip
+    ax.plot(x, y, color=colour, ls=dashes, marker=marker, ms=4.5 - 3 * shift, mfc="white",
+            markevery=(int(shift * step), step), label=text)  # fmt: skip
 
 
 def _paths(ds: xr.Dataset, trajectory: xr.Dataset, ax: Axes) -> None:

@@ -24,7 +24,7 @@ from pnanalysis.plots.style import (
     grid,
     integer_axis,
     leftmost,
-    legend_beside,
+    legend_in_gap,
     log_axis,
     lowest,
     panels,
@@ -103,8 +103,8 @@ def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True,
     for ax in lowest(axes):
         ax.set_xlabel("checkpoint" if names else "training step" if "step" in ds.dims else "epoch")
     handles, labels = axes[0].get_legend_handles_labels()
-    if handles:
-        legend_beside(figure, handles, labels, len(axes))
+    if handles and not legend_in_gap(figure, handles, labels, len(axes)):
+        figure.legend(handles, labels, loc="outside right center")
     return figure
 
 

@@ -124,15 +124,15 @@ def leftmost(axes: Sequence[Axes]) -> Sequence[Axes]:
     return axes[:: grid(len(axes))[1]]
 
 
-def legend_beside(figure: Figure, handles: Sequence[Any], names: Sequence[str], n: int, per_row: int = PER_ROW) -> None:
-    """A legend of ``n`` panels: in the place of those that the last row lacks, or to the right of all."""
+def legend_in_gap(figure: Figure, handles: Sequence[Any], names: Sequence[str], n: int, per_row: int = PER_ROW) -> bool:
+    """A legend in the place of the panels that the last of ``n`` panels' rows lacks; False if it lacks none."""
     rows, columns = grid(n, per_row)
     taken = n - (rows - 1) * columns
     if taken == columns:
-        figure.legend(handles, names, loc="outside right center")
-    else:
-        place = (taken / columns, 0.0, 1 - taken / columns, 1 / rows)
-        figure.legend(handles, names, loc="center", bbox_to_anchor=place, ncols=-(-len(names) // 10))
+        return False
+    place = (taken / columns, 0.0, 1 - taken / columns, 1 / rows)
+    figure.legend(handles, names, loc="center", bbox_to_anchor=place, ncols=-(-len(names) // 10))
+    return True
 
 
 def legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:

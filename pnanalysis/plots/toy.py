@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pnanalysis.plots.style import COLUMN, OVERLAY, PAGE, new_figure, own_axes
+from pnanalysis.plots.style import COLUMN, DASHES, OVERLAY, PAGE, new_figure, own_axes
 
 _COLOURS = ("#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2")  # Okabe and Ito
 _NOWHERE = "#DDDDDD"
@@ -43,8 +44,9 @@ def descent(ds: xr.Dataset, surfaces: xr.Dataset | None = None, iteration: int =
         assert figure is not None
         figure.colorbar(drawn, ax=ax, label="value", fraction=0.05)
     for k in ds["iteration"].values:
-        _path(ds.sel(iteration=k), _label(ds, k), _COLOURS[k % len(_COLOURS)], ax)
+        _path(ds.sel(iteration=k), _label(ds, k), k, ax)
     _label_axes(ax)
+    ax.set_aspect("equal", adjustable="box")
     ax.legend(**OVERLAY)
     return ax
 
@@ -75,9 +77,10 @@ def surface(ds: xr.Dataset, descents: xr.Dataset | None = None) -> Figure:
         drawn = _contours(ds.sel(iteration=k), ax, levels)
         ax.set_title("$f$" if k == 0 else f"$f_{{{k}}}$")
         if descents is not None:
-            _path(descents.sel(iteration=k), _label(descents, k), _COLOURS[k % len(_COLOURS)], ax)
+            _path(descents.sel(iteration=k), _label(descents, k), k, ax)
             ax.legend(**OVERLAY)
         _label_axes(ax)
+        ax.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
         ax.label_outer()
     figure.colorbar(drawn, ax=axes, label="value", fraction=0.05)
     return figure
@@ -142,13 +145,16 @@ def basin(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     )
     for k in range(n):
         x, y = ds["minimum"].isel(well=k).values
-        value, share = float(ds["minimum_value"][k]), float(ds["share"][k])
-        ax.plot(
-            x, y, "*", ms=10, mec="black", mfc=colours[k + 1], label=f"value {value:.3f}: {share:.0%} of starts", ls=""
-        )
+        text = f"value {_number(float(ds['minimum_value'][k]))}: {float(ds['share'][k]):.0%} of starts"
+        ax.plot(x, y, "*", ms=10, mec="black", mfc=colours[k + 1], label=text, ls="")
+        ax.contour(ds["x"], ds["y"], ds["basin"] == k, levels=[0.5], colors="black", linewidths=0.5)
+    none = float((ds["basin"] < 0).mean())
+    handles = ax.get_legend_handles_labels()[0]
+    if none:
+        handles.append(Patch(fc=_NOWHERE, alpha=0.75, label=f"in no well: {none:.0%}"))
     _label_axes(ax)
-    if n:
-        ax.legend(**OVERLAY)
+    ax.set_aspect("equal", adjustable="box")
+    ax.legend(handles=handles, **OVERLAY)
     return ax
 
 
@@ -158,16 +164,23 @@ def _contours(ds: xr.Dataset, ax: Axes, levels: int | Sequence[float] = _LEVELS)
     return drawn
 
 
-def _path(ds: xr.Dataset, label: str, colour: str, ax: Axes) -> None:
+def _path(ds: xr.Dataset, label: str, iteration: int, ax: Axes) -> None:
+    """A path with a dark rim and the dashes of its iteration, to be told from others, and from what lies below."""
     x, y = ds["path"].sel(component="x").values, ds["path"].sel(component="y").values
-    ax.plot(x, y, color=colour, lw=1.6, label=label)
+    colour, dashes = _COLOURS[iteration % len(_COLOURS)], DASHES[iteration % len(DASHES)]
+    ax.plot(x, y, color="black", lw=2.8)
+    ax.plot(x, y, color=colour, lw=1.6, ls=dashes, label=label)
     ax.plot(x[0], y[0], "o", color="white", mec="black", ms=4)
     ax.plot(x[-1], y[-1], "*", color=colour, mec="black", ms=9)
 
 
 def _label(ds: xr.Dataset, iteration: int) -> str:
     name = "plain" if iteration == 0 else f"{ds.attrs.get('strategy', 'iteration')} {iteration}"
-    return f"{name}: {float(ds['end_value'].sel(iteration=iteration)):.3f}"
+    return f"{name}: {_number(float(ds['end_value'].sel(iteration=iteration)))}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−")
 
 
 def _label_axes(ax: Axes) -> None:

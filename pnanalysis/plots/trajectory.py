@@ -19,7 +19,7 @@ from pnanalysis.plots.style import (
     integer_axis,
     leftmost,
     legend_above,
-    legend_beside,
+    legend_in_gap,
     lowest,
     others,
     own_axes,
@@ -81,10 +81,9 @@ def trajectories(ds: xr.Dataset) -> Figure:
     figure, axes = panels(len(names), 2.8, alone=COLUMN * 1.4, per_row=2)
     for ax, name in zip(axes, names, strict=True):
         _on_plane(ax, ds, name)
-    if len(axes) % 2:
-        legend_beside(figure, *axes[0].get_legend_handles_labels(), len(axes), per_row=2)
-    else:
-        legend_above(figure, *axes[0].get_legend_handles_labels())
+    handles, texts = axes[0].get_legend_handles_labels()
+    if not legend_in_gap(figure, handles, texts, len(axes), per_row=2):
+        legend_above(figure, handles, texts)
     return figure
 
 
@@ -122,7 +121,9 @@ def trajectory_layers(ds: xr.Dataset, projection: str | None = None) -> Figure:
         ax.set_xlabel(f"first axis{first}")
         ax.set_ylabel(f"second{second}")
     figure.suptitle(_PROJECTIONS[projection][0], x=0.01, ha="left", fontsize="medium")
-    legend_above(figure, *axes[0].get_legend_handles_labels())
+    handles, texts = axes[0].get_legend_handles_labels()
+    if not legend_in_gap(figure, handles, texts, len(axes)):
+        legend_above(figure, handles, texts)
     return figure
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from pnanalysis import plots
 from pnanalysis.plots.landscape import same_plane
+from pnanalysis.plots.saturation import bounded_layers
 from pnanalysis.plots.style import new_figure, style
 from pnanalysis.runs import Run
 from pnanalysis.verdict import verdict
@@ -52,7 +53,9 @@ def _figures_of(
                 "one binomial standard error" + (", hollow green markers the restart control." if control else "."),
                 {"figure": "errors", "control": control.history if control else None},
             )
-        yield "Training", "Plain and champion in colour, the other iterations in grey.", {"figure": "history"}
+        yield (
+            "Training", "Plain thick below, champion dashed, the other iterations thin in grey.", {"figure": "history"},
+        )  # fmt: skip
     elif kind == "hessian" and "layer" in ds.coords:
         yield (
             "Hessian spectra by layer",
@@ -62,8 +65,8 @@ def _figures_of(
     elif kind == "hessian":
         yield (
             "Hessian spectrum",
-            "Density of eigenvalues with its standard error as a band; ticks below mark single eigenvalues beyond the "
-            "bulk, a row a checkpoint.",
+            "Density of eigenvalues with its standard error as a band; ticks below mark outliers, single eigenvalues "
+            "beyond the bulk, a row a checkpoint.",
             {"figure": "hessian"},
         )
     elif kind == "saturation":
@@ -71,6 +74,12 @@ def _figures_of(
             "Saturation", "98th percentile of the absolute activations, a panel a layer; bands are one standard error.",
             {"figure": "saturation"},
         )  # fmt: skip
+        if bounded_layers(ds).any():
+            yield (
+                "Distance from saturation", "How far that percentile is from the asymptote at one, on a logarithmic "
+                "axis; gaps that single precision cannot resolve, 6e-8, lie at the bottom.",
+                {"figure": "saturation_gap"},
+            )  # fmt: skip
         yield (
             "Saturated and dead units", "Layer by layer at the end of each iteration; bars are one standard error.",
             {"figure": "saturated_layers"},
@@ -105,8 +114,8 @@ def _figures_of(
         )  # fmt: skip
     elif kind == "sharpness":
         yield (
-            "Sharpness", "The largest rise of the loss found in small neighbourhoods of the minima.",
-            {"figure": "sharpness"},
+            "Sharpness", "The largest rise of the loss found in small neighbourhoods of the minima; bars are one "
+            "standard error.", {"figure": "sharpness"},
         )  # fmt: skip
     elif kind == "gradients":
         yield (
@@ -117,7 +126,8 @@ def _figures_of(
     elif kind == "comparison":
         yield (
             "Comparison", "Every diagnostic with its 95 % interval, hollow where the paired difference from the first "
-            "checkpoint is not told from zero; below, how far they differ as functions and layer by layer. "
+            "checkpoint is not told from zero, half filled where its error is not known; below, how far they differ as "
+            "functions and layer by layer. "
             + " ".join(verdict(ds)), {"figure": "comparison"},
         )  # fmt: skip
     elif kind == "descent":
