@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -76,7 +77,8 @@ def hessian(
     drawing = {"kind": "layer_spectra"} if per_layer else {}
     options.deliver(ds, given[0], output, plot, quiet, _table, **drawing)
     if len(ds.checkpoint) > 1 and not per_layer:
-        show(_differences(ds), quiet)
+        for line in _differences(ds):
+            show(line, quiet)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -103,13 +105,16 @@ def _within(ds: xr.Dataset, name: str) -> Measured:
     return Measured(float(ds[name]), low=float(ds[f"{name}_low"]), high=float(ds[f"{name}_high"]))
 
 
-def _differences(ds: xr.Dataset) -> Table:
+def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
     """Each checkpoint minus the first; a W1 distance near its noise is none."""
     from pnanalysis.curvature.summary import compare_spectra
 
     first, *others = (ds.sel(checkpoint=name) for name in ds.checkpoint.values)
     rows = []
     for other in others:
+        if first.node.variable.equals(other.node.variable):  # the champion may be the plain model
+            yield f"{other.checkpoint.item()} is the same checkpoint as {first.checkpoint.item()}"
+            continue
         found = compare_spectra(first, other)
         rows.append(
             [
@@ -122,4 +127,5 @@ def _differences(ds: xr.Dataset) -> Table:
             ]
         )
     columns = ["difference", "lambda_max", "trace", "negative mass", "W1 distance", "W1 of noise alone"]
-    return make_table("beside the first checkpoint", columns, rows)
+    if rows:
+        yield make_table("beside the first checkpoint", columns, rows)
