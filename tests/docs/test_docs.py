@@ -102,6 +102,13 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert "_figures/" in target or (page.parent / target).is_file(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_is_no_wider_than_the_page(page: Path) -> None:
+    text = page.read_text()
+    blocks = [block for language in ("python", "console", "text") for block in code_blocks(text, language)]
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > 94]
+
+
 def test_references_are_complete() -> None:
     """What is generated names every command, every kind of dataset and every public name."""
     import pnanalysis as pn
