@@ -40,7 +40,7 @@ def command_of(program: str) -> Any:
 def _command(name: str, command: Any, heading: str) -> Iterator[str]:
     yield f"{heading} {name}\n"
     text, _, examples = (command.help or "").partition("[bold]")
-    yield text.strip() + "\n"
+    yield _with_options(text.strip()) + "\n"
     lines = [line.strip() for line in examples.partition("[/bold]")[2].splitlines() if line.strip()]
     if lines:
         yield "\n".join(["```console", *(f"$ {line}" for line in lines), "```\n"])
@@ -49,8 +49,13 @@ def _command(name: str, command: Any, heading: str) -> Iterator[str]:
     yield from _table(["option", "default", "meaning"], [row for row in rows if "--help" not in row[0]])
 
 
+def _with_options(text: str) -> str:
+    """The text with options set as code."""
+    return re.sub(r"--[\w-]+", r"`\g<0>`", text)
+
+
 def _parameter(parameter: Any, context: Any) -> list[str]:
-    meaning = re.sub(r"--[\w-]+", r"`\g<0>`", parameter.help or "")
+    meaning = _with_options(parameter.help or "")
     if parameter.param_type_name == "argument":
         return [f"`{parameter.metavar or parameter.name.upper()}`", "", meaning]
     name = parameter.get_help_record(context)[0]
