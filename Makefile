@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo
 
-.PHONY: help demo test test-slow check notebooks docs bench lock clean
+.PHONY: help demo test test-slow baselines check notebooks docs bench lock clean
 
 help:
 	@echo "make demo       train, analyse and report on handwritten digits (about three minutes)"
 	@echo "make test       run the tests        make test-slow  the long ones too"
+	@echo "make baselines  draw anew the pictures that tests compare figures with"
 	@echo "make check      lint and type-check  make notebooks  execute them into notebooks/executed"
 	@echo "make bench      benchmarks beside peers              make docs   the documentation, in docs/_build/html"
 	@echo "make clean      remove what make made"
@@ -29,6 +30,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Anew what tests compare figures with; their matplotlib is named in tests/plots/test_images.py. Look at what git says has changed.
+baselines: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/plots/test_images.py --mpl-generate-path=tests/plots/baseline
 
 check: $(STAMP)
 	$(BIN)/ruff check .

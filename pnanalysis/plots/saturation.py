@@ -18,6 +18,7 @@ from pnanalysis.plots.style import (
     MARKERS,
     PAGE,
     PLAIN,
+    QUIET,
     RESTART,
     champion_of,
     few,
@@ -97,6 +98,9 @@ def saturation(ds: xr.Dataset, *, quantile: float = 98.0, absolute: bool = True,
     if gap:
         drawn = np.maximum(1 - values.values[np.isfinite(values.values)], _FINEST)
         log_axis(axes[0], float(drawn.min()), float(drawn.max()))
+        if drawn.min() <= _FINEST:
+            for ax in axes:
+                ax.axhline(_FINEST, color=QUIET, lw=0.8, ls=":", zorder=0, label="least gap that is resolved")
     what = f"{quantile:g}th percentile\nof {'|activation|' if absolute or gap else 'activation'}"
     for ax in leftmost(axes):
         ax.set_ylabel(f"1 − {what}" if gap else what)

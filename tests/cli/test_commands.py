@@ -16,6 +16,7 @@ import torch
 
 from pnanalysis import schema
 from pnanalysis.cli import app
+from pnanalysis.curvature.summary import compare_spectra
 from pnanalysis.runs import Run, open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -222,6 +223,23 @@ def test_hessian_says_how_checkpoints_differ(run, own_run: Run) -> None:
     outcome = run("pnanalysis", "hessian", own_run.path, *few[:-1], "-c", "start", "-c", "plain")
     assert "plain - start" in outcome.out
     assert "noise" in outcome.out
+    spectra, differences = json.loads(
+        run("pnanalysis", "hessian", own_run.path, *few, "-c", "start", "-c", "plain", "--json").out
+    )["tables"]
+    ds = schema.load(own_run.path / "analysis" / "hessian.nc")
+    for name, column in (("lambda_max", "lambda_max"), ("n_outliers", "outliers"), ("bulk_edge_high", "bulk edge")):
+        ends = {key: float(ds[name + end][1]) for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
+        assert spectra["rows"][1][column] == ends
+    found = compare_spectra(ds.sel(checkpoint="start"), ds.sel(checkpoint="plain"))
+    shown = differences["rows"][0]["lambda_max"]
+    assert (shown["low"], shown["high"]) == (float(found.lambda_max_low), float(found.lambda_max_high))
+
+
+def test_trajectories_by_layer_are_drawn_by_layer(run, own_run: Run, tmp_path: Path) -> None:
+    svg = tmp_path / "layers.svg"
+    assert run("pnanalysis", "trajectory", own_run.path, "--per-layer", "--plot", svg).status == 0
+    drawn = svg.read_text()
+    assert all(f">{layer}<" in drawn for layer in ("whole network", "fc1", "fc7"))
 
 
 def test_json_is_for_machines(run, own_run: Run, tmp_path: Path) -> None:

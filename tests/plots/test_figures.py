@@ -18,8 +18,10 @@ from matplotlib.figure import Figure
 import pnanalysis as pn
 from pnanalysis import plots
 from pnanalysis.errors import PnError
+from pnanalysis.measured import Measured
 from pnanalysis.plots.style import PLAIN
 from pnanalysis.runs import MANIFEST, Run
+from tests.plots import synthetic
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,8 @@ def test_spectra_are_drawn_on_a_log_axis_with_outliers_marked(spectra: xr.Datase
     ax = pn.plots.spectral_density(spectra)
     assert isinstance(ax, Axes)
     assert ax.get_yscale() == "log"
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["plain", "champion"]
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["plain", "champion", "± 1 standard error", "outliers"]
     curves = [line for line in ax.lines if line.get_label() in ("plain", "champion")]
     np.testing.assert_array_equal(curves[1].get_xdata(), spectra.eigenvalue)
     floor = ax.get_ylim()[0]
@@ -49,10 +52,14 @@ def test_spectra_are_drawn_on_a_log_axis_with_outliers_marked(spectra: xr.Datase
     assert ax.get_xlabel() == "eigenvalue [loss]"
 
 
-def test_a_single_spectrum_needs_no_legend_and_may_be_symlog(spectra: xr.Dataset) -> None:
-    ax = pn.plots.spectral_density(spectra.isel(checkpoint=0), symlog=True)
+def test_a_single_spectrum_needs_no_name_and_may_be_symlog(spectra: xr.Dataset) -> None:
+    exact = spectra.isel(checkpoint=0).drop_vars("deflated_value")
+    ax = pn.plots.spectral_density(exact.assign(density_se=0 * exact.density_se), symlog=True)
     assert ax.get_legend() is None
     assert ax.get_xscale() == "symlog"
+    band = spectra.density_se.isel(checkpoint=0, drop=True)
+    (grey,) = pn.plots.spectral_density(exact.assign(density_se=band + 1e-3)).get_legend().get_texts()
+    assert grey.get_text() == "± 1 standard error"
 
 
 def test_trajectories_end_where_the_dataset_says(tiny_run: Run) -> None:
@@ -84,6 +91,61 @@ def test_bands_of_the_percentiles_are_one_standard_error(tiny_run: Run) -> None:
     assert band.max() == pytest.approx(float((at.abs_percentile + at.abs_percentile_se).max()))
     with pytest.raises(PnError, match="99th percentile has not been measured"):
         plots.saturation(ds, quantile=99)
+
+
+def test_iterations_of_equal_values_are_thinner_and_marked_at_other_epochs() -> None:
+    ds = synthetic.saturation()
+    ds["abs_percentile"] = ds.abs_percentile.sel(iteration=0).broadcast_like(ds.abs_percentile)
+    figure = plots.plot(ds)
+    plain, *later = figure.axes[0].lines
+    assert plain.get_linewidth() > 2 * max(line.get_linewidth() for line in later)
+    assert plain.get_zorder() < min(line.get_zorder() for line in later)
+    assert len({(line.get_marker(), line.get_markevery()) for line in later}) == 3
+    assert len({line.get_markevery() for line in later}) == 3  # of seven epochs
+    (legend,) = figure.legends  # five panels: in the place of the sixth
+    figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(ax.get_window_extent()) for ax in figure.axes)
+    assert [bool(ax.get_xlabel()) for ax in figure.axes] == [False, False, True, True, True]
+    labelled = [any(tick.label1.get_visible() for tick in ax.xaxis.get_major_ticks()) for ax in figure.axes]
+    assert labelled == [False, False, True, True, True]
+
+
+def test_iterations_that_a_run_does_not_have_are_not_named() -> None:
+    ds = synthetic.saturation()
+    short = ds.where(ds.iteration < 2)
+    both = xr.concat([ds, short], dim="run", data_vars="all").assign_coords(run=["a", "b"], champion=("run", [2, 1]))
+    names = [text.get_text() for text in plots.saturation(both).legends[0].get_texts()]
+    assert [name for name in names if name.startswith("b")] == ["b: plain", "b: iteration 1 (champion)"]
+
+
+def test_gaps_are_one_minus_the_percentile_with_bands_that_stay_positive() -> None:
+    ds = synthetic.saturation()
+    ds["abs_percentile_se"] = 0 * ds.abs_percentile_se + 0.5
+    ax = plots.plot(ds, "saturation_gap").axes[2]
+    at = ds.sel(iteration=0, layer="tanh3", quantile=98.0)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), 1 - at.abs_percentile)
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert ax.get_yscale() == "log"
+    assert band.min() == 2.0**-24
+    assert band.max() == pytest.approx(float((1 - at.abs_percentile + 0.5).max()))
+    saturated = ds.assign(abs_percentile=0 * ds.abs_percentile + 1)
+    assert (plots.plot(saturated, "saturation_gap").axes[0].lines[0].get_ydata() == 2.0**-24).all()
+    mixed = ds.assign_coords(activation=("layer", ["relu", "tanh", "relu", "sigmoid", "relu"]))
+    assert [ax.get_title() for ax in plots.saturation_gap(mixed).axes] == ["tanh2", "tanh4"]
+    with pytest.raises(PnError, match="bounded by 1"):
+        plots.saturation_gap(ds.assign_coords(activation=("layer", ["relu"] * 5)))
+
+
+def test_files_that_have_nothing_to_do_with_one_another_are_not_joined() -> None:
+    ds = synthetic.saturation_of_files()
+    figure = plots.saturation(ds)
+    (bars,) = figure.axes[1].containers
+    assert bars.lines[0].get_linestyle() == "None"
+    np.testing.assert_array_equal(bars.lines[0].get_ydata(), ds.abs_percentile.sel(layer="tanh2", quantile=98.0))
+    assert [tick.get_rotation() for tick in figure.axes[-1].get_xticklabels()] == [0.0] * 4
+    long = ds.assign_coords(checkpoint=[f"a-network-of-some-{day}day" for day in ("mon", "tues", "fri", "sun")])
+    assert {tick.get_rotation() for tick in plots.saturation(long).axes[-1].get_xticklabels()} == {30.0}
 
 
 def test_saturated_layers_have_a_marker_and_a_bar_for_each_iteration(tiny_run: Run) -> None:
@@ -131,6 +193,51 @@ def test_errors_show_the_control_and_binomial_bars(tiny_run: Run) -> None:
     assert (high - low) / 2 == pytest.approx(np.sqrt(share * (1 - share) / 300))
 
 
+def test_errors_of_several_runs_are_refused(tiny_run: Run) -> None:
+    with pytest.raises(PnError, match="select one of a, b"):
+        plots.errors(pn.history(tiny_run).expand_dims(run=["a", "b"]))
+
+
+@pytest.mark.parametrize("kind", ["history", "gradients"])
+def test_one_epoch_is_a_point_at_an_integer(kind: str) -> None:
+    figure = plots.plot(getattr(synthetic, kind)(synthetic.EPOCHS[:1]))
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        assert [tick for tick in ax.get_xticks() if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]] == [1.0]
+    assert figure.axes[0].lines[0].get_marker() == "o"
+
+
+def test_a_single_other_iteration_is_named_and_round_off_is_no_distance() -> None:
+    ds = synthetic.trajectory()
+    named = plots.trajectory(ds).get_legend_handles_labels()[1]
+    assert named == ["plain", "other iterations", "champion (iteration 2)", "start"]
+    assert plots.trajectory(ds).get_title(loc="left") == "points lie up to 0.6 off this plane"
+    few = ds.isel(checkpoint=(ds.iteration < 2).values).assign_attrs(champion=0)
+    few["plane_residual"] = 1e-8 * few.plane_residual
+    ax = plots.trajectory(few)
+    assert ax.get_legend_handles_labels()[1] == ["plain (champion)", "iteration 1", "start"]
+    assert ax.get_title(loc="left") == "all points lie in this plane"
+
+
+def test_bars_of_shares_stop_at_zero_and_fillings_are_explained() -> None:
+    figure = plots.plot(synthetic.comparison())
+    panels = {ax.get_title(loc="left"): ax for ax in figure.axes}
+    bars = [line.get_xdata()[0] for line in panels["test error [%]"].lines if len(line.get_xdata()) == 2]
+    assert bars[0] == 0.0  # 0.004 - 1.96 * 0.003
+    filled = {
+        title: [line.get_fillstyle() if line.get_markerfacecolor() != "white" else "none" for line in ax.lines
+                if line.get_marker() in "osD"]
+        for title, ax in panels.items()
+    }  # fmt: skip
+    assert filled["test loss"] == ["full", "full", "none"]
+    assert filled["test error [%]"] == ["full", "none", "none"]
+    assert filled["distance from start"] == ["full", "left", "left"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "95 % interval, where known", "the first, or told from it", "not told from the first",
+        "difference of unknown error",
+    ]  # fmt: skip
+
+
 def test_barriers_are_drawn_by_path_and_split_with_their_heights(tiny_run: Run) -> None:
     ds = pn.landscape(tiny_run, checkpoints=["start", "plain"], align=True, n_points=4, n=200, progress=False)
     figure = plots.plot(ds)
@@ -140,8 +247,22 @@ def test_barriers_are_drawn_by_path_and_split_with_their_heights(tiny_run: Run) 
     at = ds.sel(split="test")
     for (text, heights), path in zip(drawn.items(), ("line", "aligned"), strict=True):
         np.testing.assert_array_equal(heights, at.loss.sel(path=path))
-        assert text.startswith(f"{path} {float(at.barrier.sel(path=path)):.3g} ±")
+        top = at.sel(path=path)
+        height = Measured(float(top.barrier), float(top.barrier_se)).text()
+        assert text == f"{path}: {height if float(top.barrier) > 1e-6 * float(top.loss.max()) else 'no barrier'}"
     assert {line.get_linestyle() for line in ax.lines if line.get_label() in drawn} == {"-", "--"}
+
+
+def test_no_barrier_is_said_in_words_and_errors_in_per_cent() -> None:
+    ds = synthetic.barrier()
+    loss, error = plots.plot(ds).axes[:2]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["line: 1 ± 0.05", "aligned: no barrier"]
+    assert [text.get_text() for text in error.get_legend().get_texts()] == [
+        "line: 30.00 ± 2.00 %", "aligned: no barrier",
+    ]  # fmt: skip
+    assert error.yaxis.get_major_formatter()(0.25).endswith("%")
+    rounding = ds.assign(barrier=ds.barrier.where(ds.path == "line", 1e-9))
+    assert "aligned: no barrier" in [text.get_text() for text in plots.plot(rounding).axes[0].get_legend().get_texts()]
 
 
 def test_planes_carry_their_points_and_the_trajectories_of_the_same_plane(tiny_run: Run, own_run: Run) -> None:

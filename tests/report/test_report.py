@@ -59,11 +59,18 @@ class _Page(HTMLParser):
 def test_the_page_holds_everything_and_fetches_nothing(pair: list[Run], tmp_path: Path) -> None:
     text = write_report(pair, tmp_path / "report.html").read_text()
     page = _Page(text)
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 9
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
     assert not re.search(r"@import|url\(\s*['\"]?http", text)
     assert len(page.ids) == len(set(page.ids))
-    for title in ("Errors by iteration", "Hessian spectrum", "Saturation", "Trajectories", "How it was made"):
+    for title in (
+        "Errors by iteration",
+        "Hessian spectrum",
+        "Saturation",
+        "Distance from saturation",
+        "Trajectories",
+        "How it was made",
+    ):
         assert title in text
     assert pair[0].manifest["data"]["fingerprint"] in text
 

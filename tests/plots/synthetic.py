@@ -1,0 +1,324 @@
+"""Datasets of known shape for every figure, made from formulas and seeded generators: the same on every machine.
+
+They hold what the figures draw, with the labels of :mod:`pnanalysis.schema`, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pnanalysis import schema
+
+ITERATIONS, EPOCHS = np.arange(4), np.arange(1, 7)
+LAYERS = ["tanh1", "tanh2", "tanh3", "tanh4", "tanh5"]
+CHAMPION = 2
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    """Standard normal numbers."""
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def dataset(kind: str, coords: dict[str, Any], variables: dict[str, Any], **attrs: Any) -> xr.Dataset:
+    """A dataset with the kind's labels and units."""
+    return schema.stamp(xr.Dataset(variables, coords=coords), kind, **attrs)
+
+
+def history(epochs: np.ndarray = EPOCHS, champion: int = CHAMPION) -> xr.Dataset:
+    """Losses that fall to a value which differs between iterations."""
+    dims, falling = ("iteration", "epoch"), np.exp(-0.5 * epochs)
+    depth = 1 + 0.1 * ITERATIONS[:, None]
+    error = 0.1 * depth + 0.3 * falling + 0.004 * noise(len(ITERATIONS), len(epochs))
+    variables = {
+        "train_loss": (dims, 2.0 * depth * falling + 0.05),
+        "validation_error": (dims, error),
+        "test_error": (dims, error + 0.01),
+    }
+    attrs = {"champion": champion, "n_validation": 500, "n_test": 500, "strategy": "persistent"}
+    return dataset("history", {"iteration": ITERATIONS, "epoch": epochs}, variables, **attrs)
+
+
+def spectra(**coords: Any) -> xr.Dataset:
+    """Two Gaussian bulks with outliers, known to a third."""
+    grid = np.linspace(-3, 16, 400)
+    outliers = np.array([[5.0, 9.0, 14.0], [4.0, 6.0, 8.0]])
+    shares = np.exp(-0.5 * ((grid - outliers[..., None]) / 0.15) ** 2).sum(1) * 1e-4
+    density = np.exp(-0.5 * (grid / 0.4) ** 2) + 0.01 * np.exp(-0.5 * ((grid - 1) / 0.7) ** 2) + shares
+    at = ("checkpoint", "eigenvalue")
+    scalars = {"bulk_edge_low": [-2.0, -2.0], "bulk_edge_high": [3.5, 3.0], "lambda_max": [14.0, 8.0]}
+    variables = {
+        "node": (("checkpoint", "quadrature"), outliers),
+        "density": (at, density),
+        "density_se": (at, np.where(np.abs(grid - 2) < 1.5, 0.4, 0.0) * density),
+        "deflated_value": (("checkpoint", "component"), outliers),
+        "kernel_width": ("checkpoint", [0.15, 0.15]),
+        **{name: ("checkpoint", values) for name, values in scalars.items()},
+    }
+    return dataset("hessian", {"checkpoint": ["plain", "champion"], "eigenvalue": grid, **coords}, variables)
+
+
+def layer_spectra() -> xr.Dataset:
+    """The two spectra as one layer's, and once more, narrower, as another's."""
+    names = [f"{name}:{layer}" for layer in ("fc1", "fc2") for name in ("plain", "champion")]
+    layers = ("checkpoint", ["fc1", "fc1", "fc2", "fc2"])
+    narrow = spectra().copy()
+    narrow["density"] = narrow.density.where(narrow.eigenvalue < 6, 0.0)
+    return xr.concat([spectra(), narrow], dim="checkpoint").assign_coords(checkpoint=names, layer=layers)
+
+
+def saturation() -> xr.Dataset:
+    """Percentiles of |a| that near one, the faster the later the layer; iterations 1 and 3 exactly equal."""
+    epochs = np.arange(7)
+    rate = np.array([0.0, 0.1, 0.3, 0.1])[:, None, None] + 0.5 + 0.2 * np.arange(len(LAYERS))
+    at = 1 - 0.4 * np.exp(-rate * epochs[:, None])
+    at[1:, 0] = np.nan  # the start is that of the plain training
+    known, bins = np.where(np.isnan(at), np.nan, 1.0), np.linspace(-0.95, 0.95, 20)
+    humps = at[..., None] * np.abs(bins) ** 4 + (1 - at[..., None]) * np.exp(-8 * bins**2) + 0.02
+    dims = ("iteration", "epoch", "layer")
+    variables = {
+        "abs_percentile": ((*dims, "quantile"), at[..., None]),
+        "abs_percentile_se": ((*dims, "quantile"), 0.15 * (1 - at[..., None])),
+        "histogram": ((*dims, "bin"), humps),
+        "histogram_se": ((*dims, "bin"), 0.1 * humps),
+        "saturation_measure": (dims, at - 0.1 * np.arange(len(LAYERS))),
+        "saturation_measure_se": (dims, 0.03 * known),
+        "dead_units": (dims, known * [0, 1, 0, 2, 4]),
+        "n_units": (dims, known * 16),
+    }
+    coords = {"iteration": ITERATIONS, "epoch": epochs, "layer": LAYERS, "quantile": [98.0], "bin": bins}
+    coords["activation"] = ("layer", ["tanh"] * len(LAYERS))
+    return dataset("saturation", coords, variables, champion=CHAMPION)
+
+
+def saturation_of_files() -> xr.Dataset:
+    """The last epochs as four files that have nothing to do with one another."""
+    ds = saturation().isel(epoch=-1, drop=True).rename(iteration="checkpoint")
+    return ds.assign_coords(checkpoint=["a", "b", "c", "d"]).isel(layer=slice(4))
+
+
+def trajectory() -> xr.Dataset:
+    """Spirals from one start, near a plane."""
+    epochs = np.arange(7)
+    where = [(0, e) for e in epochs] + [(i, e) for i in ITERATIONS[1:] for e in epochs[1:]]
+    iteration, epoch = np.array(where).T
+    angle = 0.3 * iteration + 0.1 * epoch
+    points = np.stack([epoch * np.cos(angle), epoch * np.sin(angle)], axis=-1)
+    cosine = 1 - np.exp(-0.5 * epoch[:, None]) * (1 + 0.1 * iteration[:, None] + 0.05 * ITERATIONS)
+    at = ("checkpoint", "component")
+    variables = {
+        "plane": (at, points), "plane_residual": ("checkpoint", 0.1 * epoch), "pca": (at, points - points.mean(0)),
+        "pca_end": (at, points - points[6]), "cosine": (("checkpoint", "end"), cosine),
+        **{f"explained_variance{end}": ("component", [0.8, 0.15]) for end in ("", "_end", "_plane")},
+    }  # fmt: skip
+    coords = {
+        "run": ("checkpoint", ["run"] * len(epoch)), "iteration": ("checkpoint", iteration),
+        "epoch": ("checkpoint", epoch), "end_run": ("end", ["run"] * 4), "end_iteration": ("end", ITERATIONS),
+    }  # fmt: skip
+    return dataset("trajectory", coords, variables, champion=CHAMPION, plane_points=["a", "b", "c"])
+
+
+def trajectory_layers() -> xr.Dataset:
+    """The spirals of the whole network, and smaller ones of four layers."""
+    ds = trajectory()
+    layers = [ds.assign(pca=(ds.pca.dims, ds.pca.values / (1 + k))) for k in range(5)]
+    return xr.concat(layers, dim="layer", data_vars="all").assign_coords(layer=["all", "fc1", "fc2", "fc3", "fc4"])
+
+
+def gradients(epochs: np.ndarray = EPOCHS) -> xr.Dataset:
+    """A falling loss gradient, a constant push, and signs that flip once."""
+    layers, n = ["conv1", "conv2"], len(epochs)
+    sign = np.sign(epochs[:, None] - np.array([0.5, 3.5, 7.5]))
+    variables = {
+        "loss_gradient_norm": (("layer", "epoch"), np.array([[1.0], [3.0]]) * np.exp(-0.4 * epochs)),
+        "fluctuation_norm": (("layer", "epoch"), np.array([[0.01], [0.0]]) * (1 + epochs % 2)),
+        "constant_norm": ("layer", [0.05, 0.1]),
+        "sign": (("layer", "epoch", "end"), np.broadcast_to(sign, (2, n, 3))),
+    }
+    ds = dataset("gradients", {"layer": layers, "epoch": epochs, "end": [0, 1, 2]}, variables)
+    return ds.expand_dims(iteration=[3])
+
+
+def barrier() -> xr.Dataset:
+    """A hill on the straight line, none on the other path."""
+    position = np.linspace(0, 1, 17)
+    hill = np.stack([np.sin(np.pi * position) ** 2, np.zeros(17)])[:, None] * np.array([1.0, 1.2])[:, None]
+    slope = 0.5 + 0.2 * position
+    at, top = ("path", "split", "position"), ("path", "split")
+    height = np.array([[1.0, 1.2], [0.0, 0.0]])
+    variables = {
+        "loss": (at, slope + hill), "loss_se": (at, 0.03 + 0.1 * hill),
+        "error": (at, 0.2 * slope + 0.3 * hill), "error_se": (at, 0.01 + 0.02 * hill),
+        "barrier": (top, height), "barrier_se": (top, 0.05 * height),
+        "error_barrier": (top, 0.3 * height), "error_barrier_se": (top, 0.02 * height),
+    }  # fmt: skip
+    coords = {"position": position, "path": ["line", "aligned"], "split": ["train", "test"]}
+    return dataset("barrier", coords, variables, checkpoints=["plain", "champion"])
+
+
+def landscape() -> xr.Dataset:
+    """Two wells on a plane."""
+    x, y = np.linspace(-2, 8, 30), np.linspace(-2, 6, 24)
+    wells = np.exp(-((x - 6) ** 2 + y[:, None] ** 2) / 6) + np.exp(-((x - 2) ** 2 + (y[:, None] - 4) ** 2) / 5)
+    variables = {
+        "loss": (("split", "y", "x"), 2.5 - 2 * wells[None]),
+        "point_position": (("point", "component"), [[0.0, 0.0], [6.0, 0.0], [2.0, 4.0]]),
+    }
+    units = {"units": "parameter units"}
+    coords = {
+        "split": ["train"], "point": ["start", "plain", "champion"],
+        "x": ("x", x, {"long_name": "along start to plain", **units}),
+        "y": ("y", y, {"long_name": "across, towards champion", **units}),
+    }  # fmt: skip
+    return dataset("landscape", coords, variables, plane_points=["a", "b", "c"])
+
+
+def sharpness() -> xr.Dataset:
+    """Rises of three checkpoints in three neighbourhoods, with names too long to stand side by side."""
+    rise = np.array([[0.03, 0.02, 0.2], [0.02, 0.02, 0.1], [0.05, 0.01, 0.4]])
+    at = ("checkpoint", "neighbourhood")
+    variables = {
+        "rise": (at, rise), "rise_se": (at, 0.1 * rise), "one_step": (at, 0.7 * rise), "one_step_se": (at, 0.1 * rise),
+        "radius": ("neighbourhood", [0.05, 0.5, 0.001]),
+    }  # fmt: skip
+    names = ["network-of-monday", "network-of-tuesday", "network-of-friday"]
+    return dataset("sharpness", {"checkpoint": names, "neighbourhood": ["ball", "adaptive", "box"]}, variables)
+
+
+def comparison() -> xr.Dataset:
+    """Three checkpoints: one told from the first by its loss, none by an error whose bars reach zero."""
+    k, pair = 3, ("checkpoint", "other")
+    apart = np.abs(np.subtract.outer(np.arange(k), np.arange(k))) / 10
+    loss, error = np.array([[0.4], [0.5], [0.41]]), np.array([[0.004], [0.006], [0.01]])
+    number, edge = np.array([20.0, 14.0, 19.0]), np.array([100.0, 90.0, 60.0])
+    split = {"loss": (loss, 0.02), "error": (error, 0.003)}
+    variables: dict[str, Any] = {
+        "disagreement": (pair, apart), "disagreement_se": (pair, 0.1 * apart),
+        "distance_from_start": ("checkpoint", edge),
+        "cka": ((*pair, "layer"), 1 - apart[..., None] * np.array([0.1, 1.0, 2.0])), "trace": ("checkpoint", edge),
+        "cka_se": ((*pair, "layer"), np.full((k, k, 3), 0.01)), "trace_se": ("checkpoint", 0.1 * edge),
+        "n_outliers": ("checkpoint", number), "n_outliers_low": ("checkpoint", number - 1),
+        "n_outliers_high": ("checkpoint", number + 2),
+        "trace_difference": (pair, np.subtract.outer(edge, edge)), "trace_difference_se": (pair, np.full((k, k), 12.0)),
+    }  # fmt: skip
+    for name, (values, se) in split.items():
+        variables[name] = (("checkpoint", "split"), values)
+        variables[f"{name}_se"] = (("checkpoint", "split"), np.full((k, 1), se))
+        variables[f"{name}_difference"] = ((*pair, "split"), values[:, None] - values[None])
+        variables[f"{name}_difference_se"] = ((*pair, "split"), np.full((k, k, 1), se))
+    names = ["plain", "champion", "restart"]
+    coords = {"checkpoint": names, "other": names, "split": ["test"], "layer": ["fc1", "fc2", "output"]}
+    return dataset("comparison", coords, variables, function_split="test", sigmas=2.0, classes=10)
+
+
+def functional() -> xr.Dataset:
+    """What a comparison knows of functions alone."""
+    ds = comparison()
+    return ds[["disagreement", "disagreement_se", "cka", "cka_se"]].assign_attrs(ds.attrs, kind="functional")
+
+
+def _two_wells(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return -np.exp(-((x - 2) ** 2 + (y + 2) ** 2) / 5) - 1.5 * np.exp(-((x + 2) ** 2 + (y + 1) ** 2))
+
+
+def surface() -> xr.Dataset:
+    """The two-well surface, and tilted."""
+    x, y = np.linspace(-4, 4, 40), np.linspace(-4, 2, 30)
+    value = _two_wells(x, y[:, None])
+    tilted = value + 0.03 * (x - y[:, None])
+    variables = {"value": (("iteration", "y", "x"), np.stack([value, tilted]))}
+    return dataset("surface", {"iteration": [0, 1], "x": x, "y": y}, variables)
+
+
+def descent() -> xr.Dataset:
+    """Straight to each of the wells."""
+    along = np.linspace(0, 1, 21)[:, None]
+    ends, start = np.array([[2.0, -2.0], [-2.0, -1.0]]), np.array([-0.335, -1.4])
+    path = start + along * (ends[:, None] - start) + 0.3 * np.sin(np.pi * along) * [0.0, 1.0]
+    variables = {
+        "path": (("iteration", "step", "component"), path),
+        "end_value": ("iteration", _two_wells(*ends.T)),
+    }
+    return dataset("descent", {"iteration": [0, 1], "component": ["x", "y"]}, variables, strategy="persistent")
+
+
+def basin() -> xr.Dataset:
+    """Left, right, and a corner of neither."""
+    x, y = np.linspace(-4, 4, 33), np.linspace(-4, 2, 25)
+    where = np.where(x + 0.2 * y[:, None] < -0.5, 0, 1)
+    where[(x < -3) & (y[:, None] > 1)] = -1
+    variables = {
+        "basin": (("y", "x"), where), "minimum": (("well", "component"), [[-2.0, -1.0], [2.0, -2.0]]),
+        "minimum_value": ("well", [-1.534, -1.0]), "share": ("well", [(where == k).mean() for k in range(2)]),
+    }  # fmt: skip
+    return dataset("basin", {"x": x, "y": y}, variables)
+
+
+def ensemble() -> xr.Dataset:
+    """Four chains of two penalties, some of which leave the plateau at 4.2."""
+    iteration, x = np.arange(5), np.linspace(-4, 4, 41)
+    left = iteration[:, None] >= np.array([2, 9, 3, 1])
+    loss = np.where(left, 0.5, 4.2)
+    variables = {
+        "final_loss": (("iteration", "member"), loss),
+        "prediction": (("iteration", "member", "x"), np.abs(x) * (5 - loss[..., None]) / 4),
+        "data_x": ("point", [-3.0, -1.0, 1.0, 3.0]), "data_y": ("point", [3.0, 1.0, 1.0, 3.0]),
+    }  # fmt: skip
+    coords = {
+        "iteration": iteration,
+        "x": x,
+        "seed": ("member", [0, 1, 2, 3]),
+        "lam": ("member", [0.01, 0.01, 0.1, 0.1]),
+    }
+    return dataset("ensemble", coords, variables, strategy="persistent")
+
+
+def escape() -> xr.Dataset:
+    """Probabilities that rise at three speeds."""
+    iteration = np.arange(8)
+    probability = 1 - np.exp(-np.array([[0.1], [0.5], [0.2]]) * iteration)
+    at, half = ("strategy", "iteration"), 0.5 * np.sqrt(probability * (1 - probability))
+    variables = {
+        "probability": (at, probability), "probability_low": (at, probability - half),
+        "probability_high": (at, probability + half), "n_starts": ("strategy", [20, 20, 20]),
+    }  # fmt: skip
+    names = ["persistent, λ = 0.01", "persistent, λ = 0.1", "restart"]
+    coords = {"strategy": names, "iteration": iteration, "lam": ("strategy", [0.01, 0.1, np.nan])}
+    return dataset("escape", coords, variables, confidence=0.95)
+
+
+#: By the stored picture's name: figure, dataset, and options whose values are made when they are wanted.
+PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
+    "history": ("history", history, {}),
+    "history_one_epoch": ("history", lambda: history(EPOCHS[:1]), {}),
+    "errors": ("errors", history, {"control": lambda: history(champion=1) * 1.02}),
+    "hessian": ("hessian", spectra, {}),
+    "hessian_symlog": ("hessian", spectra, {"symlog": True}),
+    "layer_spectra": ("layer_spectra", layer_spectra, {}),
+    "saturation": ("saturation", saturation, {}),
+    "saturation_of_files": ("saturation", saturation_of_files, {}),
+    "saturation_gap": ("saturation_gap", saturation, {}),
+    "saturated_layers": ("saturated_layers", saturation, {}),
+    "activation_histogram": ("activation_histogram", saturation, {}),
+    "trajectory": ("trajectory", trajectory, {}),
+    "trajectories": ("trajectories", trajectory, {}),
+    "trajectory_layers": ("trajectory_layers", trajectory_layers, {}),
+    "cosines": ("cosines", trajectory, {}),
+    "pca": ("pca", trajectory, {}),
+    "barrier": ("barrier", barrier, {}),
+    "landscape": ("landscape", landscape, {"trajectory": trajectory}),
+    "sharpness": ("sharpness", sharpness, {}),
+    "gradients": ("gradients", gradients, {}),
+    "gradients_one_epoch": ("gradients", lambda: gradients(EPOCHS[:1]), {}),
+    "comparison": ("comparison", comparison, {}),
+    "functional": ("functional", functional, {}),
+    "descent": ("descent", descent, {"surfaces": surface}),
+    "surface": ("surface", surface, {"descents": descent}),
+    "surface_3d": ("surface_3d", surface, {"descents": descent}),
+    "basin": ("basin", basin, {}),
+    "ensemble": ("ensemble", ensemble, {}),
+    "escape": ("escape", escape, {}),
+}
