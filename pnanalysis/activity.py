@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pnanalysis.activations import Activation
+from pnanalysis.arguments import at_least
 from pnanalysis.clusters import ExampleMoments, ShareErrors
 from pnanalysis.errors import PnError
 from pnanalysis.quantiles import QuantileSketch
@@ -38,10 +40,10 @@ class Measures:
     exact_limit: int = 4_000_000
 
     def __post_init__(self) -> None:
-        if not self.percentiles or not all(0 <= level <= 100 for level in self.percentiles):
+        numbers = all(isinstance(level, Real) and 0 <= float(level) <= 100 for level in self.percentiles)
+        if not self.percentiles or not numbers:
             raise PnError(f"percentiles lie between 0 and 100, got {', '.join(map(str, self.percentiles)) or 'none'}")
-        if self.bins < 1 or self.saturation_bins < 1:
-            raise PnError("histograms and the saturation measure need at least one bin")
+        at_least(1, bins=self.bins, saturation_bins=self.saturation_bins)
 
 
 class LayerActivity:

@@ -88,8 +88,8 @@ def align(
 
     Of all permutations (and signs) :math:`\pi` of hidden channels, one is sought that maximises
     :math:`\langle\theta_A, \pi(\theta_B)\rangle`, which minimises the distance. With all groups but one held, the
-    best permutation of that one is a linear assignment problem; the groups are gone through in random order until none
-    gains.
+    best permutation of that one is a linear assignment problem, but for groups that index both axes of one weight; the
+    groups are gone through in order, or in random orders, until none gains.
 
     Parameters
     ----------
@@ -121,6 +121,13 @@ def align(
     -----
     The descent ends in a local optimum: networks that stay apart may still be the same up to relabelling, those that
     coincide afterwards are.
+
+    *Both axes of one weight.* Where a layer maps a residual stream onto itself, :math:`x + W x`, one permutation
+    :math:`P` acts on both sides of its weight, and :math:`\langle W_A, P W_B P^\top\rangle` is a quadratic assignment
+    problem, for which no efficient method is known. A step is then the better of two: each axis matched with the other
+    held as it is, or the other weights matched alone; it is taken only if the similarity itself grows. So no step is a
+    loss, but only where no weight has both axes is it the best of its group; further runs begin such groups in random
+    orders.
 
     References
     ----------
@@ -192,11 +199,13 @@ class _Matching:
             for use in uses:
                 self.by_tensor.setdefault(use.tensor, []).append((k, use))
 
-    def similarity(self, k: int, current: Relabelling) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def similarity(
+        self, k: int, current: Relabelling, uses: Sequence[Use]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Inner products (size, size) of what channels of group k weigh: tensors that follow its signs, and others."""
         size = self.groups[k].size
         parts = [np.zeros((size, size)), np.zeros((size, size))]
-        for use in self.uses[k]:
+        for use in uses:
             other = self.state[use.tensor]
             for j, another in self.by_tensor[use.tensor]:
                 if (j, another.dim) != (k, use.dim):
@@ -208,6 +217,21 @@ class _Matching:
             parts[0 if use.signed else 1] += (a @ b.T).double().cpu().numpy()
         return parts[0], parts[1]
 
+    def quadratic(self, k: int) -> bool:
+        """Whether the group indexes two axes of one tensor."""
+        tensors = [use.tensor for use in self.uses[k]]
+        return len(set(tensors)) < len(tensors)
+
+    def whole(self, k: int, current: Relabelling) -> float:
+        """Inner product over all tensors that group k indexes."""
+        total = 0.0
+        for name in {use.tensor for use in self.uses[k]}:
+            other = self.state[name]
+            for j, use in self.by_tensor[name]:
+                other = current._moved(other, j, use)
+            total += float((self.reference[name].double() * other.double()).sum())
+        return total
+
     def neighbours(self, k: int) -> set[int]:
         """Groups whose similarities depend on the order of group k."""
         shared = [self.by_tensor[use.tensor] for use in self.uses[k]]
@@ -217,6 +241,9 @@ class _Matching:
 def _descend(matching: _Matching, rng: np.random.Generator | None, advance: Advance) -> Relabelling:
     """Coordinate descent from the identity; in the order of the network, or in a new random order each sweep."""
     current, n = Relabelling.identity(matching.groups), len(matching.groups)
+    if rng is not None:
+        for k in filter(matching.quadratic, range(n)):
+            current.orders[k] = rng.permutation(matching.groups[k].size)
     pending = set(range(n))  # groups that may gain
     for _ in range(_MAX_SWEEPS):
         for k in range(n) if rng is None else rng.permutation(n).tolist():
@@ -232,18 +259,46 @@ def _descend(matching: _Matching, rng: np.random.Generator | None, advance: Adva
 
 def _improve(matching: _Matching, current: Relabelling, k: int) -> bool:
     """The best order (and signs) of group k with all others held; whether that is a gain."""
-    signed, plain = matching.similarity(k, current)
+    if matching.quadratic(k):
+        return _improve_quadratic(matching, current, k)
+    order, signs, gain, scale = _assigned(matching, current, k, matching.uses[k])
+    if gain <= _ROUND_OFF * scale:
+        return False
+    current.orders[k], current.signs[k] = order, signs
+    return True
+
+
+def _improve_quadratic(matching: _Matching, current: Relabelling, k: int) -> bool:
+    """The same for a group that has both axes of a weight: the better of two steps, if it is a gain.
+
+    Both axes are matched with the other held as it is, or only what the group indexes once.
+    """
+    best, nearest = (current.orders[k], current.signs[k]), matching.whole(k, current)
+    before = nearest
+    once = [use for use in matching.uses[k] if sum(other.tensor == use.tensor for other in matching.uses[k]) == 1]
+    for uses in (matching.uses[k], once):
+        order, signs, _, scale = _assigned(matching, current, k, uses)
+        trial = Relabelling(current.groups, list(current.orders), list(current.signs))
+        trial.orders[k], trial.signs[k] = order, signs
+        similarity = matching.whole(k, trial)
+        if similarity > max(nearest, before + _ROUND_OFF * scale):
+            best, nearest = (order, signs), similarity
+    current.orders[k], current.signs[k] = best
+    return nearest > before
+
+
+def _assigned(
+    matching: _Matching, current: Relabelling, k: int, uses: Sequence[Use]
+) -> tuple[NDArray[np.intp], NDArray[np.float64], float, float]:
+    """The assignment that is best for these uses of group k: order, signs, gain, and the largest similarity."""
+    signed, plain = matching.similarity(k, current, uses)
     flips = matching.signs and matching.groups[k].odd
     score = np.abs(signed) + plain if flips else signed + plain
     rows, order = linear_sum_assignment(score, maximize=True)
     old = current.orders[k]
     before = float(np.sum(current.signs[k] * signed[rows, old] + plain[rows, old]))
-    if score[rows, order].sum() <= before + _ROUND_OFF * np.abs(score).max():
-        return False
-    current.orders[k] = order
-    if flips:
-        current.signs[k] = np.where(signed[rows, order] < 0, -1.0, 1.0)
-    return True
+    signs = np.where(signed[rows, order] < 0, -1.0, 1.0) if flips else current.signs[k]
+    return order, signs, float(score[rows, order].sum()) - before, float(np.abs(score).max())
 
 
 def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: set[str]) -> float:

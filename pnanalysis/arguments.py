@@ -38,6 +38,21 @@ def positive(**numbers: Any) -> None:
             raise PnError(f"{name} is {value!r}; it must be a number above 0")
 
 
+def ascending(name: str, values: Any, n: int) -> None:
+    """So many finite numbers, in pairs of a minimum below its maximum; ``None`` stands for a default and passes.
+
+    Raises
+    ------
+    PnError
+    """
+    if values is None:
+        return
+    numbers = list(values) if isinstance(values, Iterable) else [values]
+    right = len(numbers) == n and all(isinstance(one, Real) and isfinite(one) for one in numbers)
+    if not right or any(low >= high for low, high in zip(numbers[::2], numbers[1::2], strict=True)):
+        raise PnError(f"{name} is {values!r}; it must be {n} numbers, each minimum below its maximum")
+
+
 def one_of(known: Iterable[str], **names: Any) -> None:
     """Names must be among those known.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 from scipy.stats import norm
@@ -19,6 +20,7 @@ from pnanalysis.data import SPLITS, Split
 from pnanalysis.distance import distance_between, parameter_distances
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation import Scores, paired
+from pnanalysis.forward import placed
 from pnanalysis.functional import FunctionPairs, aligned, evaluate
 from pnanalysis.hessian import hessian as spectra_of
 from pnanalysis.measured import SIGMAS
@@ -123,6 +125,7 @@ def compare(
     examples = Examples(chosen, torch_device)
     split = examples.nearest(split)
     networks = [member.network(torch_device) for member in chosen]
+    loss = placed(chosen[0].source.loss, torch_device, torch.float32)
     sigmas = told_beyond(len(chosen) * (len(chosen) - 1) // 2)
     parameters = parameter_distances(networks)
     alignment = CentredKernelAlignment(networks) if cka else None
@@ -131,10 +134,10 @@ def compare(
     parameters["distance_from_start"] = ("checkpoint", _from_start(chosen, networks))
     parts, function, sizes = [], xr.Dataset(), {}
     for name in examples.splits:
-        pairs = FunctionPairs(chosen[0].source.loss, len(chosen)) if name == split else None
+        pairs = FunctionPairs(loss, len(chosen)) if name == split else None
         total, batches = examples.batches(name, n, batch_size, seed)
         with progress_bar(f"{name} examples", total, progress) as advance:
-            scores = evaluate(chosen, networks, batches, advance, pairs, alignment if pairs else None)
+            scores = evaluate(loss, chosen, networks, batches, advance, pairs, alignment if pairs else None)
         parts.append(_scored(scores, sigmas))
         sizes[name] = scores.n
         if pairs is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +63,15 @@ def wanted(outputs: Any, who: str = "the network") -> Tensor:
     return found
 
 
+def placed(loss: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
+    """The loss with what tensors it holds (class weights, say) on the device and in the precision of the network."""
+    if isinstance(loss, nn.Module):
+        return deepcopy(loss).to(device, dtype)
+    if isinstance(loss, partial):
+        return partial(loss.func, *loss.args, **move(loss.keywords, device, dtype))
+    return loss
+
+
 def not_for(loss: Loss, outputs: Any) -> ModelError:
     """What to say where a loss takes a tensor and the network returns something else."""
     name = getattr(loss, "__name__", type(loss).__name__)
@@ -90,7 +101,7 @@ def explained(
     except (PnError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        found = None if model is None else _diagnosis(model, batches, loss)
+        found = None if model is None else _diagnosis(model, batches, loss, error)
         if found is None:
             found = (
                 f"the network or the loss cannot take these data ({_reason(error)}); "
@@ -100,7 +111,7 @@ def explained(
 
 
 @torch.no_grad()
-def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> str | None:
+def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, error: Exception) -> str | None:
     """What does not fit, as far as two examples and a look at all targets tell."""
     try:
         first = next(iter(batches))
@@ -110,17 +121,19 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> s
         return None
     try:
         outputs = run(model, inputs)
-    except Exception as error:
-        return f"the network cannot take these data: inputs of {_shapes(inputs)} ({_reason(error)})"
+    except Exception as own_error:
+        return f"the network cannot take these data: inputs of {_shapes(inputs)} ({_reason(own_error)})"
     if loss is None:
         return None
     try:
         loss(outputs, targets)
         failed = None
-    except Exception as error:
-        failed = error
+    except Exception as own_error:
+        failed = own_error
     if not isinstance(outputs, Tensor):
-        return None if failed is None else str(not_for(loss, outputs))
+        if failed is not None:
+            return str(not_for(loss, outputs))
+        return f"the network returns {_kind(outputs)}, which cannot be taken here ({_reason(error)}); {_WRAP}"
     beyond = _no_class(outputs, batches, loss)
     if beyond is not None:
         return f"the loss cannot take these data: {beyond}"

@@ -22,7 +22,7 @@ from pnanalysis.cka import CentredKernelAlignment
 from pnanalysis.curvature.nest import batch_size
 from pnanalysis.data import SPLITS
 from pnanalysis.evaluation import Scores
-from pnanalysis.forward import explained, wanted
+from pnanalysis.forward import explained, placed, wanted
 from pnanalysis.losses import log_probabilities
 from pnanalysis.members import Examples, Member, members, run_all
 from pnanalysis.models import Loss
@@ -103,10 +103,11 @@ def functional_distance(
     split = examples.nearest(split)
     networks = [member.network(torch_device) for member in chosen]
     alignment = CentredKernelAlignment(networks) if cka else None
-    function = FunctionPairs(chosen[0].source.loss, len(chosen))
+    loss = placed(chosen[0].source.loss, torch_device, torch.float32)
+    function = FunctionPairs(loss, len(chosen))
     total, batches = examples.batches(split, n, batch_size, seed)
     with progress_bar(f"{split} examples", total, progress) as advance:
-        scores = evaluate(chosen, networks, batches, advance, function, alignment)
+        scores = evaluate(loss, chosen, networks, batches, advance, function, alignment)
     variables = function.variables(1 - scores.errors.mean(1), scores.classes)
     labels = [member.label for member in chosen]
     coords: dict[str, Any] = {"checkpoint": labels, "other": labels}
@@ -120,6 +121,7 @@ def functional_distance(
 
 
 def evaluate(
+    loss: Loss,
     chosen: Sequence[Member],
     networks: Sequence[nn.Module],
     batches: Iterable[tuple[list[Any], Any]],
@@ -128,7 +130,7 @@ def evaluate(
     alignment: CentredKernelAlignment | None = None,
 ) -> Scores:
     """One pass of all networks over the same batches: their scores, and what else is asked for is told of each."""
-    scores = Scores(chosen[0].source.loss)
+    scores = Scores(loss)
     labels = [member.label for member in chosen]
     with torch.no_grad(), alignment or nullcontext():
         for inputs, targets in batches:

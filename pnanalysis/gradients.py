@@ -84,7 +84,7 @@ def gradient_split(
     assert source.run is not None
     ends = source.run.ends
     chosen = list(range(1, len(ends))) if iterations is None else list(iterations)
-    wrong = [i for i in chosen if not 1 <= i < len(ends)]
+    wrong = [i for i in chosen if i not in range(1, len(ends))]
     if wrong or not chosen:
         raise RunError(f"{source.run.path}: has no repelled iteration {wrong or ''}; there are 1 to {len(ends) - 1}")
     torch_device = resolve_device(device)

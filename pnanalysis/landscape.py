@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import xarray as xr
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_map
 from pnanalysis import schema
 from pnanalysis.alignment import Relabelling, check_preserved
 from pnanalysis.alignment import align as match
-from pnanalysis.arguments import at_least, one_of, positive, resolve_dtype
+from pnanalysis.arguments import ascending, at_least, one_of, positive, resolve_dtype
 from pnanalysis.curves import CURVES, train_curve
 from pnanalysis.data import Split
 from pnanalysis.errors import DataError, ModelError, RunError
@@ -117,7 +118,7 @@ def landscape(
     S. Ainsworth et al., "Git Re-Basin", arXiv:2209.04836. T. Garipov et al., arXiv:1802.10026.
     H. Li et al., arXiv:1712.09913. K. Jordan et al., "REPAIR", arXiv:2211.08403.
     """
-    _check(view, align, bn, curve, extrapolate)
+    _check(view, align, bn, curve, extrapolate, span)
     at_least(1, n=n, batch_size=batch_size, n_steps=n_steps, n_bends=n_bends, n_restarts=n_restarts)
     at_least(2, n_points=n_points)
     at_least(0, seed=seed)
@@ -176,13 +177,16 @@ def landscape(
     )  # fmt: skip
 
 
-def _check(view: str, align: bool, bn: str, curve: str, extrapolate: float) -> None:
+def _check(view: str, align: bool, bn: str, curve: str, extrapolate: float, span: Sequence[float] | None) -> None:
     one_of(VIEWS, view=view)
     one_of(BATCH_NORM, bn=bn)
     one_of(CURVES, curve=curve)
     if align and view not in ("line", "curve"):
         raise ModelError("only lines and curves are aligned: a relabelled network lies on another plane")
-    if not 0 <= extrapolate < 100:
+    if span is not None and view not in ("plane", "random"):
+        raise ModelError("only planes have a span; a line is drawn out with extrapolate")
+    ascending("span", span, 4)
+    if not isinstance(extrapolate, Real) or not 0 <= extrapolate < 100:
         raise ModelError(f"extrapolate by a share of the line that is not negative, not by {extrapolate}")
 
 

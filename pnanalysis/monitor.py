@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pnanalysis import schema
 from pnanalysis.activations import Activation, watch_activations
 from pnanalysis.activity import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
-from pnanalysis.errors import ModelError, PnError
+from pnanalysis.arguments import ascending, at_least
+from pnanalysis.errors import ModelError
 from pnanalysis.quantiles import RELATIVE_ERROR
 from pnanalysis.saturation import no_activations
 
@@ -76,8 +77,8 @@ class SaturationMonitor:
         saturation_bins: int = 10,
         per_unit: bool = False,
     ) -> None:
-        if every < 1 or (n_examples is not None and n_examples < 1):
-            raise PnError("a monitor records every one or more steps, of one or more examples")
+        at_least(1, every=every, n_examples=n_examples)
+        ascending("bin_range", bin_range, 2)
         self.model = model
         self.every = every
         self.n_examples = n_examples

@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pnanalysis.errors import ModelError, RunError
+from pnanalysis.errors import RunError
 from pnanalysis.gram import displacement_gram, filter_directions
 from pnanalysis.measured import mean_and_error
 from pnanalysis.progress import progress_bar
@@ -150,8 +150,6 @@ def _on_grid(
 
 
 def _grid(span: Sequence[float] | Matrix, n_points: int) -> tuple[Matrix, Matrix]:
-    if len(span) != 4 or not (span[0] < span[1] and span[2] < span[3]):
-        raise ModelError(f"span {tuple(span)} must be x_min, x_max, y_min, y_max with each minimum below its maximum")
     return np.linspace(span[0], span[1], n_points), np.linspace(span[2], span[3], n_points)
 
 

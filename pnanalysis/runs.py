@@ -147,11 +147,13 @@ class Run:
             If a name matches nothing; the message says what there is.
         """
         chosen: dict[str, Checkpoint] = {}
-        for name in names:
+        for name in [names] if isinstance(names, str) else names:
             if name in ("ends", "all"):
                 chosen |= {c.name: c for c in (self.ends if name == "ends" else self.checkpoints)}
             else:
-                chosen[name] = self._named(name)
+                chosen[name] = self._named(str(name))
+        if not chosen:
+            raise RunError(f"{self.path}: no checkpoint is named, or none is there; plain and champion are two names")
         return chosen
 
     def _named(self, name: str) -> Checkpoint:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from pnanalysis import schema
 from pnanalysis.activations import Activation, watch_activations
 from pnanalysis.activity import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
-from pnanalysis.arguments import at_least, one_of
+from pnanalysis.arguments import ascending, at_least, one_of
 from pnanalysis.data import SPLITS, LoaderSplit, Split
-from pnanalysis.errors import ModelError
+from pnanalysis.errors import ModelError, RunError
 from pnanalysis.forward import explained, run
 from pnanalysis.progress import progress_bar
 from pnanalysis.quantiles import RELATIVE_ERROR
@@ -111,8 +111,11 @@ def saturation(
     at_least(1, n=n, batch_size=batch_size)
     at_least(0, exact_limit=exact_limit, seed=seed)
     one_of(SPLITS, split=split)
+    ascending("bin_range", bin_range, 2)
     measures = Measures(tuple(percentiles), bins, saturation_bins, per_unit, exact_limit)
     sources = as_sources(runs)
+    if not sources:
+        raise RunError("name a run, or your own model and weights")
     chosen = [(source, checkpoint) for source in sources for checkpoint in source.select(checkpoints).values()]
     torch_device = resolve_device(device)
     parts = {source.label: _examples(source, split, n, seed, torch_device) for source in sources}

@@ -73,6 +73,8 @@ class Source:
         missing = [name for name in chosen if name not in by_name]
         if missing:
             raise ModelError(f"no weights named {missing[0]!r}; there are {', '.join(by_name)}")
+        if not chosen:
+            raise ModelError(f"no weights are named; there are {', '.join(by_name)}")
         return {name: by_name[name] for name in chosen}
 
     def model(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> nn.Module:

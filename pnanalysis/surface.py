@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from pnanalysis.curvature.nest import batch_size, map_tensors
 from pnanalysis.errors import ModelError
-from pnanalysis.forward import prediction, run
+from pnanalysis.forward import placed, prediction, run
 from pnanalysis.losses import check_mean, example_errors, example_losses, example_weights, linearised
 from pnanalysis.models import Loss, load_weights
 from pnanalysis.progress import Advance
@@ -89,7 +89,7 @@ class Surface:
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.model = deepcopy(model).to(self.device, dtype).eval()
-        self.loss = loss
+        self.loss = placed(loss, self.device, dtype)
         self.norms = {name: module for name, module in self.model.named_modules() if _has_statistics(module)}
         self.bn_batches = bn_batches if self.norms else None
         self.at_once = at_once or self._points_at_once()

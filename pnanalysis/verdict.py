@@ -120,7 +120,7 @@ def verdict(ds: xr.Dataset) -> list[str]:
     said: list[str] = []
     for i in range(1, ds.sizes["checkpoint"]):
         said += _beside_the_first(ds, i)
-    if ds.sizes["checkpoint"] > 2:
+    if ds.sizes["checkpoint"] > 2 and bool(ds.error.notnull().all()):
         said.append(_order(ds))
     return said
 

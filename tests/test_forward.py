@@ -126,6 +126,28 @@ def test_an_answer_without_a_prediction_cannot_be_compared(tmp_path: Path) -> No
     assert float(ANALYSES["landscape"](source).loss.min()) > 0
 
 
+@pytest.mark.parametrize("operator", ["ggn", "fisher"])
+def test_operators_that_take_tensors_alone_say_so(tmp_path: Path, operator: str) -> None:
+    source = source_of(tmp_path, lambda: Net(WRAPPINGS["tuple"]), data(), first_head)
+    with pytest.raises(PnError, match="returns a tuple, which cannot be taken here .* wrap the network"):
+        pn.hessian(source, operator=operator, n_hvp=12, progress=False)
+
+
+def test_targets_may_hold_what_a_loss_needs_beside_them(tmp_path: Path) -> None:
+    x, y = data()
+    weights = torch.rand(60, generator=torch.Generator().manual_seed(2))
+
+    def weighted(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        return (F.cross_entropy(outputs, targets[0], reduction="none") * targets[1]).mean()
+
+    source = source_of(tmp_path, lambda: Net(WRAPPINGS["tensor"]), [(x, (y, weights))], weighted)
+    with torch.no_grad():
+        expected = [float(weighted(source.model(c)(x), (y, weights))) for c in source.checkpoints]
+    np.testing.assert_allclose(ANALYSES["compare"](source).loss.values.ravel(), expected, rtol=1e-5)
+    np.testing.assert_allclose(ANALYSES["landscape"](source).loss[0, 0, [0, -1]], expected, rtol=1e-5)
+    np.testing.assert_allclose(ANALYSES["sharpness"](source).loss, expected, rtol=1e-5)
+
+
 class Named(nn.Module):
     """Takes its inputs by keyword, as Hugging Face's models do."""
 

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pnanalysis import schema
 from pnanalysis.alignment import Relabelling
+from pnanalysis.comparison import compare
 from pnanalysis.curves import curve_weights, train_curve
 from pnanalysis.data import as_splits
 from pnanalysis.errors import PnError
+from pnanalysis.functional import functional_distance
 from pnanalysis.landscape import landscape
 from pnanalysis.losses import example_losses
 from pnanalysis.planes import random_directions
@@ -173,6 +175,61 @@ def test_statistics_are_estimated_anew_as_by_a_loop(tmp_path: Path) -> None:
     raw = raw / (1 + model[1].eps) ** 0.5 * middle["1.weight"] + middle["1.bias"]  # fresh statistics: 0 and 1
     expected = nn.functional.cross_entropy(raw.relu() @ middle["3.weight"].T + middle["3.bias"], targets)
     assert float(plain.loss[0, 0, 1]) == pytest.approx(float(expected), rel=1e-12)
+
+
+def normalised(folder: Path, batches: list) -> Source:
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    return open_files(model, saved(model, folder, 0, 1), batches)
+
+
+def test_a_batch_of_one_joins_the_next_where_statistics_are_estimated(tmp_path: Path) -> None:
+    inputs, targets = 3 + torch.randn(40, 5), torch.randint(3, (40,))
+
+    def loss_at_the_middle(*sizes: int) -> float:
+        batches = list(zip(inputs.split(list(sizes)), targets.split(list(sizes)), strict=True))
+        ds = landscape(normalised(tmp_path, batches), n_points=3, dtype="float64", progress=False)
+        return float(ds.loss[0, 0, 1])
+
+    # statistics are those of batches: what joins is one batch, and each example counts once in the loss
+    assert loss_at_the_middle(1, 19, 20) == pytest.approx(loss_at_the_middle(20, 20), rel=1e-12)
+    assert loss_at_the_middle(1, 1, 18, 1, 19) == pytest.approx(loss_at_the_middle(2, 18, 20), rel=1e-12)
+
+
+def test_batches_of_one_image_are_all_seen(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    data = (2 + torch.randn(12, 1, 6, 6), torch.randint(3, (12,)))
+    source = open_files(model, saved(model, tmp_path, 0, 1), data)
+    one, two = (landscape(source, n_points=3, batch_size=b, dtype="float64", progress=False) for b in (1, 2))
+    np.testing.assert_allclose(one.loss, two.loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bends", [False, True])
+def test_a_single_example_has_no_statistics(tmp_path: Path, bends: bool) -> None:
+    batches = [(torch.randn(1, 5), torch.zeros(1).long())]
+    view = "curve" if bends else "line"
+    with pytest.raises(PnError, match="single example|more than 1 value per channel") as raised:
+        landscape(normalised(tmp_path, batches), view=view, n_points=3, n_steps=2, progress=False)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_curve_is_trained_past_a_batch_of_one(tmp_path: Path) -> None:
+    sizes = [1, 9, 10]
+    batches = list(zip(torch.randn(20, 5).split(sizes), torch.randint(3, (20,)).split(sizes), strict=True))
+    ds = landscape(normalised(tmp_path, batches), view="curve", n_points=3, n_steps=8, progress=False)
+    assert np.isfinite(ds.loss).all()
+
+
+def test_different_losses_are_not_laid_on_one_line(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    data = (torch.randn(20, 4), torch.rand(20, 3).softmax(1))
+    first, second = saved(model, tmp_path, 0, 1)
+    a = open_files(model, [first], data, "cross_entropy", label="a")
+    b = open_files(model, [second], data, "mse", label="b")
+    for analysis in (landscape, compare, functional_distance):
+        with pytest.raises(PnError, match=r"loss cross_entropy, b\S* has mse: .*--loss"):
+            analysis(a, b, progress=False)
+    same = open_files(model, [second], data, "cross_entropy", label="b")
+    assert landscape(a, same, n_points=2, progress=False).sizes["position"] == 2
 
 
 def test_many_points_a_pass_equal_one_after_the_other(tiny_run: Run) -> None:

@@ -77,6 +77,17 @@ def test_weighted_means_are_those_of_all_data_at_once(tmp_path: Path, loss) -> N
     np.testing.assert_allclose(there.loss, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["class weights", "partial"])
+def test_what_a_loss_holds_follows_the_precision(tmp_path: Path, name: str) -> None:
+    loss = WEIGHTED[name] if name == "class weights" else partial(F.cross_entropy, weight=CLASS_WEIGHTS)
+    source = segmentation(tmp_path, loss, void=name == "class weights")
+    expected = whole(source, loss)
+    line = pn.landscape(source, n_points=2, dtype="float64", progress=False)
+    np.testing.assert_allclose(line.loss.values.ravel(), expected, rtol=1e-5)
+    spectra = [pn.hessian(source, n_hvp=12, dtype=dtype, progress=False) for dtype in ("float32", "float64")]
+    np.testing.assert_allclose(*(ds.trace for ds in spectra), rtol=1e-3)
+
+
 def test_mistakes_are_counted_where_there_is_a_class(tmp_path: Path) -> None:
     source = segmentation(tmp_path, nn.CrossEntropyLoss(ignore_index=VOID))
     ds = pn.compare(source, split="train", hessian=False, saturation=False, batch_size=8, progress=False)
@@ -183,7 +194,7 @@ def test_classes_along_the_last_dim_are_compared_but_not_judged(tmp_path: Path) 
         a, b = (source.model(c)(tokens).argmax(-1) for c in source.checkpoints)
     assert float(ds.disagreement[1, 0]) == pytest.approx(float((a != b).double().mean()))
     assert ds.error.isnull().all()
-    assert pn.verdict(ds)
+    assert pn.verdict(ds)[0].startswith("w1 against w0: train loss")
     assert "error" not in pn.landscape(source, n_points=2, progress=False)
 
 

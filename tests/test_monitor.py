@@ -140,7 +140,7 @@ def test_what_cannot_be_monitored_is_said() -> None:
         linear(torch.randn(2, 3))
     with pytest.raises(ModelError, match="no training pass"):
         monitor.dataset()
-    with pytest.raises(PnError, match="every one or more"):
+    with pytest.raises(PnError, match="every is 0"):
         pn.SaturationMonitor(linear, every=0)
 
 

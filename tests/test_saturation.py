@@ -227,7 +227,7 @@ def test_the_command_shows_saturation_and_dead_units(tiny_run: Run, tmp_path: Pa
 def test_measures_that_make_no_sense_are_refused(tiny_run: Run) -> None:
     with pytest.raises(PnError, match="between 0 and 100"):
         saturation(tiny_run, percentiles=(50, 101), progress=False)
-    with pytest.raises(PnError, match="at least one bin"):
+    with pytest.raises(PnError, match="at least 1"):
         saturation(tiny_run, saturation_bins=0, progress=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,11 @@ import pnanalysis.schema as schema
 from pnanalysis import plots
 from pnanalysis.cli import app
 from pnanalysis.errors import ModelError, PnError, RunError
-from pnanalysis.gram import _blocks
+from pnanalysis.gram import _blocks, displacement_gram
 from pnanalysis.history import history
-from pnanalysis.runs import Checkpoint, Run
-from pnanalysis.sources import open_files
+from pnanalysis.planes import random_directions
+from pnanalysis.runs import Checkpoint, Run, open_run
+from pnanalysis.sources import as_source, as_sources, open_files
 from pnanalysis.trajectory import trajectory
 from pnanalysis.weights import FlatWeights
 from trainers import Config, train
@@ -305,3 +307,33 @@ def test_the_command_gives_layers_and_projections(tiny_run: Run, tmp_path: Path)
     ds = schema.load(tmp_path / "t.nc")
     assert {"pca", "random"} <= set(ds.data_vars)
     assert "plane" not in ds
+
+
+def test_random_planes_are_those_of_landscapes(tiny_run: Run) -> None:
+    """One seed, one pair of directions: coordinates from the files equal those from states in memory."""
+    ds = trajectory(tiny_run, projections=["random"], seed=5, progress=False)
+    states = [checkpoint.load() for checkpoint in tiny_run.trajectory(0)]
+    model = as_source(tiny_run).make_model()
+    names = [name for name, _ in model.named_parameters()]
+    first, second = random_directions(tiny_run.plain.load(), names, seed=5)
+    flat = [torch.cat([s[n].double().reshape(-1) for n in names]).numpy() for s in (*states, first, second)]
+    moved, (u, v) = np.stack(flat[:-2]) - flat[0], flat[-2:]
+    e1 = u / np.linalg.norm(u)
+    e2 = v - (v @ e1) * e1
+    e2 /= np.linalg.norm(e2)
+    # the directions in memory are rounded to float32
+    np.testing.assert_allclose(ds.random[0, : len(states)], np.stack([moved @ e1, moved @ e2], 1), atol=1e-5)
+
+
+def test_inner_products_in_memory_are_those_by_hand() -> None:
+    states = [{"a": torch.randn(3, 4), "b": torch.randn(5), "n": torch.tensor(i)} for i in range(3)]
+    flat = np.stack([torch.cat([s["a"].reshape(-1), s["b"]]).double().numpy() for s in states])
+    moved = flat - flat[0]
+    np.testing.assert_allclose(displacement_gram(states, ["a", "b"]), moved @ moved.T, rtol=1e-13)
+
+
+def test_histories_of_equal_names_are_numbered_as_everywhere(tiny_run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / tiny_run.path.name
+    shutil.copytree(tiny_run.path, copy)
+    ds = history(tiny_run, open_run(copy))
+    assert ds.run.values.tolist() == [source.label for source in as_sources([tiny_run, copy])] == ["tiny#1", "tiny#2"]

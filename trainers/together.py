@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -103,7 +104,8 @@ def fit_together(
     Raises
     ------
     TrainingError
-        If there is no member, an option is unknown, or penalties of several forms are mixed.
+        If there is no member, an option is unknown, penalties of several forms are mixed, or the network or the loss
+        has no batched form (:func:`torch.func.vmap`): it looks at values, say, or changes a tensor in place.
     """
     check_options(optimizer, augment, amp, batch_size, epochs)
     split = train if isinstance(train, Split) else Split(*train)
@@ -164,7 +166,8 @@ class _Stack:
             raise TrainingError("no networks to train together")
         self.members = members
         models = [member.model.train() for member in members]
-        self.parameters, self.buffers = stack_module_state(models)
+        with _batched("their parameters are not alike"):
+            self.parameters, self.buffers = stack_module_state(models)
         self.trainable = [tensor for tensor in self.parameters.values() if tensor.requires_grad]
         self.skeleton = copy.deepcopy(models[0])
         self.loss, self.amp = loss, amp
@@ -182,7 +185,7 @@ class _Stack:
 
     def losses(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs ``(K, B, ...)`` and mean losses ``(K,)`` of each member on its own batch."""
-        with autocast(inputs.device, self.amp):
+        with _batched(), autocast(inputs.device, self.amp):
             outputs = self._own(self.parameters, self.buffers, inputs)
             return outputs, vmap(self.loss)(outputs, targets)
 
@@ -199,9 +202,10 @@ class _Stack:
         self.skeleton.eval()
         total = torch.zeros(n_members, dtype=torch.float64, device=split.inputs.device)
         for inputs, targets in split.batches(max(EVALUATION_BATCH // n_members, 100)):
-            with autocast(inputs.device, self.amp):
-                outputs = self._shared(self.parameters, self.buffers, inputs)
-            total += vmap(self.mistakes, in_dims=(0, None))(outputs, targets)
+            with _batched():
+                with autocast(inputs.device, self.amp):
+                    outputs = self._shared(self.parameters, self.buffers, inputs)
+                total += vmap(self.mistakes, in_dims=(0, None))(outputs, targets)
         shares: list[float] = (total / len(split)).tolist()
         return shares
 
@@ -253,6 +257,20 @@ class _StackedPenalty:
             theta = torch.cat([parameters[name].flatten(1) for name in names], dim=1) - origin
             total = total + repulsion(self.form, rows, theta)
         return self.lam * total
+
+
+@contextmanager
+def _batched(what: str = "their forward pass or loss has no batched form") -> Iterator[None]:
+    """What ``vmap`` cannot do, as one sentence."""
+    try:
+        yield
+    except (PnError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("vmap: ").split(". ")[0]
+        raise TrainingError(
+            f"these networks cannot be trained together: {what} ({reason.rstrip('.')}); leave out --together"
+        ) from error
 
 
 def _joined(name: str, states: Sequence[Mapping[str, Tensor] | None]) -> Tensor:

@@ -19,6 +19,7 @@ from pnanalysis.curvature.parameters import Selection, join_tensors, select_para
 from pnanalysis.curvature.precision import PRECISIONS, autocast, float32_precision
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.errors import CurvatureError
+from pnanalysis.forward import placed
 from pnanalysis.models import Loss, parameter_layers
 
 _CACHE_SHARE = 0.25  # of the free memory, for what products of a batch share
@@ -100,7 +101,7 @@ class CurvatureOperator:
         self.dtype = dtype or first.dtype
         self.device = torch.device(device) if device is not None else first.device
         self.model = frozen_copy(model, bn_mode).to(self.device, self.dtype)
-        self.loss_fn, self.batches = loss_fn, batches
+        self.loss_fn, self.batches = placed(loss_fn, self.device, self.dtype), batches
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
         self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
         self.expected_products = expected_products

@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 
 from pnanalysis import schema
+from pnanalysis.arguments import at_least, positive
 from pnanalysis.curvature.deflation import Sample, Settings, sample_spectrum
 from pnanalysis.curvature.linear import as_operator
 from pnanalysis.curvature.memory import basis_bytes, human
@@ -115,6 +116,8 @@ def spectral_density(
     (55.0, 10)
     """
     operator = as_operator(operator)
+    at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, seed=seed, top_k=top_k)
+    positive(ridge=ridge, kernel_width=kernel_width)
     _check_arguments(operator.shape[0], n_lanczos, n_probes, n_hvp)
     settings = Settings(
         n_lanczos,

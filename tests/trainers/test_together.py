@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pnanalysis as pn
-from pnanalysis.data import load_data
+from pnanalysis.data import Split, load_data
 from pnanalysis.errors import PnError, TrainingError
 from tests.conftest import TINY
 from trainers import Config, PersistentPenalty, fit
@@ -152,3 +152,60 @@ def test_sweeps_train_together_and_say_what_cannot_be(tmp_path: Path) -> None:
     assert all("exists already" in outcome.failure for outcome in again)
     with pytest.raises(PnError, match="differ in lr"):
         sweep(BASE, {"lr": [0.001, 0.1]}, tmp_path / "lr", together=True, **QUIET)
+
+
+class Branching(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if float(y.sum()) > 0 else 2 * y
+
+
+class Late(Branching):
+    """Looks at its values in evaluation only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.Linear.forward(self, x) if self.training else super().forward(x)
+
+
+class InPlace(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shift = torch.zeros(3)
+        shift += self.bias
+        return x @ self.weight.T + shift
+
+
+class Choosing(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y + y[y > 0].mean()
+
+
+def _looking(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    loss = nn.functional.cross_entropy(outputs, targets)
+    return loss if loss.item() < 1e9 else 2 * loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "reason"),
+    [
+        (Branching, "cross_entropy", "item"),
+        (Late, "cross_entropy", "item"),
+        (InPlace, "cross_entropy", "shape"),
+        (Choosing, "cross_entropy", "dynamic shape"),
+        (nn.Linear, _looking, "item"),
+    ],
+    ids=["branches", "branches in evaluation", "in place", "chooses", "loss"],
+)
+def test_what_has_no_batched_form_is_one_sentence(kind: type[nn.Linear], loss, reason: str) -> None:
+    x, y = torch.randn(24, 4), torch.randint(3, (24,))
+    members = [Member(kind(4, 3), seed) for seed in range(2)]
+    with pytest.raises(TrainingError, match=rf"cannot be trained together: .*{reason}.*leave out --together") as raised:
+        fit_together(members, (x, y), epochs=1, batch_size=8, loss=loss, validation=Split(x, y))
+    assert "\n" not in str(raised.value)
+    fit(kind(4, 3), (x, y), epochs=1, batch_size=8, loss=loss, validation=Split(x, y))  # as the sentence says
+
+
+def test_networks_that_are_not_alike_are_one_sentence() -> None:
+    data = torch.randn(8, 4), torch.randint(3, (8,))
+    with pytest.raises(TrainingError, match="their parameters are not alike"):
+        fit_together([Member(nn.Linear(4, 3)), Member(nn.Linear(4, 5))], data, epochs=1)
