@@ -51,10 +51,12 @@ def gradients(ds: xr.Dataset, iteration: int | None = None) -> Figure:
     pairs = [(panels[2 * (k // columns), k % columns], panels[2 * (k // columns) + 1, k % columns]) for k in range(n)]
     for ax in panels.reshape(n_rows, 2, columns).transpose(0, 2, 1).reshape(-1, 2)[n:].ravel():
         ax.remove()
+    drawn: list[float] = []
     for k, ((top, bottom), layer) in enumerate(zip(pairs, at.layer.values, strict=True)):
-        top.sharey(pairs[0][0])
+        if k:
+            top.sharey(pairs[0][0])
         top.sharex(bottom)
-        _norms(at.sel(layer=layer), top)
+        drawn += _norms(at.sel(layer=layer), top)
         _signs(at.sel(layer=layer), bottom)
         top.set_title(str(layer), loc="left")
         top.tick_params(labelbottom=False)
@@ -64,8 +66,8 @@ def gradients(ds: xr.Dataset, iteration: int | None = None) -> Figure:
         if k % columns == 0:
             top.set_ylabel("norm [loss]")
             bottom.set_ylabel("earlier end")
-    drawn = np.concatenate([at.constant_norm.values, at.loss_gradient_norm.values.ravel()])
-    log_axis(pairs[0][0], drawn.min(), drawn.max())
+    if drawn:
+        log_axis(pairs[0][0], min(drawn), max(drawn))
     handles, names = pairs[0][0].get_legend_handles_labels()
     signs = [Patch(fc=_POSITIVE, label="inner product > 0"), Patch(fc=_NEGATIVE, label="inner product < 0")]
     legend_above(figure, [*handles, *signs], [*names, *(str(patch.get_label()) for patch in signs)])
@@ -73,20 +75,23 @@ def gradients(ds: xr.Dataset, iteration: int | None = None) -> Figure:
     return figure
 
 
-def _norms(one: xr.Dataset, ax: Axes) -> None:
+def _norms(one: xr.Dataset, ax: Axes) -> list[float]:
+    """Three curves; all positive numbers that they show."""
     ax.plot(one.epoch, one.loss_gradient_norm, color=PLAIN, marker=few(one.sizes["epoch"]), label="loss gradient")
     ax.axhline(float(one.constant_norm), color=CHAMPION, ls="--", label="constant push")
     moving = one.fluctuation_norm.where(one.fluctuation_norm > 1e-9 * float(one.constant_norm))
     none = "" if bool(moving.notnull().any()) else ": none"
     ax.plot(one.epoch, moving, color=RESTART, ls=":", marker="s", ms=2.5, label=f"fluctuation{none}")
+    shown = np.concatenate([one.loss_gradient_norm.values, moving.values, [float(one.constant_norm)]])
+    return [float(norm) for norm in shown if norm > 0]
 
 
 def _signs(one: xr.Dataset, ax: Axes) -> None:
     signs = one.sign.dropna("end", how="all")
     ax.pcolormesh(
         _edges(one.epoch.values), np.arange(signs.sizes["end"] + 1) - 0.5, signs.transpose("end", "epoch").values,
-        cmap=ListedColormap([_NEGATIVE, "#FFFFFF", _POSITIVE]), vmin=-1, vmax=1, edgecolors="white", lw=0.3,
-        rasterized=True,
+        cmap=ListedColormap([_NEGATIVE, "#FFFFFF", _POSITIVE]), vmin=-1, vmax=1, lw=0.3,
+        edgecolors="white" if few(one.sizes["epoch"]) else "none", rasterized=True,
     )  # fmt: skip
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     integer_axis(ax, one.epoch.values)

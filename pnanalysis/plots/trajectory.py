@@ -80,7 +80,7 @@ def trajectories(ds: xr.Dataset) -> Figure:
         raise PnError("the trajectory has no projections; give some to pn.trajectory")
     figure, axes = panels(len(names), 2.8, alone=COLUMN * 1.4, per_row=2)
     for ax, name in zip(axes, names, strict=True):
-        _on_plane(ax, ds, name)
+        _on_plane(ax, _at_layer(ds, _WHOLE), name)
     handles, texts = axes[0].get_legend_handles_labels()
     if not legend_in_gap(figure, handles, texts, len(axes), per_row=2):
         legend_above(figure, handles, texts)

@@ -272,7 +272,10 @@ def test_figures_draw_what_the_datasets_hold() -> None:
     ds = descend(iterations=3, steps=200)
     grid = surfaces(two_well, ds, n=21)
     ax = plots.descent(ds, grid)
-    np.testing.assert_array_equal(ax.lines[3].get_xydata(), ds["path"].values[1])
+    values = [f"{float(value):.3f}".replace("-", "−") for value in ds["end_value"]]
+    named = [f"{name}: {value}" for name, value in zip(("plain", "persistent 1", "persistent 2"), values, strict=True)]
+    assert [line.get_label() for line in ax.lines[1::4]] == named  # each over its rim, and with two ends
+    np.testing.assert_array_equal(ax.lines[5].get_xydata(), ds["path"].values[1])
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "y")
     panels = [ax for ax in plots.surface(grid, ds).axes if ax.get_title()]
     assert [ax.get_title() for ax in panels] == ["$f$", "$f_{1}$", "$f_{2}$"]
