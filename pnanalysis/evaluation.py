@@ -56,7 +56,7 @@ class Scores:
             probabilities = log_probabilities(said, targets, self.loss)
             self.classes = None if probabilities is None else probabilities.shape[1]
         else:
-            errors = None if said is None else squared_errors(said, targets)
+            errors = None if said is None else squared_errors(self.loss, said, targets)
             found = (torch.full_like(each, torch.nan) if errors is None else errors, torch.ones_like(each))
         return torch.stack([part.double() for part in (each, weight, *found)])
 

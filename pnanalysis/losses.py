@@ -190,15 +190,15 @@ def log_probabilities(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | Non
     Binary cross-entropy makes each of its outputs a choice between two classes. Else the classes lie along dim 1, as
     torch's losses have them (N, C, ...), or along the last dim, (N, ..., C), where the targets' shape says so.
     """
-    if _is_binary(loss):
+    if _is_one_of(loss, _LOGIT_LOSSES):
         return torch.stack([F.logsigmoid(-outputs), F.logsigmoid(outputs)], dim=1).double()
-    if not isinstance(targets, Tensor):
+    if not isinstance(targets, Tensor) or _is_one_of(loss, _REAL_LOSSES):
         return None
     if targets.is_floating_point():
         return F.log_softmax(outputs.double(), dim=1) if _are_probabilities(outputs, targets, loss) else None
-    if outputs.ndim > 1 and outputs.shape[:1] + outputs.shape[2:] == targets.shape:
+    if outputs.shape[:1] + outputs.shape[2:] == targets.shape and outputs.shape[1:2] > (1,):  # one class is none
         return F.log_softmax(outputs.double(), dim=1)
-    if outputs.shape[:-1] == targets.shape:
+    if outputs.shape[:-1] == targets.shape and outputs.shape[-1:] > (1,):
         return F.log_softmax(outputs.double(), dim=-1).movedim(-1, 1)
     return None
 
@@ -216,7 +216,7 @@ def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Te
     if said is None:
         return None
     valid = torch.ones(said.shape[:1] + said.shape[2:], dtype=torch.bool, device=said.device)
-    if _is_binary(loss):
+    if _is_one_of(loss, _LOGIT_LOSSES):
         true = (targets > 0.5).long()
     elif targets.is_floating_point():
         true = targets.argmax(1)
@@ -230,9 +230,11 @@ def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Te
     return wrong.sum(1) / valid.sum(1).clamp_min(1), valid.mean(1)
 
 
-def squared_errors(outputs: Tensor, targets: Any) -> Tensor | None:
+def squared_errors(loss: Loss, outputs: Tensor, targets: Any) -> Tensor | None:
     """The squared error of each example, a mean over its outputs, (N,); ``None`` where targets are no such numbers."""
-    if not isinstance(targets, Tensor) or not targets.is_floating_point() or targets.shape != outputs.shape:
+    if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
+        return None
+    if not targets.is_floating_point() and not _is_one_of(loss, _REAL_LOSSES):
         return None
     return (outputs - targets).square().double().reshape(len(targets), -1).mean(1)
 
@@ -257,9 +259,9 @@ def linearised(values: Array, weights: Array) -> Array:
         return mean + weights * values.shape[-1] / total * (values - mean)
 
 
-def _is_binary(loss: Loss) -> bool:
+def _is_one_of(loss: Loss, functions: tuple[Any, ...]) -> bool:
     found = known(loss)
-    return found is not None and found.function in _LOGIT_LOSSES
+    return found is not None and found.function in functions
 
 
 def _are_probabilities(outputs: Tensor, targets: Tensor, loss: Loss) -> bool:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import pnanalysis as pn
 from pnanalysis.errors import PnError
-from pnanalysis.losses import example_errors, example_losses, linearised
+from pnanalysis.losses import example_errors, example_losses, linearised, squared_errors
 from pnanalysis.sources import Source, open_files
 
 VOID = 255
@@ -170,6 +170,14 @@ def test_real_targets_stay_a_regression() -> None:
     outputs, targets = torch.randn(6, 3), torch.randn(6, 3)
     for loss in (F.mse_loss, nn.MSELoss(), lambda o, t: (o - t).abs().mean()):
         assert example_errors(loss, outputs, targets) is None
+    counts = torch.randint(9, (6, 3))
+    assert example_errors(F.mse_loss, outputs, counts) is None
+    np.testing.assert_allclose(
+        squared_errors(F.mse_loss, outputs, counts), (outputs - counts).square().mean(1), rtol=1e-6
+    )
+    assert squared_errors(F.cross_entropy, outputs, counts) is None
+    single = torch.randn(6, 1)
+    assert example_errors(lambda o, t: o.mean(), single, torch.randint(2, (6,))) is None
     one_hot = F.one_hot(torch.arange(6) % 3, 3).float()
     assert example_errors(F.mse_loss, outputs, one_hot) is None
     shares, counts = example_errors(F.binary_cross_entropy_with_logits, outputs, (targets > 0).float())
