@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pnanalysis.arguments import one_of
-from pnanalysis.curvature.nest import batch_size as nest_size
 from pnanalysis.data import LoaderSplit, Split
 from pnanalysis.errors import ModelError
+from pnanalysis.nest import batch_size as nest_size
 from pnanalysis.progress import progress_bar
 from pnanalysis.runs import State
 from pnanalysis.surface import Matrix, Surface

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pnanalysis.errors import DataError
+from pnanalysis.nest import batch_size, map_tensors, tensors
 from pnanalysis.registry import DATASETS, import_object, resolve
 
 SPLITS = ("train", "validation", "test")
@@ -128,7 +129,7 @@ class LoaderSplit:
             return self
         seen, count = 0, 0
         for batch in self.loader:
-            seen, count = seen + len(_pair(batch)[1]), count + 1
+            seen, count = seen + batch_size(_pair(batch)), count + 1
             if seen >= n:
                 return replace(self, n_batches=count)
         if not count:
@@ -142,8 +143,7 @@ class LoaderSplit:
     def stream(self, batch_size: int) -> Iterator[Batch]:
         """The batches on the device, one at a time."""
         for batch in islice(self.loader, self.n_batches):
-            inputs, targets = _pair(batch)
-            yield _move(inputs, self.device), _move(targets, self.device)
+            yield map_tensors(_pair(batch), lambda tensor: tensor.to(self.device))
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ def _as_split(data: Any, name: str) -> Split | LoaderSplit:
 
 def _pair(batch: Any) -> Batch:
     """A batch of a user's own loader, as it has to be."""
-    if isinstance(batch, tuple | list) and len(batch) == 2 and hasattr(batch[1], "__len__"):
+    if isinstance(batch, tuple | list) and len(batch) == 2 and next(tensors(batch), None) is not None:
         return batch[0], batch[1]
     got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
     raise DataError(f"each batch of the data has to be a pair of tensors (inputs, targets), not {got}")
@@ -332,11 +332,3 @@ def _with_fingerprint(splits: Splits) -> Splits:
     parts = [getattr(splits, name) for name in SPLITS]
     tensors = [t for part in parts if isinstance(part, Split) for t in (part.inputs, part.targets)]
     return replace(splits, fingerprint=fingerprint(*tensors)) if tensors else splits
-
-
-def _move(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _move(part, device) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_move(part, device) for part in value)
-    return value.to(device) if hasattr(value, "to") else value

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pnanalysis.curvature.nest import as_arguments, cut, move, tensors
 from pnanalysis.errors import DataError, ModelError, PnError
 from pnanalysis.models import Loss
+from pnanalysis.nest import as_arguments, cut, move, tensors
 
 #: Entries of an answer that hold the prediction: of Hugging Face's models, and of torchvision's segmentation.
 PREDICTIONS = ("logits", "out")

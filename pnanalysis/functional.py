@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from pnanalysis import schema
 from pnanalysis.arguments import at_least, one_of
 from pnanalysis.cka import CentredKernelAlignment
-from pnanalysis.curvature.nest import batch_size
 from pnanalysis.data import SPLITS
 from pnanalysis.evaluation import Scores
 from pnanalysis.forward import explained, placed, wanted
 from pnanalysis.losses import log_probabilities
 from pnanalysis.members import Examples, Member, members, run_all
 from pnanalysis.models import Loss
+from pnanalysis.nest import batch_size
 from pnanalysis.progress import Advance, progress_bar
 from pnanalysis.runs import Run
 from pnanalysis.sources import Source, resolve_device

@@ -25,10 +25,10 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from pnanalysis.curvature.nest import batch_size
 from pnanalysis.errors import DataError, ModelError
 from pnanalysis.forward import IGNORED, no_class, not_for
 from pnanalysis.models import Loss
+from pnanalysis.nest import batch_size
 
 Array = NDArray[np.float64]
 

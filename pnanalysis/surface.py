@@ -19,11 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
-from pnanalysis.curvature.nest import batch_size, map_tensors
 from pnanalysis.errors import ModelError
 from pnanalysis.forward import placed, prediction, run
 from pnanalysis.losses import check_mean, example_errors, example_losses, example_weights, linearised
 from pnanalysis.models import Loss, load_weights
+from pnanalysis.nest import batch_size, map_tensors
 from pnanalysis.progress import Advance
 from pnanalysis.runs import State
 

@@ -22,8 +22,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pnanalysis.activations import ACTIVATIONS
 from pnanalysis.channels import Axis, ChannelGroups, Group, misunderstood
-from pnanalysis.curvature.nest import as_arguments
 from pnanalysis.errors import ModelError
+from pnanalysis.nest import as_arguments
 
 
 def find_groups(model: nn.Module, inputs: Any) -> list[Group]:

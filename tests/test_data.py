@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -142,3 +143,16 @@ def test_what_users_have_becomes_splits() -> None:
 def test_what_is_no_data_is_refused(data: object) -> None:
     with pytest.raises(DataError):
         as_splits(data)
+
+
+def test_nested_batches_are_counted_by_their_examples_and_keep_their_types() -> None:
+    class Pair(NamedTuple):
+        left: torch.Tensor
+        right: torch.Tensor
+
+    x = torch.arange(12.0).reshape(6, 2)
+    loader = LoaderSplit([({"a": x}, Pair(x, x[:, 0])), ({"a": x}, Pair(x, x[:, 0]))])
+    assert len(list(loader.subset(6).stream(1))) == 1
+    inputs, targets = next(iter(loader.stream(1)))
+    assert inputs.keys() == {"a"}
+    assert isinstance(targets, Pair)

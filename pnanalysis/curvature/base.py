@@ -14,13 +14,14 @@ from pnanalysis.curvature.autodiff import Named, requiring_grad
 from pnanalysis.curvature.frozen import BatchNorm, frozen_copy
 from pnanalysis.curvature.linearise import Linearisation, Product, Untraceable, rehearse
 from pnanalysis.curvature.memory import free_bytes
-from pnanalysis.curvature.nest import as_arguments, batch_size, cut, map_tensors, move
 from pnanalysis.curvature.parameters import Selection, join_tensors, select_parameters, split_vector
 from pnanalysis.curvature.precision import PRECISIONS, autocast, float32_precision
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.errors import CurvatureError
 from pnanalysis.forward import placed
+from pnanalysis.losses import example_weights, known
 from pnanalysis.models import Loss, parameter_layers
+from pnanalysis.nest import as_arguments, batch_size, cut, map_tensors, move
 
 _CACHE_SHARE = 0.25  # of the free memory, for what products of a batch share
 _TRACE_FROM = 30  # products that pay for a trace
@@ -30,7 +31,9 @@ class CurvatureOperator:
     r"""What the three operators share: data, parameters, and products batch by batch.
 
     The matrix is that of the mean over all examples, :math:`\sum_b (n_b / N) M_b`, so that unequal batches count by
-    their size. The model is copied: later changes to it, or to its mode, have no effect here, nor has this on it.
+    their size. Where torch's cross-entropies ignore targets or weigh classes, :math:`n_b` is the sum of the weights
+    that the mean over a batch divides by: the matrix does not depend on how examples are batched. The model is copied: later
+    changes to it, or to its mode, have no effect here, nor has this on it.
 
     Parameters
     ----------
@@ -87,13 +90,13 @@ class CurvatureOperator:
         amp: str = "no",
         expected_products: int = 1000,
     ) -> None:
-        for name, value, known in (
+        for name, value, choices in (
             ("bn_mode", bn_mode, ("eval", "train")),
             ("reduction", reduction, ("mean", "sum")),
             ("amp", amp, PRECISIONS),
         ):
-            if value not in known:
-                raise CurvatureError(f"{name} is {value!r}; it must be {' or '.join(known)}")
+            if value not in choices:
+                raise CurvatureError(f"{name} is {value!r}; it must be {' or '.join(choices)}")
         if micro_batch is not None and bn_mode == "train":
             raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
         self.names = select_parameters(model, params)
@@ -113,12 +116,12 @@ class CurvatureOperator:
         self.n_parameters = sum(tensor.numel() for tensor in self._theta.values())
         self._regulariser = Regulariser(self.model, self._theta, self._others, weight_decay, penalty)
         self._channels_last = False
-        self._sizes = [self._check_batch(i, batch) for i, batch in enumerate(self._read())]
+        looked_at = [self._look_at(i, batch) for i, batch in enumerate(self._read())]
+        self._sizes, self._masses = [size for size, _ in looked_at], [mass for _, mass in looked_at]
         if not self._sizes:
             raise CurvatureError("there are no batches; was the loader an iterator that is used up?")
         if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):
             raise CurvatureError("the batches come in a new order on every pass; make the loader with shuffle=False")
-        self._total = sum(self._sizes)
         self._finite = torch.ones(len(self._sizes), dtype=torch.bool, device=self.device)
         self._linearisation = Linearisation(self._product, self._rehearse) if expected_products >= _TRACE_FROM else None
         self._cache: dict[int, Product] = {}
@@ -135,7 +138,12 @@ class CurvatureOperator:
     @property
     def n_examples(self) -> int:
         """Examples over all batches."""
-        return self._total
+        return sum(self._sizes)
+
+    @property
+    def mass(self) -> float:
+        """What the mean over all batches divides by: the examples, or the sum of their weights in the loss."""
+        return sum(self._masses)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Product with one vector, ``(P,)`` to ``(P,)``."""
@@ -227,7 +235,7 @@ class CurvatureOperator:
     def _products(self, like: list[Tensor]) -> Iterator[tuple[float, Product]]:
         """For each batch, its weight and its product; those already prepared are used again."""
         if len(self._cache) == len(self._sizes):
-            yield from ((self._weight(size), self._cache[i]) for i, size in enumerate(self._sizes))
+            yield from zip(self._weights(), (self._cache[i] for i in range(len(self._sizes))), strict=True)
             return
         for i, (weight, batch) in enumerate(self._weighted()):
             if i in self._cache:
@@ -271,11 +279,17 @@ class CurvatureOperator:
     # -- all batches --------------------------------------------------------------------------------------------
 
     def _weighted(self) -> Iterator[tuple[float, tuple[Any, Any]]]:
-        for size, batch in zip(self._sizes, self._read(), strict=True):
-            yield self._weight(size), batch
+        yield from zip(self._weights(), self._read(), strict=True)
 
-    def _weight(self, size: int) -> float:
-        return size / self._total if self.reduction == "mean" else 1.0
+    def _weights(self) -> list[float]:
+        """What each batch's matrix counts in the whole."""
+        return [mass / self.mass if self.reduction == "mean" else 1.0 for mass in self._masses]
+
+    def _mass(self, batch: tuple[Any, Any]) -> float:
+        """What the mean over a batch divides by."""
+        if known(self.loss_fn) is None:
+            return float(batch_size(batch))
+        return float(example_weights(self.loss_fn, batch[1]).sum())
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         for inputs, targets in self.batches:
@@ -299,7 +313,8 @@ class CurvatureOperator:
         self._theta, self._others = fixed[:2]
         self._channels_last = True
 
-    def _check_batch(self, index: int, batch: tuple[Any, Any]) -> int:
+    def _look_at(self, index: int, batch: tuple[Any, Any]) -> tuple[int, float]:
+        """Its examples, and what its mean divides by."""
         size = batch_size(batch)
         if size == 0:
             raise CurvatureError(f"batch {index} is empty; leave it out")
@@ -308,7 +323,10 @@ class CurvatureOperator:
                 f"batch {index} holds one example, which has no batch statistics; "
                 "use bn_mode='eval' or make the last batch larger (drop_last)"
             )
-        return size
+        mass = self._mass(batch)
+        if not mass > 0:
+            raise CurvatureError(f"batch {index} has no target that counts in the loss; leave it out")
+        return size, mass
 
 
 def _last(tensor: Tensor) -> Tensor:

@@ -56,10 +56,10 @@ class DistributedOperator:
         self.operator, self.group = operator, group
         self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
         sizes: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(sizes, (operator.n_examples, operator.shape[0]), group)
+        dist.all_gather_object(sizes, (operator.mass, operator.shape[0]), group)
         if len({n_parameters for _, n_parameters in sizes}) > 1:
             raise CurvatureError(f"the processes differ in their parameters: {[n for _, n in sizes]}")
-        self._share = operator.n_examples / sum(n_examples for n_examples, _ in sizes)
+        self._share = operator.mass / sum(mass for mass, _ in sizes)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Product with one vector: ``(P,)`` to ``(P,)``."""

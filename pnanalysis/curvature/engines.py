@@ -74,8 +74,8 @@ class _PyHessian(_Peer):
         from pyhessian import hessian
 
         super().__init__(native)
-        if len(set(native._sizes)) > 1:
-            raise CurvatureError("pyhessian weights its batches by the first one's size; use batches of equal size")
+        if len(set(native._masses)) > 1:
+            raise CurvatureError("pyhessian weighs all batches alike; use batches of equal size and a plain mean")
         self.model = native.model
         for parameter in self.model.parameters():
             parameter.requires_grad_()

@@ -12,8 +12,8 @@ from torch.func import grad, jvp, vjp
 from pnanalysis.curvature.autodiff import Named, pullback, requiring_grad
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.linearise import Product
-from pnanalysis.curvature.nest import batch_size
 from pnanalysis.errors import CurvatureError
+from pnanalysis.nest import batch_size
 
 
 class HessianOperator(CurvatureOperator):
@@ -87,6 +87,9 @@ class EmpiricalFisherOperator(CurvatureOperator):
         if options.get("bn_mode") == "train":
             raise CurvatureError("with bn_mode='train' an example's loss depends on its batch; use bn_mode='eval'")
         super().__init__(*arguments, **options)
+
+    def _mass(self, batch: tuple[Any, Any]) -> float:
+        return float(batch_size(batch))
 
     def _losses(self, fixed: Any, theta: Named) -> Tensor:
         """Loss of each example, (n,)."""

@@ -374,3 +374,21 @@ def test_engines_that_cannot_do_it_say_so(engine: str, kind: str, options: dict[
 def test_pyhessian_refuses_unequal_batches() -> None:
     with pytest.raises(CurvatureError, match="equal size"):
         make_operator("pyhessian", "hessian", NETWORKS["conv"](), cross_entropy, images())
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
+@pytest.mark.parametrize("micro_batch", [None, 7])
+def test_ignored_targets_and_class_weights_do_not_depend_on_the_batches(operator, micro_batch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    targets = torch.randint(3, (40,), generator=generator)
+    targets[torch.arange(0, 30, 2)] = -100  # unevenly over the batches
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64))
+    whole = operator(model, loss, [(inputs, targets)])
+    parts = operator(model, loss, list(zip(inputs.split(16), targets.split(16), strict=True)), micro_batch=micro_batch)
+    torch.testing.assert_close(parts.to_dense(), whole.to_dense(), rtol=1e-10, atol=1e-12)
+    assert parts.loss() == pytest.approx(float(loss(model(inputs), targets).detach()), rel=1e-12)
+    torch.testing.assert_close(parts.gradient(), whole.gradient(), rtol=1e-10, atol=1e-12)
+    with pytest.raises(CurvatureError, match="batch 1 has no target that counts"):
+        operator(model, loss, [(inputs, targets), (inputs[:2], torch.full((2,), -100))])
