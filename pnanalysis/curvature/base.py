@@ -32,8 +32,8 @@ class CurvatureOperator:
 
     The matrix is that of the mean over all examples, :math:`\sum_b (n_b / N) M_b`, so that unequal batches count by
     their size. Where torch's cross-entropies ignore targets or weigh classes, :math:`n_b` is the sum of the weights
-    that the mean over a batch divides by: the matrix does not depend on how examples are batched. The model is copied: later
-    changes to it, or to its mode, have no effect here, nor has this on it.
+    that the mean over a batch divides by: the matrix does not depend on how examples are batched. The model is copied:
+    later changes to it, or to its mode, have no effect here, nor has this on it.
 
     Parameters
     ----------
