@@ -59,6 +59,11 @@ class _Known(NamedTuple):
         """The target that does not count."""
         return int(self.options.get("ignore_index", IGNORED))
 
+    @property
+    def kind(self) -> str:
+        """``classes`` (or their probabilities), ``sides`` of zero that outputs choose between, or ``numbers``."""
+        return "classes" if self.function in _CLASS_LOSSES else "sides" if self.function in _LOGIT_LOSSES else "numbers"
+
 
 def known(loss: Loss) -> _Known | None:
     """One of torch's own mean losses, as a function, a module or a ``functools.partial``; ``None`` for all others."""
@@ -71,6 +76,12 @@ def known(loss: Loss) -> _Known | None:
     if options.pop("reduction", "mean") != "mean" or not set(options) <= set(_OPTIONS):
         return None
     return _Known(function, options) if function in (*_CLASS_LOSSES, *_REAL_LOSSES, *_LOGIT_LOSSES) else None
+
+
+def kind_of(loss: Loss | None) -> str | None:
+    """What a loss takes for targets (``classes``, ``sides`` or ``numbers``); ``None`` for losses of one's own."""
+    found = None if loss is None else known(loss)
+    return None if found is None else found.kind
 
 
 def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
@@ -127,7 +138,7 @@ def example_weights(loss: Loss, targets: Any) -> Tensor:
 
 
 def _are_indices(found: _Known, targets: Tensor) -> bool:
-    return found.function in _CLASS_LOSSES and not targets.is_floating_point()
+    return found.kind == "classes" and not targets.is_floating_point()
 
 
 def _one_by_one(loss: Loss, outputs: Any, targets: Any) -> Tensor:
@@ -190,7 +201,7 @@ def log_probabilities(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | Non
     Binary cross-entropy makes each of its outputs a choice between two classes. Else the classes lie along dim 1, as
     torch's losses have them (N, C, ...), or along the last dim, (N, ..., C), where the targets' shape says so.
     """
-    if _is_one_of(loss, _LOGIT_LOSSES):
+    if kind_of(loss) == "sides":
         return torch.stack([F.logsigmoid(-outputs), F.logsigmoid(outputs)], dim=1).double()
     if not isinstance(targets, Tensor) or _is_one_of(loss, _REAL_LOSSES):
         return None
@@ -216,7 +227,7 @@ def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Te
     if said is None:
         return None
     valid = torch.ones(said.shape[:1] + said.shape[2:], dtype=torch.bool, device=said.device)
-    if _is_one_of(loss, _LOGIT_LOSSES):
+    if kind_of(loss) == "sides":
         true = (targets > 0.5).long()
     elif targets.is_floating_point():
         true = targets.argmax(1)
@@ -234,7 +245,7 @@ def squared_errors(loss: Loss, outputs: Tensor, targets: Any) -> Tensor | None:
     """The squared error of each example, a mean over its outputs, (N,); ``None`` where targets are no such numbers."""
     if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
         return None
-    if not targets.is_floating_point() and not _is_one_of(loss, _REAL_LOSSES):
+    if not targets.is_floating_point() and kind_of(loss) != "numbers":
         return None
     return (outputs - targets).square().double().reshape(len(targets), -1).mean(1)
 
@@ -259,16 +270,11 @@ def linearised(values: Array, weights: Array) -> Array:
         return mean + weights * values.shape[-1] / total * (values - mean)
 
 
-def _is_one_of(loss: Loss, functions: tuple[Any, ...]) -> bool:
-    found = known(loss)
-    return found is not None and found.function in functions
-
-
 def _are_probabilities(outputs: Tensor, targets: Tensor, loss: Loss) -> bool:
     """Whether real targets are class probabilities: for cross-entropy; for one's own losses, rows that sum to one."""
     if targets.shape != outputs.shape or outputs.ndim < 2 or outputs.shape[1] < 2:
         return False
     found = known(loss)
     if found is not None:
-        return found.function in _CLASS_LOSSES
+        return found.kind == "classes"
     return bool((targets >= 0).all()) and bool(((targets.sum(1) - 1).abs() < 1e-3).all())

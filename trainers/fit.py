@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from pnanalysis.data import Split
 from pnanalysis.errors import TrainingError
-from pnanalysis.models import LOSSES, Loss, resolve_loss
+from pnanalysis.forward import IGNORED
+from pnanalysis.losses import kind_of, known
+from pnanalysis.models import Loss, resolve_loss
 from trainers.choices import check_choice
 from trainers.seeds import derive_seed
 
@@ -105,7 +107,7 @@ def fit(
     split = train if isinstance(train, Split) else Split(*train)
     check_options(optimizer, augment, amp, batch_size, epochs)
     loss_fn = resolve_loss(loss)
-    logits = loss_fn is LOSSES["binary_cross_entropy"]
+    count = error_counter(loss_fn)
     optim = make_optimizer(model, optimizer, lr, momentum, weight_decay)
     if optimizer_state:
         load_optimizer_tensors(optim, optimizer_state)
@@ -128,7 +130,7 @@ def fit(
             optim.zero_grad(set_to_none=True)
             (value if term is None else value + term).backward()
             optim.step()
-            sums.add(step, len(index), value, term, mistakes(outputs.detach(), targets, logits))
+            sums.add(step, len(index), value, term, count(outputs.detach(), targets))
             if on_batch is not None:
                 on_batch(len(index))
         train_loss, mean_penalty, train_error = sums.means(epoch, len(split))
@@ -137,8 +139,8 @@ def fit(
             train_loss,
             mean_penalty,
             train_error,
-            evaluate_error(network, validation, amp, logits),
-            evaluate_error(network, test, amp, logits),
+            evaluate_error(network, validation, amp, loss_fn),
+            evaluate_error(network, test, amp, loss_fn),
             time.perf_counter() - begun,
         )
         records.append(record)
@@ -148,16 +150,16 @@ def fit(
 
 
 @torch.no_grad()
-def evaluate_error(model: nn.Module, split: Split | None, amp: str = "no", logits: bool = False) -> float:
-    """Share of misclassified examples; for real-valued targets the mean squared error; NaN without a split."""
+def evaluate_error(model: nn.Module, split: Split | None, amp: str = "no", loss: Loss | None = None) -> float:
+    """The mean over a split of what :func:`error_counter` counts; NaN without a split."""
     if split is None:
         return float("nan")
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=split.inputs.device)
+    count, total = error_counter(loss), torch.zeros((), dtype=torch.float64, device=split.inputs.device)
     for inputs, targets in split.batches(EVALUATION_BATCH):
         with autocast(inputs.device, amp):
             outputs = model(inputs)
-        total += mistakes(outputs, targets, logits)
+        total += count(outputs, targets)
     return float(total) / len(split)
 
 
@@ -227,13 +229,13 @@ class EpochSums:
         self.sizes = torch.zeros(n_steps)
         self.errors = torch.zeros(shape, device=device)
 
-    def add(self, step: int, size: int, loss: Tensor, penalty: Tensor | None, mistakes: Tensor) -> None:
-        """A step's mean loss and penalty, and its sum of :func:`mistakes`, over ``size`` examples."""
+    def add(self, step: int, size: int, loss: Tensor, penalty: Tensor | None, errors: Tensor) -> None:
+        """A step's mean loss and penalty, and its sum of errors, over ``size`` examples."""
         self.losses[..., step] = loss.detach()
         self.sizes[step] = size
         if penalty is not None:
             self.penalties[..., step] = penalty.detach()
-        self.errors += mistakes
+        self.errors += errors
 
     def means(self, epoch: int, n: int, member: int | None = None) -> tuple[float, float, float]:
         """Loss, penalty and error, averaged over the epoch's ``n`` examples.
@@ -256,16 +258,33 @@ class EpochSums:
         return float(losses @ weights), float(penalties @ weights), float(self.errors[chosen]) / n
 
 
-def mistakes(outputs: Tensor, targets: Tensor, logits: bool = False) -> Tensor:
-    """Summed error of a batch: mistakes for class indices, squared error (mean over outputs) for real targets.
+def error_counter(loss: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """What sums the errors of a batch, given its outputs and targets, as suits the loss.
 
-    With ``logits`` (binary cross-entropy) outputs and targets are compared by the side they are on.
+    Mistakes, the share of wrong positions for examples that have several (those that torch's cross-entropies ignore do
+    not count); of class probabilities the likeliest class is the true one, and binary cross-entropy looks at the side
+    of zero. Real-valued targets of all other losses have their squared error, a mean over outputs.
     """
-    if logits:
+    kind, found = kind_of(loss), None if loss is None else known(loss)
+
+    def sides(outputs: Tensor, targets: Tensor) -> Tensor:
         return ((outputs > 0) != (targets > 0.5)).double().flatten(1).mean(1).sum()
-    if targets.is_floating_point():
+
+    def classes(outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            targets = targets.argmax(1)
+        valid = targets != (IGNORED if found is None else found.ignored)
+        wrong = (outputs.argmax(1) != targets) & valid
+        if targets.ndim == 1:
+            return wrong.sum()
+        return (wrong.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)).sum()
+
+    def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+        if kind is None and not targets.is_floating_point():
+            return classes(outputs, targets)
         return (outputs - targets).square().flatten(1).mean(1).sum()
-    return (outputs.argmax(1) != targets).sum()
+
+    return {"sides": sides, "classes": classes}.get(kind or "", squares)
 
 
 def batch_order(n: int, seed: int, epoch: int, device: torch.device) -> tuple[Tensor, torch.Generator]:

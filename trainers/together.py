@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from pnanalysis.data import Split
 from pnanalysis.errors import PnError, TrainingError
-from pnanalysis.models import LOSSES, Loss, resolve_loss
+from pnanalysis.models import Loss, resolve_loss
 from trainers.fit import (
     EVALUATION_BATCH,
     Epoch,
@@ -31,9 +30,9 @@ from trainers.fit import (
     autocast,
     batch_order,
     check_options,
+    error_counter,
     load_optimizer_tensors,
     make_optimizer,
-    mistakes,
     optimise,
 )
 from trainers.persistence import PersistentPenalty, repulsion
@@ -132,7 +131,7 @@ def fit_together(
             optim.zero_grad(set_to_none=True)
             (losses if terms is None else losses + terms).sum().backward()
             optim.step()
-            sums.add(step, index.shape[1], losses, terms, vmap(stack.mistakes)(outputs.detach(), targets))
+            sums.add(step, index.shape[1], losses, terms, vmap(stack.count)(outputs.detach(), targets))
             if on_batch is not None:
                 on_batch(index.numel())
         errors = [stack.errors(part) for part in (validation, test)]
@@ -171,7 +170,7 @@ class _Stack:
         self.trainable = [tensor for tensor in self.parameters.values() if tensor.requires_grad]
         self.skeleton = copy.deepcopy(models[0])
         self.loss, self.amp = loss, amp
-        self.mistakes = partial(mistakes, logits=loss is LOSSES["binary_cross_entropy"])
+        self.count = error_counter(loss)
         self.push = _StackedPenalty([member.penalty for member in members], self.parameters)
 
         def call(parameters: Any, buffers: Any, inputs: Tensor) -> Tensor:
@@ -205,7 +204,7 @@ class _Stack:
             with _batched():
                 with autocast(inputs.device, self.amp):
                     outputs = self._shared(self.parameters, self.buffers, inputs)
-                total += vmap(self.mistakes, in_dims=(0, None))(outputs, targets)
+                total += vmap(self.count, in_dims=(0, None))(outputs, targets)
         shares: list[float] = (total / len(split)).tolist()
         return shares
 

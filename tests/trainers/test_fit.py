@@ -9,7 +9,14 @@ from torch import nn
 from pnanalysis.data import Split, load_data
 from pnanalysis.errors import TrainingError
 from trainers import PersistentPenalty, fit
-from trainers.fit import augment_batch, evaluate_error, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from trainers.fit import (
+    augment_batch,
+    error_counter,
+    evaluate_error,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
 from trainers.models import tanh7
 from trainers.seeds import derive_seed
 
@@ -105,3 +112,17 @@ def test_crops_are_shifts_of_the_reflected_image_and_flips_mirror() -> None:
     kept = (flipped == originals).all((1, 2, 3))
     assert torch.equal(flipped[~kept], originals[~kept].flip(-1))
     assert 5 < int(kept.sum()) < 35  # of 40 fair coins; either bound is five standard deviations away
+
+
+def test_errors_are_counted_as_the_loss_has_them() -> None:
+    outputs = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
+    cross_entropy = nn.functional.cross_entropy
+    assert float(error_counter(cross_entropy)(outputs, torch.tensor([0, 1, 1, 0]))) == 2
+    likely = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]])
+    assert float(error_counter(cross_entropy)(outputs, likely)) == 1
+    pixels, void = outputs.T[None].expand(3, -1, -1), torch.tensor([[0, 1, 0, -100], [1, 1, 0, -100], [-100] * 4])
+    assert float(error_counter(nn.CrossEntropyLoss())(pixels, void)) == pytest.approx(1 / 3)
+    assert float(error_counter(nn.MSELoss())(outputs, torch.zeros(4, 2))) == 8
+    assert float(error_counter(nn.MSELoss())(outputs[:, 0], torch.tensor([1, 0, 2, 3]))) == 10  # counts
+    sides = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    assert float(error_counter(nn.BCEWithLogitsLoss())(outputs, sides)) == 0.5
