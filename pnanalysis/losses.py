@@ -203,7 +203,7 @@ def log_probabilities(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | Non
     """
     if kind_of(loss) == "sides":
         return torch.stack([F.logsigmoid(-outputs), F.logsigmoid(outputs)], dim=1).double()
-    if not isinstance(targets, Tensor) or _is_one_of(loss, _REAL_LOSSES):
+    if not isinstance(targets, Tensor) or kind_of(loss) == "numbers":
         return None
     if targets.is_floating_point():
         return F.log_softmax(outputs.double(), dim=1) if _are_probabilities(outputs, targets, loss) else None
