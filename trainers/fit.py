@@ -268,7 +268,7 @@ def error_counter(loss: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
     kind, found = kind_of(loss), None if loss is None else known(loss)
 
     def sides(outputs: Tensor, targets: Tensor) -> Tensor:
-        return ((outputs > 0) != (targets > 0.5)).double().flatten(1).mean(1).sum()
+        return ((outputs > 0) != (targets > 0.5)).double().reshape(len(targets), -1).mean(1).sum()
 
     def classes(outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
@@ -282,7 +282,7 @@ def error_counter(loss: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
     def squares(outputs: Tensor, targets: Tensor) -> Tensor:
         if kind is None and not targets.is_floating_point():
             return classes(outputs, targets)
-        return (outputs - targets).square().flatten(1).mean(1).sum()
+        return (outputs - targets).square().reshape(len(targets), -1).mean(1).sum()
 
     return {"sides": sides, "classes": classes}.get(kind or "", squares)
 
