@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import xarray as xr
 
 from pnanalysis import schema
@@ -17,13 +19,14 @@ from pnanalysis.arguments import at_least, positive, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.density import default_grid, smooth, spectral_density
 from pnanalysis.curvature.engines import make_operator
-from pnanalysis.curvature.linear import LinearOperator
+from pnanalysis.curvature.linear import LinearOperator, random_unit_vectors
 from pnanalysis.data import Split
 from pnanalysis.errors import CurvatureError, RunError
 from pnanalysis.forward import explained
 from pnanalysis.runs import Checkpoint, Run
 from pnanalysis.sources import Source, as_sources, resolve_device
 
+_SAME = 1e-3  # relative deviation of a product that arithmetic explains
 #: Lanczos steps a probe where none are asked for.
 N_LANCZOS = 90
 
@@ -155,7 +158,7 @@ def hessian(
                         kernel_width=kernel_width, seed=seed, progress=progress, state=folder,
                         title=_row(label, layer), **lanczos_options,
                     )  # fmt: skip
-                    spectra[key] = _finished(folder, {**asked, "weights": _digest(checkpoint.path)}, compute)
+                    spectra[key] = _finished(folder, asked, checkpoint, op, compute)
                     rows.append((_row(label, layer), key))
     grid = default_grid(*spectra.values())
     width = max(float(ds.kernel_width) for ds in spectra.values())
@@ -175,17 +178,31 @@ def hessian(
     )  # fmt: skip
 
 
-def _finished(folder: Path | None, asked: dict[str, Any], compute: Callable[[], xr.Dataset]) -> xr.Dataset:
-    """A spectrum, from the file beside ``folder`` if it is there and answers just what is asked."""
+def _finished(
+    folder: Path | None,
+    asked: dict[str, Any],
+    checkpoint: Checkpoint,
+    operator: LinearOperator,
+    compute: Callable[[], xr.Dataset],
+) -> xr.Dataset:
+    """A spectrum, from the file beside ``folder`` if it is there and answers just what is asked.
+
+    One product tells whether the operator is still the same, whatever has happened to code and data meanwhile.
+    """
     if folder is None:
         return compute()
-    path, question = folder.with_name(f"{folder.name}.nc"), json.dumps(asked, sort_keys=True, default=str)
-    if path.is_file() and asked["data_fingerprint"]:
+    path = folder.with_name(f"{folder.name}.nc")
+    question = json.dumps({**asked, "weights": _digest(checkpoint.path)}, sort_keys=True, default=str)
+    vector = random_unit_vectors(operator, [0], seed=0)
+    product = operator.matmat(vector)
+    known = np.array([float((vector * product).sum()), float(torch.linalg.vector_norm(product))])
+    if path.is_file():
         found = schema.load(path)
-        if found.attrs.pop("asked", None) == question:
+        same = np.abs(np.asarray(found.attrs.pop("product", np.nan)) - known).max() <= _SAME * known[1]
+        if found.attrs.pop("asked", None) == question and same:
             return found
     ds = compute()
-    schema.save(ds.assign_attrs(asked=question), path)
+    schema.save(ds.assign_attrs(asked=question, product=known), path)
     return ds
 
 

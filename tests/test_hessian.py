@@ -103,6 +103,23 @@ def test_finished_spectra_are_kept_while_others_are_under_way(tiny_run: Run, tmp
     assert computed[3:] == ["plain", "start"]  # other probes were asked for
 
 
+def test_a_finished_spectrum_of_code_that_has_changed_is_computed_anew(tmp_path: Path) -> None:
+    weights = tmp_path / "w.pt"
+    torch.save(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).state_dict(), weights)
+    data = torch.randn(60, 6), torch.randint(3, (60,))
+    options = {"n_lanczos": 8, "n_probes": 2, "progress": False}
+
+    def spectrum(activation: type[nn.Module], **state: object) -> xr.Dataset:
+        net = nn.Sequential(nn.Linear(6, 5), activation(), nn.Linear(5, 3))
+        source = pn.open_files(net, [weights], data)
+        source.attrs["model"] = "mymodels:make"  # a name says nothing of the code behind it
+        return pn.hessian(source, **options, **state)
+
+    spectrum(nn.Tanh, state=tmp_path / "state")
+    again = spectrum(nn.ReLU, state=tmp_path / "state")
+    np.testing.assert_array_equal(again.node, spectrum(nn.ReLU).node)
+
+
 def test_a_batch_that_is_not_finite_is_named() -> None:
     inputs, targets = torch.randn(30, 4), torch.randint(2, (30,))
     inputs[17] = torch.nan
