@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from pnanalysis.errors import DataError
 from pnanalysis.nest import batch_size, map_tensors, tensors
-from pnanalysis.registry import DATASETS, import_object, resolve
+from pnanalysis.registry import DATASETS, import_object, resolve, told
 
 SPLITS = ("train", "validation", "test")
 Batch = tuple[Any, Any]
@@ -204,9 +204,22 @@ def load_data(spec: str, input_shape: Sequence[int] | None = None, split_seed: i
             raise
         factory = None
     if factory is None:
-        return as_splits(import_object(spec, DataError)(), spec)
+        return as_splits(_made(spec), spec)
     found = factory(argument or None, shape)
     return _split(found, spec, shape, split_seed) if isinstance(found, RawImages) else as_splits(found, spec)
+
+
+def _made(spec: str) -> Any:
+    """What ``module:factory`` gives; a module may hold the data themselves."""
+    factory = import_object(spec, DataError)
+    if not callable(factory):
+        return factory
+    try:
+        return factory()
+    except DataError:
+        raise
+    except Exception as error:  # whatever the factory does
+        raise DataError(f"data {spec!r} cannot be made: {told(error)}") from error
 
 
 def as_splits(data: Any, name: str = "data") -> Splits:

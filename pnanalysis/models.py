@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pnanalysis.errors import ModelError
-from pnanalysis.registry import MODELS, import_object, resolve
+from pnanalysis.errors import ModelError, PnError
+from pnanalysis.registry import MODELS, import_object, resolve, told
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -33,15 +33,18 @@ def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Modul
     Raises
     ------
     ModelError
-        If the name is unknown, the factory cannot be imported or called, or does not return a module.
+        If the name is unknown, the factory cannot be imported, raises, or does not return a module.
     """
     factory = import_object(spec, ModelError) if ":" in spec else resolve(MODELS, spec)
     if isinstance(factory, nn.Module):
         return factory
     try:
         model = factory(**(options or {}))
-    except TypeError as error:
-        raise ModelError(f"model {spec!r} cannot be built with {dict(options or {})}: {error}") from error
+    except PnError:
+        raise
+    except Exception as error:  # whatever the factory does
+        given = f" with {dict(options)}" if options else ""
+        raise ModelError(f"model {spec!r} cannot be built{given}: {told(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {spec!r} gave a {type(model).__name__}, not a torch.nn.Module")
     return model

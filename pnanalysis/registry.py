@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from pnanalysis.errors import DataError, ModelError, PnError
@@ -55,5 +57,20 @@ def import_object(spec: str, error: type[PnError] = PnError) -> Any:
     except ImportError as cause:
         raise error(f"cannot import {module_name!r} ({cause}); is it on the path or in this folder?") from cause
     except AttributeError as cause:
-        raise error(f"module {module_name!r} has no {attribute!r}") from cause
+        if module_name in sys.modules:
+            raise error(f"module {module_name!r} has no {attribute!r}") from cause
+        raise error(f"cannot import {module_name!r}: {told(cause)}") from cause
+    except Exception as cause:  # whatever the module does when it is imported
+        raise error(f"cannot import {module_name!r}: {told(cause)}") from cause
     return found
+
+
+def told(error: BaseException) -> str:
+    """What an error in somebody's own code says, and where in it."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if isinstance(error, SyntaxError):
+        return text  # says where by itself
+    own = Path(__file__).parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent != own]
+    return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else text

@@ -372,6 +372,30 @@ def test_names_are_cells_of_their_own(run, own_run: Run, tmp_path: Path) -> None
     assert {row["layer"] for row in rows} == set(schema.load(tmp_path / "s.nc").layer.values)
 
 
+@pytest.mark.parametrize(
+    ("code", "spec", "said"),
+    [
+        ("def make():\n    raise KeyError('width')", ":make", "KeyError: 'width' (ID.py, line 2)"),
+        ("def make(width):\n    return width", ":make", "missing 1 required positional argument"),
+        ("1 / 0", ":make", "cannot import 'ID': ZeroDivisionError: division by zero (ID.py, line 1)"),
+        ("def (", ":make", "SyntaxError"),
+        ("import no_such_module", ":make", "No module named 'no_such_module'"),
+        ("make = None", ":mkae", "has no 'mkae'"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--model", "--data"])
+def test_errors_in_ones_own_code_are_told_with_their_place(
+    run, own_run, tmp_path, monkeypatch, code, spec, said, option
+):
+    name = f"broken_{abs(hash(code + option))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    done = run("pnanalysis", "saturation", own_run.path, option, name + spec, "--n", 10)
+    assert done.status == 2
+    assert said.replace("ID", name) in done.err
+    assert done.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("batch", ["(1, 2, 3)", "[(x, y, y)]", "[{'x': x, 'y': y}]", "[x]"])
 def test_data_that_are_no_pairs_are_refused(run, own_run: Run, tmp_path: Path, monkeypatch, batch: str) -> None:
     name = f"odd_data_{abs(hash(batch))}"
