@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from math import isfinite
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def at_least(least: int, **numbers: Any) -> None:
     PnError
     """
     for name, value in numbers.items():
-        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < least):
+        if value is not None and (isinstance(value, bool) or not _whole(value) or value < least):
             raise PnError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
 
@@ -34,7 +34,7 @@ def positive(**numbers: Any) -> None:
     PnError
     """
     for name, value in numbers.items():
-        if value is not None and not (isinstance(value, Real) and isfinite(value) and float(value) > 0):
+        if value is not None and not (_finite(value) and float(value) > 0):
             raise PnError(f"{name} is {value!r}; it must be a number above 0")
 
 
@@ -48,9 +48,23 @@ def ascending(name: str, values: Any, n: int) -> None:
     if values is None:
         return
     numbers = list(values) if isinstance(values, Iterable) else [values]
-    right = len(numbers) == n and all(isinstance(one, Real) and isfinite(one) for one in numbers)
+    right = len(numbers) == n and all(map(_finite, numbers))
     if not right or any(low >= high for low, high in zip(numbers[::2], numbers[1::2], strict=True)):
         raise PnError(f"{name} is {values!r}; it must be {n} numbers, each minimum below its maximum")
+
+
+def _whole(value: Any) -> bool:
+    try:
+        return operator.index(value) is not None
+    except TypeError:
+        return False
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return not isinstance(value, str | bytes) and isfinite(float(value))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
 
 
 def one_of(known: Iterable[str], **names: Any) -> None:

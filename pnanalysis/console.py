@@ -52,6 +52,7 @@ def run_app(app: typer.Typer) -> None:
     """
     global _spoken, _next
     _spoken, _next = None, "what was saved is intact"
+    status: Any = 0
     try:
         with _interruptible() as stopped:
             status = app(standalone_mode=False)
@@ -82,14 +83,21 @@ def _interruptible() -> Iterator[list[int]]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        raise KeyboardInterrupt
+        if len(received) == 1:  # what is being saved then is not interrupted again
+            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    own = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in own:
+        signal.signal(number, interrupt)
     try:
         yield received
+    except KeyboardInterrupt:
+        if not received:
+            raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in own:
+            signal.signal(number, before[number])
 
 
 def _print_json() -> None:
@@ -107,10 +115,11 @@ def _fail(message: str) -> NoReturn:
 
 def _fail_usage(error: Any) -> NoReturn:
     """A command line that cannot be understood: what is wrong with it, and where to read how it goes."""
-    message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+    message, context = error.format_message().replace("Value error, ", ""), getattr(error, "ctx", None)
     if not message:  # nothing was asked for, and the help has been shown
         sys.exit(2)
-    _fail(message + (f"; see {context.command_path} --help" if context is not None else ""))
+    advice = "" if context is None else f"see {context.command_path} --help"
+    _fail(f"{message} {advice.capitalize()}" if message.endswith("?") else f"{message.rstrip('.')}; {advice}")
 
 
 def version_option(wanted: bool) -> None:
@@ -197,7 +206,7 @@ def _rendered(table: Table) -> rich.table.Table:
     drawn = rich.table.Table(title=rich.markup.escape(table.title), title_justify="left")
     for i, column in enumerate(table.columns):
         names = all(isinstance(row[i], str) for row in table.rows)
-        drawn.add_column(rich.markup.escape(column), justify="left" if names else "right")
+        drawn.add_column(rich.markup.escape(column), justify="left" if names else "right", overflow="fold")
     for row in table.rows:
         drawn.add_row(*(rich.markup.escape(text(cell)) for cell in row))
     return drawn

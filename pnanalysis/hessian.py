@@ -129,12 +129,14 @@ def hessian(
         "deflate": deflate, "kernel_width": kernel_width, "split": split, "n": n, "batch_size": batch_size,
         "params": params, "bn_mode": bn_mode, "dtype": dtype, "amp": amp, "seed": seed, **lanczos_options,
     }  # fmt: skip
+    if state is not None:
+        named = [{k: v for k, v in source.attrs.items() if not str(v).startswith("own ")} for source in sources]
+        _claim(Path(state), settings | {"of": named, "checkpoints": [list(chosen) for chosen in selected]})
     spectra: dict[_Key, xr.Dataset] = {}
     rows: list[tuple[str, _Key]] = []
     for which, (source, chosen) in enumerate(zip(sources, selected, strict=True)):
         part = source.split(split, n, seed, torch_device)
         batches = part.batches(batch_size)
-        asked = settings | source.dataset_attrs()
         for name, checkpoint in chosen.items():
             label = name if len(sources) == 1 else f"{source.label}/{name}"
             done = [key for key in spectra if key[:2] == (which, checkpoint)]  # the champion may be the plain model
@@ -142,6 +144,7 @@ def hessian(
                 rows += [(_row(label, key[2]), key) for key in done]
                 continue
             model = source.model(checkpoint, torch_device)
+            asked = settings | source.dataset_attrs() | ({"weights": _digest(checkpoint.path)} if state else {})
             with explained(label, model, batches, source.loss):
                 whole = make_operator(
                     engine, operator, model, source.loss, batches,
@@ -158,7 +161,7 @@ def hessian(
                         kernel_width=kernel_width, seed=seed, progress=progress, state=folder,
                         title=_row(label, layer), **lanczos_options,
                     )  # fmt: skip
-                    spectra[key] = _finished(folder, asked, checkpoint, op, compute)
+                    spectra[key] = _finished(folder, asked, op, compute)
                     rows.append((_row(label, layer), key))
     grid = default_grid(*spectra.values())
     width = max(float(ds.kernel_width) for ds in spectra.values())
@@ -178,10 +181,31 @@ def hessian(
     )  # fmt: skip
 
 
+def _claim(folder: Path, asked: dict[str, Any]) -> None:
+    """Make the folder that of this call, or see that it is.
+
+    Raises
+    ------
+    CurvatureError
+        If it holds the unfinished work of another.
+    """
+    path, asked = folder / "asked.json", json.loads(json.dumps(asked, default=str))
+    if path.is_file() and (any(folder.glob("*.nc")) or any(folder.glob("*/*.safetensors"))):
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in asked if before.get(name) != asked[name]]
+        if other:
+            raise CurvatureError(
+                f"{folder}: holds unfinished work with {other[0]} {before.get(other[0])!r}, not {asked[other[0]]!r}; "
+                "finish that first with the same settings, or delete the folder"
+            )
+        return
+    with schema.atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(asked, indent=1), encoding="utf-8")
+
+
 def _finished(
     folder: Path | None,
     asked: dict[str, Any],
-    checkpoint: Checkpoint,
     operator: LinearOperator,
     compute: Callable[[], xr.Dataset],
 ) -> xr.Dataset:
@@ -192,7 +216,7 @@ def _finished(
     if folder is None:
         return compute()
     path = folder.with_name(f"{folder.name}.nc")
-    question = json.dumps({**asked, "weights": _digest(checkpoint.path)}, sort_keys=True, default=str)
+    question = json.dumps(asked, sort_keys=True, default=str)
     vector = random_unit_vectors(operator, [0], seed=0)
     product = operator.matmat(vector)
     known = np.array([float((vector * product).sum()), float(torch.linalg.vector_norm(product))])

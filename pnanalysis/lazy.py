@@ -5,24 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 
 class _LazyPackage(ModuleType):
-    """A package whose public names are looked up in its modules.
+    """A package whose public names are looked up in its modules, and whose modules are its attributes.
 
     A submodule that is called like the function it defines never hides that function, whichever is imported first.
     """
 
     def __getattr__(self, name: str) -> Any:
         module = self.__dict__["_WHERE"].get(name)
-        if module is None:
+        if module is not None:
+            found = import_module(module)
+            value = getattr(found, name, found)
+            setattr(self, name, value)
+            return value
+        if name.startswith("__") or find_spec(f"{self.__name__}.{name}") is None:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        found = import_module(module)
-        value = getattr(found, name, found)
-        setattr(self, name, value)
-        return value
+        return import_module(f"{self.__name__}.{name}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and name in self.__dict__["_WHERE"]:

@@ -31,6 +31,13 @@ def test_every_name_is_where_type_checkers_are_told(package) -> None:
         assert name in dir(package)
 
 
+def test_modules_are_attributes_without_being_imported() -> None:
+    code = (
+        "import pnanalysis as pn, trainers; print(pn.models.__name__, pn.curvature.__name__, trainers.sweep.__name__)"
+    )
+    assert in_a_fresh_interpreter(code) == "pnanalysis.models pnanalysis.curvature trainers.sweep"
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'hesian'"):
         _ = pnanalysis.hesian

@@ -59,7 +59,7 @@ def compare(
     from pnanalysis.comparison import compare as analyse
     from pnanalysis.verdict import verdict
 
-    given = options.sources(runs, model, weights, data, loss)
+    given = options.sources(runs, model, weights, data, loss, output)
     ds = analyse(
         *given, checkpoints=checkpoint, n=n, split=split, hessian={"n": n_hessian} if hessian else False, cka=cka,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,

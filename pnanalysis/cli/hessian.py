@@ -63,9 +63,9 @@ def hessian(
     """
     from pnanalysis.hessian import hessian as analyse
 
-    given = options.sources(runs, model, weights, data, loss)
+    given = options.sources(runs, model, weights, data, loss, output)
     unfinished = options.destination("hessian", given[0], output).with_suffix(".unfinished")
-    if unfinished.is_dir():
+    if any(unfinished.glob("*/*.safetensors")) or any(unfinished.glob("*.nc")):
         say(f"going on with what is in {unfinished}", quiet)
     when_interrupted("the same command goes on from there")
     ds = analyse(

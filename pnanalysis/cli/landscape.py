@@ -70,7 +70,7 @@ def landscape(
     """
     from pnanalysis.landscape import landscape as analyse
 
-    given = options.sources(runs, model, weights, data, loss)
+    given = options.sources(runs, model, weights, data, loss, output)
     ds = analyse(
         *given, checkpoints=checkpoint, view=view, align=align, n_points=points, extrapolate=extrapolate, span=span,
         curve=curve, n_bends=bends, n_steps=steps, lr=lr, n_restarts=restarts, bn=bn, splits=split, n=n,

@@ -93,14 +93,19 @@ Seed = Annotated[int, typer.Option(help="Of the probes and of the choice of exam
 
 
 def sources(
-    paths: Iterable[Path] | None, model: str | None, weights: list[Path] | None, data: str | None, loss: str | None
+    paths: Iterable[Path] | None,
+    model: str | None,
+    weights: list[Path] | None,
+    data: str | None,
+    loss: str | None,
+    output: Path | None,
 ) -> list[Source]:
     """What the user named: runs, or weight files of a model.
 
     Raises
     ------
     PnError
-        If nothing is named, or weights come without a model.
+        If nothing is named, weights come without a model, or there is no place for the result.
     """
     from pnanalysis.sources import as_source, open_files
 
@@ -111,16 +116,26 @@ def sources(
         raise PnError("--weights needs --model: a registered name or module:factory")
     if not given:
         raise PnError("name a run directory, or your own --model, --weights and --data")
-    return [as_source(path, model, data, loss) for path in given]
+    found = [as_source(path, model, data, loss) for path in given]
+    if output is None:
+        destination("new", found[0], None)
+    return found
 
 
 def destination(kind: str, first: Source, output: Path | None) -> Path:
-    """Where a dataset goes: as told, else into the first run, else into the current folder."""
+    """Where a dataset goes: as told, else into the first run, else into the current folder.
+
+    Raises
+    ------
+    PnError
+        If nothing can be written there.
+    """
     from pnanalysis.runs import ANALYSIS
 
     if output is not None:
         return output
-    return first.run.path / ANALYSIS / f"{kind}.nc" if first.run is not None else Path(f"{kind}.nc")
+    folder = first.run.path / ANALYSIS if first.run is not None else Path()
+    return check_writable(folder / f"{kind}.nc")
 
 
 def size(text: str | None) -> int | None:

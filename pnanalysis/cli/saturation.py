@@ -49,7 +49,7 @@ def saturation(
     """
     from pnanalysis.saturation import saturation as analyse
 
-    given = options.sources(runs, model, weights, data, None)
+    given = options.sources(runs, model, weights, data, None, output)
     ds = analyse(
         *given, checkpoints=checkpoint or ["all"], split=split, n=n, bins=bins, saturation_bins=saturation_bins,
         per_unit=per_unit, device=device, seed=seed, progress=not quiet,

@@ -54,7 +54,7 @@ def sharpness(
     from pnanalysis.sharpness import sharpness as analyse
 
     radii = _radii(radius)
-    given = options.sources(runs, model, weights, data, loss)
+    given = options.sources(runs, model, weights, data, loss, output)
     ds = analyse(
         *given, checkpoints=checkpoint, radii=radii, n_steps=steps, n_starts=starts, split=split, n=n,
         batch_size=batch_size, dtype=dtype, device=device, seed=seed, progress=not quiet,

@@ -50,7 +50,7 @@ def trajectory(
     from pnanalysis.trajectory import DEFAULT_PROJECTIONS
     from pnanalysis.trajectory import trajectory as analyse
 
-    given = options.sources(runs, model, weights, data, None)
+    given = options.sources(runs, model, weights, data, None, output)
     ds = analyse(
         *given, iterations=iteration, projections=projection or DEFAULT_PROJECTIONS, n_components=components,
         n_random=random_planes, per_layer=per_layer, seed=seed, progress=not quiet,
