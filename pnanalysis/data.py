@@ -15,9 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from pnanalysis.errors import DataError
 from pnanalysis.nest import batch_size, map_tensors, tensors
@@ -314,7 +315,9 @@ def _normalisation(images: Tensor) -> tuple[Tensor, Tensor]:
 def _as_split(data: Any, name: str) -> Split | LoaderSplit:
     if isinstance(data, Split | LoaderSplit):
         return data
-    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+    arrays = isinstance(data, tuple | list) and all(isinstance(part, Tensor | np.ndarray) for part in data)
+    if arrays and len(data) == 2:
+        data = [torch.as_tensor(part) for part in data]
         if len(data[0]) != len(data[1]):
             raise DataError(f"{name}: {len(data[0])} inputs but {len(data[1])} targets")
         return Split(data[0], data[1])
@@ -325,6 +328,8 @@ def _as_split(data: Any, name: str) -> Split | LoaderSplit:
             return Split(inputs, torch.stack([torch.as_tensor(y) for _, y in pairs]))
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"{name}: its examples cannot be stacked ({error}); return a DataLoader instead") from error
+    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+        raise DataError(f"{name}: the loader shuffles, so nothing could be repeated; make it with shuffle=False")
     if isinstance(data, Iterable) and not isinstance(data, Iterator):
         return LoaderSplit(data)
     raise DataError(

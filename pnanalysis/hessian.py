@@ -124,6 +124,8 @@ def hessian(
         raise RunError("name a run, or your own model and weights")
     torch_device = resolve_device(device)
     selected = [source.select(checkpoints) for source in sources]
+    for source, chosen in zip(sources, selected, strict=True):
+        source.check(chosen)
     settings = {
         "operator": operator, "engine": engine, "n_lanczos": n_lanczos, "n_probes": n_probes, "n_hvp": n_hvp,
         "deflate": deflate, "kernel_width": kernel_width, "split": split, "n": n, "batch_size": batch_size,

@@ -29,8 +29,9 @@ class Measured:
         if percent:
             error = "" if math.isnan(self.se) else f" ± {100 * self.se:.2f}"
             return f"{100 * self.value:{sign}.2f}{error} %"
+        value, low, high = (f"{number:{sign}.4g}" for number in (self.value, self.low, self.high))
         if math.isnan(self.se) and self.low < self.high:
-            return f"{self.value:{sign}.4g} ({self.low:{sign}.4g} to {self.high:{sign}.4g})"
+            return value if low == value == high else f"{value} ({low} to {high})"
         error = "" if math.isnan(self.se) else f" ± {self.se:.2g}"
         return f"{self.value:{sign}.4g}{error}"
 

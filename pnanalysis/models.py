@@ -11,6 +11,7 @@ from torch import nn
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.registry import MODELS, import_object, resolve, told
 
+_WRAPPERS = ("module.", "_orig_mod.", "module.")  # either inside the other
 Loss = Callable[[Any, Any], torch.Tensor]
 
 LOSSES: dict[str, Loss] = {
@@ -53,12 +54,22 @@ def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Modul
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str = "weights") -> nn.Module:
     """Put weights and buffers into ``model``, in place; every name and shape must fit.
 
+    Names may all begin with the prefix that ``DistributedDataParallel`` or ``torch.compile`` put before them, and of
+    parameters that share their memory one is enough.
+
     Raises
     ------
     ModelError
         If the weights are of another architecture; the message names the first difference.
     """
-    own = model.state_dict()
+    own, state = model.state_dict(), dict(state)
+    for prefix in _WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    for name, tensor in own.items():
+        twins = [other for other in own if other in state and _shares_memory(own[other], tensor)]
+        if name not in state and twins:
+            state[name] = state[twins[0]]
     for name, tensor in own.items():
         if name not in state:
             raise ModelError(f"{origin}: lacks {name!r}, so it belongs to another architecture than {_describe(model)}")
@@ -69,8 +80,15 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: st
     extra = [name for name in state if name not in own]
     if extra:
         raise ModelError(f"{origin}: holds {extra[0]!r}, which {_describe(model)} does not have")
-    model.load_state_dict(dict(state))
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"{origin}: {broken[0]!r} holds values that are not finite; training had diverged by then")
+    model.load_state_dict(state)
     return model
+
+
+def _shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def resolve_loss(loss: str | Loss) -> Loss:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -235,7 +234,11 @@ def check_new(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"{path}: exists already; give another --out, or --resume to go on with it")
+        raise RunError(
+            f"{path}: exists already; give another --out, or --resume to go on with it"
+            if (path / MANIFEST).is_file()
+            else f"{path}: exists and is no run directory; give another --out"
+        )
     check_writable(path / MANIFEST)
 
 
@@ -335,10 +338,13 @@ def read_weights(path: str | os.PathLike[str]) -> State:
             raise ModelError(f"{path}: not a safetensors file ({hint}); refused") from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{path}: holds more than plain tensors or is damaged; save model.state_dict() instead"
-        ) from error
+    except Exception as error:  # whatever the unpickler makes of bytes that are no such file
+        try:
+            return load_safetensors(raw)  # under another suffix
+        except SafetensorError:
+            raise ModelError(
+                f"{path}: holds more than plain tensors or is damaged; save model.state_dict() instead"
+            ) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]

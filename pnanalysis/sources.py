@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -82,9 +82,23 @@ class Source:
         model = load_weights(self.make_model(), checkpoint.load(), str(checkpoint.path))
         return model.to(device).eval()
 
+    def check(self, chosen: Mapping[str, Checkpoint]) -> None:
+        """Try the weights of all of a user's own files, before long work on the first begins.
+
+        Raises
+        ------
+        ModelError
+            If some cannot be read or do not fit the model.
+        """
+        if self.run is None and len(chosen) > 1:
+            for checkpoint in chosen.values():
+                self.model(checkpoint)
+
     def split(self, name: str, n: int | None, seed: int, device: torch.device | str) -> Split | LoaderSplit:
         """``n`` examples of a split, drawn by seed, on the device; fewer if there are fewer."""
         part = self.data.get(name)
+        if isinstance(part, Split) and part.inputs.is_floating_point() and not part.inputs.isfinite().all():
+            raise DataError(f"{self.data.name}: some of the {name} inputs are not finite; mend or leave them out")
         return part.subset(min(n, len(part)) if n is not None and isinstance(part, Split) else n, seed).to(device)
 
     def dataset_attrs(self) -> dict[str, Any]:
@@ -223,10 +237,13 @@ def open_files(
     """
     files = [Path(path) for path in weights]
     if not files:
-        raise ModelError("no weights given: name at least one safetensors file")
+        raise ModelError("no weights given: name at least one file of weights")
     missing = [path for path in files if not path.is_file()]
     if missing:
         raise ModelError(f"{missing[0]}: no such weights file")
+    twice = [path for i, path in enumerate(files) if path in files[:i]]
+    if twice:
+        raise ModelError(f"{twice[0]}: is named twice")
     names = _short_names(files)
 
     def make_model() -> nn.Module:

@@ -104,3 +104,21 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
         pytest.skip("has CUDA")
     with pytest.raises(ModelError):
         resolve_device(device)
+
+
+def test_weights_of_wrapped_and_tied_networks_fit() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    other[1].weight = other[0].weight
+    state = {f"_orig_mod.module.{name}": tensor for name, tensor in other.state_dict().items() if name != "1.weight"}
+    load_weights(net, state)
+    torch.testing.assert_close(net(torch.ones(1, 3)), other(torch.ones(1, 3)))
+    with pytest.raises(ModelError, match=r"holds 'extra'"):
+        load_weights(net, {**other.state_dict(), "extra": torch.ones(1)})
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    net = nn.Linear(2, 2)
+    with pytest.raises(ModelError, match=r"w.pt: 'bias' holds values that are not finite"):
+        load_weights(net, {"weight": torch.ones(2, 2), "bias": torch.tensor([1.0, torch.nan])}, "w.pt")

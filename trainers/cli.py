@@ -28,7 +28,14 @@ _RECIPE_HELP = "; ".join(f"{recipe.id} {name}" for name, recipe in RECIPES.items
 
 @app.command(no_args_is_help=True)
 def pntrain(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=f"{_RECIPE_HELP}; or custom, with --model.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            autocompletion=lambda: [*RECIPES, "custom"],
+            help=f"{_RECIPE_HELP}; or custom, with --model and --data.",
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/RECIPE.")] = None,
     strategy: Annotated[
         Strategy | None, typer.Option(help="persistent repels all layers, partial one; restart starts afresh.")
@@ -83,7 +90,9 @@ def pntrain(
         float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Draw all parameters from N(0, std^2).")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Examples a step.")] = None,
-    lr: Annotated[float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Learning rate.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Learning rate; 1e-3 by default.")
+    ] = None,
     optimizer: Annotated[Optimizer | None, typer.Option(rich_help_panel=_OPTIMISATION)] = None,
     momentum: Annotated[float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Of sgd.")] = None,
     weight_decay: Annotated[

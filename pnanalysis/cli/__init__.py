@@ -43,8 +43,9 @@ def pnanalysis(
 ) -> None:
     """Are these two minima different, and which is better?
 
-    Exit status: 0 when all is done, 2 for what you can mend (one line says what), 130 when interrupted; what was
-    saved by then is intact, and [bold]pnanalysis hessian[/bold] and [bold]pntrain --resume[/bold] go on from it.
+    Exit status: 0 when all is done, 2 for what you can mend (one line says what), 130 when interrupted (143 by
+    SIGTERM); what was saved by then is intact, and [bold]pnanalysis hessian[/bold] and [bold]pntrain --resume[/bold]
+    go on from it.
     """
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, make_table, show
+from pnanalysis.console import Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -57,21 +57,23 @@ def compare(
       pnanalysis compare --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
     from pnanalysis.comparison import compare as analyse
-    from pnanalysis.verdict import verdict
 
     given = options.sources(runs, model, weights, data, loss, output)
     ds = analyse(
         *given, checkpoints=checkpoint, n=n, split=split, hessian={"n": n_hessian} if hessian else False, cka=cka,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
-    options.deliver(ds, given[0], output, plot, quiet)
-    for table in _tables(ds):
-        show(table, quiet)
-    for sentence in verdict(ds):
-        show(sentence, quiet)
+    options.deliver(ds, given[0], output, plot, quiet, _tables)
 
 
-def _tables(ds: xr.Dataset) -> Iterator[Table]:
+def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
+    from pnanalysis.verdict import verdict
+
+    yield from _values(ds)
+    yield from verdict(ds)
+
+
+def _values(ds: xr.Dataset) -> Iterator[Table]:
     """Values and what stands beside the first, in one table while it is narrow."""
     from pnanalysis.verdict import diagnostics, short_names
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, make_table, say, show, when_interrupted
+from pnanalysis.console import Table, make_table, say, when_interrupted
 from pnanalysis.measured import Measured, Shown
 
 if TYPE_CHECKING:
@@ -75,11 +75,14 @@ def hessian(
         per_layer=per_layer, bn_mode=bn, dtype=dtype, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     drawing = {"kind": "layer_spectra"} if per_layer else {}
-    options.deliver(ds, given[0], output, plot, quiet, _table, **drawing)
-    if len(ds.checkpoint) > 1 and not per_layer:
-        for line in _differences(ds):
-            show(line, quiet)
+    options.deliver(ds, given[0], output, plot, quiet, _tables, **drawing)
     shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
+    yield _table(ds)
+    if len(ds.checkpoint) > 1 and "layer" not in ds.coords:
+        yield from _differences(ds)
 
 
 def _table(ds: xr.Dataset) -> Table:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Percent, Table, make_table, show
+from pnanalysis.console import Percent, Table, make_table, show, show_saved
 from pnanalysis.errors import PnError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def history(
-    runs: options.Paths = None,
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run directories.")] = None,
     output: options.Output = None,
     plot: options.Plot = None,
     quiet: options.Quiet = False,
@@ -32,18 +33,23 @@ def history(
 
       pnanalysis history runs/lenet5 runs/lenet5-restart --plot history.pdf
     """
+    from pnanalysis import schema
     from pnanalysis.history import history as analyse
     from pnanalysis.runs import open_run
-    from pnanalysis.sources import as_source
 
     if not runs:
         raise PnError("name a run directory")
     opened = [open_run(path) for path in runs]
     ds = analyse(*opened)
-    if output is None and plot is None:
-        show(_table(ds), quiet)
-    else:
-        options.deliver(ds, as_source(opened[0]), output, plot, quiet, _table)
+    show(_table(ds), quiet)
+    if output is not None:
+        schema.save(ds, output)
+    if plot is not None:
+        from pnanalysis import plots
+
+        plots.save_figure(plots.plot(ds), plot)
+    if output is not None or plot is not None:
+        show_saved(quiet, output, plot)
 
 
 def _table(ds: xr.Dataset) -> Table:

@@ -37,7 +37,8 @@ Checkpoints = Annotated[
     list[str] | None,
     typer.Option(
         "--checkpoint", "-c", metavar="NAME", rich_help_panel=_INPUT,
-        help="plain, champion, start, ends, all, iterNN or iterNN/epochNNN; repeat.",
+        help="plain, champion, start, ends, all, iterNN or iterNN/epochNNN, or a file's name; repeat.",
+        autocompletion=lambda: ["plain", "champion", "start", "ends", "all"],
     ),
 ]  # fmt: skip
 Model = Annotated[
@@ -89,7 +90,7 @@ Json = Annotated[
 ]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="No progress, no table.")]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto takes CUDA where there is one.")]
-Seed = Annotated[int, typer.Option(help="Of the probes and of the choice of examples.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
 
 
 def sources(
@@ -162,10 +163,10 @@ def deliver(
     output: Path | None,
     plot: Path | None,
     quiet: bool,
-    table: Callable[[xr.Dataset], Table] | None = None,
+    tables: Callable[[xr.Dataset], Table | Iterable[Table | str]],
     **drawing: Any,
 ) -> None:
-    """Save the dataset, draw its figure (``drawing`` goes to it), print its table and say where things are."""
+    """Save the dataset, draw its figure (``drawing`` goes to it), print its tables and say where things are."""
     from pnanalysis import schema
 
     output = destination(str(ds.attrs["kind"]), first, output)
@@ -174,5 +175,7 @@ def deliver(
         from pnanalysis import plots
 
         plots.save_figure(plots.plot(ds, **drawing), plot)
-    show(table(ds) if table is not None else None, quiet)
+    found = tables(ds)
+    for table in [found] if isinstance(found, Table) else found:
+        show(table, quiet)
     show_saved(quiet, output, plot)

@@ -12,6 +12,12 @@ from pnanalysis.console import show_saved
 from pnanalysis.files import check_writable
 
 
+def _kinds() -> list[str]:
+    from pnanalysis import plots
+
+    return list(plots.FIGURES)
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("plot")(plot)
@@ -29,7 +35,12 @@ def plot(
             callback=options.figure_file,
         ),
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="Figure to draw; by default the dataset's own.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as saturation_gap; by default the figure of the dataset's kind.", autocompletion=_kinds
+        ),
+    ] = None,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:

@@ -75,10 +75,11 @@ def plot(ds: xr.Dataset, kind: str | None = None, **options: Any) -> Figure:
     try:
         with style():
             drawn = draw(ds, **options)
-    except (KeyError, AttributeError) as error:
-        raise PnError(
-            f"a {ds.attrs.get('kind', 'foreign')} dataset has no {error} to draw a {name} figure from"
-        ) from error
+    except PnError:
+        raise
+    except (KeyError, AttributeError, ValueError) as error:
+        own = ds.attrs.get("kind", "foreign")
+        raise PnError(f"this {own} dataset does not hold what a {name} figure draws") from error
     if isinstance(drawn, Figure):
         return drawn
     figure = drawn.get_figure()

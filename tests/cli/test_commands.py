@@ -117,8 +117,8 @@ def test_analyses_save_beside_the_run_and_draw(run, own_run: Run, tmp_path: Path
         done = run("pnanalysis", kind, own_run.path, "--plot", figure)
         assert done.status == 0, done.err
         assert figure.read_bytes()[:4] == b"\x89PNG"
-        assert schema.load(own_run.path / "analysis" / f"{kind}.nc").attrs["kind"] == kind
-    assert set(own_run.results.children) == {"history", "saturation", "trajectory"}
+    saved = {path.stem: schema.load(path).attrs["kind"] for path in (own_run.path / "analysis").glob("*")}
+    assert saved == {kind: kind for kind in ("saturation", "trajectory")}  # its history is in the run already
 
 
 def test_hessian_of_a_run_has_plain_and_champion(run, own_run: Run, tmp_path: Path) -> None:
