@@ -1,4 +1,5 @@
-"""Parts of pages that are made from the code: ``<!-- generated: NAME -->`` in a page becomes what NAME gives."""
+"""Parts of pages that are made from the code: ``<!-- generated: NAME -->`` in a page, with the line below it that says
+so to who reads the page as it is, becomes what NAME gives."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 from pnanalysis import plots, schema
 from pnanalysis.errors import PnError
 
-_MARK = re.compile(r"^<!-- generated: ([\w-]+)(?: ([\w. ]+))? -->$", flags=re.MULTILINE)
+_MARK = re.compile(r"^<!-- generated: ([\w-]+)(?: ([\w. ]+))? -->\n\*\(.*\)\*$", flags=re.MULTILINE)
 
 
 def fill_in(text: str) -> str:
