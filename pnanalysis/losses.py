@@ -84,6 +84,42 @@ def kind_of(loss: Loss | None) -> str | None:
     return None if found is None else found.kind
 
 
+def check_targets(loss: Loss, outputs: Any, targets: Any) -> None:
+    """Refuse targets that one of torch's losses would take, but not as they are meant, or that are no classes.
+
+    Parameters
+    ----------
+    loss : callable
+        Losses of one's own take what they will.
+    outputs, targets : Tensor, shape (N, ...)
+
+    Raises
+    ------
+    DataError
+        For a choice among classes where there is a single output; for targets that are no classes of the outputs; for
+        numbers whose shape is not that of the outputs.
+    """
+    found = known(loss)
+    if found is None or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
+    if found.kind != "classes":
+        if outputs.shape != targets.shape:
+            raise DataError(
+                f"outputs of {_shape(outputs)} and targets of {_shape(targets)} would be broadcast against each "
+                f"other by {found.function.__name__}; give both one shape"
+            )
+        return
+    if outputs.shape[1:2] in ((), (1,)):
+        raise DataError(
+            "cross-entropy over a single output is always zero; give --loss mse for numbers or binary_cross_entropy "
+            "for two classes"
+        )
+    if _are_indices(found, targets) and outputs.ndim == targets.ndim + 1:
+        wrong = no_class(outputs.shape[1], targets, found.ignored)
+        if wrong is not None:
+            raise DataError(wrong)
+
+
 def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     """The loss of each example of a batch by itself, and what it weighs in the batch's mean.
 
@@ -103,7 +139,7 @@ def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tens
     ModelError
         If the loss cannot be taken one example at a time, or takes no such outputs.
     DataError
-        If a target is not among the classes.
+        See :func:`check_targets`.
     """
     found = known(loss)
     if found is None:
@@ -111,10 +147,7 @@ def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tens
         return each, torch.ones_like(each)
     if not isinstance(outputs, Tensor):
         raise not_for(loss, outputs)
-    if _are_indices(found, targets) and outputs.ndim == targets.ndim + 1:
-        wrong = no_class(outputs.shape[1], targets, found.ignored)
-        if wrong is not None:
-            raise DataError(wrong)
+    check_targets(loss, outputs, targets)
     values = found.function(outputs, targets, reduction="none", **found.options).reshape(len(targets), -1)
     if not _are_indices(found, targets):
         each = values.mean(1)
@@ -139,6 +172,11 @@ def example_weights(loss: Loss, targets: Any) -> Tensor:
 
 def _are_indices(found: _Known, targets: Tensor) -> bool:
     return found.kind == "classes" and not targets.is_floating_point()
+
+
+def _shape(tensor: Tensor) -> str:
+    """The shape of a batch, as words."""
+    return "shape (" + ", ".join(["N", *map(str, tensor.shape[1:])]) + ("," if tensor.ndim == 1 else "") + ")"
 
 
 def _one_by_one(loss: Loss, outputs: Any, targets: Any) -> Tensor:

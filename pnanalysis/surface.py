@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from pnanalysis.errors import ModelError
 from pnanalysis.forward import placed, prediction, run
-from pnanalysis.losses import check_mean, example_errors, example_losses, example_weights, linearised
+from pnanalysis.losses import check_mean, check_targets, example_errors, example_losses, example_weights, linearised
 from pnanalysis.models import Loss, load_weights
 from pnanalysis.nest import batch_size, map_tensors
 from pnanalysis.progress import Advance
@@ -169,6 +169,7 @@ class Surface:
             for inputs, targets in batches:
                 targets = self._cast(targets)
                 outputs = run(self.model, self._cast(inputs), {**rest, **theta})
+                check_targets(self.loss, outputs, targets)
                 value = self.loss(outputs, targets)
                 weight = float(example_weights(self.loss, targets).sum())
                 if weight == 0:  # nothing but ignored positions

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pnanalysis as pn
-from pnanalysis.errors import PnError
-from pnanalysis.losses import example_errors, example_losses, linearised, squared_errors
+from pnanalysis.errors import DataError, PnError
+from pnanalysis.losses import check_targets, example_errors, example_losses, linearised, squared_errors
 from pnanalysis.sources import Source, open_files
 
 VOID = 255
@@ -239,3 +239,54 @@ def test_losses_that_look_at_values_or_sizes_are_taken_one_by_one() -> None:
     each, weight = example_losses(looking, outputs, targets)
     np.testing.assert_allclose(each, F.cross_entropy(outputs, targets, reduction="none"), rtol=1e-12)
     assert (weight == 1).all()
+
+
+NUMBERS = "give --loss mse for numbers or binary_cross_entropy for two classes"
+BROADCAST = r"outputs of shape \(N, 1\) and targets of shape \(N,\) would be broadcast .* give both one shape"
+MEANINGLESS = {
+    "numbers as classes": ("cross_entropy", torch.linspace(0, 1, 40)[:, None], NUMBERS),
+    "one class": ("cross_entropy", torch.zeros(40).long(), NUMBERS),
+    "numbers broadcast": ("mse", torch.linspace(0, 1, 40), BROADCAST),
+    "classes as numbers": ("mse", torch.zeros(40).long(), BROADCAST),
+    "sides broadcast": ("binary_cross_entropy", torch.zeros(40), BROADCAST),
+}
+
+
+@pytest.mark.parametrize(("loss", "targets", "says"), MEANINGLESS.values(), ids=MEANINGLESS.keys())
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_what_torch_computes_but_nobody_means_is_refused_in_silence(
+    tmp_path: Path, loss: str, targets: Tensor, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = saved(tmp_path, lambda: nn.Linear(3, 1))
+    source = open_files(lambda: nn.Linear(3, 1), files, (torch.randn(40, 3), targets), loss)
+    for analysis in (
+        lambda: pn.hessian(source, progress=False),
+        lambda: pn.compare(source, split="train", hessian=False, saturation=False, progress=False),
+        lambda: pn.landscape(source, n_points=3, progress=False),
+        lambda: pn.sharpness(source, n_steps=2, progress=False),
+    ):
+        with pytest.raises(DataError, match=says) as raised:
+            analysis()
+        assert "\n" not in str(raised.value)
+    assert not caplog.records
+
+
+def test_a_trace_is_not_tried_on_targets_that_the_loss_cannot_take(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = saved(tmp_path, lambda: nn.Linear(3, 4))
+    source = open_files(lambda: nn.Linear(3, 4), files, (torch.randn(40, 3), torch.zeros(40)))
+    with pytest.raises(DataError, match=r"the loss cannot take these data: .* targets of shape \(2,\), float32"):
+        pn.hessian(source, n_hvp=100, progress=False)
+    assert not caplog.records
+
+
+def test_targets_that_fit_and_losses_of_ones_own_pass() -> None:
+    outputs = torch.randn(5, 3)
+    check_targets(F.cross_entropy, outputs, torch.tensor([0, 1, 2, -100, 0]))
+    check_targets(F.cross_entropy, outputs, outputs.softmax(1))
+    check_targets(F.mse_loss, outputs, outputs)
+    check_targets(F.binary_cross_entropy_with_logits, outputs[:, 0], torch.ones(5))
+    check_targets(lambda o, t: (o[:, 0] - t).square().mean(), outputs[:, :1], torch.zeros(5))
+    with pytest.raises(DataError, match="the target 3 is no class"):
+        check_targets(F.cross_entropy, outputs, torch.tensor([0, 1, 2, 3, 0]))

@@ -146,6 +146,8 @@ def pntrain(
     chosen = find_recipe("lenet5" if recipe == "custom" else recipe)
     if recipe == "custom" and model is None:
         raise TrainingError("custom needs --model: a registered name or module:factory")
+    if recipe == "custom" and data is None:
+        raise TrainingError("custom needs --data: digits, cifar10, imagefolder:PATH or module:factory")
     config = configure(
         chosen, recipe="custom" if recipe == "custom" else None, strategy=strategy, iterations=iterations,
         epochs=epochs, lam=lam, layers=layers, penalty=penalty, origin=origin, init_std=init_std,

@@ -71,8 +71,14 @@ class Config:
         for name in ("iterations", "epochs", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not (math.isfinite(self.lam) and self.lam >= 0):
-            raise TrainingError(f"lam is {self.lam}; it must be a finite number, zero or more")
+        for name in ("lam", "weight_decay", "init_std"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise TrainingError(f"{name} is {value}; it must be a finite number, zero or more")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise TrainingError(f"lr is {self.lr}; it must be a finite number above zero")
+        if not 0 <= self.momentum < 1:
+            raise TrainingError(f"momentum is {self.momentum}; it must be at least zero and below one")
         if self.strategy == "plain" and self.iterations != 1:
             object.__setattr__(self, "iterations", 1)
 

@@ -27,6 +27,7 @@ from trainers.models import initialise_normal
 from trainers.persistence import PersistentPenalty, choose_layers
 from trainers.recipes import Config, check_same
 from trainers.seeds import derive_seed
+from trainers.trial import try_out
 
 _SERIES = tuple(entry.name for entry in fields(Epoch) if entry.name != "epoch")
 
@@ -82,7 +83,8 @@ class Session:
     Raises
     ------
     PnError
-        If the directory is taken, belongs to other settings, or the disk is too small.
+        If the directory is taken, belongs to other settings, the disk is too small, or network, loss and data do not
+        go together.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Session:
         self.layers = [draw_layers(config, i, self.layer_names) for i in range(config.iterations)]
         self.history = _empty_history(config)
         _check_disk(config, initial, out)
+        try_out(initial.to(device), data, config)
         self.writer = _open_writer(config, self, out, resume)
         self.state = self.writer.load_state()
         if self.writer.manifest["ends"] or self.state:
@@ -112,7 +115,7 @@ class Session:
             return f"{self.writer.path}: is complete"
         epoch = self.state[1]["epoch"] if self.state and self.state[1]["iteration"] == self.iteration else 0
         done = f", after epoch {epoch} of {self.config.epochs}" if epoch else ""
-        return f"{self.writer.path}: going on with iteration {self.iteration + 1} of {self.config.iterations}{done}"
+        return f"{self.writer.path}: going on with {self._place(self.iteration)}{done}"
 
     def n_to_see(self) -> int:
         """Examples still to be seen."""
@@ -190,9 +193,10 @@ class Session:
         self.writer.drop_state()
         return open_run(self.writer.path)
 
-    def fail(self, error: PnError) -> None:
+    def fail(self, error: Exception) -> None:
         """The run ends here."""
-        self.writer.update(status="failed", failure=str(error))
+        said = str(error) if isinstance(error, PnError) else f"{type(error).__name__}: {error}"
+        self.writer.update(status="failed", failure=said)
 
     def dataset(self) -> xr.Dataset:
         """The history so far, labelled."""
@@ -204,11 +208,15 @@ class Session:
             n_validation=length(self.data.validation), n_test=length(self.data.test),
         )  # fmt: skip
 
+    def _place(self, iteration: int) -> str:
+        """An iteration by its number, and which of all it is."""
+        return f"iteration {iteration} ({iteration + 1} of {self.config.iterations})"
+
     def _line(self, iteration: int) -> str:
         last = self.history.isel(iteration=iteration, epoch=-1)
         images_per_second = len(self.data.train) * self.config.epochs / float(self.history.seconds[iteration].sum())  # type: ignore[arg-type]
         return (
-            f"{self.config.recipe} {self.config.strategy} iteration {iteration + 1}/{self.config.iterations}: "
+            f"{self.config.recipe} {self.config.strategy} {self._place(iteration)}: "
             f"loss {float(last.train_loss):.4f}, validation error {float(last.validation_error):.2%}, "
             f"test error {float(last.test_error):.2%}, {images_per_second:,.0f} images/s"
         )

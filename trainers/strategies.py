@@ -76,7 +76,7 @@ def train(
     try:
         with progress_bar(f"{config.recipe}/{config.strategy}", session.n_to_see(), progress) as advance:
             session.run(advance, progress and not sys.stderr.isatty())
-    except PnError as error:
+    except Exception as error:  # whatever a user's network may raise
         session.fail(error)
         raise
     return session.finish()
@@ -134,13 +134,18 @@ def train_together(
         except PnError as error:
             results[k] = error
     total = sum(session.n_to_see() for session in sessions.values())
-    with progress_bar(f"{len(sessions)} runs together", total, progress) as advance:
-        while sessions:
-            for k in [k for k, session in sessions.items() if session.iteration == session.config.iterations]:
-                results[k] = sessions.pop(k).finish()
-            for k, failure in _iterate_together(sessions, advance).items():
-                sessions.pop(k).fail(failure)
-                results[k] = failure
+    try:
+        with progress_bar(f"{len(sessions)} runs together", total, progress) as advance:
+            while sessions:
+                for k in [k for k, session in sessions.items() if session.iteration == session.config.iterations]:
+                    results[k] = sessions.pop(k).finish()
+                for k, failure in _iterate_together(sessions, advance).items():
+                    sessions.pop(k).fail(failure)
+                    results[k] = failure
+    except Exception as error:  # what ends one ends all
+        for session in sessions.values():
+            session.fail(error)
+        raise
     return [results[k] for k in range(len(configs))]
 
 

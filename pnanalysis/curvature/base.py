@@ -17,9 +17,9 @@ from pnanalysis.curvature.memory import free_bytes
 from pnanalysis.curvature.parameters import Selection, join_tensors, select_parameters, split_vector
 from pnanalysis.curvature.precision import PRECISIONS, autocast, float32_precision
 from pnanalysis.curvature.regulariser import Regulariser
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.forward import placed
-from pnanalysis.losses import example_weights, known
+from pnanalysis.losses import check_targets, example_weights, known
 from pnanalysis.models import Loss, parameter_layers
 from pnanalysis.nest import as_arguments, batch_size, cut, map_tensors, move
 
@@ -71,6 +71,8 @@ class CurvatureOperator:
     CurvatureError
         For an empty selection, no data, data that come in a new order on every pass, or batch normalisation in train
         mode on a single example.
+    DataError
+        For targets that the loss takes, but not as they are meant: see :func:`pnanalysis.losses.check_targets`.
     """
 
     def __init__(
@@ -326,7 +328,25 @@ class CurvatureOperator:
         mass = self._mass(batch)
         if not mass > 0:
             raise CurvatureError(f"batch {index} has no target that counts in the loss; leave it out")
+        if index == 0:
+            self._try_out(batch)
         return size, mass
+
+    def _try_out(self, batch: tuple[Any, Any]) -> None:
+        """Let network and loss speak up before a trace does: on two examples, on all where these are too few."""
+        for part in (cut(batch, slice(0, 2)), batch):
+            fixed = self._fixed(part)
+            try:
+                with float32_precision(self.amp):
+                    outputs = self._outputs(fixed, self._theta)
+                    check_targets(self.loss_fn, outputs, part[1])
+                    self._data_loss(fixed, outputs)
+                return
+            except PnError:
+                raise
+            except Exception:  # whatever they raise, said by the caller in one sentence
+                if part is batch:
+                    raise
 
 
 def _last(tensor: Tensor) -> Tensor:

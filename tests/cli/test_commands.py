@@ -64,6 +64,9 @@ def test_pntrain_trains_ones_own_model_and_data(run, tmp_path: Path, monkeypatch
         (("pntrain", "lenet5", "--lam", "-1"), "lam"),
         (("pntrain", "lenet5", "--strategy", "magic"), "restart"),
         (("pntrain", "custom"), "--model"),
+        (("pntrain", "custom", "--model", "lenet5"), "custom needs --data"),
+        (("pntrain", "lenet5", "--lr", "-1"), "lr is -1.0; it must be"),
+        (("pntrain", "lenet5", "--momentum", "nan"), "momentum is nan; it must be"),
         (("pntrain", "tanh7", "--model-option", "width"), "NAME=JSON"),
         (("pntrain", "lenet5", "--data", "imagefolder:/no/such/folder"), "no such folder"),
         (("pntrain", "lenet5", "--device", "gpu"), "not a device"),
@@ -352,7 +355,7 @@ def test_an_interrupt_says_how_to_go_on_and_training_does(run, tmp_path, monkeyp
     assert len(open_run(out).ends) == 1
     resumed = run(*command, "--resume")
     assert resumed.status == 0
-    assert f"{out}: going on with iteration 2 of 2" in resumed.err
+    assert f"{out}: going on with iteration 1 (2 of 2)" in resumed.err
     again = run(*command, "--resume")
     assert again.status == 0
     assert f"{out}: is complete" in again.err

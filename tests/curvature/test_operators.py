@@ -392,3 +392,17 @@ def test_ignored_targets_and_class_weights_do_not_depend_on_the_batches(operator
     torch.testing.assert_close(parts.gradient(), whole.gradient(), rtol=1e-10, atol=1e-12)
     with pytest.raises(CurvatureError, match="batch 1 has no target that counts"):
         operator(model, loss, [(inputs, targets), (inputs[:2], torch.full((2,), -100))])
+
+
+def test_a_loss_that_needs_more_than_two_examples_has_them() -> None:
+    def wide(outputs: Tensor, targets: Tensor) -> Tensor:
+        if len(outputs) < 3:
+            raise ValueError("too few")
+        return cross_entropy(outputs, targets)
+
+    model, batches = NETWORKS["tanh"](), images((4, 3))
+    v = torch.ones(sum(p.numel() for p in model.parameters())).double()
+    expected = HessianOperator(model, cross_entropy, batches).matvec(v)
+    assert relative(HessianOperator(model, wide, batches).matvec(v), expected) < 1e-12
+    with pytest.raises(ValueError, match="too few"):
+        HessianOperator(model, wide, images((2, 4)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from pnanalysis.runs import Run, RunWriter, open_run
 from trainers import Config, configure, find_recipe, train
 from trainers.recipes import RECIPES
 from trainers.session import draw_layers
+from trainers.strategies import train_together
 
 _SECONDS = "seconds"
 
@@ -164,6 +166,40 @@ def test_bad_settings_are_refused_before_anything_is_written(
     with pytest.raises(PnError):
         train(replace(tiny_config, **settings), tmp_path / "run", device="cpu", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        (name, value)
+        for name, values in {
+            "lr": (-1.0, 0.0, math.nan, math.inf),
+            "momentum": (2.0, 1.0, -0.1, math.nan),
+            "weight_decay": (-1.0, math.nan),
+            "init_std": (-1.0, math.inf),
+            "lam": (math.nan,),
+        }.items()
+        for value in values
+    ],
+)
+def test_numbers_that_no_optimiser_takes_are_refused(tiny_config: Config, setting: str, value: float) -> None:
+    with pytest.raises(TrainingError, match=f"^{setting} is {value}; it must be"):
+        replace(tiny_config, **{setting: value})
+
+
+def test_what_ends_a_training_marks_its_run(tiny_config: Config, tmp_path: Path, monkeypatch) -> None:
+    def ends(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr("trainers.session.fit", ends)
+    monkeypatch.setattr("trainers.strategies.fit_together", ends)
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_config, tmp_path / "alone", device="cpu", progress=False)
+    with pytest.raises(ZeroDivisionError):
+        train_together([tiny_config, tiny_config], [tmp_path / "a", tmp_path / "b"], device="cpu", progress=False)
+    for name in ("alone", "a", "b"):
+        manifest = open_run(tmp_path / name).manifest
+        assert (manifest["status"], manifest["failure"]) == ("failed", "ZeroDivisionError: by nothing")
 
 
 def test_recipes_are_found_by_id_and_by_name_and_keep_the_papers_settings() -> None:
