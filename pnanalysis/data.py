@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import Dataset
 
 from pnanalysis.errors import DataError
 from pnanalysis.nest import batch_size, map_tensors, tensors
@@ -328,8 +328,6 @@ def _as_split(data: Any, name: str) -> Split | LoaderSplit:
             return Split(inputs, torch.stack([torch.as_tensor(y) for _, y in pairs]))
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"{name}: its examples cannot be stacked ({error}); return a DataLoader instead") from error
-    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
-        raise DataError(f"{name}: the loader shuffles, so nothing could be repeated; make it with shuffle=False")
     if isinstance(data, Iterable) and not isinstance(data, Iterator):
         return LoaderSplit(data)
     raise DataError(

@@ -45,7 +45,9 @@ _MODULES: dict[Any, Any] = {
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
 }
 _OPTIONS = ("weight", "ignore_index", "label_smoothing", "pos_weight", "beta", "delta")
-_TOLERANCE = 1e-3  # relative deviation of a batch's loss from the mean of its examples' that float32 explains
+_TOLERANCE = (
+    1e-3  # deviation of a batch's loss from the mean of its examples', relative to their size, that float32 explains
+)
 
 
 class _Known(NamedTuple):
@@ -225,7 +227,8 @@ def check_mean(loss: Loss, whole: Tensor, each: Tensor, weight: Tensor) -> None:
         return
     batch, total = float(whole), float(weight.double().sum())
     mean = float((each.double() * weight.double()).sum()) / total if total > 0 else np.nan
-    if np.isfinite(batch) and not abs(mean - batch) <= _TOLERANCE * max(abs(batch), 1e-6):
+    size = float((each.double().abs() * weight.double()).sum()) / total if total > 0 else np.nan
+    if np.isfinite(batch) and not abs(mean - batch) <= _TOLERANCE * max(abs(batch), size, 1e-6):
         raise ModelError(
             f"the loss of a batch ({batch:.6g}) is not the mean over its examples ({mean:.6g}); losses are compared "
             "example by example: give one that is, or torch's own (ignore_index and class weights in "
@@ -233,23 +236,31 @@ def check_mean(loss: Loss, whole: Tensor, each: Tensor, weight: Tensor) -> None:
         )
 
 
-def log_probabilities(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:
-    """What a classifier says, as log-probabilities with the classes along dim 1; ``None`` for real-valued targets.
+def class_scores(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:
+    """A classifier's logits with the classes along dim 1; ``None`` for real-valued targets.
 
     Binary cross-entropy makes each of its outputs a choice between two classes. Else the classes lie along dim 1, as
     torch's losses have them (N, C, ...), or along the last dim, (N, ..., C), where the targets' shape says so.
+    Real-valued targets are class probabilities under torch's cross-entropies, numbers under all other losses.
     """
-    if kind_of(loss) == "sides":
-        return torch.stack([F.logsigmoid(-outputs), F.logsigmoid(outputs)], dim=1).double()
-    if not isinstance(targets, Tensor) or kind_of(loss) == "numbers":
+    kind = kind_of(loss)
+    if kind == "sides":
+        return torch.stack([-outputs / 2, outputs / 2], dim=1)
+    if not isinstance(targets, Tensor) or kind == "numbers":
         return None
     if targets.is_floating_point():
-        return F.log_softmax(outputs.double(), dim=1) if _are_probabilities(outputs, targets, loss) else None
+        return outputs if kind == "classes" and targets.shape == outputs.shape and outputs.ndim > 1 else None
     if outputs.shape[:1] + outputs.shape[2:] == targets.shape and outputs.shape[1:2] > (1,):  # one class is none
-        return F.log_softmax(outputs.double(), dim=1)
+        return outputs
     if outputs.shape[:-1] == targets.shape and outputs.shape[-1:] > (1,):
-        return F.log_softmax(outputs.double(), dim=-1).movedim(-1, 1)
+        return outputs.movedim(-1, 1)
     return None
+
+
+def log_probabilities(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:
+    """What a classifier says, as log-probabilities of :func:`class_scores`."""
+    scores = class_scores(outputs, targets, loss)
+    return None if scores is None else F.log_softmax(scores.double(), dim=1)
 
 
 def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Tensor, Tensor] | None:
@@ -261,10 +272,10 @@ def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Te
     """
     if outputs is None or not isinstance(targets, Tensor):
         return None
-    said = log_probabilities(outputs, targets, loss)
-    if said is None:
+    scores = class_scores(outputs, targets, loss)
+    if scores is None:
         return None
-    valid = torch.ones(said.shape[:1] + said.shape[2:], dtype=torch.bool, device=said.device)
+    valid = torch.ones(scores.shape[:1] + scores.shape[2:], dtype=torch.bool, device=scores.device)
     if kind_of(loss) == "sides":
         true = (targets > 0.5).long()
     elif targets.is_floating_point():
@@ -275,7 +286,7 @@ def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Te
         true, valid = targets, (targets >= 0) & (targets < outputs.shape[1]) & counted
     else:
         return None
-    wrong, valid = (part.reshape(len(targets), -1).double() for part in ((said.argmax(1) != true) & valid, valid))
+    wrong, valid = (part.reshape(len(targets), -1).double() for part in ((scores.argmax(1) != true) & valid, valid))
     return wrong.sum(1) / valid.sum(1).clamp_min(1), valid.mean(1)
 
 
@@ -306,13 +317,3 @@ def linearised(values: Array, weights: Array) -> Array:
     with np.errstate(invalid="ignore", over="ignore"):  # losses far out may overflow
         mean = (values * weights).sum(-1, keepdims=True) / total
         return mean + weights * values.shape[-1] / total * (values - mean)
-
-
-def _are_probabilities(outputs: Tensor, targets: Tensor, loss: Loss) -> bool:
-    """Whether real targets are class probabilities: for cross-entropy; for one's own losses, rows that sum to one."""
-    if targets.shape != outputs.shape or outputs.ndim < 2 or outputs.shape[1] < 2:
-        return False
-    found = known(loss)
-    if found is not None:
-        return found.kind == "classes"
-    return bool((targets >= 0).all()) and bool(((targets.sum(1) - 1).abs() < 1e-3).all())

@@ -158,10 +158,6 @@ def test_nested_batches_are_counted_by_their_examples_and_keep_their_types() -> 
     assert isinstance(targets, Pair)
 
 
-def test_arrays_are_tensors_and_shuffling_loaders_are_refused() -> None:
+def test_arrays_are_tensors() -> None:
     x, y = np.ones((6, 2), np.float32), np.arange(6)
     assert as_splits((x, y)).train.targets.tolist() == list(range(6))
-    dataset = TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
-    as_splits(DataLoader(dataset, batch_size=2))
-    with pytest.raises(DataError, match="shuffles"):
-        as_splits({"train": DataLoader(dataset, shuffle=True)})
