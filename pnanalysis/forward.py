@@ -66,6 +66,9 @@ def wanted(outputs: Any, who: str = "the network") -> Tensor:
 def placed(loss: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
     """The loss with what tensors it holds (class weights, say) on the device and in the precision of the network."""
     if isinstance(loss, nn.Module):
+        held = [*loss.parameters(), *loss.buffers()]
+        if all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in held):
+            return loss
         return deepcopy(loss).to(device, dtype)
     if isinstance(loss, partial):
         return partial(loss.func, *loss.args, **move(loss.keywords, device, dtype))
@@ -94,7 +97,8 @@ def explained(
     Raises
     ------
     DataError
-        In place of what was raised in the body; errors of the user's own making, and of memory, pass.
+        In place of what was raised in the body, where two examples or a target show the fault, or torch raised it;
+        all else passes.
     """
     try:
         yield
@@ -102,10 +106,12 @@ def explained(
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         found = None if model is None else _diagnosis(model, batches, loss, error)
+        if found is None and not isinstance(error, RuntimeError | IndexError):
+            raise  # no fault of the data's that could be shown
         if found is None:
             found = (
-                f"the network or the loss cannot take these data ({_reason(error)}); "
-                "check the shapes of the inputs, and the targets"
+                f"the network and the loss cannot be computed with here ({_reason(error)}); "
+                "check the data beyond the first two examples, and what the network does"
             )
         raise DataError(f"{label}: {found}") from error
 
@@ -134,7 +140,8 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
         if failed is not None:
             return str(not_for(loss, outputs))
         return f"the network returns {_kind(outputs)}, which cannot be taken here ({_reason(error)}); {_WRAP}"
-    beyond = _no_class(outputs, batches, loss)
+    about_targets = failed is not None or isinstance(error, IndexError) or "assert" in str(error)
+    beyond = _no_class(outputs, batches, loss) if about_targets else None
     if beyond is not None:
         return f"the loss cannot take these data: {beyond}"
     if failed is None:

@@ -230,14 +230,14 @@ def test_a_late_target_is_found_too(tmp_path: Path) -> None:
             ANALYSES[name](source)
 
 
-def test_what_is_not_of_the_data_still_is_a_sentence() -> None:
+def test_what_torch_raises_is_a_sentence_and_what_is_no_fault_of_the_data_passes() -> None:
     with (
-        pytest.raises(
-            PnError, match=r"here: the network or the loss cannot take these data \(RuntimeError: no kernel\)"
-        ),
+        pytest.raises(PnError, match=r"here: the network .* computed with here \(RuntimeError: no kernel\)"),
         explained("here"),
     ):
         raise RuntimeError("no kernel\nand a long trace")
+    with pytest.raises(KeyError), explained("here", nn.Linear(2, 2), [(torch.ones(3, 2), torch.zeros(3))]):
+        raise KeyError("a mistake of this package")
     with pytest.raises(KeyboardInterrupt), explained("here"):
         raise KeyboardInterrupt
     with pytest.raises(PnError, match="^own$"), explained("here"):
