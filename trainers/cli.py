@@ -195,7 +195,7 @@ def configure_restart(config: Config) -> Config:
 
 def _resuming(arguments: list[str]) -> str:
     """The command that goes on where this one stops."""
-    own = [Path(arguments[0]).name, *arguments[1:]]
+    own = ["pntrain", *arguments[1:]]
     return shlex.join(own if "--resume" in own else [*own, "--resume"])
 
 
