@@ -244,9 +244,8 @@ def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
     (:meth:`pnanalysis.curvature.quadrature.SpectralMeasure.cumulative_variance`), and for a normal distribution its
     mean absolute value is :math:`\sqrt{2/\pi}` standard deviations. The scatter counts the random masses and the random
     places of the nodes. It does not know what the probes share, the space that was deflated first: with very many
-    probes of a large matrix two estimates differ by up to half as much again. With a single sampled probe (a second one may be spent on
-    deflation) there is no scatter,
-    and only the random masses count.
+    probes of a large matrix two estimates differ by up to half as much again. With a single sampled probe (another may
+    be spent on deflation) there is no scatter, and only the random masses count.
     """
     data: dict[str, Any] = {}
     for ds in (ds_a, ds_b):
