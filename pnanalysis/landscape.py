@@ -205,7 +205,10 @@ def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> _P
     else:
         chosen = _of_several(sources, names)
     if len(chosen) != needed:
-        raise RunError(f"view {view!r} needs {needed} checkpoints, there are {len(chosen)}: {', '.join(chosen)}")
+        checkpoints = "1 checkpoint" if needed == 1 else f"{needed} checkpoints"
+        raise RunError(
+            f"view {view!r} needs {checkpoints}, there are {len(chosen)}: {', '.join(chosen)}; choose with -c"
+        )
     by_path: dict[Any, str] = {}
     for name, (_, checkpoint) in chosen.items():
         other = by_path.setdefault(checkpoint.path.resolve(), name)
