@@ -276,6 +276,10 @@ def test_planes_carry_their_points_and_the_trajectories_of_the_same_plane(tiny_r
     plain = paths.plane.sel(checkpoint=(paths.iteration == 0).values).values[:, :2]
     assert any(xy.shape == plain.shape and np.allclose(xy, plain) for xy in drawn)
     assert ax.get_xlim() == (float(ds.x[0]), float(ds.x[-1]))
+    layered = plots.plot(ds, trajectory=pn.trajectory(tiny_run, per_layer=True, progress=False)).axes[0]
+    assert [line.get_label() for line in layered.lines] == [line.get_label() for line in ax.lines]
+    for one, other in zip(layered.lines, ax.lines, strict=True):
+        np.testing.assert_allclose(one.get_xydata(), other.get_xydata(), atol=1e-12)
     with pytest.raises(PnError, match="another plane"):
         plots.plot(ds, trajectory=pn.trajectory(own_run, progress=False))
     random = pn.landscape(tiny_run, view="random", n_points=3, n=100, progress=False)
