@@ -78,8 +78,8 @@ def _figures_of(
     elif kind == "hessian":
         yield (
             "Hessian spectrum",
-            "Density of eigenvalues with its standard error as a band; ticks below mark outliers, single eigenvalues "
-            "beyond the bulk, a row a checkpoint.",
+            "Density of eigenvalues with its standard error as a band; ticks below, a row a checkpoint, mark "
+            "eigenvalues beyond the bulk that were found one by one.",
             {"figure": "hessian"},
         )
     elif kind == "saturation":

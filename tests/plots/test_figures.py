@@ -41,7 +41,7 @@ def test_spectra_are_drawn_on_a_log_axis_with_outliers_marked(spectra: xr.Datase
     assert isinstance(ax, Axes)
     assert ax.get_yscale() == "log"
     names = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert names == ["plain", "champion", "± 1 standard error", "outliers"]
+    assert names == ["plain", "champion", "± 1 standard error", "outliers found one by one"]
     curves = [line for line in ax.lines if line.get_label() in ("plain", "champion")]
     np.testing.assert_array_equal(curves[1].get_xdata(), spectra.eigenvalue)
     floor = ax.get_ylim()[0]
