@@ -21,18 +21,22 @@ class Measured:
     low: float = math.nan
     high: float = math.nan
 
-    def text(self, percent: bool = False, signed: bool = False) -> str:
-        """As printed: ``12.34 ± 0.56 %``, or the interval where there is no error; a dash for what is unknown."""
+    def text(self, percent: bool = False, signed: bool = False, whole: bool = False) -> str:
+        """As printed: ``12.34 ± 0.56 %``, or the interval where there is no error; a dash for what is unknown.
+
+        Counts are printed without decimals (``whole``).
+        """
         if math.isnan(self.value):
             return "–"
         sign = "+" if signed else ""
         if percent:
             error = "" if math.isnan(self.se) else f" ± {100 * self.se:.2f}"
             return f"{100 * self.value:{sign}.2f}{error} %"
+        form = f"{sign}z.0f" if whole else f"{sign}.4g"
         if math.isnan(self.se) and self.low < self.high:
-            return f"{self.value:{sign}.4g} ({self.low:{sign}.4g} to {self.high:{sign}.4g})"
+            return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
         error = "" if math.isnan(self.se) else f" ± {self.se:.2g}"
-        return f"{self.value:{sign}.4g}{error}"
+        return f"{self.value:{form}}{error}"
 
     def minus(self, other: Measured) -> Measured:
         """The difference of two independent measurements."""
@@ -63,10 +67,11 @@ class Shown:
     measured: Measured
     percent: bool = False
     signed: bool = False
+    whole: bool = False
 
     def text(self) -> str:
         """As printed: see :meth:`Measured.text`."""
-        return self.measured.text(self.percent, self.signed)
+        return self.measured.text(self.percent, self.signed, self.whole)
 
 
 def share(value: float, n: int) -> Measured:

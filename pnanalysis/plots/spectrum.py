@@ -32,7 +32,8 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     -------
     Axes
         Ticks at the bottom, a row a checkpoint, mark outliers, eigenvalues beyond the bulk: those of them that were
-        found one by one, of which there may be many fewer than ``n_outliers`` counts. The band is one standard error to either side.
+        found one by one, of which there may be many fewer than ``n_outliers`` counts. The band is one standard
+        error to either side.
     """
     ax = own_axes(ax, PAGE if "checkpoint" in ds.dims else COLUMN, 2.6)
     parts = [("", ds)]

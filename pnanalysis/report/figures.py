@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from pnanalysis import plots
 from pnanalysis.plots.landscape import same_plane
 from pnanalysis.plots.saturation import bounded_layers
-from pnanalysis.plots.style import new_figure, style
+from pnanalysis.plots.style import PAGE, new_figure, style
 from pnanalysis.report.datasets import ODD, datasets
 from pnanalysis.runs import Run
 from pnanalysis.verdict import verdict
@@ -170,6 +170,7 @@ def _draw(name: str, ds: xr.Dataset, options: dict[str, Any]) -> Figure:
 
 def embed(figure: Figure, text: str, prefix: str) -> str:
     """The figure as inline SVG whose identifiers cannot clash with another's; as PNG where that would be large."""
+    width = f'style="width: {min(100 * figure.get_size_inches()[0] / PAGE, 100):.0f}%"'
     buffer = BytesIO()
     with style():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -179,13 +180,13 @@ def embed(figure: Figure, text: str, prefix: str) -> str:
         with style():
             figure.savefig(buffer, format="png", dpi=160)
         data = base64.b64encode(buffer.getvalue()).decode()
-        return f'<img alt="{_escaped(text)}" src="data:image/png;base64,{data}">'
+        return f'<img {width} alt="{_escaped(text)}" src="data:image/png;base64,{data}">'
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     mark = re.sub(r"\W+", "-", prefix)
     svg = re.sub(r'\bid="', f'id="{mark}-', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{mark}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_escaped(text)}"', 1)
+    return svg.replace("<svg", f'<svg {width} role="img" aria-label="{_escaped(text)}"', 1)
 
 
 def _escaped(text: str) -> str:

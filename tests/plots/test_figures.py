@@ -340,11 +340,14 @@ def test_the_dashboard_shows_intervals_disagreement_and_layers(tiny_run: Run) ->
     assert f"{100 * float(ds.disagreement[0, 2]):.1f}" in numbers
     assert len(heat.texts) == 6
     curves = next(ax for title, ax in panels.items() if title.startswith("CKA"))
-    np.testing.assert_array_equal(curves.containers[1].lines[0].get_ydata(), ds.cka[2, 0])
+    np.testing.assert_array_equal(curves.containers[1].lines[0].get_ydata(), ds.cka[2, 0, :-1])
     assert [text.get_text() for text in heat.get_yticklabels()] == ["iter00", "iter01", "iter02"]
     bare = plots.plot(pn.compare(tiny_run, hessian=False, cka=False, saturation=False, progress=False))
     assert not any(ax.get_title(loc="left").startswith("CKA") for ax in bare.axes)
     assert not any(ax.get_title(loc="left").startswith("Hessian") for ax in bare.axes)
+    two = plots.plot(pn.compare(tiny_run, checkpoints=["plain", "start"], hessian=False, progress=False)).axes[-2]
+    assert len(two.patches) == 2  # they, and independent networks
+    assert two.get_title(loc="left") == "disagreement on test examples [%]"
     alone = plots.plot(pn.functional_distance(tiny_run, progress=False))
     assert [ax.get_title(loc="left")[:3] for ax in alone.axes] == ["dis", "CKA"]
 
