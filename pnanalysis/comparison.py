@@ -13,6 +13,7 @@ from scipy.stats import norm
 from torch import nn
 
 from pnanalysis import schema
+from pnanalysis.activations import ACTIVATIONS
 from pnanalysis.arguments import at_least, one_of
 from pnanalysis.cka import CentredKernelAlignment
 from pnanalysis.curvature.summary import compare_spectra
@@ -33,6 +34,8 @@ from pnanalysis.sources import Source, resolve_device
 #: Options of :func:`pnanalysis.hessian` where none are given: a modest budget.
 HESSIAN = {"n": 1024, "n_lanczos": 40, "n_probes": 5}
 _PERCENTILE = 98.0
+#: Names of activations that cannot exceed one in size, whose percentiles measure saturation.
+_BOUNDED = {activation.name for activation in ACTIVATIONS.values() if activation.low >= -1 and activation.high <= 1}
 
 Array = NDArray[np.float64]
 
@@ -88,7 +91,8 @@ def compare(
           ``distance_from_start``: in parameters, NaN between architectures;
         - what :func:`pnanalysis.functional_distance` gives;
         - numbers of the Hessian spectrum and ``wasserstein1`` between spectra, beside its noise;
-        - ``saturation``: 98th percentile of the absolute activations, on 1,000 examples of ``split``.
+        - ``saturation``: 98th percentile of the absolute activations, on 1,000 examples of ``split``; a coordinate
+          ``bounded`` says of which layers these cannot exceed one.
 
     Raises
     ------
@@ -257,7 +261,8 @@ def _saved_spectrum(member: Member, options: Mapping[str, Any]) -> xr.Dataset | 
 
 def _saturation(chosen: Sequence[Member], split: str, device: str | None, seed: int, progress: bool) -> xr.Dataset:
     """A percentile of the absolute activations of every activation layer; empty if no network has any."""
-    rows = []
+    rows: list[xr.DataArray] = []
+    bounded: dict[str, bool] = {}
     for member in chosen:
         try:
             found = saturation_of(
@@ -268,10 +273,13 @@ def _saturation(chosen: Sequence[Member], split: str, device: str | None, seed: 
             rows.append(xr.DataArray(np.zeros(0), dims="activation", coords={"activation": np.zeros(0, dtype=str)}))
             continue
         row = found.abs_percentile.squeeze(drop=True)
+        for name, function in zip(found.layer.values, found.activation.values, strict=True):
+            bounded[str(name)] = bounded.get(str(name), True) and str(function) in _BOUNDED
         rows.append(
             xr.DataArray(np.atleast_1d(row.values), dims="activation", coords={"activation": found.layer.values})
         )
-    names = list(dict.fromkeys(str(name) for row in rows for name in row.activation.values))
+    names = list(bounded)
     if not names:
         return xr.Dataset()
-    return xr.Dataset({"saturation": xr.concat([row.reindex(activation=names) for row in rows], dim="checkpoint")})
+    ds = xr.Dataset({"saturation": xr.concat([row.reindex(activation=names) for row in rows], dim="checkpoint")})
+    return ds.assign_coords(bounded=("activation", list(bounded.values())))

@@ -57,7 +57,7 @@ def hessian(
     state: str | os.PathLike[str] | None = None,
     **lanczos_options: Any,
 ) -> xr.Dataset:
-    """The spectral density at each checkpoint, on one common grid.
+    """The spectral density at each checkpoint, on one common grid; checkpoints are smoothed alike, layers apart.
 
     Parameters
     ----------
@@ -165,9 +165,10 @@ def hessian(
                     )  # fmt: skip
                     spectra[key] = _finished(folder, asked, op, compute)
                     rows.append((_row(label, layer), key))
-    grid = default_grid(*spectra.values())
-    width = max(float(ds.kernel_width) for ds in spectra.values())
-    smoothed = {key: smooth(ds, grid, width) for key, ds in spectra.items()}
+    alike = {layer: [ds for key, ds in spectra.items() if key[2] == layer] for _, _, layer in spectra}
+    grid = _common_grid([default_grid(*own) for own in alike.values()])
+    widths = {layer: max(float(ds.kernel_width) for ds in own) for layer, own in alike.items()}
+    smoothed = {key: smooth(ds, grid, widths[key[2]]) for key, ds in spectra.items()}
     stacked = _stacked([smoothed[key] for _, key in rows])
     stacked = stacked.assign_coords(
         checkpoint=[label for label, _ in rows],
@@ -235,6 +236,15 @@ def _finished(
 def _digest(file: Path) -> str:
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _common_grid(grids: Sequence[np.ndarray]) -> np.ndarray:
+    """One ascending grid that is as fine at each point as the finest of the grids that reach there."""
+    finest_first, points = sorted(grids, key=np.ptp), []
+    for i, grid in enumerate(finest_first):
+        covered = [(grid >= finer[0]) & (grid <= finer[-1]) for finer in finest_first[:i]]
+        points.append(grid[~np.any(covered, axis=0)] if covered else grid)
+    return np.sort(np.concatenate(points))
 
 
 def _stacked(spectra: Sequence[xr.Dataset]) -> xr.Dataset:

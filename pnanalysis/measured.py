@@ -21,19 +21,23 @@ class Measured:
     low: float = math.nan
     high: float = math.nan
 
-    def text(self, percent: bool = False, signed: bool = False) -> str:
-        """As printed: ``12.34 ± 0.56 %``, or the interval where there is no error; a dash for what is unknown."""
+    def text(self, percent: bool = False, signed: bool = False, whole: bool = False) -> str:
+        """As printed: ``12.34 ± 0.56 %``, or the interval where there is no error; a dash for what is unknown.
+
+        Counts are printed without decimals (``whole``).
+        """
         if math.isnan(self.value):
             return "–"
         sign = "+" if signed else ""
         if percent:
             error = "" if math.isnan(self.se) else f" ± {100 * self.se:.2f}"
             return f"{100 * self.value:{sign}.2f}{error} %"
-        value, low, high = (f"{number:{sign}.4g}" for number in (self.value, self.low, self.high))
+        form = f"{sign}z.0f" if whole else f"{sign}.4g"
+        value, low, high = (f"{number:{form}}" for number in (self.value, self.low, self.high))
         if math.isnan(self.se) and self.low < self.high:
             return value if low == value == high else f"{value} ({low} to {high})"
         error = "" if math.isnan(self.se) else f" ± {self.se:.2g}"
-        return f"{self.value:{sign}.4g}{error}"
+        return f"{value}{error}"
 
     def minus(self, other: Measured) -> Measured:
         """The difference of two independent measurements."""
@@ -64,10 +68,11 @@ class Shown:
     measured: Measured
     percent: bool = False
     signed: bool = False
+    whole: bool = False
 
     def text(self) -> str:
         """As printed: see :meth:`Measured.text`."""
-        return self.measured.text(self.percent, self.signed)
+        return self.measured.text(self.percent, self.signed, self.whole)
 
 
 def share(value: float, n: int) -> Measured:

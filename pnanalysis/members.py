@@ -85,10 +85,10 @@ def _describe(run: Run | None, checkpoint: Checkpoint) -> str:
         return checkpoint.name
     best = checkpoint == run.champion
     if run.manifest.get("strategy") == "restart":
-        return f"the best of {len(ends)} restarts" if best else f"restart {checkpoint.iteration} of {len(ends)}"
+        return f"the best of {len(ends)} restarts" if best else f"restart {checkpoint.iteration}"
     if checkpoint.iteration == 0:
         return "the plain model"
-    return f"iteration {checkpoint.iteration} of {len(ends)}" + (", the champion" if best else "")
+    return f"iteration {checkpoint.iteration}" + (", the champion" if best else "")
 
 
 class Examples:

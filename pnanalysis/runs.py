@@ -121,9 +121,15 @@ class Run:
     @property
     def results(self) -> xr.DataTree:
         """The history and every saved analysis as one tree, a group per kind (history, hessian, saturation...)."""
-        groups = {"history": self.history} if (self.path / HISTORY).is_file() else {}
-        groups |= {file.stem: schema.load(file) for file in sorted((self.path / ANALYSIS).glob("*.nc"))}
+        groups = {name: schema.load(file) for name, file in self.files.items()}
         return xr.DataTree.from_dict(groups, name=self.path.name)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Where the history and every saved analysis lie, by kind; the history is always the run's own."""
+        own = self.path / HISTORY
+        saved = {file.stem: file for file in sorted((self.path / ANALYSIS).glob("*.nc")) if file.name != HISTORY}
+        return ({own.stem: own} if own.is_file() else {}) | saved
 
     def trajectory(self, iteration: int) -> list[Checkpoint]:
         """The checkpoints of one iteration in order, its starting point first."""

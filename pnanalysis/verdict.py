@@ -28,20 +28,22 @@ class Diagnostic:
         What each checkpoint after the first has beside the first: the difference, or what the two have together.
     percent : bool
         Printed in per cent.
+    whole : bool
+        A count, printed without decimals.
     """
 
     title: str
     values: list[Measured]
     beside: list[Measured]
     percent: bool = False
+    whole: bool = False
 
     def cells(self) -> list[str | Shown | None]:
         """Of a table: title, values, what stands beside the first."""
-        values: list[Shown | None] = [Shown(value, self.percent) for value in self.values] or [None] * (
-            len(self.beside) + 1
-        )
-        signed = bool(self.values)
-        return [self.title, *values, *(Shown(value, self.percent, signed) for value in self.beside)]
+        nothing: list[Shown | None] = [None] * (len(self.beside) + 1)
+        values = [Shown(value, self.percent, whole=self.whole) for value in self.values] or nothing
+        beside = [Shown(value, self.percent, bool(self.values), self.whole) for value in self.beside]
+        return [self.title, *values, *beside]
 
 
 def diagnostics(ds: xr.Dataset) -> list[Diagnostic]:
@@ -54,7 +56,8 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
     for split in map(str, ds.split.values):
         at = ds.sel(split=split)
         yield _single(at, "loss", f"{split} loss")
-        yield _single(at, "error", f"{split} {'error' if classes else 'squared error'}", percent=classes)
+        if classes or not np.allclose(at.loss, at.error, rtol=_SAME, atol=0):  # a squared loss is the squared error
+            yield _single(at, "error", f"{split} {'error' if classes else 'squared error'}", percent=classes)
     yield _single(ds, "distance_from_start", "distance from start")
     yield _single(ds, "norm", "norm of the parameters")
     yield _pair(ds, "distance", "distance in parameters")
@@ -65,27 +68,37 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
     yield _pair(ds, "js_divergence", "Jensen-Shannon divergence")
     yield _pair(ds, "rms_difference", "rms difference of outputs")
     if "cka" in ds:
-        for layer in map(str, ds.layer.values):
+        for layer in map(str, told_layers(ds).layer.values):
             yield _pair(ds.sel(layer=layer), "cka", f"CKA of {layer}")
     yield _single(ds, "lambda_max", "Hessian lambda_max")
     yield _single(ds, "trace", "Hessian trace")
-    yield _single(ds, "n_outliers", "Hessian outliers")
+    yield _single(ds, "n_outliers", "Hessian outliers", whole=True)
     yield _single(ds, "effective_rank", "Hessian effective rank")
     yield _single(ds, "negative_mass", "negative eigenvalues", percent=True)
     yield _pair(ds, "wasserstein1", "W1 distance of spectra")
     yield _pair(ds, "wasserstein1_noise", "  of equal spectra (noise)")
-    if "saturation" in ds:
-        yield _single(ds.assign(saturation=ds.saturation.mean("activation")), "saturation", "saturation, layers' mean")
+    if "saturation" in ds and "bounded" in ds.coords and bool(ds.bounded.any()):
+        mean = ds.saturation.isel(activation=ds.bounded.values.astype(bool)).mean("activation")
+        yield _single(ds.drop_vars("saturation").assign(saturation=mean), "saturation", "saturation, layers' mean")
 
 
-def _single(ds: xr.Dataset, name: str, title: str, percent: bool = False) -> Diagnostic:
+def told_layers(ds: xr.Dataset) -> xr.Dataset:
+    """Without the network's output, which stands last, where a layer gives just that."""
+    if ds.sizes["layer"] < 2 or "output" not in str(ds.layer.values[-1]):
+        return ds
+    *layers, output = (ds.cka.isel(layer=i).values for i in range(ds.sizes["layer"]))
+    same = any(np.allclose(layer, output, rtol=0, atol=_SAME, equal_nan=True) for layer in layers)
+    return ds.isel(layer=slice(-1)) if same else ds
+
+
+def _single(ds: xr.Dataset, name: str, title: str, percent: bool = False, whole: bool = False) -> Diagnostic:
     """A number of each checkpoint, and its differences from the first."""
     if name not in ds:
         return Diagnostic(title, [], [])
     values = [measured(ds.isel(checkpoint=i, other=0), name) for i in range(ds.sizes["checkpoint"])]
     if f"{name}_difference" in ds:
-        return Diagnostic(title, values, _pair(ds, f"{name}_difference", title).beside, percent)
-    return Diagnostic(title, values, [Measured(value.value - values[0].value) for value in values[1:]], percent)
+        return Diagnostic(title, values, _pair(ds, f"{name}_difference", title).beside, percent, whole)
+    return Diagnostic(title, values, [Measured(value.value - values[0].value) for value in values[1:]], percent, whole)
 
 
 def _pair(ds: xr.Dataset, name: str, title: str, percent: bool = False) -> Diagnostic:

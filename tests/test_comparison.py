@@ -180,6 +180,37 @@ def test_saturation_is_that_of_the_checkpoint(tiny_run: Run, ends: xr.Dataset) -
     assert ends.activation.values.tolist() == direct.layer.values.tolist()
 
 
+def test_a_mean_is_taken_of_saturating_layers_alone(ends: xr.Dataset) -> None:
+    (row,) = (row for row in diagnostics(ends) if row.title.startswith("saturation"))
+    assert ends.bounded.all()
+    assert [value.value for value in row.values] == pytest.approx(ends.saturation.mean("activation").values)
+    mixed = ends.assign_coords(bounded=("activation", [True] + [False] * (ends.sizes["activation"] - 1)))
+    (row,) = (row for row in diagnostics(mixed) if row.title.startswith("saturation"))
+    assert [value.value for value in row.values] == pytest.approx(ends.saturation.isel(activation=0).values)
+    none = ends.assign_coords(bounded=("activation", [False] * ends.sizes["activation"]))
+    assert not any(row.title.startswith("saturation") for row in diagnostics(none))
+
+
+def test_rows_say_nothing_twice_and_count_in_whole_numbers(ends: xr.Dataset, tmp_path: Path) -> None:
+    titles = [row.title for row in diagnostics(ends)]
+    last = ends.layer.values[-2]
+    np.testing.assert_allclose(ends.cka.sel(layer="output"), ends.cka.sel(layer=last), atol=1e-6)
+    assert f"CKA of {last}" in titles
+    assert "CKA of output" not in titles
+    other = ends.assign(cka=ends.cka.where(ends.layer != "output", 0.5))
+    assert "CKA of output" in [row.title for row in diagnostics(other)]
+    (outliers,) = (row for row in diagnostics(ends) if row.title == "Hessian outliers")
+    for cell in outliers.cells()[1:]:
+        assert "." not in cell.text()
+    assert Measured(12345.6, low=12000.4, high=13000.0).text(whole=True) == "12346 (12000 to 13000)"
+    assert Measured(-0.2).text(signed=True, whole=True) == "+0"
+    files = saved(tmp_path, a=regression(0), b=regression(1))
+    squared = pn.compare(open_files(regression(0), files, points(), "mse"), hessian=False, progress=False)
+    titles = [row.title for row in diagnostics(squared)]
+    assert "validation loss" in titles
+    assert not any(title.endswith("squared error") for title in titles)
+
+
 def test_a_checkpoint_does_not_differ_from_itself(tiny_run: Run) -> None:
     ds = pn.compare(tiny_run, checkpoints=["plain", "iter00"], hessian=SMALL, progress=False)
     pair = ds.isel(checkpoint=1, other=0)

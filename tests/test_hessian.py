@@ -168,6 +168,23 @@ def test_per_layer_gives_a_row_for_each_block(tiny_run: Run) -> None:
         start += size
 
 
+def test_each_layer_has_a_kernel_of_its_own_and_a_grid_that_resolves_it(tiny_run: Run) -> None:
+    options = {"per_layer": True, "n": 64, "n_lanczos": 12, "n_probes": 2, "progress": False}
+    ds = pn.hessian(tiny_run, checkpoints=["plain", "start"], **options)
+    alone = [pn.hessian(tiny_run, checkpoints=[name], **options) for name in ("plain", "start")]
+    widths = np.maximum(*(one.kernel_width.values for one in alone))
+    np.testing.assert_array_equal(ds.kernel_width, np.tile(widths, 2))
+    assert len(set(widths)) > 1
+    grid = ds.eigenvalue.values
+    assert (np.diff(grid) > 0).all()
+    assert len(grid) < 1024 * len(widths)
+    for row in range(ds.sizes["checkpoint"]):
+        at = ds.isel(checkpoint=row)
+        near = (grid >= float(at.lambda_min)) & (grid <= float(at.lambda_max))
+        assert np.diff(grid[near]).max() < float(at.kernel_width)
+        assert np.trapezoid(at.density, grid) == pytest.approx(1.0, abs=1e-3)
+
+
 def test_the_default_number_of_steps_fits_a_tiny_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))

@@ -92,7 +92,7 @@ def _table(ds: xr.Dataset) -> Table:
             _within(at, "lambda_max"),
             _within(at, "lambda_min"),
             Measured(float(at.trace), float(at.trace_se)),
-            _within(at, "n_outliers"),
+            Shown(_within(at, "n_outliers"), whole=True),
             _within(at, "bulk_edge_high"),
             _within(at, "gap_ratio"),
         ]

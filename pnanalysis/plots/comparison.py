@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pnanalysis.measured import Measured
 from pnanalysis.plots.style import COLOURS, DASHES, MARKERS, PAGE, QUIET, new_figure, tilted
-from pnanalysis.verdict import Diagnostic, diagnostics, short_names
+from pnanalysis.verdict import Diagnostic, diagnostics, measured, short_names, told_layers
 
 _PER_ROW = 4
 _TOLD, _SAME, _UNKNOWN = "full", "none", "left"  # how markers are filled
@@ -82,7 +82,8 @@ def functional(ds: xr.Dataset) -> Figure:
 def _functions(ds: xr.Dataset, figure: FigureBase) -> None:
     labels, layered = short_names(ds), "cka" in ds
     axes = figure.subplots(1, 1 + layered, squeeze=False, width_ratios=(1.0, 1.2)[: 1 + layered])[0]
-    _heat(ds, "disagreement" if "disagreement" in ds else "rms_difference", labels, axes[0])
+    draw = _pair if len(labels) == 2 else _heat
+    draw(ds, "disagreement" if "disagreement" in ds else "rms_difference", labels, axes[0])
     if layered:
         _layers(ds, labels, axes[1])
 
@@ -160,13 +161,42 @@ def _heat(ds: xr.Dataset, name: str, labels: list[str], ax: Axes) -> None:
     for spine in ax.spines.values():
         spine.set(visible=True, color="0.8")
     ax.tick_params(which="both", length=0)
+    ax.set_title(_apart(ds, name), loc="left", fontsize=7)
+
+
+def _pair(ds: xr.Dataset, name: str, labels: list[str], ax: Axes) -> None:
+    """How far two differ, as a bar with its 95 % interval, above what independent networks would."""
+    share = name == "disagreement"
+    at = ds.isel(checkpoint=1, other=0)
+    bars = {f"{labels[0]},\n{labels[1]}": measured(at, name)}
+    if share and "expected_disagreement" in ds:
+        bars["independent\nnetworks"] = measured(at, "expected_disagreement")
+    scale, form = (100, ".1f") if share else (1, ".3g")
+    farthest = 0.0
+    for i, (value, colour) in enumerate(zip(bars.values(), (COLOURS[1], "0.8"), strict=False)):
+        top, error = scale * value.value, 1.96 * scale * np.nan_to_num(value.se)
+        ax.barh(i, top, 0.5, color=colour)
+        if error:
+            ax.errorbar(top, i, xerr=error, color="black", elinewidth=0.8, capsize=1.5)
+        ax.annotate(f"{top:{form}}", (top + error, i), (4, 0), textcoords="offset points", va="center")
+        farthest = np.nanmax([farthest, top + error])
+    ax.set_yticks(range(len(bars)), list(bars))
+    ax.set_ylim(len(bars) - 0.4, -0.6)
+    ax.set_xlim(0, 1.2 * farthest or 1.0)
+    ax.tick_params(axis="y", length=0)
+    ax.set_title(_apart(ds, name), loc="left", fontsize=7)
+
+
+def _apart(ds: xr.Dataset, name: str) -> str:
+    """The title of how far functions differ."""
     split = str(ds.attrs["function_split"])
-    title = f"disagreement on {split} examples [%]" if share else f"rms difference of outputs, {split} examples"
-    ax.set_title(title, loc="left", fontsize=7)
+    share = name == "disagreement"
+    return f"disagreement on {split} examples [%]" if share else f"rms difference of outputs, {split} examples"
 
 
 def _layers(ds: xr.Dataset, labels: list[str], ax: Axes) -> None:
     """CKA of each layer with that of the first checkpoint."""
+    ds = told_layers(ds)
     places = range(ds.sizes["layer"])
     for i in range(1, len(labels)):
         at = ds.isel(checkpoint=i, other=0)

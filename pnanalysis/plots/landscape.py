@@ -29,6 +29,7 @@ from pnanalysis.plots.style import (
     own_axes,
     tilted,
 )
+from pnanalysis.plots.trajectory import at_layer
 from pnanalysis.verdict import short_names
 
 _LOOKS = {"line": (PLAIN, "-", "o"), "aligned": ("#E69F00", "--", "s"), "curve": ("#000000", ":", "^")}
@@ -89,7 +90,8 @@ def landscape(
         Kind ``landscape``.
     ax : Axes, optional
     trajectory : xarray.Dataset, optional
-        Kind ``trajectory``, on the same plane (:func:`same_plane`); its points are projected.
+        Kind ``trajectory``, on the same plane (:func:`same_plane`); its points are projected, of layers those of the
+        whole network.
     quantity : {"loss", "error"}
         Contours lie the closer, the lower; all above the 95 % quantile of the grid is of one colour.
     split : str, optional
@@ -188,6 +190,7 @@ def _profile(ax: Axes, one: xr.Dataset, name: str, path: str, text: str, shift: 
 def _paths(ds: xr.Dataset, trajectory: xr.Dataset, ax: Axes) -> None:
     if not same_plane(ds, trajectory):
         raise PnError("these trajectories lie on another plane than the landscape; make both from the same runs")
+    trajectory = at_layer(trajectory)
     champion, first = int(trajectory.attrs.get("champion", -1)), str(trajectory.run.values[0])
     seen: set[str] = set()
     paths = dict.fromkeys(zip(trajectory.run.values.tolist(), trajectory.iteration.values.tolist(), strict=True))

@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, legend_above, new_figure, own_axes
 
 _DECADES = 8.0
+_SINGLE = "outliers found one by one"
 
 
 def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = False) -> Axes:
@@ -30,8 +31,9 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     Returns
     -------
     Axes
-        Ticks at the bottom, a row a checkpoint, mark the outliers: eigenvalues that were found one by one and lie
-        beyond the bulk. The band is one standard error to either side.
+        Ticks at the bottom, a row a checkpoint, mark outliers, eigenvalues beyond the bulk: those of them that were
+        found one by one, of which there may be many fewer than ``n_outliers`` counts. The band is one standard
+        error to either side.
     """
     ax = own_axes(ax, PAGE if "checkpoint" in ds.dims else COLUMN, 2.6)
     parts = [("", ds)]
@@ -60,7 +62,7 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     if bool((ds.density_se > 0).any()):
         handles.append(Patch(fc="#CCCCCC", ec="#777777", lw=0.4, label="± 1 standard error"))
     if rugs:
-        handles.append(Line2D([], [], marker="|", ls="none", color="#555555", ms=5, label="outliers"))
+        handles.append(Line2D([], [], marker="|", ls="none", color="#555555", ms=5, label=_SINGLE))
     if handles:
         ax.legend(handles=handles, framealpha=0.8, frameon=True, edgecolor="none")
     return ax
@@ -109,8 +111,9 @@ def layer_spectra(ds: xr.Dataset) -> Figure:
 
 
 def _linear_out_to(ds: xr.Dataset) -> float:
-    """Four widths of the kernel: nothing finer is to be seen."""
-    return 4 * float(np.max(ds.kernel_width))
+    """Four widths of the kernel, of layers the narrowest that the largest eigenvalue leaves to be seen."""
+    widest = float(np.max(ds.kernel_width))
+    return 4 * max(float(np.min(ds.kernel_width)), 1e-3 * widest)
 
 
 def _rug(ds: xr.Dataset, ax: Axes, colour: str, row: int) -> bool:

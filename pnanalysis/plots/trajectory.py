@@ -63,7 +63,7 @@ def trajectory(ds: xr.Dataset, ax: Axes | None = None, *, projection: str | None
     if projection not in ds:
         raise PnError(f"the trajectory has no projection {projection!r}; there are {', '.join(_there(ds)) or 'none'}")
     ax = own_axes(ax, COLUMN * 1.3, COLUMN * 1.1)
-    _on_plane(ax, _at_layer(ds, layer), projection)
+    _on_plane(ax, at_layer(ds, layer), projection)
     ax.legend(fontsize=6.5)
     return ax
 
@@ -80,7 +80,7 @@ def trajectories(ds: xr.Dataset) -> Figure:
         raise PnError("the trajectory has no projections; give some to pn.trajectory")
     figure, axes = panels(len(names), 2.8, alone=COLUMN * 1.4, per_row=2)
     for ax, name in zip(axes, names, strict=True):
-        _on_plane(ax, _at_layer(ds, _WHOLE), name)
+        _on_plane(ax, at_layer(ds), name)
     handles, texts = axes[0].get_legend_handles_labels()
     if not legend_in_gap(figure, handles, texts, len(axes), per_row=2):
         legend_above(figure, handles, texts)
@@ -154,7 +154,7 @@ def cosines(ds: xr.Dataset) -> Figure:
     figure, axes = panels(ds.sizes.get("layer", 1), 1.9, alone=COLUMN * 1.5, sharex=True, sharey=True)
     champion = int(ds.attrs.get("champion", -1))
     for ax, layer in zip(axes, ds.layer.values if "layer" in ds.dims else [_WHOLE], strict=True):
-        at = _at_layer(ends, layer)
+        at = at_layer(ends, layer)
         ax.set_title(_title(layer), loc="left")
         for i in later:
             chosen = ((ds.run == ds.run.values[0]) & (ds.iteration == i)).values
@@ -212,7 +212,8 @@ def _paths(ax: Axes, ds: xr.Dataset, projection: str) -> None:
     ax.set_aspect("equal", adjustable="datalim")
 
 
-def _at_layer(ds: xr.Dataset, layer: str) -> xr.Dataset:
+def at_layer(ds: xr.Dataset, layer: str = _WHOLE) -> xr.Dataset:
+    """One layer of trajectories, the whole network by default; all of a dataset that has no layers."""
     if "layer" not in ds.dims:
         if layer != _WHOLE:
             raise PnError("the trajectory has no layers; make it with per_layer=True (--per-layer)")

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from pnanalysis import plots
 from pnanalysis.plots.landscape import same_plane
 from pnanalysis.plots.saturation import bounded_layers
-from pnanalysis.plots.style import new_figure, style
+from pnanalysis.plots.style import PAGE, new_figure, style
+from pnanalysis.report.datasets import ODD, datasets
 from pnanalysis.runs import Run
 from pnanalysis.verdict import verdict
 
@@ -24,21 +25,33 @@ _SVG_LIMIT = 1_500_000
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure: markup, title, caption (also its text for those who do not see it)."""
+    """A drawn figure: markup, title, caption and sentences (also its text for those who do not see it).
+
+    Without markup it is one that could not be drawn, and the caption says why.
+    """
 
     title: str
     caption: str
     markup: str
+    points: tuple[str, ...] = ()
 
 
 def pictures(run: Run, control: Run | None) -> Iterator[Picture]:
     """Every figure that the run's datasets allow."""
-    results = run.results
-    found = {str(name): node.to_dataset() for name, node in results.children.items()}
+    found, odd = datasets(run)
     for name, ds in found.items():
-        for title, caption, options in _figures_of(name, found, control):
-            figure = _draw(options.pop("figure"), ds, options)
-            yield Picture(title, caption, embed(figure, f"{title}. {caption}", f"{run.path.name}-{title}"))
+        title = name
+        try:
+            for figure_of in _figures_of(name, found, control):
+                title, caption, options = figure_of
+                figure = _draw(options.pop("figure"), ds, options)
+                points = tuple(verdict(ds)) if title == "Comparison" else ()
+                said = " ".join((f"{title}.", caption, *points))
+                yield Picture(title, caption, embed(figure, said, f"{run.path.name}-{title}"), points)
+        except ODD as error:
+            odd[title] = str(error)
+    for title, why in odd.items():
+        yield Picture(title.capitalize(), f"Not shown: {why}.", "")
 
 
 def _figures_of(
@@ -65,8 +78,8 @@ def _figures_of(
     elif kind == "hessian":
         yield (
             "Hessian spectrum",
-            "Density of eigenvalues with its standard error as a band; ticks below mark outliers, single eigenvalues "
-            "beyond the bulk, a row a checkpoint.",
+            "Density of eigenvalues with its standard error as a band; ticks below, a row a checkpoint, mark "
+            "eigenvalues beyond the bulk that were found one by one.",
             {"figure": "hessian"},
         )
     elif kind == "saturation":
@@ -127,8 +140,7 @@ def _figures_of(
         yield (
             "Comparison", "Every diagnostic with its 95 % interval, hollow where the paired difference from the first "
             "checkpoint is not told from zero, half filled where its error is not known; below, how far they differ as "
-            "functions and layer by layer. "
-            + " ".join(verdict(ds)), {"figure": "comparison"},
+            "functions and layer by layer.", {"figure": "comparison"},
         )  # fmt: skip
     elif kind == "descent":
         yield (
@@ -158,6 +170,7 @@ def _draw(name: str, ds: xr.Dataset, options: dict[str, Any]) -> Figure:
 
 def embed(figure: Figure, text: str, prefix: str) -> str:
     """The figure as inline SVG whose identifiers cannot clash with another's; as PNG where that would be large."""
+    width = f'style="width: {min(100 * figure.get_size_inches()[0] / PAGE, 100):.0f}%"'
     buffer = BytesIO()
     with style():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -167,13 +180,13 @@ def embed(figure: Figure, text: str, prefix: str) -> str:
         with style():
             figure.savefig(buffer, format="png", dpi=160)
         data = base64.b64encode(buffer.getvalue()).decode()
-        return f'<img alt="{_escaped(text)}" src="data:image/png;base64,{data}">'
+        return f'<img {width} alt="{_escaped(text)}" src="data:image/png;base64,{data}">'
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     mark = re.sub(r"\W+", "-", prefix)
     svg = re.sub(r'\bid="', f'id="{mark}-', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{mark}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_escaped(text)}"', 1)
+    return svg.replace("<svg", f'<svg {width} role="img" aria-label="{_escaped(text)}"', 1)
 
 
 def _escaped(text: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.plots.style import CHAMPION, COLOURS, PLAIN, QUIET, label
+from pnanalysis.report.datasets import ODD, datasets
 from pnanalysis.runs import Run
 from pnanalysis.trajectory import WHOLE
 
@@ -53,10 +54,12 @@ class Explorer:
 def explorers(run: Run) -> Iterator[Explorer]:
     """Every figure to explore that the run's datasets allow."""
     makers = {"history": _history, "hessian": _hessian, "saturation": _saturation, "trajectory": _trajectory}
-    for name, node in run.results.children.items():
-        ds = node.to_dataset()
-        if str(name) in makers and not (name == "saturation" and "epoch" not in ds.dims):
-            yield makers[str(name)](ds)
+    for name, ds in datasets(run)[0].items():
+        if name in makers and not (name == "saturation" and "epoch" not in ds.dims):
+            try:
+                yield makers[name](ds.sel(run=_own_run(run, ds)) if "run" in ds.dims else ds)
+            except ODD:  # the figure says what is wrong
+                continue
 
 
 def _history(ds: xr.Dataset) -> Explorer:
@@ -93,8 +96,6 @@ def _hessian(ds: xr.Dataset) -> Explorer:
 
 
 def _saturation(ds: xr.Dataset) -> Explorer:
-    if "run" in ds.dims:
-        ds = ds.isel(run=0)
     layers = [str(layer) for layer in ds.layer.values]
     levels = sorted(ds["quantile"].values.tolist(), reverse=True)
     traces = []
@@ -140,6 +141,12 @@ def _trajectory(ds: xr.Dataset) -> Explorer:
     layout = _axes("[parameter units]", "[parameter units]")
     layout["yaxis"] |= {"scaleanchor": "x"}
     return Explorer("Explore the trajectories", choices, traces, {**layout, "hovermode": "closest"})
+
+
+def _own_run(run: Run, ds: xr.Dataset) -> str:
+    """The run's own name among several; the first, where the folder has been renamed since."""
+    names = [str(name) for name in ds.run.values]
+    return run.path.name if run.path.name in names else names[0]
 
 
 def _iterations(ds: xr.Dataset) -> Choice:

@@ -17,7 +17,7 @@ from pnanalysis.errors import RunError
 from pnanalysis.report.figures import pictures
 from pnanalysis.report.interactive import explorers
 from pnanalysis.report.summary import sentences, studies, summary_table
-from pnanalysis.runs import ANALYSIS, HISTORY, Run
+from pnanalysis.runs import Run
 from pnanalysis.schema import atomic_path, provenance
 
 _DOWNLOAD_LIMIT = 4_000_000
@@ -67,7 +67,8 @@ def _study(run: Run, control: Run | None) -> dict[str, Any]:
     return {
         "name": run.path.name,
         "pictures": [
-            {"title": p.title, "caption": p.caption, "markup": Markup(p.markup)} for p in pictures(run, control)
+            {"title": p.title, "caption": p.caption, "markup": Markup(p.markup), "points": p.points}
+            for p in pictures(run, control)
         ],
         "explorers": list(explorers(run)),
         "runs": [_facts(member) for member in members],
@@ -94,11 +95,8 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _downloads(run: Run) -> list[dict[str, Any]]:
-    files = [run.path / HISTORY, *sorted((run.path / ANALYSIS).glob("*.nc"))]
     found: list[dict[str, Any]] = []
-    for file in files:
-        if not file.is_file():
-            continue
+    for file in run.files.values():
         size = file.stat().st_size
         data = base64.b64encode(file.read_bytes()).decode() if size <= _DOWNLOAD_LIMIT else ""
         found.append({"name": f"{run.path.name}-{file.name}", "size": f"{size / 1000:,.0f} kB", "data": data})

@@ -10,7 +10,11 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.measured import Measured, share
-from pnanalysis.runs import Run
+from pnanalysis.report.datasets import dataset, own_rows
+from pnanalysis.runs import Checkpoint, Run
+from pnanalysis.verdict import measured
+
+_End = tuple[Run, Checkpoint]
 
 
 @dataclass(frozen=True)
@@ -78,32 +82,28 @@ def sentences(runs: Sequence[Run]) -> list[str]:
             if best == 0:
                 said.append(f"{run.path.name}: the plain model has the lowest validation error of all iterations.")
             else:
-                champion = _row(run, "champion", best)
+                ends = (run, run.plain), (run, run.champion)
                 said.append(
-                    f"{run.path.name}: the champion, iteration {best} of {len(run.ends)}, against the plain model: "
-                    f"test error {champion.test.minus(plain.test).as_points()}."
+                    f"{run.path.name}: the champion, iteration {best}, against the plain model: "
+                    f"test error {_difference(*ends)}."
                 )
             if control is not None:
-                restart = _row(control, "restart", control.champion.iteration)
-                own = _row(run, "champion", best)
+                ends = (run, run.champion), (control, control.champion)
                 said.append(
                     f"{run.path.name}: the best of {len(control.ends)} restarts, which cost as much, against the "
-                    f"champion: test error {restart.test.minus(own.test).as_points()}."
+                    f"champion: test error {_difference(*ends)}."
                 )
-        spectrum = _spectra(run)
-        if spectrum is not None and best:
-            said.append(_spectrum_sentence(run, spectrum))
+        spectra = _spectra(run)
+        of_plain, of_champion = (_at_end(spectra, end) for end in (run.plain, run.champion))
+        if of_plain is not None and of_champion is not None and best:
+            said.append(_spectrum_sentence(run, of_plain, of_champion))
     return said
 
 
 def _row(run: Run, name: str, iteration: int) -> Row:
     last = run.history.isel(epoch=-1).sel(iteration=iteration)
     sizes = {split: int(run.history.attrs.get(f"n_{split}", 0)) for split in ("validation", "test")}
-    spectrum = _spectra(run)
-    at = None
-    if spectrum is not None:
-        chosen = np.flatnonzero(spectrum.iteration.values == iteration)
-        at = spectrum.isel(checkpoint=int(chosen[0])) if len(chosen) else None
+    at = _at_end(_spectra(run), run.ends[iteration])
     return Row(
         study=run.path.name,
         name=name,
@@ -116,21 +116,50 @@ def _row(run: Run, name: str, iteration: int) -> Row:
     )
 
 
+def _difference(first: _End, other: _End) -> str:
+    """Test error of the other minus that of the first: by pairs of predictions where these have been compared."""
+    for run in dict.fromkeys((first[0], other[0])):
+        ds = dataset(run, "comparison")
+        if ds is None or "test" not in ds.split.values:
+            continue
+        i, j = (_place(ds, run, *end) for end in (first, other))
+        if i is not None and j is not None:
+            at = measured(ds.sel(split="test").isel(checkpoint=j, other=i), "error_difference")
+            n = int(ds.n_examples.sel(split="test"))
+            some = "" if n == first[0].history.attrs.get("n_test") else f", on {n} test examples"
+            return at.as_points(float(ds.attrs["sigmas"])) + some
+    one, two = (_row(run, "", checkpoint.iteration).test for run, checkpoint in (first, other))
+    names = " ".join(dict.fromkeys(run.path.name for run in (first[0], other[0])))
+    return f"{two.minus(one).as_points()}, by unpaired errors; pnanalysis compare {names} gives the paired one"
+
+
+def _place(ds: xr.Dataset, holder: Run, run: Run, end: Checkpoint) -> int | None:
+    """Where a comparison that is saved with the run ``holder`` has an end point."""
+    folder = ds.attrs.get("run", holder.path.name) if run is holder else run.path.name
+    own = [end.name, f"iter{end.iteration:02d}", *(name for name in ("plain", "champion") if getattr(run, name) == end)]
+    names = {f"{folder}/{name}" for name in own} | set(own if run is holder else ())
+    return next((i for i, label in enumerate(ds.checkpoint.values) if str(label) in names), None)
+
+
 def _spectra(run: Run) -> xr.Dataset | None:
-    results = run.results
-    if "hessian" not in results.children:
+    """The run's own whole spectra."""
+    ds = dataset(run, "hessian")
+    return None if ds is None or "layer" in ds.coords else own_rows(run, ds)
+
+
+def _at_end(spectrum: xr.Dataset | None, end: Checkpoint) -> xr.Dataset | None:
+    """The spectrum at an end point, where there is one."""
+    if spectrum is None:
         return None
-    return results["hessian"].to_dataset()
+    chosen = np.flatnonzero((spectrum.iteration.values == end.iteration) & (spectrum.epoch.values == end.epoch))
+    return spectrum.isel(checkpoint=int(chosen[0])) if len(chosen) else None
 
 
-def _spectrum_sentence(run: Run, spectrum: xr.Dataset) -> str:
-    plain = spectrum.isel(checkpoint=int(np.flatnonzero(spectrum.iteration.values == 0)[0]))
-    champion = spectrum.isel(checkpoint=int(np.flatnonzero(spectrum.iteration.values == run.champion.iteration)[0]))
+def _spectrum_sentence(run: Run, plain: xr.Dataset, champion: xr.Dataset) -> str:
     traces = " and ".join(f"{float(at.trace):.3g} ± {float(at.trace_se):.2g}" for at in (plain, champion))
     return (
         f"{run.path.name}: largest Hessian eigenvalue of plain and champion {float(plain.lambda_max):.3g} and "
-        f"{float(champion.lambda_max):.3g}, trace {traces}, eigenvalues beyond the bulk {float(plain.n_outliers):.0f} "
-        f"and {float(champion.n_outliers):.0f}."
+        f"{float(champion.lambda_max):.3g}, trace {traces}."
     )
 
 

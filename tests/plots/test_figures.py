@@ -41,7 +41,7 @@ def test_spectra_are_drawn_on_a_log_axis_with_outliers_marked(spectra: xr.Datase
     assert isinstance(ax, Axes)
     assert ax.get_yscale() == "log"
     names = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert names == ["plain", "champion", "± 1 standard error", "outliers"]
+    assert names == ["plain", "champion", "± 1 standard error", "outliers found one by one"]
     curves = [line for line in ax.lines if line.get_label() in ("plain", "champion")]
     np.testing.assert_array_equal(curves[1].get_xdata(), spectra.eigenvalue)
     floor = ax.get_ylim()[0]
@@ -276,6 +276,10 @@ def test_planes_carry_their_points_and_the_trajectories_of_the_same_plane(tiny_r
     plain = paths.plane.sel(checkpoint=(paths.iteration == 0).values).values[:, :2]
     assert any(xy.shape == plain.shape and np.allclose(xy, plain) for xy in drawn)
     assert ax.get_xlim() == (float(ds.x[0]), float(ds.x[-1]))
+    layered = plots.plot(ds, trajectory=pn.trajectory(tiny_run, per_layer=True, progress=False)).axes[0]
+    assert [line.get_label() for line in layered.lines] == [line.get_label() for line in ax.lines]
+    for one, other in zip(layered.lines, ax.lines, strict=True):
+        np.testing.assert_allclose(one.get_xydata(), other.get_xydata(), atol=1e-12)
     with pytest.raises(PnError, match="another plane"):
         plots.plot(ds, trajectory=pn.trajectory(own_run, progress=False))
     random = pn.landscape(tiny_run, view="random", n_points=3, n=100, progress=False)
@@ -336,11 +340,14 @@ def test_the_dashboard_shows_intervals_disagreement_and_layers(tiny_run: Run) ->
     assert f"{100 * float(ds.disagreement[0, 2]):.1f}" in numbers
     assert len(heat.texts) == 6
     curves = next(ax for title, ax in panels.items() if title.startswith("CKA"))
-    np.testing.assert_array_equal(curves.containers[1].lines[0].get_ydata(), ds.cka[2, 0])
+    np.testing.assert_array_equal(curves.containers[1].lines[0].get_ydata(), ds.cka[2, 0, :-1])
     assert [text.get_text() for text in heat.get_yticklabels()] == ["iter00", "iter01", "iter02"]
     bare = plots.plot(pn.compare(tiny_run, hessian=False, cka=False, saturation=False, progress=False))
     assert not any(ax.get_title(loc="left").startswith("CKA") for ax in bare.axes)
     assert not any(ax.get_title(loc="left").startswith("Hessian") for ax in bare.axes)
+    two = plots.plot(pn.compare(tiny_run, checkpoints=["plain", "start"], hessian=False, progress=False)).axes[-2]
+    assert len(two.patches) == 2  # they, and independent networks
+    assert two.get_title(loc="left") == "disagreement on test examples [%]"
     alone = plots.plot(pn.functional_distance(tiny_run, progress=False))
     assert [ax.get_title(loc="left")[:3] for ax in alone.axes] == ["dis", "CKA"]
 

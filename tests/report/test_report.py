@@ -5,18 +5,21 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 import pnanalysis as pn
 from pnanalysis import plots, schema
 from pnanalysis.errors import RunError
 from pnanalysis.measured import Measured
 from pnanalysis.report import summary_table, write_report
-from pnanalysis.report.figures import _figures_of, embed, pictures
+from pnanalysis.report.figures import embed, pictures
+from pnanalysis.report.interactive import explorers
 from pnanalysis.report.summary import sentences
 from pnanalysis.runs import ANALYSIS, MANIFEST, Run, open_run
 from trainers import Config, configure, find_recipe, train
@@ -128,8 +131,66 @@ def test_descents_are_drawn_over_their_surface(tmp_path: Path) -> None:
     assert len(found["Descents"].markup) > 2 * len(embed(alone, "", "alone"))  # the contours are there
 
 
-def test_a_comparison_comes_with_its_sentences(pair: list[Run]) -> None:
-    ds = pn.compare(*pair, hessian=False, cka=False, saturation=False, progress=False)
-    ((title, caption, options),) = _figures_of("comparison", {"comparison": ds}, None)
-    assert (title, options) == ("Comparison", {"figure": "comparison"})
-    assert all(sentence in caption for sentence in pn.verdict(ds))
+def test_a_comparison_comes_with_its_sentences(copies: list[Run], tmp_path: Path) -> None:
+    ds = pn.compare(*copies, hessian=False, cka=False, saturation=False, progress=False)
+    schema.save(ds, copies[0].path / ANALYSIS / "comparison.nc")
+    (picture,) = (picture for picture in pictures(*copies) if picture.title == "Comparison")
+    assert picture.points == tuple(pn.verdict(ds))
+    text = write_report(copies, tmp_path / "report.html").read_text()
+    assert all(f"<li>{escape(sentence)}</li>" in text for sentence in pn.verdict(ds))
+
+
+@pytest.fixture
+def copies(pair: list[Run], tmp_path: Path) -> list[Run]:
+    """The pair, to be changed at will; the champion is an iteration of its own."""
+    for run in pair:
+        shutil.copytree(run.path, tmp_path / run.path.name)
+    manifest = json.loads((tmp_path / "partial" / MANIFEST).read_text())
+    (tmp_path / "partial" / MANIFEST).write_text(json.dumps(manifest | {"champion": 2}))
+    return [open_run(tmp_path / run.path.name) for run in pair]
+
+
+def test_odd_files_cost_no_more_than_their_own_figures(copies: list[Run], tmp_path: Path) -> None:
+    folder = copies[0].path / ANALYSIS
+    schema.save(pn.history(*copies), folder / "history.nc")
+    assert copies[0].results["history"].to_dataset().identical(copies[0].history)
+    (folder / "sharpness.nc").write_bytes(b"no dataset")
+    trajectory = schema.load(folder / "trajectory.nc")
+    schema.save(trajectory.drop_vars(["run", "iteration"]), folder / "trajectory.nc")
+    schema.save(pn.saturation(*copies, n=50, checkpoints=["ends"], progress=False), folder / "saturation.nc")
+    found = {picture.title: picture for picture in pictures(*copies)}
+    assert {"Errors by iteration", "Training", "Saturation", "Hessian spectrum"} <= set(found)
+    assert "not a readable NetCDF4 file" in found["Sharpness"].caption
+    assert found["Sharpness"].markup == found["Trajectories"].markup == ""
+    assert {"Explore the training", "Explore the saturation"} <= {explorer.title for explorer in explorers(copies[0])}
+    text = write_report(copies, tmp_path / "report.html").read_text()
+    assert text.count("Not shown: ") == 2
+
+
+def test_spectra_of_several_runs_are_told_apart(copies: list[Run]) -> None:
+    run, control = copies
+    ds = pn.hessian(run, control, checkpoints=["champion"], n=60, n_lanczos=8, n_probes=3, progress=False)
+    schema.save(ds, run.path / ANALYSIS / "hessian.nc")
+    table = summary_table([run, control])
+    assert table[0]["lambda_max"] == "–"
+    assert table[1]["lambda_max"] == Measured(float(ds.lambda_max[0])).text()
+    layered = pn.hessian(run, per_layer=True, n=60, n_lanczos=8, n_probes=3, progress=False)
+    schema.save(layered, run.path / ANALYSIS / "hessian.nc")
+    assert summary_table([run, control])[0]["lambda_max"] == "–"  # a layer's would be another number
+
+
+def test_the_summary_says_what_the_comparison_says(copies: list[Run]) -> None:
+    run, control = copies
+    for given in (run.path.name, f"{run.path.name} {control.path.name}"):
+        assert any(f"pnanalysis compare {given} gives" in sentence for sentence in sentences(copies))
+    options = {"hessian": False, "cka": False, "saturation": False, "progress": False}
+    for runs, place in (((run,), 0), ((run, control), 1)):
+        ds = pn.compare(*runs, **options)
+        schema.save(ds, run.path / ANALYSIS / "comparison.nc")
+        at = ds.sel(split="test").isel(checkpoint=1, other=0)
+        words = Measured(float(at.error_difference), float(at.error_difference_se)).as_points()
+        assert sentences(copies)[place].endswith(f": test error {words}.")
+        assert "unpaired" in sentences(copies)[1 - place]
+    few = pn.compare(run, control, n=40, **options)
+    schema.save(few, run.path / ANALYSIS / "comparison.nc")
+    assert sentences(copies)[1].endswith(", on 40 test examples.")
