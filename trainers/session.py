@@ -19,12 +19,12 @@ from pnanalysis import schema
 from pnanalysis.console import Percent, text
 from pnanalysis.curvature.memory import human
 from pnanalysis.data import SPLITS, Split, Splits
-from pnanalysis.errors import DataError, PnError, RunError
+from pnanalysis.errors import DataError, RunError
 from pnanalysis.history import error_name
 from pnanalysis.models import build_model, parameter_layers, resolve_loss
 from pnanalysis.runs import MANIFEST, Run, RunWriter, check_new, open_run
 from trainers.fit import Epoch, error_kind, fit, optimizer_tensors
-from trainers.manifest import describe, now
+from trainers.manifest import describe, failure_of, now
 from trainers.models import initialise_normal
 from trainers.persistence import PersistentPenalty, choose_layers
 from trainers.recipes import Config, check_same
@@ -198,8 +198,7 @@ class Session:
 
     def fail(self, error: Exception) -> None:
         """The run ends here."""
-        said = str(error) if isinstance(error, PnError) else f"{type(error).__name__}: {error}"
-        self.writer.update(status="failed", failure=said)
+        self.writer.update(status="failed", failure=failure_of(error))
 
     def dataset(self) -> xr.Dataset:
         """The history so far, labelled."""
