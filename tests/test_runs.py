@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from pnanalysis import schema
 from pnanalysis.errors import ModelError, RunError
+from pnanalysis.history import error_kind, history
 from pnanalysis.runs import MANIFEST, Run, RunWriter, open_run, read_weights
 
 
@@ -135,3 +137,19 @@ def test_a_state_dict_saved_by_torch_is_read(tmp_path: Path) -> None:
 
 def test_the_manifest_is_plain_json(tiny_run: Run) -> None:
     assert json.loads((tiny_run.path / MANIFEST).read_text()) == tiny_run.manifest
+
+
+def test_what_errors_are_is_each_runs_own(own_run: Run, tmp_path: Path) -> None:
+    assert own_run.history.attrs["error"] == "share"
+    other = tmp_path / "other"
+    shutil.copytree(own_run.path, other)
+    numbers = own_run.history.assign_attrs(error="squared error")
+    schema.save(numbers, other / "history.nc")
+    old = own_run.history
+    del old.attrs["error"]
+    schema.save(old, own_run.path / "history.nc")
+    joined = history(open_run(own_run.path), open_run(other))
+    assert [error_kind(joined.sel(run=name)) for name in joined.run.values] == ["share", "squared error"]
+    assert "error" not in joined.attrs
+    assert error_kind(history(open_run(own_run.path))) == "share"
+    assert error_kind(history(open_run(other))) == "squared error"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, SupportsFloat
 
 import typer
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name="pntrain", add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 _PERSISTENT, _DATA, _OPTIMISATION, _OUTPUT = "Persistent penalty", "Model and data", "Optimisation", "Output"
+_UNVALIDATED = "there is no validation split: the champion is the iteration with the lowest training loss"
 _RECIPE_HELP = "; ".join(f"{recipe.id} {name}" for name, recipe in RECIPES.items())
 
 
@@ -215,6 +217,9 @@ def _model_options(entries: list[str] | None) -> dict[str, object] | None:
 
 
 def _report(run: Run, quiet: bool) -> None:
+    from pnanalysis.history import error_kind, error_name
+
+    kind = error_kind(run.history)
     last = run.history.isel(epoch=-1)
     champion = run.manifest["champion"]
     rows = [
@@ -222,29 +227,43 @@ def _report(run: Run, quiet: bool) -> None:
             i,
             ", ".join([*["plain"][i:], *(["champion"] if i == champion else [])]),
             float(last.train_loss[i]),
-            Percent(last.validation_error[i]),
-            Percent(last.test_error[i]),
+            _error(last.validation_error[i], kind),
+            _error(last.test_error[i], kind),
         ]
         for i in range(len(run.ends))
     ]
     title = f"{run.path} ({run.manifest['strategy']})"
-    show(make_table(title, ["iteration", "role", "training loss", "validation error", "test error"], rows), quiet)
+    errors = [error_name(split, kind) for split in ("validation", "test")]
+    show(make_table(title, ["iteration", "role", "training loss", *errors], rows), quiet)
+    if len(rows) > 1 and last.validation_error.isnull().all():
+        show(_UNVALIDATED, quiet)
+
+
+def _error(value: SupportsFloat, kind: str) -> float:
+    return Percent(value) if kind == "share" else float(value)
 
 
 def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
     """A row a run; an error that names the first failure, once all have ended."""
+    from pnanalysis.history import error_kind, error_name
     from pnanalysis.runs import open_run
 
-    rows = []
+    rows, kinds, unvalidated = [], set(), False
     for outcome in outcomes:
-        ending, errors = outcome.failure or "finished", [Percent("nan"), Percent("nan")]
+        ending, errors = outcome.failure or "finished", [math.nan, math.nan]
         if outcome.failure is None:
             run = open_run(outcome.path)
             last = run.history.isel(epoch=-1, iteration=run.manifest["champion"])
-            errors = [Percent(last.validation_error), Percent(last.test_error)]
+            kind = error_kind(run.history)
+            errors = [_error(last.validation_error, kind), _error(last.test_error, kind)]
+            kinds.add(kind)
+            unvalidated |= len(run.ends) > 1 and math.isnan(errors[0])
         rows.append([outcome.path.name, *errors, ending])
     title = "champions of the sweep"
-    show(make_table(title, ["run", "validation error", "test error", "ended"], rows), quiet)
+    names = [error_name(split, *kinds) for split in ("validation", "test")]
+    show(make_table(title, ["run", *names, "ended"], rows), quiet)
+    if unvalidated:
+        show(_UNVALIDATED, quiet)
     failed = [outcome for outcome in outcomes if outcome.failure is not None]
     if failed:
         raise TrainingError(

@@ -287,6 +287,12 @@ def error_counter(loss: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
     return {"sides": sides, "classes": classes}.get(kind or "", squares)
 
 
+def error_kind(loss: Loss | None, targets: Tensor) -> str:
+    """What :func:`error_counter` sums: the ``share`` of mistakes, or the ``squared error``."""
+    kind = kind_of(loss) or ("numbers" if targets.is_floating_point() else "classes")
+    return "squared error" if kind == "numbers" else "share"
+
+
 def batch_order(n: int, seed: int, epoch: int, device: torch.device) -> tuple[Tensor, torch.Generator]:
     """The examples of an epoch in the order that they are seen, and the generator that augments them."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))

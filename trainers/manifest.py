@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pnanalysis.errors import PnError
 from pnanalysis.schema import provenance
 from trainers.recipes import Config
 
@@ -45,6 +46,11 @@ def describe(config: Config, device: torch.device, **entries: Any) -> dict[str, 
         "champion": None,
         **entries,
     }
+
+
+def failure_of(error: Exception) -> str:
+    """What a manifest says of the error that ended a run."""
+    return str(error) if isinstance(error, PnError) else f"{type(error).__name__}: {error}"
 
 
 def now() -> str:

@@ -16,13 +16,15 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
+from pnanalysis.console import Percent, text
 from pnanalysis.curvature.memory import human
-from pnanalysis.data import Split, Splits
-from pnanalysis.errors import DataError, PnError, RunError
+from pnanalysis.data import SPLITS, Split, Splits
+from pnanalysis.errors import DataError, RunError
+from pnanalysis.history import error_name
 from pnanalysis.models import build_model, parameter_layers, resolve_loss
 from pnanalysis.runs import MANIFEST, Run, RunWriter, check_new, open_run
-from trainers.fit import Epoch, fit, optimizer_tensors
-from trainers.manifest import describe, now
+from trainers.fit import Epoch, error_kind, fit, optimizer_tensors
+from trainers.manifest import describe, failure_of, now
 from trainers.models import initialise_normal
 from trainers.persistence import PersistentPenalty, choose_layers
 from trainers.recipes import Config, check_same
@@ -97,6 +99,7 @@ class Session:
         self.history = _empty_history(config)
         _check_disk(config, initial, out)
         try_out(initial.to(device), data, config)
+        self.error_kind = error_kind(resolve_loss(config.loss), data.train.targets)  # type: ignore[union-attr]
         self.writer = _open_writer(config, self, out, resume)
         self.state = self.writer.load_state()
         if self.writer.manifest["ends"] or self.state:
@@ -195,17 +198,19 @@ class Session:
 
     def fail(self, error: Exception) -> None:
         """The run ends here."""
-        said = str(error) if isinstance(error, PnError) else f"{type(error).__name__}: {error}"
-        self.writer.update(status="failed", failure=said)
+        self.writer.update(status="failed", failure=failure_of(error))
 
     def dataset(self) -> xr.Dataset:
         """The history so far, labelled."""
         writer, champion = self.writer, self.writer.manifest["champion"]
+        for split in SPLITS:
+            name = error_name("training" if split == "train" else split, self.error_kind)
+            self.history[f"{split}_error"].attrs["long_name"] = name
         return schema.finish(
             self.history, "history", run=writer.path.name, run_id=writer.manifest["id"], recipe=self.config.recipe,
             strategy=self.config.strategy, champion=champion, seed=self.config.seed, device=str(self.device),
             data=self.config.data, data_fingerprint=self.data.fingerprint, dtype="float32",
-            n_validation=length(self.data.validation), n_test=length(self.data.test),
+            n_validation=length(self.data.validation), n_test=length(self.data.test), error=self.error_kind,
         )  # fmt: skip
 
     def _place(self, iteration: int) -> str:
@@ -215,11 +220,15 @@ class Session:
     def _line(self, iteration: int) -> str:
         last = self.history.isel(iteration=iteration, epoch=-1)
         images_per_second = len(self.data.train) * self.config.epochs / float(self.history.seconds[iteration].sum())  # type: ignore[arg-type]
+        errors = [self.told(split, float(last[f"{split}_error"])) for split in ("validation", "test")]
         return (
             f"{self.config.recipe} {self.config.strategy} {self._place(iteration)}: "
-            f"loss {float(last.train_loss):.4f}, validation error {float(last.validation_error):.2%}, "
-            f"test error {float(last.test_error):.2%}, {images_per_second:,.0f} images/s"
+            f"loss {float(last.train_loss):.4f}, {', '.join(errors)}, {images_per_second:,.0f} images/s"
         )
+
+    def told(self, split: str, error: float) -> str:
+        """The error of a split by its name, for progress."""
+        return f"{error_name(split, self.error_kind)} {text(Percent(error) if self.error_kind == 'share' else error)}"
 
 
 class _Recorder:
@@ -252,7 +261,7 @@ class _Recorder:
             self.saved = time.monotonic()
         self.text = (
             f"iteration {self.iteration} epoch {epoch}: loss {record.train_loss:.3f}, "
-            f"validation error {record.validation_error:.1%}"
+            f"{session.told('validation', record.validation_error)}"
         )
 
 

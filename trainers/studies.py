@@ -12,12 +12,12 @@ import xarray as xr
 
 from pnanalysis import schema
 from pnanalysis.data import load_data
-from pnanalysis.errors import PnError, TrainingError
+from pnanalysis.errors import TrainingError
 from pnanalysis.runs import ANALYSIS, MANIFEST, Run, RunWriter, open_run
 from pnanalysis.sources import resolve_device
 from trainers import basins, ensemble, toy
 from trainers.kink import escape, kink_data
-from trainers.manifest import describe, now
+from trainers.manifest import describe, failure_of, now
 from trainers.recipes import Config, check_same
 from trainers.relu_batch import unpack
 
@@ -159,7 +159,7 @@ class _Study:
 
 
 class _Recording:
-    """Marks a run as failed when its body raises something the user can mend."""
+    """Marks a run as failed when its body raises anything but an interrupt."""
 
     def __init__(self, writer: RunWriter) -> None:
         self.writer = writer
@@ -168,8 +168,8 @@ class _Recording:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, PnError):
-            self.writer.update(status="failed", failure=str(error))
+        if isinstance(error, Exception):
+            self.writer.update(status="failed", failure=failure_of(error))
 
 
 def _data_entry(config: Config) -> dict[str, Any]:

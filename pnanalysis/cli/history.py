@@ -53,21 +53,25 @@ def history(
 
 
 def _table(ds: xr.Dataset) -> Table:
-    """Every iteration at its last epoch."""
-    last = ds.dropna("epoch", how="all").isel(epoch=-1)
-    rows = []
+    """Every iteration at its run's last epoch."""
+    from pnanalysis.history import error_kind, error_name
+
+    rows, kinds = [], set()
     several = "run" in ds.dims
-    for name, run in [(str(n), last.sel(run=n)) for n in ds.run.values] if several else [("", last)]:
+    for name, run in [(str(n), ds.sel(run=n)) for n in ds.run.values] if several else [("", ds)]:
+        kind = error_kind(run)
+        kinds.add(kind)
+        last = run.dropna("epoch", how="all").isel(epoch=-1)
         for iteration in ds.iteration.values:
-            at = run.sel(iteration=iteration)
+            at = last.sel(iteration=iteration)
             if not at.train_loss.isnull():
-                errors = [Percent(at.validation_error), Percent(at.test_error)]
+                errors = [
+                    Percent(error) if kind == "share" else float(error)
+                    for error in (at.validation_error, at.test_error)
+                ]
                 rows.append(
                     [*([name] if several else []), int(iteration), float(at.train_loss), float(at.penalty), *errors]
                 )
     columns = ["run"] if several else []
-    return make_table(
-        "at the end of training",
-        [*columns, "iteration", "training loss", "penalty", "validation error", "test error"],
-        rows,
-    )
+    titles = [error_name(split, *kinds) for split in ("validation", "test")]
+    return make_table("at the end of training", [*columns, "iteration", "training loss", "penalty", *titles], rows)

@@ -57,6 +57,61 @@ def test_pntrain_trains_ones_own_model_and_data(run, tmp_path: Path, monkeypatch
     assert done.status == 0, done.err
 
 
+REGRESSION = """
+import torch
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+def examples(n):
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
+    return x, 5 * x[:, :1].sin()
+def data():
+    return {"train": examples(150), "validation": examples(50)}
+def unvalidated():
+    return {"train": examples(150)}
+"""
+
+
+def test_errors_of_numbers_are_no_percentages_anywhere(run, own_run: Run, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "numbers_.py").write_text(REGRESSION)
+    monkeypatch.chdir(tmp_path)
+    own = ("custom", "--model", "numbers_:net", "--data", "numbers_:data", "--loss", "mse", "--layers", "0")
+    done = run("pntrain", *own, "--epochs", 2, "--iterations", 2, "--out", "net")
+    assert done.status == 0, done.err
+    history = open_run("net").history
+    assert history.attrs["error"] == "squared error"
+    assert history.validation_error.attrs["long_name"] == "validation squared error"
+    value = f"{float(history.validation_error[1, -1]):.4g}"
+    lines = [line for line in done.err.splitlines() if line.startswith("custom partial")]
+    assert lines[1].startswith("custom partial iteration 1 (2 of 2): loss ")
+    assert f"validation squared error {value}, test squared error –, " in lines[1]
+    alone = run("pnanalysis", "history", "net").out
+    beside = run("pnanalysis", "history", "net", own_run.path)
+    assert beside.status == 0, beside.err
+    drawn = run("pnanalysis", "history", "net", "--plot", "net.png")
+    assert drawn.status == 0, drawn.err
+    for table in (done.out, alone):
+        assert "validation squared error" in table
+        assert value in table
+        assert "%" not in table
+    assert "nan" not in done.out + done.err + alone
+    assert value in beside.out
+    assert f"{float(own_run.history.validation_error[1, -1]):.2%}" in beside.out
+    assert "validation error" in beside.out
+    assert "no validation split" not in done.out
+
+
+def test_a_champion_that_nothing_validates_is_told(run, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "numbers_.py").write_text(REGRESSION)
+    monkeypatch.chdir(tmp_path)
+    own = ("custom", "--model", "numbers_:net", "--data", "numbers_:unvalidated", "--loss", "mse", "--layers", "0")
+    note = "there is no validation split: the champion is the iteration with the lowest training loss"
+    assert note in run("pntrain", *own, "--epochs", 2, "--iterations", 2, "--out", "net").out
+    grid = ("--sweep", "seed=0,1", "--jobs", 1, "--out", "grid", "--epochs", 1)
+    assert note in run("pntrain", *own, *grid, "--iterations", 2).out
+    assert note not in run("pntrain", *own, "--strategy", "plain", "--epochs", 1, "--out", "plain").out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,6 +12,7 @@ from trainers import PersistentPenalty, fit
 from trainers.fit import (
     augment_batch,
     error_counter,
+    error_kind,
     evaluate_error,
     load_optimizer_tensors,
     make_optimizer,
@@ -98,6 +99,13 @@ def test_bf16_stays_close_to_float32() -> None:
     data = load_data("digits")
     losses = [fit(small(), data.train, epochs=3, batch_size=64, amp=amp)[-1].train_loss for amp in ("no", "bf16")]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_errors_are_shares_or_squares_as_they_are_counted() -> None:
+    numbers, classes = torch.zeros(4, 2), torch.zeros(4).long()
+    assert error_kind(nn.MSELoss(), classes) == error_kind(lambda o, t: o.sum(), numbers) == "squared error"
+    assert error_kind(nn.functional.cross_entropy, numbers) == error_kind(lambda o, t: o.sum(), classes) == "share"
+    assert error_kind(nn.BCEWithLogitsLoss(), numbers) == "share"
 
 
 def test_crops_are_shifts_of_the_reflected_image_and_flips_mirror() -> None:

@@ -60,3 +60,14 @@ def test_small_studies_refuse_what_they_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="lam"):
         train(replace(config, lam=0.3), tmp_path / "run", progress=False, resume=True)
     assert schema.load(tmp_path / "run" / "analysis" / "descent.nc").sizes["iteration"] == 2
+
+
+def test_what_ends_a_study_marks_its_run(tmp_path: Path, monkeypatch) -> None:
+    def ends(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr("trainers.toy.descend", ends)
+    with pytest.raises(ZeroDivisionError):
+        train(find_recipe("S1").config, tmp_path / "s1", progress=False)
+    manifest = pn.open_run(tmp_path / "s1").manifest
+    assert (manifest["status"], manifest["failure"]) == ("failed", "ZeroDivisionError: by nothing")
