@@ -119,7 +119,7 @@ def check_targets(loss: Loss, outputs: Any, targets: Any) -> None:
     if _are_indices(found, targets) and outputs.ndim == targets.ndim + 1:
         wrong = no_class(outputs.shape[1], targets, found.ignored)
         if wrong is not None:
-            raise DataError(wrong)
+            raise DataError(f"the loss cannot take these data: {wrong}")
 
 
 def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
