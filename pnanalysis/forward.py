@@ -106,7 +106,7 @@ def explained(
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         found = None if model is None else _diagnosis(model, batches, loss, error)
-        if found is None and not isinstance(error, RuntimeError | IndexError):
+        if found is None and not isinstance(error, RuntimeError | IndexError | ValueError):
             raise  # no fault of the data's that could be shown
         if found is None:
             found = (
