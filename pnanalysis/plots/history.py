@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from pnanalysis.errors import PnError
+from pnanalysis.history import error_kind
 from pnanalysis.plots.style import (
     CHAMPION,
     OTHERS,
@@ -52,7 +53,8 @@ def history(ds: xr.Dataset) -> Figure:
             log_axis(row[0], least, most)
         if has_error:
             _curves(one, "validation_error", row[1])
-            row[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+            if error_kind(one) == "share":
+                row[1].yaxis.set_major_formatter(PercentFormatter(1.0))
         if name is not None:
             row[0].set_title(name, loc="left")
         row[-1].legend()
@@ -73,7 +75,7 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
     Returns
     -------
     Axes
-        Error bars are binomial standard errors.
+        Error bars are binomial standard errors; squared errors have none.
 
     Raises
     ------
@@ -83,13 +85,13 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
     if "run" in ds.dims:
         raise PnError(f"errors are drawn of one run; select one of {', '.join(map(str, ds.run.values))}")
     ax = own_axes(ax, PAGE * 0.7, 2.4)
-    last = ds.isel(epoch=-1)
+    last, kind = ds.isel(epoch=-1), error_kind(ds)
     entries: list[Any] = []
     for name, colour, marker, text, shift in (
         ("validation_error", PLAIN, "o", "validation", -0.06),
         ("test_error", CHAMPION, "s", "test", 0.06),
     ):
-        size = int(ds.attrs.get(f"n_{name.split('_')[0]}", 0))
+        size = int(ds.attrs.get(f"n_{name.split('_')[0]}", 0)) if kind == "share" else 0
         values = last[name].values
         bars = ax.errorbar(ds.iteration + shift, values, _binomial_se(values, size), color=colour, marker=marker,
                            ls="--", lw=0.8, capsize=1.5, elinewidth=0.6, label=text)  # fmt: skip
@@ -104,12 +106,13 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
         "champion", (champion, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color="#555555"
     )
     ax.set_xlabel("iteration (0 is the plain model)")
-    ax.set_ylabel("error at the end of training")
+    ax.set_ylabel(("error" if kind == "share" else kind) + " at the end of training")
     ax.set_xlim(-0.5, float(ds.iteration.max()) + 0.5)
     integer_axis(ax, ds.iteration.values)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    if kind == "share":
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     ax.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.0, 1.0), title_fontsize=7, alignment="left",
-              title="± standard error; lines:\nplain model")  # fmt: skip
+              title="± standard error; lines:\nplain model" if kind == "share" else "lines: plain model")  # fmt: skip
     return ax
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from pnanalysis.measured import Measured, share
+from pnanalysis.history import error_kind
+from pnanalysis.measured import Measured, Shown, share
 from pnanalysis.report.datasets import dataset, own_rows
 from pnanalysis.runs import Checkpoint, Run
 from pnanalysis.verdict import measured
@@ -25,8 +26,8 @@ class Row:
     name: str
     iteration: int
     loss: Measured
-    validation: Measured
-    test: Measured
+    validation: Shown
+    test: Shown
     lambda_max: Measured
     trace: Measured
 
@@ -36,8 +37,8 @@ class Row:
             "network": f"{self.study}: {self.name}",
             "iteration": str(self.iteration),
             "training loss": self.loss.text(),
-            "validation error": self.validation.text(percent=True),
-            "test error": self.test.text(percent=True),
+            "validation error": self.validation.text(),
+            "test error": self.test.text(),
             "lambda_max": self.lambda_max.text(),
             "trace": self.trace.text(),
         }
@@ -78,7 +79,7 @@ def sentences(runs: Sequence[Run]) -> list[str]:
     for run, control in studies(runs):
         plain = _row(run, "plain", 0)
         best = run.champion.iteration
-        if not math.isnan(plain.test.value):
+        if not math.isnan(plain.test.measured.value):
             if best == 0:
                 said.append(f"{run.path.name}: the plain model has the lowest validation error of all iterations.")
             else:
@@ -109,11 +110,17 @@ def _row(run: Run, name: str, iteration: int) -> Row:
         name=name,
         iteration=iteration,
         loss=Measured(float(last.train_loss)),
-        validation=share(float(last.validation_error), sizes["validation"]),
-        test=share(float(last.test_error), sizes["test"]),
+        validation=_error(run, float(last.validation_error), sizes["validation"]),
+        test=_error(run, float(last.test_error), sizes["test"]),
         lambda_max=Measured(math.nan if at is None else float(at.lambda_max)),
         trace=Measured(math.nan) if at is None else Measured(float(at.trace), float(at.trace_se)),
     )
+
+
+def _error(run: Run, value: float, n: int) -> Shown:
+    """A share of n examples, in per cent, or a squared error."""
+    shares = error_kind(run.history) == "share"
+    return Shown(share(value, n) if shares else Measured(value), percent=shares)
 
 
 def _difference(first: _End, other: _End) -> str:
@@ -127,8 +134,13 @@ def _difference(first: _End, other: _End) -> str:
             at = measured(ds.sel(split="test").isel(checkpoint=j, other=i), "error_difference")
             n = int(ds.n_examples.sel(split="test"))
             some = "" if n == first[0].history.attrs.get("n_test") else f", on {n} test examples"
-            return at.as_points(float(ds.attrs["sigmas"])) + some
-    one, two = (_row(run, "", checkpoint.iteration).test for run, checkpoint in (first, other))
+            sigmas = float(ds.attrs["sigmas"])
+            if error_kind(first[0].history) == "share":
+                return at.as_points(sigmas) + some
+            return f"{at.text(signed=True)} ({at.verdict(sigmas)}){some}"
+    one, two = (_row(run, "", checkpoint.iteration).test.measured for run, checkpoint in (first, other))
+    if error_kind(first[0].history) != "share":
+        return f"{two.minus(one).text(signed=True)} (squared error)"
     names = " ".join(dict.fromkeys(run.path.name for run in (first[0], other[0])))
     return f"{two.minus(one).as_points()}, by unpaired errors; pnanalysis compare {names} gives the paired one"
 

@@ -194,3 +194,26 @@ def test_the_summary_says_what_the_comparison_says(copies: list[Run]) -> None:
     few = pn.compare(run, control, n=40, **options)
     schema.save(few, run.path / ANALYSIS / "comparison.nc")
     assert sentences(copies)[1].endswith(", on 40 test examples.")
+
+
+def test_squared_errors_are_no_percentages(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "curve.py").write_text(
+        "import torch\n"
+        "def net():\n    return torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))\n"
+        "def data():\n"
+        "    x = 9 * torch.randn(90, 3, generator=torch.Generator().manual_seed(0))\n"
+        "    y = x[:, :1]\n"
+        "    return {'train': (x[:50], y[:50]), 'validation': (x[50:70], y[50:70]), 'test': (x[70:], y[70:])}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = configure(
+        find_recipe("lenet5"), model="curve:net", data="curve:data", loss="mse", iterations=2, epochs=2, recipe="own"
+    )
+    run = train(config, tmp_path / "own", device="cpu", progress=False)
+    plain = summary_table([run])[0]
+    assert "%" not in plain["validation error"] + plain["test error"]
+    assert float(plain["test error"]) == pytest.approx(float(run.history.test_error[0, -1]), rel=1e-3)
+    assert "points" not in " ".join(sentences([run]))
+    assert plots.errors(run.history).get_ylabel() == "squared error at the end of training"
+    assert "%" not in plots.history(run.history).axes[1].yaxis.get_major_formatter()(1.0)
+    write_report([run], tmp_path / "r.html")
