@@ -8,7 +8,7 @@ OUT ?= demo
 .PHONY: help demo test test-slow baselines check notebooks docs bench lock clean
 
 help:
-	@echo "make demo       train, analyse and report on handwritten digits (about three minutes)"
+	@echo "make demo       train, analyse and report on handwritten digits (about two minutes)"
 	@echo "make test       run the tests        make test-slow  the long ones too"
 	@echo "make baselines  draw anew the pictures that tests compare figures with"
 	@echo "make check      lint and type-check  make notebooks  execute them into notebooks/executed"

@@ -112,6 +112,8 @@ def _dots(row: Diagnostic, sigmas: float, ax: Axes) -> list[str]:
     least = 2e-3 * size if size > 1e-9 else 1.0  # differences below are round-off, or of no interest
     if high - low < least:
         ax.set_xlim((low + high - least) / 2, (low + high + least) / 2)
+    if row.title.endswith(_NEVER_NEGATIVE) and not any(value.value for value in row.values):
+        ax.set_xlim(-0.002, 0.02)  # all zero: nothing lies to the left of it
     return fills
 
 
