@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsFloat
 
 import rich.markup
 import rich.table
@@ -31,6 +31,11 @@ _next = ""
 
 class Percent(float):
     """A share: printed in per cent, a dash where it is unknown."""
+
+
+def error_cell(error: SupportsFloat, kind: str) -> float:
+    """An error of a history as a cell: a share in per cent, a squared error as it is."""
+    return Percent(error) if kind == "share" else float(error)
 
 
 Cell = str | float | int | Percent | Measured | Shown | None

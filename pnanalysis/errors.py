@@ -1,6 +1,12 @@
 """The errors users meet: one sentence that says what is wrong and what to do."""
 
 
+def reason(error: BaseException) -> str:
+    """An error of somebody else's by its type and first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 class PnError(ValueError):
     """Anything the user can put right; command lines print it on one line and exit with status 2."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pnanalysis.errors import DataError, ModelError, PnError
+from pnanalysis.errors import DataError, ModelError, PnError, reason
 from pnanalysis.models import Loss
 from pnanalysis.nest import as_arguments, cut, move, tensors
 
@@ -110,7 +110,7 @@ def explained(
             raise  # no fault of the data's that could be shown
         if found is None:
             found = (
-                f"the network and the loss cannot be computed with here ({_reason(error)}); "
+                f"the network and the loss cannot be computed with here ({reason(error)}); "
                 "check the data beyond the first two examples, and what the network does"
             )
         raise DataError(f"{label}: {found}") from error
@@ -128,7 +128,7 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
     try:
         outputs = run(model, inputs)
     except Exception as own_error:
-        return f"the network cannot take these data: inputs of {_shapes(inputs)} ({_reason(own_error)})"
+        return f"the network cannot take these data: inputs of {_shapes(inputs)} ({reason(own_error)})"
     if loss is None:
         return None
     try:
@@ -139,7 +139,7 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
     if not isinstance(outputs, Tensor):
         if failed is not None:
             return str(not_for(loss, outputs))
-        return f"the network returns {_kind(outputs)}, which cannot be taken here ({_reason(error)}); {_WRAP}"
+        return f"the network returns {_kind(outputs)}, which cannot be taken here ({reason(error)}); {_WRAP}"
     about_targets = failed is not None or isinstance(error, IndexError) or "assert" in str(error)
     beyond = _no_class(outputs, batches, loss) if about_targets else None
     if beyond is not None:
@@ -148,7 +148,7 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
         return None
     return (
         f"the loss cannot take these data: outputs of {_shapes(outputs)} with targets of {_shapes(targets)} "
-        f"({_reason(failed)})"
+        f"({reason(failed)})"
     )
 
 
@@ -171,11 +171,6 @@ def no_class(n_classes: int, targets: Tensor, ignored: int = IGNORED) -> str | N
     if not bool(bad.any()):
         return None
     return f"the target {int(targets[bad][0])} is no class of a network with {n_classes} outputs (0 to {n_classes - 1})"
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _shapes(nest: Any) -> str:

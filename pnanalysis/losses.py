@@ -45,9 +45,8 @@ _MODULES: dict[Any, Any] = {
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
 }
 _OPTIONS = ("weight", "ignore_index", "label_smoothing", "pos_weight", "beta", "delta")
-_TOLERANCE = (
-    1e-3  # deviation of a batch's loss from the mean of its examples', relative to their size, that float32 explains
-)
+#: Deviation of a batch's loss from the mean of its examples', relative to their size, that float32 explains.
+_TOLERANCE = 1e-3
 
 
 class _Known(NamedTuple):

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from pnanalysis.errors import DataError, ModelError, PnError
+from pnanalysis.errors import DataError, ModelError, PnError, reason
 
 MODELS = "pnanalysis.models"
 DATASETS = "pnanalysis.datasets"
@@ -67,8 +67,7 @@ def import_object(spec: str, error: type[PnError] = PnError) -> Any:
 
 def told(error: BaseException) -> str:
     """What an error in somebody's own code says, and where in it."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    text = reason(error)
     if isinstance(error, SyntaxError):
         return text  # says where by itself
     own = Path(__file__).parent

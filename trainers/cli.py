@@ -8,11 +8,11 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, SupportsFloat
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pnanalysis.console import Percent, make_table, run_app, show, speak_json, version_option, when_interrupted
+from pnanalysis.console import error_cell, make_table, run_app, show, speak_json, version_option, when_interrupted
 from pnanalysis.errors import PnError, TrainingError
 from trainers.choices import Amp, Form, Optimizer, Origin, Strategy
 from trainers.recipes import RECIPES, Config, configure, find_recipe
@@ -227,8 +227,8 @@ def _report(run: Run, quiet: bool) -> None:
             i,
             ", ".join([*["plain"][i:], *(["champion"] if i == champion else [])]),
             float(last.train_loss[i]),
-            _error(last.validation_error[i], kind),
-            _error(last.test_error[i], kind),
+            error_cell(last.validation_error[i], kind),
+            error_cell(last.test_error[i], kind),
         ]
         for i in range(len(run.ends))
     ]
@@ -237,10 +237,6 @@ def _report(run: Run, quiet: bool) -> None:
     show(make_table(title, ["iteration", "role", "training loss", *errors], rows), quiet)
     if len(rows) > 1 and last.validation_error.isnull().all():
         show(_UNVALIDATED, quiet)
-
-
-def _error(value: SupportsFloat, kind: str) -> float:
-    return Percent(value) if kind == "share" else float(value)
 
 
 def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
@@ -255,7 +251,7 @@ def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
             run = open_run(outcome.path)
             last = run.history.isel(epoch=-1, iteration=run.manifest["champion"])
             kind = error_kind(run.history)
-            errors = [_error(last.validation_error, kind), _error(last.test_error, kind)]
+            errors = [error_cell(last.validation_error, kind), error_cell(last.test_error, kind)]
             kinds.add(kind)
             unvalidated |= len(run.ends) > 1 and math.isnan(errors[0])
         rows.append([outcome.path.name, *errors, ending])

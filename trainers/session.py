@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
-from pnanalysis.console import Percent, text
+from pnanalysis.console import error_cell, text
 from pnanalysis.curvature.memory import human
 from pnanalysis.data import SPLITS, Split, Splits
 from pnanalysis.errors import DataError, RunError
@@ -228,7 +228,7 @@ class Session:
 
     def told(self, split: str, error: float) -> str:
         """The error of a split by its name, for progress."""
-        return f"{error_name(split, self.error_kind)} {text(Percent(error) if self.error_kind == 'share' else error)}"
+        return f"{error_name(split, self.error_kind)} {text(error_cell(error, self.error_kind))}"
 
 
 class _Recorder:

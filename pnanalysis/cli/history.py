@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Percent, Table, make_table, show, show_saved
+from pnanalysis.console import Table, error_cell, make_table
 from pnanalysis.errors import PnError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ def history(
 
       pnanalysis history runs/lenet5 runs/lenet5-restart --plot history.pdf
     """
-    from pnanalysis import schema
     from pnanalysis.history import history as analyse
     from pnanalysis.runs import open_run
 
@@ -41,15 +40,7 @@ def history(
         raise PnError("name a run directory")
     opened = [open_run(path) for path in runs]
     ds = analyse(*opened)
-    show(_table(ds), quiet)
-    if output is not None:
-        schema.save(ds, output)
-    if plot is not None:
-        from pnanalysis import plots
-
-        plots.save_figure(plots.plot(ds), plot)
-    if output is not None or plot is not None:
-        show_saved(quiet, output, plot)
+    options.deliver(ds, None, output, plot, quiet, _table)  # each run has its own already: saved only where told
 
 
 def _table(ds: xr.Dataset) -> Table:
@@ -65,10 +56,7 @@ def _table(ds: xr.Dataset) -> Table:
         for iteration in ds.iteration.values:
             at = last.sel(iteration=iteration)
             if not at.train_loss.isnull():
-                errors = [
-                    Percent(error) if kind == "share" else float(error)
-                    for error in (at.validation_error, at.test_error)
-                ]
+                errors = [error_cell(error, kind) for error in (at.validation_error, at.test_error)]
                 rows.append(
                     [*([name] if several else []), int(iteration), float(at.train_loss), float(at.penalty), *errors]
                 )

@@ -159,18 +159,23 @@ def size(text: str | None) -> int | None:
 
 def deliver(
     ds: xr.Dataset,
-    first: Source,
+    first: Source | None,
     output: Path | None,
     plot: Path | None,
     quiet: bool,
     tables: Callable[[xr.Dataset], Table | Iterable[Table | str]],
     **drawing: Any,
 ) -> None:
-    """Save the dataset, draw its figure (``drawing`` goes to it), print its tables and say where things are."""
+    """Save the dataset, draw its figure (``drawing`` goes to it), print its tables and say where things are.
+
+    It is saved as told, else beside ``first``; without either it is not.
+    """
     from pnanalysis import schema
 
-    output = destination(str(ds.attrs["kind"]), first, output)
-    schema.save(ds, output)
+    if first is not None:
+        output = destination(str(ds.attrs["kind"]), first, output)
+    if output is not None:
+        schema.save(ds, output)
     if plot is not None:
         from pnanalysis import plots
 
@@ -178,4 +183,5 @@ def deliver(
     found = tables(ds)
     for table in [found] if isinstance(found, Table) else found:
         show(table, quiet)
-    show_saved(quiet, output, plot)
+    if output is not None or plot is not None:
+        show_saved(quiet, output, plot)

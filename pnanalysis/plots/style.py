@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
-from pnanalysis.errors import PnError
+from pnanalysis.files import check_figure
 from pnanalysis.schema import atomic_path
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column, both columns
@@ -56,8 +56,6 @@ _RC: dict[Any, Any] = {
     "axes.formatter.use_mathtext": True,
     "axes.unicode_minus": True,
 }
-
-_FORMATS = (".png", ".pdf", ".svg")
 
 
 @contextmanager
@@ -204,9 +202,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     PnError
         If the suffix is another.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise PnError(f"{path}: figures are saved as {', '.join(_FORMATS)}; choose one of these suffixes")
+    path = check_figure(path)
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}[path.suffix.lower()]
     with style(), atomic_path(path) as temporary:
         figure.savefig(temporary, metadata=metadata)
