@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from pnanalysis.curvature.operators import HessianOperator
-from pnanalysis.models import build_model
+from pnanalysis.inputs.models import build_model
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 

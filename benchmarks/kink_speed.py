@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from trainers import PersistentPenalty
-from trainers.ensemble import initial_parameters
-from trainers.kink import kink_data
-from trainers.models import relu32
-from trainers.relu_batch import ReluBatch, Repulsion, layer_sizes, unpack
+from trainers.problems.batched_relu import ReluBatch, Repulsion, layer_sizes, unpack
+from trainers.problems.escape import kink_data
+from trainers.problems.kink_ensemble import initial_parameters
+from trainers.zoo.models import relu32
 
 WIDTH, LR, MOMENTUM, LAM = 32, 1e-3, 0.9, 0.01
 

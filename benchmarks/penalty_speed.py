@@ -16,7 +16,7 @@ import time
 import torch
 from torch.nn.functional import cross_entropy
 
-from pnanalysis.models import build_model
+from pnanalysis.inputs.models import build_model
 from trainers import PersistentPenalty
 
 SETTINGS = {"lenet5": (256, 1.0), "resnet18": (32, 0.1)}  # batch size, share of the steps

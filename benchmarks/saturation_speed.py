@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import pnanalysis as pn
-from pnanalysis.models import build_model
+from pnanalysis.inputs.models import build_model
 
 BATCHES = {"lenet5": 256, "tanh7": 256, "resnet18": 16}
 EVERY = 50

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from networks import NETWORKS, exact_spectrum
 
-from pnanalysis.curvature.density import spectral_density
-from pnanalysis.curvature.linear import DiagonalOperator, LinearOperator, as_operator
-from pnanalysis.curvature.quadrature import wasserstein1
+from pnanalysis.spectra.density import spectral_density
+from pnanalysis.spectra.linear_operator import DiagonalOperator, LinearOperator, as_operator
+from pnanalysis.spectra.quadrature import wasserstein1
 
 RESULTS = Path(__file__).resolve().parent / "results" / "spectrum_accuracy.md"
 #: budget: (probes, steps) of plain quadrature

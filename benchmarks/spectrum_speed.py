@@ -31,11 +31,11 @@ from pyhessian import hessian as PyHessian
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pnanalysis.curvature.density import spectral_density
 from pnanalysis.curvature.operators import HessianOperator
-from pnanalysis.curvature.quadrature import wasserstein1
-from pnanalysis.data import load_data
-from pnanalysis.models import build_model
+from pnanalysis.inputs.data import load_data
+from pnanalysis.inputs.models import build_model
+from pnanalysis.spectra.density import spectral_density
+from pnanalysis.spectra.quadrature import wasserstein1
 
 RESULTS = Path(__file__).resolve().parent / "results" / "spectrum_speed.md"
 BUDGETS = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256)

@@ -3,7 +3,7 @@
     python benchmarks/training_speed.py [--data imagefolder:PATH] [--model lenet5] [--device cpu] [--repeats 3]
 
 One epoch of the training set, without evaluation: :func:`trainers.fit`; the same steps as a plain loop over tensors;
-the usual loop over a torchvision ``DataLoader``. Then ``--members`` networks by :func:`trainers.together.fit_together`
+the usual loop over a torchvision ``DataLoader``. Then ``--members`` networks by :func:`trainers.loop.batched_fit.fit_together`
 beside as many calls of ``fit``. All sides in turn in one process, medians of the repeats.
 """
 
@@ -21,10 +21,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from pnanalysis.data import Split, load_data
-from pnanalysis.models import build_model
+from pnanalysis.inputs.data import Split, load_data
+from pnanalysis.inputs.models import build_model
 from trainers import fit
-from trainers.together import Member, fit_together
+from trainers.loop.batched_fit import Member, fit_together
 
 
 class Images(Dataset):

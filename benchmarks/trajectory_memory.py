@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import pnanalysis as pn
-from pnanalysis.models import build_model
+from pnanalysis.inputs.models import build_model
 
 CHECKPOINTS = {"lenet5": 2000, "resnet18": 200}
 

@@ -16,15 +16,15 @@ import torch
 import xarray as xr
 
 from pnanalysis import schema
-from pnanalysis.comparison import compare
+from pnanalysis.analyses.comparison import compare
+from pnanalysis.analyses.hessian import hessian
+from pnanalysis.analyses.landscape import landscape
+from pnanalysis.analyses.saturation import saturation
+from pnanalysis.analyses.trajectory import trajectory
 from pnanalysis.errors import RunError
-from pnanalysis.hessian import hessian
-from pnanalysis.landscape import landscape
-from pnanalysis.progress import progress_bar
+from pnanalysis.io.runs import ANALYSIS, Run, open_run
 from pnanalysis.report import write_report
-from pnanalysis.runs import ANALYSIS, Run, open_run
-from pnanalysis.saturation import saturation
-from pnanalysis.trajectory import trajectory
+from pnanalysis.terminal.progress import progress_bar
 
 #: Network: options of its training. Both are small enough for two CPU cores and learn the digits well.
 NETWORKS = {

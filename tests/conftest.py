@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pnanalysis.runs import Run
+from pnanalysis.io.runs import Run
 from trainers import Config, train
 
 TINY = {"model": "tanh7", "model_options": {"input_shape": [1, 8, 8], "width": 16}, "data": "digits", "batch_size": 64}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pnanalysis.alignment import Relabelling, _improve, _Matching, align, check_preserved, distance
+from pnanalysis.alignment.permutation_symmetries import find_groups
+from pnanalysis.alignment.weight_matching import Relabelling, _improve, _Matching, align, check_preserved, distance
 from pnanalysis.errors import ModelError
-from pnanalysis.symmetries import find_groups
-from trainers.models import alexnet, lenet5, resnet18, tanh7
+from trainers.zoo.models import alexnet, lenet5, resnet18, tanh7
 
 
 class Block(nn.Module):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import pnanalysis as pn
-from pnanalysis.arguments import ascending, at_least, one_of, positive, resolve_dtype
+from pnanalysis.checks import ascending, at_least, one_of, positive, resolve_dtype
 from pnanalysis.errors import PnError
-from pnanalysis.runs import Run
+from pnanalysis.io.runs import Run
 
 NAN = float("nan")
 COUNTS = (0, -3, 2.5, NAN, "many", [1])

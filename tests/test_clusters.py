@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from pnanalysis.activations import ACTIVATIONS, Activation
-from pnanalysis.activity import LayerActivity, Measures
-from pnanalysis.clusters import ExampleMoments, ShareErrors
+from pnanalysis.activations.cluster_errors import ExampleMoments, ShareErrors
+from pnanalysis.activations.hooks import ACTIVATIONS, Activation
+from pnanalysis.activations.statistics import LayerActivity, Measures
 
 TANH = ACTIVATIONS[torch.tanh]
 BETWEEN, WITHIN = 1.0, 0.7  # standard deviations of an example's level, and of the numbers about it

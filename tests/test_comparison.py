@@ -14,15 +14,15 @@ from torch import nn
 
 import pnanalysis as pn
 from pnanalysis import schema
-from pnanalysis.comparison import _saved_spectrum, told_beyond
-from pnanalysis.distance import parameter_distances
+from pnanalysis.analyses.comparison import _saved_spectrum, told_beyond
+from pnanalysis.analyses.verdict import diagnostics, measured, verdict
 from pnanalysis.errors import DataError, RunError
-from pnanalysis.evaluation import paired
-from pnanalysis.measured import Measured
-from pnanalysis.members import Examples, members
-from pnanalysis.runs import ANALYSIS, MANIFEST, Run, open_run
-from pnanalysis.sources import as_source, open_files
-from pnanalysis.verdict import diagnostics, measured, verdict
+from pnanalysis.estimates import Measured
+from pnanalysis.evaluation.scores import paired
+from pnanalysis.geometry.distances import parameter_distances
+from pnanalysis.inputs.selection import Examples, members
+from pnanalysis.inputs.sources import as_source, open_files
+from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
 from trainers import Config, train
 
 SMALL = {"n": 100, "n_lanczos": 10, "n_probes": 3}

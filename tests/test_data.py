@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from pnanalysis.data import LoaderSplit, Split, as_splits, fingerprint, load_data, resize
 from pnanalysis.errors import DataError
+from pnanalysis.inputs.data import LoaderSplit, Split, as_splits, fingerprint, load_data, resize
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import pnanalysis as pn
 from pnanalysis.errors import PnError
-from pnanalysis.forward import explained, prediction
-from pnanalysis.runs import Run
-from pnanalysis.sources import Source, as_source, open_files
+from pnanalysis.evaluation.forward import explained, prediction
+from pnanalysis.inputs.sources import Source, as_source, open_files
+from pnanalysis.io.runs import Run
 
 ANALYSES: dict[str, Callable[[Source], Any]] = {
     "hessian": lambda source: pn.hessian(source, n_hvp=12, progress=False),

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import pnanalysis as pn
-from pnanalysis.cka import OUTPUT, CentredKernelAlignment, linear_kernel, u_centred, unbiased_hsic
+from pnanalysis.analyses.functional import expected_disagreement, functional_distance, js_divergence
 from pnanalysis.errors import DataError, ModelError, RunError
-from pnanalysis.functional import expected_disagreement, functional_distance, js_divergence
-from pnanalysis.losses import example_losses, log_probabilities
-from pnanalysis.models import LOSSES
-from pnanalysis.runs import Run
-from pnanalysis.sources import Source, as_source, open_files
+from pnanalysis.evaluation.cka import OUTPUT, CentredKernelAlignment, linear_kernel, u_centred, unbiased_hsic
+from pnanalysis.evaluation.losses import example_losses, log_probabilities
+from pnanalysis.inputs.models import LOSSES
+from pnanalysis.inputs.sources import Source, as_source, open_files
+from pnanalysis.io.runs import Run
 
 CROSS_ENTROPY = LOSSES["cross_entropy"]
 

@@ -10,7 +10,7 @@ import torch
 
 import pnanalysis as pn
 from pnanalysis.errors import RunError
-from pnanalysis.runs import Run
+from pnanalysis.io.runs import Run
 from trainers import Config, PersistentPenalty, train
 
 QUIET = {"device": "cpu", "progress": False}

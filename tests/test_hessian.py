@@ -13,11 +13,11 @@ import xarray as xr
 from torch import nn
 
 import pnanalysis as pn
-from pnanalysis.curvature.density import spectral_density
-from pnanalysis.data import load_data
 from pnanalysis.errors import CurvatureError
-from pnanalysis.models import build_model
-from pnanalysis.runs import Run
+from pnanalysis.inputs.data import load_data
+from pnanalysis.inputs.models import build_model
+from pnanalysis.io.runs import Run
+from pnanalysis.spectra.density import spectral_density
 from trainers import fit
 
 SMALL = {"n": 128, "n_lanczos": 16, "n_probes": 3, "progress": False}
@@ -92,7 +92,7 @@ def test_finished_spectra_are_kept_while_others_are_under_way(tiny_run: Run, tmp
         computed.append(title)
         return spectral_density(*arguments, title=title, **others)
 
-    monkeypatch.setattr(sys.modules["pnanalysis.hessian"], "spectral_density", counted)
+    monkeypatch.setattr(sys.modules["pnanalysis.analyses.hessian"], "spectral_density", counted)
     with pytest.raises(KeyboardInterrupt):
         pn.hessian(tiny_run, **options)
     resumed = pn.hessian(tiny_run, **options)

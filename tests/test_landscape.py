@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pnanalysis import schema
-from pnanalysis.alignment import Relabelling
-from pnanalysis.comparison import compare
-from pnanalysis.curves import curve_weights, train_curve
-from pnanalysis.data import as_splits
+from pnanalysis.alignment.permutation_symmetries import find_groups
+from pnanalysis.alignment.weight_matching import Relabelling
+from pnanalysis.analyses.comparison import compare
+from pnanalysis.analyses.functional import functional_distance
+from pnanalysis.analyses.landscape import landscape
+from pnanalysis.analyses.trajectory import trajectory
 from pnanalysis.errors import PnError
-from pnanalysis.functional import functional_distance
-from pnanalysis.landscape import landscape
-from pnanalysis.losses import example_losses
-from pnanalysis.planes import random_directions
-from pnanalysis.runs import Run
-from pnanalysis.sources import Source, as_source, open_files
-from pnanalysis.surface import Surface
-from pnanalysis.symmetries import find_groups
-from pnanalysis.trajectory import trajectory
+from pnanalysis.evaluation.losses import example_losses
+from pnanalysis.geometry.curves import curve_weights, train_curve
+from pnanalysis.geometry.loss_surface import Surface
+from pnanalysis.geometry.planes import random_directions
+from pnanalysis.inputs.data import as_splits
+from pnanalysis.inputs.sources import Source, as_source, open_files
+from pnanalysis.io.runs import Run
 from trainers import Config, train
 
 EPS32 = 2.0**-23

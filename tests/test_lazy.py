@@ -32,10 +32,8 @@ def test_every_name_is_where_type_checkers_are_told(package) -> None:
 
 
 def test_modules_are_attributes_without_being_imported() -> None:
-    code = (
-        "import pnanalysis as pn, trainers; print(pn.models.__name__, pn.curvature.__name__, trainers.sweep.__name__)"
-    )
-    assert in_a_fresh_interpreter(code) == "pnanalysis.models pnanalysis.curvature trainers.sweep"
+    code = "import pnanalysis as pn, trainers; print(pn.models.__name__, pn.curvature.__name__, trainers.runs.sweep.__name__)"
+    assert in_a_fresh_interpreter(code) == "pnanalysis.inputs.models pnanalysis.curvature trainers.runs.sweep"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -46,8 +44,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import pnanalysis.hessian, trainers.fit",
-        "from pnanalysis.saturation import saturation; from trainers import persistence",
+        "import pnanalysis.analyses.hessian, trainers.loop.fit",
+        "from pnanalysis.analyses.saturation import saturation; from trainers import persistence",
         "from pnanalysis import *; from trainers import *",
         "",
     ],

@@ -13,8 +13,15 @@ from torch.nn import functional as F
 
 import pnanalysis as pn
 from pnanalysis.errors import DataError, ModelError, PnError
-from pnanalysis.losses import check_mean, check_targets, example_errors, example_losses, linearised, squared_errors
-from pnanalysis.sources import Source, open_files
+from pnanalysis.evaluation.losses import (
+    check_mean,
+    check_targets,
+    example_errors,
+    example_losses,
+    linearised,
+    squared_errors,
+)
+from pnanalysis.inputs.sources import Source, open_files
 
 VOID = 255
 

@@ -145,7 +145,7 @@ def test_what_cannot_be_monitored_is_said() -> None:
 
 
 def test_the_example_of_the_docstring_runs() -> None:
-    result = doctest.testmod(importlib.import_module("pnanalysis.monitor"))
+    result = doctest.testmod(importlib.import_module("pnanalysis.activations.monitor"))
     assert result.attempted > 3
     assert result.failed == 0
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pnanalysis import schema
+from pnanalysis.analyses.history import error_kind, history
 from pnanalysis.errors import ModelError, RunError
-from pnanalysis.history import error_kind, history
-from pnanalysis.runs import MANIFEST, Run, RunWriter, open_run, read_weights
+from pnanalysis.io.runs import MANIFEST, Run, RunWriter, open_run, read_weights
 
 
 def test_a_finished_run_names_start_plain_champion_and_ends(tiny_run: Run) -> None:

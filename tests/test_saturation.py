@@ -16,16 +16,16 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from pnanalysis import schema
-from pnanalysis.activations import ACTIVATIONS, Activation, watch_activations
-from pnanalysis.activity import LayerActivity, Measures
+from pnanalysis.activations.hooks import ACTIVATIONS, Activation, watch_activations
+from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR, QuantileSketch
+from pnanalysis.activations.statistics import LayerActivity, Measures
+from pnanalysis.analyses.saturation import PERCENTILES, saturation
 from pnanalysis.cli import app
-from pnanalysis.data import load_data
 from pnanalysis.errors import ModelError, PnError
-from pnanalysis.models import build_model
-from pnanalysis.quantiles import RELATIVE_ERROR, QuantileSketch
-from pnanalysis.runs import Run
-from pnanalysis.saturation import PERCENTILES, saturation
-from pnanalysis.sources import as_source, open_files
+from pnanalysis.inputs.data import load_data
+from pnanalysis.inputs.models import build_model
+from pnanalysis.inputs.sources import as_source, open_files
+from pnanalysis.io.runs import Run
 
 
 def stored_activations(run: Run, iteration: int, epoch: int, layer: str) -> np.ndarray:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from pnanalysis import schema
+from pnanalysis.analyses.sharpness import RADII, sharpness
 from pnanalysis.errors import ModelError
-from pnanalysis.runs import Run
-from pnanalysis.sharpness import RADII, sharpness
-from pnanalysis.sources import Source, open_files
+from pnanalysis.inputs.sources import Source, open_files
+from pnanalysis.io.runs import Run
 
 RADIUS = {"ball": 0.2, "adaptive": 0.3, "box": 0.05}
 

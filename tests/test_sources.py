@@ -14,16 +14,16 @@ from torch.nn import functional as F
 
 import pnanalysis as pn
 from pnanalysis import schema
-from pnanalysis.comparison import _saved_spectrum
+from pnanalysis.analyses.comparison import _saved_spectrum
 from pnanalysis.errors import ModelError, RunError, TrainingError
-from pnanalysis.members import members
-from pnanalysis.models import parameter_layers
-from pnanalysis.runs import ANALYSIS, Checkpoint, Run
-from pnanalysis.sources import as_source
-from pnanalysis.surface import Surface
-from pnanalysis.weights import FlatWeights
+from pnanalysis.geometry.flat_weights import FlatWeights
+from pnanalysis.geometry.loss_surface import Surface
+from pnanalysis.inputs.models import parameter_layers
+from pnanalysis.inputs.selection import members
+from pnanalysis.inputs.sources import as_source
+from pnanalysis.io.runs import ANALYSIS, Checkpoint, Run
 from trainers import PersistentPenalty, fit
-from trainers.together import Member, fit_together
+from trainers.loop.batched_fit import Member, fit_together
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_a_strangers_header_is_refused(header: object, tmp_path: Path) -> None:
 
 def test_a_value_twice_in_a_sweep_is_refused() -> None:
     from trainers import Config
-    from trainers.sweep import parse_sweep
+    from trainers.runs.sweep import parse_sweep
 
     with pytest.raises(TrainingError, match="twice"):
         parse_sweep(["lam=0.1,0.10"], Config())

@@ -20,15 +20,15 @@ from typer.testing import CliRunner
 
 import pnanalysis.schema as schema
 from pnanalysis import plots
+from pnanalysis.analyses.history import history
+from pnanalysis.analyses.trajectory import trajectory
 from pnanalysis.cli import app
 from pnanalysis.errors import ModelError, PnError, RunError
-from pnanalysis.gram import _blocks, displacement_gram
-from pnanalysis.history import history
-from pnanalysis.planes import random_directions
-from pnanalysis.runs import Checkpoint, Run, open_run
-from pnanalysis.sources import as_source, as_sources, open_files
-from pnanalysis.trajectory import trajectory
-from pnanalysis.weights import FlatWeights
+from pnanalysis.geometry.flat_weights import FlatWeights
+from pnanalysis.geometry.gram import _blocks, displacement_gram
+from pnanalysis.geometry.planes import random_directions
+from pnanalysis.inputs.sources import as_source, as_sources, open_files
+from pnanalysis.io.runs import Checkpoint, Run, open_run
 from trainers import Config, train
 
 
@@ -77,7 +77,7 @@ def test_path_lengths_add_up_along_each_path(tiny_run: Run) -> None:
 
 def test_small_blocks_give_the_same_projection(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trajectory(tiny_run, progress=False)
-    monkeypatch.setattr("pnanalysis.gram._BLOCK_BYTES", 8 * 16 * 7)  # seven parameters at a time
+    monkeypatch.setattr("pnanalysis.geometry.gram._BLOCK_BYTES", 8 * 16 * 7)  # seven parameters at a time
     np.testing.assert_allclose(trajectory(tiny_run, progress=False).plane, whole.plane, atol=1e-10)
 
 
@@ -218,7 +218,7 @@ def test_every_parameter_is_read_once(tiny_run: Run, monkeypatch: pytest.MonkeyP
         return original(path, dtype, count, offset=offset)
 
     monkeypatch.setattr(np, "fromfile", counting)
-    monkeypatch.setattr("pnanalysis.gram._BLOCK_BYTES", 8 * 16 * 100)
+    monkeypatch.setattr("pnanalysis.geometry.gram._BLOCK_BYTES", 8 * 16 * 100)
     trajectory(tiny_run, iterations=[0], progress=False)
     n_bytes = 4 * sum(tensor.numel() for tensor in tiny_run.plain.load().values())
     assert set(read.values()) == {n_bytes}

@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pnanalysis.console import error_cell, make_table, run_app, show, speak_json, version_option, when_interrupted
 from pnanalysis.errors import PnError, TrainingError
+from pnanalysis.terminal.console import (
+    error_cell,
+    make_table,
+    run_app,
+    show,
+    speak_json,
+    version_option,
+    when_interrupted,
+)
 from trainers.choices import Amp, Form, Optimizer, Origin, Strategy
 from trainers.recipes import RECIPES, Config, configure, find_recipe
 
 if TYPE_CHECKING:
-    from pnanalysis.runs import Run
-    from trainers.sweep import Outcome
+    from pnanalysis.io.runs import Run
+    from trainers.runs.sweep import Outcome
 
 app = typer.Typer(name="pntrain", add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -158,9 +166,9 @@ def pntrain(
         model_options=_model_options(model_option), data=data, loss=loss, seed=seed, split_seed=split_seed,
         checkpoint_every=checkpoint_every, amp=amp, compile=compile,
     )  # fmt: skip
-    from trainers.strategies import train, train_together
-    from trainers.sweep import parse_sweep
-    from trainers.sweep import sweep as run_sweep
+    from trainers.runs.strategies import train, train_together
+    from trainers.runs.sweep import parse_sweep
+    from trainers.runs.sweep import sweep as run_sweep
 
     out = out or Path("runs") / config.recipe
     when_interrupted(f"go on with: {_resuming(sys.argv)}")
@@ -217,7 +225,7 @@ def _model_options(entries: list[str] | None) -> dict[str, object] | None:
 
 
 def _report(run: Run, quiet: bool) -> None:
-    from pnanalysis.history import error_kind, error_name
+    from pnanalysis.analyses.history import error_kind, error_name
 
     kind = error_kind(run.history)
     last = run.history.isel(epoch=-1)
@@ -241,8 +249,8 @@ def _report(run: Run, quiet: bool) -> None:
 
 def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
     """A row a run; an error that names the first failure, once all have ended."""
-    from pnanalysis.history import error_kind, error_name
-    from pnanalysis.runs import open_run
+    from pnanalysis.analyses.history import error_kind, error_name
+    from pnanalysis.io.runs import open_run
 
     rows, kinds, unvalidated = [], set(), False
     for outcome in outcomes:

@@ -21,7 +21,7 @@ class Config:
     recipe : str
         Name under which it was asked for.
     model, model_options, data, loss
-        What is trained on what; see :mod:`pnanalysis.models` and :mod:`pnanalysis.data`.
+        What is trained on what; see :mod:`pnanalysis.inputs.models` and :mod:`pnanalysis.inputs.data`.
     strategy : {"plain", "persistent", "partial", "restart"}
         ``persistent`` repels all layers, ``partial`` one; ``restart`` is the control of equal cost.
     iterations, epochs : int
@@ -102,7 +102,7 @@ class Recipe:
     id: str
     summary: str
     config: Config
-    runner: str = "images"  # "images" (trainers.strategies), "two-well" (trainers.toy) or "kink" (trainers.ensemble)
+    runner: str = "images"  # "images" (trainers.runs.strategies), "two-well" (trainers.problems.two_well) or "kink" (trainers.problems.kink_ensemble)
 
 
 def _recipe(id: str, name: str, summary: str, runner: str = "images", **settings: Any) -> Recipe:

@@ -20,7 +20,7 @@ from pnanalysis.cli import (
     sharpness,
     trajectory,
 )
-from pnanalysis.console import run_app, version_option
+from pnanalysis.terminal.console import run_app, version_option
 
 app = typer.Typer(
     name="pnanalysis",

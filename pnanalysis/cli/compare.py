@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, make_table
+from pnanalysis.terminal.console import Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -56,7 +56,7 @@ def compare(
 
       pnanalysis compare --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
-    from pnanalysis.comparison import compare as analyse
+    from pnanalysis.analyses.comparison import compare as analyse
 
     given = options.sources(runs, model, weights, data, loss, output)
     ds = analyse(
@@ -67,7 +67,7 @@ def compare(
 
 
 def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
-    from pnanalysis.verdict import verdict
+    from pnanalysis.analyses.verdict import verdict
 
     yield from _values(ds)
     yield from verdict(ds)
@@ -75,7 +75,7 @@ def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
 
 def _values(ds: xr.Dataset) -> Iterator[Table]:
     """Values and what stands beside the first, in one table while it is narrow."""
-    from pnanalysis.verdict import diagnostics, short_names
+    from pnanalysis.analyses.verdict import diagnostics, short_names
 
     names, rows = short_names(ds), diagnostics(ds)
     k = len(names)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import make_table, show, when_interrupted
+from pnanalysis.terminal.console import make_table, show, when_interrupted
 
 
 def register(app: typer.Typer) -> None:

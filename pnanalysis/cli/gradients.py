@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, make_table
-from pnanalysis.measured import Measured
+from pnanalysis.estimates import Measured
+from pnanalysis.terminal.console import Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -42,8 +42,8 @@ def gradients(
 
       pnanalysis gradients runs/gradient-split --window 10 --plot gradients.pdf
     """
-    from pnanalysis.gradients import gradient_split
-    from pnanalysis.sources import as_source
+    from pnanalysis.analyses.gradients import gradient_split
+    from pnanalysis.inputs.sources import as_source
 
     source = as_source(run, model, data, loss)
     ds = gradient_split(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, make_table, say, when_interrupted
-from pnanalysis.measured import Measured, Shown
+from pnanalysis.estimates import Measured, Shown
+from pnanalysis.terminal.console import Table, make_table, say, when_interrupted
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -61,7 +61,7 @@ def hessian(
 
       pnanalysis hessian --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make --loss mse
     """
-    from pnanalysis.hessian import hessian as analyse
+    from pnanalysis.analyses.hessian import hessian as analyse
 
     given = options.sources(runs, model, weights, data, loss, output)
     unfinished = options.destination("hessian", given[0], output).with_suffix(".unfinished")
@@ -110,7 +110,7 @@ def _within(ds: xr.Dataset, name: str) -> Measured:
 
 def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
     """Each checkpoint minus the first; a W1 distance near its noise is none."""
-    from pnanalysis.curvature.summary import compare_spectra
+    from pnanalysis.spectra.summary import compare_spectra
 
     first, *others = (ds.sel(checkpoint=name) for name in ds.checkpoint.values)
     rows = []

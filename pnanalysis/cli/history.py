@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, error_cell, make_table
 from pnanalysis.errors import PnError
+from pnanalysis.terminal.console import Table, error_cell, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,8 +33,8 @@ def history(
 
       pnanalysis history runs/lenet5 runs/lenet5-restart --plot history.pdf
     """
-    from pnanalysis.history import history as analyse
-    from pnanalysis.runs import open_run
+    from pnanalysis.analyses.history import history as analyse
+    from pnanalysis.io.runs import open_run
 
     if not runs:
         raise PnError("name a run directory")
@@ -45,7 +45,7 @@ def history(
 
 def _table(ds: xr.Dataset) -> Table:
     """Every iteration at its run's last epoch."""
-    from pnanalysis.history import error_kind, error_name
+    from pnanalysis.analyses.history import error_kind, error_name
 
     rows, kinds = [], set()
     several = "run" in ds.dims

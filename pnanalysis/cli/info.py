@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Cell, Table, make_table, show
 from pnanalysis.errors import PnError
+from pnanalysis.terminal.console import Cell, Table, make_table, show
 
 if TYPE_CHECKING:
     import torch
     import xarray as xr
 
-    from pnanalysis.runs import Run
+    from pnanalysis.io.runs import Run
 
 _DATASETS = (".nc", ".h5", ".hdf5")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -40,7 +40,7 @@ def info(
       pnanalysis info runs/lenet5/analysis/hessian.nc
     """
     from pnanalysis import schema
-    from pnanalysis.runs import open_run, read_weights
+    from pnanalysis.io.runs import open_run, read_weights
 
     if path.suffix in _DATASETS:
         tables = _of_dataset(path, schema.load(path))

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Percent, Table, make_table
-from pnanalysis.measured import Measured, Shown
+from pnanalysis.estimates import Measured, Shown
+from pnanalysis.terminal.console import Percent, Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from pnanalysis.sources import Source
+    from pnanalysis.inputs.sources import Source
 
 
 def register(app: typer.Typer) -> None:
@@ -68,7 +68,7 @@ def landscape(
 
       pnanalysis landscape --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
-    from pnanalysis.landscape import landscape as analyse
+    from pnanalysis.analyses.landscape import landscape as analyse
 
     given = options.sources(runs, model, weights, data, loss, output)
     ds = analyse(
@@ -83,7 +83,7 @@ def landscape(
 
 def _paths(given: list[Source], quiet: bool) -> dict[str, Any]:
     """The trajectories to draw over the plane that they define."""
-    from pnanalysis.trajectory import trajectory
+    from pnanalysis.analyses.trajectory import trajectory
 
     return {"trajectory": trajectory(*given, progress=not quiet)}
 

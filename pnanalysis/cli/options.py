@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pnanalysis.console import Table, show, show_saved, speak_json
 from pnanalysis.errors import PnError
 from pnanalysis.files import check_figure, check_writable
+from pnanalysis.terminal.console import Table, show, show_saved, speak_json
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from pnanalysis.sources import Source
+    from pnanalysis.inputs.sources import Source
 
 
 def _dataset_file(path: Path | None) -> Path | None:
@@ -108,7 +108,7 @@ def sources(
     PnError
         If nothing is named, weights come without a model, or there is no place for the result.
     """
-    from pnanalysis.sources import as_source, open_files
+    from pnanalysis.inputs.sources import as_source, open_files
 
     given = list(paths or [])
     if model is not None and (weights or not given or not given[0].is_dir()):
@@ -131,7 +131,7 @@ def destination(kind: str, first: Source, output: Path | None) -> Path:
     PnError
         If nothing can be written there.
     """
-    from pnanalysis.runs import ANALYSIS
+    from pnanalysis.io.runs import ANALYSIS
 
     if output is not None:
         return output

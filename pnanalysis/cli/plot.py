@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import show_saved
 from pnanalysis.files import check_writable
+from pnanalysis.terminal.console import show_saved
 
 
 def _kinds() -> list[str]:

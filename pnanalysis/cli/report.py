@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import show_saved
 from pnanalysis.files import check_writable
+from pnanalysis.terminal.console import show_saved
 
 
 def register(app: typer.Typer) -> None:
@@ -32,8 +32,8 @@ def report(
 
       pnanalysis report runs/lenet5 runs/lenet5-restart -o report.html
     """
+    from pnanalysis.io.runs import open_run
     from pnanalysis.report import write_report
-    from pnanalysis.runs import open_run
 
     path = write_report([open_run(run) for run in runs], output, title=title)
     show_saved(quiet, path)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Cell, Table, make_table
-from pnanalysis.measured import Measured
+from pnanalysis.estimates import Measured
+from pnanalysis.terminal.console import Cell, Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -47,7 +47,7 @@ def saturation(
 
       pnanalysis saturation --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
-    from pnanalysis.saturation import saturation as analyse
+    from pnanalysis.analyses.saturation import saturation as analyse
 
     given = options.sources(runs, model, weights, data, None, output)
     ds = analyse(
@@ -59,7 +59,7 @@ def saturation(
 
 def _table(ds: xr.Dataset) -> Table:
     """Each layer at the end of each iteration: percentile, saturation with standard errors, dead units."""
-    from pnanalysis.activity import MARGIN
+    from pnanalysis.activations.statistics import MARGIN
 
     stacked = [dim for dim in ds.n_units.dims if dim not in ("layer", "epoch")]
     rows = []

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Table, make_table
 from pnanalysis.errors import PnError
-from pnanalysis.measured import Measured
+from pnanalysis.estimates import Measured
+from pnanalysis.terminal.console import Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -51,7 +51,7 @@ def sharpness(
 
       pnanalysis sharpness runs/lenet5 -c ends --radius ball=0.1 --radius box=5e-4 --plot sharpness.pdf
     """
-    from pnanalysis.sharpness import sharpness as analyse
+    from pnanalysis.analyses.sharpness import sharpness as analyse
 
     radii = _radii(radius)
     given = options.sources(runs, model, weights, data, loss, output)
@@ -63,7 +63,7 @@ def sharpness(
 
 
 def _radii(texts: list[str] | None) -> dict[str, float] | None:
-    from pnanalysis.sharpness import RADII
+    from pnanalysis.analyses.sharpness import RADII
 
     radii: dict[str, float] = {}
     for text in texts or ():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.console import Cell, Table, make_table
+from pnanalysis.terminal.console import Cell, Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -47,8 +47,8 @@ def trajectory(
 
       pnanalysis trajectory runs/lenet5 --per-layer --projection pca --projection random
     """
-    from pnanalysis.trajectory import DEFAULT_PROJECTIONS
-    from pnanalysis.trajectory import trajectory as analyse
+    from pnanalysis.analyses.trajectory import DEFAULT_PROJECTIONS
+    from pnanalysis.analyses.trajectory import trajectory as analyse
 
     given = options.sources(runs, model, weights, data, None, output)
     ds = analyse(
@@ -61,7 +61,7 @@ def trajectory(
 
 def _table(ds: xr.Dataset) -> Table:
     """Each path's end: distances, length, and cosines with the first path's end; a row a layer if there are layers."""
-    from pnanalysis.trajectory import WHOLE
+    from pnanalysis.analyses.trajectory import WHOLE
 
     ends = {(run, i): k for k, (run, i) in enumerate(zip(ds.run.values, ds.iteration.values, strict=True))}
     layers = "layer" in ds.dims

@@ -11,17 +11,17 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, RandomSampler
 
 from pnanalysis.curvature.autodiff import Named, requiring_grad
-from pnanalysis.curvature.frozen import BatchNorm, frozen_copy
-from pnanalysis.curvature.linearise import Linearisation, Product, Untraceable, rehearse
-from pnanalysis.curvature.memory import free_bytes
 from pnanalysis.curvature.parameters import Selection, join_tensors, select_parameters, split_vector
 from pnanalysis.curvature.precision import PRECISIONS, autocast, float32_precision
+from pnanalysis.curvature.prepared_copy import BatchNorm, frozen_copy
 from pnanalysis.curvature.regulariser import Regulariser
+from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
-from pnanalysis.forward import placed
-from pnanalysis.losses import check_targets, example_weights, known
-from pnanalysis.models import Loss, parameter_layers
-from pnanalysis.nest import as_arguments, batch_size, cut, map_tensors, move
+from pnanalysis.evaluation.forward import placed
+from pnanalysis.evaluation.losses import check_targets, example_weights, known
+from pnanalysis.inputs.batches import as_arguments, batch_size, cut, map_tensors, move
+from pnanalysis.inputs.models import Loss, parameter_layers
+from pnanalysis.spectra.memory import free_bytes
 
 _CACHE_SHARE = 0.25  # of the free memory, for what products of a batch share
 _TRACE_FROM = 30  # products that pay for a trace
@@ -42,7 +42,7 @@ class CurvatureOperator:
     loss_fn : callable
         ``loss_fn(outputs, targets)``, a scalar: the mean over the batch, or its sum.
     batches : re-iterable of (inputs, targets)
-        Lists, a ``DataLoader`` without shuffling, :class:`pnanalysis.data.Batches`...
+        Lists, a ``DataLoader`` without shuffling, :class:`pnanalysis.inputs.data.Batches`...
     params : None, str, Parameter or sequence of these
         See :func:`pnanalysis.curvature.parameters.select_parameters`.
     dtype : torch.dtype, optional
@@ -64,7 +64,7 @@ class CurvatureOperator:
         Passes over the network in TensorFloat-32 (on CUDA), or in bfloat16 under autocast; sums stay in ``dtype``.
     expected_products : int
         How many products are to come, roughly: few do not pay for a trace (see
-        :mod:`pnanalysis.curvature.linearise`).
+        :mod:`pnanalysis.curvature.tracing`).
 
     Raises
     ------
@@ -72,7 +72,7 @@ class CurvatureOperator:
         For an empty selection, no data, data that come in a new order on every pass, or batch normalisation in train
         mode on a single example.
     DataError
-        For targets that the loss takes, but not as they are meant: see :func:`pnanalysis.losses.check_targets`.
+        For targets that the loss takes, but not as they are meant: see :func:`pnanalysis.evaluation.losses.check_targets`.
     """
 
     def __init__(

@@ -11,9 +11,9 @@ from torch.func import grad, jvp, vjp
 
 from pnanalysis.curvature.autodiff import Named, pullback, requiring_grad
 from pnanalysis.curvature.base import CurvatureOperator
-from pnanalysis.curvature.linearise import Product
+from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError
-from pnanalysis.nest import batch_size
+from pnanalysis.inputs.batches import batch_size
 
 
 class HessianOperator(CurvatureOperator):

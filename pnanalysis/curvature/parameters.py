@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.models import parameter_layers
+from pnanalysis.inputs.models import parameter_layers
 
 Selection = str | nn.Parameter | Sequence["str | nn.Parameter"] | None
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pnanalysis.measured import Measured
+from pnanalysis.analyses.verdict import Diagnostic, diagnostics, measured, short_names, told_layers
+from pnanalysis.estimates import Measured
 from pnanalysis.plots.style import COLOURS, DASHES, MARKERS, PAGE, QUIET, new_figure, tilted
-from pnanalysis.verdict import Diagnostic, diagnostics, measured, short_names, told_layers
 
 _PER_ROW = 4
 _TOLD, _SAME, _UNKNOWN = "full", "none", "left"  # how markers are filled

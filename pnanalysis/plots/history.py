@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from pnanalysis.analyses.history import error_kind
 from pnanalysis.errors import PnError
-from pnanalysis.history import error_kind
 from pnanalysis.plots.style import (
     CHAMPION,
     OTHERS,

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from pnanalysis.analyses.verdict import short_names
 from pnanalysis.errors import PnError
-from pnanalysis.measured import Measured
+from pnanalysis.estimates import Measured
 from pnanalysis.plots.style import (
     CHAMPION,
     COLUMN,
@@ -30,7 +31,6 @@ from pnanalysis.plots.style import (
     tilted,
 )
 from pnanalysis.plots.trajectory import at_layer
-from pnanalysis.verdict import short_names
 
 _LOOKS = {"line": (PLAIN, "-", "o"), "aligned": ("#E69F00", "--", "s"), "curve": ("#000000", ":", "^")}
 _LEVELS = 16

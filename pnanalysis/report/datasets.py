@@ -6,7 +6,7 @@ import xarray as xr
 
 from pnanalysis import schema
 from pnanalysis.errors import PnError, SchemaError
-from pnanalysis.runs import Run
+from pnanalysis.io.runs import Run
 
 #: What comes of datasets that do not hold what their kinds do.
 ODD = (PnError, AttributeError, LookupError, TypeError, ValueError)

@@ -13,12 +13,12 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from pnanalysis import plots
+from pnanalysis.analyses.verdict import verdict
+from pnanalysis.io.runs import Run
 from pnanalysis.plots.landscape import same_plane
 from pnanalysis.plots.saturation import bounded_layers
 from pnanalysis.plots.style import PAGE, new_figure, style
 from pnanalysis.report.datasets import ODD, datasets
-from pnanalysis.runs import Run
-from pnanalysis.verdict import verdict
 
 _SVG_LIMIT = 1_500_000
 

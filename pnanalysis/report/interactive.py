@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from pnanalysis.analyses.trajectory import WHOLE
+from pnanalysis.io.runs import Run
 from pnanalysis.plots.style import CHAMPION, COLOURS, PLAIN, QUIET, label
 from pnanalysis.report.datasets import ODD, datasets
-from pnanalysis.runs import Run
-from pnanalysis.trajectory import WHOLE
 
 ALL = "all"
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")

@@ -14,10 +14,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pnanalysis.errors import RunError
+from pnanalysis.io.runs import Run
 from pnanalysis.report.figures import pictures
 from pnanalysis.report.interactive import explorers
-from pnanalysis.report.summary import sentences, studies, summary_table
-from pnanalysis.runs import Run
+from pnanalysis.report.tables import sentences, studies, summary_table
 from pnanalysis.schema import atomic_path, provenance
 
 _DOWNLOAD_LIMIT = 4_000_000

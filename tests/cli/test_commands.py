@@ -16,8 +16,8 @@ import torch
 
 from pnanalysis import schema
 from pnanalysis.cli import app
-from pnanalysis.curvature.summary import compare_spectra
-from pnanalysis.runs import Run, open_run
+from pnanalysis.io.runs import Run, open_run
+from pnanalysis.spectra.summary import compare_spectra
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -194,7 +194,7 @@ def test_hessian_of_a_run_has_plain_and_champion(run, own_run: Run, tmp_path: Pa
 
 def test_a_users_own_weights_go_through_every_analysis(run, tmp_path: Path, own_run: Run, monkeypatch) -> None:
     (tmp_path / "own_nets.py").write_text(
-        "from trainers.models import tanh7\ndef make():\n    return tanh7((1, 8, 8), width=16)\n"
+        "from trainers.zoo.models import tanh7\ndef make():\n    return tanh7((1, 8, 8), width=16)\n"
     )
     monkeypatch.chdir(tmp_path)
     weights = [checkpoint.path for checkpoint in own_run.checkpoints]
@@ -355,7 +355,7 @@ def test_compare_takes_many_checkpoints_and_own_weights(run, own_run: Run, tmp_p
     assert "values" in outcome.out
     assert "By test error" in outcome.out
     (tmp_path / "compared.py").write_text(
-        "from trainers.models import tanh7\ndef make():\n    return tanh7((1, 8, 8), width=16)\n"
+        "from trainers.zoo.models import tanh7\ndef make():\n    return tanh7((1, 8, 8), width=16)\n"
     )
     weights = [end.path for end in own_run.ends]
     own = ("--model", "compared:make", "--weights", *weights[:1], "--data", "digits", *weights[1:])
@@ -402,7 +402,7 @@ def test_an_interrupt_says_how_to_go_on_and_training_does(run, tmp_path, monkeyp
     command = ("pntrain", "tanh7", *TINY, "--iterations", 2, "--epochs", 1, "--strategy", "persistent", "--out", out)
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.session.PersistentPenalty", interrupted)
+        patch.setattr("trainers.runs.session.PersistentPenalty", interrupted)
         stopped = run(*command)
     assert signal.getsignal(number) is before
     assert stopped.status == status

@@ -11,10 +11,10 @@ from hypothesis.extra import numpy as hnp
 
 from pnanalysis import schema
 from pnanalysis.curvature import deflation
-from pnanalysis.curvature.density import default_grid, smooth, spectral_density
-from pnanalysis.curvature.linear import DiagonalOperator, as_operator
-from pnanalysis.curvature.quadrature import averaged_rule, ritz, wasserstein1
 from pnanalysis.errors import CurvatureError, PnError
+from pnanalysis.spectra.density import default_grid, smooth, spectral_density
+from pnanalysis.spectra.linear_operator import DiagonalOperator, as_operator
+from pnanalysis.spectra.quadrature import averaged_rule, ritz, wasserstein1
 
 QUIET = {"progress": False}
 #: plain quadrature's probes and steps for a budget

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pnanalysis.curvature.lanczos import LanczosRun, Saver
-from pnanalysis.curvature.linear import DiagonalOperator, LinearOperator, as_operator, random_unit_vectors
-from pnanalysis.curvature.memory import basis_bytes, probes_at_once
-from pnanalysis.curvature.quadrature import ritz
 from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.lanczos import LanczosRun, Saver
+from pnanalysis.spectra.linear_operator import DiagonalOperator, LinearOperator, as_operator, random_unit_vectors
+from pnanalysis.spectra.memory import basis_bytes, probes_at_once
+from pnanalysis.spectra.quadrature import ritz
 
 EPS = np.finfo(np.float64).eps
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
 
-from pnanalysis.curvature.engines import make_operator
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from tests.curvature.conftest import NETWORKS, images
 from trainers import PersistentPenalty

@@ -12,11 +12,11 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import wasserstein_distance
 
 from pnanalysis import schema
-from pnanalysis.curvature.density import spectral_density
-from pnanalysis.curvature.linear import DiagonalOperator
-from pnanalysis.curvature.quadrature import Estimate, SpectralMeasure, wasserstein1
-from pnanalysis.curvature.summary import compare_spectra, summarise
 from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.density import spectral_density
+from pnanalysis.spectra.linear_operator import DiagonalOperator
+from pnanalysis.spectra.quadrature import Estimate, SpectralMeasure, wasserstein1
+from pnanalysis.spectra.summary import compare_spectra, summarise
 
 QUIET = {"progress": False, "grid": np.array([0.0, 1.0])}
 BUDGETS = [{"n_hvp": 80}, {"n_lanczos": 20, "n_probes": 4}, {"n_lanczos": 20, "n_probes": 4, "deflate": False}]

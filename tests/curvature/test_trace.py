@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pnanalysis.curvature.linear import DiagonalOperator, as_operator
-from pnanalysis.curvature.trace import trace_estimate
 from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.linear_operator import DiagonalOperator, as_operator
+from pnanalysis.spectra.trace import trace_estimate
 
 METHODS = ["xtrace", "hutch++", "hutchinson"]
 

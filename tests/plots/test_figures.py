@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 import pnanalysis as pn
 from pnanalysis import plots
 from pnanalysis.errors import PnError
-from pnanalysis.measured import Measured
+from pnanalysis.estimates import Measured
+from pnanalysis.io.runs import MANIFEST, Run
 from pnanalysis.plots.style import PLAIN
-from pnanalysis.runs import MANIFEST, Run
 from tests.plots import synthetic
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pnanalysis.io.runs import Run
 from pnanalysis.report import write_report
 from pnanalysis.report.interactive import ALL, explorers
-from pnanalysis.runs import Run
 from tests.report.test_report import pair
 
 __all__ = ["pair"]

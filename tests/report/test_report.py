@@ -16,12 +16,12 @@ from markupsafe import escape
 import pnanalysis as pn
 from pnanalysis import plots, schema
 from pnanalysis.errors import RunError
-from pnanalysis.measured import Measured
+from pnanalysis.estimates import Measured
+from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
 from pnanalysis.report import summary_table, write_report
 from pnanalysis.report.figures import embed, pictures
 from pnanalysis.report.interactive import explorers
-from pnanalysis.report.summary import sentences
-from pnanalysis.runs import ANALYSIS, MANIFEST, Run, open_run
+from pnanalysis.report.tables import sentences
 from trainers import Config, configure, find_recipe, train
 
 

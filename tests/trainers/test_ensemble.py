@@ -18,10 +18,10 @@ from torch import Tensor
 from pnanalysis import schema
 from pnanalysis.errors import TrainingError
 from trainers import PersistentPenalty
-from trainers.ensemble import initial_parameters, train_chains, train_restarts
-from trainers.kink import escape, kink_data, two_sided_fit_loss, wilson_interval
-from trainers.models import relu32
-from trainers.relu_batch import ReluBatch, Repulsion, layer_sizes, pack, predict, unpack
+from trainers.problems.batched_relu import ReluBatch, Repulsion, layer_sizes, pack, predict, unpack
+from trainers.problems.escape import escape, kink_data, two_sided_fit_loss, wilson_interval
+from trainers.problems.kink_ensemble import initial_parameters, train_chains, train_restarts
+from trainers.zoo.models import relu32
 
 matplotlib.use("agg")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from pnanalysis.data import Split, load_data
 from pnanalysis.errors import TrainingError
+from pnanalysis.inputs.data import Split, load_data
 from trainers import PersistentPenalty, fit
-from trainers.fit import (
+from trainers.loop.fit import (
     augment_batch,
     error_counter,
     error_kind,
@@ -18,8 +18,8 @@ from trainers.fit import (
     make_optimizer,
     optimizer_tensors,
 )
-from trainers.models import tanh7
 from trainers.seeds import derive_seed
+from trainers.zoo.models import tanh7
 
 
 def small(seed: int = 0) -> nn.Module:

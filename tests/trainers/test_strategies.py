@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from pnanalysis.errors import PnError, RunError, TrainingError
-from pnanalysis.runs import Run, RunWriter, open_run
+from pnanalysis.io.runs import Run, RunWriter, open_run
 from trainers import Config, configure, find_recipe, train
 from trainers.recipes import RECIPES
-from trainers.session import draw_layers
-from trainers.strategies import train_together
+from trainers.runs.session import draw_layers
+from trainers.runs.strategies import train_together
 
 _SECONDS = "seconds"
 
@@ -191,8 +191,8 @@ def test_what_ends_a_training_marks_its_run(tiny_config: Config, tmp_path: Path,
     def ends(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr("trainers.session.fit", ends)
-    monkeypatch.setattr("trainers.strategies.fit_together", ends)
+    monkeypatch.setattr("trainers.runs.session.fit", ends)
+    monkeypatch.setattr("trainers.runs.strategies.fit_together", ends)
     with pytest.raises(ZeroDivisionError):
         train(tiny_config, tmp_path / "alone", device="cpu", progress=False)
     with pytest.raises(ZeroDivisionError):

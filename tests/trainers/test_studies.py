@@ -66,7 +66,7 @@ def test_what_ends_a_study_marks_its_run(tmp_path: Path, monkeypatch) -> None:
     def ends(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr("trainers.toy.descend", ends)
+    monkeypatch.setattr("trainers.problems.two_well.descend", ends)
     with pytest.raises(ZeroDivisionError):
         train(find_recipe("S1").config, tmp_path / "s1", progress=False)
     manifest = pn.open_run(tmp_path / "s1").manifest

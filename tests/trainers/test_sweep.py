@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import pnanalysis as pn
-import trainers.sweep
+import trainers.runs.sweep
 from pnanalysis.errors import RunError, TrainingError
 from tests.conftest import TINY
 from trainers import Config
-from trainers.sweep import parse_sweep, sweep
+from trainers.runs.sweep import parse_sweep, sweep
 
 BASE = Config(recipe="grid", **TINY, iterations=2, epochs=1, checkpoint_every=1)
 QUIET = {"jobs": 1, "device": "cpu", "progress": False}
@@ -69,7 +69,7 @@ def _killed(*_: object) -> None:
 
 
 def test_a_killed_process_ends_the_sweep_with_what_to_do(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(trainers.sweep, "_one", _killed)
+    monkeypatch.setattr(trainers.runs.sweep, "_one", _killed)
     with pytest.raises(TrainingError, match="killed.*--resume"):
         sweep(BASE, {"seed": [0, 1]}, tmp_path, **{**QUIET, "jobs": 2})
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 import pnanalysis as pn
-from pnanalysis.data import Split, load_data
 from pnanalysis.errors import PnError, TrainingError
+from pnanalysis.inputs.data import Split, load_data
 from tests.conftest import TINY
 from trainers import Config, PersistentPenalty, fit
-from trainers.fit import optimizer_tensors
-from trainers.strategies import train, train_together
-from trainers.sweep import sweep
-from trainers.together import Member, fit_together
+from trainers.loop.batched_fit import Member, fit_together
+from trainers.loop.fit import optimizer_tensors
+from trainers.runs.strategies import train, train_together
+from trainers.runs.sweep import sweep
 
 BASE = Config(recipe="together", **TINY, iterations=3, epochs=2, checkpoint_every=1)
 QUIET = {"device": "cpu", "progress": False}

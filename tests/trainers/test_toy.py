@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pnanalysis import schema
 from pnanalysis.errors import TrainingError
-from trainers.basins import basin_map
-from trainers.gradient_code import Surface, compile_gradient
-from trainers.toy import START, WINDOW, descend, descend_restarts, penalised, surfaces, two_well
+from trainers.problems.basins import basin_map
+from trainers.problems.compiled_gradient import Surface, compile_gradient
+from trainers.problems.two_well import START, WINDOW, descend, descend_restarts, penalised, surfaces, two_well
 
 matplotlib.use("agg")
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.errors import DataError, PnError
-from pnanalysis.runs import open_run
+from pnanalysis.io.runs import open_run
 from trainers import Config, train
-from trainers.strategies import train_together
-from trainers.sweep import sweep
+from trainers.runs.strategies import train_together
+from trainers.runs.sweep import sweep
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.arange(60) % 3
@@ -78,7 +78,7 @@ def test_what_cannot_be_trained_leaves_nothing_behind(tmp_path: Path, bad: Confi
 
 def test_a_look_beforehand_changes_no_training(tmp_path: Path, monkeypatch) -> None:
     looked = train(config("good"), tmp_path / "looked", device="cpu", progress=False)
-    monkeypatch.setattr("trainers.session.try_out", lambda *_: None)
+    monkeypatch.setattr("trainers.runs.session.try_out", lambda *_: None)
     blind = train(config("good"), tmp_path / "blind", device="cpu", progress=False)
     for one, other in zip(looked.checkpoints, blind.checkpoints, strict=True):
         a, b = one.load(), other.load()

@@ -1,0 +1,65 @@
+"""Training histories: loss, penalty and errors by iteration and epoch."""
+
+from __future__ import annotations
+
+import xarray as xr
+
+from pnanalysis import schema
+from pnanalysis.errors import RunError
+from pnanalysis.io.runs import Run
+
+
+def history(*runs: Run) -> xr.Dataset:
+    """The history of a run, or of several side by side along ``run``.
+
+    Parameters
+    ----------
+    *runs : Run
+
+    Returns
+    -------
+    xarray.Dataset
+        Kind ``history``, dims ([run,] iteration, epoch); NaN where a run has no such iteration or epoch yet. Of
+        several runs, the coordinates ``champion``, ``strategy`` and ``error`` (see :func:`error_kind`) lie along
+        ``run``.
+
+    Raises
+    ------
+    RunError
+        If no run is given or one has not been trained for an epoch.
+    """
+    if not runs:
+        raise RunError("no run given")
+    if len(runs) == 1:
+        return schema.validate(runs[0].history, "history")
+    names = [run.path.name for run in runs]  # no code of the runs' is needed, so nobody has to vouch for it
+    labels = [f"{name}#{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    joined = xr.concat([run.history for run in runs], dim="run", join="outer", combine_attrs="drop_conflicts")
+    champions = [run.manifest["champion"] for run in runs]
+    strategies = [run.manifest.get("strategy", "") for run in runs]
+    kinds = [error_kind(run.history) for run in runs]
+    if len(set(kinds)) > 1:  # a run of an older version does not say
+        joined.attrs.pop("error", None)
+    along = {"run": labels, "champion": ("run", champions), "strategy": ("run", strategies), "error": ("run", kinds)}
+    return schema.finish(joined.assign_coords(along), "history")
+
+
+def error_kind(ds: xr.Dataset) -> str:
+    """What the errors of one run's history are.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``history``, without the dim ``run``.
+
+    Returns
+    -------
+    str
+        ``"share"`` of mistakes, or ``"squared error"``, a mean over outputs. Histories that do not say hold shares.
+    """
+    return str(ds.coords["error"].item() if "error" in ds.coords else ds.attrs.get("error", "share"))
+
+
+def error_name(split: str, *kinds: str) -> str:
+    """What the errors of a split are called, given their kinds (``error`` where these differ)."""
+    return f"{split} squared error" if set(kinds) == {"squared error"} else f"{split} error"

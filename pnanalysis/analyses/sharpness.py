@@ -1,0 +1,197 @@
+"""Sharpness: how far the loss rises within a small neighbourhood of a minimum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pnanalysis import schema
+from pnanalysis.checks import at_least, positive, resolve_dtype
+from pnanalysis.errors import ModelError
+from pnanalysis.estimates import mean_and_error
+from pnanalysis.evaluation.forward import explained
+from pnanalysis.geometry.loss_surface import Surface
+from pnanalysis.inputs.sources import Source, as_sources, resolve_device
+from pnanalysis.io.runs import Checkpoint, Run, State
+from pnanalysis.terminal.progress import Advance, progress_bar
+
+#: Neighbourhood to its radius where none is given.
+RADII = {"ball": 0.05, "adaptive": 0.5, "box": 1e-3}
+_SMALLEST_SHARE = 2.0**-8  # of the way to the set's border that a step is shortened to
+
+
+def sharpness(
+    *runs: Run | Source,
+    checkpoints: Sequence[str] | None = None,
+    radii: Mapping[str, float] | None = None,
+    n_steps: int = 20,
+    n_starts: int = 2,
+    split: str = "train",
+    n: int | None = 2048,
+    batch_size: int = 512,
+    dtype: str = "float32",
+    device: str | None = "cpu",
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    r"""The largest rise of the loss in neighbourhoods of each checkpoint.
+
+    Parameters
+    ----------
+    *runs : Run or Source
+    checkpoints : sequence of str, optional
+        See :meth:`pnanalysis.io.runs.Run.select`; plain and champion of runs and all of a user's own files by default.
+    radii : mapping, optional
+        Neighbourhood to radius; by default all three. ``ball``: :math:`\lVert\varepsilon\rVert_2 \le \rho`, of SAM [1]_
+        (0.05). ``adaptive``: :math:`\lVert\varepsilon / |\theta|\,\rVert_2 \le \rho`, of ASAM [2]_ (0.5), which does
+        not change when weights are rescaled without changing the function. ``box``:
+        :math:`|\varepsilon_i| \le \rho\,(|\theta_i| + 1)`, of Keskar et al. [3]_ (0.001).
+    n_steps : int
+        Gradients over all examples that each ascent may take.
+    n_starts : int
+        Ascents: the first from the checkpoint, the others from random points of the border. The best counts.
+    split, n, batch_size, dtype, device
+        As for :func:`pnanalysis.landscape`.
+    seed : int
+        Of examples and starts.
+    progress : bool
+
+    Returns
+    -------
+    xarray.Dataset
+        Kind ``sharpness``, dims ``checkpoint`` and ``neighbourhood``. ``rise`` is the largest rise of the mean loss
+        that was found, a lower bound on the largest there is; ``one_step`` the rise at the point where the linearised
+        loss is largest, which SAM trains against; ``relative`` is ``100 * rise / (1 + loss)``, Keskar's measure.
+
+    Raises
+    ------
+    ModelError
+        If a neighbourhood is unknown, or its radius is not positive.
+
+    Notes
+    -----
+    The ascent goes from where it stands towards the point of the neighbourhood where the loss, linearised, is largest
+    (Frank and Wolfe); all the way if that raises the loss, else half as far, and so on. On a quadratic in a ball
+    this is power iteration on the Hessian. Standard errors are paired, over examples, at the points found.
+
+    References
+    ----------
+    .. [1] P. Foret et al., "Sharpness-Aware Minimization", ICLR 2021, arXiv:2010.01412.
+    .. [2] J. Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization", ICML 2021, arXiv:2102.11600.
+    .. [3] N. Keskar et al., "On Large-Batch Training for Deep Learning", ICLR 2017, arXiv:1609.04836, eq. 4 with the
+       full space; they ascend by L-BFGS-B.
+    """
+    radii = dict(RADII if radii is None else radii)
+    _check(radii)
+    at_least(2, n_steps=n_steps)
+    at_least(1, n_starts=n_starts, n=n, batch_size=batch_size)
+    at_least(0, seed=seed)
+    torch_dtype = resolve_dtype(dtype)
+    if not runs:
+        raise ModelError("name a run, or your own model and weights")
+    sources, torch_device = as_sources(runs), resolve_device(device)
+    chosen = {
+        name if len(sources) == 1 else f"{source.label}/{name}": (source, checkpoint)
+        for source in sources
+        for name, checkpoint in source.select(checkpoints).items()
+    }
+    found: dict[Checkpoint, xr.Dataset] = {}  # the champion may be the plain model
+    with progress_bar("sharpness", len(chosen) * len(radii) * n_starts * n_steps, progress) as advance:
+        for name, (source, checkpoint) in chosen.items():
+            if checkpoint not in found:
+                surface = Surface(source.make_model(), source.loss, torch_device, torch_dtype)
+                batches = source.split(split, n, seed, torch_device).batches(batch_size)
+                state = surface.anchor(checkpoint.load(), str(checkpoint.path))
+                with explained(name, surface.model, batches, surface.loss):
+                    found[checkpoint] = _measure(surface, state, batches, radii, n_steps, n_starts, seed, advance)
+    ds = xr.concat([found[checkpoint] for _, checkpoint in chosen.values()], dim="checkpoint").assign_coords(
+        checkpoint=list(chosen),
+        iteration=("checkpoint", [checkpoint.iteration for _, checkpoint in chosen.values()]),
+        epoch=("checkpoint", [checkpoint.epoch for _, checkpoint in chosen.values()]),
+        neighbourhood=list(radii),
+    )
+    ds["radius"] = ("neighbourhood", list(radii.values()))
+    return schema.finish(
+        ds, "sharpness", **sources[0].dataset_attrs(), radii=radii, n_steps=n_steps, n_starts=n_starts, split=split,
+        n=n, batch_size=batch_size, seed=seed, device=str(torch_device), dtype=dtype,
+    )  # fmt: skip
+
+
+def _measure(
+    surface: Surface, state: State, batches: Iterable[Any], radii: Mapping[str, float], n_steps: int, n_starts: int,
+    seed: int, advance: Advance,
+) -> xr.Dataset:  # fmt: skip
+    """All neighbourhoods of one state."""
+    theta = {name: state[name] for name in surface.parameter_names}
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for kind, radius in radii.items():
+        ascents = []
+        for start in range(n_starts):
+            direction = None
+            if start:
+                direction = {k: torch.randn(t.shape, generator=generator).to(t) for k, t in theta.items()}
+            ascents.append(_ascend(surface, state, theta, batches, (kind, radius), direction, n_steps, advance))
+        _, best, _ = max(ascents, key=lambda ascent: ascent[0])
+        at, *moved = surface.values(
+            [state, {**state, **best}, {**state, **ascents[0][2]}], np.eye(3), batches
+        )  # fmt: skip
+        loss, loss_se = mean_and_error(at.loss)
+        (rise, rise_se), (one, one_se) = (mean_and_error(there.loss - at.loss) for there in moved)
+        rows.append((rise, rise_se, one, one_se, 100 * rise / (1 + loss)))
+    names = ("rise", "rise_se", "one_step", "one_step_se", "relative")
+    table = {name: ("neighbourhood", list(column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    return xr.Dataset({"loss": loss, "loss_se": loss_se, **table})
+
+
+def _ascend(
+    surface: Surface, state: State, theta: State, batches: Iterable[Any], neighbourhood: tuple[str, float],
+    direction: State | None, n_steps: int, advance: Advance,
+) -> tuple[float, State, State]:  # fmt: skip
+    """Highest loss found, where, and where the first step from the centre led."""
+    kind, radius = neighbourhood
+    point = theta if direction is None else _farthest(kind, radius, theta, direction)
+    value, gradient = surface.value_and_gradient({**state, **point}, batches)
+    first, share = _farthest(kind, radius, theta, gradient), 1.0
+    for step in range(n_steps - 1):
+        target = _farthest(kind, radius, theta, gradient)
+        candidate = {name: torch.lerp(point[name], target[name], share) for name in theta}
+        there, slope = surface.value_and_gradient({**state, **candidate}, batches)
+        advance(text=f"{kind}: loss {value:.5g}")
+        if there > value:
+            point, value, gradient, share = candidate, there, slope, min(1.0, 2 * share)
+        elif share <= _SMALLEST_SHARE:
+            advance(n_steps - step - 2)
+            break
+        else:
+            share /= 2
+    advance()
+    return value, point, first
+
+
+def _farthest(kind: str, radius: float, theta: State, gradient: State) -> State:
+    """The point of the neighbourhood of ``theta`` that lies farthest along the gradient (``theta`` where it is 0)."""
+    if kind == "box":
+        return {name: t + radius * (t.abs() + 1) * gradient[name].sign() for name, t in theta.items()}
+    scales = {name: t.abs() if kind == "adaptive" else torch.ones_like(t) for name, t in theta.items()}
+    norm = _norm({name: scale * gradient[name] for name, scale in scales.items()})
+    size = radius / norm if norm > 0 else 0.0
+    return {name: t + size * scales[name] ** 2 * gradient[name] for name, t in theta.items()}
+
+
+def _norm(parts: Mapping[str, Tensor]) -> float:
+    return float(torch.stack([part.double().square().sum() for part in parts.values()]).sum().sqrt())
+
+
+def _check(radii: Mapping[str, float]) -> None:
+    for kind, radius in radii.items():
+        if kind not in RADII:
+            raise ModelError(f"unknown neighbourhood {kind!r}; there are {', '.join(RADII)}")
+        positive(**{f"the radius of the {kind}": radius})
+    if not radii:
+        raise ModelError(f"no neighbourhood to look at; there are {', '.join(RADII)}")

@@ -1,0 +1,121 @@
+"""Who computes the products: this package, or a peer, for cross-checks under the same Lanczos."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pnanalysis.curvature.base import CurvatureOperator
+from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.linear_operator import LinearOperator
+
+OPERATORS: dict[str, type[CurvatureOperator]] = {
+    "hessian": HessianOperator,
+    "ggn": GGNOperator,
+    "fisher": EmpiricalFisherOperator,
+}
+ENGINES = ("native", "pyhessian", "curvlinops")
+
+
+def make_operator(
+    engine: str, kind: str, model: nn.Module, loss_fn: Any, batches: Any, **options: Any
+) -> LinearOperator:
+    """An operator by the names that the command line knows.
+
+    Parameters
+    ----------
+    engine : {"native", "pyhessian", "curvlinops"}
+        PyHessian knows the full Hessian only; curvlinops all three operators.
+    kind : {"hessian", "ggn", "fisher"}
+    model, loss_fn, batches, **options
+        As for :class:`pnanalysis.HessianOperator`.
+
+    Raises
+    ------
+    CurvatureError
+        If the names are unknown, a peer is not installed or cannot do what is asked.
+    """
+    if kind not in OPERATORS:
+        raise CurvatureError(f"unknown operator {kind!r}; there are {', '.join(OPERATORS)}")
+    if engine not in ENGINES:
+        raise CurvatureError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
+    native = OPERATORS[kind](model, loss_fn, batches, **options)
+    if engine == "native":
+        return native
+    if native.names != [name for name, _ in model.named_parameters()] or native.bn_mode != "eval" or native.penalty:
+        raise CurvatureError(f"{engine} takes all parameters, bn_mode='eval' and no penalty; use the native engine")
+    if engine == "pyhessian":
+        if kind != "hessian":
+            raise CurvatureError("pyhessian knows the Hessian only; use curvlinops or the native engine")
+        return _PyHessian(native)
+    return _Curvlinops(native, kind)
+
+
+class _Peer:
+    """Shape, device and dtype of the native operator; products by somebody else."""
+
+    def __init__(self, native: CurvatureOperator) -> None:
+        self.shape, self.device, self.dtype = native.shape, native.device, native.dtype
+
+    def matvec(self, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return torch.stack([self.matvec(v) for v in V.T], dim=1)
+
+
+class _PyHessian(_Peer):
+    """PyHessian (Yao et al., arXiv:1912.07145), over its data-loader path."""
+
+    def __init__(self, native: CurvatureOperator) -> None:
+        from pyhessian import hessian
+
+        super().__init__(native)
+        if len(set(native._masses)) > 1:
+            raise CurvatureError("pyhessian weighs all batches alike; use batches of equal size and a plain mean")
+        self.model = native.model
+        for parameter in self.model.parameters():
+            parameter.requires_grad_()
+        batches = [batch for _, batch in native._weighted()]
+        self.peer = hessian(self.model, native.loss_fn, dataloader=batches, cuda=native.device.type == "cuda")
+        self.shapes = native._shapes
+
+    def matvec(self, v: Tensor) -> Tensor:
+        from pnanalysis.curvature.parameters import join_tensors, split_vector
+
+        _, product = self.peer.dataloader_hv_product(split_vector(v.to(self.dtype), self.shapes))
+        return join_tensors(product).detach()
+
+
+class _Curvlinops(_Peer):
+    """curvlinops (Dangel et al., arXiv:2501.19183)."""
+
+    def __init__(self, native: CurvatureOperator, kind: str) -> None:
+        try:
+            import curvlinops
+        except ImportError as error:
+            raise CurvatureError("curvlinops is not installed; pip install 'pnanalysis[bench]'") from error
+        super().__init__(native)
+        operators = {
+            "hessian": curvlinops.HessianLinearOperator,
+            "ggn": curvlinops.GGNLinearOperator,
+            "fisher": curvlinops.EFLinearOperator,
+        }
+        losses = {nn.functional.cross_entropy: nn.CrossEntropyLoss(), nn.functional.mse_loss: nn.MSELoss()}
+        loss_fn = losses.get(native.loss_fn)
+        if loss_fn is None:
+            raise CurvatureError("curvlinops is offered for cross_entropy and mse only; use the native engine")
+        model = native.model
+        for parameter in model.parameters():
+            parameter.requires_grad_()
+        batches = [batch for _, batch in native._weighted()]
+        self.peer = operators[kind](model, loss_fn, list(model.parameters()), batches, check_deterministic=False)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return torch.as_tensor(self.peer @ v.to(self.dtype)).detach()
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return torch.as_tensor(self.peer @ V.to(self.dtype)).detach()

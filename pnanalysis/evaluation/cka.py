@@ -1,0 +1,162 @@
+"""Linear centred kernel alignment (CKA) of networks layer by layer, streamed over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pnanalysis.estimates import ratio
+from pnanalysis.evaluation.forward import prediction
+from pnanalysis.inputs.models import parameter_layers
+
+Array = NDArray[np.float64]
+
+#: The name under which a network's output stands among its layers.
+OUTPUT = "output"
+_FEWEST = 4  # examples that the unbiased estimate needs
+_ROUND_OFF = 1e-12  # of the double-precision sums; kernels that are equal have CKA 1 at every batch
+
+
+def linear_kernel(features: Tensor) -> Tensor:
+    """Inner products of a batch's features ``(n, ...)`` about their mean, ``(n, n)`` in float64.
+
+    U-centring takes the mean off anyway; taking it off first saves digits.
+    """
+    rows = features.detach().reshape(len(features), -1).float()
+    rows = rows - rows.mean(0)
+    return (rows @ rows.T).double()
+
+
+def u_centred(gram: Tensor) -> Tensor:
+    r"""U-centre a kernel matrix: zero diagonal, and rows and columns that sum to zero without bias.
+
+    The unbiased estimate of HSIC by Song et al. is the inner product of two such matrices over n (n - 3).
+
+    Parameters
+    ----------
+    gram : Tensor, shape (n, n)
+        Symmetric, n at least 4.
+
+    References
+    ----------
+    L. Song et al., "Feature Selection via Dependence Maximization", JMLR 13 (2012), eq. 5. G. Szekely, M. Rizzo,
+    "Partial Distance Correlation with Methods for Dissimilarities", arXiv:1310.2926, definition 2.
+    """
+    n = len(gram)
+    gram = gram - torch.diag(gram.diagonal())
+    sums = gram.sum(0)
+    centred = gram - (sums[:, None] + sums[None, :]) / (n - 2) + sums.sum() / ((n - 1) * (n - 2))
+    return centred - torch.diag(centred.diagonal())
+
+
+def unbiased_hsic(kernels: Tensor) -> Tensor:
+    """HSIC without bias between all pairs of U-centred kernels of the same examples: ``(k, n, n)`` to ``(k, k)``."""
+    rows, n = kernels.flatten(1), kernels.shape[-1]
+    return rows @ rows.T / (n * (n - 3))
+
+
+class CentredKernelAlignment:
+    """CKA between the layers of several networks that bear the same name, and between their outputs.
+
+    Within ``with``, each network's layers are watched: run all networks on one batch, then call :meth:`collect`.
+    A layer that is used more than once in a pass counts with all its outputs side by side.
+
+    Notes
+    -----
+    Of a batch only the HSIC of each layer and pair is kept; CKA is the ratio of their means over batches, weighted
+    by the number of examples. Batches of fewer than four are left out. The standard error is the jackknife's over
+    batches.
+
+    References
+    ----------
+    S. Kornblith et al., "Similarity of Neural Network Representations Revisited", arXiv:1905.00414. T. Nguyen,
+    M. Raghu, S. Kornblith, "Do Wide and Deep Networks Learn the Same Things?", arXiv:2010.15327, eq. 2 to 4.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        self.networks = networks
+        self._watched = [_watched(network) for network in networks]
+        names = dict.fromkeys(name for own in self._watched for name in own)
+        self._output = next(name for name in (OUTPUT, f"network {OUTPUT}", f"{OUTPUT} of all") if name not in names)
+        self.layers = [*names, self._output]
+        self._grams: list[dict[str, Tensor]] = [{} for _ in networks]
+        self._hsic: list[Tensor] = []
+        self._weights: list[int] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> CentredKernelAlignment:
+        for network, watched, grams in zip(self.networks, self._watched, self._grams, strict=True):
+            for name, module in [*watched.items(), (self._output, network)]:
+                self._stack.callback(module.register_forward_hook(_keep(grams, name)).remove)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def collect(self, n: int) -> None:
+        """Take in what the networks showed since the last call: one batch of ``n`` examples."""
+        if n >= _FEWEST:
+            self._hsic.append(torch.stack([self._batch(layer, n) for layer in self.layers], dim=-1).cpu())
+            self._weights.append(n)
+        for grams in self._grams:
+            grams.clear()
+
+    def _batch(self, layer: str, n: int) -> Tensor:
+        """HSIC of one layer between all pairs ``(k, k)``; NaN where a network has no such layer."""
+        grams = [own.get(layer) for own in self._grams]
+        there = [i for i, gram in enumerate(grams) if gram is not None and len(gram) == n]
+        hsic = torch.full((len(grams), len(grams)), torch.nan, dtype=torch.float64)
+        if there:
+            kernels = torch.stack([u_centred(gram) for i in there if (gram := grams[i]) is not None])
+            hsic[np.ix_(there, there)] = unbiased_hsic(kernels).cpu()
+        return hsic
+
+    def result(self) -> tuple[Array, Array]:
+        """CKA and its standard error, ``(k, k, layers)`` each; NaN where a layer is missing or constant."""
+        k = len(self.networks)
+        if not self._hsic:
+            empty = np.full((k, k, len(self.layers)), np.nan)
+            return empty, empty.copy()
+        weights = np.array(self._weights, dtype=float)
+        weighted = torch.stack(self._hsic).numpy() * weights[:, None, None, None]
+        total = weighted.sum(0)
+        cka = _aligned(total)
+        if len(weights) == 1:
+            return cka, np.full(cka.shape, np.nan)
+        left_out = np.stack([_aligned(total - one) for one in weighted])
+        spread = np.square(left_out - left_out.mean(0)).sum(0)
+        se = np.sqrt((len(weights) - 1) / len(weights) * spread)
+        return cka, np.where(se < _ROUND_OFF, 0.0, se)
+
+
+def _watched(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers that own parameters, but for the network itself, whose output is watched anyway."""
+    modules = dict(network.named_modules())
+    return {name: modules[name] for name, _ in parameter_layers(network) if name in modules}
+
+
+def _keep(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
+    """A hook that adds the (not yet centred) kernel of a layer's output to what is there of this batch."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        found = prediction(output)
+        if found is None or found.ndim < 1 or not found.is_floating_point():
+            return
+        gram = linear_kernel(found)
+        known = grams.get(name)
+        if known is None or known.shape == gram.shape:
+            grams[name] = gram if known is None else known + gram
+
+    return hook
+
+
+def _aligned(hsic: Array) -> Array:
+    """``(k, k, layers)`` of HSIC to CKA."""
+    own = np.sqrt(np.maximum(np.einsum("iil->il", hsic), 0.0))
+    return ratio(hsic, own[:, None] * own[None, :])

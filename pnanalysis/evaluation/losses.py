@@ -1,0 +1,318 @@
+r"""The loss and the mistakes of a network example by example, for means over examples with standard errors.
+
+An example's loss is what the loss function gives for it alone. Where the mean over a batch weighs its examples
+(classes of unequal weight, positions that are ignored), so do means here, and their errors are those of a ratio of two
+sums:
+
+.. math:: \bar L = \sum_i w_i L_i \big/ \sum_i w_i
+
+Each example is then represented by :math:`\bar L + (w_i / \bar w) (L_i - \bar L)`. The mean of these numbers over
+examples is :math:`\bar L`, and the standard error of that mean, by the usual formula, is the linearised one of the
+ratio (W. Cochran, Sampling Techniques, 3rd ed. 1977, section 2.11); the same goes for differences between networks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from pnanalysis.errors import DataError, ModelError
+from pnanalysis.evaluation.forward import IGNORED, no_class, not_for
+from pnanalysis.inputs.batches import batch_size
+from pnanalysis.inputs.models import Loss
+
+Array = NDArray[np.float64]
+
+_CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
+_REAL_LOSSES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+_LOGIT_LOSSES = (F.binary_cross_entropy_with_logits,)
+_MODULES: dict[Any, Any] = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.NLLLoss: F.nll_loss,
+    nn.MSELoss: F.mse_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.HuberLoss: F.huber_loss,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+}
+_OPTIONS = ("weight", "ignore_index", "label_smoothing", "pos_weight", "beta", "delta")
+#: Deviation of a batch's loss from the mean of its examples', relative to their size, that float32 explains.
+_TOLERANCE = 1e-3
+
+
+class _Known(NamedTuple):
+    """A loss of torch's that is a mean over elements: its function, and what it is called with."""
+
+    function: Any
+    options: dict[str, Any]
+
+    @property
+    def ignored(self) -> int:
+        """The target that does not count."""
+        return int(self.options.get("ignore_index", IGNORED))
+
+    @property
+    def kind(self) -> str:
+        """``classes`` (or their probabilities), ``sides`` of zero that outputs choose between, or ``numbers``."""
+        return "classes" if self.function in _CLASS_LOSSES else "sides" if self.function in _LOGIT_LOSSES else "numbers"
+
+
+def known(loss: Loss) -> _Known | None:
+    """One of torch's own mean losses, as a function, a module or a ``functools.partial``; ``None`` for all others."""
+    function, options = loss, {}
+    if isinstance(loss, partial) and not loss.args:
+        function, options = loss.func, dict(loss.keywords)
+    elif type(loss) in _MODULES:
+        function = _MODULES[type(loss)]
+        options = {name: getattr(loss, name) for name in (*_OPTIONS, "reduction") if hasattr(loss, name)}
+    if options.pop("reduction", "mean") != "mean" or not set(options) <= set(_OPTIONS):
+        return None
+    return _Known(function, options) if function in (*_CLASS_LOSSES, *_REAL_LOSSES, *_LOGIT_LOSSES) else None
+
+
+def kind_of(loss: Loss | None) -> str | None:
+    """What a loss takes for targets (``classes``, ``sides`` or ``numbers``); ``None`` for losses of one's own."""
+    found = None if loss is None else known(loss)
+    return None if found is None else found.kind
+
+
+def check_targets(loss: Loss, outputs: Any, targets: Any) -> None:
+    """Refuse targets that one of torch's losses would take, but not as they are meant, or that are no classes.
+
+    Parameters
+    ----------
+    loss : callable
+        Losses of one's own take what they will.
+    outputs, targets : Tensor, shape (N, ...)
+
+    Raises
+    ------
+    DataError
+        For a choice among classes where there is a single output; for targets that are no classes of the outputs; for
+        numbers whose shape is not that of the outputs.
+    """
+    found = known(loss)
+    if found is None or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
+    if found.kind != "classes":
+        if outputs.shape != targets.shape:
+            raise DataError(
+                f"outputs of {_shape(outputs)} and targets of {_shape(targets)} would be broadcast against each "
+                f"other by {found.function.__name__}; give both one shape"
+            )
+        return
+    if outputs.shape[1:2] in ((), (1,)):
+        raise DataError(
+            "cross-entropy over a single output is always zero; give --loss mse for numbers or binary_cross_entropy "
+            "for two classes"
+        )
+    if _are_indices(found, targets) and outputs.ndim == targets.ndim + 1:
+        wrong = no_class(outputs.shape[1], targets, found.ignored)
+        if wrong is not None:
+            raise DataError(f"the loss cannot take these data: {wrong}")
+
+
+def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """The loss of each example of a batch by itself, and what it weighs in the batch's mean.
+
+    Parameters
+    ----------
+    loss : callable
+    outputs, targets : tensors, or nests of tensors whose first dims count examples
+
+    Returns
+    -------
+    loss, weight : Tensor, shape (N,)
+        The loss is 0 where the weight is. Weights are 1, but for torch's cross-entropies: there each is the sum of the
+        weights of the example's positions that are not ignored.
+
+    Raises
+    ------
+    ModelError
+        If the loss cannot be taken one example at a time, or takes no such outputs.
+    DataError
+        See :func:`check_targets`.
+    """
+    found = known(loss)
+    if found is None:
+        each = _one_by_one(loss, outputs, targets)
+        return each, torch.ones_like(each)
+    if not isinstance(outputs, Tensor):
+        raise not_for(loss, outputs)
+    check_targets(loss, outputs, targets)
+    values = found.function(outputs, targets, reduction="none", **found.options).reshape(len(targets), -1)
+    if not _are_indices(found, targets):
+        each = values.mean(1)
+        return each, torch.ones_like(each)
+    weight = example_weights(loss, targets).to(values)
+    total = weight * values.shape[1]
+    return values.sum(1) / torch.where(total > 0, total, torch.ones_like(total)), weight.expand(len(targets))
+
+
+def example_weights(loss: Loss, targets: Any) -> Tensor:
+    """What each example weighs in the mean over a batch, (N,): see :func:`example_losses`."""
+    found = known(loss)
+    if found is None or not _are_indices(found, targets):
+        return torch.ones(batch_size(targets))
+    valid, weight = targets != found.ignored, found.options.get("weight")
+    if weight is None:
+        return valid.reshape(len(targets), -1).float().mean(1)
+    classes = torch.where(valid, targets, torch.zeros_like(targets))
+    counts = torch.where(valid, weight.to(targets.device)[classes], 0.0)
+    return counts.reshape(len(targets), -1).mean(1)
+
+
+def _are_indices(found: _Known, targets: Tensor) -> bool:
+    return found.kind == "classes" and not targets.is_floating_point()
+
+
+def _shape(tensor: Tensor) -> str:
+    """The shape of a batch, as words."""
+    return "shape (" + ", ".join(["N", *map(str, tensor.shape[1:])]) + ("," if tensor.ndim == 1 else "") + ")"
+
+
+def _one_by_one(loss: Loss, outputs: Any, targets: Any) -> Tensor:
+    """What a loss of one's own gives for batches of one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # vmap names operations that it repeats in a loop
+            return vmap(lambda o, t: loss(*tree_map(lambda part: part.unsqueeze(0), (o, t))))(outputs, targets)
+    except (RuntimeError, ValueError, TypeError, AttributeError):  # a loss that looks at values or sizes
+        pass
+    try:
+        both = (outputs, targets)
+        return torch.stack([loss(*_example(both, i)) for i in range(batch_size(targets))])
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"the loss cannot be taken one example at a time ({reason})") from error
+
+
+def _example(nest: Any, i: int) -> Any:
+    def cut(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part[i : i + 1]
+        if part is None or isinstance(part, bool | int | float | str):
+            return part
+        raise TypeError(f"a {type(part).__name__} has no examples; wrap the network so that it returns tensors")
+
+    return tree_map(cut, nest)
+
+
+def check_mean(loss: Loss, whole: Tensor, each: Tensor, weight: Tensor) -> None:
+    """A batch's loss must be the (weighted) mean over its examples, else it is no property of examples.
+
+    Parameters
+    ----------
+    loss : callable
+    whole : Tensor, shape ()
+        The loss of the batch.
+    each, weight : Tensor, shape (N,)
+        As :func:`example_losses` gives them.
+
+    Raises
+    ------
+    ModelError
+    """
+    if known(loss) is not None:  # one by its making
+        return
+    batch, total = float(whole), float(weight.double().sum())
+    mean = float((each.double() * weight.double()).sum()) / total if total > 0 else np.nan
+    size = float((each.double().abs() * weight.double()).sum()) / total if total > 0 else np.nan
+    if np.isfinite(batch) and not abs(mean - batch) <= _TOLERANCE * max(abs(batch), size, 1e-6):
+        raise ModelError(
+            f"the loss of a batch ({batch:.6g}) is not the mean over its examples ({mean:.6g}); losses are compared "
+            "example by example: give one that is, or torch's own (ignore_index and class weights in "
+            "torch.nn.CrossEntropyLoss are understood)"
+        )
+
+
+def class_scores(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:
+    """A classifier's logits with the classes along dim 1; ``None`` for real-valued targets.
+
+    Binary cross-entropy makes each of its outputs a choice between two classes. Else the classes lie along dim 1, as
+    torch's losses have them (N, C, ...), or along the last dim, (N, ..., C), where the targets' shape says so.
+    Real-valued targets are class probabilities under torch's cross-entropies, numbers under all other losses.
+    """
+    kind = kind_of(loss)
+    if kind == "sides":
+        return torch.stack([-outputs / 2, outputs / 2], dim=1)
+    if not isinstance(targets, Tensor) or kind == "numbers":
+        return None
+    if targets.is_floating_point():
+        return outputs if kind == "classes" and targets.shape == outputs.shape and outputs.ndim > 1 else None
+    if outputs.shape[:1] + outputs.shape[2:] == targets.shape and outputs.shape[1:2] > (1,):  # one class is none
+        return outputs
+    if outputs.shape[:-1] == targets.shape and outputs.shape[-1:] > (1,):
+        return outputs.movedim(-1, 1)
+    return None
+
+
+def log_probabilities(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:
+    """What a classifier says, as log-probabilities of :func:`class_scores`."""
+    scores = class_scores(outputs, targets, loss)
+    return None if scores is None else F.log_softmax(scores.double(), dim=1)
+
+
+def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Tensor, Tensor] | None:
+    """The share of an example's positions that are put into a wrong class, and how many there are, (N,) each.
+
+    Targets may be class indices, class probabilities (the likeliest class counts) or sides (binary cross-entropy).
+    Positions that the loss ignores, or whose target is no class, do not count. ``None`` where the targets are no
+    classes, or lie in an order that is the loss's own affair (classes along the last of several dims).
+    """
+    if outputs is None or not isinstance(targets, Tensor):
+        return None
+    scores = class_scores(outputs, targets, loss)
+    if scores is None:
+        return None
+    valid = torch.ones(scores.shape[:1] + scores.shape[2:], dtype=torch.bool, device=scores.device)
+    if kind_of(loss) == "sides":
+        true = (targets > 0.5).long()
+    elif targets.is_floating_point():
+        true = targets.argmax(1)
+    elif outputs.shape[:1] + outputs.shape[2:] == targets.shape:
+        found = known(loss)
+        counted = targets != (IGNORED if found is None else found.ignored)
+        true, valid = targets, (targets >= 0) & (targets < outputs.shape[1]) & counted
+    else:
+        return None
+    wrong, valid = (part.reshape(len(targets), -1).double() for part in ((scores.argmax(1) != true) & valid, valid))
+    return wrong.sum(1) / valid.sum(1).clamp_min(1), valid.mean(1)
+
+
+def squared_errors(loss: Loss, outputs: Tensor, targets: Any) -> Tensor | None:
+    """The squared error of each example, a mean over its outputs, (N,); ``None`` where targets are no such numbers."""
+    if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
+        return None
+    if not targets.is_floating_point() and kind_of(loss) != "numbers":
+        return None
+    return (outputs - targets).square().double().reshape(len(targets), -1).mean(1)
+
+
+def linearised(values: Array, weights: Array) -> Array:
+    """Numbers that stand for the examples in means: see the module's first lines.
+
+    Parameters
+    ----------
+    values, weights : ndarray, shape (..., N)
+
+    Returns
+    -------
+    ndarray, shape (..., N)
+        ``values`` themselves where the weights are equal.
+    """
+    total = weights.sum(-1, keepdims=True)
+    if np.ptp(weights) == 0 or not (total > 0).all():
+        return values
+    with np.errstate(invalid="ignore", over="ignore"):  # losses far out may overflow
+        mean = (values * weights).sum(-1, keepdims=True) / total
+        return mean + weights * values.shape[-1] / total * (values - mean)

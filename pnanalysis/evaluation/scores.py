@@ -1,0 +1,122 @@
+"""Losses and mistakes of several networks on the same examples, and their means and differences with paired errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pnanalysis.estimates import mean_and_error
+from pnanalysis.evaluation.forward import prediction
+from pnanalysis.evaluation.losses import (
+    check_mean,
+    example_errors,
+    example_losses,
+    linearised,
+    log_probabilities,
+    squared_errors,
+)
+from pnanalysis.inputs.models import Loss
+
+Array = NDArray[np.float64]
+
+
+class Scores:
+    """Loss and error of every network on every example.
+
+    The error is the share of wrong classes (of an example's positions, where it has several), or the squared error
+    for real-valued targets, averaged over outputs; NaN where the targets are neither.
+
+    Attributes
+    ----------
+    classes : int or None
+        How many there are; ``None`` where no mistakes can be counted.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        self.classes: int | None = None
+        self._parts: list[Tensor] = []
+
+    def add(self, outputs: Sequence[Any], targets: Any) -> None:
+        """Take in a batch: each network's outputs, and the targets.
+
+        Raises
+        ------
+        ModelError
+            If the loss is no mean over examples.
+        """
+        rows = [self._rows(one, targets) for one in outputs]
+        self._parts.append(torch.stack(rows, dim=1).cpu())
+
+    def _rows(self, outputs: Any, targets: Any) -> Tensor:
+        """Losses, their weights, errors and their weights, (4, N)."""
+        each, weight = example_losses(self.loss, outputs, targets)
+        check_mean(self.loss, self.loss(outputs, targets), each, weight)
+        said = prediction(outputs)
+        found = example_errors(self.loss, said, targets)
+        if found is not None and said is not None:
+            probabilities = log_probabilities(said, targets, self.loss)
+            self.classes = None if probabilities is None else probabilities.shape[1]
+        else:
+            errors = None if said is None else squared_errors(self.loss, said, targets)
+            found = (torch.full_like(each, torch.nan) if errors is None else errors, torch.ones_like(each))
+        return torch.stack([part.double() for part in (each, weight, *found)])
+
+    def _all(self) -> Array:
+        return torch.cat(self._parts, dim=-1).numpy()
+
+    @property
+    def n(self) -> int:
+        """How many examples there are."""
+        return sum(part.shape[-1] for part in self._parts)
+
+    @property
+    def losses(self) -> Array:
+        """``(k, N)``; of weighted means, what :func:`pnanalysis.evaluation.losses.linearised` makes of them."""
+        each, weight, _, _ = self._all()
+        return linearised(each, weight)
+
+    @property
+    def errors(self) -> Array:
+        """``(k, N)``, as for :attr:`losses`."""
+        _, _, each, weight = self._all()
+        return linearised(each, weight)
+
+    @property
+    def shares(self) -> Array:
+        """``(k, N)``: the error of each example by itself."""
+        return self._all()[2]
+
+
+def paired(values: Array) -> dict[str, Any]:
+    """Means over examples and their differences.
+
+    Parameters
+    ----------
+    values : ndarray, shape (k, N)
+        One number a network and example; the same examples for all networks.
+
+    Returns
+    -------
+    dict
+        ``""`` and ``"_se"``: means ``(k,)`` with standard errors; ``"_difference"`` and ``"_difference_se"``: row
+        minus column ``(k, k)``, the error that of the mean of the differences, so that what makes an example easy or
+        hard for all networks does not count.
+    """
+    k = len(values)
+    mean = values.mean(1)
+    difference_se = np.zeros((k, k))
+    for i in range(k):
+        for j in range(i):
+            difference_se[i, j] = difference_se[j, i] = mean_and_error(values[i] - values[j])[1]
+    return {
+        "": mean,
+        "_se": np.array([mean_and_error(row)[1] for row in values]),
+        "_difference": mean[:, None] - mean[None, :],
+        "_difference_se": difference_se,
+    }

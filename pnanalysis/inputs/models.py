@@ -1,0 +1,129 @@
+"""Resolve a model by registered name or ``module:factory``, and put weights into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pnanalysis.errors import ModelError, PnError
+from pnanalysis.inputs.registry import MODELS, import_object, resolve, told
+
+_WRAPPERS = ("module.", "_orig_mod.", "module.")  # either inside the other
+Loss = Callable[[Any, Any], torch.Tensor]
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": nn.functional.cross_entropy,
+    "mse": nn.functional.mse_loss,
+    "binary_cross_entropy": nn.functional.binary_cross_entropy_with_logits,
+}
+
+
+def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Module:
+    """Build a model from its registered name or from ``module:factory``.
+
+    Parameters
+    ----------
+    spec : str
+        A name in the entry-point group ``pnanalysis.models``, or ``module:factory`` (code that the caller vouches for).
+    options : mapping, optional
+        Keyword arguments of the factory.
+
+    Raises
+    ------
+    ModelError
+        If the name is unknown, the factory cannot be imported, raises, or does not return a module.
+    """
+    factory = import_object(spec, ModelError) if ":" in spec else resolve(MODELS, spec)
+    if isinstance(factory, nn.Module):
+        return factory
+    try:
+        model = factory(**(options or {}))
+    except PnError:
+        raise
+    except Exception as error:  # whatever the factory does
+        given = f" with {dict(options)}" if options else ""
+        raise ModelError(f"model {spec!r} cannot be built{given}: {told(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model {spec!r} gave a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str = "weights") -> nn.Module:
+    """Put weights and buffers into ``model``, in place; every name and shape must fit.
+
+    Names may all begin with the prefix that ``DistributedDataParallel`` or ``torch.compile`` put before them, and of
+    parameters that share their memory one is enough.
+
+    Raises
+    ------
+    ModelError
+        If the weights are of another architecture; the message names the first difference.
+    """
+    own, state = model.state_dict(), dict(state)
+    for prefix in _WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    for name, tensor in own.items():
+        twins = [other for other in own if other in state and _shares_memory(own[other], tensor)]
+        if name not in state and twins:
+            state[name] = state[twins[0]]
+    for name, tensor in own.items():
+        if name not in state:
+            raise ModelError(f"{origin}: lacks {name!r}, so it belongs to another architecture than {_describe(model)}")
+        if state[name].shape != tensor.shape:
+            raise ModelError(
+                f"{origin}: {name!r} has shape {tuple(state[name].shape)}, {_describe(model)} has {tuple(tensor.shape)}"
+            )
+    extra = [name for name in state if name not in own]
+    if extra:
+        raise ModelError(f"{origin}: holds {extra[0]!r}, which {_describe(model)} does not have")
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"{origin}: {broken[0]!r} holds values that are not finite; training had diverged by then")
+    model.load_state_dict(state)
+    return model
+
+
+def _shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def resolve_loss(loss: str | Loss) -> Loss:
+    """A loss by name (cross_entropy, mse, binary_cross_entropy), by ``module:function``, or as it is."""
+    if not isinstance(loss, str):
+        return loss
+    if loss in LOSSES:
+        return LOSSES[loss]
+    if ":" in loss:
+        found: Loss = import_object(loss, ModelError)
+        return found
+    raise ModelError(f"unknown loss {loss!r}; there are {', '.join(LOSSES)}; your own goes as module:function")
+
+
+def parameter_layers(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
+    """Layers in the paper's sense: modules that own trainable parameters directly, in order.
+
+    A parameter that several modules share belongs to the first.
+
+    Yields
+    ------
+    (str, list of (str, Parameter))
+        The module's name, and its parameters by full name (weight and bias together form the layer's vector).
+    """
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        own = [
+            (f"{module_name}.{name}" if module_name else name, parameter)
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad and id(parameter) not in seen
+        ]
+        seen |= {id(parameter) for _, parameter in own}
+        if own:
+            yield module_name or type(module).__name__, own
+
+
+def _describe(model: nn.Module) -> str:
+    return f"this {type(model).__name__}"

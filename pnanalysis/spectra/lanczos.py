@@ -1,0 +1,305 @@
+"""Lanczos on several start vectors in lockstep, with full reorthogonalisation.
+
+:class:`LanczosRun` builds, for each of ``k`` start vectors, an orthonormal basis of its Krylov space and the
+tridiagonal matrix of the operator on it. All start vectors share one ``matmat`` a step; orthogonalisation is two
+passes of classical Gram-Schmidt (CGS2), as matrix products on one preallocated basis.
+
+References
+----------
+Parlett, The Symmetric Eigenvalue Problem (1998), ch. 13; Giraud, Langou, Rozloznik and van den Eshof, Numer. Math.
+101 (2005): twice is enough.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pnanalysis.errors import CurvatureError
+from pnanalysis.schema import atomic_path
+from pnanalysis.spectra.linear_operator import LinearOperator
+
+#: The device is asked for its verdict on the products (finite?) once in so many steps; it runs ahead in between.
+STEPS_PER_CHECK = 16
+#: A Krylov space counts as invariant once beta falls to this many units of roundoff of the operator's norm.
+BREAKDOWN_ULPS = 50.0
+
+
+#: Largest relative gap between u.Hv and v.Hu that roundoff in the products may explain, by the operator's dtype.
+SYMMETRY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
+
+
+class LanczosRun:
+    """A Lanczos run that can be extended, saved and continued.
+
+    Parameters
+    ----------
+    operator : LinearOperator
+        Symmetric, ``(P, P)``.
+    start : torch.Tensor
+        Start vectors ``(P, k)``, not zero; normalised here.
+    capacity : int
+        The most steps the run may take; the basis is allocated at once.
+    deflated : torch.Tensor, optional
+        Orthonormal rows ``(d, P)``. The run then works in their orthogonal complement: on the compression
+        ``(I - D'D) H (I - D'D)``.
+    dtype, device : optional
+        Of the basis; the operator's own by default. ``float64`` for a float32 operator keeps the recurrence exact
+        to the operator's own error; ``device="cpu"`` keeps the basis in host memory, at a transfer each step.
+    symmetry_tolerance : float, optional
+        See :meth:`asymmetry`. Default 1e-6 for float64 products, 0.01 for float32.
+    storage : torch.Tensor, optional
+        Where to keep the basis: ``k * capacity * P`` numbers of ``dtype`` on ``device``, contiguous.
+
+    Attributes
+    ----------
+    alpha, beta : torch.Tensor
+        ``(k, step)`` diagonal and off-diagonal of the tridiagonal matrices; ``beta[:, -1]`` couples the Krylov
+        space with the rest.
+    basis : torch.Tensor
+        ``(k, step, P)``, orthonormal rows.
+    step : int
+        Steps taken.
+
+    Notes
+    -----
+    When the Krylov space of a start vector is exhausted (beta falls to roundoff), its later basis vectors, alpha
+    and beta are zero: ``sizes()`` tells how many rows count. The loop never reads a value back from the device
+    but for one flag in sixteen steps.
+    """
+
+    def __init__(
+        self,
+        operator: LinearOperator,
+        start: torch.Tensor,
+        capacity: int,
+        deflated: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        symmetry_tolerance: float | None = None,
+        storage: torch.Tensor | None = None,
+    ) -> None:
+        n_parameters = operator.shape[0]
+        self.operator = operator
+        self.capacity = capacity
+        self.deflated = deflated
+        self.dtype = dtype or operator.dtype
+        self.device = torch.device(device or operator.device)
+        self.symmetry_tolerance = symmetry_tolerance or SYMMETRY_TOLERANCE[operator.dtype]
+        n_free = n_parameters - (0 if self.deflated is None else len(self.deflated))
+        if not 1 <= self.capacity <= n_free:
+            raise CurvatureError(
+                f"n_lanczos is {self.capacity}, but it must lie between 1 and {n_free}, the number of "
+                f"{'parameters' if self.deflated is None else 'directions that are not deflated'}"
+            )
+        k = start.shape[1]
+        shape = (k, self.capacity, n_parameters)
+        if storage is None:
+            storage = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._basis = storage.view(shape)
+        self._alpha = self._basis.new_zeros(k, self.capacity)
+        self._beta = self._basis.new_zeros(k, self.capacity)
+        self._norm = self._basis.new_zeros(k)
+        self._mirror = self._basis.new_zeros(k)
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.step = 0
+        vector = self._orthogonalise(start.T.to(self._basis).contiguous(), 0)
+        self._next = vector / torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        return self._alpha[:, : self.step]
+
+    @property
+    def beta(self) -> torch.Tensor:
+        return self._beta[:, : self.step]
+
+    @property
+    def basis(self) -> torch.Tensor:
+        return self._basis[:, : self.step]
+
+    def sizes(self) -> list[int]:
+        """Dimension of each start vector's Krylov space so far (less than ``step`` after a breakdown)."""
+        ended = (self.beta == 0).double().cumsum(1) - (self.beta == 0).double()
+        return [int(size) for size in (ended == 0).sum(1).tolist()]
+
+    def extend(
+        self, n_steps: int, advance: Callable[[float], None] | None = None, saver: Saver | None = None
+    ) -> LanczosRun:
+        """Take ``n_steps`` more steps: ``n_steps * k`` products.
+
+        Parameters
+        ----------
+        n_steps : int
+        advance : callable, optional
+            Called with ``k`` after each step (a progress bar).
+        saver : Saver, optional
+            Writes the state now and then, and when interrupted.
+
+        Raises
+        ------
+        CurvatureError
+            If a product holds NaN or infinite values, or the operator is not symmetric.
+        """
+        try:
+            for _ in range(n_steps):
+                self._advance()
+                if advance is not None:
+                    advance(len(self._alpha))
+                if self.step % STEPS_PER_CHECK == 0:
+                    self._check()
+                if saver is not None:
+                    saver(self)
+        except KeyboardInterrupt:
+            if saver is not None and self.step:
+                saver(self, force=True)
+            raise
+        self._check()
+        return self
+
+    def asymmetry(self) -> float:
+        """How far ``q0 . (H q1)`` is from ``q1 . (H q0)``, relative to ``|H q0|``; the worst of the probes.
+
+        Both numbers fall out of the first two steps, from a random vector: the check costs no product. Zero in the
+        complement of deflated rows, where the products may be nothing but roundoff: the run that gave the rows has
+        been asked.
+        """
+        if self.step < 2 or self.deflated is not None:
+            return 0.0
+        scale = torch.hypot(self._alpha[:, 0], self._beta[:, 0])
+        gap = torch.where(self._beta[:, 0] > 0, (self._mirror - self._beta[:, 0]).abs(), 0)
+        return float((gap / torch.where(scale > 0, scale, 1)).max())
+
+    def _check(self) -> None:
+        if not bool(self._finite):
+            if hasattr(self.operator, "check_finite"):
+                self.operator.check_finite()  # names the batch
+            raise CurvatureError(
+                f"a product of the operator held NaN or infinite values (by Lanczos step {self.step}); "
+                "check the weights, the data and the dtype"
+            )
+        if self.asymmetry() > self.symmetry_tolerance:
+            raise CurvatureError(
+                f"the operator is not symmetric: u.Hv and v.Hu differ by {self.asymmetry():.1%} of |Hu| for two "
+                "probe vectors; every product must use the same data, with nothing random in the model (dropout, "
+                "augmentation)"
+            )
+
+    def _advance(self) -> None:
+        """One step; interrupted at any point, it leaves the state as it was, for all that counts beyond ``step``."""
+        j = self.step
+        self._basis[:, j] = self._next
+        product = self._product(self._next)
+        self._finite &= torch.isfinite(product).all()
+        self._alpha[:, j] = (product * self._next).sum(1)
+        if j == 1:
+            self._mirror = (product * self._basis[:, 0]).sum(1)
+        self._norm = torch.maximum(self._norm, torch.linalg.vector_norm(product, dim=1))
+        vector = self._orthogonalise(product, j + 1)
+        beta = torch.linalg.vector_norm(vector, dim=1)
+        alive = beta > BREAKDOWN_ULPS * torch.finfo(self.operator.dtype).eps * self._norm
+        self._beta[:, j] = torch.where(alive, beta, 0)
+        following = torch.where(alive[:, None], vector / torch.where(alive, beta, 1)[:, None], 0)
+        self._next, self.step = following, j + 1
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        given = rows.to(device=self.operator.device, dtype=self.operator.dtype)
+        return self.operator.matmat(given.T).T.to(self._basis).contiguous()
+
+    def _orthogonalise(self, vectors: torch.Tensor, n_rows: int) -> torch.Tensor:
+        """Two passes against the deflated rows and the first ``n_rows`` basis vectors."""
+        basis = self._basis[:, :n_rows]
+        for _ in range(2):
+            if self.deflated is not None and len(self.deflated):
+                vectors = vectors - (vectors @ self.deflated.T) @ self.deflated
+            if n_rows:
+                coefficients = torch.bmm(basis, vectors[:, :, None])
+                vectors = torch.baddbmm(vectors[:, None], coefficients.mT, basis, alpha=-1)[:, 0]
+        return vectors
+
+    def ritz_vectors(self, coefficients: torch.Tensor, probe: int = 0) -> torch.Tensor:
+        """Vectors ``(P, c)`` with the given coordinates ``(step, c)`` in one probe's basis."""
+        return self.basis[probe].T @ coefficients.to(self._basis)
+
+    def save(self, path: str | Path, label: str = "") -> None:
+        """Write the state (safetensors, atomically) under a label that :meth:`restore` will ask for."""
+        tensors = {name: tensor.contiguous() for name, tensor in self._state(self.step).items()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"label": label})
+
+    def restore(self, path: str | Path, label: str = "") -> LanczosRun:
+        """Continue from a saved state; what follows is the same as without the interruption.
+
+        One product is spent to see that the operator is still the same.
+
+        Raises
+        ------
+        CurvatureError
+            If the file cannot be read or belongs to another run.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                known_label = (file.metadata() or {}).get("label")
+            step = saved["alpha"].shape[1]
+            for name, tensor in self._state(step).items():
+                if known_label != label or saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
+                    raise KeyError(name)
+                tensor.copy_(saved[name])
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise CurvatureError(f"{path} is not the saved state of this run: delete it to start anew") from error
+        self.step = step
+        self._check_operator(path)
+        return self
+
+    def _state(self, step: int) -> dict[str, torch.Tensor]:
+        return {
+            "basis": self._basis[:, :step],
+            "alpha": self._alpha[:, :step],
+            "beta": self._beta[:, :step],
+            "next": self._next,
+            "norm": self._norm,
+            "mirror": self._mirror,
+        }
+
+    def _check_operator(self, path: str | Path) -> None:
+        if self.step:
+            first = self._basis[:, 0]
+            alpha = (self._product(first) * first).sum(1)
+            gap = (alpha - self._alpha[:, 0]).abs() / self._norm.clamp_min(torch.finfo(self.dtype).tiny)
+            if float(gap.max()) > 1e-3:
+                raise CurvatureError(f"{path} was saved for another operator: delete it to start anew")
+
+
+class Saver:
+    """Saves a run's state now and then, and picks it up again.
+
+    Parameters
+    ----------
+    path : path
+    label : str
+        What the run is; a state with another label is refused.
+    every : float
+        Seconds between saves.
+    """
+
+    def __init__(self, path: str | Path, label: str = "", every: float = 300.0) -> None:
+        self.path = Path(path)
+        self.label = label
+        self.every = every
+        self._last = time.monotonic()
+
+    def resume(self, run: LanczosRun) -> LanczosRun:
+        """Restore ``run`` if there is a state to restore."""
+        return run.restore(self.path, self.label) if self.path.is_file() else run
+
+    def __call__(self, run: LanczosRun, force: bool = False) -> None:
+        """Save ``run`` if it is time to, or if forced."""
+        if force or time.monotonic() - self._last >= self.every:
+            run.save(self.path, self.label)
+            self._last = time.monotonic()

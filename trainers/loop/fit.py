@@ -1,0 +1,313 @@
+"""One training run: data on the device, batches by index, no host sync inside an epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pnanalysis.errors import TrainingError
+from pnanalysis.evaluation.forward import IGNORED
+from pnanalysis.evaluation.losses import kind_of, known
+from pnanalysis.inputs.data import Split
+from pnanalysis.inputs.models import Loss, resolve_loss
+from trainers.choices import check_choice
+from trainers.seeds import derive_seed
+
+_CROP_PADDING = 4
+EVALUATION_BATCH = 2000
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave: means over its batches, and errors after it (NaN where there is no such split)."""
+
+    epoch: int
+    train_loss: float
+    penalty: float
+    train_error: float
+    validation_error: float
+    test_error: float
+    seconds: float
+
+
+OnEpoch = Callable[[Epoch, nn.Module, torch.optim.Optimizer], None]
+
+
+def fit(
+    model: nn.Module,
+    train: Split | tuple[Tensor, Tensor],
+    *,
+    epochs: int,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    optimizer: str = "adam",
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    loss: str | Loss = "cross_entropy",
+    penalty: Callable[[], Tensor] | None = None,
+    validation: Split | None = None,
+    test: Split | None = None,
+    augment: Sequence[str] = (),
+    seed: int = 0,
+    amp: str = "no",
+    compile: bool = False,
+    start_epoch: int = 0,
+    optimizer_state: Mapping[str, Tensor] | None = None,
+    on_epoch: OnEpoch | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Epoch]:
+    """Train ``model`` in place; data must be on the model's device.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    train : Split, or (inputs, targets)
+        Tensors of shape (N, ...) and (N, ...).
+    epochs : int
+        Last epoch to reach, counted from 1.
+    batch_size, lr, optimizer, momentum, weight_decay
+        ``optimizer`` is ``"adam"`` or ``"sgd"`` (which uses ``momentum``).
+    loss : str or callable
+        Averaged over the batch; see :func:`pnanalysis.inputs.models.resolve_loss`.
+    penalty : callable, optional
+        Called without arguments at every step; its value is added to the loss.
+    validation, test : Split, optional
+        Evaluated after every epoch. Neither has any influence on training.
+    augment : sequence of {"crop", "flip"}
+        Random crops from a 4-pixel reflected border and horizontal flips, on the device.
+    seed : int
+        Order of the batches, augmentation and dropout: each epoch draws from a seed derived from this one and its
+        number, so that a run resumed at any epoch goes on identically.
+    amp : {"no", "bf16"}
+        Forward pass in bfloat16 under autocast; weights and accumulation stay float32.
+    compile : bool
+        ``torch.compile`` the network.
+    start_epoch, optimizer_state
+        Where to go on from: epochs already done, and what :func:`optimizer_tensors` gave then.
+    on_epoch : callable, optional
+        ``on_epoch(record, model, optimizer)`` after each epoch.
+    on_batch : callable, optional
+        ``on_batch(n_examples)`` after each step, for progress.
+
+    Returns
+    -------
+    list of Epoch
+
+    Raises
+    ------
+    TrainingError
+        If the loss stops being finite (says at which epoch and step), or an option is unknown.
+    """
+    split = train if isinstance(train, Split) else Split(*train)
+    check_options(optimizer, augment, amp, batch_size, epochs)
+    loss_fn = resolve_loss(loss)
+    count = error_counter(loss_fn)
+    optim = make_optimizer(model, optimizer, lr, momentum, weight_decay)
+    if optimizer_state:
+        load_optimizer_tensors(optim, optimizer_state)
+    network: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
+    device = split.inputs.device
+    records = []
+    for epoch in range(start_epoch + 1, epochs + 1):
+        begun = time.perf_counter()
+        torch.manual_seed(derive_seed(seed, "noise", epoch))
+        order, generator = batch_order(len(split), seed, epoch, device)
+        model.train()
+        sums = EpochSums(-(-len(split) // batch_size), device)
+        for step, index in enumerate(order.split(batch_size)):
+            inputs, targets = split.take(index)
+            inputs = augment_batch(inputs, augment, generator)
+            with autocast(device, amp):
+                outputs = network(inputs)
+                value = loss_fn(outputs, targets)
+            term = penalty() if penalty is not None else None
+            optim.zero_grad(set_to_none=True)
+            (value if term is None else value + term).backward()
+            optim.step()
+            sums.add(step, len(index), value, term, count(outputs.detach(), targets))
+            if on_batch is not None:
+                on_batch(len(index))
+        train_loss, mean_penalty, train_error = sums.means(epoch, len(split))
+        record = Epoch(
+            epoch,
+            train_loss,
+            mean_penalty,
+            train_error,
+            evaluate_error(network, validation, amp, loss_fn),
+            evaluate_error(network, test, amp, loss_fn),
+            time.perf_counter() - begun,
+        )
+        records.append(record)
+        if on_epoch is not None:
+            on_epoch(record, model, optim)
+    return records
+
+
+@torch.no_grad()
+def evaluate_error(model: nn.Module, split: Split | None, amp: str = "no", loss: Loss | None = None) -> float:
+    """The mean over a split of what :func:`error_counter` counts; NaN without a split."""
+    if split is None:
+        return float("nan")
+    model.eval()
+    count, total = error_counter(loss), torch.zeros((), dtype=torch.float64, device=split.inputs.device)
+    for inputs, targets in split.batches(EVALUATION_BATCH):
+        with autocast(inputs.device, amp):
+            outputs = model(inputs)
+        total += count(outputs, targets)
+    return float(total) / len(split)
+
+
+def make_optimizer(
+    model: nn.Module, name: str = "adam", lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Adam, or SGD with momentum, over the trainable parameters, in fused form."""
+    return optimise([p for p in model.parameters() if p.requires_grad], name, lr, momentum, weight_decay)
+
+
+def optimise(
+    parameters: list[Any], name: str = "adam", lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """:func:`make_optimizer` over given tensors."""
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat named tensors, to be saved."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"{i}.{name}": value
+        for i, entries in state.items()
+        for name, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def augment_batch(inputs: Tensor, augment: Sequence[str], generator: torch.Generator) -> Tensor:
+    """Random crops and flips of images (N, C, H, W), drawn on the CPU so that every device sees the same."""
+    if "crop" in augment:
+        inputs = _random_crop(inputs, generator)
+    if "flip" in augment:
+        flips = torch.rand(len(inputs), generator=generator).lt(0.5).to(inputs.device)
+        inputs = torch.where(flips[:, None, None, None], inputs.flip(-1), inputs)
+    return inputs
+
+
+def _random_crop(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    n, _, height, width = inputs.shape
+    padded = nn.functional.pad(inputs, [_CROP_PADDING] * 4, mode="reflect")
+    shifts = torch.randint(2 * _CROP_PADDING + 1, (2, n), generator=generator).to(inputs.device)
+    rows = shifts[0][:, None] + torch.arange(height, device=inputs.device)
+    columns = shifts[1][:, None] + torch.arange(width, device=inputs.device)
+    examples = torch.arange(n, device=inputs.device)
+    cropped = padded[examples[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (N, H, W, C)
+    return cropped.permute(0, 3, 1, 2).contiguous()
+
+
+class EpochSums:
+    """Losses of an epoch, kept on the device until its end; of several networks at once, given their ``shape``."""
+
+    def __init__(self, n_steps: int, device: torch.device, shape: tuple[int, ...] = ()) -> None:
+        self.losses = torch.zeros(*shape, n_steps, device=device)
+        self.penalties = torch.zeros(*shape, n_steps, device=device)
+        self.sizes = torch.zeros(n_steps)
+        self.errors = torch.zeros(shape, device=device)
+
+    def add(self, step: int, size: int, loss: Tensor, penalty: Tensor | None, errors: Tensor) -> None:
+        """A step's mean loss and penalty, and its sum of errors, over ``size`` examples."""
+        self.losses[..., step] = loss.detach()
+        self.sizes[step] = size
+        if penalty is not None:
+            self.penalties[..., step] = penalty.detach()
+        self.errors += errors
+
+    def means(self, epoch: int, n: int, member: int | None = None) -> tuple[float, float, float]:
+        """Loss, penalty and error, averaged over the epoch's ``n`` examples.
+
+        Raises
+        ------
+        TrainingError
+            If a loss was not finite.
+        """
+        chosen = ... if member is None else member
+        losses, penalties = self.losses[chosen].cpu(), self.penalties[chosen].cpu()
+        bad = (~(losses + penalties).isfinite()).nonzero()
+        if len(bad):
+            step = int(bad[0])
+            raise TrainingError(
+                f"the loss became {float(losses[step] + penalties[step])} at epoch {epoch}, step {step + 1}; "
+                "try a smaller --lr or --lam"
+            )
+        weights = self.sizes / n
+        return float(losses @ weights), float(penalties @ weights), float(self.errors[chosen]) / n
+
+
+def error_counter(loss: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """What sums the errors of a batch, given its outputs and targets, as suits the loss.
+
+    Mistakes, the share of wrong positions for examples that have several (those that torch's cross-entropies ignore do
+    not count); of class probabilities the likeliest class is the true one, and binary cross-entropy looks at the side
+    of zero. Real-valued targets of all other losses have their squared error, a mean over outputs.
+    """
+    kind, found = kind_of(loss), None if loss is None else known(loss)
+
+    def sides(outputs: Tensor, targets: Tensor) -> Tensor:
+        return ((outputs > 0) != (targets > 0.5)).double().reshape(len(targets), -1).mean(1).sum()
+
+    def classes(outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            targets = targets.argmax(1)
+        valid = targets != (IGNORED if found is None else found.ignored)
+        wrong = (outputs.argmax(1) != targets) & valid
+        if targets.ndim == 1:
+            return wrong.sum()
+        return (wrong.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)).sum()
+
+    def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+        if kind is None and not targets.is_floating_point():
+            return classes(outputs, targets)
+        return (outputs - targets).square().reshape(len(targets), -1).mean(1).sum()
+
+    return {"sides": sides, "classes": classes}.get(kind or "", squares)
+
+
+def error_kind(loss: Loss | None, targets: Tensor) -> str:
+    """What :func:`error_counter` sums: the ``share`` of mistakes, or the ``squared error``."""
+    kind = kind_of(loss) or ("numbers" if targets.is_floating_point() else "classes")
+    return "squared error" if kind == "numbers" else "share"
+
+
+def batch_order(n: int, seed: int, epoch: int, device: torch.device) -> tuple[Tensor, torch.Generator]:
+    """The examples of an epoch in the order that they are seen, and the generator that augments them."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    return torch.randperm(n, generator=generator).to(device), generator
+
+
+def autocast(device: torch.device, amp: str) -> Any:
+    """The forward pass in bfloat16, where asked for."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if amp == "bf16" else nullcontext()
+
+
+def check_options(optimizer: str, augment: Sequence[str], amp: str, batch_size: int, epochs: int) -> None:
+    """Refuse what :func:`fit` cannot do."""
+    check_choice("optimizer", optimizer)
+    check_choice("augment", augment)
+    check_choice("amp", amp)
+    if batch_size < 1 or epochs < 1:
+        raise TrainingError(f"batch size {batch_size} and epochs {epochs} must both be at least 1")

@@ -1,0 +1,140 @@
+"""Kink regression: data on which gradient descent from a He initialisation cannot move its kinks to where they matter.
+
+Near zero bias every kink of a 1-D ReLU network sits near x = 0, where there are no data: the network is linear on
+either side, and stays so (Holzmueller and Steinwart 2020). The plateau is therefore the loss of the best two-sided
+linear fit.
+
+References
+----------
+D. Holzmueller and I. Steinwart, "Training Two-Layer ReLU Networks with Gradient Descent is Inconsistent",
+arXiv:2002.04861.
+Y. Min, "Persistent Neurons", arXiv:2007.01419.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from scipy.stats import norm
+
+from pnanalysis import schema
+from pnanalysis.errors import TrainingError
+
+#: Loss of the best two-sided linear fit on both built-in data sets (the plateau of arXiv:2007.01419, section 3).
+PLATEAU = 4.2
+
+
+def kink_data(name: str = "kink6") -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets, shape (n,), of a built-in data set.
+
+    Parameters
+    ----------
+    name : {"kink6", "kink20"}
+        Six points, or twenty of a cosine; both odd in x and scaled to the same plateau, 4.2.
+
+    Raises
+    ------
+    TrainingError
+        If there is no such data set.
+    """
+    if name == "kink6":
+        x = np.array([-3.0, -2.0, -1.0, 1.0, 2.0, 3.0])
+        y = np.array([-1.0, 2.0, -1.0, 1.0, -2.0, 1.0])
+    elif name == "kink20":
+        right = np.linspace(1.0, 3.0, 10)
+        x = np.concatenate([-right[::-1], right])
+        y = np.sign(x) * np.cos(np.pi * (np.abs(x) - 1))
+    else:
+        raise TrainingError(f"unknown kink data {name!r}; there are kink6 and kink20")
+    return x, y * np.sqrt(PLATEAU / two_sided_fit_loss(x, y))
+
+
+def two_sided_fit_loss(x: np.ndarray, y: np.ndarray) -> float:
+    """Mean squared error of the best pair of lines, one for x < 0 and one for x >= 0: where a stuck network ends."""
+    residuals = []
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    for side in (x < 0, x >= 0):
+        design = np.stack([x[side], np.ones(side.sum())], axis=1)
+        residuals.append(y[side] - design @ np.linalg.lstsq(design, y[side], rcond=None)[0])
+    return float(np.mean(np.concatenate(residuals) ** 2))
+
+
+def escape(
+    persistent: xr.Dataset,
+    restarts: xr.Dataset | None = None,
+    *,
+    plateau: float | None = None,
+    margin: float = 0.01,
+    confidence: float = 0.95,
+) -> xr.Dataset:
+    """Probability of having left the plateau, by iteration: persistent chains against restarts of equal cost.
+
+    Parameters
+    ----------
+    persistent, restarts : xarray.Dataset
+        Kind ``ensemble``, from :func:`trainers.problems.kink_ensemble.train_chains` and :func:`trainers.problems.kink_ensemble.train_restarts`.
+    plateau : float, optional
+        By default the loss of the best two-sided linear fit of the data trained on.
+    margin : float
+        A network has left if its loss ends below ``(1 - margin) * plateau``.
+    confidence : float
+        Level of the Wilson intervals, which are over starts.
+
+    Returns
+    -------
+    xarray.Dataset
+        Kind ``escape``: ``probability``, ``probability_low``, ``probability_high`` (strategy, iteration), ``n_starts``
+        and ``lam`` (strategy; NaN for restarts), ``best_loss`` (strategy, iteration): the median over starts of the
+        lowest loss so far. A start counts as left from the first iteration that left.
+
+    Raises
+    ------
+    TrainingError
+        If the two were not trained on the same data, or ``margin`` is not in [0, 1).
+    """
+    if not 0 <= margin < 1:
+        raise TrainingError(f"margin is {margin}; it must lie in [0, 1)")
+    x, y = persistent["data_x"].values, persistent["data_y"].values
+    if restarts is not None and not (np.array_equal(restarts["data_x"], x) and np.array_equal(restarts["data_y"], y)):
+        raise TrainingError("the persistent chains and the restarts were trained on different data")
+    plateau = two_sided_fit_loss(x, y) if plateau is None else plateau
+    lams = sorted(set(persistent["lam"].values.tolist()))
+    groups = [
+        (f"persistent, λ = {lam:g}", lam, persistent.isel(member=persistent["lam"].values == lam)) for lam in lams
+    ]
+    if restarts is not None:
+        groups.append(("restart", np.nan, restarts))
+    arms, dims = [], ("strategy", "iteration")
+    for label, lam, ds in groups:
+        lowest = np.minimum.accumulate(ds["final_loss"].transpose("member", "iteration").values, axis=1)
+        left = lowest < (1 - margin) * plateau
+        low, high = wilson_interval(left.sum(0), len(left), confidence)
+        variables = {
+            "probability": (dims, left.mean(0)[None]),
+            "probability_low": (dims, low[None]),
+            "probability_high": (dims, high[None]),
+            "best_loss": (dims, np.median(lowest, axis=0)[None]),
+            "n_starts": ("strategy", [len(left)]),
+        }
+        coords = {"iteration": ds["iteration"].values, "strategy": [label], "lam": ("strategy", [lam])}
+        arms.append(xr.Dataset(variables, coords=coords))
+    joined = xr.concat(arms, dim="strategy", join="outer")
+    return schema.finish(joined, "escape", plateau=plateau, margin=margin, confidence=confidence)
+
+
+def wilson_interval(
+    successes: Sequence[int] | np.ndarray, n: int, confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's score interval for a binomial proportion.
+
+    References
+    ----------
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927), 209-212.
+    """
+    z = norm.ppf((1 + confidence) / 2)
+    share = np.asarray(successes) / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)

@@ -1,0 +1,71 @@
+"""A look at network, loss and data before a run begins, so that what cannot be trained leaves nothing behind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pnanalysis.errors import DataError, TrainingError
+from pnanalysis.evaluation.forward import explained, not_for
+from pnanalysis.evaluation.losses import check_targets
+from pnanalysis.inputs.data import SPLITS, Split, Splits
+from pnanalysis.inputs.models import Loss, resolve_loss
+from trainers.loop.fit import EVALUATION_BATCH, autocast, error_counter
+from trainers.recipes import Config
+
+
+def try_out(model: nn.Module, data: Splits, config: Config) -> None:
+    """Take two examples of every split through network and loss, and look at all targets.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On the device of the data; left in eval mode, unchanged.
+    data : Splits
+    config : Config
+        Its loss, precision and augmentation.
+
+    Raises
+    ------
+    DataError
+        If network or loss cannot take the data, the loss would not mean what it says (see
+        :func:`pnanalysis.evaluation.losses.check_targets`), or a target is no class.
+    TrainingError
+        If the loss of a batch is no single number, or inputs that are no images are to be augmented.
+    """
+    loss = resolve_loss(config.loss)
+    model.eval()
+    for name in SPLITS:
+        split = getattr(data, name)
+        if split is None:
+            continue
+        if not isinstance(split, Split):
+            raise DataError(
+                f"{config.data}: training needs tensors (inputs, targets) of the {name} split, not a loader"
+            )
+        label = config.data if name == "train" else f"{config.data}, {name}"
+        if name == "train" and config.augment and split.inputs.ndim != 4:
+            raise TrainingError(
+                f"{label}: {config.augment[0]} takes images (N, C, H, W), not inputs of shape "
+                f"{tuple(split.inputs.shape)}; leave out --augment"
+            )
+        with explained(label, model, split.batches(EVALUATION_BATCH), loss):
+            _try_split(model, split, loss, config.amp, label)
+
+
+@torch.no_grad()
+def _try_split(model: nn.Module, split: Split, loss: Loss, amp: str, label: str) -> None:
+    inputs, targets = split.take(slice(0, 2))
+    with autocast(inputs.device, amp):
+        outputs = model(inputs)
+        if not isinstance(outputs, Tensor):
+            raise not_for(loss, outputs)
+        try:  # all targets: on a GPU one that is no class would take the whole process with it
+            check_targets(loss, outputs[:1].expand(len(split), *outputs.shape[1:]), split.targets)
+        except DataError as error:
+            raise DataError(f"{label}: {error}") from error
+        value = loss(outputs, targets)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise TrainingError(f"the loss of a batch is {given}, not a single number; average it over the batch")
+    error_counter(loss)(outputs, targets)

@@ -1,0 +1,205 @@
+"""The data sets that pnanalysis knows by name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pnanalysis.errors import DataError
+from pnanalysis.inputs.data import RawImages, data_directory
+from pnanalysis.schema import atomic_path
+
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
+_DIGITS_TRAIN = 1197  # of 1,797; the other 600 become validation and test
+
+
+def digits(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> RawImages:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey levels 0 to 16 (Alpaydin and Kaynak 1998, UCI).
+
+    1,197 images to train on and 600 for validation and test, in an order drawn once and for all.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    targets = torch.from_numpy(bunch.target.astype(np.int64))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1797))
+    train, test = order[:_DIGITS_TRAIN], order[_DIGITS_TRAIN:]
+    classes = tuple(str(digit) for digit in range(10))
+    return RawImages(images[train], targets[train], images[test], targets[test], classes)
+
+
+def cifar10(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> RawImages:
+    """CIFAR-10 (Krizhevsky 2009) through torchvision, which downloads it and checks its MD5 sums.
+
+    Parameters
+    ----------
+    path : str, optional
+        Folder to keep it in; by default the data directory.
+
+    Raises
+    ------
+    DataError
+        If it is not there and cannot be downloaded.
+    """
+    from torchvision.datasets import CIFAR10
+
+    root = path or data_directory()
+    try:
+        train, test = (CIFAR10(str(root), train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"CIFAR-10 is not in {root} and cannot be downloaded ({error}); "
+            "put cifar-10-batches-py there, or use imagefolder:PATH on a folder of images"
+        ) from error
+
+    def images(dataset: CIFAR10) -> Tensor:
+        return torch.from_numpy(np.asarray(dataset.data)).permute(0, 3, 1, 2).contiguous()
+
+    return RawImages(
+        images(train), torch.tensor(train.targets), images(test), torch.tensor(test.targets), tuple(train.classes)
+    )
+
+
+def imagefolder(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> RawImages:
+    """Images in ``PATH/train/CLASS/`` and ``PATH/test/CLASS/``, decoded once and cached.
+
+    The cache, a safetensors file in the data directory, is keyed by the names and bytes of all image files and by
+    the size they were brought to; it is made anew when any of them changes.
+
+    Parameters
+    ----------
+    path : str
+        The folder.
+    input_shape : tuple, optional
+        ``(C, H, W)``; without it all images must have the size of the first.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing, has no class folders, no images, or an image is unreadable.
+    """
+    if not path:
+        raise DataError("which folder? write imagefolder:PATH, with PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg")
+    root = Path(path).expanduser()
+    classes = _class_names(root)
+    files = {split: list(_images(root / split, classes)) for split in ("train", "test")}
+    shape = input_shape or _shape_of(files["train"][0][0])
+    cache = data_directory() / "cache" / f"images-{_content_key(root, files, shape)}.safetensors"
+    tensors = _read_cache(cache)
+    if tensors is None:
+        tensors = {}
+        for split, entries in files.items():
+            tensors[f"{split}_inputs"] = _decode([file for file, _ in entries], shape)
+            tensors[f"{split}_targets"] = torch.tensor([label for _, label in entries])
+        try:
+            with atomic_path(cache) as temporary:
+                save_file(tensors, temporary)
+        except OSError as error:
+            raise DataError(
+                f"{cache}: cannot be written ({error.strerror}); point PNANALYSIS_DATA elsewhere"
+            ) from error
+    return RawImages(**tensors, classes=tuple(classes))
+
+
+def kink6(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """The six points of the kink regression, inputs and targets of shape (6, 1); see :mod:`trainers.problems.escape`."""
+    return _kink("kink6")
+
+
+def kink20(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """The denser kink regression, shape (20, 1)."""
+    return _kink("kink20")
+
+
+def _kink(name: str) -> tuple[Tensor, Tensor]:
+    from trainers.problems.escape import kink_data
+
+    x, y = kink_data(name)
+    return torch.tensor(x, dtype=torch.float32)[:, None], torch.tensor(y, dtype=torch.float32)[:, None]
+
+
+def _class_names(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    for split in ("train", "test"):
+        if not (root / split).is_dir():
+            raise DataError(f"{root}: has no folder {split}/; expected train/CLASS/ and test/CLASS/ with images")
+    classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    if not classes:
+        raise DataError(f"{root / 'train'}: has no class folders; put each class's images in a folder of its name")
+    unknown = sorted({folder.name for folder in (root / "test").iterdir() if folder.is_dir()} - set(classes))
+    if unknown:
+        raise DataError(f"{root / 'test' / unknown[0]}: a class that train/ does not have")
+    return classes
+
+
+def _images(folder: Path, classes: list[str]) -> Iterator[tuple[Path, int]]:
+    found = False
+    for label, name in enumerate(classes):
+        if not (folder / name).is_dir():
+            continue
+        for entry in sorted(os.scandir(folder / name), key=lambda entry: entry.name):
+            if Path(entry.name).suffix.lower() in _IMAGE_SUFFIXES:
+                found = True
+                yield Path(entry.path), label
+    if not found:
+        raise DataError(f"{folder}: its class folders hold no images ({', '.join(sorted(_IMAGE_SUFFIXES))})")
+
+
+def _content_key(root: Path, files: dict[str, list[tuple[Path, int]]], shape: tuple[int, ...]) -> str:
+    digest = hashlib.blake2b(f"v1 {tuple(shape)}".encode(), digest_size=10)
+    for entries in files.values():
+        for file, label in entries:
+            digest.update(f"\0{file.relative_to(root)}\0{label}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _read_cache(cache: Path) -> dict[str, Tensor] | None:
+    try:
+        return load_file(cache) if cache.is_file() else None
+    except SafetensorError:  # left damaged by something else: decode again
+        return None
+
+
+def _shape_of(file: Path) -> tuple[int, int, int]:
+    width, height = _open(file).size
+    return 3, height, width
+
+
+def _decode(files: list[Path], shape: tuple[int, ...]) -> Tensor:
+    """uint8 tensor (N, C, H, W)."""
+    channels, height, width = shape
+    images = np.empty((len(files), height, width, channels), dtype=np.uint8)
+
+    def decode(i: int) -> None:
+        image = _open(files[i]).convert("L" if channels == 1 else "RGB")
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        images[i] = np.asarray(image).reshape(height, width, channels)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(decode, range(len(files)), chunksize=512):
+            pass
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        image = Image.open(BytesIO(file.read_bytes()))
+        image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{file}: not a readable image ({error}); mend or remove it") from error
+    return image
