@@ -16,8 +16,8 @@ from torch import Tensor
 
 from trainers import PersistentPenalty
 from trainers.problems.batched_relu import ReluBatch, Repulsion, layer_sizes, unpack
-from trainers.problems.escape import kink_data
 from trainers.problems.kink_ensemble import initial_parameters
+from trainers.zoo.kink import kink_data
 from trainers.zoo.models import relu32
 
 WIDTH, LR, MOMENTUM, LAM = 32, 1e-3, 0.9, 0.01

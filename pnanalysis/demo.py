@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import xarray as xr
 
-from pnanalysis import schema
 from pnanalysis.analyses.comparison import compare
 from pnanalysis.analyses.hessian import hessian
 from pnanalysis.analyses.landscape import landscape
 from pnanalysis.analyses.saturation import saturation
 from pnanalysis.analyses.trajectory import trajectory
 from pnanalysis.errors import RunError
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, Run, open_run
 from pnanalysis.report import write_report
 from pnanalysis.terminal.progress import progress_bar
@@ -124,4 +124,4 @@ def _compare(run: Run, control: Run, device: str, seed: int) -> None:
 
 def _save(run: Run, found: dict[str, xr.Dataset]) -> None:
     for kind, ds in found.items():
-        schema.save(ds, run.path / ANALYSIS / f"{kind}.nc")
+        netcdf.save(ds, run.path / ANALYSIS / f"{kind}.nc")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,3 +91,8 @@ def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
 def ratio(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
     """``a / b``, NaN where ``b`` is zero, negative or unknown."""
     return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)
+
+
+def told_beyond(n_pairs: int) -> float:
+    """Standard errors beyond which one of so many differences is claimed: two for one, more for many (Bonferroni)."""
+    return SIGMAS if n_pairs <= 1 else -NormalDist().inv_cdf(NormalDist().cdf(-SIGMAS) / n_pairs)

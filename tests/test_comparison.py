@@ -13,16 +13,17 @@ import xarray as xr
 from torch import nn
 
 import pnanalysis as pn
-from pnanalysis import schema
-from pnanalysis.analyses.comparison import _saved_spectrum, told_beyond
+from pnanalysis.analyses.spectrum_cache import _saved_spectrum
 from pnanalysis.analyses.verdict import diagnostics, measured, verdict
 from pnanalysis.errors import DataError, RunError
-from pnanalysis.estimates import Measured
+from pnanalysis.estimates import Measured, told_beyond
 from pnanalysis.evaluation.scores import paired
 from pnanalysis.geometry.distances import parameter_distances
 from pnanalysis.inputs.selection import Examples, members
 from pnanalysis.inputs.sources import as_source, open_files
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
+from pnanalysis.spectra.summary import compare_spectra
 from trainers import Config, train
 
 SMALL = {"n": 100, "n_lanczos": 10, "n_probes": 3}
@@ -142,7 +143,7 @@ def test_spectra_differ_as_their_own_comparison_says(tiny_run: Run, ends: xr.Dat
     spectra = pn.hessian(tiny_run, checkpoints=["ends"], progress=False, **SMALL)
     np.testing.assert_allclose(ends.trace, spectra.trace, rtol=1e-6)
     np.testing.assert_allclose(ends.lambda_max_high, spectra.lambda_max_high, rtol=1e-6)
-    direct = pn.curvature.summary.compare_spectra(*(spectra.isel(checkpoint=i) for i in (0, 2)))
+    direct = compare_spectra(*(spectra.isel(checkpoint=i) for i in (0, 2)))
     pair = ends.isel(checkpoint=2, other=0)
     for name in ("trace", "trace_se", "effective_rank", "lambda_max_low"):
         stem, _, end = name.partition("_se") if name.endswith("_se") else name.partition("_low")
@@ -160,7 +161,7 @@ def test_a_saved_spectrum_is_used_only_if_it_is_the_same(own_run: Run) -> None:
     assert _saved_spectrum(chosen[0], options) is None
     saved_ds = pn.hessian(own_run, checkpoints=["ends"], progress=False, **options)
     file = own_run.path / ANALYSIS / "hessian.nc"
-    schema.save(saved_ds.assign(trace=saved_ds.trace + 1000), file)
+    netcdf.save(saved_ds.assign(trace=saved_ds.trace + 1000), file)
     found = _saved_spectrum(chosen[1], options)
     assert found is not None
     assert float(found.trace) == float(saved_ds.trace[1]) + 1000
@@ -309,7 +310,7 @@ def test_a_users_own_regression_is_compared(tmp_path: Path) -> None:
     assert "picked by this error" in said[0]
     assert any("outputs differ by" in line for line in said)
     assert np.isnan(ds.distance_from_start).all()
-    assert schema.load(schema.save(ds, tmp_path / "c.nc")).identical(ds)
+    assert netcdf.load(netcdf.save(ds, tmp_path / "c.nc")).identical(ds)
 
 
 def test_one_instance_serves_for_all_weights(tmp_path: Path) -> None:

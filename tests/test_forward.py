@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import pnanalysis as pn
 from pnanalysis.errors import PnError
-from pnanalysis.evaluation.forward import explained, prediction
+from pnanalysis.evaluation.diagnosis import explained
+from pnanalysis.evaluation.forward import prediction
 from pnanalysis.inputs.sources import Source, as_source, open_files
 from pnanalysis.io.runs import Run
 

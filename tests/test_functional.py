@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import pnanalysis as pn
-from pnanalysis.analyses.functional import expected_disagreement, functional_distance, js_divergence
+from pnanalysis.analyses.functional import functional_distance
 from pnanalysis.errors import DataError, ModelError, RunError
 from pnanalysis.evaluation.cka import OUTPUT, CentredKernelAlignment, linear_kernel, u_centred, unbiased_hsic
+from pnanalysis.evaluation.disagreement import expected_disagreement, js_divergence
 from pnanalysis.evaluation.losses import example_losses, log_probabilities
 from pnanalysis.inputs.models import LOSSES
 from pnanalysis.inputs.sources import Source, as_source, open_files

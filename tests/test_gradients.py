@@ -10,6 +10,8 @@ import torch
 
 import pnanalysis as pn
 from pnanalysis.errors import RunError
+from pnanalysis.inputs.models import parameter_layers
+from pnanalysis.inputs.sources import as_source
 from pnanalysis.io.runs import Run
 from trainers import Config, PersistentPenalty, train
 
@@ -29,7 +31,7 @@ def flipping(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_push_and_fluctuation_add_up_to_the_penalty_gradient(flipping: Run) -> None:
     ds = pn.gradient_split(flipping, n=200, progress=False)
-    source = pn.sources.as_source(flipping)
+    source = as_source(flipping)
     model = source.model(flipping.ends[0])
     penalty = PersistentPenalty(model, lam=0.5)
     for end in flipping.ends[:2]:
@@ -57,11 +59,11 @@ def test_push_and_fluctuation_add_up_to_the_penalty_gradient(flipping: Run) -> N
 
 def test_the_loss_gradient_is_that_of_the_loss(flipping: Run) -> None:
     ds = pn.gradient_split(flipping, iterations=[1], n=None, progress=False)
-    source = pn.sources.as_source(flipping)
+    source = as_source(flipping)
     model = source.model(flipping.ends[1])
     inputs, targets = source.data.train.take(slice(None))
     loss = source.loss(model(inputs), targets)
-    for layer, own in pn.models.parameter_layers(model):
+    for layer, own in parameter_layers(model):
         slope = torch.autograd.grad(loss, [parameter for _, parameter in own], retain_graph=True)
         expected = float(torch.cat([s.flatten() for s in slope]).norm())
         assert float(ds.loss_gradient_norm.sel(iteration=1, layer=layer)[-1]) == pytest.approx(expected, rel=1e-4)

@@ -15,7 +15,8 @@ from torch import nn
 import pnanalysis as pn
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.data import load_data
-from pnanalysis.inputs.models import build_model
+from pnanalysis.inputs.models import build_model, parameter_layers
+from pnanalysis.inputs.sources import as_source
 from pnanalysis.io.runs import Run
 from pnanalysis.spectra.density import spectral_density
 from trainers import fit
@@ -34,7 +35,7 @@ def test_plain_and_champion_share_grid_and_examples(tiny_run: Run) -> None:
 
 def test_the_spectrum_is_that_of_the_dense_hessian(tiny_run: Run) -> None:
     ds = pn.hessian(tiny_run, checkpoints=["plain"], n=128, n_lanczos=60, n_probes=6, dtype="float64", progress=False)
-    source = pn.sources.as_source(tiny_run)
+    source = as_source(tiny_run)
     model = source.model(tiny_run.plain).double()
     part = source.data.train.subset(128, 0)
     op = pn.HessianOperator(model, source.loss, part.batches(512))
@@ -155,11 +156,11 @@ def test_pyhessian_agrees_on_lenet5() -> None:
 
 def test_per_layer_gives_a_row_for_each_block(tiny_run: Run) -> None:
     ds = pn.hessian(tiny_run, checkpoints=["plain"], per_layer=True, **{**SMALL, "n_hvp": 2000}, dtype="float64")
-    source = pn.sources.as_source(tiny_run)
+    source = as_source(tiny_run)
     model = source.model(tiny_run.plain).double()
     dense = pn.HessianOperator(model, source.loss, source.data.train.subset(128, 0).batches(512)).to_dense()
     start = 0
-    for row, (layer, own) in enumerate(pn.models.parameter_layers(model)):
+    for row, (layer, own) in enumerate(parameter_layers(model)):
         size = sum(parameter.numel() for _, parameter in own)
         block = torch.linalg.eigvalsh(dense[start : start + size, start : start + size])
         at = ds.isel(checkpoint=row)

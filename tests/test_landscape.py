@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pnanalysis import schema
 from pnanalysis.alignment.permutation_symmetries import find_groups
 from pnanalysis.alignment.weight_matching import Relabelling
 from pnanalysis.analyses.comparison import compare
@@ -27,6 +26,7 @@ from pnanalysis.geometry.loss_surface import Surface
 from pnanalysis.geometry.planes import random_directions
 from pnanalysis.inputs.data import as_splits
 from pnanalysis.inputs.sources import Source, as_source, open_files
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
 from trainers import Config, train
 
@@ -404,7 +404,7 @@ def test_a_loader_and_a_loss_of_ones_own_give_the_same(tmp_path: Path) -> None:
     ours = landscape(open_files(model, files, loader, own), n_points=4, align=True, progress=False)
     np.testing.assert_allclose(ours.loss.sel(path="line"), built_in.loss.sel(path="line"), rtol=20 * EPS32)
     np.testing.assert_allclose(ours.loss_se.sel(path="line"), built_in.loss_se.sel(path="line"), rtol=1e-4)
-    loaded = schema.load(schema.save(ours, tmp_path / "barrier.nc"))
+    loaded = netcdf.load(netcdf.save(ours, tmp_path / "barrier.nc"))
     assert loaded.identical(ours)
     bent = landscape(open_files(model, files, loader, own), n_points=4, view="curve", n_steps=20, progress=False)
     assert bent.path.values.tolist() == ["line", "curve"]

@@ -12,7 +12,8 @@ from torch import nn
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.inputs.models import build_model, load_weights, parameter_layers, resolve_loss
 from pnanalysis.inputs.sources import as_source, open_files, resolve_device
-from pnanalysis.io.runs import Run, RunWriter, open_run
+from pnanalysis.io.runs import Run, open_run
+from pnanalysis.io.writer import RunWriter
 
 PARAMETERS = {"lenet5": 62_006, "alexnet": 28_711_754, "resnet18": 11_173_962, "tanh7": 1_118_218, "relu32": 1_153}
 

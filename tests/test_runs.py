@@ -15,7 +15,10 @@ import torch
 from pnanalysis import schema
 from pnanalysis.analyses.history import error_kind, history
 from pnanalysis.errors import ModelError, RunError
-from pnanalysis.io.runs import MANIFEST, Run, RunWriter, open_run, read_weights
+from pnanalysis.io import netcdf
+from pnanalysis.io.runs import MANIFEST, Run, open_run
+from pnanalysis.io.weights import read_weights
+from pnanalysis.io.writer import RunWriter
 
 
 def test_a_finished_run_names_start_plain_champion_and_ends(tiny_run: Run) -> None:
@@ -144,10 +147,10 @@ def test_what_errors_are_is_each_runs_own(own_run: Run, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(own_run.path, other)
     numbers = own_run.history.assign_attrs(error="squared error")
-    schema.save(numbers, other / "history.nc")
+    netcdf.save(numbers, other / "history.nc")
     old = own_run.history
     del old.attrs["error"]
-    schema.save(old, own_run.path / "history.nc")
+    netcdf.save(old, own_run.path / "history.nc")
     joined = history(open_run(own_run.path), open_run(other))
     assert [error_kind(joined.sel(run=name)) for name in joined.run.values] == ["share", "squared error"]
     assert "error" not in joined.attrs

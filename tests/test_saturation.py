@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS, Activation, watch_activations
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR, QuantileSketch
 from pnanalysis.activations.statistics import LayerActivity, Measures
@@ -25,6 +24,7 @@ from pnanalysis.errors import ModelError, PnError
 from pnanalysis.inputs.data import load_data
 from pnanalysis.inputs.models import build_model
 from pnanalysis.inputs.sources import as_source, open_files
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
 
 
@@ -219,7 +219,7 @@ def test_the_command_shows_saturation_and_dead_units(tiny_run: Run, tmp_path: Pa
     assert result.exit_code == 0, result.output
     assert "saturation measure" in result.output
     assert "dead units" in result.output
-    ds = schema.load(tmp_path / "s.nc")
+    ds = netcdf.load(tmp_path / "s.nc")
     assert ds.saturation_bins == 5
     assert ds.unit_dead.dims == ("iteration", "epoch", "layer", "unit")
 

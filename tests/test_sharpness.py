@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from pnanalysis import schema
 from pnanalysis.analyses.sharpness import RADII, sharpness
 from pnanalysis.errors import ModelError
 from pnanalysis.inputs.sources import Source, open_files
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
 
 RADIUS = {"ball": 0.2, "adaptive": 0.3, "box": 0.05}
@@ -116,7 +116,7 @@ def test_a_runs_checkpoints_lie_along_checkpoint(tiny_run: Run, tmp_path: Path) 
     assert ds.neighbourhood.values.tolist() == list(RADII)
     assert (ds.rise > 0).all()
     assert (ds.rise >= ds.one_step - 1e-6).all()
-    assert schema.load(schema.save(ds, tmp_path / "s.nc")).identical(ds)
+    assert netcdf.load(netcdf.save(ds, tmp_path / "s.nc")).identical(ds)
 
 
 @pytest.mark.parametrize(

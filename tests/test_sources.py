@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import pnanalysis as pn
-from pnanalysis import schema
-from pnanalysis.analyses.comparison import _saved_spectrum
+from pnanalysis.analyses.spectrum_cache import _saved_spectrum
 from pnanalysis.errors import ModelError, RunError, TrainingError
 from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.geometry.loss_surface import Surface
 from pnanalysis.inputs.models import parameter_layers
 from pnanalysis.inputs.selection import members
 from pnanalysis.inputs.sources import as_source
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, Checkpoint, Run
 from trainers import PersistentPenalty, fit
 from trainers.loop.batched_fit import Member, fit_together
@@ -61,7 +61,7 @@ def test_runs_of_one_name_are_kept_apart(namesakes: list[Run]) -> None:
 def test_a_saved_spectrum_of_another_loss_or_model_is_not_taken(namesakes: list[Run]) -> None:
     run = namesakes[0]
     spent = {"n": 50, "n_lanczos": 5, "n_probes": 2, "seed": 0}
-    schema.save(pn.hessian(run, **spent, progress=False), run.path / ANALYSIS / "hessian.nc")
+    netcdf.save(pn.hessian(run, **spent, progress=False), run.path / ANALYSIS / "hessian.nc")
     (own, _) = members([run], ["plain", "start"])
     assert _saved_spectrum(own, spent) is not None
     other = as_source(run, loss=lambda outputs, targets: 5 * F.cross_entropy(outputs, targets))

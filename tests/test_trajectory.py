@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-import pnanalysis.schema as schema
 from pnanalysis import plots
 from pnanalysis.analyses.history import history
 from pnanalysis.analyses.trajectory import trajectory
@@ -28,6 +27,7 @@ from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.geometry.gram import _blocks, displacement_gram
 from pnanalysis.geometry.planes import random_directions
 from pnanalysis.inputs.sources import as_source, as_sources, open_files
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Checkpoint, Run, open_run
 from trainers import Config, train
 
@@ -123,7 +123,7 @@ def test_histories_of_runs_are_joined_along_run(tiny_run: Run, own_run: Run) -> 
 
 def test_every_dataset_survives_saving(tiny_run: Run, tmp_path: Path) -> None:
     ds = trajectory(tiny_run, progress=False)
-    loaded = schema.load(schema.save(ds, tmp_path / "trajectory.nc"))
+    loaded = netcdf.load(netcdf.save(ds, tmp_path / "trajectory.nc"))
     assert loaded.identical(ds)
 
 
@@ -304,7 +304,7 @@ def test_the_command_gives_layers_and_projections(tiny_run: Run, tmp_path: Path)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "fc3" in result.output
-    ds = schema.load(tmp_path / "t.nc")
+    ds = netcdf.load(tmp_path / "t.nc")
     assert {"pca", "random"} <= set(ds.data_vars)
     assert "plane" not in ds
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from pnanalysis.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -169,3 +171,11 @@ def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
                 stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         stack.enter_context(watch)
         yield
+
+
+def no_activations(model: nn.Module) -> ModelError:
+    """What to say of a network that has none."""
+    return ModelError(
+        f"{type(model).__name__} has no activation functions that are known here (tanh, sigmoid, the ReLU family, "
+        "GELU, SiLU...); saturation has nothing to measure"
+    )

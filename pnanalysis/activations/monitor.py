@@ -12,10 +12,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
-from pnanalysis.activations.hooks import Activation, watch_activations
+from pnanalysis.activations.hooks import Activation, no_activations, watch_activations
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
 from pnanalysis.activations.statistics import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
-from pnanalysis.analyses.saturation import no_activations
 from pnanalysis.checks import ascending, at_least
 from pnanalysis.errors import ModelError
 

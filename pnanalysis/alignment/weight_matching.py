@@ -18,7 +18,7 @@ from pnanalysis.alignment.channel_groups import Group, Use
 from pnanalysis.alignment.permutation_symmetries import find_groups
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import run
-from pnanalysis.io.runs import State
+from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance, progress_bar
 
 _MAX_SWEEPS = 100

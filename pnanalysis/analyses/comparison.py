@@ -9,25 +9,25 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from scipy.stats import norm
 from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS
-from pnanalysis.analyses.functional import FunctionPairs, aligned, evaluate
 from pnanalysis.analyses.hessian import hessian as spectra_of
 from pnanalysis.analyses.saturation import saturation as saturation_of
+from pnanalysis.analyses.spectrum_cache import _saved_spectrum
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import ModelError
-from pnanalysis.estimates import SIGMAS
+from pnanalysis.estimates import told_beyond
 from pnanalysis.evaluation.cka import CentredKernelAlignment
+from pnanalysis.evaluation.disagreement import FunctionPairs, aligned, evaluate
 from pnanalysis.evaluation.forward import placed
 from pnanalysis.evaluation.scores import Scores, paired
 from pnanalysis.geometry.distances import distance_between, parameter_distances
-from pnanalysis.inputs.data import SPLITS, Split
+from pnanalysis.inputs.data import SPLITS
 from pnanalysis.inputs.selection import Examples, Member, members
 from pnanalysis.inputs.sources import Source, resolve_device
-from pnanalysis.io.runs import ANALYSIS, Run
+from pnanalysis.io.runs import Run
 from pnanalysis.spectra.summary import compare_spectra
 from pnanalysis.terminal.progress import progress_bar
 
@@ -170,11 +170,6 @@ def compare(
     )  # fmt: skip
 
 
-def told_beyond(n_pairs: int) -> float:
-    """Standard errors beyond which one of so many differences is claimed: two for one, more for many (Bonferroni)."""
-    return SIGMAS if n_pairs <= 1 else float(norm.isf(norm.sf(SIGMAS) / n_pairs))
-
-
 def _scored(scores: Scores, sigmas: float) -> xr.Dataset:
     """Means and differences of one split."""
     variables: dict[str, Any] = {}
@@ -235,28 +230,6 @@ def _both_ways(found: xr.Dataset, names: Sequence[str]) -> dict[str, tuple[float
         both[f"{stem}_difference{end}"] = (float(found[name]), sign * float(found[f"{stem}{back}"]))
     distances = ("wasserstein1", "wasserstein1_noise", "wasserstein1_se")
     return both | {name: (float(found[name]), float(found[name])) for name in distances}
-
-
-def _saved_spectrum(member: Member, options: Mapping[str, Any]) -> xr.Dataset | None:
-    """The spectrum that is saved with the run, if it is of this checkpoint, these examples and as good as asked for."""
-    run = member.source.run
-    file = None if run is None else run.path / ANALYSIS / "hessian.nc"
-    if file is None or not file.is_file() or file.stat().st_mtime < member.checkpoint.path.stat().st_mtime:
-        return None
-    ds = schema.load(file)
-    wanted: dict[str, Any] = {"operator": "hessian", "split": "train", "bn_mode": "eval", "params": None}
-    wanted |= {"amp": "no", "dtype": "float32", **{name: member.source.attrs.get(name) for name in ("loss", "model")}}
-    wanted |= {key: options[key] for key in ("n", "seed", *wanted) if key in options}
-    train = member.source.data.train
-    if isinstance(train, Split) and wanted["n"] is not None:
-        wanted["n"] = min(wanted["n"], len(train))
-    at = np.flatnonzero((ds.iteration == member.checkpoint.iteration) & (ds.epoch == member.checkpoint.epoch))
-    fits = all(ds.attrs.get(key) == value for key, value in wanted.items())
-    enough = ds.sizes["lanczos"] >= options["n_lanczos"] and ds.sizes["probe"] >= options["n_probes"]
-    same_data = ds.attrs.get("data_fingerprint") == member.source.data.fingerprint
-    if not (fits and enough and same_data and len(at)) or "layer" in ds.coords:
-        return None
-    return ds.isel(checkpoint=int(at[0]))
 
 
 def _saturation(chosen: Sequence[Member], split: str, device: str | None, seed: int, progress: bool) -> xr.Dataset:

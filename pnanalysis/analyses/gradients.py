@@ -15,7 +15,7 @@ from pnanalysis import schema
 from pnanalysis.checks import at_least
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import RunError
-from pnanalysis.evaluation.forward import explained
+from pnanalysis.evaluation.diagnosis import explained
 from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.models import parameter_layers
 from pnanalysis.inputs.sources import Source, as_source, resolve_device

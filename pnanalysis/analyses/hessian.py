@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 
 from pnanalysis import schema
+from pnanalysis.analyses.spectrum_cache import _claim, _digest, _finished, _Key, _own_folder, _row
 from pnanalysis.checks import at_least, positive, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError, RunError
-from pnanalysis.evaluation.forward import explained
+from pnanalysis.evaluation.diagnosis import explained
 from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.sources import Source, as_sources, resolve_device
-from pnanalysis.io.runs import Checkpoint, Run
+from pnanalysis.io.runs import Run
 from pnanalysis.spectra.density import default_grid, smooth, spectral_density
-from pnanalysis.spectra.linear_operator import LinearOperator, random_unit_vectors
+from pnanalysis.spectra.linear_operator import LinearOperator
 
-_SAME = 1e-3  # relative deviation of a product that arithmetic explains
 #: Lanczos steps a probe where none are asked for.
 N_LANCZOS = 90
-
-_Key = tuple[int, Checkpoint, str]  # source, checkpoint, layer ("" for all)
 
 
 def hessian(
@@ -184,60 +179,6 @@ def hessian(
     )  # fmt: skip
 
 
-def _claim(folder: Path, asked: dict[str, Any]) -> None:
-    """Make the folder that of this call, or see that it is.
-
-    Raises
-    ------
-    CurvatureError
-        If it holds the unfinished work of another.
-    """
-    path, asked = folder / "asked.json", json.loads(json.dumps(asked, default=str))
-    if path.is_file() and (any(folder.glob("*.nc")) or any(folder.glob("*/*.safetensors"))):
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = [name for name in asked if before.get(name) != asked[name]]
-        if other:
-            raise CurvatureError(
-                f"{folder}: holds unfinished work with {other[0]} {before.get(other[0])!r}, not {asked[other[0]]!r}; "
-                "finish that first with the same settings, or delete the folder"
-            )
-        return
-    with schema.atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(asked, indent=1), encoding="utf-8")
-
-
-def _finished(
-    folder: Path | None,
-    asked: dict[str, Any],
-    operator: LinearOperator,
-    compute: Callable[[], xr.Dataset],
-) -> xr.Dataset:
-    """A spectrum, from the file beside ``folder`` if it is there and answers just what is asked.
-
-    One product tells whether the operator is still the same, whatever has happened to code and data meanwhile.
-    """
-    if folder is None:
-        return compute()
-    path = folder.with_name(f"{folder.name}.nc")
-    question = json.dumps(asked, sort_keys=True, default=str)
-    vector = random_unit_vectors(operator, [0], seed=0)
-    product = operator.matmat(vector)
-    known = np.array([float((vector * product).sum()), float(torch.linalg.vector_norm(product))])
-    if path.is_file():
-        found = schema.load(path)
-        same = np.abs(np.asarray(found.attrs.pop("product", np.nan)) - known).max() <= _SAME * known[1]
-        if found.attrs.pop("asked", None) == question and same:
-            return found
-    ds = compute()
-    schema.save(ds.assign_attrs(asked=question, product=known), path)
-    return ds
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _common_grid(grids: Sequence[np.ndarray]) -> np.ndarray:
     """One ascending grid that is as fine at each point as the finest of the grids that reach there."""
     finest_first, points = sorted(grids, key=np.ptp), []
@@ -264,13 +205,3 @@ def _blocks(whole: LinearOperator, per_layer: bool) -> Iterator[tuple[str, Linea
         yield from whole.per_layer()
     else:
         raise CurvatureError("only the native engine does one layer at a time")
-
-
-def _row(label: str, layer: str) -> str:
-    return f"{label}:{layer}" if layer else label
-
-
-def _own_folder(state: str | os.PathLike[str] | None, key: _Key) -> Path | None:
-    """Where the unfinished work on one spectrum is kept."""
-    which, checkpoint, layer = key
-    return None if state is None else Path(state) / f"{which}-{_row(checkpoint.name.replace('/', '-'), layer)}"

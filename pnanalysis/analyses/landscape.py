@@ -15,19 +15,18 @@ from pnanalysis.alignment.weight_matching import align as match
 from pnanalysis.analyses.trajectory import plane_points
 from pnanalysis.checks import ascending, at_least, one_of, positive, resolve_dtype
 from pnanalysis.errors import DataError, ModelError, RunError
-from pnanalysis.evaluation.forward import explained
+from pnanalysis.evaluation.diagnosis import explained
 from pnanalysis.geometry.barriers import profiles
 from pnanalysis.geometry.curves import CURVES, train_curve
 from pnanalysis.geometry.loss_surface import BATCH_NORM, Surface
 from pnanalysis.geometry.planes import about_one, through_three
 from pnanalysis.inputs.data import Split
-from pnanalysis.inputs.selection import check_same_loss
+from pnanalysis.inputs.selection import _of_several, _Points, check_same_loss
 from pnanalysis.inputs.sources import Source, as_sources, check_same_data, resolve_device
-from pnanalysis.io.runs import Checkpoint, Run, State
+from pnanalysis.io.runs import Checkpoint, Run
+from pnanalysis.io.weights import State
 
 VIEWS = ("line", "curve", "plane", "random")
-
-_Points = dict[str, tuple[Source, Checkpoint]]
 
 
 def landscape(
@@ -223,24 +222,6 @@ def _default(run: Run, view: str) -> Sequence[str]:
         return ["champion"]
     last = len(run.ends) - 1
     return ["plain", "champion"] if run.manifest["champion"] or last < 1 else ["plain", f"iter{last:02d}"]
-
-
-def _of_several(sources: list[Source], names: Sequence[str] | None) -> _Points:
-    """Checkpoints of several runs by ``RUN/NAME``; by default the champion of each (all of a user's own files)."""
-    labels = [source.label for source in sources]
-    wanted: list[tuple[str, Source, list[str] | None]] = []
-    if names is None:
-        wanted = [(label, s, ["champion"] if s.run else None) for label, s in zip(labels, sources, strict=True)]
-    for name in names or ():
-        found = [(label, s) for label, s in zip(labels, sources, strict=True) if name.startswith(f"{label}/")]
-        if not found:
-            raise RunError(f"{name!r} names no checkpoint of {', '.join(labels)}; write RUN/NAME")
-        wanted += [(label, source, [name[len(label) + 1 :]]) for label, source in found]
-    return {
-        f"{label}/{name}": (source, checkpoint)
-        for label, source, selected in wanted
-        for name, checkpoint in source.select(selected).items()
-    }
 
 
 def _short_name(name: str, first: Source, source: Source, checkpoint: Checkpoint) -> str:

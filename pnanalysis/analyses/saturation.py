@@ -9,12 +9,13 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
-from pnanalysis.activations.hooks import Activation, watch_activations
+from pnanalysis.activations.hooks import Activation, no_activations, watch_activations
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
 from pnanalysis.activations.statistics import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
 from pnanalysis.checks import ascending, at_least, one_of
 from pnanalysis.errors import ModelError, RunError
-from pnanalysis.evaluation.forward import explained, run
+from pnanalysis.evaluation.diagnosis import explained
+from pnanalysis.evaluation.forward import run
 from pnanalysis.inputs.data import SPLITS, LoaderSplit, Split
 from pnanalysis.inputs.sources import Source, as_sources, resolve_device
 from pnanalysis.io.runs import Checkpoint, Run
@@ -147,14 +148,6 @@ def saturation(
         relative_error=0.0 if exact else RELATIVE_ERROR,
         champion=None if first.run is None else first.run.manifest["champion"],
     )  # fmt: skip
-
-
-def no_activations(model: nn.Module) -> ModelError:
-    """What to say of a network that has none."""
-    return ModelError(
-        f"{type(model).__name__} has no activation functions that are known here (tanh, sigmoid, the ReLU family, "
-        "GELU, SiLU...); saturation has nothing to measure"
-    )
 
 
 def _examples(source: Source, split: str, n: int | None, seed: int, device: torch.device) -> Split | LoaderSplit:

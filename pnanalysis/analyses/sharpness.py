@@ -14,10 +14,11 @@ from pnanalysis import schema
 from pnanalysis.checks import at_least, positive, resolve_dtype
 from pnanalysis.errors import ModelError
 from pnanalysis.estimates import mean_and_error
-from pnanalysis.evaluation.forward import explained
+from pnanalysis.evaluation.diagnosis import explained
 from pnanalysis.geometry.loss_surface import Surface
 from pnanalysis.inputs.sources import Source, as_sources, resolve_device
-from pnanalysis.io.runs import Checkpoint, Run, State
+from pnanalysis.io.runs import Checkpoint, Run
+from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance, progress_bar
 
 #: Neighbourhood to its radius where none is given.

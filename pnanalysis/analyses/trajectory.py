@@ -19,13 +19,13 @@ from pnanalysis import schema
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import ModelError, RunError
 from pnanalysis.geometry.gram import layer_grams
+from pnanalysis.geometry.planes import COLLINEAR, on_plane
 from pnanalysis.inputs.models import parameter_layers
 from pnanalysis.inputs.sources import Source, as_sources
 from pnanalysis.io.runs import Checkpoint, Run
 
 PROJECTIONS = ("plane", "pca", "pca_end", "random")
 DEFAULT_PROJECTIONS = PROJECTIONS[:3]
-COLLINEAR = "the start and the two end points lie on one line and span no plane; add another iteration"
 WHOLE = "all"
 
 Matrix = NDArray[np.float64]
@@ -247,19 +247,6 @@ def _measure(
         "distance_to_end": (("checkpoint", "end"), np.sqrt(np.maximum(distance2, 0.0))),
         "cosine": (("checkpoint", "end"), np.where(np.isfinite(cosine), np.clip(cosine, -1, 1), np.nan)),
     }
-
-
-def on_plane(moved: Matrix, onto: Matrix, among: Matrix) -> Matrix:
-    """Orthonormal coordinates (T, 2) on the plane of two directions; NaN where these are parallel.
-
-    ``onto`` (T, 2) are the displacements' inner products with the directions, ``among`` (2, 2) the directions' own.
-    """
-    a2, ab, b2 = among[0, 0], among[0, 1], among[1, 1]
-    height2 = b2 - ab**2 / a2 if a2 > 0 else 0.0
-    if height2 <= 1e-10 * max(b2, a2):
-        return np.full((len(moved), 2), np.nan)
-    x = onto[:, 0] / np.sqrt(a2)
-    return np.stack([x, (onto[:, 1] - ab / a2 * onto[:, 0]) / np.sqrt(height2)], axis=1)
 
 
 def _about(moved: Matrix, weights: Matrix) -> Matrix:

@@ -39,11 +39,12 @@ def info(
 
       pnanalysis info runs/lenet5/analysis/hessian.nc
     """
-    from pnanalysis import schema
-    from pnanalysis.io.runs import open_run, read_weights
+    from pnanalysis.io import netcdf
+    from pnanalysis.io.runs import open_run
+    from pnanalysis.io.weights import read_weights
 
     if path.suffix in _DATASETS:
-        tables = _of_dataset(path, schema.load(path))
+        tables = _of_dataset(path, netcdf.load(path))
     elif path.suffix in _WEIGHTS:
         tables = iter([_of_weights(path, read_weights(path))])
     elif path.is_file():

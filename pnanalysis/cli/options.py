@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pnanalysis.checks import check_figure, check_writable
 from pnanalysis.errors import PnError
-from pnanalysis.files import check_figure, check_writable
 from pnanalysis.terminal.console import Table, show, show_saved, speak_json
 
 if TYPE_CHECKING:
@@ -170,12 +170,13 @@ def deliver(
 
     It is saved as told, else beside ``first``; without either it is not.
     """
-    from pnanalysis import schema
 
     if first is not None:
         output = destination(str(ds.attrs["kind"]), first, output)
     if output is not None:
-        schema.save(ds, output)
+        from pnanalysis.io import netcdf
+
+        netcdf.save(ds, output)
     if plot is not None:
         from pnanalysis import plots
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pnanalysis.checks import check_writable
 from pnanalysis.cli import options
-from pnanalysis.files import check_writable
 from pnanalysis.terminal.console import show_saved
 
 
@@ -50,8 +50,9 @@ def plot(
 
       pnanalysis plot runs/lenet5/analysis/hessian.nc -o spectrum.pdf
     """
-    from pnanalysis import plots, schema
+    from pnanalysis import plots
+    from pnanalysis.io import netcdf
 
     target = output or check_writable(file.with_suffix(".png"))
-    plots.save_figure(plots.plot(schema.load(file), kind), target)
+    plots.save_figure(plots.plot(netcdf.load(file), kind), target)
     show_saved(quiet, target)

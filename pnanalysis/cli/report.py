@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pnanalysis.checks import check_writable
 from pnanalysis.cli import options
-from pnanalysis.files import check_writable
 from pnanalysis.terminal.console import show_saved
 
 

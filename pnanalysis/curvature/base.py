@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, RandomSampler
 
-from pnanalysis.curvature.autodiff import Named, requiring_grad
-from pnanalysis.curvature.parameters import Selection, join_tensors, select_parameters, split_vector
-from pnanalysis.curvature.precision import PRECISIONS, autocast, float32_precision
-from pnanalysis.curvature.prepared_copy import BatchNorm, frozen_copy
+from pnanalysis.curvature.parameters import (
+    Named,
+    Selection,
+    join_tensors,
+    requiring_grad,
+    select_parameters,
+    split_vector,
+)
+from pnanalysis.curvature.prepared_copy import PRECISIONS, BatchNorm, autocast, float32_precision, frozen_copy
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError

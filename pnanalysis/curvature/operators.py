@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from pnanalysis.curvature.autodiff import Named, pullback, requiring_grad
 from pnanalysis.curvature.base import CurvatureOperator
+from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
 from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.batches import batch_size

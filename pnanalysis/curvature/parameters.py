@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from math import prod
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.models import parameter_layers
@@ -74,3 +75,20 @@ def _matches(name: str, parameter: nn.Parameter, wanted: str | nn.Parameter) -> 
         or name.startswith(f"{wanted}.")
         or any(fnmatchcase(text, wanted) for text in (name, layer))
     )
+
+
+def pullback(outputs: Any, inputs: Any, cotangents: Any) -> list[Tensor]:
+    """Vector-Jacobian product on a graph that is kept; parts that do not depend on the inputs give zeros."""
+    pairs = [(out, cotangent) for out, cotangent in zip(outputs, cotangents, strict=True) if out.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    roots, seeds = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(roots, inputs, seeds, retain_graph=True, materialize_grads=True))
+
+
+def requiring_grad(theta: Named) -> Named:
+    """The same tensors as leaves of a graph to come."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
+
+
+Named = dict[str, Tensor]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -70,3 +74,34 @@ def _convolve_and_normalise(conv: Any, norm: Any, inputs: Tensor) -> Tensor:
 
 def _identity(inputs: Tensor) -> Tensor:
     return inputs
+
+
+PRECISIONS = ("no", "tf32", "bf16")
+
+
+@contextmanager
+def autocast(device: torch.device, amp: str) -> Iterator[None]:
+    """Forward passes that can be differentiated twice, in bfloat16 where ``amp`` says so."""
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"),
+        sdpa_kernel(SDPBackend.MATH),  # attention's other kernels have no second derivative
+    ):
+        yield
+
+
+@contextmanager
+def float32_precision(amp: str) -> Iterator[None]:
+    """TensorFloat-32 on CUDA where ``amp`` says so and nowhere else; torch's own default has it in convolutions.
+
+    Restored at the end: these are settings of the whole process.
+    """
+    cudnn: Any = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32" if amp == "tf32" else "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pnanalysis.curvature.autodiff import Named, pullback, requiring_grad
-from pnanalysis.curvature.parameters import join_tensors, split_vector
+from pnanalysis.curvature.parameters import Named, join_tensors, pullback, requiring_grad, split_vector
 
 Penalty = Callable[[nn.Module], Tensor]
 

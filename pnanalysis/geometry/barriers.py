@@ -12,7 +12,7 @@ from pnanalysis.estimates import mean_and_error
 from pnanalysis.geometry.curves import curve_weights
 from pnanalysis.geometry.gram import displacement_gram
 from pnanalysis.geometry.loss_surface import Matrix, Surface, Values
-from pnanalysis.io.runs import State
+from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
 
 

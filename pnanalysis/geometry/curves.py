@@ -15,7 +15,7 @@ from pnanalysis.errors import ModelError
 from pnanalysis.geometry.loss_surface import Matrix, Surface
 from pnanalysis.inputs.batches import batch_size as nest_size
 from pnanalysis.inputs.data import LoaderSplit, Split
-from pnanalysis.io.runs import State
+from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
 
 CURVES = ("bezier", "chain")

@@ -31,7 +31,7 @@ from pnanalysis.evaluation.losses import (
 )
 from pnanalysis.inputs.batches import batch_size, map_tensors
 from pnanalysis.inputs.models import Loss, load_weights
-from pnanalysis.io.runs import State
+from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance
 
 Matrix = NDArray[np.float64]

@@ -10,12 +10,11 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pnanalysis.analyses.trajectory import COLLINEAR, on_plane
 from pnanalysis.errors import RunError
 from pnanalysis.estimates import mean_and_error
 from pnanalysis.geometry.gram import displacement_gram, filter_directions
 from pnanalysis.geometry.loss_surface import Matrix, Surface
-from pnanalysis.io.runs import State
+from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
 
 
@@ -157,3 +156,19 @@ def _flat(x: Matrix, y: Matrix) -> tuple[Matrix, Matrix]:
     """Coordinates of all grid points, rows of y first."""
     grid_y, grid_x = np.meshgrid(y, x, indexing="ij")
     return grid_x.reshape(-1), grid_y.reshape(-1)
+
+
+COLLINEAR = "the start and the two end points lie on one line and span no plane; add another iteration"
+
+
+def on_plane(moved: Matrix, onto: Matrix, among: Matrix) -> Matrix:
+    """Orthonormal coordinates (T, 2) on the plane of two directions; NaN where these are parallel.
+
+    ``onto`` (T, 2) are the displacements' inner products with the directions, ``among`` (2, 2) the directions' own.
+    """
+    a2, ab, b2 = among[0, 0], among[0, 1], among[1, 1]
+    height2 = b2 - ab**2 / a2 if a2 > 0 else 0.0
+    if height2 <= 1e-10 * max(b2, a2):
+        return np.full((len(moved), 2), np.nan)
+    x = onto[:, 0] / np.sqrt(a2)
+    return np.stack([x, (onto[:, 1] - ab / a2 * onto[:, 0]) / np.sqrt(height2)], axis=1)

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from pnanalysis.errors import ModelError, RunError
-from pnanalysis.evaluation.forward import explained, run, wanted
 from pnanalysis.inputs.data import SPLITS, Split, Splits
-from pnanalysis.inputs.models import Loss
 from pnanalysis.inputs.sources import Source, as_sources, check_same_data
 from pnanalysis.io.runs import Checkpoint, Run
 
@@ -161,32 +159,6 @@ def _alike(a: Splits, b: Splits) -> bool:
     return a.train.inputs.shape == b.train.inputs.shape and a.train.inputs.dtype == b.train.inputs.dtype
 
 
-def run_all(
-    networks: Sequence[nn.Module], inputs: Sequence[Any], targets: Any, labels: Sequence[str], loss: Loss
-) -> list[Any]:
-    """What every network gives for its own form of the same examples.
-
-    Raises
-    ------
-    ModelError
-        If there is no prediction in it, or predictions are not of one shape.
-    DataError
-        If a network cannot take its examples.
-    """
-    outputs = []
-    for network, x, label in zip(networks, inputs, labels, strict=True):
-        with explained(label, network, [(x, targets)], loss):
-            outputs.append(run(network, x))
-    shapes = [wanted(one, label).shape[1:] for one, label in zip(outputs, labels, strict=True)]
-    for label, shape in zip(labels, shapes, strict=True):
-        if shape != shapes[0]:
-            first, other = (" x ".join(map(str, each)) or "1" for each in (shapes[0], shape))
-            raise ModelError(
-                f"{labels[0]} has {first} outputs, {label} has {other}: what they compute cannot be compared"
-            )
-    return outputs
-
-
 def check_same_loss(first: Source, other: Source, names: tuple[str, str] | None = None) -> None:
     """Refuse to compare losses of networks that were trained by different ones.
 
@@ -199,3 +171,24 @@ def check_same_loss(first: Source, other: Source, names: tuple[str, str] | None 
     one, two = names or (first.label, other.label)
     if a != b:
         raise ModelError(f"{one} has the loss {a}, {two} has {b}: compare networks by one, given with --loss")
+
+
+_Points = dict[str, tuple[Source, Checkpoint]]
+
+
+def _of_several(sources: list[Source], names: Sequence[str] | None) -> _Points:
+    """Checkpoints of several runs by ``RUN/NAME``; by default the champion of each (all of a user's own files)."""
+    labels = [source.label for source in sources]
+    wanted: list[tuple[str, Source, list[str] | None]] = []
+    if names is None:
+        wanted = [(label, s, ["champion"] if s.run else None) for label, s in zip(labels, sources, strict=True)]
+    for name in names or ():
+        found = [(label, s) for label, s in zip(labels, sources, strict=True) if name.startswith(f"{label}/")]
+        if not found:
+            raise RunError(f"{name!r} names no checkpoint of {', '.join(labels)}; write RUN/NAME")
+        wanted += [(label, source, [name[len(label) + 1 :]]) for label, source in found]
+    return {
+        f"{label}/{name}": (source, checkpoint)
+        for label, source, selected in wanted
+        for name, checkpoint in source.select(selected).items()
+    }

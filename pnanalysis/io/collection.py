@@ -8,8 +8,8 @@ from typing import Any
 
 import xarray as xr
 
-from pnanalysis import schema
 from pnanalysis.errors import RunError
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, HISTORY, MANIFEST, Run, open_run
 
 
@@ -52,7 +52,7 @@ def open_runs(directory: str | os.PathLike[str], kind: str = "history") -> xr.Da
     places = [{name: _plain(config.get(name)) for name in differing} for config in configs]
     if not differing or len({tuple(place.values()) for place in places}) < len(places):
         places = [{"run": run.path.name} for run, _ in found]
-    parts = _padded([schema.load(file) for _, file in found])
+    parts = _padded([netcdf.load(file) for _, file in found])
     parts = [_placed(ds, place) for ds, place in zip(parts, places, strict=True)]
     return xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop_conflicts")
 

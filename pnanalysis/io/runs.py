@@ -14,26 +14,21 @@ any moment leaves either the old file or the new one. Opening a run never execut
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import xarray as xr
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as dump_safetensors
 
 from pnanalysis import schema
-from pnanalysis.errors import ModelError, RunError
-from pnanalysis.files import check_writable
+from pnanalysis.errors import RunError
+from pnanalysis.io import netcdf
+from pnanalysis.io.weights import State, read_weights
 
 FORMAT = "pnanalysis-run"
 MANIFEST, HISTORY, RESUME, CHECKPOINTS, ANALYSIS = (
@@ -44,8 +39,6 @@ MANIFEST, HISTORY, RESUME, CHECKPOINTS, ANALYSIS = (
     "analysis",
 )
 _CHECKPOINT_FILE = re.compile(r"iter(\d+)/epoch(\d+)\.safetensors$")
-
-State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,12 +109,12 @@ class Run:
         path = self.path / HISTORY
         if not path.is_file():
             raise RunError(f"{self.path}: no {HISTORY} yet; train for at least one epoch")
-        return schema.load(path)
+        return netcdf.load(path)
 
     @property
     def results(self) -> xr.DataTree:
         """The history and every saved analysis as one tree, a group per kind (history, hessian, saturation...)."""
-        groups = {name: schema.load(file) for name, file in self.files.items()}
+        groups = {name: netcdf.load(file) for name, file in self.files.items()}
         return xr.DataTree.from_dict(groups, name=self.path.name)
 
     @property
@@ -231,142 +224,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     return Run(path, manifest)
 
 
-def check_new(path: str | os.PathLike[str]) -> None:
-    """Refuse a run directory that exists already and is not empty, or cannot be written.
-
-    Raises
-    ------
-    RunError
-    """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(
-            f"{path}: exists already; give another --out, or --resume to go on with it"
-            if (path / MANIFEST).is_file()
-            else f"{path}: exists and is no run directory; give another --out"
-        )
-    check_writable(path / MANIFEST)
-
-
-class RunWriter:
-    """Writes a run directory, every file atomically. For trainers."""
-
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path = path
-        self.manifest = manifest
-
-    @classmethod
-    def create(cls, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> RunWriter:
-        """Start a new run.
-
-        Raises
-        ------
-        RunError
-            If the directory exists already and is not empty, or cannot be written.
-        """
-        path = Path(path)
-        check_new(path)
-        writer = cls(path, {"format": FORMAT, "schema_version": schema.SCHEMA_VERSION, **manifest})
-        writer.update()
-        return writer
-
-    def update(self, **entries: Any) -> None:
-        """Change entries of the manifest and write it."""
-        self.manifest.update(entries)
-        self._write(MANIFEST, (json.dumps(self.manifest, indent=2) + "\n").encode())
-
-    def save_checkpoint(self, iteration: int, epoch: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Write weights and buffers as ``checkpoints/iterNN/epochNNN.safetensors``."""
-        self._write(f"{CHECKPOINTS}/iter{iteration:02d}/epoch{epoch:03d}.safetensors", _dump(state))
-
-    def save_history(self, history: xr.Dataset) -> None:
-        """Write the history dataset."""
-        with self._explained(HISTORY):
-            schema.save(history, self.path / HISTORY)
-
-    def save_state(self, tensors: Mapping[str, torch.Tensor], **position: int) -> None:
-        """Write what is needed to go on from here: tensors, and integers such as iteration and epoch."""
-        self._write(RESUME, _dump(tensors, {key: str(value) for key, value in position.items()}))
-
-    def load_state(self) -> tuple[State, dict[str, int]] | None:
-        """What :meth:`save_state` wrote last, or ``None``."""
-        path = self.path / RESUME
-        if not path.is_file():
-            return None
-        raw = path.read_bytes()
-        try:
-            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-            position = {key: int(value) for key, value in header.get("__metadata__", {}).items()}
-            return load_safetensors(raw), position
-        except (SafetensorError, ValueError) as error:
-            raise RunError(f"{path}: damaged ({error}); delete it to repeat the iteration") from error
-
-    def drop_state(self) -> None:
-        """Remove the resume state: the run is complete."""
-        (self.path / RESUME).unlink(missing_ok=True)
-
-    def _write(self, name: str, content: bytes) -> None:
-        with self._explained(name), schema.atomic_path(self.path / name) as temporary:
-            temporary.write_bytes(content)
-
-    @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            reason = (
-                "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
-            )
-            raise RunError(
-                f"{self.path / name}: cannot be written, {reason}; what was saved before is intact: "
-                "make room and go on with --resume"
-            ) from error
-
-
-def read_weights(path: str | os.PathLike[str]) -> State:
-    """Read tensors by name from a safetensors file or a ``torch.save`` file, without ever running code from it.
-
-    Raises
-    ------
-    ModelError
-        If the file is missing, damaged, or holds anything but tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"{path}: no such weights file")
-    raw = path.read_bytes()
-    if path.suffix == ".safetensors":
-        try:
-            return load_safetensors(raw)
-        except SafetensorError as error:
-            disguised = raw[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK")
-            hint = "it is a pickle, which could run code" if disguised else str(error)
-            raise ModelError(f"{path}: not a safetensors file ({hint}); refused") from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler makes of bytes that are no such file
-        try:
-            return load_safetensors(raw)  # under another suffix
-        except SafetensorError:
-            raise ModelError(
-                f"{path}: holds more than plain tensors or is damaged; save model.state_dict() instead"
-            ) from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise ModelError(f"{path}: holds no state dict; save model.state_dict()")
-    return dict(loaded)
-
-
 def _find_checkpoints(path: Path) -> Iterator[Checkpoint]:
     for file in (path / CHECKPOINTS).glob("iter*/epoch*.safetensors"):
         match = _CHECKPOINT_FILE.search(file.as_posix())
         if match:
             yield Checkpoint(f"{file.parent.name}/{file.stem}", file, int(match[1]), int(match[2]))
-
-
-def _dump(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Safetensors bytes; tied or strided tensors are written out one by one."""
-    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    return dump_safetensors(own, metadata)

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
-from pnanalysis.files import check_figure
-from pnanalysis.schema import atomic_path
+from pnanalysis.checks import check_figure
+from pnanalysis.io.netcdf import atomic_path
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column, both columns
 GOLDEN = 0.618

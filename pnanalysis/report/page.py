@@ -14,11 +14,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pnanalysis.errors import RunError
+from pnanalysis.io.netcdf import atomic_path
 from pnanalysis.io.runs import Run
 from pnanalysis.report.figures import pictures
 from pnanalysis.report.interactive import explorers
 from pnanalysis.report.tables import sentences, studies, summary_table
-from pnanalysis.schema import atomic_path, provenance
+from pnanalysis.schema import provenance
 
 _DOWNLOAD_LIMIT = 4_000_000
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from pnanalysis import schema
 from pnanalysis.cli import app
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run, open_run
 from pnanalysis.spectra.summary import compare_spectra
 
@@ -175,7 +175,7 @@ def test_analyses_save_beside_the_run_and_draw(run, own_run: Run, tmp_path: Path
         done = run("pnanalysis", kind, own_run.path, "--plot", figure)
         assert done.status == 0, done.err
         assert figure.read_bytes()[:4] == b"\x89PNG"
-    saved = {path.stem: schema.load(path).attrs["kind"] for path in (own_run.path / "analysis").glob("*")}
+    saved = {path.stem: netcdf.load(path).attrs["kind"] for path in (own_run.path / "analysis").glob("*")}
     assert saved == {kind: kind for kind in ("saturation", "trajectory")}  # its history is in the run already
 
 
@@ -183,7 +183,7 @@ def test_hessian_of_a_run_has_plain_and_champion(run, own_run: Run, tmp_path: Pa
     small = ("--n", 100, "--n-lanczos", 10, "--n-probes", 2)
     done = run("pnanalysis", "hessian", own_run.path, *small, "-o", tmp_path / "h.nc", "--plot", tmp_path / "h.svg")
     assert done.status == 0, done.err
-    ds = schema.load(tmp_path / "h.nc")
+    ds = netcdf.load(tmp_path / "h.nc")
     assert ds.checkpoint.values.tolist() == ["plain", "champion"]
     assert "lambda_max" in done.out
     assert run("pnanalysis", "plot", tmp_path / "h.nc", "-o", tmp_path / "h.pdf").status == 0
@@ -205,7 +205,7 @@ def test_a_users_own_weights_go_through_every_analysis(run, tmp_path: Path, own_
     small = ("--n", 100, "--n-lanczos", 8, "--n-probes", 2, "-o", "own.nc")
     done = run("pnanalysis", "hessian", *own, *data, *small)
     assert done.status == 0, done.err
-    assert schema.load("own.nc").sizes["checkpoint"] == len(weights)
+    assert netcdf.load("own.nc").sizes["checkpoint"] == len(weights)
 
 
 def test_a_pickle_posing_as_weights_is_refused(run, tmp_path: Path, monkeypatch) -> None:
@@ -245,7 +245,7 @@ def test_info_and_report_describe_a_run(run, own_run: Run, tmp_path: Path) -> No
 def test_quiet_says_nothing(run, own_run: Run) -> None:
     done = run("pnanalysis", "saturation", own_run.path, "--quiet")
     assert (done.status, done.out, done.err) == (0, "", "")
-    assert np.isfinite(schema.load(own_run.path / "analysis/saturation.nc").percentile).any()
+    assert np.isfinite(netcdf.load(own_run.path / "analysis/saturation.nc").percentile).any()
 
 
 def test_a_sweep_ends_with_a_table_and_tells_of_failures(run, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_hessian_says_how_checkpoints_differ(run, own_run: Run) -> None:
     spectra, differences = json.loads(
         run("pnanalysis", "hessian", own_run.path, *few, "-c", "start", "-c", "plain", "--json").out
     )["tables"]
-    ds = schema.load(own_run.path / "analysis" / "hessian.nc")
+    ds = netcdf.load(own_run.path / "analysis" / "hessian.nc")
     for name, column in (("lambda_max", "lambda_max"), ("n_outliers", "outliers"), ("bulk_edge_high", "bulk edge")):
         ends = {key: float(ds[name + end][1]) for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
         assert spectra["rows"][1][column] == ends
@@ -342,7 +342,7 @@ def test_compare_prints_a_table_and_sentences(run, own_run: Run, tmp_path: Path)
     for text in ("test error", "difference", "disagreement", "CKA of fc3", "Hessian trace", "iter01 (iteration 1"):
         assert text in outcome.out
     assert "<svg" in picture.read_text()
-    ds = schema.load(own_run.path / "analysis" / "comparison.nc")
+    ds = netcdf.load(own_run.path / "analysis" / "comparison.nc")
     assert ds.attrs["kind"] == "comparison"
     assert ds.n_examples.values.tolist() == [200, 200, 200]
 
@@ -361,7 +361,7 @@ def test_compare_takes_many_checkpoints_and_own_weights(run, own_run: Run, tmp_p
     own = ("--model", "compared:make", "--weights", *weights[:1], "--data", "digits", *weights[1:])
     outcome = run("pnanalysis", "compare", *own, *plain, "-o", "own.nc", "--quiet")
     assert (outcome.status, outcome.out) == (0, ""), outcome.err
-    assert schema.load("own.nc").sizes["checkpoint"] == 2
+    assert netcdf.load("own.nc").sizes["checkpoint"] == 2
     refused = run("pnanalysis", "compare", own_run.path, "-c", "plain", *plain)
     assert refused.status == 2
     assert "at least two checkpoints" in refused.err
@@ -374,7 +374,7 @@ def test_landscapes_are_saved_drawn_and_summed_up(run, own_run: Run, tmp_path: P
     assert "aligned" in done.out
     done = run("pnanalysis", "landscape", own_run.path, *ends, "--view", "curve", "--steps", 5, "-o", tmp_path / "c.nc")
     assert done.status == 0, done.err
-    assert schema.load(tmp_path / "c.nc").path.values.tolist() == ["line", "curve"]
+    assert netcdf.load(tmp_path / "c.nc").path.values.tolist() == ["line", "curve"]
     plane = ("--view", "plane", "--points", 3, "--n", 50, "--device", "cpu")
     done = run("pnanalysis", "landscape", own_run.path, *plane, "--plot", tmp_path / "p.svg")
     assert done.status == 0, done.err
@@ -382,7 +382,7 @@ def test_landscapes_are_saved_drawn_and_summed_up(run, own_run: Run, tmp_path: P
     done = run("pnanalysis", "sharpness", own_run.path, "--n", 50, "--steps", 3, "--radius", "ball=0.1", "-q")
     assert done.status == 0, done.err
     assert set(own_run.results.children) == {"history", "barrier", "landscape", "sharpness"}
-    assert schema.load(own_run.path / "analysis" / "sharpness.nc").radius.values.tolist() == [0.1]
+    assert netcdf.load(own_run.path / "analysis" / "sharpness.nc").radius.values.tolist() == [0.1]
     assert run("pnanalysis", "report", own_run.path, "-o", tmp_path / "r.html").status == 0
     page = (tmp_path / "r.html").read_text()
     assert all(title in page for title in ("Loss between minima", "Loss on a plane", "Sharpness"))
@@ -427,7 +427,7 @@ def test_names_are_cells_of_their_own(run, own_run: Run, tmp_path: Path) -> None
     done = run("pnanalysis", "saturation", own_run.path, "-c", "ends", "--json", "-o", tmp_path / "s.nc")
     rows = json.loads(done.out)["tables"][0]["rows"]
     assert {row["iteration"] for row in rows} == set(range(len(own_run.ends)))
-    assert {row["layer"] for row in rows} == set(schema.load(tmp_path / "s.nc").layer.values)
+    assert {row["layer"] for row in rows} == set(netcdf.load(tmp_path / "s.nc").layer.values)
 
 
 @pytest.mark.parametrize(

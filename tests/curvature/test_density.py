@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pnanalysis import schema
-from pnanalysis.curvature import deflation
 from pnanalysis.errors import CurvatureError, PnError
+from pnanalysis.io import netcdf
+from pnanalysis.spectra import deflation
 from pnanalysis.spectra.density import default_grid, smooth, spectral_density
 from pnanalysis.spectra.linear_operator import DiagonalOperator, as_operator
 from pnanalysis.spectra.quadrature import averaged_rule, ritz, wasserstein1
@@ -295,7 +296,7 @@ def test_cost_is_as_asked_and_recorded():
 
 def test_dataset_survives_a_round_trip(tmp_path):
     ds = spectral_density(diagonal(like_a_network(300)), n_hvp=60, **QUIET)
-    again = schema.load(schema.save(ds, tmp_path / "spectrum.nc"))
+    again = netcdf.load(netcdf.save(ds, tmp_path / "spectrum.nc"))
     np.testing.assert_array_equal(again.node, ds.node)
     assert smooth(again, ds.eigenvalue.values).density.equals(ds.density)
 

@@ -14,9 +14,10 @@ import pytest
 from markupsafe import escape
 
 import pnanalysis as pn
-from pnanalysis import plots, schema
+from pnanalysis import plots
 from pnanalysis.errors import RunError
 from pnanalysis.estimates import Measured
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
 from pnanalysis.report import summary_table, write_report
 from pnanalysis.report.figures import embed, pictures
@@ -39,7 +40,7 @@ def pair(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> list[
         "trajectory": pn.trajectory(*runs, progress=False),
     }
     for kind, ds in found.items():
-        schema.save(ds, runs[0].path / ANALYSIS / f"{kind}.nc")
+        netcdf.save(ds, runs[0].path / ANALYSIS / f"{kind}.nc")
     return runs
 
 
@@ -83,7 +84,7 @@ def test_downloads_are_the_datasets(pair: list[Run], tmp_path: Path) -> None:
     encoded = re.search(r'download="partial-hessian.nc" href="data:application/x-netcdf;base64,([^"]+)"', text)
     assert encoded is not None
     (tmp_path / "back.nc").write_bytes(base64.b64decode(encoded[1]))
-    assert schema.load(tmp_path / "back.nc").identical(schema.load(pair[0].path / ANALYSIS / "hessian.nc"))
+    assert netcdf.load(tmp_path / "back.nc").identical(netcdf.load(pair[0].path / ANALYSIS / "hessian.nc"))
 
 
 def test_the_table_shows_plain_champion_and_best_restart(pair: list[Run]) -> None:
@@ -133,7 +134,7 @@ def test_descents_are_drawn_over_their_surface(tmp_path: Path) -> None:
 
 def test_a_comparison_comes_with_its_sentences(copies: list[Run], tmp_path: Path) -> None:
     ds = pn.compare(*copies, hessian=False, cka=False, saturation=False, progress=False)
-    schema.save(ds, copies[0].path / ANALYSIS / "comparison.nc")
+    netcdf.save(ds, copies[0].path / ANALYSIS / "comparison.nc")
     (picture,) = (picture for picture in pictures(*copies) if picture.title == "Comparison")
     assert picture.points == tuple(pn.verdict(ds))
     text = write_report(copies, tmp_path / "report.html").read_text()
@@ -152,12 +153,12 @@ def copies(pair: list[Run], tmp_path: Path) -> list[Run]:
 
 def test_odd_files_cost_no_more_than_their_own_figures(copies: list[Run], tmp_path: Path) -> None:
     folder = copies[0].path / ANALYSIS
-    schema.save(pn.history(*copies), folder / "history.nc")
+    netcdf.save(pn.history(*copies), folder / "history.nc")
     assert copies[0].results["history"].to_dataset().identical(copies[0].history)
     (folder / "sharpness.nc").write_bytes(b"no dataset")
-    trajectory = schema.load(folder / "trajectory.nc")
-    schema.save(trajectory.drop_vars(["run", "iteration"]), folder / "trajectory.nc")
-    schema.save(pn.saturation(*copies, n=50, checkpoints=["ends"], progress=False), folder / "saturation.nc")
+    trajectory = netcdf.load(folder / "trajectory.nc")
+    netcdf.save(trajectory.drop_vars(["run", "iteration"]), folder / "trajectory.nc")
+    netcdf.save(pn.saturation(*copies, n=50, checkpoints=["ends"], progress=False), folder / "saturation.nc")
     found = {picture.title: picture for picture in pictures(*copies)}
     assert {"Errors by iteration", "Training", "Saturation", "Hessian spectrum"} <= set(found)
     assert "not a readable NetCDF4 file" in found["Sharpness"].caption
@@ -170,12 +171,12 @@ def test_odd_files_cost_no_more_than_their_own_figures(copies: list[Run], tmp_pa
 def test_spectra_of_several_runs_are_told_apart(copies: list[Run]) -> None:
     run, control = copies
     ds = pn.hessian(run, control, checkpoints=["champion"], n=60, n_lanczos=8, n_probes=3, progress=False)
-    schema.save(ds, run.path / ANALYSIS / "hessian.nc")
+    netcdf.save(ds, run.path / ANALYSIS / "hessian.nc")
     table = summary_table([run, control])
     assert table[0]["lambda_max"] == "–"
     assert table[1]["lambda_max"] == Measured(float(ds.lambda_max[0])).text()
     layered = pn.hessian(run, per_layer=True, n=60, n_lanczos=8, n_probes=3, progress=False)
-    schema.save(layered, run.path / ANALYSIS / "hessian.nc")
+    netcdf.save(layered, run.path / ANALYSIS / "hessian.nc")
     assert summary_table([run, control])[0]["lambda_max"] == "–"  # a layer's would be another number
 
 
@@ -186,13 +187,13 @@ def test_the_summary_says_what_the_comparison_says(copies: list[Run]) -> None:
     options = {"hessian": False, "cka": False, "saturation": False, "progress": False}
     for runs, place in (((run,), 0), ((run, control), 1)):
         ds = pn.compare(*runs, **options)
-        schema.save(ds, run.path / ANALYSIS / "comparison.nc")
+        netcdf.save(ds, run.path / ANALYSIS / "comparison.nc")
         at = ds.sel(split="test").isel(checkpoint=1, other=0)
         words = Measured(float(at.error_difference), float(at.error_difference_se)).as_points()
         assert sentences(copies)[place].endswith(f": test error {words}.")
         assert "unpaired" in sentences(copies)[1 - place]
     few = pn.compare(run, control, n=40, **options)
-    schema.save(few, run.path / ANALYSIS / "comparison.nc")
+    netcdf.save(few, run.path / ANALYSIS / "comparison.nc")
     assert sentences(copies)[1].endswith(", on 40 test examples.")
 
 

@@ -15,12 +15,13 @@ import xarray as xr
 from scipy.stats import binomtest
 from torch import Tensor
 
-from pnanalysis import schema
 from pnanalysis.errors import TrainingError
+from pnanalysis.io import netcdf
 from trainers import PersistentPenalty
 from trainers.problems.batched_relu import ReluBatch, Repulsion, layer_sizes, pack, predict, unpack
-from trainers.problems.escape import escape, kink_data, two_sided_fit_loss, wilson_interval
+from trainers.problems.escape import escape, wilson_interval
 from trainers.problems.kink_ensemble import initial_parameters, train_chains, train_restarts
+from trainers.zoo.kink import kink_data, two_sided_fit_loss
 from trainers.zoo.models import relu32
 
 matplotlib.use("agg")
@@ -168,7 +169,7 @@ def test_a_stopped_study_goes_on_where_it_was(train: Callable[..., xr.Dataset], 
     settings: dict[str, Any] = {"seeds": [2, 5], "steps": 200, "samples": 4, "progress": False}
     whole = train(X, Y, iterations=4, on_iteration=seen.append, **settings)
     assert [ds.sizes["iteration"] for ds in seen] == [1, 2, 3, 4]
-    saved = schema.load(schema.save(seen[1], tmp_path / "study.nc"))
+    saved = netcdf.load(netcdf.save(seen[1], tmp_path / "study.nc"))
     resumed = train(X, Y, iterations=4, resume=saved, **settings)
     xr.testing.assert_identical(resumed.drop_attrs(), whole.drop_attrs())
     xr.testing.assert_identical(train(X, Y, iterations=4, resume=whole, **settings).drop_attrs(), whole.drop_attrs())

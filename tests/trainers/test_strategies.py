@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from pnanalysis.errors import PnError, RunError, TrainingError
-from pnanalysis.io.runs import Run, RunWriter, open_run
+from pnanalysis.io.runs import Run, open_run
+from pnanalysis.io.writer import RunWriter
 from trainers import Config, configure, find_recipe, train
 from trainers.recipes import RECIPES
 from trainers.runs.session import draw_layers

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import pnanalysis as pn
-from pnanalysis import schema
 from pnanalysis.errors import RunError, TrainingError
+from pnanalysis.inputs.data import load_data
+from pnanalysis.inputs.sources import as_source
+from pnanalysis.io import netcdf
 from trainers import configure, find_recipe, train
 
 
@@ -42,9 +44,9 @@ def test_s2_runs_resumes_and_can_be_analysed(tmp_path: Path, strategy: str) -> N
         train(replace(config, iterations=2), tmp_path / "parts", device="cpu", progress=False)
         parts = train(config, tmp_path / "parts", device="cpu", progress=False, resume=True)
         np.testing.assert_array_equal(parts.history.train_loss, whole.history.train_loss)
-    x, y = pn.data.load_data("kink6").train.take(slice(None))
+    x, y = load_data("kink6").train.take(slice(None))
     for iteration, end in enumerate(whole.ends):
-        model = pn.sources.as_source(whole).model(end)
+        model = as_source(whole).model(end)
         loss = float((model(x) - y).square().mean().detach())
         # float32 sums over 6 points and 32 units, in another order
         assert loss == pytest.approx(float(whole.history.train_loss[iteration, -1]), rel=1e-4)
@@ -59,7 +61,7 @@ def test_small_studies_refuse_what_they_cannot_do(tmp_path: Path) -> None:
     train(config, tmp_path / "run", progress=False)
     with pytest.raises(RunError, match="lam"):
         train(replace(config, lam=0.3), tmp_path / "run", progress=False, resume=True)
-    assert schema.load(tmp_path / "run" / "analysis" / "descent.nc").sizes["iteration"] == 2
+    assert netcdf.load(tmp_path / "run" / "analysis" / "descent.nc").sizes["iteration"] == 2
 
 
 def test_what_ends_a_study_marks_its_run(tmp_path: Path, monkeypatch) -> None:

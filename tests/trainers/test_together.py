@@ -13,6 +13,7 @@ from torch import nn
 import pnanalysis as pn
 from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.inputs.data import Split, load_data
+from pnanalysis.io.writer import RunWriter
 from tests.conftest import TINY
 from trainers import Config, PersistentPenalty, fit
 from trainers.loop.batched_fit import Member, fit_together
@@ -126,7 +127,7 @@ def test_runs_trained_together_are_those_trained_alone(tmp_path: Path) -> None:
 def test_an_interrupted_study_goes_on_to_the_same_end(tmp_path: Path, monkeypatch) -> None:
     configs, outs = [replace(BASE, seed=seed) for seed in (0, 1)], [tmp_path / "a", tmp_path / "b"]
     whole = train_together(configs, [tmp_path / "c", tmp_path / "d"], **QUIET)
-    save, n_saves = pn.runs.RunWriter.save_state, 0
+    save, n_saves = RunWriter.save_state, 0
 
     def interrupted(self, *args, **kwargs):
         nonlocal n_saves
@@ -136,7 +137,7 @@ def test_an_interrupted_study_goes_on_to_the_same_end(tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pn.runs.RunWriter, "save_state", interrupted)
+        patch.setattr(RunWriter, "save_state", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_together(configs, outs, save_interval=0.0, **QUIET)
     again = train_together(configs, outs, resume=True, **QUIET)

@@ -13,8 +13,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pnanalysis import schema
 from pnanalysis.errors import TrainingError
+from pnanalysis.io import netcdf
 from trainers.problems.basins import basin_map
 from trainers.problems.compiled_gradient import Surface, compile_gradient
 from trainers.problems.two_well import START, WINDOW, descend, descend_restarts, penalised, surfaces, two_well
@@ -157,7 +157,7 @@ def test_a_stopped_study_goes_on_where_it_was() -> None:
 
 def test_studies_survive_saving(tmp_path: Path) -> None:
     first = descend(iterations=2, steps=100)
-    loaded = schema.load(schema.save(first, tmp_path / "descent.nc"))
+    loaded = netcdf.load(netcdf.save(first, tmp_path / "descent.nc"))
     xr.testing.assert_equal(descend(iterations=3, steps=100, resume=loaded), descend(iterations=3, steps=100))
 
 

@@ -57,7 +57,7 @@ def train_chains(
     Parameters
     ----------
     x, y : array_like, shape (n,)
-        Inputs and targets; see :func:`trainers.problems.escape.kink_data`.
+        Inputs and targets; see :func:`trainers.zoo.kink.kink_data`.
     seeds : sequence of int
         A chain's starting point is ``relu32(width)`` built under this torch seed.
     lams : sequence of float

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.errors import DataError, TrainingError
-from pnanalysis.evaluation.forward import explained, not_for
+from pnanalysis.evaluation.diagnosis import explained
+from pnanalysis.evaluation.forward import not_for
 from pnanalysis.evaluation.losses import check_targets
 from pnanalysis.inputs.data import SPLITS, Split, Splits
 from pnanalysis.inputs.models import Loss, resolve_loss

@@ -14,14 +14,17 @@ from pnanalysis import schema
 from pnanalysis.errors import TrainingError
 from pnanalysis.inputs.data import load_data
 from pnanalysis.inputs.sources import resolve_device
-from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, RunWriter, open_run
+from pnanalysis.io import netcdf
+from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
+from pnanalysis.io.writer import RunWriter
 from trainers.problems import basins
 from trainers.problems import kink_ensemble as ensemble
 from trainers.problems import two_well as toy
 from trainers.problems.batched_relu import unpack
-from trainers.problems.escape import escape, kink_data
+from trainers.problems.escape import escape
 from trainers.recipes import Config, check_same
 from trainers.runs.manifest import describe, failure_of, now
+from trainers.zoo.kink import kink_data
 
 _SAMPLES = 500
 _WIDTH = 32
@@ -104,7 +107,7 @@ class _Study:
             self.writer = RunWriter(out, open_run(out).manifest)
             check_same(self.writer.manifest["config"], config, out)
             path = self._path(kind)
-            self.found = schema.load(path) if path.is_file() else None
+            self.found = netcdf.load(path) if path.is_file() else None
             self.writer.update(status="running", config=config.to_dict())
             return
         self.writer = RunWriter.create(out, describe(config, device, data=_data_entry(config)))
@@ -119,7 +122,7 @@ class _Study:
 
     def add(self, kind: str, ds: xr.Dataset) -> None:
         """Save another dataset of the run."""
-        schema.save(ds, self._path(kind))
+        netcdf.save(ds, self._path(kind))
 
     def finish(
         self, losses: np.ndarray, steps: np.ndarray, champion: int, point: Callable[[int, int], State], kept: np.ndarray

@@ -1,0 +1,55 @@
+from . import plots as plots
+from .activations.monitor import SaturationMonitor as SaturationMonitor
+from .analyses.comparison import compare as compare
+from .analyses.functional import functional_distance as functional_distance
+from .analyses.gradients import gradient_split as gradient_split
+from .analyses.hessian import hessian as hessian
+from .analyses.history import history as history
+from .analyses.landscape import landscape as landscape
+from .analyses.saturation import saturation as saturation
+from .analyses.sharpness import sharpness as sharpness
+from .analyses.trajectory import trajectory as trajectory
+from .analyses.verdict import verdict as verdict
+from .curvature.operators import EmpiricalFisherOperator as EmpiricalFisherOperator
+from .curvature.operators import GGNOperator as GGNOperator
+from .curvature.operators import HessianOperator as HessianOperator
+from .errors import PnError as PnError
+from .inputs.sources import open_files as open_files
+from .io.collection import open_runs as open_runs
+from .io.netcdf import load as load
+from .io.netcdf import save as save
+from .io.runs import Checkpoint as Checkpoint
+from .io.runs import Run as Run
+from .io.runs import open_run as open_run
+from .schema import validate as validate
+from .spectra.density import spectral_density as spectral_density
+from .spectra.linear_operator import as_operator as as_operator
+
+__all__ = [
+    "Checkpoint",
+    "EmpiricalFisherOperator",
+    "GGNOperator",
+    "HessianOperator",
+    "PnError",
+    "Run",
+    "SaturationMonitor",
+    "as_operator",
+    "compare",
+    "functional_distance",
+    "gradient_split",
+    "hessian",
+    "history",
+    "landscape",
+    "load",
+    "open_files",
+    "open_run",
+    "open_runs",
+    "plots",
+    "saturation",
+    "save",
+    "sharpness",
+    "spectral_density",
+    "trajectory",
+    "validate",
+    "verdict",
+]

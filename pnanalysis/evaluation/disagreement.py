@@ -1,0 +1,159 @@
+"""How networks differ in what they compute on the same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pnanalysis.errors import ModelError
+from pnanalysis.evaluation.cka import CentredKernelAlignment
+from pnanalysis.evaluation.diagnosis import explained
+from pnanalysis.evaluation.forward import run, wanted
+from pnanalysis.evaluation.losses import log_probabilities
+from pnanalysis.evaluation.scores import Scores
+from pnanalysis.inputs.batches import batch_size
+from pnanalysis.inputs.models import Loss
+from pnanalysis.inputs.selection import Member
+from pnanalysis.terminal.progress import Advance
+
+Array = NDArray[np.float64]
+
+
+_ROUND_OFF = 1e-15  # nats: what double precision leaves of zero
+
+
+def evaluate(
+    loss: Loss,
+    chosen: Sequence[Member],
+    networks: Sequence[nn.Module],
+    batches: Iterable[tuple[list[Any], Any]],
+    advance: Advance,
+    pairs: FunctionPairs | None = None,
+    alignment: CentredKernelAlignment | None = None,
+) -> Scores:
+    """One pass of all networks over the same batches: their scores, and what else is asked for is told of each."""
+    scores = Scores(loss)
+    labels = [member.label for member in chosen]
+    with torch.no_grad(), alignment or nullcontext():
+        for inputs, targets in batches:
+            outputs = run_all(networks, inputs, targets, labels, scores.loss)
+            with explained(labels[0], networks[0], [(inputs[0], targets)], scores.loss):
+                scores.add(outputs, targets)
+                if pairs is not None:
+                    pairs.add(outputs, targets)
+            if alignment is not None:
+                alignment.collect(batch_size(targets))
+            advance()
+    return scores
+
+
+class FunctionPairs:
+    """Sums over examples of how two networks' outputs differ, for all pairs of ``k`` networks.
+
+    Parameters
+    ----------
+    loss : callable
+        Tells classifiers from regression, with the targets.
+    k : int
+    """
+
+    def __init__(self, loss: Loss, k: int) -> None:
+        self.loss, self.k, self.n = loss, k, 0
+        self._sums: dict[str, Array] = {}
+
+    def add(self, outputs: Sequence[Any], targets: Any) -> None:
+        """Take in a batch: each network's outputs, and the targets."""
+        tensors = [wanted(one) for one in outputs]
+        self.n += len(tensors[0])
+        said = [log_probabilities(one, targets, self.loss) for one in tensors]
+        if said[0] is None:
+            self._tally("square", [one.double() for one in tensors], lambda a, b: (a - b).square())
+            return
+        self._tally("disagreement", [p.argmax(1) for p in said if p is not None], lambda a, b: (a != b).double())
+        self._tally("js_divergence", [p for p in said if p is not None], js_divergence)
+
+    def _tally(self, name: str, each: list[Tensor], measure: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Add the sum and the sum of squares over examples of ``measure(a, b)`` for every pair."""
+        sums = self._sums.setdefault(name, np.zeros((2, self.k, self.k)))
+        for i in range(self.k):
+            for j in range(i):
+                values = measure(each[i], each[j])
+                values = values.reshape(len(values), -1).mean(1)
+                both = torch.stack([values.sum(), values.square().sum()]).cpu().numpy()
+                sums[:, i, j] += both
+                sums[:, j, i] += both
+
+    def variables(self, accuracy: Array, classes: int | None) -> dict[str, Any]:
+        """What is known, as variables along (checkpoint, other).
+
+        Parameters
+        ----------
+        accuracy : ndarray, shape (k,)
+            Of the networks on these examples.
+        classes : int or None
+            How many there are; ``None`` for real-valued targets.
+        """
+        found: dict[str, Array] = {}
+        for name, (total, squares) in self._sums.items():
+            mean = total / self.n
+            spread = np.maximum(squares / self.n - mean**2, 0.0)
+            se = np.sqrt(spread / (self.n - 1)) if self.n > 1 else np.full(mean.shape, np.nan)
+            if name == "square":
+                root = np.sqrt(mean)
+                name, mean = "rms_difference", root
+                se = np.divide(se, 2 * root, out=np.zeros_like(se), where=root > 0)
+            found |= {name: mean, f"{name}_se": se}
+        if classes is not None:
+            found["expected_disagreement"] = expected_disagreement(accuracy, classes)
+        return {name: (("checkpoint", "other"), values) for name, values in found.items()}
+
+
+def aligned(alignment: CentredKernelAlignment) -> dict[str, Any]:
+    """CKA and its standard error as variables along (checkpoint, other, layer)."""
+    cka, se = alignment.result()
+    return {"cka": (("checkpoint", "other", "layer"), cka), "cka_se": (("checkpoint", "other", "layer"), se)}
+
+
+def js_divergence(a: Tensor, b: Tensor) -> Tensor:
+    """Jensen-Shannon divergence in nats of log-probabilities ``(N, C, ...)``, along the classes."""
+    middle = torch.logaddexp(a, b) - np.log(2.0)
+    total = sum((p.exp() * (p - middle)).nan_to_num(nan=0.0) for p in (a, b)).sum(1) / 2  # 0 log 0 = 0
+    return torch.where(total > _ROUND_OFF, total, torch.zeros_like(total))
+
+
+def expected_disagreement(accuracy: Array, classes: int) -> Array:
+    """``(k, k)``: what networks of these accuracies and independent mistakes would disagree on."""
+    right, wrong = np.multiply.outer(accuracy, accuracy), np.multiply.outer(1 - accuracy, 1 - accuracy)
+    return 1.0 - right - wrong / max(classes - 1, 1)
+
+
+def run_all(
+    networks: Sequence[nn.Module], inputs: Sequence[Any], targets: Any, labels: Sequence[str], loss: Loss
+) -> list[Any]:
+    """What every network gives for its own form of the same examples.
+
+    Raises
+    ------
+    ModelError
+        If there is no prediction in it, or predictions are not of one shape.
+    DataError
+        If a network cannot take its examples.
+    """
+    outputs = []
+    for network, x, label in zip(networks, inputs, labels, strict=True):
+        with explained(label, network, [(x, targets)], loss):
+            outputs.append(run(network, x))
+    shapes = [wanted(one, label).shape[1:] for one, label in zip(outputs, labels, strict=True)]
+    for label, shape in zip(labels, shapes, strict=True):
+        if shape != shapes[0]:
+            first, other = (" x ".join(map(str, each)) or "1" for each in (shapes[0], shape))
+            raise ModelError(
+                f"{labels[0]} has {first} outputs, {label} has {other}: what they compute cannot be compared"
+            )
+    return outputs

@@ -1,0 +1,122 @@
+"""Writes run directories. For trainers."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as dump_safetensors
+
+from pnanalysis import schema
+from pnanalysis.checks import check_writable
+from pnanalysis.errors import RunError
+from pnanalysis.io import netcdf
+from pnanalysis.io.runs import CHECKPOINTS, FORMAT, HISTORY, MANIFEST, RESUME
+from pnanalysis.io.weights import State
+
+
+def check_new(path: str | os.PathLike[str]) -> None:
+    """Refuse a run directory that exists already and is not empty, or cannot be written.
+
+    Raises
+    ------
+    RunError
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(
+            f"{path}: exists already; give another --out, or --resume to go on with it"
+            if (path / MANIFEST).is_file()
+            else f"{path}: exists and is no run directory; give another --out"
+        )
+    check_writable(path / MANIFEST)
+
+
+class RunWriter:
+    """Writes a run directory, every file atomically. For trainers."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> RunWriter:
+        """Start a new run.
+
+        Raises
+        ------
+        RunError
+            If the directory exists already and is not empty, or cannot be written.
+        """
+        path = Path(path)
+        check_new(path)
+        writer = cls(path, {"format": FORMAT, "schema_version": schema.SCHEMA_VERSION, **manifest})
+        writer.update()
+        return writer
+
+    def update(self, **entries: Any) -> None:
+        """Change entries of the manifest and write it."""
+        self.manifest.update(entries)
+        self._write(MANIFEST, (json.dumps(self.manifest, indent=2) + "\n").encode())
+
+    def save_checkpoint(self, iteration: int, epoch: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Write weights and buffers as ``checkpoints/iterNN/epochNNN.safetensors``."""
+        self._write(f"{CHECKPOINTS}/iter{iteration:02d}/epoch{epoch:03d}.safetensors", _dump(state))
+
+    def save_history(self, history: xr.Dataset) -> None:
+        """Write the history dataset."""
+        with self._explained(HISTORY):
+            netcdf.save(history, self.path / HISTORY)
+
+    def save_state(self, tensors: Mapping[str, torch.Tensor], **position: int) -> None:
+        """Write what is needed to go on from here: tensors, and integers such as iteration and epoch."""
+        self._write(RESUME, _dump(tensors, {key: str(value) for key, value in position.items()}))
+
+    def load_state(self) -> tuple[State, dict[str, int]] | None:
+        """What :meth:`save_state` wrote last, or ``None``."""
+        path = self.path / RESUME
+        if not path.is_file():
+            return None
+        raw = path.read_bytes()
+        try:
+            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+            position = {key: int(value) for key, value in header.get("__metadata__", {}).items()}
+            return load_safetensors(raw), position
+        except (SafetensorError, ValueError) as error:
+            raise RunError(f"{path}: damaged ({error}); delete it to repeat the iteration") from error
+
+    def drop_state(self) -> None:
+        """Remove the resume state: the run is complete."""
+        (self.path / RESUME).unlink(missing_ok=True)
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self._explained(name), netcdf.atomic_path(self.path / name) as temporary:
+            temporary.write_bytes(content)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = (
+                "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+            )
+            raise RunError(
+                f"{self.path / name}: cannot be written, {reason}; what was saved before is intact: "
+                "make room and go on with --resume"
+            ) from error
+
+
+def _dump(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Safetensors bytes; tied or strided tensors are written out one by one."""
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return dump_safetensors(own, metadata)
