@@ -26,7 +26,7 @@ _TABLE = 1 << 10  # numbers that the errors of percentiles take for an example
 _AT_A_TIME = 1 << 20  # numbers; bounds temporary memory and keeps it in the cache
 
 Array = NDArray[np.float64]
-Measured = dict[str, tuple[tuple[str, ...], Array | float]]
+Variables = dict[str, tuple[tuple[str, ...], Array | float]]
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ class LayerActivity:
         if other._active is not None:
             self._active = other._active if self._active is None else self._active | other._active
 
-    def measure(self) -> Measured:
+    def measure(self) -> Variables:
         """Every variable of the layer with its own dims."""
         assert self._active is not None
-        found: Measured = {}
+        found: Variables = {}
         levels = np.asarray(self.measures.percentiles, dtype=np.float64) / 100
         for name, absolute in (("percentile", False), ("abs_percentile", True)):
             found[name] = (("quantile",), self.sketch.quantiles(levels, absolute))
@@ -171,7 +171,7 @@ class LayerActivity:
         low, high = self.sketch.quantiles(ends.ravel(), absolute).reshape(2, -1)
         return (high - low) / 2
 
-    def _spread(self) -> Measured:
+    def _spread(self) -> Variables:
         """Mean and standard deviation; the error of the latter by linearisation in the first two moments."""
         mean, square = self._powers.mean()
         covariance = self._powers.covariance()

@@ -1,1 +1,1 @@
-"""TODO alignment"""
+"""Networks relabelled: which permutations of hidden units change nothing, and which brings two networks together."""

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pnanalysis.alignment.channel_groups import Group, Use
 from pnanalysis.alignment.permutation_symmetries import find_groups
 from pnanalysis.errors import ModelError
-from pnanalysis.evaluation.forward import run
+from pnanalysis.evaluation.forward import forward
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance, progress_bar
 
@@ -165,7 +165,7 @@ def check_preserved(model: nn.Module, before: Mapping[str, Tensor], after: Mappi
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     first, second = (
-        tree_leaves(run(twin, tree_map(widened, inputs), {n: widened(t) for n, t in state.items()}))
+        tree_leaves(forward(twin, tree_map(widened, inputs), {n: widened(t) for n, t in state.items()}))
         for state in (before, after)
     )
     deviation = max(

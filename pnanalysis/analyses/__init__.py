@@ -1,1 +1,1 @@
-"""TODO analyses"""
+"""One module per public analysis: runs, files or networks in; an ``xarray.Dataset`` out."""

@@ -18,10 +18,10 @@ from pnanalysis.analyses.saturation import saturation as saturation_of
 from pnanalysis.analyses.spectrum_cache import _saved_spectrum
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import ModelError
-from pnanalysis.estimates import told_beyond
+from pnanalysis.estimates import significance_threshold
 from pnanalysis.evaluation.cka import CentredKernelAlignment
-from pnanalysis.evaluation.disagreement import FunctionPairs, aligned, evaluate
-from pnanalysis.evaluation.forward import placed
+from pnanalysis.evaluation.disagreement import FunctionPairs, cka_variables, evaluate
+from pnanalysis.evaluation.forward import loss_on
 from pnanalysis.evaluation.scores import Scores, paired
 from pnanalysis.geometry.distances import distance_between, parameter_distances
 from pnanalysis.inputs.data import SPLITS
@@ -129,8 +129,8 @@ def compare(
     examples = Examples(chosen, torch_device)
     split = examples.nearest(split)
     networks = [member.network(torch_device) for member in chosen]
-    loss = placed(chosen[0].source.loss, torch_device, torch.float32)
-    sigmas = told_beyond(len(chosen) * (len(chosen) - 1) // 2)
+    loss = loss_on(chosen[0].source.loss, torch_device, torch.float32)
+    sigmas = significance_threshold(len(chosen) * (len(chosen) - 1) // 2)
     parameters = parameter_distances(networks)
     alignment = CentredKernelAlignment(networks) if cka else None
     own: list[str] = parameters.pop("layer")
@@ -148,7 +148,7 @@ def compare(
             function = xr.Dataset(pairs.variables(1 - scores.errors.mean(1), scores.classes))
     found = [xr.concat(parts, dim="split").assign(n_examples=("split", list(sizes.values()))), function]
     if alignment is not None:
-        found.append(xr.Dataset(aligned(alignment), {"layer": alignment.layers}).reindex(layer=layers))
+        found.append(xr.Dataset(cka_variables(alignment), {"layer": alignment.layers}).reindex(layer=layers))
     del networks, alignment  # room for the spectra
     spectra = xr.Dataset()
     if hessian:

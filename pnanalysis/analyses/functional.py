@@ -15,8 +15,8 @@ import xarray as xr
 from pnanalysis import schema
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.evaluation.cka import CentredKernelAlignment
-from pnanalysis.evaluation.disagreement import FunctionPairs, aligned, evaluate
-from pnanalysis.evaluation.forward import placed
+from pnanalysis.evaluation.disagreement import FunctionPairs, cka_variables, evaluate
+from pnanalysis.evaluation.forward import loss_on
 from pnanalysis.inputs.data import SPLITS
 from pnanalysis.inputs.selection import Examples, members
 from pnanalysis.inputs.sources import Source, resolve_device
@@ -92,7 +92,7 @@ def functional_distance(
     split = examples.nearest(split)
     networks = [member.network(torch_device) for member in chosen]
     alignment = CentredKernelAlignment(networks) if cka else None
-    loss = placed(chosen[0].source.loss, torch_device, torch.float32)
+    loss = loss_on(chosen[0].source.loss, torch_device, torch.float32)
     function = FunctionPairs(loss, len(chosen))
     total, batches = examples.batches(split, n, batch_size, seed)
     with progress_bar(f"{split} examples", total, progress) as advance:
@@ -101,7 +101,7 @@ def functional_distance(
     labels = [member.label for member in chosen]
     coords: dict[str, Any] = {"checkpoint": labels, "other": labels}
     if alignment is not None:
-        variables |= aligned(alignment)
+        variables |= cka_variables(alignment)
         coords["layer"] = alignment.layers
     return schema.finish(
         xr.Dataset(variables, coords=coords), "functional", **chosen[0].source.dataset_attrs(), function_split=split,

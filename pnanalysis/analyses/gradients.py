@@ -15,7 +15,7 @@ from pnanalysis import schema
 from pnanalysis.checks import at_least
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import RunError
-from pnanalysis.evaluation.diagnosis import explained
+from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.models import parameter_layers
 from pnanalysis.inputs.sources import Source, as_source, resolve_device
@@ -106,7 +106,7 @@ def gradient_split(
                 model = source.model(point, torch_device)
                 here = _by_layer(model.state_dict(), layers, origin)
                 inner.append([[_projection(end[layer], here[layer]) for end in earlier[:i]] for layer in repelled])
-                with explained(f"{source.label}/{point.name}", model, batches, source.loss):
+                with clear_errors(f"{source.label}/{point.name}", model, batches, source.loss):
                     operator = HessianOperator(model, source.loss, batches, expected_products=1)
                     slope = dict(zip(operator.names, operator.gradient().split(_sizes(operator)), strict=True))
                 slopes.append([_norm([slope[name] for name in layers[layer]]) for layer in repelled])

@@ -17,7 +17,7 @@ from pnanalysis.checks import at_least, positive, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError, RunError
-from pnanalysis.evaluation.diagnosis import explained
+from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.sources import Source, as_sources, resolve_device
 from pnanalysis.io.runs import Run
@@ -142,7 +142,7 @@ def hessian(
                 continue
             model = source.model(checkpoint, torch_device)
             asked = settings | source.dataset_attrs() | ({"weights": _digest(checkpoint.path)} if state else {})
-            with explained(label, model, batches, source.loss):
+            with clear_errors(label, model, batches, source.loss):
                 whole = make_operator(
                     engine, operator, model, source.loss, batches,
                     params=params, bn_mode=bn_mode, dtype=torch_dtype, device=torch_device, amp=amp,

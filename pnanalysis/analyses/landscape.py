@@ -15,10 +15,10 @@ from pnanalysis.alignment.weight_matching import align as match
 from pnanalysis.analyses.trajectory import plane_points
 from pnanalysis.checks import ascending, at_least, one_of, positive, resolve_dtype
 from pnanalysis.errors import DataError, ModelError, RunError
-from pnanalysis.evaluation.diagnosis import explained
+from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.geometry.barriers import profiles
 from pnanalysis.geometry.curves import CURVES, train_curve
-from pnanalysis.geometry.loss_surface import BATCH_NORM, Surface
+from pnanalysis.geometry.loss_surface import BATCH_NORM, LossSurface
 from pnanalysis.geometry.planes import about_one, through_three
 from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.selection import _of_several, _Points, check_same_loss
@@ -137,7 +137,7 @@ def landscape(
         raise DataError("no split to look at; name train, validation or test")
     parts = {name: first.split(name, n, seed, torch_device) for name in dict.fromkeys(("train", *splits))}
     batches = {name: part.batches(batch_size) for name, part in parts.items()}
-    surface = Surface(
+    surface = LossSurface(
         first.make_model(), first.loss, torch_device, torch_dtype,
         batches["train"] if bn == "reestimate" else None,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def landscape(
     sizes = {name: len(part) for name, part in parts.items() if isinstance(part, Split)} or n
     chosen, names = {name: batches[name] for name in splits}, list(points)
     settings: dict[str, Any] = {}
-    with explained(first.label, surface.model, batches["train"], surface.loss):
+    with clear_errors(first.label, surface.model, batches["train"], surface.loss):
         if view == "plane":
             ds = through_three(surface, states, names, chosen, span, n_points or 21, progress)
             settings = {"plane_points": [_full_name(*point) for point in points.values()]}
@@ -236,7 +236,7 @@ def _full_name(source: Source, checkpoint: Checkpoint) -> str:
 
 
 def _aligned(
-    surface: Surface, states: list[State], batches: Iterable[Any], n_restarts: int, seed: int, progress: bool
+    surface: LossSurface, states: list[State], batches: Iterable[Any], n_restarts: int, seed: int, progress: bool
 ) -> Relabelling:
     """The relabelling that brings the second state nearest to the first, checked on a few examples."""
     few = tree_map(lambda part: part[:4], next(iter(batches))[0])

@@ -14,8 +14,8 @@ from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
 from pnanalysis.activations.statistics import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
 from pnanalysis.checks import ascending, at_least, one_of
 from pnanalysis.errors import ModelError, RunError
-from pnanalysis.evaluation.diagnosis import explained
-from pnanalysis.evaluation.forward import run
+from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.data import SPLITS, LoaderSplit, Split
 from pnanalysis.inputs.sources import Source, as_sources, resolve_device
 from pnanalysis.io.runs import Checkpoint, Run
@@ -126,7 +126,7 @@ def saturation(
     with progress_bar("saturation", len(chosen), progress) as advance:
         for source, checkpoint in chosen:
             model = source.model(checkpoint, torch_device)
-            with explained(_name(source, checkpoint), model, parts[source.label].stream(2)):
+            with clear_errors(_name(source, checkpoint), model, parts[source.label].stream(2)):
                 layers = _observe(model, parts[source.label], batch_size, measures, bin_range)
             results[source.label][checkpoint] = to_dataset(layers)
             advance(text=checkpoint.name)
@@ -172,8 +172,8 @@ def _range(
         model = source.model(checkpoint, device)
         inputs, _ = next(parts[source.label].stream(_PROBED))
         name = _name(source, checkpoint)
-        with explained(name, model, [(inputs, inputs)]), torch.no_grad(), watch_activations(model, observe):
-            run(model, inputs)
+        with clear_errors(name, model, [(inputs, inputs)]), torch.no_grad(), watch_activations(model, observe):
+            forward(model, inputs)
         if not shown:
             raise no_activations(model)
         if all(activation.bounded for activation, _, _ in shown):
@@ -197,7 +197,7 @@ def _observe(
 
     with torch.no_grad(), watch_activations(model, observe):
         for inputs, _ in part.stream(batch_size):
-            run(model, inputs)
+            forward(model, inputs)
     if not layers:
         raise no_activations(model)
     return layers

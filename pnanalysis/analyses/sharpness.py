@@ -13,9 +13,9 @@ from torch import Tensor
 from pnanalysis import schema
 from pnanalysis.checks import at_least, positive, resolve_dtype
 from pnanalysis.errors import ModelError
-from pnanalysis.estimates import mean_and_error
-from pnanalysis.evaluation.diagnosis import explained
-from pnanalysis.geometry.loss_surface import Surface
+from pnanalysis.estimates import mean_and_se
+from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.geometry.loss_surface import LossSurface
 from pnanalysis.inputs.sources import Source, as_sources, resolve_device
 from pnanalysis.io.runs import Checkpoint, Run
 from pnanalysis.io.weights import State
@@ -105,10 +105,10 @@ def sharpness(
     with progress_bar("sharpness", len(chosen) * len(radii) * n_starts * n_steps, progress) as advance:
         for name, (source, checkpoint) in chosen.items():
             if checkpoint not in found:
-                surface = Surface(source.make_model(), source.loss, torch_device, torch_dtype)
+                surface = LossSurface(source.make_model(), source.loss, torch_device, torch_dtype)
                 batches = source.split(split, n, seed, torch_device).batches(batch_size)
                 state = surface.anchor(checkpoint.load(), str(checkpoint.path))
-                with explained(name, surface.model, batches, surface.loss):
+                with clear_errors(name, surface.model, batches, surface.loss):
                     found[checkpoint] = _measure(surface, state, batches, radii, n_steps, n_starts, seed, advance)
     ds = xr.concat([found[checkpoint] for _, checkpoint in chosen.values()], dim="checkpoint").assign_coords(
         checkpoint=list(chosen),
@@ -124,7 +124,7 @@ def sharpness(
 
 
 def _measure(
-    surface: Surface, state: State, batches: Iterable[Any], radii: Mapping[str, float], n_steps: int, n_starts: int,
+    surface: LossSurface, state: State, batches: Iterable[Any], radii: Mapping[str, float], n_steps: int, n_starts: int,
     seed: int, advance: Advance,
 ) -> xr.Dataset:  # fmt: skip
     """All neighbourhoods of one state."""
@@ -142,8 +142,8 @@ def _measure(
         at, *moved = surface.values(
             [state, {**state, **best}, {**state, **ascents[0][2]}], np.eye(3), batches
         )  # fmt: skip
-        loss, loss_se = mean_and_error(at.loss)
-        (rise, rise_se), (one, one_se) = (mean_and_error(there.loss - at.loss) for there in moved)
+        loss, loss_se = mean_and_se(at.loss)
+        (rise, rise_se), (one, one_se) = (mean_and_se(there.loss - at.loss) for there in moved)
         rows.append((rise, rise_se, one, one_se, 100 * rise / (1 + loss)))
     names = ("rise", "rise_se", "one_step", "one_step_se", "relative")
     table = {name: ("neighbourhood", list(column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
@@ -151,7 +151,7 @@ def _measure(
 
 
 def _ascend(
-    surface: Surface, state: State, theta: State, batches: Iterable[Any], neighbourhood: tuple[str, float],
+    surface: LossSurface, state: State, theta: State, batches: Iterable[Any], neighbourhood: tuple[str, float],
     direction: State | None, n_steps: int, advance: Advance,
 ) -> tuple[float, State, State]:  # fmt: skip
     """Highest loss found, where, and where the first step from the centre led."""

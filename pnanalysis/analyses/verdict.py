@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
 
-from pnanalysis.estimates import Measured, Shown
+from pnanalysis.estimates import Estimate
 
 _SAME = 1e-6  # nats of Jensen-Shannon divergence, or rms difference over rms error: round-off of single precision
 
@@ -22,9 +22,9 @@ class Diagnostic:
     Attributes
     ----------
     title : str
-    values : list of Measured
+    values : list of Estimate
         A number a checkpoint; empty for what only two together have.
-    beside : list of Measured
+    beside : list of Estimate
         What each checkpoint after the first has beside the first: the difference, or what the two have together.
     percent : bool
         Printed in per cent.
@@ -33,16 +33,18 @@ class Diagnostic:
     """
 
     title: str
-    values: list[Measured]
-    beside: list[Measured]
+    values: list[Estimate]
+    beside: list[Estimate]
     percent: bool = False
     whole: bool = False
 
-    def cells(self) -> list[str | Shown | None]:
+    def cells(self) -> list[str | Estimate | None]:
         """Of a table: title, values, what stands beside the first."""
-        nothing: list[Shown | None] = [None] * (len(self.beside) + 1)
-        values = [Shown(value, self.percent, whole=self.whole) for value in self.values] or nothing
-        beside = [Shown(value, self.percent, bool(self.values), self.whole) for value in self.beside]
+        nothing: list[Estimate | None] = [None] * (len(self.beside) + 1)
+        values = [replace(value, percent=self.percent, whole=self.whole) for value in self.values] or nothing
+        beside = [
+            replace(value, percent=self.percent, signed=bool(self.values), whole=self.whole) for value in self.beside
+        ]
         return [self.title, *values, *beside]
 
 
@@ -98,7 +100,7 @@ def _single(ds: xr.Dataset, name: str, title: str, percent: bool = False, whole:
     values = [measured(ds.isel(checkpoint=i, other=0), name) for i in range(ds.sizes["checkpoint"])]
     if f"{name}_difference" in ds:
         return Diagnostic(title, values, _pair(ds, f"{name}_difference", title).beside, percent, whole)
-    return Diagnostic(title, values, [Measured(value.value - values[0].value) for value in values[1:]], percent, whole)
+    return Diagnostic(title, values, [Estimate(value.value - values[0].value) for value in values[1:]], percent, whole)
 
 
 def _pair(ds: xr.Dataset, name: str, title: str, percent: bool = False) -> Diagnostic:
@@ -109,9 +111,10 @@ def _pair(ds: xr.Dataset, name: str, title: str, percent: bool = False) -> Diagn
     return Diagnostic(title, [], beside, percent)
 
 
-def measured(ds: xr.Dataset, name: str) -> Measured:
+def measured(ds: xr.Dataset, name: str) -> Estimate:
     """A scalar variable with what there is of its error."""
-    return Measured(*(float(ds[f"{name}{end}"]) if f"{name}{end}" in ds else math.nan for end in _ENDS))
+    value, se, low, high = (float(ds[f"{name}{end}"]) if f"{name}{end}" in ds else math.nan for end in _ENDS)
+    return Estimate(value, se, low, high)
 
 
 _ENDS = ("", "_se", "_low", "_high")
@@ -174,21 +177,21 @@ def _beside_the_first(ds: xr.Dataset, i: int) -> Iterator[str]:
 def _errors(ds: xr.Dataset, i: int) -> str:
     split, sigmas = _judge(ds), float(ds.attrs["sigmas"])
     at = ds.isel(checkpoint=i, other=0).sel(split=split)
-    by = f"this {split} set"
+    where = f"on this {split} set"
     error = measured(at, "error_difference")
     if math.isnan(error.value):  # targets that are neither classes nor real numbers
         loss = measured(at, "loss_difference")
-        text = f"{split} loss {loss.text(signed=True)} ({loss.verdict(sigmas, by)})"
+        text = f"{split} loss {loss.text(signed=True)} ({loss.direction(sigmas, where)})"
     elif "only_wrong" in ds:
         back = int(ds.only_wrong.isel(checkpoint=0, other=i).sel(split=split))
-        text = f"{split} error {error.as_points(sigmas, by)}, {back} examples right only in the former and "
+        text = f"{split} error {error.in_points(sigmas, where)}, {back} examples right only in the former and "
         text += f"{int(at.only_wrong)} only in the latter"
     else:
-        text = f"{split} squared error {error.text(signed=True)} ({error.verdict(sigmas, by)})"
+        text = f"{split} squared error {error.text(signed=True)} ({error.direction(sigmas, where)})"
     if split == "validation":
         text += " (champions are picked by this error, which flatters them)"
     loss = measured(ds.isel(checkpoint=i, other=0).sel(split="train"), "loss_difference")
-    return f"{text}; training loss {loss.text(signed=True)} ({loss.verdict(sigmas, 'these examples')})"
+    return f"{text}; training loss {loss.text(signed=True)} ({loss.direction(sigmas, 'on these examples')})"
 
 
 def _parameters(pair: xr.Dataset) -> str:
@@ -235,13 +238,13 @@ def _layers(pair: xr.Dataset) -> str:
 
 
 def _curvature(pair: xr.Dataset, sigmas: float, n: int) -> str:
-    by = "these probes"
+    where = "beyond the noise of these probes"
     top, trace = (measured(pair, f"{name}_difference") for name in ("lambda_max", "trace"))
     distance, noise = float(pair.wasserstein1), float(pair.wasserstein1_noise)
     spectra = "beyond" if distance > noise + sigmas * float(pair.wasserstein1_se) else "not beyond"
     return (
-        f"Hessians on {n} training examples: largest eigenvalue {top.text(signed=True)} ({top.verdict(sigmas, by)}), "
-        f"trace {trace.text(signed=True)} ({trace.verdict(sigmas, by)}); the spectra's W1 distance, {distance:.2g}, is "
+        f"Hessians on {n} training examples: largest eigenvalue {top.text(signed=True)} ({top.direction(sigmas, where)}), "
+        f"trace {trace.text(signed=True)} ({trace.direction(sigmas, where)}); the spectra's W1 distance, {distance:.2g}, is "
         f"{spectra} what probes alone make of equal ones ({noise:.2g})."
     )
 

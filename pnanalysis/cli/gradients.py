@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.estimates import Measured
+from pnanalysis.estimates import Estimate
 from pnanalysis.terminal.console import Table, make_table
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _table(ds: xr.Dataset) -> Table:
                     float((used.fluctuation_norm**2).mean() ** 0.5),
                     float(last.loss_gradient_norm),
                     f"{float(at.last_flip.max()):.0f}",
-                    Measured(float(at.half_difference), float(at.half_difference_se)),
+                    Estimate(float(at.half_difference), float(at.half_difference_se)),
                 ]
             )
     columns = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.estimates import Measured, Shown
+from pnanalysis.estimates import Estimate
 from pnanalysis.terminal.console import Table, make_table, say, when_interrupted
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def _table(ds: xr.Dataset) -> Table:
             str(name),
             _within(at, "lambda_max"),
             _within(at, "lambda_min"),
-            Measured(float(at.trace), float(at.trace_se)),
-            Shown(_within(at, "n_outliers"), whole=True),
+            Estimate(float(at.trace), float(at.trace_se)),
+            _within(at, "n_outliers", whole=True),
             _within(at, "bulk_edge_high"),
             _within(at, "gap_ratio"),
         ]
@@ -103,9 +103,9 @@ def _table(ds: xr.Dataset) -> Table:
     return make_table(f"{ds.attrs['operator']} over {ds.attrs.get('n', 'all')} examples", columns, rows)
 
 
-def _within(ds: xr.Dataset, name: str) -> Measured:
+def _within(ds: xr.Dataset, name: str, **style: bool) -> Estimate:
     """A number in its interval: residual bounds of extreme eigenvalues, 95 % otherwise."""
-    return Measured(float(ds[name]), low=float(ds[f"{name}_low"]), high=float(ds[f"{name}_high"]))
+    return Estimate(float(ds[name]), low=float(ds[f"{name}_low"]), high=float(ds[f"{name}_high"]), **style)
 
 
 def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
@@ -122,9 +122,9 @@ def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
         rows.append(
             [
                 f"{other.checkpoint.item()} - {first.checkpoint.item()}",
-                Shown(_within(found, "lambda_max"), signed=True),
-                Shown(Measured(float(found.trace), float(found.trace_se)), signed=True),
-                Shown(Measured(float(found.negative_mass), float(found.negative_mass_se)), signed=True),
+                _within(found, "lambda_max", signed=True),
+                Estimate(float(found.trace), float(found.trace_se), signed=True),
+                Estimate(float(found.negative_mass), float(found.negative_mass_se), signed=True),
                 float(found.wasserstein1),
                 float(found.wasserstein1_noise),
             ]

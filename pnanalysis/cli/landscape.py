@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.estimates import Measured, Shown
+from pnanalysis.estimates import Estimate
 from pnanalysis.terminal.console import Percent, Table, make_table
 
 if TYPE_CHECKING:
@@ -93,10 +93,10 @@ def _barriers(ds: xr.Dataset) -> Table:
     for path in ds.path.values:
         for split in ds.split.values:
             at = ds.sel(path=path, split=split)
-            loss = Measured(float(at.barrier), float(at.barrier_se))
+            loss = Estimate(float(at.barrier), float(at.barrier_se))
             error = None
             if "error" in ds:
-                error = Shown(Measured(float(at.error_barrier), float(at.error_barrier_se)), percent=True, signed=True)
+                error = Estimate(float(at.error_barrier), float(at.error_barrier_se), percent=True, signed=True)
             place, distance, length = (float(at[name]) for name in ("barrier_position", "distance", "length"))
             rows.append([str(path), str(split), loss, place, error, distance, length])
     columns = ["path", "split", "barrier of the loss", "at", "barrier of the error", "distance of the ends", "length"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.estimates import Measured
+from pnanalysis.estimates import Estimate
 from pnanalysis.terminal.console import Cell, Table, make_table
 
 if TYPE_CHECKING:
@@ -80,4 +80,4 @@ def _table(ds: xr.Dataset) -> Table:
 def _measured(at: xr.Dataset) -> list[Cell]:
     shown = [(at.abs_percentile.isel(quantile=-1), at.abs_percentile_se.isel(quantile=-1))]
     shown += [(at[variable], at[f"{variable}_se"]) for variable in ("saturated_share", "saturation_measure")]
-    return [*(Measured(float(value), float(se)) for value, se in shown), int(at.dead_units), int(at.n_units)]
+    return [*(Estimate(float(value), float(se)) for value, se in shown), int(at.dead_units), int(at.n_units)]

@@ -8,7 +8,7 @@ import typer
 
 from pnanalysis.cli import options
 from pnanalysis.errors import PnError
-from pnanalysis.estimates import Measured
+from pnanalysis.estimates import Estimate
 from pnanalysis.terminal.console import Table, make_table
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _table(ds: xr.Dataset) -> Table:
     rows = []
     for name in ds.checkpoint.values:
         at = ds.sel(checkpoint=name)
-        rises = [Measured(float(rise), float(se)) for rise, se in zip(at.rise, at.rise_se, strict=True)]
-        rows.append([str(name), Measured(float(at.loss), float(at.loss_se)), *rises])
+        rises = [Estimate(float(rise), float(se)) for rise, se in zip(at.rise, at.rise_se, strict=True)]
+        rows.append([str(name), Estimate(float(at.loss), float(at.loss_se)), *rises])
     columns = [f"{kind} {float(r):g}" for kind, r in zip(ds.neighbourhood.values, ds.radius, strict=True)]
     return make_table("largest rise of the loss", ["checkpoint", "loss", *columns], rows)

@@ -1,1 +1,1 @@
-"""Curvature: operators, Lanczos, spectral densities and their summaries."""
+"""Curvature matrices of a loss over data, as symmetric operators."""

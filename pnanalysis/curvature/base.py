@@ -18,11 +18,11 @@ from pnanalysis.curvature.parameters import (
     select_parameters,
     split_vector,
 )
-from pnanalysis.curvature.prepared_copy import PRECISIONS, BatchNorm, autocast, float32_precision, frozen_copy
+from pnanalysis.curvature.prepared_copy import PRECISIONS, BatchNorm, autocast, float32_precision, prepared_copy
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
-from pnanalysis.evaluation.forward import placed
+from pnanalysis.evaluation.forward import loss_on
 from pnanalysis.evaluation.losses import check_targets, example_weights, known
 from pnanalysis.inputs.batches import as_arguments, batch_size, cut, map_tensors, move
 from pnanalysis.inputs.models import Loss, parameter_layers
@@ -110,8 +110,8 @@ class CurvatureOperator:
         first = model.get_parameter(self.names[0])
         self.dtype = dtype or first.dtype
         self.device = torch.device(device) if device is not None else first.device
-        self.model = frozen_copy(model, bn_mode).to(self.device, self.dtype)
-        self.loss_fn, self.batches = placed(loss_fn, self.device, self.dtype), batches
+        self.model = prepared_copy(model, bn_mode).to(self.device, self.dtype)
+        self.loss_fn, self.batches = loss_on(loss_fn, self.device, self.dtype), batches
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
         self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
         self.expected_products = expected_products

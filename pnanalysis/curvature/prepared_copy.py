@@ -18,7 +18,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def frozen_copy(model: nn.Module, bn_mode: str) -> nn.Module:
+def prepared_copy(model: nn.Module, bn_mode: str) -> nn.Module:
     """A copy in eval mode without in-place activations; batch normalisation optionally on batch statistics.
 
     Names of parameters and buffers stay. With running statistics, batch normalisation that alone follows a

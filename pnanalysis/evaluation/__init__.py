@@ -1,1 +1,1 @@
-"""TODO evaluation"""
+"""Networks over data: forward passes, losses per example, scores, disagreement and CKA."""

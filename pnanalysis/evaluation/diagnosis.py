@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.errors import DataError, PnError, reason
-from pnanalysis.evaluation.forward import _WRAP, IGNORED, _kind, _shapes, no_class, not_for, run
+from pnanalysis.evaluation.forward import _WRAP, IGNORED, _kind, _shapes, forward, no_class, not_for
 from pnanalysis.inputs.batches import cut, move
 from pnanalysis.inputs.models import Loss
 
 
 @contextmanager
-def explained(
+def clear_errors(
     label: str, model: nn.Module | None = None, batches: Iterable[Any] = (), loss: Loss | None = None
 ) -> Iterator[None]:
     """What the network or the loss raise when given the data, as one sentence.
@@ -60,7 +60,7 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
     except Exception:  # nothing that could be tried
         return None
     try:
-        outputs = run(model, inputs)
+        outputs = forward(model, inputs)
     except Exception as own_error:
         return f"the network cannot take these data: inputs of {_shapes(inputs)} ({reason(own_error)})"
     if loss is None:

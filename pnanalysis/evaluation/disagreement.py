@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.cka import CentredKernelAlignment
-from pnanalysis.evaluation.diagnosis import explained
-from pnanalysis.evaluation.forward import run, wanted
+from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.evaluation.forward import forward, required_prediction
 from pnanalysis.evaluation.losses import log_probabilities
 from pnanalysis.evaluation.scores import Scores
 from pnanalysis.inputs.batches import batch_size
@@ -42,8 +42,8 @@ def evaluate(
     labels = [member.label for member in chosen]
     with torch.no_grad(), alignment or nullcontext():
         for inputs, targets in batches:
-            outputs = run_all(networks, inputs, targets, labels, scores.loss)
-            with explained(labels[0], networks[0], [(inputs[0], targets)], scores.loss):
+            outputs = forward_all(networks, inputs, targets, labels, scores.loss)
+            with clear_errors(labels[0], networks[0], [(inputs[0], targets)], scores.loss):
                 scores.add(outputs, targets)
                 if pairs is not None:
                     pairs.add(outputs, targets)
@@ -69,7 +69,7 @@ class FunctionPairs:
 
     def add(self, outputs: Sequence[Any], targets: Any) -> None:
         """Take in a batch: each network's outputs, and the targets."""
-        tensors = [wanted(one) for one in outputs]
+        tensors = [required_prediction(one) for one in outputs]
         self.n += len(tensors[0])
         said = [log_probabilities(one, targets, self.loss) for one in tensors]
         if said[0] is None:
@@ -114,7 +114,7 @@ class FunctionPairs:
         return {name: (("checkpoint", "other"), values) for name, values in found.items()}
 
 
-def aligned(alignment: CentredKernelAlignment) -> dict[str, Any]:
+def cka_variables(alignment: CentredKernelAlignment) -> dict[str, Any]:
     """CKA and its standard error as variables along (checkpoint, other, layer)."""
     cka, se = alignment.result()
     return {"cka": (("checkpoint", "other", "layer"), cka), "cka_se": (("checkpoint", "other", "layer"), se)}
@@ -133,7 +133,7 @@ def expected_disagreement(accuracy: Array, classes: int) -> Array:
     return 1.0 - right - wrong / max(classes - 1, 1)
 
 
-def run_all(
+def forward_all(
     networks: Sequence[nn.Module], inputs: Sequence[Any], targets: Any, labels: Sequence[str], loss: Loss
 ) -> list[Any]:
     """What every network gives for its own form of the same examples.
@@ -147,9 +147,9 @@ def run_all(
     """
     outputs = []
     for network, x, label in zip(networks, inputs, labels, strict=True):
-        with explained(label, network, [(x, targets)], loss):
-            outputs.append(run(network, x))
-    shapes = [wanted(one, label).shape[1:] for one, label in zip(outputs, labels, strict=True)]
+        with clear_errors(label, network, [(x, targets)], loss):
+            outputs.append(forward(network, x))
+    shapes = [required_prediction(one, label).shape[1:] for one, label in zip(outputs, labels, strict=True)]
     for label, shape in zip(labels, shapes, strict=True):
         if shape != shapes[0]:
             first, other = (" x ".join(map(str, each)) or "1" for each in (shapes[0], shape))

@@ -22,7 +22,7 @@ IGNORED = -100
 _WRAP = "wrap the network in a module that returns its logits, or give a loss that takes what it returns"
 
 
-def run(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = None) -> Any:
+def forward(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = None) -> Any:
     """The network's answer: a mapping is passed by keyword, a tuple or list by position, all else as it is.
 
     ``state`` stands in for the network's own parameters and buffers.
@@ -48,7 +48,7 @@ def prediction(outputs: Any) -> Tensor | None:
     return first if isinstance(first, Tensor) else None
 
 
-def wanted(outputs: Any, who: str = "the network") -> Tensor:
+def required_prediction(outputs: Any, who: str = "the network") -> Tensor:
     """The :func:`prediction`, where there has to be one.
 
     Raises
@@ -62,7 +62,7 @@ def wanted(outputs: Any, who: str = "the network") -> Tensor:
     return found
 
 
-def placed(loss: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
+def loss_on(loss: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
     """The loss with what tensors it holds (class weights, say) on the device and in the precision of the network."""
     if isinstance(loss, nn.Module):
         held = [*loss.parameters(), *loss.buffers()]

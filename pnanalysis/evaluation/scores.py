@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pnanalysis.estimates import mean_and_error
+from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.forward import prediction
 from pnanalysis.evaluation.losses import (
     check_mean,
@@ -113,10 +113,10 @@ def paired(values: Array) -> dict[str, Any]:
     difference_se = np.zeros((k, k))
     for i in range(k):
         for j in range(i):
-            difference_se[i, j] = difference_se[j, i] = mean_and_error(values[i] - values[j])[1]
+            difference_se[i, j] = difference_se[j, i] = mean_and_se(values[i] - values[j])[1]
     return {
         "": mean,
-        "_se": np.array([mean_and_error(row)[1] for row in values]),
+        "_se": np.array([mean_and_se(row)[1] for row in values]),
         "_difference": mean[:, None] - mean[None, :],
         "_difference_se": difference_se,
     }

@@ -1,1 +1,1 @@
-"""TODO geometry"""
+"""Weights as points: distances, planes, curves and the loss on them."""

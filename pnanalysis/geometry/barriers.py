@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pnanalysis.estimates import mean_and_error
+from pnanalysis.estimates import mean_and_se
 from pnanalysis.geometry.curves import curve_weights
 from pnanalysis.geometry.gram import displacement_gram
-from pnanalysis.geometry.loss_surface import Matrix, Surface, Values
+from pnanalysis.geometry.loss_surface import LossSurface, Matrix, Values
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
 
 
 def profiles(
-    surface: Surface,
+    surface: LossSurface,
     paths: Mapping[str, tuple[list[State], str]],
     batches: Mapping[str, Any],
     n_points: int,
@@ -28,7 +28,7 @@ def profiles(
 
     Parameters
     ----------
-    surface : Surface
+    surface : LossSurface
     paths : mapping
         Name to anchors, first end to second, and the kind of curve they define (of two anchors, a line).
     batches : mapping
@@ -76,7 +76,7 @@ def profile(position: Matrix, values: Iterator[Values]) -> xr.Dataset:
         with np.errstate(invalid="ignore", over="ignore"):  # losses far out may overflow
             loss = at.loss - ((1 - t) * ends[0].loss + t * ends[1].loss)
             error = at.error - ((1 - t) * ends[0].error + t * ends[1].error)
-            table[k] = np.concatenate([mean_and_error(part) for part in (at.loss, at.error, loss, error)])
+            table[k] = np.concatenate([mean_and_se(part) for part in (at.loss, at.error, loss, error)])
     by_name = dict(zip(columns, table.T, strict=True))
     variables: dict[str, Any] = {name: ("position", by_name[name]) for name in columns[:6]}
     inside = np.flatnonzero((position >= 0) & (position <= 1))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pnanalysis.checks import one_of
 from pnanalysis.errors import ModelError
-from pnanalysis.geometry.loss_surface import Matrix, Surface
+from pnanalysis.geometry.loss_surface import LossSurface, Matrix
 from pnanalysis.inputs.batches import batch_size as nest_size
 from pnanalysis.inputs.data import LoaderSplit, Split
 from pnanalysis.io.weights import State
@@ -51,7 +51,7 @@ def curve_weights(kind: str, position: Matrix, n_bends: int) -> Matrix:
 
 
 def train_curve(
-    surface: Surface,
+    surface: LossSurface,
     ends: tuple[State, State],
     split: Split | LoaderSplit,
     *,
@@ -70,9 +70,9 @@ def train_curve(
 
     Parameters
     ----------
-    surface : Surface
+    surface : LossSurface
     ends : pair of states
-        As :meth:`Surface.anchor` gives them; they stay as they are.
+        As :meth:`LossSurface.anchor` gives them; they stay as they are.
     split : Split or LoaderSplit
         Training examples.
     kind : {"bezier", "chain"}

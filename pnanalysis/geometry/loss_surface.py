@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from pnanalysis.errors import ModelError
-from pnanalysis.evaluation.forward import placed, prediction, run
+from pnanalysis.evaluation.forward import forward, loss_on, prediction
 from pnanalysis.evaluation.losses import (
     check_mean,
     check_targets,
@@ -54,7 +54,7 @@ class Values(NamedTuple):
     error: Matrix
 
 
-class Surface:
+class LossSurface:
     """Evaluates a network at points of its parameter space.
 
     Parameters
@@ -96,7 +96,7 @@ class Surface:
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.model = deepcopy(model).to(self.device, dtype).eval()
-        self.loss = placed(loss, self.device, dtype)
+        self.loss = loss_on(loss, self.device, dtype)
         self.norms = {name: module for name, module in self.model.named_modules() if _has_statistics(module)}
         self.bn_batches = bn_batches if self.norms else None
         self.at_once = at_once or self._points_at_once()
@@ -175,7 +175,7 @@ class Surface:
         try:
             for inputs, targets in batches:
                 targets = self._cast(targets)
-                outputs = run(self.model, self._cast(inputs), {**rest, **theta})
+                outputs = forward(self.model, self._cast(inputs), {**rest, **theta})
                 check_targets(self.loss, outputs, targets)
                 value = self.loss(outputs, targets)
                 weight = float(example_weights(self.loss, targets).sum())
@@ -214,7 +214,7 @@ class Surface:
         return [self._measure({n: t[k] for n, t in points.items()}, inputs, targets) for k in range(size)]
 
     def _measure(self, state: State, inputs: Any, targets: Any) -> _Row:
-        outputs = run(self.model, inputs, state)
+        outputs = forward(self.model, inputs, state)
         loss, weight = example_losses(self.loss, outputs, targets)
         errors = example_errors(self.loss, prediction(outputs), targets)
         if errors is None:
@@ -233,7 +233,7 @@ class Surface:
                 n_seen += n
                 for module in self.norms.values():
                     module.momentum = n / n_seen
-                run(self.model, self._cast(inputs), state)
+                forward(self.model, self._cast(inputs), state)
             if not n_seen:
                 raise ModelError(
                     "the statistics of batch normalisation cannot be estimated from a single example; "

@@ -11,15 +11,15 @@ import xarray as xr
 from torch import Tensor
 
 from pnanalysis.errors import RunError
-from pnanalysis.estimates import mean_and_error
+from pnanalysis.estimates import mean_and_se
 from pnanalysis.geometry.gram import displacement_gram, filter_directions
-from pnanalysis.geometry.loss_surface import Matrix, Surface
+from pnanalysis.geometry.loss_surface import LossSurface, Matrix
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
 
 
 def through_three(
-    surface: Surface,
+    surface: LossSurface,
     states: Sequence[State],
     names: Sequence[str],
     batches: Mapping[str, Any],
@@ -58,7 +58,7 @@ def _short(name: str) -> str:
 
 
 def about_one(
-    surface: Surface,
+    surface: LossSurface,
     state: State,
     name: str,
     batches: Mapping[str, Any],
@@ -133,14 +133,14 @@ def random_directions(state: Mapping[str, Tensor], names: Sequence[str], seed: i
 
 
 def _on_grid(
-    surface: Surface, anchors: Sequence[State], weights: Matrix, x: Matrix, y: Matrix, batches: Mapping[str, Any],
+    surface: LossSurface, anchors: Sequence[State], weights: Matrix, x: Matrix, y: Matrix, batches: Mapping[str, Any],
     progress: bool,
 ) -> xr.Dataset:  # fmt: skip
     table = np.empty((3, len(batches), len(weights)))
     with progress_bar("on the plane", table[0].size, progress) as advance:
         for s, part in enumerate(batches.values()):
             for k, found in enumerate(surface.values(anchors, weights, part, advance)):
-                table[:, s, k] = (*mean_and_error(found.loss), found.error.mean())
+                table[:, s, k] = (*mean_and_se(found.loss), found.error.mean())
     grids = dict(zip(("loss", "loss_se", "error"), table.reshape(3, len(batches), len(y), len(x)), strict=True))
     if np.isnan(grids["error"]).all():
         del grids["error"]

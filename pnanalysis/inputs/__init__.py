@@ -1,1 +1,1 @@
-"""TODO inputs"""
+"""What an analysis is given: runs, weight files or networks in memory, with their data and loss."""

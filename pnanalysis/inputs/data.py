@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from pnanalysis.errors import DataError
 from pnanalysis.inputs.batches import batch_size, map_tensors, tensors
-from pnanalysis.inputs.registry import DATASETS, import_object, resolve, told
+from pnanalysis.inputs.registry import DATASETS, describe_error, import_object, resolve
 
 SPLITS = ("train", "validation", "test")
 Batch = tuple[Any, Any]
@@ -220,7 +220,7 @@ def _made(spec: str) -> Any:
     except DataError:
         raise
     except Exception as error:  # whatever the factory does
-        raise DataError(f"data {spec!r} cannot be made: {told(error)}") from error
+        raise DataError(f"data {spec!r} cannot be made: {describe_error(error)}") from error
 
 
 def as_splits(data: Any, name: str = "data") -> Splits:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pnanalysis.errors import ModelError, PnError
-from pnanalysis.inputs.registry import MODELS, import_object, resolve, told
+from pnanalysis.inputs.registry import MODELS, describe_error, import_object, resolve
 
 _WRAPPERS = ("module.", "_orig_mod.", "module.")  # either inside the other
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -45,7 +45,7 @@ def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Modul
         raise
     except Exception as error:  # whatever the factory does
         given = f" with {dict(options)}" if options else ""
-        raise ModelError(f"model {spec!r} cannot be built{given}: {told(error)}") from error
+        raise ModelError(f"model {spec!r} cannot be built{given}: {describe_error(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {spec!r} gave a {type(model).__name__}, not a torch.nn.Module")
     return model

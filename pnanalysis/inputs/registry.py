@@ -59,13 +59,13 @@ def import_object(spec: str, error: type[PnError] = PnError) -> Any:
     except AttributeError as cause:
         if module_name in sys.modules:
             raise error(f"module {module_name!r} has no {attribute!r}") from cause
-        raise error(f"cannot import {module_name!r}: {told(cause)}") from cause
+        raise error(f"cannot import {module_name!r}: {describe_error(cause)}") from cause
     except Exception as cause:  # whatever the module does when it is imported
-        raise error(f"cannot import {module_name!r}: {told(cause)}") from cause
+        raise error(f"cannot import {module_name!r}: {describe_error(cause)}") from cause
     return found
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What an error in somebody's own code says, and where in it."""
     text = reason(error)
     if isinstance(error, SyntaxError):

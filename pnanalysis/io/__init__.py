@@ -1,1 +1,1 @@
-"""TODO io"""
+"""Files: run directories, weights and datasets. Knows no network."""

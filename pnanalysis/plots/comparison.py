@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pnanalysis.analyses.verdict import Diagnostic, diagnostics, measured, short_names, told_layers
-from pnanalysis.estimates import Measured
+from pnanalysis.estimates import Estimate
 from pnanalysis.plots.style import COLOURS, DASHES, MARKERS, PAGE, QUIET, new_figure, tilted
 
 _PER_ROW = 4
@@ -117,11 +117,11 @@ def _dots(row: Diagnostic, sigmas: float, ax: Axes) -> list[str]:
     return fills
 
 
-def _fill(beside: Measured, sigmas: float) -> str:
+def _fill(beside: Estimate, sigmas: float) -> str:
     """What a marker says of the difference from the first checkpoint."""
     if not (math.isfinite(beside.se) or math.isfinite(beside.low)):
         return _UNKNOWN
-    return _TOLD if beside.told(sigmas) else _SAME
+    return _TOLD if beside.is_significant(sigmas) else _SAME
 
 
 def _filled(fill: str, colour: str) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _explain(fills: list[str], figure: Figure) -> None:
     figure.legend(handles=[bar, *marks], loc="outside lower left", ncols=4, fontsize=6.5)
 
 
-def _interval(value: Measured) -> tuple[float, float]:
+def _interval(value: Estimate) -> tuple[float, float]:
     if math.isfinite(value.se):
         return value.value - 1.96 * value.se, value.value + 1.96 * value.se
     return value.low, value.high

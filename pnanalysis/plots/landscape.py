@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pnanalysis.analyses.verdict import short_names
 from pnanalysis.errors import PnError
-from pnanalysis.estimates import Measured
+from pnanalysis.estimates import Estimate
 from pnanalysis.plots.style import (
     CHAMPION,
     COLUMN,
@@ -172,7 +172,7 @@ def _levels(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _height(one: xr.Dataset, name: str, top: str) -> str:
     """A barrier in words and numbers; what round-off alone makes is none."""
-    barrier = Measured(float(one[top]), float(one[f"{top}_se"]))
+    barrier = Estimate(float(one[top]), float(one[f"{top}_se"]))
     if abs(barrier.value) <= _ROUNDING * float(np.abs(one[name]).max()):
         return "no barrier"
     return barrier.text(percent=name == "error")

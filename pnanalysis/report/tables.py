@@ -11,7 +11,7 @@ import xarray as xr
 
 from pnanalysis.analyses.history import error_kind
 from pnanalysis.analyses.verdict import measured
-from pnanalysis.estimates import Measured, Shown, share
+from pnanalysis.estimates import Estimate, proportion
 from pnanalysis.io.runs import Checkpoint, Run
 from pnanalysis.report.datasets import dataset, own_rows
 
@@ -25,11 +25,11 @@ class Row:
     study: str
     name: str
     iteration: int
-    loss: Measured
-    validation: Shown
-    test: Shown
-    lambda_max: Measured
-    trace: Measured
+    loss: Estimate
+    validation: Estimate
+    test: Estimate
+    lambda_max: Estimate
+    trace: Estimate
 
     def cells(self) -> dict[str, str]:
         """Column title to printed value."""
@@ -74,12 +74,12 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
-    """The table in words; a difference within two standard errors is called none that could be told."""
+    """The table in words; a difference within two standard errors is called not significant."""
     said = []
     for run, control in studies(runs):
         plain = _row(run, "plain", 0)
         best = run.champion.iteration
-        if not math.isnan(plain.test.measured.value):
+        if not math.isnan(plain.test.value):
             if best == 0:
                 said.append(f"{run.path.name}: the plain model has the lowest validation error of all iterations.")
             else:
@@ -109,18 +109,18 @@ def _row(run: Run, name: str, iteration: int) -> Row:
         study=run.path.name,
         name=name,
         iteration=iteration,
-        loss=Measured(float(last.train_loss)),
+        loss=Estimate(float(last.train_loss)),
         validation=_error(run, float(last.validation_error), sizes["validation"]),
         test=_error(run, float(last.test_error), sizes["test"]),
-        lambda_max=Measured(math.nan if at is None else float(at.lambda_max)),
-        trace=Measured(math.nan) if at is None else Measured(float(at.trace), float(at.trace_se)),
+        lambda_max=Estimate(math.nan if at is None else float(at.lambda_max)),
+        trace=Estimate(math.nan) if at is None else Estimate(float(at.trace), float(at.trace_se)),
     )
 
 
-def _error(run: Run, value: float, n: int) -> Shown:
+def _error(run: Run, value: float, n: int) -> Estimate:
     """A share of n examples, in per cent, or a squared error."""
     shares = error_kind(run.history) == "share"
-    return Shown(share(value, n) if shares else Measured(value), percent=shares)
+    return proportion(value, n) if shares else Estimate(value)
 
 
 def _difference(first: _End, other: _End) -> str:
@@ -136,13 +136,13 @@ def _difference(first: _End, other: _End) -> str:
             some = "" if n == first[0].history.attrs.get("n_test") else f", on {n} test examples"
             sigmas = float(ds.attrs["sigmas"])
             if error_kind(first[0].history) == "share":
-                return at.as_points(sigmas) + some
-            return f"{at.text(signed=True)} ({at.verdict(sigmas)}){some}"
-    one, two = (_row(run, "", checkpoint.iteration).test.measured for run, checkpoint in (first, other))
+                return at.in_points(sigmas) + some
+            return f"{at.text(signed=True)} ({at.direction(sigmas)}){some}"
+    one, two = (_row(run, "", checkpoint.iteration).test for run, checkpoint in (first, other))
     if error_kind(first[0].history) != "share":
         return f"{two.minus(one).text(signed=True)} (squared error)"
     names = " ".join(dict.fromkeys(run.path.name for run in (first[0], other[0])))
-    return f"{two.minus(one).as_points()}, by unpaired errors; pnanalysis compare {names} gives the paired one"
+    return f"{two.minus(one).in_points()}, by unpaired errors; pnanalysis compare {names} gives the paired one"
 
 
 def _place(ds: xr.Dataset, holder: Run, run: Run, end: Checkpoint) -> int | None:

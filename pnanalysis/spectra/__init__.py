@@ -1,1 +1,1 @@
-"""TODO spectra"""
+"""Spectra of symmetric operators from products with vectors. Knows no network."""

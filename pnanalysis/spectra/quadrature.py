@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 from scipy.linalg import eigh_tridiagonal
-from scipy.stats import t as student_t
+
+from pnanalysis.estimates import Estimate
 
 
 def ritz(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -80,20 +81,6 @@ def extremes(value: np.ndarray, residual: np.ndarray) -> Extremes:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A number with its standard error and the degrees of freedom behind that (``inf``: known, or very many)."""
-
-    value: float
-    se: float = 0.0
-    dof: float = np.inf
-
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Two-sided Student interval."""
-        half = student_t.ppf(0.5 + level / 2, self.dof) * self.se if self.se > 0 else 0.0
-        return self.value - half, self.value + half
-
-
-@dataclass(frozen=True)
 class SpectralMeasure:
     """An estimated spectrum: weighted nodes, some of them exactly counted and some sampled.
 
@@ -162,9 +149,9 @@ class SpectralMeasure:
             degrees.append(2 / doubt if doubt > 0 else np.inf)
         variance = float(np.sum(variances))
         if variance <= 0:
-            return Estimate(value)
+            return Estimate(value, 0.0)
         doubt = float(np.sum(np.square(variances) / np.array(degrees)))
-        return Estimate(value, variance**0.5, variance**2 / doubt if doubt > 0 else np.inf)
+        return Estimate(value, variance**0.5, dof=variance**2 / doubt if doubt > 0 else np.inf)
 
     def means(self, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Averages and standard errors of many functions: values ``(n, quadrature)`` to ``(n,)`` and ``(n,)``."""
@@ -220,7 +207,7 @@ class SpectralMeasure:
     def total(self, f: np.ndarray) -> Estimate:
         """Sum of a function over all eigenvalues: ``P`` times :meth:`mean`."""
         mean = self.mean(f)
-        return Estimate(self.n_parameters * mean.value, self.n_parameters * mean.se, mean.dof)
+        return Estimate(self.n_parameters * mean.value, self.n_parameters * mean.se, dof=mean.dof)
 
     def spread_at(self) -> dict[int, float]:
         """By number of deflated directions: variance of the estimate of the trace by one probe at that stage."""

@@ -10,7 +10,8 @@ from scipy.special import gammaln
 
 from pnanalysis import schema
 from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.quadrature import Estimate, SpectralMeasure, extremes, wasserstein1
+from pnanalysis.estimates import Estimate
+from pnanalysis.spectra.quadrature import SpectralMeasure, extremes, wasserstein1
 
 #: An eigenvalue is an outlier when it lies further than so many standard deviations of the others from their mean.
 OUTLIER_SIGMAS = 10.0
@@ -87,7 +88,7 @@ def _put(data: dict[str, Any], name: str, estimate: Estimate) -> None:
 def _frobenius(measure: SpectralMeasure, coupling: float) -> Estimate:
     squares = measure.total(measure.node**2)
     norm = float(np.sqrt(max(squares.value + 2 * coupling**2, 0)))
-    return Estimate(norm, squares.se / (2 * norm) if norm > 0 else 0.0, squares.dof)
+    return Estimate(norm, squares.se / (2 * norm) if norm > 0 else 0.0, dof=squares.dof)
 
 
 def _effective_rank(measure: SpectralMeasure) -> Estimate:
@@ -95,10 +96,10 @@ def _effective_rank(measure: SpectralMeasure) -> Estimate:
     absolute, square = np.abs(measure.node), measure.node**2
     first, second = float(absolute @ measure.weight), float(square @ measure.weight)
     if second == 0:
-        return Estimate(0.0)
+        return Estimate(0.0, 0.0)
     value = measure.n_parameters * first**2 / second
     slope = measure.mean(value * (2 * absolute / first - square / second))
-    return Estimate(value, slope.se, slope.dof)
+    return Estimate(value, slope.se, dof=slope.dof)
 
 
 def _extremes(ds: xr.Dataset, top_k: int) -> dict[str, Any]:

@@ -9,20 +9,16 @@ from typing import Any
 import torch
 
 from pnanalysis.errors import CurvatureError
+from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, random_unit_vectors
-from pnanalysis.spectra.quadrature import Estimate
 
 
 @dataclass(frozen=True)
-class TraceEstimate:
+class TraceEstimate(Estimate):
     """A trace with its standard error, 95 % interval and cost."""
 
-    value: float
-    se: float
-    low: float
-    high: float
-    n_hvp: int
-    method: str
+    n_hvp: int = 0
+    method: str = ""
 
 
 def trace_estimate(operator: Any, method: str = "xtrace", n_hvp: int = 100, seed: int = 0) -> TraceEstimate:
@@ -71,10 +67,12 @@ def trace_estimate(operator: Any, method: str = "xtrace", n_hvp: int = 100, seed
     n_parameters = operator.shape[0]
     if n_hvp >= n_parameters:
         eye = torch.eye(n_parameters, dtype=operator.dtype, device=operator.device)
-        estimate, spent = Estimate(float(_product(operator, eye).diagonal().sum())), n_parameters
+        estimate, spent = Estimate(float(_product(operator, eye).diagonal().sum()), 0.0), n_parameters
     else:
         estimate, spent = estimator(operator, n_hvp, seed)
-    return TraceEstimate(estimate.value, estimate.se, *estimate.interval(), spent, method)
+    return TraceEstimate(
+        estimate.value, estimate.se, *estimate.interval(), dof=estimate.dof, n_hvp=spent, method=method
+    )
 
 
 def _hutchinson(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
@@ -92,7 +90,7 @@ def _hutch_plus_plus(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[E
     probes = probes - range_ @ (range_.T @ probes)
     probes = probes / torch.linalg.vector_norm(probes, dim=0)
     rest = _mean((operator.shape[0] - n_sketch) * (probes * _product(operator, probes)).sum(0))
-    return Estimate(within + rest.value, rest.se, rest.dof), 2 * n_sketch + n_probes
+    return Estimate(within + rest.value, rest.se, dof=rest.dof), 2 * n_sketch + n_probes
 
 
 def _xtrace(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
@@ -104,7 +102,7 @@ def _xtrace(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, 
     core = basis.T @ image
     diagonal = triangle.diagonal().abs()
     if float(diagonal.min()) <= m * torch.finfo(operator.dtype).eps * float(diagonal.max()):
-        return Estimate(float(core.trace())), 2 * m  # the sketch holds the whole range
+        return Estimate(float(core.trace()), 0.0), 2 * m  # the sketch holds the whole range
     # column i of `normal` is the direction of the sketch that only probe i spans
     normal = torch.linalg.solve_triangular(triangle, torch.eye(m).to(triangle), upper=True).T
     normal = normal / torch.linalg.vector_norm(normal, dim=0)
@@ -120,7 +118,7 @@ def _xtrace(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, 
 
 def _mean(samples: torch.Tensor) -> Estimate:
     n = len(samples)
-    return Estimate(float(samples.mean()), float(samples.std() / n**0.5), n - 1)
+    return Estimate(float(samples.mean()), float(samples.std() / n**0.5), dof=n - 1)
 
 
 def _product(operator: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:

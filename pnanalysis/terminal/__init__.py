@@ -1,1 +1,1 @@
-"""TODO terminal"""
+"""What a person sees at a terminal: tables, messages and progress."""

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from pnanalysis.errors import PnError
-from pnanalysis.estimates import Measured, Shown
+from pnanalysis.estimates import Estimate
 
 #: The base of what typer raises for command lines it does not understand.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -38,7 +38,7 @@ def error_cell(error: SupportsFloat, kind: str) -> float:
     return Percent(error) if kind == "share" else float(error)
 
 
-Cell = str | float | int | Percent | Measured | Shown | None
+Cell = str | float | int | Percent | Estimate | None
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,7 @@ def text(cell: Cell) -> str:
     """A cell as people read it."""
     if isinstance(cell, str):
         return cell
-    if isinstance(cell, Measured):
-        return cell.text()
-    if isinstance(cell, Shown):
+    if isinstance(cell, Estimate):
         return cell.text()
     if cell is None or math.isnan(cell):
         return "–"
@@ -197,11 +195,9 @@ def text(cell: Cell) -> str:
 
 def _plain(cell: Cell) -> Any:
     """A cell as machines read it: numbers stay numbers, what is unknown is null."""
-    if isinstance(cell, Shown):
-        return _plain(cell.measured)
-    if isinstance(cell, Measured):
-        known = {name: value for name, value in vars(cell).items() if math.isfinite(value)}
-        return {"value": None, **known}
+    if isinstance(cell, Estimate):
+        parts = {name: getattr(cell, name) for name in ("value", "se", "low", "high")}
+        return {"value": None} | {name: part for name, part in parts.items() if math.isfinite(part)}
     if isinstance(cell, str) or cell is None:
         return cell
     return None if not math.isfinite(cell) else int(cell) if isinstance(cell, int) else float(cell)

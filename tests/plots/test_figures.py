@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 import pnanalysis as pn
 from pnanalysis import plots
 from pnanalysis.errors import PnError
-from pnanalysis.estimates import Measured
+from pnanalysis.estimates import Estimate
 from pnanalysis.io.runs import MANIFEST, Run
 from pnanalysis.plots.style import PLAIN
 from tests.plots import synthetic
@@ -248,7 +248,7 @@ def test_barriers_are_drawn_by_path_and_split_with_their_heights(tiny_run: Run) 
     for (text, heights), path in zip(drawn.items(), ("line", "aligned"), strict=True):
         np.testing.assert_array_equal(heights, at.loss.sel(path=path))
         top = at.sel(path=path)
-        height = Measured(float(top.barrier), float(top.barrier_se)).text()
+        height = Estimate(float(top.barrier), float(top.barrier_se)).text()
         assert text == f"{path}: {height if float(top.barrier) > 1e-6 * float(top.loss.max()) else 'no barrier'}"
     assert {line.get_linestyle() for line in ax.lines if line.get_label() in drawn} == {"-", "--"}
 

@@ -1,1 +1,1 @@
-"""TODO loop"""
+"""Training one network, or several as one batched program, with or without the persistent penalty."""

@@ -1,1 +1,1 @@
-"""TODO problems"""
+"""The paper's small problems: the two-well surface and the kink regression."""

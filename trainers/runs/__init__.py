@@ -1,1 +1,1 @@
-"""TODO runs"""
+"""Training into run directories: sessions, strategies, sweeps."""

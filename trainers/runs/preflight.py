@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.errors import DataError, TrainingError
-from pnanalysis.evaluation.diagnosis import explained
+from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import not_for
 from pnanalysis.evaluation.losses import check_targets
 from pnanalysis.inputs.data import SPLITS, Split, Splits
@@ -50,7 +50,7 @@ def try_out(model: nn.Module, data: Splits, config: Config) -> None:
                 f"{label}: {config.augment[0]} takes images (N, C, H, W), not inputs of shape "
                 f"{tuple(split.inputs.shape)}; leave out --augment"
             )
-        with explained(label, model, split.batches(EVALUATION_BATCH), loss):
+        with clear_errors(label, model, split.batches(EVALUATION_BATCH), loss):
             _try_split(model, split, loss, config.amp, label)
 
 

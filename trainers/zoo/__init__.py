@@ -1,1 +1,1 @@
-"""TODO zoo"""
+"""The paper's networks and data sets, registered by name."""

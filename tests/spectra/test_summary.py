@@ -13,9 +13,10 @@ from scipy.stats import wasserstein_distance
 
 from pnanalysis import schema
 from pnanalysis.errors import CurvatureError
+from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.linear_operator import DiagonalOperator
-from pnanalysis.spectra.quadrature import Estimate, SpectralMeasure, wasserstein1
+from pnanalysis.spectra.quadrature import SpectralMeasure, wasserstein1
 from pnanalysis.spectra.summary import compare_spectra, summarise
 
 QUIET = {"progress": False, "grid": np.array([0.0, 1.0])}
@@ -263,6 +264,6 @@ def test_error_of_a_mean_is_the_sphere_formula():
 
 
 def test_interval_is_students():
-    low, high = Estimate(1.0, 2.0, 3.0).interval()
+    low, high = Estimate(1.0, 2.0, dof=3.0).interval()
     assert (low, high) == pytest.approx((1 - 3.182446 * 2, 1 + 3.182446 * 2), rel=1e-6)
-    assert Estimate(5.0).interval() == (5.0, 5.0)
+    assert Estimate(5.0, 0.0).interval() == (5.0, 5.0)

@@ -16,7 +16,7 @@ import pnanalysis as pn
 from pnanalysis.analyses.spectrum_cache import _saved_spectrum
 from pnanalysis.errors import ModelError, RunError, TrainingError
 from pnanalysis.geometry.flat_weights import FlatWeights
-from pnanalysis.geometry.loss_surface import Surface
+from pnanalysis.geometry.loss_surface import LossSurface
 from pnanalysis.inputs.models import parameter_layers
 from pnanalysis.inputs.selection import members
 from pnanalysis.inputs.sources import as_source
@@ -88,7 +88,7 @@ def test_shared_parameters_count_once_and_frozen_ones_stay() -> None:
     penalty = PersistentPenalty(model, lam=1.0)
     penalty.add(model)
     assert float(penalty()) == pytest.approx(2.0)  # one for each of two layers
-    surface = Surface(model, F.cross_entropy, torch.device("cpu"), torch.float64)
+    surface = LossSurface(model, F.cross_entropy, torch.device("cpu"), torch.float64)
     assert surface.parameter_names == names
     assert other is not model
 

@@ -22,7 +22,7 @@ from pnanalysis.analyses.trajectory import trajectory
 from pnanalysis.errors import PnError
 from pnanalysis.evaluation.losses import example_losses
 from pnanalysis.geometry.curves import curve_weights, train_curve
-from pnanalysis.geometry.loss_surface import Surface
+from pnanalysis.geometry.loss_surface import LossSurface
 from pnanalysis.geometry.planes import random_directions
 from pnanalysis.inputs.data import as_splits
 from pnanalysis.inputs.sources import Source, as_source, open_files
@@ -236,13 +236,13 @@ def test_many_points_a_pass_equal_one_after_the_other(tiny_run: Run) -> None:
     source = as_source(tiny_run)
     results = []
     for at_once in (1, 32, 5):
-        surface = Surface(source.make_model(), source.loss, dtype=torch.float64, at_once=at_once)
+        surface = LossSurface(source.make_model(), source.loss, dtype=torch.float64, at_once=at_once)
         anchors = [surface.anchor(end.load()) for end in tiny_run.ends]
         weights = np.random.default_rng(0).dirichlet(np.ones(3), 12)
         found = list(surface.values(anchors, weights, source.data.test.batches(100)))
         assert len(found) == 12
         results.append(np.stack([values.loss for values in found]))
-    assert Surface(source.make_model(), source.loss).at_once == 32
+    assert LossSurface(source.make_model(), source.loss).at_once == 32
     # float64 round-off of seven layers
     np.testing.assert_allclose(results[1], results[0], rtol=1e-12)
     np.testing.assert_allclose(results[2], results[0], rtol=1e-12)
@@ -263,7 +263,7 @@ class InPlace(nn.Module):
 
 def test_what_has_no_vectorised_form_is_done_one_by_one(tmp_path: Path) -> None:
     model, inputs, targets = InPlace(), torch.randn(30, 4), torch.randint(3, (30,))
-    surface = Surface(model, nn.functional.cross_entropy)
+    surface = LossSurface(model, nn.functional.cross_entropy)
     assert surface.at_once == 32
     (found,) = surface.values([surface.anchor(model.state_dict())], np.ones((1, 1)), [(inputs, targets)])
     assert surface.at_once == 1
@@ -273,7 +273,7 @@ def test_what_has_no_vectorised_form_is_done_one_by_one(tmp_path: Path) -> None:
 
 def test_gradients_are_those_of_the_mean_loss(tiny_run: Run) -> None:
     source = as_source(tiny_run)
-    surface = Surface(source.make_model(), source.loss, dtype=torch.float64)
+    surface = LossSurface(source.make_model(), source.loss, dtype=torch.float64)
     state = surface.anchor(tiny_run.plain.load())
     value, gradient = surface.value_and_gradient(state, source.data.test.batches(70))
     model = source.model(tiny_run.plain).double()
@@ -349,7 +349,7 @@ def test_curves_begin_and_end_exactly_and_pass_below_the_barrier(two_minima: Run
 
 def test_a_trained_curve_keeps_its_ends_and_follows_its_seed(two_minima: Run) -> None:
     source = as_source(two_minima)
-    surface = Surface(source.make_model(), source.loss)
+    surface = LossSurface(source.make_model(), source.loss)
     ends = tuple(surface.anchor(end.load()) for end in two_minima.ends)
     first, again = (
         train_curve(surface, ends, source.data.train, n_bends=2, n_steps=5, seed=7, progress=False) for _ in range(2)

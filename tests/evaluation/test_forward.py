@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import pnanalysis as pn
 from pnanalysis.errors import PnError
-from pnanalysis.evaluation.diagnosis import explained
+from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import prediction
 from pnanalysis.inputs.sources import Source, as_source, open_files
 from pnanalysis.io.runs import Run
@@ -234,12 +234,12 @@ def test_a_late_target_is_found_too(tmp_path: Path) -> None:
 def test_what_torch_raises_is_a_sentence_and_what_is_no_fault_of_the_data_passes() -> None:
     with (
         pytest.raises(PnError, match=r"here: the network .* computed with here \(RuntimeError: no kernel\)"),
-        explained("here"),
+        clear_errors("here"),
     ):
         raise RuntimeError("no kernel\nand a long trace")
-    with pytest.raises(KeyError), explained("here", nn.Linear(2, 2), [(torch.ones(3, 2), torch.zeros(3))]):
+    with pytest.raises(KeyError), clear_errors("here", nn.Linear(2, 2), [(torch.ones(3, 2), torch.zeros(3))]):
         raise KeyError("a mistake of this package")
-    with pytest.raises(KeyboardInterrupt), explained("here"):
+    with pytest.raises(KeyboardInterrupt), clear_errors("here"):
         raise KeyboardInterrupt
-    with pytest.raises(PnError, match="^own$"), explained("here"):
+    with pytest.raises(PnError, match="^own$"), clear_errors("here"):
         raise PnError("own")

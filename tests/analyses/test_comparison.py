@@ -16,7 +16,7 @@ import pnanalysis as pn
 from pnanalysis.analyses.spectrum_cache import _saved_spectrum
 from pnanalysis.analyses.verdict import diagnostics, measured, verdict
 from pnanalysis.errors import DataError, RunError
-from pnanalysis.estimates import Measured, told_beyond
+from pnanalysis.estimates import Estimate, significance_threshold
 from pnanalysis.evaluation.scores import paired
 from pnanalysis.geometry.distances import parameter_distances
 from pnanalysis.inputs.selection import Examples, members
@@ -203,8 +203,8 @@ def test_rows_say_nothing_twice_and_count_in_whole_numbers(ends: xr.Dataset, tmp
     (outliers,) = (row for row in diagnostics(ends) if row.title == "Hessian outliers")
     for cell in outliers.cells()[1:]:
         assert "." not in cell.text()
-    assert Measured(12345.6, low=12000.4, high=13000.0).text(whole=True) == "12346 (12000 to 13000)"
-    assert Measured(-0.2).text(signed=True, whole=True) == "+0"
+    assert Estimate(12345.6, low=12000.4, high=13000.0).text(whole=True) == "12346 (12000 to 13000)"
+    assert Estimate(-0.2).text(signed=True, whole=True) == "+0"
     files = saved(tmp_path, a=regression(0), b=regression(1))
     squared = pn.compare(open_files(regression(0), files, points(), "mse"), hessian=False, progress=False)
     titles = [row.title for row in diagnostics(squared)]
@@ -251,14 +251,14 @@ def test_words_claim_what_the_errors_allow(ends: xr.Dataset) -> None:
         ds.error_difference_se[:] = factor * 0.02
         said = verdict(ds)[0]
         assert ("points (higher)" in said) is claimed
-        assert ("no difference that this test set could tell" in said) is not claimed
-    lower = Measured(-1.0, 0.3)
-    assert lower.verdict() == "lower"
-    assert not Measured(-1.0, 0.6).told()
-    assert not Measured(1.0).told()
-    assert not Measured(1.0, 0.1, low=-0.2, high=2.0).told()  # the interval knows better
-    assert Measured(1.0, low=0.2, high=2.0).told()
-    assert Measured(1.0, low=0.5, high=2.0).text() == "1 (0.5 to 2)"
+        assert ("no significant difference on this test set" in said) is not claimed
+    lower = Estimate(-1.0, 0.3)
+    assert lower.direction() == "lower"
+    assert not Estimate(-1.0, 0.6).is_significant()
+    assert not Estimate(1.0).is_significant()
+    assert not Estimate(1.0, 0.1, low=-0.2, high=2.0).is_significant()  # the interval knows better
+    assert Estimate(1.0, low=0.2, high=2.0).is_significant()
+    assert Estimate(1.0, low=0.5, high=2.0).text() == "1 (0.5 to 2)"
 
 
 def test_ranks_tie_where_errors_do_not_tell(tmp_path: Path) -> None:
@@ -290,12 +290,12 @@ def test_a_run_and_its_control_load_the_data_once(tiny_run: Run, control: Run, o
 
 
 def test_many_comparisons_ask_for_more() -> None:
-    assert told_beyond(1) == 2.0
+    assert significance_threshold(1) == 2.0
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(20_000, 6))
-    false = (np.abs(noise) > told_beyond(6)).any(1).mean()
+    false = (np.abs(noise) > significance_threshold(6)).any(1).mean()
     assert false <= 0.0455 + 3 * np.sqrt(0.0455 / 20_000)
-    assert told_beyond(6) > 2.5
+    assert significance_threshold(6) > 2.5
 
 
 def test_a_users_own_regression_is_compared(tmp_path: Path) -> None:
