@@ -14,7 +14,7 @@ from .curvature.operators import EmpiricalFisherOperator as EmpiricalFisherOpera
 from .curvature.operators import GGNOperator as GGNOperator
 from .curvature.operators import HessianOperator as HessianOperator
 from .errors import PnError as PnError
-from .inputs.sources import open_files as open_files
+from .inputs.networks import open_files as open_files
 from .io.collection import open_runs as open_runs
 from .io.netcdf import load as load
 from .io.netcdf import save as save

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,27 +14,31 @@ from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS
-from pnanalysis.analyses.hessian import hessian as spectra_of
-from pnanalysis.analyses.saturation import saturation as saturation_of
-from pnanalysis.analyses.spectrum_cache import _saved_spectrum
+from pnanalysis.activations.statistics import Measures, common_range
+from pnanalysis.analyses.functional import compare_functions
+from pnanalysis.analyses.hessian import N_LANCZOS, SpectrumOptions, network_spectra
+from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
+from pnanalysis.analyses.spectrum_cache import matrix_digest, saved_spectrum
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import ModelError
 from pnanalysis.estimates import significance_threshold
-from pnanalysis.evaluation.cka import CentredKernelAlignment
-from pnanalysis.evaluation.disagreement import FunctionPairs, cka_variables, evaluate
-from pnanalysis.evaluation.forward import loss_on
+from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.evaluation.disagreement import evaluate
+from pnanalysis.evaluation.losses import loss_on
 from pnanalysis.evaluation.scores import Scores, paired
 from pnanalysis.geometry.distances import distance_between, parameter_distances
-from pnanalysis.inputs.data import SPLITS
-from pnanalysis.inputs.selection import Examples, Member, members
-from pnanalysis.inputs.sources import Source, resolve_device
-from pnanalysis.io.runs import Run
+from pnanalysis.inputs.data import SPLITS, n_examples
+from pnanalysis.inputs.examples import Examples
+from pnanalysis.inputs.models import Loss, ModelLike
+from pnanalysis.inputs.selection import Given, Selection, select
+from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.spectra.summary import compare_spectra
 from pnanalysis.terminal.progress import progress_bar
 
 #: Options of :func:`pnanalysis.hessian` where none are given: a modest budget.
 HESSIAN = {"n": 1024, "n_lanczos": 40, "n_probes": 5}
 _PERCENTILE = 98.0
+_N_SATURATION = 1000  # examples that activations are measured on
 #: Names of activations that cannot exceed one in size, whose percentiles measure saturation.
 _BOUNDED = {activation.name for activation in ACTIVATIONS.values() if activation.low >= -1 and activation.high <= 1}
 
@@ -41,7 +46,10 @@ Array = NDArray[np.float64]
 
 
 def compare(
-    *runs: Run | Source,
+    *given: Given,
+    model: ModelLike | None = None,
+    data: Any = None,
+    loss: str | Loss | None = None,
     checkpoints: Sequence[str] | None = None,
     n: int | None = None,
     split: str = "test",
@@ -53,24 +61,24 @@ def compare(
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Everything that tells minima apart, with its error, and each difference with the error of the difference.
+    """Every diagnostic of two or more minima with its error, and each difference with the error of the difference.
 
     Parameters
     ----------
-    *runs : Run or Source
-        Runs, or a user's own models and weights (:func:`pnanalysis.open_files`). Give a run and its restart control
-        to hold the champion against the best of as many restarts.
+    *given, model, data, loss
+        See :func:`pnanalysis.hessian`: ``compare({"sgd": a, "sam": b}, data=loader, loss=cross_entropy)`` for networks
+        in memory. Give a run and its restart control to compare the champion with the best of as many restarts.
     checkpoints : sequence of str, optional
         See :meth:`pnanalysis.io.runs.Run.select`. By default plain and champion of a single run, the champion of each
-        of several, and all of a user's own files. The first is the reference.
+        of several, and all other networks. The first is the reference.
     n : int or None
         Examples of each split, drawn by ``seed``; all if ``None``.
     split : {"test", "validation", "train"}
-        Where the functions are compared; the last there is where there is no such split.
+        Where the functions are compared; the last split there is if this one is missing.
     hessian : bool or mapping
-        Hessian spectra of the training loss; a mapping holds options of :func:`pnanalysis.hessian` beside
-        :data:`HESSIAN`. Spectra saved with a run are used if they are of these checkpoints, the same examples and at
-        least the same budget.
+        Hessian spectra of the training loss; a mapping holds options of :func:`pnanalysis.hessian` that replace
+        :data:`HESSIAN`. Spectra saved with a run are used if they are of the same weights, examples and settings, with
+        at least as many steps and probes.
     cka, saturation : bool
         Whether to compare layers and activations.
     batch_size : int
@@ -84,15 +92,15 @@ def compare(
         Kind ``comparison``; dims ``checkpoint``, ``other`` (the same checkpoints again), ``split``, ``layer`` and
         ``activation``. ``NAME_difference`` is that of ``checkpoint`` minus ``other``.
 
-        - ``loss``, ``error`` (share of mistakes; squared error for real-valued targets), their differences, and
+        - ``loss``, ``error`` (fraction of mistakes; squared error for real-valued targets), their differences, and
           ``only_wrong``: how many examples one gets wrong and the other right (McNemar's counts);
-        - ``rank`` by error: one more than the number of checkpoints with told lower error (see Notes);
+        - ``rank`` by error: one more than the number of checkpoints with a significantly lower error (see Notes);
         - ``norm``, ``distance``, ``relative_distance``, ``cosine``, ``layer_distance``, ``layer_cosine``,
           ``distance_from_start``: in parameters, NaN between architectures;
         - what :func:`pnanalysis.functional_distance` gives;
-        - numbers of the Hessian spectrum and ``wasserstein1`` between spectra, beside its noise;
+        - numbers of the Hessian spectrum, and ``wasserstein1`` between spectra with the value expected from noise;
         - ``saturation``: 98th percentile of the absolute activations, on 1,000 examples of ``split``; a coordinate
-          ``bounded`` says of which layers these cannot exceed one.
+          ``bounded`` tells in which layers these cannot exceed one.
 
     Raises
     ------
@@ -101,15 +109,15 @@ def compare(
 
     Notes
     -----
-    All checkpoints see the same examples, and the standard errors of differences are those of paired samples: they
-    take the examples for a random sample, the networks as they are. They say nothing of how another training with
-    another seed would end. Differences are told beyond ``sigmas`` standard errors (an attribute): two for two
-    checkpoints; for more, as many as keep the chance of any false claim among all pairs what it is for one
-    (Bonferroni). Ranks may tie: checkpoints that nothing beats all have rank 1.
+    All checkpoints see the same examples, and the standard errors of differences are those of paired samples: the
+    examples are taken as a random sample, the networks as given. They say nothing about training again with another
+    seed. A difference is significant beyond ``sigmas`` standard errors (an attribute): two for two checkpoints; for
+    more, enough to keep the chance of any false claim among all pairs what it is for one pair (Bonferroni). Ranks may
+    tie: all checkpoints that no other beats significantly have rank 1.
 
-    Errors of the spectra's numbers come from the probes, on the examples that were drawn: not from the drawing.
+    Errors of the spectra's numbers come from the probes, on the examples that were drawn, not from drawing examples.
 
-    The champion was picked by its validation error, which is therefore too low; the test error is not.
+    The champion was selected by its validation error, which is therefore biased low; the test error is not.
 
     References
     ----------
@@ -124,53 +132,49 @@ def compare(
     at_least(1, n=n, batch_size=batch_size)
     at_least(0, seed=seed)
     one_of(SPLITS, split=split)
-    chosen = members(runs, checkpoints)
+    selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
-    examples = Examples(chosen, torch_device)
+    examples = Examples(selection, torch_device)
     split = examples.nearest(split)
-    networks = [member.network(torch_device) for member in chosen]
-    loss = loss_on(chosen[0].source.loss, torch_device, torch.float32)
-    sigmas = significance_threshold(len(chosen) * (len(chosen) - 1) // 2)
-    parameters = parameter_distances(networks)
-    alignment = CentredKernelAlignment(networks) if cka else None
-    own: list[str] = parameters.pop("layer")
-    layers = list(dict.fromkeys(own + (alignment.layers if alignment else [])))
-    parameters["distance_from_start"] = ("checkpoint", _from_start(chosen, networks))
-    parts, function, sizes = [], xr.Dataset(), {}
+    networks = selection.networks(torch_device)
+    loss = selection[0].source.loss
+    distances = parameter_distances(list(networks.values()))
+    own_layers: list[str] = distances.pop("layer")
+    distances["distance_from_start"] = ("checkpoint", _from_start(selection, networks))
+    parts, sizes, function, classes = [], {}, xr.Dataset(), None
+    sigmas = significance_threshold(len(networks) * (len(networks) - 1) // 2)
     for name in examples.splits:
-        pairs = FunctionPairs(loss, len(chosen)) if name == split else None
         total, batches = examples.batches(name, n, batch_size, seed)
         with progress_bar(f"{name} examples", total, progress) as advance:
-            scores = evaluate(loss, chosen, networks, batches, advance, pairs, alignment if pairs else None)
-        parts.append(_scored(scores, sigmas))
-        sizes[name] = scores.n
-        if pairs is not None:
-            function = xr.Dataset(pairs.variables(1 - scores.errors.mean(1), scores.classes))
+            if name == split:
+                function, scores = compare_functions(networks, batches, loss, cka=cka, advance=advance)
+            else:
+                scores = evaluate(networks, batches, loss_on(loss, torch_device, torch.float32), advance)
+        parts.append(_split_scores(scores, sigmas))
+        sizes[name], classes = scores.n, scores.classes
+    layers = list(dict.fromkeys([*own_layers, *function.coords.get("layer", xr.DataArray([])).values.tolist()]))
+    function = function.reindex(layer=layers) if "layer" in function.dims else function
     found = [xr.concat(parts, dim="split").assign(n_examples=("split", list(sizes.values()))), function]
-    if alignment is not None:
-        found.append(xr.Dataset(cka_variables(alignment), {"layer": alignment.layers}).reindex(layer=layers))
-    del networks, alignment  # room for the spectra
     spectra = xr.Dataset()
     if hessian:
-        options = {"seed": seed, **HESSIAN, **(hessian if isinstance(hessian, Mapping) else {})}
-        spectra = _spectra(chosen, device, progress, options)
+        requested = {"seed": seed, **HESSIAN, **(hessian if isinstance(hessian, Mapping) else {})}
+        spectra = _spectra(selection, networks, requested, torch_device, progress)
         found.append(spectra)
     if saturation:
-        found.append(_saturation(chosen, split, device, seed, progress))
-    labels = [member.label for member in chosen]
-    ds = xr.merge([xr.Dataset(parameters, {"layer": own}).reindex(layer=layers), *found], compat="no_conflicts")
+        found.append(_saturation(selection, networks, split, torch_device, seed, progress))
+    ds = xr.merge([xr.Dataset(distances, {"layer": own_layers}).reindex(layer=layers), *found], compat="no_conflicts")
     ds = ds.assign_coords(
-        checkpoint=labels, other=labels, split=list(sizes),
-        description=("checkpoint", [member.description for member in chosen]),
+        checkpoint=selection.labels, other=selection.labels, split=list(sizes),
+        description=("checkpoint", [item.description for item in selection]),
     )  # fmt: skip
     return schema.finish(
         ds.transpose("checkpoint", "other", "split", "layer", "activation", missing_dims="ignore"), "comparison",
-        **chosen[0].source.dataset_attrs(), function_split=split, sigmas=sigmas, classes=scores.classes, n=n,
+        **selection[0].source.dataset_attrs(), function_split=split, sigmas=sigmas, classes=classes, n=n,
         n_hessian=spectra.attrs.get("n"), batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
     )  # fmt: skip
 
 
-def _scored(scores: Scores, sigmas: float) -> xr.Dataset:
+def _split_scores(scores: Scores, sigmas: float) -> xr.Dataset:
     """Means and differences of one split."""
     variables: dict[str, Any] = {}
     for name, values in (("loss", scores.losses), ("error", scores.errors)):
@@ -185,28 +189,43 @@ def _scored(scores: Scores, sigmas: float) -> xr.Dataset:
     return xr.Dataset(variables)
 
 
-def _from_start(chosen: Sequence[Member], networks: Sequence[nn.Module]) -> Array:
-    starts = [member.start for member in chosen]
+def _from_start(selection: Selection, networks: Mapping[str, nn.Module]) -> Array:
+    """Distance of each network from the point its training started from; NaN where that is not known."""
+    starts = {item.start.identity: item.start.load() for item in selection if item.start is not None}  # shared by many
     return np.array(
         [
-            np.nan if start is None else distance_between(network, start.load())
-            for network, start in zip(networks, starts, strict=True)
+            np.nan if item.start is None else distance_between(networks[item.label], starts[item.start.identity])
+            for item in selection
         ]
     )
 
 
-def _spectra(chosen: Sequence[Member], device: str | None, progress: bool, options: dict[str, Any]) -> xr.Dataset:
+def _spectra(
+    selection: Selection, networks: Mapping[str, nn.Module], requested: dict[str, Any], device: torch.device,
+    progress: bool,
+) -> xr.Dataset:  # fmt: skip
     """Numbers of every spectrum, and how they differ between all pairs."""
-    spectra: list[xr.Dataset] = []
-    for member in chosen:
-        found = _saved_spectrum(member, options)
-        if found is None:
-            found = spectra_of(
-                member.source, checkpoints=[member.checkpoint.name], device=device, progress=progress, **options
-            ).isel(checkpoint=0)
-        spectra.append(found)
-    k = len(chosen)
-    ends = ("", "_se", "_low", "_high")
+    split, n = str(requested.pop("split", "train")), requested.pop("n", 2048)
+    batch_size = requested.pop("batch_size", 512)
+    options = SpectrumOptions.from_keywords(**requested)
+    found: dict[tuple[str, object], xr.Dataset] = {}
+    for source in selection.sources:
+        part = source.split(split, n, options.seed, device)
+        batches = part.batches(batch_size)
+        for item in (item for item in selection.distinct() if item.source is source):
+            network = networks[item.label]
+            digest = matrix_digest(network, source, options.matrix_settings(), split=split, n=n, seed=options.seed)
+            saved = saved_spectrum(source, digest, options.n_lanczos or N_LANCZOS, options.n_probes)
+            found[item.key] = saved if saved is not None else network_spectra(
+                network, source.loss, batches, options, label=item.label, device=device, progress=progress
+            )[""]  # fmt: skip
+    ds = spectrum_differences([found[item.key] for item in selection])
+    return ds.assign_attrs(n=n_examples(part, batches))
+
+
+def spectrum_differences(spectra: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Numbers of spectra along ``checkpoint``, and the differences and distances of all pairs along ``other``."""
+    k, ends = len(spectra), ("", "_se", "_low", "_high")
     names = [f"{name}{end}" for name in schema.COMPARED_SPECTRUM for end in ends if f"{name}{end}" in spectra[0]]
     variables: dict[str, Any] = {
         name: ("checkpoint", np.array([float(one[name]) for one in spectra])) for name in names
@@ -216,8 +235,7 @@ def _spectra(chosen: Sequence[Member], device: str | None, progress: bool, optio
         for j in range(i):
             for name, value in _both_ways(compare_spectra(spectra[j], spectra[i]), names).items():
                 pairs.setdefault(name, np.zeros((k, k)))[[i, j], [j, i]] = value
-    variables |= {name: (("checkpoint", "other"), values) for name, values in pairs.items()}
-    return xr.Dataset(variables, attrs={"n": spectra[0].attrs.get("n")})
+    return xr.Dataset(variables | {name: (("checkpoint", "other"), values) for name, values in pairs.items()})
 
 
 def _both_ways(found: xr.Dataset, names: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -232,27 +250,33 @@ def _both_ways(found: xr.Dataset, names: Sequence[str]) -> dict[str, tuple[float
     return both | {name: (float(found[name]), float(found[name])) for name in distances}
 
 
-def _saturation(chosen: Sequence[Member], split: str, device: str | None, seed: int, progress: bool) -> xr.Dataset:
+def _saturation(
+    selection: Selection, networks: Mapping[str, nn.Module], split: str, device: torch.device, seed: int, progress: bool
+) -> xr.Dataset:
     """A percentile of the absolute activations of every activation layer; empty if no network has any."""
+    parts = {source.label: examples_of(source, split, _N_SATURATION, seed, device) for source in selection.sources}
+    measures = Measures(percentiles=(_PERCENTILE,))
     rows: list[xr.DataArray] = []
     bounded: dict[str, bool] = {}
-    for member in chosen:
-        try:
-            found = saturation_of(
-                member.source, checkpoints=[member.checkpoint.name], split=split, percentiles=[_PERCENTILE],
-                device=device, seed=seed, progress=progress,
-            )  # fmt: skip
-        except ModelError:  # no activation functions that are known
-            rows.append(xr.DataArray(np.zeros(0), dims="activation", coords={"activation": np.zeros(0, dtype=str)}))
-            continue
-        row = found.abs_percentile.squeeze(drop=True)
-        for name, function in zip(found.layer.values, found.activation.values, strict=True):
-            bounded[str(name)] = bounded.get(str(name), True) and str(function) in _BOUNDED
-        rows.append(
-            xr.DataArray(np.atleast_1d(row.values), dims="activation", coords={"activation": found.layer.values})
-        )
-    names = list(bounded)
-    if not names:
+    with progress_bar("saturation", len(selection), progress) as advance:
+        for item in selection:
+            network, part = networks[item.label], parts[item.source.label]
+            row = xr.DataArray(np.zeros(0), dims="activation", coords={"activation": np.zeros(0, dtype=str)})
+            with (
+                clear_errors(item.label, network, part.stream(2)),
+                suppress(ModelError),
+            ):  # of networks without activations
+                bin_range = common_range(activation_ranges(network, next(part.stream(8))[0]))  # histograms are not used
+                found = network_saturation(network, part.stream(500), measures, bin_range)
+                values, names = found.abs_percentile.squeeze("quantile").values, found.layer.values
+                row = xr.DataArray(values, dims="activation", coords={"activation": names})
+                for name, function in zip(found.layer.values, found.activation.values, strict=True):
+                    bounded[str(name)] = bounded.get(str(name), True) and str(function) in _BOUNDED
+            rows.append(row)
+            advance()
+    if not bounded:
         return xr.Dataset()
-    ds = xr.Dataset({"saturation": xr.concat([row.reindex(activation=names) for row in rows], dim="checkpoint")})
+    ds = xr.Dataset(
+        {"saturation": xr.concat([row.reindex(activation=list(bounded)) for row in rows], dim="checkpoint")}
+    )
     return ds.assign_coords(bounded=("activation", list(bounded.values())))

@@ -6,26 +6,32 @@ it computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import xarray as xr
+from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.evaluation.cka import CentredKernelAlignment
 from pnanalysis.evaluation.disagreement import FunctionPairs, cka_variables, evaluate
-from pnanalysis.evaluation.forward import loss_on
+from pnanalysis.evaluation.losses import loss_on
+from pnanalysis.evaluation.scores import Scores
 from pnanalysis.inputs.data import SPLITS
-from pnanalysis.inputs.selection import Examples, members
-from pnanalysis.inputs.sources import Source, resolve_device
-from pnanalysis.io.runs import Run
-from pnanalysis.terminal.progress import progress_bar
+from pnanalysis.inputs.examples import Examples
+from pnanalysis.inputs.models import Loss, ModelLike
+from pnanalysis.inputs.selection import Given, select
+from pnanalysis.inputs.sources import resolve_device
+from pnanalysis.terminal.progress import Advance, progress_bar
 
 
 def functional_distance(
-    *runs: Run | Source,
+    *given: Given,
+    model: ModelLike | None = None,
+    data: Any = None,
+    loss: str | Loss | None = None,
     checkpoints: Sequence[str] | None = None,
     split: str = "test",
     n: int | None = None,
@@ -39,18 +45,18 @@ def functional_distance(
 
     Parameters
     ----------
-    *runs : Run or Source
-        Runs, or a user's own models and weights; architectures may differ, outputs may not.
+    *given, model, data, loss
+        See :func:`pnanalysis.hessian`; architectures may differ, numbers of outputs may not.
     checkpoints : sequence of str, optional
         See :func:`pnanalysis.compare`.
     split : {"test", "validation", "train"}
-        Examples to look at; where there is no such split, the last there is.
+        Where the functions are compared; the last split there is if this one is missing.
     n : int or None
         How many, drawn by ``seed``; all if ``None``.
     batch_size : int
-        Examples at a time; fewer where that would give less than ten batches.
+        Examples per pass; fewer where that would give fewer than ten batches.
     cka : bool
-        Compare the layers too.
+        Compare the layers, too.
     device : str or None
     seed : int
     progress : bool
@@ -58,11 +64,12 @@ def functional_distance(
     Returns
     -------
     xarray.Dataset
-        Kind ``functional``, dims ``checkpoint`` and ``other``. For classifiers ``disagreement``, the share of
+        Kind ``functional``, dims ``checkpoint`` and ``other``. For classifiers ``disagreement``, the fraction of
         examples that two networks put into different classes, ``expected_disagreement`` (see Notes), and
         ``js_divergence``, the mean Jensen-Shannon divergence of their probabilities, in nats (at most log 2). For
         real-valued targets ``rms_difference`` of the outputs. ``cka`` (checkpoint, other, layer): see
-        :class:`pnanalysis.evaluation.cka.CentredKernelAlignment`. ``_se`` is a standard error, over examples or (CKA) batches.
+        :class:`pnanalysis.evaluation.cka.CentredKernelAlignment`. ``NAME_se`` is the standard error over examples, of
+        CKA over batches.
 
     Raises
     ------
@@ -71,8 +78,8 @@ def functional_distance(
 
     Notes
     -----
-    *The yardstick.* Two networks of accuracies :math:`a, b` among :math:`C` classes whose mistakes are independent
-    of one another and fall on every wrong class alike disagree on a share
+    *The yardstick.* Two networks of accuracies :math:`a, b` among :math:`C` classes, whose mistakes are independent
+    and equally likely to fall on any wrong class, disagree on a fraction
 
     .. math:: 1 - a b - (1 - a)(1 - b) / (C - 1)
 
@@ -86,24 +93,56 @@ def functional_distance(
     at_least(1, n=n, batch_size=batch_size)
     at_least(0, seed=seed)
     one_of(SPLITS, split=split)
-    chosen = members(runs, checkpoints)
+    selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
-    examples = Examples(chosen, torch_device)
+    examples = Examples(selection, torch_device)
     split = examples.nearest(split)
-    networks = [member.network(torch_device) for member in chosen]
-    alignment = CentredKernelAlignment(networks) if cka else None
-    loss = loss_on(chosen[0].source.loss, torch_device, torch.float32)
-    function = FunctionPairs(loss, len(chosen))
     total, batches = examples.batches(split, n, batch_size, seed)
     with progress_bar(f"{split} examples", total, progress) as advance:
-        scores = evaluate(loss, chosen, networks, batches, advance, function, alignment)
+        ds, scores = compare_functions(
+            selection.networks(torch_device), batches, selection[0].source.loss, cka=cka, advance=advance
+        )
+    return schema.finish(
+        ds, "functional", **selection[0].source.dataset_attrs(), function_split=split, n=scores.n,
+        batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
+    )  # fmt: skip
+
+
+def compare_functions(
+    networks: Mapping[str, nn.Module],
+    batches: Iterable[tuple[Sequence[Any], Any]],
+    loss: Loss,
+    *,
+    cka: bool = True,
+    advance: Advance | None = None,
+) -> tuple[xr.Dataset, Scores]:
+    """Distances in function between networks over batches in memory, and their scores from the same passes.
+
+    Parameters
+    ----------
+    networks : mapping of str to Module
+        By label, in eval mode, on the device of the batches.
+    batches : iterable
+        Pairs of the inputs of every network (a list) and the targets.
+    loss : callable
+    cka : bool
+    advance : callable, optional
+        Called for every batch.
+
+    Returns
+    -------
+    (xarray.Dataset, Scores)
+        Dims ``checkpoint``, ``other`` and ``layer``: see :func:`functional_distance`.
+    """
+    labels = list(networks)
+    alignment = CentredKernelAlignment(list(networks.values())) if cka else None
+    device = next(parameter.device for network in networks.values() for parameter in network.parameters())
+    loss = loss_on(loss, device, torch.float32)
+    function = FunctionPairs(loss, len(labels))
+    scores = evaluate(networks, batches, loss, advance or (lambda *_, **__: None), function, alignment)
     variables = function.variables(1 - scores.errors.mean(1), scores.classes)
-    labels = [member.label for member in chosen]
     coords: dict[str, Any] = {"checkpoint": labels, "other": labels}
     if alignment is not None:
         variables |= cka_variables(alignment)
         coords["layer"] = alignment.layers
-    return schema.finish(
-        xr.Dataset(variables, coords=coords), "functional", **chosen[0].source.dataset_attrs(), function_split=split,
-        n=function.n, batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
-    )  # fmt: skip
+    return xr.Dataset(variables, coords=coords), scores

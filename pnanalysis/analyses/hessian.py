@@ -1,35 +1,101 @@
-"""Spectral densities of the loss Hessian (or GGN, or Fisher) at checkpoints of runs and of users' own models."""
+"""Spectral densities of the loss Hessian (or GGN, or Fisher) at checkpoints of runs, of files, or of networks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import xarray as xr
+from torch import nn
 
 from pnanalysis import schema
-from pnanalysis.analyses.spectrum_cache import _claim, _digest, _finished, _Key, _own_folder, _row
+from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digest
 from pnanalysis.checks import at_least, positive, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.peers import make_operator
-from pnanalysis.errors import CurvatureError, RunError
+from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.inputs.data import Split
-from pnanalysis.inputs.sources import Source, as_sources, resolve_device
-from pnanalysis.io.runs import Run
+from pnanalysis.inputs.data import n_examples
+from pnanalysis.inputs.models import Loss, ModelLike
+from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, select
+from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.spectra.density import default_grid, smooth, spectral_density
 from pnanalysis.spectra.linear_operator import LinearOperator
 
-#: Lanczos steps a probe where none are asked for.
+#: Lanczos steps per probe where none are requested.
 N_LANCZOS = 90
 
 
+@dataclass(frozen=True)
+class SpectrumOptions:
+    """Which matrix of a network, and how its spectrum is sampled: see :func:`hessian`."""
+
+    operator: str = "hessian"
+    engine: str = "native"
+    n_lanczos: int | None = None
+    n_probes: int = 10
+    n_hvp: int | None = None
+    deflate: bool = True
+    kernel_width: float | None = None
+    params: str | Sequence[str] | None = None
+    per_layer: bool = False
+    bn_mode: str = "eval"
+    dtype: str = "float32"
+    amp: str = "no"
+    seed: int = 0
+    lanczos_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        resolve_dtype(self.dtype)
+        at_least(1, n_lanczos=self.n_lanczos, n_probes=self.n_probes)
+        at_least(4, n_hvp=self.n_hvp)
+        at_least(0, seed=self.seed)
+        positive(kernel_width=self.kernel_width)
+
+    @classmethod
+    def from_keywords(cls, **options: Any) -> SpectrumOptions:
+        """Keyword arguments of :func:`hessian`; those not known here go to :func:`pnanalysis.spectral_density`."""
+        own = {entry.name for entry in fields(cls)}
+        known = {name: value for name, value in options.items() if name in own}
+        return cls(**known, lanczos_options={name: value for name, value in options.items() if name not in own})
+
+    @property
+    def n_products(self) -> int:
+        """Products with the matrix, roughly."""
+        return self.n_hvp or (self.n_lanczos or N_LANCZOS) * self.n_probes
+
+    def steps(self, n_parameters: int) -> int:
+        """Lanczos steps per probe for a matrix of this size."""
+        if self.n_lanczos and not self.per_layer:
+            return self.n_lanczos
+        return min(self.n_lanczos or N_LANCZOS, n_parameters)
+
+    def matrix_settings(self) -> dict[str, Any]:
+        """Those that say which matrix it is, rather than what is spent on it."""
+        names = ("operator", "params", "bn_mode", "dtype", "amp")
+        return {name: getattr(self, name) for name in names}
+
+
+class Row(NamedTuple):
+    """A spectrum, and what it is called in the dataset."""
+
+    label: str
+    layer: str
+    item: SelectedCheckpoint
+    spectrum: xr.Dataset
+    digest: str
+
+
 def hessian(
-    *runs: Run | Source,
+    *given: Given,
+    model: ModelLike | None = None,
+    data: Any = None,
+    loss: str | Loss | None = None,
     checkpoints: Sequence[str] | None = None,
     operator: str = "hessian",
     engine: str = "native",
@@ -52,32 +118,36 @@ def hessian(
     state: str | os.PathLike[str] | None = None,
     **lanczos_options: Any,
 ) -> xr.Dataset:
-    """The spectral density at each checkpoint, on one common grid; checkpoints are smoothed alike, layers apart.
+    """The spectral density at each checkpoint, on one common grid and with one kernel width per layer.
 
     Parameters
     ----------
-    *runs : Run or Source
-        Runs, or a user's own model and weights (:func:`pnanalysis.open_files`).
+    *given : Run, Source, path, Module, state dict, or mapping or sequence of these
+        Runs; networks in memory; weights with their ``model``. Names in a mapping become labels.
+    model : str, Module or callable, optional
+        The architecture of weights given without one; for a run, in place of what its manifest names.
+    data, loss : optional
+        Data (a loader, tensors, a mapping of splits, a name) and loss; cross-entropy by default. Runs know theirs.
     checkpoints : sequence of str, optional
-        See :meth:`pnanalysis.io.runs.Run.select`; ``("plain", "champion")`` for runs and all of a user's own files.
+        See :meth:`pnanalysis.io.runs.Run.select`; by default plain and champion of runs, and all other networks.
     operator : {"hessian", "ggn", "fisher"}
         Hessian of the mean loss, generalised Gauss-Newton, or empirical Fisher.
     engine : {"native", "pyhessian", "curvlinops"}
-        Who computes the products; Lanczos is the same.
+        The library that computes the products; Lanczos is ours in any case.
     n_lanczos : int, optional
-        Lanczos steps a probe; 90 by default, or P where that is smaller. With ``per_layer``, a layer of fewer
-        parameters takes as many as it has.
+        Lanczos steps per probe; 90 by default, or P where that is smaller. With ``per_layer``, at most as many as the
+        layer has parameters.
     n_probes, n_hvp, deflate, kernel_width
         See :func:`pnanalysis.spectral_density`.
     split : {"train", "validation", "test"}
     n : int or None
         Examples, drawn by ``seed`` (fewer if there are fewer); the same ones at every checkpoint.
     batch_size : int
-        Examples a product takes at a time; no influence on the result beyond round-off.
+        Examples per pass of a product; no influence on the result beyond round-off.
     params : str or sequence of str, optional
         Layer names or patterns to restrict the operator to.
     per_layer : bool
-        The diagonal block of each layer in place of the whole matrix. The rows of ``checkpoint`` are then called
+        The diagonal block of each layer instead of the whole matrix. The rows of ``checkpoint`` are then called
         ``CHECKPOINT:LAYER``, and a coordinate ``layer`` names the layer.
     bn_mode : {"eval", "train"}
         Batch normalisation with running or with batch statistics.
@@ -88,99 +158,144 @@ def hessian(
     seed : int
         Of probes and examples.
     state : path, optional
-        Folder for unfinished work: an interrupted call given the same folder and arguments goes on. It holds a file
-        for each finished spectrum and a subfolder for the one under way, and may be removed once the call returns.
+        Folder for unfinished work, from which an interrupted call with the same arguments resumes. It holds a file
+        for each finished spectrum and a subfolder for the one in progress, and can be removed once the call returns.
     **lanczos_options
         Passed to :func:`pnanalysis.spectral_density`.
 
     Returns
     -------
     xarray.Dataset
-        Kind ``hessian``: everything :func:`pnanalysis.spectral_density` gives, with dim ``checkpoint`` in front;
-        NaN pads what one checkpoint has fewer of.
+        Kind ``hessian``: everything :func:`pnanalysis.spectral_density` gives, with dim ``checkpoint`` in front, padded
+        with NaN; and a coordinate ``matrix_digest`` (checkpoint), equal for the same weights, data and settings.
 
     Raises
     ------
     PnError
-        If a checkpoint, the data or the operator are not what they should be.
+        If a checkpoint, the data or a setting is invalid.
 
     References
     ----------
     B. Ghorbani, S. Krishnan, Y. Xiao, "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density",
     arXiv:1901.10159. Y. Min, "Persistent Neurons", arXiv:2007.01419, fig. 12.
+
+    Examples
+    --------
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    >>> data = torch.randn(20, 4), torch.randint(2, (20,))
+    >>> ds = hessian(net, data=data, loss=torch.nn.functional.cross_entropy, n_hvp=12, progress=False)
+    >>> ds.checkpoint.item()
+    'network'
     """
-    torch_dtype = resolve_dtype(dtype)
-    at_least(1, n=n, batch_size=batch_size, n_lanczos=n_lanczos, n_probes=n_probes)
-    at_least(4, n_hvp=n_hvp)
-    at_least(0, seed=seed)
-    positive(kernel_width=kernel_width)
-    sources = as_sources(runs)
-    if not sources:
-        raise RunError("name a run, or your own model and weights")
+    at_least(1, n=n, batch_size=batch_size)
+    options = SpectrumOptions(
+        operator, engine, n_lanczos, n_probes, n_hvp, deflate, kernel_width, params, per_layer, bn_mode, dtype, amp,
+        seed, lanczos_options,
+    )  # fmt: skip
     torch_device = resolve_device(device)
-    selected = [source.select(checkpoints) for source in sources]
-    for source, chosen in zip(sources, selected, strict=True):
-        source.check(chosen)
-    settings = {
-        "operator": operator, "engine": engine, "n_lanczos": n_lanczos, "n_probes": n_probes, "n_hvp": n_hvp,
-        "deflate": deflate, "kernel_width": kernel_width, "split": split, "n": n, "batch_size": batch_size,
-        "params": params, "bn_mode": bn_mode, "dtype": dtype, "amp": amp, "seed": seed, **lanczos_options,
-    }  # fmt: skip
-    if state is not None:
-        named = [{k: v for k, v in source.attrs.items() if not str(v).startswith("own ")} for source in sources]
-        _claim(Path(state), settings | {"of": named, "checkpoints": [list(chosen) for chosen in selected]})
-    spectra: dict[_Key, xr.Dataset] = {}
-    rows: list[tuple[str, _Key]] = []
-    for which, (source, chosen) in enumerate(zip(sources, selected, strict=True)):
+    selection = select(given, checkpoints, model=model, data=data, loss=loss)
+    selection.check_weights()
+    settings = {**asdict(options), "split": split, "n": n, "batch_size": batch_size}
+    cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection))
+    found: dict[tuple[str, object], dict[str, tuple[xr.Dataset, str]]] = {}
+    for source in selection.sources:
         part = source.split(split, n, seed, torch_device)
         batches = part.batches(batch_size)
-        for name, checkpoint in chosen.items():
-            label = name if len(sources) == 1 else f"{source.label}/{name}"
-            done = [key for key in spectra if key[:2] == (which, checkpoint)]  # the champion may be the plain model
-            if done:
-                rows += [(_row(label, key[2]), key) for key in done]
-                continue
-            model = source.model(checkpoint, torch_device)
-            asked = settings | source.dataset_attrs() | ({"weights": _digest(checkpoint.path)} if state else {})
-            with clear_errors(label, model, batches, source.loss):
-                whole = make_operator(
-                    engine, operator, model, source.loss, batches,
-                    params=params, bn_mode=bn_mode, dtype=torch_dtype, device=torch_device, amp=amp,
-                    expected_products=n_hvp or (n_lanczos or N_LANCZOS) * n_probes,
-                )  # fmt: skip
-                size = getattr(whole, "n_examples", len(part) if isinstance(part, Split) else n)
-                for layer, op in _blocks(whole, per_layer):
-                    key = (which, checkpoint, layer)
-                    n_steps = n_lanczos if n_lanczos and not per_layer else min(n_lanczos or N_LANCZOS, op.shape[0])
-                    folder = _own_folder(state, key)
-                    compute = partial(
-                        spectral_density, op, n_steps, n_probes, n_hvp=n_hvp, deflate=deflate,
-                        kernel_width=kernel_width, seed=seed, progress=progress, state=folder,
-                        title=_row(label, layer), **lanczos_options,
-                    )  # fmt: skip
-                    spectra[key] = _finished(folder, asked, op, compute)
-                    rows.append((_row(label, layer), key))
-    alike = {layer: [ds for key, ds in spectra.items() if key[2] == layer] for _, _, layer in spectra}
-    grid = _common_grid([default_grid(*own) for own in alike.values()])
-    widths = {layer: max(float(ds.kernel_width) for ds in own) for layer, own in alike.items()}
-    smoothed = {key: smooth(ds, grid, widths[key[2]]) for key, ds in spectra.items()}
-    stacked = _stacked([smoothed[key] for _, key in rows])
-    stacked = stacked.assign_coords(
-        checkpoint=[label for label, _ in rows],
-        iteration=("checkpoint", [checkpoint.iteration for _, (_, checkpoint, _) in rows]),
-        epoch=("checkpoint", [checkpoint.epoch for _, (_, checkpoint, _) in rows]),
-    )
-    if per_layer:
-        stacked = stacked.assign_coords(layer=("checkpoint", [layer for _, (_, _, layer) in rows]))
+        for item in (item for item in selection.distinct() if item.source is source):
+            network = selection.network(item, torch_device)
+            digest = matrix_digest(network, source, options.matrix_settings(), split=split, n=n, seed=seed)
+            spectra = network_spectra(
+                network, source.loss, batches, options, label=item.label, device=torch_device, progress=progress,
+                cache=None if cache is None else cache.of(network),
+            )  # fmt: skip
+            found[item.key] = {layer: (ds, digest) for layer, ds in spectra.items()}
+    rows = [
+        Row(f"{item.label}:{layer}" if layer else item.label, layer, item, ds, digest)
+        for item in selection
+        for layer, (ds, digest) in found[item.key].items()
+    ]
     return schema.finish(
-        stacked, "hessian", **sources[0].dataset_attrs(), operator=operator, engine=engine, split=split, n=size,
-        batch_size=batch_size, bn_mode=bn_mode, params=params, seed=seed, device=str(torch_device), dtype=dtype,
-        amp=amp,
+        stack_spectra(rows, per_layer), "hessian", **selection.sources[0].dataset_attrs(), operator=operator,
+        engine=engine, split=split, n=n_examples(part, batches), batch_size=batch_size, bn_mode=bn_mode, params=params,
+        seed=seed, device=str(torch_device), dtype=dtype, amp=amp,
     )  # fmt: skip
 
 
+def network_spectra(
+    network: nn.Module,
+    loss: Loss,
+    batches: Iterable[tuple[Any, Any]],
+    options: SpectrumOptions,
+    *,
+    label: str = "network",
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    cache: SpectrumCache | None = None,
+) -> dict[str, xr.Dataset]:
+    """Spectra of one network over batches in memory.
+
+    Parameters
+    ----------
+    network : Module
+    loss : callable
+        ``loss(outputs, targets)``, averaged over the batch.
+    batches : re-iterable of (inputs, targets)
+    options : SpectrumOptions
+    label : str
+        What the network is called in messages and progress.
+    device : torch.device or str
+    progress : bool
+    cache : SpectrumCache, optional
+        Keeps what is finished, and what is in progress.
+
+    Returns
+    -------
+    dict of str to xarray.Dataset
+        Kind ``spectral_density`` by layer, or under ``""`` for the whole network.
+    """
+    spectra = {}
+    with clear_errors(label, network, batches, loss):
+        whole = make_operator(
+            options.engine, options.operator, network, loss, batches,
+            params=options.params, bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device,
+            amp=options.amp, expected_products=options.n_products,
+        )  # fmt: skip
+        for layer, op in _blocks(whole, options.per_layer):
+            compute = partial(
+                spectral_density, op, options.steps(op.shape[0]), options.n_probes, n_hvp=options.n_hvp,
+                deflate=options.deflate, kernel_width=options.kernel_width, seed=options.seed, progress=progress,
+                title=f"{label}:{layer}" if layer else label, **options.lanczos_options,
+            )  # fmt: skip
+            spectra[layer] = compute() if cache is None else cache.finished(layer, op, compute)
+    return spectra
+
+
+def stack_spectra(rows: Sequence[Row], per_layer: bool = False) -> xr.Dataset:
+    """Spectra along ``checkpoint``, on one grid; spectra of the same layer are smoothed with the same kernel width."""
+    alike: dict[str, list[xr.Dataset]] = {}
+    for row in rows:
+        alike.setdefault(row.layer, []).append(row.spectrum)
+    grid = _common_grid([default_grid(*spectra) for spectra in alike.values()])
+    widths = {layer: max(float(ds.kernel_width) for ds in spectra) for layer, spectra in alike.items()}
+    stacked = _padded_concat([smooth(row.spectrum, grid, widths[row.layer]) for row in rows])
+    stacked = stacked.assign_coords(
+        checkpoint=[row.label for row in rows],
+        iteration=("checkpoint", [row.item.checkpoint.iteration for row in rows]),
+        epoch=("checkpoint", [row.item.checkpoint.epoch for row in rows]),
+        matrix_digest=("checkpoint", [row.digest for row in rows]),
+    )
+    return stacked.assign_coords(layer=("checkpoint", [row.layer for row in rows])) if per_layer else stacked
+
+
+def _names_of(selection: Selection) -> dict[str, Any]:
+    """What the analysis is of, by names that are the same in another process."""
+    sources = [{k: v for k, v in source.attrs.items() if not str(v).startswith("own ")} for source in selection.sources]
+    return {"of": sources, "checkpoints": selection.labels}
+
+
 def _common_grid(grids: Sequence[np.ndarray]) -> np.ndarray:
-    """One ascending grid that is as fine at each point as the finest of the grids that reach there."""
+    """One ascending grid, at each point as fine as the finest of the grids that reach it."""
     finest_first, points = sorted(grids, key=np.ptp), []
     for i, grid in enumerate(finest_first):
         covered = [(grid >= finer[0]) & (grid <= finer[-1]) for finer in finest_first[:i]]
@@ -188,8 +303,8 @@ def _common_grid(grids: Sequence[np.ndarray]) -> np.ndarray:
     return np.sort(np.concatenate(points))
 
 
-def _stacked(spectra: Sequence[xr.Dataset]) -> xr.Dataset:
-    """All along ``checkpoint``; those with fewer nodes or probes than others are filled up with NaN."""
+def _padded_concat(spectra: Sequence[xr.Dataset]) -> xr.Dataset:
+    """All along ``checkpoint``; those with fewer nodes or probes than others are padded with NaN."""
     longest: dict[Any, int] = {}
     for ds in spectra:
         longest |= {dim: max(size, longest.get(dim, 0)) for dim, size in ds.sizes.items()}
@@ -204,4 +319,4 @@ def _blocks(whole: LinearOperator, per_layer: bool) -> Iterator[tuple[str, Linea
     elif isinstance(whole, CurvatureOperator):
         yield from whole.per_layer()
     else:
-        raise CurvatureError("only the native engine does one layer at a time")
+        raise CurvatureError("only the native engine computes one layer at a time; leave engine out, or per_layer")

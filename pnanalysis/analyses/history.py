@@ -6,15 +6,17 @@ import xarray as xr
 
 from pnanalysis import schema
 from pnanalysis.errors import RunError
-from pnanalysis.io.runs import Run
+from pnanalysis.inputs.selection import Given, distinct_labels, flattened
+from pnanalysis.io.runs import Run, open_run
 
 
-def history(*runs: Run) -> xr.Dataset:
+def history(*given: Given) -> xr.Dataset:
     """The history of a run, or of several side by side along ``run``.
 
     Parameters
     ----------
-    *runs : Run
+    *given : Run, path, or mapping or sequence of these
+        Names in a mapping become labels.
 
     Returns
     -------
@@ -28,17 +30,19 @@ def history(*runs: Run) -> xr.Dataset:
     RunError
         If no run is given or one has not been trained for an epoch.
     """
+    # runs, not sources: a history needs no code of the run's, so a run of a custom model needs no --model here
+    named = [(name, item if isinstance(item, Run) else open_run(item)) for name, item in flattened(given)]
+    runs = [run for _, run in named]
     if not runs:
         raise RunError("no run given")
     if len(runs) == 1:
         return schema.validate(runs[0].history, "history")
-    names = [run.path.name for run in runs]  # no code of the runs' is needed, so nobody has to vouch for it
-    labels = [f"{name}#{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    labels = distinct_labels([name or run.path.name for name, run in named])
     joined = xr.concat([run.history for run in runs], dim="run", join="outer", combine_attrs="drop_conflicts")
     champions = [run.manifest["champion"] for run in runs]
     strategies = [run.manifest.get("strategy", "") for run in runs]
     kinds = [error_kind(run.history) for run in runs]
-    if len(set(kinds)) > 1:  # a run of an older version does not say
+    if len(set(kinds)) > 1:  # runs written by an older version do not record it
         joined.attrs.pop("error", None)
     along = {"run": labels, "champion": ("run", champions), "strategy": ("run", strategies), "error": ("run", kinds)}
     return schema.finish(joined.assign_coords(along), "history")
@@ -55,7 +59,8 @@ def error_kind(ds: xr.Dataset) -> str:
     Returns
     -------
     str
-        ``"share"`` of mistakes, or ``"squared error"``, a mean over outputs. Histories that do not say hold shares.
+        ``"share"`` for the fraction of mistakes, or ``"squared error"``, a mean over outputs. Histories that do not
+        record it hold fractions.
     """
     return str(ds.coords["error"].item() if "error" in ds.coords else ds.attrs.get("error", "share"))
 

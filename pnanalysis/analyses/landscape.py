@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import xarray as xr
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from pnanalysis import schema
@@ -20,17 +22,63 @@ from pnanalysis.geometry.barriers import profiles
 from pnanalysis.geometry.curves import CURVES, train_curve
 from pnanalysis.geometry.loss_surface import BATCH_NORM, LossSurface
 from pnanalysis.geometry.planes import about_one, through_three
-from pnanalysis.inputs.data import Split
-from pnanalysis.inputs.selection import _of_several, _Points, check_same_loss
-from pnanalysis.inputs.sources import Source, as_sources, check_same_data, resolve_device
-from pnanalysis.io.runs import Checkpoint, Run
+from pnanalysis.inputs.data import LoaderSplit, Split
+from pnanalysis.inputs.examples import check_same_data, check_same_loss
+from pnanalysis.inputs.models import Loss, ModelLike
+from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, as_sources, nothing_given
+from pnanalysis.inputs.sources import AnyCheckpoint, Source, resolve_device
+from pnanalysis.io.runs import Run
 from pnanalysis.io.weights import State
 
 VIEWS = ("line", "curve", "plane", "random")
 
 
+@dataclass(frozen=True)
+class LandscapeOptions:
+    """What to draw and how: see :func:`landscape`."""
+
+    view: str = "line"
+    align: bool = False
+    n_points: int | None = None
+    extrapolate: float = 0.0
+    span: Sequence[float] | None = None
+    curve: str = "bezier"
+    n_bends: int = 1
+    n_steps: int = 1000
+    lr: float = 3e-3
+    n_restarts: int = 5
+    bn: str = "reestimate"
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of(VIEWS, view=self.view)
+        one_of(BATCH_NORM, bn=self.bn)
+        one_of(CURVES, curve=self.curve)
+        if self.align and self.view not in ("line", "curve"):
+            raise ModelError("only lines and curves are aligned: a relabelled network lies on another plane")
+        if self.span is not None and self.view not in ("plane", "random"):
+            raise ModelError("only planes have a span; a line is extended with extrapolate")
+        ascending("span", self.span, 4)
+        if not isinstance(self.extrapolate, Real) or not 0 <= self.extrapolate < 100:
+            raise ModelError(f"extrapolate is {self.extrapolate}; it must be a fraction of the line from 0 to 100")
+        at_least(1, n_steps=self.n_steps, n_bends=self.n_bends, n_restarts=self.n_restarts)
+        at_least(2, n_points=self.n_points)
+        at_least(0, seed=self.seed)
+        positive(lr=self.lr)
+        resolve_dtype(self.dtype)
+
+    @property
+    def kind(self) -> str:
+        """Of the dataset."""
+        return "landscape" if self.view in ("plane", "random") else "barrier"
+
+
 def landscape(
-    *runs: Run | Source,
+    *given: Given,
+    model: ModelLike | None = None,
+    data: Any = None,
+    loss: str | Loss | None = None,
     checkpoints: Sequence[str] | None = None,
     view: str = "line",
     align: bool = False,
@@ -51,37 +99,38 @@ def landscape(
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    r"""Loss and error between two minima, on a plane through three, or on a random plane about one.
+    r"""Loss and error between two minima, on a plane through three, or on a random plane around one.
 
     Parameters
     ----------
-    *runs : Run or Source
-        Runs of one architecture, or a user's own model and weights (:func:`pnanalysis.open_files`).
+    *given, model, data, loss
+        See :func:`pnanalysis.hessian`; all of one architecture. ``landscape([a, b], data=loader)`` for networks in
+        memory.
     checkpoints : sequence of str, optional
-        See :meth:`pnanalysis.io.runs.Run.select`; of several runs as ``RUN/NAME``. By default a line leads from plain to
-        champion of a run or from one run's champion to the other's, a plane is that of :func:`pnanalysis.trajectory`
-        through start, plain end and champion, a random plane lies about the champion.
+        See :meth:`pnanalysis.io.runs.Run.select`; of several runs as ``RUN/NAME``. By default a line leads from plain
+        to champion of a run, from one run's champion to the other's, or between two networks; a plane is that of
+        :func:`pnanalysis.trajectory` through start, plain end and champion; a random plane is around the champion.
     view : {"line", "curve", "plane", "random"}
-        ``curve`` is the line and beside it a trained curve of low loss.
+        ``curve`` is the line and a trained curve of low loss.
     align : bool
         Add to a line or curve the line to the second network with its hidden units relabelled
         (:func:`pnanalysis.alignment.weight_matching.align`).
     n_points : int, optional
         From end to end, both counted (25), or along each axis of a plane (21).
     extrapolate : float
-        Go on beyond both ends of a line by this share of its length.
+        Extend a line beyond both ends by this fraction of its length.
     span : four floats, optional
-        ``x_min, x_max, y_min, y_max``; by default a quarter more on each side than the three points take (no side
+        ``x_min, x_max, y_min, y_max``; by default a quarter more on each side than the three points span (no side
         less than half the other), or -1 to 1 for random planes.
     curve, n_bends, n_steps, lr
         See :func:`pnanalysis.geometry.curves.train_curve`; trained on the whole training split.
     n_restarts : int
         Of the alignment.
     bn : {"reestimate", "interpolate"}
-        Running statistics of batch normalisation: estimated anew at each point from the ``n`` training examples, or
+        Running statistics of batch normalisation: estimated again at each point from the ``n`` training examples, or
         combined like parameters.
     splits : sequence of str, optional
-        By default train and test (or validation), for planes train alone.
+        By default train and test (or validation); for planes, train only.
     n : int or None
         Examples of each split, drawn by ``seed`` (fewer if there are fewer).
     batch_size : int
@@ -107,9 +156,9 @@ def landscape(
 
     Notes
     -----
-    Standard errors are those of a mean over examples drawn at random: the spread to expect with other examples, not
-    with other training runs. Those of ``excess`` and ``barrier`` are paired: the excess is taken example by example,
-    which removes what examples share at all points. They do not count that the largest point was chosen.
+    Standard errors are those of a mean over examples drawn at random: the scatter to expect with other examples, not
+    with other training runs. Those of ``excess`` and ``barrier`` are paired: the excess is computed per example, which
+    removes what an example contributes at all points alike. They do not account for choosing the largest point.
 
     References
     ----------
@@ -117,17 +166,14 @@ def landscape(
     S. Ainsworth et al., "Git Re-Basin", arXiv:2209.04836. T. Garipov et al., arXiv:1802.10026.
     H. Li et al., arXiv:1712.09913. K. Jordan et al., "REPAIR", arXiv:2211.08403.
     """
-    _check(view, align, bn, curve, extrapolate, span)
-    at_least(1, n=n, batch_size=batch_size, n_steps=n_steps, n_bends=n_bends, n_restarts=n_restarts)
-    at_least(2, n_points=n_points)
-    at_least(0, seed=seed)
-    positive(lr=lr)
-    torch_dtype = resolve_dtype(dtype)
-    sources = as_sources(runs)
+    options = LandscapeOptions(
+        view, align, n_points, extrapolate, span, curve, n_bends, n_steps, lr, n_restarts, bn, dtype, seed
+    )
+    at_least(1, n=n, batch_size=batch_size)
+    sources = as_sources(given, model, data, loss)
     points = _choose(sources, checkpoints, view)
     first, torch_device = sources[0], resolve_device(device)
     for other in sources[1:]:
-        other.share_data(first)
         check_same_data(first, other)
         check_same_loss(first, other)
     if splits is None:
@@ -136,106 +182,170 @@ def landscape(
     if not splits:
         raise DataError("no split to look at; name train, validation or test")
     parts = {name: first.split(name, n, seed, torch_device) for name in dict.fromkeys(("train", *splits))}
-    batches = {name: part.batches(batch_size) for name, part in parts.items()}
-    surface = LossSurface(
-        first.make_model(), first.loss, torch_device, torch_dtype,
-        batches["train"] if bn == "reestimate" else None,
-    )  # fmt: skip
-    if view == "curve" and surface.norms and bn != "reestimate":
-        raise ModelError("a curve through networks with batch normalisation needs their statistics re-estimated")
-    states = [surface.anchor(c.load(), str(c.path)) for _, c in points.values()]
     sizes = {name: len(part) for name, part in parts.items() if isinstance(part, Split)} or n
-    chosen, names = {name: batches[name] for name in splits}, list(points)
-    settings: dict[str, Any] = {}
-    with clear_errors(first.label, surface.model, batches["train"], surface.loss):
-        if view == "plane":
-            ds = through_three(surface, states, names, chosen, span, n_points or 21, progress)
-            settings = {"plane_points": [_full_name(*point) for point in points.values()]}
-        elif view == "random":
-            ds = about_one(surface, states[0], names[0], chosen, span, n_points or 21, seed, progress)
-        else:
-            paths: dict[str, tuple[list[State], str]] = {"line": (states, "line")}
-            if align:
-                relabelling = _aligned(surface, states, batches["train"], n_restarts, seed, progress)
-                paths["aligned"] = ([states[0], relabelling.apply(states[1])], "line")
-                settings = {"n_relabelled": relabelling.n_moved, "n_restarts": n_restarts}
-            if view == "curve":
-                train = first.data.get("train").to(torch_device)
-                bent = train_curve(
-                    surface, (states[0], states[1]), train, kind=curve, n_bends=n_bends, n_steps=n_steps, lr=lr,
-                    seed=seed, progress=progress,
-                )  # fmt: skip
-                paths["curve"] = (bent, curve)
-                settings |= {"curve": curve, "n_bends": n_bends, "n_steps": n_steps, "lr": lr}
-            ds = profiles(surface, paths, chosen, n_points or 25, extrapolate, progress)
-            ds.position.attrs |= {"long_name": f"position from {names[0]} (0) to {names[1]} (1)", "units": "1"}
+    ds, settings = network_landscape(
+        points.networks(torch_device, resolve_dtype(dtype)), first.loss, {name: part.batches(batch_size) for name, part in parts.items()},
+        options, splits=splits, curve_data=first.data.get("train").to(torch_device), label=first.label,
+        progress=progress,
+    )  # fmt: skip
+    if view == "plane":
+        settings["plane_points"] = [item.origin for item in points]
     return schema.finish(
-        ds, "landscape" if view in ("plane", "random") else "barrier", **first.dataset_attrs(), view=view,
-        checkpoints=names, **settings, bn=bn if surface.norms else None, n=sizes, batch_size=batch_size, seed=seed,
-        device=str(torch_device), dtype=dtype,
+        ds, options.kind, **first.dataset_attrs(), view=view, checkpoints=points.labels, **settings, n=sizes,
+        batch_size=batch_size, seed=seed, device=str(torch_device), dtype=dtype,
     )  # fmt: skip
 
 
-def _check(view: str, align: bool, bn: str, curve: str, extrapolate: float, span: Sequence[float] | None) -> None:
-    one_of(VIEWS, view=view)
-    one_of(BATCH_NORM, bn=bn)
-    one_of(CURVES, curve=curve)
-    if align and view not in ("line", "curve"):
-        raise ModelError("only lines and curves are aligned: a relabelled network lies on another plane")
-    if span is not None and view not in ("plane", "random"):
-        raise ModelError("only planes have a span; a line is drawn out with extrapolate")
-    ascending("span", span, 4)
-    if not isinstance(extrapolate, Real) or not 0 <= extrapolate < 100:
-        raise ModelError(f"extrapolate by a share of the line that is not negative, not by {extrapolate}")
+def network_landscape(
+    networks: Mapping[str, nn.Module],
+    loss: Loss,
+    batches: Mapping[str, Any],
+    options: LandscapeOptions,
+    *,
+    splits: Sequence[str] = ("train",),
+    curve_data: Split | LoaderSplit | None = None,
+    label: str = "network",
+    progress: bool = True,
+) -> tuple[xr.Dataset, dict[str, Any]]:
+    """Loss and error between or around networks in memory.
+
+    Parameters
+    ----------
+    networks : mapping of str to Module
+        By label, as many as the view needs, all of one architecture and on one device.
+    loss : callable
+        ``loss(outputs, targets)``, averaged over the batch.
+    batches : mapping of str to re-iterable of (inputs, targets)
+        By split; ``"train"`` among them, for batch normalisation and alignment.
+    options : LandscapeOptions
+    splits : sequence of str
+        Those to evaluate.
+    curve_data : Split or LoaderSplit
+        What a curve is trained on.
+    label : str
+        What the networks are called in messages.
+    progress : bool
+
+    Returns
+    -------
+    (xarray.Dataset, dict)
+        See :func:`landscape`; and the settings that played a part, for its attributes.
+    """
+    names, first = list(networks), next(iter(networks.values()))
+    device = next(first.parameters()).device
+    surface = LossSurface(
+        first, loss, device, resolve_dtype(options.dtype), batches["train"] if options.bn == "reestimate" else None
+    )
+    if options.view == "curve" and surface.norms and options.bn != "reestimate":
+        raise ModelError("a curve through networks with batch normalisation needs their statistics re-estimated")
+    states = [surface.anchor(network.state_dict(), name) for name, network in networks.items()]
+    evaluated = {name: batches[name] for name in splits}
+    settings: dict[str, Any] = {"bn": options.bn if surface.norms else None}
+    with clear_errors(label, surface.model, batches["train"], surface.loss):
+        if options.view == "plane":
+            ds = through_three(surface, states, names, evaluated, options.span, options.n_points or 21, progress)
+        elif options.view == "random":
+            ds = about_one(
+                surface, states[0], names[0], evaluated, options.span, options.n_points or 21, options.seed, progress
+            )
+        else:
+            paths, chosen = _paths(surface, states, batches["train"], options, curve_data, progress)
+            settings |= chosen
+            ds = profiles(surface, paths, evaluated, options.n_points or 25, options.extrapolate, progress)
+            ds.position.attrs |= {"long_name": f"position from {names[0]} (0) to {names[1]} (1)", "units": "1"}
+    return ds, settings
 
 
-def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> _Points:
+def _paths(
+    surface: LossSurface, states: list[State], batches: Iterable[Any], options: LandscapeOptions,
+    curve_data: Split | LoaderSplit | None, progress: bool,
+) -> tuple[dict[str, tuple[list[State], str]], dict[str, Any]]:  # fmt: skip
+    """The paths from the first state to the second: anchors and kind of curve by name; and the settings used."""
+    settings: dict[str, Any] = {}
+    paths = {"line": (states, "line")}
+    if options.align:
+        relabelling = _relabelling(surface, states, batches, options.n_restarts, options.seed, progress)
+        paths["aligned"] = ([states[0], relabelling.apply(states[1])], "line")
+        settings = {"n_relabelled": relabelling.n_moved, "n_restarts": options.n_restarts}
+    if options.view == "curve":
+        if curve_data is None:
+            raise DataError("a curve is trained: give the examples to train it on")
+        names = ("n_bends", "n_steps", "lr")
+        training = {name: getattr(options, name) for name in names}
+        bent = train_curve(
+            surface, (states[0], states[1]), curve_data, kind=options.curve, **training, seed=options.seed,
+            progress=progress,
+        )  # fmt: skip
+        paths["curve"] = (bent, options.curve)
+        settings |= {"curve": options.curve, **training}
+    return paths, settings
+
+
+def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> Selection:
     """The checkpoints a view needs, by the names they go by; all different."""
     if not sources:
-        raise RunError("name a run, or your own model and weights")
+        raise nothing_given()
     needed = {"plane": 3, "random": 1}.get(view, 2)
     if names is None and view == "plane":
         found = plane_points(*sources)
-        chosen = {_short_name(name, sources[0], source, at): (source, at) for name, source, at in found}
+        chosen = [
+            SelectedCheckpoint(_short_name(name, sources[0], source, at), source, at) for name, source, at in found
+        ]
     elif len(sources) == 1:
         one = sources[0]
-        only = _default(one.run, view) if names is None and one.run is not None else names
-        chosen = {name: (one, checkpoint) for name, checkpoint in one.select(only).items()}
+        own = _default(one.run, view) if names is None and one.run is not None else names
+        chosen = [SelectedCheckpoint(name, one, checkpoint) for name, checkpoint in one.select(own).items()]
     else:
         chosen = _of_several(sources, names)
     if len(chosen) != needed:
         checkpoints = "1 checkpoint" if needed == 1 else f"{needed} checkpoints"
         raise RunError(
-            f"view {view!r} needs {checkpoints}, there are {len(chosen)}: {', '.join(chosen)}; choose with -c"
+            f"view {view!r} needs {checkpoints}, there are {len(chosen)}: {', '.join(item.label for item in chosen)}; "
+            "choose with -c"
         )
-    by_path: dict[Any, str] = {}
-    for name, (_, checkpoint) in chosen.items():
-        other = by_path.setdefault(checkpoint.path.resolve(), name)
-        if other != name:
-            raise RunError(f"{other} and {name} are the same checkpoint; name others (-c), such as iter00 and iter01")
-    return chosen
+    by_identity: dict[object, str] = {}
+    for item in chosen:
+        other = by_identity.setdefault(item.checkpoint.identity, item.label)
+        if other != item.label:
+            raise RunError(
+                f"{other} and {item.label} are the same checkpoint; name others (-c), such as iter00 and iter01"
+            )
+    return Selection(sources, chosen)
 
 
 def _default(run: Run, view: str) -> Sequence[str]:
-    """Plain and champion; where these are one, plain and the last iteration; about one point, the champion."""
+    """Plain and champion; where these are one, plain and the last iteration; around one point, the champion."""
     if view == "random":
         return ["champion"]
     last = len(run.ends) - 1
     return ["plain", "champion"] if run.manifest["champion"] or last < 1 else ["plain", f"iter{last:02d}"]
 
 
-def _short_name(name: str, first: Source, source: Source, checkpoint: Checkpoint) -> str:
+def _of_several(sources: list[Source], names: Sequence[str] | None) -> list[SelectedCheckpoint]:
+    """Checkpoints of several runs by ``RUN/NAME``; by default the champion of each (all of a user's own networks)."""
+    wanted: list[tuple[Source, list[str] | None]] = []
+    if names is None:
+        wanted = [(source, ["champion"] if source.run else None) for source in sources]
+    for name in names or ():
+        found = [source for source in sources if name.startswith(f"{source.label}/")]
+        if not found:
+            labels = ", ".join(source.label for source in sources)
+            raise RunError(f"{name!r} names no checkpoint of {labels}; write RUN/NAME")
+        wanted += [(source, [name[len(source.label) + 1 :]]) for source in found]
+    return [
+        SelectedCheckpoint(f"{source.label}/{name}", source, checkpoint)
+        for source, selected in wanted
+        for name, checkpoint in source.select(selected).items()
+    ]
+
+
+def _short_name(name: str, first: Source, source: Source, checkpoint: AnyCheckpoint) -> str:
     """``start``, ``plain`` or ``champion`` of the first run where it is one of them."""
     names = ("start", "plain", "champion") if source is first and source.run is not None else ()
     return next((known for known in names if getattr(source.run, known) == checkpoint), name)
 
 
-def _full_name(source: Source, checkpoint: Checkpoint) -> str:
-    """As :func:`pnanalysis.trajectory` calls it."""
-    return f"{source.label}/{checkpoint.name}" if source.run is not None else checkpoint.name
-
-
-def _aligned(
+def _relabelling(
     surface: LossSurface, states: list[State], batches: Iterable[Any], n_restarts: int, seed: int, progress: bool
 ) -> Relabelling:
     """The relabelling that brings the second state nearest to the first, checked on a few examples."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import xarray as xr
@@ -13,19 +14,22 @@ from pnanalysis.activations.hooks import Activation, no_activations, watch_activ
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
 from pnanalysis.activations.statistics import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
 from pnanalysis.checks import ascending, at_least, one_of
-from pnanalysis.errors import ModelError, RunError
+from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.data import SPLITS, LoaderSplit, Split
-from pnanalysis.inputs.sources import Source, as_sources, resolve_device
-from pnanalysis.io.runs import Checkpoint, Run
+from pnanalysis.inputs.models import ModelLike
+from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, select
+from pnanalysis.inputs.sources import Source, resolve_device
 from pnanalysis.terminal.progress import progress_bar
 
-_PROBED = 64  # examples that the range of unbounded activations is taken from
+_N_FOR_RANGE = 64  # examples that the range of unbounded activations is taken from
 
 
 def saturation(
-    *runs: Run | Source,
+    *given: Given,
+    model: ModelLike | None = None,
+    data: Any = None,
     checkpoints: Sequence[str] = ("all",),
     split: str = "validation",
     n: int | None = 1000,
@@ -42,17 +46,16 @@ def saturation(
 ) -> xr.Dataset:
     r"""Percentiles, histograms, saturation and dead units of every activation at every checkpoint.
 
-    One pass over the images a checkpoint, in memory that does not grow with their number.
+    One pass over the examples per checkpoint, in memory that does not grow with their number.
 
     Parameters
     ----------
-    *runs : Run or Source
-        Runs, or a user's own model and weights (:func:`pnanalysis.inputs.sources.open_files`). Several are laid side by
-        side along ``run``.
+    *given, model, data
+        See :func:`pnanalysis.hessian`. Several runs lie side by side along ``run``.
     checkpoints : sequence of str
-        See :meth:`pnanalysis.io.runs.Run.select`.
+        See :meth:`pnanalysis.io.runs.Run.select`; all by default.
     split : {"validation", "train", "test"}
-        Images to look at. Data sets without that split fall back to ``train``.
+        The examples; data sets without that split fall back to ``train``.
     n : int or None
         How many, drawn by ``seed``; all if ``None`` or if there are fewer.
     percentiles : sequence of float
@@ -114,80 +117,57 @@ def saturation(
     one_of(SPLITS, split=split)
     ascending("bin_range", bin_range, 2)
     measures = Measures(tuple(percentiles), bins, saturation_bins, per_unit, exact_limit)
-    sources = as_sources(runs)
-    if not sources:
-        raise RunError("name a run, or your own model and weights")
-    chosen = [(source, checkpoint) for source in sources for checkpoint in source.select(checkpoints).values()]
-    torch_device = resolve_device(device)
-    parts = {source.label: _examples(source, split, n, seed, torch_device) for source in sources}
+    selection, torch_device = select(given, checkpoints, model=model, data=data), resolve_device(device)
+    parts = {source.label: examples_of(source, split, n, seed, torch_device) for source in selection.sources}
     if bin_range is None:
-        bin_range = _range(chosen, parts, torch_device)
-    results: dict[str, dict[Checkpoint, xr.Dataset]] = {source.label: {} for source in sources}
-    with progress_bar("saturation", len(chosen), progress) as advance:
-        for source, checkpoint in chosen:
-            model = source.model(checkpoint, torch_device)
-            with clear_errors(_name(source, checkpoint), model, parts[source.label].stream(2)):
-                layers = _observe(model, parts[source.label], batch_size, measures, bin_range)
-            results[source.label][checkpoint] = to_dataset(layers)
-            advance(text=checkpoint.name)
-    every = [part for found in results.values() for part in found.values()]
-    exact, size = all(part.attrs["exact"] for part in every), every[0].attrs["n"]
-    arranged = [_arrange(found) for found in results.values()]
-    ds = (
-        arranged[0]
-        if len(arranged) == 1
-        else xr.concat(arranged, dim="run", join="outer").assign_coords(run=list(results))
-    )
-    first = sources[0]
-    if len(arranged) > 1 and all(source.run is not None for source in sources):
-        champions = [source.run.manifest["champion"] for source in sources if source.run is not None]
-        ds = ds.assign_coords(champion=("run", champions))
+        bin_range = _bin_range(selection, parts, torch_device)
+    found: dict[tuple[str, object], xr.Dataset] = {}
+    with progress_bar("saturation", len(selection.distinct()), progress) as advance:
+        for item in selection.distinct():
+            network, part = selection.network(item, torch_device), parts[item.source.label]
+            with clear_errors(item.origin, network, part.stream(2)):
+                found[item.key] = network_saturation(network, part.stream(batch_size), measures, bin_range)
+            advance(text=item.checkpoint.name)
+    exact, size = all(ds.attrs["exact"] for ds in found.values()), next(iter(found.values())).attrs["n"]
+    arranged = {
+        source.label: _arrange([(item, found[item.key]) for item in selection if item.source is source])
+        for source in selection.sources
+    }
+    if len(arranged) == 1:
+        ds = next(iter(arranged.values()))
+    else:
+        ds = xr.concat(arranged.values(), dim="run", join="outer").assign_coords(run=list(arranged))
+    runs = [source.run for source in selection.sources]
+    if len(runs) > 1 and None not in runs:
+        ds = ds.assign_coords(champion=("run", [run.manifest["champion"] for run in runs if run is not None]))
     return schema.finish(
-        ds.drop_attrs(deep=False), "saturation", **first.dataset_attrs(), split=split, n=size, seed=seed,
-        device=str(torch_device), dtype="float32", margin=MARGIN, saturation_bins=saturation_bins,
+        ds.drop_attrs(deep=False), "saturation", **selection.sources[0].dataset_attrs(), split=split, n=size,
+        seed=seed, device=str(torch_device), dtype="float32", margin=MARGIN, saturation_bins=saturation_bins,
         relative_error=0.0 if exact else RELATIVE_ERROR,
-        champion=None if first.run is None else first.run.manifest["champion"],
+        champion=None if runs[0] is None else runs[0].manifest["champion"],
     )  # fmt: skip
 
 
-def _examples(source: Source, split: str, n: int | None, seed: int, device: torch.device) -> Split | LoaderSplit:
-    """Those of the split, or of the training data where there is no such split."""
-    return source.split(split if getattr(source.data, split) is not None else "train", n, seed, device)
+def network_saturation(
+    network: nn.Module, batches: Iterable[tuple[Any, Any]], measures: Measures, bin_range: tuple[float, float]
+) -> xr.Dataset:
+    """Saturation of one network over batches in memory, dims ``layer``, ``quantile`` and ``bin``.
 
+    Parameters
+    ----------
+    network : Module
+        In eval mode.
+    batches : iterable of (inputs, targets)
+        On the network's device; targets play no part.
+    measures : Measures
+    bin_range : (float, float)
+        Of the histograms; see :func:`pnanalysis.activations.statistics.common_range`.
 
-def _name(source: Source, checkpoint: Checkpoint) -> str:
-    return f"{source.label}/{checkpoint.name}"
-
-
-def _range(
-    chosen: list[tuple[Source, Checkpoint]], parts: dict[str, Split | LoaderSplit], device: torch.device
-) -> tuple[float, float]:
-    """The bins' range; a few images of each checkpoint tell that of unbounded activations."""
-    shown: list[tuple[Activation, float, float]] = []
-
-    def observe(name: str, activation: Activation, output: Tensor) -> None:
-        shown.append((activation, float(output.min()), float(output.max())))
-
-    for source, checkpoint in chosen:
-        model = source.model(checkpoint, device)
-        inputs, _ = next(parts[source.label].stream(_PROBED))
-        name = _name(source, checkpoint)
-        with clear_errors(name, model, [(inputs, inputs)]), torch.no_grad(), watch_activations(model, observe):
-            forward(model, inputs)
-        if not shown:
-            raise no_activations(model)
-        if all(activation.bounded for activation, _, _ in shown):
-            break
-    return common_range(shown)
-
-
-def _observe(
-    model: nn.Module,
-    part: Split | LoaderSplit,
-    batch_size: int,
-    measures: Measures,
-    bin_range: tuple[float, float],
-) -> dict[str, LayerActivity]:
+    Raises
+    ------
+    ModelError
+        If the network has no activation functions that are known.
+    """
     layers: dict[str, LayerActivity] = {}
 
     def observe(name: str, activation: Activation, output: Tensor) -> None:
@@ -195,30 +175,63 @@ def _observe(
             layers[name] = LayerActivity(activation, measures, bin_range)
         layers[name].add(output)
 
-    with torch.no_grad(), watch_activations(model, observe):
-        for inputs, _ in part.stream(batch_size):
-            forward(model, inputs)
+    with torch.no_grad(), watch_activations(network, observe):
+        for inputs, _ in batches:
+            forward(network, inputs)
     if not layers:
-        raise no_activations(model)
-    return layers
+        raise no_activations(network)
+    return to_dataset(layers)
 
 
-def _arrange(results: dict[Checkpoint, xr.Dataset]) -> xr.Dataset:
+def activation_ranges(network: nn.Module, inputs: Any) -> list[tuple[Activation, float, float]]:
+    """Each activation of a network, and the range of what it gives for some inputs."""
+    ranges: list[tuple[Activation, float, float]] = []
+
+    def observe(name: str, activation: Activation, output: Tensor) -> None:
+        ranges.append((activation, float(output.min()), float(output.max())))
+
+    with torch.no_grad(), watch_activations(network, observe):
+        forward(network, inputs)
+    if not ranges:
+        raise no_activations(network)
+    return ranges
+
+
+def examples_of(source: Source, split: str, n: int | None, seed: int, device: torch.device) -> Split | LoaderSplit:
+    """Examples of the split, or of the training data where there is no such split."""
+    return source.split(split if getattr(source.data, split) is not None else "train", n, seed, device)
+
+
+def _bin_range(
+    selection: Selection, parts: dict[str, Split | LoaderSplit], device: torch.device
+) -> tuple[float, float]:
+    """One range for the histograms of all checkpoints, from a few examples."""
+    ranges: list[tuple[Activation, float, float]] = []
+    for item in selection.distinct():
+        network = selection.network(item, device, last=False)
+        inputs, _ = next(parts[item.source.label].stream(_N_FOR_RANGE))
+        with clear_errors(item.origin, network, [(inputs, inputs)]):
+            ranges += activation_ranges(network, inputs)
+        if all(activation.bounded for activation, _, _ in ranges):
+            break  # their asymptotes are the range, whatever the other checkpoints show
+    return common_range(ranges)
+
+
+def _arrange(rows: Sequence[tuple[SelectedCheckpoint, xr.Dataset]]) -> xr.Dataset:
     """Stack checkpoints into iteration x epoch, or along ``checkpoint`` where they belong to no run."""
-    parts = list(results.values())
-    layers = [tuple(part.layer.values) for part in parts]
-    if len(set(layers)) > 1:
+    parts = list({item.checkpoint.identity: ds for item, ds in rows}.values())
+    checkpoints = list({item.checkpoint.identity: item.checkpoint for item, _ in rows}.values())
+    if len({tuple(part.layer.values) for part in parts}) > 1:
         raise ModelError("the checkpoints are of networks with different activation layers; compare one kind at a time")
     stacked = xr.concat(parts, dim="checkpoint")
-    if any(checkpoint.iteration < 0 for checkpoint in results):
-        stacked = stacked.assign_coords(checkpoint=[checkpoint.name for checkpoint in results])
-    else:
-        index = {
-            "iteration": ("checkpoint", [checkpoint.iteration for checkpoint in results]),
-            "epoch": ("checkpoint", [checkpoint.epoch for checkpoint in results]),
-        }
-        stacked = stacked.assign_coords(index).set_index(checkpoint=("iteration", "epoch")).unstack("checkpoint")
-        own = {name: [d for d in array.dims if d not in ("iteration", "epoch")] for name, array in stacked.items()}
-        for name, dims in own.items():
-            stacked[name] = stacked[name].transpose("iteration", "epoch", *dims)
+    if any(checkpoint.iteration < 0 for checkpoint in checkpoints):
+        return stacked.assign_coords(checkpoint=[checkpoint.name for checkpoint in checkpoints])
+    index = {
+        "iteration": ("checkpoint", [checkpoint.iteration for checkpoint in checkpoints]),
+        "epoch": ("checkpoint", [checkpoint.epoch for checkpoint in checkpoints]),
+    }
+    stacked = stacked.assign_coords(index).set_index(checkpoint=("iteration", "epoch")).unstack("checkpoint")
+    own = {name: [d for d in array.dims if d not in ("iteration", "epoch")] for name, array in stacked.items()}
+    for name, dims in own.items():
+        stacked[name] = stacked[name].transpose("iteration", "epoch", *dims)
     return stacked

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
+from torch import Tensor, nn
 
 from pnanalysis import schema
 from pnanalysis.checks import at_least, positive, resolve_dtype
@@ -16,18 +16,22 @@ from pnanalysis.errors import ModelError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.geometry.loss_surface import LossSurface
-from pnanalysis.inputs.sources import Source, as_sources, resolve_device
-from pnanalysis.io.runs import Checkpoint, Run
+from pnanalysis.inputs.models import Loss, ModelLike
+from pnanalysis.inputs.selection import Given, select
+from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance, progress_bar
 
 #: Neighbourhood to its radius where none is given.
 RADII = {"ball": 0.05, "adaptive": 0.5, "box": 1e-3}
-_SMALLEST_SHARE = 2.0**-8  # of the way to the set's border that a step is shortened to
+_SMALLEST_STEP = 2.0**-8  # fraction of the way to the border; shorter steps change the loss by round-off only
 
 
 def sharpness(
-    *runs: Run | Source,
+    *given: Given,
+    model: ModelLike | None = None,
+    data: Any = None,
+    loss: str | Loss | None = None,
     checkpoints: Sequence[str] | None = None,
     radii: Mapping[str, float] | None = None,
     n_steps: int = 20,
@@ -44,9 +48,10 @@ def sharpness(
 
     Parameters
     ----------
-    *runs : Run or Source
+    *given, model, data, loss
+        See :func:`pnanalysis.hessian`.
     checkpoints : sequence of str, optional
-        See :meth:`pnanalysis.io.runs.Run.select`; plain and champion of runs and all of a user's own files by default.
+        See :meth:`pnanalysis.io.runs.Run.select`; by default plain and champion of runs, and all other networks.
     radii : mapping, optional
         Neighbourhood to radius; by default all three. ``ball``: :math:`\lVert\varepsilon\rVert_2 \le \rho`, of SAM [1]_
         (0.05). ``adaptive``: :math:`\lVert\varepsilon / |\theta|\,\rVert_2 \le \rho`, of ASAM [2]_ (0.5), which does
@@ -55,7 +60,7 @@ def sharpness(
     n_steps : int
         Gradients over all examples that each ascent may take.
     n_starts : int
-        Ascents: the first from the checkpoint, the others from random points of the border. The best counts.
+        Ascents: the first from the checkpoint, the others from random points of the border. The highest loss found counts.
     split, n, batch_size, dtype, device
         As for :func:`pnanalysis.landscape`.
     seed : int
@@ -93,41 +98,75 @@ def sharpness(
     at_least(1, n_starts=n_starts, n=n, batch_size=batch_size)
     at_least(0, seed=seed)
     torch_dtype = resolve_dtype(dtype)
-    if not runs:
-        raise ModelError("name a run, or your own model and weights")
-    sources, torch_device = as_sources(runs), resolve_device(device)
-    chosen = {
-        name if len(sources) == 1 else f"{source.label}/{name}": (source, checkpoint)
-        for source in sources
-        for name, checkpoint in source.select(checkpoints).items()
-    }
-    found: dict[Checkpoint, xr.Dataset] = {}  # the champion may be the plain model
-    with progress_bar("sharpness", len(chosen) * len(radii) * n_starts * n_steps, progress) as advance:
-        for name, (source, checkpoint) in chosen.items():
-            if checkpoint not in found:
-                surface = LossSurface(source.make_model(), source.loss, torch_device, torch_dtype)
-                batches = source.split(split, n, seed, torch_device).batches(batch_size)
-                state = surface.anchor(checkpoint.load(), str(checkpoint.path))
-                with clear_errors(name, surface.model, batches, surface.loss):
-                    found[checkpoint] = _measure(surface, state, batches, radii, n_steps, n_starts, seed, advance)
-    ds = xr.concat([found[checkpoint] for _, checkpoint in chosen.values()], dim="checkpoint").assign_coords(
-        checkpoint=list(chosen),
-        iteration=("checkpoint", [checkpoint.iteration for _, checkpoint in chosen.values()]),
-        epoch=("checkpoint", [checkpoint.epoch for _, checkpoint in chosen.values()]),
+    selection, torch_device = select(given, checkpoints, model=model, data=data, loss=loss), resolve_device(device)
+    found = {}
+    total = len(selection.distinct()) * len(radii) * n_starts * n_steps
+    with progress_bar("sharpness", total, progress) as advance:
+        for source in selection.sources:
+            batches = source.split(split, n, seed, torch_device).batches(batch_size)
+            for item in (item for item in selection.distinct() if item.source is source):
+                network = selection.network(item, torch_device, torch_dtype)
+                found[item.key] = network_sharpness(
+                    network, source.loss, batches, radii, n_steps=n_steps, n_starts=n_starts, dtype=torch_dtype,
+                    seed=seed, label=item.label, advance=advance,
+                )  # fmt: skip
+    ds = xr.concat([found[item.key] for item in selection], dim="checkpoint").assign_coords(
+        checkpoint=selection.labels,
+        iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
+        epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),
         neighbourhood=list(radii),
     )
     ds["radius"] = ("neighbourhood", list(radii.values()))
     return schema.finish(
-        ds, "sharpness", **sources[0].dataset_attrs(), radii=radii, n_steps=n_steps, n_starts=n_starts, split=split,
-        n=n, batch_size=batch_size, seed=seed, device=str(torch_device), dtype=dtype,
+        ds, "sharpness", **selection.sources[0].dataset_attrs(), radii=radii, n_steps=n_steps, n_starts=n_starts,
+        split=split, n=n, batch_size=batch_size, seed=seed, device=str(torch_device), dtype=dtype,
     )  # fmt: skip
+
+
+def network_sharpness(
+    network: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    radii: Mapping[str, float],
+    *,
+    n_steps: int = 20,
+    n_starts: int = 2,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    label: str = "network",
+    advance: Advance | None = None,
+) -> xr.Dataset:
+    """Sharpness of one network over batches in memory, in all neighbourhoods (dim ``neighbourhood``).
+
+    Parameters
+    ----------
+    network : Module
+        Stays as it is.
+    loss : callable
+        ``loss(outputs, targets)``, averaged over the batch.
+    batches : re-iterable of (inputs, targets)
+        On the network's device.
+    radii : mapping of str to float
+        Neighbourhood to radius.
+    n_steps, n_starts, dtype, seed
+        See :func:`sharpness`.
+    label : str
+        What the network is called in messages.
+    advance : callable, optional
+        Called for every gradient.
+    """
+    device = next(network.parameters()).device
+    surface = LossSurface(network, loss, device, dtype)
+    state = surface.anchor(network.state_dict(), label)
+    with clear_errors(label, surface.model, batches, surface.loss):
+        return _measure(surface, state, batches, radii, n_steps, n_starts, seed, advance or (lambda *_, **__: None))
 
 
 def _measure(
     surface: LossSurface, state: State, batches: Iterable[Any], radii: Mapping[str, float], n_steps: int, n_starts: int,
     seed: int, advance: Advance,
 ) -> xr.Dataset:  # fmt: skip
-    """All neighbourhoods of one state."""
+    """All neighbourhoods of one state, side by side."""
     theta = {name: state[name] for name in surface.parameter_names}
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -158,19 +197,19 @@ def _ascend(
     kind, radius = neighbourhood
     point = theta if direction is None else _farthest(kind, radius, theta, direction)
     value, gradient = surface.value_and_gradient({**state, **point}, batches)
-    first, share = _farthest(kind, radius, theta, gradient), 1.0
+    first, fraction = _farthest(kind, radius, theta, gradient), 1.0
     for step in range(n_steps - 1):
         target = _farthest(kind, radius, theta, gradient)
-        candidate = {name: torch.lerp(point[name], target[name], share) for name in theta}
+        candidate = {name: torch.lerp(point[name], target[name], fraction) for name in theta}
         there, slope = surface.value_and_gradient({**state, **candidate}, batches)
         advance(text=f"{kind}: loss {value:.5g}")
         if there > value:
-            point, value, gradient, share = candidate, there, slope, min(1.0, 2 * share)
-        elif share <= _SMALLEST_SHARE:
+            point, value, gradient, fraction = candidate, there, slope, min(1.0, 2 * fraction)
+        elif fraction <= _SMALLEST_STEP:
             advance(n_steps - step - 2)
             break
         else:
-            share /= 2
+            fraction /= 2
     advance()
     return value, point, first
 
@@ -195,4 +234,4 @@ def _check(radii: Mapping[str, float]) -> None:
             raise ModelError(f"unknown neighbourhood {kind!r}; there are {', '.join(RADII)}")
         positive(**{f"the radius of the {kind}": radius})
     if not radii:
-        raise ModelError(f"no neighbourhood to look at; there are {', '.join(RADII)}")
+        raise ModelError(f"no neighbourhood is named; there are {', '.join(RADII)}")

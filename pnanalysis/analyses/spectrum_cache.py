@@ -1,4 +1,4 @@
-"""Spectra that have been computed before."""
+"""Spectra that have been computed before, found by a digest of weights, data and settings."""
 
 from __future__ import annotations
 
@@ -6,108 +6,122 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from torch import nn
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.data import Split
-from pnanalysis.inputs.selection import Member
+from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
-from pnanalysis.io.runs import ANALYSIS, Checkpoint
+from pnanalysis.io.runs import ANALYSIS
 from pnanalysis.spectra.linear_operator import LinearOperator, random_unit_vectors
 
+_SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
 
-def _saved_spectrum(member: Member, options: Mapping[str, Any]) -> xr.Dataset | None:
-    """The spectrum that is saved with the run, if it is of this checkpoint, these examples and as good as asked for."""
-    run = member.source.run
-    file = None if run is None else run.path / ANALYSIS / "hessian.nc"
-    if file is None or not file.is_file() or file.stat().st_mtime < member.checkpoint.path.stat().st_mtime:
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 over names, shapes, types and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def matrix_digest(
+    network: nn.Module, source: Source, settings: Mapping[str, Any], *, split: str, n: int | None, seed: int
+) -> str:
+    """A digest of everything that determines a curvature matrix: weights, architecture, loss, examples and settings.
+
+    Empty, and so equal to none, where a name does not tell what is behind it: custom models, losses and loaders.
+    """
+    model, loss, data = source.attrs.get("model", ""), source.attrs.get("loss", ""), source.data
+    registered = source.run is not None and not any(":" in name or name.startswith("own ") for name in (model, loss))
+    part = data.get(split)
+    if not registered or not data.fingerprint or not isinstance(part, Split):
+        return ""
+    examples = [data.fingerprint, data.split_hash, split, len(part) if n is None else min(n, len(part)), seed]
+    text = json.dumps([model, loss, examples, dict(settings)], sort_keys=True, default=str)
+    return hashlib.sha256((weights_digest(network) + text).encode()).hexdigest()
+
+
+def saved_spectrum(source: Source, digest: str, n_lanczos: int, n_probes: int) -> xr.Dataset | None:
+    """The spectrum of this matrix that is saved with the run, if it was given at least this many steps and probes."""
+    file = None if source.run is None else source.run.path / ANALYSIS / "hessian.nc"
+    if not digest or file is None or not file.is_file():
         return None
     ds = netcdf.load(file)
-    wanted: dict[str, Any] = {"operator": "hessian", "split": "train", "bn_mode": "eval", "params": None}
-    wanted |= {"amp": "no", "dtype": "float32", **{name: member.source.attrs.get(name) for name in ("loss", "model")}}
-    wanted |= {key: options[key] for key in ("n", "seed", *wanted) if key in options}
-    train = member.source.data.train
-    if isinstance(train, Split) and wanted["n"] is not None:
-        wanted["n"] = min(wanted["n"], len(train))
-    at = np.flatnonzero((ds.iteration == member.checkpoint.iteration) & (ds.epoch == member.checkpoint.epoch))
-    fits = all(ds.attrs.get(key) == value for key, value in wanted.items())
-    enough = ds.sizes["lanczos"] >= options["n_lanczos"] and ds.sizes["probe"] >= options["n_probes"]
-    same_data = ds.attrs.get("data_fingerprint") == member.source.data.fingerprint
-    if not (fits and enough and same_data and len(at)) or "layer" in ds.coords:
+    if "layer" in ds.coords or "matrix_digest" not in ds.coords:
         return None
-    return ds.isel(checkpoint=int(at[0]))
+    rows = np.flatnonzero(ds.matrix_digest == digest)
+    enough = ds.sizes["lanczos"] >= n_lanczos and ds.sizes["probe"] >= n_probes
+    return ds.isel(checkpoint=int(rows[0])) if enough and len(rows) else None
 
 
-_SAME = 1e-3  # relative deviation of a product that arithmetic explains
+@dataclass(frozen=True)
+class SpectrumCache:
+    """A folder with the finished spectra of one analysis, and the unfinished work on the next.
 
-
-_Key = tuple[int, Checkpoint, str]  # source, checkpoint, layer ("" for all)
-
-
-def _claim(folder: Path, asked: dict[str, Any]) -> None:
-    """Make the folder that of this call, or see that it is.
-
-    Raises
-    ------
-    CurvatureError
-        If it holds the unfinished work of another.
+    Attributes
+    ----------
+    folder : Path
+    weights : str
+        Digest of the network whose spectra are looked for; see :meth:`of`.
     """
-    path, asked = folder / "asked.json", json.loads(json.dumps(asked, default=str))
-    if path.is_file() and (any(folder.glob("*.nc")) or any(folder.glob("*/*.safetensors"))):
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = [name for name in asked if before.get(name) != asked[name]]
-        if other:
-            raise CurvatureError(
-                f"{folder}: holds unfinished work with {other[0]} {before.get(other[0])!r}, not {asked[other[0]]!r}; "
-                "finish that first with the same settings, or delete the folder"
-            )
-        return
-    with netcdf.atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(asked, indent=1), encoding="utf-8")
 
+    folder: Path
+    weights: str = ""
 
-def _finished(
-    folder: Path | None,
-    asked: dict[str, Any],
-    operator: LinearOperator,
-    compute: Callable[[], xr.Dataset],
-) -> xr.Dataset:
-    """A spectrum, from the file beside ``folder`` if it is there and answers just what is asked.
+    @classmethod
+    def claim(cls, folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> SpectrumCache:
+        """The folder for an analysis with these settings.
 
-    One product tells whether the operator is still the same, whatever has happened to code and data meanwhile.
-    """
-    if folder is None:
-        return compute()
-    path = folder.with_name(f"{folder.name}.nc")
-    question = json.dumps(asked, sort_keys=True, default=str)
-    vector = random_unit_vectors(operator, [0], seed=0)
-    product = operator.matmat(vector)
-    known = np.array([float((vector * product).sum()), float(torch.linalg.vector_norm(product))])
-    if path.is_file():
-        found = netcdf.load(path)
-        same = np.abs(np.asarray(found.attrs.pop("product", np.nan)) - known).max() <= _SAME * known[1]
-        if found.attrs.pop("asked", None) == question and same:
-            return found
-    ds = compute()
-    netcdf.save(ds.assign_attrs(asked=question, product=known), path)
-    return ds
+        Raises
+        ------
+        CurvatureError
+            If it holds the unfinished work of an analysis with other settings.
+        """
+        cache = cls(Path(folder))
+        path, own = cache.folder / "settings.json", json.loads(json.dumps(dict(settings), default=str))
+        if path.is_file() and (any(cache.folder.glob("*.nc")) or any(cache.folder.glob("*/*.safetensors"))):
+            before = json.loads(path.read_text(encoding="utf-8"))
+            other = [name for name in own if before.get(name) != own[name]]
+            if other:
+                raise CurvatureError(
+                    f"{folder}: holds unfinished work with {other[0]} {before.get(other[0])!r}, not {own[other[0]]!r}; "
+                    "finish that first with the same settings, or delete the folder"
+                )
+            return cache
+        with netcdf.atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(own, indent=1), encoding="utf-8")
+        return cache
 
+    def of(self, network: nn.Module) -> SpectrumCache:
+        """The same folder, for the spectra of one network."""
+        return replace(self, weights=weights_digest(network))
 
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    def finished(self, layer: str, operator: LinearOperator, compute: Callable[..., xr.Dataset]) -> xr.Dataset:
+        """The spectrum of a layer (``""`` for the whole network): the saved one if there is, else ``compute(state=)``.
 
-
-def _row(label: str, layer: str) -> str:
-    return f"{label}:{layer}" if layer else label
-
-
-def _own_folder(state: str | os.PathLike[str] | None, key: _Key) -> Path | None:
-    """Where the unfinished work on one spectrum is kept."""
-    which, checkpoint, layer = key
-    return None if state is None else Path(state) / f"{which}-{_row(checkpoint.name.replace('/', '-'), layer)}"
+        Names cannot tell whether a user's code or data have changed meanwhile. One product can, so it is compared
+        with that of the operator whose spectrum was saved.
+        """
+        name = "-".join(part for part in (self.weights[:16], layer.replace("/", "-")) if part)
+        path = self.folder / f"{name}.nc"
+        vector = random_unit_vectors(operator, [0], seed=0)
+        product = operator.matmat(vector)
+        fresh = np.array([float((vector * product).sum()), float(torch.linalg.vector_norm(product))])
+        if path.is_file():
+            found = netcdf.load(path)
+            before = np.asarray(found.attrs.pop("product", np.nan))
+            if np.abs(before - fresh).max() <= _SAME_PRODUCT * fresh[1]:
+                return found
+        ds = compute(state=path.with_suffix(""))
+        netcdf.save(ds.assign_attrs(product=fresh), path)
+        return ds

@@ -108,7 +108,8 @@ def sources(
     PnError
         If nothing is named, weights come without a model, or there is no place for the result.
     """
-    from pnanalysis.inputs.sources import as_source, open_files
+    from pnanalysis.inputs.networks import open_files
+    from pnanalysis.inputs.sources import as_source
 
     given = list(paths or [])
     if model is not None and (weights or not given or not given[0].is_dir()):

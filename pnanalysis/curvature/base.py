@@ -22,8 +22,7 @@ from pnanalysis.curvature.prepared_copy import PRECISIONS, BatchNorm, autocast, 
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
-from pnanalysis.evaluation.forward import loss_on
-from pnanalysis.evaluation.losses import check_targets, example_weights, known
+from pnanalysis.evaluation.losses import check_targets, example_weights, known, loss_on
 from pnanalysis.inputs.batches import as_arguments, batch_size, cut, map_tensors, move
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.spectra.memory import free_bytes

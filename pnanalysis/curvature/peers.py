@@ -105,7 +105,7 @@ class _Curvlinops(_Peer):
             "fisher": curvlinops.EFLinearOperator,
         }
         losses = {nn.functional.cross_entropy: nn.CrossEntropyLoss(), nn.functional.mse_loss: nn.MSELoss()}
-        loss_fn = losses.get(native.loss_fn)
+        loss_fn = losses.get(native.loss_fn.function)
         if loss_fn is None:
             raise CurvatureError("curvlinops is offered for cross_entropy and mse only; use the native engine")
         model = native.model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pnanalysis.errors import DataError, PnError, reason
 from pnanalysis.evaluation.forward import _WRAP, IGNORED, _kind, _shapes, forward, no_class, not_for
+from pnanalysis.evaluation.losses import known
 from pnanalysis.inputs.batches import cut, move
 from pnanalysis.inputs.models import Loss
 
@@ -88,7 +89,8 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
 
 def _no_class(outputs: Tensor, batches: Iterable[Any], loss: Loss) -> str | None:
     """The first integer target that is no class of these outputs."""
-    ignored = getattr(loss, "ignore_index", getattr(loss, "keywords", {}).get("ignore_index", IGNORED))
+    found = known(loss)
+    ignored = getattr(loss, "ignore_index", IGNORED) if found is None else found.ignored
     for _, targets in batches:
         whole = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
         if not whole or outputs.ndim != targets.ndim + 1:

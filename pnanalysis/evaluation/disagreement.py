@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,7 +19,6 @@ from pnanalysis.evaluation.losses import log_probabilities
 from pnanalysis.evaluation.scores import Scores
 from pnanalysis.inputs.batches import batch_size
 from pnanalysis.inputs.models import Loss
-from pnanalysis.inputs.selection import Member
 from pnanalysis.terminal.progress import Advance
 
 Array = NDArray[np.float64]
@@ -29,21 +28,33 @@ _ROUND_OFF = 1e-15  # nats: what double precision leaves of zero
 
 
 def evaluate(
+    networks: Mapping[str, nn.Module],
+    batches: Iterable[tuple[Sequence[Any], Any]],
     loss: Loss,
-    chosen: Sequence[Member],
-    networks: Sequence[nn.Module],
-    batches: Iterable[tuple[list[Any], Any]],
     advance: Advance,
     pairs: FunctionPairs | None = None,
     alignment: CentredKernelAlignment | None = None,
 ) -> Scores:
-    """One pass of all networks over the same batches: their scores, and what else is asked for is told of each."""
+    """Run all networks over the same batches, once.
+
+    Parameters
+    ----------
+    networks : mapping of str to Module
+        By label, in eval mode.
+    batches : iterable
+        Pairs of the inputs of every network and the targets.
+    loss : callable
+    advance : callable
+        Called for every batch.
+    pairs, alignment : optional
+        Collect from the same passes how the functions and the layers differ.
+    """
     scores = Scores(loss)
-    labels = [member.label for member in chosen]
+    first = next(iter(networks))
     with torch.no_grad(), alignment or nullcontext():
         for inputs, targets in batches:
-            outputs = forward_all(networks, inputs, targets, labels, scores.loss)
-            with clear_errors(labels[0], networks[0], [(inputs[0], targets)], scores.loss):
+            outputs = forward_all(networks, inputs, targets, scores.loss)
+            with clear_errors(first, networks[first], [(inputs[0], targets)], scores.loss):
                 scores.add(outputs, targets)
                 if pairs is not None:
                     pairs.add(outputs, targets)
@@ -133,27 +144,28 @@ def expected_disagreement(accuracy: Array, classes: int) -> Array:
     return 1.0 - right - wrong / max(classes - 1, 1)
 
 
-def forward_all(
-    networks: Sequence[nn.Module], inputs: Sequence[Any], targets: Any, labels: Sequence[str], loss: Loss
-) -> list[Any]:
-    """What every network gives for its own form of the same examples.
+def forward_all(networks: Mapping[str, nn.Module], inputs: Sequence[Any], targets: Any, loss: Loss) -> list[Any]:
+    """Outputs of every network for its own form of the same examples.
 
     Raises
     ------
     ModelError
-        If there is no prediction in it, or predictions are not of one shape.
+        If there is no prediction among them, or predictions are not of one shape.
     DataError
         If a network cannot take its examples.
     """
     outputs = []
-    for network, x, label in zip(networks, inputs, labels, strict=True):
+    for (label, network), x in zip(networks.items(), inputs, strict=True):
         with clear_errors(label, network, [(x, targets)], loss):
             outputs.append(forward(network, x))
-    shapes = [required_prediction(one, label).shape[1:] for one, label in zip(outputs, labels, strict=True)]
-    for label, shape in zip(labels, shapes, strict=True):
-        if shape != shapes[0]:
-            first, other = (" x ".join(map(str, each)) or "1" for each in (shapes[0], shape))
+    shapes = {
+        label: required_prediction(output, label).shape[1:] for label, output in zip(networks, outputs, strict=True)
+    }
+    reference = next(iter(shapes))
+    for label, shape in shapes.items():
+        if shape != shapes[reference]:
+            first, other = (" x ".join(map(str, each)) or "1" for each in (shapes[reference], shape))
             raise ModelError(
-                f"{labels[0]} has {first} outputs, {label} has {other}: what they compute cannot be compared"
+                f"{reference} has {first} outputs, {label} has {other}: what they compute cannot be compared"
             )
     return outputs

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from pnanalysis.errors import ModelError
-from pnanalysis.inputs.batches import as_arguments, move, tensors
+from pnanalysis.inputs.batches import as_arguments, tensors
 from pnanalysis.inputs.models import Loss
 
 #: Entries of an answer that hold the prediction: of Hugging Face's models, and of torchvision's segmentation.
@@ -60,18 +57,6 @@ def required_prediction(outputs: Any, who: str = "the network") -> Tensor:
     if found is None:
         raise ModelError(f"{who} returns {_kind(outputs)}, in which there is no prediction; {_WRAP}")
     return found
-
-
-def loss_on(loss: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
-    """The loss with what tensors it holds (class weights, say) on the device and in the precision of the network."""
-    if isinstance(loss, nn.Module):
-        held = [*loss.parameters(), *loss.buffers()]
-        if all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in held):
-            return loss
-        return deepcopy(loss).to(device, dtype)
-    if isinstance(loss, partial):
-        return partial(loss.func, *loss.args, **move(loss.keywords, device, dtype))
-    return loss
 
 
 def not_for(loss: Loss, outputs: Any) -> ModelError:

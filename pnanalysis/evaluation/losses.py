@@ -14,6 +14,7 @@ ratio (W. Cochran, Sampling Techniques, 3rd ed. 1977, section 2.11); the same go
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_map
 
 from pnanalysis.errors import DataError, ModelError
 from pnanalysis.evaluation.forward import IGNORED, no_class, not_for
-from pnanalysis.inputs.batches import batch_size
+from pnanalysis.inputs.batches import batch_size, move
 from pnanalysis.inputs.models import Loss
 
 Array = NDArray[np.float64]
@@ -49,8 +50,8 @@ _OPTIONS = ("weight", "ignore_index", "label_smoothing", "pos_weight", "beta", "
 _TOLERANCE = 1e-3
 
 
-class _Known(NamedTuple):
-    """A loss of torch's that is a mean over elements: its function, and what it is called with."""
+class TorchLoss(NamedTuple):
+    """One of torch's own losses that is a mean over elements: its function, and the options it is called with."""
 
     function: Any
     options: dict[str, Any]
@@ -66,8 +67,40 @@ class _Known(NamedTuple):
         return "classes" if self.function in _CLASS_LOSSES else "sides" if self.function in _LOGIT_LOSSES else "numbers"
 
 
-def known(loss: Loss) -> _Known | None:
+class InspectedLoss:
+    """A loss that has been recognised once, so that its batches need not ask again what it is.
+
+    Called like the loss itself. Every function here takes one in place of a loss.
+    """
+
+    def __init__(self, function: Loss, torch_loss: TorchLoss | None) -> None:
+        self.function, self.torch_loss = function, torch_loss
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        return self.function(outputs, targets)
+
+
+def loss_on(loss: Loss, device: torch.device, dtype: torch.dtype) -> InspectedLoss:
+    """The loss, recognised, with the tensors it holds (class weights, say) on the device and in the precision given."""
+    if isinstance(loss, InspectedLoss):
+        loss = loss.function
+    if isinstance(loss, nn.Module):
+        held = [*loss.parameters(), *loss.buffers()]
+        if not all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in held):
+            loss = deepcopy(loss).to(device, dtype)  # the caller's own stays where it is
+    elif isinstance(loss, partial):
+        loss = partial(loss.func, *loss.args, **move(loss.keywords, device, dtype))
+    return InspectedLoss(loss, recognise(loss))
+
+
+def known(loss: Loss) -> TorchLoss | None:
     """One of torch's own mean losses, as a function, a module or a ``functools.partial``; ``None`` for all others."""
+    return loss.torch_loss if isinstance(loss, InspectedLoss) else recognise(loss)
+
+
+def recognise(loss: Loss) -> TorchLoss | None:
+    """What :func:`known` says of a loss that has not been inspected yet."""
     function, options = loss, {}
     if isinstance(loss, partial) and not loss.args:
         function, options = loss.func, dict(loss.keywords)
@@ -76,7 +109,7 @@ def known(loss: Loss) -> _Known | None:
         options = {name: getattr(loss, name) for name in (*_OPTIONS, "reduction") if hasattr(loss, name)}
     if options.pop("reduction", "mean") != "mean" or not set(options) <= set(_OPTIONS):
         return None
-    return _Known(function, options) if function in (*_CLASS_LOSSES, *_REAL_LOSSES, *_LOGIT_LOSSES) else None
+    return TorchLoss(function, options) if function in (*_CLASS_LOSSES, *_REAL_LOSSES, *_LOGIT_LOSSES) else None
 
 
 def kind_of(loss: Loss | None) -> str | None:
@@ -171,7 +204,7 @@ def example_weights(loss: Loss, targets: Any) -> Tensor:
     return counts.reshape(len(targets), -1).mean(1)
 
 
-def _are_indices(found: _Known, targets: Tensor) -> bool:
+def _are_indices(found: TorchLoss, targets: Tensor) -> bool:
     return found.kind == "classes" and not targets.is_floating_point()
 
 

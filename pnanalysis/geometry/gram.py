@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pnanalysis.errors import ModelError
 from pnanalysis.geometry.flat_weights import FlatWeights
-from pnanalysis.io.runs import Checkpoint
+from pnanalysis.inputs.sources import AnyCheckpoint, MemoryCheckpoint
 from pnanalysis.terminal.progress import progress_bar
 
 _BLOCK_BYTES = 256_000_000
@@ -25,7 +25,7 @@ _Piece = tuple[str, int, int]
 
 
 def layer_grams(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[AnyCheckpoint],
     layers: Mapping[str, Sequence[str]],
     *,
     reference: int = 0,
@@ -66,7 +66,7 @@ def layer_grams(
     H. Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913.
     """
     names = [name for own in layers.values() for name in own]
-    weights = [FlatWeights(checkpoint, names) for checkpoint in checkpoints]
+    weights = [_readable(checkpoint, names) for checkpoint in checkpoints]
     _same_architecture(weights)
     generator = torch.Generator().manual_seed(seed)
     total = sum(prod(weights[0].shapes[name]) for name in names)
@@ -82,7 +82,7 @@ def layer_grams(
 
 def displacement_gram(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Matrix:
     """Inner products of states' displacements from the first, (T, T), over the named tensors, in float64."""
-    weights = [_InMemory(state) for state in states]
+    weights = [_InMemory(state, names) for state in states]
     return _summed(weights, names, {}, 0, lambda n: None)[: len(states), : len(states)]
 
 
@@ -123,12 +123,21 @@ class _Weights(Protocol):
 class _InMemory:
     """A state, read as :class:`pnanalysis.geometry.flat_weights.FlatWeights` are."""
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self._state = state
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    def __init__(self, state: Mapping[str, Tensor], names: Sequence[str], origin: str = "weights") -> None:
+        self._state, self.path = state, origin
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.is_floating_point()}
+        missing = [name for name in names if name not in self.shapes]
+        if missing:
+            raise ModelError(f"{origin}: lacks {missing[0]!r}, so it is of another architecture")
 
     def read(self, name: str, begin: int, end: int) -> Tensor:
         return self._state[name].detach().reshape(-1)[begin:end].double().cpu()
+
+
+def _readable(checkpoint: AnyCheckpoint, names: Sequence[str]) -> FlatWeights | _InMemory:
+    if isinstance(checkpoint, MemoryCheckpoint):
+        return _InMemory(checkpoint.load(), names, checkpoint.origin)
+    return FlatWeights(checkpoint, names)
 
 
 def _summed(
@@ -182,7 +191,7 @@ def _blocks(tensors: list[tuple[str, int]], width: int) -> Iterator[list[_Piece]
         yield pieces
 
 
-def _same_architecture(weights: list[FlatWeights]) -> None:
+def _same_architecture(weights: Sequence[FlatWeights | _InMemory]) -> None:
     first = weights[0]
     for other in weights[1:]:
         differing = [

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from pnanalysis.errors import ModelError
-from pnanalysis.evaluation.forward import forward, loss_on, prediction
+from pnanalysis.evaluation.forward import forward, prediction
 from pnanalysis.evaluation.losses import (
     check_mean,
     check_targets,
@@ -28,6 +28,7 @@ from pnanalysis.evaluation.losses import (
     example_losses,
     example_weights,
     linearised,
+    loss_on,
 )
 from pnanalysis.inputs.batches import batch_size, map_tensors
 from pnanalysis.inputs.models import Loss, load_weights

@@ -179,6 +179,11 @@ class Splits:
         return cast("Split | LoaderSplit", found)
 
 
+def n_examples(part: Split | LoaderSplit, batches: Iterable[Batch]) -> int:
+    """How many examples there are in the batches of a split."""
+    return len(part) if isinstance(part, Split) else sum(batch_size(batch) for batch in batches)
+
+
 def load_data(spec: str, input_shape: Sequence[int] | None = None, split_seed: int = 0) -> Splits:
     """Load a data set and split its test images into validation and test halves by seed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from pnanalysis.inputs.registry import MODELS, describe_error, import_object, re
 
 _WRAPPERS = ("module.", "_orig_mod.", "module.")  # either inside the other
 Loss = Callable[[Any, Any], torch.Tensor]
+#: A registered name or ``module:factory``, an instance, or a callable that returns one.
+ModelLike = str | nn.Module | Callable[[], nn.Module]
 
 LOSSES: dict[str, Loss] = {
     "cross_entropy": nn.functional.cross_entropy,
@@ -49,6 +52,13 @@ def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Modul
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {spec!r} gave a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def new_model(model: ModelLike, options: Mapping[str, Any] | None = None) -> nn.Module:
+    """A network of one's own from a name, a factory, or an instance, which is copied and keeps its weights."""
+    if isinstance(model, nn.Module):
+        return deepcopy(model)
+    return build_model(model, options) if isinstance(model, str) else model()
 
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str = "weights") -> nn.Module:

@@ -1,41 +1,59 @@
-"""Checkpoints side by side: what they are called, their networks, and the examples that all of them see."""
+"""Which checkpoints an analysis is about, what they are called, and the examples that all of them see."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import nn
 
-from pnanalysis.errors import ModelError, RunError
-from pnanalysis.inputs.data import SPLITS, Split, Splits
-from pnanalysis.inputs.sources import Source, as_sources, check_same_data
+from pnanalysis.errors import ModelError, PnError, RunError
+from pnanalysis.inputs.data import Splits
+from pnanalysis.inputs.models import Loss, ModelLike
+from pnanalysis.inputs.networks import is_path, is_state_dict, source_of_networks
+from pnanalysis.inputs.sources import AnyCheckpoint, Source, as_source
 from pnanalysis.io.runs import Checkpoint, Run
+from pnanalysis.io.weights import State
+
+#: What analyses accept: runs, networks, state dicts, files, and mappings or sequences of these.
+Given = Run | Source | nn.Module | str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any]
+
+_KEPT_BYTES = 2e9  # of weights that were read ahead of their turn; beyond, a file is read again rather than held
 
 
-@dataclass(frozen=True)
-class Member:
-    """One of the checkpoints that are compared.
+@dataclass(frozen=True, eq=False)
+class SelectedCheckpoint:
+    """One of the checkpoints that an analysis is about.
 
     Attributes
     ----------
     label : str
-        Its name in datasets: the checkpoint's, with the source's in front where there are several sources.
+        Its name in datasets: the checkpoint's, after the source's where there are several sources.
+    source : Source
+    checkpoint : Checkpoint or MemoryCheckpoint
     description : str
         What it is within its run, in words; empty for a user's own weights.
     """
 
     label: str
     source: Source
-    checkpoint: Checkpoint
+    checkpoint: AnyCheckpoint
     description: str = ""
 
-    def network(self, device: torch.device) -> nn.Module:
-        """A network of its own with the checkpoint's weights, in eval mode."""
-        return deepcopy(self.source.model(self.checkpoint, device))
+    @property
+    def key(self) -> tuple[str, object]:
+        """Equal for two names of the same weights: the champion may be the plain model."""
+        return self.source.label, self.checkpoint.identity
+
+    @property
+    def origin(self) -> str:
+        """What messages call it, whatever the number of sources."""
+        return f"{self.source.label}/{self.checkpoint.name}" if self.source.run is not None else self.checkpoint.name
 
     @property
     def start(self) -> Checkpoint | None:
@@ -47,35 +65,216 @@ class Member:
         return first if first.epoch == 0 else None
 
 
-def members(runs: Sequence[Any], checkpoints: Sequence[str] | None = None) -> list[Member]:
-    """The checkpoints to compare, the reference first.
+class Selection(Sequence[SelectedCheckpoint]):
+    """The checkpoints that an analysis is about, the reference first. Made by :func:`select`.
+
+    Each file is read and each architecture built once, however often an analysis comes back to a checkpoint.
+    """
+
+    def __init__(self, sources: Sequence[Source], chosen: Sequence[SelectedCheckpoint]) -> None:
+        self.sources = list(sources)
+        self._chosen = list(chosen)
+        self._kept: dict[tuple[str, object], State] = {}
+
+    @overload
+    def __getitem__(self, at: int) -> SelectedCheckpoint: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[SelectedCheckpoint]: ...
+    def __getitem__(self, at: int | slice) -> SelectedCheckpoint | list[SelectedCheckpoint]:
+        return self._chosen[at]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @property
+    def labels(self) -> list[str]:
+        """What the checkpoints are called."""
+        return [item.label for item in self]
+
+    def distinct(self) -> list[SelectedCheckpoint]:
+        """Each set of weights once, under its first name."""
+        first: dict[tuple[str, object], SelectedCheckpoint] = {}
+        for item in self:
+            first.setdefault(item.key, item)
+        return list(first.values())
+
+    def network(
+        self, item: SelectedCheckpoint, device: torch.device | str, dtype: torch.dtype | None = None, *,
+        last: bool = True,
+    ) -> nn.Module:  # fmt: skip
+        """A network with the checkpoint's weights, in eval mode.
+
+        ``last=False`` says that the analysis will come back to it: the weights are then kept, within limits.
+        """
+        state = self._kept.pop(item.key, None)
+        if state is None and (isinstance(item.checkpoint, Checkpoint) or item.checkpoint.network is None):
+            state = item.checkpoint.load()
+        network = item.source.model(item.checkpoint, device, dtype, state)
+        if not last and state is not None and self._room_for(state):
+            self._kept[item.key] = state
+        return network
+
+    def networks(self, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
+        """A network of its own for every label, all at once."""
+        found: dict[str, nn.Module] = {}
+        first: dict[tuple[str, object], nn.Module] = {}
+        for item in self:
+            known = first.get(item.key)
+            found[item.label] = self.network(item, device, dtype) if known is None else deepcopy(known)
+            first.setdefault(item.key, found[item.label])
+        return found
+
+    def check_weights(self) -> None:
+        """Read the weights of a user's own files and put them into the network, before long work on the first begins.
+
+        Raises
+        ------
+        ModelError
+            If some cannot be read, do not fit the model, or are not finite.
+        """
+        files = [item for item in self.distinct() if item.source.run is None]
+        for item in files if len(files) > 1 else ():
+            self.network(item, "cpu", last=False)
+
+    def _room_for(self, state: State) -> bool:
+        held = sum(tensor.nbytes for kept in (*self._kept.values(), state) for tensor in kept.values())
+        return held <= _KEPT_BYTES
+
+
+def select(
+    given: Iterable[Any],
+    names: Iterable[str] | None = None,
+    *,
+    model: ModelLike | None = None,
+    data: Any = None,
+    loss: str | Loss | None = None,
+    champions: bool = False,
+    at_least: int = 1,
+) -> Selection:
+    """Resolve what was given to an analysis into checkpoints with distinct labels.
 
     Parameters
     ----------
-    runs : sequence of Run, Source or path
-    checkpoints : sequence of str, optional
-        See :meth:`pnanalysis.io.runs.Run.select`. By default plain and champion of a single run, the champion of each
-        of several, and all of a user's own files.
+    given, model, data, loss
+        See :func:`as_sources`.
+    names : iterable of str, optional
+        See :meth:`pnanalysis.io.runs.Run.select`; by default plain and champion of runs and all of a user's own
+        networks.
+    champions : bool
+        Of several runs, only the champion of each by default.
+    at_least : int
+        How many checkpoints are needed.
 
     Raises
     ------
     RunError
-        If fewer than two are left.
+        If there are fewer, or nothing was given.
     """
-    sources = as_sources(runs)
-    found = []
+    sources = as_sources(given, model, data, loss)
+    if not sources and at_least < 2:
+        raise nothing_given()
+    chosen = []
     for source in sources:
-        wanted = ("champion",) if checkpoints is None and source.run is not None and len(sources) > 1 else checkpoints
-        for name, checkpoint in source.select(wanted).items():
+        own = ("champion",) if names is None and champions and source.run is not None and len(sources) > 1 else names
+        for name, checkpoint in source.select(own).items():
             label = name if len(sources) == 1 else f"{source.label}/{name}"
-            found.append(Member(label, source, checkpoint, _describe(source.run, checkpoint)))
-    if len(found) < 2:
-        there = f"there is only {found[0].label}" if found else "none is given"
+            chosen.append(SelectedCheckpoint(label, source, checkpoint, _describe(source.run, checkpoint)))
+    if len(chosen) < at_least:
+        there = f"there is only {chosen[0].label}" if chosen else "none is given"
         raise RunError(f"a comparison needs at least two checkpoints, {there}; name another run, weights or checkpoint")
-    return found
+    return Selection(sources, chosen)
 
 
-def _describe(run: Run | None, checkpoint: Checkpoint) -> str:
+def nothing_given() -> RunError:
+    """What to say where an analysis was given nothing to look at."""
+    return RunError("name a run, or give networks, or a model with weight files")
+
+
+def as_sources(
+    given: Iterable[Any], model: ModelLike | None = None, data: Any = None,
+    loss: str | Loss | None = None,
+) -> list[Source]:  # fmt: skip
+    """Sources of everything that was given to an analysis, with labels that differ.
+
+    Parameters
+    ----------
+    given : iterable
+        Runs or their paths, sources, networks, state dicts, weight files; mappings of names to these, or sequences of
+        these. Each run is a source; networks, state dicts and files together form one.
+    model : str, Module or callable, optional
+        The architecture of state dicts and weight files; for a run, in place of what its manifest names.
+    data : str or object, optional
+        Registered name, ``module:factory``, or anything :func:`pnanalysis.inputs.data.as_splits` understands.
+    loss : str or callable, optional
+        ``loss(outputs, targets)``, averaged over the batch; cross-entropy by default, or what a run's manifest names.
+
+    Raises
+    ------
+    PnError
+        If something that was given is none of these, weights come without a model, or two have the same name.
+    """
+    sources: list[Source] = []
+    networks: list[tuple[str | None, Any]] = []
+    place = None  # of the source of networks, that of the first of them
+    for name, item in flattened(given):
+        if isinstance(item, Source):
+            if any(option is not None for option in (model, data, loss)):
+                raise PnError("a Source brings its own model, data and loss; give these where it is made")
+            sources.append(item if name is None else replace(item, label=name))
+        elif isinstance(item, Run) or (is_path(item) and (model is None or Path(item).is_dir())):
+            if is_path(item) and Path(item).is_file():
+                raise ModelError(f"{item}: is a file; weights need the network they belong to, model=...")
+            source = as_source(item, model, data, loss)
+            sources.append(source if name is None else replace(source, label=name))
+        else:
+            place = len(sources) if place is None else place
+            networks.append((name, item))
+    if networks:
+        sources.insert(place or 0, source_of_networks(networks, model, data, loss))
+    labels = distinct_labels([source.label for source in sources])
+    relabelled = [
+        source if label == source.label else replace(source, label=label)
+        for source, label in zip(sources, labels, strict=True)
+    ]
+    return _sharing_data(relabelled)  # after the labels: a relabelled source is another object, with data of its own
+
+
+def flattened(given: Iterable[Any], name: str | None = None) -> Iterator[tuple[str | None, Any]]:
+    """Each thing that was given, with its name where it came in a mapping."""
+    for item in given:
+        if isinstance(item, Mapping) and not is_state_dict(item):
+            for key, value in item.items():
+                yield from flattened([value], str(key))
+        elif isinstance(item, list | tuple):
+            names = (
+                [name] * len(item) if name is None or len(item) == 1 else [f"{name} {i + 1}" for i in range(len(item))]
+            )
+            for own_name, value in zip(names, item, strict=True):
+                yield from flattened([value], own_name)
+        else:
+            yield name, item
+
+
+def _sharing_data(sources: Sequence[Source]) -> list[Source]:
+    """The sources, those of one data set loading it once."""
+    first: dict[str, Source] = {}
+    shared = []
+    for source in sources:
+        known = first.setdefault(source.data_key, source) if source.data_key else source
+        shared.append(source if known is source else replace(source, make_data=_data_of(known)))
+    return shared
+
+
+def _data_of(source: Source) -> Callable[[], Splits]:
+    return lambda: source.data
+
+
+def distinct_labels(labels: Sequence[str]) -> list[str]:
+    """The labels, those that occur more than once with a number."""
+    return [f"{label}#{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
+
+
+def _describe(run: Run | None, checkpoint: AnyCheckpoint) -> str:
     if run is None:
         return ""
     ends = run.ends
@@ -87,108 +286,3 @@ def _describe(run: Run | None, checkpoint: Checkpoint) -> str:
     if checkpoint.iteration == 0:
         return "the plain model"
     return f"iteration {checkpoint.iteration}" + (", the champion" if best else "")
-
-
-class Examples:
-    """The examples that all members see in the same order, each in the shape that its own network takes.
-
-    Loaders have no fingerprint to tell them apart: the first member's is used for all.
-
-    Raises
-    ------
-    DataError
-        If the members were trained on different data, or on other halves of the same.
-    ModelError
-        If they were trained by different losses.
-    """
-
-    def __init__(self, chosen: Sequence[Member], device: torch.device) -> None:
-        self.device = device
-        self.data: list[Splits] = []
-        self.which: list[int] = []
-        for member in chosen:
-            check_same_loss(chosen[0].source, member.source, (chosen[0].label, member.label))
-            member.source.share_data(chosen[0].source)
-            data = member.source.data
-            if self.data:
-                check_same_data(chosen[0].source, member.source, (chosen[0].label, member.label))
-            at = next((i for i, known in enumerate(self.data) if _alike(known, data)), len(self.data))
-            if at == len(self.data):
-                self.data.append(data)
-            self.which.append(at)
-
-    @property
-    def splits(self) -> list[str]:
-        """The names of the splits that there are."""
-        return [name for name in SPLITS if getattr(self.data[0], name) is not None]
-
-    def nearest(self, split: str) -> str:
-        """The split itself, or the last of train, validation and test that there is."""
-        return split if split in self.splits else self.splits[-1]
-
-    def batches(
-        self, split: str, n: int | None, batch_size: int, seed: int, at_least: int = 10
-    ) -> tuple[int, Iterator[tuple[list[Any], Any]]]:
-        """How many batches there are, and each as (inputs of every member, targets).
-
-        ``n`` examples are drawn by ``seed``, all if there are fewer; batches are smaller than ``batch_size`` where
-        that would give fewer than ``at_least``.
-        """
-        streams = []
-        for data in self.data:
-            part = data.get(split)
-            if isinstance(part, Split):
-                size = len(part) if n is None else min(n, len(part))
-                batch_size = max(min(batch_size, size // at_least), 8)
-                part = part.subset(size, seed)
-            else:
-                part = part.subset(n, seed)
-            streams.append(part.to(self.device).batches(batch_size))
-
-        def stream() -> Iterator[tuple[list[Any], Any]]:
-            for parts in zip(*streams, strict=True):
-                yield [parts[at][0] for at in self.which], parts[0][1]
-
-        return len(streams[0]), stream()
-
-
-def _alike(a: Splits, b: Splits) -> bool:
-    """Whether networks of one can be fed from the other: the same examples in the same shape."""
-    if not (isinstance(a.train, Split) and isinstance(b.train, Split)):
-        return True
-    return a.train.inputs.shape == b.train.inputs.shape and a.train.inputs.dtype == b.train.inputs.dtype
-
-
-def check_same_loss(first: Source, other: Source, names: tuple[str, str] | None = None) -> None:
-    """Refuse to compare losses of networks that were trained by different ones.
-
-    Raises
-    ------
-    ModelError
-        It calls the two by ``names``, or by their labels.
-    """
-    a, b = first.attrs.get("loss"), other.attrs.get("loss")
-    one, two = names or (first.label, other.label)
-    if a != b:
-        raise ModelError(f"{one} has the loss {a}, {two} has {b}: compare networks by one, given with --loss")
-
-
-_Points = dict[str, tuple[Source, Checkpoint]]
-
-
-def _of_several(sources: list[Source], names: Sequence[str] | None) -> _Points:
-    """Checkpoints of several runs by ``RUN/NAME``; by default the champion of each (all of a user's own files)."""
-    labels = [source.label for source in sources]
-    wanted: list[tuple[str, Source, list[str] | None]] = []
-    if names is None:
-        wanted = [(label, s, ["champion"] if s.run else None) for label, s in zip(labels, sources, strict=True)]
-    for name in names or ():
-        found = [(label, s) for label, s in zip(labels, sources, strict=True) if name.startswith(f"{label}/")]
-        if not found:
-            raise RunError(f"{name!r} names no checkpoint of {', '.join(labels)}; write RUN/NAME")
-        wanted += [(label, source, [name[len(label) + 1 :]]) for label, source in found]
-    return {
-        f"{label}/{name}": (source, checkpoint)
-        for label, source, selected in wanted
-        for name, checkpoint in source.select(selected).items()
-    }

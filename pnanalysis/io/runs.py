@@ -59,6 +59,16 @@ class Checkpoint:
     iteration: int = -1
     epoch: int = -1
 
+    @property
+    def origin(self) -> str:
+        """What messages call it."""
+        return str(self.path)
+
+    @property
+    def identity(self) -> object:
+        """Equal for two checkpoints that are the same file."""
+        return self.path.resolve()
+
     def load(self) -> State:
         """Tensors by name, on the CPU."""
         return read_weights(self.path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +15,17 @@ import xarray as xr
 from torch import nn
 
 import pnanalysis as pn
-from pnanalysis.analyses.spectrum_cache import _saved_spectrum
+from pnanalysis.analyses.hessian import SpectrumOptions
+from pnanalysis.analyses.spectrum_cache import matrix_digest, saved_spectrum
 from pnanalysis.analyses.verdict import diagnostics, measured, verdict
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.estimates import Estimate, significance_threshold
 from pnanalysis.evaluation.scores import paired
 from pnanalysis.geometry.distances import parameter_distances
-from pnanalysis.inputs.selection import Examples, members
-from pnanalysis.inputs.sources import as_source, open_files
+from pnanalysis.inputs.examples import Examples
+from pnanalysis.inputs.networks import open_files
+from pnanalysis.inputs.selection import SelectedCheckpoint, Selection, as_sources, select
+from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
 from pnanalysis.spectra.summary import compare_spectra
@@ -40,6 +45,23 @@ def control(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Ru
 def ends(tiny_run: Run) -> xr.Dataset:
     """All end points of the tiny run."""
     return pn.compare(tiny_run, checkpoints=["ends"], hessian=SMALL, progress=False)
+
+
+def compared(runs: list[Any], checkpoints: list[str] | None = None) -> Selection:
+    """The checkpoints that ``compare`` would choose."""
+    return select(runs, checkpoints, champions=True, at_least=2)
+
+
+def spectrum_of_run(item: SelectedCheckpoint, options: dict[str, Any]) -> xr.Dataset | None:
+    """The spectrum that ``compare`` would take from the run in place of computing it."""
+    split, n, spent = (
+        options.get("split", "train"),
+        options["n"],
+        SpectrumOptions.from_keywords(**{name: value for name, value in options.items() if name not in ("split", "n")}),
+    )
+    network = item.source.model(item.checkpoint)
+    digest = matrix_digest(network, item.source, spent.matrix_settings(), split=split, n=n, seed=spent.seed)
+    return saved_spectrum(item.source, digest, options["n_lanczos"], options["n_probes"])
 
 
 def regression(seed: int, hidden: int = 4) -> nn.Module:
@@ -157,22 +179,24 @@ def test_spectra_differ_as_their_own_comparison_says(tiny_run: Run, ends: xr.Dat
 
 def test_a_saved_spectrum_is_used_only_if_it_is_the_same(own_run: Run) -> None:
     options = {**SMALL, "seed": 0}
-    chosen = members([own_run], ["plain", "iter01"])
-    assert _saved_spectrum(chosen[0], options) is None
+    chosen = compared([own_run], ["plain", "iter01"])
+    assert spectrum_of_run(chosen[0], options) is None
     saved_ds = pn.hessian(own_run, checkpoints=["ends"], progress=False, **options)
     file = own_run.path / ANALYSIS / "hessian.nc"
     netcdf.save(saved_ds.assign(trace=saved_ds.trace + 1000), file)
-    found = _saved_spectrum(chosen[1], options)
+    found = spectrum_of_run(chosen[1], options)
     assert found is not None
     assert float(found.trace) == float(saved_ds.trace[1]) + 1000
     ds = pn.compare(own_run, checkpoints=["ends"], hessian=SMALL, progress=False)
     np.testing.assert_array_equal(ds.trace, saved_ds.trace + 1000)
     for change in ({"n": 99}, {"seed": 1}, {"n_lanczos": 11}, {"n_probes": 4}, {"split": "test"}):
-        assert _saved_spectrum(chosen[1], options | change) is None, change
-    start = members([own_run], ["start", "plain"])[0]
-    assert _saved_spectrum(start, options) is None
-    chosen[1].checkpoint.path.touch()  # trained anew
-    assert _saved_spectrum(chosen[1], options) is None
+        assert spectrum_of_run(chosen[1], options | change) is None, change
+    start = compared([own_run], ["start", "plain"])[0]
+    assert spectrum_of_run(start, options) is None
+    chosen[1].checkpoint.path.touch()  # the same weights at another time
+    assert spectrum_of_run(chosen[1], options) is not None
+    shutil.copyfile(own_run.start.path, chosen[1].checkpoint.path)  # trained again, to other weights
+    assert spectrum_of_run(chosen[1], options) is None
 
 
 def test_saturation_is_that_of_the_checkpoint(tiny_run: Run, ends: xr.Dataset) -> None:
@@ -224,11 +248,11 @@ def test_a_checkpoint_does_not_differ_from_itself(tiny_run: Run) -> None:
 
 
 def test_defaults_are_plain_and_champion_and_then_champions(tiny_run: Run, control: Run) -> None:
-    assert [m.label for m in members([tiny_run])] == ["plain", "champion"]
-    both = members([tiny_run, control])
+    assert [m.label for m in compared([tiny_run])] == ["plain", "champion"]
+    both = compared([tiny_run, control])
     assert [m.label for m in both] == ["tiny/champion", "restart/champion"]
     assert both[1].description == "the best of 3 restarts"
-    assert [m.label for m in members([tiny_run, tiny_run])] == ["tiny#1/champion", "tiny#2/champion"]
+    assert [m.label for m in compared([tiny_run, tiny_run])] == ["tiny#1/champion", "tiny#2/champion"]
 
 
 def test_the_restart_control_is_named(tiny_run: Run, control: Run) -> None:
@@ -278,14 +302,13 @@ def test_ranks_tie_where_errors_do_not_tell(tmp_path: Path) -> None:
 
 
 def test_a_run_and_its_control_load_the_data_once(tiny_run: Run, control: Run, own_run: Run) -> None:
-    chosen = members([tiny_run, control])
+    chosen = compared([tiny_run, control])
     Examples(chosen, torch.device("cpu"))
     assert chosen[0].source.data is chosen[1].source.data
     manifest = json.loads((own_run.path / MANIFEST).read_text())
     manifest["data"]["split_seed"] = 5
     (own_run.path / MANIFEST).write_text(json.dumps(manifest))
-    others = [as_source(tiny_run), as_source(open_run(own_run.path))]
-    others[1].share_data(others[0])
+    others = as_sources([tiny_run, open_run(own_run.path)])
     assert others[1].data.split_hash != others[0].data.split_hash
 
 

@@ -17,7 +17,8 @@ from pnanalysis.evaluation.cka import OUTPUT, CentredKernelAlignment, linear_ker
 from pnanalysis.evaluation.disagreement import expected_disagreement, js_divergence
 from pnanalysis.evaluation.losses import example_losses, log_probabilities
 from pnanalysis.inputs.models import LOSSES
-from pnanalysis.inputs.sources import Source, as_source, open_files
+from pnanalysis.inputs.networks import open_files
+from pnanalysis.inputs.sources import Source, as_source
 from pnanalysis.io.runs import Run
 
 CROSS_ENTROPY = LOSSES["cross_entropy"]

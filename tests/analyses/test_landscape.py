@@ -25,7 +25,8 @@ from pnanalysis.geometry.curves import curve_weights, train_curve
 from pnanalysis.geometry.loss_surface import LossSurface
 from pnanalysis.geometry.planes import random_directions
 from pnanalysis.inputs.data import as_splits
-from pnanalysis.inputs.sources import Source, as_source, open_files
+from pnanalysis.inputs.networks import open_files
+from pnanalysis.inputs.sources import Source, as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
 from trainers import Config, train

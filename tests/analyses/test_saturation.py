@@ -23,7 +23,8 @@ from pnanalysis.cli import app
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.inputs.data import load_data
 from pnanalysis.inputs.models import build_model
-from pnanalysis.inputs.sources import as_source, open_files
+from pnanalysis.inputs.networks import open_files
+from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from pnanalysis.analyses.sharpness import RADII, sharpness
-from pnanalysis.errors import ModelError
-from pnanalysis.inputs.sources import Source, open_files
+from pnanalysis.errors import ModelError, RunError
+from pnanalysis.inputs.networks import open_files
+from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
 
@@ -134,5 +135,5 @@ def test_bad_input_is_one_clear_sentence(tiny_run: Run, options: dict, message: 
 
 
 def test_no_run_is_refused() -> None:
-    with pytest.raises(ModelError, match="name a run"):
+    with pytest.raises(RunError, match="name a run"):
         sharpness()

@@ -26,7 +26,9 @@ from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.geometry.gram import _blocks, displacement_gram
 from pnanalysis.geometry.planes import random_directions
-from pnanalysis.inputs.sources import as_source, as_sources, open_files
+from pnanalysis.inputs.networks import open_files
+from pnanalysis.inputs.selection import as_sources
+from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Checkpoint, Run, open_run
 from trainers import Config, train

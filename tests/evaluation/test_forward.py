@@ -17,7 +17,8 @@ import pnanalysis as pn
 from pnanalysis.errors import PnError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import prediction
-from pnanalysis.inputs.sources import Source, as_source, open_files
+from pnanalysis.inputs.networks import open_files
+from pnanalysis.inputs.sources import Source, as_source
 from pnanalysis.io.runs import Run
 
 ANALYSES: dict[str, Callable[[Source], Any]] = {

@@ -21,7 +21,8 @@ from pnanalysis.evaluation.losses import (
     linearised,
     squared_errors,
 )
-from pnanalysis.inputs.sources import Source, open_files
+from pnanalysis.inputs.networks import open_files
+from pnanalysis.inputs.sources import Source
 
 VOID = 255
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.inputs.models import build_model, load_weights, parameter_layers, resolve_loss
-from pnanalysis.inputs.sources import as_source, open_files, resolve_device
+from pnanalysis.inputs.networks import open_files
+from pnanalysis.inputs.sources import as_source, resolve_device
 from pnanalysis.io.runs import Run, open_run
 from pnanalysis.io.writer import RunWriter
 
@@ -71,7 +72,7 @@ def test_losses_by_name_and_unknown_ones() -> None:
 def test_a_run_that_names_code_is_not_believed(tiny_run: Run, tmp_path: Path) -> None:
     manifest = {**tiny_run.manifest, "model": {"name": "os:system", "options": {}}}
     RunWriter.create(tmp_path / "evil", manifest)
-    with pytest.raises(PnError, match="vouch"):
+    with pytest.raises(PnError, match="to run that code, give it again"):
         as_source(open_run(tmp_path / "evil"))
 
 

@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import pnanalysis as pn
-from pnanalysis.analyses.spectrum_cache import _saved_spectrum
+from pnanalysis.analyses.hessian import SpectrumOptions
+from pnanalysis.analyses.spectrum_cache import matrix_digest, saved_spectrum
 from pnanalysis.errors import ModelError, RunError, TrainingError
 from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.geometry.loss_surface import LossSurface
 from pnanalysis.inputs.models import parameter_layers
-from pnanalysis.inputs.selection import members
-from pnanalysis.inputs.sources import as_source
+from pnanalysis.inputs.sources import Source, as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, Checkpoint, Run
 from trainers import PersistentPenalty, fit
@@ -59,14 +59,18 @@ def test_runs_of_one_name_are_kept_apart(namesakes: list[Run]) -> None:
 
 
 def test_a_saved_spectrum_of_another_loss_or_model_is_not_taken(namesakes: list[Run]) -> None:
-    run = namesakes[0]
-    spent = {"n": 50, "n_lanczos": 5, "n_probes": 2, "seed": 0}
-    netcdf.save(pn.hessian(run, **spent, progress=False), run.path / ANALYSIS / "hessian.nc")
-    (own, _) = members([run], ["plain", "start"])
-    assert _saved_spectrum(own, spent) is not None
-    other = as_source(run, loss=lambda outputs, targets: 5 * F.cross_entropy(outputs, targets))
-    (own, _) = members([other], ["plain", "start"])
-    assert _saved_spectrum(own, spent) is None
+    run, spent = namesakes[0], {"n_lanczos": 5, "n_probes": 2}
+    netcdf.save(pn.hessian(run, n=50, **spent, progress=False), run.path / ANALYSIS / "hessian.nc")
+    settings = SpectrumOptions().matrix_settings()
+
+    def found(source: Source) -> bool:
+        network = source.model(run.plain)
+        digest = matrix_digest(network, source, settings, split="train", n=50, seed=0)
+        return saved_spectrum(source, digest, **spent) is not None
+
+    assert found(as_source(run))
+    assert not found(as_source(run, loss=lambda outputs, targets: 5 * F.cross_entropy(outputs, targets)))
+    assert not found(as_source(run, model=as_source(run).make_model()))  # code that no name stands for
 
 
 def test_a_users_own_model_keeps_its_weights(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""Networks, state dicts and weight files of a user's own as a source of checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pnanalysis.errors import DataError, ModelError
+from pnanalysis.inputs.data import Splits, as_splits, load_data
+from pnanalysis.inputs.models import Loss, ModelLike, new_model, resolve_loss
+from pnanalysis.inputs.sources import AnyCheckpoint, MemoryCheckpoint, PathLike, Source, name_of
+from pnanalysis.io.runs import Checkpoint
+
+
+def open_files(
+    model: ModelLike,
+    weights: Sequence[PathLike],
+    data: Any = None,
+    loss: str | Loss = "cross_entropy",
+    label: str = "model",
+) -> Source:
+    """The source of a user's own model and weight files.
+
+    Parameters
+    ----------
+    model : str, Module or callable
+        Registered name, ``module:factory``, an instance, or a callable that returns one.
+    weights : sequence of paths
+        safetensors files, or ``torch.save`` files that hold nothing but tensors.
+    data, loss
+        See :func:`as_sources`.
+    label : str
+
+    Raises
+    ------
+    ModelError
+        If there are no weight files, or one is missing.
+    """
+    if not weights:
+        raise ModelError("no weights given: name at least one file of weights")
+    label = label if label != "model" or not isinstance(model, str) else model
+    return source_of_networks([(None, path) for path in weights], model, data, loss, label)
+
+
+def source_of_networks(
+    networks: Sequence[tuple[str | None, Any]],
+    model: ModelLike | None,
+    data: Any,
+    loss: str | Loss | None,
+    label: str = "networks",
+) -> Source:
+    """One source of networks, state dicts and weight files, by the names they were given or names of their own."""
+    checkpoints = [_as_checkpoint(item, name) for name, (_, item) in zip(_names(networks), networks, strict=True)]
+    loaded = [checkpoint.network for checkpoint in checkpoints if isinstance(checkpoint, MemoryCheckpoint)]
+    held = [network for network in loaded if network is not None]
+    if model is None and len(held) < len(checkpoints) and not held:
+        raise ModelError("weights need the network that they belong to; give model=...")
+
+    def make_data() -> Splits:
+        if data is None:
+            raise DataError("no data given: name a data set with --data (data=... in Python)")
+        if not isinstance(data, str):
+            return as_splits(data)
+        return load_data(data, getattr(source.template, "input_shape", None))
+
+    kinds = ", ".join(dict.fromkeys(type(network).__name__ for network in held))
+    source = Source(
+        label=label,
+        checkpoints=checkpoints,
+        make_model=lambda: new_model(held[0] if model is None else model),
+        make_data=make_data,
+        make_loss=lambda: resolve_loss(loss or "cross_entropy"),
+        attrs={"model": kinds if model is None else name_of(model), "loss": name_of(loss or "cross_entropy")},
+    )
+    return source
+
+
+def _names(networks: Sequence[tuple[str | None, Any]]) -> list[str]:
+    """A name for each: the one it was given, a file's stem, or ``network`` with a number.
+
+    Raises
+    ------
+    ModelError
+        If two were given the same name, or one file twice.
+    """
+    files = [Path(item) for name, item in networks if name is None and is_path(item)]
+    twice = [path for i, path in enumerate(files) if path in files[:i]]
+    if twice:
+        raise ModelError(f"{twice[0]}: is named twice")
+    stems = iter(_short_names(files))
+    n_unnamed = sum(name is None and not is_path(item) for name, item in networks)
+    numbered = iter([f"network {i + 1}" for i in range(n_unnamed)] if n_unnamed > 1 else ["network"])
+    names = [name or (next(stems) if is_path(item) else next(numbered)) for name, item in networks]
+    same = [name for i, name in enumerate(names) if name in names[:i]]
+    if same:
+        raise ModelError(f"two networks are called {same[0]!r}; give each a name of its own, in a mapping")
+    return names
+
+
+def _short_names(files: list[Path]) -> list[str]:
+    """File stems where they are distinct, else with as many parent folders as it takes."""
+    for depth in range(1, 6):
+        names = ["/".join(path.with_suffix("").parts[-depth:]) for path in files]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in files]
+
+
+def _as_checkpoint(item: Any, name: str) -> AnyCheckpoint:
+    if isinstance(item, nn.Module):
+        return MemoryCheckpoint(name, network=item)
+    if isinstance(item, Mapping) and is_state_dict(item):
+        return MemoryCheckpoint(name, state=dict(item))
+    if is_path(item):
+        path = Path(item)
+        if not path.is_file():
+            raise ModelError(f"{path}: no such weights file")
+        return Checkpoint(name, path)
+    raise ModelError(
+        f"{name}: a {type(item).__name__} is no run, network, state dict or weights file; "
+        "give one of these, or a mapping or list of them"
+    )
+
+
+def is_state_dict(item: Mapping[Any, Any]) -> bool:
+    return bool(item) and all(isinstance(value, Tensor) for value in item.values())
+
+
+def is_path(item: Any) -> bool:
+    return isinstance(item, str | os.PathLike)

@@ -1,0 +1,196 @@
+"""Analyses of networks, state dicts and files as a notebook holds them, and how often each checkpoint is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import pnanalysis as pn
+from pnanalysis.errors import ModelError, PnError
+from pnanalysis.inputs.selection import as_sources
+from pnanalysis.io.runs import Run
+from trainers import Config, train
+
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+Y = (X.sum(1) > 0).long() + (X[:, 0] > 0.5).long()
+DATA = (X, Y)
+HESSIAN = {"n_lanczos": 8, "n_probes": 2}
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+@pytest.fixture
+def nets() -> dict[str, nn.Module]:
+    return {name: network(seed) for seed, name in enumerate(("a", "b", "c"))}
+
+
+@pytest.fixture
+def files(nets: dict[str, nn.Module], tmp_path: Path) -> list[Path]:
+    for name, net in nets.items():
+        torch.save(net.state_dict(), tmp_path / f"{name}.pt")
+    return [tmp_path / f"{name}.pt" for name in nets]
+
+
+#: Each analysis with options that keep it short.
+ANALYSES: dict[str, Callable[..., xr.Dataset]] = {
+    "hessian": lambda *given, **k: pn.hessian(*given, **HESSIAN, **k),
+    "saturation": lambda *given, loss=None, **k: pn.saturation(*given, **k),
+    "trajectory": lambda *given, loss=None, data=None, **k: pn.trajectory(*given, **k),
+    "plane": lambda *given, **k: pn.landscape(*given, view="plane", n_points=3, **k),
+    "sharpness": lambda *given, **k: pn.sharpness(*given, n_steps=3, n_starts=1, **k),
+    "functional_distance": pn.functional_distance,
+    "compare": lambda *given, **k: pn.compare(*given, hessian=HESSIAN, **k),
+}
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_networks_states_and_files_give_the_same(name: str, nets: dict[str, nn.Module], files: list[Path]) -> None:
+    analyse, options = ANALYSES[name], {"data": DATA, "loss": F.cross_entropy, "progress": False}
+    of_files = analyse(files, model=network(9), **options)
+    states = {key: net.state_dict() for key, net in nets.items()}
+    mixed = {"a": nets["a"], "b": states["b"], "c": files[2]}
+    for given in (nets, states, mixed, *([list(nets.values())] if name != "compare" else [])):
+        ds = analyse(given, model=network(9), **options)
+        if isinstance(given, list):  # without names of their own
+            labels = ds["point" if name == "plane" else "checkpoint"].values.tolist()
+            assert sorted(labels) == ["network 1", "network 2", "network 3"]
+            continue
+        xr.testing.assert_equal(ds, of_files)
+
+
+def test_a_single_network_is_enough(nets: dict[str, nn.Module]) -> None:
+    options = {"data": DATA, "progress": False}
+    ds = pn.hessian(nets["a"], loss=F.cross_entropy, n_hvp=60, **options)  # 51 parameters: all of them
+    assert ds.checkpoint.values.tolist() == ["network"]
+    op = pn.HessianOperator(deepcopy(nets["a"]).double(), F.cross_entropy, [(X.double(), Y)])
+    exact = torch.linalg.eigvalsh(op.to_dense())
+    assert float(ds.lambda_max[0]) == pytest.approx(float(exact[-1]), rel=1e-4)  # float32 products
+    assert pn.saturation(nets["b"], **options).layer.values.tolist() == ["1"]
+    line = pn.landscape([nets["b"], nets["c"]], n_points=3, **options)
+    assert line.sizes["position"] == 3
+
+
+def test_loaders_and_losses_of_ones_own(nets: dict[str, nn.Module]) -> None:
+    loader = DataLoader(TensorDataset(X, Y), batch_size=16)
+    ds = pn.compare({"sgd": nets["a"], "sam": nets["b"]}, data=loader, loss=F.cross_entropy, progress=False)
+    assert ds.checkpoint.values.tolist() == ["sgd", "sam"]
+    assert ds.attrs["loss"] == "cross_entropy"
+    with torch.no_grad():
+        expected = [float(F.cross_entropy(net(X), Y)) for net in (nets["a"], nets["b"])]
+    np.testing.assert_allclose(ds.loss.sel(split="train"), expected, rtol=1e-6)
+    twice = pn.sharpness(nets["a"], data=loader, loss=lambda o, t: 2 * F.cross_entropy(o, t), n_steps=2, progress=False)
+    assert float(twice.loss[0]) == pytest.approx(2 * expected[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_a_users_networks_stay_as_they_are(name: str, nets: dict[str, nn.Module]) -> None:
+    nets["b"].train()
+    nets["c"].eval()
+    before = deepcopy(nets)
+    ANALYSES[name](nets, data=DATA, loss=F.cross_entropy, progress=False)
+    for key, net in nets.items():
+        for (_, own), (_, then) in zip(net.state_dict().items(), before[key].state_dict().items(), strict=True):
+            assert torch.equal(own, then)
+        assert [m.training for m in net.modules()] == [m.training for m in before[key].modules()]
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+        assert all(p.grad is None for p in net.parameters())
+
+
+def test_architectures_may_differ_where_functions_are_compared(nets: dict[str, nn.Module]) -> None:
+    torch.manual_seed(1)
+    wide = nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 3))
+    ds = pn.compare({"narrow": nets["a"], "wide": wide}, data=DATA, hessian=HESSIAN, progress=False)
+    assert np.isnan(float(ds.distance[0, 1]))
+    assert float(ds.disagreement[0, 1]) > 0
+
+
+def test_runs_files_and_networks_stand_in_the_same_place(tiny_run: Run, tmp_path: Path) -> None:
+    ds = pn.sharpness({"mine": tiny_run}, checkpoints=["plain"], n=50, n_steps=2, n_starts=1, progress=False)
+    assert ds.checkpoint.values.tolist() == ["plain"]
+    by_path = pn.sharpness(str(tiny_run.path), checkpoints=["plain"], n=50, n_steps=2, n_starts=1, progress=False)
+    xr.testing.assert_equal(ds, by_path)
+    labels = [source.label for source in as_sources([{"mine": tiny_run}, [tiny_run.path, network(0)]])]
+    assert labels == ["mine", "tiny", "networks"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([{"a": torch.zeros(3)}], "give model="),
+        ([{"net": 3}], "net: a int is no run, network, state dict or weights file"),
+        ([[network(0)], {"network": network(1)}], "two networks are called 'network'"),
+        ([Path(__file__)], "is a file; weights need the network they belong to"),
+        (["runs/nowhere"], "no such run directory"),
+    ],
+)
+def test_what_is_none_of_these_is_one_sentence(given: list[Any], message: str) -> None:
+    with pytest.raises(PnError, match=message):
+        pn.hessian(*given, data=DATA, progress=False)
+
+
+def test_networks_need_data(nets: dict[str, nn.Module]) -> None:
+    with pytest.raises(PnError, match="data=... in Python"):
+        pn.hessian(nets, progress=False)
+    with pytest.raises(ModelError, match="lacks '0.weight'"):
+        pn.trajectory([{"w": torch.zeros(2)}] * 3, model=nets["a"], progress=False)
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often weights are read, networks built, data loaded and losses inspected."""
+    found: Counter[str] = Counter()
+
+    def count(module: str, name: str, what: str) -> None:
+        target = __import__(module, fromlist=["_"])
+        original = getattr(target, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            found[what] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(target, name, counted)
+
+    count("pnanalysis.io.runs", "read_weights", "reads")
+    count("pnanalysis.inputs.models", "build_model", "builds")
+    count("pnanalysis.inputs.sources", "load_data", "loads")
+    count("pnanalysis.evaluation.losses", "recognise", "inspections")
+    return found
+
+
+def test_two_runs_are_compared_with_each_file_read_once(
+    tiny_run: Run, tiny_config: Config, tmp_path: Path, counts: Counter[str]
+) -> None:
+    control = train(replace(tiny_config, strategy="restart", iterations=2), tmp_path / "control", progress=False)
+    counts.clear()
+    pn.compare(tiny_run, control, hessian={"n": 50, **HESSIAN}, n=50, progress=False)
+    # two champions and the points that they started from; a network for each run; one data set
+    assert counts["reads"] == 4
+    assert counts["builds"] == 2
+    assert counts["loads"] == 1
+    assert counts["inspections"] <= 10  # one per split and operator, whatever the number of batches
+
+
+@pytest.mark.parametrize("name", ["hessian", "saturation", "plane", "sharpness", "functional_distance", "compare"])
+def test_a_users_files_are_each_read_once(name: str, files: list[Path], counts: Counter[str]) -> None:
+    ANALYSES[name](files, model="tests.analyses.test_in_memory:make", data=DATA, loss="cross_entropy", progress=False)
+    assert counts["reads"] == 3
+    assert counts["builds"] == 1
+
+
+def make() -> nn.Module:
+    return network(5)
