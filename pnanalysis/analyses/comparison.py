@@ -184,7 +184,7 @@ def _split_scores(scores: Scores, sigmas: float) -> xr.Dataset:
     difference, se = variables["error_difference"][1], variables["error_difference_se"][1]
     variables["rank"] = ("checkpoint", 1 + (difference > sigmas * se).sum(1))
     if scores.classes is not None:
-        only = [[float((a > b).sum()) for b in scores.shares] for a in scores.shares]
+        only = [[float((a > b).sum()) for b in scores.example_errors] for a in scores.example_errors]
         variables["only_wrong"] = (("checkpoint", "other"), only)
     return xr.Dataset(variables)
 

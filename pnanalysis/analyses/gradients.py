@@ -1,4 +1,4 @@
-"""The persistent gradient taken apart: a constant push and a fluctuation beside the gradient of the loss."""
+"""The persistent gradient split into a constant push and a fluctuation, next to the gradient of the loss."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def gradient_split(
 ) -> xr.Dataset:
     r"""Split the persistent gradient of each repelled layer at the saved epochs of a run.
 
-    In iteration :math:`n` layer :math:`l` is pushed by :math:`\lambda s_n^l(\theta)` beside the gradient of the loss,
-    where :math:`s_n^l(\theta) = \sum_{k<n} \mathrm{sign}\langle\Theta_k^l, \theta^l\rangle\, \Theta_k^l /
+    In iteration :math:`n` layer :math:`l` is pushed by :math:`\lambda s_n^l(\theta)` in addition to the gradient of the
+    loss, where :math:`s_n^l(\theta) = \sum_{k<n} \mathrm{sign}\langle\Theta_k^l, \theta^l\rangle\, \Theta_k^l /
     \lVert\Theta_k^l\rVert^2`. Over a window of epochs, :math:`C_n^l` is the mean of :math:`s_n^l` and
     :math:`d_n^l = s_n^l - C_n^l` what fluctuates.
 
@@ -62,7 +62,7 @@ def gradient_split(
         Kind ``gradients``, dims ``iteration``, ``layer``, ``epoch`` and ``end`` (the earlier end points), NaN where
         there is nothing. ``inner_product`` is :math:`\langle\Theta_k^l, \theta^l\rangle / \lVert\Theta_k^l\rVert^2`;
         ``constant_norm`` and ``fluctuation_norm`` are :math:`\lambda\lVert C_n^l\rVert` and
-        :math:`\lambda\lVert d_n^l\rVert`, to be held against ``loss_gradient_norm``; ``last_flip`` is the first saved
+        :math:`\lambda\lVert d_n^l\rVert`, to be compared with ``loss_gradient_norm``; ``last_flip`` is the first saved
         epoch from which a sign stays as it is at the end. :math:`d_n^l` averages to zero over the window as a whole
         by definition; that its constant part is one is tested by its halves: ``half_difference`` is the norm of the
         difference of their means (times :math:`\lambda`), ``half_difference_se`` the size that independent
@@ -141,7 +141,7 @@ def _split(
     lam: float,
     window: int,
 ) -> xr.Dataset:
-    """One iteration: ``inner`` (epoch, layer, end), ``slopes`` (epoch, layer), a Gram matrix of end points a layer."""
+    """One iteration: ``inner`` (epoch, layer, end), ``slopes`` (epoch, layer), and per layer the end points' Gram matrix."""
     signs = np.sign(inner)
     used = epochs >= window
     if not used.any():

@@ -184,7 +184,8 @@ def landscape(
     parts = {name: first.split(name, n, seed, torch_device) for name in dict.fromkeys(("train", *splits))}
     sizes = {name: len(part) for name, part in parts.items() if isinstance(part, Split)} or n
     ds, settings = network_landscape(
-        points.networks(torch_device, resolve_dtype(dtype)), first.loss, {name: part.batches(batch_size) for name, part in parts.items()},
+        points.networks(torch_device, resolve_dtype(dtype)), first.loss,
+        {name: part.batches(batch_size) for name, part in parts.items()},
         options, splits=splits, curve_data=first.data.get("train").to(torch_device), label=first.label,
         progress=progress,
     )  # fmt: skip

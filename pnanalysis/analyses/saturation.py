@@ -61,17 +61,17 @@ def saturation(
     percentiles : sequence of float
         In percent; of the signed activations and of their absolute values.
     bins : int
-        Of the histograms, which share one range.
+        Number of histogram bins, over one range for all layers.
     bin_range : (float, float), optional
-        That range. By default it holds the asymptotes of bounded activations, and for others what some images show at
-        any of the checkpoints; numbers outside count in a histogram's total only.
+        That range. By default it contains the asymptotes of bounded activations, and for others the outputs for some
+        images at every checkpoint; numbers outside count in a histogram's total only.
     saturation_bins : int
         Of the saturation measure, B below.
     per_unit : bool
-        Give ``unit_saturated_share``, ``unit_saturation_measure`` and ``unit_dead`` too, dims (..., layer, unit), NaN
+        Also give ``unit_saturated_share``, ``unit_saturation_measure`` and ``unit_dead``, dims (..., layer, unit), NaN
         beyond a layer's own units. A unit is a channel of a convolution, or a feature of a linear layer.
     exact_limit : int
-        Up to so many numbers a layer, percentiles are exact; beyond, relative error at most 2^-9 (see
+        Percentiles are exact up to this many numbers per layer; beyond, their relative error is at most 2^-9 (see
         :class:`pnanalysis.activations.quantile_sketch.QuantileSketch`).
     device : str or None
     progress : bool
@@ -97,12 +97,12 @@ def saturation(
     uniform and 1 for saturated ones, and NaN for activations without two asymptotes. Bins on one side of the middle
     share their sign, so an even B gives the mean absolute scaled signal whatever B is.
 
-    ``saturated_share`` is the share of activations within 0.05 of an asymptote. A unit is dead if no image moves it:
+    ``saturated_share`` is the fraction of activations within 0.05 of an asymptote. A unit is dead if no image moves it:
     the output of a rectifier (the ReLU family, GELU, SiLU...) never exceeds zero, that of another activation is always
-    within 0.05 of an asymptote. A unit that is called dead over n images is active for less than a share 3/n of all
+    within 0.05 of an asymptote. A unit that is dead over n images is active for less than a fraction 3/n of all
     images, with 95 % confidence.
 
-    Every ``*_se`` is a standard error over images: activations of one image are dependent, so means, shares and
+    Every ``*_se`` is a standard error over images: activations of one image are dependent, so means, fractions and
     histograms get the error of per-image sums, and percentiles Woodruff's with the design effect of the images
     (:mod:`pnanalysis.activations.cluster_errors`).
 
@@ -184,7 +184,7 @@ def network_saturation(
 
 
 def activation_ranges(network: nn.Module, inputs: Any) -> list[tuple[Activation, float, float]]:
-    """Each activation of a network, and the range of what it gives for some inputs."""
+    """Each activation of a network, and the range of its outputs for some inputs."""
     ranges: list[tuple[Activation, float, float]] = []
 
     def observe(name: str, activation: Activation, output: Tensor) -> None:

@@ -60,7 +60,7 @@ def sharpness(
     n_steps : int
         Gradients over all examples that each ascent may take.
     n_starts : int
-        Ascents: the first from the checkpoint, the others from random points of the border. The highest loss found counts.
+        Ascents, of which the highest counts: the first from the checkpoint, the others from random points of the border.
     split, n, batch_size, dtype, device
         As for :func:`pnanalysis.landscape`.
     seed : int
@@ -81,7 +81,7 @@ def sharpness(
 
     Notes
     -----
-    The ascent goes from where it stands towards the point of the neighbourhood where the loss, linearised, is largest
+    The ascent moves towards the point of the neighbourhood where the linearised loss is largest
     (Frank and Wolfe); all the way if that raises the loss, else half as far, and so on. On a quadratic in a ball
     this is power iteration on the Hessian. Standard errors are paired, over examples, at the points found.
 

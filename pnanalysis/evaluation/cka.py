@@ -17,16 +17,16 @@ from pnanalysis.inputs.models import parameter_layers
 
 Array = NDArray[np.float64]
 
-#: The name under which a network's output stands among its layers.
+#: The name of a network's output among its layers.
 OUTPUT = "output"
-_FEWEST = 4  # examples that the unbiased estimate needs
-_ROUND_OFF = 1e-12  # of the double-precision sums; kernels that are equal have CKA 1 at every batch
+_FEWEST = 4  # examples per batch; the unbiased estimate divides by n - 3
+_ROUND_OFF = 1e-12  # equal kernels have CKA 1 in every batch, so their standard error is this or less
 
 
 def linear_kernel(features: Tensor) -> Tensor:
     """Inner products of a batch's features ``(n, ...)`` about their mean, ``(n, n)`` in float64.
 
-    U-centring takes the mean off anyway; taking it off first saves digits.
+    U-centring removes the mean in any case; removing it first avoids cancellation.
     """
     rows = features.detach().reshape(len(features), -1).float()
     rows = rows - rows.mean(0)
@@ -62,16 +62,16 @@ def unbiased_hsic(kernels: Tensor) -> Tensor:
 
 
 class CentredKernelAlignment:
-    """CKA between the layers of several networks that bear the same name, and between their outputs.
+    """CKA between the layers of the same name in several networks, and between their outputs.
 
-    Within ``with``, each network's layers are watched: run all networks on one batch, then call :meth:`collect`.
+    Inside ``with``, hooks watch each network's layers: run all networks on one batch, then call :meth:`collect`.
     A layer that is used more than once in a pass counts with all its outputs side by side.
 
     Notes
     -----
-    Of a batch only the HSIC of each layer and pair is kept; CKA is the ratio of their means over batches, weighted
-    by the number of examples. Batches of fewer than four are left out. The standard error is the jackknife's over
-    batches.
+    Only the HSIC of each layer and pair is kept per batch; CKA is the ratio of their means over batches, weighted
+    by the number of examples. Batches of fewer than four are left out. The standard error is a jackknife
+    over batches.
 
     References
     ----------
@@ -100,7 +100,7 @@ class CentredKernelAlignment:
         self._stack.close()
 
     def collect(self, n: int) -> None:
-        """Take in what the networks showed since the last call: one batch of ``n`` examples."""
+        """Add the outputs of all networks since the last call: one batch of ``n`` examples."""
         if n >= _FEWEST:
             self._hsic.append(torch.stack([self._batch(layer, n) for layer in self.layers], dim=-1).cpu())
             self._weights.append(n)
@@ -126,23 +126,23 @@ class CentredKernelAlignment:
         weights = np.array(self._weights, dtype=float)
         weighted = torch.stack(self._hsic).numpy() * weights[:, None, None, None]
         total = weighted.sum(0)
-        cka = _aligned(total)
+        cka = _cka_of(total)
         if len(weights) == 1:
             return cka, np.full(cka.shape, np.nan)
-        left_out = np.stack([_aligned(total - one) for one in weighted])
+        left_out = np.stack([_cka_of(total - one) for one in weighted])
         spread = np.square(left_out - left_out.mean(0)).sum(0)
         se = np.sqrt((len(weights) - 1) / len(weights) * spread)
         return cka, np.where(se < _ROUND_OFF, 0.0, se)
 
 
 def _watched(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers that own parameters, but for the network itself, whose output is watched anyway."""
+    """The layers that own parameters, except the network itself, whose output is watched in any case."""
     modules = dict(network.named_modules())
     return {name: modules[name] for name, _ in parameter_layers(network) if name in modules}
 
 
 def _keep(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
-    """A hook that adds the (not yet centred) kernel of a layer's output to what is there of this batch."""
+    """A hook that adds the kernel of a layer's output (not yet centred) to its sum over this batch."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         found = prediction(output)
@@ -156,7 +156,7 @@ def _keep(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
     return hook
 
 
-def _aligned(hsic: Array) -> Array:
+def _cka_of(hsic: Array) -> Array:
     """``(k, k, layers)`` of HSIC to CKA."""
     own = np.sqrt(np.maximum(np.einsum("iil->il", hsic), 0.0))
     return ratio(hsic, own[:, None] * own[None, :])

@@ -1,4 +1,4 @@
-"""What goes wrong between a network, its loss and its data, as one sentence."""
+"""Errors of networks, losses and data that do not fit together, as one sentence."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from pnanalysis.inputs.models import Loss
 def clear_errors(
     label: str, model: nn.Module | None = None, batches: Iterable[Any] = (), loss: Loss | None = None
 ) -> Iterator[None]:
-    """What the network or the loss raise when given the data, as one sentence.
+    """Turn errors that a network or loss raises on data into one sentence.
 
     Parameters
     ----------
     label : str
-        What the network is called.
+        How messages refer to the network.
     model, batches, loss : optional
-        Tried again on two examples when something was raised, to say which of them does not fit.
+        Tried again on two examples after an error, to find out which of them does not fit.
 
     Raises
     ------
     DataError
-        In place of what was raised in the body, where two examples or a target show the fault, or torch raised it;
-        all else passes.
+        Instead of the original error, if two examples or a target reproduce it, or if torch raised it. Other errors
+        propagate.
     """
     try:
         yield
@@ -42,7 +42,7 @@ def clear_errors(
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         found = None if model is None else _diagnosis(model, batches, loss, error)
         if found is None and not isinstance(error, RuntimeError | IndexError | ValueError):
-            raise  # no fault of the data's that could be shown
+            raise  # a bug, not data that do not fit
         if found is None:
             found = (
                 f"the network and the loss cannot be computed with here ({reason(error)}); "
@@ -53,12 +53,12 @@ def clear_errors(
 
 @torch.no_grad()
 def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, error: Exception) -> str | None:
-    """What does not fit, as far as two examples and a look at all targets tell."""
+    """What does not fit, as far as two examples and all targets show."""
     try:
         first = next(iter(batches))
         own = next(model.parameters())
         inputs, targets = move(cut(first, slice(0, 2)), own.device, own.dtype)
-    except Exception:  # nothing that could be tried
+    except Exception:  # there is nothing to try again
         return None
     try:
         outputs = forward(model, inputs)
@@ -88,14 +88,14 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
 
 
 def _no_class(outputs: Tensor, batches: Iterable[Any], loss: Loss) -> str | None:
-    """The first integer target that is no class of these outputs."""
+    """A message about the first integer target that is not a class of these outputs."""
     found = known(loss)
     ignored = getattr(loss, "ignore_index", IGNORED) if found is None else found.ignored
     for _, targets in batches:
         whole = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
         if not whole or outputs.ndim != targets.ndim + 1:
             return None
-        said = no_class(outputs.shape[1], targets, ignored)
-        if said is not None:
-            return said
+        message = no_class(outputs.shape[1], targets, ignored)
+        if message is not None:
+            return message
     return None

@@ -24,7 +24,7 @@ from pnanalysis.terminal.progress import Advance
 Array = NDArray[np.float64]
 
 
-_ROUND_OFF = 1e-15  # nats: what double precision leaves of zero
+_ROUND_OFF = 1e-15  # nats: smaller divergences are round-off of double precision
 
 
 def evaluate(
@@ -70,7 +70,7 @@ class FunctionPairs:
     Parameters
     ----------
     loss : callable
-        Tells classifiers from regression, with the targets.
+        With the targets, distinguishes classification from regression.
     k : int
     """
 
@@ -79,15 +79,15 @@ class FunctionPairs:
         self._sums: dict[str, Array] = {}
 
     def add(self, outputs: Sequence[Any], targets: Any) -> None:
-        """Take in a batch: each network's outputs, and the targets."""
+        """Add a batch: outputs of every network, and the targets."""
         tensors = [required_prediction(one) for one in outputs]
         self.n += len(tensors[0])
-        said = [log_probabilities(one, targets, self.loss) for one in tensors]
-        if said[0] is None:
+        logs = [log_probabilities(one, targets, self.loss) for one in tensors]
+        if logs[0] is None:
             self._tally("square", [one.double() for one in tensors], lambda a, b: (a - b).square())
             return
-        self._tally("disagreement", [p.argmax(1) for p in said if p is not None], lambda a, b: (a != b).double())
-        self._tally("js_divergence", [p for p in said if p is not None], js_divergence)
+        self._tally("disagreement", [p.argmax(1) for p in logs if p is not None], lambda a, b: (a != b).double())
+        self._tally("js_divergence", [p for p in logs if p is not None], js_divergence)
 
     def _tally(self, name: str, each: list[Tensor], measure: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Add the sum and the sum of squares over examples of ``measure(a, b)`` for every pair."""
@@ -101,14 +101,14 @@ class FunctionPairs:
                 sums[:, j, i] += both
 
     def variables(self, accuracy: Array, classes: int | None) -> dict[str, Any]:
-        """What is known, as variables along (checkpoint, other).
+        """The results, as variables along (checkpoint, other).
 
         Parameters
         ----------
         accuracy : ndarray, shape (k,)
-            Of the networks on these examples.
+            Of each network on these examples.
         classes : int or None
-            How many there are; ``None`` for real-valued targets.
+            Number of classes; ``None`` for real-valued targets.
         """
         found: dict[str, Array] = {}
         for name, (total, squares) in self._sums.items():
@@ -139,7 +139,7 @@ def js_divergence(a: Tensor, b: Tensor) -> Tensor:
 
 
 def expected_disagreement(accuracy: Array, classes: int) -> Array:
-    """``(k, k)``: what networks of these accuracies and independent mistakes would disagree on."""
+    """``(k, k)``: disagreement of networks with these accuracies whose mistakes are independent."""
     right, wrong = np.multiply.outer(accuracy, accuracy), np.multiply.outer(1 - accuracy, 1 - accuracy)
     return 1.0 - right - wrong / max(classes - 1, 1)
 

@@ -1,4 +1,4 @@
-"""Where a network meets its data: how it is called, what counts of its answer, and what goes wrong as one sentence."""
+"""Forward passes: how a network is called, and which part of its output is the prediction."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pnanalysis.errors import ModelError
 from pnanalysis.inputs.batches import as_arguments, tensors
 from pnanalysis.inputs.models import Loss
 
-#: Entries of an answer that hold the prediction: of Hugging Face's models, and of torchvision's segmentation.
+#: Entries of an output that hold the prediction: in Hugging Face's models, and in torchvision's segmentation models.
 PREDICTIONS = ("logits", "out")
-#: The target that torch's cross-entropy passes over where it is not told another.
+#: The target that torch's cross-entropy ignores by default.
 IGNORED = -100
 _WRAP = "wrap the network in a module that returns its logits, or give a loss that takes what it returns"
 
 
 def forward(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = None) -> Any:
-    """The network's answer: a mapping is passed by keyword, a tuple or list by position, all else as it is.
+    """Output of the network: a mapping is passed by keyword, a tuple or list by position, anything else as it is.
 
-    ``state`` stands in for the network's own parameters and buffers.
+    ``state`` replaces the network's own parameters and buffers.
     """
     arguments, keywords = as_arguments(inputs)
     if state is None:
@@ -31,7 +31,7 @@ def forward(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = 
 
 
 def prediction(outputs: Any) -> Tensor | None:
-    """The tensor that is a network's prediction: the answer itself, its ``logits`` or ``out``, the first of a sequence.
+    """The tensor that is the prediction: the output itself, its ``logits`` or ``out``, or the first of a sequence.
 
     ``None`` where there is none of these.
     """
@@ -60,17 +60,19 @@ def required_prediction(outputs: Any, who: str = "the network") -> Tensor:
 
 
 def not_for(loss: Loss, outputs: Any) -> ModelError:
-    """What to say where a loss takes a tensor and the network returns something else."""
+    """The error for a loss that takes a tensor where the network returns something else."""
     name = getattr(loss, "__name__", type(loss).__name__)
     return ModelError(f"the network returns {_kind(outputs)}, where {name} takes a tensor; {_WRAP}")
 
 
 def no_class(n_classes: int, targets: Tensor, ignored: int = IGNORED) -> str | None:
-    """That some target is not one of so many classes; ``None`` if all are."""
+    """A message about the first target that is not one of ``n_classes`` classes; ``None`` if all are."""
     bad = ((targets < 0) | (targets >= n_classes)) & (targets != ignored)
     if not bool(bad.any()):
         return None
-    return f"the target {int(targets[bad][0])} is no class of a network with {n_classes} outputs (0 to {n_classes - 1})"
+    return (
+        f"the target {int(targets[bad][0])} is not a class of a network with {n_classes} outputs (0 to {n_classes - 1})"
+    )
 
 
 def _shapes(nest: Any) -> str:

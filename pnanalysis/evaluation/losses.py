@@ -1,8 +1,7 @@
-r"""The loss and the mistakes of a network example by example, for means over examples with standard errors.
+r"""Loss and mistakes of a network per example, for means over examples with standard errors.
 
-An example's loss is what the loss function gives for it alone. Where the mean over a batch weighs its examples
-(classes of unequal weight, positions that are ignored), so do means here, and their errors are those of a ratio of two
-sums:
+An example's loss is the loss function's value for that example alone. Where the mean over a batch weighs its examples
+(classes of unequal weight, ignored positions), so do the means here, and their errors are those of a ratio of two sums:
 
 .. math:: \bar L = \sum_i w_i L_i \big/ \sum_i w_i
 
@@ -26,7 +25,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from pnanalysis.errors import DataError, ModelError
+from pnanalysis.errors import DataError, ModelError, reason
 from pnanalysis.evaluation.forward import IGNORED, no_class, not_for
 from pnanalysis.inputs.batches import batch_size, move
 from pnanalysis.inputs.models import Loss
@@ -46,7 +45,7 @@ _MODULES: dict[Any, Any] = {
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
 }
 _OPTIONS = ("weight", "ignore_index", "label_smoothing", "pos_weight", "beta", "delta")
-#: Deviation of a batch's loss from the mean of its examples', relative to their size, that float32 explains.
+#: Deviation of a batch's loss from the mean over its examples, relative to their size, that float32 explains.
 _TOLERANCE = 1e-3
 
 
@@ -100,7 +99,7 @@ def known(loss: Loss) -> TorchLoss | None:
 
 
 def recognise(loss: Loss) -> TorchLoss | None:
-    """What :func:`known` says of a loss that has not been inspected yet."""
+    """The result of :func:`known` for a loss that has not been inspected yet."""
     function, options = loss, {}
     if isinstance(loss, partial) and not loss.args:
         function, options = loss.func, dict(loss.keywords)
@@ -113,25 +112,25 @@ def recognise(loss: Loss) -> TorchLoss | None:
 
 
 def kind_of(loss: Loss | None) -> str | None:
-    """What a loss takes for targets (``classes``, ``sides`` or ``numbers``); ``None`` for losses of one's own."""
+    """What a loss takes for targets (``classes``, ``sides`` or ``numbers``); ``None`` for custom losses."""
     found = None if loss is None else known(loss)
     return None if found is None else found.kind
 
 
 def check_targets(loss: Loss, outputs: Any, targets: Any) -> None:
-    """Refuse targets that one of torch's losses would take, but not as they are meant, or that are no classes.
+    """Refuse targets that one of torch's losses accepts but misinterprets, and targets that are not classes.
 
     Parameters
     ----------
     loss : callable
-        Losses of one's own take what they will.
+        Nothing is checked for custom losses.
     outputs, targets : Tensor, shape (N, ...)
 
     Raises
     ------
     DataError
-        For a choice among classes where there is a single output; for targets that are no classes of the outputs; for
-        numbers whose shape is not that of the outputs.
+        For classification with a single output; for targets that are not classes of the outputs; for real-valued
+        targets whose shape differs from that of the outputs.
     """
     found = known(loss)
     if found is None or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
@@ -155,7 +154,7 @@ def check_targets(loss: Loss, outputs: Any, targets: Any) -> None:
 
 
 def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-    """The loss of each example of a batch by itself, and what it weighs in the batch's mean.
+    """The loss of each example of a batch, and its weight in the batch's mean.
 
     Parameters
     ----------
@@ -192,7 +191,7 @@ def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tens
 
 
 def example_weights(loss: Loss, targets: Any) -> Tensor:
-    """What each example weighs in the mean over a batch, (N,): see :func:`example_losses`."""
+    """Weight of each example in the mean over a batch, (N,): see :func:`example_losses`."""
     found = known(loss)
     if found is None or not _are_indices(found, targets):
         return torch.ones(batch_size(targets))
@@ -214,19 +213,18 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _one_by_one(loss: Loss, outputs: Any, targets: Any) -> Tensor:
-    """What a loss of one's own gives for batches of one."""
+    """Values of a custom loss for batches of one example."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # vmap names operations that it repeats in a loop
             return vmap(lambda o, t: loss(*tree_map(lambda part: part.unsqueeze(0), (o, t))))(outputs, targets)
-    except (RuntimeError, ValueError, TypeError, AttributeError):  # a loss that looks at values or sizes
-        pass
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        pass  # vmap cannot map a loss that branches on values or reads sizes; the loop below can
     try:
         both = (outputs, targets)
         return torch.stack([loss(*_example(both, i)) for i in range(batch_size(targets))])
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"the loss cannot be taken one example at a time ({reason})") from error
+        raise ModelError(f"the loss cannot be computed one example at a time ({reason(error)})") from error
 
 
 def _example(nest: Any, i: int) -> Any:
@@ -241,7 +239,7 @@ def _example(nest: Any, i: int) -> Any:
 
 
 def check_mean(loss: Loss, whole: Tensor, each: Tensor, weight: Tensor) -> None:
-    """A batch's loss must be the (weighted) mean over its examples, else it is no property of examples.
+    """Check that a batch's loss is the (weighted) mean over its examples; otherwise examples have no loss of their own.
 
     Parameters
     ----------
@@ -255,8 +253,8 @@ def check_mean(loss: Loss, whole: Tensor, each: Tensor, weight: Tensor) -> None:
     ------
     ModelError
     """
-    if known(loss) is not None:  # one by its making
-        return
+    if known(loss) is not None:
+        return  # torch's mean losses are, by definition
     batch, total = float(whole), float(weight.double().sum())
     mean = float((each.double() * weight.double()).sum()) / total if total > 0 else np.nan
     size = float((each.double().abs() * weight.double()).sum()) / total if total > 0 else np.nan
@@ -272,7 +270,7 @@ def class_scores(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:
     """A classifier's logits with the classes along dim 1; ``None`` for real-valued targets.
 
     Binary cross-entropy makes each of its outputs a choice between two classes. Else the classes lie along dim 1, as
-    torch's losses have them (N, C, ...), or along the last dim, (N, ..., C), where the targets' shape says so.
+    torch's losses have them (N, C, ...), or along the last dim, (N, ..., C), as the targets' shape shows.
     Real-valued targets are class probabilities under torch's cross-entropies, numbers under all other losses.
     """
     kind = kind_of(loss)
@@ -290,17 +288,17 @@ def class_scores(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:
 
 
 def log_probabilities(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:
-    """What a classifier says, as log-probabilities of :func:`class_scores`."""
+    """Log-probabilities of a classifier's :func:`class_scores`."""
     scores = class_scores(outputs, targets, loss)
     return None if scores is None else F.log_softmax(scores.double(), dim=1)
 
 
 def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Tensor, Tensor] | None:
-    """The share of an example's positions that are put into a wrong class, and how many there are, (N,) each.
+    """The fraction of an example's positions that are misclassified, and the number of positions, (N,) each.
 
     Targets may be class indices, class probabilities (the likeliest class counts) or sides (binary cross-entropy).
-    Positions that the loss ignores, or whose target is no class, do not count. ``None`` where the targets are no
-    classes, or lie in an order that is the loss's own affair (classes along the last of several dims).
+    Positions that the loss ignores, or whose target is no class, do not count. ``None`` where the targets are not
+    classes, or only the loss knows their order (classes along the last of several dims).
     """
     if outputs is None or not isinstance(targets, Tensor):
         return None
@@ -323,7 +321,7 @@ def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Te
 
 
 def squared_errors(loss: Loss, outputs: Tensor, targets: Any) -> Tensor | None:
-    """The squared error of each example, a mean over its outputs, (N,); ``None`` where targets are no such numbers."""
+    """The squared error of each example, a mean over its outputs, (N,); ``None`` where targets are not real numbers."""
     if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
         return None
     if not targets.is_floating_point() and kind_of(loss) != "numbers":
@@ -332,7 +330,7 @@ def squared_errors(loss: Loss, outputs: Tensor, targets: Any) -> Tensor | None:
 
 
 def linearised(values: Array, weights: Array) -> Array:
-    """Numbers that stand for the examples in means: see the module's first lines.
+    """Numbers that represent the examples in means: see the module docstring.
 
     Parameters
     ----------

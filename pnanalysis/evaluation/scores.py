@@ -1,4 +1,4 @@
-"""Losses and mistakes of several networks on the same examples, and their means and differences with paired errors."""
+"""Losses and errors of several networks on the same examples: means, and differences with paired standard errors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Array = NDArray[np.float64]
 class Scores:
     """Loss and error of every network on every example.
 
-    The error is the share of wrong classes (of an example's positions, where it has several), or the squared error
+    The error is the fraction of wrong classes (of an example's positions, where it has several), or the squared error
     for real-valued targets, averaged over outputs; NaN where the targets are neither.
 
     Attributes
     ----------
     classes : int or None
-        How many there are; ``None`` where no mistakes can be counted.
+        Number of classes; ``None`` where mistakes cannot be counted.
     """
 
     def __init__(self, loss: Loss) -> None:
@@ -43,12 +43,12 @@ class Scores:
         self._parts: list[Tensor] = []
 
     def add(self, outputs: Sequence[Any], targets: Any) -> None:
-        """Take in a batch: each network's outputs, and the targets.
+        """Add a batch: outputs of every network, and the targets.
 
         Raises
         ------
         ModelError
-            If the loss is no mean over examples.
+            If the loss is not a mean over examples.
         """
         rows = [self._rows(one, targets) for one in outputs]
         self._parts.append(torch.stack(rows, dim=1).cpu())
@@ -57,13 +57,13 @@ class Scores:
         """Losses, their weights, errors and their weights, (4, N)."""
         each, weight = example_losses(self.loss, outputs, targets)
         check_mean(self.loss, self.loss(outputs, targets), each, weight)
-        said = prediction(outputs)
-        found = example_errors(self.loss, said, targets)
-        if found is not None and said is not None:
-            probabilities = log_probabilities(said, targets, self.loss)
+        predicted = prediction(outputs)
+        found = example_errors(self.loss, predicted, targets)
+        if found is not None and predicted is not None:
+            probabilities = log_probabilities(predicted, targets, self.loss)
             self.classes = None if probabilities is None else probabilities.shape[1]
         else:
-            errors = None if said is None else squared_errors(self.loss, said, targets)
+            errors = None if predicted is None else squared_errors(self.loss, predicted, targets)
             found = (torch.full_like(each, torch.nan) if errors is None else errors, torch.ones_like(each))
         return torch.stack([part.double() for part in (each, weight, *found)])
 
@@ -72,7 +72,7 @@ class Scores:
 
     @property
     def n(self) -> int:
-        """How many examples there are."""
+        """Number of examples."""
         return sum(part.shape[-1] for part in self._parts)
 
     @property
@@ -88,8 +88,8 @@ class Scores:
         return linearised(each, weight)
 
     @property
-    def shares(self) -> Array:
-        """``(k, N)``: the error of each example by itself."""
+    def example_errors(self) -> Array:
+        """``(k, N)``: the error of each example, not weighted."""
         return self._all()[2]
 
 
@@ -99,14 +99,14 @@ def paired(values: Array) -> dict[str, Any]:
     Parameters
     ----------
     values : ndarray, shape (k, N)
-        One number a network and example; the same examples for all networks.
+        One number per network and example; the same examples for all networks.
 
     Returns
     -------
     dict
         ``""`` and ``"_se"``: means ``(k,)`` with standard errors; ``"_difference"`` and ``"_difference_se"``: row
-        minus column ``(k, k)``, the error that of the mean of the differences, so that what makes an example easy or
-        hard for all networks does not count.
+        minus column ``(k, k)``; its standard error is that of the mean difference per example, so that what makes an
+        example easy or hard for all networks cancels.
     """
     k = len(values)
     mean = values.mean(1)

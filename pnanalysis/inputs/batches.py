@@ -1,4 +1,4 @@
-"""Batches as nests of mappings, tuples and lists with tensors in them."""
+"""Batches: tensors nested in mappings, tuples and lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pnanalysis.errors import CurvatureError
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for a model: a tuple is spread, a mapping named, all else passed whole."""
+    """Positional and keyword arguments for a model: tuples by position, mappings by keyword, anything else as it is."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
@@ -31,32 +31,34 @@ def tensors(nest: Any) -> Iterator[Tensor]:
 
 
 def batch_size(batch: Any) -> int:
-    """Examples in a batch, by its first tensor.
+    """Number of examples in a batch, from its first tensor.
 
     Raises
     ------
     CurvatureError
-        If there is no tensor in it.
+        If it holds no tensor.
     """
     for tensor in tensors(batch):
         return len(tensor)
-    raise CurvatureError("a batch holds no tensor; it must be (inputs, targets)")
+    raise CurvatureError("a batch holds no tensor; give pairs (inputs, targets)")
 
 
 def map_tensors(nest: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest with every tensor replaced by ``function(tensor)``."""
+    """Apply a function to every tensor and keep the structure."""
     if isinstance(nest, Tensor):
         return function(nest)
     if isinstance(nest, Mapping):
         return {key: map_tensors(value, function) for key, value in nest.items()}
     if isinstance(nest, tuple | list):
         parts = [map_tensors(value, function) for value in nest]
-        return type(nest)(*parts) if hasattr(nest, "_fields") else type(nest)(parts)  # a named tuple, or not
+        return (
+            type(nest)(*parts) if hasattr(nest, "_fields") else type(nest)(parts)
+        )  # named tuples take their fields one by one
     return nest
 
 
 def move(nest: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The nest on a device, its floating-point tensors in ``dtype``."""
+    """Move to a device; floating-point tensors also to ``dtype``."""
     return map_tensors(nest, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
 
 

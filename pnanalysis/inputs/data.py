@@ -1,7 +1,7 @@
-"""Data as tensors on a device: resolve a data set, split it by seed, hand out normalised batches.
+"""Data as tensors on a device: resolve a data set, split it by seed, give normalised batches.
 
-A registered data set is a factory ``factory(path, input_shape)`` that gives :class:`RawImages`; your own goes as
-``module:factory`` and may return :class:`Splits`, a mapping of split names, a pair ``(inputs, targets)``, a torch
+A registered data set is a factory ``factory(path, input_shape)`` that returns :class:`RawImages`; a custom one is
+named ``module:factory`` and may return :class:`Splits`, a mapping of split names, a pair ``(inputs, targets)``, a torch
 ``Dataset``, or any re-iterable of batches such as a ``DataLoader``.
 """
 
@@ -30,7 +30,7 @@ Batch = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class RawImages:
-    """What a registered data set yields: uint8 images ``(N, C, H, W)`` and integer targets ``(N,)``."""
+    """What a registered data set consists of: uint8 images ``(N, C, H, W)`` and integer targets ``(N,)``."""
 
     train_inputs: Tensor
     train_targets: Tensor
@@ -83,7 +83,7 @@ class Split:
         if n is None or n == len(self):
             return self
         if not 0 < n <= len(self):
-            raise DataError(f"{n} examples asked for, the split has {len(self)}")
+            raise DataError(f"{n} examples requested, the split has {len(self)}")
         index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
         index = index.to(self.inputs.device)
         return replace(self, inputs=self.inputs[index], targets=self.targets[index])
@@ -99,7 +99,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Batches:
-    """A re-iterable of normalised batches that are made as they are asked for."""
+    """A re-iterable of normalised batches, made when they are needed."""
 
     split: Split
     batch_size: int
@@ -114,18 +114,18 @@ class Batches:
 
 @dataclass(frozen=True)
 class LoaderSplit:
-    """A user's own re-iterable of batches: order and batch size stay as they are."""
+    """A custom re-iterable of batches, whose order and batch size are kept."""
 
     loader: Iterable[Batch]
     device: torch.device | str = "cpu"
     n_batches: int | None = None
 
     def to(self, device: torch.device | str) -> LoaderSplit:
-        """The same batches, moved as they are read."""
+        """The same batches, moved to the device when they are read."""
         return replace(self, device=device)
 
     def subset(self, n: int | None, seed: int = 0) -> LoaderSplit:
-        """The leading batches until ``n`` examples have been seen, all if there are fewer (``seed`` is not used)."""
+        """The leading batches that hold ``n`` examples, all if there are fewer (``seed`` is not used)."""
         if n is None:
             return self
         seen, count = 0, 0
@@ -134,7 +134,9 @@ class LoaderSplit:
             if seen >= n:
                 return replace(self, n_batches=count)
         if not count:
-            raise DataError("the loader gives no batches; was it an iterator that is used up?")
+            raise DataError(
+                "the loader gives no batches; an iterator is used up after one pass, so give a DataLoader or a list"
+            )
         return self
 
     def batches(self, batch_size: int) -> list[Batch]:
@@ -216,7 +218,7 @@ def load_data(spec: str, input_shape: Sequence[int] | None = None, split_seed: i
 
 
 def _made(spec: str) -> Any:
-    """What ``module:factory`` gives; a module may hold the data themselves."""
+    """Data from ``module:factory``; the name may also be that of the data themselves."""
     factory = import_object(spec, DataError)
     if not callable(factory):
         return factory
@@ -224,12 +226,12 @@ def _made(spec: str) -> Any:
         return factory()
     except DataError:
         raise
-    except Exception as error:  # whatever the factory does
+    except Exception as error:  # user code may raise anything
         raise DataError(f"data {spec!r} cannot be made: {describe_error(error)}") from error
 
 
 def as_splits(data: Any, name: str = "data") -> Splits:
-    """Splits from whatever a user has: see the module's first lines for what is understood.
+    """Splits from any data that the module docstring lists.
 
     Raises
     ------
@@ -311,9 +313,9 @@ def _normalisation(images: Tensor) -> tuple[Tensor, Tensor]:
     channels = images.shape[1]
     values = torch.arange(256, dtype=torch.float64)
     counts = torch.stack([torch.bincount(images[:, c].reshape(-1), minlength=256) for c in range(channels)]).double()
-    share = counts / counts.sum(1, keepdim=True)
-    mean = share @ values
-    std = (share @ values.square() - mean.square()).clamp_min(1e-12).sqrt()
+    fraction = counts / counts.sum(1, keepdim=True)
+    mean = fraction @ values
+    std = (fraction @ values.square() - mean.square()).clamp_min(1e-12).sqrt()
     return mean.float().view(-1, 1, 1), (1 / std).float().view(-1, 1, 1)
 
 
@@ -342,11 +344,11 @@ def _as_split(data: Any, name: str) -> Split | LoaderSplit:
 
 
 def _pair(batch: Any) -> Batch:
-    """A batch of a user's own loader, as it has to be."""
+    """A batch of a custom loader as a pair of inputs and targets."""
     if isinstance(batch, tuple | list) and len(batch) == 2 and next(tensors(batch), None) is not None:
         return batch[0], batch[1]
     got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
-    raise DataError(f"each batch of the data has to be a pair of tensors (inputs, targets), not {got}")
+    raise DataError(f"each batch of the data must be a pair of tensors (inputs, targets), not {got}")
 
 
 def _with_fingerprint(splits: Splits) -> Splits:

@@ -1,4 +1,4 @@
-"""Resolve a model by registered name or ``module:factory``, and put weights into it."""
+"""Resolve models and losses by name or ``module:factory``, and load weights into models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.inputs.registry import MODELS, describe_error, import_object, resolve
 
-_WRAPPERS = ("module.", "_orig_mod.", "module.")  # either inside the other
+_WRAPPERS = ("module.", "_orig_mod.", "module.")  # tried in this order: DDP around compile, or compile around DDP
 Loss = Callable[[Any, Any], torch.Tensor]
 #: A registered name or ``module:factory``, an instance, or a callable that returns one.
 ModelLike = str | nn.Module | Callable[[], nn.Module]
@@ -30,7 +30,7 @@ def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Modul
     Parameters
     ----------
     spec : str
-        A name in the entry-point group ``pnanalysis.models``, or ``module:factory`` (code that the caller vouches for).
+        A name in the entry-point group ``pnanalysis.models``, or ``module:factory`` (code that the caller trusts).
     options : mapping, optional
         Keyword arguments of the factory.
 
@@ -46,7 +46,7 @@ def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Modul
         model = factory(**(options or {}))
     except PnError:
         raise
-    except Exception as error:  # whatever the factory does
+    except Exception as error:  # user code may raise anything
         given = f" with {dict(options)}" if options else ""
         raise ModelError(f"model {spec!r} cannot be built{given}: {describe_error(error)}") from error
     if not isinstance(model, nn.Module):
@@ -55,7 +55,7 @@ def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Modul
 
 
 def new_model(model: ModelLike, options: Mapping[str, Any] | None = None) -> nn.Module:
-    """A network of one's own from a name, a factory, or an instance, which is copied and keeps its weights."""
+    """A new network from a name, a factory or an instance; an instance is copied and stays as it is."""
     if isinstance(model, nn.Module):
         return deepcopy(model)
     return build_model(model, options) if isinstance(model, str) else model()
@@ -64,8 +64,8 @@ def new_model(model: ModelLike, options: Mapping[str, Any] | None = None) -> nn.
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str = "weights") -> nn.Module:
     """Put weights and buffers into ``model``, in place; every name and shape must fit.
 
-    Names may all begin with the prefix that ``DistributedDataParallel`` or ``torch.compile`` put before them, and of
-    parameters that share their memory one is enough.
+    Names may all begin with the prefix that ``DistributedDataParallel`` or ``torch.compile`` adds; of parameters that
+    share memory, one is enough.
 
     Raises
     ------
@@ -77,9 +77,9 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: st
         if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     for name, tensor in own.items():
-        twins = [other for other in own if other in state and _shares_memory(own[other], tensor)]
-        if name not in state and twins:
-            state[name] = state[twins[0]]
+        tied = [other for other in own if other in state and _shares_memory(own[other], tensor)]
+        if name not in state and tied:
+            state[name] = state[tied[0]]
     for name, tensor in own.items():
         if name not in state:
             raise ModelError(f"{origin}: lacks {name!r}, so it belongs to another architecture than {_describe(model)}")
@@ -92,7 +92,9 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: st
         raise ModelError(f"{origin}: holds {extra[0]!r}, which {_describe(model)} does not have")
     broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
-        raise ModelError(f"{origin}: {broken[0]!r} holds values that are not finite; training had diverged by then")
+        raise ModelError(
+            f"{origin}: {broken[0]!r} holds values that are not finite: training had diverged; give an earlier checkpoint"
+        )
     model.load_state_dict(state)
     return model
 
@@ -110,13 +112,13 @@ def resolve_loss(loss: str | Loss) -> Loss:
     if ":" in loss:
         found: Loss = import_object(loss, ModelError)
         return found
-    raise ModelError(f"unknown loss {loss!r}; there are {', '.join(LOSSES)}; your own goes as module:function")
+    raise ModelError(f"unknown loss {loss!r}; there are {', '.join(LOSSES)}; give a custom loss as module:function")
 
 
 def parameter_layers(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
     """Layers in the paper's sense: modules that own trainable parameters directly, in order.
 
-    A parameter that several modules share belongs to the first.
+    A parameter shared by several modules belongs to the first.
 
     Yields
     ------

@@ -35,7 +35,7 @@ def resolve(group: str, name: str) -> Any:
     if not matches:
         what = "model" if group == MODELS else "data set"
         raise _ERRORS[group](
-            f"unknown {what} {name!r}; registered: {', '.join(registered(group))}; your own goes as module:factory"
+            f"unknown {what} {name!r}; registered: {', '.join(registered(group))}; give a custom one as module:factory"
         )
     return matches[0].load()
 
@@ -43,7 +43,7 @@ def resolve(group: str, name: str) -> Any:
 def import_object(spec: str, error: type[PnError] = PnError) -> Any:
     """Import ``module:attribute``, looking in the current folder too.
 
-    This runs the module's code: only ever call it with a text the user has typed.
+    This runs the module's code: only call it with text that the user typed.
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
@@ -60,16 +60,16 @@ def import_object(spec: str, error: type[PnError] = PnError) -> Any:
         if module_name in sys.modules:
             raise error(f"module {module_name!r} has no {attribute!r}") from cause
         raise error(f"cannot import {module_name!r}: {describe_error(cause)}") from cause
-    except Exception as cause:  # whatever the module does when it is imported
+    except Exception as cause:  # user code may raise anything on import
         raise error(f"cannot import {module_name!r}: {describe_error(cause)}") from cause
     return found
 
 
 def describe_error(error: BaseException) -> str:
-    """What an error in somebody's own code says, and where in it."""
+    """Message and place of an error in user code."""
     text = reason(error)
     if isinstance(error, SyntaxError):
-        return text  # says where by itself
+        return text  # its message names the place already
     own = Path(__file__).parent
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent != own]
     return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else text

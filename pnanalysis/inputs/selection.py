@@ -1,4 +1,4 @@
-"""Which checkpoints an analysis is about, what they are called, and the examples that all of them see."""
+"""Which checkpoints an analysis is about, and how they are labelled."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SelectedCheckpoint:
 
     @property
     def origin(self) -> str:
-        """What messages call it, whatever the number of sources."""
+        """How messages refer to it, with or without other sources."""
         return f"{self.source.label}/{self.checkpoint.name}" if self.source.run is not None else self.checkpoint.name
 
     @property
@@ -66,7 +66,7 @@ class SelectedCheckpoint:
 
 
 class Selection(Sequence[SelectedCheckpoint]):
-    """The checkpoints that an analysis is about, the reference first. Made by :func:`select`.
+    """The checkpoints that an analysis is about; the first is the reference. Made by :func:`select`.
 
     Each file is read and each architecture built once, however often an analysis comes back to a checkpoint.
     """
@@ -88,7 +88,7 @@ class Selection(Sequence[SelectedCheckpoint]):
 
     @property
     def labels(self) -> list[str]:
-        """What the checkpoints are called."""
+        """Their labels, in order."""
         return [item.label for item in self]
 
     def distinct(self) -> list[SelectedCheckpoint]:
@@ -186,7 +186,7 @@ def select(
 
 
 def nothing_given() -> RunError:
-    """What to say where an analysis was given nothing to look at."""
+    """The error for an analysis that was given nothing."""
     return RunError("name a run, or give networks, or a model with weight files")
 
 

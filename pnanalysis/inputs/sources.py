@@ -1,4 +1,4 @@
-"""What an analysis is about: checkpoints of one kind of network with data and loss, from a run, files or memory."""
+"""Sources of checkpoints: a run, weight files or networks in memory, with their model, data and loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True, eq=False)
 class MemoryCheckpoint:
-    """A network, or the weights of one, that a caller holds in memory: the counterpart of a `Checkpoint` on disk.
+    """A network or a state dict in memory: the counterpart of a `Checkpoint` on disk.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class MemoryCheckpoint:
 
     @property
     def origin(self) -> str:
-        """What messages call it."""
+        """How messages refer to it."""
         return f"network {self.name!r}"
 
     @property
@@ -72,7 +72,7 @@ class Source:
         Name of the run or model in datasets and figures.
     checkpoints : list of Checkpoint or MemoryCheckpoint
     make_model, make_data, make_loss : callable
-        Make what their names say; called when it is first needed, the first two once.
+        Factories, called when their product is first needed.
     attrs : dict
         Identity to write on datasets: run id, model, loss.
     run : Run or None
@@ -249,7 +249,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     Raises
     ------
     ModelError
-        If CUDA is asked for where there is none, or the name is not a device.
+        If CUDA is requested where there is none, or the name is not a device.
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

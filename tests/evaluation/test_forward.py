@@ -195,9 +195,9 @@ BAD = {
     ),
     "class": (
         (torch.randn(40, 4), torch.full((40,), 9)),
-        r"the target 9 is no class of a network with 3 outputs \(0 to 2\)",
+        r"the target 9 is not a class of a network with 3 outputs \(0 to 2\)",
     ),
-    "negative class": ((torch.randn(40, 4), torch.full((40,), -1)), "the target -1 is no class"),
+    "negative class": ((torch.randn(40, 4), torch.full((40,), -1)), "the target -1 is not a class"),
     "targets": ((torch.randn(40, 4), torch.zeros(40, 2)), r"targets of shape \(2, 2\), float32"),
     "whole inputs": ((torch.ones(40, 4).long(), torch.zeros(40).long()), r"inputs of shape \(2, 4\), int64"),
 }
@@ -219,7 +219,7 @@ def test_data_that_do_not_fit_are_one_sentence_that_says_what(
 
 def test_gradients_say_which_data_do_not_fit(tiny_run: Run) -> None:
     wrong = as_source(tiny_run, data=(torch.randn(40, 1, 8, 8), torch.full((40,), 12)))
-    with pytest.raises(PnError, match="the target 12 is no class of a network with 10 outputs"):
+    with pytest.raises(PnError, match="the target 12 is not a class of a network with 10 outputs"):
         pn.gradient_split(wrong, progress=False)
 
 
@@ -228,7 +228,7 @@ def test_a_late_target_is_found_too(tmp_path: Path) -> None:
     y[577] = 5
     source = source_of(tmp_path, lambda: Net(WRAPPINGS["tensor"]), (x, y))
     for name in ("hessian", "compare", "landscape", "sharpness"):
-        with pytest.raises(PnError, match="the target 5 is no class of a network with 3 outputs"):
+        with pytest.raises(PnError, match="the target 5 is not a class of a network with 3 outputs"):
             ANALYSES[name](source)
 
 

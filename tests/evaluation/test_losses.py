@@ -306,5 +306,5 @@ def test_targets_that_fit_and_losses_of_ones_own_pass() -> None:
     check_targets(F.mse_loss, outputs, outputs)
     check_targets(F.binary_cross_entropy_with_logits, outputs[:, 0], torch.ones(5))
     check_targets(lambda o, t: (o[:, 0] - t).square().mean(), outputs[:, :1], torch.zeros(5))
-    with pytest.raises(DataError, match="the target 3 is no class"):
+    with pytest.raises(DataError, match="the target 3 is not a class"):
         check_targets(F.cross_entropy, outputs, torch.tensor([0, 1, 2, 3, 0]))
