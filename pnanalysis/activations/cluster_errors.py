@@ -1,7 +1,7 @@
-"""Standard errors over examples: the numbers that one image gives rise to belong together.
+"""Standard errors over examples when each example contributes many dependent numbers.
 
-A layer gives thousands of activations an image, which are anything but independent. What is independent are images, so
-every error here is one over examples, from sums that are taken example by example and add up as the data stream by.
+A layer gives thousands of activations per image, which are far from independent. Images are independent, so every
+standard error here is one over examples, from sums per example that accumulate over batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ExampleMoments:
     Parameters
     ----------
     cross : bool
-        Keep covariances between the columns too, for :meth:`covariance`.
+        Also keep covariances between columns, for :meth:`covariance`.
 
     References
     ----------
@@ -38,7 +38,7 @@ class ExampleMoments:
         self._sums: Tensor | None = None
 
     def add(self, sums: Tensor, count: int) -> None:
-        """Take in ``sums`` (N, K), over the ``count`` numbers of each of N examples."""
+        """Add ``sums`` (N, K) over the ``count`` numbers of each of N examples."""
         sums = sums.double()
         total = sums.sum(0)
         products = sums.T @ sums if self.cross else sums.square().sum(0)[None]
@@ -46,7 +46,7 @@ class ExampleMoments:
         self._take(n, n * count, n * count**2, torch.cat([total[None], count * total[None], products]))
 
     def merge(self, other: ExampleMoments) -> None:
-        """Take in all examples that ``other`` was given."""
+        """Add all examples of ``other``."""
         if other._sums is not None:
             self._take(other.n, other._count, other._count2, other._sums)
 
@@ -82,21 +82,21 @@ class ExampleMoments:
 
 
 _MANTISSA_BITS = 3
-_LOWEST, _HIGHEST = -32, 16  # exponents of two that are told apart
+_LOWEST, _HIGHEST = -32, 16  # exponents of two that have buckets of their own
 _SHIFT = 23 - _MANTISSA_BITS
 _ZERO = (127 + _LOWEST) << _MANTISSA_BITS
 _TOP = (_HIGHEST - _LOWEST) << _MANTISSA_BITS  # buckets of magnitudes 0 ... _TOP
 
 
-class ShareErrors:
-    r"""Standard errors of the shares of numbers below given quantiles, over examples.
+class FractionErrors:
+    r"""Standard errors of the fractions of numbers below given quantiles, over examples.
 
-    At the borders of coarse buckets (eight an octave) the variance of the cumulative share :math:`F` over examples is
-    known exactly; relative to independent examples of one number each, :math:`F(1-F)/n`, it is the design effect. That
-    varies slowly and is interpolated in :math:`F`.
+    At the borders of coarse buckets (eight per octave) the variance of the cumulative fraction :math:`F` over examples
+    is known exactly; divided by :math:`F(1-F)/n`, its value for independent examples of one number each, it is the
+    design effect, which varies slowly and is interpolated in :math:`F`.
 
     Woodruff's standard error of a quantile :math:`Q(p)` is then :math:`(Q(p + e) - Q(p - e))/2` with :math:`e` the
-    error of the share at :math:`p`: it needs no density, and is zero within an atom (a ReLU's zeros).
+    standard error of the fraction at :math:`p`: it needs no density, and is zero within an atom (a ReLU's zeros).
 
     References
     ----------
@@ -108,7 +108,7 @@ class ShareErrors:
         self._moments = ExampleMoments()
 
     def add(self, values: Tensor) -> None:
-        """Take in numbers of N examples, (N, M), float32."""
+        """Add numbers of N examples, (N, M), float32."""
         n, width = len(values), 2 * _TOP + 1
         bits = values.contiguous().view(torch.int32)
         magnitude = ((bits & 0x7FFFFFFF) >> _SHIFT).sub_(_ZERO).clamp_(0, _TOP)
@@ -119,21 +119,21 @@ class ShareErrors:
         absolute[:, 1:] += counts[:, :_TOP].flip(1)
         self._moments.add(torch.cat([counts.cumsum(1), absolute.cumsum(1)], dim=1), values.shape[1])
 
-    def merge(self, other: ShareErrors) -> None:
-        """Take in all examples that ``other`` was given."""
+    def merge(self, other: FractionErrors) -> None:
+        """Add all examples of ``other``."""
         self._moments.merge(other._moments)
 
     def at(self, levels: Array, absolute: bool = False) -> Array:
-        """Standard error of the share of numbers (of absolute numbers) below the quantile at each level."""
+        """Standard error of the fraction of numbers (of absolute numbers) below the quantile at each level."""
         n = self._moments.n
         if n < 2:
             return np.full(len(levels), np.nan)
         own = slice(2 * _TOP + 1, None) if absolute else slice(2 * _TOP + 1)
-        shares, errors = self._moments.mean()[own], self._moments.standard_error()[own]
-        inner = (shares > 1e-12) & (shares < 1 - 1e-12)
-        if not inner.any():  # all numbers in one bucket: as if each example held one number
+        fractions, se = self._moments.mean()[own], self._moments.standard_error()[own]
+        inner = (fractions > 1e-12) & (fractions < 1 - 1e-12)  # at 0 and 1 the design effect is 0 / 0
+        if not inner.any():  # all numbers are in one bucket: as if each example held one number
             return np.sqrt(levels * (1 - levels) / n)
-        shares, errors = shares[inner], errors[inner]
-        shares, first = np.unique(shares, return_index=True)
-        effect = n * errors[first] ** 2 / (shares * (1 - shares))
-        return np.sqrt(np.interp(levels, shares, effect) * levels * (1 - levels) / n)
+        fractions, se = fractions[inner], se[inner]
+        fractions, first = np.unique(fractions, return_index=True)
+        effect = n * se[first] ** 2 / (fractions * (1 - fractions))
+        return np.sqrt(np.interp(levels, fractions, effect) * levels * (1 - levels) / n)

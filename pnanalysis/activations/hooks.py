@@ -27,7 +27,7 @@ class Activation:
     low, high : float
         Its horizontal asymptotes, infinite where it has none.
     rectifier : bool
-        Whether its output exceeds zero just where its input does.
+        Whether its output is positive exactly where its input is.
     """
 
     name: str
@@ -48,7 +48,7 @@ def _rectifier(name: str, low: float = 0.0, high: float = inf) -> Activation:
 _TANH, _SIGMOID = Activation("tanh", -1.0, 1.0), Activation("sigmoid", 0.0, 1.0)
 _RELU = _rectifier("relu")
 
-#: Every function that is seen, by identity; functions that call one another are recorded once, at the outermost.
+#: Every function that is recognised, by identity; of functions that call one another, only the outermost is recorded.
 ACTIVATIONS: dict[Callable[..., Any], Activation] = {
     torch.tanh: _TANH,
     torch.tanh_: _TANH,
@@ -84,13 +84,13 @@ ACTIVATIONS: dict[Callable[..., Any], Activation] = {
 
 
 def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Activation:
-    """torch's hardtanh, which ReLU6 is made of, has the limits it is called with."""
+    """torch's hardtanh with the limits it is called with; torch implements ReLU6 by it."""
     if (min_val, max_val) == (0.0, 6.0):
         return _rectifier("relu6", 0.0, 6.0)
     return Activation("hardtanh", min_val, max_val)
 
 
-#: Which dim of an activation counts units: that of the last of these functions before it.
+#: The dim of an activation that counts units: set by the last of these functions before it.
 _UNIT_DIMS: dict[Callable[..., Any], int] = {
     **dict.fromkeys((F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__), -1),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.instance_norm, F.group_norm), 1),
@@ -100,7 +100,7 @@ _UNIT_DIMS: dict[Callable[..., Any], int] = {
 Observer = Callable[[str, Activation, Tensor], None]
 
 
-class _Watch(TorchFunctionMode):
+class _ActivationRecorder(TorchFunctionMode):
     """Calls ``observe(layer, activation, output)`` for every outermost activation function."""
 
     def __init__(self, model: nn.Module, observe: Observer) -> None:
@@ -130,6 +130,7 @@ class _Watch(TorchFunctionMode):
     def _layer(self, activation: Activation) -> str:
         """The module's name; for a functional call, of the calling module and the function; numbered when repeated."""
         path, module = self.modules[-1]
+        # nn.Tanh and the like are layers themselves; any other module calls activations by function
         own_module = type(module).__module__ == "torch.nn.modules.activation"
         name = path if own_module and path else ".".join(part for part in (path, activation.name) if part)
         self.calls[name] += 1
@@ -138,7 +139,7 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
-    """Within the body, each forward pass of ``model`` reports its activations.
+    """Report the activations of every forward pass of ``model`` inside the body.
 
     Parameters
     ----------
@@ -147,9 +148,9 @@ def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
         ``observe(layer, activation, output)``; ``layer`` is the name of the activation module, or of the module that
         calls the function followed by the function's name. A second use in one pass is ``name#2``. ``output`` counts
         examples along dim 0 and units along dim 1: channels after a convolution, features after a linear layer. It is
-        what the network goes on with, and may be overwritten in place afterwards.
+        the tensor the network itself uses next, which may be overwritten in place afterwards.
     """
-    watch = _Watch(model, observe)
+    watch = _ActivationRecorder(model, observe)
 
     def begin(module: nn.Module, args: Any) -> None:
         watch.calls.clear()
@@ -174,8 +175,8 @@ def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
 
 
 def no_activations(model: nn.Module) -> ModelError:
-    """What to say of a network that has none."""
+    """The error for a network that has none."""
     return ModelError(
         f"{type(model).__name__} has no activation functions that are known here (tanh, sigmoid, the ReLU family, "
-        "GELU, SiLU...); saturation has nothing to measure"
+        "GELU, SiLU...), so there is no saturation to measure"
     )

@@ -1,4 +1,4 @@
-"""Saturation while a network trains: statistics of the training batches themselves, in anyone's loop."""
+"""Saturation during training, from the training batches themselves, in any training loop."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pnanalysis.activations.statistics import MARGIN, PERCENTILES, LayerActivity
 from pnanalysis.checks import ascending, at_least
 from pnanalysis.errors import ModelError
 
-_EXACT_LIMIT = 65_536  # numbers; sorting more costs more than the sketch
+_EXACT_LIMIT = 65_536  # numbers; sorting more is slower than the sketch
 
 
 class SaturationMonitor:
-    """Record the saturation of a network's activations during training, without forward passes of its own.
+    """Record the saturation of a network's activations during training, without extra forward passes.
 
     Every ``every``-th forward pass in training mode is watched: some examples of its batch give the same statistics as
     :func:`pnanalysis.saturation`. Other passes cost one Python call; nothing waits for the device except the end of a
     watched pass. Passes in ``eval`` mode are neither counted nor watched.
 
-    Works on a plain module and on what ``torch.compile(module)`` returns, whose watched passes run uncompiled (hand
-    over the compiled module); on any device, under autocast, and for activations that are called as functions. It does
+    Works on a plain module and on the result of ``torch.compile(module)``, whose watched passes run uncompiled (pass the
+    compiled module); on any device, under autocast, and for activations that are called as functions. It does
     not see into ``module.compile()``, scripted modules, or the replicas of ``DataParallel``.
 
     Parameters
@@ -39,12 +39,12 @@ class SaturationMonitor:
     every : int
         Training passes from one record to the next; the first pass is recorded.
     n_examples : int or None
-        How many of a batch to look at, the first ones; all if ``None``.
+        Number of examples per batch, the first ones; all if ``None``.
     percentiles, bins, saturation_bins, per_unit
         As for :func:`pnanalysis.saturation`.
     bin_range : (float, float), optional
-        Of the histograms. By default asymptotes where there are any, and for unbounded activations four times the
-        range that the first record shows.
+        Of the histograms. By default between asymptotes where there are any, and for unbounded activations four times
+        the range in the first record.
 
     Examples
     --------
@@ -103,12 +103,12 @@ class SaturationMonitor:
         self._watch.close()
 
     def dataset(self) -> xr.Dataset:
-        """What has been recorded so far: kind ``saturation``, along ``step`` (training passes, from 0).
+        """The records so far: kind ``saturation``, along ``step`` (training passes, from 0).
 
         Raises
         ------
         ModelError
-            If no training pass has been seen, or layers have come or gone between records.
+            If no training pass was recorded, or the activation layers differ between records.
         """
         if not self._records:
             raise ModelError(
@@ -137,7 +137,7 @@ class SaturationMonitor:
         self.step += 1
 
     def _observe(self, name: str, activation: Activation, output: Tensor) -> None:
-        # a copy: the network may go on in place
+        # a copy: the network may overwrite it in place
         self._seen.append((name, activation, output.detach()[: self.n_examples].float().clone()))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -146,8 +146,8 @@ class SaturationMonitor:
         self._watching = False
         self._watch.close()
         seen, self._seen = self._seen, []
-        if output is None:  # the pass has failed
-            return
+        if output is None:
+            return  # the pass has failed
         if not seen:
             raise no_activations(self._inner)
         if self._bin_range is None:
@@ -160,6 +160,6 @@ class SaturationMonitor:
 
 
 def _wide_range(seen: list[tuple[str, Activation, Tensor]]) -> tuple[float, float]:
-    """The asymptotes, or four times what unbounded activations show: they grow."""
-    shown = [(activation, 4 * float(values.min()), 4 * float(values.max())) for _, activation, values in seen]
-    return common_range([(one, min(low, 0.0), max(high, 0.0)) for one, low, high in shown])
+    """The asymptotes, or four times the range of unbounded activations, which grow during training."""
+    ranges = [(activation, 4 * float(values.min()), 4 * float(values.max())) for _, activation, values in seen]
+    return common_range([(one, min(low, 0.0), max(high, 0.0)) for one, low, high in ranges])

@@ -1,4 +1,4 @@
-"""Quantiles of a stream of numbers: exact while it is short, a mergeable histogram of the numbers' own bits beyond."""
+"""Quantiles of a stream of numbers: exact while it is short, then from a mergeable histogram of their leading bits."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class QuantileSketch:
     """Quantiles of all numbers given to :meth:`add`, in memory that does not grow with their count.
 
     Up to ``exact_limit`` numbers are kept, and their quantiles are numpy's. Beyond that, numbers are counted in
-    buckets that share sign, exponent and the leading nine bits of the mantissa of their float32 form: adding is one
-    ``bincount``, merging an addition, there is no range to choose, and a quantile is within a factor
-    1 ± :data:`RELATIVE_ERROR` of the order statistic it stands for.
+    buckets of the same sign, exponent and leading nine bits of the mantissa in float32: adding is one ``bincount``,
+    merging an addition, there is no range to choose, and a quantile is within a factor 1 ± :data:`RELATIVE_ERROR` of
+    the order statistic it represents.
 
     Parameters
     ----------
     exact_limit : int
-        Numbers to keep at most; 0 starts with the histogram.
+        Most numbers to keep; 0 starts with the histogram.
     """
 
     def __init__(self, exact_limit: int = 4_000_000) -> None:
@@ -44,18 +44,18 @@ class QuantileSketch:
         return self._buckets is None
 
     def add(self, values: Tensor) -> None:
-        """Take in a tensor of any shape."""
+        """Add the numbers of a tensor of any shape."""
         values = values.detach().reshape(-1).float()
         self.count += values.numel()
         self._sorted.clear()
         if self.exact and self.count <= self.exact_limit:
-            self._kept.append(values.clone())  # its owner may overwrite it in place
+            self._kept.append(values.clone())  # the network may overwrite it in place
             return
         self._tally_kept()
         self._tally(values)
 
     def merge(self, other: QuantileSketch) -> None:
-        """Take in all numbers that ``other`` was given; it stays as it is."""
+        """Add all numbers of ``other``, which is not changed."""
         self.count += other.count
         self._sorted.clear()
         self._kept += other._kept
@@ -65,7 +65,7 @@ class QuantileSketch:
             self._tally_kept()
 
     def quantiles(self, levels: Sequence[float] | NDArray[np.float64], absolute: bool = False) -> NDArray[np.float64]:
-        """Quantiles at ``levels`` in [0, 1], linearly interpolated; of the absolute values if asked.
+        """Quantiles at ``levels`` in [0, 1], linearly interpolated; optionally of the absolute values.
 
         Raises
         ------
@@ -85,7 +85,7 @@ class QuantileSketch:
         return values[np.searchsorted(ends, ranks, side="right").clip(max=len(values) - 1)]
 
     def histogram(self, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Density of the numbers over the bins between ``edges``; what lies outside counts in the total only."""
+        """Density of the numbers over the bins between ``edges``; numbers outside count in the total only."""
         if self._buckets is None:
             counts, _ = np.histogram(self._in_order(), bins=edges)
         else:
@@ -106,7 +106,9 @@ class QuantileSketch:
 
     def _tally(self, values: Tensor) -> None:
         bits = values.contiguous().view(torch.int32)
-        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # monotone in the number
+        ordered = bits ^ (
+            (bits >> 31) & 0x7FFFFFFF
+        )  # flips the bits of negative numbers: integers then sort like floats
         tally = torch.bincount((ordered >> _SHIFT) + _BUCKETS // 2, minlength=_BUCKETS)
         self._buckets = tally if self._buckets is None else self._buckets + tally
 
@@ -119,7 +121,7 @@ class QuantileSketch:
         high = low + ((1 << _SHIFT) - 1)
         ends = [(key ^ ((key >> 31) & 0x7FFFFFFF)).astype(np.int32).view(np.float32) for key in (low, high)]
         middles = (ends[0].astype(np.float64) + ends[1].astype(np.float64)) / 2
-        middles[ends[0] == 0] = 0.0  # the bucket of zero holds denormals beside it
+        middles[ends[0] == 0] = 0.0  # the bucket of zero also holds denormals
         return middles, counts[used]
 
 

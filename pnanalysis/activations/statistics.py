@@ -1,4 +1,4 @@
-"""What is counted of a layer's activations as they stream by, and how it becomes a dataset."""
+"""Statistics of a layer's activations that accumulate over batches, and the dataset they make."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pnanalysis.activations.cluster_errors import ExampleMoments, ShareErrors
+from pnanalysis.activations.cluster_errors import ExampleMoments, FractionErrors
 from pnanalysis.activations.hooks import Activation
 from pnanalysis.activations.quantile_sketch import QuantileSketch
 from pnanalysis.checks import at_least
@@ -22,8 +22,8 @@ from pnanalysis.errors import PnError
 
 PERCENTILES = (2.0, 25.0, 50.0, 75.0, 98.0)
 MARGIN = 0.05
-_TABLE = 1 << 10  # numbers that the errors of percentiles take for an example
-_AT_A_TIME = 1 << 20  # numbers; bounds temporary memory and keeps it in the cache
+_TABLE = 1 << 10  # numbers per example that the errors of percentiles need
+_AT_A_TIME = 1 << 20  # numbers; bounds temporary memory, and keeps it in the processor's cache
 
 Array = NDArray[np.float64]
 Variables = dict[str, tuple[tuple[str, ...], Array | float]]
@@ -47,14 +47,14 @@ class Measures:
 
 
 class LayerActivity:
-    """Everything that is known of one layer after any number of batches, in memory that does not grow with them.
+    """Statistics of one layer after any number of batches, in memory that does not grow with them.
 
     Parameters
     ----------
     activation : Activation
     measures : Measures
     bin_range : (float, float)
-        Between what the histogram's bins lie; numbers outside count in its total only.
+        Outer borders of the histogram's bins; numbers outside count in its total only.
     """
 
     def __init__(self, activation: Activation, measures: Measures, bin_range: tuple[float, float]) -> None:
@@ -62,14 +62,14 @@ class LayerActivity:
         self.measures = measures
         self.bin_range = bin_range
         self.sketch = QuantileSketch(measures.exact_limit)
-        self._shares = ShareErrors()
+        self._fractions = FractionErrors()
         self._powers = ExampleMoments(cross=True)  # of x and x^2
         self._histogram, self._near, self._scaled = ExampleMoments(), ExampleMoments(), ExampleMoments()
         self._unit_near, self._unit_scaled = ExampleMoments(), ExampleMoments()
         self._active: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        """Take in activations (N, U, ...): examples, units, and the places at which a unit is applied."""
+        """Add activations (N, U, ...): examples, units, and the places where a unit is applied."""
         values = values.detach().float().flatten(2) if values.ndim > 2 else values.detach().float()[:, :, None]
         for part in values.split(max(1, _AT_A_TIME // max(values[0].numel(), _TABLE))):
             self._add(part.contiguous())
@@ -79,7 +79,7 @@ class LayerActivity:
         flat = values.view(n, -1)
         count = flat.shape[1]
         self.sketch.add(flat)
-        self._shares.add(flat)
+        self._fractions.add(flat)
         sums = [flat.sum(1, dtype=torch.float64), flat.square().sum(1, dtype=torch.float64)]
         self._powers.add(torch.stack(sums, dim=1), count)
         self._histogram.add(_counts(flat, self.bin_range, self.measures.bins), count)
@@ -105,11 +105,11 @@ class LayerActivity:
         return near
 
     def _signals(self, values: Tensor) -> Tensor:
-        """Sums over places of what the bins' mean signals are made of, (N, 2, U).
+        """Sums over places of the parts of the bins' mean signals, (N, 2, U).
 
-        All of a bin's signals share its sign, save in the middle one of an odd number of bins, whose sum may have
-        either: with their sum in absolute value, u, and the middle bin's, v, the measure is the larger of the means of
-        u + v and u - v.
+        All signals in a bin have its sign, except in the middle one of an odd number of bins, whose sum may have either.
+        With u the sum of absolute signals in the other bins and v the sum in the middle one, the measure is the larger
+        of the means of u + v and u - v.
         """
         low, high = self.activation.low, self.activation.high
         scaled = (values - low) * (2 / (high - low)) - 1
@@ -123,13 +123,13 @@ class LayerActivity:
 
     @property
     def n(self) -> int:
-        """How many examples have been taken in."""
+        """Number of examples so far."""
         return self._powers.n
 
     def merge(self, other: LayerActivity) -> None:
-        """Take in all examples that ``other`` was given; both must measure the same."""
+        """Add all examples of ``other``, which must have the same measures."""
         self.sketch.merge(other.sketch)
-        self._shares.merge(other._shares)
+        self._fractions.merge(other._fractions)
         for name in ("_powers", "_histogram", "_near", "_scaled", "_unit_near", "_unit_scaled"):
             getattr(self, name).merge(getattr(other, name))
         if other._active is not None:
@@ -148,26 +148,26 @@ class LayerActivity:
         found["histogram_se"] = (("bin",), self._histogram.standard_error() / width)
         found |= self._spread()
         known = 1.0 if isfinite(self.activation.low) or isfinite(self.activation.high) else np.nan
-        share, error = self._near.mean() * known, self._near.standard_error() * known
-        found |= {"saturated_share": ((), share[0]), "saturated_share_se": ((), error[0])}
-        value, error = _larger(self._scaled, 1)
-        found |= {"saturation_measure": ((), value[0]), "saturation_measure_se": ((), error[0])}
+        fraction, se = self._near.mean() * known, self._near.standard_error() * known
+        found |= {"saturated_share": ((), fraction[0]), "saturated_share_se": ((), se[0])}
+        value, se = _larger(self._scaled, 1)
+        found |= {"saturation_measure": ((), value[0]), "saturation_measure_se": ((), se[0])}
         dead = (~self._active).double().cpu().numpy()
         found |= {"dead_units": ((), dead.sum()), "n_units": ((), float(len(dead)))}
         if self.measures.per_unit:
-            share, error = self._unit_near.mean() * known, self._unit_near.standard_error() * known
-            found |= {"unit_saturated_share": (("unit",), share), "unit_saturated_share_se": (("unit",), error)}
-            value, error = _larger(self._unit_scaled, len(dead))
-            found |= {"unit_saturation_measure": (("unit",), value), "unit_saturation_measure_se": (("unit",), error)}
+            fraction, se = self._unit_near.mean() * known, self._unit_near.standard_error() * known
+            found |= {"unit_saturated_share": (("unit",), fraction), "unit_saturated_share_se": (("unit",), se)}
+            value, se = _larger(self._unit_scaled, len(dead))
+            found |= {"unit_saturation_measure": (("unit",), value), "unit_saturation_measure_se": (("unit",), se)}
             found["unit_dead"] = (("unit",), dead)
         return found
 
     def _quantile_errors(self, levels: Array, absolute: bool) -> Array:
         """Woodruff's standard errors of the quantiles."""
-        error = self._shares.at(levels, absolute)
-        if np.isnan(error).any():
-            return error
-        ends = np.clip(np.stack([levels - error, levels + error]), 0, 1)
+        se = self._fractions.at(levels, absolute)
+        if np.isnan(se).any():
+            return se
+        ends = np.clip(np.stack([levels - se, levels + se]), 0, 1)
         low, high = self.sketch.quantiles(ends.ravel(), absolute).reshape(2, -1)
         return (high - low) / 2
 
@@ -185,11 +185,11 @@ class LayerActivity:
 def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:
     """Layers side by side along ``layer``, units padded with NaN."""
     first = next(iter(layers.values()))
-    measured = [layer.measure() for layer in layers.values()]
-    units = max(int(one["n_units"][1]) for one in measured)
+    by_layer = [layer.measure() for layer in layers.values()]
+    units = max(int(variables["n_units"][1]) for variables in by_layer)
     data = {}
-    for name, (dims, _) in measured[0].items():
-        rows = [np.asarray(one[name][1]) for one in measured]
+    for name, (dims, _) in by_layer[0].items():
+        rows = [np.asarray(variables[name][1]) for variables in by_layer]
         if "unit" in dims:
             rows = [np.pad(row, (0, units - len(row)), constant_values=np.nan) for row in rows]
         data[name] = (("layer", *dims), np.stack(rows))
@@ -208,15 +208,15 @@ def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:
     )
 
 
-def common_range(shown: Sequence[tuple[Activation, float, float]]) -> tuple[float, float]:
-    """One range of bins for all layers: between asymptotes where there are any, else over what has been seen."""
-    low = min(activation.low if isfinite(activation.low) else seen for activation, seen, _ in shown)
-    high = max(activation.high if isfinite(activation.high) else seen for activation, _, seen in shown)
+def common_range(ranges: Sequence[tuple[Activation, float, float]]) -> tuple[float, float]:
+    """One range of bins for all layers: between asymptotes where there are any, else the range of outputs."""
+    low = min(activation.low if isfinite(activation.low) else seen for activation, seen, _ in ranges)
+    high = max(activation.high if isfinite(activation.high) else seen for activation, _, seen in ranges)
     return low, high if high > low else low + 1.0
 
 
 def _counts(flat: Tensor, bin_range: tuple[float, float], bins: int) -> Tensor:
-    """Numbers in each bin by example, (N, bins); the last bin holds its upper border too."""
+    """Counts in each bin per example, (N, bins); the last bin includes its upper border."""
     low, high = bin_range
     inside = (flat >= low) & (flat <= high)
     key = ((flat.double() - low) * (bins / (high - low))).long().clamp_(0, bins - 1)
@@ -225,7 +225,7 @@ def _counts(flat: Tensor, bin_range: tuple[float, float], bins: int) -> Tensor:
 
 
 def _larger(moments: ExampleMoments, n: int) -> tuple[Array, Array]:
-    """Of u + v and u - v (see :meth:`LayerActivity._signals`) the larger mean, and its standard error; (n,) each."""
+    """The larger of the means of u + v and u - v (see :meth:`LayerActivity._signals`), and its standard error; (n,) each."""
     if not moments.n:
         return np.full(n, np.nan), np.full(n, np.nan)
     means, errors = moments.mean().reshape(2, n), moments.standard_error().reshape(2, n)

@@ -1,9 +1,9 @@
-"""Which hidden units of a network may be relabelled: groups of channels, found by tracing how the network uses them.
+"""Which hidden units of a network can be relabelled: groups of channels, found by tracing how the network uses them.
 
-A group is a set of interchangeable channels together with every axis of every tensor that is indexed by them. The
-graph of :mod:`torch.fx` is walked once: linear and convolutional layers open a group for their outputs, elementwise
-functions, normalisation, pooling and flattening carry it on, additions merge two groups into one, and what reaches
-the network's output may not be relabelled.
+A group is a set of interchangeable channels, with every axis of every tensor that they index. One pass over the graph
+of :mod:`torch.fx` finds them: linear and convolutional layers open a group for their outputs; elementwise functions,
+normalisation, pooling and flattening propagate it; additions merge two groups; channels of the network's output are
+excluded.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pnanalysis.activations.hooks import ACTIVATIONS
-from pnanalysis.alignment.channel_groups import Axis, ChannelGroups, Group, misunderstood
-from pnanalysis.errors import ModelError
+from pnanalysis.alignment.channel_groups import ChannelAxis, ChannelGroups, Group, misunderstood
+from pnanalysis.errors import ModelError, reason
 from pnanalysis.inputs.batches import as_arguments
 
 
 def find_groups(model: nn.Module, inputs: Any) -> list[Group]:
-    """Groups of hidden channels that may be relabelled without changing the network's function.
+    """Groups of hidden channels that can be relabelled without changing the network's function.
 
     Parameters
     ----------
     model : Module
         In eval mode.
     inputs : Tensor, or mapping or tuple of tensors
-        A few examples, from which the shapes of activations are known.
+        A few examples, to find the shapes of activations.
 
     Returns
     -------
     list of Group
-        In the order of the network.
+        In the order in which the network uses them.
 
     Raises
     ------
     ModelError
-        If torch.fx cannot trace the network, or it does something with its channels that is not understood here.
+        If torch.fx cannot trace the network, or it contains an operation that is not supported here.
     """
     try:
         traced = fx.symbolic_trace(model)
@@ -52,13 +52,12 @@ def find_groups(model: nn.Module, inputs: Any) -> list[Group]:
             arguments, keywords = as_arguments(inputs)
             named = [keywords[node.name] for node in traced.graph.nodes if node.op == "placeholder" and keywords]
             ShapeProp(traced).propagate(*arguments, *named)
-    except Exception as error:  # whatever a user's forward raises when it meets a proxy
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # a user's forward may raise anything when called with proxies
         raise ModelError(
-            f"{type(model).__name__} cannot be aligned: torch.fx cannot trace it ({reason}); "
+            f"{type(model).__name__} cannot be aligned: torch.fx cannot trace it ({reason(error)}); "
             "write its forward without branches on data"
         ) from error
-    return _Walk(traced, dict(model.named_modules()), _canonical(model)).channels.groups()
+    return _GroupTracer(traced, dict(model.named_modules()), _canonical(model)).channels.groups()
 
 
 _ODD = {"tanh", "softsign", "dropout", "contiguous", "clone", "float", "double", "to", "neg", "avg_pool1d",
@@ -76,33 +75,33 @@ _ODD_MODULES = (nn.Tanh, nn.Softsign, nn.Identity, nn.Upsample, dropout._Dropout
 _MIXING = (nn.GLU, nn.MultiheadAttention, nn.PReLU)
 
 
-class _Walk:
-    """One walk through the graph; groups are merged by union-find as the walk learns of it."""
+class _GroupTracer:
+    """One pass over the graph that finds the channel axis of every activation."""
 
     def __init__(self, traced: fx.GraphModule, modules: dict[str, nn.Module], canonical: dict[str, str]) -> None:
         self.modules, self.channels = modules, ChannelGroups(canonical)
-        self.values: dict[fx.Node, Axis] = {}
+        self.values: dict[fx.Node, ChannelAxis] = {}
         for node in traced.graph.nodes:
             axis = self._visit(node)
             if axis is not None:
                 self.values[node] = axis
 
-    def _visit(self, node: fx.Node) -> Axis | None:
+    def _visit(self, node: fx.Node) -> ChannelAxis | None:
         if node.op == "output":
             for source in node.all_input_nodes:
                 self.channels.fix(self.values.get(source))
             return None
-        if _shape(node) is None and node.op != "get_attr":  # sizes and the like
-            return None
+        if _shape(node) is None and node.op != "get_attr":
+            return None  # sizes and other numbers carry no channels
         if node.op == "placeholder":
-            return Axis(None, 1)
+            return ChannelAxis(None, 1)
         if node.op == "call_module":
             return self._module(node, str(node.target), self.modules[str(node.target)])
         if node.op == "get_attr":
             raise misunderstood("a parameter outside a layer", node.name)
         return self._call(node)
 
-    def _module(self, node: fx.Node, name: str, module: nn.Module) -> Axis:
+    def _module(self, node: fx.Node, name: str, module: nn.Module) -> ChannelAxis:
         axis = self._input(node)
         if isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
             return self._layer(node, name, module, axis)
@@ -119,7 +118,7 @@ class _Walk:
             return self.channels.mark_even(axis)
         raise misunderstood(type(module).__name__, node.name)
 
-    def _call(self, node: fx.Node) -> Axis:
+    def _call(self, node: fx.Node) -> ChannelAxis:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         name = name.rstrip("_")
         operands = [part for part in (*node.args, *node.kwargs.values()) if part in self.values]
@@ -134,8 +133,8 @@ class _Walk:
             return axis if name in _ODD else self.channels.mark_even(axis)
         raise misunderstood(name, node.name)
 
-    def _layer(self, node: fx.Node, name: str, module: nn.Module, axis: Axis) -> Axis:
-        """A layer whose weight leads from the channels of its input to new ones."""
+    def _layer(self, node: fx.Node, name: str, module: nn.Module, axis: ChannelAxis) -> ChannelAxis:
+        """A layer whose weight maps the channels of its input to new ones."""
         shape = cast("tuple[int, ...]", _shape(node))
         if isinstance(module, nn.Embedding):
             opened = self.channels.open(module.embedding_dim, len(shape) - 1)
@@ -146,7 +145,7 @@ class _Walk:
         into, out = (0, 1) if isinstance(module, _ConvTransposeNd) else (1, 0)
         dim = 1 if isinstance(module, _ConvNd) else len(shape) - 1
         if axis.group is not None and axis.dim != dim:
-            raise misunderstood(f"{type(module).__name__} across other axes than the channels", node.name)
+            raise misunderstood(f"{type(module).__name__} across axes other than the channels", node.name)
         self.channels.bind(f"{name}.weight", into, axis)
         opened = self.channels.open(shape[dim], dim)
         self.channels.bind(f"{name}.weight", out, opened)
@@ -154,17 +153,19 @@ class _Walk:
             self.channels.bind(f"{name}.bias", 0, opened)
         return opened
 
-    def _grouped(self, node: fx.Node, name: str, module: _ConvNd, axis: Axis) -> Axis:
-        if module.groups == module.in_channels == module.out_channels:  # depthwise: a filter a channel
+    def _grouped(self, node: fx.Node, name: str, module: _ConvNd, axis: ChannelAxis) -> ChannelAxis:
+        if module.groups == module.in_channels == module.out_channels:  # depthwise: one filter per channel
             self.channels.bind(f"{name}.weight", 0, axis, signed=False)
             if module.bias is not None:
                 self.channels.bind(f"{name}.bias", 0, axis)
             return axis
         self.channels.fix(axis)
-        return Axis(None, 1)
+        return ChannelAxis(None, 1)
 
-    def _normalise(self, node: fx.Node, name: str, module: nn.Module, axis: Axis) -> Axis:
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm):  # mixes its channels: no signs
+    def _normalise(self, node: fx.Node, name: str, module: nn.Module, axis: ChannelAxis) -> ChannelAxis:
+        if isinstance(
+            module, nn.LayerNorm | nn.GroupNorm
+        ):  # the mean over channels is not odd in the sign of one of them
             self.channels.mark_even(axis)
             last = axis.dim == len(cast("tuple[int, ...]", _shape(node))) - 1
             if isinstance(module, nn.LayerNorm) and not (last and len(module.normalized_shape) == 1):
@@ -176,12 +177,12 @@ class _Walk:
                 self.channels.bind(f"{name}.{tensor}", 0, axis, signed)
         return axis
 
-    def _combine(self, node: fx.Node, operands: list[fx.Node], is_sum: bool) -> Axis:
-        """A sum or product: its operands' channels are the same, unless one has but a single channel."""
+    def _combine(self, node: fx.Node, operands: list[fx.Node], is_sum: bool) -> ChannelAxis:
+        """A sum or product: its operands have the same channels, unless one is broadcast."""
         shape = cast("tuple[int, ...]", _shape(node))
         whole = [self.values[source] for source in operands if self._spans(source, self.values[source], shape)]
         if not whole:
-            raise misunderstood("operands of unlike shapes", node.name)
+            raise misunderstood("an operation on operands of different shapes", node.name)
         result = whole[0]
         for other in whole[1:]:
             result = self.channels.unify(result, other, node.name)
@@ -191,14 +192,14 @@ class _Walk:
                 self.channels.mark_even(self.values[source])
         return result
 
-    def _spans(self, source: fx.Node, axis: Axis, shape: tuple[int, ...]) -> bool:
-        """Whether an operand has the channels of the result (else it is broadcast along them)."""
+    def _spans(self, source: fx.Node, axis: ChannelAxis, shape: tuple[int, ...]) -> bool:
+        """Whether an operand has all channels of the result, rather than being broadcast along them."""
         own = cast("tuple[int, ...]", _shape(source))
         shift = len(shape) - len(own)
         return axis.group is None or own[axis.dim] == shape[axis.dim + shift]
 
-    def _reshape(self, node: fx.Node, axis: Axis) -> Axis:
-        """Flattening (N, C, ...) to (N, C * ...): each channel is repeated; other reshapes keep N and C."""
+    def _reshape(self, node: fx.Node, axis: ChannelAxis) -> ChannelAxis:
+        """Flattening (N, C, ...) to (N, C * ...) repeats each channel; other reshapes must keep N and C."""
         if axis.group is None:
             return axis
         before = cast("tuple[int, ...]", _shape(node.all_input_nodes[0]))
@@ -211,8 +212,8 @@ class _Walk:
             return axis
         raise misunderstood(f"a reshape of {before} to {after}", node.name)
 
-    def _keeps(self, node: fx.Node, axis: Axis) -> bool:
-        """Whether the channels lie where they lay (a mean over other axes keeps them)."""
+    def _keeps(self, node: fx.Node, axis: ChannelAxis) -> bool:
+        """Whether the channels stay on their axis (a mean over other axes keeps them)."""
         before = cast("tuple[int, ...]", _shape(node.all_input_nodes[0]))
         after = cast("tuple[int, ...]", _shape(node))
         if len(after) == len(before):
@@ -221,7 +222,7 @@ class _Walk:
         dims = [reduced] if isinstance(reduced, int) else list(cast("Any", reduced) or [])
         return bool(dims) and all(dim % len(before) > axis.dim for dim in dims)
 
-    def _input(self, node: fx.Node) -> Axis:
+    def _input(self, node: fx.Node) -> ChannelAxis:
         sources = [self.values[source] for source in node.all_input_nodes if source in self.values]
         if len(sources) != 1:
             raise misunderstood(f"{len(sources)} inputs", node.name)

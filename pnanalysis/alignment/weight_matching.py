@@ -1,11 +1,11 @@
-"""Relabel the hidden units of one network so that it lies as near as it can to another of the same architecture."""
+"""Relabel the hidden units of one network so that it is as close as possible to another of the same architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pnanalysis.alignment.channel_groups import Group, Use
+from pnanalysis.alignment.channel_groups import Group, IndexedAxis
 from pnanalysis.alignment.permutation_symmetries import find_groups
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
@@ -22,13 +22,13 @@ from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance, progress_bar
 
 _MAX_SWEEPS = 100
-_ROUND_OFF = 1e-6  # relative to the largest similarity: what no gain may be smaller than
-_SAME = 1e-6  # relative deviation of outputs in float64 that a relabelled network may show
+_ROUND_OFF = 1e-6  # relative to the largest similarity; smaller gains are round-off and could cycle for ever
+_SAME = 1e-6  # relative deviation of outputs in float64 that summing in another order explains
 
 
 @dataclass(frozen=True)
 class Relabelling:
-    """A permutation of each group's channels, and signs: channel i becomes ``sign[i]`` times the old ``order[i]``."""
+    """Permutations of each group's channels, and signs: new channel i is ``sign[i]`` times old channel ``order[i]``."""
 
     groups: list[Group]
     orders: list[NDArray[np.intp]]
@@ -36,12 +36,12 @@ class Relabelling:
 
     @classmethod
     def identity(cls, groups: list[Group]) -> Relabelling:
-        """Nothing changes."""
+        """The relabelling that changes nothing."""
         return cls(groups, [np.arange(g.size) for g in groups], [np.ones(g.size) for g in groups])
 
     @classmethod
     def random(cls, groups: list[Group], seed: int = 0, signs: bool = True) -> Relabelling:
-        """Every group shuffled, and half of the signs flipped where a group allows it."""
+        """Shuffles every group, and flips about half of the signs where a group allows it."""
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(group.size) for group in groups]
         flips = [rng.choice([-1.0, 1.0], g.size) if g.odd and signs else np.ones(g.size) for g in groups]
@@ -49,22 +49,22 @@ class Relabelling:
 
     @property
     def n_moved(self) -> int:
-        """Channels that change their place or sign."""
+        """Number of channels that change place or sign."""
         return sum(
             int(np.sum((order != np.arange(len(order))) | (sign < 0)))
             for order, sign in zip(self.orders, self.signs, strict=True)
         )
 
     def apply(self, state: Mapping[str, Tensor]) -> State:
-        """The state with relabelled channels (a copy; what no group indexes is passed on)."""
+        """A copy of the state with relabelled channels; tensors that no group indexes are shared."""
         moved = dict(state)
         for k, group in enumerate(self.groups):
             for use in group.uses:
                 moved[use.tensor] = self._moved(moved[use.tensor], k, use)
         return moved
 
-    def _moved(self, tensor: Tensor, k: int, use: Use) -> Tensor:
-        """One axis of a tensor in the new order, with its signs."""
+    def _moved(self, tensor: Tensor, k: int, use: IndexedAxis) -> Tensor:
+        """The tensor with one axis reordered and its signs flipped."""
         index = self.orders[k][:, None] * use.repeat + np.arange(use.repeat)
         moved = tensor.index_select(use.dim, torch.as_tensor(index.reshape(-1), device=tensor.device))
         if use.signed and (self.signs[k] < 0).any():
@@ -84,12 +84,12 @@ def align(
     seed: int = 0,
     progress: bool = False,
 ) -> Relabelling:
-    r"""The relabelling of ``state`` that brings its weights nearest to those of ``reference``: weight matching.
+    r"""The relabelling of ``state`` that minimises the distance of its weights from those of ``reference``.
 
-    Of all permutations (and signs) :math:`\pi` of hidden channels, one is sought that maximises
-    :math:`\langle\theta_A, \pi(\theta_B)\rangle`, which minimises the distance. With all groups but one held, the
-    best permutation of that one is a linear assignment problem, but for groups that index both axes of one weight; the
-    groups are gone through in order, or in random orders, until none gains.
+    Weight matching: among all permutations (and signs) :math:`\pi` of hidden channels, find one that maximises
+    :math:`\langle\theta_A, \pi(\theta_B)\rangle`, which minimises the distance. With all other groups fixed, the best
+    permutation of a group is a linear assignment problem, unless the group indexes both axes of one weight. The groups
+    are improved in turn, in order or in random orders, until none gains.
 
     Parameters
     ----------
@@ -100,10 +100,10 @@ def align(
     inputs : Tensor
         A few examples, to trace the network with.
     signs : bool
-        Let channels change their sign too where all functions they pass through are odd (tanh networks).
+        Also flip signs of channels where all functions they pass through are odd (tanh networks).
     n_restarts : int
-        Times the coordinate descent is run: first in the order of the network, then in orders drawn by ``seed``. The
-        best is taken.
+        Runs of the coordinate descent, of which the best counts: the first in the order of the network, the others in
+        random orders.
     seed : int
     progress : bool
 
@@ -119,15 +119,14 @@ def align(
 
     Notes
     -----
-    The descent ends in a local optimum: networks that stay apart may still be the same up to relabelling, those that
+    The descent ends in a local optimum: networks that stay apart may still be equal up to relabelling; networks that
     coincide afterwards are.
 
     *Both axes of one weight.* Where a layer maps a residual stream onto itself, :math:`x + W x`, one permutation
     :math:`P` acts on both sides of its weight, and :math:`\langle W_A, P W_B P^\top\rangle` is a quadratic assignment
-    problem, for which no efficient method is known. A step is then the better of two: each axis matched with the other
-    held as it is, or the other weights matched alone; it is taken only if the similarity itself grows. So no step is a
-    loss, but only where no weight has both axes is it the best of its group; further runs begin such groups in random
-    orders.
+    problem, for which no efficient method is known. A step is then the better of two: match each axis with the other
+    held fixed, or match the other weights alone; it is taken only if the similarity itself grows. So no step loses, but
+    only where no weight has both axes is it the best for its group; further runs start such groups in random orders.
 
     References
     ----------
@@ -138,7 +137,7 @@ def align(
     groups = find_groups(model, inputs)
     names = {name for name, _ in model.named_parameters()}
     rng = np.random.default_rng(seed)
-    best, nearest = Relabelling.identity(groups), _inner(reference, state, names)  # never farther than as it is
+    best, nearest = Relabelling.identity(groups), _inner(reference, state, names)  # so the result is never farther away
     with progress_bar("aligning", n_restarts, progress) as advance:
         for restart in range(max(n_restarts, 1)):
             matching = _Matching(groups, names, reference, state, signs)
@@ -157,7 +156,7 @@ def check_preserved(model: nn.Module, before: Mapping[str, Tensor], after: Mappi
     Raises
     ------
     ModelError
-        If they are not the same function there.
+        If their outputs differ by more than round-off.
     """
     twin = deepcopy(model).double().eval()
 
@@ -181,8 +180,17 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Sequence[s
     return float(np.sqrt(sum(float((a[name].double() - b[name].double()).square().sum()) for name in names)))
 
 
+class _Assignment(NamedTuple):
+    """A new order and signs of one group, the similarity gained, and the scale of similarities."""
+
+    order: NDArray[np.intp]
+    signs: NDArray[np.float64]
+    gain: float
+    scale: float
+
+
 class _Matching:
-    """What coordinate descent needs: how alike channel i of the reference and channel j of the other are."""
+    """Similarities for coordinate descent: of channel i of the reference and channel j of the other network."""
 
     def __init__(
         self,
@@ -194,15 +202,15 @@ class _Matching:
     ) -> None:
         self.groups, self.reference, self.state, self.signs = groups, reference, state, signs
         self.uses = [[use for use in group.uses if use.tensor in names] for group in groups]
-        self.by_tensor: dict[str, list[tuple[int, Use]]] = {}
+        self.by_tensor: dict[str, list[tuple[int, IndexedAxis]]] = {}
         for k, uses in enumerate(self.uses):
             for use in uses:
                 self.by_tensor.setdefault(use.tensor, []).append((k, use))
 
     def similarity(
-        self, k: int, current: Relabelling, uses: Sequence[Use]
+        self, k: int, current: Relabelling, uses: Sequence[IndexedAxis]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Inner products (size, size) of what channels of group k weigh: tensors that follow its signs, and others."""
+        """Inner products (size, size) of the weights of group k's channels: in tensors that follow its signs, and others."""
         size = self.groups[k].size
         parts = [np.zeros((size, size)), np.zeros((size, size))]
         for use in uses:
@@ -244,7 +252,7 @@ def _descend(matching: _Matching, rng: np.random.Generator | None, advance: Adva
     if rng is not None:
         for k in filter(matching.quadratic, range(n)):
             current.orders[k] = rng.permutation(matching.groups[k].size)
-    pending = set(range(n))  # groups that may gain
+    pending = set(range(n))  # groups that may still gain
     for _ in range(_MAX_SWEEPS):
         for k in range(n) if rng is None else rng.permutation(n).tolist():
             if k in pending:
@@ -258,39 +266,37 @@ def _descend(matching: _Matching, rng: np.random.Generator | None, advance: Adva
 
 
 def _improve(matching: _Matching, current: Relabelling, k: int) -> bool:
-    """The best order (and signs) of group k with all others held; whether that is a gain."""
+    """Set the best order (and signs) of group k with all others fixed; returns whether that is a gain."""
     if matching.quadratic(k):
         return _improve_quadratic(matching, current, k)
-    order, signs, gain, scale = _assigned(matching, current, k, matching.uses[k])
-    if gain <= _ROUND_OFF * scale:
+    found = _best_assignment(matching, current, k, matching.uses[k])
+    if found.gain <= _ROUND_OFF * found.scale:
         return False
-    current.orders[k], current.signs[k] = order, signs
+    current.orders[k], current.signs[k] = found.order, found.signs
     return True
 
 
 def _improve_quadratic(matching: _Matching, current: Relabelling, k: int) -> bool:
-    """The same for a group that has both axes of a weight: the better of two steps, if it is a gain.
+    """The same for a group that indexes both axes of a weight: the better of two steps, if it is a gain.
 
-    Both axes are matched with the other held as it is, or only what the group indexes once.
+    Either both axes are matched with the other held fixed, or only the tensors that the group indexes once.
     """
     best, nearest = (current.orders[k], current.signs[k]), matching.whole(k, current)
     before = nearest
     once = [use for use in matching.uses[k] if sum(other.tensor == use.tensor for other in matching.uses[k]) == 1]
     for uses in (matching.uses[k], once):
-        order, signs, _, scale = _assigned(matching, current, k, uses)
+        found = _best_assignment(matching, current, k, uses)
         trial = Relabelling(current.groups, list(current.orders), list(current.signs))
-        trial.orders[k], trial.signs[k] = order, signs
+        trial.orders[k], trial.signs[k] = found.order, found.signs
         similarity = matching.whole(k, trial)
-        if similarity > max(nearest, before + _ROUND_OFF * scale):
-            best, nearest = (order, signs), similarity
+        if similarity > max(nearest, before + _ROUND_OFF * found.scale):
+            best, nearest = (found.order, found.signs), similarity
     current.orders[k], current.signs[k] = best
     return nearest > before
 
 
-def _assigned(
-    matching: _Matching, current: Relabelling, k: int, uses: Sequence[Use]
-) -> tuple[NDArray[np.intp], NDArray[np.float64], float, float]:
-    """The assignment that is best for these uses of group k: order, signs, gain, and the largest similarity."""
+def _best_assignment(matching: _Matching, current: Relabelling, k: int, uses: Sequence[IndexedAxis]) -> _Assignment:
+    """The best assignment for these axes of group k."""
     signed, plain = matching.similarity(k, current, uses)
     flips = matching.signs and matching.groups[k].odd
     score = np.abs(signed) + plain if flips else signed + plain
@@ -298,7 +304,7 @@ def _assigned(
     old = current.orders[k]
     before = float(np.sum(current.signs[k] * signed[rows, old] + plain[rows, old]))
     signs = np.where(signed[rows, order] < 0, -1.0, 1.0) if flips else current.signs[k]
-    return order, signs, float(score[rows, order].sum()) - before, float(np.abs(score).max())
+    return _Assignment(order, signs, float(score[rows, order].sum()) - before, float(np.abs(score).max()))
 
 
 def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: set[str]) -> float:

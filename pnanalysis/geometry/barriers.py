@@ -11,7 +11,7 @@ import xarray as xr
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.geometry.curves import curve_weights
 from pnanalysis.geometry.gram import displacement_gram
-from pnanalysis.geometry.loss_surface import LossSurface, Matrix, Values
+from pnanalysis.geometry.loss_surface import LossSurface, Matrix, PointValues
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
 
@@ -24,28 +24,28 @@ def profiles(
     extrapolate: float = 0.0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Loss and error along each path, as variables of kind ``barrier``.
+    """Evaluate loss and error along each path, as variables of kind ``barrier``.
 
     Parameters
     ----------
     surface : LossSurface
     paths : mapping
-        Name to anchors, first end to second, and the kind of curve they define (of two anchors, a line).
+        By name, the anchors from first end to second, and the kind of curve they define (two anchors: a line).
     batches : mapping
         Batches of each split.
     n_points : int
         From end to end, both counted.
     extrapolate : float
-        Share of the length to go on beyond both ends.
+        Fraction of the length to extend the path by beyond both ends.
     progress : bool
     """
-    beyond = int(np.ceil(extrapolate * (n_points - 1) - 1e-9))
+    beyond = int(np.ceil(extrapolate * (n_points - 1) - 1e-9))  # not one more point by round-off
     position = np.arange(-beyond, n_points + beyond) / (n_points - 1)
     rows = []
     with progress_bar("along the path", len(paths) * len(batches) * len(position), progress) as advance:
         for anchors, kind in paths.values():
             weights = _linear(position) if len(anchors) == 2 else curve_weights(kind, position, len(anchors) - 2)
-            order = np.argsort((position != 0) & (position != 1), kind="stable")  # the ends first
+            order = np.argsort((position != 0) & (position != 1), kind="stable")  # ends first: see `profile`
             parts = [
                 profile(position[order], surface.values(anchors, weights[order], part, advance))
                 for part in batches.values()
@@ -59,15 +59,15 @@ def profiles(
     return ds.drop_vars([name for name in ds if "error" in str(name) and bool(ds[name].isnull().all())])
 
 
-def profile(position: Matrix, values: Iterator[Values]) -> xr.Dataset:
+def profile(position: Matrix, values: Iterator[PointValues]) -> xr.Dataset:
     """Means, standard errors and barriers along one path.
 
     Parameters
     ----------
     position : array, shape (K,)
-        The ends, 0 and 1, first; then the other points in any order.
-    values : iterator of Values
-        In this order; never more than three are held.
+        The ends, 0 and 1, first: every excess is relative to them. The other points in any order.
+    values : iterator of PointValues
+        In this order; at most three are in memory at a time.
     """
     ends = [next(values), next(values)]
     columns = ("loss", "loss_se", "error", "error_se", "excess", "excess_se", "error_excess", "error_excess_se")
@@ -88,7 +88,7 @@ def profile(position: Matrix, values: Iterator[Values]) -> xr.Dataset:
     return xr.Dataset(variables, coords={"position": position})
 
 
-def _chain(ends: list[Values], rest: Iterator[Values]) -> Iterator[Values]:
+def _chain(ends: list[PointValues], rest: Iterator[PointValues]) -> Iterator[PointValues]:
     yield from ends
     yield from rest
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pnanalysis.checks import one_of
 from pnanalysis.errors import ModelError
 from pnanalysis.geometry.loss_surface import LossSurface, Matrix
-from pnanalysis.inputs.batches import batch_size as nest_size
+from pnanalysis.inputs.batches import batch_size as n_examples_of
 from pnanalysis.inputs.data import LoaderSplit, Split
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
@@ -45,7 +45,7 @@ def curve_weights(kind: str, position: Matrix, n_bends: int) -> Matrix:
     if kind == "bezier":
         binomial = np.array([comb(degree, k) for k in i], dtype=np.float64)
         return binomial * t**i * (1 - t) ** (degree - i)
-    piece = np.clip(np.floor(t * degree), 0, degree - 1)  # beyond the ends the outer pieces go on
+    piece = np.clip(np.floor(t * degree), 0, degree - 1)  # beyond the ends the outer pieces continue straight
     along = t * degree - piece
     return (i == piece) * (1 - along) + (i == piece + 1) * along
 
@@ -66,13 +66,13 @@ def train_curve(
     r"""Bend a line between two states so that the loss along it is low.
 
     Minimises :math:`\mathbb{E}_{t \sim U(0, 1)} L(\phi(t))` over the bends of the curve :math:`\phi` with Adam, a
-    position and a minibatch a step, the step length falling to zero as a cosine; the bends begin on the line.
+    position and a minibatch per step; the step length follows a cosine to zero, and the bends start on the line.
 
     Parameters
     ----------
     surface : LossSurface
     ends : pair of states
-        As :meth:`LossSurface.anchor` gives them; they stay as they are.
+        From :meth:`LossSurface.anchor`; they are not changed.
     split : Split or LoaderSplit
         Training examples.
     kind : {"bezier", "chain"}
@@ -86,7 +86,7 @@ def train_curve(
     Returns
     -------
     list of states
-        First end, bends, second end: anchors for :func:`curve_weights`. A bend's buffers lie on the line.
+        First end, bends, second end: anchors for :func:`curve_weights`. Buffers of a bend are those on the line.
 
     Raises
     ------
@@ -127,11 +127,11 @@ def train_curve(
 
 
 def _minibatches(split: Split | LoaderSplit, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Any, Any]]:
-    """Minibatches without end, drawn without replacement; a loader's own batches in a new order each time."""
-    while True:  # batch normalisation has no use for one example, where there are others
+    """Endless minibatches, drawn without replacement per epoch; a loader's batches in a new order per epoch."""
+    while True:  # skip batches of one example if there are others: batch normalisation cannot train on them
         if isinstance(split, LoaderSplit):
             found = split.batches(batch_size)
-            found = [batch for batch in found if nest_size(batch) > 1] or found
+            found = [batch for batch in found if n_examples_of(batch) > 1] or found
             yield from (found[i] for i in torch.randperm(len(found), generator=generator).tolist())
             continue
         order: Tensor = torch.randperm(len(split), generator=generator).to(split.inputs.device)

@@ -1,4 +1,4 @@
-"""How far networks lie from one another in parameters, as a whole and layer by layer."""
+"""Distances between networks in parameter space, as a whole and per layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parameter_distances(networks: Sequence[nn.Module]) -> dict[str, Any]:
     Parameters
     ----------
     networks : sequence of Module
-        Two whose layers differ in name or shape have no distance: NaN.
+        Distances are NaN between two whose layers differ in name or shape.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def parameter_distances(networks: Sequence[nn.Module]) -> dict[str, Any]:
 
     Notes
     -----
-    Layers are modules that own trainable parameters; buffers take no part. Sums run in float64.
+    Layers are modules that own trainable parameters; buffers do not count. Sums run in float64.
     """
     layers = [_vectors(network) for network in networks]
     shapes = [_shapes(network) for network in networks]
@@ -67,7 +67,7 @@ def parameter_distances(networks: Sequence[nn.Module]) -> dict[str, Any]:
 
 
 def distance_between(a: nn.Module, state: dict[str, Tensor]) -> float:
-    """From a network's trainable parameters to those in a state dict."""
+    """Euclidean distance between a network's trainable parameters and those in a state dict."""
     parts = [
         (parameter.detach().double().cpu() - state[name].double()).square().sum()
         for _, own in parameter_layers(a)

@@ -1,11 +1,11 @@
-"""Inner products of many checkpoints, in memory for a block of parameters at a time; and random directions."""
+"""Inner products of many checkpoints, a block of parameters at a time; and random directions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +18,17 @@ from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.inputs.sources import AnyCheckpoint, MemoryCheckpoint
 from pnanalysis.terminal.progress import progress_bar
 
-_BLOCK_BYTES = 256_000_000
+_BLOCK_BYTES = 256_000_000  # large enough for BLAS to run at full speed, small beside any memory
 
 Matrix = NDArray[np.float64]
-_Piece = tuple[str, int, int]
+
+
+class _Piece(NamedTuple):
+    """Entries ``begin`` to ``end`` of one flattened tensor."""
+
+    name: str
+    begin: int
+    end: int
 
 
 def layer_grams(
@@ -33,9 +40,9 @@ def layer_grams(
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[tuple[str, Matrix]]:
-    """Inner products over the parameters of each layer, in turn.
+    """Inner products over the parameters of each layer, one layer after the other.
 
-    Every file is read once from end to end, a block at a time; products are summed in float64.
+    Every file is read once from start to end, a block at a time; products are summed in float64.
 
     Parameters
     ----------
@@ -44,10 +51,10 @@ def layer_grams(
     layers : mapping of str to sequence of str
         Names of each layer's parameters.
     reference : int
-        The checkpoint whose filters give random directions their norms.
+        Index of the checkpoint whose filter norms random directions get.
     n_directions : int
-        How many directions to draw, R. Each filter (the entries of one output unit or channel) is normal, scaled to the
-        norm of the reference's; biases and other vectors stay zero (Li et al. 2018, section 4).
+        Number of directions to draw, R. Each filter (the entries of one output unit or channel) is normal, scaled to
+        the norm of the reference's; biases and other vectors stay zero (Li et al. 2018, section 4).
     seed : int
 
     Yields
@@ -82,7 +89,7 @@ def layer_grams(
 
 def displacement_gram(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Matrix:
     """Inner products of states' displacements from the first, (T, T), over the named tensors, in float64."""
-    weights = [_InMemory(state, names) for state in states]
+    weights = [_StateReader(state, names) for state in states]
     return _summed(weights, names, {}, 0, lambda n: None)[: len(states), : len(states)]
 
 
@@ -112,7 +119,7 @@ def filter_directions(about: Tensor, n: int, generator: torch.Generator) -> Tens
     return (drawn * (norms / drawn.norm(dim=2, keepdim=True))).view(n, *about.shape)
 
 
-class _Weights(Protocol):
+class _WeightsReader(Protocol):
     """Named tensors that are read piece by piece."""
 
     shapes: dict[str, tuple[int, ...]]
@@ -120,7 +127,7 @@ class _Weights(Protocol):
     def read(self, name: str, begin: int, end: int) -> Tensor: ...
 
 
-class _InMemory:
+class _StateReader:
     """A state, read as :class:`pnanalysis.geometry.flat_weights.FlatWeights` are."""
 
     def __init__(self, state: Mapping[str, Tensor], names: Sequence[str], origin: str = "weights") -> None:
@@ -134,14 +141,14 @@ class _InMemory:
         return self._state[name].detach().reshape(-1)[begin:end].double().cpu()
 
 
-def _readable(checkpoint: AnyCheckpoint, names: Sequence[str]) -> FlatWeights | _InMemory:
+def _readable(checkpoint: AnyCheckpoint, names: Sequence[str]) -> FlatWeights | _StateReader:
     if isinstance(checkpoint, MemoryCheckpoint):
-        return _InMemory(checkpoint.load(), names, checkpoint.origin)
+        return _StateReader(checkpoint.load(), names, checkpoint.origin)
     return FlatWeights(checkpoint, names)
 
 
 def _summed(
-    weights: Sequence[_Weights],
+    weights: Sequence[_WeightsReader],
     names: Sequence[str],
     drawn: Mapping[str, Tensor],
     n_directions: int,
@@ -159,7 +166,7 @@ def _summed(
     return np.triu(gram) + np.triu(gram, 1).T
 
 
-def _fill(block: Tensor, pieces: list[_Piece], weights: Sequence[_Weights], drawn: Mapping[str, Tensor]) -> None:
+def _fill(block: Tensor, pieces: list[_Piece], weights: Sequence[_WeightsReader], drawn: Mapping[str, Tensor]) -> None:
     """Displacements, the first checkpoint and the directions over some pieces of tensors."""
     n, at = len(weights), 0
     for name, begin, end in pieces:
@@ -181,7 +188,7 @@ def _blocks(tensors: list[tuple[str, int]], width: int) -> Iterator[list[_Piece]
         begin = 0
         while begin < size:
             end = min(size, begin + room)
-            pieces.append((name, begin, end))
+            pieces.append(_Piece(name, begin, end))
             room -= end - begin
             begin = end
             if room == 0:
@@ -191,7 +198,7 @@ def _blocks(tensors: list[tuple[str, int]], width: int) -> Iterator[list[_Piece]
         yield pieces
 
 
-def _same_architecture(weights: Sequence[FlatWeights | _InMemory]) -> None:
+def _same_architecture(weights: Sequence[FlatWeights | _StateReader]) -> None:
     first = weights[0]
     for other in weights[1:]:
         differing = [

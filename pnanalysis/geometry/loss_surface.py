@@ -1,4 +1,4 @@
-"""The loss of one network at many points of parameter space: per example, several points to a pass over the data.
+"""The loss of one network at many points of parameter space, per example and with several points per pass.
 
 Points are given as *anchors*, a few states of the network, and *weights*, a row for each point: the point is the sum
 of the anchors times its weights. Lines, planes and curves through checkpoints are all of this form.
@@ -15,9 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map
 
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward, prediction
@@ -30,7 +28,8 @@ from pnanalysis.evaluation.losses import (
     linearised,
     loss_on,
 )
-from pnanalysis.inputs.batches import batch_size, map_tensors
+from pnanalysis.geometry.batch_norm import RunningStatistics
+from pnanalysis.inputs.batches import map_tensors
 from pnanalysis.inputs.models import Loss, load_weights
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance
@@ -38,15 +37,22 @@ from pnanalysis.terminal.progress import Advance
 Matrix = NDArray[np.float64]
 BATCH_NORM = ("reestimate", "interpolate")
 
-_AT_ONCE = 32
-_SMALL = {"cpu": 50_000, "cuda": 4_000_000}  # parameters up to which points share a pass
+_AT_ONCE = 32  # more points per pass gain nothing once launching operations no longer dominates
+_SMALL = {"cpu": 50_000, "cuda": 4_000_000}  # parameters; larger networks keep the device busy one at a time
 
 
-_Row = tuple[Tensor, ...]  # of a batch: losses, their weights, errors, their weights (N,) each; the loss of the batch
+class _BatchValues(NamedTuple):
+    """Losses, errors and their weights in the mean, (N,) each, of one batch at one point; and the batch's loss."""
+
+    loss: Tensor
+    weight: Tensor
+    error: Tensor
+    error_weight: Tensor
+    batch_loss: Tensor
 
 
-class Values(NamedTuple):
-    """Loss of every example at one point, (N,), and its share of mistakes, (N,), NaN in regression.
+class PointValues(NamedTuple):
+    """Loss of every example at one point, (N,), and its fraction of mistakes, (N,), NaN in regression.
 
     Of weighted means, what :func:`pnanalysis.evaluation.losses.linearised` makes of them.
     """
@@ -61,24 +67,24 @@ class LossSurface:
     Parameters
     ----------
     model : Module
-        Its architecture counts, not its weights; in eval mode.
+        Only its architecture matters, not its weights.
     loss : callable
         ``loss(outputs, targets)``, averaged over the batch.
     device, dtype
         Where and how to compute; losses are summed in float64.
     bn_batches : iterable of batches, optional
-        Re-estimate the running statistics of batch normalisation at each point in a pass over these; without,
+        Re-estimate the running statistics of batch normalisation at each point in a pass over these. Without them,
         running statistics are combined like parameters (variances never below zero).
     at_once : int, optional
-        Points to a vectorised pass. By default 32 for networks of up to 50,000 parameters on a CPU, or 4,000,000 on
+        Points per vectorised pass. By default 32 for networks of up to 50,000 parameters on a CPU, or 4,000,000 on
         CUDA, and 1 for larger ones; with convolutions 8 on CUDA and 1 on a CPU, where many at a time are slower.
-        What has no vectorised form is done one by one.
+        Networks that vmap cannot map are evaluated one by one.
 
     Notes
     -----
-    A linear combination of two networks has activations of smaller variance than either, which running statistics
-    combined in the same way do not know of; much of a barrier can be due to that alone [1]_. Re-estimation sets
-    every running mean and variance to the average over the batches, weighted by their sizes.
+    Activations of a linear combination of two networks have smaller variance than those of either, which running
+    statistics combined in the same way do not reflect; that alone can cause much of a barrier [1]_. Re-estimation
+    sets every running mean and variance to the average over the batches, weighted by their sizes.
 
     References
     ----------
@@ -98,7 +104,7 @@ class LossSurface:
         self.device, self.dtype = torch.device(device), dtype
         self.model = deepcopy(model).to(self.device, dtype).eval()
         self.loss = loss_on(loss, self.device, dtype)
-        self.norms = {name: module for name, module in self.model.named_modules() if _has_statistics(module)}
+        self.norms = RunningStatistics(self.model)
         self.bn_batches = bn_batches if self.norms else None
         self.at_once = at_once or self._points_at_once()
 
@@ -108,7 +114,7 @@ class LossSurface:
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def anchor(self, state: Mapping[str, Tensor], origin: str = "weights") -> State:
-        """A state on the device and in the precision of this surface; it must be of the model's architecture."""
+        """A state of the model's architecture, on the device and in the precision of this surface."""
         load_weights(self.model, state, origin)
         own = [*self.model.named_parameters(), *self.model.named_buffers()]  # tied weights appear once
         return {name: tensor.detach().clone() for name, tensor in own}
@@ -116,7 +122,7 @@ class LossSurface:
     def combine(self, anchors: Sequence[State], weights: Matrix) -> State:
         """The points ``weights (k, A) @ anchors (A)``, stacked: each tensor gets a leading axis k.
 
-        What is not of a floating-point type is that of the first anchor.
+        Tensors that are not floating-point are those of the first anchor.
         """
         w = torch.as_tensor(weights, dtype=self.dtype, device=self.device)
         points = {}
@@ -125,15 +131,14 @@ class LossSurface:
                 points[name] = first.expand(len(w), *first.shape).clone()
                 continue
             points[name] = torch.tensordot(w, torch.stack([anchor[name] for anchor in anchors]), 1)
-        for name in self.norms:
-            points[f"{name}.running_var"].clamp_(min=0.0)
+        self.norms.make_valid(points)
         return points
 
     @torch.no_grad()
     def values(
         self, anchors: Sequence[State], weights: Matrix, batches: Iterable[Any], advance: Advance | None = None
-    ) -> Iterator[Values]:
-        """Losses and errors of all examples at each point in turn; memory for a few points at a time.
+    ) -> Iterator[PointValues]:
+        """Losses and errors of all examples at each point in turn, with memory for a few points at a time.
 
         Parameters
         ----------
@@ -147,7 +152,7 @@ class LossSurface:
         Raises
         ------
         ModelError
-            If the loss is no mean over examples.
+            If the loss is not a mean over examples.
         """
         chunk = max(self.at_once, 1)
         for begin in range(0, len(weights), chunk):
@@ -155,7 +160,7 @@ class LossSurface:
             size = len(weights[begin : begin + chunk])
             if self.bn_batches is not None:
                 for k in range(size):
-                    self._reestimate({name: tensor[k] for name, tensor in points.items()})
+                    self.norms.reestimate({n: tensor[k] for n, tensor in points.items()}, self.bn_batches, self._cast)
             for k, found in enumerate(self._pass(points, size, batches)):
                 yield found
                 if advance is not None:
@@ -166,88 +171,58 @@ class LossSurface:
     ) -> tuple[float, State]:
         """Mean loss at a state over all batches, and its gradient by parameter name.
 
-        ``batch_statistics`` has batch normalisation use those of each batch, as in training.
+        With ``batch_statistics``, batch normalisation uses those of each batch, as in training.
         """
         theta = {name: state[name].detach().requires_grad_() for name in self.parameter_names}
         rest = {name: tensor.clone() for name, tensor in state.items() if name not in theta}
         total, weight_seen = 0.0, 0.0
         gradient = [torch.zeros_like(tensor) for tensor in theta.values()]
-        self._train_norms(batch_statistics)
-        try:
+        with self.norms.of_batches(batch_statistics):
             for inputs, targets in batches:
                 targets = self._cast(targets)
                 outputs = forward(self.model, self._cast(inputs), {**rest, **theta})
                 check_targets(self.loss, outputs, targets)
                 value = self.loss(outputs, targets)
                 weight = float(example_weights(self.loss, targets).sum())
-                if weight == 0:  # nothing but ignored positions
-                    continue
+                if weight == 0:
+                    continue  # all positions are ignored; their mean loss is 0 / 0
                 parts = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
                 for into, part in zip(gradient, parts, strict=True):
                     if part is not None:
                         into.add_(part, alpha=weight)
                 total += float(value.detach()) * weight
                 weight_seen += weight
-        finally:
-            self._train_norms(False)
         return total / weight_seen, {name: part / weight_seen for name, part in zip(theta, gradient, strict=True)}
 
-    def _pass(self, points: State, size: int, batches: Iterable[Any]) -> Iterator[Values]:
-        parts: list[list[_Row]] = [[] for _ in range(size)]
+    def _pass(self, points: State, size: int, batches: Iterable[Any]) -> Iterator[PointValues]:
+        parts: list[list[_BatchValues]] = [[] for _ in range(size)]
         for inputs, targets in batches:
             for part, row in zip(parts, self._rows(points, size, self._cast(inputs), self._cast(targets)), strict=True):
-                check_mean(self.loss, row[-1], row[0], row[1])
-                part.append(row[:-1])
+                check_mean(self.loss, row.batch_loss, row.loss, row.weight)
+                part.append(row)
         for part in parts:
-            loss, weight, error, count = (
-                torch.cat(column).double().cpu().numpy() for column in zip(*part, strict=True)
+            loss, weight, error, error_weight = (
+                torch.cat(column).double().cpu().numpy() for column in list(zip(*part, strict=True))[:4]
             )
-            yield Values(linearised(loss, weight), linearised(error, count))
+            yield PointValues(linearised(loss, weight), linearised(error, error_weight))
 
-    def _rows(self, points: State, size: int, inputs: Any, targets: Any) -> list[_Row]:
-        """What :meth:`_measure` gives for a batch at each point."""
+    def _rows(self, points: State, size: int, inputs: Any, targets: Any) -> list[_BatchValues]:
+        """Values for a batch at each point."""
         if self.at_once > 1:
             try:
                 found = vmap(self._measure, in_dims=(0, None, None))(points, inputs, targets)
-                return list(zip(*found, strict=True))
-            except (RuntimeError, ModelError):  # the network or the loss does something that has no vectorised form
+                return [_BatchValues(*row) for row in zip(*found, strict=True)]
+            except (RuntimeError, ModelError):  # vmap cannot map what the network or the loss does
                 self.at_once = 1
         return [self._measure({n: t[k] for n, t in points.items()}, inputs, targets) for k in range(size)]
 
-    def _measure(self, state: State, inputs: Any, targets: Any) -> _Row:
+    def _measure(self, state: State, inputs: Any, targets: Any) -> _BatchValues:
         outputs = forward(self.model, inputs, state)
         loss, weight = example_losses(self.loss, outputs, targets)
         errors = example_errors(self.loss, prediction(outputs), targets)
         if errors is None:
             errors = torch.full_like(loss, torch.nan), torch.ones_like(loss)
-        return loss, weight, *errors, self.loss(outputs, targets)
-
-    def _reestimate(self, state: State) -> None:
-        """Running statistics of the state from the batches, in place."""
-        assert self.bn_batches is not None
-        momenta = {name: module.momentum for name, module in self.norms.items()}
-        self._train_norms(True)
-        try:
-            n_seen = 0
-            for inputs in _of_two_or_more(self.bn_batches):
-                n = batch_size(inputs)
-                n_seen += n
-                for module in self.norms.values():
-                    module.momentum = n / n_seen
-                forward(self.model, self._cast(inputs), state)
-            if not n_seen:
-                raise ModelError(
-                    "the statistics of batch normalisation cannot be estimated from a single example; "
-                    "give more (n), or bn='interpolate'"
-                )
-        finally:
-            for name, module in self.norms.items():
-                module.momentum = momenta[name]
-            self._train_norms(False)
-
-    def _train_norms(self, on: bool) -> None:
-        for module in self.norms.values():
-            module.train(on)
+        return _BatchValues(loss, weight, *errors, self.loss(outputs, targets))
 
     def _points_at_once(self) -> int:
         n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -259,17 +234,3 @@ class LossSurface:
 
     def _cast(self, value: Any) -> Any:
         return map_tensors(value, lambda part: part.to(self.dtype) if part.is_floating_point() else part)
-
-
-def _of_two_or_more(batches: Iterable[Any]) -> Iterator[Any]:
-    """Inputs of batches; a single example, which has no variance, joins the next batch (the last is left out)."""
-    held: Any = None
-    for inputs, _ in batches:
-        joined = inputs if held is None else tree_map(lambda a, b: torch.cat([a, b]), held, inputs)
-        held = joined if batch_size(joined) < 2 else None
-        if held is None:
-            yield joined
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None

@@ -1,4 +1,4 @@
-"""Planes through parameter space: through three states, or along two random directions scaled filter by filter."""
+"""Planes in parameter space: through three states, or along two random filter-normalised directions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pnanalysis.geometry.loss_surface import LossSurface, Matrix
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
 
+COLLINEAR = "the start and the two end points lie on one line and span no plane; add another iteration"
+
 
 def through_three(
     surface: LossSurface,
@@ -29,7 +31,7 @@ def through_three(
 ) -> xr.Dataset:
     """Loss and error on the plane through three states, as variables of kind ``landscape``.
 
-    ``span`` (x_min, x_max, y_min, y_max) by default reaches a quarter beyond what the three take, and no side is less
+    ``span`` (x_min, x_max, y_min, y_max) by default extends a quarter beyond the three states, and neither side is less
     than half the other.
 
     Raises
@@ -41,7 +43,7 @@ def through_three(
     _, points = plane_weights(displacements, np.zeros(1), np.zeros(1))
     low, high = points.min(0), points.max(0)
     half = 0.75 * (high - low)
-    half = np.maximum(half, half.max() / 2)
+    half = np.maximum(half, half.max() / 2)  # three states almost on a line would give a sliver
     around = ((low + high)[:, None] / 2 + half[:, None] * [-1, 1]).reshape(-1)
     x, y = _grid(around if span is None else span, n_points)
     weights, _ = plane_weights(displacements, *_flat(x, y))
@@ -67,7 +69,7 @@ def about_one(
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Loss and error on the plane about a state along two :func:`random_directions`, by default from -1 to 1."""
+    """Loss and error on the plane around a state along two :func:`random_directions`, by default from -1 to 1."""
     directions = random_directions(state, surface.parameter_names, seed)
     x, y = _grid((-1.0, 1.0, -1.0, 1.0) if span is None else span, n_points)
     along, across = _flat(x, y)
@@ -78,13 +80,26 @@ def about_one(
     return ds.assign(point_position=(("point", "component"), np.zeros((1, 2)))).assign_coords(point=[name])
 
 
+def on_plane(moved: Matrix, onto: Matrix, among: Matrix) -> Matrix:
+    """Orthonormal coordinates (T, 2) on the plane of two directions; NaN where these are parallel.
+
+    ``onto`` (T, 2) are the displacements' inner products with the directions, ``among`` (2, 2) the directions' own.
+    """
+    a2, ab, b2 = among[0, 0], among[0, 1], among[1, 1]
+    height2 = b2 - ab**2 / a2 if a2 > 0 else 0.0
+    if height2 <= 1e-10 * max(b2, a2):  # parallel up to round-off of the inner products
+        return np.full((len(moved), 2), np.nan)
+    x = onto[:, 0] / np.sqrt(a2)
+    return np.stack([x, (onto[:, 1] - ab / a2 * onto[:, 0]) / np.sqrt(height2)], axis=1)
+
+
 def plane_weights(displacements: Matrix, x: Matrix, y: Matrix) -> tuple[Matrix, Matrix]:
     """The plane through three states, in orthonormal coordinates: the first at the origin, the second on the x axis.
 
     Parameters
     ----------
     displacements : array, shape (3, 3)
-        Their :func:`pnanalysis.geometry.gram.displacement_gram`.
+        The states' :func:`pnanalysis.geometry.gram.displacement_gram`.
     x, y : arrays, shape (K,)
         Points of the plane, in parameter units; the same coordinates as ``plane`` of :func:`pnanalysis.trajectory`.
 
@@ -110,9 +125,9 @@ def plane_weights(displacements: Matrix, x: Matrix, y: Matrix) -> tuple[Matrix, 
 
 
 def random_directions(state: Mapping[str, Tensor], names: Sequence[str], seed: int = 0) -> tuple[State, State]:
-    """Two Gaussian directions, each filter scaled to the norm of the state's own; biases and batch norm stay put.
+    """Two Gaussian directions, each filter scaled to the norm of the state's; biases and batch norm do not move.
 
-    The one random plane of :func:`pnanalysis.trajectory` with the same seed, about the same checkpoint, is this one.
+    The same directions as the first random plane of :func:`pnanalysis.trajectory` with this seed and checkpoint.
 
     Parameters
     ----------
@@ -156,19 +171,3 @@ def _flat(x: Matrix, y: Matrix) -> tuple[Matrix, Matrix]:
     """Coordinates of all grid points, rows of y first."""
     grid_y, grid_x = np.meshgrid(y, x, indexing="ij")
     return grid_x.reshape(-1), grid_y.reshape(-1)
-
-
-COLLINEAR = "the start and the two end points lie on one line and span no plane; add another iteration"
-
-
-def on_plane(moved: Matrix, onto: Matrix, among: Matrix) -> Matrix:
-    """Orthonormal coordinates (T, 2) on the plane of two directions; NaN where these are parallel.
-
-    ``onto`` (T, 2) are the displacements' inner products with the directions, ``among`` (2, 2) the directions' own.
-    """
-    a2, ab, b2 = among[0, 0], among[0, 1], among[1, 1]
-    height2 = b2 - ab**2 / a2 if a2 > 0 else 0.0
-    if height2 <= 1e-10 * max(b2, a2):
-        return np.full((len(moved), 2), np.nan)
-    x = onto[:, 0] / np.sqrt(a2)
-    return np.stack([x, (onto[:, 1] - ab / a2 * onto[:, 0]) / np.sqrt(height2)], axis=1)

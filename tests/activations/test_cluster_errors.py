@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from pnanalysis.activations.cluster_errors import ExampleMoments, ShareErrors
+from pnanalysis.activations.cluster_errors import ExampleMoments, FractionErrors
 from pnanalysis.activations.hooks import ACTIVATIONS, Activation
 from pnanalysis.activations.statistics import LayerActivity, Measures
 
@@ -93,7 +93,7 @@ def test_the_variance_of_a_ratio(cross: bool) -> None:
 
 def test_share_errors_are_exact_at_borders_of_buckets() -> None:
     values = clustered(50, 1).flatten(1)
-    errors = ShareErrors()
+    errors = FractionErrors()
     for part in values.split(20):
         errors.add(part)
     for border in (0.5, 0.75):  # powers of two and their eighths are borders
