@@ -19,9 +19,7 @@ from pnanalysis.analyses.hessian import SpectrumOptions
 from pnanalysis.analyses.spectrum_cache import matrix_digest, saved_spectrum
 from pnanalysis.analyses.verdict import diagnostics, measured, verdict
 from pnanalysis.errors import DataError, RunError
-from pnanalysis.estimates import Estimate, significance_threshold
-from pnanalysis.evaluation.scores import paired
-from pnanalysis.geometry.distances import parameter_distances
+from pnanalysis.estimates import Estimate
 from pnanalysis.inputs.examples import Examples
 from pnanalysis.inputs.networks import open_files
 from pnanalysis.inputs.selection import SelectedCheckpoint, Selection, as_sources, select
@@ -109,32 +107,6 @@ def test_the_error_of_a_difference_is_mcnemars(ends: xr.Dataset) -> None:
     assert float(at.error_difference_se) == pytest.approx(np.sqrt((b + c - (b - c) ** 2 / n) / (n * (n - 1))))
 
 
-def test_paired_errors_agree_with_a_bootstrap() -> None:
-    rng = np.random.default_rng(0)
-    hard = rng.exponential(size=300)
-    values = np.stack([hard + 0.1 * rng.normal(size=300), hard + 0.2 * rng.normal(size=300) + 0.02])
-    found = paired(values)
-    draws = rng.integers(300, size=(2000, 300))
-    boot = values[0][draws].mean(1) - values[1][draws].mean(1)
-    # 2,000 resamples know a standard deviation to 1 / sqrt(4000) = 1.6 %
-    assert found["_difference_se"][0, 1] == pytest.approx(boot.std(), rel=0.07)
-    assert found["_difference_se"][0, 1] < 0.2 * np.hypot(*found["_se"])  # what all find hard does not count
-    np.testing.assert_allclose(found["_difference"], -found["_difference"].T)
-
-
-def test_paired_intervals_cover_the_difference() -> None:
-    rng = np.random.default_rng(1)
-    trials, n, covered = 1500, 400, 0
-    for _ in range(trials):
-        hard = rng.random(n) < 0.3  # both fail
-        wrong = np.stack([hard | (rng.random(n) < 0.10), hard | (rng.random(n) < 0.06)]).astype(float)
-        found = paired(wrong)
-        truth = 0.7 * 0.04
-        covered += abs(found["_difference"][0, 1] - truth) <= 1.96 * found["_difference_se"][0, 1]
-    # binomial with 0.95: standard deviation 0.0056; three of these and one point for the normal approximation
-    assert covered / trials == pytest.approx(0.95, abs=0.027)
-
-
 def test_distances_equal_those_of_the_flattened_parameters(tiny_run: Run, ends: xr.Dataset) -> None:
     names = [name for name, _ in as_source(tiny_run).make_model().named_parameters()]
     states = [end.load() for end in tiny_run.ends]
@@ -151,14 +123,6 @@ def test_distances_equal_those_of_the_flattened_parameters(tiny_run: Run, ends: 
     np.testing.assert_allclose(by_layer, np.linalg.norm(part[1] - part[0]))
     np.testing.assert_allclose((ends.layer_distance**2).sum("layer"), ends.distance**2)
     assert ends.layer.values.tolist() == [*(f"fc{i}" for i in range(1, 8)), "output"]
-
-
-def test_distances_between_architectures_are_unknown() -> None:
-    found = parameter_distances([nn.Linear(3, 2), nn.Linear(2, 3), nn.Linear(3, 2)])
-    distance = found["distance"][1]
-    assert np.isnan(distance[0, 1])
-    assert np.isfinite(distance[0, 2])
-    np.testing.assert_array_equal(np.diagonal(distance), 0)
 
 
 def test_spectra_differ_as_their_own_comparison_says(tiny_run: Run, ends: xr.Dataset) -> None:
@@ -310,15 +274,6 @@ def test_a_run_and_its_control_load_the_data_once(tiny_run: Run, control: Run, o
     (own_run.path / MANIFEST).write_text(json.dumps(manifest))
     others = as_sources([tiny_run, open_run(own_run.path)])
     assert others[1].data.split_hash != others[0].data.split_hash
-
-
-def test_many_comparisons_ask_for_more() -> None:
-    assert significance_threshold(1) == 2.0
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=(20_000, 6))
-    false = (np.abs(noise) > significance_threshold(6)).any(1).mean()
-    assert false <= 0.0455 + 3 * np.sqrt(0.0455 / 20_000)
-    assert significance_threshold(6) > 2.5
 
 
 def test_a_users_own_regression_is_compared(tmp_path: Path) -> None:

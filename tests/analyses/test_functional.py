@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,7 @@ from torch import nn
 import pnanalysis as pn
 from pnanalysis.analyses.functional import functional_distance
 from pnanalysis.errors import DataError, ModelError, RunError
-from pnanalysis.evaluation.cka import OUTPUT, CentredKernelAlignment, linear_kernel, u_centred, unbiased_hsic
-from pnanalysis.evaluation.disagreement import expected_disagreement, js_divergence
+from pnanalysis.evaluation.cka import OUTPUT
 from pnanalysis.evaluation.losses import example_losses, log_probabilities
 from pnanalysis.inputs.models import LOSSES
 from pnanalysis.inputs.networks import open_files
@@ -26,34 +24,6 @@ CROSS_ENTROPY = LOSSES["cross_entropy"]
 
 def features(n: int, width: int, seed: int) -> torch.Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def naive_hsic(k: np.ndarray, m: np.ndarray) -> float:
-    """The U-statistic itself: over all quadruples of different examples (Song et al. 2012, eq. 4)."""
-    total, count = 0.0, 0
-    for i, j, q, r in permutations(range(len(k)), 4):
-        total += k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q])
-        count += 1
-    return total / count
-
-
-def hsic(k: torch.Tensor, m: torch.Tensor) -> float:
-    return float(unbiased_hsic(torch.stack([k, m]))[0, 1])
-
-
-def direct_cka(batches: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Ratio of the means over batches, weighted by their sizes, by the closed form of Song et al."""
-
-    def hsic(k: np.ndarray, m: np.ndarray) -> float:
-        n = len(k)
-        k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
-        ones = np.ones(n)
-        middle = (ones @ k @ ones) * (ones @ m @ ones) / ((n - 1) * (n - 2))
-        return float((np.trace(k @ m) + middle - 2 / (n - 2) * (ones @ k @ m @ ones)) / (n * (n - 3)))
-
-    grams = [(x @ x.T, y @ y.T, len(x)) for x, y in batches]
-    across = sum(n * hsic(k, m) for k, m, n in grams)
-    return across / np.sqrt(sum(n * hsic(k, k) for k, _, n in grams) * sum(n * hsic(m, m) for _, m, n in grams))
 
 
 def net(seed: int, hidden: int = 12, outputs: int = 3) -> nn.Sequential:
@@ -95,75 +65,6 @@ def three(tmp_path: Path) -> Source:
     return open_files(lambda: net(5), files, labelled())
 
 
-def test_unbiased_hsic_is_the_u_statistic() -> None:
-    x, y = features(7, 3, 0), features(7, 4, 1) + features(7, 3, 0)[:, :1]
-    k, m = (u_centred(z @ z.T) for z in (x, y))
-    assert hsic(k, m) == pytest.approx(naive_hsic((x @ x.T).numpy(), (y @ y.T).numpy()), rel=1e-10)
-    centred = u_centred(linear_kernel(x.float()))
-    assert hsic(centred, m) == pytest.approx(hsic(k, m), rel=1e-5)  # features in float32
-    np.testing.assert_allclose(k.sum(0), 0, atol=1e-12)
-
-
-def test_unbiased_hsic_of_independent_features_averages_to_zero() -> None:
-    values = [
-        hsic(*(u_centred(z @ z.T) for z in (features(8, 3, 2 * s), features(8, 3, 2 * s + 1)))) for s in range(400)
-    ]
-    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(len(values))
-    assert np.std(values) > 0
-
-
-def streamed(x: torch.Tensor, y: torch.Tensor, sizes: list[int]) -> tuple[float, float]:
-    """CKA of two linear layers' outputs, given as tables of features."""
-    a, b = nn.Identity(), nn.Identity()
-    alignment = CentredKernelAlignment([a, b])
-    with alignment:
-        for p, q in zip(x.split(sizes), y.split(sizes), strict=True):
-            a(p.float()), b(q.float())
-            alignment.collect(len(p))
-    cka, se = alignment.result()
-    assert alignment.layers == [OUTPUT]
-    return float(cka[0, 1, 0]), float(se[0, 1, 0])
-
-
-def test_streamed_cka_is_the_average_over_batches() -> None:
-    x = features(97, 6, 0)
-    y = torch.cat([x[:, :3] * 2 + 1, features(97, 4, 1)], dim=1)
-    sizes = [30, 30, 30, 7]
-    cka, se = streamed(x, y, sizes)
-    parts = [(p.numpy(), q.numpy()) for p, q in zip(x.split(sizes), y.split(sizes), strict=True)]
-    assert cka == pytest.approx(direct_cka(parts), rel=1e-5)
-    left_out = np.array([direct_cka(parts[:i] + parts[i + 1 :]) for i in range(4)])
-    assert se == pytest.approx(np.sqrt(3 / 4 * ((left_out - left_out.mean()) ** 2).sum()), rel=1e-4)
-    assert streamed(x[:94], y[:94], [30, 30, 30, 4])[0] != cka
-    assert (
-        streamed(x[:93], y[:93], [30, 30, 30, 3])[0] == streamed(x[:90], y[:90], [30, 30, 30])[0]
-    )  # three are too few
-
-
-def test_cka_does_not_see_rotation_scale_or_shift() -> None:
-    x, y = features(80, 6, 0), features(80, 5, 1) + features(80, 6, 0)[:, :5]
-    q, _ = torch.linalg.qr(features(6, 6, 2))
-    reference, _ = streamed(x, y, [40, 40])
-    assert 0.1 < reference < 0.9
-    assert streamed(3 * x @ q + 5, y, [40, 40])[0] == pytest.approx(reference, rel=2e-5)
-    assert streamed(x, 0.1 * x @ q - 2, [40, 40])[0] == pytest.approx(1, rel=1e-5)
-    stretched = x * torch.tensor([9.0, 1, 1, 1, 1, 1])
-    assert streamed(x, stretched, [40, 40])[0] < 0.9  # only isotropic scaling
-
-
-def test_the_jackknife_error_is_the_spread_over_data() -> None:
-    """Over independent data sets CKA spreads by what each says of its own error."""
-    values, errors = [], []
-    mix = features(6, 6, 1000)
-    for s in range(60):
-        x = features(160, 6, s)
-        value, se = streamed(x, x @ mix + features(160, 6, 5000 + s), [20] * 8)
-        values.append(value)
-        errors.append(se)
-    # the spread of 60 values is itself known to 1 / sqrt(118) = 9 %; three of these, and a tenth for the jackknife
-    assert np.std(values, ddof=1) == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=0.37)
-
-
 def test_a_permuted_network_is_far_in_parameters_and_the_same_function(three: Source) -> None:
     ds = functional_distance(three, progress=False)
     pair = ds.sel(checkpoint="permuted", other="a")
@@ -199,22 +100,6 @@ def test_disagreement_and_divergence_by_hand(three: Source) -> None:
     expected = 1 - a * b - (1 - a) * (1 - b) / 2
     assert float(pair.expected_disagreement) == pytest.approx(expected)
     np.testing.assert_allclose(np.diagonal(ds.disagreement), 0)
-
-
-def test_independent_networks_disagree_as_the_yardstick_says() -> None:
-    rng = np.random.default_rng(0)
-    n, classes, accuracy = 40_000, 5, np.array([0.7, 0.4])
-    truth = rng.integers(classes, size=n)
-    said = [np.where(rng.random(n) < a, truth, (truth + rng.integers(1, classes, size=n)) % classes) for a in accuracy]
-    expected = expected_disagreement(accuracy, classes)[0, 1]
-    se = np.sqrt(expected * (1 - expected) / n)
-    assert abs((said[0] != said[1]).mean() - expected) < 4 * se
-
-
-def test_divergence_is_bounded_and_knows_zero() -> None:
-    sure = torch.log(torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64))
-    other = torch.log(torch.tensor([[0.0, 1.0], [0.5, 0.5]], dtype=torch.float64))
-    np.testing.assert_allclose(js_divergence(sure, other), [np.log(2), 0.0])
 
 
 def test_batches_do_not_matter_to_predictions(three: Source) -> None:

@@ -21,7 +21,7 @@ from pnanalysis.analyses.landscape import landscape
 from pnanalysis.analyses.trajectory import trajectory
 from pnanalysis.errors import PnError
 from pnanalysis.evaluation.losses import example_losses
-from pnanalysis.geometry.curves import curve_weights, train_curve
+from pnanalysis.geometry.curves import train_curve
 from pnanalysis.geometry.loss_surface import LossSurface
 from pnanalysis.geometry.planes import random_directions
 from pnanalysis.inputs.data import as_splits
@@ -233,59 +233,6 @@ def test_different_losses_are_not_laid_on_one_line(tmp_path: Path) -> None:
     assert landscape(a, same, n_points=2, progress=False).sizes["position"] == 2
 
 
-def test_many_points_a_pass_equal_one_after_the_other(tiny_run: Run) -> None:
-    source = as_source(tiny_run)
-    results = []
-    for at_once in (1, 32, 5):
-        surface = LossSurface(source.make_model(), source.loss, dtype=torch.float64, at_once=at_once)
-        anchors = [surface.anchor(end.load()) for end in tiny_run.ends]
-        weights = np.random.default_rng(0).dirichlet(np.ones(3), 12)
-        found = list(surface.values(anchors, weights, source.data.test.batches(100)))
-        assert len(found) == 12
-        results.append(np.stack([values.loss for values in found]))
-    assert LossSurface(source.make_model(), source.loss).at_once == 32
-    # float64 round-off of seven layers
-    np.testing.assert_allclose(results[1], results[0], rtol=1e-12)
-    np.testing.assert_allclose(results[2], results[0], rtol=1e-12)
-
-
-class InPlace(nn.Module):
-    """Adds a parameter to a tensor that no parameter has touched yet, in place: vmap cannot."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shift, self.layer = nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = 1.0 * x
-        x += self.shift
-        return self.layer(x)
-
-
-def test_what_has_no_vectorised_form_is_done_one_by_one(tmp_path: Path) -> None:
-    model, inputs, targets = InPlace(), torch.randn(30, 4), torch.randint(3, (30,))
-    surface = LossSurface(model, nn.functional.cross_entropy)
-    assert surface.at_once == 32
-    (found,) = surface.values([surface.anchor(model.state_dict())], np.ones((1, 1)), [(inputs, targets)])
-    assert surface.at_once == 1
-    expected = nn.functional.cross_entropy(model(inputs), targets, reduction="none").detach()
-    np.testing.assert_allclose(found.loss, expected, rtol=20 * EPS32)
-
-
-def test_gradients_are_those_of_the_mean_loss(tiny_run: Run) -> None:
-    source = as_source(tiny_run)
-    surface = LossSurface(source.make_model(), source.loss, dtype=torch.float64)
-    state = surface.anchor(tiny_run.plain.load())
-    value, gradient = surface.value_and_gradient(state, source.data.test.batches(70))
-    model = source.model(tiny_run.plain).double()
-    inputs, targets = source.data.test.take(slice(None))
-    loss = nn.functional.cross_entropy(model(inputs.double()), targets)
-    loss.backward()
-    assert value == pytest.approx(loss.item(), rel=1e-12)
-    for name, parameter in model.named_parameters():
-        np.testing.assert_allclose(gradient[name], parameter.grad, atol=1e-14)
-
-
 def test_a_quadratic_on_a_plane_is_exact(tmp_path: Path) -> None:
     source, inputs, targets, (s, a, b) = linear_source(tmp_path, 3)
     names = ["w0", "w1", "w2"]
@@ -361,21 +308,6 @@ def test_a_trained_curve_keeps_its_ends_and_follows_its_seed(two_minima: Run) ->
     assert all(torch.equal(a[name], b[name]) for a, b in zip(first, again, strict=True) for name in a)
     third = {name: (2 * ends[0][name] + ends[1][name]) / 3 for name in ends[0]}
     assert not torch.allclose(first[1]["fc1.weight"], third["fc1.weight"], atol=1e-4)
-
-
-@pytest.mark.parametrize("n_bends", [1, 2, 3])
-def test_weights_of_curves(n_bends: int) -> None:
-    t = np.linspace(0, 1, 13)
-    for kind in ("bezier", "chain"):
-        weights = curve_weights(kind, t, n_bends)
-        np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-14)
-        assert (weights >= 0).all()
-        np.testing.assert_array_equal(weights[[0, -1]], np.eye(n_bends + 2)[[0, -1]])
-        # on equally spaced points of a line both kinds run along it at constant speed
-        np.testing.assert_allclose(weights @ np.linspace(0, 1, n_bends + 2), t, atol=1e-15)
-    np.testing.assert_allclose(
-        curve_weights("chain", np.linspace(0, 1, n_bends + 2), n_bends), np.eye(n_bends + 2), atol=1e-12
-    )
 
 
 def test_two_runs_are_joined_champion_to_champion(tiny_run: Run, two_minima: Run) -> None:

@@ -1,0 +1,16 @@
+"""Numbers with errors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pnanalysis.estimates import significance_threshold
+
+
+def test_many_comparisons_ask_for_more() -> None:
+    assert significance_threshold(1) == 2.0
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(20_000, 6))
+    false = (np.abs(noise) > significance_threshold(6)).any(1).mean()
+    assert false <= 0.0455 + 3 * np.sqrt(0.0455 / 20_000)
+    assert significance_threshold(6) > 2.5
