@@ -53,8 +53,10 @@ bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+# One set of versions for every supported Python. Present versions stay as they are unless UPGRADE=--upgrade is given.
 lock: $(STAMP)
-	$(BIN)/python -m pip freeze --exclude-editable | grep -v -e '@' -e '^pip=' > constraints.txt
+	$(BIN)/uv pip compile pyproject.toml --quiet --universal --all-extras --no-annotate --no-emit-index-url \
+		--custom-compile-command "make lock" $(UPGRADE) --output-file constraints.txt
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist docs/_build docs/_figures .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info \
