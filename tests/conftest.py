@@ -1,4 +1,4 @@
-"""What many tests share: a small run on digits, made once a session."""
+"""What many tests share: a small run on digits, made once per session, and the order in which tests start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import pytest
 from pnanalysis.io.runs import Run
 from trainers import Config, train
 
+#: Folders whose tests take longest. They start first, so that no core is left with a long test when the others are done.
+LONGEST = ("notebooks", "trainers/runs")
 TINY = {"model": "tanh7", "model_options": {"input_shape": [1, 8, 8], "width": 16}, "data": "digits", "batch_size": 64}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest folders first, and leave the others in their order."""
+    first = tuple(f"{Path(__file__).parent / folder}/" for folder in LONGEST)
+    items.sort(key=lambda item: not str(item.path).startswith(first))  # the sort is stable
 
 
 @pytest.fixture(scope="session")
@@ -20,13 +28,13 @@ def tiny_config() -> Config:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run; not to be changed."""
+    """A finished run that tests share: do not change its files."""
     return train(tiny_config, tmp_path_factory.mktemp("runs") / "tiny", device="cpu", progress=False)
 
 
 @pytest.fixture
 def own_run(tiny_config: Config, tmp_path: Path) -> Run:
-    """A finished run of one's own, to be damaged at will."""
+    """A finished run for one test alone, which may damage it."""
     from dataclasses import replace
 
     return train(replace(tiny_config, iterations=2, epochs=1), tmp_path / "own", device="cpu", progress=False)
