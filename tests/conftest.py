@@ -9,7 +9,7 @@ import pytest
 from pnanalysis.io.runs import Run
 from trainers import Config, train
 
-#: Folders whose tests take longest. They start first, so that no core is left with a long test when the others are done.
+#: Folders whose tests take longest. They start first, so that no core is left with a long test at the end.
 LONGEST = ("notebooks", "trainers/runs")
 TINY = {"model": "tanh7", "model_options": {"input_shape": [1, 8, 8], "width": 16}, "data": "digits", "batch_size": 64}
 
