@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from pnanalysis.io.runs import Run
-from trainers import Config, train
+if TYPE_CHECKING:
+    from pnanalysis.io.runs import Run
+    from trainers import Config
 
 #: Folders whose tests take longest. They start first, so that no core is left with a long test at the end.
 LONGEST = ("notebooks", "trainers/runs")
@@ -23,18 +26,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_config() -> Config:
     """Three iterations of four epochs of a narrow tanh network."""
+    # Not at the top of this file: the process that starts the workers reads it too, and need not wait for torch.
+    from trainers import Config
+
     return Config(recipe="tiny", **TINY, iterations=3, epochs=4, checkpoint_every=1, lam=0.1)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run that tests share: do not change its files."""
+    from trainers import train
+
     return train(tiny_config, tmp_path_factory.mktemp("runs") / "tiny", device="cpu", progress=False)
 
 
 @pytest.fixture
 def own_run(tiny_config: Config, tmp_path: Path) -> Run:
     """A finished run for one test alone, which may damage it."""
-    from dataclasses import replace
+    from trainers import train
 
     return train(replace(tiny_config, iterations=2, epochs=1), tmp_path / "own", device="cpu", progress=False)
