@@ -28,10 +28,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/pnanalysis demo --out $(OUT)
 
-# One thread per worker: two busy thread pools on two cores are slower than two single threads. A worker that has run out
-# of tests takes over some of the other's (worksteal); until then each runs whole files, and makes their fixtures once.
+# One thread per worker, and sweeps (joblib) see one core: two busy thread pools on two cores are slower than two single
+# threads. A worker that has run out of tests takes over some of another's (worksteal); until then each runs whole files,
+# and makes their fixtures once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest
