@@ -1,4 +1,4 @@
-# Every target sets itself up: .venv is made when it is missing and brought up to date when the lock changes.
+# Every target installs what it needs: .venv is created if it is missing, and updated when the pinned versions change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,11 +9,15 @@ OUT ?= demo
 
 help:
 	@echo "make demo       train, analyse and report on handwritten digits (about two minutes)"
-	@echo "make test       run the tests        make test-slow  the long ones too"
-	@echo "make baselines  draw anew the pictures that tests compare figures with"
-	@echo "make check      lint and type-check  make notebooks  execute them into notebooks/executed"
-	@echo "make bench      benchmarks beside peers              make docs   the documentation, in docs/_build/html"
-	@echo "make clean      remove what make made"
+	@echo "make test       run the tests, except the slow ones"
+	@echo "make test-slow  run all tests"
+	@echo "make check      lint and type-check"
+	@echo "make docs       build the documentation in docs/_build/html"
+	@echo "make notebooks  execute the notebooks into notebooks/executed"
+	@echo "make bench      run the benchmarks, side by side with other packages"
+	@echo "make baselines  redraw the images that tests compare figures with"
+	@echo "make lock       pin versions in constraints.txt (UPGRADE=--upgrade: the newest ones)"
+	@echo "make clean      remove everything that make created"
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,14 +28,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/pnanalysis demo --out $(OUT)
 
-# One thread a worker: two busy thread pools on two cores are slower than two single threads.
+# One thread per worker, and sweeps (joblib) see one core: two busy thread pools on two cores are slower than two single
+# threads. A worker that has run out of tests takes over some of another's (worksteal); until then each runs whole files,
+# and makes their fixtures once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest
 
-# Anew what tests compare figures with; their matplotlib is named in tests/plots/test_images.py. Look at what git says has changed.
+# Redraws the images that tests compare figures with, and which depend on the matplotlib version named in
+# tests/plots/test_images.py. Review the changed images before you commit them.
 baselines: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/plots/test_images.py --mpl-generate-path=tests/plots/baseline
 
@@ -43,7 +50,7 @@ check: $(STAMP)
 notebooks: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 
-# Pages show figures that their own code makes, once for each state of the code.
+# Pages show figures that their own code blocks draw; a page's figures are redrawn only if the page or the package changed.
 docs: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
@@ -53,8 +60,10 @@ bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+# One set of versions for every supported Python. Present versions stay as they are unless UPGRADE=--upgrade is given.
 lock: $(STAMP)
-	$(BIN)/python -m pip freeze --exclude-editable | grep -v -e '@' -e '^pip=' > constraints.txt
+	$(BIN)/uv pip compile pyproject.toml --quiet --universal --all-extras --no-annotate --no-emit-index-url \
+		--custom-compile-command "make lock" $(UPGRADE) --output-file constraints.txt
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist docs/_build docs/_figures .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info \

@@ -1,1 +1,1 @@
-"""The documentation: pages in Markdown, and what makes a site of them."""
+"""The documentation: pages in Markdown, and the code that builds the site."""

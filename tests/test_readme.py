@@ -1,4 +1,4 @@
-"""What the README shows runs."""
+"""The Python code in the README runs, and its table lists every recipe."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What pages need beyond Sphinx: blocks that run, figures, references made from the code, equations as MathML."""
+"""Extensions to Sphinx: code blocks that run, figures, references generated from the code, equations as MathML."""

@@ -1,10 +1,13 @@
-"""Parts of pages that are made from the code: ``<!-- generated: NAME -->`` in a page, with the line below it that says
-so to who reads the page as it is, becomes what NAME gives."""
+"""Parts of pages that are generated from the code.
+
+A page contains the mark ``<!-- generated: NAME ARGUMENTS -->`` and below it a line in italics, for those who read the
+Markdown itself. Both are replaced by the lines that the generator NAME in :data:`PARTS` yields.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pnanalysis import plots, schema
@@ -14,14 +17,14 @@ _MARK = re.compile(r"^<!-- generated: ([\w-]+)(?: ([\w. ]+))? -->\n\*\(.*\)\*$",
 
 
 def fill_in(text: str) -> str:
-    """The page with every mark replaced."""
+    """The page with every mark replaced by its generated part."""
     return _MARK.sub(lambda match: "\n".join(PARTS[match[1]](*(match[2] or "").split())), text)
 
 
 def command_line(program: str) -> Iterator[str]:
-    """Every command of ``pnanalysis`` or ``pntrain``: its help, arguments and options."""
+    """Help, arguments and options of every command of ``pnanalysis`` or ``pntrain``."""
     command = command_of(program)
-    if not hasattr(command, "commands"):
+    if not hasattr(command, "commands"):  # pntrain is a single command
         yield from _command(program, command, "##")
         return
     for name, sub in command.commands.items():
@@ -39,7 +42,9 @@ def command_of(program: str) -> Any:
 
 
 def _command(name: str, command: Any, heading: str) -> Iterator[str]:
+    """A section about one command: text, examples, and a table of options."""
     yield f"{heading} {name}\n"
+    # The help texts end with a bold heading and the examples below it.
     text, _, examples = (command.help or "").partition("[bold]")
     yield _with_options(text.strip()) + "\n"
     lines = [line.strip() for line in examples.partition("[/bold]")[2].splitlines() if line.strip()]
@@ -51,11 +56,12 @@ def _command(name: str, command: Any, heading: str) -> Iterator[str]:
 
 
 def _with_options(text: str) -> str:
-    """The text with options set as code."""
+    """The text with options such as ``--seed`` marked as code."""
     return re.sub(r"--[\w-]+", r"`\g<0>`", text)
 
 
 def _parameter(parameter: Any, context: Any) -> list[str]:
+    """The table row of an argument or option: name, default, meaning."""
     meaning = _with_options(parameter.help or "")
     if parameter.param_type_name == "argument":
         return [f"`{parameter.metavar or parameter.name.upper()}`", "", meaning]
@@ -72,9 +78,9 @@ def kinds() -> Iterator[str]:
     """A table of variables for every kind of dataset."""
     for kind, variables in schema.SCHEMAS.items():
         yield f"### {kind}\n"
-        same = next(other for other, table in schema.SCHEMAS.items() if table is variables)
-        if same != kind:
-            yield f"The variables of [{same}](#{same.replace('_', '-')}).\n"
+        first = next(other for other, table in schema.SCHEMAS.items() if table is variables)
+        if first != kind:  # kinds that share a table: list it once, and link to it
+            yield f"The variables of [{first}](#{first.replace('_', '-')}).\n"
             continue
         rows = [
             [f"`{name}`", ", ".join(v.dims), v.units, v.long_name, "" if v.required else "optional"]
@@ -91,9 +97,9 @@ def recipes() -> Iterator[str]:
     rows = []
     for name, recipe in RECIPES.items():
         settings = recipe.config.to_dict()
-        own = [f"{key}={value}" for key, value in settings.items() if value != defaults[key] and key != "recipe"]
-        rows.append([f"`{recipe.id}` `{name}`", recipe.summary, ", ".join(own) or "the defaults"])
-    yield from _table(["recipe", "what", "settings"], rows)
+        changed = [f"{key}={value}" for key, value in settings.items() if value != defaults[key] and key != "recipe"]
+        rows.append([f"`{recipe.id}` `{name}`", recipe.summary, ", ".join(changed) or "the defaults"])
+    yield from _table(["recipe", "experiment", "settings"], rows)
     yield "The defaults: " + ", ".join(f"{key}={value}" for key, value in defaults.items() if key != "recipe") + "."
 
 
@@ -101,33 +107,36 @@ def public_names(module: str) -> Iterator[str]:
     """The public names of a module, documented from their docstrings."""
     from importlib import import_module
 
-    found = import_module(module)
-    objects = {name: getattr(found, name) for name in found.__all__}
+    package = import_module(module)
+    objects = {name: getattr(package, name) for name in package.__all__}
+    # Subclasses of PnError have a table of their own (`errors`); modules among the names have their own pages.
     yield from _documented(
-        f"{module}.{name}" for name, it in objects.items() if callable(it) and not (_is_error(it) and it is not PnError)
+        f"{module}.{name}" for name, it in objects.items() if callable(it) and (it is PnError or not _is_error(it))
     )
 
 
 def figures() -> Iterator[str]:
-    """The function of every figure, under the name that ``plot`` knows it by."""
+    """The function of every figure and the name that ``plot`` knows it by, with its documentation."""
     rows = [[f"`{name}`", f"`{path.replace(':', '.')}`"] for name, path in plots.FIGURES.items()]
     yield from _table(["figure", "function"], rows)
+    # Several names may share a function: document it once, in the order of the table.
     yield from _documented(dict.fromkeys(path.replace(":", ".") for path in plots.FIGURES.values()))
 
 
 def documented(*paths: str) -> Iterator[str]:
-    """Objects by their full names."""
+    """Documentation of objects given by their full names."""
     yield from _documented(paths)
 
 
 def errors() -> Iterator[str]:
-    """Every error that is raised on purpose."""
+    """A table of the errors that pnanalysis raises, with the first line of their docstrings."""
     yield from _table(
         ["error", "when"], [[f"`{it.__name__}`", (it.__doc__ or "").splitlines()[0]] for it in PnError.__subclasses__()]
     )
 
 
-def _documented(paths: Any) -> Iterator[str]:
+def _documented(paths: Iterable[str]) -> Iterator[str]:
+    """Autodoc directives, in reStructuredText because that is what autodoc writes."""
     from pkgutil import resolve_name
 
     yield "```{eval-rst}"
@@ -144,6 +153,7 @@ def _is_error(it: Any) -> bool:
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """A Markdown table; bars and line breaks in cells would end them, so they are escaped."""
     yield "| " + " | ".join(columns) + " |"
     yield "|" + "---|" * len(columns)
     for row in rows:

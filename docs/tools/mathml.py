@@ -1,4 +1,4 @@
-"""Equations as MathML, made at build time: browsers draw it themselves, without scripts and without a network."""
+"""Equations as MathML, converted at build time: browsers render it without scripts and without a network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ _NORM = re.compile(r"\\lVert(.*?)\\rVert", flags=re.DOTALL)
 
 
 def _converted(node: Any, as_block: bool) -> str:
-    """MathML in which an exponent belongs to the whole norm, and bars and brackets keep the size they were given."""
+    """The equation in MathML, with two defects of docutils' converter corrected."""
+    # Braces around a norm make an exponent apply to the whole of it, not to its closing bar alone. Browsers stretch
+    # bars and angle brackets to the height of the line, which TeX does only for \left and \right.
     markup = tex2mathml(_NORM.sub(lambda match: f"{{{match[0]}}}", node.astext()), as_block=as_block)
     return _FENCE.sub(r'<mo stretchy="false"\1>\2</mo>', markup)
 
@@ -42,4 +44,4 @@ def _display(translator: HTML5Translator, node: Any) -> None:
 def _skip(translator: HTML5Translator, node: Any) -> None:
     from docutils.nodes import SkipNode
 
-    raise SkipNode
+    raise SkipNode  # the node is done: its TeX source must not be written as well
