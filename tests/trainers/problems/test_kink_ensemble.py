@@ -19,7 +19,7 @@ from pnanalysis.errors import TrainingError
 from pnanalysis.io import netcdf
 from trainers import PersistentPenalty
 from trainers.problems.batched_relu import ReluBatch, Repulsion, layer_sizes, pack, predict, unpack
-from trainers.problems.escape import escape, wilson_interval
+from trainers.problems.escape import escape
 from trainers.problems.kink_ensemble import initial_parameters, train_chains, train_restarts
 from trainers.zoo.kink import kink_data, two_sided_fit_loss
 from trainers.zoo.models import relu32
@@ -266,13 +266,6 @@ def test_escape_refuses_other_data() -> None:
         escape(chains, chains.assign(data_y=2 * chains["data_y"]))
     with pytest.raises(TrainingError, match="margin"):
         escape(chains, margin=1.5)
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 5), (5, 5), (7, 30), (29, 30)])
-def test_wilson_interval_agrees_with_scipy(k: int, n: int) -> None:
-    expected = binomtest(k, n).proportion_ci(0.9, method="wilson")
-    low, high = wilson_interval([k], n, 0.9)
-    assert (low[0], high[0]) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 @pytest.mark.parametrize(
