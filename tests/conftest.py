@@ -1,7 +1,8 @@
-"""What many tests share: a small run on digits, made once a session."""
+"""Fixtures for all tests: small runs on the built-in digits."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,11 @@ def tiny_config() -> Config:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run; not to be changed."""
+    """A finished run of that configuration, trained once per session; not to be changed."""
     return train(tiny_config, tmp_path_factory.mktemp("runs") / "tiny", device="cpu", progress=False)
 
 
 @pytest.fixture
 def own_run(tiny_config: Config, tmp_path: Path) -> Run:
-    """A finished run of one's own, to be damaged at will."""
-    from dataclasses import replace
-
+    """A shorter finished run for one test only, which may change or damage it."""
     return train(replace(tiny_config, iterations=2, epochs=1), tmp_path / "own", device="cpu", progress=False)

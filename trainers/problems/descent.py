@@ -43,9 +43,7 @@ class Descent:
         If the surface does not return one differentiable number.
     """
 
-    def __init__(
-        self, surface: PlaneFunction, gradient: ClosedFormGradient | None = None, strict: bool = True
-    ) -> None:
+    def __init__(self, surface: PlaneFunction, gradient: ClosedFormGradient | None = None, strict: bool = True) -> None:
         self.surface, self.gradient, self.strict = surface, gradient, strict
         value = surface(*torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True))
         if not (isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad):
@@ -85,6 +83,7 @@ def _follow(gradient: ClosedFormGradient, starts: np.ndarray, lr: float, steps: 
     positions[0] = starts
     # One start as Python floats: a step takes a microsecond or two, ten times less than on NumPy arrays.
     x, y = starts[0].tolist() if len(starts) == 1 else starts.T
+    lr = float(lr)
     with np.errstate(all="ignore"):  # a descent that runs away overflows
         for k, (before, now) in enumerate(pairwise(steps), start=1):
             for _ in range(now - before):

@@ -1,4 +1,4 @@
-"""The persistent penalty against its formula and finite differences."""
+"""The persistent penalty compared with its formula and finite differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batched networks against single ones trained by autograd and torch.optim.SGD; kink data; escape probabilities."""
+"""Batched networks compared with single ones trained by autograd and torch.optim.SGD; kink data; escapes."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_layer_of_zeros_repels_nothing_and_is_reported() -> None:
     assert (first[1] == 0).all()
 
 
-def test_a_seeds_start_does_not_depend_on_its_company() -> None:
+def test_a_seeds_start_does_not_depend_on_other_seeds() -> None:
     torch.manual_seed(11)
     model = relu32()
     assert torch.equal(initial_parameters(11), pack(model.state_dict()))
@@ -157,23 +157,23 @@ def test_dataset_holds_what_was_trained() -> None:
     np.testing.assert_array_equal(ds["loss"][:, 0, 0], ds["loss"][:, 2, 0])  # all from one start
 
 
-def test_any_data_and_width_will_do() -> None:
+def test_other_data_and_widths_can_be_used() -> None:
     x = np.linspace(-1, 1, 15)
     ds = train_restarts(x, x, seeds=[0], width=8, steps=2000, lr=1e-2, progress=False)
     assert float(ds["final_loss"][0, 0]) < 1e-2 < float(ds["loss"][0, 0, 0])
 
 
 @pytest.mark.parametrize("train", [train_chains, train_restarts])
-def test_a_stopped_study_goes_on_where_it_was(train: Callable[..., xr.Dataset], tmp_path: Path) -> None:
+def test_a_stopped_ensemble_resumes_where_it_was(train: Callable[..., xr.Dataset], tmp_path: Path) -> None:
     seen: list[xr.Dataset] = []
     settings: dict[str, Any] = {"seeds": [2, 5], "steps": 200, "samples": 4, "progress": False}
     whole = train(X, Y, iterations=4, on_iteration=seen.append, **settings)
     assert [ds.sizes["iteration"] for ds in seen] == [1, 2, 3, 4]
-    saved = netcdf.load(netcdf.save(seen[1], tmp_path / "study.nc"))
+    saved = netcdf.load(netcdf.save(seen[1], tmp_path / "ensemble.nc"))
     resumed = train(X, Y, iterations=4, resume=saved, **settings)
     xr.testing.assert_identical(resumed.drop_attrs(), whole.drop_attrs())
     xr.testing.assert_identical(train(X, Y, iterations=4, resume=whole, **settings).drop_attrs(), whole.drop_attrs())
-    with pytest.raises(TrainingError, match="not kept its losses"):
+    with pytest.raises(TrainingError, match="without losses and parameters"):
         train(X, Y, resume=saved.drop_vars("parameters"), **settings)
     with pytest.raises(TrainingError, match="another lr"):
         train(X, Y, iterations=4, resume=saved, **settings, lr=1e-2)
@@ -252,7 +252,7 @@ def test_escape_counts_starts_that_have_left_so_far() -> None:
     np.testing.assert_array_equal(ds["lam"], [0.01, 0.1, math.nan])
 
 
-def test_escape_takes_one_strength_and_a_shorter_control() -> None:
+def test_escape_accepts_one_strength_and_a_shorter_control() -> None:
     ds = escape(made_up([[4.2], [0.1]], [0.1]))
     assert ds["probability"].dims == ("strategy", "iteration")
     assert ds["lam"].values.tolist() == [0.1]
@@ -276,7 +276,7 @@ def test_escape_refuses_other_data() -> None:
         ({"lams": []}, "no seeds"),
         ({"seeds": []}, "no seeds"),
         ({"x": X[:-1]}, r"x has shape \(5,\) and y \(6,\)"),
-        ({"x": X[:, None]}, "one row of the same length"),
+        ({"x": X[:, None]}, "one-dimensional, of the same length"),
         ({"y": np.full(6, np.nan)}, "all finite"),
         ({"x": [], "y": []}, "at least one point"),
         ({"steps": 0}, "steps is 0"),
@@ -302,7 +302,7 @@ def test_unknown_data_is_refused() -> None:
         kink_data("kink7")
 
 
-def test_threads_are_given_back() -> None:
+def test_the_number_of_threads_is_restored() -> None:
     before = torch.get_num_threads()
     train_restarts(X, Y, steps=10, progress=False)
     assert torch.get_num_threads() == before

@@ -1,4 +1,4 @@
-"""Descents on surfaces of two parameters against hand-written loops and the paper's end points."""
+"""Descents on surfaces of two parameters, compared with hand-written loops and the paper's end points."""
 
 from __future__ import annotations
 
@@ -129,6 +129,12 @@ def test_persistent_iterations_are_repelled_from_all_before() -> None:
         return value
 
     np.testing.assert_allclose(ends[2], by_hand(repelled, START, 1e-2, 300)[-1], rtol=1e-11)
+
+
+def test_numpys_scalars_do_as_settings() -> None:
+    settings = {"steps": 200, "samples": 2}
+    ds = descend(iterations=3, lam=np.float64(0.2), lr=np.float64(1e-2), **settings)
+    xr.testing.assert_equal(ds, descend(iterations=3, lam=0.2, lr=1e-2, **settings))
 
 
 def test_surfaces_are_the_penalised_ones() -> None:
