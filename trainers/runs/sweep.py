@@ -52,7 +52,7 @@ def parse_sweep(entries: Sequence[str], base: Config) -> dict[str, list[Any]]:
         if name not in known or not isinstance(known[name], int | float | str | None):
             simple = [key for key, value in known.items() if isinstance(value, int | float | str | None)]
             raise TrainingError(f"--sweep {entry!r}: no setting {name!r}; there are {', '.join(simple)}")
-        grid[name] = [_value(part, known[name], entry) for part in _parts(text, known[name])]
+        grid[name] = [_parse_value(part, known[name], entry) for part in _split_values(text, known[name])]
         if len(set(grid[name])) < len(grid[name]):
             raise TrainingError(f"--sweep {entry!r}: a value is listed twice")
     return grid
@@ -140,7 +140,7 @@ class _Plan(NamedTuple):
 
 
 def _available_devices(device: str) -> list[str]:
-    """The devices to distribute runs over, one entry for each run that can go on at a time."""
+    """The devices to distribute runs over, one entry for each run that can be trained at the same time."""
     chosen = resolve_device(device)
     if chosen.type == "cuda":
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if chosen.index is None else [str(chosen)]
@@ -165,14 +165,15 @@ def _folder(settings: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in settings.items()).replace("/", "-")
 
 
-def _parts(text: str, like: Any) -> list[str]:
+def _split_values(text: str, like: Any) -> list[str]:
     first, colon, last = text.partition(":")
     if colon and isinstance(like, int) and first.lstrip("-").isdigit() and last.lstrip("-").isdigit():
         return [str(i) for i in range(int(first), int(last))]
     return text.split(",")
 
 
-def _value(text: str, like: Any, entry: str) -> Any:
+def _parse_value(text: str, like: Any, entry: str) -> Any:
+    """The text as a value of the type of ``like``, the setting in the base configuration (``None`` for a number)."""
     if isinstance(like, bool):
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -183,4 +184,5 @@ def _value(text: str, like: Any, entry: str) -> Any:
             return int(text) if isinstance(like, int) else float(text)
         except ValueError:
             pass
-    raise TrainingError(f"--sweep {entry!r}: {text!r} is not a {'number' if like is None else type(like).__name__}")
+    expected = {bool: "true or false", int: "an integer"}.get(type(like), "a number")
+    raise TrainingError(f"--sweep {entry!r}: {text!r} is not {expected}")

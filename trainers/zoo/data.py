@@ -19,6 +19,7 @@ from torch import Tensor
 from pnanalysis.errors import DataError
 from pnanalysis.inputs.data import RawImages, data_directory
 from pnanalysis.io.netcdf import atomic_path
+from trainers.zoo.kink import kink_data
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 _DIGITS_TRAIN = 1197  # of 1,797; the other 600 become validation and test
@@ -124,8 +125,6 @@ def kink20(path: str | None = None, input_shape: tuple[int, ...] | None = None) 
 
 
 def _kink(name: str) -> tuple[Tensor, Tensor]:
-    from trainers.zoo.kink import kink_data
-
     x, y = kink_data(name)
     return torch.tensor(x, dtype=torch.float32)[:, None], torch.tensor(y, dtype=torch.float32)[:, None]
 

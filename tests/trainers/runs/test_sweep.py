@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import pnanalysis as pn
 import trainers.runs.sweep
@@ -68,6 +69,28 @@ def test_several_processes_give_the_same_runs(two_seeds: Path, tmp_path: Path) -
     np.testing.assert_allclose(one.train_loss, two.train_loss, rtol=1e-4)  # thread counts differ
 
 
+def test_runs_use_no_more_threads_than_the_process_may(tmp_path: Path, monkeypatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("trainers.runs.sweep.train", lambda *_, **__: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sweep(BASE, {"seed": [0, 1]}, tmp_path, **QUIET)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1]
+
+
+def test_runs_are_distributed_over_the_gpus(tmp_path: Path, monkeypatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("trainers.runs.sweep.train", lambda *_, device, **__: seen.append(device))
+    monkeypatch.setattr("trainers.runs.sweep.resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda", "cuda:1"):
+        sweep(BASE, {"seed": [0, 1, 2]}, tmp_path, **{**QUIET, "device": device})
+    assert seen == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:1", "cuda:1"]
+
+
 def _killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -85,7 +108,7 @@ def test_values_have_the_type_of_their_setting() -> None:
 
 @pytest.mark.parametrize(
     ("entry", "says"),
-    [("lam", "NAME=A,B,C"), ("lamda=1", "there are"), ("seed=a", "not a int"), ("lam=x", "not a float")],
+    [("lam", "NAME=A,B,C"), ("lamda=1", "there are"), ("seed=a", "not an integer"), ("lam=x", "not a number")],
 )
 def test_bad_entries_are_errors(entry: str, says: str) -> None:
     with pytest.raises(TrainingError, match=says):
