@@ -26,7 +26,7 @@ from trainers.zoo.models import relu32
 matplotlib.use("agg")
 
 X, Y = kink_data("kink6")
-STEPS = 1000
+STEPS = 300
 
 
 def single_chain(seed: int, lam: float, iterations: int, dtype: torch.dtype, steps: int = STEPS) -> list[Tensor]:
