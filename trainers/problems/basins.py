@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from pnanalysis import schema
-from trainers.problems.descent import Descent, PlaneFunction, values_at
+from trainers.problems.descent import PlaneFunction, descent_positions, values_at
 from trainers.problems.two_well import WINDOW, Window, at_least, axes, closed_form_gradient, two_well
 
 _LEAST_ARRIVALS = 3
@@ -44,7 +44,8 @@ def basin_map(
     x, y = axes(window, n)
     starts = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
     late = steps - at_least(steps, 10, "steps") // 10
-    _, before, ends = Descent(surface, closed_form_gradient(surface), strict=False).run(starts, lr, [0, late, steps])
+    gradient = closed_form_gradient(surface)
+    _, before, ends = descent_positions(surface, starts, lr, [0, late, steps], gradient, strict=False)
     near = min(x[1] - x[0], y[1] - y[0]) / 4
     with np.errstate(invalid="ignore"):
         resting = np.linalg.norm(ends - before, axis=1) < near / 10

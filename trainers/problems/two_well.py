@@ -24,7 +24,7 @@ from torch import Tensor
 from pnanalysis import schema
 from pnanalysis.errors import TrainingError
 from pnanalysis.terminal.progress import progress_bar
-from trainers.problems.descent import ClosedFormGradient, Descent, Number, PlaneFunction, values_at
+from trainers.problems.descent import ClosedFormGradient, Number, PlaneFunction, descent_positions, values_at
 from trainers.seeds import derive_seed
 
 START = (-0.335, -1.4)
@@ -176,8 +176,8 @@ def descend(
         for _ in range(len(record.paths), at_least(iterations, 1, "iterations")):
             ends = [path[-1] for path in record.paths]
             repelled = penalised(surface, ends, lam)
-            descent = Descent(repelled, closed_form_gradient(repelled))
-            record.add(descent.run(np.array([origin]), lr, record.steps))
+            gradient = closed_form_gradient(repelled)
+            record.add(descent_positions(repelled, np.array([origin]), lr, record.steps, gradient))
             advance(1)
             if on_iteration is not None:
                 on_iteration(record.dataset())
@@ -210,7 +210,7 @@ def descend_restarts(
         u, v = np.random.default_rng(derive_seed(seed, "restart", k)).random(2)
         starts.append((left + (right - left) * u, bottom + (top - bottom) * v))
     record = _DescentRecord(surface, {"strategy": "restart", "lr": lr, "steps": steps, "seed": seed}, samples, None)
-    record.add(Descent(surface, closed_form_gradient(surface)).run(np.array(starts), lr, record.steps))
+    record.add(descent_positions(surface, np.array(starts), lr, record.steps, closed_form_gradient(surface)))
     return record.dataset()
 
 
