@@ -24,7 +24,7 @@ from torchvision import transforms
 from pnanalysis.inputs.data import Split, load_data
 from pnanalysis.inputs.models import build_model
 from trainers import fit
-from trainers.loop.batched_fit import Member, fit_together
+from trainers.loop.batched_fit import SingleFit, fit_together
 
 
 class Images(Dataset):
@@ -119,7 +119,7 @@ def main() -> None:
     models = [build_model(options.model).to(device) for _ in range(options.members)]
     settings = {"epochs": 1, "batch_size": options.batch_size, "amp": options.amp, "compile": options.compile}
     calls = {
-        "fit_together": lambda: fit_together([Member(model) for model in models], split, **settings),
+        "fit_together": lambda: fit_together([SingleFit(model) for model in models], split, **settings),
         "fit, one after the other": lambda: [fit(model, split, **settings) for model in models],
     }
     report(f"{options.members} networks: {where}", timed(calls, device, options.repeats))

@@ -2,5 +2,5 @@
 
 import lazy_loader
 
-# The names and where they are defined stand in __init__.pyi; none is imported before it is asked for.
+# __init__.pyi lists the names and where they are defined; each is imported when it is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

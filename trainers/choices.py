@@ -1,4 +1,4 @@
-"""What a training can be asked for by name."""
+"""Settings of a training that are chosen by name. Does not import torch, so that the command line starts quickly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Optimizer = Literal["adam", "sgd"]
 Augmentation = Literal["crop", "flip"]
 Amp = Literal["no", "bf16"]
 
-#: The values that a setting may have.
+#: The allowed values of each setting.
 CHOICES: dict[str, tuple[str, ...]] = {
     "strategy": get_args(Strategy),
     "penalty": get_args(Form),
@@ -26,12 +26,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def check_choice(setting: str, chosen: str | Sequence[str]) -> None:
-    """Refuse a value that a setting cannot have.
+    """Check that a value, or each of several, is allowed for a setting.
 
     Raises
     ------
     TrainingError
-        It lists those that it can.
+        If it is not; the message lists the allowed ones.
     """
     for value in [chosen] if isinstance(chosen, str) else chosen:
         if value not in CHOICES[setting]:

@@ -1,4 +1,4 @@
-"""``pntrain``: run a named experiment, or train one's own model, into a run directory."""
+"""``pntrain``: run a named experiment, or train your own model, into a run directory."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ def pntrain(
     strategy: Annotated[
         Strategy | None, typer.Option(help="persistent repels all layers, partial one; restart starts afresh.")
     ] = None,
-    iterations: Annotated[int | None, typer.Option(help="Trainings in all, the plain one included.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Of each training (steps, for S1 and S2).")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Number of trainings, the plain one included.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs per training (steps for S1 and S2).")] = None,
     control: Annotated[
-        bool, typer.Option("--control", help="Train the restart control of equal cost too, into OUT-restart.")
+        bool, typer.Option("--control", help="Also train the restart control of equal cost, into OUT-restart.")
     ] = False,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=A,B|FIRST:LAST", help="A grid of runs in OUT, over this setting; repeat."),
+        typer.Option(metavar="NAME=A,B|FIRST:LAST", help="Train a grid of runs in OUT over this setting; repeatable."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs of a sweep at a time; by default a core or GPU each.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs of a sweep at a time; by default one per core or GPU.")] = None,
     together: Annotated[
-        bool, typer.Option("--together", help="Train the runs of a sweep, or a run and its control, as one program.")
+        bool, typer.Option("--together", help="Train the runs of a sweep, or run and control, as one batched program.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted or shorter run.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Of initial points, order of the batches and augmentation.")] = None,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto takes CUDA where there is one.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted or shorter run.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of initial points, batch order and augmentation.")] = None,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto uses CUDA if it is available.")] = "auto",
     lam: Annotated[
         float | None, typer.Option(rich_help_panel=_PERSISTENT, help="Strength of the persistent penalty.")
     ] = None,
@@ -75,7 +75,7 @@ def pntrain(
     ] = None,
     penalty: Annotated[Form | None, typer.Option(rich_help_panel=_PERSISTENT, help="Form of the penalty.")] = None,
     origin: Annotated[
-        Origin | None, typer.Option(rich_help_panel=_PERSISTENT, help="Where it measures parameters from.")
+        Origin | None, typer.Option(rich_help_panel=_PERSISTENT, help="Where the penalty measures parameters from.")
     ] = None,
     model: Annotated[
         str | None,
@@ -83,7 +83,7 @@ def pntrain(
     ] = None,
     model_option: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=JSON", rich_help_panel=_DATA, help="Argument of the model's factory; repeat."),
+        typer.Option(metavar="NAME=JSON", rich_help_panel=_DATA, help="Argument of the model's factory; repeatable."),
     ] = None,
     data: Annotated[
         str | None,
@@ -91,7 +91,9 @@ def pntrain(
             metavar="SPEC", rich_help_panel=_DATA, help="digits, cifar10, imagefolder:PATH or module:factory."
         ),
     ] = None,
-    split_seed: Annotated[int | None, typer.Option(rich_help_panel=_DATA, help="Of the validation/test split.")] = None,
+    split_seed: Annotated[
+        int | None, typer.Option(rich_help_panel=_DATA, help="Seed of the validation/test split.")
+    ] = None,
     loss: Annotated[
         str | None,
         typer.Option(metavar="NAME|MODULE:FUNCTION", rich_help_panel=_DATA, help="By default the recipe's."),
@@ -99,18 +101,18 @@ def pntrain(
     init_std: Annotated[
         float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Draw all parameters from N(0, std^2).")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Examples a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Examples per step.")] = None,
     lr: Annotated[
         float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Learning rate; 1e-3 by default.")
     ] = None,
     optimizer: Annotated[Optimizer | None, typer.Option(rich_help_panel=_OPTIMISATION)] = None,
-    momentum: Annotated[float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Of sgd.")] = None,
+    momentum: Annotated[float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Momentum of sgd.")] = None,
     weight_decay: Annotated[
         float | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Coefficient of the L2 term.")
     ] = None,
     augment: Annotated[
         list[str] | None,
-        typer.Option(metavar="crop|flip", rich_help_panel=_OPTIMISATION, help="Random, on the device; repeat."),
+        typer.Option(metavar="crop|flip", rich_help_panel=_OPTIMISATION, help="Random augmentation; repeatable."),
     ] = None,
     amp: Annotated[
         Amp | None, typer.Option(rich_help_panel=_OPTIMISATION, help="Precision of the forward pass.")
@@ -132,14 +134,14 @@ def pntrain(
             rich_help_panel=_OUTPUT,
             callback=speak_json,
             is_eager=True,
-            help="Print one JSON object in place of tables.",
+            help="Print one JSON object instead of tables.",
         ),
     ] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=version_option, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=version_option, is_eager=True)
     ] = False,
 ) -> None:
-    """Train a network, then again from the same start while repelled from every earlier end point.
+    """Train a network, then train it again from the same start, repelled from every earlier end point.
 
     [bold]Examples[/bold]
 
@@ -171,10 +173,10 @@ def pntrain(
     from trainers.runs.sweep import sweep as run_sweep
 
     out = out or Path("runs") / config.recipe
-    when_interrupted(f"go on with: {_resuming(sys.argv)}")
+    when_interrupted(f"resume with: {_resume_command(sys.argv)}")
     if sweep:
         if control:
-            raise TrainingError("--control goes with one run; a sweep over strategy=partial,restart has both")
+            raise TrainingError("--control applies to a single run; in a sweep use --sweep strategy=partial,restart")
         grid = parse_sweep(sweep, config)
         outcomes = run_sweep(
             config, grid, out, jobs=jobs, device=device, resume=resume, progress=not quiet, together=together
@@ -199,14 +201,14 @@ def pntrain(
 
 
 def configure_restart(config: Config) -> Config:
-    """The control of equal cost: as many plain trainings from fresh initial points."""
+    """The control of equal cost: as many plain trainings, each from a fresh initial point."""
     return replace(config, strategy="restart")
 
 
-def _resuming(arguments: list[str]) -> str:
-    """The command that goes on where this one stops."""
-    own = ["pntrain", *arguments[1:]]
-    return shlex.join(own if "--resume" in own else [*own, "--resume"])
+def _resume_command(arguments: list[str]) -> str:
+    """The command that continues where this one stops."""
+    command = ["pntrain", *arguments[1:]]
+    return shlex.join(command if "--resume" in command else [*command, "--resume"])
 
 
 def _model_options(entries: list[str] | None) -> dict[str, object] | None:
@@ -216,11 +218,11 @@ def _model_options(entries: list[str] | None) -> dict[str, object] | None:
     for entry in entries:
         name, separator, text = entry.partition("=")
         try:
+            if not separator:
+                raise ValueError("no = sign")
             options[name] = json.loads(text)
         except ValueError as error:
             raise TrainingError(f"--model-option {entry!r}: write NAME=JSON, such as width=256") from error
-        if not separator:
-            raise TrainingError(f"--model-option {entry!r}: write NAME=JSON, such as width=256")
     return options
 
 
@@ -248,7 +250,7 @@ def _report(run: Run, quiet: bool) -> None:
 
 
 def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
-    """A row a run; an error that names the first failure, once all have ended."""
+    """Show a row per run, then raise an error that names the first failure, if any."""
     from pnanalysis.analyses.history import error_kind, error_name
     from pnanalysis.io.runs import open_run
 
@@ -272,7 +274,7 @@ def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(outcomes)} runs failed ({failed[0].path.name}: {failed[0].failure}); "
-            "the others are complete; mend the cause and go on with --resume"
+            "the others are complete; fix the cause and continue with --resume"
         )
 
 

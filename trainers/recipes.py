@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pnanalysis.errors import RunError, TrainingError
 from trainers.choices import CHOICES, check_choice
@@ -19,25 +19,25 @@ class Config:
     Attributes
     ----------
     recipe : str
-        Name under which it was asked for.
+        The name given on the command line.
     model, model_options, data, loss
-        What is trained on what; see :mod:`pnanalysis.inputs.models` and :mod:`pnanalysis.inputs.data`.
+        See :mod:`pnanalysis.inputs.models` and :mod:`pnanalysis.inputs.data`.
     strategy : {"plain", "persistent", "partial", "restart"}
         ``persistent`` repels all layers, ``partial`` one; ``restart`` is the control of equal cost.
     iterations, epochs : int
-        The plain training is iteration 0 and counts.
+        Number of trainings, of which the plain one is iteration 0, and epochs of each.
     lam : float
         Strength of the persistent term.
     layers : str
-        ``all``, ``random`` (drawn once per run), ``random-each`` (anew each iteration), or names joined by commas.
+        ``all``, ``random`` (drawn once per run), ``random-each`` (drawn for each iteration), or names joined by commas.
     penalty : {"absolute", "squared", "cosine"}
         Form of the persistent term; see :class:`trainers.PersistentPenalty`.
     origin : {"zero", "start"}
-        Where the persistent term measures parameters from: zero as in the paper, or the common start.
+        The point from which the persistent term measures parameters: zero, as in the paper, or the common start.
     init_std : float or None
-        Draw all parameters from N(0, init_std^2) instead of the model's own initialisation.
+        Draw all parameters from N(0, init_std^2) instead of initialising them as the model does.
     checkpoint_every : int
-        Save every so many epochs; start and end are always saved.
+        Epochs between saved checkpoints; the start and the end are always saved.
     """
 
     recipe: str = "custom"
@@ -79,7 +79,7 @@ class Config:
             raise TrainingError(f"lr is {self.lr}; it must be a finite number above zero")
         if not 0 <= self.momentum < 1:
             raise TrainingError(f"momentum is {self.momentum}; it must be at least zero and below one")
-        if self.strategy == "plain" and self.iterations != 1:
+        if self.strategy == "plain" and self.iterations != 1:  # frozen, hence the detour
             object.__setattr__(self, "iterations", 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,25 +88,35 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """From what :meth:`to_dict` gave; unknown entries are refused."""
+        """The configuration that :meth:`to_dict` made into a dictionary.
+
+        Raises
+        ------
+        TrainingError
+            If there is an unknown entry.
+        """
         unknown = set(values) - {entry.name for entry in fields(cls)}
         if unknown:
             raise TrainingError(f"unknown setting {', '.join(sorted(unknown))}")
         return cls(**{**values, "augment": tuple(values.get("augment", ()))})
 
 
+#: ``images`` are trained by :mod:`trainers.runs.strategies`, the others by :mod:`trainers.runs.small_problems`.
+Problem = Literal["images", "two-well", "kink"]
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment of the paper: its id, what it shows, how it runs and its settings."""
+    """An experiment of the paper: its id, what it shows, its settings and the problem that it trains on."""
 
     id: str
     summary: str
     config: Config
-    runner: str = "images"  # "images" (trainers.runs.strategies), "two-well" (trainers.problems.two_well) or "kink" (trainers.problems.kink_ensemble)
+    problem: Problem = "images"
 
 
-def _recipe(id: str, name: str, summary: str, runner: str = "images", **settings: Any) -> Recipe:
-    return Recipe(id, summary, Config(recipe=name, **settings), runner)
+def _recipe(id: str, name: str, summary: str, problem: Problem = "images", **settings: Any) -> Recipe:
+    return Recipe(id, summary, Config(recipe=name, **settings), problem)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -163,8 +173,9 @@ def find_recipe(name: str) -> Recipe:
 
 
 def configure(base: Recipe, /, **settings: Any) -> Config:
-    """A recipe's configuration with the given settings in place of its own (``None`` leaves one as it is)."""
+    """A recipe's configuration with some settings replaced (``None`` keeps the recipe's)."""
     given = {name: value for name, value in settings.items() if value is not None}
+    # The recipes' layers suit their strategies: another strategy brings other layers, unless these are given too.
     if given.get("strategy") == "persistent" and base.config.strategy == "partial":
         given.setdefault("layers", "all")
     if given.get("strategy") == "partial" and base.config.layers == "all":
@@ -173,7 +184,7 @@ def configure(base: Recipe, /, **settings: Any) -> Config:
 
 
 def check_same(before: Mapping[str, Any], config: Config, out: Path) -> None:
-    """Refuse to resume a run with other settings than it was begun with; only more iterations are allowed.
+    """Check that a run is resumed with the settings it was begun with; only more iterations are allowed.
 
     Raises
     ------

@@ -406,11 +406,11 @@ def test_an_interrupt_says_how_to_go_on_and_training_does(run, tmp_path, monkeyp
         stopped = run(*command)
     assert signal.getsignal(number) is before
     assert stopped.status == status
-    assert stopped.err.splitlines()[-1] == f"interrupted; go on with: {shlex.join(map(str, command))} --resume"
+    assert stopped.err.splitlines()[-1] == f"interrupted; resume with: {shlex.join(map(str, command))} --resume"
     assert len(open_run(out).ends) == 1
     resumed = run(*command, "--resume")
     assert resumed.status == 0
-    assert f"{out}: going on with iteration 1 (2 of 2)" in resumed.err
+    assert f"{out}: resuming iteration 1 (2 of 2)" in resumed.err
     again = run(*command, "--resume")
     assert again.status == 0
     assert f"{out}: is complete" in again.err

@@ -21,7 +21,7 @@ from pnanalysis.inputs.sources import Source, as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, Run
 from trainers import PersistentPenalty, fit
-from trainers.loop.batched_fit import Member, fit_together
+from trainers.loop.batched_fit import SingleFit, fit_together
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_networks_with_shared_weights_train_together() -> None:
         models += [Tied(), Tied()]
     for seed, model in enumerate(alone):
         fit(model, data, epochs=2, batch_size=10, seed=seed)
-    fit_together([Member(model, seed) for seed, model in enumerate(together)], data, epochs=2, batch_size=10)
+    fit_together([SingleFit(model, seed) for seed, model in enumerate(together)], data, epochs=2, batch_size=10)
     for one, two in zip(alone, together, strict=True):
         torch.testing.assert_close(one.first.weight, two.first.weight, rtol=1e-4, atol=1e-6)
 
@@ -113,7 +113,7 @@ def test_a_run_whose_disk_is_full_stops_alone() -> None:
         raise RunError("the disk is full")
 
     data = (torch.randn(40, 4), torch.randint(3, (40,)))
-    members_ = [Member(nn.Linear(4, 3), on_epoch=full), Member(nn.Linear(4, 3))]
+    members_ = [SingleFit(nn.Linear(4, 3), on_epoch=full), SingleFit(nn.Linear(4, 3))]
     found = fit_together(members_, data, epochs=2, batch_size=10)
     assert isinstance(found[0], RunError)
     assert len(found[1]) == 2

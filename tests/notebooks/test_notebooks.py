@@ -21,7 +21,7 @@ SMALL = {
     "03_your_own_model": "epochs, n_hvp = 3, 60",
     "04_spectra": "hidden, epochs, n_repeats, budgets = 4, 3, 3, (40, 80)",
     "05_plain_against_persistent": "folder, data, iterations, epochs, n_hvp = None, 'digits', 3, 3, 40",
-    "06_sweeps": "folder, lams, n_seeds, iterations, epochs, jobs = None, (0.01, 0.1), 2, 2, 2, None",
+    "06_sweeps": "folder, lams, n_seeds, iterations, epochs, jobs = None, (0.01, 0.1), 2, 2, 2, 1",
 }
 
 

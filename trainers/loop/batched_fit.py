@@ -1,8 +1,8 @@
-"""Several trainings as one: networks of one architecture stacked along a new first dimension, a step for all at once.
+"""Several fits as one: networks of one architecture, stacked along a new first dimension, take each step together.
 
-A small network leaves a GPU idle: its step is bound by the number of kernels, not by their work. Stacked
-(``torch.func.vmap``), twenty networks take the kernels of one. Every member sees the batches, the penalty and the
-optimiser that :func:`trainers.fit` would give it, so results agree with separate trainings to round-off.
+A small network leaves a GPU idle: the time of a step depends on the number of kernels, not on their work. Stacked
+(``torch.func.vmap``), twenty networks need as many kernels as one. Every network sees the batches, the penalty and the
+optimiser that :func:`trainers.fit` would give it, so results agree with separate fits to round-off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,25 +33,25 @@ from trainers.loop.fit import (
     error_counter,
     load_optimizer_tensors,
     make_optimizer,
-    optimise,
+    tensor_optimizer,
 )
 from trainers.loop.persistence import PersistentPenalty, repulsion
 from trainers.seeds import derive_seed
 
 
 @dataclass(frozen=True)
-class Member:
-    """One training among several.
+class SingleFit:
+    """One of the fits that :func:`fit_together` runs.
 
     Attributes
     ----------
     model : torch.nn.Module
-        Trained in place: it holds its own weights again after every epoch.
+        Trained in place: its weights are written back after every epoch.
     seed : int
-        Order of its batches and augmentation, as for :func:`trainers.fit`.
+        Determines the order of its batches and its augmentation, as for :func:`trainers.fit`.
     penalty : PersistentPenalty, optional
     optimizer_state : mapping, optional
-        Where to go on from, as for :func:`trainers.fit`.
+        Where to resume, as for :func:`trainers.fit`.
     on_epoch : callable, optional
         ``on_epoch(record, model, optimizer)`` after each epoch.
     """
@@ -64,7 +64,7 @@ class Member:
 
 
 def fit_together(
-    members: Sequence[Member],
+    fits: Sequence[SingleFit],
     train: Split | tuple[Tensor, Tensor],
     *,
     epochs: int,
@@ -86,154 +86,178 @@ def fit_together(
 
     Parameters
     ----------
-    members : sequence of Member
-        Their models must have the same modules; starting points, seeds and penalties (of one form) are their own.
+    fits : sequence of SingleFit
+        Their models must have the same modules; starting points, seeds and penalties (all of one form) may differ.
+    train, epochs, batch_size, lr, optimizer, momentum, weight_decay, loss, validation, test, augment, amp, compile
+        As for :func:`trainers.fit`, and the same for all.
+    start_epoch : int
+        Epochs already done.
     on_batch : callable, optional
-        ``on_batch(n_examples)`` after each step, with the examples of all members.
-
-    All else is as for :func:`trainers.fit`, and common to the members. Dropout draws other masks than separate
-    trainings would.
+        ``on_batch(n_examples)`` after each step, with the examples of all networks.
 
     Returns
     -------
     list
-        For each member its records, or the error that ended it: a loss that is not finite, or what ``on_epoch``
-        raised, stops its own member only.
+        For each fit its records, or the error that ended it: a loss that is not finite or an error raised by
+        ``on_epoch`` ends that fit only.
 
     Raises
     ------
     TrainingError
-        If there is no member, an option is unknown, penalties of several forms are mixed, or the network or the loss
-        has no batched form (:func:`torch.func.vmap`): it looks at values, say, or changes a tensor in place.
+        If there is no network, an option is unknown, penalties of several forms are mixed, or the network or the loss
+        has no batched form (:func:`torch.func.vmap`), for example because it branches on a value or changes a tensor
+        in place.
+
+    Notes
+    -----
+    Dropout draws other masks than in separate fits.
     """
     check_options(optimizer, augment, amp, batch_size, epochs)
     split = train if isinstance(train, Split) else Split(*train)
-    stack = _Stack(members, resolve_loss(loss), amp, compile)
-    optim = optimise(stack.trainable, optimizer, lr, momentum, weight_decay)
-    states = [member.optimizer_state for member in members]
+    stack = _Stack(fits, resolve_loss(loss), amp, compile)
+    optim = tensor_optimizer(stack.trainable, optimizer, lr, momentum, weight_decay)
+    states = [each.optimizer_state for each in fits]
     if all(states):
-        load_optimizer_tensors(optim, {name: _joined(name, states) for name in states[0] or {}})
-    own = [make_optimizer(member.model, optimizer, lr, momentum, weight_decay) for member in members]
-    n, device = len(split), split.inputs.device
-    ended: list[list[Epoch] | PnError] = [[] for _ in members]
+        load_optimizer_tensors(optim, {name: _stacked_entry(name, states) for name in states[0] or {}})
+    # What on_epoch is given and may save: an optimiser for each network, with its slice of the common state.
+    optimizers = [make_optimizer(each.model, optimizer, lr, momentum, weight_decay) for each in fits]
+    results: list[list[Epoch] | PnError] = [[] for _ in fits]
     for epoch in range(start_epoch + 1, epochs + 1):
         begun = time.perf_counter()
-        torch.manual_seed(derive_seed(members[0].seed, "noise", epoch))
-        orders, generators = zip(*(batch_order(n, member.seed, epoch, device) for member in members), strict=True)
-        sums = EpochSums(-(-n // batch_size), device, (len(members),))
-        stack.skeleton.train()
-        for step, index in enumerate(torch.stack(orders).split(batch_size, dim=1)):
-            inputs, targets = split.take(index)
-            if augment:
-                inputs = torch.stack([augment_batch(x, augment, g) for x, g in zip(inputs, generators, strict=True)])
-            outputs, losses = stack.losses(inputs, targets)
-            terms = stack.penalties()
-            optim.zero_grad(set_to_none=True)
-            (losses if terms is None else losses + terms).sum().backward()
-            optim.step()
-            sums.add(step, index.shape[1], losses, terms, vmap(stack.count)(outputs.detach(), targets))
-            if on_batch is not None:
-                on_batch(index.numel())
-        errors = [stack.errors(part) for part in (validation, test)]
-        stack.write_back(optim, own)
-        seconds = (time.perf_counter() - begun) / len(members)
-        for k, (member, records) in enumerate(zip(members, ended, strict=True)):
+        sums = _train_epoch(stack, optim, split, epoch, batch_size, augment, on_batch)
+        validation_errors, test_errors = stack.errors(validation), stack.errors(test)
+        stack.write_back(optim, optimizers)
+        seconds = (time.perf_counter() - begun) / len(fits)
+        for k, (each, records) in enumerate(zip(fits, results, strict=True)):
             if isinstance(records, PnError):
                 continue
             try:
-                train_loss, penalty, train_error = sums.means(epoch, n, k)
-            except TrainingError as error:
-                ended[k] = error
-                continue
-            record = Epoch(epoch, train_loss, penalty, train_error, errors[0][k], errors[1][k], seconds)
-            records.append(record)
-            if member.on_epoch is not None:
-                try:
-                    member.on_epoch(record, member.model, own[k])
-                except PnError as error:  # a full disk, say: the others go on
-                    ended[k] = error
-        if all(isinstance(records, PnError) for records in ended):
+                means = sums.means(epoch, len(split), k)
+                record = Epoch(epoch, *means, validation_errors[k], test_errors[k], seconds)
+                records.append(record)
+                if each.on_epoch is not None:
+                    each.on_epoch(record, each.model, optimizers[k])
+            except PnError as error:  # a loss that is not finite or a full disk ends this fit only
+                results[k] = error
+        if all(isinstance(records, PnError) for records in results):
             break
-    return ended
+    return results
+
+
+def _train_epoch(
+    stack: _Stack,
+    optim: torch.optim.Optimizer,
+    split: Split,
+    epoch: int,
+    batch_size: int,
+    augment: Sequence[str],
+    on_batch: Callable[[int], None] | None,
+) -> EpochSums:
+    seeds, n, device = [each.seed for each in stack.fits], len(split), split.inputs.device
+    torch.manual_seed(derive_seed(seeds[0], "noise", epoch))
+    orders, generators = zip(*(batch_order(n, seed, epoch, device) for seed in seeds), strict=True)
+    sums = EpochSums(-(-n // batch_size), device, (len(seeds),))
+    stack.skeleton.train()
+    for step, index in enumerate(torch.stack(orders).split(batch_size, dim=1)):
+        inputs, targets = split.take(index)
+        if augment:
+            inputs = torch.stack([augment_batch(x, augment, g) for x, g in zip(inputs, generators, strict=True)])
+        outputs, losses = stack.losses(inputs, targets)
+        terms = stack.penalties()
+        optim.zero_grad(set_to_none=True)
+        # The networks have no parameter in common: the gradient of the sum is each network's own.
+        (losses if terms is None else losses + terms).sum().backward()
+        optim.step()
+        sums.add(step, index.shape[1], losses, terms, vmap(stack.sum_of_errors)(outputs.detach(), targets))
+        if on_batch is not None:
+            on_batch(index.numel())
+    return sums
 
 
 class _Stack:
-    """Parameters and buffers of all members with a first dimension of their own, and passes over them."""
+    """Parameters and buffers of all networks, stacked along a first dimension, and passes through them."""
 
-    def __init__(self, members: Sequence[Member], loss: Loss, amp: str, compile: bool) -> None:
-        if not members:
+    def __init__(self, fits: Sequence[SingleFit], loss: Loss, amp: str, compile: bool) -> None:
+        if not fits:
             raise TrainingError("no networks to train together")
-        self.members = members
-        models = [member.model.train() for member in members]
-        with _batched("their parameters are not alike"):
+        self.fits = fits
+        models = [each.model.train() for each in fits]
+        with _explain_vmap_errors("their parameters are not alike"):
             self.parameters, self.buffers = stack_module_state(models)
         self.trainable = [tensor for tensor in self.parameters.values() if tensor.requires_grad]
-        self.skeleton = copy.deepcopy(models[0])
+        self.skeleton = copy.deepcopy(models[0])  # the architecture; functional_call passes the weights
         self.loss, self.amp = loss, amp
-        self.count = error_counter(loss)
-        self.push = _StackedPenalty([member.penalty for member in members], self.parameters)
+        self.sum_of_errors = error_counter(loss)
+        self.penalty = _StackedPenalty([each.penalty for each in fits], self.parameters)
 
-        def call(parameters: Any, buffers: Any, inputs: Tensor) -> Tensor:
+        def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
             output: Tensor = functional_call(self.skeleton, (parameters, buffers), (inputs,))
             return output
 
-        self._own: Callable[..., Tensor] = vmap(call, randomness="different")
-        self._shared: Callable[..., Tensor] = vmap(call, in_dims=(0, 0, None))
+        self._on_own_batches: Callable[..., Tensor] = vmap(call, randomness="different")
+        self._on_common_batch: Callable[..., Tensor] = vmap(call, in_dims=(0, 0, None))
         if compile:
-            self._own = torch.compile(self._own)
+            self._on_own_batches = torch.compile(self._on_own_batches)
 
     def losses(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs ``(K, B, ...)`` and mean losses ``(K,)`` of each member on its own batch."""
-        with _batched(), autocast(inputs.device, self.amp):
-            outputs = self._own(self.parameters, self.buffers, inputs)
+        """Outputs ``(K, B, ...)`` and mean losses ``(K,)`` of each network on its own batch."""
+        with _explain_vmap_errors(), autocast(inputs.device, self.amp):
+            outputs = self._on_own_batches(self.parameters, self.buffers, inputs)
             return outputs, vmap(self.loss)(outputs, targets)
 
     def penalties(self) -> Tensor | None:
-        """The members' penalties ``(K,)``, or None where none has one."""
-        return self.push(self.parameters) if self.push.terms else None
+        """The penalty of each network, ``(K,)``; ``None`` if none has one."""
+        return self.penalty(self.parameters) if self.penalty.terms else None
 
     @torch.no_grad()
     def errors(self, split: Split | None) -> list[float]:
-        """What :func:`trainers.loop.fit.evaluate_error` gives for each member."""
-        n_members = len(self.members)
+        """The mean error of each network over a split: see :func:`trainers.loop.fit.evaluate_error`."""
+        n_networks = len(self.fits)
         if split is None:
-            return [float("nan")] * n_members
+            return [float("nan")] * n_networks
         self.skeleton.eval()
-        total = torch.zeros(n_members, dtype=torch.float64, device=split.inputs.device)
-        for inputs, targets in split.batches(max(EVALUATION_BATCH // n_members, 100)):
-            with _batched():
+        total = torch.zeros(n_networks, dtype=torch.float64, device=split.inputs.device)
+        # Smaller batches than for one network: all the activations are in memory at once.
+        for inputs, targets in split.batches(max(EVALUATION_BATCH // n_networks, 100)):
+            with _explain_vmap_errors():
                 with autocast(inputs.device, self.amp):
-                    outputs = self._shared(self.parameters, self.buffers, inputs)
-                total += vmap(self.count, in_dims=(0, None))(outputs, targets)
-        shares: list[float] = (total / len(split)).tolist()
-        return shares
+                    outputs = self._on_common_batch(self.parameters, self.buffers, inputs)
+                total += vmap(self.sum_of_errors, in_dims=(0, None))(outputs, targets)
+        means: list[float] = (total / len(split)).tolist()
+        return means
 
     @torch.no_grad()
-    def write_back(self, stacked: torch.optim.Optimizer, own: Sequence[torch.optim.Optimizer]) -> None:
-        """Give each member's model and optimiser their own slices."""
-        for k, (member, optimizer) in enumerate(zip(self.members, own, strict=True)):
-            for name, parameter in member.model.named_parameters():
+    def write_back(self, stacked: torch.optim.Optimizer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Copy each network's slices into its model and its optimiser."""
+        for k, (each, optimizer) in enumerate(zip(self.fits, optimizers, strict=True)):
+            for name, parameter in each.model.named_parameters():
                 parameter.copy_(self.parameters[name][k])
-            for name, buffer in member.model.named_buffers():
+            for name, buffer in each.model.named_buffers():
                 buffer.copy_(self.buffers[name][k])
-            for group, slices in zip(
-                stacked.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True
-            ):
-                optimizer.state[slices] = {
+            for whole, part in zip(stacked.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True):
+                optimizer.state[part] = {  # step counts, 0-d, are common
                     name: value[k] if isinstance(value, Tensor) and value.ndim else value
-                    for name, value in stacked.state[group].items()
+                    for name, value in stacked.state[whole].items()
                 }
 
 
+class _LayerTerm(NamedTuple):
+    """A layer of the stacked penalty: its parameters' names, end points ``(K, n, P_l)`` and origins ``(K, P_l)``."""
+
+    names: list[str]
+    rows: Tensor
+    origin: Tensor
+
+
 class _StackedPenalty:
-    """The members' persistent terms as one: rows ``(K, n, P_l)`` a layer, zeros where a member repels from nothing."""
+    """The persistent terms of all networks as one; rows of zeros fill up where a network has fewer end points."""
 
     def __init__(self, penalties: Sequence[PersistentPenalty | None], parameters: Mapping[str, Tensor]) -> None:
         active = [penalty for penalty in penalties if penalty is not None and len(penalty)]
         if len({penalty.form for penalty in active}) > 1:
             raise TrainingError("penalties of several forms cannot be trained together")
         self.form = active[0].form if active else "absolute"
-        self.terms: list[tuple[list[str], Tensor, Tensor]] = []
+        self.terms: list[_LayerTerm] = []
         layers = {layer: names for penalty in active for layer, names in penalty.layers.items()}
         if not active:
             return
@@ -248,7 +272,7 @@ class _StackedPenalty:
                     rows[k, : len(penalty)] = penalty.rows(layer, rows[k, 0])
                     if penalty.origin:
                         origin[k] = penalty.origin[layer].to(origin)
-            self.terms.append((names, rows.detach(), origin.detach()))
+            self.terms.append(_LayerTerm(names, rows.detach(), origin.detach()))
 
     def __call__(self, parameters: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros_like(self.lam)
@@ -259,8 +283,8 @@ class _StackedPenalty:
 
 
 @contextmanager
-def _batched(what: str = "their forward pass or loss has no batched form") -> Iterator[None]:
-    """What ``vmap`` cannot do, as one sentence."""
+def _explain_vmap_errors(problem: str = "their forward pass or loss has no batched form") -> Iterator[None]:
+    """Raise what ``vmap`` cannot do as a :class:`TrainingError` of one sentence."""
     try:
         yield
     except (PnError, torch.OutOfMemoryError):
@@ -268,11 +292,11 @@ def _batched(what: str = "their forward pass or loss has no batched form") -> It
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("vmap: ").split(". ")[0]
         raise TrainingError(
-            f"these networks cannot be trained together: {what} ({reason.rstrip('.')}); leave out --together"
+            f"these networks cannot be trained together: {problem} ({reason.rstrip('.')}); leave out --together"
         ) from error
 
 
-def _joined(name: str, states: Sequence[Mapping[str, Tensor] | None]) -> Tensor:
-    """An entry of the members' optimiser states, stacked; step counts are common."""
+def _stacked_entry(name: str, states: Sequence[Mapping[str, Tensor] | None]) -> Tensor:
+    """An entry of the optimiser states of all networks, stacked; step counts, 0-d, are common."""
     values = [state[name] for state in states if state]
     return torch.stack(values) if values[0].ndim else values[0]

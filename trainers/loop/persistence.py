@@ -1,4 +1,4 @@
-"""The persistent penalty: repulsion from every earlier end point, usable in anyone's training loop."""
+"""The persistent penalty: repulsion from every earlier end point, for use in any training loop."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ class PersistentPenalty:
     where :math:`\theta^l` is the vector of all trainable parameters that layer *l* owns, weight and bias together, and
     :math:`\Theta_k` the earlier end points.
 
-    On the CPU a step costs about two passes over the parameters, however many end points there are: between sign
-    changes the term is linear in :math:`\theta`, so one signed sum of end points stands for all of them, and an
-    inner product is taken again only once the parameters have moved far enough for its sign to change
-    (:class:`_SignedSum`). Elsewhere value and gradient are one matrix-vector product each.
+    On the CPU a call costs about two passes over the parameters, however many end points there are: between sign
+    changes the term is linear in :math:`\theta`, so one signed sum represents all end points, and an inner product is
+    computed again only once the parameters have moved far enough for its sign to change (:class:`_SignedSum`). On
+    other devices value and gradient are one matrix-vector product each.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The network in training; its parameters are read at every call.
+        The network to train; its parameters are read at every call.
     lam : float
         Strength, :math:`\lambda \ge 0`.
     layers : "all", "random", str, int or sequence of these
-        Layers to repel, by module name or by position; ``"random"`` draws one by ``seed``.
+        Layers to repel, by module name or by position; ``"random"`` draws one.
     seed : int
-        For ``"random"``.
+        Seed of that draw.
     form : {"absolute", "squared", "cosine"}
         With :math:`p = \langle\Theta_k^l, \theta^l\rangle`: the paper's :math:`|p| / \lVert\Theta_k^l\rVert^2`, or its
         square, smooth where the paper's has a kink, or the cosine
         :math:`|p| / (\lVert\Theta_k^l\rVert \lVert\theta^l\rVert)`, which does not reward small parameters.
     origin : Module or mapping of str to Tensor, optional
-        Measure all parameters from this point, the common start for one: :math:`\theta - \theta_0` in place of
-        :math:`\theta`. The paper's term, without it, depends on where the origin of parameter space lies.
+        Measure all parameters from this point, for example from the common start: :math:`\theta - \theta_0` in place of
+        :math:`\theta`. By default the term depends on where the origin of parameter space lies, as in the paper.
 
     Raises
     ------
@@ -57,8 +57,8 @@ class PersistentPenalty:
 
     Notes
     -----
-    The sign of a zero inner product counts as zero. A layer of an end point that is all zeros has no direction to
-    repel from: it is left out, and a warning says so once.
+    The sign of a zero inner product counts as zero. A layer of an end point that is all zeros has no direction: it is
+    left out, with one warning.
 
     References
     ----------
@@ -97,7 +97,7 @@ class PersistentPenalty:
         self._count = 0
         self._warned = False
         if origin is not None:
-            state = _state(origin)
+            state = _named_tensors(origin)
             self.origin = {layer: self._vector(names, state) for layer, names in self.layers.items()}
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class PersistentPenalty:
         return self._count
 
     def add(self, end: nn.Module | Mapping[str, Tensor]) -> None:
-        """Remember an end point.
+        """Repel from another end point from now on.
 
         Parameters
         ----------
@@ -117,7 +117,7 @@ class PersistentPenalty:
         TrainingError
             If a parameter of a repelled layer is missing or of another shape.
         """
-        state = _state(end)
+        state = _named_tensors(end)
         for layer, names in self.layers.items():
             row = self._row(layer, names, state)
             previous = self._anchors.get(layer)
@@ -133,16 +133,18 @@ class PersistentPenalty:
         }
 
     def __call__(self, model: nn.Module | None = None) -> Tensor:
-        """The penalty at the model's present parameters, a scalar that can be differentiated."""
+        """The penalty at the model's current parameters, a differentiable scalar."""
         model = self.model if model is None else model
         terms = [self._term(layer, self._theta(layer, model), model) for layer in self.layers]
         return self.lam * torch.stack(terms).sum()
 
     def _term(self, layer: str, theta: Tensor, model: nn.Module) -> Tensor:
-        plain = theta.device.type == "cpu" and all(
+        # The signed sum reads the values of the parameters. That would stall a GPU, and inside torch.func's transforms,
+        # where the parameters are replaced by wrapped tensors, there are no values to read.
+        readable = theta.device.type == "cpu" and all(
             isinstance(attrgetter(name)(model), nn.Parameter) for name in self.layers[layer]
-        )  # within transforms of functions there are no values to look at
-        if self.form != "absolute" or not plain or not self._count:
+        )
+        if self.form != "absolute" or not readable or not self._count:
             return repulsion(self.form, self.rows(layer, theta), theta)
         if layer not in self._sums or self._sums[layer].rows.dtype != theta.dtype:
             self._sums[layer] = _SignedSum(self.rows(layer, theta))
@@ -153,7 +155,7 @@ class PersistentPenalty:
         return theta - self.origin[layer].to(theta) if self.origin else theta
 
     def rows(self, layer: str, like: Tensor) -> Tensor:
-        """The layer's scaled end points as rows, ``(n, P_l)``, where and as precise as ``like``."""
+        """The layer's end points over their squared norms, ``(n, P_l)``, with the device and dtype of ``like``."""
         anchors = self._anchors.get(layer)
         if anchors is None:
             return like.detach().new_zeros(0, len(like))
@@ -165,13 +167,15 @@ class PersistentPenalty:
         vector = self._vector(names, state)
         if self.origin:
             vector = vector - self.origin[layer]
-        norm = vector.double().square().sum()
-        if norm == 0:
+        squared_norm = vector.double().square().sum()
+        if squared_norm == 0:
             if not self._warned:
-                warnings.warn(f"layer {layer!r} of an end point is zero and repels nothing: left out", stacklevel=3)
+                warnings.warn(
+                    f"layer {layer!r} of an end point is all zeros: it repels nothing and is left out", stacklevel=3
+                )
             self._warned = True
             return torch.zeros_like(vector)
-        return (vector.double() / norm).to(vector.dtype)
+        return (vector.double() / squared_norm).to(vector.dtype)
 
     def _vector(self, names: list[str], state: Mapping[str, Tensor]) -> Tensor:
         parts = []
@@ -184,19 +188,20 @@ class PersistentPenalty:
 
 
 class _SignedSum:
-    r""":math:`\sum_k |\langle a_k, \theta\rangle|` along a path, mostly without looking at the rows :math:`a_k`.
+    r""":math:`\sum_k |\langle a_k, \theta\rangle|` along a path, mostly without reading the rows :math:`a_k`.
 
     A sign cannot change before :math:`\theta` has moved by :math:`|\langle a_k, \theta\rangle| / \lVert a_k\rVert`
-    (Cauchy and Schwarz). The length of the path so far bounds the movement, so each row has a due mark on it; rows
-    that are due are looked at again, all others keep their sign for certain.
+    (by the Cauchy-Schwarz inequality). The movement is at most the length of the path so far, so each row has a mark on
+    that length before which its sign cannot have changed; only rows past their mark are multiplied again.
     """
 
-    _SLACK = 1e-5  # of the length of theta: well above the round-off of an inner product
+    _SLACK = 1e-5  # relative to the norm of theta: well above the round-off of an inner product
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
         self.norms = torch.linalg.vector_norm(rows, dim=1)
         self.signs = torch.zeros_like(self.norms)
+        # Rows of zeros are never due: their sign is always zero.
         self.due = torch.where(self.norms > 0, -math.inf, math.inf).double()
         self.first_due = float(self.due.min())
         self.sum = torch.zeros_like(rows[0])
@@ -209,11 +214,11 @@ class _SignedSum:
         if self.before is not None:
             self.travelled += float(torch.dist(here, self.before))
         self.before = here
-        if not self.travelled < self.first_due:
-            self._look(here)
+        if not self.travelled < self.first_due:  # so written, NaN parameters update the signs too
+            self._update_signs(here)
         return torch.dot(self.sum, theta)
 
-    def _look(self, here: Tensor) -> None:
+    def _update_signs(self, here: Tensor) -> None:
         index = (self.due <= self.travelled).nonzero().flatten()
         rows = self.rows if len(index) == len(self.rows) else self.rows[index]
         products = rows @ here
@@ -242,7 +247,7 @@ def repulsion(form: str, rows: Tensor, theta: Tensor) -> Tensor:
     return torch.where(length > 0, cosines.abs().sum(-1) / length.clamp_min(tiny), 0)
 
 
-def _state(point: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _named_tensors(point: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return dict(point.named_parameters(remove_duplicate=False)) if isinstance(point, nn.Module) else point
 
 

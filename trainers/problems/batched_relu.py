@@ -1,8 +1,9 @@
-"""Many 1 -> h -> h -> 1 ReLU networks under full-batch gradient descent with momentum, as one hand-written program.
+"""Many 1 -> h -> h -> 1 ReLU networks trained by full-batch gradient descent with momentum, with gradients by hand.
 
-A layer is one block of numbers per network: its weights, input by input, then its biases, so that with a constant 1
-appended to its input a layer is one batched matrix product, forwards and backwards. All blocks of one layer lie
-together, so that the momentum step of every network and layer is one operation.
+A step of so small a network takes less time than launching its operations, so there are as few operations as possible,
+each for all networks, into memory allocated once. A layer is one block of numbers per network: its weights, input by
+input, then its biases, so that with a constant 1 appended to its input a layer is one batched matrix product, forwards
+and backwards. The blocks of all layers and networks are in one tensor, so that a momentum step is one operation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 _GRAPH_STEPS = 25  # steps in one CUDA graph: few enough to record at once, enough to hide the launch
 _WARM_UP_STEPS = 3
-_WORTH_THREADS = 4_000_000  # multiplications in the middle layer; operations on fewer are too short to share out
+_WORTH_THREADS = 4_000_000  # multiplications in the middle layer; with fewer, threads cost more than they save
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -27,7 +28,7 @@ def layer_sizes(width: int) -> tuple[int, int, int]:
 
 
 def pack(state: Mapping[str, Tensor]) -> Tensor:
-    """The parameters ``(P,)`` of a ``relu32`` network's state dict, in this module's order."""
+    """The parameters ``(P,)`` of a ``relu32`` network's state dict, in the order used here."""
     parts = []
     for layer in ("fc1", "fc2", "fc3"):
         parts += [state[f"{layer}.weight"].T.reshape(-1), state[f"{layer}.bias"]]
@@ -66,8 +67,8 @@ class Repulsion:
 
     Notes
     -----
-    The gradient is a sum of signed, scaled end points; it is summed anew only when a sign has changed (on a GPU, where
-    asking would cost more than it saves, at every step).
+    The gradient is a sum of signed, scaled end points. It is summed again only when a sign has changed; on a GPU at
+    every step, since there checking the signs would stall the device.
     """
 
     def __init__(self, ends: Tensor, lams: Tensor, width: int) -> None:
@@ -79,17 +80,20 @@ class Repulsion:
             scale = torch.where(norm > 0, lams.double()[:, None] / norm, 0.0)
             self.anchors.append((block * scale).to(ends.dtype).transpose(0, 1).contiguous())  # (B, n, size of layer)
         if zero_layers:
-            warnings.warn(f"{zero_layers} layers of end points are zero and repel nothing: left out", stacklevel=4)
+            warnings.warn(
+                f"{zero_layers} layers of end points are zero: they repel nothing and are left out", stacklevel=4
+            )
         self.gradient = ends.new_zeros(b * p)
         sizes = [anchor.shape[2] for anchor in self.anchors]
         self._parts = [f.view(b, 1, size) for f, size in zip(_segments(self.gradient, b, sizes), sizes, strict=True)]
         self._anchors_t = [anchor.mT for anchor in self.anchors]
         self._products = ends.new_zeros(3, b, 1, n)
+        # NaN differs from every sign: the first update always sums.
         self._signs, self._new_signs = ends.new_full((3, b, 1, n), math.nan), ends.new_zeros(3, b, 1, n)
         self._always = ends.device.type != "cpu"
 
     def update(self, layers: list[Tensor]) -> Tensor:
-        """The gradient, all layers' blocks one after another, at the layers ``(B, 1, size)``."""
+        """The gradient at the layers' parameters, each ``(B, 1, size)``, as one vector, layer by layer."""
         for product, anchor_t, theta in zip(self._products, self._anchors_t, layers, strict=True):
             torch.bmm(theta, anchor_t, out=product)
         torch.sign(self._products, out=self._new_signs)
@@ -108,7 +112,7 @@ class ReluBatch:
     x, y : Tensor, shape (n,)
         The data, the same for all networks.
     initial : Tensor, shape (B, P)
-        Where they start; device and dtype are taken from it. See :func:`pack` for the order.
+        Starting points, which also determine device and dtype. See :func:`pack` for the order.
     lr, momentum : float
         As in ``torch.optim.SGD``.
     repulsion : Repulsion, optional
@@ -166,7 +170,7 @@ class ReluBatch:
         return (self._output - self._y).double().square().mean((1, 2))
 
     def advance(self, steps: int) -> None:
-        """Take ``steps`` steps; on a GPU from a recorded graph."""
+        """Take ``steps`` steps; on a GPU by replaying a recorded graph, without launching each operation."""
         if self._theta.device.type == "cuda" and steps > _GRAPH_STEPS + _WARM_UP_STEPS:
             with torch.cuda.device(self._theta.device):
                 if self._graph is None:
@@ -225,7 +229,7 @@ class ReluBatch:
 
 @contextmanager
 def fitting_threads(n_networks: int, n_points: int, width: int) -> Iterator[None]:
-    """One CPU thread while the body runs, unless the batch is large enough to be worth sharing out."""
+    """Use one CPU thread while the body runs, unless the batch is large enough for several."""
     before = torch.get_num_threads()
     if n_networks * n_points * width**2 < _WORTH_THREADS:
         torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""Kink regression: data on which gradient descent from a He initialisation cannot move its kinks to where they matter.
+"""How often networks leave the plateau of the kink regression, by the number of trainings.
 
 Near zero bias every kink of a 1-D ReLU network sits near x = 0, where there are no data: the network is linear on
-either side, and stays so (Holzmueller and Steinwart 2020). The plateau is therefore the loss of the best two-sided
-linear fit.
+either side, and gradient descent cannot move the kinks to where they matter (Holzmueller and Steinwart 2020). The
+plateau is therefore the loss of the best two-sided linear fit.
 
 References
 ----------
@@ -13,11 +13,9 @@ Y. Min, "Persistent Neurons", arXiv:2007.01419.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import xarray as xr
-from scipy.stats import norm
+from scipy.stats import binomtest
 
 from pnanalysis import schema
 from pnanalysis.errors import TrainingError
@@ -32,25 +30,26 @@ def escape(
     margin: float = 0.01,
     confidence: float = 0.95,
 ) -> xr.Dataset:
-    """Probability of having left the plateau, by iteration: persistent chains against restarts of equal cost.
+    """Probability of having left the plateau, by iteration: persistent chains compared with restarts of equal cost.
 
     Parameters
     ----------
     persistent, restarts : xarray.Dataset
-        Kind ``ensemble``, from :func:`trainers.problems.kink_ensemble.train_chains` and :func:`trainers.problems.kink_ensemble.train_restarts`.
+        Kind ``ensemble``, from :func:`trainers.problems.kink_ensemble.train_chains` and
+        :func:`trainers.problems.kink_ensemble.train_restarts`.
     plateau : float, optional
-        By default the loss of the best two-sided linear fit of the data trained on.
+        By default the loss of the best two-sided linear fit of the training data.
     margin : float
-        A network has left if its loss ends below ``(1 - margin) * plateau``.
+        A network has left if its final loss is below ``(1 - margin) * plateau``.
     confidence : float
-        Level of the Wilson intervals, which are over starts.
+        Level of the Wilson intervals over starts.
 
     Returns
     -------
     xarray.Dataset
         Kind ``escape``: ``probability``, ``probability_low``, ``probability_high`` (strategy, iteration), ``n_starts``
         and ``lam`` (strategy; NaN for restarts), ``best_loss`` (strategy, iteration): the median over starts of the
-        lowest loss so far. A start counts as left from the first iteration that left.
+        lowest loss so far. A start counts as having left from the first iteration that left on.
 
     Raises
     ------
@@ -73,11 +72,11 @@ def escape(
     for label, lam, ds in groups:
         lowest = np.minimum.accumulate(ds["final_loss"].transpose("member", "iteration").values, axis=1)
         left = lowest < (1 - margin) * plateau
-        low, high = wilson_interval(left.sum(0), len(left), confidence)
+        intervals = [binomtest(k, len(left)).proportion_ci(confidence, "wilson") for k in left.sum(0).tolist()]
         variables = {
             "probability": (dims, left.mean(0)[None]),
-            "probability_low": (dims, low[None]),
-            "probability_high": (dims, high[None]),
+            "probability_low": (dims, [[interval.low for interval in intervals]]),
+            "probability_high": (dims, [[interval.high for interval in intervals]]),
             "best_loss": (dims, np.median(lowest, axis=0)[None]),
             "n_starts": ("strategy", [len(left)]),
         }
@@ -85,19 +84,3 @@ def escape(
         arms.append(xr.Dataset(variables, coords=coords))
     joined = xr.concat(arms, dim="strategy", join="outer")
     return schema.finish(joined, "escape", plateau=plateau, margin=margin, confidence=confidence)
-
-
-def wilson_interval(
-    successes: Sequence[int] | np.ndarray, n: int, confidence: float = 0.95
-) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's score interval for a binomial proportion.
-
-    References
-    ----------
-    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927), 209-212.
-    """
-    z = norm.ppf((1 + confidence) / 2)
-    share = np.asarray(successes) / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)

@@ -1,7 +1,7 @@
-"""Kink regression by the hundred: many small networks trained at once, as restarts and as persistent chains.
+"""Kink regression with hundreds of small networks trained at once, as restarts and as persistent chains.
 
-The iterations of one chain follow one another, but chains (seeds and strengths) run side by side; so do restarts.
-Both give a dataset of the kind ``ensemble``, after every iteration if asked, and both can go on from one.
+The iterations of one chain depend on each other, but chains (seeds and strengths) are trained in parallel; so are
+restarts. Both give a dataset of the kind ``ensemble``, after every iteration if wanted, and both can resume from one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from trainers.seeds import derive_seed
 from trainers.zoo.models import relu32
 
 OnIteration = Callable[[xr.Dataset], None]
-_GRID = 241  # points at which predictors are kept
-_MARGIN = 0.15  # of the data's range, on either side of it
+_GRID = 241  # points at which predictions are kept
+_MARGIN = 0.15  # of the grid beyond the data on either side, relative to their range
 
 
 def train_chains(
@@ -63,30 +63,30 @@ def train_chains(
     lams : sequence of float
         Strengths of the penalty.
     iterations : int
-        Trainings in a chain, the plain one included.
+        Number of trainings per chain, the plain one included.
     width : int
         Units in each hidden layer.
     lr, momentum, steps
         Full-batch gradient descent on mean squared error.
     samples : int
-        Points in time, besides the start, at which losses are kept.
+        Number of steps at which losses are kept, in addition to the start.
     device, dtype
-        Where and how to compute. Same seeds, batch and device give the same numbers.
+        The same seeds, batch and device give the same numbers.
     progress : bool
         Show a bar on a terminal.
     on_iteration : callable, optional
-        Called after each iteration with the dataset so far, as it would be returned had this been the last.
+        Called after each iteration with the dataset so far.
     resume : xarray.Dataset, optional
-        An earlier dataset of the same settings: training goes on after its last iteration. More ``iterations`` extend
-        a finished one.
+        An earlier dataset with the same settings: training continues after its last iteration. More ``iterations``
+        extend a finished one.
 
     Returns
     -------
     xarray.Dataset
         Kind ``ensemble``; a member is a chain, with coordinates ``seed`` and ``lam``. ``loss`` (iteration, member,
         step), ``final_loss`` (iteration, member), ``parameters`` (iteration, member, parameter) in the order of
-        :func:`trainers.problems.batched_relu.pack`, ``prediction`` (iteration, member, x), ``champion`` and ``champion_loss``
-        (member), ``data_x`` and ``data_y`` (point). Losses are without the penalty.
+        :func:`trainers.problems.batched_relu.pack`, ``prediction`` (iteration, member, x), ``champion`` and
+        ``champion_loss`` (member), ``data_x`` and ``data_y`` (point). Losses do not include the penalty.
 
     Raises
     ------
@@ -100,9 +100,9 @@ def train_chains(
     for lam in lams:
         if not (math.isfinite(lam) and lam >= 0):
             raise TrainingError(f"lam is {lam}; it must be a finite number, zero or more")
-    chains = [(seed, float(lam)) for lam in lams for seed in seeds]
-    study = _Study("persistent", *_check_data(x, y), chains, width, lr, momentum, steps, samples, device, dtype)
-    return study.run(iterations, progress, on_iteration, resume)
+    members = [_Member(seed, float(lam)) for lam in lams for seed in seeds]
+    ensemble = _Ensemble("persistent", *_check_data(x, y), members, width, lr, momentum, steps, samples, device, dtype)
+    return ensemble.run(iterations, progress, on_iteration, resume)
 
 
 def train_restarts(
@@ -124,8 +124,8 @@ def train_restarts(
 ) -> xr.Dataset:
     """Plain trainings from fresh initialisations: the control of equal cost.
 
-    A member's iteration 0 starts where the chain of the same seed does; iteration k from a fresh draw of its own
-    (``init_seed`` holds it). One iteration of many seeds is the study of random re-initialisations.
+    A member's iteration 0 starts where the chain of the same seed does, each later iteration from a fresh draw
+    (``init_seed`` is its seed). One iteration of many seeds shows what random re-initialisation achieves.
 
     Parameters and result are those of :func:`train_chains`, without the strengths (``lam`` is NaN).
 
@@ -134,9 +134,9 @@ def train_restarts(
     TrainingError
         As for :func:`train_chains`.
     """
-    members = [(seed, math.nan) for seed in seeds]
-    study = _Study("restart", *_check_data(x, y), members, width, lr, momentum, steps, samples, device, dtype)
-    return study.run(iterations, progress, on_iteration, resume)
+    members = [_Member(seed, math.nan) for seed in seeds]
+    ensemble = _Ensemble("restart", *_check_data(x, y), members, width, lr, momentum, steps, samples, device, dtype)
+    return ensemble.run(iterations, progress, on_iteration, resume)
 
 
 def initial_parameters(seed: int, width: int = 32) -> Tensor:
@@ -146,14 +146,21 @@ def initial_parameters(seed: int, width: int = 32) -> Tensor:
         return pack(relu32(width).state_dict())
 
 
+class _Member(NamedTuple):
+    """A chain, or a sequence of restarts (``lam`` is NaN)."""
+
+    seed: int
+    lam: float
+
+
 @dataclass
-class _Study:
-    """All trainings of one call."""
+class _Ensemble:
+    """All trainings of one call of :func:`train_chains` or :func:`train_restarts`."""
 
     strategy: str
     x: np.ndarray
     y: np.ndarray
-    members: list[tuple[int, float]]
+    members: list[_Member]
     width: int
     lr: float
     momentum: float
@@ -164,7 +171,7 @@ class _Study:
 
     def __post_init__(self) -> None:
         if not self.members:
-            raise TrainingError("no seeds, or no strengths, to train")
+            raise TrainingError("no seeds or no strengths are given; give at least one of each")
         for name in ("width", "steps", "samples"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -178,12 +185,13 @@ class _Study:
     def run(
         self, iterations: int, progress: bool, on_iteration: OnIteration | None, resume: xr.Dataset | None
     ) -> xr.Dataset:
-        """Train what is not trained yet."""
+        """Train the iterations that ``resume`` does not hold yet."""
         if iterations < 1:
             raise TrainingError(f"iterations is {iterations}; it must be at least 1")
         done = [] if resume is None else self._restore(resume)
         total = max(iterations - len(done), 0) * self.steps
         bar = progress_bar(f"{len(self.members)} networks, {self.strategy}", total, progress)
+        # ReluBatch computes its gradients by hand: recording operations for autograd would only cost time.
         with bar as advance, fitting_threads(len(self.members), len(self.x), self.width), torch.inference_mode():
             for iteration in range(len(done), iterations):
                 done.append(self._train(iteration, done, advance))
@@ -194,21 +202,14 @@ class _Study:
     def init_seeds(self, iteration: int) -> list[int]:
         """Torch seeds of the members' starting points."""
         if iteration == 0 or self.strategy != "restart":
-            return [seed for seed, _ in self.members]
-        return [derive_seed(seed, "restart", iteration) for seed, _ in self.members]
+            return [member.seed for member in self.members]
+        return [derive_seed(member.seed, "restart", iteration) for member in self.members]
 
     def _train(self, iteration: int, done: list[_Iteration], advance: Advance) -> _Iteration:
         initial = torch.stack([initial_parameters(seed, self.width) for seed in self.init_seeds(iteration)])
         initial = initial.to(self.device, self.dtype)
-        batch = ReluBatch(
-            torch.from_numpy(self.x),
-            torch.from_numpy(self.y),
-            initial,
-            self.width,
-            self.lr,
-            self.momentum,
-            self._repulsion(done),
-        )
+        x, y = torch.from_numpy(self.x), torch.from_numpy(self.y)
+        batch = ReluBatch(x, y, initial, self.width, self.lr, self.momentum, self._repulsion(done))
         losses = [self._losses(batch, iteration, 0)]
         for before, now in pairwise(self.sampled.tolist()):
             batch.advance(now - before)
@@ -220,10 +221,10 @@ class _Study:
         return _Iteration(np.stack(losses, axis=1), parameters.cpu().numpy(), prediction.cpu().numpy())
 
     def _repulsion(self, done: list[_Iteration]) -> Repulsion | None:
-        if self.strategy != "persistent" or not done or not any(lam for _, lam in self.members):
+        if self.strategy != "persistent" or not done or not any(member.lam for member in self.members):
             return None
         ends = torch.from_numpy(np.stack([entry.parameters for entry in done])).to(self.device)
-        lams = torch.tensor([lam for _, lam in self.members], dtype=torch.float64, device=self.device)
+        lams = torch.tensor([member.lam for member in self.members], dtype=torch.float64, device=self.device)
         return Repulsion(ends, lams, self.width)
 
     def _losses(self, batch: ReluBatch, iteration: int, step: int) -> np.ndarray:
@@ -255,8 +256,8 @@ class _Study:
             "iteration": np.arange(len(done)),
             "step": self.sampled,
             "x": self.grid,
-            "seed": ("member", [seed for seed, _ in self.members]),
-            "lam": ("member", [lam for _, lam in self.members]),
+            "seed": ("member", [member.seed for member in self.members]),
+            "lam": ("member", [member.lam for member in self.members]),
             "init_seed": (("iteration", "member"), [self.init_seeds(i) for i in range(len(done))]),
         }
         return schema.finish(xr.Dataset(variables, coords=coords), "ensemble", **self._settings())
@@ -275,32 +276,31 @@ class _Study:
     def _restore(self, ds: xr.Dataset) -> list[_Iteration]:
         schema.validate(ds, "ensemble")
         if not {"loss", "parameters", "prediction", "data_x", "data_y"} <= set(ds.variables):
-            raise TrainingError("cannot go on with a study that has not kept its losses and parameters")
+            raise TrainingError("cannot resume from a dataset without losses and parameters; start a new one")
         ours = {**self._settings(), "members": self.members, "data": [self.x, self.y], "step": self.sampled}
         theirs = {name: ds.attrs.get(name) for name in self._settings()}
         theirs["members"] = list(zip(ds["seed"].values.tolist(), ds["lam"].values.tolist(), strict=True))
         theirs |= {"data": [ds["data_x"].values, ds["data_y"].values], "step": ds["step"].values}
-        del ours["device"], theirs["device"]
-        for name, own in ours.items():
-            if not _same(own, theirs[name]):
-                raise TrainingError(f"cannot go on with a study of another {name}; start a new one or use its settings")
+        del ours["device"], theirs["device"]  # an ensemble may move to another device
+        for name, value in ours.items():
+            if not _equal(value, theirs[name]):
+                raise TrainingError(f"cannot resume from a dataset with another {name}; use the same or begin again")
         return [
-            _Iteration(one["loss"].values, one["parameters"].values, one["prediction"].values)
-            for one in (ds.isel(iteration=i) for i in range(ds.sizes["iteration"]))
+            _Iteration(*(ds[name].values[i] for name in ("loss", "parameters", "prediction")))
+            for i in range(ds.sizes["iteration"])
         ]
 
 
-@dataclass(frozen=True)
-class _Iteration:
-    """What is kept of one iteration: losses (B, steps), parameters (B, P), predictions (B, grid)."""
+class _Iteration(NamedTuple):
+    """Results of one iteration: losses (B, steps), final parameters (B, P), predictions (B, grid)."""
 
     loss: np.ndarray
     parameters: np.ndarray
     prediction: np.ndarray
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Equality of settings, arrays of any shape and NaN strengths included."""
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two settings are equal: texts, numbers or arrays, in which NaN equals NaN."""
     if isinstance(a, str):
         return bool(a == b)
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
@@ -310,7 +310,7 @@ def _same(a: Any, b: Any) -> bool:
 def _check_data(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if x.ndim != 1 or y.ndim != 1 or len(x) != len(y):
-        raise TrainingError(f"x has shape {x.shape} and y {y.shape}; both must be one row of the same length")
+        raise TrainingError(f"x has shape {x.shape} and y {y.shape}; both must be one-dimensional, of the same length")
     if not len(x) or not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise TrainingError("x and y must hold at least one point, all finite")
     return x, y

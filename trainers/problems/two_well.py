@@ -1,7 +1,7 @@
 """Gradient descent on surfaces of two parameters: plain, persistent and restarted.
 
 A surface is a function of two 0-d float64 tensors made of torch operations. :func:`two_well` is the paper's; any other
-does as well. A penalised surface is again a surface, so every function here takes it too.
+can take its place. A penalised surface is again a surface, so every function here accepts it too.
 
 References
 ----------
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,7 @@ from torch import Tensor
 from pnanalysis import schema
 from pnanalysis.errors import TrainingError
 from pnanalysis.terminal.progress import progress_bar
-from trainers.problems.compiled_gradient import Surface
-from trainers.problems.descent import Descent, values_at
+from trainers.problems.descent import ClosedFormGradient, Number, PlaneFunction, descent_positions, values_at
 from trainers.seeds import derive_seed
 
 START = (-0.335, -1.4)
@@ -34,12 +34,12 @@ OnIteration = Callable[[xr.Dataset], None]
 
 
 def two_well(x: Tensor, y: Tensor) -> Tensor:
-    """The paper's surface (its eq. 1 with the sign put right): a wide well at (2, -2), a deeper one at (-2, -1)."""
+    """The paper's eq. 1, with its sign corrected: a wide well at (2, -2) and a deeper, narrow one at (-2, -1)."""
     wide = torch.exp(-((x - 2) ** 2 + (y + 2) ** 2) / 5)
     return -wide - 1.5 * torch.exp(-((x + 2) ** 2 + (y + 1) ** 2))
 
 
-def penalised(surface: Surface, ends: Sequence[Sequence[float]] | np.ndarray, lam: float) -> Surface:
+def penalised(surface: PlaneFunction, ends: Sequence[Sequence[float]] | np.ndarray, lam: float) -> PlaneFunction:
     r"""The surface with a repulsion from earlier end points, the f_n of a persistent iteration.
 
     .. math:: f_n(\theta) = f(\theta) + \lambda\sum_k|\langle\Theta_k,\theta\rangle|/\lVert\Theta_k\rVert^2
@@ -57,26 +57,71 @@ def penalised(surface: Surface, ends: Sequence[Sequence[float]] | np.ndarray, la
         If ``lam`` is negative or not finite.
     """
     _check_lam(lam)
-    slopes = []
+    lam, slopes = float(lam), []  # NumPy's scalars would make the arithmetic of a descent ten times slower
     for a, b in np.asarray(ends, dtype=float).reshape(-1, 2).tolist():
         if norm := a * a + b * b:
             slopes.append((lam * a / norm, lam * b / norm))
         else:
-            warnings.warn("an end point at the origin repels nothing: left out", stacklevel=2)
-    if not slopes:
-        return surface
+            warnings.warn("an end point at the origin repels nothing and is left out", stacklevel=2)
+    return _Penalised(surface, tuple(slopes)) if slopes else surface
 
-    def repelled(x: Tensor, y: Tensor) -> Tensor:
-        value = surface(x, y)
-        for a, b in slopes:
+
+@dataclass(frozen=True)
+class _Penalised:
+    """A surface plus ``|a x + b y|`` for each pair of slopes (a, b)."""
+
+    surface: PlaneFunction
+    slopes: tuple[tuple[float, float], ...]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        value = self.surface(x, y)
+        for a, b in self.slopes:
             value = value + (a * x + b * y).abs()
         return value
 
-    return repelled
+
+def closed_form_gradient(surface: PlaneFunction) -> ClosedFormGradient | None:
+    """The gradient of :func:`two_well`, or of it penalised, in plain arithmetic; ``None`` for other surfaces.
+
+    A step of descent is some forty multiplications, which cost a microsecond or two as Python floats and more than a
+    hundred as torch operations.
+    """
+    if surface is two_well:
+        return _two_well_gradient
+    if isinstance(surface, _Penalised):
+        unpenalised = closed_form_gradient(surface.surface)
+        return None if unpenalised is None else _penalised_gradient(unpenalised, surface.slopes)
+    return None
+
+
+def _two_well_gradient(x: Number, y: Number) -> tuple[Number, Number]:
+    exp: Callable[[Any], Any] = math.exp if isinstance(x, float) else np.exp  # np.exp is slow on a single float
+    right, up = x - 2, y + 2  # from the centre of the wide well
+    wide = 0.4 * exp((right * right + up * up) / -5)
+    left, down = x + 2, y + 1  # from that of the deep one
+    deep = 3 * exp(-(left * left + down * down))
+    return wide * right + deep * left, wide * up + deep * down
+
+
+def _penalised_gradient(unpenalised: ClosedFormGradient, slopes: Sequence[tuple[float, float]]) -> ClosedFormGradient:
+    def gradient(x: Number, y: Number) -> tuple[Number, Number]:
+        slope_x, slope_y = unpenalised(x, y)
+        for a, b in slopes:
+            side = _sign(a * x + b * y)
+            slope_x = slope_x + a * side
+            slope_y = slope_y + b * side
+        return slope_x, slope_y
+
+    return gradient
+
+
+def _sign(value: Number) -> Any:
+    """-1, 0 or 1; zero at the kink, like torch's gradient of ``abs``."""
+    return float(value > 0) - float(value < 0) if isinstance(value, float) else np.sign(value)
 
 
 def descend(
-    surface: Surface = two_well,
+    surface: PlaneFunction = two_well,
     start: Sequence[float] = START,
     *,
     iterations: int = 2,
@@ -88,7 +133,7 @@ def descend(
     on_iteration: OnIteration | None = None,
     resume: xr.Dataset | None = None,
 ) -> xr.Dataset:
-    """Plain descent (iteration 0) and persistent ones, all from one start, each repelled from all earlier end points.
+    """Plain descent (iteration 0), then persistent ones from the same start, each repelled from all earlier end points.
 
     Parameters
     ----------
@@ -96,49 +141,51 @@ def descend(
         Function of two 0-d float64 tensors that returns one.
     start : sequence of two floats
     iterations : int
-        Descents, the plain one included.
+        Number of descents, the plain one included.
     lam : float
         Strength of the repulsion; both parameters together are one layer.
     lr, steps
         Gradient descent without momentum.
     samples : int
-        Positions kept, besides the start.
+        Number of positions to keep along each path, in addition to the start.
     progress : bool
         Show a bar on a terminal.
     on_iteration : callable, optional
         Called after each iteration with the dataset so far.
     resume : xarray.Dataset, optional
-        An earlier dataset of the same settings to go on from.
+        An earlier dataset with the same settings, to be continued.
 
     Returns
     -------
     xarray.Dataset
         Kind ``descent``: ``path`` (iteration, step, component), ``value`` (iteration, step) of the unpenalised
         surface, ``end`` (iteration, component), ``end_value`` (iteration) and ``champion``, the iteration with the
-        lowest.
+        lowest end value.
 
     Raises
     ------
     TrainingError
-        If a setting is unusable, or surface or gradient stop being finite on the way (the message names the step).
+        If a setting is unusable, or the surface or its gradient stops being finite on the way (the message names the
+        step).
     """
     _check_lam(lam)
-    here = _point(start)
-    settings = {"strategy": "persistent", "lam": lam, "lr": lr, "steps": steps, "start": list(here)}
-    study = _Study(surface, settings, samples, resume)
-    with progress_bar("persistent descents", max(iterations - len(study.paths), 0), progress) as advance:
-        for _ in range(len(study.paths), at_least(iterations, 1, "iterations")):
-            ends = [path[-1] for path in study.paths]
-            descent = Descent(penalised(surface, ends, lam))
-            study.add(descent.run(np.array([here]), lr, study.steps))
+    origin = _point(start)
+    settings = {"strategy": "persistent", "lam": lam, "lr": lr, "steps": steps, "start": list(origin)}
+    record = _DescentRecord(surface, settings, samples, resume)
+    with progress_bar("persistent descents", max(iterations - len(record.paths), 0), progress) as advance:
+        for _ in range(len(record.paths), at_least(iterations, 1, "iterations")):
+            ends = [path[-1] for path in record.paths]
+            repelled = penalised(surface, ends, lam)
+            gradient = closed_form_gradient(repelled)
+            record.add(descent_positions(repelled, np.array([origin]), lr, record.steps, gradient))
             advance(1)
             if on_iteration is not None:
-                on_iteration(study.dataset())
-    return study.dataset()
+                on_iteration(record.dataset())
+    return record.dataset()
 
 
 def descend_restarts(
-    surface: Surface = two_well,
+    surface: PlaneFunction = two_well,
     start: Sequence[float] = START,
     *,
     iterations: int = 2,
@@ -148,7 +195,7 @@ def descend_restarts(
     steps: int = 50_000,
     samples: int = 500,
 ) -> xr.Dataset:
-    """The control of equal cost: the plain descent and others from starts drawn uniformly from the window, all at once.
+    """The control of equal cost: the plain descent, and others from starts drawn uniformly from the window.
 
     Parameters and result are those of :func:`descend`; start k depends on ``seed`` and k alone.
 
@@ -162,13 +209,13 @@ def descend_restarts(
     for k in range(1, at_least(iterations, 1, "iterations")):
         u, v = np.random.default_rng(derive_seed(seed, "restart", k)).random(2)
         starts.append((left + (right - left) * u, bottom + (top - bottom) * v))
-    study = _Study(surface, {"strategy": "restart", "lr": lr, "steps": steps, "seed": seed}, samples, None)
-    study.add(Descent(surface).run(np.array(starts), lr, study.steps))
-    return study.dataset()
+    record = _DescentRecord(surface, {"strategy": "restart", "lr": lr, "steps": steps, "seed": seed}, samples, None)
+    record.add(descent_positions(surface, np.array(starts), lr, record.steps, closed_form_gradient(surface)))
+    return record.dataset()
 
 
-def surfaces(surface: Surface, descent: xr.Dataset, *, window: Window = WINDOW, n: int = 201) -> xr.Dataset:
-    """The surface every iteration of a persistent descent went down: f, f_1, f_2, ...
+def surfaces(surface: PlaneFunction, descent: xr.Dataset, *, window: Window = WINDOW, n: int = 201) -> xr.Dataset:
+    """The surfaces that the iterations of a persistent descent followed: f, f_1, f_2, ...
 
     Parameters
     ----------
@@ -177,7 +224,7 @@ def surfaces(surface: Surface, descent: xr.Dataset, *, window: Window = WINDOW, 
     descent : xarray.Dataset
         From :func:`descend`.
     window : pair of pairs
-        Ends of the x and of the y axis.
+        Ends of the x axis and of the y axis.
     n : int
         Points along each axis.
 
@@ -196,10 +243,12 @@ def surfaces(surface: Surface, descent: xr.Dataset, *, window: Window = WINDOW, 
     return schema.finish(ds.assign_coords(iteration=descent["iteration"].values), "surface", lam=lam)
 
 
-class _Study:
-    """Paths so far, and the dataset they make."""
+class _DescentRecord:
+    """The paths of finished descents, and the dataset that they make."""
 
-    def __init__(self, surface: Surface, settings: dict[str, Any], samples: int, resume: xr.Dataset | None) -> None:
+    def __init__(
+        self, surface: PlaneFunction, settings: dict[str, Any], samples: int, resume: xr.Dataset | None
+    ) -> None:
         steps, lr = at_least(settings["steps"], 1, "steps"), settings["lr"]
         if not (math.isfinite(lr) and lr > 0):
             raise TrainingError(f"lr is {lr}; it must be positive and finite")
@@ -211,11 +260,11 @@ class _Study:
             self._restore(resume)
 
     def add(self, positions: np.ndarray) -> None:
-        """Paths, shape (steps, starts, 2)."""
+        """Add paths, shape (steps, starts, 2): each start is an iteration."""
         self.paths += list(positions.transpose(1, 0, 2))
 
     def dataset(self) -> xr.Dataset:
-        """Everything so far."""
+        """All paths so far."""
         paths = np.stack(self.paths)
         value = values_at(self.surface, paths.reshape(-1, 2)).reshape(paths.shape[:2])
         variables = {
@@ -231,10 +280,11 @@ class _Study:
     def _restore(self, ds: xr.Dataset) -> None:
         schema.validate(ds, "descent")
         for name, value in self.settings.items():
+            # Attributes that are neither numbers nor text (the start) are stored as text.
             if ds.attrs.get(name) != (value if isinstance(value, int | float | str) else str(value)):
-                raise TrainingError(f"cannot go on with descents of another {name}; start anew or use its {name}")
+                raise TrainingError(f"cannot resume descents with another {name}; use the same or start new ones")
         if ds["step"].values.tolist() != self.steps:
-            raise TrainingError("cannot go on with descents sampled at other steps; start anew")
+            raise TrainingError("cannot resume descents sampled at other steps; use the same or start new ones")
         self.paths = list(ds["path"].values)
 
 

@@ -1,4 +1,4 @@
-"""What a run's manifest records beside its configuration."""
+"""What a run's manifest records in addition to its configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = ("pnanalysis", "torch", "torchvision", "numpy", "xarray")
 
 
 def describe(config: Config, device: torch.device, **entries: Any) -> dict[str, Any]:
-    """The manifest of a new run: identity, configuration, versions, machine and start."""
+    """The manifest of a new run: identity, configuration, versions, machine and time of its start."""
     started = now()
     text = json.dumps([config.to_dict(), started], sort_keys=True)
     return {
@@ -49,7 +49,7 @@ def describe(config: Config, device: torch.device, **entries: Any) -> dict[str, 
 
 
 def failure_of(error: Exception) -> str:
-    """What a manifest says of the error that ended a run."""
+    """The error that ended a run, as text for its manifest."""
     return str(error) if isinstance(error, PnError) else f"{type(error).__name__}: {error}"
 
 
@@ -59,7 +59,7 @@ def now() -> str:
 
 
 def git_revision() -> str | None:
-    """The revision of this source tree, marked if it has changes; ``None`` for an installed package."""
+    """The revision of this source tree, marked if it has uncommitted changes; ``None`` for an installed package."""
     here = Path(__file__).resolve().parent
     try:
         described = subprocess.run(

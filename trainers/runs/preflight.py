@@ -1,4 +1,4 @@
-"""A look at network, loss and data before a run begins, so that what cannot be trained leaves nothing behind."""
+"""Checks of network, loss and data before a run begins, so that what cannot be trained leaves no run behind."""
 
 from __future__ import annotations
 
@@ -15,8 +15,23 @@ from trainers.loop.fit import EVALUATION_BATCH, autocast, error_counter
 from trainers.recipes import Config
 
 
-def try_out(model: nn.Module, data: Splits, config: Config) -> None:
-    """Take two examples of every split through network and loss, and look at all targets.
+def check_tensors(data: Splits, config: Config) -> None:
+    """Check that every split holds tensors: training draws its batches by index, which a loader cannot do.
+
+    Raises
+    ------
+    DataError
+    """
+    for name in SPLITS:
+        split = getattr(data, name)
+        if split is not None and not isinstance(split, Split):
+            raise DataError(
+                f"{config.data}: the {name} split is a loader; training needs tensors (inputs, targets) in its place"
+            )
+
+
+def check_trainable(model: nn.Module, data: Splits, config: Config) -> None:
+    """Pass two examples of every split through network and loss, and check all targets.
 
     Parameters
     ----------
@@ -29,10 +44,10 @@ def try_out(model: nn.Module, data: Splits, config: Config) -> None:
     Raises
     ------
     DataError
-        If network or loss cannot take the data, the loss would not mean what it says (see
-        :func:`pnanalysis.evaluation.losses.check_targets`), or a target is no class.
+        If network or loss cannot take the data, or the targets do not suit the loss (see
+        :func:`pnanalysis.evaluation.losses.check_targets`).
     TrainingError
-        If the loss of a batch is no single number, or inputs that are no images are to be augmented.
+        If the loss of a batch is not a single number, or inputs that are not images are to be augmented.
     """
     loss = resolve_loss(config.loss)
     model.eval()
@@ -40,10 +55,6 @@ def try_out(model: nn.Module, data: Splits, config: Config) -> None:
         split = getattr(data, name)
         if split is None:
             continue
-        if not isinstance(split, Split):
-            raise DataError(
-                f"{config.data}: training needs tensors (inputs, targets) of the {name} split, not a loader"
-            )
         label = config.data if name == "train" else f"{config.data}, {name}"
         if name == "train" and config.augment and split.inputs.ndim != 4:
             raise TrainingError(
@@ -51,17 +62,17 @@ def try_out(model: nn.Module, data: Splits, config: Config) -> None:
                 f"{tuple(split.inputs.shape)}; leave out --augment"
             )
         with clear_errors(label, model, split.batches(EVALUATION_BATCH), loss):
-            _try_split(model, split, loss, config.amp, label)
+            _check_split(model, split, loss, config.amp, label)
 
 
 @torch.no_grad()
-def _try_split(model: nn.Module, split: Split, loss: Loss, amp: str, label: str) -> None:
+def _check_split(model: nn.Module, split: Split, loss: Loss, amp: str, label: str) -> None:
     inputs, targets = split.take(slice(0, 2))
     with autocast(inputs.device, amp):
         outputs = model(inputs)
         if not isinstance(outputs, Tensor):
             raise not_for(loss, outputs)
-        try:  # all targets: on a GPU one that is no class would take the whole process with it
+        try:  # all targets, not only two: on a GPU a target that is no class aborts the whole process
             check_targets(loss, outputs[:1].expand(len(split), *outputs.shape[1:]), split.targets)
         except DataError as error:
             raise DataError(f"{label}: {error}") from error
@@ -69,4 +80,4 @@ def _try_split(model: nn.Module, split: Split, loss: Loss, amp: str, label: str)
     if not isinstance(value, Tensor) or value.numel() != 1:
         given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise TrainingError(f"the loss of a batch is {given}, not a single number; average it over the batch")
-    error_counter(loss)(outputs, targets)
+    error_counter(loss)(outputs, targets)  # raises an error if the two cannot be compared

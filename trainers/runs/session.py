@@ -1,4 +1,4 @@
-"""A run in training: where each iteration starts, what it writes, and how an interrupted one goes on."""
+"""A run in training: where each iteration starts, what it writes, and where an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pnanalysis import schema
 from pnanalysis.analyses.history import error_name
 from pnanalysis.errors import DataError, RunError
-from pnanalysis.inputs.data import SPLITS, Split, Splits
+from pnanalysis.inputs.data import SPLITS, LoaderSplit, Split, Splits
 from pnanalysis.inputs.models import build_model, parameter_layers, resolve_loss
 from pnanalysis.io.runs import MANIFEST, Run, open_run
 from pnanalysis.io.writer import RunWriter, check_new
@@ -28,7 +28,7 @@ from trainers.loop.fit import Epoch, error_kind, fit, optimizer_tensors
 from trainers.loop.persistence import PersistentPenalty, choose_layers
 from trainers.recipes import Config, check_same
 from trainers.runs.manifest import describe, failure_of, now
-from trainers.runs.preflight import try_out
+from trainers.runs.preflight import check_trainable
 from trainers.seeds import derive_seed
 from trainers.zoo.models import initialise_normal
 
@@ -36,12 +36,12 @@ _SERIES = tuple(entry.name for entry in fields(Epoch) if entry.name != "epoch")
 
 
 def check_settings(config: Config, out: Path, resume: bool) -> None:
-    """Refuse what cannot be trained, or not there, before any data are loaded.
+    """Check a configuration and its run directory before any data are loaded.
 
     Raises
     ------
     PnError
-        If a layer or the loss does not exist, the directory is taken, or it was begun with other settings.
+        If a layer or the loss does not exist, the directory is taken, or its run was begun with other settings.
     """
     if resume and (out / MANIFEST).is_file():
         check_same(open_run(out).manifest["config"], config, out)
@@ -50,11 +50,11 @@ def check_settings(config: Config, out: Path, resume: bool) -> None:
     resolve_loss(config.loss)
     names = [name for name, _ in parameter_layers(build_model(config.model, config.model_options))]
     for iteration in range(config.iterations):
-        draw_layers(config, iteration, names)
+        draw_layers(config, iteration, names)  # raises an error for names that do not exist
 
 
 def draw_layers(config: Config, iteration: int, names: list[str]) -> list[str]:
-    """The layers that iteration ``iteration`` repels.
+    """The layers that are repelled in one iteration.
 
     Raises
     ------
@@ -69,8 +69,8 @@ def draw_layers(config: Config, iteration: int, names: list[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Start:
-    """What one iteration starts from."""
+class PreparedIteration:
+    """An iteration ready to be trained, from its beginning or from where it was interrupted."""
 
     model: nn.Module
     seed: int
@@ -80,14 +80,23 @@ class Start:
     recorder: _Recorder
 
 
+class _ResumeState(NamedTuple):
+    """Weights and optimiser state as they were after an epoch of an unfinished iteration."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    iteration: int
+    epoch: int
+
+
 class Session:
     """A run in training: the fits of one configuration on one device, into one directory.
 
     Raises
     ------
     PnError
-        If the directory is taken, belongs to other settings, the disk is too small, or network, loss and data do not
-        go together.
+        If the directory is taken or belongs to other settings, the disk is too small, or network, loss and data do not
+        fit together.
     """
 
     def __init__(
@@ -99,34 +108,41 @@ class Session:
         self.layers = [draw_layers(config, i, self.layer_names) for i in range(config.iterations)]
         self.history = _empty_history(config)
         _check_disk(config, initial, out)
-        try_out(initial.to(device), data, config)
-        self.error_kind = error_kind(resolve_loss(config.loss), data.train.targets)  # type: ignore[union-attr]
+        check_trainable(initial.to(device), data, config)
+        self.error_kind = error_kind(resolve_loss(config.loss), self.train_split.targets)
+        # Last of all: everything above may still fail, and must not leave a run directory behind.
         self.writer = _open_writer(config, self, out, resume)
-        self.state = self.writer.load_state()
-        if self.writer.manifest["ends"] or self.state:
+        self.resume_state = _load_resume_state(self.writer)
+        if self.writer.manifest["ends"] or self.resume_state:
             self.history = _restored_history(self.history, open_run(out).history)
 
     @property
+    def train_split(self) -> Split:
+        """The training examples."""
+        assert isinstance(self.data.train, Split)  # loaders are refused when the data are loaded
+        return self.data.train
+
+    @property
     def iteration(self) -> int:
-        """The iteration that is next to train."""
+        """The next iteration to train."""
         return len(self.writer.manifest["ends"])
 
-    def going_on(self) -> str:
-        """Where an interrupted run is taken up again; empty for one that begins."""
-        if not (self.iteration or self.state):
+    def resume_message(self) -> str:
+        """Where an interrupted run resumes; empty for a new one."""
+        if not (self.iteration or self.resume_state):
             return ""
         if self.iteration == self.config.iterations:
             return f"{self.writer.path}: is complete"
-        epoch = self.state[1]["epoch"] if self.state and self.state[1]["iteration"] == self.iteration else 0
-        done = f", after epoch {epoch} of {self.config.epochs}" if epoch else ""
-        return f"{self.writer.path}: going on with {self._place(self.iteration)}{done}"
+        state = self.resume_state
+        done = f", after epoch {state.epoch} of {self.config.epochs}" if state and self._is_current(state) else ""
+        return f"{self.writer.path}: resuming {self._numbered(self.iteration)}{done}"
 
     def n_to_see(self) -> int:
-        """Examples still to be seen."""
-        return (self.config.iterations - self.iteration) * self.config.epochs * length(self.data.train)
+        """How many examples the rest of the run will see, each counted once per epoch."""
+        return (self.config.iterations - self.iteration) * self.config.epochs * len(self.train_split)
 
     def initial_model(self, iteration: int) -> nn.Module:
-        """The network at its starting point: w_ini, or a fresh one for restarts."""
+        """The network at its starting point: that of all iterations, or a fresh one for each restart."""
         index = iteration if self.config.strategy == "restart" else 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.seed, "init", index))
@@ -136,37 +152,38 @@ class Session:
         return model
 
     def run(self, advance: Callable[..., None], verbose: bool) -> None:
-        """Train the iterations that are not trained yet, one after the other."""
+        """Train the remaining iterations, one after the other."""
         for iteration in range(self.iteration, self.config.iterations):
-            one = self.prepare(advance)
+            ready = self.prepare(advance)
             fit(
-                one.model, **self.fit_options(), seed=one.seed, penalty=one.penalty, start_epoch=one.start_epoch,
-                optimizer_state=one.optimizer_state, on_epoch=one.recorder.on_epoch, on_batch=one.recorder.on_batch,
+                ready.model, **self.fit_options(), seed=ready.seed, penalty=ready.penalty,
+                start_epoch=ready.start_epoch, optimizer_state=ready.optimizer_state,
+                on_epoch=ready.recorder.on_epoch, on_batch=ready.recorder.on_batch,
             )  # fmt: skip
             self.end_iteration()
             if verbose:
-                print(self._line(iteration), file=sys.stderr, flush=True)
+                print(self._summary(iteration), file=sys.stderr, flush=True)
 
-    def prepare(self, advance: Callable[..., None]) -> Start:
+    def prepare(self, advance: Callable[..., None]) -> PreparedIteration:
         """The next iteration, at its beginning or where it was interrupted."""
         config, iteration = self.config, self.iteration
         model = self.initial_model(iteration)
         if iteration == 0 or config.strategy == "restart":
             self.writer.save_checkpoint(iteration, 0, model.state_dict())
         start_epoch, optimizer_state = 0, None
-        if self.state is not None and self.state[1]["iteration"] == iteration:
-            tensors, position = self.state
-            start_epoch = position["epoch"]
-            model.load_state_dict(_prefixed(tensors, "model."))
-            optimizer_state = _prefixed(tensors, "optimizer.")
-            advance(start_epoch * length(self.data.train))
+        state = self.resume_state
+        if state is not None and self._is_current(state):
+            start_epoch, optimizer_state = state.epoch, state.optimizer
+            model.load_state_dict(state.model)
+            advance(start_epoch * len(self.train_split))
         model = model.to(self.device)
+        # Persistent iterations all see the batches in one order, so that they differ by the penalty only.
         seed = derive_seed(config.seed, "fit", iteration if config.strategy == "restart" else 0)
         recorder = _Recorder(self, iteration, advance)
-        return Start(model, seed, self._penalty(model, iteration), start_epoch, optimizer_state, recorder)
+        return PreparedIteration(model, seed, self._penalty(model, iteration), start_epoch, optimizer_state, recorder)
 
     def fit_options(self) -> dict[str, Any]:
-        """What all iterations have in common, as arguments of :func:`trainers.fit`."""
+        """The arguments of :func:`trainers.fit` that all iterations have in common."""
         names = ("epochs", "batch_size", "lr", "optimizer", "momentum", "weight_decay", "loss", "augment", "amp",
                  "compile")  # fmt: skip
         data = self.data
@@ -185,24 +202,26 @@ class Session:
         return penalty
 
     def end_iteration(self) -> None:
-        """Write what the iteration came to."""
+        """Record that the current iteration is finished."""
+        # The history is saved on both sides of the manifest: before, so that an iteration which the manifest counts as
+        # finished has its history whenever the process is killed; after, because it names the champion.
         self.writer.save_history(self.dataset())
         champion = _champion(self.history.isel(iteration=slice(self.iteration + 1)))
         self.writer.update(ends=[*self.writer.manifest["ends"], self.config.epochs], champion=champion)
         self.writer.save_history(self.dataset())
 
     def finish(self) -> Run:
-        """The run is complete."""
+        """Mark the run as finished."""
         self.writer.update(status="finished", ended=now())
         self.writer.drop_state()
         return open_run(self.writer.path)
 
     def fail(self, error: Exception) -> None:
-        """The run ends here."""
+        """Mark the run as failed."""
         self.writer.update(status="failed", failure=failure_of(error))
 
     def dataset(self) -> xr.Dataset:
-        """The history so far, labelled."""
+        """The history so far, with its attributes."""
         writer, champion = self.writer, self.writer.manifest["champion"]
         for split in SPLITS:
             name = error_name("training" if split == "train" else split, self.error_kind)
@@ -211,29 +230,33 @@ class Session:
             self.history, "history", run=writer.path.name, run_id=writer.manifest["id"], recipe=self.config.recipe,
             strategy=self.config.strategy, champion=champion, seed=self.config.seed, device=str(self.device),
             data=self.config.data, data_fingerprint=self.data.fingerprint, dtype="float32",
-            n_validation=length(self.data.validation), n_test=length(self.data.test), error=self.error_kind,
+            n_validation=_length(self.data.validation), n_test=_length(self.data.test), error=self.error_kind,
         )  # fmt: skip
 
-    def _place(self, iteration: int) -> str:
-        """An iteration by its number, and which of all it is."""
+    def _is_current(self, state: _ResumeState) -> bool:
+        """Whether a resume state belongs to the iteration that is next to train."""
+        return state.iteration == self.iteration
+
+    def _numbered(self, iteration: int) -> str:
         return f"iteration {iteration} ({iteration + 1} of {self.config.iterations})"
 
-    def _line(self, iteration: int) -> str:
+    def _summary(self, iteration: int) -> str:
+        """A finished iteration as one line of progress."""
         last = self.history.isel(iteration=iteration, epoch=-1)
-        images_per_second = len(self.data.train) * self.config.epochs / float(self.history.seconds[iteration].sum())  # type: ignore[arg-type]
-        errors = [self.told(split, float(last[f"{split}_error"])) for split in ("validation", "test")]
+        images_per_second = len(self.train_split) * self.config.epochs / float(self.history.seconds[iteration].sum())
+        errors = [self.error_text(split, float(last[f"{split}_error"])) for split in ("validation", "test")]
         return (
-            f"{self.config.recipe} {self.config.strategy} {self._place(iteration)}: "
+            f"{self.config.recipe} {self.config.strategy} {self._numbered(iteration)}: "
             f"loss {float(last.train_loss):.4f}, {', '.join(errors)}, {images_per_second:,.0f} images/s"
         )
 
-    def told(self, split: str, error: float) -> str:
-        """The error of a split by its name, for progress."""
+    def error_text(self, split: str, error: float) -> str:
+        """The error of a split with its name, for progress."""
         return f"{error_name(split, self.error_kind)} {text(error_cell(error, self.error_kind))}"
 
 
 class _Recorder:
-    """Writes one iteration's history, checkpoints and resume states as its epochs come in."""
+    """Writes one iteration's history, checkpoints and resume states as its epochs end, and reports progress."""
 
     def __init__(self, session: Session, iteration: int, advance: Callable[..., None]) -> None:
         self.session, self.writer, self.iteration, self.advance = session, session.writer, iteration, advance
@@ -244,7 +267,7 @@ class _Recorder:
     def on_batch(self, n: int) -> None:
         self.pending += n
         elapsed = time.monotonic() - self.shown
-        if elapsed > 0.5:
+        if elapsed > 0.5:  # redrawing a bar at every step would take longer than a small network's step
             self.advance(self.pending, f"{self.text}, {self.pending / elapsed:,.0f} images/s")
             self.shown, self.pending = time.monotonic(), 0
 
@@ -262,8 +285,17 @@ class _Recorder:
             self.saved = time.monotonic()
         self.text = (
             f"iteration {self.iteration} epoch {epoch}: loss {record.train_loss:.3f}, "
-            f"{session.told('validation', record.validation_error)}"
+            f"{session.error_text('validation', record.validation_error)}"
         )
+
+
+def _load_resume_state(writer: RunWriter) -> _ResumeState | None:
+    saved = writer.load_state()
+    if saved is None:
+        return None
+    tensors, position = saved
+    model, optimizer = (_without_prefix(tensors, prefix) for prefix in ("model.", "optimizer."))
+    return _ResumeState(model, optimizer, position["iteration"], position["epoch"])
 
 
 def _open_writer(config: Config, session: Session, out: Path, resume: bool) -> RunWriter:
@@ -272,7 +304,7 @@ def _open_writer(config: Config, session: Session, out: Path, resume: bool) -> R
         check_same(writer.manifest["config"], config, out)
         recorded = writer.manifest["data"]["fingerprint"]
         if recorded != session.data.fingerprint:
-            raise DataError(f"{config.data}: has changed since {out} was begun; resume needs the same data")
+            raise DataError(f"{config.data}: has changed since {out} was begun; resume with the same data")
         writer.update(status="running", failure=None, config=config.to_dict(), layers=session.layers)
         return writer
     data = session.data
@@ -284,7 +316,7 @@ def _open_writer(config: Config, session: Session, out: Path, resume: bool) -> R
             "fingerprint": data.fingerprint,
             "split_seed": config.split_seed,
             "split_hash": data.split_hash,
-            **{f"n_{name}": length(getattr(data, name)) for name in ("train", "validation", "test")},
+            **{f"n_{name}": _length(getattr(data, name)) for name in ("train", "validation", "test")},
         },
         layer_names=session.layer_names,
         layers=session.layers,
@@ -293,27 +325,27 @@ def _open_writer(config: Config, session: Session, out: Path, resume: bool) -> R
 
 
 def _check_disk(config: Config, model: nn.Module, out: Path) -> None:
-    """Refuse to begin what the disk cannot hold; checkpoints that are there already count as room.
+    """Check that the disk can hold all checkpoints; those already written count as free space.
 
     Raises
     ------
     RunError
     """
-    a_checkpoint = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    checkpoint_size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     starts = config.iterations if config.strategy == "restart" else 1
     n_checkpoints = starts + config.iterations * -(-config.epochs // config.checkpoint_every)
     existing = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.is_dir())
-    there = sum(file.stat().st_size for file in out.glob("checkpoints/*/*.safetensors"))
-    free = shutil.disk_usage(existing).free + there
-    if n_checkpoints * a_checkpoint > free:
+    written = sum(file.stat().st_size for file in out.glob("checkpoints/*/*.safetensors"))
+    free = shutil.disk_usage(existing).free + written
+    if n_checkpoints * checkpoint_size > free:
         raise RunError(
-            f"{out}: {n_checkpoints:,} checkpoints need {human(n_checkpoints * a_checkpoint)}, "
+            f"{out}: {n_checkpoints:,} checkpoints need {human(n_checkpoints * checkpoint_size)}, "
             f"the disk has {human(free)} free; raise checkpoint_every, or lower iterations or epochs"
         )
 
 
 def _champion(history: xr.Dataset) -> int:
-    """The iteration with the lowest validation error at its end, or training loss where nothing validates."""
+    """The iteration with the lowest final validation error, or training loss if there is no validation split."""
     last = history.isel(epoch=-1)
     scores = last.validation_error.values
     if np.isnan(scores).all():
@@ -332,14 +364,14 @@ def _restored_history(empty: xr.Dataset, saved: xr.Dataset) -> xr.Dataset:
 
 
 def _portable(spec: str) -> str:
-    """A data set's name with its folder made absolute, so that the run can be analysed from anywhere."""
+    """A data set's name with its folder made absolute, so that the run can be analysed from any directory."""
     name, _, path = spec.partition(":")
     return f"{name}:{Path(path).expanduser().resolve()}" if name == "imagefolder" and path else spec
 
 
-def length(split: object) -> int:
+def _length(split: Split | LoaderSplit | None) -> int:
     return len(split) if isinstance(split, Split) else 0
 
 
-def _prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

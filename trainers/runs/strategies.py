@@ -1,9 +1,9 @@
-"""Sequences of fits: plain, persistent, partial and restart, into a run directory that can be resumed.
+"""Sequences of fits, plain, persistent, partial or restarted, into a run directory that can be resumed.
 
 Iteration 0 is the plain training. ``persistent`` and ``partial`` train every further iteration from the same
-initial point, repelled from all earlier end points; ``restart`` trains it from a fresh one, unrepelled. Batch order
-and augmentation depend on the run's seed and the epoch alone in persistent runs, so that iterations differ by the
-penalty and by nothing else; restarts draw their own.
+initial point, repelled from all earlier end points; ``restart`` trains it from a fresh one, without repulsion. In
+persistent runs batch order and augmentation depend on the run's seed and the epoch alone, so that iterations differ by
+the penalty only; restarts each draw their own.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 
 import torch
 
-from pnanalysis.errors import DataError, PnError, TrainingError
-from pnanalysis.inputs.data import Split, Splits, load_data
+from pnanalysis.errors import PnError, TrainingError
+from pnanalysis.inputs.data import Splits, load_data
 from pnanalysis.inputs.models import build_model
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.runs import Run
 from pnanalysis.terminal.progress import progress_bar
-from trainers.loop.batched_fit import Member, fit_together
+from trainers.loop.batched_fit import SingleFit, fit_together
 from trainers.recipes import RECIPES, Config
-from trainers.runs.session import Session, Start, check_settings
-from trainers.runs.small_problems import RUNNERS
+from trainers.runs.preflight import check_tensors
+from trainers.runs.session import PreparedIteration, Session, check_settings
+from trainers.runs.small_problems import SMALL_PROBLEMS
 
-_SAVE_INTERVAL = 5.0  # seconds between resume states, so that small networks do not spend their time on syncing files
+_SAVE_INTERVAL = 5.0  # seconds between resume states: small networks would spend most of their time on writing them
 
 
 def train(
@@ -47,14 +48,14 @@ def train(
     out : path
         The run directory; new, unless ``resume``.
     device : str
-        ``auto`` takes CUDA where there is one.
+        ``auto`` uses CUDA if it is available.
     resume : bool
-        Go on with an interrupted run; on the same CPU it ends bit-identical to one that never stopped. More
-        ``iterations`` than before extend a finished run. A directory that is not there yet is started.
+        Continue an interrupted run; on the same CPU the result is bit-identical to that of an uninterrupted one. More
+        ``iterations`` than before extend a finished run. If the directory does not exist yet, a new run begins.
     progress : bool
-        Show a bar on a terminal, or a line per iteration elsewhere.
+        Show a bar on a terminal, or print a line per iteration elsewhere.
     save_interval : float
-        Least time between resume states, in seconds.
+        Shortest time between two resume states, in seconds.
 
     Returns
     -------
@@ -63,20 +64,20 @@ def train(
     Raises
     ------
     PnError
-        If something is wrong with the configuration, the data, the disk, or the loss is not finite. What was saved
-        before stays.
+        If something is wrong with the configuration, the data or the disk, or the loss is not finite. What was saved
+        until then is kept.
     """
     recipe = RECIPES.get(config.recipe)
-    if recipe is not None and recipe.runner != "images":
-        return RUNNERS[recipe.runner](config, Path(out), device, resume, progress)
+    if recipe is not None and recipe.problem != "images":
+        return SMALL_PROBLEMS[recipe.problem](config, Path(out), device, resume, progress)
     torch_device = resolve_device(device)
     check_settings(config, Path(out), resume)
     session = Session(config, _load(config, torch_device), torch_device, Path(out), resume, save_interval)
-    _say_going_on(session, progress)
+    _print_resume_message(session, progress)
     try:
         with progress_bar(f"{config.recipe}/{config.strategy}", session.n_to_see(), progress) as advance:
             session.run(advance, progress and not sys.stderr.isatty())
-    except Exception as error:  # whatever a user's network may raise
+    except Exception as error:  # a user's network may raise anything
         session.fail(error)
         raise
     return session.finish()
@@ -93,13 +94,14 @@ def train_together(
 ) -> list[Run | PnError]:
     """Train several runs of one network on one data set, all at once: see :mod:`trainers.loop.batched_fit`.
 
-    Each is a run directory as :func:`train` makes it, the same to round-off (which training amplifies), and can be
-    resumed by either.
+    Each becomes a run directory like those of :func:`train`, with the same results up to round-off (which training
+    amplifies), and can be resumed by either function.
 
     Parameters
     ----------
     configs : sequence of Config
-        They may differ in seed, strategy, strength, layers, origin, initialisation and number of iterations.
+        They may differ in seed, strategy, strength, layers, origin, initialisation, number of iterations and interval
+        of checkpoints.
     outs : sequence of path
         A run directory for each.
     device, resume, progress, save_interval
@@ -108,7 +110,7 @@ def train_together(
     Returns
     -------
     list of Run or PnError
-        What became of each; one that fails stops no other.
+        Each run, or the error that ended it; the others continue.
 
     Raises
     ------
@@ -130,7 +132,7 @@ def train_together(
     for k in sorted(set(range(len(configs))) - set(results)):
         try:
             sessions[k] = Session(configs[k], data, torch_device, Path(outs[k]), resume, save_interval)
-            _say_going_on(sessions[k], progress)
+            _print_resume_message(sessions[k], progress)
         except PnError as error:
             results[k] = error
     total = sum(session.n_to_see() for session in sessions.values())
@@ -142,7 +144,7 @@ def train_together(
                 for k, failure in _iterate_together(sessions, advance).items():
                     sessions.pop(k).fail(failure)
                     results[k] = failure
-    except Exception as error:  # what ends one ends all
+    except Exception as error:  # raised in a step that is common to all runs
         for session in sessions.values():
             session.fail(error)
         raise
@@ -150,7 +152,7 @@ def train_together(
 
 
 def check_together(configs: Sequence[Config]) -> None:
-    """Refuse configurations that cannot be trained as one.
+    """Check that configurations can be trained together.
 
     Raises
     ------
@@ -159,41 +161,42 @@ def check_together(configs: Sequence[Config]) -> None:
     """
     for config in configs:
         recipe = RECIPES.get(config.recipe)
-        if recipe is not None and recipe.runner != "images":
-            raise TrainingError(f"{config.recipe} trains its networks together by itself; leave out --together")
+        if recipe is not None and recipe.problem != "images":
+            raise TrainingError(f"{config.recipe} always trains its networks together; leave out --together")
         for name, value in configs[0].to_dict().items():
-            if name not in _OWN_SETTINGS and getattr(config, name) != getattr(configs[0], name):
+            if name not in _MAY_DIFFER and getattr(config, name) != getattr(configs[0], name):
                 raise TrainingError(
                     f"runs that differ in {name} ({value!r} and {getattr(config, name)!r}) cannot be trained together; "
                     "leave out --together"
                 )
 
 
-#: In what runs that are trained together may differ.
-_OWN_SETTINGS = ("seed", "strategy", "lam", "layers", "origin", "init_std", "iterations", "checkpoint_every")
+#: Settings in which runs that are trained together may differ.
+_MAY_DIFFER = ("seed", "strategy", "lam", "layers", "origin", "init_std", "iterations", "checkpoint_every")
 
 
 def _iterate_together(sessions: Mapping[int, Session], advance: Callable[..., None]) -> dict[int, PnError]:
-    """One iteration of the runs that are furthest behind; the errors of those that failed."""
+    """Train one iteration of the runs that are furthest behind; returns the errors of those that failed."""
     behind = min((session.iteration for session in sessions.values()), default=0)
-    fits: dict[int, Start] = {}
+    prepared: dict[int, PreparedIteration] = {}
     failed: dict[int, PnError] = {}
     for k, session in sessions.items():
         if session.iteration == behind:
             try:
-                fits[k] = session.prepare(advance)
+                prepared[k] = session.prepare(advance)
             except PnError as error:
                 failed[k] = error
-    for start in sorted({one.start_epoch for one in fits.values()}):  # the same, but where runs were interrupted
-        chosen = {k: one for k, one in fits.items() if one.start_epoch == start}
-        first = sessions[next(iter(chosen))]
-        members = [
-            Member(one.model, one.seed, one.penalty, one.optimizer_state, one.recorder.on_epoch)
-            for one in chosen.values()
+    # An interruption may have left some runs an epoch ahead of others: runs at one epoch are trained together.
+    for start in sorted({ready.start_epoch for ready in prepared.values()}):
+        chosen = {k: ready for k, ready in prepared.items() if ready.start_epoch == start}
+        first = next(iter(chosen))
+        fits = [
+            SingleFit(ready.model, ready.seed, ready.penalty, ready.optimizer_state, ready.recorder.on_epoch)
+            for ready in chosen.values()
         ]
-        on_batch = next(iter(chosen.values())).recorder.on_batch
-        ended = fit_together(members, **first.fit_options(), start_epoch=start, on_batch=on_batch)
-        for k, records in zip(chosen, ended, strict=True):
+        options, on_batch = sessions[first].fit_options(), chosen[first].recorder.on_batch
+        results = fit_together(fits, **options, start_epoch=start, on_batch=on_batch)
+        for k, records in zip(chosen, results, strict=True):
             if isinstance(records, PnError):
                 failed[k] = records
                 continue
@@ -204,18 +207,13 @@ def _iterate_together(sessions: Mapping[int, Session], advance: Callable[..., No
     return failed
 
 
-def _say_going_on(session: Session, progress: bool) -> None:
-    if progress and session.going_on():
-        print(session.going_on(), file=sys.stderr)
+def _print_resume_message(session: Session, progress: bool) -> None:
+    if progress and (message := session.resume_message()):
+        print(message, file=sys.stderr)
 
 
 def _load(config: Config, device: torch.device) -> Splits:
-    data = load_data(config.data, _input_shape(config), config.split_seed)
-    if not isinstance(data.train, Split):
-        raise DataError(f"{config.data}: training needs tensors (inputs, targets), not a loader")
+    input_shape = getattr(build_model(config.model, config.model_options), "input_shape", None)
+    data = load_data(config.data, input_shape, config.split_seed)
+    check_tensors(data, config)
     return data.to(device)
-
-
-def _input_shape(config: Config) -> tuple[int, ...] | None:
-    shape: tuple[int, ...] | None = getattr(build_model(config.model, config.model_options), "input_shape", None)
-    return shape

@@ -1,7 +1,7 @@
-"""Grids of runs: every combination of some settings, each a resumable run of its own, several at a time.
+"""Grids of runs: every combination of some settings, each a resumable run, several at a time.
 
-Runs are independent processes on one machine, so joblib (its loky backend) is all that is needed, and scikit-learn
-brings it along. One failed run never stops the others; if a whole process is killed, the sweep ends and is resumed.
+Runs are independent processes on one machine, started through joblib. A run that fails does not stop the others; if a
+whole process is killed, the sweep ends and can be resumed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 import torch
@@ -21,12 +21,13 @@ from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.runs import MANIFEST
 from pnanalysis.terminal.progress import progress_bar
 from trainers.recipes import Config
+from trainers.runs.manifest import failure_of
 from trainers.runs.strategies import train, train_together
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run of a sweep ended: ``failure`` is None for those that finished."""
+    """How one run of a sweep ended: ``failure`` is ``None`` if it finished."""
 
     path: Path
     settings: dict[str, Any]
@@ -34,7 +35,7 @@ class Outcome:
 
 
 def parse_sweep(entries: Sequence[str], base: Config) -> dict[str, list[Any]]:
-    """Values by setting from ``NAME=A,B,C`` or, for whole numbers, ``NAME=FIRST:LAST`` (LAST not included).
+    """Values of each setting from ``NAME=A,B,C`` or, for integers, ``NAME=FIRST:LAST`` (LAST not included).
 
     Raises
     ------
@@ -51,9 +52,9 @@ def parse_sweep(entries: Sequence[str], base: Config) -> dict[str, list[Any]]:
         if name not in known or not isinstance(known[name], int | float | str | None):
             simple = [key for key, value in known.items() if isinstance(value, int | float | str | None)]
             raise TrainingError(f"--sweep {entry!r}: no setting {name!r}; there are {', '.join(simple)}")
-        grid[name] = [_value(part, known[name], entry) for part in _parts(text, known[name])]
+        grid[name] = [_parse_value(part, known[name], entry) for part in _split_values(text, known[name])]
         if len(set(grid[name])) < len(grid[name]):
-            raise TrainingError(f"--sweep {entry!r}: a value is there twice")
+            raise TrainingError(f"--sweep {entry!r}: a value is listed twice")
     return grid
 
 
@@ -73,21 +74,21 @@ def sweep(
     Parameters
     ----------
     base : Config
-        What the combinations have in common.
+        The settings that the combinations have in common.
     grid : mapping of str to sequence
         Values of each setting.
     out : Path
     jobs : int, optional
-        Runs at a time; by default as many as there are cores, or GPUs.
+        Number of runs at a time; by default that of the cores, or of the GPUs.
     device : str, optional
-        With several GPUs, ``cuda`` deals the runs out to them.
+        With several GPUs, ``cuda`` distributes the runs over them.
     resume : bool
-        Go on with the runs that are there; without it they are reported as failed and left as they are.
+        Continue existing runs; otherwise they are reported as failed and left as they are.
     progress : bool
     together : bool
-        Train all runs as one batched program in this process, in place of one process a run. Made for small networks
-        on a GPU, which a single one leaves idle; on a CPU separate processes take about half the time (LeNet-5). The
-        grid may then be over what :func:`trainers.runs.strategies.train_together` allows.
+        Train all runs as one batched program in this process, instead of one process per run. Intended for small
+        networks, which leave a GPU idle when trained alone; on a CPU separate processes take about half the time
+        (LeNet-5). Only settings that :func:`trainers.runs.strategies.train_together` lets differ can then be swept.
 
     Returns
     -------
@@ -97,60 +98,65 @@ def sweep(
     Raises
     ------
     TrainingError
-        If a process of the sweep is killed from outside, or the runs cannot be trained together.
+        If a process of the sweep is killed, or the runs cannot be trained together.
     """
-    configs = [
-        (replace(base, **dict(zip(grid, values, strict=True))), dict(zip(grid, values, strict=True)))
-        for values in itertools.product(*grid.values())
-    ]
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    plans = [_Plan(replace(base, **settings), settings, out / _folder(settings)) for settings in combinations]
     if together:
-        paths = [out / _folder(settings) for _, settings in configs]
-        every = [config for config, _ in configs]
-        ended = train_together(every, paths, device=device, resume=resume, progress=progress)
+        configs, paths = [plan.config for plan in plans], [plan.path for plan in plans]
+        results = train_together(configs, paths, device=device, resume=resume, progress=progress)
         return [
-            Outcome(path, settings, str(end) if isinstance(end, PnError) else None)
-            for path, (_, settings), end in zip(paths, configs, ended, strict=True)
+            Outcome(plan.path, plan.settings, str(result) if isinstance(result, PnError) else None)
+            for plan, result in zip(plans, results, strict=True)
         ]
-    where = resolve_device(device)
-    kind = where.type if where.index is None else str(where)
-    n_devices = (
-        (torch.cuda.device_count() if where.index is None else 1) if where.type == "cuda" else joblib.cpu_count()
-    )
-    jobs = max(min(jobs or n_devices, len(configs)), 1)
-    threads = max(joblib.cpu_count() // jobs, 1)
-    places = [f"cuda:{i % n_devices}" if kind == "cuda" else kind for i in range(len(configs))]
+    devices = _available_devices(device)
+    jobs = max(min(jobs or len(devices), len(plans)), 1)
+    # No more threads than this process may use: OMP_NUM_THREADS and torch.set_num_threads hold for its runs, too.
+    threads = min(max(joblib.cpu_count() // jobs, 1), torch.get_num_threads())
     calls = [
-        joblib.delayed(_one)(config, settings, out / _folder(settings), place, resume, threads)
-        for (config, settings), place in zip(configs, places, strict=True)
+        joblib.delayed(_train_one)(plan, place, resume, threads)
+        for plan, place in zip(plans, itertools.cycle(devices), strict=False)
     ]
-    found: dict[Path, Outcome] = {}
+    outcomes: dict[Path, Outcome] = {}
     with progress_bar(f"{len(calls)} runs", len(calls), progress) as advance:
         try:
             for outcome in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
-                found[outcome.path] = outcome
+                outcomes[outcome.path] = outcome
                 advance(1)
         except TerminatedWorkerError as error:
             raise TrainingError(
-                f"a process of the sweep was killed, for want of memory perhaps; {len(found)} of {len(calls)} runs are "
-                "complete: go on with --resume, and fewer --jobs"
+                f"a process of the sweep was killed, perhaps for lack of memory; {len(outcomes)} of {len(calls)} runs "
+                "are complete: continue with --resume and fewer --jobs"
             ) from error
-    return [found[out / _folder(settings)] for _, settings in configs]
+    return [outcomes[plan.path] for plan in plans]
 
 
-def _one(
-    config: Config, settings: dict[str, Any], path: Path, device: str, resume: bool, threads: int
-) -> Outcome:  # fmt: skip
+class _Plan(NamedTuple):
+    """A run of the grid before it is trained."""
+
+    config: Config
+    settings: dict[str, Any]
+    path: Path
+
+
+def _available_devices(device: str) -> list[str]:
+    """The devices to distribute runs over, one entry for each run that can be trained at the same time."""
+    chosen = resolve_device(device)
+    if chosen.type == "cuda":
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if chosen.index is None else [str(chosen)]
+    return [str(chosen)] * joblib.cpu_count()
+
+
+def _train_one(plan: _Plan, device: str, resume: bool, threads: int) -> Outcome:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads)  # else every process would start as many threads as there are cores
     try:
-        if resume or not (path / MANIFEST).exists():
-            train(config, path, device=device, resume=resume, progress=False)
-            return Outcome(path, settings, None)
-        return Outcome(path, settings, "is there already; go on with it by --resume")
-    except PnError as error:
-        return Outcome(path, settings, str(error))
-    except Exception as error:  # whatever a user's model may raise: it must not stop the other runs
-        return Outcome(path, settings, f"{type(error).__name__}: {error}")
+        if resume or not (plan.path / MANIFEST).exists():
+            train(plan.config, plan.path, device=device, resume=resume, progress=False)
+            return Outcome(plan.path, plan.settings, None)
+        return Outcome(plan.path, plan.settings, "exists already; continue it with --resume")
+    except Exception as error:  # a user's model may raise anything; it must not stop the other runs
+        return Outcome(plan.path, plan.settings, failure_of(error))
     finally:
         torch.set_num_threads(before)
 
@@ -159,14 +165,15 @@ def _folder(settings: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in settings.items()).replace("/", "-")
 
 
-def _parts(text: str, like: Any) -> list[str]:
+def _split_values(text: str, like: Any) -> list[str]:
     first, colon, last = text.partition(":")
     if colon and isinstance(like, int) and first.lstrip("-").isdigit() and last.lstrip("-").isdigit():
         return [str(i) for i in range(int(first), int(last))]
     return text.split(",")
 
 
-def _value(text: str, like: Any, entry: str) -> Any:
+def _parse_value(text: str, like: Any, entry: str) -> Any:
+    """The text as a value of the type of ``like``, the setting in the base configuration (``None`` for a number)."""
     if isinstance(like, bool):
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -177,4 +184,5 @@ def _value(text: str, like: Any, entry: str) -> Any:
             return int(text) if isinstance(like, int) else float(text)
         except ValueError:
             pass
-    raise TrainingError(f"--sweep {entry!r}: {text!r} is not a {'number' if like is None else type(like).__name__}")
+    expected = {bool: "true or false", int: "an integer"}.get(type(like), "a number")
+    raise TrainingError(f"--sweep {entry!r}: {text!r} is not {expected}")

@@ -1,4 +1,4 @@
-"""The data sets that pnanalysis knows by name."""
+"""The registered data sets."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from pnanalysis.errors import DataError
 from pnanalysis.inputs.data import RawImages, data_directory
 from pnanalysis.io.netcdf import atomic_path
+from trainers.zoo.kink import kink_data
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 _DIGITS_TRAIN = 1197  # of 1,797; the other 600 become validation and test
@@ -27,7 +28,7 @@ _DIGITS_TRAIN = 1197  # of 1,797; the other 600 become validation and test
 def digits(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> RawImages:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey levels 0 to 16 (Alpaydin and Kaynak 1998, UCI).
 
-    1,197 images to train on and 600 for validation and test, in an order drawn once and for all.
+    1,197 images for training and 600 for validation and test, in a fixed random order.
     """
     from sklearn.datasets import load_digits
 
@@ -46,12 +47,12 @@ def cifar10(path: str | None = None, input_shape: tuple[int, ...] | None = None)
     Parameters
     ----------
     path : str, optional
-        Folder to keep it in; by default the data directory.
+        Folder for the download; by default the data directory.
 
     Raises
     ------
     DataError
-        If it is not there and cannot be downloaded.
+        If it is not found and cannot be downloaded.
     """
     from torchvision.datasets import CIFAR10
 
@@ -61,7 +62,7 @@ def cifar10(path: str | None = None, input_shape: tuple[int, ...] | None = None)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"CIFAR-10 is not in {root} and cannot be downloaded ({error}); "
-            "put cifar-10-batches-py there, or use imagefolder:PATH on a folder of images"
+            "put cifar-10-batches-py there, or use imagefolder:PATH with a folder of images"
         ) from error
 
     def images(dataset: CIFAR10) -> Tensor:
@@ -75,8 +76,8 @@ def cifar10(path: str | None = None, input_shape: tuple[int, ...] | None = None)
 def imagefolder(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> RawImages:
     """Images in ``PATH/train/CLASS/`` and ``PATH/test/CLASS/``, decoded once and cached.
 
-    The cache, a safetensors file in the data directory, is keyed by the names and bytes of all image files and by
-    the size they were brought to; it is made anew when any of them changes.
+    The cache, a safetensors file in the data directory, is keyed by the names and contents of all image files and by
+    the size they are resized to; it is rebuilt when any of them changes.
 
     Parameters
     ----------
@@ -91,7 +92,7 @@ def imagefolder(path: str | None = None, input_shape: tuple[int, ...] | None = N
         If the folder is missing, has no class folders, no images, or an image is unreadable.
     """
     if not path:
-        raise DataError("which folder? write imagefolder:PATH, with PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg")
+        raise DataError("no folder given; write imagefolder:PATH, with images in PATH/train/CLASS and PATH/test/CLASS")
     root = Path(path).expanduser()
     classes = _class_names(root)
     files = {split: list(_images(root / split, classes)) for split in ("train", "test")}
@@ -114,18 +115,16 @@ def imagefolder(path: str | None = None, input_shape: tuple[int, ...] | None = N
 
 
 def kink6(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """The six points of the kink regression, inputs and targets of shape (6, 1); see :mod:`trainers.problems.escape`."""
+    """The six points of the kink regression, inputs and targets of shape (6, 1); see :mod:`trainers.zoo.kink`."""
     return _kink("kink6")
 
 
 def kink20(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """The denser kink regression, shape (20, 1)."""
+    """The kink regression with twenty points, shape (20, 1)."""
     return _kink("kink20")
 
 
 def _kink(name: str) -> tuple[Tensor, Tensor]:
-    from trainers.zoo.kink import kink_data
-
     x, y = kink_data(name)
     return torch.tensor(x, dtype=torch.float32)[:, None], torch.tensor(y, dtype=torch.float32)[:, None]
 
@@ -141,7 +140,7 @@ def _class_names(root: Path) -> list[str]:
         raise DataError(f"{root / 'train'}: has no class folders; put each class's images in a folder of its name")
     unknown = sorted({folder.name for folder in (root / "test").iterdir() if folder.is_dir()} - set(classes))
     if unknown:
-        raise DataError(f"{root / 'test' / unknown[0]}: a class that train/ does not have")
+        raise DataError(f"{root / 'test' / unknown[0]}: train/ does not have this class; add it or remove it here")
     return classes
 
 
@@ -170,7 +169,7 @@ def _content_key(root: Path, files: dict[str, list[tuple[Path, int]]], shape: tu
 def _read_cache(cache: Path) -> dict[str, Tensor] | None:
     try:
         return load_file(cache) if cache.is_file() else None
-    except SafetensorError:  # left damaged by something else: decode again
+    except SafetensorError:  # a damaged file: decode the images again
         return None
 
 
@@ -201,5 +200,5 @@ def _open(file: Path) -> Image.Image:
         image = Image.open(BytesIO(file.read_bytes()))
         image.load()
     except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{file}: not a readable image ({error}); mend or remove it") from error
+        raise DataError(f"{file}: not a readable image ({error}); repair or remove it") from error
     return image

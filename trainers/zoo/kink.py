@@ -1,4 +1,7 @@
-"""The kink regression: its points, and the loss of its plateau."""
+"""The kink regression: its points, and the loss of the plateau on which most networks get stuck.
+
+See :mod:`trainers.problems.escape` for the reason.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def kink_data(name: str = "kink6") -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     name : {"kink6", "kink20"}
-        Six points, or twenty of a cosine; both odd in x and scaled to the same plateau, 4.2.
+        Six points, or twenty of a cosine; both are odd in x and scaled to the same plateau, 4.2.
 
     Raises
     ------

@@ -1,6 +1,7 @@
-"""The paper's networks, for 32x32 images unless told otherwise.
+"""The paper's networks, by default for 32x32 images.
 
-Each factory takes ``input_shape`` (C, H, W) and ``num_classes`` and gives a module that carries ``input_shape``.
+The factories for images take ``input_shape`` (C, H, W) and ``num_classes`` and return a module with the attribute
+``input_shape``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ TANH_WIDTH = 256
 
 
 class ImageNetwork(nn.Sequential):
-    """Named layers in a row, with the input shape they were made for."""
+    """Named layers in sequence, with the input shape they were built for."""
 
     def __init__(self, input_shape: Sequence[int], **layers: nn.Module) -> None:
         super().__init__()
@@ -48,12 +49,12 @@ def lenet5(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> n
 
 
 def alexnet(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> nn.Module:
-    """AlexNet from torchvision, made for small images.
+    """AlexNet from torchvision, adapted to small images.
 
-    The stem, 11x11 with stride 4, becomes 3x3 with stride 1; the adaptive pooling to 6x6, which would only repeat
-    the 3x3 map that is left of 32x32, is taken out, and the first fully connected layer fits that map.
+    The first convolution, 11x11 with stride 4, becomes 3x3 with stride 1. The adaptive pooling to 6x6, which would only
+    repeat the 3x3 map that remains of 32x32, is removed, and the first fully connected layer fits that map.
     """
-    from torchvision import models  # slow to import: only when it is wanted
+    from torchvision import models  # slow to import
 
     network = models.alexnet(num_classes=num_classes)
     network.features[0] = nn.Conv2d(input_shape[0], 64, kernel_size=3, padding=1)
@@ -64,9 +65,9 @@ def alexnet(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> 
 
 
 def resnet18(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> nn.Module:
-    """ResNet-18 from torchvision, made for small images (He et al. 2016, section 4.2).
+    """ResNet-18 from torchvision, adapted to small images (He et al. 2016, section 4.2).
 
-    The stem, 7x7 with stride 2 and max-pooling, becomes 3x3 with stride 1 and no pooling.
+    The first convolution, 7x7 with stride 2 and max-pooling, becomes 3x3 with stride 1 and no pooling.
     """
     from torchvision import models
 
@@ -128,12 +129,12 @@ class Point(nn.Module):
 
 
 def point() -> nn.Module:
-    """What moves on the two-well surface."""
+    """The point that moves on the two-well surface."""
     return Point()
 
 
 def initialise_normal(model: nn.Module, std: float) -> None:
-    """Draw all weights and biases from N(0, std^2), in place; batch-norm layers keep theirs."""
+    """Draw all weights and biases from N(0, std^2), in place, except those of batch-norm layers."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue

@@ -1,4 +1,4 @@
-"""One training: it equals a loop written by hand, and stops at a loss that is not finite."""
+"""One fit: it equals a loop written by hand, and stops at a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_bf16_stays_close_to_float32() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
-def test_errors_are_shares_or_squares_as_they_are_counted() -> None:
+def test_the_kind_of_errors_follows_from_loss_and_targets() -> None:
     numbers, classes = torch.zeros(4, 2), torch.zeros(4).long()
     assert error_kind(nn.MSELoss(), classes) == error_kind(lambda o, t: o.sum(), numbers) == "squared error"
     assert error_kind(nn.functional.cross_entropy, numbers) == error_kind(lambda o, t: o.sum(), classes) == "share"
@@ -122,7 +122,7 @@ def test_crops_are_shifts_of_the_reflected_image_and_flips_mirror() -> None:
     assert 5 < int(kept.sum()) < 35  # of 40 fair coins; either bound is five standard deviations away
 
 
-def test_errors_are_counted_as_the_loss_has_them() -> None:
+def test_errors_are_counted_as_the_loss_defines_them() -> None:
     outputs = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
     cross_entropy = nn.functional.cross_entropy
     assert float(error_counter(cross_entropy)(outputs, torch.tensor([0, 1, 1, 0]))) == 2

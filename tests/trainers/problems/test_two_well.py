@@ -1,4 +1,4 @@
-"""Descents on surfaces of two parameters against hand-written loops and the paper's end points."""
+"""Descents on surfaces of two parameters, compared with hand-written loops and the paper's end points."""
 
 from __future__ import annotations
 
@@ -16,8 +16,17 @@ from torch import Tensor
 from pnanalysis.errors import TrainingError
 from pnanalysis.io import netcdf
 from trainers.problems.basins import basin_map
-from trainers.problems.compiled_gradient import Surface, compile_gradient
-from trainers.problems.two_well import START, WINDOW, descend, descend_restarts, penalised, surfaces, two_well
+from trainers.problems.descent import PlaneFunction
+from trainers.problems.two_well import (
+    START,
+    WINDOW,
+    closed_form_gradient,
+    descend,
+    descend_restarts,
+    penalised,
+    surfaces,
+    two_well,
+)
 
 matplotlib.use("agg")
 
@@ -31,23 +40,25 @@ def quadratic_form(x: Tensor, y: Tensor) -> Tensor:
     return v @ torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64) @ v
 
 
-OFFSET = torch.tensor(0.3, dtype=torch.float64)
-PLAIN: dict[str, Surface] = {
+def himmelblau(x: Tensor, y: Tensor) -> Tensor:
+    return (x**2 + y - 11) ** 2 + (x + y**2 - 7) ** 2
+
+
+TWO_WELLS: dict[str, PlaneFunction] = {
     "two wells": two_well,
     "repelled": penalised(two_well, [(2.0, -2.0), (-1.9, -1.0)], 0.1),
-    "Rosenbrock": lambda x, y: (1 - x) ** 2 + 100 * (y - x**2) ** 2,
-    "Himmelblau": lambda x, y: (x**2 + y - 11) ** 2 + (x + y**2 - 7) ** 2,
-    "Rastrigin": lambda x, y: 20 + x**2 + y**2 - 10 * torch.cos(2 * math.pi * x) - 10 * torch.cos(2 * math.pi * y),
-    "powers": lambda x, y: (x * x + 1) ** 1.5 + (2 + y) ** -2 + 2**y + x**3 + y**4 + (y - x) ** 0,
-    "quotients": lambda x, y: 1 / (1 + x * x) + torch.rsqrt(2 + y) + (x - y) / (y * y + 3),
-    "squashing": lambda x, y: torch.tanh(x * y) + torch.sigmoid(x - y) + torch.sqrt(1 + x.abs()),
-    "transcendental": lambda x, y: torch.sin(x) * torch.log(3 + y) + torch.log1p(x * x) + torch.expm1(y).cosh(),
-    "a constant it holds": lambda x, y: (x - OFFSET) ** 2 * torch.tensor(2.0) + torch.sub(y * y, x, alpha=3),
-}  # fmt: skip
-OTHER: dict[str, Surface] = {"a branch": branching, "matrix products": quadratic_form, "hypot": torch.hypot}
+    "repelled twice": penalised(penalised(two_well, [(2.0, -2.0)], 0.1), [(0.3, 0.2)], 2.0),
+}
+OTHER: dict[str, PlaneFunction] = {
+    "Himmelblau": himmelblau,
+    "Himmelblau, repelled": penalised(himmelblau, [(3.0, 2.0)], 0.5),
+    "a branch": branching,
+    "matrix products": quadratic_form,
+    "hypot": torch.hypot,
+}
 
 
-def by_hand(surface: Surface, start: tuple[float, float], lr: float, steps: int) -> np.ndarray:
+def by_hand(surface: PlaneFunction, start: tuple[float, float], lr: float, steps: int) -> np.ndarray:
     """Positions (steps + 1, 2) of plain descent through torch's autograd."""
     path = [start]
     for _ in range(steps):
@@ -57,32 +68,35 @@ def by_hand(surface: Surface, start: tuple[float, float], lr: float, steps: int)
     return np.array(path)
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_traced_gradient_is_torchs_own(name: str) -> None:
-    surface = PLAIN[name]
-    floats, arrays = compile_gradient(surface, "float"), compile_gradient(surface, "array")
-    assert floats is not None
-    assert arrays is not None
-    points = torch.from_numpy(np.random.default_rng(0).uniform(-1.5, 1.5, (2, 40)))
-    slopes, values = torch.func.vmap(torch.func.grad_and_value(surface, argnums=(0, 1)))(*points)
-    expected = torch.stack([*slopes, values]).numpy()
-    x, y = points.numpy()
-    one_by_one = np.array([floats(a, b) for a, b in zip(x.tolist(), y.tolist(), strict=True)]).T
-    # the same operations in the same order; a library function may differ in its last bit, 2^-52, and terms up to
-    # 2,000 (Rosenbrock) cancel
-    tolerance = 1e3 * 2**-52 * max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(one_by_one, expected, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(np.broadcast_arrays(*arrays(x, y)), expected, rtol=0, atol=tolerance)
+@pytest.mark.parametrize("name", TWO_WELLS)
+def test_closed_form_gradient_is_torchs_own(name: str) -> None:
+    gradient = closed_form_gradient(TWO_WELLS[name])
+    assert gradient is not None
+    points = np.random.default_rng(0).uniform(*zip(*WINDOW, strict=True), size=(200, 2)).T
+    expected = torch.func.vmap(torch.func.grad(TWO_WELLS[name], argnums=(0, 1)))(*torch.from_numpy(points))
+    one_by_one = np.array([gradient(x, y) for x, y in points.T.tolist()]).T
+    # some ten roundings, 2^-53 each, of terms up to 10
+    np.testing.assert_allclose(one_by_one, torch.stack(expected), rtol=0, atol=100 * 2**-53)
+    np.testing.assert_allclose(gradient(*points), torch.stack(expected), rtol=0, atol=100 * 2**-53)
 
 
-@pytest.mark.parametrize("name", ["a branch", "matrix products"])
-def test_what_cannot_be_rewritten_is_left_to_torch(name: str) -> None:
-    assert compile_gradient(OTHER[name], "float") is None
+def test_closed_form_gradient_is_zero_on_the_kink_of_the_penalty() -> None:
+    x, y = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    repelled = penalised(two_well, [(2.0, -2.0)], 0.1)  # whose kink passes through (1, 1)
+    expected = [float(slope) for slope in torch.func.grad(repelled, argnums=(0, 1))(x, y)]
+    for point in ((1.0, 1.0), (np.ones(1), np.ones(1))):
+        slopes = closed_form_gradient(repelled)(*point)  # type: ignore[misc]
+        np.testing.assert_allclose(np.ravel(slopes), expected, rtol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["two wells", "Himmelblau", *OTHER])
+@pytest.mark.parametrize("name", OTHER)
+def test_other_surfaces_are_left_to_torch(name: str) -> None:
+    assert closed_form_gradient(OTHER[name]) is None
+
+
+@pytest.mark.parametrize("name", [*TWO_WELLS, *OTHER])
 def test_descent_follows_the_hand_written_loop(name: str) -> None:
-    surface = {**PLAIN, **OTHER}[name]
+    surface = {**TWO_WELLS, **OTHER}[name]
     ds = descend(surface, (-0.5, 1.0), iterations=1, lr=1e-2, steps=60, samples=60)
     expected = by_hand(surface, (-0.5, 1.0), 1e-2, 60)
     np.testing.assert_allclose(ds["path"][0], expected, rtol=1e-12)  # 60 steps of a few roundings, 2^-53 each
@@ -111,6 +125,12 @@ def test_persistent_iterations_are_repelled_from_all_before() -> None:
         return value
 
     np.testing.assert_allclose(ends[2], by_hand(repelled, START, 1e-2, 300)[-1], rtol=1e-11)
+
+
+def test_numpys_scalars_do_as_settings() -> None:
+    settings = {"steps": 200, "samples": 2}
+    ds = descend(iterations=3, lam=np.float64(0.2), lr=np.float64(1e-2), **settings)
+    xr.testing.assert_equal(ds, descend(iterations=3, lam=0.2, lr=1e-2, **settings))
 
 
 def test_surfaces_are_the_penalised_ones() -> None:
@@ -145,7 +165,7 @@ def test_restarts_begin_with_the_plain_descent_and_stay_in_the_window() -> None:
     np.testing.assert_allclose(five["end"][1], expected, rtol=1e-12)
 
 
-def test_a_stopped_study_goes_on_where_it_was() -> None:
+def test_a_stopped_descent_resumes_where_it_was() -> None:
     seen: list[xr.Dataset] = []
     whole = descend(iterations=4, steps=400, on_iteration=seen.append)
     assert [ds.sizes["iteration"] for ds in seen] == [1, 2, 3, 4]
@@ -155,13 +175,13 @@ def test_a_stopped_study_goes_on_where_it_was() -> None:
         descend(iterations=4, steps=400, lam=0.3, resume=seen[1])
 
 
-def test_studies_survive_saving(tmp_path: Path) -> None:
+def test_descents_resume_from_a_file(tmp_path: Path) -> None:
     first = descend(iterations=2, steps=100)
     loaded = netcdf.load(netcdf.save(first, tmp_path / "descent.nc"))
     xr.testing.assert_equal(descend(iterations=3, steps=100, resume=loaded), descend(iterations=3, steps=100))
 
 
-def first_bad_step(surface: Surface, start: tuple[float, float], lr: float, steps: int) -> int:
+def first_bad_step(surface: PlaneFunction, start: tuple[float, float], lr: float, steps: int) -> int:
     for step, position in enumerate(by_hand(surface, start, lr, steps)):
         if not math.isfinite(float(surface(*torch.from_numpy(position)))):
             return step
@@ -177,7 +197,7 @@ def first_bad_step(surface: Surface, start: tuple[float, float], lr: float, step
     ],
 )
 @pytest.mark.parametrize("restarts", [False, True])
-def test_a_surface_that_returns_nan_is_named_with_the_step(surface: Surface, restarts: bool) -> None:
+def test_a_surface_that_returns_nan_is_named_with_the_step(surface: PlaneFunction, restarts: bool) -> None:
     step = first_bad_step(surface, (1.0, 1.0), 0.01, 200)
     go: Callable[..., xr.Dataset] = descend_restarts if restarts else descend
     with pytest.raises(TrainingError, match=rf"not finite at step {step}, at \(-?0\.\d+, "):
@@ -187,48 +207,6 @@ def test_a_surface_that_returns_nan_is_named_with_the_step(surface: Surface, res
 def test_a_descent_that_runs_away_is_an_error_with_the_step() -> None:
     with pytest.raises(TrainingError, match="not finite at step 21"):
         descend(lambda x, y: -(x**4) - y**2, (1.0, 1.0), lr=0.01, steps=5000)
-
-
-def test_two_wells_have_two_basins() -> None:
-    ds = basin_map(n=41)
-    # where the gradient vanishes, by Newton's method on the formula
-    minima = []
-    for start in ((-2.0, -1.0), (2.0, -2.0)):
-        point = torch.tensor(start, dtype=torch.float64)
-        for _ in range(8):
-            slope = torch.func.grad(lambda p: two_well(p[0], p[1]))(point)
-            curvature = torch.func.hessian(lambda p: two_well(p[0], p[1]))(point)
-            point = point - torch.linalg.solve(curvature, slope)
-        minima.append(point.numpy())
-    # the wide well has curvature 0.4: after time 50, e^(-20) of a distance up to 8 is left
-    np.testing.assert_allclose(ds["minimum"], minima, atol=8 * math.exp(-20))
-    assert ds["minimum_value"].values[0] < ds["minimum_value"].values[1]
-    assert ds["basin"].sel(x=2, y=-2, method="nearest") == 1
-    assert ds["basin"].sel(x=-2, y=-1, method="nearest") == 0
-    assert ds["basin"].values[-1, 0] == -1  # the plateau in the corner
-    counts = [(ds["basin"].values == well).mean() for well in (0, 1)]
-    np.testing.assert_allclose(ds["share"], counts)
-
-
-def test_basins_agree_with_single_descents_at_the_papers_rate() -> None:
-    ds = basin_map(n=41)
-    for row, column in ((17, 18), (30, 15), (33, 25), (13, 5), (3, 22)):
-        start = float(ds["x"][column]), float(ds["y"][row])
-        end = descend(two_well, start, iterations=1, samples=1)["end"].values[0]
-        minimum = ds["minimum"][int(ds["basin"][row, column])]
-        np.testing.assert_allclose(end, minimum, atol=8 * math.exp(-18))  # at most 5 of the 50 spent on the plateau
-
-
-def test_a_surface_without_a_minimum_has_no_basin() -> None:
-    ds = basin_map(lambda x, y: -(x**4) - y**2, n=11, lr=0.1, steps=500)
-    assert ds.sizes["well"] == 0
-    assert (ds["basin"].values == -1).all()
-
-
-def test_one_bowl_is_one_basin() -> None:
-    ds = basin_map(lambda x, y: (x - 1) ** 2 + 2 * (y + 1) ** 2, n=15, lr=0.05, steps=1000)
-    np.testing.assert_allclose(ds["minimum"], [[1.0, -1.0]], atol=1e-12)
-    assert float(ds["share"][0]) == 1.0
 
 
 @pytest.mark.parametrize("lam", [-0.1, math.nan, math.inf])

@@ -1,4 +1,4 @@
-"""Data that network or loss cannot take: told in a sentence before a run exists, in every way to train."""
+"""Data that network or loss cannot take: an error of one sentence before a run exists, in every way to train."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ DATA = {
     "floats": (X, CLASSES.float()),
     "flat": (X, X[:, 0]),
     "column": (X, X[:, :1]),
+    "batches": [(X, CLASSES)],
+    "held_out_batches": {"train": (X, CLASSES), "validation": [(X, CLASSES)]},
     "held_out": {"train": (X, CLASSES), "validation": (X, LATE)},
 }
 
@@ -76,16 +78,24 @@ def test_what_cannot_be_trained_leaves_nothing_behind(tmp_path: Path, bad: Confi
     assert not out.exists()
 
 
-def test_a_look_beforehand_changes_no_training(tmp_path: Path, monkeypatch) -> None:
-    looked = train(config("good"), tmp_path / "looked", device="cpu", progress=False)
-    monkeypatch.setattr("trainers.runs.session.try_out", lambda *_: None)
-    blind = train(config("good"), tmp_path / "blind", device="cpu", progress=False)
-    for one, other in zip(looked.checkpoints, blind.checkpoints, strict=True):
+@pytest.mark.parametrize(("data", "split"), [("batches", "train"), ("held_out_batches", "validation")])
+def test_loaders_are_refused(tmp_path: Path, data: str, split: str) -> None:
+    for call in (train, lambda bad, out, **options: train_together([bad], [out], **options)):
+        with pytest.raises(DataError, match=f"the {split} split is a loader; training needs tensors"):
+            call(config(data), tmp_path / "run", device="cpu", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_checks_change_no_training(tmp_path: Path, monkeypatch) -> None:
+    checked = train(config("good"), tmp_path / "checked", device="cpu", progress=False)
+    monkeypatch.setattr("trainers.runs.session.check_trainable", lambda *_: None)
+    unchecked = train(config("good"), tmp_path / "unchecked", device="cpu", progress=False)
+    for one, other in zip(checked.checkpoints, unchecked.checkpoints, strict=True):
         a, b = one.load(), other.load()
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_data_that_were_mended_can_be_trained_at_once(tmp_path: Path) -> None:
+def test_a_refused_run_can_be_trained_with_other_data(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         train(config("late"), tmp_path / "run", device="cpu", progress=False)
     train(config("good"), tmp_path / "run", device="cpu", progress=False)

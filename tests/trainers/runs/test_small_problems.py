@@ -36,25 +36,29 @@ def test_s1_restarts_begin_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["persistent", "restart"])
-def test_s2_runs_resumes_and_can_be_analysed(tmp_path: Path, strategy: str) -> None:
+def test_s2_checkpoints_are_the_networks_that_it_trained(tmp_path: Path, strategy: str) -> None:
     config = configure(find_recipe("S2"), strategy=strategy, iterations=3, epochs=300)
-    whole = train(config, tmp_path / "whole", device="cpu", progress=False)
-    assert len(whole.ends) == 3
-    if strategy == "persistent":
-        train(replace(config, iterations=2), tmp_path / "parts", device="cpu", progress=False)
-        parts = train(config, tmp_path / "parts", device="cpu", progress=False, resume=True)
-        np.testing.assert_array_equal(parts.history.train_loss, whole.history.train_loss)
+    run = train(config, tmp_path / "run", device="cpu", progress=False)
+    assert len(run.ends) == 3
     x, y = load_data("kink6").train.take(slice(None))
-    for iteration, end in enumerate(whole.ends):
-        model = as_source(whole).model(end)
+    for iteration, end in enumerate(run.ends):
+        model = as_source(run).model(end)
         loss = float((model(x) - y).square().mean().detach())
         # float32 sums over 6 points and 32 units, in another order
-        assert loss == pytest.approx(float(whole.history.train_loss[iteration, -1]), rel=1e-4)
-    spectrum = pn.hessian(whole, checkpoints=["plain"], n=None, n_lanczos=10, n_probes=2, progress=False)
+        assert loss == pytest.approx(float(run.history.train_loss[iteration, -1]), rel=1e-4)
+    spectrum = pn.hessian(run, checkpoints=["plain"], n=None, n_lanczos=10, n_probes=2, progress=False)
     assert np.isfinite(float(spectrum.lambda_max[0]))
 
 
-def test_small_studies_refuse_what_they_cannot_do(tmp_path: Path) -> None:
+def test_s2_resumes_to_the_same_end(tmp_path: Path) -> None:
+    config = configure(find_recipe("S2"), iterations=3, epochs=300)
+    whole = train(config, tmp_path / "whole", device="cpu", progress=False)
+    train(replace(config, iterations=2), tmp_path / "parts", device="cpu", progress=False)
+    parts = train(config, tmp_path / "parts", device="cpu", progress=False, resume=True)
+    np.testing.assert_array_equal(parts.history.train_loss, whole.history.train_loss)
+
+
+def test_other_strategies_and_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no layers to choose"):
         train(configure(find_recipe("S1"), strategy="partial"), tmp_path / "run", progress=False)
     config = configure(find_recipe("S1"), epochs=100)
@@ -64,11 +68,11 @@ def test_small_studies_refuse_what_they_cannot_do(tmp_path: Path) -> None:
     assert netcdf.load(tmp_path / "run" / "analysis" / "descent.nc").sizes["iteration"] == 2
 
 
-def test_what_ends_a_study_marks_its_run(tmp_path: Path, monkeypatch) -> None:
-    def ends(*_: object, **__: object) -> None:
+def test_an_error_marks_its_run_as_failed(tmp_path: Path, monkeypatch) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr("trainers.problems.two_well.descend", ends)
+    monkeypatch.setattr("trainers.problems.two_well.descend", fails)
     with pytest.raises(ZeroDivisionError):
         train(find_recipe("S1").config, tmp_path / "s1", progress=False)
     manifest = pn.open_run(tmp_path / "s1").manifest

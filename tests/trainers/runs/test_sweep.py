@@ -1,4 +1,4 @@
-"""Grids of runs: all of them run, failures stay alone, what was killed goes on."""
+"""Grids of runs: all of them are trained, one failure stops no other, and killed sweeps resume."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import pnanalysis as pn
 import trainers.runs.sweep
@@ -31,22 +32,28 @@ def test_a_grid_becomes_one_dataset_along_its_settings(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ds.train_loss.sel(**outcome.settings), own.train_loss)
 
 
-def test_analyses_of_a_grid_keep_what_is_each_runs_own(tmp_path: Path) -> None:
-    outcomes = sweep(BASE, {"seed": [0, 1]}, tmp_path, **QUIET)
-    for outcome, champion in zip(outcomes, (0, 1), strict=True):
-        run = pn.open_run(outcome.path)
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep over two seeds; analyses may be added to it."""
+    out = tmp_path_factory.mktemp("sweeps")
+    assert [outcome.failure for outcome in sweep(BASE, {"seed": [0, 1]}, out, **QUIET)] == [None, None]
+    return out
+
+
+def test_analyses_of_a_grid_keep_what_differs_between_runs(two_seeds: Path) -> None:
+    paths = [two_seeds / f"seed={seed}" for seed in (0, 1)]
+    for path, champion in zip(paths, (0, 1), strict=True):
+        run = pn.open_run(path)
         checkpoints = ("plain", f"iter{champion:02d}")
         ds = pn.hessian(run, checkpoints=checkpoints, n=16, n_hvp=4, progress=False)
-        pn.save(ds.assign_coords(checkpoint=["plain", "champion"]), outcome.path / "analysis" / "hessian.nc")
-    joined = pn.open_runs(tmp_path, "hessian")
+        pn.save(ds.assign_coords(checkpoint=["plain", "champion"]), path / "analysis" / "hessian.nc")
+    joined = pn.open_runs(two_seeds, "hessian")
     assert joined.iteration.sel(checkpoint="champion").values.tolist() == [0, 1]
     assert "iteration" in joined.coords
-    np.testing.assert_array_equal(
-        joined.lambda_max.sel(seed=1), pn.load(outcomes[1].path / "analysis/hessian.nc").lambda_max
-    )
+    np.testing.assert_array_equal(joined.lambda_max.sel(seed=1), pn.load(paths[1] / "analysis/hessian.nc").lambda_max)
 
 
-def test_one_failed_run_stops_no_other_and_resume_goes_on(tmp_path: Path) -> None:
+def test_one_failed_run_stops_no_other_and_the_sweep_resumes(tmp_path: Path) -> None:
     outcomes = sweep(BASE, {"layers": ["fc1", "nowhere"]}, tmp_path, **QUIET)
     assert outcomes[0].failure is None
     assert "nowhere" in str(outcomes[1].failure)
@@ -56,38 +63,58 @@ def test_one_failed_run_stops_no_other_and_resume_goes_on(tmp_path: Path) -> Non
     assert [o.failure for o in sweep(BASE, {"layers": ["fc1", "fc2"]}, tmp_path, resume=True, **QUIET)] == [None, None]
 
 
-def test_several_processes_give_the_same_runs(tmp_path: Path) -> None:
-    grid = {"seed": [0, 1]}
-    sweep(BASE, grid, tmp_path / "one", **QUIET)
-    sweep(BASE, grid, tmp_path / "two", **{**QUIET, "jobs": 2})
-    one, two = (pn.open_runs(tmp_path / name) for name in ("one", "two"))
+def test_several_processes_give_the_same_runs(two_seeds: Path, tmp_path: Path) -> None:
+    sweep(BASE, {"seed": [0, 1]}, tmp_path, **{**QUIET, "jobs": 2})
+    one, two = pn.open_runs(two_seeds), pn.open_runs(tmp_path)
     np.testing.assert_allclose(one.train_loss, two.train_loss, rtol=1e-4)  # thread counts differ
+
+
+def test_runs_use_no_more_threads_than_the_process_may(tmp_path: Path, monkeypatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("trainers.runs.sweep.train", lambda *_, **__: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sweep(BASE, {"seed": [0, 1]}, tmp_path, **QUIET)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1]
+
+
+def test_runs_are_distributed_over_the_gpus(tmp_path: Path, monkeypatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("trainers.runs.sweep.train", lambda *_, device, **__: seen.append(device))
+    monkeypatch.setattr("trainers.runs.sweep.resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda", "cuda:1"):
+        sweep(BASE, {"seed": [0, 1, 2]}, tmp_path, **{**QUIET, "device": device})
+    assert seen == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:1", "cuda:1"]
 
 
 def _killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_process_ends_the_sweep_with_what_to_do(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(trainers.runs.sweep, "_one", _killed)
+def test_a_killed_process_ends_the_sweep_and_names_resume(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trainers.runs.sweep, "_train_one", _killed)
     with pytest.raises(TrainingError, match="killed.*--resume"):
         sweep(BASE, {"seed": [0, 1]}, tmp_path, **{**QUIET, "jobs": 2})
 
 
-def test_values_are_read_by_their_setting() -> None:
+def test_values_have_the_type_of_their_setting() -> None:
     grid = parse_sweep(["lam=1e-3,1e-2", "seed=0:3", "layers=all,random", "batch-size=32"], Config())
     assert grid == {"lam": [1e-3, 1e-2], "seed": [0, 1, 2], "layers": ["all", "random"], "batch_size": [32]}
 
 
 @pytest.mark.parametrize(
     ("entry", "says"),
-    [("lam", "NAME=A,B,C"), ("lamda=1", "there are"), ("seed=a", "not a int"), ("lam=x", "not a float")],
+    [("lam", "NAME=A,B,C"), ("lamda=1", "there are"), ("seed=a", "not an integer"), ("lam=x", "not a number")],
 )
-def test_bad_entries_are_told(entry: str, says: str) -> None:
+def test_bad_entries_are_errors(entry: str, says: str) -> None:
     with pytest.raises(TrainingError, match=says):
         parse_sweep([entry], Config())
 
 
-def test_a_folder_without_runs_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no runs"):
         pn.open_runs(tmp_path)
