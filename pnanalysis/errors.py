@@ -2,7 +2,7 @@
 
 
 def reason(error: BaseException) -> str:
-    """An error of somebody else's by its type and first line."""
+    """The type and first line of an error that another library or the user's code has raised."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pnanalysis.errors import DataError
 from pnanalysis.inputs.data import RawImages, data_directory
-from pnanalysis.io.netcdf import atomic_path
+from pnanalysis.io.atomic import atomic_path
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 _DIGITS_TRAIN = 1197  # of 1,797; the other 600 become validation and test
