@@ -40,9 +40,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a name for a temporary directory, which the body makes; on success sync its files and rename it to ``path``.
+    """Yield a name under which the body makes a directory; on success sync its files and rename it to ``path``.
 
-    A directory at ``path`` is replaced. If the body raises, it is untouched and the temporary directory is removed.
+    A directory at ``path`` is replaced. If the body raises, it is untouched and the new directory is removed.
 
     Raises
     ------

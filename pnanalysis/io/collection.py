@@ -17,6 +17,9 @@ from pnanalysis.io import datasets, zarr_store
 from pnanalysis.io.atomic import atomic_directory
 from pnanalysis.io.runs import MANIFEST, Run, open_run
 
+#: Runs that are in memory at once while they are collected.
+_BATCH = 16
+
 
 def open_runs(directory: str | os.PathLike[str], kind: str = "history") -> xr.Dataset:
     """Open one dataset of all the runs in a folder, or of a store that :func:`collect_runs` has written.
@@ -63,7 +66,7 @@ def open_runs(directory: str | os.PathLike[str], kind: str = "history") -> xr.Da
 
 
 def collect_runs(directory: str | os.PathLike[str], kind: str, path: str | os.PathLike[str]) -> Path:
-    """Write the datasets of all the runs in a folder to one Zarr store, with no more than one of them in memory.
+    """Write the datasets of all the runs in a folder to one Zarr store, with only a few of them in memory.
 
     Parameters
     ----------
@@ -101,11 +104,15 @@ def collect_runs(directory: str | os.PathLike[str], kind: str, path: str | os.Pa
     for _, file in found:
         frame.widen(datasets.load(file))
     with atomic_directory(path) as temporary:
-        for i, (run, file) in enumerate(found):
-            ds = frame.fill(datasets.load(file))
-            dim = _free_name(ds, "run")
-            coords = {_free_name(ds, name): (dim, np.array(values)[i : i + 1]) for name, values in settings.items()}
-            zarr_store.append(_placed(ds, {"run": run.path.name}).assign_coords(coords), temporary, dim)
+        # To append takes a while however few the rows, so several runs are appended at once.
+        for begin in range(0, len(found), _BATCH):
+            batch = slice(begin, begin + _BATCH)
+            parts = [frame.fill(datasets.load(file)) for _, file in found[batch]]
+            dim = _free_name(parts[0], "run")
+            coords = {_free_name(parts[0], name): (dim, np.array(values)[batch]) for name, values in settings.items()}
+            rows = [_placed(ds, {"run": run.path.name}) for ds, (run, _) in zip(parts, found[batch], strict=True)]
+            together = xr.concat(rows, dim, data_vars="minimal", coords="minimal", compat="override", join="exact")
+            zarr_store.append(together.assign_coords(coords), temporary, dim)
     return path
 
 
@@ -181,7 +188,9 @@ class _Frame:
             dtype = np.dtype(object) if array.dtype.kind in "UO" else array.dtype
             dims, earlier, attrs = self.variables.get(name, (array.dims, dtype, array.attrs))
             if dims != array.dims:
-                raise RunError(f"the runs cannot be collected: {name!r} has dims {dims} in one and {array.dims} in another")
+                raise RunError(
+                    f"the runs cannot be collected: {name!r} has dims {dims} in one and {array.dims} in another"
+                )
             self.variables[name] = dims, np.result_type(earlier, dtype), attrs
         self.indexes |= indexes
         self.sizes |= sizes

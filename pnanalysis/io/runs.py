@@ -145,8 +145,8 @@ class Run:
     def select(self, names: Iterable[str]) -> dict[str, Checkpoint]:
         """Checkpoints by name.
 
-        Names are ``plain``, ``champion``, ``start``, ``iter03`` (its end), ``iter03/epoch015``, or the groups ``ends`` and
-        ``all``, which give each checkpoint under its full name.
+        Names are ``plain``, ``champion``, ``start``, ``iter03`` (its end), ``iter03/epoch015``, or the groups ``ends``
+        and ``all``, which give each checkpoint under its full name.
 
         Raises
         ------
@@ -160,7 +160,9 @@ class Run:
             else:
                 chosen[name] = self._named(str(name))
         if not chosen:
-            raise RunError(f"{self.path}: no checkpoints selected; name some, such as plain and champion, or train the run")
+            raise RunError(
+                f"{self.path}: no checkpoints selected; name some, such as plain and champion, or train the run"
+            )
         return chosen
 
     def _named(self, name: str) -> Checkpoint:

@@ -126,5 +126,7 @@ class RunWriter:
 def _dump(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """Tensors as the bytes of a safetensors file."""
     # Copies, because the format refuses tensors that share memory (tied weights) or are not contiguous.
-    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     return dump_safetensors(copies, metadata)

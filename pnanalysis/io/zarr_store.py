@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -17,7 +18,7 @@ from pnanalysis.io.atomic import atomic_directory
 from pnanalysis.schema import SCHEMAS, validate
 
 SUFFIX = ".zarr"
-_FORMAT = 2
+_FORMAT: Literal[2] = 2
 _CHUNK_BYTES = 2**18
 #: Strings of fixed length, of any length, and as objects.
 _STRING_KINDS = "UTO"
@@ -179,7 +180,7 @@ def _drop_unfinished_rows(path: Path) -> None:
 
     finished = zarr.open_group(path, mode="r", zarr_format=_FORMAT, use_consolidated=True)
     present = zarr.open_group(path, mode="r+", zarr_format=_FORMAT, use_consolidated=False)
+    shapes = {name: array.shape for name, array in finished.arrays()}
     for name, array in present.arrays():
-        shape = finished[name].shape
-        if array.shape != shape:
-            array.resize(shape)
+        if array.shape != shapes[name]:
+            array.resize(shapes[name])
