@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pnanalysis.errors import ModelError
+from pnanalysis.errors import ModelError, reason
 from pnanalysis.io.runs import Checkpoint
 
 
@@ -92,7 +92,7 @@ def _places(path: Path) -> dict[str, _Place]:
                     found[name] = _Place(tensor.dtype, tuple(tensor.shape), end)
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path}: not a readable safetensors file, damaged or cut short ({error}); "
+            f"{path}: not a readable safetensors file, damaged or cut short ({reason(error)}); "
             "copy the file again or repeat the training"
         ) from error
     return dict(reversed(found.items()))

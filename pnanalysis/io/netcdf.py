@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from pnanalysis.errors import SchemaError
+from pnanalysis.errors import SchemaError, reason
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.schema import validate
 
@@ -40,5 +40,5 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
         with xr.open_dataset(path, engine="h5netcdf") as ds:
             loaded = ds.load()
     except (OSError, ValueError, KeyError) as error:
-        raise SchemaError(f"{path}: not a readable NetCDF4 file ({error})") from error
+        raise SchemaError(f"{path}: not a readable NetCDF4 file ({reason(error)})") from error
     return validate(loaded)

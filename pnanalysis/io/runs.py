@@ -26,7 +26,7 @@ from typing import Any
 import xarray as xr
 
 from pnanalysis import schema
-from pnanalysis.errors import RunError
+from pnanalysis.errors import RunError, reason
 from pnanalysis.io import netcdf, zarr_store
 from pnanalysis.io.datasets import load
 from pnanalysis.io.weights import State, read_weights
@@ -224,7 +224,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{file}: unreadable ({error}); restore it or train the run again") from error
+        raise RunError(f"{file}: unreadable ({reason(error)}); restore it or train the run again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise RunError(f"{file}: not a manifest of pnanalysis; name a folder that pntrain has written")
     if manifest.get("schema_version", 0) > schema.SCHEMA_VERSION:

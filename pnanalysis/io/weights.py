@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from pnanalysis.errors import ModelError
+from pnanalysis.errors import ModelError, reason
 
 State = dict[str, torch.Tensor]
 
@@ -42,7 +42,7 @@ def read_weights(path: str | os.PathLike[str]) -> State:
         except SafetensorError as error:
             # Pickles begin with their protocol, the archives of torch.save with the magic number of zip files.
             is_pickle = raw[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK")
-            cause = "it is a pickle, which could run code" if is_pickle else str(error)
+            cause = "it is a pickle, which could run code" if is_pickle else reason(error)
             raise ModelError(f"{path}: refused, it is not a safetensors file ({cause})") from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)

@@ -98,7 +98,7 @@ class RunWriter:
                 position = {key: int(value) for key, value in (file.metadata() or {}).items()}
             return load_safetensors(path.read_bytes()), position
         except (SafetensorError, ValueError) as error:
-            raise RunError(f"{path}: damaged ({error}); delete it to repeat the iteration") from error
+            raise RunError(f"{path}: damaged ({reason(error)}); delete it to repeat the iteration") from error
 
     def drop_state(self) -> None:
         """Remove the resume state: the run is complete."""

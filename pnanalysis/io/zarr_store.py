@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from pnanalysis.errors import SchemaError
+from pnanalysis.errors import SchemaError, reason
 from pnanalysis.io.atomic import atomic_directory
 from pnanalysis.schema import SCHEMAS, validate
 
@@ -50,7 +50,7 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
     try:
         return validate(ds.load())
     except (OSError, RuntimeError) as error:  # a chunk that cannot be read or decompressed
-        raise SchemaError(f"{path}: not a readable Zarr store ({error})") from error
+        raise SchemaError(f"{path}: not a readable Zarr store ({reason(error)})") from error
 
 
 def open_store(path: str | os.PathLike[str]) -> xr.Dataset:
@@ -73,7 +73,7 @@ def open_store(path: str | os.PathLike[str]) -> xr.Dataset:
         strings = [name for name, array in ds.variables.items() if array.dtype.kind in _STRING_KINDS]
         return ds.assign({name: ds[name].astype(object).astype(np.str_) for name in strings})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise SchemaError(f"{path}: not a readable Zarr store ({error})") from error
+        raise SchemaError(f"{path}: not a readable Zarr store ({reason(error)})") from error
 
 
 def append(ds: xr.Dataset, path: str | os.PathLike[str], dim: str) -> Path:

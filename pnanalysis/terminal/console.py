@@ -18,7 +18,7 @@ import rich.table
 import typer
 from rich.console import Console
 
-from pnanalysis.errors import PnError
+from pnanalysis.errors import PnError, reason
 from pnanalysis.estimates import Estimate
 
 #: The base class of the errors that typer raises for invalid command lines, which has no public name.
@@ -68,7 +68,7 @@ def run_app(app: typer.Typer) -> None:
     except PnError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        _fail((error.strerror or reason(error)) + (f": {error.filename}" if error.filename else ""))
     except _USAGE_ERROR as error:
         _fail_usage(error)
     if stopped:
