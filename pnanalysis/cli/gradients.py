@@ -26,7 +26,7 @@ def gradients(
         list[int] | None, typer.Option(help="Iteration to analyse; may be repeated. All by default.")
     ] = None,
     window: Annotated[
-        int, typer.Option(help="First epoch of the window over which the constant push is the mean.")
+        int, typer.Option(help="First epoch of the window over which the constant push is computed.")
     ] = 1,
     split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[

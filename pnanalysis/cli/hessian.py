@@ -28,14 +28,14 @@ def hessian(
     n_lanczos: Annotated[int | None, typer.Option(help="Lanczos steps per probe; 90 by default.")] = None,
     n_probes: Annotated[int, typer.Option(help="Random probes.")] = 10,
     n_hvp: Annotated[
-        int | None, typer.Option(help="Total number of products, divided between steps and probes for you.")
+        int | None, typer.Option(help="Total number of products, in place of --n-lanczos and --n-probes.")
     ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory limit of the Lanczos basis, such as 500M or 8G.")
     ] = None,
     deflate: Annotated[
         bool,
-        typer.Option("--deflate/--no-deflate", help="Count outlying eigenvalues exactly instead of sampling them."),
+        typer.Option("--deflate/--no-deflate", help="Treat outlying eigenvalues exactly instead of sampling them."),
     ] = True,
     kernel_width: Annotated[
         float | None, typer.Option(help="Standard deviation of the Gaussian kernel, in units of eigenvalues.")

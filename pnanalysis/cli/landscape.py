@@ -54,7 +54,10 @@ def landscape(
     ] = "reestimate",
     split: Annotated[
         list[str] | None,
-        typer.Option(metavar="train|validation|test", help="May be repeated; by default train, and test for lines."),
+        typer.Option(
+            metavar="train|validation|test",
+            help="May be repeated; by default train and, for lines, test.",
+        ),
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Examples of each split, drawn at random by --seed.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 512,

@@ -32,7 +32,8 @@ def sharpness(
     ] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps per ascent.")] = 20,
     starts: Annotated[
-        int, typer.Option(help="Ascents: the first starts at the checkpoint, the others at random points near it.")
+        int,
+        typer.Option(help="Ascents: the first from the checkpoint, the others from random points of the border."),
     ] = 2,
     split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[int, typer.Option("--n", help="Examples, drawn at random by --seed.")] = 2048,

@@ -19,8 +19,8 @@ from pnanalysis.io.runs import Checkpoint
 class FlatWeights:
     """The named tensors of one checkpoint, seen as one vector.
 
-    Of a safetensors file only the header is read at first, and each piece where it lies in the file; other files are
-    mapped into memory where their format allows.
+    Of a safetensors file only the header is read at first, and later only the requested pieces; other files are mapped
+    into memory where their format allows.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class _Place(NamedTuple):
 
 
 def _places(path: Path) -> dict[str, _Place]:
-    """Where the floating-point tensors of a safetensors file lie in it."""
+    """Type, shape and position of every floating-point tensor of a safetensors file."""
     found = {}
     try:
         end = path.stat().st_size

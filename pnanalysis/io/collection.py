@@ -37,8 +37,8 @@ def open_runs(directory: str | os.PathLike[str], kind: str = "history") -> xr.Da
     -------
     xarray.Dataset
         Of a folder: with one more dim for each setting that differs between the runs, named after it; NaN where a
-        combination is missing. If two runs have the same settings, the runs lie along ``run`` instead. Of a store:
-        along ``run``, with those settings as coordinates along it.
+        combination is missing. If two runs have the same settings, the dim is ``run`` instead. Of a store: with the
+        dim ``run``, and those settings as coordinates along it.
 
     Raises
     ------
@@ -80,9 +80,9 @@ def collect_runs(directory: str | os.PathLike[str], kind: str, path: str | os.Pa
     Returns
     -------
     pathlib.Path
-        ``path``; :func:`open_runs` opens it. The runs lie along ``run``, with each setting that differs between them
-        as a coordinate. Where runs differ in their epochs, checkpoints or numbers of nodes there is NaN (strings are
-        empty), and counts are floats.
+        ``path``; :func:`open_runs` opens it. Its dim is ``run``, with each setting that differs between the runs as a
+        coordinate. Where runs differ in their epochs, checkpoints or numbers of nodes there is NaN (strings are empty),
+        and integers become floats.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def collect_runs(directory: str | os.PathLike[str], kind: str, path: str | os.Pa
     for _, file in found:
         frame.widen(datasets.load(file))
     with atomic_directory(path) as temporary:
-        # To append takes a while however few the rows, so several runs are appended at once.
+        # An append takes about as long for one row as for many, so several runs are appended at once.
         for begin in range(0, len(found), _BATCH):
             batch = slice(begin, begin + _BATCH)
             parts = [frame.fill(datasets.load(file)) for _, file in found[batch]]

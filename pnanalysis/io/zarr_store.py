@@ -30,9 +30,9 @@ def save(ds: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     SchemaError
-        If there is anything else at ``path``.
+        If it is not a dataset of pnanalysis, or there is anything else at ``path``.
     """
-    path = check_replaceable(path)
+    path = _check_writing(ds, path)
     with atomic_directory(path) as temporary:
         ds.drop_encoding().to_zarr(temporary, mode="w", zarr_format=_FORMAT, consolidated=True)
     return path
@@ -94,15 +94,15 @@ def append(ds: xr.Dataset, path: str | os.PathLike[str], dim: str) -> Path:
     Raises
     ------
     SchemaError
-        If the rows have no ``dim``, or do not fit the store (other variables, sizes, dtypes or coordinates), or
-        ``path`` holds anything but a dataset of pnanalysis.
+        If the rows are not a dataset of pnanalysis, have no ``dim`` or do not fit the store (other variables, sizes,
+        dtypes or coordinates), or there is anything else at ``path``.
 
     Examples
     --------
     >>> for k in range(n):  # doctest: +SKIP
     ...     append(ds.isel(checkpoint=[k]), "trajectory.zarr", "checkpoint")
     """
-    path = check_replaceable(path)
+    path = _check_writing(ds, path)
     if dim not in ds.dims:
         raise SchemaError(f"nothing to append to {path}: the dataset has no dim {dim!r}")
     ds = _with_objects_for_strings(ds.drop_encoding())
@@ -139,6 +139,14 @@ def check_replaceable(path: str | os.PathLike[str]) -> Path:
     if path.exists() and not is_store(path):
         raise SchemaError(f"{path}: exists and is not a Zarr store of pnanalysis; choose another name")
     return path
+
+
+def _check_writing(ds: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """:func:`check_replaceable`, for a dataset whose store could be replaced and read again itself."""
+    kind = ds.attrs.get("kind")
+    if kind not in SCHEMAS:
+        raise SchemaError(f"{path}: not saved, not a pnanalysis dataset (kind {kind!r}); save it with ds.to_zarr")
+    return check_replaceable(path)
 
 
 def _with_objects_for_strings(ds: xr.Dataset) -> xr.Dataset:

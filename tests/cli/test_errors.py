@@ -93,7 +93,7 @@ def test_an_output_that_cannot_be_written_is_one_line(run, tiny_run: Run, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("code", "spec", "said"),
+    ("code", "spec", "message"),
     [
         ("def make():\n    raise KeyError('width')", ":make", "KeyError: 'width' (ID.py, line 2)"),
         ("def make(width):\n    return width", ":make", "missing 1 required positional argument"),
@@ -104,13 +104,13 @@ def test_an_output_that_cannot_be_written_is_one_line(run, tiny_run: Run, tmp_pa
     ],
 )
 @pytest.mark.parametrize("option", ["--model", "--data"])
-def test_errors_in_the_users_code_are_located(run, tiny_run, tmp_path, monkeypatch, code, spec, said, option):
+def test_errors_in_the_users_code_are_located(run, tiny_run, tmp_path, monkeypatch, code, spec, message, option):
     name = f"broken_{abs(hash(code + option))}"
     (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     done = run("pnanalysis", "saturation", tiny_run.path, option, name + spec, "--n", 10)
     assert done.status == 2
-    assert said.replace("ID", name) in done.err
+    assert message.replace("ID", name) in done.err
     assert done.err.count("\n") == 1
 
 

@@ -77,8 +77,8 @@ def test_squared_errors_are_never_printed_in_per_cent(run, own_run: Run, tmp_pat
     assert lines[1].startswith("custom partial iteration 1 (2 of 2): loss ")
     assert f"validation squared error {value}, test squared error –, " in lines[1]
     alone = run("pnanalysis", "history", "net").out
-    beside = run("pnanalysis", "history", "net", own_run.path)
-    assert beside.status == 0, beside.err
+    together = run("pnanalysis", "history", "net", own_run.path)
+    assert together.status == 0, together.err
     drawn = run("pnanalysis", "history", "net", "--plot", "net.png")
     assert drawn.status == 0, drawn.err
     for table in (done.out, alone):
@@ -86,9 +86,9 @@ def test_squared_errors_are_never_printed_in_per_cent(run, own_run: Run, tmp_pat
         assert value in table
         assert "%" not in table
     assert "nan" not in done.out + done.err + alone
-    assert value in beside.out
-    assert f"{float(own_run.history.validation_error[1, -1]):.2%}" in beside.out
-    assert "validation error" in beside.out
+    assert value in together.out
+    assert f"{float(own_run.history.validation_error[1, -1]):.2%}" in together.out
+    assert "validation error" in together.out
     assert "no validation split" not in done.out
 
 

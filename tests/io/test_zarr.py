@@ -247,3 +247,11 @@ def test_a_folder_without_the_results_is_refused(sweep: Path, tmp_path: Path) ->
     with pytest.raises(RunError, match="holds no runs"):
         collect_runs(tmp_path, "history", tmp_path / "s.zarr")
     assert not list(tmp_path.iterdir())
+
+
+def test_other_datasets_are_not_saved_as_stores(paths: xr.Dataset, tmp_path: Path) -> None:
+    other = paths.assign_attrs(kind="weather")
+    for write in (pn.save, lambda ds, path: zarr_store.append(ds, path, "checkpoint")):
+        with pytest.raises(SchemaError, match="not a pnanalysis dataset"):
+            write(other, tmp_path / "t.zarr")
+    assert not list(tmp_path.iterdir())
