@@ -186,6 +186,8 @@ def _drop_unfinished_rows(path: Path) -> None:
     """Cut arrays back to the lengths in the consolidated metadata: a killed append leaves some of them longer."""
     import zarr  # here, because it is slow to import and few commands append
 
+    for leftover in path.glob("*.partial"):  # zarr's temporary files, which it would take for foreign objects
+        leftover.unlink()
     finished = zarr.open_group(path, mode="r", zarr_format=_FORMAT, use_consolidated=True)
     present = zarr.open_group(path, mode="r+", zarr_format=_FORMAT, use_consolidated=False)
     shapes = {name: array.shape for name, array in finished.arrays()}
