@@ -16,8 +16,8 @@ from .curvature.operators import HessianOperator as HessianOperator
 from .errors import PnError as PnError
 from .inputs.networks import open_files as open_files
 from .io.collection import open_runs as open_runs
-from .io.netcdf import load as load
-from .io.netcdf import save as save
+from .io.datasets import load as load
+from .io.datasets import save as save
 from .io.runs import Checkpoint as Checkpoint
 from .io.runs import Run as Run
 from .io.runs import open_run as open_run

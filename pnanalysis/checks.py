@@ -1,4 +1,4 @@
-"""Checks of arguments and of paths to be written, before any work begins; each failure is one sentence."""
+"""Checks of arguments and of output paths before any work begins; each error is one sentence."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ DTYPES = ("float32", "float64")
 
 
 def at_least(least: int, **numbers: Any) -> None:
-    """Whole numbers must not be smaller than this; ``None`` stands for a default and passes.
+    """Check that numbers are whole and not below ``least``; ``None`` stands for a default and passes.
 
     Raises
     ------
     PnError
     """
     for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not _whole(value) or value < least):
+        if value is not None and (isinstance(value, bool) or not _is_whole(value) or value < least):
             raise PnError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
 
 def positive(**numbers: Any) -> None:
-    """Numbers must be finite and above zero; ``None`` stands for a default and passes.
+    """Check that numbers are finite and above zero; ``None`` stands for a default and passes.
 
     Raises
     ------
     PnError
     """
     for name, value in numbers.items():
-        if value is not None and not (_finite(value) and float(value) > 0):
+        if value is not None and not (_is_finite(value) and float(value) > 0):
             raise PnError(f"{name} is {value!r}; it must be a number above 0")
 
 
 def ascending(name: str, values: Any, n: int) -> None:
-    """So many finite numbers, in pairs of a minimum below its maximum; ``None`` stands for a default and passes.
+    """Check for ``n`` finite numbers, in pairs of a minimum below its maximum; ``None`` is a default and passes.
 
     Raises
     ------
@@ -51,19 +51,20 @@ def ascending(name: str, values: Any, n: int) -> None:
     if values is None:
         return
     numbers = list(values) if isinstance(values, Iterable) else [values]
-    right = len(numbers) == n and all(map(_finite, numbers))
-    if not right or any(low >= high for low, high in zip(numbers[::2], numbers[1::2], strict=True)):
+    are_numbers = len(numbers) == n and all(map(_is_finite, numbers))
+    if not are_numbers or any(low >= high for low, high in zip(numbers[::2], numbers[1::2], strict=True)):
         raise PnError(f"{name} is {values!r}; it must be {n} numbers, each minimum below its maximum")
 
 
-def _whole(value: Any) -> bool:
+def _is_whole(value: Any) -> bool:
+    """Whether the value is an integer of Python, NumPy or torch; floats are not, even if they are whole."""
     try:
         return operator.index(value) is not None
     except TypeError:
         return False
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     try:
         return not isinstance(value, str | bytes) and isfinite(float(value))
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -71,7 +72,7 @@ def _finite(value: Any) -> bool:
 
 
 def one_of(known: Iterable[str], **names: Any) -> None:
-    """Names must be among those known.
+    """Check that names are among the known ones.
 
     Raises
     ------
@@ -80,11 +81,11 @@ def one_of(known: Iterable[str], **names: Any) -> None:
     known = list(known)
     for name, value in names.items():
         if value not in known:
-            raise PnError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+            raise PnError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
 
 
 def resolve_dtype(name: Any) -> torch.dtype:
-    """``float32`` or ``float64``.
+    """The torch type of the name ``float32`` or ``float64``.
 
     Raises
     ------
@@ -103,31 +104,31 @@ FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
-    """Refuse a path where no file can be written, while nothing has been computed yet.
+    """Refuse a path where no file can be written.
 
     Raises
     ------
     PnError
-        If the path is a folder, lies below a file, or in a folder that may not be written to.
+        If the path is a folder, lies below a file, or in a folder without write permission.
     """
     path = Path(path)
     if path.is_dir():
         raise PnError(f"{path}: is a folder; name a file in it")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     if not existing.is_dir():
-        raise PnError(f"{path}: cannot be written, {existing} is a file")
+        raise PnError(f"{path}: cannot be written, {existing} is a file; choose another place")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PnError(f"{path}: cannot be written, no permission in {existing}; choose another place")
     return path
 
 
 def check_figure(path: str | os.PathLike[str]) -> Path:
-    """The same for a figure, whose suffix says the format.
+    """:func:`check_writable` for a figure, whose format is given by its suffix.
 
     Raises
     ------
     PnError
-        If the suffix is of no format that figures are saved in, or nothing can be written there.
+        If the suffix is not one of :data:`FIGURE_FORMATS`, or nothing can be written there.
     """
     path = Path(path)
     if path.suffix.lower() not in FIGURE_FORMATS:

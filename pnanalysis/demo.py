@@ -1,4 +1,4 @@
-"""The demonstration: two networks on handwritten digits, trained, analysed and reported from nothing."""
+"""The demonstration: two networks on handwritten digits are trained, analysed and reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pnanalysis.io.runs import ANALYSIS, Run, open_run
 from pnanalysis.report import write_report
 from pnanalysis.terminal.progress import progress_bar
 
-#: Network: options of its training. Both are small enough for two CPU cores and learn the digits well.
+#: Options of each network's training. Both are small enough for two CPU cores and learn the digits well.
 NETWORKS = {
     "tanh7": [
         "--model-option", "input_shape=[1,8,8]", "--model-option", "width=64", "--iterations", "6", "--epochs", "20",
@@ -37,26 +37,28 @@ NETWORKS = {
     ],
 }  # fmt: skip
 
-#: What is spent on each spectrum.
+#: Examples, Lanczos steps and probes of each spectrum.
 SPECTRUM: dict[str, Any] = {"n": 512, "n_lanczos": 40, "n_probes": 5}
-
-Say = Callable[[str], None]
 
 
 def demo(
-    out: str | os.PathLike[str], device: str = "auto", seed: int = 0, say: Say = print, progress: bool = True
+    out: str | os.PathLike[str],
+    device: str = "auto",
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+    progress: bool = True,
 ) -> tuple[Path, list[Run]]:
-    """Train plain, persistent and restart runs of two networks on digits, run every analysis and write the report.
+    """Train plain, persistent and restart runs of two networks on digits, analyse them and write a report.
 
     Parameters
     ----------
     out : path
-        Folder for the runs (``tanh7``, ``lenet5`` and their ``-restart`` controls) and ``report.html``. Finished runs
-        in it are used again.
+        Folder for the runs (``tanh7``, ``lenet5`` and their ``-restart`` controls) and ``report.html``. Runs that are
+        there already are resumed, or used as they are if they are complete.
     device : str
     seed : int
-    say : callable
-        Told what is going on, a line at a time.
+    log : callable
+        Receives one line about each stage.
     progress : bool
         Show bars on a terminal.
 
@@ -67,13 +69,13 @@ def demo(
     """
     out = Path(out)
     jobs = [(network, strategy) for network in NETWORKS for strategy in ("partial", "restart")]
-    say(f"training {', '.join(NETWORKS)} on digits: plain, persistent and restart")
+    log(f"training {', '.join(NETWORKS)} on digits: plain, persistent and restart")
     workers = min(len(jobs), os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool, progress_bar("training", len(jobs), progress) as advance:
         for _ in pool.map(lambda job: _train(out, *job, device=device, seed=seed, threads=1), jobs):
             advance()
     runs = [open_run(out / _name(*job)) for job in jobs]
-    say("analysing Hessian spectra, saturation, trajectories and what lies between the minima")
+    log("analysing Hessian spectra, saturation, trajectories and the loss between the minima")
     pairs = list(zip(runs[::2], runs[1::2], strict=True))
     with (
         ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
@@ -92,7 +94,7 @@ def _name(network: str, strategy: str) -> str:
 
 
 def _train(out: Path, network: str, strategy: str, *, device: str, seed: int, threads: int) -> None:
-    """One training in a process of its own, so that several use the cores side by side."""
+    """Train in a process of its own, so that several trainings use several cores."""
     command = [
         sys.executable, "-m", "trainers.cli", network, "--strategy", strategy, "--data", "digits", "--out",
         str(out / _name(network, strategy)), "--device", device, "--seed", str(seed), "--resume", "--quiet",
@@ -101,27 +103,28 @@ def _train(out: Path, network: str, strategy: str, *, device: str, seed: int, th
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RunError(f"training {network} ({strategy}) failed: {done.stderr.strip().splitlines()[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RunError(f"training {network} ({strategy}) failed: {lines[-1].removeprefix('error: ')}")
 
 
 def _analyse(run: Run, device: str, seed: int) -> None:
-    found = {
+    results = {
         "hessian": hessian(run, **SPECTRUM, device=device, seed=seed, progress=False),
         "saturation": saturation(run, n=300, device=device, seed=seed, progress=False),
         "trajectory": trajectory(run, progress=False),
     }
-    _save(run, found)
+    _save(run, results)
 
 
 def _compare(run: Run, control: Run, device: str, seed: int) -> None:
-    """Champion beside best restart, with the spectra that are there already; the line from plain to champion."""
+    """Compare champion and best restart, with the spectra saved before; and the line from plain to champion."""
     options: dict[str, Any] = {"device": device, "seed": seed, "progress": False}
-    found = {"comparison": compare(run, control, hessian=SPECTRUM, **options)}
+    results = {"comparison": compare(run, control, hessian=SPECTRUM, **options)}
     if run.manifest["champion"]:
-        found["barrier"] = landscape(run, view="line", align=True, **options)
-    _save(run, found)
+        results["barrier"] = landscape(run, view="line", align=True, **options)
+    _save(run, results)
 
 
-def _save(run: Run, found: dict[str, xr.Dataset]) -> None:
-    for kind, ds in found.items():
+def _save(run: Run, results: dict[str, xr.Dataset]) -> None:
+    for kind, ds in results.items():
         netcdf.save(ds, run.path / ANALYSIS / f"{kind}.nc")

@@ -1,22 +1,22 @@
-"""The errors users meet: one sentence that says what is wrong and what to do."""
+"""Errors for users: their messages are one sentence that says what is wrong and what to do."""
 
 
 def reason(error: BaseException) -> str:
-    """An error of somebody else's by its type and first line."""
+    """The type and first line of an error that another library or the user's code has raised."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class PnError(ValueError):
-    """Anything the user can put right; command lines print it on one line and exit with status 2."""
+    """Any error that the user can mend; command lines print it on one line and exit with status 2."""
 
 
 class RunError(PnError):
-    """A run directory is missing, foreign, damaged or cannot be written."""
+    """A run directory is missing, damaged, not of pnanalysis, or cannot be written."""
 
 
 class ModelError(PnError):
-    """A model or its weights cannot be resolved or do not fit together."""
+    """A model or its weights cannot be found or read, or do not fit each other."""
 
 
 class DataError(PnError):
@@ -24,7 +24,7 @@ class DataError(PnError):
 
 
 class TrainingError(PnError):
-    """Training cannot go on (a loss that is not finite, an unknown recipe or layer)."""
+    """Training cannot start or continue (an unknown recipe or layer, a loss that is not finite)."""
 
 
 class CurvatureError(PnError):
@@ -32,4 +32,4 @@ class CurvatureError(PnError):
 
 
 class SchemaError(PnError):
-    """A dataset or file does not hold what its kind promises."""
+    """A dataset or its file cannot be read, or lacks what its kind requires."""

@@ -15,10 +15,11 @@ import typer
 from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.terminal.console import (
     error_cell,
+    json_option,
     make_table,
+    print_line,
+    print_table,
     run_app,
-    show,
-    speak_json,
     version_option,
     when_interrupted,
 )
@@ -132,7 +133,7 @@ def pntrain(
         typer.Option(
             "--json",
             rich_help_panel=_OUTPUT,
-            callback=speak_json,
+            callback=json_option,
             is_eager=True,
             help="Print one JSON object instead of tables.",
         ),
@@ -244,9 +245,9 @@ def _report(run: Run, quiet: bool) -> None:
     ]
     title = f"{run.path} ({run.manifest['strategy']})"
     errors = [error_name(split, kind) for split in ("validation", "test")]
-    show(make_table(title, ["iteration", "role", "training loss", *errors], rows), quiet)
+    print_table(make_table(title, ["iteration", "role", "training loss", *errors], rows), quiet)
     if len(rows) > 1 and last.validation_error.isnull().all():
-        show(_UNVALIDATED, quiet)
+        print_line(_UNVALIDATED, quiet)
 
 
 def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
@@ -267,9 +268,9 @@ def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
         rows.append([outcome.path.name, *errors, ending])
     title = "champions of the sweep"
     names = [error_name(split, *kinds) for split in ("validation", "test")]
-    show(make_table(title, ["run", *names, "ended"], rows), quiet)
+    print_table(make_table(title, ["run", *names, "ended"], rows), quiet)
     if unvalidated:
-        show(_UNVALIDATED, quiet)
+        print_line(_UNVALIDATED, quiet)
     failed = [outcome for outcome in outcomes if outcome.failure is not None]
     if failed:
         raise TrainingError(

@@ -19,6 +19,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
+from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.runs import ANALYSIS
 from pnanalysis.spectra.linear_operator import LinearOperator, random_unit_vectors
 
@@ -98,7 +99,7 @@ class SpectrumCache:
                     "finish that first with the same settings, or delete the folder"
                 )
             return cache
-        with netcdf.atomic_path(path) as temporary:
+        with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(own, indent=1), encoding="utf-8")
         return cache
 

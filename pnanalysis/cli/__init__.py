@@ -1,4 +1,4 @@
-"""The command line: a file per subcommand, each of which parses, calls one analysis, saves and prints."""
+"""The command line: one file per subcommand, which parses options, calls one analysis, saves and prints."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def pnanalysis(
 ) -> None:
     """Are these two minima different, and which is better?
 
-    Exit status: 0 when all is done, 2 for what you can mend (one line says what), 130 when interrupted (143 by
+    Exit status: 0 for success, 2 for an error that you can mend (one line says which), 130 for an interrupt (143 for
     SIGTERM); what was saved by then is intact, and [bold]pnanalysis hessian[/bold] and [bold]pntrain --resume[/bold]
-    go on from it.
+    continue from it.
     """
 
 

@@ -13,7 +13,7 @@ from pnanalysis.terminal.console import Table, make_table
 if TYPE_CHECKING:
     import xarray as xr
 
-_NARROW = 3  # checkpoints whose values and differences fit side by side
+_NARROW = 3  # checkpoints whose values and differences fit into one table
 
 
 def register(app: typer.Typer) -> None:
@@ -24,12 +24,14 @@ def register(app: typer.Typer) -> None:
 def compare(
     runs: options.Paths = None,
     checkpoint: options.Checkpoints = None,
-    n: Annotated[int | None, typer.Option("--n", help="Examples of each split, drawn by seed; all by default.")] = None,
-    split: Annotated[options.Split, typer.Option(help="Where functions are compared.")] = "test",
+    n: Annotated[
+        int | None, typer.Option("--n", help="Examples of each split, drawn at random by --seed; all by default.")
+    ] = None,
+    split: Annotated[options.Split, typer.Option(help="Split on which outputs are compared.")] = "test",
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Compare Hessian spectra.")] = True,
     n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 256,
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
@@ -41,10 +43,10 @@ def compare(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Are these minima different, and which is better? Every diagnostic side by side, differences with their errors.
+    """Are these minima different, and which is better? Compare every diagnostic, with errors of the differences.
 
-    The first checkpoint is the reference. By default plain and champion of one run, the champion of each of several
-    (of a restart control, the best restart), and all weight files of --model.
+    The first checkpoint is the reference. By default: plain and champion of one run, the champion of each of several
+    runs (of a restart control, the best restart), or all weight files of --model.
 
     [bold]Examples[/bold]
 
@@ -74,16 +76,16 @@ def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
 
 
 def _values(ds: xr.Dataset) -> Iterator[Table]:
-    """Values and what stands beside the first, in one table while it is narrow."""
+    """Values and differences from the first checkpoint, in one table if that is narrow enough."""
     from pnanalysis.analyses.verdict import diagnostics, short_names
 
     names, rows = short_names(ds), diagnostics(ds)
     k = len(names)
-    beside = ["difference"] if k == 2 else [f"{name} - first" for name in names[1:]]
+    differences = ["difference"] if k == 2 else [f"{name} - first" for name in names[1:]]
     if k <= _NARROW:
         cells = [row.cells() for row in rows]
-        yield make_table(f"beside {names[0]}", ["diagnostic", *names, *beside], cells)
+        yield make_table(f"compared with {names[0]}", ["diagnostic", *names, *differences], cells)
         return
     yield make_table("values", ["diagnostic", *names], (row.cells()[: k + 1] for row in rows if row.values))
     cells = [[row.title, *row.cells()[k + 1 :]] for row in rows]
-    yield make_table(f"beside {names[0]}", ["diagnostic", *names[1:]], cells)
+    yield make_table(f"differences from {names[0]}", ["diagnostic", *names[1:]], cells)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.terminal.console import make_table, show, when_interrupted
+from pnanalysis.terminal.console import make_table, print_line, print_table, when_interrupted
 
 
 def register(app: typer.Typer) -> None:
@@ -18,13 +18,13 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for runs and report.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
     device: options.Device = "auto",
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Train two small networks on digits, plain, persistent and restarted; analyse and report. Takes minutes.
+    """Train two small networks on digits, plain, persistent and restarted, then analyse and report. Takes minutes.
 
     [bold]Example[/bold]
 
@@ -33,9 +33,9 @@ def demo(
     from pnanalysis.demo import demo as run_demo
     from pnanalysis.report import summary_table
 
-    when_interrupted("the same command goes on from there")
-    begun = time.monotonic()
-    report, runs = run_demo(out, device, seed, say=lambda line: show(line, quiet), progress=not quiet)
+    when_interrupted("run the same command again to continue")
+    started = time.monotonic()
+    report, runs = run_demo(out, device, seed, log=lambda line: print_line(line, quiet), progress=not quiet)
     rows = summary_table(runs)
-    show(make_table("plain, champion and best restart", list(rows[0]), ([*row.values()] for row in rows)), quiet)
-    show(f"runs in {out}, report in {report} ({time.monotonic() - begun:.0f} s)", quiet)
+    print_table(make_table("plain, champion and best restart", rows[0].keys(), (row.values() for row in rows)), quiet)
+    print_line(f"runs in {out}, report in {report} ({time.monotonic() - started:.0f} s)", quiet)

@@ -22,10 +22,16 @@ def register(app: typer.Typer) -> None:
 
 def gradients(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A persistent or partial run.")],
-    iteration: Annotated[list[int] | None, typer.Option(help="Which iterations; repeat. All by default.")] = None,
-    window: Annotated[int, typer.Option(help="First epoch of the window that defines the constant push.")] = 1,
+    iteration: Annotated[
+        list[int] | None, typer.Option(help="Iteration to analyse; may be repeated. All by default.")
+    ] = None,
+    window: Annotated[
+        int, typer.Option(help="First epoch of the window over which the constant push is computed.")
+    ] = 1,
     split: Annotated[options.Split, typer.Option()] = "train",
-    n: Annotated[int, typer.Option("--n", help="Examples for the gradient of the loss.")] = 2048,
+    n: Annotated[
+        int, typer.Option("--n", help="Examples for the gradient of the loss, drawn at random by --seed.")
+    ] = 2048,
     model: options.Model = None,
     data: options.Data = None,
     loss: options.LossName = None,
@@ -36,7 +42,7 @@ def gradients(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """The persistent gradient: its constant push, its fluctuation, and the gradient of the loss.
+    """Split the persistent gradient into a constant push and fluctuations, and compare with the loss gradient.
 
     [bold]Example[/bold]
 
@@ -53,32 +59,33 @@ def gradients(
 
 
 def _table(ds: xr.Dataset) -> Table:
+    from pnanalysis.analyses.summaries import at_last_epoch, rms_fluctuation
+
     rows = []
     for i in ds.iteration.values:
         for layer in ds.layer.values:
             at = ds.sel(iteration=i, layer=layer)
             if bool(at.constant_norm.isnull()):
                 continue
-            used = at.sel(epoch=slice(ds.attrs["window"], None))
-            last = at.dropna("epoch", subset=["loss_gradient_norm"]).isel(epoch=-1)
+            last = at_last_epoch(at, "loss_gradient_norm")
             rows.append(
                 [
                     int(i),
                     str(layer),
                     float(at.constant_norm),
-                    float((used.fluctuation_norm**2).mean() ** 0.5),
+                    rms_fluctuation(at, ds.attrs["window"]),
                     float(last.loss_gradient_norm),
                     f"{float(at.last_flip.max()):.0f}",
                     Estimate(float(at.half_difference), float(at.half_difference_se)),
                 ]
             )
-    columns = [
-        "iteration",
-        "layer",
-        "constant push",
-        "rms fluctuation",
-        "loss gradient, end",
-        "last flip, epoch",
-        "halves differ by",
-    ]
-    return make_table(f"norms over epochs from {ds.attrs['window']} on, lam {ds.attrs['lam']:g}", columns, rows)
+    columns = {
+        "iteration": "iteration",
+        "layer": "layer",
+        "constant push": "constant push",
+        "rms fluctuation": "rms fluctuation",
+        "loss gradient, end": "loss gradient at the end",
+        "last flip, epoch": "epoch of the last flip",
+        "halves differ by": "difference of the halves",
+    }
+    return make_table(f"norms over the epochs from {ds.attrs['window']} on, lam {ds.attrs['lam']:g}", columns, rows)

@@ -10,7 +10,7 @@ import typer
 
 from pnanalysis.cli import options
 from pnanalysis.estimates import Estimate
-from pnanalysis.terminal.console import Table, make_table, say, when_interrupted
+from pnanalysis.terminal.console import Table, make_table, print_status, when_interrupted
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -25,21 +25,39 @@ def hessian(
     runs: options.Paths = None,
     checkpoint: options.Checkpoints = None,
     operator: Annotated[Literal["hessian", "ggn", "fisher"], typer.Option()] = "hessian",
-    n_lanczos: Annotated[int | None, typer.Option(help="Lanczos steps of each probe; 90 by default.")] = None,
+    n_lanczos: Annotated[int | None, typer.Option(help="Lanczos steps per probe; 90 by default.")] = None,
     n_probes: Annotated[int, typer.Option(help="Random probes.")] = 10,
-    n_hvp: Annotated[int | None, typer.Option(help="A budget of products instead, split by what they show.")] = None,
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Bound for the Lanczos basis: 500M, 8G.")] = None,
-    deflate: Annotated[bool, typer.Option("--deflate/--no-deflate", help="Give outliers their exact mass.")] = True,
-    kernel_width: Annotated[float | None, typer.Option(help="Gaussian sigma of the density, in eigenvalues.")] = None,
+    n_hvp: Annotated[
+        int | None, typer.Option(help="Total number of products, in place of --n-lanczos and --n-probes.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory limit of the Lanczos basis, such as 500M or 8G.")
+    ] = None,
+    deflate: Annotated[
+        bool,
+        typer.Option("--deflate/--no-deflate", help="Treat outlying eigenvalues exactly instead of sampling them."),
+    ] = True,
+    kernel_width: Annotated[
+        float | None, typer.Option(help="Standard deviation of the Gaussian kernel, in units of eigenvalues.")
+    ] = None,
     split: Annotated[options.Split, typer.Option()] = "train",
-    n: Annotated[int, typer.Option("--n", help="Examples, drawn by seed.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time; memory, not the result, depends on it.")] = 512,
-    params: Annotated[list[str] | None, typer.Option(metavar="LAYER", help="Restrict to layers; repeat.")] = None,
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="The diagonal block of each layer.")] = False,
-    bn: Annotated[Literal["eval", "train"], typer.Option(help="Statistics of batch normalisation.")] = "eval",
+    n: Annotated[int, typer.Option("--n", help="Examples, drawn at random by --seed.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch; changes memory use, not the result.")] = 512,
+    params: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER", help="Restrict to this layer; may be repeated.")
+    ] = None,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Analyse the diagonal block of each layer.")] = False,
+    bn: Annotated[
+        Literal["eval", "train"],
+        typer.Option(help="Use running (eval) or batch (train) statistics of batch normalisation."),
+    ] = "eval",
     dtype: Annotated[options.Dtype, typer.Option()] = "float32",
-    amp: Annotated[Literal["no", "tf32", "bf16"], typer.Option(help="Arithmetic of passes; sums in dtype.")] = "no",
-    engine: Annotated[Literal["native", "pyhessian", "curvlinops"], typer.Option(help="Of the products.")] = "native",
+    amp: Annotated[
+        Literal["no", "tf32", "bf16"], typer.Option(help="Arithmetic of the passes; sums stay in --dtype.")
+    ] = "no",
+    engine: Annotated[
+        Literal["native", "pyhessian", "curvlinops"], typer.Option(help="Implementation of the products.")
+    ] = "native",
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
@@ -66,8 +84,8 @@ def hessian(
     given = options.sources(runs, model, weights, data, loss, output)
     unfinished = options.destination("hessian", given[0], output).with_suffix(".unfinished")
     if any(unfinished.glob("*/*.safetensors")) or any(unfinished.glob("*.nc")):
-        say(f"going on with what is in {unfinished}", quiet)
-    when_interrupted("the same command goes on from there")
+        print_status(f"continuing from what is saved in {unfinished}", quiet)
+    when_interrupted("run the same command again to continue")
     ds = analyse(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
         n_hvp=n_hvp, max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
@@ -104,12 +122,12 @@ def _table(ds: xr.Dataset) -> Table:
 
 
 def _within(ds: xr.Dataset, name: str, **style: bool) -> Estimate:
-    """A number in its interval: residual bounds of extreme eigenvalues, 95 % otherwise."""
+    """A number with its interval: residual bounds for extreme eigenvalues, 95 % otherwise."""
     return Estimate(float(ds[name]), low=float(ds[f"{name}_low"]), high=float(ds[f"{name}_high"]), **style)
 
 
 def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
-    """Each checkpoint minus the first; a W1 distance near its noise is none."""
+    """Each checkpoint minus the first. A W1 distance near that of noise alone is no difference."""
     from pnanalysis.spectra.summary import compare_spectra
 
     first, *others = (ds.sel(checkpoint=name) for name in ds.checkpoint.values)
@@ -118,17 +136,17 @@ def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
         if first.node.variable.equals(other.node.variable):  # the champion may be the plain model
             yield f"{other.checkpoint.item()} is the same checkpoint as {first.checkpoint.item()}"
             continue
-        found = compare_spectra(first, other)
+        change = compare_spectra(first, other)
         rows.append(
             [
                 f"{other.checkpoint.item()} - {first.checkpoint.item()}",
-                _within(found, "lambda_max", signed=True),
-                Estimate(float(found.trace), float(found.trace_se), signed=True),
-                Estimate(float(found.negative_mass), float(found.negative_mass_se), signed=True),
-                float(found.wasserstein1),
-                float(found.wasserstein1_noise),
+                _within(change, "lambda_max", signed=True),
+                Estimate(float(change.trace), float(change.trace_se), signed=True),
+                Estimate(float(change.negative_mass), float(change.negative_mass_se), signed=True),
+                float(change.wasserstein1),
+                float(change.wasserstein1_noise),
             ]
         )
     columns = ["difference", "lambda_max", "trace", "negative mass", "W1 distance", "W1 of noise alone"]
     if rows:
-        yield make_table("beside the first checkpoint", columns, rows)
+        yield make_table("differences from the first checkpoint", columns, rows)

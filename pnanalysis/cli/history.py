@@ -37,29 +37,30 @@ def history(
     from pnanalysis.io.runs import open_run
 
     if not runs:
-        raise PnError("name a run directory")
+        raise PnError("no run given: name a run directory")
     opened = [open_run(path) for path in runs]
     ds = analyse(*opened)
-    options.deliver(ds, None, output, plot, quiet, _table)  # each run has its own already: saved only where told
+    options.deliver(ds, None, output, plot, quiet, _table)  # runs have their histories already: saved only with -o
 
 
 def _table(ds: xr.Dataset) -> Table:
     """Every iteration at its run's last epoch."""
     from pnanalysis.analyses.history import error_kind, error_name
+    from pnanalysis.analyses.summaries import at_last_epoch
 
     rows, kinds = [], set()
-    several = "run" in ds.dims
-    for name, run in [(str(n), ds.sel(run=n)) for n in ds.run.values] if several else [("", ds)]:
+    has_runs = "run" in ds.dims
+    for name, run in [(str(n), ds.sel(run=n)) for n in ds.run.values] if has_runs else [("", ds)]:
         kind = error_kind(run)
         kinds.add(kind)
-        last = run.dropna("epoch", how="all").isel(epoch=-1)
+        last = at_last_epoch(run)
         for iteration in ds.iteration.values:
             at = last.sel(iteration=iteration)
             if not at.train_loss.isnull():
                 errors = [error_cell(error, kind) for error in (at.validation_error, at.test_error)]
                 rows.append(
-                    [*([name] if several else []), int(iteration), float(at.train_loss), float(at.penalty), *errors]
+                    [*([name] if has_runs else []), int(iteration), float(at.train_loss), float(at.penalty), *errors]
                 )
-    columns = ["run"] if several else []
     titles = [error_name(split, *kinds) for split in ("validation", "test")]
-    return make_table("at the end of training", [*columns, "iteration", "training loss", "penalty", *titles], rows)
+    columns = [*(["run"] if has_runs else []), "iteration", "training loss", "penalty", *titles]
+    return make_table("at the end of training", columns, rows)

@@ -10,7 +10,7 @@ import typer
 
 from pnanalysis.cli import options
 from pnanalysis.errors import PnError
-from pnanalysis.terminal.console import Cell, Table, make_table, show
+from pnanalysis.terminal.console import Cell, Table, make_table, print_table
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from pnanalysis.io.runs import Run
 
-_DATASETS = (".nc", ".h5", ".hdf5")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -28,10 +27,12 @@ def register(app: typer.Typer) -> None:
 
 
 def info(
-    path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run directory, a saved dataset, or weights.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|FILE", help="A run directory, a saved dataset, or a file of weights.")
+    ],
     json: options.Json = False,
 ) -> None:
-    """What is in a run directory, a dataset, or a file of weights.
+    """List the contents of a run directory, a dataset, or a file of weights.
 
     [bold]Examples[/bold]
 
@@ -39,34 +40,36 @@ def info(
 
       pnanalysis info runs/lenet5/analysis/hessian.nc
     """
-    from pnanalysis.io import netcdf
+    from pnanalysis.io import datasets
     from pnanalysis.io.runs import open_run
     from pnanalysis.io.weights import read_weights
 
-    if path.suffix in _DATASETS:
-        tables = _of_dataset(path, netcdf.load(path))
+    if path.suffix in datasets.SUFFIXES:
+        tables = _of_dataset(path, datasets.load(path))
     elif path.suffix in _WEIGHTS:
         tables = iter([_of_weights(path, read_weights(path))])
     elif path.is_file():
         raise PnError(
-            f"{path}: is no run directory, dataset ({', '.join(_DATASETS)}) or weights ({', '.join(_WEIGHTS)})"
+            f"{path}: is not a run directory, a dataset ({', '.join(datasets.SUFFIXES)}) "
+            f"or a file of weights ({', '.join(_WEIGHTS)})"
         )
     else:
         tables = iter([make_table(str(path), ["entry", "value"], _of_run(open_run(path)))])
     for table in tables:
-        show(table)
+        print_table(table)
 
 
 def _of_dataset(path: Path, ds: xr.Dataset) -> Iterator[Table]:
     rows = [
-        [str(name), " x ".join(f"{d} {n}" for d, n in a.sizes.items()), a.units, a.long_name] for name, a in ds.items()
+        [str(name), " x ".join(f"{dim} {size}" for dim, size in array.sizes.items()), array.units, array.long_name]
+        for name, array in ds.items()
     ]
     yield make_table(f"{path}: {ds.attrs['kind']}", ["variable", "dims", "units", "meaning"], rows)
     yield make_table("made by", ["attribute", "value"], [[str(key), str(value)] for key, value in ds.attrs.items()])
 
 
 def _of_weights(path: Path, state: Mapping[str, torch.Tensor]) -> Table:
-    """A row a tensor."""
+    """One row per tensor."""
     rows = [
         [name, " x ".join(map(str, tensor.shape)) or "scalar", str(tensor.dtype).removeprefix("torch."), tensor.numel()]
         for name, tensor in sorted(state.items())
@@ -77,7 +80,7 @@ def _of_weights(path: Path, state: Mapping[str, torch.Tensor]) -> Table:
 
 def _of_run(run: Run) -> list[list[Cell]]:
     manifest, config = run.manifest, run.manifest["config"]
-    champion = f"{run.champion.name}" if run.ends else "none yet"
+    champion = run.champion.name if run.ends else "none yet"
     return [
         ["recipe", f"{manifest['recipe']} ({manifest.get('strategy', '?')})"],
         ["status", f"{manifest.get('status', '?')}, {len(run.ends)} of {config.get('iterations', '?')} iterations"],

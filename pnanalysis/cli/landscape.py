@@ -24,26 +24,43 @@ def register(app: typer.Typer) -> None:
 def landscape(
     runs: options.Paths = None,
     view: Annotated[
-        Literal["line", "curve", "plane", "random"], typer.Option(help="curve gives the line and a trained curve.")
+        Literal["line", "curve", "plane", "random"],
+        typer.Option(help="line, line and trained curve, plane through three points, or random plane around one."),
     ] = "line",
-    align: Annotated[bool, typer.Option("--align", help="Also the line to the relabelled second network.")] = False,
+    align: Annotated[
+        bool,
+        typer.Option(
+            "--align", help="Also give the line to the second network with its units permuted to match the first."
+        ),
+    ] = False,
     checkpoint: options.Checkpoints = None,
-    points: Annotated[int | None, typer.Option(help="From end to end (25), or along each axis (21).")] = None,
-    extrapolate: Annotated[float, typer.Option(help="Go on beyond both ends by this share of the line.")] = 0.0,
+    points: Annotated[
+        int | None, typer.Option(help="Points from end to end (25 by default), or along each axis of a plane (21).")
+    ] = None,
+    extrapolate: Annotated[
+        float, typer.Option(help="Extend the line beyond both ends by this fraction of its length.")
+    ] = 0.0,
     span: Annotated[
-        tuple[float, float, float, float] | None, typer.Option(help="Of a plane: x_min x_max y_min y_max.")
+        tuple[float, float, float, float] | None, typer.Option(help="Extent of a plane: x_min x_max y_min y_max.")
     ] = None,
     curve: Annotated[Literal["bezier", "chain"], typer.Option()] = "bezier",
     bends: Annotated[int, typer.Option(help="Trained points of the curve.")] = 1,
-    steps: Annotated[int, typer.Option(help="Minibatches to train the curve with.")] = 1000,
-    lr: Annotated[float, typer.Option(help="Largest step length of that training (Adam).")] = 3e-3,
-    restarts: Annotated[int, typer.Option(help="Of the alignment.")] = 5,
-    bn: Annotated[Literal["reestimate", "interpolate"], typer.Option(help="Batch-norm statistics.")] = "reestimate",
+    steps: Annotated[int, typer.Option(help="Minibatches in the training of the curve.")] = 1000,
+    lr: Annotated[float, typer.Option(help="Largest learning rate of that training (Adam).")] = 3e-3,
+    restarts: Annotated[int, typer.Option(help="Restarts of the weight matching for --align.")] = 5,
+    bn: Annotated[
+        Literal["reestimate", "interpolate"],
+        typer.Option(help="How batch-normalisation statistics are obtained between the ends."),
+    ] = "reestimate",
     split: Annotated[
-        list[str] | None, typer.Option(metavar="train|validation|test", help="Repeat; lines: train and test.")
+        list[str] | None,
+        typer.Option(
+            metavar="train|validation|test",
+            help="May be repeated; by default train and, for lines, test.",
+        ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Examples of each split.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 512,
+    n: Annotated[int, typer.Option("--n", help="Examples of each split, drawn at random by --seed.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 512,
     dtype: Annotated[options.Dtype, typer.Option()] = "float32",
     model: options.Model = None,
     weights: options.Weights = None,
@@ -82,7 +99,7 @@ def landscape(
 
 
 def _paths(given: list[Source], quiet: bool) -> dict[str, Any]:
-    """The trajectories to draw over the plane that they define."""
+    """The trajectories, to be drawn over the plane that they define."""
     from pnanalysis.analyses.trajectory import trajectory
 
     return {"trajectory": trajectory(*given, progress=not quiet)}
@@ -99,15 +116,25 @@ def _barriers(ds: xr.Dataset) -> Table:
                 error = Estimate(float(at.error_barrier), float(at.error_barrier_se), percent=True, signed=True)
             place, distance, length = (float(at[name]) for name in ("barrier_position", "distance", "length"))
             rows.append([str(path), str(split), loss, place, error, distance, length])
-    columns = ["path", "split", "barrier of the loss", "at", "barrier of the error", "distance of the ends", "length"]
+    columns = {
+        "path": "path",
+        "split": "split",
+        "barrier of the loss": "loss barrier",
+        "at": "at",
+        "barrier of the error": "error barrier",
+        "distance of the ends": "distance between ends",
+        "length": "length",
+    }
     return make_table("barriers", columns, rows)
 
 
 def _extremes(ds: xr.Dataset) -> Table:
+    from pnanalysis.analyses.summaries import lowest_point
+
     rows = []
     for split in ds.split.values:
         at = ds.sel(split=split)
-        lowest = at.isel(at.loss.argmin(("y", "x")))
+        lowest = lowest_point(at)
         error = Percent(lowest.error) if "error" in ds else None
         place = f"({float(lowest.x):.3g}, {float(lowest.y):.3g})"
         rows.append([str(split), float(lowest.loss), error, place, float(at.loss.max())])

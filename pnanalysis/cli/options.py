@@ -1,4 +1,4 @@
-"""Options that every analysis shares, and what they share in saving, drawing and printing."""
+"""Options that several commands have, and how analyses are saved, drawn and printed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from pnanalysis.checks import check_figure, check_writable
 from pnanalysis.errors import PnError
-from pnanalysis.terminal.console import Table, show, show_saved, speak_json
+from pnanalysis.terminal.console import Table, json_option, print_line, print_saved, print_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 
 
 def _dataset_file(path: Path | None) -> Path | None:
-    return None if path is None else check_writable(path)
+    """Callback of ``--output``: check the path before anything is computed."""
+    if path is None:
+        return None
+    from pnanalysis.io.datasets import check_destination  # here, because xarray is slow to import
+
+    return check_destination(path)
 
 
 def figure_file(path: Path | None) -> Path | None:
+    """Callback of options for figures: check their path before anything is computed."""
     return None if path is None else check_figure(path)
 
 
@@ -31,66 +37,68 @@ Dtype = Literal["float32", "float64"]
 _INPUT, _OUTPUT = "Model and data", "Output"
 Paths = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[RUN]...", help="Run directories; with --model, further weight files.", show_default=False),
+    typer.Argument(
+        metavar="[RUN]...", help="Run directories; with --model, more files of weights.", show_default=False
+    ),
 ]
 Checkpoints = Annotated[
     list[str] | None,
     typer.Option(
         "--checkpoint", "-c", metavar="NAME", rich_help_panel=_INPUT,
-        help="plain, champion, start, ends, all, iterNN or iterNN/epochNNN, or a file's name; repeat.",
+        help="plain, champion, start, ends, all, iterNN, iterNN/epochNNN or a file's name; may be repeated.",
         autocompletion=lambda: ["plain", "champion", "start", "ends", "all"],
     ),
 ]  # fmt: skip
 Model = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME|MODULE:FACTORY", rich_help_panel=_INPUT, help="Your own model, built without arguments."
+        metavar="NAME|MODULE:FACTORY", rich_help_panel=_INPUT, help="Your own model, built by a call without arguments."
     ),
 ]
 Weights = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE...", rich_help_panel=_INPUT,
-        help="Weights of --model: safetensors, or state dicts saved by torch.save.",
+        help="Weights of --model: safetensors files, or state dicts saved by torch.save.",
     ),
 ]  # fmt: skip
 Data = Annotated[
     str | None,
     typer.Option(
         metavar="SPEC", rich_help_panel=_INPUT,
-        help="digits, cifar10, imagefolder:PATH or module:factory; by default the run's own.",
+        help="digits, cifar10, imagefolder:PATH or module:factory; by default what the run was trained on.",
     ),
 ]  # fmt: skip
 LossName = Annotated[
     str | None,
     typer.Option(
         "--loss", metavar="NAME|MODULE:FUNCTION", rich_help_panel=_INPUT,
-        help="By default the run's, or cross_entropy.",
+        help="By default the loss that the run was trained with; cross_entropy for --model.",
     ),
 ]  # fmt: skip
 Output = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", metavar="FILE.nc", rich_help_panel=_OUTPUT, callback=_dataset_file,
-        help="Where to save; by default RUN/analysis/KIND.nc.",
+        "--output", "-o", metavar="FILE.nc|zarr", rich_help_panel=_OUTPUT, callback=_dataset_file,
+        help="Where to save, as NetCDF4 or Zarr; by default RUN/analysis/KIND.nc.",
     ),
 ]  # fmt: skip
 Plot = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE.png|pdf|svg", rich_help_panel=_OUTPUT, callback=figure_file, help="Draw the figure too."
+        metavar="FILE.png|pdf|svg", rich_help_panel=_OUTPUT, callback=figure_file, help="Also draw the figure."
     ),
 ]
 Json = Annotated[
     bool,
     typer.Option(
-        "--json", rich_help_panel=_OUTPUT, callback=speak_json, is_eager=True,
-        help="Print one JSON object in place of tables.",
+        "--json", rich_help_panel=_OUTPUT, callback=json_option, is_eager=True,
+        help="Print one JSON object instead of tables.",
     ),
 ]  # fmt: skip
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="No progress, no table.")]
-Device = Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto takes CUDA where there is one.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="Print no progress and no tables.")]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto uses CUDA if available.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 
 
 def sources(
@@ -101,12 +109,12 @@ def sources(
     loss: str | None,
     output: Path | None,
 ) -> list[Source]:
-    """What the user named: runs, or weight files of a model.
+    """The runs, or the model with its files of weights, that the command line names.
 
     Raises
     ------
     PnError
-        If nothing is named, weights come without a model, or there is no place for the result.
+        If neither is named, weights are given without a model, or the result could not be saved.
     """
     from pnanalysis.inputs.networks import open_files
     from pnanalysis.inputs.sources import as_source
@@ -117,15 +125,15 @@ def sources(
     if weights:
         raise PnError("--weights needs --model: a registered name or module:factory")
     if not given:
-        raise PnError("name a run directory, or your own --model, --weights and --data")
+        raise PnError("nothing to analyse: name a run directory, or your own --model, --weights and --data")
     found = [as_source(path, model, data, loss) for path in given]
     if output is None:
-        destination("new", found[0], None)
+        destination("new", found[0], None)  # for its check, before anything is computed
     return found
 
 
 def destination(kind: str, first: Source, output: Path | None) -> Path:
-    """Where a dataset goes: as told, else into the first run, else into the current folder.
+    """Where a dataset is saved: ``output`` if given, else in the first run, else in the current folder.
 
     Raises
     ------
@@ -146,7 +154,7 @@ def size(text: str | None) -> int | None:
     Raises
     ------
     PnError
-        If it is no such text.
+        If the text is anything else.
     """
     if text is None:
         return None
@@ -167,23 +175,25 @@ def deliver(
     tables: Callable[[xr.Dataset], Table | Iterable[Table | str]],
     **drawing: Any,
 ) -> None:
-    """Save the dataset, draw its figure (``drawing`` goes to it), print its tables and say where things are.
+    """Save a dataset, draw its figure with the arguments ``drawing``, and print its tables and where the files are.
 
-    It is saved as told, else beside ``first``; without either it is not.
+    It is saved as ``output``, or else at the :func:`destination` in ``first``; not at all if both are ``None``.
     """
-
     if first is not None:
         output = destination(str(ds.attrs["kind"]), first, output)
     if output is not None:
-        from pnanalysis.io import netcdf
+        from pnanalysis.io.datasets import save
 
-        netcdf.save(ds, output)
+        save(ds, output)
     if plot is not None:
         from pnanalysis import plots
 
         plots.save_figure(plots.plot(ds, **drawing), plot)
-    found = tables(ds)
-    for table in [found] if isinstance(found, Table) else found:
-        show(table, quiet)
+    printed = tables(ds)
+    for item in [printed] if isinstance(printed, Table) else printed:
+        if isinstance(item, Table):
+            print_table(item, quiet)
+        else:
+            print_line(item, quiet)
     if output is not None or plot is not None:
-        show_saved(quiet, output, plot)
+        print_saved(quiet, output, plot)

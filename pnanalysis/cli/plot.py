@@ -9,7 +9,7 @@ import typer
 
 from pnanalysis.checks import check_writable
 from pnanalysis.cli import options
-from pnanalysis.terminal.console import show_saved
+from pnanalysis.terminal.console import print_saved
 
 
 def _kinds() -> list[str]:
@@ -24,21 +24,21 @@ def register(app: typer.Typer) -> None:
 
 
 def plot(
-    file: Annotated[Path, typer.Argument(metavar="FILE.nc", help="A saved dataset.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.nc|zarr", help="A saved dataset.")],
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
             metavar="FILE.png|pdf|svg",
-            help="By default FILE.png beside the dataset.",
+            help="By default FILE.png next to the dataset.",
             callback=options.figure_file,
         ),
     ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
-            help="Such as saturation_gap; by default the figure of the dataset's kind.", autocompletion=_kinds
+            help="Figure, such as saturation_gap; by default that of the dataset's kind.", autocompletion=_kinds
         ),
     ] = None,
     quiet: options.Quiet = False,
@@ -51,8 +51,8 @@ def plot(
       pnanalysis plot runs/lenet5/analysis/hessian.nc -o spectrum.pdf
     """
     from pnanalysis import plots
-    from pnanalysis.io import netcdf
+    from pnanalysis.io.datasets import load
 
     target = output or check_writable(file.with_suffix(".png"))
-    plots.save_figure(plots.plot(netcdf.load(file), kind), target)
-    show_saved(quiet, target)
+    plots.save_figure(plots.plot(load(file), kind), target)
+    print_saved(quiet, target)

@@ -9,7 +9,7 @@ import typer
 
 from pnanalysis.checks import check_writable
 from pnanalysis.cli import options
-from pnanalysis.terminal.console import show_saved
+from pnanalysis.terminal.console import print_saved
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, and restart controls of them.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, and their restart controls.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", callback=check_writable)] = Path(
         "report.html"
     ),
@@ -26,7 +26,7 @@ def report(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """One self-contained HTML page with everything that is known of the runs.
+    """Write one self-contained HTML page with all results of the runs.
 
     [bold]Example[/bold]
 
@@ -36,4 +36,4 @@ def report(
     from pnanalysis.report import write_report
 
     path = write_report([open_run(run) for run in runs], output, title=title)
-    show_saved(quiet, path)
+    print_saved(quiet, path)

@@ -23,10 +23,12 @@ def saturation(
     runs: options.Paths = None,
     checkpoint: options.Checkpoints = None,
     split: Annotated[options.Split, typer.Option()] = "validation",
-    n: Annotated[int, typer.Option("--n", help="Images to look at.")] = 1000,
-    bins: Annotated[int, typer.Option(help="Of the histograms.")] = 100,
-    saturation_bins: Annotated[int, typer.Option(help="Of the saturation measure.")] = 10,
-    per_unit: Annotated[bool, typer.Option("--per-unit", help="Saturation of every unit (channel) too.")] = False,
+    n: Annotated[int, typer.Option("--n", help="Examples, drawn at random by --seed.")] = 1000,
+    bins: Annotated[int, typer.Option(help="Bins of the histograms.")] = 100,
+    saturation_bins: Annotated[int, typer.Option(help="Bins of the saturation measure.")] = 10,
+    per_unit: Annotated[
+        bool, typer.Option("--per-unit", help="Also give the saturation of every unit (channel).")
+    ] = False,
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
@@ -60,24 +62,27 @@ def saturation(
 def _table(ds: xr.Dataset) -> Table:
     """Each layer at the end of each iteration: percentile, saturation with standard errors, dead units."""
     from pnanalysis.activations.statistics import MARGIN
+    from pnanalysis.analyses.summaries import at_last_epoch
 
     stacked = [dim for dim in ds.n_units.dims if dim not in ("layer", "epoch")]
     rows = []
-    for key, one in ds.drop_dims(["bin", "unit"], errors="ignore").stack(row=stacked).groupby("row", squeeze=False):
-        at = one.isel(row=0)
+    for key, group in ds.drop_dims(["bin", "unit"], errors="ignore").stack(row=stacked).groupby("row", squeeze=False):
+        at = group.isel(row=0)
         if "epoch" in at.dims:
-            at = at.dropna("epoch", how="all", subset=["n_units"]).isel(epoch=-1)
-        rows += [[*key, str(layer), *_measured(at.sel(layer=layer))] for layer in ds.layer.values]
-    level = float(ds["quantile"].max())
-    return make_table(
-        "activations at the end of training, with standard errors over the images",
-        [*map(str, stacked), "layer", f"{level:g}th percentile of |a|", f"share within {MARGIN}",
-         "saturation measure", "dead units", "of"],
-        rows,
-    )  # fmt: skip
+            at = at_last_epoch(at, "n_units")
+        rows += [[*key, str(layer), *_cells(at.sel(layer=layer))] for layer in ds.layer.values]
+    percentile = f"{float(ds['quantile'].max()):g}th percentile of |a|"
+    names = [*map(str, stacked), "layer", percentile]
+    columns = {name: name for name in names} | {
+        f"share within {MARGIN}": f"fraction within {MARGIN}",
+        "saturation measure": "saturation measure",
+        "dead units": "dead units",
+        "of": "of",
+    }
+    return make_table("activations at the end of training, with standard errors over the examples", columns, rows)
 
 
-def _measured(at: xr.Dataset) -> list[Cell]:
-    shown = [(at.abs_percentile.isel(quantile=-1), at.abs_percentile_se.isel(quantile=-1))]
-    shown += [(at[variable], at[f"{variable}_se"]) for variable in ("saturated_share", "saturation_measure")]
-    return [*(Estimate(float(value), float(se)) for value, se in shown), int(at.dead_units), int(at.n_units)]
+def _cells(at: xr.Dataset) -> list[Cell]:
+    estimates = [(at.abs_percentile.isel(quantile=-1), at.abs_percentile_se.isel(quantile=-1))]
+    estimates += [(at[variable], at[f"{variable}_se"]) for variable in ("saturated_share", "saturation_measure")]
+    return [*(Estimate(float(value), float(se)) for value, se in estimates), int(at.dead_units), int(at.n_units)]

@@ -24,13 +24,20 @@ def sharpness(
     runs: options.Paths = None,
     checkpoint: options.Checkpoints = None,
     radius: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=RADIUS", help="ball, adaptive or box; repeat. All by default.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=RADIUS",
+            help="Neighbourhood (ball, adaptive or box) and its radius; may be repeated. All three by default.",
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Gradients that each ascent may take.")] = 20,
-    starts: Annotated[int, typer.Option(help="Ascents; the first from the checkpoint, the others at random.")] = 2,
+    steps: Annotated[int, typer.Option(help="Gradient steps per ascent.")] = 20,
+    starts: Annotated[
+        int,
+        typer.Option(help="Ascents: the first from the checkpoint, the others from random points of the border."),
+    ] = 2,
     split: Annotated[options.Split, typer.Option()] = "train",
-    n: Annotated[int, typer.Option("--n", help="Examples.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 512,
+    n: Annotated[int, typer.Option("--n", help="Examples, drawn at random by --seed.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 512,
     dtype: Annotated[options.Dtype, typer.Option()] = "float32",
     model: options.Model = None,
     weights: options.Weights = None,

@@ -20,24 +20,26 @@ def register(app: typer.Typer) -> None:
 
 def trajectory(
     runs: options.Paths = None,
-    iteration: Annotated[list[int] | None, typer.Option(help="Which iterations; repeat. All by default.")] = None,
+    iteration: Annotated[
+        list[int] | None, typer.Option(help="Iteration to project; may be repeated. All by default.")
+    ] = None,
     projection: Annotated[
         list[str] | None,
-        typer.Option(metavar="plane|pca|pca_end|random", help="Repeat; all but random by default."),
+        typer.Option(metavar="plane|pca|pca_end|random", help="May be repeated; all but random by default."),
     ] = None,
-    components: Annotated[int, typer.Option(help="Principal components to give.")] = 2,
-    random_planes: Annotated[int, typer.Option(help="Random planes to give, for --projection random.")] = 1,
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="Everything for each layer too.")] = False,
+    components: Annotated[int, typer.Option(help="Number of principal components.")] = 2,
+    random_planes: Annotated[int, typer.Option(help="Number of random planes, for --projection random.")] = 1,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Give everything for each layer too.")] = False,
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
     output: options.Output = None,
     plot: options.Plot = None,
-    seed: Annotated[int, typer.Option(help="Of the random planes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random planes.")] = 0,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Paths through parameter space: planes through their ends, principal components, random planes, by layer.
+    """Project paths through parameter space on planes through their ends, principal components or random planes.
 
     [bold]Examples[/bold]
 
@@ -60,27 +62,23 @@ def trajectory(
 
 
 def _table(ds: xr.Dataset) -> Table:
-    """Each path's end: distances, length, and cosines with the first path's end; a row a layer if there are layers."""
+    """Each path's end, by layer if there are layers: distances, length, and the cosine with the first path's end."""
     from pnanalysis.analyses.trajectory import WHOLE
 
     ends = {(run, i): k for k, (run, i) in enumerate(zip(ds.run.values, ds.iteration.values, strict=True))}
-    layers = "layer" in ds.dims
+    has_layers = "layer" in ds.dims
     rows: list[list[Cell]] = []
     for (run, iteration), k in ends.items():
         at = ds.isel(checkpoint=k)
-        for name, one in [("", at)] if not layers else [(str(n), at.sel(layer=n)) for n in ds.layer.values]:
-            numbers = [one.distance_from_start, one.path_length, *_residual(one)]
-            numbers += [one.distance_to_end.isel(end=0), one.cosine.isel(end=0)]
-            rows.append([str(run), int(iteration), *([name] if layers else []), *map(float, numbers)])
+        for name, part in [(str(n), at.sel(layer=n)) for n in ds.layer.values] if has_layers else [("", at)]:
+            numbers = [part.distance_from_start, part.path_length]
+            numbers += [part.plane_residual] if "plane_residual" in part else []
+            numbers += [part.distance_to_end.isel(end=0), part.cosine.isel(end=0)]
+            rows.append([str(run), int(iteration), *([name] if has_layers else []), *map(float, numbers)])
     explained = {name: ds[name] for name in ("explained_variance", "explained_variance_end") if name in ds}
-    whole = [share.sel(layer=WHOLE) if "layer" in share.dims else share for share in explained.values()]
-    shares = [", ".join(f"{part:.1%}" for part in share.values) for share in whole]
-    text = "; about the plain end ".join(shares)
-    columns = ["run", "iteration", *(["layer"] if layers else []), "distance from start", "path length"]
+    whole = [fraction.sel(layer=WHOLE) if "layer" in fraction.dims else fraction for fraction in explained.values()]
+    text = "; about the plain end ".join(", ".join(f"{part:.1%}" for part in fraction.values) for fraction in whole)
+    columns = ["run", "iteration", *(["layer"] if has_layers else []), "distance from start", "path length"]
     columns += [*(["distance from plane"] if "plane_residual" in ds else []), "distance to first end", "cosine with it"]
     title = "ends of the paths" + (f" (principal components explain {text})" if text else "")
     return make_table(title, columns, rows)
-
-
-def _residual(one: xr.Dataset) -> list[xr.DataArray]:
-    return [one.plane_residual] if "plane_residual" in one else []

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pnanalysis.errors import ModelError
+from pnanalysis.errors import ModelError, reason
 from pnanalysis.io.runs import Checkpoint
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class FlatWeights:
     """The named tensors of one checkpoint, seen as one vector.
 
-    Of a safetensors file the header alone is read at first, and each piece in one go at its place; other files are
-    mapped into memory where their format allows.
+    Of a safetensors file only the header is read at first, and later only the requested pieces; other files are mapped
+    into memory where their format allows.
 
     Parameters
     ----------
@@ -39,12 +37,10 @@ class FlatWeights:
     def __init__(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         self.path: Path = checkpoint.path
         self._checkpoint = checkpoint
-        self._places: dict[str, tuple[torch.dtype, int]] | None = None
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, _Place] | None = None
         if self.path.suffix == ".safetensors":
-            self._places = {}
-            for name, (dtype, shape, begin) in _header(self.path).items():
-                self._places[name], self.shapes[name] = (dtype, begin), shape
+            self._places = _places(self.path)
+            self.shapes = {name: place.shape for name, place in self._places.items()}
         else:
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._load().items()}
         missing = [name for name in names if name not in self.shapes]
@@ -56,10 +52,11 @@ class FlatWeights:
         """Entries ``begin`` to ``end`` of one tensor, flattened, float64."""
         if self._places is None:
             return self._load()[name].reshape(-1)[begin:end].double()
-        dtype, offset = self._places[name]
+        dtype, _, offset = self._places[name]
+        # Not through a memory map: pages of a map stay resident, which for thousands of checkpoints adds up.
         raw = np.fromfile(self.path, np.uint8, (end - begin) * dtype.itemsize, offset=offset + begin * dtype.itemsize)
         if len(raw) < (end - begin) * dtype.itemsize:
-            raise ModelError(f"{self.path}: is cut short within {name!r}; copy or train it anew")
+            raise ModelError(f"{self.path}: is cut short within {name!r}; copy the file again or repeat the training")
         return torch.from_numpy(raw).view(dtype).double()
 
     def _load(self) -> dict[str, Tensor]:
@@ -68,25 +65,34 @@ class FlatWeights:
             if isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values()):
                 return loaded
         except (pickle.UnpicklingError, RuntimeError, ValueError, OSError):
-            pass  # the checkpoint itself says what is wrong, if anything is
+            pass  # older formats cannot be mapped; Checkpoint.load reads them, or raises what is wrong with the file
         return self._checkpoint.load()
 
 
-def _header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
-    """Type, shape and place in the file of every floating-point tensor."""
+class _Place(NamedTuple):
+    """A tensor in a file: its type, its shape and the byte where it begins."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def _places(path: Path) -> dict[str, _Place]:
+    """Type, shape and position of every floating-point tensor of a safetensors file."""
+    found = {}
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            entries = json.loads(file.read(length))
-        found = {}
-        for name, entry in entries.items():
-            if name != "__metadata__" and entry["dtype"] in _DTYPES:
-                dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-                if begin < 0 or min(shape, default=0) < 0 or end - begin != prod(shape) * dtype.itemsize:
-                    raise ValueError(f"the place of {name!r} does not fit its shape")
-                found[name] = (dtype, shape, 8 + length + begin)
-        return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+        end = path.stat().st_size
+        with safe_open(path, framework="pt") as file:
+            # The format allows no gaps between tensors nor after the last, and the library has checked that, so their
+            # sizes give their places, counted from the end of the file. The tensors are views that nothing reads.
+            for name in reversed(file.offset_keys()):
+                tensor = file.get_tensor(name)
+                end -= tensor.nbytes
+                if tensor.is_floating_point():
+                    found[name] = _Place(tensor.dtype, tuple(tensor.shape), end)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path}: not a readable safetensors file, damaged or cut short ({reason(error)}); "
+            "copy the file again or repeat the training"
+        ) from error
+    return dict(reversed(found.items()))

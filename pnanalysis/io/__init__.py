@@ -1,1 +1,1 @@
-"""Files: run directories, weights and datasets. Knows no network."""
+"""Files: run directories, weights and datasets. Nothing here knows a network."""

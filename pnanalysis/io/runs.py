@@ -1,4 +1,4 @@
-"""The run directory: what training leaves behind and every analysis reads.
+"""Run directories: what training writes and every analysis reads.
 
 Layout::
 
@@ -6,7 +6,7 @@ Layout::
     history.nc                                loss and errors, dims iteration x epoch
     checkpoints/iter03/epoch015.safetensors   weights and buffers; epoch 0 is the starting point
     resume.safetensors                        present while training can be resumed
-    analysis/hessian.nc ...                   what analyses found, a file per kind
+    analysis/hessian.nc ...                   results of analyses, a NetCDF file or Zarr store per kind
 
 Iteration 0 is the plain model. Every file is written to a temporary name, synced and renamed, so that a kill at
 any moment leaves either the old file or the new one. Opening a run never executes code from it.
@@ -26,8 +26,9 @@ from typing import Any
 import xarray as xr
 
 from pnanalysis import schema
-from pnanalysis.errors import RunError
-from pnanalysis.io import netcdf
+from pnanalysis.errors import RunError, reason
+from pnanalysis.io import netcdf, zarr_store
+from pnanalysis.io.datasets import load
 from pnanalysis.io.weights import State, read_weights
 
 FORMAT = "pnanalysis-run"
@@ -75,7 +76,7 @@ class Checkpoint:
 
 
 class Run:
-    """A finished or running training run, read from disk. Made by :func:`open_run`."""
+    """A run directory, of finished or unfinished training, read from disk. Made by :func:`open_run`."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -124,15 +125,23 @@ class Run:
     @property
     def results(self) -> xr.DataTree:
         """The history and every saved analysis as one tree, a group per kind (history, hessian, saturation...)."""
-        groups = {name: netcdf.load(file) for name, file in self.files.items()}
+        groups = {name: load(file) for name, file in self.files.items()}
         return xr.DataTree.from_dict(groups, name=self.path.name)
 
     @property
     def files(self) -> dict[str, Path]:
-        """Where the history and every saved analysis lie, by kind; the history is always the run's own."""
+        """The files of the history and of every saved analysis, by kind; of a NetCDF file and a Zarr store, the newer.
+
+        The history is always the one that training wrote: an analysis of several runs may have saved another.
+        """
         own = self.path / HISTORY
-        saved = {file.stem: file for file in sorted((self.path / ANALYSIS).glob("*.nc")) if file.name != HISTORY}
-        return ({own.stem: own} if own.is_file() else {}) | saved
+        saved = [
+            file
+            for file in (self.path / ANALYSIS).glob("[!.]*")  # a killed save leaves a hidden temporary file
+            if file.suffix in (".nc", zarr_store.SUFFIX) and file.stem != own.stem
+        ]
+        saved.sort(key=lambda file: (file.stem, file.stat().st_mtime))
+        return ({own.stem: own} if own.is_file() else {}) | {file.stem: file for file in saved}
 
     def trajectory(self, iteration: int) -> list[Checkpoint]:
         """The checkpoints of one iteration in order, its starting point first."""
@@ -144,15 +153,15 @@ class Run:
         return own
 
     def select(self, names: Iterable[str]) -> dict[str, Checkpoint]:
-        """Checkpoints by the names they are asked for.
+        """Checkpoints by name.
 
-        ``plain``, ``champion``, ``start``, ``iter03`` (its end), ``iter03/epoch015``, or the groups ``ends`` and
-        ``all``, which give each checkpoint under its own name.
+        Names are ``plain``, ``champion``, ``start``, ``iter03`` (its end), ``iter03/epoch015``, or the groups ``ends``
+        and ``all``, which give each checkpoint under its full name.
 
         Raises
         ------
         RunError
-            If a name matches nothing; the message says what there is.
+            If a name matches nothing; the message lists those that exist.
         """
         chosen: dict[str, Checkpoint] = {}
         for name in [names] if isinstance(names, str) else names:
@@ -161,7 +170,9 @@ class Run:
             else:
                 chosen[name] = self._named(str(name))
         if not chosen:
-            raise RunError(f"{self.path}: no checkpoint is named, or none is there; plain and champion are two names")
+            raise RunError(
+                f"{self.path}: no checkpoints selected; name some, such as plain and champion, or train the run"
+            )
         return chosen
 
     def _named(self, name: str) -> Checkpoint:
@@ -187,8 +198,8 @@ class Run:
         for checkpoint in self.checkpoints:
             if (checkpoint.iteration, checkpoint.epoch) == (iteration, epoch):
                 return checkpoint
-        there = ", ".join(c.name for c in self.checkpoints[:12]) or "none"
-        raise RunError(f"{self.path}: no checkpoint iter{iteration:02d}/epoch{epoch:03d}; there are: {there}")
+        existing = ", ".join(c.name for c in self.checkpoints[:12]) or "none"
+        raise RunError(f"{self.path}: no checkpoint iter{iteration:02d}/epoch{epoch:03d}; choose one of: {existing}")
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -219,18 +230,18 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         raise RunError(f"{path}: no such run directory; train one with `pntrain RECIPE --out {path}`")
     file = path / MANIFEST
     if not file.is_file():
-        raise RunError(f"{path}: not a run directory (it holds no {MANIFEST})")
+        raise RunError(f"{path}: not a run directory (it holds no {MANIFEST}); name a folder that pntrain has written")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{file}: unreadable ({error}); restore it or train the run anew") from error
+        raise RunError(f"{file}: unreadable ({reason(error)}); restore it or train the run again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise RunError(f"{file}: not a manifest of pnanalysis")
+        raise RunError(f"{file}: not a manifest of pnanalysis; name a folder that pntrain has written")
     if manifest.get("schema_version", 0) > schema.SCHEMA_VERSION:
         raise RunError(f"{file}: written by a newer version of pnanalysis; upgrade to read it")
     missing = [key for key in ("id", "recipe", "config", "model", "data", "ends", "champion") if key not in manifest]
     if missing:
-        raise RunError(f"{file}: damaged, it lacks {', '.join(missing)}")
+        raise RunError(f"{file}: damaged, it lacks {', '.join(missing)}; restore it or train the run again")
     return Run(path, manifest)
 
 

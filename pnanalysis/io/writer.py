@@ -1,4 +1,4 @@
-"""Writes run directories. For trainers."""
+"""Writing run directories, for trainers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 import xarray as xr
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as dump_safetensors
 
 from pnanalysis import schema
 from pnanalysis.checks import check_writable
-from pnanalysis.errors import RunError
+from pnanalysis.errors import RunError, reason
 from pnanalysis.io import netcdf
+from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.runs import CHECKPOINTS, FORMAT, HISTORY, MANIFEST, RESUME
 from pnanalysis.io.weights import State
 
@@ -34,15 +35,15 @@ def check_new(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(
-            f"{path}: exists already; give another --out, or --resume to go on with it"
+            f"{path}: exists already; give another --out, or --resume to continue it"
             if (path / MANIFEST).is_file()
-            else f"{path}: exists and is no run directory; give another --out"
+            else f"{path}: exists and is not a run directory; give another --out"
         )
     check_writable(path / MANIFEST)
 
 
 class RunWriter:
-    """Writes a run directory, every file atomically. For trainers."""
+    """Writes a run directory, every file atomically."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -74,49 +75,58 @@ class RunWriter:
 
     def save_history(self, history: xr.Dataset) -> None:
         """Write the history dataset."""
-        with self._explained(HISTORY):
+        with self._explaining_failed_writes(HISTORY):
             netcdf.save(history, self.path / HISTORY)
 
     def save_state(self, tensors: Mapping[str, torch.Tensor], **position: int) -> None:
-        """Write what is needed to go on from here: tensors, and integers such as iteration and epoch."""
+        """Write what is needed to resume from here: tensors, and integers such as iteration and epoch."""
         self._write(RESUME, _dump(tensors, {key: str(value) for key, value in position.items()}))
 
     def load_state(self) -> tuple[State, dict[str, int]] | None:
-        """What :meth:`save_state` wrote last, or ``None``."""
+        """What :meth:`save_state` wrote last, or ``None``.
+
+        Raises
+        ------
+        RunError
+            If the file is damaged.
+        """
         path = self.path / RESUME
         if not path.is_file():
             return None
-        raw = path.read_bytes()
         try:
-            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-            position = {key: int(value) for key, value in header.get("__metadata__", {}).items()}
-            return load_safetensors(raw), position
+            with safe_open(path, framework="pt") as file:
+                position = {key: int(value) for key, value in (file.metadata() or {}).items()}
+            return load_safetensors(path.read_bytes()), position
         except (SafetensorError, ValueError) as error:
-            raise RunError(f"{path}: damaged ({error}); delete it to repeat the iteration") from error
+            raise RunError(f"{path}: damaged ({reason(error)}); delete it to repeat the iteration") from error
 
     def drop_state(self) -> None:
         """Remove the resume state: the run is complete."""
         (self.path / RESUME).unlink(missing_ok=True)
 
     def _write(self, name: str, content: bytes) -> None:
-        with self._explained(name), netcdf.atomic_path(self.path / name) as temporary:
+        with self._explaining_failed_writes(name), atomic_path(self.path / name) as temporary:
             temporary.write_bytes(content)
 
     @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def _explaining_failed_writes(self, name: str) -> Iterator[None]:
+        """Turn what the operating system raises in the body into a sentence that says how to continue."""
         try:
             yield
         except OSError as error:
-            reason = (
-                "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
-            )
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            cause = "the disk is full" if is_full else error.strerror or reason(error)
+            advice = "make room" if is_full else "mend that"
             raise RunError(
-                f"{self.path / name}: cannot be written, {reason}; what was saved before is intact: "
-                "make room and go on with --resume"
+                f"{self.path / name}: cannot be written, {cause}; what was saved before is intact: "
+                f"{advice} and continue with --resume"
             ) from error
 
 
 def _dump(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Safetensors bytes; tied or strided tensors are written out one by one."""
-    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    return dump_safetensors(own, metadata)
+    """Tensors as the bytes of a safetensors file."""
+    # Copies, because the format refuses tensors that share memory (tied weights) or are not contiguous.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    return dump_safetensors(copies, metadata)

@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 from PIL import Image
 
 from pnanalysis.checks import check_figure
-from pnanalysis.io.netcdf import atomic_path
+from pnanalysis.io.atomic import atomic_path
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column, both columns
 GOLDEN = 0.618

@@ -5,7 +5,7 @@ from __future__ import annotations
 import xarray as xr
 
 from pnanalysis.errors import PnError, SchemaError
-from pnanalysis.io import netcdf
+from pnanalysis.io.datasets import load
 from pnanalysis.io.runs import Run
 
 #: What comes of datasets that do not hold what their kinds do.
@@ -18,7 +18,7 @@ def datasets(run: Run) -> tuple[dict[str, xr.Dataset], dict[str, str]]:
     odd: dict[str, str] = {}
     for kind, file in run.files.items():
         try:
-            found[kind] = netcdf.load(file)
+            found[kind] = load(file)
         except SchemaError as error:
             odd[kind] = str(error)
     return found, odd
@@ -27,7 +27,7 @@ def datasets(run: Run) -> tuple[dict[str, xr.Dataset], dict[str, str]]:
 def dataset(run: Run, kind: str) -> xr.Dataset | None:
     """One dataset of the run, where it has it and it can be read."""
     try:
-        return netcdf.load(run.files[kind])
+        return load(run.files[kind])
     except (KeyError, SchemaError):
         return None
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pnanalysis.errors import RunError
-from pnanalysis.io.netcdf import atomic_path
+from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.runs import Run
 from pnanalysis.report.figures import pictures
 from pnanalysis.report.interactive import explorers
@@ -97,7 +97,7 @@ def _facts(run: Run) -> dict[str, Any]:
 
 def _downloads(run: Run) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for file in run.files.values():
+    for file in filter(Path.is_file, run.files.values()):  # a Zarr store is a folder
         size = file.stat().st_size
         data = base64.b64encode(file.read_bytes()).decode() if size <= _DOWNLOAD_LIMIT else ""
         found.append({"name": f"{run.path.name}-{file.name}", "size": f"{size / 1000:,.0f} kB", "data": data})

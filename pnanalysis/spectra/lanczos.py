@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.io.netcdf import atomic_path
+from pnanalysis.io.atomic import atomic_path
 from pnanalysis.spectra.linear_operator import LinearOperator
 
 #: The device is asked for its verdict on the products (finite?) once in so many steps; it runs ahead in between.

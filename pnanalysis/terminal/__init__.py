@@ -1,1 +1,1 @@
-"""What a person sees at a terminal: tables, messages and progress."""
+"""Output on a terminal: tables, messages and progress bars."""

@@ -1,4 +1,4 @@
-"""Command lines: tables or JSON on standard output, every foreseeable failure as one clear line on standard error."""
+"""Command lines: tables or JSON on standard output, every error that a user can mend as one line on standard error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,23 +18,23 @@ import rich.table
 import typer
 from rich.console import Console
 
-from pnanalysis.errors import PnError
+from pnanalysis.errors import PnError, reason
 from pnanalysis.estimates import Estimate
 
-#: The base of what typer raises for command lines it does not understand.
+#: The base class of the errors that typer raises for invalid command lines, which has no public name.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-#: What a command has to say, where ``--json`` asked for it; printed at the command's end.
-_spoken: dict[str, Any] | None = None
-#: How to go on with the command after an interrupt.
-_next = ""
+#: With ``--json``: the files, tables and notes of this command, printed as one object at its end.
+_json_output: dict[str, Any] | None = None
+#: How to resume this command, printed after an interrupt.
+_interrupt_advice = ""
 
 
 class Percent(float):
-    """A share: printed in per cent, a dash where it is unknown."""
+    """A fraction, printed in per cent; a dash where it is unknown."""
 
 
 def error_cell(error: SupportsFloat, kind: str) -> float:
-    """An error of a history as a cell: a share in per cent, a squared error as it is."""
+    """An error of a history as a cell: a fraction (kind ``share``) in per cent, a squared error as it is."""
     return Percent(error) if kind == "share" else float(error)
 
 
@@ -43,32 +43,36 @@ Cell = str | float | int | Percent | Estimate | None
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of named columns, before anybody has decided how to show them."""
+    """Rows of named columns, to be printed as text or as JSON.
+
+    ``columns`` gives the title of each column by its key; JSON output has the keys, which do not change when titles do.
+    """
 
     title: str
-    columns: list[str]
+    columns: dict[str, str]
     rows: list[list[Cell]]
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a typer application; exit status 2 for what the user can mend, 128 and the signal for an interrupt.
+    """Run a typer application and exit: status 2 for errors that the user can mend, 128 + signal for an interrupt.
 
     SIGTERM, which batch systems send before they kill, is an interrupt too.
     """
-    global _spoken, _next
-    _spoken, _next = None, "what was saved is intact"
+    global _json_output, _interrupt_advice
+    _json_output, _interrupt_advice = None, "what was saved is intact"
     status: Any = 0
     try:
         with _interruptible() as stopped:
-            status = app(standalone_mode=False)
+            # Without a name the program's is guessed from __main__, which is wrong under python -m.
+            status = app(standalone_mode=False, prog_name=app.info.name)
     except PnError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        _fail((error.strerror or reason(error)) + (f": {error.filename}" if error.filename else ""))
     except _USAGE_ERROR as error:
         _fail_usage(error)
     if stopped:
-        print(f"interrupted; {_next}", file=sys.stderr)
+        print(f"interrupted; {_interrupt_advice}", file=sys.stderr)
         sys.exit(128 + stopped[0])
     if not status:
         _print_json()
@@ -76,110 +80,124 @@ def run_app(app: typer.Typer) -> None:
 
 
 def when_interrupted(advice: str) -> None:
-    """Say how this command is gone on with, should it be interrupted from here on."""
-    global _next
-    _next = advice
+    """Set how this command can be resumed, which is printed if it is interrupted from here on."""
+    global _interrupt_advice
+    _interrupt_advice = advice
 
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Within the body SIGINT and SIGTERM raise KeyboardInterrupt; the list tells which has come."""
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt within the body; the list holds the signals received."""
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if len(received) == 1:  # what is being saved then is not interrupted again
+        if len(received) == 1:  # a second signal must not interrupt what is being saved on the way out
             raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    own = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-    for number in own:
+    # Signals that are ignored (under nohup) or handled outside Python stay as they are.
+    replaced = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in replaced:
         signal.signal(number, interrupt)
     try:
         yield received
     except KeyboardInterrupt:
-        if not received:
+        if not received:  # raised by something other than a signal
             raise
     finally:
-        for number in own:
+        for number in replaced:
             signal.signal(number, before[number])
 
 
 def _print_json() -> None:
-    if _spoken is not None and any(_spoken.values()):
-        print(json.dumps(_spoken, indent=2, allow_nan=False))
+    if _json_output is not None and any(_json_output.values()):
+        print(json.dumps(_json_output, indent=2, allow_nan=False))
 
 
 def _fail(message: str) -> NoReturn:
-    if _spoken is not None:
-        _spoken["error"] = message
+    if _json_output is not None:
+        _json_output["error"] = message
     _print_json()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def _fail_usage(error: Any) -> NoReturn:
-    """A command line that cannot be understood: what is wrong with it, and where to read how it goes."""
+    """Print what is wrong with an invalid command line, and which help to read."""
     message, context = error.format_message().replace("Value error, ", ""), getattr(error, "ctx", None)
-    if not message:  # nothing was asked for, and the help has been shown
+    if not message:  # no command was given, and the help has been printed
         sys.exit(2)
     advice = "" if context is None else f"see {context.command_path} --help"
     _fail(f"{message} {advice.capitalize()}" if message.endswith("?") else f"{message.rstrip('.')}; {advice}")
 
 
 def version_option(wanted: bool) -> None:
-    """Print the version and stop (option ``--version``)."""
+    """Callback of ``--version``: print the version and stop."""
     if wanted:
         print(metadata.version("pnanalysis"))
         raise typer.Exit
 
 
-def speak_json(wanted: bool) -> None:
-    """From here on, collect tables and files and print them as one JSON object at the end (option ``--json``)."""
-    global _spoken
-    _spoken = {"files": [], "tables": [], "notes": []} if wanted else None
+def json_option(wanted: bool) -> None:
+    """Callback of ``--json``: collect tables, lines and files, and print them as one JSON object at the end."""
+    global _json_output
+    _json_output = {"files": [], "tables": [], "notes": []} if wanted else None
 
 
-def make_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
-    """A table; columns of nothing but text stand left, others right."""
-    return Table(title, list(columns), [list(row) for row in rows])
+def make_table(title: str, columns: Mapping[str, str] | Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    """A table.
+
+    Parameters
+    ----------
+    title : str
+    columns : mapping of str to str, or iterable of str
+        Titles by key, or keys that are the titles too.
+    rows : iterable of iterables
+        The cells of each row, in the order of the columns.
+    """
+    titles = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
+    return Table(title, titles, [list(row) for row in rows])
 
 
-def show(what: Table | str | None, quiet: bool = False) -> None:
-    """Print a table or a line, unless told to be quiet; where there is no terminal, never wrapped or cut."""
-    if what is None:
-        return
-    if _spoken is not None:
-        if isinstance(what, Table):
-            rows = [dict(zip(what.columns, map(_plain, row), strict=True)) for row in what.rows]
-            _spoken["tables"].append({"title": what.title, "rows": rows})
-        else:
-            _spoken["notes"].append(what)
-        return
-    if quiet:
-        return
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    rendered = _rendered(what) if isinstance(what, Table) else what
-    console.print(rendered, highlight=False, soft_wrap=isinstance(what, str), markup=False)
+def print_table(table: Table, quiet: bool = False) -> None:
+    """Print a table unless ``quiet``, or collect it with ``--json``. It is not cut where there is no terminal."""
+    if _json_output is not None:
+        rows = [dict(zip(table.columns, map(_json_value, row), strict=True)) for row in table.rows]
+        _json_output["tables"].append({"title": table.title, "rows": rows})
+    elif not quiet:
+        _console().print(_rendered(table), highlight=False, markup=False)
 
 
-def say(line: str, quiet: bool = False) -> None:
-    """A line on standard error, about the work rather than its result."""
+def print_line(line: str, quiet: bool = False) -> None:
+    """Print a line of results unless ``quiet``, or collect it with ``--json``. Long lines are not wrapped."""
+    if _json_output is not None:
+        _json_output["notes"].append(line)
+    elif not quiet:
+        _console().print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_status(line: str, quiet: bool = False) -> None:
+    """Print a line on standard error, about the work rather than its result, unless ``quiet``."""
     if not quiet:
         print(line, file=sys.stderr)
 
 
-def show_saved(quiet: bool, *files: Any) -> None:
-    """Say where files are."""
+def print_saved(quiet: bool, *files: Any) -> None:
+    """Print where files were saved unless ``quiet``, or collect their names with ``--json``; ``None`` is left out."""
     names = [str(file) for file in files if file is not None]
-    if _spoken is not None:
-        _spoken["files"] += names
+    if _json_output is not None:
+        _json_output["files"] += names
     else:
-        show("saved " + " and ".join(names), quiet)
+        print_line("saved " + " and ".join(names), quiet)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def text(cell: Cell) -> str:
-    """A cell as people read it."""
+    """A cell as printed in a table."""
     if isinstance(cell, str):
         return cell
     if isinstance(cell, Estimate):
@@ -193,8 +211,8 @@ def text(cell: Cell) -> str:
     return f"{cell:.4g}"
 
 
-def _plain(cell: Cell) -> Any:
-    """A cell as machines read it: numbers stay numbers, what is unknown is null."""
+def _json_value(cell: Cell) -> Any:
+    """A cell in JSON: numbers stay numbers, unknown ones are null, estimates are objects of their finite parts."""
     if isinstance(cell, Estimate):
         parts = {name: getattr(cell, name) for name in ("value", "se", "low", "high")}
         return {"value": None} | {name: part for name, part in parts.items() if math.isfinite(part)}
@@ -204,10 +222,10 @@ def _plain(cell: Cell) -> Any:
 
 
 def _rendered(table: Table) -> rich.table.Table:
-    drawn = rich.table.Table(title=rich.markup.escape(table.title), title_justify="left")
-    for i, column in enumerate(table.columns):
-        names = all(isinstance(row[i], str) for row in table.rows)
-        drawn.add_column(rich.markup.escape(column), justify="left" if names else "right", overflow="fold")
+    rendered = rich.table.Table(title=rich.markup.escape(table.title), title_justify="left")
+    for i, title in enumerate(table.columns.values()):
+        is_text = all(isinstance(row[i], str) for row in table.rows)
+        rendered.add_column(rich.markup.escape(title), justify="left" if is_text else "right", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*(rich.markup.escape(text(cell)) for cell in row))
-    return drawn
+        rendered.add_row(*(rich.markup.escape(text(cell)) for cell in row))
+    return rendered

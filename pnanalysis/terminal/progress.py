@@ -1,4 +1,4 @@
-"""Progress bars with rate and time left, on a terminal only."""
+"""Progress bars with rate and remaining time, on a terminal only."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from rich.text import Text
 
 
 class Advance(Protocol):
-    """Call with the number of units done and, if wanted, a short text to show beside the bar."""
+    """Call with the number of units done since the last call and, optionally, a short text to show after the bar."""
 
     def __call__(self, steps: float = 1, text: str = "") -> None: ...
 
 
 class _Rate(ProgressColumn):
-    """Units of work a second."""
+    """Units of work per second."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:,.3g}/s")
@@ -41,9 +41,9 @@ def progress_bar(description: str, total: float, enabled: bool = True) -> Iterat
     Parameters
     ----------
     description : str
-        What is going on, in a few words.
+        The work, in a few words.
     total : float
-        Units of work in all.
+        Units of work altogether.
     enabled : bool
         ``False`` shows nothing.
     """

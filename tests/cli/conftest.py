@@ -11,6 +11,9 @@ import pytest
 import pnanalysis.cli
 import trainers.cli
 
+#: Options of ``pntrain`` for a network that trains in an instant.
+TINY = ("--data", "digits", "--model", "tanh7", "--model-option", "input_shape=[1,8,8]", "--model-option", "width=16")
+
 
 @dataclass
 class Outcome:

@@ -1,4 +1,4 @@
-"""Run directories: what is written is read again, and what is damaged says so."""
+"""Run directories: what is written is read again, and damage is reported in one clear error."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ from pnanalysis.io.weights import read_weights
 from pnanalysis.io.writer import RunWriter
 
 
+@pytest.fixture
+def own_run(tiny_run: Run, tmp_path: Path) -> Run:
+    """A copy of the finished run, to be damaged at will."""
+    shutil.copytree(tiny_run.path, tmp_path / "own")
+    return open_run(tmp_path / "own")
+
+
 def test_a_finished_run_names_start_plain_champion_and_ends(tiny_run: Run) -> None:
     assert tiny_run.start.name == "iter00/epoch000"
     assert tiny_run.plain.name == "iter00/epoch004"
@@ -36,7 +43,7 @@ def test_every_trajectory_starts_at_the_shared_initial_point(tiny_run: Run) -> N
         assert [checkpoint.epoch for checkpoint in path] == [0, 1, 2, 3, 4]
 
 
-def test_select_gives_checkpoints_under_the_names_asked_for(tiny_run: Run) -> None:
+def test_select_gives_checkpoints_under_the_requested_names(tiny_run: Run) -> None:
     chosen = tiny_run.select(["plain", "iter02", "iter01/epoch003"])
     assert list(chosen) == ["plain", "iter02", "iter01/epoch003"]
     assert chosen["iter02"].epoch == 4
@@ -44,7 +51,7 @@ def test_select_gives_checkpoints_under_the_names_asked_for(tiny_run: Run) -> No
 
 
 @pytest.mark.parametrize("name", ["best", "iter09", "iter00/epoch077"])
-def test_an_unknown_checkpoint_is_refused_with_what_there_is(tiny_run: Run, name: str) -> None:
+def test_an_error_about_an_unknown_checkpoint_names_those_that_exist(tiny_run: Run, name: str) -> None:
     with pytest.raises(RunError, match="iter"):
         tiny_run.select([name])
 
@@ -78,7 +85,7 @@ def test_a_damaged_run_gives_one_clear_error(own_run: Run, damage, message: str)
         open_run(own_run.path)
 
 
-def test_a_missing_run_says_how_to_make_one(tmp_path: Path) -> None:
+def test_the_error_about_a_missing_run_tells_how_to_train_one(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="pntrain"):
         open_run(tmp_path / "nowhere")
 
@@ -103,7 +110,21 @@ def test_tied_and_strided_tensors_come_back_equal(tmp_path: Path) -> None:
     assert torch.equal(loaded["turned"], base.T)
 
 
-def test_a_full_disk_keeps_the_old_file_and_says_what_to_do(own_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-4], lambda raw: b"not weights"])
+def test_damaged_resume_state_is_one_clear_error(own_run: Run, damage) -> None:
+    writer = RunWriter(own_run.path, own_run.manifest)
+    assert writer.load_state() is None
+    writer.save_state({"a": torch.arange(3)}, iteration=1, epoch=2)
+    tensors, position = writer.load_state()
+    assert torch.equal(tensors["a"], torch.arange(3))
+    assert position == {"iteration": 1, "epoch": 2}
+    file = own_run.path / "resume.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(RunError, match="damaged .*; delete it to repeat the iteration"):
+        writer.load_state()
+
+
+def test_a_full_disk_keeps_the_old_file_and_advises_to_make_room(own_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (own_run.path / MANIFEST).read_bytes()
 
     def full(descriptor: int) -> None:
@@ -122,12 +143,16 @@ class _Evil:
         return os.mkdir, ("run-by-the-pickle",)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_pickle_posing_as_weights_is_refused_and_never_run(tmp_path: Path, suffix: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "message"), [(".safetensors", "refused.*a pickle"), (".pt", "more than plain tensors or is damaged")]
+)
+def test_a_pickle_posing_as_weights_is_refused_and_never_run(
+    tmp_path: Path, suffix: str, message: str, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / f"weights{suffix}"
     file.write_bytes(pickle.dumps(_Evil()))
-    with pytest.raises(ModelError, match="refused|damaged"):
+    with pytest.raises(ModelError, match=message):
         read_weights(file)
     assert not (tmp_path / "run-by-the-pickle").exists()
 
@@ -142,7 +167,7 @@ def test_the_manifest_is_plain_json(tiny_run: Run) -> None:
     assert json.loads((tiny_run.path / MANIFEST).read_text()) == tiny_run.manifest
 
 
-def test_what_errors_are_is_each_runs_own(own_run: Run, tmp_path: Path) -> None:
+def test_each_run_keeps_its_own_kind_of_error(own_run: Run, tmp_path: Path) -> None:
     assert own_run.history.attrs["error"] == "share"
     other = tmp_path / "other"
     shutil.copytree(own_run.path, other)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pnanalysis.errors import DataError
 from pnanalysis.inputs.data import RawImages, data_directory
-from pnanalysis.io.netcdf import atomic_path
+from pnanalysis.io.atomic import atomic_path
 from trainers.zoo.kink import kink_data
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}

@@ -1,0 +1,196 @@
+"""Datasets as Zarr stores, which are written row by row and read lazily: for long trajectories and large sweeps.
+
+Stores are of Zarr format 2, whose strings and consolidated metadata are part of its specification.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import xarray as xr
+
+from pnanalysis.errors import SchemaError, reason
+from pnanalysis.io.atomic import atomic_directory
+from pnanalysis.schema import SCHEMAS, validate
+
+SUFFIX = ".zarr"
+_FORMAT: Literal[2] = 2
+_CHUNK_BYTES = 2**18
+#: Strings of fixed length, of any length, and as objects.
+_STRING_KINDS = "UTO"
+
+
+def save(ds: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """Write a dataset as a Zarr store, atomically. A dataset of pnanalysis that is there already is replaced.
+
+    Raises
+    ------
+    SchemaError
+        If it is not a dataset of pnanalysis, or there is anything else at ``path``.
+    """
+    path = _check_writing(ds, path)
+    with atomic_directory(path) as temporary:
+        ds.drop_encoding().to_zarr(temporary, mode="w", zarr_format=_FORMAT, consolidated=True)
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Read a dataset into memory and check it.
+
+    Raises
+    ------
+    SchemaError
+        If there is no such store, or it does not hold a pnanalysis dataset.
+    """
+    ds = open_store(path)
+    try:
+        return validate(ds.load())
+    except (OSError, RuntimeError) as error:  # a chunk that cannot be read or decompressed
+        raise SchemaError(f"{path}: not a readable Zarr store ({reason(error)})") from error
+
+
+def open_store(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Open a dataset lazily: variables are read where they are used. Its kind alone is checked.
+
+    Raises
+    ------
+    SchemaError
+        If there is no such store, or it was not written by pnanalysis.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise SchemaError(f"{path}: no such Zarr store")
+    if not is_store(path):
+        raise SchemaError(f"{path}: not a Zarr store of pnanalysis")
+    try:
+        # chunks=None indexes lazily without Dask
+        ds = xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=_FORMAT)
+        # Appended strings have no fixed length on disk. In memory they get one again, which NumPy finds from objects.
+        strings = [name for name, array in ds.variables.items() if array.dtype.kind in _STRING_KINDS]
+        return ds.assign({name: ds[name].astype(object).astype(np.str_) for name in strings})
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise SchemaError(f"{path}: not a readable Zarr store ({reason(error)})") from error
+
+
+def append(ds: xr.Dataset, path: str | os.PathLike[str], dim: str) -> Path:
+    """Append rows to the store at ``path``, or begin it with them.
+
+    A kill at any moment leaves a store of all rows whose call has returned: readers see the consolidated metadata,
+    which is replaced as the last step. Rows of a call that was killed are dropped by the next one. Only one process
+    at a time may append.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        One or more rows along ``dim``. Variables without that dim are stored by the first call.
+    path : path
+    dim : str
+        ``checkpoint`` for a trajectory, ``run`` for a sweep.
+
+    Raises
+    ------
+    SchemaError
+        If the rows are not a dataset of pnanalysis, have no ``dim`` or do not fit the store (other variables, sizes,
+        dtypes or coordinates), or there is anything else at ``path``.
+
+    Examples
+    --------
+    >>> for k in range(n):  # doctest: +SKIP
+    ...     append(ds.isel(checkpoint=[k]), "trajectory.zarr", "checkpoint")
+    """
+    path = _check_writing(ds, path)
+    if dim not in ds.dims:
+        raise SchemaError(f"nothing to append to {path}: the dataset has no dim {dim!r}")
+    ds = _with_objects_for_strings(ds.drop_encoding())
+    if not path.exists():
+        encoding = {name: {"chunks": _chunks(array, dim)} for name, array in ds.variables.items() if dim in array.dims}
+        with atomic_directory(path) as temporary:
+            ds.to_zarr(temporary, mode="w", zarr_format=_FORMAT, consolidated=True, encoding=encoding)
+        return path
+    with open_store(path) as stored:
+        _check_fits(ds, stored, path, dim)
+    _drop_unfinished_rows(path)
+    rows = ds.drop_vars([name for name, array in ds.variables.items() if dim not in array.dims])
+    rows.to_zarr(path, append_dim=dim, zarr_format=_FORMAT, consolidated=True)
+    return path
+
+
+def is_store(path: Path) -> bool:
+    """Whether this directory is a Zarr store that holds a dataset of pnanalysis."""
+    try:
+        attrs = json.loads((path / ".zattrs").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (path / ".zgroup").is_file() and isinstance(attrs, dict) and attrs.get("kind") in SCHEMAS
+
+
+def check_replaceable(path: str | os.PathLike[str]) -> Path:
+    """Refuse a path where there is anything but a Zarr store of pnanalysis.
+
+    Raises
+    ------
+    SchemaError
+    """
+    path = Path(path)
+    if path.exists() and not is_store(path):
+        raise SchemaError(f"{path}: exists and is not a Zarr store of pnanalysis; choose another name")
+    return path
+
+
+def _check_writing(ds: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """:func:`check_replaceable`, for a dataset whose store could be replaced and read again itself."""
+    kind = ds.attrs.get("kind")
+    if kind not in SCHEMAS:
+        raise SchemaError(f"{path}: not saved, not a pnanalysis dataset (kind {kind!r}); save it with ds.to_zarr")
+    return check_replaceable(path)
+
+
+def _with_objects_for_strings(ds: xr.Dataset) -> xr.Dataset:
+    """The dataset with strings of any length: later rows may have longer ones than the first."""
+    strings = [name for name, array in ds.variables.items() if array.dtype.kind in _STRING_KINDS]
+    return ds.assign({name: ds[name].astype(object) for name in strings})
+
+
+def _chunks(array: xr.Variable, dim: str) -> tuple[int, ...]:
+    """Whole rows, as many as make up a chunk that is cheap to write again with the next row in it."""
+    row = {other: max(size, 1) for other, size in array.sizes.items() if other != dim}
+    n_rows = max(1, _CHUNK_BYTES // (array.dtype.itemsize * int(np.prod([*row.values()], dtype=np.int64))))
+    return tuple(row.get(other, n_rows) for other in array.dims)
+
+
+def _check_fits(ds: xr.Dataset, stored: xr.Dataset, path: Path, dim: str) -> None:
+    """Refuse rows that xarray would broadcast, convert or write over what is there."""
+    if set(ds.variables) != set(stored.variables):
+        differing = sorted(map(str, set(ds.variables) ^ set(stored.variables)))
+        raise SchemaError(f"{path}: rows to append differ from those stored in {', '.join(differing)}")
+    for name, array in ds.variables.items():
+        there = stored[name].variable
+        both_strings = array.dtype.kind in _STRING_KINDS and there.dtype.kind in _STRING_KINDS
+        fits = array.dims == there.dims and (both_strings or array.dtype == there.dtype)
+        if fits and dim in array.dims:
+            fits = all(array.sizes[other] == there.sizes[other] for other in array.dims if other != dim)
+        elif fits:
+            fits = array.equals(there)
+        if not fits:
+            raise SchemaError(
+                f"{path}: {name!r} of the rows to append does not fit the one stored; "
+                f"without the dim {dim!r} its values, with it its dtype and other dims must be the same"
+            )
+
+
+def _drop_unfinished_rows(path: Path) -> None:
+    """Cut arrays back to the lengths in the consolidated metadata: a killed append leaves some of them longer."""
+    import zarr  # here, because it is slow to import and few commands append
+
+    for leftover in path.glob("*.partial"):  # zarr's temporary files, which it would take for foreign objects
+        leftover.unlink()
+    finished = zarr.open_group(path, mode="r", zarr_format=_FORMAT, use_consolidated=True)
+    present = zarr.open_group(path, mode="r+", zarr_format=_FORMAT, use_consolidated=False)
+    shapes = {name: array.shape for name, array in finished.arrays()}
+    for name, array in present.arrays():
+        if array.shape != shapes[name]:
+            array.resize(shapes[name])

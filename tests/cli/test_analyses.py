@@ -1,0 +1,162 @@
+"""Analyses: what each command saves, draws and prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pnanalysis.io import netcdf
+from pnanalysis.io.runs import Run
+from pnanalysis.spectra.summary import compare_spectra
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def test_analyses_save_into_the_run_and_draw(run, own_run: Run, tmp_path: Path) -> None:
+    for kind in ("saturation", "trajectory", "history"):
+        figure = tmp_path / f"{kind}.png"
+        done = run("pnanalysis", kind, own_run.path, "--plot", figure)
+        assert done.status == 0, done.err
+        assert figure.read_bytes()[:4] == b"\x89PNG"
+    saved = {path.stem: netcdf.load(path).attrs["kind"] for path in (own_run.path / "analysis").glob("*")}
+    assert saved == {kind: kind for kind in ("saturation", "trajectory")}  # its history is in the run already
+
+
+def test_hessian_of_a_run_has_plain_and_champion(run, own_run: Run, tmp_path: Path) -> None:
+    small = ("--n", 100, "--n-lanczos", 10, "--n-probes", 2)
+    done = run("pnanalysis", "hessian", own_run.path, *small, "-o", tmp_path / "h.nc", "--plot", tmp_path / "h.svg")
+    assert done.status == 0, done.err
+    ds = netcdf.load(tmp_path / "h.nc")
+    assert ds.checkpoint.values.tolist() == ["plain", "champion"]
+    assert "lambda_max" in done.out
+    assert run("pnanalysis", "plot", tmp_path / "h.nc", "-o", tmp_path / "h.pdf").status == 0
+    assert (tmp_path / "h.pdf").read_bytes()[:5] == b"%PDF-"
+    info = run("pnanalysis", "info", tmp_path / "h.nc")
+    assert "Ritz" in info.out
+
+
+def test_hessian_prints_differences_between_checkpoints(run, own_run: Run) -> None:
+    few = ["--n", 100, "--n-hvp", 30, "--device", "cpu", "-q"]
+    outcome = run("pnanalysis", "hessian", own_run.path, *few[:-1], "-c", "start", "-c", "plain")
+    assert "plain - start" in outcome.out
+    assert "noise" in outcome.out
+    spectra, differences = json.loads(
+        run("pnanalysis", "hessian", own_run.path, *few, "-c", "start", "-c", "plain", "--json").out
+    )["tables"]
+    ds = netcdf.load(own_run.path / "analysis" / "hessian.nc")
+    for name, column in (("lambda_max", "lambda_max"), ("n_outliers", "outliers"), ("bulk_edge_high", "bulk edge")):
+        ends = {key: float(ds[name + end][1]) for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
+        assert spectra["rows"][1][column] == ends
+    found = compare_spectra(ds.sel(checkpoint="start"), ds.sel(checkpoint="plain"))
+    shown = differences["rows"][0]["lambda_max"]
+    assert (shown["low"], shown["high"]) == (float(found.lambda_max_low), float(found.lambda_max_high))
+
+
+def test_hessian_of_layers_is_drawn_by_layer(run, tiny_run: Run, tmp_path: Path) -> None:
+    few = ("--n", 30, "--n-lanczos", 3, "--n-probes", 2, "--device", "cpu", "-o", tmp_path / "h.nc")
+    layers = ("--per-layer", "--params", "fc1", "--params", "fc7", "--plot", tmp_path / "h.svg")
+    done = run("pnanalysis", "hessian", tiny_run.path, *few, *layers, "-c", "plain")
+    assert done.status == 0, done.err
+    assert netcdf.load(tmp_path / "h.nc").layer.values.tolist() == ["fc1", "fc7"]
+    assert (tmp_path / "h.svg").is_file()
+
+
+def test_custom_weights_go_through_every_analysis(run, tmp_path: Path, own_run: Run, monkeypatch) -> None:
+    (tmp_path / "own_nets.py").write_text(
+        "from trainers.zoo.models import tanh7\ndef make():\n    return tanh7((1, 8, 8), width=16)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    weights = [checkpoint.path for checkpoint in own_run.checkpoints]
+    own = ("--model", "own_nets:make", "--weights", *weights)
+    data = ("--data", "digits")
+    assert run("pnanalysis", "saturation", *own, *data).status == 0
+    assert run("pnanalysis", "trajectory", *own).status == 0
+    small = ("--n", 100, "--n-lanczos", 8, "--n-probes", 2, "-o", "own.nc")
+    done = run("pnanalysis", "hessian", *own, *data, *small)
+    assert done.status == 0, done.err
+    assert netcdf.load("own.nc").sizes["checkpoint"] == len(weights)
+
+
+def test_gradients_of_a_run_are_drawn_and_saved(run, own_run: Run, tmp_path: Path) -> None:
+    outcome = run("pnanalysis", "gradients", own_run.path, "--n", 100, "--plot", tmp_path / "g.svg", "--device", "cpu")
+    assert outcome.status == 0
+    assert "constant push" in outcome.out
+    assert (own_run.path / "analysis" / "gradients.nc").is_file()
+    assert (tmp_path / "g.svg").is_file()
+
+
+def test_trajectories_are_saved_as_zarr_and_read_by_other_commands(run, own_run: Run, tmp_path: Path) -> None:
+    store, figure = own_run.path / "analysis" / "trajectory.zarr", tmp_path / "t.png"
+    done = run("pnanalysis", "trajectory", own_run.path, "-o", store)
+    assert done.status == 0, done.err
+    assert f"saved {store}" in done.out
+    assert run("pnanalysis", "trajectory", own_run.path, "-o", store, "--quiet").status == 0  # replaces it
+    assert run("pnanalysis", "plot", store, "-o", figure).status == 0
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert "explained_variance" in run("pnanalysis", "info", store).out
+    assert "trajectory" in run("pnanalysis", "info", own_run.path).out
+    assert run("pnanalysis", "report", own_run.path, "-o", tmp_path / "r.html").status == 0
+    assert "principal component" in (tmp_path / "r.html").read_text()
+
+
+def test_trajectories_by_layer_are_drawn_by_layer(run, own_run: Run, tmp_path: Path) -> None:
+    svg = tmp_path / "layers.svg"
+    assert run("pnanalysis", "trajectory", own_run.path, "--per-layer", "--plot", svg).status == 0
+    drawn = svg.read_text()
+    assert all(f">{layer}<" in drawn for layer in ("whole network", "fc1", "fc7"))
+
+
+def test_compare_prints_a_table_and_sentences(run, own_run: Run, tmp_path: Path) -> None:
+    few = ["--n", 200, "--n-hessian", 50, "--device", "cpu"]
+    picture = tmp_path / "dashboard.svg"
+    outcome = run("pnanalysis", "compare", own_run.path, "-c", "ends", *few, "--plot", picture)
+    assert outcome.status == 0, outcome.err
+    for text in ("test error", "difference", "disagreement", "CKA of fc3", "Hessian trace", "iter01 (iteration 1"):
+        assert text in outcome.out
+    assert "<svg" in picture.read_text()
+    ds = netcdf.load(own_run.path / "analysis" / "comparison.nc")
+    assert ds.attrs["kind"] == "comparison"
+    assert ds.n_examples.values.tolist() == [200, 200, 200]
+
+
+def test_compare_takes_many_checkpoints_and_custom_weights(run, own_run: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = ("--no-hessian", "--no-cka", "--device", "cpu")
+    outcome = run("pnanalysis", "compare", own_run.path, "-c", "all", "-c", "plain", *plain, "-o", "c.nc")
+    assert outcome.status == 0, outcome.err
+    assert "values" in outcome.out
+    assert "By test error" in outcome.out
+    (tmp_path / "compared.py").write_text(
+        "from trainers.zoo.models import tanh7\ndef make():\n    return tanh7((1, 8, 8), width=16)\n"
+    )
+    weights = [end.path for end in own_run.ends]
+    own = ("--model", "compared:make", "--weights", *weights[:1], "--data", "digits", *weights[1:])
+    outcome = run("pnanalysis", "compare", *own, *plain, "-o", "own.nc", "--quiet")
+    assert (outcome.status, outcome.out) == (0, ""), outcome.err
+    assert netcdf.load("own.nc").sizes["checkpoint"] == 2
+    refused = run("pnanalysis", "compare", own_run.path, "-c", "plain", *plain)
+    assert refused.status == 2
+    assert "at least two checkpoints" in refused.err
+
+
+def test_landscapes_are_saved_drawn_and_reported(run, own_run: Run, tmp_path: Path) -> None:
+    ends = ("-c", "start", "-c", "plain", "--n", 100, "--points", 3, "--device", "cpu")
+    done = run("pnanalysis", "landscape", own_run.path, *ends, "--align")
+    assert done.status == 0, done.err
+    assert "aligned" in done.out
+    done = run("pnanalysis", "landscape", own_run.path, *ends, "--view", "curve", "--steps", 5, "-o", tmp_path / "c.nc")
+    assert done.status == 0, done.err
+    assert netcdf.load(tmp_path / "c.nc").path.values.tolist() == ["line", "curve"]
+    plane = ("--view", "plane", "--points", 3, "--n", 50, "--device", "cpu")
+    done = run("pnanalysis", "landscape", own_run.path, *plane, "--plot", tmp_path / "p.svg")
+    assert done.status == 0, done.err
+    assert "path of plain" in (tmp_path / "p.svg").read_text()
+    done = run("pnanalysis", "sharpness", own_run.path, "--n", 50, "--steps", 3, "--radius", "ball=0.1", "-q")
+    assert done.status == 0, done.err
+    assert set(own_run.results.children) == {"history", "barrier", "landscape", "sharpness"}
+    assert netcdf.load(own_run.path / "analysis" / "sharpness.nc").radius.values.tolist() == [0.1]
+    assert run("pnanalysis", "report", own_run.path, "-o", tmp_path / "r.html").status == 0
+    page = (tmp_path / "r.html").read_text()
+    assert all(title in page for title in ("Loss between minima", "Loss on a plane", "Sharpness"))
