@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pnanalysis.errors import PnError
+from pnanalysis.errors import PnError, reason
 from pnanalysis.schema import provenance
 from trainers.recipes import Config
 
@@ -50,7 +50,7 @@ def describe(config: Config, device: torch.device, **entries: Any) -> dict[str, 
 
 def failure_of(error: Exception) -> str:
     """The error that ended a run, as text for its manifest."""
-    return str(error) if isinstance(error, PnError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, PnError) else reason(error)
 
 
 def now() -> str:
