@@ -151,17 +151,11 @@ def losses_by_iteration(ds: xr.Dataset, plateau: float | None = None, ax: Axes |
     for k, (lam, mine) in enumerate(groups):
         colour = _STRATEGY["restart"] if np.isnan(lam) else _GROUPS[k % len(_GROUPS)]
         label = "restart" if np.isnan(lam) else f"persistent, λ = {lam:g}"
+        labels = [label, *[None] * (mine.sum() - 1)]  # one entry in the legend for all chains of a group
         ax.plot(
-            iteration,
-            loss[mine].T,
-            marker=MARKERS[k % len(MARKERS)],
-            ms=3,
-            lw=0.8,
-            ls=DASHES[k % len(DASHES)],
-            alpha=0.7,
-            color=colour,
-            label=[label, *[None] * (mine.sum() - 1)],
-        )
+            iteration, loss[mine].T, color=colour, lw=0.8, ls=DASHES[k % len(DASHES)], alpha=0.7,
+            marker=MARKERS[k % len(MARKERS)], ms=3, label=labels,
+        )  # fmt: skip
     member, best = np.unravel_index(loss.argmin(), loss.shape)
     champion = f"champion: {loss.min():.3g} at iteration {iteration[best]}"
     ax.plot(iteration[best], loss[member, best], "*", ms=10, color=YELLOW, mec="black", ls="", label=champion)

@@ -103,16 +103,7 @@ def landscape(
     values = at[quantity].values
     shape = float((ds.y[-1] - ds.y[0]) / (ds.x[-1] - ds.x[0]))
     ax = own_axes(ax, COLUMN / np.clip(shape, 1, 2) + 1.6, COLUMN * min(shape, 1) + 1.0)
-    levels = _levels(values[np.isfinite(values)])
-    values = np.ma.masked_invalid(values)
-    norm = BoundaryNorm(levels, 256, extend="max")
-    drawn = ax.contourf(ds.x, ds.y, values, levels=levels, cmap="cividis", norm=norm, extend="max")
-    ax.contour(ds.x, ds.y, values, levels=levels, colors="white", linewidths=0.3, alpha=0.6)
-    figure = ax.get_figure()
-    assert figure is not None
-    bar = figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.03, spacing="uniform")
-    bar.set_label(f"{at.split.item()} {label(ds[quantity])}")
-    bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
+    _contours(ds, values, f"{at.split.item()} {label(ds[quantity])}", ax)
     if trajectory is not None:
         _paths(ds, trajectory, ax)
     for marker, (name, (x, y)) in zip("osD", zip(ds.point.values, ds.point_position.values, strict=True), strict=False):
@@ -157,6 +148,20 @@ def sharpness(ds: xr.Dataset) -> Figure:
     return figure
 
 
+def _contours(ds: xr.Dataset, values: NDArray[np.float64], name: str, ax: Axes) -> None:
+    """Filled contours and their colour bar."""
+    levels = _levels(values[np.isfinite(values)])
+    values = np.ma.masked_invalid(values)
+    norm = BoundaryNorm(levels, 256, extend="max")  # evenly spaced colours for unevenly spaced levels
+    drawn = ax.contourf(ds.x, ds.y, values, levels=levels, cmap="cividis", norm=norm, extend="max")
+    ax.contour(ds.x, ds.y, values, levels=levels, colors="white", linewidths=0.3, alpha=0.6)
+    figure = ax.get_figure()
+    assert figure is not None
+    bar = figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.03, spacing="uniform")
+    bar.set_label(name)
+    bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
+
+
 def _levels(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Contour levels ``(_LEVELS + 1,)`` whose height above the lowest point grows by a constant factor."""
     low, high = values.min(), np.quantile(values, 0.95)
@@ -198,6 +203,7 @@ def _profile(ax: Axes, one: xr.Dataset, name: str, path: str, text: str, shift: 
 
 
 def _paths(ds: xr.Dataset, trajectory: xr.Dataset, ax: Axes) -> None:
+    """Trajectories over the contours, in bright colours; iterations other than plain and champion in black."""
     if not same_plane(ds, trajectory):
         raise PnError("these trajectories lie on another plane than the landscape; make both from the same runs")
     trajectory = at_layer(trajectory)

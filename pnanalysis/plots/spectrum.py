@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.artist import Artist
@@ -41,26 +43,21 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
         parts = [(str(name), ds.isel(checkpoint=i)) for i, name in enumerate(ds.checkpoint.values)]
     top = float(ds.density.max())
     floor = top * 10**-_DECADES
-    handles: list[Artist] = []
     has_rug = False
-    for i, (name, one) in enumerate(parts):
-        colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-        grid, density, se = one.eigenvalue.values, one.density.values, np.nan_to_num(one.density_se.values)
-        low, high = np.maximum(density - se, floor), np.maximum(density + se, floor)
-        ax.fill_between(grid, low, high, fc=to_rgba(colour, 0.3), ec=to_rgba(colour, 0.8), lw=0.4, zorder=1)
-        line = ax.plot(grid, np.maximum(density, floor), color=colour, ls=dashes, lw=1.0, label=name or None)
-        handles += line if name else []
-        has_rug |= _rug(one, ax, colour, i)
+    for row, (name, one) in enumerate(parts):
+        _curve(one, ax, row, name, floor)
+        has_rug |= _rug(one, ax, row)
     ax.set_yscale("log")
     ax.set_ylim(floor, top * 4)
     if symlog:
         edge = float(np.nanmax(np.abs(ds.get("bulk_edge_high", ds.lambda_max).values)))
         ax.set_xscale("symlog", linthresh=max(edge, _linear_out_to(ds)))
-    ax.axvline(0.0, color="#BBBBBB", lw=0.6, zorder=0)
-    ax.set_xlabel("eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else ""))
+    ax.axvline(0.0, color="#bbbbbb", lw=0.6, zorder=0)
+    ax.set_xlabel(_eigenvalue_label(ds))
     ax.set_ylabel(label(ds.density))
+    handles: list[Artist] = list(ax.get_legend_handles_labels()[0])
     if bool((ds.density_se > 0).any()):
-        handles.append(Patch(fc="#CCCCCC", ec="#777777", lw=0.4, label="± 1 standard error"))
+        handles.append(Patch(fc="#cccccc", ec="#777777", lw=0.4, label="± 1 standard error"))
     if has_rug:
         handles.append(Line2D([], [], marker="|", ls="none", color="#555555", ms=5, label=_RUG))
     if handles:
@@ -104,7 +101,7 @@ def layer_spectra(ds: xr.Dataset) -> Figure:
         ax.set_ylabel(layer, rotation=0, ha="right", va="center")
     sns.despine(figure, left=True)
     axes[-1].set_xscale("symlog", linthresh=_linear_out_to(ds), linscale=2)
-    axes[-1].set_xlabel("eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else ""))
+    axes[-1].set_xlabel(_eigenvalue_label(ds))
     figure.suptitle("spectral density on a log scale, eight decades per row", x=0.01, ha="left", fontsize=7)
     handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 1:
@@ -118,12 +115,27 @@ def _linear_out_to(ds: xr.Dataset) -> float:
     return 4 * max(float(np.min(ds.kernel_width)), 1e-3 * widest)
 
 
-def _rug(ds: xr.Dataset, ax: Axes, colour: str, row: int) -> bool:
+def _eigenvalue_label(ds: xr.Dataset) -> str:
+    return "eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else "")
+
+
+def _curve(ds: xr.Dataset, ax: Axes, row: int, name: str, floor: float) -> None:
+    """One density and its band; what lies below ``floor`` is drawn at it, as a logarithm of zero cannot be."""
+    colour, dashes = COLOURS[row % len(COLOURS)], DASHES[row % len(DASHES)]
+    grid, density, se = ds.eigenvalue.values, ds.density.values, np.nan_to_num(ds.density_se.values)
+    low, high = np.maximum(density - se, floor), np.maximum(density + se, floor)
+    ax.fill_between(grid, low, high, fc=to_rgba(colour, 0.3), ec=to_rgba(colour, 0.8), lw=0.4, zorder=1)
+    ax.plot(grid, np.maximum(density, floor), color=colour, ls=dashes, lw=1.0, label=name or None)
+
+
+def _rug(ds: xr.Dataset, ax: Axes, row: int) -> bool:
     """Draw a tick for each outlier; returns whether there are any."""
     if "deflated_value" not in ds or "bulk_edge_high" not in ds:
         return False
     values = ds.deflated_value.values[np.isfinite(ds.deflated_value.values)]
     outside = values[(values > float(ds.bulk_edge_high)) | (values < float(ds.bulk_edge_low))]
     height = 0.02 + 0.035 * row
-    ax.plot(outside, np.full(len(outside), height), "|", color=colour, ms=5, transform=ax.get_xaxis_transform())
+    # heights in fractions of the axis, so that ticks stay at the bottom whatever the densities
+    look: dict[str, Any] = {"color": COLOURS[row % len(COLOURS)], "ms": 5, "transform": ax.get_xaxis_transform()}
+    ax.plot(outside, np.full(len(outside), height), "|", **look)
     return len(outside) > 0

@@ -7,7 +7,7 @@ Each is a set of curves with lists to choose from: a curve is shown if each list
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -29,11 +29,11 @@ _ERRORS = ("validation_error", "test_error", "train_loss", "penalty")
 
 @dataclass(frozen=True)
 class Choice:
-    """A list to choose from; the first option is selected at first."""
+    """A list to choose from: displayed text by value; the first option is selected at first."""
 
     key: str
     label: str
-    options: list[str]
+    options: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def _history(ds: xr.Dataset) -> Explorer:
     traces = [
         _trace(
             ds.epoch.values, ds[name].sel(iteration=iteration).values, _name(int(iteration), ds),
-            _look(int(iteration), ds), {"quantity": names[name], "iteration": str(iteration)},
+            _look(int(iteration), ds), {"quantity": name, "iteration": str(iteration)},
             hovertemplate="epoch %{x}: %{y:.4g}",
         )
         for name in shown
         for iteration in ds.iteration.values
     ]  # fmt: skip
-    choices = [Choice("quantity", "Quantity", list(names.values())), _iterations(ds)]
+    choices = [Choice("quantity", "Quantity", names), _iterations(ds)]
     return Explorer("history", "Explore the training", choices, traces, _axes("epoch", ""))
 
 
@@ -98,7 +98,7 @@ def _hessian(ds: xr.Dataset) -> Explorer:
     top = float(ds.density.max())
     layout["yaxis"] |= {"type": "log", "range": [float(np.log10(top)) - 8, float(np.log10(top)) + 0.3]}
     return Explorer(
-        "hessian", "Explore the spectrum", [Choice("checkpoint", "Checkpoint", [ALL, *names])], traces, layout
+        "hessian", "Explore the spectrum", [Choice("checkpoint", "Checkpoint", _same([ALL, *names]))], traces, layout
     )
 
 
@@ -115,8 +115,8 @@ def _saturation(ds: xr.Dataset) -> Explorer:
         )  # fmt: skip
         traces.append({**curve, "customdata": _numbers(at.abs_percentile_se.values)})
     choices = [
-        Choice("layer", "Layer", layers),
-        Choice("level", "Percentile of |activation|", [f"{level:g}" for level in levels]),
+        Choice("layer", "Layer", _same(layers)),
+        Choice("level", "Percentile of |activation|", _same(f"{level:g}" for level in levels)),
         _iterations(ds),
     ]
     return Explorer("saturation", "Explore the saturation", choices, traces, _axes("epoch", "|activation|"))
@@ -129,21 +129,21 @@ def _trajectory(ds: xr.Dataset) -> Explorer:
         ds = ds.sel(layer=WHOLE)
     projections = {name: title for name, title in _PROJECTIONS.items() if name in ds}
     traces = []
-    for projection, title in projections.items():
+    for projection in projections:
         for run, iteration in paths:
             at = ds.isel(checkpoint=np.flatnonzero((ds.run == run).values & (ds.iteration == iteration).values))
             x, y = at[projection].isel(component=slice(2)).values.T
             name = (f"{run} " if several else "") + _name(int(iteration), ds if run == first else None)
             look = _look(int(iteration), ds) if run == first else {"color": COLOURS[2], "dash": "dot"}
             curve = _trace(
-                x, y, name, look, {"projection": title, "path": name},
+                x, y, name, look, {"projection": projection, "path": name},
                 hovertemplate="epoch %{customdata[0]}, validation error %{customdata[1]:.2%}",
             )  # fmt: skip
             known = zip(at.epoch.values.tolist(), _numbers(at.validation_error.values), strict=True)
             traces.append({**curve, "customdata": list(map(list, known))})
     choices = [
-        Choice("projection", "Projection", list(projections.values())),
-        Choice("path", "Path", [ALL, *dict.fromkeys(trace["name"] for trace in traces)]),
+        Choice("projection", "Projection", projections),
+        Choice("path", "Path", _same([ALL, *(trace["name"] for trace in traces)])),
     ]
     layout = _axes("[parameter units]", "[parameter units]")
     layout["yaxis"] |= {"scaleanchor": "x"}
@@ -157,7 +157,12 @@ def _own_run(name: str, ds: xr.Dataset) -> str:
 
 
 def _iterations(ds: xr.Dataset) -> Choice:
-    return Choice("iteration", "Iteration", [ALL, *(str(iteration) for iteration in ds.iteration.values)])
+    return Choice("iteration", "Iteration", _same([ALL, *(str(iteration) for iteration in ds.iteration.values)]))
+
+
+def _same(values: Iterable[str]) -> dict[str, str]:
+    """Options that are displayed as they are."""
+    return {value: value for value in values}
 
 
 def _name(iteration: int, ds: xr.Dataset | None) -> str:
@@ -167,7 +172,7 @@ def _name(iteration: int, ds: xr.Dataset | None) -> str:
 
 
 def _look(iteration: int, ds: xr.Dataset) -> dict[str, Any]:
-    """Plain and champion as in the printed figures, the others quiet."""
+    """Line style: plain and champion as in the printed figures, the others in grey."""
     if iteration == 0:
         return {"color": PLAIN, "dash": "solid", "width": 2.5}
     if iteration == int(ds.attrs.get("champion", -1)):
