@@ -1,6 +1,6 @@
-"""Make the figures that pages show, by running the pages' own Python blocks: ``python docs/gallery.py [PAGE.md]...``.
+"""Make the figures of the pages by running the pages' own Python blocks: ``python docs/gallery.py [PAGE.md]...``.
 
-Figures lie in ``docs/_figures/PAGE/`` and are made anew when the page or the package has changed.
+Figures lie in ``docs/_figures/PAGE/`` and are made again when the page or the package has changed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _KEY = "made-from.json"
 
 
 def pages() -> list[Path]:
-    """The pages that show figures of their own."""
+    """The pages that contain generated figures."""
     return [path for path in sorted(DOCS.glob("**/*.md")) if _IMAGE.search(path.read_text(encoding="utf-8"))]
 
 
-def make(page: Path, anew: bool = False) -> Path:
-    """Run the page's blocks in a folder of its own, unless that has been done; returns the folder."""
-    from docs.tools.blocks import run_page
+def make(page: Path, force: bool = False) -> Path:
+    """Run the page's blocks in its folder of figures, unless they are up to date; returns the folder."""
+    from docs.tools.blocks import run_page  # here, so that pages can be listed without the package
 
     folder, key = FIGURES / page.stem, _key(page)
-    if not anew and _record(page).get("key") == key:
+    if not force and _record(page).get("key") == key:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -41,7 +41,7 @@ def make(page: Path, anew: bool = False) -> Path:
 
 
 def without_missing(page: Path, text: str) -> str:
-    """The page without the figures of blocks that could not run here."""
+    """The page without the figures of blocks that could not be run."""
     if not _record(page).get("skipped"):
         return text
     return _IMAGE.sub(lambda match: match[0] if (FIGURES / match[1] / match[2]).is_file() else "", text)
@@ -53,6 +53,7 @@ def _record(page: Path) -> dict[str, object]:
 
 
 def _key(page: Path) -> str:
+    """A hash of everything that the page's figures depend on."""
     digest = hashlib.sha256(page.read_bytes())
     for package in ("pnanalysis", "trainers"):
         for file in sorted((DOCS.parent / package).glob("**/*.py")):
@@ -63,4 +64,4 @@ def _key(page: Path) -> str:
 if __name__ == "__main__":
     sys.path.insert(0, str(DOCS.parent))
     for path in [Path(name) for name in sys.argv[1:]] or pages():
-        print(make(path.resolve(), anew=True))
+        print(make(path.resolve(), force=True))

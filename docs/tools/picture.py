@@ -1,4 +1,4 @@
-"""The picture of the README, from what the demo left: ``python -m docs.tools.picture DEMO-FOLDER``."""
+"""The picture in the README, from the results of the demo: ``python -m docs.tools.picture DEMO-FOLDER``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from PIL import Image
 import pnanalysis as pn
 
 PICTURE = Path(__file__).resolve().parents[1] / "images" / "demo.png"
-_WIDTH, _DPI, _GAP = 1400, 110, 10
+_WIDTH, _GAP = 1400, 10  # pixels
+_DPI = 110
 
 
 def compose(run: pn.Run) -> Image.Image:
-    """Spectra above saturation and trajectories."""
+    """Spectra in the first row, saturation and trajectories in the second."""
     results = run.results
     top, left, right = (
         _image(pn.plots.plot(results[kind].to_dataset())) for kind in ("hessian", "saturation", "trajectory")
@@ -35,7 +36,7 @@ def compose(run: pn.Run) -> Image.Image:
 def _image(figure: Figure) -> Image.Image:
     drawn = BytesIO()
     with pn.plots.style():
-        figure.savefig(drawn, format="png", dpi=2 * _DPI)
+        figure.savefig(drawn, format="png", dpi=2 * _DPI)  # scaled down later, which smooths the lines
     return Image.open(drawn).convert("RGB")
 
 

@@ -1,4 +1,4 @@
-"""A function per figure: dataset in, matplotlib Axes or Figure out."""
+"""One function per figure: dataset in, matplotlib Axes or Figure out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pnanalysis.errors import PnError
-from pnanalysis.plots.activations import activation_histogram, saturated_layers
 from pnanalysis.plots.comparison import comparison
 from pnanalysis.plots.history import errors, history
 from pnanalysis.plots.landscape import barrier, landscape, sharpness
+from pnanalysis.plots.layer_activations import activation_histogram, saturated_layers
 from pnanalysis.plots.saturation import saturation, saturation_gap
 from pnanalysis.plots.spectrum import layer_spectra, spectral_density
 from pnanalysis.plots.style import new_figure, save_figure, style
 from pnanalysis.plots.trajectory import cosines, trajectories, trajectory, trajectory_layers
 
-#: Figure by name, as ``module:function``; a dataset's kind names its own.
+#: Figures by name, as ``module:function``; a dataset's kind is the name of its own figure.
 FIGURES: dict[str, str] = {
     "history": "pnanalysis.plots.history:history",
     "errors": "pnanalysis.plots.history:errors",
@@ -29,8 +29,8 @@ FIGURES: dict[str, str] = {
     "layer_spectra": "pnanalysis.plots.spectrum:layer_spectra",
     "saturation": "pnanalysis.plots.saturation:saturation",
     "saturation_gap": "pnanalysis.plots.saturation:saturation_gap",
-    "saturated_layers": "pnanalysis.plots.activations:saturated_layers",
-    "activation_histogram": "pnanalysis.plots.activations:activation_histogram",
+    "saturated_layers": "pnanalysis.plots.layer_activations:saturated_layers",
+    "activation_histogram": "pnanalysis.plots.layer_activations:activation_histogram",
     "trajectory": "pnanalysis.plots.trajectory:trajectory",
     "trajectories": "pnanalysis.plots.trajectory:trajectories",
     "trajectory_layers": "pnanalysis.plots.trajectory:trajectory_layers",
@@ -42,12 +42,12 @@ FIGURES: dict[str, str] = {
     "gradients": "pnanalysis.plots.gradients:gradients",
     "comparison": "pnanalysis.plots.comparison:comparison",
     "functional": "pnanalysis.plots.comparison:functional",
-    "descent": "pnanalysis.plots.toy:descent",
-    "surface": "pnanalysis.plots.toy:surface",
-    "surface_3d": "pnanalysis.plots.toy:surface_3d",
-    "basin": "pnanalysis.plots.toy:basin",
-    "ensemble": "pnanalysis.plots.ensemble:ensemble",
-    "escape": "pnanalysis.plots.ensemble:escape",
+    "descent": "pnanalysis.plots.two_well:descent",
+    "surface": "pnanalysis.plots.two_well:surface",
+    "surface_3d": "pnanalysis.plots.two_well:surface_3d",
+    "basin": "pnanalysis.plots.two_well:basin",
+    "ensemble": "pnanalysis.plots.kink:ensemble",
+    "escape": "pnanalysis.plots.kink:escape",
 }
 
 
@@ -65,11 +65,11 @@ def plot(ds: xr.Dataset, kind: str | None = None, **options: Any) -> Figure:
     Raises
     ------
     PnError
-        If there is no such figure, or the dataset does not hold what it draws.
+        If there is no such figure, or the dataset lacks what it draws.
     """
     name = kind or str(ds.attrs.get("kind"))
     if name not in FIGURES:
-        raise PnError(f"no figure {name!r}; there are {', '.join(FIGURES)}")
+        raise PnError(f"no figure {name!r}; the figures are {', '.join(FIGURES)}")
     module, _, attribute = FIGURES[name].partition(":")
     draw: Callable[..., Axes | Figure] = getattr(import_module(module), attribute)
     try:
@@ -78,8 +78,8 @@ def plot(ds: xr.Dataset, kind: str | None = None, **options: Any) -> Figure:
     except PnError:
         raise
     except (KeyError, AttributeError, ValueError) as error:
-        own = ds.attrs.get("kind", "foreign")
-        raise PnError(f"this {own} dataset does not hold what a {name} figure draws") from error
+        kind = ds.attrs.get("kind", "foreign")
+        raise PnError(f"this {kind} dataset lacks what the figure {name!r} draws") from error
     if isinstance(drawn, Figure):
         return drawn
     figure = drawn.get_figure()

@@ -1,4 +1,4 @@
-"""The persistent gradient beside the loss gradient, and the signs that decide it."""
+"""The persistent gradient compared with the loss gradient, and the signs that determine it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from pnanalysis.plots.style import (
+    BLUE,
     CHAMPION,
     COLUMN,
     PAGE,
@@ -24,11 +25,11 @@ from pnanalysis.plots.style import (
 )
 
 _PER_ROW = 4
-_POSITIVE, _NEGATIVE = "#0072B2", "#F5C76A"
+_POSITIVE, _NEGATIVE = BLUE, "#f5c76a"  # dark and light: the signs also differ in a grey print
 
 
 def gradients(ds: xr.Dataset, iteration: int | None = None) -> Figure:
-    """Norms against epoch, a panel a layer, above the signs of the inner products with the earlier end points.
+    """Norms against epoch, one panel per layer, above the signs of the inner products with the earlier end points.
 
     Parameters
     ----------
@@ -49,6 +50,7 @@ def gradients(ds: xr.Dataset, iteration: int | None = None) -> Figure:
     figure = new_figure(PAGE if n > 1 else COLUMN * 1.5, 0.3 + 2.9 * n_rows)
     panels = figure.subplots(2 * n_rows, columns, squeeze=False, height_ratios=(2, 1) * n_rows)
     pairs = [(panels[2 * (k // columns), k % columns], panels[2 * (k // columns) + 1, k % columns]) for k in range(n)]
+    # pairs of panels in the order of layers; those after the last layer go
     for ax in panels.reshape(n_rows, 2, columns).transpose(0, 2, 1).reshape(-1, 2)[n:].ravel():
         ax.remove()
     drawn: list[float] = []
@@ -76,17 +78,19 @@ def gradients(ds: xr.Dataset, iteration: int | None = None) -> Figure:
 
 
 def _norms(one: xr.Dataset, ax: Axes) -> list[float]:
-    """Three curves; all positive numbers that they show."""
+    """Draw the three curves; returns the positive values among them."""
     ax.plot(one.epoch, one.loss_gradient_norm, color=PLAIN, marker=few(one.sizes["epoch"]), label="loss gradient")
     ax.axhline(float(one.constant_norm), color=CHAMPION, ls="--", label="constant push")
-    moving = one.fluctuation_norm.where(one.fluctuation_norm > 1e-9 * float(one.constant_norm))
-    none = "" if bool(moving.notnull().any()) else ": none"
-    ax.plot(one.epoch, moving, color=RESTART, ls=":", marker="s", ms=2.5, label=f"fluctuation{none}")
-    shown = np.concatenate([one.loss_gradient_norm.values, moving.values, [float(one.constant_norm)]])
+    # round-off in place of a fluctuation would stretch the logarithmic axis by many decades
+    fluctuation = one.fluctuation_norm.where(one.fluctuation_norm > 1e-9 * float(one.constant_norm))
+    none = "" if bool(fluctuation.notnull().any()) else ": none"
+    ax.plot(one.epoch, fluctuation, color=RESTART, ls=":", marker="s", ms=2.5, label=f"fluctuation{none}")
+    shown = np.concatenate([one.loss_gradient_norm.values, fluctuation.values, [float(one.constant_norm)]])
     return [float(norm) for norm in shown if norm > 0]
 
 
 def _signs(one: xr.Dataset, ax: Axes) -> None:
+    # seaborn.heatmap spaces columns evenly, but epochs need not be: cells between true borders share the axis above
     signs = one.sign.dropna("end", how="all")
     ax.pcolormesh(
         _edges(one.epoch.values), np.arange(signs.sizes["end"] + 1) - 0.5, signs.transpose("end", "epoch").values,
@@ -98,7 +102,7 @@ def _signs(one: xr.Dataset, ax: Axes) -> None:
 
 
 def _edges(epochs: np.ndarray) -> np.ndarray:
-    """Cell borders half-way between epochs."""
+    """Cell borders half-way between epochs, ``(n + 1,)``."""
     if len(epochs) == 1:
         return epochs[0] + np.array([-0.5, 0.5])
     middle = (epochs[1:] + epochs[:-1]) / 2

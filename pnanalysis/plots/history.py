@@ -31,12 +31,12 @@ from pnanalysis.plots.style import (
 
 
 def history(ds: xr.Dataset) -> Figure:
-    """Loss and validation error against epoch: plain and champion in colour, the other iterations in grey.
+    """Loss and validation error against epoch: plain model and champion in colour, other iterations in grey.
 
     Parameters
     ----------
     ds : xarray.Dataset
-        Kind ``history`` of one run; of several, those along ``run`` are drawn below one another.
+        Kind ``history`` of one run, or of several along ``run``, which get one row each.
 
     Returns
     -------
@@ -62,14 +62,14 @@ def history(ds: xr.Dataset) -> Figure:
 
 
 def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = None) -> Axes:
-    """Validation and test error at the end of each iteration, the plain model's as lines.
+    """Validation and test error at the end of each iteration; horizontal lines mark the plain model.
 
     Parameters
     ----------
     ds : xarray.Dataset
         Kind ``history`` of one run.
     control : xarray.Dataset, optional
-        The history of its restart control: hollow markers of the same shapes.
+        The history of its restart control, drawn as hollow markers of the same shapes.
     ax : Axes, optional
 
     Returns
@@ -83,15 +83,15 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
         If the dataset has several runs.
     """
     if "run" in ds.dims:
-        raise PnError(f"errors are drawn of one run; select one of {', '.join(map(str, ds.run.values))}")
+        raise PnError(f"errors are drawn for one run; select one of {', '.join(map(str, ds.run.values))}")
     ax = own_axes(ax, PAGE * 0.7, 2.4)
-    last, kind = ds.isel(epoch=-1), error_kind(ds)
+    last, is_rate = ds.isel(epoch=-1), error_kind(ds) == "share"
     entries: list[Any] = []
     for name, colour, marker, text, shift in (
         ("validation_error", PLAIN, "o", "validation", -0.06),
         ("test_error", CHAMPION, "s", "test", 0.06),
-    ):
-        size = int(ds.attrs.get(f"n_{name.split('_')[0]}", 0)) if kind == "share" else 0
+    ):  # shifted, so that error bars do not hide one another
+        size = int(ds.attrs.get(f"n_{name.split('_')[0]}", 0)) if is_rate else 0
         values = last[name].values
         bars = ax.errorbar(ds.iteration + shift, values, _binomial_se(values, size), color=colour, marker=marker,
                            ls="--", lw=0.8, capsize=1.5, elinewidth=0.6, label=text)  # fmt: skip
@@ -106,13 +106,13 @@ def errors(ds: xr.Dataset, control: xr.Dataset | None = None, ax: Axes | None = 
         "champion", (champion, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color="#555555"
     )
     ax.set_xlabel("iteration (0 is the plain model)")
-    ax.set_ylabel(("error" if kind == "share" else kind) + " at the end of training")
+    ax.set_ylabel(("error" if is_rate else error_kind(ds)) + " at the end of training")
     ax.set_xlim(-0.5, float(ds.iteration.max()) + 0.5)
     integer_axis(ax, ds.iteration.values)
-    if kind == "share":
+    if is_rate:
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    ax.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.0, 1.0), title_fontsize=7, alignment="left",
-              title="± standard error; lines:\nplain model" if kind == "share" else "lines: plain model")  # fmt: skip
+    title = "± standard error; lines:\nplain model" if is_rate else "lines: plain model"
+    ax.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, alignment="left")
     return ax
 
 
@@ -137,5 +137,5 @@ def _curves(ds: xr.Dataset, name: str, ax: Axes) -> None:
     integer_axis(ax, ds.epoch.values)
 
 
-def _binomial_se(share: np.ndarray, n: int) -> np.ndarray | None:
-    return np.sqrt(share * (1 - share) / n) if n else None
+def _binomial_se(rate: np.ndarray, n: int) -> np.ndarray | None:
+    return np.sqrt(rate * (1 - rate) / n) if n else None

@@ -1,4 +1,4 @@
-"""Loss between and around minima: profiles along paths, contours on planes, sharpness."""
+"""The loss between and around minima: profiles along paths, contours on planes, sharpness."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from pnanalysis.analyses.verdict import short_names
 from pnanalysis.errors import PnError
 from pnanalysis.estimates import Estimate
 from pnanalysis.plots.style import (
+    BLACK,
     CHAMPION,
     COLUMN,
+    ORANGE,
     PAGE,
     PLAIN,
     QUIET,
     RESTART,
+    SKY,
     label,
     legend_above,
     new_figure,
@@ -32,13 +35,13 @@ from pnanalysis.plots.style import (
 )
 from pnanalysis.plots.trajectory import at_layer
 
-_LOOKS = {"line": (PLAIN, "-", "o"), "aligned": ("#E69F00", "--", "s"), "curve": ("#000000", ":", "^")}
-_LEVELS = 16
-_ROUNDING = 1e-6  # of the loss: what single precision makes of no barrier
+_LOOKS = {"line": (PLAIN, "-", "o"), "aligned": (ORANGE, "--", "s"), "curve": (BLACK, ":", "^")}
+_LEVELS = 16  # contours
+_ROUND_OFF = 1e-6  # relative to the loss: in single precision a barrier of zero comes out this large
 
 
 def barrier(ds: xr.Dataset) -> Figure:
-    """Loss, and error where there is one, along each path; a band of one standard error, the barrier in the legend.
+    """Loss, and error if available, along each path, with bands of one standard error; barriers in the legend.
 
     Parameters
     ----------
@@ -48,7 +51,7 @@ def barrier(ds: xr.Dataset) -> Figure:
     Returns
     -------
     Figure
-        A column a quantity, a row a split.
+        One column per quantity, one row per split.
     """
     quantities = [("loss", "barrier")] + ([("error", "error_barrier")] if "error" in ds else [])
     n_splits = ds.sizes["split"]
@@ -56,18 +59,8 @@ def barrier(ds: xr.Dataset) -> Figure:
     panels = figure.subplots(n_splits, len(quantities), squeeze=False, sharex=True)
     for row, split in zip(panels, ds.split.values, strict=True):
         for ax, (name, top) in zip(row, quantities, strict=True):
-            for k, path in enumerate(ds.path.values):
-                one = ds.sel(path=path, split=split)
-                _profile(ax, one, name, str(path), f"{path}: {_height(one, name, top)}", k / ds.sizes["path"])
-            if name == "error":
-                ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-            for end in (0.0, 1.0):
-                ax.axvline(end, color="#BBBBBB", lw=0.6, zorder=0)
+            _profiles(ax, ds.sel(split=split), name, top)
             ax.set_ylabel(f"{split} {label(ds[name])}")
-            low, high = ax.get_ylim()
-            ax.set_ylim(low, high + 0.13 * (ds.sizes["path"] + 1) * (high - low))  # room for the legend
-            title = f"barrier of the {name} ± standard error"
-            ax.legend(title=title, title_fontsize=6.5, fontsize=6.5, loc="upper left", alignment="left")
     names = json.loads(ds.attrs.get("checkpoints", '["first end", "second end"]'))
     for ax in panels[-1]:
         ax.set_xlabel(f"position, {names[0]} (0) to {names[1]} (1)")
@@ -82,7 +75,7 @@ def landscape(
     quantity: str = "loss",
     split: str | None = None,
 ) -> Axes:
-    """Contours on a plane, the checkpoints that span it, and trajectories over it.
+    """Contours on a plane with the checkpoints that span it and, optionally, trajectories.
 
     Parameters
     ----------
@@ -90,12 +83,12 @@ def landscape(
         Kind ``landscape``.
     ax : Axes, optional
     trajectory : xarray.Dataset, optional
-        Kind ``trajectory``, on the same plane (:func:`same_plane`); its points are projected, of layers those of the
-        whole network.
+        Kind ``trajectory``, on the same plane (:func:`same_plane`), onto which its points are projected. If it has
+        layers, the paths of the whole network are drawn.
     quantity : {"loss", "error"}
-        Contours lie the closer, the lower; all above the 95 % quantile of the grid is of one colour.
+        Contours are denser at low values; everything above the 95 % quantile of the grid has one colour.
     split : str, optional
-        The first by default.
+        By default the first.
 
     Returns
     -------
@@ -110,16 +103,7 @@ def landscape(
     values = at[quantity].values
     shape = float((ds.y[-1] - ds.y[0]) / (ds.x[-1] - ds.x[0]))
     ax = own_axes(ax, COLUMN / np.clip(shape, 1, 2) + 1.6, COLUMN * min(shape, 1) + 1.0)
-    levels = _levels(values[np.isfinite(values)])
-    values = np.ma.masked_invalid(values)
-    norm = BoundaryNorm(levels, 256, extend="max")
-    drawn = ax.contourf(ds.x, ds.y, values, levels=levels, cmap="cividis", norm=norm, extend="max")
-    ax.contour(ds.x, ds.y, values, levels=levels, colors="white", linewidths=0.3, alpha=0.6)
-    figure = ax.get_figure()
-    assert figure is not None
-    bar = figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.03, spacing="uniform")
-    bar.set_label(f"{at.split.item()} {label(ds[quantity])}")
-    bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
+    _contours(ds, values, f"{at.split.item()} {label(ds[quantity])}", ax)
     if trajectory is not None:
         _paths(ds, trajectory, ax)
     for marker, (name, (x, y)) in zip("osD", zip(ds.point.values, ds.point_position.values, strict=True), strict=False):
@@ -134,27 +118,27 @@ def landscape(
 
 
 def same_plane(ds: xr.Dataset, trajectory: xr.Dataset | None) -> bool:
-    """Whether trajectories have coordinates on the plane of a landscape."""
+    """Whether trajectories have coordinates on the landscape's plane, one spanned by the same points."""
     points = ds.attrs.get("plane_points")
     return trajectory is not None and points is not None and points == trajectory.attrs.get("plane_points")
 
 
 def sharpness(ds: xr.Dataset) -> Figure:
-    """Largest rise of the loss in each neighbourhood, a panel each, with the rise after one step hollow.
+    """Largest rise of the loss, one panel per neighbourhood; hollow markers are the rise after one step.
 
     Bars are one standard error to either side.
     """
-    where, names = np.arange(ds.sizes["checkpoint"]), short_names(ds)
-    turned = tilted(names, PAGE / ds.sizes["neighbourhood"] - 0.5)
-    figure = new_figure(PAGE, 2.2 + (0.035 * max(map(len, names)) if turned else 0))
+    places, names = np.arange(ds.sizes["checkpoint"]), short_names(ds)
+    rotation = tilted(names, PAGE / ds.sizes["neighbourhood"] - 0.5)
+    figure = new_figure(PAGE, 2.2 + (0.035 * max(map(len, names)) if rotation else 0))
     panels = figure.subplots(1, ds.sizes["neighbourhood"], squeeze=False)[0]
     for ax, kind in zip(panels, ds.neighbourhood.values, strict=True):
         at = ds.sel(neighbourhood=kind)
-        ax.errorbar(where, at.rise, at.rise_se, fmt="o", color=CHAMPION, capsize=2, label="largest found")
-        ax.errorbar(where + 0.1, at.one_step, at.one_step_se, fmt="s", color=PLAIN, mfc="white", capsize=2,
+        ax.errorbar(places, at.rise, at.rise_se, fmt="o", color=CHAMPION, capsize=2, label="largest found")
+        ax.errorbar(places + 0.1, at.one_step, at.one_step_se, fmt="s", color=PLAIN, mfc="white", capsize=2,
                     label="one step")  # fmt: skip
-        ax.set_xticks(where, names, **turned)
-        ax.set_xlim(-0.5, where[-1] + 0.6)
+        ax.set_xticks(places, names, **rotation)
+        ax.set_xlim(-0.5, places[-1] + 0.6)
         ax.margins(y=0.1)
         ax.set_ylim(bottom=0 if float(at.one_step.min()) >= 0 else None)
         ax.set_title(f"{kind}, radius {float(at.radius):g}", loc="left")
@@ -164,21 +148,52 @@ def sharpness(ds: xr.Dataset) -> Figure:
     return figure
 
 
+def _contours(ds: xr.Dataset, values: NDArray[np.float64], name: str, ax: Axes) -> None:
+    """Filled contours and their colour bar."""
+    levels = _levels(values[np.isfinite(values)])
+    values = np.ma.masked_invalid(values)
+    norm = BoundaryNorm(levels, 256, extend="max")  # evenly spaced colours for unevenly spaced levels
+    drawn = ax.contourf(ds.x, ds.y, values, levels=levels, cmap="cividis", norm=norm, extend="max")
+    ax.contour(ds.x, ds.y, values, levels=levels, colors="white", linewidths=0.3, alpha=0.6)
+    figure = ax.get_figure()
+    assert figure is not None
+    bar = figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.03, spacing="uniform")
+    bar.set_label(name)
+    bar.set_ticks(levels[::3].tolist(), labels=[f"{level:.3g}" for level in levels[::3]])
+
+
 def _levels(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Contours whose height above the lowest point grows by a constant factor."""
+    """Contour levels ``(_LEVELS + 1,)`` whose height above the lowest point grows by a constant factor."""
     low, high = values.min(), np.quantile(values, 0.95)
     return np.asarray(low + max(high - low, 1e-12) * np.append(0.0, np.geomspace(0.01, 1.0, _LEVELS)))
 
 
 def _height(one: xr.Dataset, name: str, top: str) -> str:
-    """A barrier in words and numbers; what round-off alone makes is none."""
+    """A barrier's height as text; one of the size of round-off is none."""
     barrier = Estimate(float(one[top]), float(one[f"{top}_se"]))
-    if abs(barrier.value) <= _ROUNDING * float(np.abs(one[name]).max()):
+    if abs(barrier.value) <= _ROUND_OFF * float(np.abs(one[name]).max()):
         return "no barrier"
     return barrier.text(percent=name == "error")
 
 
+def _profiles(ax: Axes, ds: xr.Dataset, name: str, top: str) -> None:
+    """One quantity along each path; ``top`` names the variable with its barrier."""
+    n_paths = ds.sizes["path"]
+    for k, path in enumerate(ds.path.values):
+        one = ds.sel(path=path)
+        _profile(ax, one, name, str(path), f"{path}: {_height(one, name, top)}", k / n_paths)
+    if name == "error":
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for end in (0.0, 1.0):
+        ax.axvline(end, color="#bbbbbb", lw=0.6, zorder=0)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.13 * (n_paths + 1) * (high - low))  # room for the legend
+    title = f"barrier of the {name} ± standard error"
+    ax.legend(title=title, title_fontsize=6.5, fontsize=6.5, loc="upper left", alignment="left")
+
+
 def _profile(ax: Axes, one: xr.Dataset, name: str, path: str, text: str, shift: float) -> None:
+    """One path; ``shift`` in [0, 1) moves and shrinks its markers, so that paths of equal values stay visible."""
     colour, dashes, marker = _LOOKS.get(path, (QUIET, "-", "x"))
     x, y, se = one.position.values, one[name].values, np.nan_to_num(one[f"{name}_se"].values)
     step = max(1, len(x) // 8)
@@ -188,6 +203,7 @@ def _profile(ax: Axes, one: xr.Dataset, name: str, path: str, text: str, shift: 
 
 
 def _paths(ds: xr.Dataset, trajectory: xr.Dataset, ax: Axes) -> None:
+    """Trajectories over the contours, in bright colours; iterations other than plain and champion in black."""
     if not same_plane(ds, trajectory):
         raise PnError("these trajectories lie on another plane than the landscape; make both from the same runs")
     trajectory = at_layer(trajectory)
@@ -202,7 +218,7 @@ def _paths(ds: xr.Dataset, trajectory: xr.Dataset, ax: Axes) -> None:
         if run != first:
             colour, dashes, text = RESTART, ":", str(run)
         elif iteration == 0:
-            colour, dashes, text = "#56B4E9", "-", "path of plain"
+            colour, dashes, text = SKY, "-", "path of plain"
         elif iteration == champion:
             colour, dashes, text = CHAMPION, "--", "path of champion"
         ax.plot(x, y, color=colour, ls=dashes, marker=".", ms=3, lw=1.2, zorder=4, label=None if text in seen else text)

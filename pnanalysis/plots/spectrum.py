@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.artist import Artist
@@ -13,8 +15,8 @@ from matplotlib.patches import Patch
 
 from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, legend_above, new_figure, own_axes
 
-_DECADES = 8.0
-_SINGLE = "outliers found one by one"
+_DECADES = 8.0  # below the largest density
+_RUG = "individually computed outliers"
 
 
 def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = False) -> Axes:
@@ -23,17 +25,17 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     Parameters
     ----------
     ds : xarray.Dataset
-        Kind ``spectral_density`` or ``hessian``; with a dim ``checkpoint``, its entries are laid over one another.
+        Kind ``spectral_density`` or ``hessian``; the spectra along a dim ``checkpoint`` are overlaid.
     ax : Axes, optional
     symlog : bool
-        Eigenvalues on a scale that is linear near zero and logarithmic beyond.
+        Draw eigenvalues on a scale that is linear near zero and logarithmic beyond.
 
     Returns
     -------
     Axes
-        Ticks at the bottom, a row a checkpoint, mark outliers, eigenvalues beyond the bulk: those of them that were
-        found one by one, of which there may be many fewer than ``n_outliers`` counts. The band is one standard
-        error to either side.
+        Ticks at the bottom, one row per checkpoint, mark the outliers (eigenvalues beyond the bulk) that were computed
+        individually; there may be far fewer of them than ``n_outliers`` counts. The band is one standard error to
+        either side.
     """
     ax = own_axes(ax, PAGE if "checkpoint" in ds.dims else COLUMN, 2.6)
     parts = [("", ds)]
@@ -41,35 +43,30 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
         parts = [(str(name), ds.isel(checkpoint=i)) for i, name in enumerate(ds.checkpoint.values)]
     top = float(ds.density.max())
     floor = top * 10**-_DECADES
-    handles: list[Artist] = []
-    rugs = False
-    for i, (name, one) in enumerate(parts):
-        colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-        grid, density, se = one.eigenvalue.values, one.density.values, np.nan_to_num(one.density_se.values)
-        low, high = np.maximum(density - se, floor), np.maximum(density + se, floor)
-        ax.fill_between(grid, low, high, fc=to_rgba(colour, 0.3), ec=to_rgba(colour, 0.8), lw=0.4, zorder=1)
-        line = ax.plot(grid, np.maximum(density, floor), color=colour, ls=dashes, lw=1.0, label=name or None)
-        handles += line if name else []
-        rugs |= _rug(one, ax, colour, i)
+    has_rug = False
+    for row, (name, one) in enumerate(parts):
+        _curve(one, ax, row, name, floor)
+        has_rug |= _rug(one, ax, row)
     ax.set_yscale("log")
     ax.set_ylim(floor, top * 4)
     if symlog:
         edge = float(np.nanmax(np.abs(ds.get("bulk_edge_high", ds.lambda_max).values)))
         ax.set_xscale("symlog", linthresh=max(edge, _linear_out_to(ds)))
-    ax.axvline(0.0, color="#BBBBBB", lw=0.6, zorder=0)
-    ax.set_xlabel("eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else ""))
+    ax.axvline(0.0, color="#bbbbbb", lw=0.6, zorder=0)
+    ax.set_xlabel(_eigenvalue_label(ds))
     ax.set_ylabel(label(ds.density))
+    handles: list[Artist] = list(ax.get_legend_handles_labels()[0])
     if bool((ds.density_se > 0).any()):
-        handles.append(Patch(fc="#CCCCCC", ec="#777777", lw=0.4, label="± 1 standard error"))
-    if rugs:
-        handles.append(Line2D([], [], marker="|", ls="none", color="#555555", ms=5, label=_SINGLE))
+        handles.append(Patch(fc="#cccccc", ec="#777777", lw=0.4, label="± 1 standard error"))
+    if has_rug:
+        handles.append(Line2D([], [], marker="|", ls="none", color="#555555", ms=5, label=_RUG))
     if handles:
         ax.legend(handles=handles, framealpha=0.8, frameon=True, edgecolor="none")
     return ax
 
 
 def layer_spectra(ds: xr.Dataset) -> Figure:
-    """Spectra of layers as ridges: a row a layer, its density on a logarithmic scale of eight decades.
+    """Spectra of layers as ridges: one row per layer, its density on a logarithmic scale of eight decades.
 
     Parameters
     ----------
@@ -79,8 +76,10 @@ def layer_spectra(ds: xr.Dataset) -> Figure:
     Returns
     -------
     Figure
-        Eigenvalues on a scale that is linear over what the kernel blurs and logarithmic beyond.
+        Eigenvalues lie on a scale that is linear where the kernel blurs them and logarithmic beyond.
     """
+    import seaborn as sns
+
     layers = list(dict.fromkeys(ds.layer.values.tolist()))
     names = [
         str(name).rsplit(f":{layer}", 1)[0] for name, layer in zip(ds.checkpoint.values, ds.layer.values, strict=True)
@@ -99,11 +98,11 @@ def layer_spectra(ds: xr.Dataset) -> Figure:
         ax.set_yscale("log")
         ax.set_yticks([], minor=False)
         ax.minorticks_off()
-        ax.spines["left"].set_visible(False)
         ax.set_ylabel(layer, rotation=0, ha="right", va="center")
+    sns.despine(figure, left=True)
     axes[-1].set_xscale("symlog", linthresh=_linear_out_to(ds), linscale=2)
-    axes[-1].set_xlabel("eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else ""))
-    figure.suptitle("spectral density, a log scale of eight decades a row", x=0.01, ha="left", fontsize=7)
+    axes[-1].set_xlabel(_eigenvalue_label(ds))
+    figure.suptitle("spectral density on a log scale, eight decades per row", x=0.01, ha="left", fontsize=7)
     handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 1:
         legend_above(figure, handles, labels)
@@ -111,17 +110,32 @@ def layer_spectra(ds: xr.Dataset) -> Figure:
 
 
 def _linear_out_to(ds: xr.Dataset) -> float:
-    """Four widths of the kernel, of layers the narrowest that the largest eigenvalue leaves to be seen."""
+    """Four kernel widths: the narrowest kernel's, unless it is too narrow to be seen next to the widest."""
     widest = float(np.max(ds.kernel_width))
     return 4 * max(float(np.min(ds.kernel_width)), 1e-3 * widest)
 
 
-def _rug(ds: xr.Dataset, ax: Axes, colour: str, row: int) -> bool:
-    """A tick an outlier; whether there are any."""
+def _eigenvalue_label(ds: xr.Dataset) -> str:
+    return "eigenvalue" + (f" [{ds.node.attrs['units']}]" if "units" in ds.node.attrs else "")
+
+
+def _curve(ds: xr.Dataset, ax: Axes, row: int, name: str, floor: float) -> None:
+    """One density and its band; what lies below ``floor`` is drawn at it, as a logarithm of zero cannot be."""
+    colour, dashes = COLOURS[row % len(COLOURS)], DASHES[row % len(DASHES)]
+    grid, density, se = ds.eigenvalue.values, ds.density.values, np.nan_to_num(ds.density_se.values)
+    low, high = np.maximum(density - se, floor), np.maximum(density + se, floor)
+    ax.fill_between(grid, low, high, fc=to_rgba(colour, 0.3), ec=to_rgba(colour, 0.8), lw=0.4, zorder=1)
+    ax.plot(grid, np.maximum(density, floor), color=colour, ls=dashes, lw=1.0, label=name or None)
+
+
+def _rug(ds: xr.Dataset, ax: Axes, row: int) -> bool:
+    """Draw a tick for each outlier; returns whether there are any."""
     if "deflated_value" not in ds or "bulk_edge_high" not in ds:
         return False
     values = ds.deflated_value.values[np.isfinite(ds.deflated_value.values)]
     outside = values[(values > float(ds.bulk_edge_high)) | (values < float(ds.bulk_edge_low))]
     height = 0.02 + 0.035 * row
-    ax.plot(outside, np.full(len(outside), height), "|", color=colour, ms=5, transform=ax.get_xaxis_transform())
+    # heights in fractions of the axis, so that ticks stay at the bottom whatever the densities
+    look: dict[str, Any] = {"color": COLOURS[row % len(COLOURS)], "ms": 5, "transform": ax.get_xaxis_transform()}
+    ax.plot(outside, np.full(len(outside), height), "|", **look)
     return len(outside) > 0

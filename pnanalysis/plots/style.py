@@ -1,16 +1,18 @@
-"""How figures look: sizes of a paper's columns, colours the colour-blind can tell apart, vector fonts, saving."""
+"""How figures look: seaborn's theme at the column widths of a paper, colour-blind-safe colours, panels, saving."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import xarray as xr
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -20,39 +22,49 @@ from PIL import Image
 from pnanalysis.checks import check_figure
 from pnanalysis.io.atomic import atomic_path
 
-COLUMN, PAGE = 3.4, 7.0  # inches: one column, both columns
+COLUMN, PAGE = 3.4, 7.0  # width in inches of one column, and of both
 GOLDEN = 0.618
 _SCREEN_DPI = 120  # in notebooks; files have their own
 
-#: Okabe and Ito's palette, dark and light alternating so that neighbours differ in grey too.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000", "#F0E442")
-PLAIN, CHAMPION, RESTART, QUIET = "#0072B2", "#D55E00", "#009E73", "#999999"
-OTHERS = "#777777"  # iterations over a thick plain one
-#: Of legends that lie over what is drawn.
+# Seaborn's "colorblind" palette, which is Okabe and Ito's in print-safe tones. Written out, as importing seaborn takes
+# a second that only drawing has to cost.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"
+YELLOW, SKY, GREY, BLACK = "#ece133", "#56b4e9", "#949494", "#000000"
+#: Dark and light alternate, so that neighbours also differ in a grey print.
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, BLACK, YELLOW)
+PLAIN, CHAMPION, RESTART, QUIET = BLUE, VERMILION, GREEN, GREY
+OTHERS = "#777777"  # iterations drawn over a thick plain one
+#: Style of legends that lie over curves.
 OVERLAY: dict[str, Any] = {"frameon": True, "framealpha": 0.75, "edgecolor": "none"}
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 MARKERS = "osD^vP*X"
 PER_ROW = 3  # panels
-_FEW = 12  # points of a curve that are worth a marker each
+_FEW = 12  # points up to which each point of a curve has a marker
 
-_RC: dict[Any, Any] = {
+#: What differs from seaborn's "ticks" style and "paper" context.
+_RC: dict[str, Any] = {
     "font.size": 8.0,
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout on every machine
     "axes.labelsize": 8.0,
     "axes.titlesize": 8.0,
     "legend.fontsize": 7.0,
+    "legend.title_fontsize": 7.0,
     "xtick.labelsize": 7.0,
     "ytick.labelsize": 7.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
+    **{f"{axis}tick.{which}.width": 0.6 for axis in "xy" for which in ("major", "minor")},
+    **{f"{axis}tick.{which}.size": size for axis in "xy" for which, size in (("major", 3.0), ("minor", 1.8))},
     "lines.linewidth": 1.2,
     "lines.markersize": 3.5,
+    "patch.force_edgecolor": False,
     "legend.frameon": False,
     "savefig.dpi": 200,
-    "pdf.fonttype": 42,
+    "pdf.fonttype": 42,  # TrueType: text in the file stays text
     "ps.fonttype": 42,
     "svg.fonttype": "none",
-    "svg.hashsalt": "pnanalysis",
+    "svg.hashsalt": "pnanalysis",  # identifiers in an SVG depend on this salt instead of a random one
     "axes.formatter.use_mathtext": True,
     "axes.unicode_minus": True,
 }
@@ -61,12 +73,20 @@ _RC: dict[Any, Any] = {
 @contextmanager
 def style() -> Iterator[None]:
     """Within the body, figures are made in this package's style; nothing global changes."""
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(_theme()):
         yield
 
 
+@cache
+def _theme() -> dict[Any, Any]:
+    import seaborn as sns  # here, as it takes a second to import
+
+    colours = {"axes.prop_cycle": cycler(color=COLOURS)}
+    return {**sns.axes_style("ticks"), **sns.plotting_context("paper"), **colours, **_RC}
+
+
 class _NotebookFigure(Figure):
-    """A figure that notebooks show although pyplot does not know of it, in 256 colours: a third of the bytes."""
+    """A figure that notebooks display although pyplot does not manage it, in 256 colours: a third of the bytes."""
 
     def _repr_png_(self) -> bytes:
         drawn, small = BytesIO(), BytesIO()
@@ -77,9 +97,9 @@ class _NotebookFigure(Figure):
 
 
 def new_figure(width: float = COLUMN, height: float | None = None) -> Figure:
-    """An empty figure that no window manager knows of; constrained layout. Sizes are in inches.
+    """An empty figure with constrained layout that pyplot does not manage. Sizes are in inches.
 
-    A notebook shows it as the value of a cell's last line, once, and nothing has to be closed.
+    A notebook shows it once, as the value of a cell's last line, and it need not be closed.
     """
     size = (width, height if height is not None else width * GOLDEN)
     figure = _NotebookFigure(figsize=size, dpi=_SCREEN_DPI, layout="constrained")
@@ -95,7 +115,9 @@ def own_axes(ax: Axes | None, width: float = COLUMN, height: float | None = None
 def panels(
     n: int, height: float, *, alone: float = PAGE, per_row: int = PER_ROW, **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``n`` panels, ``height`` inches a row, and its axes; ``alone`` is the width of a single panel."""
+    """A figure of ``n`` panels, ``height`` inches per row, and its axes; ``alone`` is the width of a single panel."""
+    # seaborn.FacetGrid makes its figure through pyplot (a window on a desktop, shown twice in a notebook) and has no
+    # constrained layout, so the grid is made here and seaborn draws on its axes
     rows, columns = grid(n, per_row)
     figure = new_figure(PAGE if n > 1 else alone, height * rows + 0.3)
     axes = list(figure.subplots(rows, columns, squeeze=False, **shared).ravel())
@@ -123,7 +145,7 @@ def leftmost(axes: Sequence[Axes]) -> Sequence[Axes]:
 
 
 def legend_in_gap(figure: Figure, handles: Sequence[Any], names: Sequence[str], n: int, per_row: int = PER_ROW) -> bool:
-    """A legend in the place of the panels that the last of ``n`` panels' rows lacks; False if it lacks none."""
+    """Put a legend in the empty places of the last of the rows of ``n`` panels; False if that row is full."""
     rows, columns = grid(n, per_row)
     taken = n - (rows - 1) * columns
     if taken == columns:
@@ -134,27 +156,27 @@ def legend_in_gap(figure: Figure, handles: Sequence[Any], names: Sequence[str], 
 
 
 def legend_above(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """A legend above all panels, in as many columns as the figure is wide enough for."""
-    widest = max(map(len, names), default=0) + 7  # letters, the handle's included
-    columns = max(1, min(len(names), int(figure.get_size_inches()[0] * 16 / widest)))
+    """Put a legend above all panels, in as many columns as fit the figure's width."""
+    widest = max(map(len, names), default=0) + 7  # letters, those that the handle takes included
+    columns = max(1, min(len(names), int(figure.get_size_inches()[0] * 16 / widest)))  # 16 letters per inch
     figure.legend(handles, names, loc="outside upper right", ncols=columns)
 
 
 def few(n: int) -> str | None:
-    """The marker of a curve of ``n`` points: none if there are many."""
+    """The marker of a curve of ``n`` points; None if there are many."""
     return "o" if n <= _FEW else None
 
 
 def integer_axis(ax: Axes, values: Any) -> None:
-    """Ticks at integers alone, also where there is a single value."""
+    """Ticks at integers only, also if there is a single value."""
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     if len(values) == 1:
         ax.set_xlim(float(values[0]) - 0.5, float(values[0]) + 0.5)
 
 
 def log_axis(ax: Axes, low: float, high: float) -> None:
-    """A logarithmic axis of y with ticks that can be read, also over less than a decade."""
-    if high < 1.001 * low:  # all the same
+    """A logarithmic y axis with readable ticks, also over less than a decade."""
+    if high < 1.001 * low:  # a constant: a logarithmic axis would have no tick
         ax.set_ylim(0.98 * low, 1.02 * high)
         return
     ax.set_yscale("log")
@@ -168,19 +190,19 @@ def log_axis(ax: Axes, low: float, high: float) -> None:
 
 
 def tilted(names: Sequence[Any], inches: float) -> dict[str, Any]:
-    """How tick labels are turned that would overlap on an axis so long."""
-    room = inches * 15 / max(len(names), 1)  # letters
+    """Options that rotate tick labels if they would overlap on an axis of this length."""
+    room = inches * 15 / max(len(names), 1)  # letters per label, at 15 letters per inch
     return {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, map(str, names))) > room else {}
 
 
 def others(iterations: Sequence[int], champion: int) -> str:
-    """What the iterations are called that are neither plain nor champion."""
+    """Legend text for the iterations that are neither plain nor champion."""
     rest = [i for i in dict.fromkeys(iterations) if i not in (0, champion)]
     return f"iteration {rest[0]}" if len(rest) == 1 else "other iterations"
 
 
 def champion_of(ds: xr.Dataset | xr.DataArray) -> int:
-    """The champion's iteration: of the run that was selected where there are several; -1 where there is none."""
+    """The champion's iteration, of the selected run if there are several runs; -1 if there is none."""
     own = ds.coords.get("champion")
     if own is not None:
         return int(own) if own.ndim == 0 else -1
@@ -188,19 +210,19 @@ def champion_of(ds: xr.Dataset | xr.DataArray) -> int:
 
 
 def label(array: xr.DataArray) -> str:
-    """An axis label from a variable's own attributes: its name and its unit."""
+    """An axis label from the variable's attributes: its long name and unit."""
     text = str(array.attrs.get("long_name", array.name or ""))
     units = str(array.attrs.get("units", "1"))
     return f"{text} [{units}]" if units not in ("", "1") else text
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as png, pdf or svg, by the file's suffix; atomically, and the same bytes for the same figure.
+    """Write a figure atomically as png, pdf or svg, by the file's suffix; the same figure gives the same bytes.
 
     Raises
     ------
     PnError
-        If the suffix is another.
+        If the suffix is none of these.
     """
     path = check_figure(path)
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}[path.suffix.lower()]

@@ -1,11 +1,12 @@
-"""The figures of a report: every one that a run's datasets allow, as inline SVG with a caption."""
+"""The figures of a report: all that a run's datasets allow, as inline SVG with a caption."""
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from html import escape
 from io import BytesIO
 from typing import Any
 
@@ -14,180 +15,273 @@ from matplotlib.figure import Figure
 
 from pnanalysis import plots
 from pnanalysis.analyses.verdict import verdict
-from pnanalysis.io.runs import Run
 from pnanalysis.plots.landscape import same_plane
 from pnanalysis.plots.saturation import bounded_layers
 from pnanalysis.plots.style import PAGE, new_figure, style
-from pnanalysis.report.datasets import ODD, datasets
+from pnanalysis.report.datasets import BAD_DATASET, Study
 
+#: Bytes of SVG above which a picture is embedded as PNG: browsers become slow on paths of very many points.
 _SVG_LIMIT = 1_500_000
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure: markup, title, caption and sentences (also its text for those who do not see it).
+    """A drawn figure for the page.
 
-    Without markup it is one that could not be drawn, and the caption says why.
+    Attributes
+    ----------
+    key : str
+        The figure's name in :data:`pnanalysis.plots.FIGURES`, or the dataset's kind if that could not be read.
+    title, caption : str
+        The caption says why where the figure could not be drawn.
+    markup : str
+        Empty if the figure could not be drawn.
+    points : tuple of str
+        Sentences that belong to it; they are also part of its text for screen readers.
     """
 
+    key: str
     title: str
     caption: str
     markup: str
     points: tuple[str, ...] = ()
 
 
-def pictures(run: Run, control: Run | None) -> Iterator[Picture]:
-    """Every figure that the run's datasets allow."""
-    found, odd = datasets(run)
-    for name, ds in found.items():
-        title = name
-        try:
-            for figure_of in _figures_of(name, found, control):
-                title, caption, options = figure_of
-                figure = _draw(options.pop("figure"), ds, options)
-                points = tuple(verdict(ds)) if title == "Comparison" else ()
-                said = " ".join((f"{title}.", caption, *points))
-                yield Picture(title, caption, embed(figure, said, f"{run.path.name}-{title}"), points)
-        except ODD as error:
-            odd[title] = str(error)
-    for title, why in odd.items():
-        yield Picture(title.capitalize(), f"Not shown: {why}.", "")
+@dataclass(frozen=True)
+class Entry:
+    """A figure that a kind of dataset may have in a report.
+
+    Attributes
+    ----------
+    key : str
+        Name in :data:`pnanalysis.plots.FIGURES`.
+    title, caption : str
+    shown_if : callable
+        Whether the dataset holds what the figure draws.
+    options : callable
+        Arguments of the figure's function, from the dataset and the study.
+    points : callable
+        Sentences about the dataset.
+    size : tuple of float, optional
+        Width and height in inches, of a figure that draws on given axes.
+    """
+
+    key: str
+    title: str
+    caption: str
+    shown_if: Callable[[xr.Dataset], bool] = lambda ds: True
+    options: Callable[[xr.Dataset, Study], dict[str, Any]] = lambda ds, study: {}
+    points: Callable[[xr.Dataset], list[str]] = lambda ds: []
+    size: tuple[float, float] | None = None
 
 
-def _figures_of(
-    kind: str, found: dict[str, xr.Dataset], control: Run | None
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    ds = found[kind]
-    if kind == "history":
-        if bool(ds.validation_error.notnull().any()):
-            yield (
-                "Errors by iteration",
-                "Validation and test error at the end of each iteration; lines are the plain model's, bars "
-                "one binomial standard error" + (", hollow green markers the restart control." if control else "."),
-                {"figure": "errors", "control": control.history if control else None},
-            )
-        yield (
-            "Training", "Plain thick below, champion dashed, the other iterations thin in grey.", {"figure": "history"},
-        )  # fmt: skip
-    elif kind == "hessian" and "layer" in ds.coords:
-        yield (
+def _has_layers(ds: xr.Dataset) -> bool:
+    return "layer" in ds.coords
+
+
+def _control_history(ds: xr.Dataset, study: Study) -> dict[str, Any]:
+    return {"control": study.control.run.history if study.control else None}
+
+
+def _trajectory_on_plane(ds: xr.Dataset, study: Study) -> dict[str, Any]:
+    paths = study.main.get("trajectory")
+    return {"trajectory": paths if same_plane(ds, paths) else None}
+
+
+#: By kind of dataset, its figures in the order of the page.
+ENTRIES: dict[str, tuple[Entry, ...]] = {
+    "history": (
+        Entry(
+            "errors",
+            "Errors by iteration",
+            "Validation and test error at the end of each iteration. Horizontal lines mark the plain model, bars show "
+            "one binomial standard error, and hollow green markers, where present, are the restart control.",
+            shown_if=lambda ds: bool(ds.validation_error.notnull().any()),
+            options=_control_history,
+            size=(4.6, 2.8),
+        ),
+        Entry(
+            "history",
+            "Training",
+            "Loss and error during training: the plain model as a thick line, the champion dashed, the other "
+            "iterations as thin grey lines.",
+        ),
+    ),
+    "hessian": (
+        Entry(
+            "layer_spectra",
             "Hessian spectra by layer",
-            "Densities of the diagonal blocks, a row a layer.",
-            {"figure": "layer_spectra"},
-        )
-    elif kind == "hessian":
-        yield (
+            "Spectral densities of the diagonal blocks, one row per layer.",
+            shown_if=_has_layers,
+        ),
+        Entry(
+            "hessian",
             "Hessian spectrum",
-            "Density of eigenvalues with its standard error as a band; ticks below, a row a checkpoint, mark "
-            "eigenvalues beyond the bulk that were found one by one.",
-            {"figure": "hessian"},
-        )
-    elif kind == "saturation":
-        yield (
-            "Saturation", "98th percentile of the absolute activations, a panel a layer; bands are one standard error.",
-            {"figure": "saturation"},
-        )  # fmt: skip
-        if bounded_layers(ds).any():
-            yield (
-                "Distance from saturation", "How far that percentile is from the asymptote at one, on a logarithmic "
-                "axis; gaps that single precision cannot resolve, 6e-8, lie at the bottom.",
-                {"figure": "saturation_gap"},
-            )  # fmt: skip
-        yield (
-            "Saturated and dead units", "Layer by layer at the end of each iteration; bars are one standard error.",
-            {"figure": "saturated_layers"},
-        )  # fmt: skip
-        yield (
-            "Activations", "Normalised histograms, plain against champion.", {"figure": "activation_histogram"},
-        )  # fmt: skip
-    elif kind == "trajectory":
-        yield (
-            "Trajectories", "On planes through the start and two end points, and of principal components; squares are "
-            "ends, percentages the share of the variance that an axis explains.",
-            {"figure": "trajectories"},
-        )  # fmt: skip
-        if int(ds.end_iteration.max()) > 0:
-            yield (
-                "Cosines with earlier end points", "Seen from zero: what the penalty pushes down.",
-                {"figure": "cosines"},
-            )  # fmt: skip
-        if "layer" in ds.dims:
-            yield "Trajectories by layer", "Each layer on axes of its own.", {"figure": "trajectory_layers"}
-    elif kind == "barrier":
-        yield (
-            "Loss between minima", "Loss and error along paths from one minimum to the other, with one standard error; "
-            "the barrier is the largest height above the line between the ends.",
-            {"figure": "barrier"},
-        )  # fmt: skip
-    elif kind == "landscape":
-        paths = found.get("trajectory")
-        yield (
-            "Loss on a plane", "Contours of the loss; the axes are in the units of the parameters, or of filter norms.",
-            {"figure": "landscape", "trajectory": paths if same_plane(ds, paths) else None},
-        )  # fmt: skip
-    elif kind == "sharpness":
-        yield (
-            "Sharpness", "The largest rise of the loss found in small neighbourhoods of the minima; bars are one "
-            "standard error.", {"figure": "sharpness"},
-        )  # fmt: skip
-    elif kind == "gradients":
-        yield (
-            "Persistent gradient", "The penalty's constant push and its fluctuation beside the gradient of the loss; "
-            "below, the signs of the inner products with the earlier end points.",
-            {"figure": "gradients"},
-        )  # fmt: skip
-    elif kind == "comparison":
-        yield (
-            "Comparison", "Every diagnostic with its 95 % interval, hollow where the paired difference from the first "
-            "checkpoint is not told from zero, half filled where its error is not known; below, how far they differ as "
-            "functions and layer by layer.", {"figure": "comparison"},
-        )  # fmt: skip
-    elif kind == "descent":
-        yield (
-            "Descents", "Paths of all iterations over the contours of the unpenalised surface.",
-            {"figure": "descent", "surfaces": found.get("surface")},
-        )  # fmt: skip
-    elif kind == "basin":
-        yield "Basins", "Which start ends in which well of the unpenalised surface.", {"figure": "basin"}
-    elif kind == "surface":
-        yield (
-            "Surfaces", "The surface that each iteration descends, and its path.",
-            {"figure": "surface", "descents": found.get("descent")},
-        )  # fmt: skip
-    elif kind in plots.FIGURES:
-        yield kind.capitalize(), "", {"figure": kind}
+            "Density of the eigenvalues; bands show one standard error. The ticks at the bottom, one row per "
+            "checkpoint, mark eigenvalues beyond the bulk that were computed individually.",
+            shown_if=lambda ds: not _has_layers(ds),
+        ),
+    ),
+    "saturation": (
+        Entry(
+            "saturation",
+            "Saturation",
+            "98th percentile of the absolute activations, one panel per layer; bands show one standard error.",
+        ),
+        Entry(
+            "saturation_gap",
+            "Distance from saturation",
+            "Distance of that percentile from the asymptote at one, on a logarithmic axis. Gaps below the resolution "
+            "of single precision, 6e-8, are drawn at the bottom.",
+            shown_if=lambda ds: bool(bounded_layers(ds).any()),
+        ),
+        Entry(
+            "saturated_layers",
+            "Saturated and dead units",
+            "By layer, at the end of each iteration; bars show one standard error.",
+        ),
+        Entry(
+            "activation_histogram",
+            "Activations",
+            "Normalised histograms of the activations, plain model and champion; bands show one standard error.",
+        ),
+    ),
+    "trajectory": (
+        Entry(
+            "trajectories",
+            "Trajectories",
+            "Projected on planes through the start and two end points and on principal components. Squares mark end "
+            "points; percentages give the fraction of the variance that an axis explains.",
+        ),
+        Entry(
+            "cosines",
+            "Cosines with earlier end points",
+            "Cosines of the angles, seen from the origin, that the penalty drives towards 90 degrees.",
+            shown_if=lambda ds: int(ds.end_iteration.max()) > 0,
+        ),
+        Entry(
+            "trajectory_layers",
+            "Trajectories by layer",
+            "Each layer in its own coordinates.",
+            shown_if=lambda ds: "layer" in ds.dims,
+        ),
+    ),
+    "barrier": (
+        Entry(
+            "barrier",
+            "Loss between minima",
+            "Loss and error along paths from one minimum to the other; bands show one standard error. The barrier is "
+            "the largest height above the straight line between the values at the ends.",
+        ),
+    ),
+    "landscape": (
+        Entry(
+            "landscape",
+            "Loss on a plane",
+            "Contours of the loss. The axes are in units of the parameters, or of filter norms on random planes.",
+            options=_trajectory_on_plane,
+        ),
+    ),
+    "sharpness": (
+        Entry(
+            "sharpness",
+            "Sharpness",
+            "The largest rise of the loss found in small neighbourhoods of the minima; bars show one standard error.",
+        ),
+    ),
+    "gradients": (
+        Entry(
+            "gradients",
+            "Persistent gradient",
+            "Constant push and fluctuation of the penalty compared with the gradient of the loss; below, the signs of "
+            "the inner products with the earlier end points.",
+        ),
+    ),
+    "comparison": (
+        Entry(
+            "comparison",
+            "Comparison",
+            "Every diagnostic with its 95 % interval. Hollow markers: the paired difference from the first checkpoint "
+            "is not significant; half-filled markers: its error is unknown. Below, how much the checkpoints differ as "
+            "functions, overall and layer by layer.",
+            points=verdict,
+        ),
+    ),
+    "descent": (
+        Entry(
+            "descent",
+            "Descents",
+            "Paths of all iterations over the contours of the unpenalised surface.",
+            options=lambda ds, study: {"surfaces": study.main.get("surface")},
+        ),
+    ),
+    "basin": (Entry("basin", "Basins", "The well of the unpenalised surface that each start ends in."),),
+    "surface": (
+        Entry(
+            "surface",
+            "Surfaces",
+            "The surface that each iteration descends, and its path.",
+            options=lambda ds, study: {"descents": study.main.get("descent")},
+        ),
+    ),
+}
 
 
-def _draw(name: str, ds: xr.Dataset, options: dict[str, Any]) -> Figure:
-    if name == "errors":
-        with style():
-            ax = plots.errors(ds, ax=new_figure(4.6, 2.8).add_subplot(), **options)
-            figure = ax.get_figure()
-            assert isinstance(figure, Figure)
-            return figure
-    return plots.plot(ds, name, **options)
+def pictures(study: Study) -> Iterator[Picture]:
+    """Every figure that the datasets of a study's main run allow; last, those that could not be drawn."""
+    reasons = {kind: (kind.capitalize(), why) for kind, why in study.main.unreadable().items()}
+    for kind, ds in study.main.readable().items():
+        # kinds without a caption of their own get the figure of their name, if there is one
+        default = (Entry(kind, kind.capitalize(), ""),) if kind in plots.FIGURES else ()
+        for entry in ENTRIES.get(kind, default):
+            try:
+                if entry.shown_if(ds):
+                    yield _picture(entry, ds, study)
+            except BAD_DATASET as error:
+                reasons[entry.key] = entry.title, str(error)
+                break  # the other figures of this dataset would lack the same
+    for key, (title, why) in reasons.items():
+        yield Picture(key, title, f"Not shown: {why}.", "")
+
+
+def _picture(entry: Entry, ds: xr.Dataset, study: Study) -> Picture:
+    options = entry.options(ds, study)
+    with style():
+        if entry.size:
+            options["ax"] = new_figure(*entry.size).add_subplot()
+        figure = plots.plot(ds, entry.key, **options)
+    points = tuple(entry.points(ds))
+    alternative = " ".join((f"{entry.title}.", entry.caption, *points))
+    markup = embed(figure, alternative, f"{study.main.name}-{entry.key}")
+    return Picture(entry.key, entry.title, entry.caption, markup, points)
 
 
 def embed(figure: Figure, text: str, prefix: str) -> str:
-    """The figure as inline SVG whose identifiers cannot clash with another's; as PNG where that would be large."""
+    """A figure as inline SVG, or as PNG if the SVG would be large.
+
+    Parameters
+    ----------
+    figure : Figure
+    text : str
+        Read out instead of the picture.
+    prefix : str
+        Put in front of every SVG identifier, so that figures on one page cannot refer to each other's parts.
+    """
     width = f'style="width: {min(100 * figure.get_size_inches()[0] / PAGE, 100):.0f}%"'
-    buffer = BytesIO()
-    with style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue().decode()
+    svg = _saved(figure, format="svg", metadata={"Date": None, "Creator": None}).decode()
     if len(svg) > _SVG_LIMIT:
-        buffer = BytesIO()
-        with style():
-            figure.savefig(buffer, format="png", dpi=160)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        return f'<img {width} alt="{_escaped(text)}" src="data:image/png;base64,{data}">'
-    svg = svg[svg.index("<svg") :]
+        data = base64.b64encode(_saved(figure, format="png", dpi=160)).decode()
+        return f'<img {width} alt="{escape(text)}" src="data:image/png;base64,{data}">'
+    svg = svg[svg.index("<svg") :]  # an XML declaration may not stand inside HTML
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     mark = re.sub(r"\W+", "-", prefix)
     svg = re.sub(r'\bid="', f'id="{mark}-', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{mark}-", svg)
-    return svg.replace("<svg", f'<svg {width} role="img" aria-label="{_escaped(text)}"', 1)
+    return svg.replace("<svg", f'<svg {width} role="img" aria-label="{escape(text)}"', 1)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+def _saved(figure: Figure, **options: Any) -> bytes:
+    buffer = BytesIO()
+    with style():
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()

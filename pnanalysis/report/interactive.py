@@ -1,13 +1,13 @@
-"""Figures to explore: values under the pointer, one layer or iteration at a time. Plain data for plotly.js to draw.
+"""Interactive figures: values under the pointer, one layer or iteration at a time. Plain data for plotly.js to draw.
 
-Each is a set of curves, and lists to choose among them: a curve is shown when every list that it answers to is set
-to its value, or to all.
+Each is a set of curves with lists to choose from: a curve is shown if each list is set to the curve's own value, or to
+"all".
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -16,9 +16,8 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.analyses.trajectory import WHOLE
-from pnanalysis.io.runs import Run
 from pnanalysis.plots.style import CHAMPION, COLOURS, PLAIN, QUIET, label
-from pnanalysis.report.datasets import ODD, datasets
+from pnanalysis.report.datasets import BAD_DATASET, RunDatasets
 
 ALL = "all"
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -30,35 +29,41 @@ _ERRORS = ("validation_error", "test_error", "train_loss", "penalty")
 
 @dataclass(frozen=True)
 class Choice:
-    """A list to choose from; the first option is chosen at the beginning."""
+    """A list to choose from: displayed text by value; the first option is selected at first."""
 
     key: str
     label: str
-    options: list[str]
+    options: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Explorer:
-    """One figure to explore: its title, its lists, its curves (plotly traces) and its axes (plotly layout)."""
+    """One interactive figure: lists to choose from, curves (plotly traces) and axes (plotly layout).
 
+    ``key`` is the kind of its dataset.
+    """
+
+    key: str
     title: str
     choices: list[Choice]
     traces: list[dict[str, Any]]
     layout: dict[str, Any] = field(default_factory=dict)
 
     def json(self) -> str:
-        """Curves and axes for a script element: no name in it can end the element."""
+        """Curves and axes as JSON for a script element."""
+        # an escaped "<" keeps any name in the data from closing the element
         return json.dumps({"data": self.traces, "layout": self.layout}).replace("<", "\\u003c")
 
 
-def explorers(run: Run) -> Iterator[Explorer]:
-    """Every figure to explore that the run's datasets allow."""
+def explorers(datasets: RunDatasets) -> Iterator[Explorer]:
+    """Every interactive figure that the run's datasets allow."""
     makers = {"history": _history, "hessian": _hessian, "saturation": _saturation, "trajectory": _trajectory}
-    for name, ds in datasets(run)[0].items():
-        if name in makers and not (name == "saturation" and "epoch" not in ds.dims):
+    for kind, ds in datasets.readable().items():
+        # saturation of checkpoints without a training has no epochs to follow
+        if kind in makers and not (kind == "saturation" and "epoch" not in ds.dims):
             try:
-                yield makers[name](ds.sel(run=_own_run(run, ds)) if "run" in ds.dims else ds)
-            except ODD:  # the figure says what is wrong
+                yield makers[kind](ds.sel(run=_own_run(datasets.name, ds)) if "run" in ds.dims else ds)
+            except BAD_DATASET:  # the printed figure gives the reason
                 continue
 
 
@@ -68,14 +73,14 @@ def _history(ds: xr.Dataset) -> Explorer:
     traces = [
         _trace(
             ds.epoch.values, ds[name].sel(iteration=iteration).values, _name(int(iteration), ds),
-            _look(int(iteration), ds), {"quantity": names[name], "iteration": str(iteration)},
+            _look(int(iteration), ds), {"quantity": name, "iteration": str(iteration)},
             hovertemplate="epoch %{x}: %{y:.4g}",
         )
         for name in shown
         for iteration in ds.iteration.values
     ]  # fmt: skip
-    choices = [Choice("quantity", "Quantity", list(names.values())), _iterations(ds)]
-    return Explorer("Explore the training", choices, traces, _axes("epoch", ""))
+    choices = [Choice("quantity", "Quantity", names), _iterations(ds)]
+    return Explorer("history", "Explore the training", choices, traces, _axes("epoch", ""))
 
 
 def _hessian(ds: xr.Dataset) -> Explorer:
@@ -92,7 +97,9 @@ def _hessian(ds: xr.Dataset) -> Explorer:
     layout = _axes(label(ds.eigenvalue) if ds.eigenvalue.attrs else "eigenvalue [loss]", label(ds.density))
     top = float(ds.density.max())
     layout["yaxis"] |= {"type": "log", "range": [float(np.log10(top)) - 8, float(np.log10(top)) + 0.3]}
-    return Explorer("Explore the spectrum", [Choice("checkpoint", "Checkpoint", [ALL, *names])], traces, layout)
+    return Explorer(
+        "hessian", "Explore the spectrum", [Choice("checkpoint", "Checkpoint", _same([ALL, *names]))], traces, layout
+    )
 
 
 def _saturation(ds: xr.Dataset) -> Explorer:
@@ -108,11 +115,11 @@ def _saturation(ds: xr.Dataset) -> Explorer:
         )  # fmt: skip
         traces.append({**curve, "customdata": _numbers(at.abs_percentile_se.values)})
     choices = [
-        Choice("layer", "Layer", layers),
-        Choice("level", "Percentile of |activation|", [f"{level:g}" for level in levels]),
+        Choice("layer", "Layer", _same(layers)),
+        Choice("level", "Percentile of |activation|", _same(f"{level:g}" for level in levels)),
         _iterations(ds),
     ]
-    return Explorer("Explore the saturation", choices, traces, _axes("epoch", "|activation|"))
+    return Explorer("saturation", "Explore the saturation", choices, traces, _axes("epoch", "|activation|"))
 
 
 def _trajectory(ds: xr.Dataset) -> Explorer:
@@ -122,35 +129,40 @@ def _trajectory(ds: xr.Dataset) -> Explorer:
         ds = ds.sel(layer=WHOLE)
     projections = {name: title for name, title in _PROJECTIONS.items() if name in ds}
     traces = []
-    for projection, title in projections.items():
+    for projection in projections:
         for run, iteration in paths:
             at = ds.isel(checkpoint=np.flatnonzero((ds.run == run).values & (ds.iteration == iteration).values))
             x, y = at[projection].isel(component=slice(2)).values.T
             name = (f"{run} " if several else "") + _name(int(iteration), ds if run == first else None)
             look = _look(int(iteration), ds) if run == first else {"color": COLOURS[2], "dash": "dot"}
             curve = _trace(
-                x, y, name, look, {"projection": title, "path": name},
+                x, y, name, look, {"projection": projection, "path": name},
                 hovertemplate="epoch %{customdata[0]}, validation error %{customdata[1]:.2%}",
             )  # fmt: skip
             known = zip(at.epoch.values.tolist(), _numbers(at.validation_error.values), strict=True)
             traces.append({**curve, "customdata": list(map(list, known))})
     choices = [
-        Choice("projection", "Projection", list(projections.values())),
-        Choice("path", "Path", [ALL, *dict.fromkeys(trace["name"] for trace in traces)]),
+        Choice("projection", "Projection", projections),
+        Choice("path", "Path", _same([ALL, *(trace["name"] for trace in traces)])),
     ]
     layout = _axes("[parameter units]", "[parameter units]")
     layout["yaxis"] |= {"scaleanchor": "x"}
-    return Explorer("Explore the trajectories", choices, traces, {**layout, "hovermode": "closest"})
+    return Explorer("trajectory", "Explore the trajectories", choices, traces, {**layout, "hovermode": "closest"})
 
 
-def _own_run(run: Run, ds: xr.Dataset) -> str:
-    """The run's own name among several; the first, where the folder has been renamed since."""
-    names = [str(name) for name in ds.run.values]
-    return run.path.name if run.path.name in names else names[0]
+def _own_run(name: str, ds: xr.Dataset) -> str:
+    """The run's own name among several; the first if the folder has been renamed since."""
+    names = [str(run) for run in ds.run.values]
+    return name if name in names else names[0]
 
 
 def _iterations(ds: xr.Dataset) -> Choice:
-    return Choice("iteration", "Iteration", [ALL, *(str(iteration) for iteration in ds.iteration.values)])
+    return Choice("iteration", "Iteration", _same([ALL, *(str(iteration) for iteration in ds.iteration.values)]))
+
+
+def _same(values: Iterable[str]) -> dict[str, str]:
+    """Options that are displayed as they are."""
+    return {value: value for value in values}
 
 
 def _name(iteration: int, ds: xr.Dataset | None) -> str:
@@ -160,7 +172,7 @@ def _name(iteration: int, ds: xr.Dataset | None) -> str:
 
 
 def _look(iteration: int, ds: xr.Dataset) -> dict[str, Any]:
-    """Plain and champion as in the printed figures, the others quiet."""
+    """Line style: plain and champion as in the printed figures, the others in grey."""
     if iteration == 0:
         return {"color": PLAIN, "dash": "solid", "width": 2.5}
     if iteration == int(ds.attrs.get("champion", -1)):
@@ -169,12 +181,12 @@ def _look(iteration: int, ds: xr.Dataset) -> dict[str, Any]:
 
 
 def _trace(
-    x: np.ndarray, y: np.ndarray, name: str, line: dict[str, Any], answers: dict[str, str], hovertemplate: str
+    x: np.ndarray, y: np.ndarray, name: str, line: dict[str, Any], chosen_by: dict[str, str], hovertemplate: str
 ) -> dict[str, Any]:
     return {
         "type": "scatter", "mode": "lines+markers", "marker": {"size": 4}, "name": name,
         "x": _numbers(x), "y": _numbers(y), "line": line,
-        "meta": answers, "hovertemplate": f"{hovertemplate}<extra>%{{fullData.name}}</extra>",
+        "meta": chosen_by, "hovertemplate": f"{hovertemplate}<extra>%{{fullData.name}}</extra>",
     }  # fmt: skip
 
 
@@ -187,5 +199,5 @@ def _axes(x: str, y: str) -> dict[str, Any]:
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
-    """To five digits, enough for a screen; None for what is unknown."""
+    """Five digits are enough for a screen; None stands for unknown values, which JSON cannot hold as NaN."""
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values.astype(float)]

@@ -1,4 +1,4 @@
-"""Put the page together: template, figures, tables, downloads."""
+"""The page: template, figures, tables and downloads put together."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from plotly.offline import get_plotlyjs
 from pnanalysis.errors import RunError
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.runs import Run
+from pnanalysis.report.datasets import Study, studies
 from pnanalysis.report.figures import pictures
 from pnanalysis.report.interactive import explorers
-from pnanalysis.report.tables import sentences, studies, summary_table
+from pnanalysis.report.tables import rows, sentences
 from pnanalysis.schema import provenance
 
-_DOWNLOAD_LIMIT = 4_000_000
+_DOWNLOAD_LIMIT = 4_000_000  # bytes of a file above which the page only names it
 
 
 def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-    """Write one self-contained HTML page about runs and what analyses have found.
+    """Write one self-contained HTML page about runs and the results of their analyses.
 
     Parameters
     ----------
     runs : sequence of Run
-        A restart run of the same recipe, model and data as another is shown as its control.
+        A restart run with the same recipe, model and data as another run is shown as its control.
     path : path
     title : str, optional
 
@@ -44,16 +45,17 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: st
         If there is no run, or one has not been trained for an epoch.
     """
     if not runs:
-        raise RunError("name at least one run to report on")
+        raise RunError("no run to report on; name at least one run")
+    found = studies(runs)
     environment = Environment(
         loader=PackageLoader("pnanalysis.report"), autoescape=select_autoescape(["html", "j2"]), trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     html = environment.get_template("report.html.j2").render(
-        title=title or "Minima of " + ", ".join(run.path.name for run, _ in studies(runs)),
-        sentences=sentences(runs),
-        table=summary_table(runs),
-        studies=[_study(run, control) for run, control in studies(runs)],
+        title=title or "Minima of " + ", ".join(study.main.name for study in found),
+        sentences=[sentence for study in found for sentence in sentences(study)],
+        table=[row.cells() for study in found for row in rows(study)],
+        studies=[_section(study) for study in found],
         plotly=Markup(get_plotlyjs()),
         made=provenance(),
     )
@@ -63,17 +65,18 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: st
     return path
 
 
-def _study(run: Run, control: Run | None) -> dict[str, Any]:
-    members = [run] if control is None else [run, control]
+def _section(study: Study) -> dict[str, Any]:
+    """What the template shows of one study."""
+    runs = [member.run for member in study if member is not None]
     return {
-        "name": run.path.name,
+        "name": study.main.name,
         "pictures": [
             {"title": p.title, "caption": p.caption, "markup": Markup(p.markup), "points": p.points}
-            for p in pictures(run, control)
+            for p in pictures(study)
         ],
-        "explorers": list(explorers(run)),
-        "runs": [_facts(member) for member in members],
-        "downloads": [entry for member in members for entry in _downloads(member)],
+        "explorers": list(explorers(study.main)),
+        "runs": [_facts(run) for run in runs],
+        "downloads": [entry for run in runs for entry in _downloads(run)],
     }
 
 

@@ -1,21 +1,27 @@
-"""What the numbers say: a table of plain, champion and best restart, and sentences that claim no more than it holds."""
+"""The summary: a table of plain model, champion and best restart, and sentences that claim no more than it supports."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from pnanalysis.analyses.history import error_kind
-from pnanalysis.analyses.verdict import measured
+from pnanalysis.analyses.verdict import estimate_of
 from pnanalysis.estimates import Estimate, proportion
 from pnanalysis.io.runs import Checkpoint, Run
-from pnanalysis.report.datasets import dataset, own_rows
+from pnanalysis.report.datasets import RunDatasets, Study, own_rows, studies
 
-_End = tuple[Run, Checkpoint]
+
+class _End(NamedTuple):
+    """The end point of an iteration and the run that it belongs to."""
+
+    datasets: RunDatasets
+    checkpoint: Checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,137 +50,144 @@ class Row:
         }
 
 
-def studies(runs: Sequence[Run]) -> list[tuple[Run, Run | None]]:
-    """Each run with its restart control: the restart run of the same model, data and recipe, where one is given."""
-    controls = [run for run in runs if run.manifest.get("strategy") == "restart"]
-    others = [run for run in runs if run not in controls]
-    paired = [(run, next((c for c in controls if _same_study(run, c)), None)) for run in others]
-    lonely = [(c, None) for c in controls if all(c is not control for _, control in paired)]
-    return paired + lonely
+def summary_table(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The table as printed, a mapping from column title to text for each end point."""
+    return [row.cells() for study in studies(runs) for row in rows(study)]
 
 
-def rows(runs: Sequence[Run]) -> list[Row]:
-    """Plain, champion and best restart of every study."""
-    table = []
-    for run, control in studies(runs):
-        strategy = run.manifest.get("strategy", "")
-        table.append(_row(run, "plain", 0))
-        if strategy == "restart":
-            table.append(_row(run, "best restart", run.champion.iteration))
-        elif len(run.ends) > 1:
-            table.append(_row(run, f"champion ({strategy})", run.champion.iteration))
-        if control is not None:
-            table.append(_row(control, f"best of {len(control.ends)} restarts", control.champion.iteration))
+def rows(study: Study) -> list[Row]:
+    """Plain model, champion and best restart of a study."""
+    main, control = study
+    run, strategy = main.run, main.run.manifest.get("strategy", "")
+    table = [_row(main, "plain", run.plain)]
+    if strategy == "restart":
+        table.append(_row(main, "best restart", run.champion))
+    elif len(run.ends) > 1:
+        table.append(_row(main, f"champion ({strategy})", run.champion))
+    if control is not None:
+        table.append(_row(control, f"best of {len(control.run.ends)} restarts", control.run.champion))
     return table
 
 
-def summary_table(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """The table as printed, a mapping from column title to text for each end point."""
-    return [row.cells() for row in rows(runs)]
-
-
-def sentences(runs: Sequence[Run]) -> list[str]:
+def sentences(study: Study) -> Iterator[str]:
     """The table in words; a difference within two standard errors is called not significant."""
-    said = []
-    for run, control in studies(runs):
-        plain = _row(run, "plain", 0)
-        best = run.champion.iteration
-        if not math.isnan(plain.test.value):
-            if best == 0:
-                said.append(f"{run.path.name}: the plain model has the lowest validation error of all iterations.")
-            else:
-                ends = (run, run.plain), (run, run.champion)
-                said.append(
-                    f"{run.path.name}: the champion, iteration {best}, against the plain model: "
-                    f"test error {_difference(*ends)}."
-                )
-            if control is not None:
-                ends = (run, run.champion), (control, control.champion)
-                said.append(
-                    f"{run.path.name}: the best of {len(control.ends)} restarts, which cost as much, against the "
-                    f"champion: test error {_difference(*ends)}."
-                )
-        spectra = _spectra(run)
-        of_plain, of_champion = (_at_end(spectra, end) for end in (run.plain, run.champion))
-        if of_plain is not None and of_champion is not None and best:
-            said.append(_spectrum_sentence(run, of_plain, of_champion))
-    return said
+    main, control = study
+    name, run = main.name, main.run
+    plain, champion = _End(main, run.plain), _End(main, run.champion)
+    is_plain_best = run.champion.iteration == 0
+    if not math.isnan(_test_error(plain).value):
+        if is_plain_best:
+            yield f"{name}: the plain model has the lowest validation error of all iterations."
+        else:
+            yield (
+                f"{name}: compared with the plain model, the champion (iteration {run.champion.iteration}) has a "
+                f"test error of {_difference(plain, champion)}."
+            )
+        if control is not None:
+            best_restart = _End(control, control.run.champion)
+            yield (
+                f"{name}: compared with the champion, the best of {len(control.run.ends)} restarts, which cost as "
+                f"much, has a test error of {_difference(champion, best_restart)}."
+            )
+    spectra = [_spectrum_at(end) for end in (plain, champion)]
+    if not is_plain_best and spectra[0] is not None and spectra[1] is not None:
+        yield _spectrum_sentence(name, spectra[0], spectra[1])
 
 
-def _row(run: Run, name: str, iteration: int) -> Row:
-    last = run.history.isel(epoch=-1).sel(iteration=iteration)
-    sizes = {split: int(run.history.attrs.get(f"n_{split}", 0)) for split in ("validation", "test")}
-    at = _at_end(_spectra(run), run.ends[iteration])
+def _row(datasets: RunDatasets, name: str, end: Checkpoint) -> Row:
+    run = datasets.run
+    last = run.history.isel(epoch=-1).sel(iteration=end.iteration)
+    at = _spectrum_at(_End(datasets, end))
     return Row(
-        study=run.path.name,
+        study=datasets.name,
         name=name,
-        iteration=iteration,
+        iteration=end.iteration,
         loss=Estimate(float(last.train_loss)),
-        validation=_error(run, float(last.validation_error), sizes["validation"]),
-        test=_error(run, float(last.test_error), sizes["test"]),
+        validation=_error(run, float(last.validation_error), "validation"),
+        test=_error(run, float(last.test_error), "test"),
         lambda_max=Estimate(math.nan if at is None else float(at.lambda_max)),
         trace=Estimate(math.nan) if at is None else Estimate(float(at.trace), float(at.trace_se)),
     )
 
 
-def _error(run: Run, value: float, n: int) -> Estimate:
-    """A share of n examples, in per cent, or a squared error."""
-    shares = error_kind(run.history) == "share"
-    return proportion(value, n) if shares else Estimate(value)
+def _test_error(end: _End) -> Estimate:
+    run = end.datasets.run
+    return _error(run, float(run.history.test_error.sel(iteration=end.checkpoint.iteration)[-1]), "test")
+
+
+def _error(run: Run, value: float, split: str) -> Estimate:
+    """An error rate with its binomial error, or a squared error, which has none."""
+    n = int(run.history.attrs.get(f"n_{split}", 0))
+    return proportion(value, n) if _is_error_rate(run) else Estimate(value)
+
+
+def _is_error_rate(run: Run) -> bool:
+    return error_kind(run.history) == "share"
 
 
 def _difference(first: _End, other: _End) -> str:
-    """Test error of the other minus that of the first: by pairs of predictions where these have been compared."""
-    for run in dict.fromkeys((first[0], other[0])):
-        ds = dataset(run, "comparison")
+    """Test error of the other minus that of the first, from paired predictions where these have been compared."""
+    run = first.datasets.run
+    paired = _paired_difference(first, other)
+    if paired is not None:
+        difference, n, sigmas = paired
+        subset = "" if n == run.history.attrs.get("n_test") else f", on {n} test examples"
+        if _is_error_rate(run):
+            return difference.in_points(sigmas) + subset
+        return f"{difference.text(signed=True)} ({difference.direction(sigmas)}){subset}"
+    unpaired = _test_error(other).minus(_test_error(first))
+    if not _is_error_rate(run):
+        return f"{unpaired.text(signed=True)} (squared error)"
+    names = " ".join(dict.fromkeys(end.datasets.name for end in (first, other)))
+    return f"{unpaired.in_points()}, with unpaired errors; pnanalysis compare {names} computes paired ones"
+
+
+class _Paired(NamedTuple):
+    difference: Estimate
+    n: int
+    sigmas: float
+
+
+def _paired_difference(first: _End, other: _End) -> _Paired | None:
+    """The difference of the test errors from a saved comparison that has both end points."""
+    for holder in dict.fromkeys((first.datasets, other.datasets)):
+        ds = holder.get("comparison")
         if ds is None or "test" not in ds.split.values:
             continue
-        i, j = (_place(ds, run, *end) for end in (first, other))
+        i, j = (_position_in(ds, holder, end) for end in (first, other))
         if i is not None and j is not None:
-            at = measured(ds.sel(split="test").isel(checkpoint=j, other=i), "error_difference")
-            n = int(ds.n_examples.sel(split="test"))
-            some = "" if n == first[0].history.attrs.get("n_test") else f", on {n} test examples"
-            sigmas = float(ds.attrs["sigmas"])
-            if error_kind(first[0].history) == "share":
-                return at.in_points(sigmas) + some
-            return f"{at.text(signed=True)} ({at.direction(sigmas)}){some}"
-    one, two = (_row(run, "", checkpoint.iteration).test for run, checkpoint in (first, other))
-    if error_kind(first[0].history) != "share":
-        return f"{two.minus(one).text(signed=True)} (squared error)"
-    names = " ".join(dict.fromkeys(run.path.name for run in (first[0], other[0])))
-    return f"{two.minus(one).in_points()}, by unpaired errors; pnanalysis compare {names} gives the paired one"
+            at = ds.sel(split="test")
+            difference = estimate_of(at.isel(checkpoint=j, other=i), "error_difference")
+            return _Paired(difference, int(at.n_examples), float(ds.attrs["sigmas"]))
+    return None
 
 
-def _place(ds: xr.Dataset, holder: Run, run: Run, end: Checkpoint) -> int | None:
-    """Where a comparison that is saved with the run ``holder`` has an end point."""
-    folder = ds.attrs.get("run", holder.path.name) if run is holder else run.path.name
-    own = [end.name, f"iter{end.iteration:02d}", *(name for name in ("plain", "champion") if getattr(run, name) == end)]
-    names = {f"{folder}/{name}" for name in own} | set(own if run is holder else ())
+def _position_in(ds: xr.Dataset, holder: RunDatasets, end: _End) -> int | None:
+    """Position of an end point along ``checkpoint`` of a comparison that is saved with the run ``holder``."""
+    run, checkpoint = end.datasets.run, end.checkpoint
+    is_holder = end.datasets is holder
+    # the folder may have been renamed since: the dataset knows the name that its own run had
+    folder = ds.attrs.get("run", holder.name) if is_holder else end.datasets.name
+    roles = [role for role in ("plain", "champion") if getattr(run, role) == checkpoint]
+    own = [checkpoint.name, f"iter{checkpoint.iteration:02d}", *roles]
+    # names without a folder belong to the holder: a comparison of one run has them
+    names = {f"{folder}/{name}" for name in own} | set(own if is_holder else ())
     return next((i for i, label in enumerate(ds.checkpoint.values) if str(label) in names), None)
 
 
-def _spectra(run: Run) -> xr.Dataset | None:
-    """The run's own whole spectra."""
-    ds = dataset(run, "hessian")
-    return None if ds is None or "layer" in ds.coords else own_rows(run, ds)
-
-
-def _at_end(spectrum: xr.Dataset | None, end: Checkpoint) -> xr.Dataset | None:
-    """The spectrum at an end point, where there is one."""
-    if spectrum is None:
+def _spectrum_at(end: _End) -> xr.Dataset | None:
+    """The spectrum of the whole network at an end point, if it has been computed."""
+    ds = end.datasets.get("hessian")
+    if ds is None or "layer" in ds.coords:
         return None
-    chosen = np.flatnonzero((spectrum.iteration.values == end.iteration) & (spectrum.epoch.values == end.epoch))
-    return spectrum.isel(checkpoint=int(chosen[0])) if len(chosen) else None
+    spectra = own_rows(end.datasets.run, ds)
+    is_end = (spectra.iteration.values == end.checkpoint.iteration) & (spectra.epoch.values == end.checkpoint.epoch)
+    return spectra.isel(checkpoint=int(np.argmax(is_end))) if is_end.any() else None
 
 
-def _spectrum_sentence(run: Run, plain: xr.Dataset, champion: xr.Dataset) -> str:
+def _spectrum_sentence(name: str, plain: xr.Dataset, champion: xr.Dataset) -> str:
     traces = " and ".join(f"{float(at.trace):.3g} ± {float(at.trace_se):.2g}" for at in (plain, champion))
     return (
-        f"{run.path.name}: largest Hessian eigenvalue of plain and champion {float(plain.lambda_max):.3g} and "
-        f"{float(champion.lambda_max):.3g}, trace {traces}."
+        f"{name}: the largest Hessian eigenvalues of the plain model and the champion are "
+        f"{float(plain.lambda_max):.3g} and {float(champion.lambda_max):.3g}, the traces {traces}."
     )
-
-
-def _same_study(run: Run, control: Run) -> bool:
-    same = ("recipe", "model", "data")
-    return all(run.manifest.get(key) == control.manifest.get(key) for key in same)

@@ -17,7 +17,7 @@ from torch import nn
 import pnanalysis as pn
 from pnanalysis.analyses.hessian import SpectrumOptions
 from pnanalysis.analyses.spectrum_cache import matrix_digest, saved_spectrum
-from pnanalysis.analyses.verdict import diagnostics, measured, verdict
+from pnanalysis.analyses.verdict import diagnostics, estimate_of, verdict
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.estimates import Estimate
 from pnanalysis.inputs.examples import Examples
@@ -208,7 +208,7 @@ def test_a_checkpoint_does_not_differ_from_itself(tiny_run: Run) -> None:
     for name in ("distance", "disagreement", "js_divergence", "trace_difference", "wasserstein1"):
         assert float(pair[name]) == 0, name
     np.testing.assert_allclose(pair.cka, 1)
-    assert verdict(ds) == ["iter00 (the plain model) against plain: the same parameters."]
+    assert verdict(ds) == ["iter00 (the plain model) compared with plain: identical parameters."]
 
 
 def test_defaults_are_plain_and_champion_and_then_champions(tiny_run: Run, control: Run) -> None:
@@ -222,7 +222,7 @@ def test_defaults_are_plain_and_champion_and_then_champions(tiny_run: Run, contr
 def test_the_restart_control_is_named(tiny_run: Run, control: Run) -> None:
     ds = pn.compare(tiny_run, control, hessian=False, cka=False, saturation=False, progress=False)
     said = verdict(ds)
-    assert said[0].startswith("restart/champion (the best of 3 restarts) against tiny/champion (")
+    assert said[0].startswith("restart/champion (the best of 3 restarts) compared with tiny/champion (")
     assert "cka" not in ds
     assert "trace" not in ds
     assert "saturation" not in ds
@@ -261,7 +261,7 @@ def test_ranks_tie_where_errors_do_not_tell(tmp_path: Path) -> None:
     source = open_files(lambda: regression(3), saved(tmp_path, far=far, near=near, best=model), (x, targets), "mse")
     ds = pn.compare(source, hessian=False, progress=False)
     assert ds["rank"].sel(split="train").values.tolist() == [3, 1, 1]
-    assert verdict(ds)[-1].startswith("By train error, ties where none is told to be better: 1. ")
+    assert verdict(ds)[-1].startswith("By train error, counting only significant differences: 1. ")
     assert verdict(ds)[-1].endswith("3. far.")
 
 
@@ -285,8 +285,8 @@ def test_a_users_own_regression_is_compared(tmp_path: Path) -> None:
     assert float(ds.rms_difference[0, 1]) > 0
     said = verdict(ds)
     assert "validation squared error" in said[0]
-    assert "picked by this error" in said[0]
-    assert any("outputs differ by" in line for line in said)
+    assert "selected by this error" in said[0]
+    assert any("difference of their outputs" in line for line in said)
     assert np.isnan(ds.distance_from_start).all()
     assert netcdf.load(netcdf.save(ds, tmp_path / "c.nc")).identical(ds)
 
@@ -309,7 +309,7 @@ def test_architectures_may_differ_if_outputs_do_not(tmp_path: Path) -> None:
     assert np.isnan(float(ds.distance[0, 1]))
     assert float(ds.rms_difference[0, 1]) > 0
     assert ds.cka.sel(layer="0").notnull().all()  # layers of one name, of whatever width
-    assert any("different architectures, so that they have no distance" in line for line in verdict(ds))
+    assert any("architectures differ, so no distance" in line for line in verdict(ds))
     assert "distance in parameters" not in [row.title for row in diagnostics(ds)]
 
 
@@ -347,7 +347,7 @@ def test_bad_input_is_one_clear_sentence(tiny_run: Run, own_run: Run, tmp_path: 
 
 
 def test_variables_of_one_checkpoint_become_numbers_with_errors(ends: xr.Dataset) -> None:
-    at = measured(ends.isel(checkpoint=0, other=0), "trace")
+    at = estimate_of(ends.isel(checkpoint=0, other=0), "trace")
     assert at.low < at.value < at.high
     assert at.se > 0
-    assert np.isnan(measured(ends.isel(checkpoint=0, other=0), "norm").se)
+    assert np.isnan(estimate_of(ends.isel(checkpoint=0, other=0), "norm").se)

@@ -220,7 +220,7 @@ def test_classes_along_the_last_dim_are_compared_but_not_judged(tmp_path: Path) 
         a, b = (source.model(c)(tokens).argmax(-1) for c in source.checkpoints)
     assert float(ds.disagreement[1, 0]) == pytest.approx(float((a != b).double().mean()))
     assert ds.error.isnull().all()
-    assert pn.verdict(ds)[0].startswith("w1 against w0: train loss")
+    assert pn.verdict(ds)[0].startswith("w1 compared with w0: train loss")
     assert "error" not in pn.landscape(source, n_points=2, progress=False)
 
 

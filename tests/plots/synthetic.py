@@ -1,6 +1,6 @@
 """Datasets of known shape for every figure, made from formulas and seeded generators: the same on every machine.
 
-They hold what the figures draw, with the labels of :mod:`pnanalysis.schema`, and no more.
+They hold only what the figures draw, with the labels of :mod:`pnanalysis.kinds`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def dataset(kind: str, coords: dict[str, Any], variables: dict[str, Any], **attr
 
 
 def history(epochs: np.ndarray = EPOCHS, champion: int = CHAMPION) -> xr.Dataset:
-    """Losses that fall to a value which differs between iterations."""
+    """Losses that decay to a value that differs between iterations."""
     dims, falling = ("iteration", "epoch"), np.exp(-0.5 * epochs)
     depth = 1 + 0.1 * ITERATIONS[:, None]
     error = 0.1 * depth + 0.3 * falling + 0.004 * noise(len(ITERATIONS), len(epochs))
@@ -43,11 +43,11 @@ def history(epochs: np.ndarray = EPOCHS, champion: int = CHAMPION) -> xr.Dataset
 
 
 def spectra(**coords: Any) -> xr.Dataset:
-    """Two Gaussian bulks with outliers, known to a third."""
+    """Two Gaussian bulks with outliers; the density is uncertain on part of the axis."""
     grid = np.linspace(-3, 16, 400)
     outliers = np.array([[5.0, 9.0, 14.0], [4.0, 6.0, 8.0]])
-    shares = np.exp(-0.5 * ((grid - outliers[..., None]) / 0.15) ** 2).sum(1) * 1e-4
-    density = np.exp(-0.5 * (grid / 0.4) ** 2) + 0.01 * np.exp(-0.5 * ((grid - 1) / 0.7) ** 2) + shares
+    spikes = np.exp(-0.5 * ((grid - outliers[..., None]) / 0.15) ** 2).sum(1) * 1e-4
+    density = np.exp(-0.5 * (grid / 0.4) ** 2) + 0.01 * np.exp(-0.5 * ((grid - 1) / 0.7) ** 2) + spikes
     at = ("checkpoint", "eigenvalue")
     scalars = {"bulk_edge_low": [-2.0, -2.0], "bulk_edge_high": [3.5, 3.0], "lambda_max": [14.0, 8.0]}
     variables = {
@@ -62,7 +62,7 @@ def spectra(**coords: Any) -> xr.Dataset:
 
 
 def layer_spectra() -> xr.Dataset:
-    """The two spectra as one layer's, and once more, narrower, as another's."""
+    """The two spectra as one layer's, and in a narrower version as another's."""
     names = [f"{name}:{layer}" for layer in ("fc1", "fc2") for name in ("plain", "champion")]
     layers = ("checkpoint", ["fc1", "fc1", "fc2", "fc2"])
     narrow = spectra().copy()
@@ -71,7 +71,7 @@ def layer_spectra() -> xr.Dataset:
 
 
 def saturation() -> xr.Dataset:
-    """Percentiles of |a| that near one, the faster the later the layer; iterations 1 and 3 exactly equal."""
+    """Percentiles of |a| that approach one, faster in later layers; iterations 1 and 3 are equal."""
     epochs = np.arange(7)
     rate = np.array([0.0, 0.1, 0.3, 0.1])[:, None, None] + 0.5 + 0.2 * np.arange(len(LAYERS))
     at = 1 - 0.4 * np.exp(-rate * epochs[:, None])
@@ -95,7 +95,7 @@ def saturation() -> xr.Dataset:
 
 
 def saturation_of_files() -> xr.Dataset:
-    """The last epochs as four files that have nothing to do with one another."""
+    """The last epochs as four unrelated files."""
     ds = saturation().isel(epoch=-1, drop=True).rename(iteration="checkpoint")
     return ds.assign_coords(checkpoint=["a", "b", "c", "d"]).isel(layer=slice(4))
 
@@ -177,7 +177,7 @@ def landscape() -> xr.Dataset:
 
 
 def sharpness() -> xr.Dataset:
-    """Rises of three checkpoints in three neighbourhoods, with names too long to stand side by side."""
+    """Rises of three checkpoints in three neighbourhoods, with names too long for horizontal labels."""
     rise = np.array([[0.03, 0.02, 0.2], [0.02, 0.02, 0.1], [0.05, 0.01, 0.4]])
     at = ("checkpoint", "neighbourhood")
     variables = {
@@ -189,7 +189,7 @@ def sharpness() -> xr.Dataset:
 
 
 def comparison() -> xr.Dataset:
-    """Three checkpoints: one told from the first by its loss, none by an error whose bars reach zero."""
+    """Three checkpoints: one has a significantly different loss, none a different error; one interval reaches zero."""
     k, pair = 3, ("checkpoint", "other")
     apart = np.abs(np.subtract.outer(np.arange(k), np.arange(k))) / 10
     loss, error = np.array([[0.4], [0.5], [0.41]]), np.array([[0.004], [0.006], [0.01]])
@@ -215,7 +215,7 @@ def comparison() -> xr.Dataset:
 
 
 def functional() -> xr.Dataset:
-    """What a comparison knows of functions alone."""
+    """The part of a comparison that concerns functions."""
     ds = comparison()
     return ds[["disagreement", "disagreement_se", "cka", "cka_se"]].assign_attrs(ds.attrs, kind="functional")
 
@@ -276,6 +276,14 @@ def ensemble() -> xr.Dataset:
     return dataset("ensemble", coords, variables, strategy="persistent")
 
 
+def restarts() -> xr.Dataset:
+    """Twelve single trainings, a third of which leave the plateau at 4.2."""
+    ds = ensemble().isel(iteration=[-1], member=[0] * 12).drop_vars("lam")
+    loss = 4.2 - np.where(np.arange(12) % 3 == 1, 2.0 + 0.1 * np.arange(12), 0.05 * np.arange(12))
+    ds["final_loss"] = (("iteration", "member"), loss[None])
+    return ds.assign_coords(seed=("member", np.arange(12)), iteration=[0]).assign_attrs(strategy="restart")
+
+
 def escape() -> xr.Dataset:
     """Probabilities that rise at three speeds."""
     iteration = np.arange(8)
@@ -290,7 +298,7 @@ def escape() -> xr.Dataset:
     return dataset("escape", coords, variables, confidence=0.95)
 
 
-#: By the stored picture's name: figure, dataset, and options whose values are made when they are wanted.
+#: By the stored picture's name: figure, dataset, and options, whose values may be functions that make a dataset.
 PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
     "history": ("history", history, {}),
     "history_one_epoch": ("history", lambda: history(EPOCHS[:1]), {}),
@@ -320,5 +328,6 @@ PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
     "surface_3d": ("surface_3d", surface, {"descents": descent}),
     "basin": ("basin", basin, {}),
     "ensemble": ("ensemble", ensemble, {}),
+    "ensemble_by_seed": ("ensemble", restarts, {}),
     "escape": ("escape", escape, {}),
 }

@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what the dataset holds, in every format, without touching matplotlib's settings."""
+"""Figures draw what the dataset holds, in every format, without changing matplotlib's settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pnanalysis import plots
 from pnanalysis.errors import PnError
 from pnanalysis.estimates import Estimate
 from pnanalysis.io.runs import MANIFEST, Run
-from pnanalysis.plots.style import PLAIN
+from pnanalysis.plots import kink
+from pnanalysis.plots.style import BLACK, CHAMPION, COLOURS, PLAIN, QUIET, RESTART
 from tests.plots import synthetic
 
 
@@ -41,7 +42,7 @@ def test_spectra_are_drawn_on_a_log_axis_with_outliers_marked(spectra: xr.Datase
     assert isinstance(ax, Axes)
     assert ax.get_yscale() == "log"
     names = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert names == ["plain", "champion", "± 1 standard error", "outliers found one by one"]
+    assert names == ["plain", "champion", "± 1 standard error", "individually computed outliers"]
     curves = [line for line in ax.lines if line.get_label() in ("plain", "champion")]
     np.testing.assert_array_equal(curves[1].get_xdata(), spectra.eigenvalue)
     floor = ax.get_ylim()[0]
@@ -73,8 +74,13 @@ def test_trajectories_end_where_the_dataset_says(tiny_run: Run) -> None:
         assert ax.get_aspect() == 1
 
 
-def test_saturation_has_a_panel_a_layer_and_a_curve_an_iteration(tiny_run: Run) -> None:
-    ds = pn.saturation(tiny_run, progress=False)
+@pytest.fixture(scope="module")
+def saturated(tiny_run: Run) -> xr.Dataset:
+    return pn.saturation(tiny_run, progress=False)
+
+
+def test_saturation_has_a_panel_per_layer_and_a_curve_per_iteration(saturated: xr.Dataset) -> None:
+    ds = saturated
     figure = plots.saturation(ds)
     assert [ax.get_title() for ax in figure.axes] == list(ds.layer.values)
     assert all(len(ax.lines) == 3 for ax in figure.axes)
@@ -83,8 +89,8 @@ def test_saturation_has_a_panel_a_layer_and_a_curve_an_iteration(tiny_run: Run) 
     np.testing.assert_array_equal(plain.get_ydata(), expected)
 
 
-def test_bands_of_the_percentiles_are_one_standard_error(tiny_run: Run) -> None:
-    ds = pn.saturation(tiny_run, progress=False)
+def test_bands_of_the_percentiles_are_one_standard_error(saturated: xr.Dataset) -> None:
+    ds = saturated
     ax = plots.saturation(ds).axes[2]
     at = ds.sel(iteration=0, layer="tanh3", quantile=98.0)
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
@@ -137,7 +143,7 @@ def test_gaps_are_one_minus_the_percentile_with_bands_that_stay_positive() -> No
         plots.saturation_gap(ds.assign_coords(activation=("layer", ["relu"] * 5)))
 
 
-def test_files_that_have_nothing_to_do_with_one_another_are_not_joined() -> None:
+def test_unrelated_files_are_not_joined_by_a_line() -> None:
     ds = synthetic.saturation_of_files()
     figure = plots.saturation(ds)
     (bars,) = figure.axes[1].containers
@@ -148,13 +154,14 @@ def test_files_that_have_nothing_to_do_with_one_another_are_not_joined() -> None
     assert {tick.get_rotation() for tick in plots.saturation(long).axes[-1].get_xticklabels()} == {30.0}
 
 
-def test_saturated_layers_have_a_marker_and_a_bar_for_each_iteration(tiny_run: Run) -> None:
-    ds = pn.saturation(tiny_run, progress=False)
+def test_saturated_layers_have_a_marker_and_a_bar_for_each_iteration(saturated: xr.Dataset) -> None:
+    ds = saturated
     left, right = plots.saturated_layers(ds).axes
     assert [text.get_text() for text in left.get_xticklabels()] == list(ds.layer.values)
     heights = [container.lines[0].get_ydata() for container in left.containers]
     np.testing.assert_array_equal(heights, ds.saturation_measure.sel(epoch=4))
-    assert len(right.patches) == 18
+    drawn = np.array([[bar.get_height() for bar in bars] for bars in right.containers])
+    np.testing.assert_allclose(drawn, (ds.dead_units / ds.n_units).sel(epoch=4).transpose("iteration", "layer"))
     early = plots.saturated_layers(ds, epoch=1).axes[0].containers[0].lines[0].get_ydata()
     np.testing.assert_array_equal(early, ds.saturation_measure.sel(epoch=1, iteration=0))
     with pytest.raises(PnError, match="epoch 99"):
@@ -173,11 +180,14 @@ def test_every_figure_of_saturation_can_show_a_monitor() -> None:
     assert len(plots.activation_histogram(ds).axes) == 1
 
 
-def test_histograms_show_plain_and_another_at_two_epochs(tiny_run: Run) -> None:
-    ds = pn.saturation(tiny_run, progress=False)
+def test_histograms_show_plain_and_another_at_two_epochs(saturated: xr.Dataset) -> None:
+    ds = saturated
     figure = plots.activation_histogram(ds)
     assert len(figure.axes) == 2 * ds.sizes["layer"]
     assert figure.axes[0].get_ylabel() == "density, epoch 2"
+    steps = figure.axes[0].lines[0].get_ydata()
+    expected = ds.histogram.isel(layer=0).sel(iteration=0, epoch=2).values
+    np.testing.assert_allclose(steps[: len(expected)], expected)  # then the right border of the last bin
     with pytest.raises(PnError, match="epoch 99"):
         plots.activation_histogram(ds, epochs=[99])
 
@@ -187,10 +197,10 @@ def test_errors_show_the_control_and_binomial_bars(tiny_run: Run) -> None:
     labels = {text.get_text() for text in ax.get_legend().get_texts()}
     assert labels == {"validation", "test", "validation, restart", "test, restart"}
     bars = next(c for c in ax.containers if c.get_label() == "test")
-    share = float(tiny_run.history.test_error[1, -1])
+    rate = float(tiny_run.history.test_error[1, -1])
     (segments,) = bars.lines[2]
     low, high = segments.get_segments()[1][:, 1]
-    assert (high - low) / 2 == pytest.approx(np.sqrt(share * (1 - share) / 300))
+    assert (high - low) / 2 == pytest.approx(np.sqrt(rate * (1 - rate) / 300))
 
 
 def test_errors_of_several_runs_are_refused(tiny_run: Run) -> None:
@@ -207,7 +217,7 @@ def test_one_epoch_is_a_point_at_an_integer(kind: str) -> None:
     assert figure.axes[0].lines[0].get_marker() == "o"
 
 
-def test_a_single_other_iteration_is_named_and_round_off_is_no_distance() -> None:
+def test_a_single_other_iteration_is_named_and_round_off_is_not_a_distance() -> None:
     ds = synthetic.trajectory()
     named = plots.trajectory(ds).get_legend_handles_labels()[1]
     assert named == ["plain", "other iterations", "champion (iteration 2)", "start"]
@@ -219,21 +229,21 @@ def test_a_single_other_iteration_is_named_and_round_off_is_no_distance() -> Non
     assert ax.get_title(loc="left") == "all points lie in this plane"
 
 
-def test_bars_of_shares_stop_at_zero_and_fillings_are_explained() -> None:
+def test_bars_of_fractions_stop_at_zero_and_fillings_are_explained() -> None:
     figure = plots.plot(synthetic.comparison())
-    panels = {ax.get_title(loc="left"): ax for ax in figure.axes}
-    bars = [line.get_xdata()[0] for line in panels["test error [%]"].lines if len(line.get_xdata()) == 2]
+    panels = {ax.get_label(): ax for ax in figure.axes}
+    bars = [line.get_xdata()[0] for line in panels["error:test"].lines if len(line.get_xdata()) == 2]
     assert bars[0] == 0.0  # 0.004 - 1.96 * 0.003
     filled = {
-        title: [line.get_fillstyle() if line.get_markerfacecolor() != "white" else "none" for line in ax.lines
+        key: [line.get_fillstyle() if line.get_markerfacecolor() != "white" else "none" for line in ax.lines
                 if line.get_marker() in "osD"]
-        for title, ax in panels.items()
+        for key, ax in panels.items()
     }  # fmt: skip
-    assert filled["test loss"] == ["full", "full", "none"]
-    assert filled["test error [%]"] == ["full", "none", "none"]
-    assert filled["distance from start"] == ["full", "left", "left"]
+    assert filled["loss:test"] == ["full", "full", "none"]
+    assert filled["error:test"] == ["full", "none", "none"]
+    assert filled["distance_from_start"] == ["full", "left", "left"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "95 % interval, where known", "the first, or told from it", "not told from the first",
+        "95 % interval", "first, or significantly different", "not significantly different",
         "difference of unknown error",
     ]  # fmt: skip
 
@@ -286,7 +296,7 @@ def test_planes_carry_their_points_and_the_trajectories_of_the_same_plane(tiny_r
     assert "filter norms" in plots.plot(random, quantity="error").axes[0].get_xlabel()
 
 
-def test_sharpness_has_a_panel_a_neighbourhood(tiny_run: Run) -> None:
+def test_sharpness_has_a_panel_per_neighbourhood(tiny_run: Run) -> None:
     ds = pn.sharpness(tiny_run, checkpoints=["ends"], n=100, n_steps=3, n_starts=1, progress=False)
     figure = plots.plot(ds)
     assert [ax.get_title(loc="left") for ax in figure.axes] == [
@@ -297,7 +307,7 @@ def test_sharpness_has_a_panel_a_neighbourhood(tiny_run: Run) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
-def test_figures_are_saved_alike_every_time(tiny_run: Run, tmp_path: Path, suffix: str) -> None:
+def test_the_same_figure_is_saved_as_the_same_bytes(tiny_run: Run, tmp_path: Path, suffix: str) -> None:
     contents = []
     for name in ("a", "b"):
         figure = plots.plot(tiny_run.history)
@@ -312,8 +322,33 @@ def test_other_formats_and_figures_are_refused(tiny_run: Run, tmp_path: Path) ->
         plots.save_figure(plots.plot(tiny_run.history), tmp_path / "figure.bmp")
     with pytest.raises(PnError, match="no figure 'pie'"):
         plots.plot(tiny_run.history, "pie")
-    with pytest.raises(PnError, match="history dataset"):
+    with pytest.raises(PnError, match="this history dataset lacks what the figure 'saturation' draws"):
         plots.plot(tiny_run.history, "saturation")
+
+
+def test_colours_are_those_of_the_colour_blind_palette() -> None:
+    import seaborn as sns
+
+    palette = {*sns.color_palette("colorblind").as_hex(), BLACK}
+    assert {*COLOURS, PLAIN, CHAMPION, RESTART, QUIET} <= palette
+    assert len(set(COLOURS)) == len(COLOURS)
+
+
+def test_cosines_are_drawn_one_by_one_and_as_their_mean() -> None:
+    ds = synthetic.trajectory()
+    ax = plots.cosines(ds).axes[0]
+    third = ds.cosine.values[(ds.iteration == 3).values, :3]
+    drawn = [line.get_ydata() for line in ax.lines[-4:]]
+    np.testing.assert_allclose(np.stack(drawn[:3], axis=1), third)
+    np.testing.assert_allclose(drawn[3], third.mean(1))
+
+
+def test_losses_by_seed_have_a_histogram_at_their_side() -> None:
+    ds = synthetic.restarts()
+    ax = kink.losses_by_seed(ds)
+    (side,) = ax.child_axes
+    assert sum(bar.get_width() for bar in side.patches) == ds.sizes["member"]
+    assert side.get_ylim() == ax.get_ylim()
 
 
 def test_drawing_changes_no_settings(spectra: xr.Dataset) -> None:
@@ -325,31 +360,32 @@ def test_drawing_changes_no_settings(spectra: xr.Dataset) -> None:
 def test_the_dashboard_shows_intervals_disagreement_and_layers(tiny_run: Run) -> None:
     ds = pn.compare(tiny_run, checkpoints=["ends"], hessian={"n": 60, "n_lanczos": 8, "n_probes": 3}, progress=False)
     figure = plots.plot(ds)
-    panels = {ax.get_title(loc="left"): ax for ax in figure.axes}
-    assert {"train loss", "test error [%]", "Hessian trace", "saturation, layers' mean"} <= set(panels)
-    ax = panels["test loss"]
+    panels = {ax.get_label(): ax for ax in figure.axes}
+    assert {"loss:train", "error:test", "trace", "saturation"} <= set(panels)
+    ax = panels["loss:test"]
     at = ds.sel(split="test").isel(checkpoint=1, other=0)
     bar = next(line for line in ax.lines if list(line.get_ydata()) == [1, 1] and line.get_marker() in ("None", None))
     expected = [float(at.loss - 1.96 * at.loss_se), float(at.loss + 1.96 * at.loss_se)]
     np.testing.assert_allclose(bar.get_xdata(), expected)
     marker = next(line for line in ax.lines if line.get_marker() == "s")
-    told = abs(float(at.loss_difference)) > ds.attrs["sigmas"] * float(at.loss_difference_se)
-    assert (marker.get_markerfacecolor() != "white") == told
-    heat = next(ax for title, ax in panels.items() if title.startswith("disagreement"))
+    is_significant = abs(float(at.loss_difference)) > ds.attrs["sigmas"] * float(at.loss_difference_se)
+    assert (marker.get_markerfacecolor() != "white") == is_significant
+    heat = panels["disagreement"]
     numbers = {text.get_text() for text in heat.texts}
     assert f"{100 * float(ds.disagreement[0, 2]):.1f}" in numbers
     assert len(heat.texts) == 6
-    curves = next(ax for title, ax in panels.items() if title.startswith("CKA"))
-    np.testing.assert_array_equal(curves.containers[1].lines[0].get_ydata(), ds.cka[2, 0, :-1])
+    np.testing.assert_array_equal(panels["cka"].containers[1].lines[0].get_ydata(), ds.cka[2, 0, :-1])
     assert [text.get_text() for text in heat.get_yticklabels()] == ["iter00", "iter01", "iter02"]
+
+
+def test_the_dashboard_has_no_panels_for_what_was_not_compared(tiny_run: Run) -> None:
     bare = plots.plot(pn.compare(tiny_run, hessian=False, cka=False, saturation=False, progress=False))
-    assert not any(ax.get_title(loc="left").startswith("CKA") for ax in bare.axes)
-    assert not any(ax.get_title(loc="left").startswith("Hessian") for ax in bare.axes)
+    assert {ax.get_label() for ax in bare.axes}.isdisjoint({"cka", "trace", "lambda_max", "n_outliers", "saturation"})
     two = plots.plot(pn.compare(tiny_run, checkpoints=["plain", "start"], hessian=False, progress=False)).axes[-2]
     assert len(two.patches) == 2  # they, and independent networks
     assert two.get_title(loc="left") == "disagreement on test examples [%]"
     alone = plots.plot(pn.functional_distance(tiny_run, progress=False))
-    assert [ax.get_title(loc="left")[:3] for ax in alone.axes] == ["dis", "CKA"]
+    assert [ax.get_label() for ax in alone.axes] == ["disagreement", "cka"]
 
 
 def test_notebooks_show_a_figure_once_and_small(spectra: xr.Dataset) -> None:
@@ -391,7 +427,7 @@ def test_each_of_several_runs_shows_its_own_champion(tiny_run: Run, tmp_path: Pa
     assert {"a: iteration 1 (champion)", "b: iteration 2 (champion)"} <= names
 
 
-def test_layers_have_a_row_each_and_checkpoints_share_it(tiny_run: Run) -> None:
+def test_each_layer_has_a_row_that_checkpoints_share(tiny_run: Run) -> None:
     ds = pn.hessian(tiny_run, checkpoints=["plain", "start"], per_layer=True, n=50, n_hvp=20, progress=False)
     figure = plots.plot(ds, "layer_spectra")
     layers = list(dict.fromkeys(ds.layer.values))

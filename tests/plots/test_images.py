@@ -1,6 +1,6 @@
-"""Figures look as they did: every one, drawn of synthetic data, is compared with a stored picture.
+"""Figures look as they did: each is drawn from synthetic data and compared with a stored picture.
 
-`make baselines` draws the stored pictures anew, into ``tests/plots/baseline``: look at them before they are committed.
+`make baselines` draws the stored pictures again, into ``tests/plots/baseline``: look at them before you commit them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from matplotlib.ft2font import __freetype_build_type__
 from pnanalysis import plots
 from tests.plots.synthetic import PICTURES
 
-#: Text and ticks change with matplotlib and its FreeType: pictures of other ones are not compared. To be changed with
-#: them.
+#: Text and ticks depend on matplotlib and its FreeType: pictures are compared only if drawn with these versions.
 DRAWN_WITH = "3.11"
 FREETYPE = "local"  # the one in matplotlib's own wheels
-#: Root mean square of the grey values' differences, of 255: the smallest curve in another colour makes more.
+#: Root-mean-square difference of the grey values (of 255): the smallest curve in another colour exceeds it.
 TOLERANCE = 1.0
 
 _other = not mpl.__version__.startswith(f"{DRAWN_WITH}.") or __freetype_build_type__ != FREETYPE

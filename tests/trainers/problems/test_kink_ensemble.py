@@ -203,7 +203,7 @@ def closed_figures() -> Iterator[None]:
 
 @pytest.mark.usefixtures("closed_figures")
 def test_figures_draw_what_the_datasets_hold() -> None:
-    from pnanalysis.plots import ensemble as plots
+    from pnanalysis.plots import kink as plots
 
     settings: dict[str, Any] = {"steps": 100, "samples": 2, "progress": False}
     chains = train_chains(X, Y, seeds=[0, 1, 2], lams=[0.01, 0.1], iterations=3, **settings)

@@ -245,7 +245,7 @@ def closed_figures() -> Iterator[None]:
 
 @pytest.mark.usefixtures("closed_figures")
 def test_figures_draw_what_the_datasets_hold() -> None:
-    from pnanalysis.plots import toy as plots
+    from pnanalysis.plots import two_well as plots
 
     ds = descend(iterations=3, steps=200)
     grid = surfaces(two_well, ds, n=21)

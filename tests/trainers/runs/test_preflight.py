@@ -52,8 +52,14 @@ def config(data: str, n_out: int = 3, **settings) -> Config:
 
 
 BAD = {
-    "no class": (config("late"), "late: the loss cannot take these data: the target 3 is not a class of a network with 3"),
-    "held-out": (config("held_out"), "held_out, validation: the loss cannot take these data: the target 3 is not a class"),
+    "no class": (
+        config("late"),
+        "late: the loss cannot take these data: the target 3 is not a class of a network with 3",
+    ),
+    "held-out": (
+        config("held_out"),
+        "held_out, validation: the loss cannot take these data: the target 3 is not a class",
+    ),
     "shape": (config("shape"), r"shape: the network cannot take these data: inputs of shape \(2, 5\)"),
     "floats": (config("floats"), r"the loss cannot take these data: .* targets of shape \(2,\), float32"),
     "single output": (config("column", 1), "cross-entropy over a single output is always zero"),

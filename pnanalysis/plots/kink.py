@@ -1,4 +1,4 @@
-"""Figures of many small networks trained at once: predictors, losses, and the probability of leaving a plateau."""
+"""The kink regression, many small networks trained at once: predictors, losses, probability of leaving a plateau."""
 
 from __future__ import annotations
 
@@ -9,15 +9,29 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pnanalysis.plots.style import COLUMN, DASHES, MARKERS, OVERLAY, PAGE, new_figure, own_axes
+from pnanalysis.plots.style import (
+    BLUE,
+    COLUMN,
+    DASHES,
+    GREEN,
+    MARKERS,
+    OVERLAY,
+    PAGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    new_figure,
+    own_axes,
+)
 
-_BLUE, _ORANGE, _GREEN, _PINK, _SKY, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
-_ARMS = (_BLUE, _ORANGE, _GREEN, _PINK, _SKY)  # Okabe and Ito
-_STRATEGY = {"persistent": _BLUE, "restart": _ORANGE}
+_DARK_GREY = "#666666"
+_GROUPS = (BLUE, VERMILION, GREEN, PURPLE, SKY)  # of one penalty weight each
+_STRATEGY = {"persistent": BLUE, "restart": VERMILION}
 
 
 def ensemble(ds: xr.Dataset) -> Figure:
-    """Predictors beside losses: by iteration, or by seed if there is one iteration only.
+    """Predictors, and next to them the losses: by iteration, or by seed if there is only one iteration.
 
     Parameters
     ----------
@@ -38,7 +52,7 @@ def ensemble(ds: xr.Dataset) -> Figure:
 
 
 def predictors(ds: xr.Dataset, restarts: xr.Dataset | None = None, member: int = 0, ax: Axes | None = None) -> Axes:
-    """The functions learned, over the data: plain, the best of this study, and the best restart.
+    """The learned functions and the data: plain, the best of this dataset, and the best restart.
 
     Parameters
     ----------
@@ -46,7 +60,7 @@ def predictors(ds: xr.Dataset, restarts: xr.Dataset | None = None, member: int =
         Kind ``ensemble``. With several iterations, plain and best are those of ``member``; with one, the first and the
         best of all members.
     restarts : xarray.Dataset, optional
-        Kind ``ensemble``: the control; its best training of all is drawn.
+        Kind ``ensemble``, the control; the best of all its trainings is drawn.
     member : int
         Which chain to draw.
     ax : Axes, optional
@@ -57,7 +71,7 @@ def predictors(ds: xr.Dataset, restarts: xr.Dataset | None = None, member: int =
     """
     ax = own_axes(ax, COLUMN * 1.4, 2.8)
     own = ds.isel(member=[member]) if ds.sizes["iteration"] > 1 else ds
-    _predictor(own, (0, 0), "plain", _GREY, "-", ax)
+    _predictor(own, (0, 0), "plain", _DARK_GREY, "-", ax)
     if restarts is not None:
         _best_predictor(restarts, ax)
     _best_predictor(own, ax)
@@ -69,14 +83,14 @@ def predictors(ds: xr.Dataset, restarts: xr.Dataset | None = None, member: int =
 
 
 def losses_by_seed(ds: xr.Dataset, plateau: float | None = None, ax: Axes | None = None) -> Axes:
-    """Loss at the end of the plain training of each member, against its seed; the best is marked.
+    """Final loss of the plain training of each member against its seed, with a histogram at the side.
 
     Parameters
     ----------
     ds : xarray.Dataset
         Kind ``ensemble``.
     plateau : float, optional
-        A loss to draw a line at.
+        A loss to mark with a line.
     ax : Axes, optional
 
     Returns
@@ -87,25 +101,39 @@ def losses_by_seed(ds: xr.Dataset, plateau: float | None = None, ax: Axes | None
     loss, seed = ds["final_loss"].isel(iteration=0), ds["seed"]
     best = int(loss.values.argmin())
     _plateau(plateau, ax)
-    ax.plot(seed, loss, "o", ms=4, color=_ORANGE, label=f"{len(loss)} trainings")
+    ax.plot(seed, loss, "o", ms=4, color=VERMILION, label=f"{len(loss)} trainings")
     ax.plot(
-        seed[best], loss[best], "*", ms=10, color=_ORANGE, mec="black", ls="", label=f"best: {float(loss[best]):.3g}"
+        seed[best], loss[best], "*", ms=10, color=VERMILION, mec="black", ls="", label=f"best: {float(loss[best]):.3g}"
     )
     ax.set_xlabel("seed")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel("mean squared error")
     ax.legend(**OVERLAY)
+    _histogram_at_side(loss.values, ax)
     return ax
 
 
+def _histogram_at_side(values: np.ndarray, ax: Axes) -> None:
+    """How many values lie where along the y axis, in a narrow panel on the right."""
+    import seaborn as sns
+
+    side = ax.inset_axes((1.02, 0.0, 0.2, 1.0), sharey=ax)
+    sns.histplot(y=values, bins=20, color=VERMILION, alpha=0.5, linewidth=0, ax=side)
+    side.tick_params(axis="y", which="both", left=False, labelleft=False)
+    side.xaxis.set_major_locator(MaxNLocator(2, integer=True))
+    side.set(xlabel="trainings", ylabel="")
+    sns.despine(ax=side, left=True)
+
+
 def losses_by_iteration(ds: xr.Dataset, plateau: float | None = None, ax: Axes | None = None) -> Axes:
-    """Loss at the end of each iteration of each chain; the champion of all is marked.
+    """Loss at the end of each iteration of each chain; the champion of all chains is marked.
 
     Parameters
     ----------
     ds : xarray.Dataset
         Kind ``ensemble``.
     plateau : float, optional
-        A loss to draw a line at.
+        A loss to mark with a line.
     ax : Axes, optional
 
     Returns
@@ -116,26 +144,21 @@ def losses_by_iteration(ds: xr.Dataset, plateau: float | None = None, ax: Axes |
     loss = ds["final_loss"].transpose("member", "iteration").values
     iteration = ds["iteration"].values
     _plateau(plateau, ax)
-    groups = [(float(lam), ds["lam"].values == lam) for lam in np.unique(ds["lam"].values[~np.isnan(ds["lam"].values)])]
-    if not groups:
+    lams = ds["lam"].values
+    groups = [(float(lam), lams == lam) for lam in np.unique(lams[~np.isnan(lams)])]
+    if not groups:  # restarts have no penalty
         groups = [(np.nan, np.ones(len(loss), dtype=bool))]
     for k, (lam, mine) in enumerate(groups):
-        colour, marker = _STRATEGY["restart"] if np.isnan(lam) else _ARMS[k % len(_ARMS)], MARKERS[k % len(MARKERS)]
+        colour = _STRATEGY["restart"] if np.isnan(lam) else _GROUPS[k % len(_GROUPS)]
         label = "restart" if np.isnan(lam) else f"persistent, λ = {lam:g}"
+        labels = [label, *[None] * (mine.sum() - 1)]  # one entry in the legend for all chains of a group
         ax.plot(
-            iteration,
-            loss[mine].T,
-            marker=marker,
-            ms=3,
-            lw=0.8,
-            ls=DASHES[k % len(DASHES)],
-            alpha=0.7,
-            color=colour,
-            label=[label, *[None] * (mine.sum() - 1)],
-        )
+            iteration, loss[mine].T, color=colour, lw=0.8, ls=DASHES[k % len(DASHES)], alpha=0.7,
+            marker=MARKERS[k % len(MARKERS)], ms=3, label=labels,
+        )  # fmt: skip
     member, best = np.unravel_index(loss.argmin(), loss.shape)
     champion = f"champion: {loss.min():.3g} at iteration {iteration[best]}"
-    ax.plot(iteration[best], loss[member, best], "*", ms=10, color="#F0E442", mec="black", ls="", label=champion)
+    ax.plot(iteration[best], loss[member, best], "*", ms=10, color=YELLOW, mec="black", ls="", label=champion)
     ax.set_xlabel("iteration")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel("mean squared error")
@@ -144,7 +167,7 @@ def losses_by_iteration(ds: xr.Dataset, plateau: float | None = None, ax: Axes |
 
 
 def escape(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """Probability of having left the plateau against iteration, with its interval, for every strategy.
+    """Probability of having left the plateau against iteration, with its interval, for each strategy.
 
     Parameters
     ----------
@@ -160,7 +183,7 @@ def escape(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     for k, label in enumerate(ds["strategy"].values.tolist()):
         arm = ds.sel(strategy=label)
         is_control = bool(np.isnan(arm["lam"]))
-        colour = _GREY if is_control else _ARMS[k % len(_ARMS)]
+        colour = _DARK_GREY if is_control else _GROUPS[k % len(_GROUPS)]
         text = f"{label} ({int(arm['n_starts'])} starts)"
         dashes, marker = DASHES[k % len(DASHES)], MARKERS[k % len(MARKERS)]
         ax.plot(ds["iteration"], arm["probability"], marker=marker, ls=dashes, ms=4, color=colour, label=text)
@@ -169,9 +192,9 @@ def escape(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     ax.set_ylim(-0.02, 1.02)
     ax.set_xlabel("iteration (trainings after the plain one)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_ylabel("share of starts off the plateau")
+    ax.set_ylabel("fraction of starts off the plateau")
     level = f"bands: {ds.attrs.get('confidence', 0.95):.0%} intervals"
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=level, title_fontsize=7, alignment="left")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=level, alignment="left")
     return ax
 
 
@@ -179,7 +202,7 @@ def _best_predictor(ds: xr.Dataset, ax: Axes) -> None:
     loss = ds["final_loss"].transpose("iteration", "member").values
     iteration, member = np.unravel_index(loss.argmin(), loss.shape)
     strategy = ds.attrs.get("strategy", "training")
-    _predictor(ds, (int(iteration), int(member)), f"best {strategy}", _STRATEGY.get(strategy, _GREEN), "-", ax)
+    _predictor(ds, (int(iteration), int(member)), f"best {strategy}", _STRATEGY.get(strategy, GREEN), "-", ax)
 
 
 def _predictor(ds: xr.Dataset, which: tuple[int, int], label: str, colour: str, style: str, ax: Axes) -> None:
@@ -190,4 +213,4 @@ def _predictor(ds: xr.Dataset, which: tuple[int, int], label: str, colour: str, 
 
 def _plateau(plateau: float | None, ax: Axes) -> None:
     if plateau is not None:
-        ax.axhline(plateau, color=_GREY, lw=1, ls=":", label=f"two-sided linear fit: {plateau:.3g}")
+        ax.axhline(plateau, color=_DARK_GREY, lw=1, ls=":", label=f"two-sided linear fit: {plateau:.3g}")

@@ -1,8 +1,9 @@
-"""Figures of descents on a surface of two parameters."""
+"""Descents on a surface of two parameters, such as the two-well function: paths, surfaces and basins."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -13,11 +14,25 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pnanalysis.plots.style import COLUMN, DASHES, OVERLAY, PAGE, new_figure, own_axes
+from pnanalysis.plots.style import (
+    BLUE,
+    COLUMN,
+    DASHES,
+    GREEN,
+    ORANGE,
+    OVERLAY,
+    PAGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    new_figure,
+    own_axes,
+)
 
-_COLOURS = ("#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2")  # Okabe and Ito
-_NOWHERE = "#DDDDDD"
-_LEVELS = 24
+_COLOURS = (VERMILION, SKY, ORANGE, GREEN, PURPLE, YELLOW, BLUE)  # bright first: they lie on dark contours
+_NO_WELL = "#dddddd"
+_LEVELS = 24  # contours
 
 
 def descent(ds: xr.Dataset, surfaces: xr.Dataset | None = None, iteration: int = 0, ax: Axes | None = None) -> Axes:
@@ -30,7 +45,7 @@ def descent(ds: xr.Dataset, surfaces: xr.Dataset | None = None, iteration: int =
     surfaces : xarray.Dataset, optional
         Kind ``surface``; without it only the paths are drawn.
     iteration : int
-        Whose surface to draw: 0 is the unpenalised one.
+        Which iteration's surface to draw; 0 is the unpenalised one.
     ax : Axes, optional
 
     Returns
@@ -44,7 +59,7 @@ def descent(ds: xr.Dataset, surfaces: xr.Dataset | None = None, iteration: int =
         assert figure is not None
         figure.colorbar(drawn, ax=ax, label="value", fraction=0.05)
     for k in ds["iteration"].values:
-        _path(ds.sel(iteration=k), _label(ds, k), k, ax)
+        _path(ds.sel(iteration=k), _legend_text(ds, k), k, ax)
     _label_axes(ax)
     ax.set_aspect("equal", adjustable="box")
     ax.legend(**OVERLAY)
@@ -52,7 +67,7 @@ def descent(ds: xr.Dataset, surfaces: xr.Dataset | None = None, iteration: int =
 
 
 def surface(ds: xr.Dataset, descents: xr.Dataset | None = None) -> Figure:
-    """The surface of every iteration, f, f_1, f_2, ..., each with the path that went down it.
+    """The surface of each iteration, f, f_1, f_2, ..., with the path that descends it.
 
     Parameters
     ----------
@@ -77,7 +92,7 @@ def surface(ds: xr.Dataset, descents: xr.Dataset | None = None) -> Figure:
         drawn = _contours(ds.sel(iteration=k), ax, levels)
         ax.set_title("$f$" if k == 0 else f"$f_{{{k}}}$")
         if descents is not None:
-            _path(descents.sel(iteration=k), _label(descents, k), k, ax)
+            _path(descents.sel(iteration=k), _legend_text(descents, k), k, ax)
             ax.legend(**OVERLAY)
         _label_axes(ax)
         ax.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
@@ -87,7 +102,7 @@ def surface(ds: xr.Dataset, descents: xr.Dataset | None = None) -> Figure:
 
 
 def surface_3d(ds: xr.Dataset, descents: xr.Dataset | None = None, iteration: int = 0) -> Figure:
-    """One iteration's surface in perspective, and the path that went down it, at that surface's own height.
+    """One iteration's surface in perspective with the path that descends it, at the height of this surface.
 
     Parameters
     ----------
@@ -103,14 +118,16 @@ def surface_3d(ds: xr.Dataset, descents: xr.Dataset | None = None, iteration: in
     """
     value = ds["value"].sel(iteration=iteration)
     figure = new_figure(COLUMN * 1.3, 3.6)
-    ax = figure.add_subplot(projection="3d", computed_zorder=False)
+    ax = figure.add_subplot(projection="3d", computed_zorder=False)  # else parts of the path vanish in the surface
     x, y = np.meshgrid(ds["x"], ds["y"])
     ax.plot_surface(x, y, value, cmap="cividis", alpha=0.85, linewidth=0, rcount=80, ccount=80)
     if descents is not None:
         path = descents["path"].sel(iteration=iteration)
         xs, ys = path.sel(component="x"), path.sel(component="y")
         height = value.interp(x=xs, y=ys).values
-        ax.plot(xs, ys, height, color=_COLOURS[iteration % len(_COLOURS)], lw=2, label=_label(descents, iteration))
+        ax.plot(
+            xs, ys, height, color=_COLOURS[iteration % len(_COLOURS)], lw=2, label=_legend_text(descents, iteration)
+        )
         ax.legend(**OVERLAY)
     _label_axes(ax)
     ax.set_zlabel("value")
@@ -118,7 +135,7 @@ def surface_3d(ds: xr.Dataset, descents: xr.Dataset | None = None, iteration: in
 
 
 def basin(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """The map of which start ends in which well; grey starts end in none.
+    """A map of the well that each start ends in; grey starts end in none.
 
     Parameters
     ----------
@@ -132,26 +149,19 @@ def basin(ds: xr.Dataset, ax: Axes | None = None) -> Axes:
     """
     ax = own_axes(ax, COLUMN * 1.4, 2.8)
     n = ds.sizes["well"]
-    colours = [_NOWHERE, *(_COLOURS[k % len(_COLOURS)] for k in range(n))]
-    ax.pcolormesh(
-        ds["x"],
-        ds["y"],
-        ds["basin"],
-        cmap=ListedColormap(colours),
-        vmin=-1.5,
-        vmax=n - 0.5,
-        alpha=0.75,
-        rasterized=True,
-    )
+    colours = [_NO_WELL, *(_COLOURS[k % len(_COLOURS)] for k in range(n))]
+    # wells are numbered from 0 and "no well" is -1: limits half-way between put each number in its own colour
+    limits: dict[str, Any] = {"vmin": -1.5, "vmax": n - 0.5}
+    ax.pcolormesh(ds["x"], ds["y"], ds["basin"], cmap=ListedColormap(colours), alpha=0.75, rasterized=True, **limits)
     for k in range(n):
         x, y = ds["minimum"].isel(well=k).values
         text = f"value {_number(float(ds['minimum_value'][k]))}: {float(ds['share'][k]):.0%} of starts"
         ax.plot(x, y, "*", ms=10, mec="black", mfc=colours[k + 1], label=text, ls="")
         ax.contour(ds["x"], ds["y"], ds["basin"] == k, levels=[0.5], colors="black", linewidths=0.5)
-    none = float((ds["basin"] < 0).mean())
+    fraction_in_none = float((ds["basin"] < 0).mean())
     handles = ax.get_legend_handles_labels()[0]
-    if none:
-        handles.append(Patch(fc=_NOWHERE, alpha=0.75, label=f"in no well: {none:.0%}"))
+    if fraction_in_none:
+        handles.append(Patch(fc=_NO_WELL, alpha=0.75, label=f"in no well: {fraction_in_none:.0%}"))
     _label_axes(ax)
     ax.set_aspect("equal", adjustable="box")
     ax.legend(handles=handles, **OVERLAY)
@@ -165,7 +175,7 @@ def _contours(ds: xr.Dataset, ax: Axes, levels: int | Sequence[float] = _LEVELS)
 
 
 def _path(ds: xr.Dataset, label: str, iteration: int, ax: Axes) -> None:
-    """A path with a dark rim and the dashes of its iteration, to be told from others, and from what lies below."""
+    """A path in the dashes of its iteration, with a dark rim that sets it off from the contours."""
     x, y = ds["path"].sel(component="x").values, ds["path"].sel(component="y").values
     colour, dashes = _COLOURS[iteration % len(_COLOURS)], DASHES[iteration % len(DASHES)]
     ax.plot(x, y, color="black", lw=2.8)
@@ -174,7 +184,8 @@ def _path(ds: xr.Dataset, label: str, iteration: int, ax: Axes) -> None:
     ax.plot(x[-1], y[-1], "*", color=colour, mec="black", ms=9)
 
 
-def _label(ds: xr.Dataset, iteration: int) -> str:
+def _legend_text(ds: xr.Dataset, iteration: int) -> str:
+    """The iteration and the unpenalised value at its end point."""
     name = "plain" if iteration == 0 else f"{ds.attrs.get('strategy', 'iteration')} {iteration}"
     return f"{name}: {_number(float(ds['end_value'].sel(iteration=iteration)))}"
 

@@ -1,0 +1,262 @@
+"""The kinds of datasets: for each, its variables with dims, unit and label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable: its own dims (stacking dims may precede them), unit, label and whether it is required."""
+
+    dims: tuple[str, ...]
+    units: str
+    long_name: str
+    required: bool = True
+
+
+def _var(dims: str, units: str, long_name: str, required: bool = True) -> Variable:
+    return Variable(tuple(dims.split()), units, long_name, required)
+
+
+_OPTIONAL = False
+
+
+def _with_error(name: str, units: str, long_name: str) -> dict[str, Variable]:
+    """A scalar with its standard error and the ends of its 95 % interval."""
+    return {
+        name: _var("", units, long_name),
+        f"{name}_se": _var("", units, f"standard error of the {long_name}", _OPTIONAL),
+        **_with_interval(name, units, long_name),
+    }
+
+
+def _with_interval(name: str, units: str, long_name: str) -> dict[str, Variable]:
+    """A scalar with the ends of its 95 % interval."""
+    return {
+        name: _var("", units, long_name),
+        f"{name}_low": _var("", units, f"lower end of the 95 % interval of the {long_name}", _OPTIONAL),
+        f"{name}_high": _var("", units, f"upper end of the 95 % interval of the {long_name}", _OPTIONAL),
+    }
+
+
+def _with_se(name: str, dims: str, units: str, long_name: str, required: bool = True) -> dict[str, Variable]:
+    """A variable with its standard error."""
+    return {
+        name: _var(dims, units, long_name, required),
+        f"{name}_se": _var(dims, units, f"standard error of the {long_name}", required),
+    }
+
+
+_SPECTRUM_SCALARS = {
+    **_with_error("trace", "loss", "trace"),
+    **_with_error("frobenius_norm", "loss", "Frobenius norm"),
+    **_with_error("negative_mass", "1", "fraction of negative eigenvalues"),
+    **_with_error("effective_rank", "1", "effective rank (participation ratio)"),
+    **_with_error("effective_dimension", "1", "effective dimension"),
+    **_with_interval("lambda_max", "loss", "largest eigenvalue"),
+    **_with_interval("lambda_min", "loss", "smallest eigenvalue"),
+    **_with_interval("n_outliers", "1", "number of eigenvalues beyond the bulk"),
+    **_with_interval("bulk_edge_low", "loss", "lower edge of the bulk"),
+    **_with_interval("bulk_edge_high", "loss", "upper edge of the bulk"),
+    **_with_interval("gap_ratio", "1", "ratio of lambda_max to the upper edge of the bulk"),
+}
+
+#: Quantities of a spectrum that a comparison lists.
+COMPARED_SPECTRUM = ("lambda_max", "lambda_min", "trace", "n_outliers", "effective_rank", "negative_mass")
+
+_SPECTRUM = {
+    "node": _var("quadrature", "loss", "quadrature node (eigenvalue)"),
+    "weight": _var("quadrature", "1", "quadrature weight (fraction of the spectrum)"),
+    "sampled": _var("quadrature", "1", "whether the node comes from a random probe (1) or is a counted eigenvalue (0)"),
+    "node_run": _var("quadrature", "1", "sampled node: its probe, from 1; counted node: minus its Lanczos run, from 0"),
+    "node_n_before": _var("quadrature", "1", "number of directions deflated before the Lanczos run of the node"),
+    "ritz_value": _var("probe lanczos", "loss", "Ritz value"),
+    "ritz_weight": _var("probe lanczos", "1", "Ritz weight (squared first component)"),
+    "ritz_residual": _var("probe lanczos", "loss", "residual bound of the Ritz value"),
+    "density": _var("eigenvalue", "1 / loss", "spectral density"),
+    "density_se": _var("eigenvalue", "1 / loss", "standard error of the spectral density"),
+    "deflated_value": _var("component", "loss", "deflated eigenvalue", _OPTIONAL),
+    "deflated_residual": _var("component", "loss", "residual bound of the deflated eigenvalue", _OPTIONAL),
+    "top_value": _var("top", "loss", "one of the largest eigenvalues"),
+    "top_residual": _var("top", "loss", "residual bound of that eigenvalue"),
+    "coupling": _var("", "loss", "coupling between the deflated space and its complement"),
+    "n_parameters": _var("", "1", "number of parameters"),
+    "probe_weight": _var("probe", "1", "weight of the probe in the averaged estimate"),
+    "kernel_width": _var("", "loss", "standard deviation of the Gaussian kernel"),
+    **_SPECTRUM_SCALARS,
+}
+
+_SPECTRUM_COMPARISON = {
+    "wasserstein1": _var("", "loss", "Wasserstein-1 distance between the two spectra"),
+    "wasserstein1_noise": _var("", "loss", "Wasserstein-1 distance expected from noise alone"),
+    "wasserstein1_se": _var("", "loss", "bound on the standard error of the Wasserstein-1 distance"),
+    **{
+        name: Variable(scalar.dims, scalar.units, f"difference in {scalar.long_name}", scalar.required)
+        for name, scalar in _SPECTRUM_SCALARS.items()
+    },
+}
+
+_FUNCTIONAL = {
+    **_with_se("disagreement", "checkpoint other", "1", "fraction of examples classified differently", _OPTIONAL),
+    "expected_disagreement": _var("checkpoint other", "1", "disagreement if mistakes were independent", _OPTIONAL),
+    **_with_se("js_divergence", "checkpoint other", "nat", "mean Jensen-Shannon divergence of predictions", _OPTIONAL),
+    **_with_se("rms_difference", "checkpoint other", "1", "root-mean-square difference of the outputs", _OPTIONAL),
+    **_with_se("cka", "checkpoint other layer", "1", "linear centred kernel alignment (CKA)", _OPTIONAL),
+}
+
+_COMPARISON = {
+    **_with_se("loss", "checkpoint split", "nat", "loss"),
+    **_with_se("loss_difference", "checkpoint other split", "nat", "difference in loss"),
+    **_with_se("error", "checkpoint split", "1", "error"),
+    **_with_se("error_difference", "checkpoint other split", "1", "difference in error"),
+    "only_wrong": _var("checkpoint other split", "1", "number of examples that only this one misclassifies", _OPTIONAL),
+    "rank": _var("checkpoint split", "1", "one plus the number of checkpoints with significantly lower error"),
+    "n_examples": _var("split", "1", "number of examples"),
+    "norm": _var("checkpoint", "1", "norm of the parameters"),
+    "distance": _var("checkpoint other", "1", "Euclidean distance between the parameters"),
+    "relative_distance": _var("checkpoint other", "1", "distance relative to the norm of the other checkpoint"),
+    "cosine": _var("checkpoint other", "1", "cosine similarity of the parameters"),
+    "layer_distance": _var("checkpoint other layer", "1", "Euclidean distance between the parameters of the layer"),
+    "layer_cosine": _var("checkpoint other layer", "1", "cosine similarity of the parameters of the layer"),
+    "distance_from_start": _var("checkpoint", "1", "Euclidean distance from the starting point", _OPTIONAL),
+    **_FUNCTIONAL,
+    **{
+        f"{name}{end}": replace(_SPECTRUM_SCALARS[f"{name}{end}"], dims=("checkpoint",), required=False)
+        for name in COMPARED_SPECTRUM
+        for end in ("", "_se", "_low", "_high")
+        if f"{name}{end}" in _SPECTRUM_SCALARS
+    },
+    **{
+        f"{name}_difference{end}": replace(
+            _SPECTRUM_COMPARISON[f"{name}{end}"], dims=("checkpoint", "other"), required=False
+        )
+        for name in COMPARED_SPECTRUM
+        for end in ("", "_se", "_low", "_high")
+        if f"{name}{end}" in _SPECTRUM_COMPARISON
+    },
+    **{
+        name: replace(_SPECTRUM_COMPARISON[name], dims=("checkpoint", "other"), required=False)
+        for name in ("wasserstein1", "wasserstein1_noise", "wasserstein1_se")
+    },
+    "saturation": _var("checkpoint activation", "1", "98th percentile of the absolute activation", _OPTIONAL),
+}
+
+SCHEMAS: dict[str, dict[str, Variable]] = {
+    "history": {
+        "train_loss": _var("iteration epoch", "nat", "training loss"),
+        "penalty": _var("iteration epoch", "nat", "persistent penalty"),
+        "train_error": _var("iteration epoch", "1", "training error", _OPTIONAL),
+        "validation_error": _var("iteration epoch", "1", "validation error"),
+        "test_error": _var("iteration epoch", "1", "test error"),
+        "seconds": _var("iteration epoch", "s", "wall-clock time of the epoch", _OPTIONAL),
+    },
+    "spectral_density": _SPECTRUM,
+    "hessian": _SPECTRUM,
+    "spectrum_comparison": _SPECTRUM_COMPARISON,
+    "functional": _FUNCTIONAL,
+    "comparison": _COMPARISON,
+    "saturation": {
+        **_with_se("percentile", "layer quantile", "1", "activation percentile"),
+        **_with_se("abs_percentile", "layer quantile", "1", "percentile of the absolute activation"),
+        **_with_se("histogram", "layer bin", "1", "normalised histogram of activations (density)"),
+        **_with_se("mean", "layer", "1", "mean activation"),
+        **_with_se("std", "layer", "1", "standard deviation of activations"),
+        **_with_se("saturated_share", "layer", "1", "fraction of activations within 0.05 of an asymptote"),
+        **_with_se("saturation_measure", "layer", "1", "saturation measure (Rakitianskaia and Engelbrecht)"),
+        "dead_units": _var("layer", "1", "number of units that are constant over the examples"),
+        "n_units": _var("layer", "1", "number of units"),
+        **_with_se(
+            "unit_saturated_share",
+            "layer unit",
+            "1",
+            "fraction of the unit's activations near an asymptote",
+            _OPTIONAL,
+        ),
+        **_with_se("unit_saturation_measure", "layer unit", "1", "saturation measure of the unit", _OPTIONAL),
+        "unit_dead": _var("layer unit", "1", "whether the unit is constant over the examples", _OPTIONAL),
+    },
+    "trajectory": {
+        "plane": _var("checkpoint component", "1", "coordinate on the plane through the end points", _OPTIONAL),
+        "pca": _var("checkpoint component", "1", "coordinate along the principal component", _OPTIONAL),
+        "pca_end": _var("checkpoint component", "1", "coordinate along the component about the end point", _OPTIONAL),
+        "random": _var("draw checkpoint component", "1", "coordinate on a random plane", _OPTIONAL),
+        "explained_variance": _var("component", "1", "fraction of the variance explained", _OPTIONAL),
+        "explained_variance_end": _var("component", "1", "fraction of squared distances from the end point", _OPTIONAL),
+        "explained_variance_plane": _var("component", "1", "fraction of squared distances from the start", _OPTIONAL),
+        "explained_variance_random": _var(
+            "draw component", "1", "fraction of squared distances from the start", _OPTIONAL
+        ),
+        "plane_residual": _var("checkpoint", "1", "distance from the plane through the end points", _OPTIONAL),
+        "distance_from_start": _var("checkpoint", "1", "Euclidean distance from the starting point"),
+        "path_length": _var("checkpoint", "1", "length of the path through the saved checkpoints"),
+        "distance_to_end": _var("checkpoint end", "1", "Euclidean distance from the end point"),
+        "cosine": _var("checkpoint end", "1", "cosine similarity to the end point, from the origin"),
+        "validation_error": _var("checkpoint", "1", "validation error", _OPTIONAL),
+    },
+    "barrier": {
+        **_with_se("loss", "path split position", "nat", "loss"),
+        **_with_se("error", "path split position", "1", "error", _OPTIONAL),
+        **_with_se("excess", "path split position", "nat", "loss above linear interpolation between the ends"),
+        **_with_se("barrier", "path split", "nat", "barrier of the loss"),
+        "barrier_position": _var("path split", "1", "position of the barrier of the loss"),
+        **_with_se("error_barrier", "path split", "1", "barrier of the error", _OPTIONAL),
+        "distance": _var("path", "1", "Euclidean distance between the ends"),
+        "length": _var("path", "1", "length of the path"),
+    },
+    "landscape": {
+        **_with_se("loss", "split y x", "nat", "loss"),
+        "error": _var("split y x", "1", "error", _OPTIONAL),
+        "point_position": _var("point component", "1", "coordinates of the checkpoint"),
+    },
+    "sharpness": {
+        **_with_se("loss", "checkpoint", "nat", "loss"),
+        **_with_se("rise", "checkpoint neighbourhood", "nat", "largest rise of the loss found"),
+        **_with_se("one_step", "checkpoint neighbourhood", "nat", "rise of the loss after one step to the boundary"),
+        "relative": _var("checkpoint neighbourhood", "%", "largest rise of the loss found, relative to 1 + loss"),
+        "radius": _var("neighbourhood", "1", "radius of the neighbourhood"),
+    },
+    "gradients": {
+        "inner_product": _var("layer epoch end", "1", "inner product with the end point over its squared norm"),
+        "sign": _var("layer epoch end", "1", "sign of the inner product"),
+        "last_flip": _var("layer end", "1", "epoch after which the sign no longer changes"),
+        "constant_norm": _var("layer", "loss", "norm of the constant part of the gradient of the penalty"),
+        "fluctuation_norm": _var("layer epoch", "loss", "norm of the fluctuating part of the gradient of the penalty"),
+        "loss_gradient_norm": _var("layer epoch", "loss", "norm of the gradient of the loss"),
+        "half_difference": _var("layer", "loss", "norm of the difference between the two halves of the window"),
+        "half_difference_se": _var("layer", "loss", "size of that difference expected for independent fluctuations"),
+    },
+    "descent": {
+        "path": _var("iteration step component", "1", "position"),
+        "value": _var("iteration step", "1", "value of the unpenalised surface along the path"),
+        "end": _var("iteration component", "1", "end point"),
+        "end_value": _var("iteration", "1", "value of the unpenalised surface at the end point"),
+        "champion": _var("", "1", "iteration with the lowest end value"),
+    },
+    "surface": {
+        "value": _var("iteration y x", "1", "value of the (penalised) surface"),
+    },
+    "basin": {
+        "basin": _var("y x", "1", "well in which the start ends (-1 for none)"),
+        "minimum": _var("well component", "1", "position of the well"),
+        "minimum_value": _var("well", "1", "value of the surface at the bottom of the well"),
+        "share": _var("well", "1", "fraction of the starts that end in the well"),
+    },
+    "ensemble": {
+        "loss": _var("member step", "1", "mean squared error", _OPTIONAL),
+        "final_loss": _var("member", "1", "mean squared error at the end"),
+        "parameters": _var("member parameter", "1", "parameters at the end", _OPTIONAL),
+        "prediction": _var("member x", "1", "output of the trained network", _OPTIONAL),
+        "champion": _var("member", "1", "iteration with the lowest final loss", _OPTIONAL),
+        "champion_loss": _var("member", "1", "lowest final mean squared error of all iterations", _OPTIONAL),
+        "data_x": _var("point", "1", "input", _OPTIONAL),
+        "data_y": _var("point", "1", "target", _OPTIONAL),
+    },
+    "escape": {
+        "probability": _var("strategy iteration", "1", "fraction of starts that have left the plateau"),
+        "probability_low": _var("strategy iteration", "1", "lower end of the interval of the fraction"),
+        "probability_high": _var("strategy iteration", "1", "upper end of the interval of the fraction"),
+        "best_loss": _var("strategy iteration", "1", "median over starts of the lowest loss so far"),
+        "n_starts": _var("strategy", "1", "number of starts"),
+    },
+}
