@@ -3,8 +3,9 @@
     python benchmarks/training_speed.py [--data imagefolder:PATH] [--model lenet5] [--device cpu] [--repeats 3]
 
 One epoch of the training set, without evaluation: :func:`trainers.fit`; the same steps as a plain loop over tensors;
-the usual loop over a torchvision ``DataLoader``. Then ``--members`` networks by :func:`trainers.loop.batched_fit.fit_together`
-beside as many calls of ``fit``. All sides in turn in one process, medians of the repeats.
+the usual loop over a torchvision ``DataLoader``. Then ``--members`` networks by
+:func:`trainers.loop.batched_fit.fit_together`, and as many calls of ``fit``. All sides in turn in one process,
+medians of the repeats.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class SaturationMonitor:
     :func:`pnanalysis.saturation`. Other passes cost one Python call; nothing waits for the device except the end of a
     watched pass. Passes in ``eval`` mode are neither counted nor watched.
 
-    Works on a plain module and on the result of ``torch.compile(module)``, whose watched passes run uncompiled (pass the
-    compiled module); on any device, under autocast, and for activations that are called as functions. It does
+    Works on a plain module and on the result of ``torch.compile(module)``, whose watched passes run uncompiled (pass
+    the compiled module); on any device, under autocast, and for activations that are called as functions. It does
     not see into ``module.compile()``, scripted modules, or the replicas of ``DataParallel``.
 
     Parameters

@@ -107,9 +107,9 @@ class LayerActivity:
     def _signals(self, values: Tensor) -> Tensor:
         """Sums over places of the parts of the bins' mean signals, (N, 2, U).
 
-        All signals in a bin have its sign, except in the middle one of an odd number of bins, whose sum may have either.
-        With u the sum of absolute signals in the other bins and v the sum in the middle one, the measure is the larger
-        of the means of u + v and u - v.
+        All signals in a bin have its sign, except in the middle one of an odd number of bins, whose sum may have
+        either. With u the sum of absolute signals in the other bins and v the sum in the middle one, the measure is
+        the larger of the means of u + v and u - v.
         """
         low, high = self.activation.low, self.activation.high
         scaled = (values - low) * (2 / (high - low)) - 1
@@ -225,7 +225,7 @@ def _counts(flat: Tensor, bin_range: tuple[float, float], bins: int) -> Tensor:
 
 
 def _larger(moments: ExampleMoments, n: int) -> tuple[Array, Array]:
-    """The larger of the means of u + v and u - v (see :meth:`LayerActivity._signals`), and its standard error; (n,) each."""
+    """The larger mean of u + v and u - v (see :meth:`LayerActivity._signals`), and its standard error; (n,) each."""
     if not moments.n:
         return np.full(n, np.nan), np.full(n, np.nan)
     means, errors = moments.mean().reshape(2, n), moments.standard_error().reshape(2, n)

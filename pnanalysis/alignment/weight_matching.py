@@ -210,7 +210,7 @@ class _Matching:
     def similarity(
         self, k: int, current: Relabelling, uses: Sequence[IndexedAxis]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Inner products (size, size) of the weights of group k's channels: in tensors that follow its signs, and others."""
+        """Inner products (size, size) of the weights of group k's channels, in tensors with its signs and in others."""
         size = self.groups[k].size
         parts = [np.zeros((size, size)), np.zeros((size, size))]
         for use in uses:

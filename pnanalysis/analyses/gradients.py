@@ -141,7 +141,7 @@ def _split(
     lam: float,
     window: int,
 ) -> xr.Dataset:
-    """One iteration: ``inner`` (epoch, layer, end), ``slopes`` (epoch, layer), and per layer the end points' Gram matrix."""
+    """One iteration: ``inner`` (epoch, layer, end), ``slopes`` (epoch, layer), a Gram matrix of ends per layer."""
     signs = np.sign(inner)
     used = epochs >= window
     if not used.any():

@@ -60,7 +60,7 @@ def sharpness(
     n_steps : int
         Gradients over all examples that each ascent may take.
     n_starts : int
-        Ascents, of which the highest counts: the first from the checkpoint, the others from random points of the border.
+        Ascents, of which the highest counts: one from the checkpoint, the others from random points of the border.
     split, n, batch_size, dtype, device
         As for :func:`pnanalysis.landscape`.
     seed : int

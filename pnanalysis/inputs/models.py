@@ -93,7 +93,7 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: st
     broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise ModelError(
-            f"{origin}: {broken[0]!r} holds values that are not finite: training had diverged; give an earlier checkpoint"
+            f"{origin}: {broken[0]!r} holds values that are not finite: training diverged; give an earlier checkpoint"
         )
     model.load_state_dict(state)
     return model
