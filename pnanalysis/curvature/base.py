@@ -18,7 +18,7 @@ from pnanalysis.curvature.parameters import (
     select_parameters,
     split_vector,
 )
-from pnanalysis.curvature.prepared_copy import PRECISIONS, BatchNorm, autocast, float32_precision, prepared_copy
+from pnanalysis.curvature.prepared_copy import PRECISIONS, autocast, float32_precision, prepared_copy
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
@@ -26,6 +26,7 @@ from pnanalysis.evaluation.losses import check_targets, example_weights, known, 
 from pnanalysis.inputs.batches import as_arguments, batch_size, cut, map_tensors, move
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.spectra.memory import free_bytes
+from pnanalysis.torch_internals import BatchNormBase
 
 _CACHE_SHARE = 0.25  # of the free memory, for what products of a batch share
 _TRACE_FROM = 30  # products that pay for a trace
@@ -324,7 +325,7 @@ class CurvatureOperator:
         size = batch_size(batch)
         if size == 0:
             raise CurvatureError(f"batch {index} is empty; leave it out")
-        if size == 1 and self.bn_mode == "train" and any(isinstance(m, BatchNorm) for m in self.model.modules()):
+        if size == 1 and self.bn_mode == "train" and any(isinstance(m, BatchNormBase) for m in self.model.modules()):
             raise CurvatureError(
                 f"batch {index} holds one example, which has no batch statistics; "
                 "use bn_mode='eval' or make the last batch larger (drop_last)"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BatchNorm = nn.modules.batchnorm._BatchNorm
+from pnanalysis.torch_internals import BatchNormBase, convolve
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -32,7 +33,7 @@ def prepared_copy(model: nn.Module, bn_mode: str) -> nn.Module:
                 module.register_buffer(name, value, persistent=False)
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
-        if isinstance(module, BatchNorm) and bn_mode == "train":
+        if isinstance(module, BatchNormBase) and bn_mode == "train":
             module.train()
             module.track_running_stats = False  # its running statistics are neither used nor changed
     if bn_mode == "eval":
@@ -68,8 +69,7 @@ def _convolve_and_normalise(conv: Any, norm: Any, inputs: Tensor) -> Tensor:
     if conv.bias is not None:
         shift = shift + scale * conv.bias
     weight = conv.weight * scale.view(-1, *[1] * (conv.weight.ndim - 1))
-    result: Tensor = conv._conv_forward(inputs, weight, shift)
-    return result
+    return convolve(conv, inputs, weight, shift)
 
 
 def _identity(inputs: Tensor) -> Tensor:

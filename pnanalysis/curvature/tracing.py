@@ -16,9 +16,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
+
+from pnanalysis.torch_internals import (
+    CONVERSION,
+    ZEROS_FOR_TANGENT,
+    ZEROS_WITHOUT_MEMORY,
+    FakeTensorMode,
+    TreeSpec,
+    make_fx,
+    returns_view,
+    tree_flatten,
+    tree_map_only,
+    tree_unflatten,
+    writes_into_argument,
+)
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -64,7 +75,7 @@ class Linearisation:
         ------
         Untraceable
         """
-        leaves, spec = pytree.tree_flatten(fixed)
+        leaves, spec = tree_flatten(fixed)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = (spec, *((tuple(t.shape), t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves))
         if key not in self._programs:
@@ -81,16 +92,16 @@ class Linearisation:
         return product, sum(storages.values())
 
     def _trace(
-        self, leaves: list[Any], spec: pytree.TreeSpec, like: Sequence[Tensor]
+        self, leaves: list[Any], spec: TreeSpec, like: Sequence[Tensor]
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         def flat(*arguments: Tensor) -> list[Tensor]:
             given = iter(arguments)
-            fixed = pytree.tree_unflatten([next(given) if isinstance(t, Tensor) else t for t in leaves], spec)
+            fixed = tree_unflatten([next(given) if isinstance(t, Tensor) else t for t in leaves], spec)
             return self.function(fixed, list(given))
 
-        rehearse(self.rehearsal, pytree.tree_unflatten(leaves, spec))
+        rehearse(self.rehearsal, tree_unflatten(leaves, spec))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit.script
@@ -111,7 +122,7 @@ def rehearse(function: Callable[[Any], object], fixed: Any) -> None:
     """
     try:
         with FakeTensorMode() as mode:
-            function(pytree.tree_map_only(Tensor, mode.from_tensor, fixed))
+            function(tree_map_only(Tensor, mode.from_tensor, fixed))
     except Exception as error:  # whatever a user's model may raise on tensors without values
         raise Untraceable(f"{type(error).__name__}: {error}") from error
 
@@ -175,9 +186,9 @@ def simplify(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in _ALIASES:
             _replace(node, node.args[0])
-        elif node.target == _aten._efficientzerotensor.default:
+        elif node.target == ZEROS_WITHOUT_MEMORY:
             node.target = _aten.zeros.default
-        elif node.target == _aten._new_zeros_with_same_feature_meta.default and _is_overwritten(node):
+        elif node.target == ZEROS_FOR_TANGENT and _is_overwritten(node):
             shape, stride, *_ = _layout(node)
             node.target, node.args = _aten.new_empty_strided.default, (node.args[0], list(shape), list(stride))
     written = _written(graph)
@@ -190,12 +201,12 @@ def simplify(graph: fx.Graph) -> None:
 
 def is_mutated(node: Node) -> bool:
     """Whether the node writes into its first argument."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return writes_into_argument(node.target)
 
 
 def _same(node: Node, written: set[Node]) -> Node | None:
     """An earlier node with the same values, if there is one."""
-    if node.target == _aten._to_copy.default:
+    if node.target == CONVERSION:
         return node.args[0]
     if node.target == _aten.copy_.default and node.args[0].target == _aten.new_empty_strided.default:
         return node.args[1] if _is_overwritten(node.args[0]) else None
@@ -233,8 +244,7 @@ def _written(graph: fx.Graph) -> set[Node]:
 def _is_view(node: Node) -> bool:
     if node.target is operator.getitem:
         return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(node.args) and any(value.alias_info is not None for value in schema.returns)
+    return bool(node.args) and returns_view(node.target)
 
 
 def _replace(node: Node, by: Any) -> None:
