@@ -142,6 +142,11 @@ def as_operator(source: Any) -> LinearOperator:
     return _FromScipy(operator)
 
 
+def contiguous_columns(V: torch.Tensor) -> torch.Tensor:
+    """The same vectors ``(..., P, k)``, each contiguous in memory; no copy is made where they are so already."""
+    return V.mT.contiguous().mT
+
+
 def random_unit_vectors(operator: LinearOperator, indices: Iterable[int], seed: int) -> torch.Tensor:
     """Vectors ``(P, k)`` uniform on the unit sphere, on the operator's device and in its dtype.
 
