@@ -110,8 +110,8 @@ class Linearisation:
             fixed = tree_unflatten([next(given) if isinstance(t, Tensor) else t for t in leaves], spec)
             return self.function(fixed, list(given))
 
-        # torch does not recover from a trace that fails inside a transform: every later transform in this process
-        # would raise. What cannot be traced is found out here, without a transform.
+        # torch does not recover from a trace that fails inside a transform of torch.func. Code that cannot be traced is
+        # therefore found out first, without a transform.
         rehearse(self.rehearsal, tree_unflatten(leaves, spec))
         try:
             with warnings.catch_warnings():
