@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules import activation, dropout, padding, pooling
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.alignment.channel_groups import ChannelAxis, ChannelGroups, Group, misunderstood
 from pnanalysis.errors import ModelError, reason
 from pnanalysis.inputs.batches import as_arguments
+from pnanalysis.torch_internals import ConvolutionBase, NormBase, TransposedConvolutionBase
 
 
 def find_groups(model: nn.Module, inputs: Any) -> list[Group]:
@@ -103,9 +102,9 @@ class _GroupTracer:
 
     def _module(self, node: fx.Node, name: str, module: nn.Module) -> ChannelAxis:
         axis = self._input(node)
-        if isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
+        if isinstance(module, nn.Linear | nn.Embedding | ConvolutionBase):
             return self._layer(node, name, module, axis)
-        if isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm):
+        if isinstance(module, NormBase | nn.LayerNorm | nn.GroupNorm):
             return self._normalise(node, name, module, axis)
         if isinstance(module, nn.Flatten):
             return self._reshape(node, axis)
@@ -140,10 +139,10 @@ class _GroupTracer:
             opened = self.channels.open(module.embedding_dim, len(shape) - 1)
             self.channels.bind(f"{name}.weight", 1, opened)
             return opened
-        if isinstance(module, _ConvNd) and module.groups > 1:
+        if isinstance(module, ConvolutionBase) and module.groups > 1:
             return self._grouped(node, name, module, axis)
-        into, out = (0, 1) if isinstance(module, _ConvTransposeNd) else (1, 0)
-        dim = 1 if isinstance(module, _ConvNd) else len(shape) - 1
+        into, out = (0, 1) if isinstance(module, TransposedConvolutionBase) else (1, 0)
+        dim = 1 if isinstance(module, ConvolutionBase) else len(shape) - 1
         if axis.group is not None and axis.dim != dim:
             raise misunderstood(f"{type(module).__name__} across axes other than the channels", node.name)
         self.channels.bind(f"{name}.weight", into, axis)
@@ -153,7 +152,7 @@ class _GroupTracer:
             self.channels.bind(f"{name}.bias", 0, opened)
         return opened
 
-    def _grouped(self, node: fx.Node, name: str, module: _ConvNd, axis: ChannelAxis) -> ChannelAxis:
+    def _grouped(self, node: fx.Node, name: str, module: ConvolutionBase, axis: ChannelAxis) -> ChannelAxis:
         if module.groups == module.in_channels == module.out_channels:  # depthwise: one filter per channel
             self.channels.bind(f"{name}.weight", 0, axis, signed=False)
             if module.bias is not None:

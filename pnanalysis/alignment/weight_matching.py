@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from pnanalysis.alignment.channel_groups import Group, IndexedAxis
 from pnanalysis.alignment.permutation_symmetries import find_groups
@@ -20,6 +19,7 @@ from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance, progress_bar
+from pnanalysis.torch_internals import tree_leaves, tree_map
 
 _MAX_SWEEPS = 100
 _ROUND_OFF = 1e-6  # relative to the largest similarity; smaller gains are round-off and could cycle for ever

@@ -9,7 +9,6 @@ from typing import Any
 
 import xarray as xr
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from pnanalysis import schema
 from pnanalysis.alignment.weight_matching import Relabelling, check_preserved
@@ -29,6 +28,7 @@ from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, as
 from pnanalysis.inputs.sources import AnyCheckpoint, Source, resolve_device
 from pnanalysis.io.runs import Run
 from pnanalysis.io.weights import State
+from pnanalysis.torch_internals import tree_map
 
 VIEWS = ("line", "curve", "plane", "random")
 

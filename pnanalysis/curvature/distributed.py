@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.linear_operator import contiguous_columns
 
 T = TypeVar("T")
 
@@ -56,10 +57,10 @@ class DistributedOperator:
         self.operator, self.group = operator, group
         self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
         sizes: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(sizes, (operator.mass, operator.shape[0]), group)
+        dist.all_gather_object(sizes, (operator.divisor, operator.shape[0]), group)
         if len({n_parameters for _, n_parameters in sizes}) > 1:
             raise CurvatureError(f"the processes differ in their parameters: {[n for _, n in sizes]}")
-        self._share = operator.mass / sum(mass for mass, _ in sizes)
+        self._fraction = operator.divisor / sum(divisor for divisor, _ in sizes)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Product with one vector: ``(P,)`` to ``(P,)``."""
@@ -67,11 +68,11 @@ class DistributedOperator:
 
     def matmat(self, V: Tensor) -> Tensor:
         """Products with ``k`` vectors, those of the group's first process: ``(P, k)`` to ``(P, k)``."""
-        rows = V.T.to(self.device, self.dtype, copy=True).contiguous()
-        dist.broadcast(rows, group=self.group, group_src=0)
-        result = (self.operator.matmat(rows.T) * self._share).T.contiguous()
-        dist.all_reduce(result, group=self.group)
-        return result.T
+        V = contiguous_columns(V.to(self.device, self.dtype, copy=True))  # the broadcast writes into it
+        dist.broadcast(V.T, group=self.group, group_src=0)  # torch.distributed takes contiguous tensors only
+        result = contiguous_columns(self.operator.matmat(V) * self._fraction)
+        dist.all_reduce(result.T, group=self.group)
+        return result
 
     def check_finite(self) -> None:
         """Raise on every process if a product of any was not finite.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from pnanalysis.curvature.base import CurvatureOperator
+from pnanalysis.curvature.base import CurvatureOperator, LossArguments
+from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
 from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError
@@ -24,16 +25,16 @@ class HessianOperator(CurvatureOperator):
     B. Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 6 (1994).
     """
 
-    def _product(self, fixed: Any, v: list[Tensor]) -> list[Tensor]:
-        theta: Named = fixed[0]
+    def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        theta = at.theta
         direction = dict(zip(self.names, v, strict=True))
-        slope: Named = jvp(grad(partial(self._loss, fixed)), (theta,), (direction,))[1]
+        slope: Named = jvp(grad(partial(self._loss, at)), (theta,), (direction,))[1]
         return list(slope.values())
 
-    def _direct(self, fixed: Any) -> Product:
-        theta = requiring_grad(fixed[0])
+    def _direct(self, at: LossArguments) -> Product:
+        theta = requiring_grad(at.theta)
         leaves = list(theta.values())
-        slope = torch.autograd.grad(self._loss(fixed, theta), leaves, create_graph=True, materialize_grads=True)
+        slope = torch.autograd.grad(self._loss(at, theta), leaves, create_graph=True, materialize_grads=True)
         return lambda v: pullback(slope, leaves, v)
 
 
@@ -46,23 +47,23 @@ class GGNOperator(CurvatureOperator):
     (2002).
     """
 
-    def _product(self, fixed: Any, v: list[Tensor]) -> list[Tensor]:
-        theta: Named = fixed[0]
+    def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        theta = at.theta
         direction = dict(zip(self.names, v, strict=True))
-        at_theta = partial(self._outputs, fixed)
+        at_theta = partial(self._outputs, at)
         outputs, pushed = jvp(at_theta, (theta,), (direction,))[:2]
-        curved = jvp(grad(partial(self._data_loss, fixed)), (outputs,), (pushed,))[1]
+        curved = jvp(grad(partial(self._data_loss, targets=at.targets)), (outputs,), (pushed,))[1]
         pulled = vjp(at_theta, theta)[1](curved)[0]
         return list(pulled.values())
 
-    def _direct(self, fixed: Any) -> Product:
-        theta = requiring_grad(fixed[0])
+    def _direct(self, at: LossArguments) -> Product:
+        theta = requiring_grad(at.theta)
         leaves = list(theta.values())
-        outputs = self._outputs(fixed, theta)
+        outputs = self._outputs(at, theta)
         cotangent = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(outputs, leaves, cotangent, create_graph=True, materialize_grads=True)
         cut = outputs.detach().requires_grad_()
-        slope = torch.autograd.grad(self._data_loss(fixed, cut), cut, create_graph=True)
+        slope = torch.autograd.grad(self._data_loss(cut, at.targets), cut, create_graph=True)
 
         def product(v: Any) -> list[Tensor]:
             (pushed,) = pullback(pulled, [cotangent], v)
@@ -88,39 +89,39 @@ class EmpiricalFisherOperator(CurvatureOperator):
             raise CurvatureError("with bn_mode='train' an example's loss depends on its batch; use bn_mode='eval'")
         super().__init__(*arguments, **options)
 
-    def _mass(self, batch: tuple[Any, Any]) -> float:
+    def _divisor_of_mean(self, batch: Batch) -> float:
         return float(batch_size(batch))
 
-    def _losses(self, fixed: Any, theta: Named) -> Tensor:
+    def _losses(self, at: LossArguments, theta: Named) -> Tensor:
         """Loss of each example, (n,)."""
-        outputs = self._outputs(fixed, theta)
+        outputs = self._outputs(at, theta)
 
         def one(output: Tensor, target: Tensor) -> Tensor:
-            return self._data_loss((*fixed[:3], target[None]), output[None])
+            return self._data_loss(output[None], target[None])
 
-        return torch.func.vmap(one)(outputs, fixed[3])
+        return torch.func.vmap(one)(outputs, at.targets)
 
-    def _share(self, fixed: Any) -> float:
-        return 1 / batch_size(fixed[2:]) if self.reduction == "mean" else 1.0
+    def _share(self, at: LossArguments) -> float:
+        return 1 / batch_size((at.inputs, at.targets)) if self.reduction == "mean" else 1.0
 
-    def _product(self, fixed: Any, v: list[Tensor]) -> list[Tensor]:
-        theta: Named = fixed[0]
+    def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        theta = at.theta
         direction = dict(zip(self.names, v, strict=True))
-        at_theta = partial(self._losses, fixed)
+        at_theta = partial(self._losses, at)
         slopes = jvp(at_theta, (theta,), (direction,))[1]
-        pulled = vjp(at_theta, theta)[1](slopes * self._share(fixed))[0]
+        pulled = vjp(at_theta, theta)[1](slopes * self._share(at))[0]
         return list(pulled.values())
 
-    def _direct(self, fixed: Any) -> Product:
-        theta = requiring_grad(fixed[0])
+    def _direct(self, at: LossArguments) -> Product:
+        theta = requiring_grad(at.theta)
         leaves = list(theta.values())
-        losses = self._losses(fixed, theta)
+        losses = self._losses(at, theta)
         cotangent = torch.zeros_like(losses, requires_grad=True)
         pulled = torch.autograd.grad(losses, leaves, cotangent, create_graph=True, materialize_grads=True)
 
         def product(v: Any) -> list[Tensor]:
             (slopes,) = pullback(pulled, [cotangent], v)
-            weighted = slopes * self._share(fixed)
+            weighted = slopes * self._share(at)
             return list(torch.autograd.grad(losses, leaves, weighted, retain_graph=True, materialize_grads=True))
 
         return product

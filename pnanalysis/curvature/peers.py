@@ -74,14 +74,14 @@ class _PyHessian(_Peer):
         from pyhessian import hessian
 
         super().__init__(native)
-        if len(set(native._masses)) > 1:
+        if len(set(native.batches.divisors)) > 1:
             raise CurvatureError("pyhessian weighs all batches alike; use batches of equal size and a plain mean")
         self.model = native.model
         for parameter in self.model.parameters():
             parameter.requires_grad_()
-        batches = [batch for _, batch in native._weighted()]
+        batches = list(native.batches)
         self.peer = hessian(self.model, native.loss_fn, dataloader=batches, cuda=native.device.type == "cuda")
-        self.shapes = native._shapes
+        self.shapes = native.parameter_shapes
 
     def matvec(self, v: Tensor) -> Tensor:
         from pnanalysis.curvature.parameters import join_tensors, split_vector
@@ -111,7 +111,7 @@ class _Curvlinops(_Peer):
         model = native.model
         for parameter in model.parameters():
             parameter.requires_grad_()
-        batches = [batch for _, batch in native._weighted()]
+        batches = list(native.batches)
         self.peer = operators[kind](model, loss_fn, list(model.parameters()), batches, check_deterministic=False)
 
     def matvec(self, v: Tensor) -> Tensor:

@@ -51,10 +51,10 @@ class Regulariser:
         value = self.value(theta)
         return join_tensors(pullback([value], list(theta.values()), [torch.ones_like(value)]))
 
-    def add_products(self, result: Tensor, rows: Tensor) -> None:
-        """Add its Hessian times ``rows`` (k, P) to ``result``, in place."""
+    def add_products(self, result: Tensor, V: Tensor) -> None:
+        """Add its Hessian times ``V`` ``(P, k)`` to ``result`` ``(P, k)``, in place."""
         if self.weight_decay:
-            result.add_(rows, alpha=self.weight_decay)
+            result.add_(V, alpha=self.weight_decay)
         if self.penalty is None:
             return
         if self._slope is None:
@@ -64,8 +64,8 @@ class Regulariser:
             slope = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
             self._slope = slope, leaves
         shapes = [tensor.shape for tensor in self._theta.values()]
-        for row, into in zip(rows, result, strict=True):
-            into.add_(join_tensors(pullback(*self._slope, split_vector(row, shapes))))
+        for v, into in zip(V.T, result.T, strict=True):
+            into.add_(join_tensors(pullback(*self._slope, split_vector(v, shapes))))
 
     def _penalised(self, theta: Named) -> Tensor | float:
         """The penalty, seeing the model with ``theta`` in it."""

@@ -1,10 +1,10 @@
-"""Products with a fixed linear map, many at a time: trace once, keep what does not depend on the vector.
+"""Products of a fixed linear map with many vectors: trace once, and compute once what does not depend on the vector.
 
 A product such as ``v -> H v`` is a function of parameters, a batch and ``v`` that is linear in ``v``. It is traced
-once, on shapes alone, into a graph of tensor operations; the nodes that ``v`` does not reach (forward and backward
-pass of the loss) form one program, run once a batch, and the others a second one, run once a vector on what the first
-left. For a convolutional Hessian that leaves six convolutions a layer and product, where repeating both passes
-takes nine.
+once, on shapes alone, into a graph of tensor operations. The nodes that do not depend on ``v`` (forward and backward
+pass of the loss) form a first program, run once per batch; the others form a second one, run once per vector on the
+results of the first. For the Hessian of a convolutional network that leaves six convolutions per layer and product;
+repeating both passes for every product takes nine.
 """
 
 from __future__ import annotations
@@ -16,15 +16,32 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
+
+from pnanalysis.torch_internals import (
+    CONVERSION,
+    ZEROS_FOR_TANGENT,
+    ZEROS_WITHOUT_MEMORY,
+    FakeTensorMode,
+    TreeSpec,
+    make_fx,
+    returns_view,
+    tree_flatten,
+    tree_map_only,
+    tree_unflatten,
+    writes_into_argument,
+)
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
+#: A node of a traced graph. Untyped: what its arguments are follows from its target.
+Node = Any
+
+_aten = torch.ops.aten
+_ALIASES = {_aten.alias.default, _aten.detach.default, _aten.lift_fresh.default}
+_ZEROS = {_aten.zeros.default, _aten.zeros_like.default}
 
 
 class Untraceable(Exception):
-    """The function looks at values and cannot be traced, or its graph cannot be split; use another way."""
+    """The function depends on values and cannot be traced, or its graph cannot be split; use another way."""
 
 
 class Linearisation:
@@ -35,8 +52,7 @@ class Linearisation:
     function : callable
         ``function(fixed, v)``: ``fixed`` any nest of tensors, ``v`` a list of tensors; returns a list of tensors.
     rehearsal : callable
-        ``rehearsal(fixed)`` runs the same user code without any transform of functions. It is tried first, on tensors
-        without values: torch does not recover from a trace that fails inside a transform.
+        ``rehearsal(fixed)`` runs the same user code without torch.func's transforms.
     """
 
     def __init__(
@@ -53,25 +69,29 @@ class Linearisation:
         ----------
         fixed : nest of tensors
         like : sequence of Tensor
-            What ``v`` will look like.
+            Tensors in the shapes and layouts that ``v`` will have.
 
         Returns
         -------
-        (callable, int)
-            ``v -> function(fixed, v)``, and the bytes it keeps alive.
+        product : callable
+            ``v -> function(fixed, v)``.
+        n_bytes : int
+            Memory that ``product`` keeps alive.
 
         Raises
         ------
         Untraceable
         """
-        leaves, spec = pytree.tree_flatten(fixed)
+        leaves, spec = tree_flatten(fixed)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        # a trace holds for one set of shapes, layouts and types, and has all other leaves built in
         key = (spec, *((tuple(t.shape), t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves))
         if key not in self._programs:
             self._programs[key] = self._trace(leaves, spec, like)
         first, second = self._programs[key]
         with torch.no_grad():
             kept: tuple[Any, ...] = first(*tensors)
+        # several results may be views of one storage: count each storage once
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if isinstance(t, Tensor)}
 
         def product(v: Sequence[Tensor]) -> list[Tensor]:
@@ -81,121 +101,124 @@ class Linearisation:
         return product, sum(storages.values())
 
     def _trace(
-        self, leaves: list[Any], spec: pytree.TreeSpec, like: Sequence[Tensor]
+        self, leaves: list[Any], spec: TreeSpec, like: Sequence[Tensor]
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-        def flat(*arguments: Tensor) -> list[Tensor]:
+        def function_of_tensors(*arguments: Tensor) -> list[Tensor]:
             given = iter(arguments)
-            fixed = pytree.tree_unflatten([next(given) if isinstance(t, Tensor) else t for t in leaves], spec)
+            fixed = tree_unflatten([next(given) if isinstance(t, Tensor) else t for t in leaves], spec)
             return self.function(fixed, list(given))
 
-        rehearse(self.rehearsal, pytree.tree_unflatten(leaves, spec))
+        # torch does not recover from a trace that fails inside a transform of torch.func. Code that cannot be traced is
+        # therefore found out first, without a transform.
+        rehearse(self.rehearsal, tree_unflatten(leaves, spec))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit.script
-                traced = make_fx(flat, tracing_mode="fake")(*tensors, *like)
-        except Exception as error:  # whatever a user's model may raise while it is traced
+                traced = make_fx(function_of_tensors, tracing_mode="fake")(*tensors, *like)
+        except Exception as error:  # a user's model may raise anything while it is traced
             raise Untraceable(f"{type(error).__name__}: {error}") from error
         simplify(traced.graph)
         return _split(traced, len(tensors))
 
 
 def rehearse(function: Callable[[Any], object], fixed: Any) -> None:
-    """Call ``function(fixed)`` on tensors without values, in no time.
+    """Call ``function(fixed)`` on tensors without values, at nearly no cost.
 
     Raises
     ------
     Untraceable
-        If that fails.
+        If the call fails.
     """
     try:
         with FakeTensorMode() as mode:
-            function(pytree.tree_map_only(Tensor, mode.from_tensor, fixed))
-    except Exception as error:  # whatever a user's model may raise on tensors without values
+            function(tree_map_only(Tensor, mode.from_tensor, fixed))
+    except Exception as error:  # a user's model may raise anything on tensors without values
         raise Untraceable(f"{type(error).__name__}: {error}") from error
 
 
+# -- splitting a graph ------------------------------------------------------------------------------------------
+
+
 def _split(traced: fx.GraphModule, n_fixed: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The program of all nodes that the vector does not reach, and that of the others."""
+    """The program of all nodes that do not depend on the vector, and that of the others."""
     nodes = list(traced.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
     (output,) = (node for node in nodes if node.op == "output")
-    reached = set(inputs[n_fixed:])
+    dependent = set(inputs[n_fixed:])
     for node in nodes:
-        if node.op != "output" and any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
-            if is_mutated(node) and node.args[0] not in reached:
+        if node.op != "output" and any(source in dependent for source in node.all_input_nodes):
+            dependent.add(node)
+            # the results of the first program serve every vector, so the second must not change them
+            if is_mutated(node) and node.args[0] not in dependent:
                 raise Untraceable(f"{node.target} writes into a value that all products share")
-    wanted = {*_inputs_of(nodes, reached), *(n for n in output.all_input_nodes if n not in reached)}
+    wanted = {*_outside_inputs(nodes, dependent), *(n for n in output.all_input_nodes if n not in dependent)}
     kept = [node for node in nodes if node in wanted]
-    first = _program(traced, [n for n in nodes if n not in reached and n is not output], inputs[:n_fixed], kept)
-    body = [node for node in nodes if node in reached and node.op != "placeholder"]
+    first = _program(traced, [n for n in nodes if n not in dependent and n is not output], inputs[:n_fixed], kept)
+    body = [node for node in nodes if node in dependent and node.op != "placeholder"]
     second = _program(traced, body, [*kept, *inputs[n_fixed:]], output.args[0])
     return first, second
 
 
-def _inputs_of(nodes: Iterable[fx.Node], reached: set[fx.Node]) -> Iterable[fx.Node]:
+def _outside_inputs(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> Iterable[fx.Node]:
+    """Nodes outside a set that nodes of the set take as arguments."""
     for node in nodes:
-        if node in reached:
-            yield from (source for source in node.all_input_nodes if source not in reached)
+        if node in inside:
+            yield from (source for source in node.all_input_nodes if source not in inside)
 
 
 def _program(root: fx.GraphModule, body: list[fx.Node], inputs: list[fx.Node], outputs: Any) -> fx.GraphModule:
+    """A module that computes ``outputs`` from ``inputs`` by the nodes of ``body``."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(f"in_{i}") for i, node in enumerate(inputs)}
     for node in body:
         if node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(fx.map_arg(outputs if isinstance(outputs, tuple | list) else [outputs], copies.__getitem__))
-    graph.eliminate_dead_code(lambda node: is_mutated(node) or node.op in ("placeholder", "output"))
+    graph.eliminate_dead_code(_has_effect)
     return fx.GraphModule(root, graph)
 
 
-__all__ = ["Linearisation", "Product", "Untraceable", "rehearse"]
-
-
-_aten = torch.ops.aten
-
-
-_ALIASES = {_aten.alias.default, _aten.detach.default, _aten.lift_fresh.default}
-
-
-_ZEROS = {_aten.zeros.default, _aten.zeros_like.default}
-
-
-Node = Any  # an fx.Node whose arguments are known from its target
+# -- simplifying a graph ----------------------------------------------------------------------------------------
 
 
 def simplify(graph: fx.Graph) -> None:
     """Remove aliases, copies to the type and layout a tensor already has, and sums with zero.
 
-    The graph must come from ``make_fx``: each node knows its value's shape, type and layout.
+    Tangents of forward-mode differentiation bring many of these along. The graph must come from ``make_fx``, whose
+    nodes know the shape, type and layout of their values.
     """
     for node in list(graph.nodes):
         if node.target in _ALIASES:
             _replace(node, node.args[0])
-        elif node.target == _aten._efficientzerotensor.default:
+        elif node.target == ZEROS_WITHOUT_MEMORY:  # an optimisation of autograd's; outside, ordinary zeros do the same
             node.target = _aten.zeros.default
-        elif node.target == _aten._new_zeros_with_same_feature_meta.default and _is_overwritten(node):
-            shape, stride, *_ = _layout(node)
+        elif node.target == ZEROS_FOR_TANGENT and _is_overwritten(node):  # no need to fill it first
+            shape, stride = node.meta["val"].shape, node.meta["val"].stride()
             node.target, node.args = _aten.new_empty_strided.default, (node.args[0], list(shape), list(stride))
     written = _written(graph)
     for node in list(graph.nodes):
-        same = _same(node, written)
+        same = _same_values(node, written)
+        # a node that is written into later must stay apart from the one it equals now
         if same is not None and not {node, same} & written and _layout(same) == _layout(node):
             _replace(node, same)
-    graph.eliminate_dead_code(lambda node: is_mutated(node) or node.op in ("placeholder", "output"))
+    graph.eliminate_dead_code(_has_effect)
 
 
 def is_mutated(node: Node) -> bool:
     """Whether the node writes into its first argument."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return writes_into_argument(node.target)
 
 
-def _same(node: Node, written: set[Node]) -> Node | None:
+def _has_effect(node: Node) -> bool:
+    """Whether the node must stay although nothing uses its value."""
+    return is_mutated(node) or node.op in ("placeholder", "output")
+
+
+def _same_values(node: Node, written: set[Node]) -> Node | None:
     """An earlier node with the same values, if there is one."""
-    if node.target == _aten._to_copy.default:
+    if node.target == CONVERSION:
         return node.args[0]
     if node.target == _aten.copy_.default and node.args[0].target == _aten.new_empty_strided.default:
         return node.args[1] if _is_overwritten(node.args[0]) else None
@@ -209,12 +232,13 @@ def _same(node: Node, written: set[Node]) -> Node | None:
 
 
 def _is_overwritten(node: Node) -> bool:
-    """Whether a fresh tensor is used for nothing but a copy into it."""
+    """Whether a new tensor is used for nothing but a copy into all of it."""
     users = list(node.users)
     return len(users) == 1 and users[0].target == _aten.copy_.default and users[0].args[0] is node and not node.kwargs
 
 
-def _layout(node: Node) -> Any:
+def _layout(node: Node) -> tuple[Any, ...] | None:
+    """Shape, strides, type and device of a node's value; ``None`` if it is not a tensor."""
     value = node.meta.get("val")
     return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else None
 
@@ -231,12 +255,13 @@ def _written(graph: fx.Graph) -> set[Node]:
 
 
 def _is_view(node: Node) -> bool:
-    if node.target is operator.getitem:
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(node.args) and any(value.alias_info is not None for value in schema.returns)
+    """Whether the node's value may share memory with its first argument (one of several views, for ``getitem``)."""
+    return node.target is operator.getitem or (bool(node.args) and returns_view(node.target))
 
 
 def _replace(node: Node, by: Any) -> None:
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
+
+
+__all__ = ["Linearisation", "Product", "Untraceable", "rehearse", "simplify"]

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from pnanalysis.errors import DataError, ModelError, reason
 from pnanalysis.evaluation.forward import IGNORED, no_class, not_for
 from pnanalysis.inputs.batches import batch_size, move
 from pnanalysis.inputs.models import Loss
+from pnanalysis.torch_internals import tree_map
 
 Array = NDArray[np.float64]
 

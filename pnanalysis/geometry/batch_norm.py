@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.batches import batch_size
 from pnanalysis.io.weights import State
+from pnanalysis.torch_internals import BatchNormBase, tree_map
 
 
 class RunningStatistics:
@@ -88,4 +87,4 @@ def _of_two_or_more(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
+    return isinstance(module, BatchNormBase) and module.running_mean is not None

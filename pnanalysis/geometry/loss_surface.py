@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.modules.conv import _ConvNd
 
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward, prediction
@@ -33,6 +32,7 @@ from pnanalysis.inputs.batches import map_tensors
 from pnanalysis.inputs.models import Loss, load_weights
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance
+from pnanalysis.torch_internals import ConvolutionBase
 
 Matrix = NDArray[np.float64]
 BATCH_NORM = ("reestimate", "interpolate")
@@ -226,7 +226,7 @@ class LossSurface:
 
     def _points_at_once(self) -> int:
         n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        convolutions = any(isinstance(module, _ConvNd) for module in self.model.modules())
+        convolutions = any(isinstance(module, ConvolutionBase) for module in self.model.modules())
         small = n_parameters <= _SMALL.get(self.device.type, 0)
         if self.bn_batches is not None or not small or (convolutions and self.device.type == "cpu"):
             return 1

@@ -35,8 +35,8 @@ import numpy as np
 import torch
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, SYMMETRY_TOLERANCE, LanczosRun, Saver
-from pnanalysis.spectra.linear_operator import LinearOperator, random_unit_vectors
+from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, SYMMETRY_TOLERANCE, Lanczos, Saver
+from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns, random_unit_vectors
 from pnanalysis.spectra.memory import probes_at_once, vectors_at_once
 from pnanalysis.spectra.quadrature import ritz
 
@@ -190,7 +190,7 @@ def _exact(operator: LinearOperator, settings: Settings, advance: Advance | None
 def _deflate(
     operator: LinearOperator, settings: Settings, sample: Sample, capacity: int, advance: Advance | None
 ) -> torch.Tensor:
-    """Deflate the Krylov space of one random vector, ``capacity`` steps of it; returns its basis ``(k, P)``."""
+    """Deflate the Krylov space of one random vector, ``capacity`` steps of it; returns its basis ``(P, k)``."""
     limits = (settings.basis_dtype, settings.basis_device, 0, settings.max_memory_bytes)
     probes_at_once(operator.shape[0], capacity, 1, *limits)
     run = _start(operator, settings, range(1), capacity)
@@ -198,7 +198,7 @@ def _deflate(
     while run.step < capacity and run.sizes()[0] == run.step:
         run.extend(min(STEPS_PER_CHECK, capacity - run.step), advance, saver)
     _finish(run, sample, saver, sampled=False, deflated=True)
-    return run.basis[0, : sample.n_deflated]
+    return run.basis[0, :, : sample.n_deflated]
 
 
 def _probe_in_lockstep(
@@ -235,13 +235,13 @@ def _probe_in_turn(
     n_parameters = operator.shape[0]
     longest = default_steps(budget, n_parameters)
     limits = (settings.basis_dtype, settings.basis_device)
-    n_rows = vectors_at_once(n_parameters, min(budget, n_parameters), *limits, settings.max_memory_bytes)
-    if n_rows < min(2 * longest, budget, n_parameters):  # one probe beside as many deflated vectors, or nothing
-        n_rows = min(2 * longest, budget, n_parameters)
-        probes_at_once(n_parameters, n_rows, 1, *limits, max_memory_bytes=settings.max_memory_bytes)
-    rows = torch.empty(n_rows, n_parameters, dtype=settings.basis_dtype, device=settings.basis_device)
-    capacity = max(min(int(LARGEST_SHARE * budget), MOST_DEFLATED, max(n_rows - longest, n_rows // 2)), 1)
-    run = _start(operator, settings, range(1), capacity, storage=rows[:capacity])
+    n_columns = vectors_at_once(n_parameters, min(budget, n_parameters), *limits, settings.max_memory_bytes)
+    if n_columns < min(2 * longest, budget, n_parameters):  # one probe beside as many deflated vectors, or nothing
+        n_columns = min(2 * longest, budget, n_parameters)
+        probes_at_once(n_parameters, n_columns, 1, *limits, max_memory_bytes=settings.max_memory_bytes)
+    columns = empty_columns(n_parameters, n_columns, settings.basis_dtype, settings.basis_device)
+    capacity = max(min(int(LARGEST_SHARE * budget), MOST_DEFLATED, max(n_columns - longest, n_columns // 2)), 1)
+    run = _start(operator, settings, range(1), capacity, storage=columns[:, :capacity])
     saver = _saver(settings, run, "deflation", advance)
     while run.step < capacity and run.sizes()[0] == run.step:
         if run.step >= SMALLEST_SHARE * budget and deflated_enough(_runs(run)[0], budget - run.step, n_parameters):
@@ -251,15 +251,15 @@ def _probe_in_turn(
     left = budget - sample.n_hvp
     n_probes = max(round(left / default_steps(left, n_parameters)), 1)
     for index in range(1, n_probes + 1):
-        n_steps = min(left // n_probes, sample.n_free, n_rows - sample.n_deflated)
+        n_steps = min(left // n_probes, sample.n_free, n_columns - sample.n_deflated)
         if n_steps < 1:
             break
         n_before = sample.n_deflated
-        storage = rows[n_before : n_before + n_steps]
-        run = _start(operator, settings, range(index, index + 1), n_steps, rows[:n_before], storage)
+        storage = columns[:, n_before : n_before + n_steps]
+        run = _start(operator, settings, range(index, index + 1), n_steps, columns[:, :n_before], storage)
         saver = _saver(settings, run, f"probe-{index}", advance)
         run.extend(n_steps - run.step, advance, saver)
-        room_for_another = n_before + 2 * n_steps <= n_rows
+        room_for_another = n_before + 2 * n_steps <= n_columns
         _finish(run, sample, saver, deflated=room_for_another and index < n_probes)
 
 
@@ -270,8 +270,8 @@ def _start(
     capacity: int,
     deflated: torch.Tensor | None = None,
     storage: torch.Tensor | None = None,
-) -> LanczosRun:
-    return LanczosRun(
+) -> Lanczos:
+    return Lanczos(
         operator,
         random_unit_vectors(operator, indices, settings.seed),
         capacity,
@@ -283,27 +283,26 @@ def _start(
     )
 
 
-def _saver(settings: Settings, run: LanczosRun, name: str, advance: Advance | None) -> Saver | None:
+def _saver(settings: Settings, run: Lanczos, name: str, advance: Advance | None) -> Saver | None:
     """The run's saver, once it has picked up what there was of the run."""
     if settings.state is None:
         return None
-    n_before = 0 if run.deflated is None else len(run.deflated)
-    label = f"seed {settings.seed}, {n_before} deflated, {run.capacity} steps, {settings.n_hvp} products"
+    label = f"seed {settings.seed}, {run.n_deflated} deflated, {run.capacity} steps, {settings.n_hvp} products"
     saver = Saver(settings.state / f"{name}.safetensors", label, settings.save_every)
     saver.resume(run)
     if advance is not None:
-        advance(run.step * len(run.alpha))
+        advance(run.step * run.n_probes)
     return saver
 
 
-def _finish(run: LanczosRun, sample: Sample, saver: Saver | None, sampled: bool = True, deflated: bool = False) -> None:
+def _finish(run: Lanczos, sample: Sample, saver: Saver | None, sampled: bool = True, deflated: bool = False) -> None:
     if saver is not None:
         saver(run, force=True)
     n_before = sample.n_deflated
     sample.runs += [replace(part, n_before=n_before, sampled=sampled, deflated=deflated) for part in _runs(run)]
-    sample.n_hvp += run.step * len(run.alpha)
+    sample.n_hvp += run.step * run.n_probes
 
 
-def _runs(run: LanczosRun) -> list[Run]:
+def _runs(run: Lanczos) -> list[Run]:
     alpha, beta = run.alpha.double().cpu().numpy(), run.beta.double().cpu().numpy()
     return [Run(a[:size], b[:size]) for a, b, size in zip(alpha, beta, run.sizes(), strict=True)]

@@ -1,8 +1,8 @@
 """Lanczos on several start vectors in lockstep, with full reorthogonalisation.
 
-:class:`LanczosRun` builds, for each of ``k`` start vectors, an orthonormal basis of its Krylov space and the
-tridiagonal matrix of the operator on it. All start vectors share one ``matmat`` a step; orthogonalisation is two
-passes of classical Gram-Schmidt (CGS2), as matrix products on one preallocated basis.
+:class:`Lanczos` builds, for each of ``k`` start vectors, an orthonormal basis of its Krylov space and the tridiagonal
+matrix of the operator on it. All start vectors share one ``matmat`` per step. Orthogonalisation is two passes of
+classical Gram-Schmidt (CGS2), as matrix products with one preallocated basis.
 
 References
 ----------
@@ -22,20 +22,19 @@ from safetensors.torch import save_file
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.io.atomic import atomic_path
-from pnanalysis.spectra.linear_operator import LinearOperator
+from pnanalysis.spectra.linear_operator import LinearOperator, contiguous_columns, empty_columns
 
-#: The device is asked for its verdict on the products (finite?) once in so many steps; it runs ahead in between.
+#: Steps between two checks that all products were finite. Reading the flag waits for the device, which otherwise
+#: computes ahead.
 STEPS_PER_CHECK = 16
 #: A Krylov space counts as invariant once beta falls to this many units of roundoff of the operator's norm.
 BREAKDOWN_ULPS = 50.0
-
-
-#: Largest relative gap between u.Hv and v.Hu that roundoff in the products may explain, by the operator's dtype.
+#: Largest relative difference of u.Hv and v.Hu that roundoff in the products may explain, by the operator's dtype.
 SYMMETRY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
 
 
-class LanczosRun:
-    """A Lanczos run that can be extended, saved and continued.
+class Lanczos:
+    """Lanczos iterations on ``k`` start vectors, which can be extended, saved and resumed.
 
     Parameters
     ----------
@@ -44,33 +43,39 @@ class LanczosRun:
     start : torch.Tensor
         Start vectors ``(P, k)``, not zero; normalised here.
     capacity : int
-        The most steps the run may take; the basis is allocated at once.
+        The most steps that can be taken; memory for the basis is allocated at once.
     deflated : torch.Tensor, optional
-        Orthonormal rows ``(d, P)``. The run then works in their orthogonal complement: on the compression
-        ``(I - D'D) H (I - D'D)``.
+        Orthonormal vectors ``(P, d)``, columns of ``D``. The iterations then work in their orthogonal complement: on
+        the compression ``(I - D D') H (I - D D')``.
     dtype, device : optional
         Of the basis; the operator's own by default. ``float64`` for a float32 operator keeps the recurrence exact
-        to the operator's own error; ``device="cpu"`` keeps the basis in host memory, at a transfer each step.
+        to the operator's own error; ``device="cpu"`` keeps the basis in host memory, at one transfer per step.
     symmetry_tolerance : float, optional
         See :meth:`asymmetry`. Default 1e-6 for float64 products, 0.01 for float32.
     storage : torch.Tensor, optional
-        Where to keep the basis: ``k * capacity * P`` numbers of ``dtype`` on ``device``, contiguous.
+        Where to keep the basis: ``(P, k * capacity)`` of ``dtype`` on ``device``, from
+        :func:`pnanalysis.spectra.linear_operator.empty_columns`.
 
     Attributes
     ----------
     alpha, beta : torch.Tensor
-        ``(k, step)`` diagonal and off-diagonal of the tridiagonal matrices; ``beta[:, -1]`` couples the Krylov
+        ``(k, step)``, diagonal and off-diagonal of the tridiagonal matrices; ``beta[:, -1]`` couples the Krylov
         space with the rest.
     basis : torch.Tensor
-        ``(k, step, P)``, orthonormal rows.
+        ``(k, P, step)``, orthonormal columns for each start vector.
     step : int
         Steps taken.
+
+    Raises
+    ------
+    CurvatureError
+        If ``capacity`` is less than 1 or more than the dimensions that are not deflated.
 
     Notes
     -----
     When the Krylov space of a start vector is exhausted (beta falls to roundoff), its later basis vectors, alpha
-    and beta are zero: ``sizes()`` tells how many rows count. The loop never reads a value back from the device
-    but for one flag in sixteen steps.
+    and beta are zero: :meth:`sizes` gives the number of columns that count. Values are read back from the device
+    only for one flag in sixteen steps.
     """
 
     def __init__(
@@ -91,25 +96,34 @@ class LanczosRun:
         self.dtype = dtype or operator.dtype
         self.device = torch.device(device or operator.device)
         self.symmetry_tolerance = symmetry_tolerance or SYMMETRY_TOLERANCE[operator.dtype]
-        n_free = n_parameters - (0 if self.deflated is None else len(self.deflated))
+        n_free = n_parameters - self.n_deflated
         if not 1 <= self.capacity <= n_free:
             raise CurvatureError(
                 f"n_lanczos is {self.capacity}, but it must lie between 1 and {n_free}, the number of "
                 f"{'parameters' if self.deflated is None else 'directions that are not deflated'}"
             )
         k = start.shape[1]
-        shape = (k, self.capacity, n_parameters)
         if storage is None:
-            storage = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self._basis = storage.view(shape)
+            storage = empty_columns(n_parameters, k * self.capacity, self.dtype, self.device)
+        self._basis = storage.T.view(k, self.capacity, n_parameters).mT
         self._alpha = self._basis.new_zeros(k, self.capacity)
         self._beta = self._basis.new_zeros(k, self.capacity)
-        self._norm = self._basis.new_zeros(k)
-        self._mirror = self._basis.new_zeros(k)
+        self._norm = self._basis.new_zeros(k)  # largest |H q| so far: a lower bound of the operator's norm
+        self._mirror = self._basis.new_zeros(k)  # q0 . (H q1), see asymmetry
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.step = 0
-        vector = self._orthogonalise(start.T.to(self._basis).contiguous(), 0)
-        self._next = vector / torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+        vectors = self._orthogonalise(contiguous_columns(start.to(self._basis)), 0)
+        self._next = vectors / torch.linalg.vector_norm(vectors, dim=0)
+
+    @property
+    def n_probes(self) -> int:
+        """Start vectors, ``k``."""
+        return len(self._alpha)
+
+    @property
+    def n_deflated(self) -> int:
+        """Deflated vectors, ``d``."""
+        return 0 if self.deflated is None else self.deflated.shape[1]
 
     @property
     def alpha(self) -> torch.Tensor:
@@ -121,7 +135,7 @@ class LanczosRun:
 
     @property
     def basis(self) -> torch.Tensor:
-        return self._basis[:, : self.step]
+        return self._basis[:, :, : self.step]
 
     def sizes(self) -> list[int]:
         """Dimension of each start vector's Krylov space so far (less than ``step`` after a breakdown)."""
@@ -130,7 +144,7 @@ class LanczosRun:
 
     def extend(
         self, n_steps: int, advance: Callable[[float], None] | None = None, saver: Saver | None = None
-    ) -> LanczosRun:
+    ) -> Lanczos:
         """Take ``n_steps`` more steps: ``n_steps * k`` products.
 
         Parameters
@@ -139,7 +153,7 @@ class LanczosRun:
         advance : callable, optional
             Called with ``k`` after each step (a progress bar).
         saver : Saver, optional
-            Writes the state now and then, and when interrupted.
+            Saves the state at intervals, and when interrupted.
 
         Raises
         ------
@@ -150,7 +164,7 @@ class LanczosRun:
             for _ in range(n_steps):
                 self._advance()
                 if advance is not None:
-                    advance(len(self._alpha))
+                    advance(self.n_probes)
                 if self.step % STEPS_PER_CHECK == 0:
                     self._check()
                 if saver is not None:
@@ -165,9 +179,9 @@ class LanczosRun:
     def asymmetry(self) -> float:
         """How far ``q0 . (H q1)`` is from ``q1 . (H q0)``, relative to ``|H q0|``; the worst of the probes.
 
-        Both numbers fall out of the first two steps, from a random vector: the check costs no product. Zero in the
-        complement of deflated rows, where the products may be nothing but roundoff: the run that gave the rows has
-        been asked.
+        Both numbers come from the first two steps, on a random vector: the check costs no product. It is zero by
+        definition in the complement of deflated vectors, where the products may be nothing but roundoff; the
+        iterations that gave the deflated vectors were checked themselves.
         """
         if self.step < 2 or self.deflated is not None:
             return 0.0
@@ -191,56 +205,61 @@ class LanczosRun:
             )
 
     def _advance(self) -> None:
-        """One step; interrupted at any point, it leaves the state as it was, for all that counts beyond ``step``."""
+        """One step."""
+        # Interrupted at any line, this leaves the state as it was: nothing beyond `step` counts, and `_next` and
+        # `step`, the only ones that are replaced, change together at the end.
         j = self.step
-        self._basis[:, j] = self._next
+        self._basis[:, :, j] = self._next.T
         product = self._product(self._next)
         self._finite &= torch.isfinite(product).all()
-        self._alpha[:, j] = (product * self._next).sum(1)
+        self._alpha[:, j] = (product * self._next).sum(0)
         if j == 1:
-            self._mirror = (product * self._basis[:, 0]).sum(1)
-        self._norm = torch.maximum(self._norm, torch.linalg.vector_norm(product, dim=1))
-        vector = self._orthogonalise(product, j + 1)
-        beta = torch.linalg.vector_norm(vector, dim=1)
+            self._mirror = (product * self._basis[:, :, 0].T).sum(0)
+        self._norm = torch.maximum(self._norm, torch.linalg.vector_norm(product, dim=0))
+        vectors = self._orthogonalise(product, j + 1)
+        beta = torch.linalg.vector_norm(vectors, dim=0)
         alive = beta > BREAKDOWN_ULPS * torch.finfo(self.operator.dtype).eps * self._norm
         self._beta[:, j] = torch.where(alive, beta, 0)
-        following = torch.where(alive[:, None], vector / torch.where(alive, beta, 1)[:, None], 0)
+        # `where` and not a branch, which would wait for the device
+        following = torch.where(alive, vectors / torch.where(alive, beta, 1), 0)
         self._next, self.step = following, j + 1
 
-    def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        given = rows.to(device=self.operator.device, dtype=self.operator.dtype)
-        return self.operator.matmat(given.T).T.to(self._basis).contiguous()
+    def _product(self, V: torch.Tensor) -> torch.Tensor:
+        """Products with vectors ``(P, k)``, in the basis's dtype and on its device."""
+        product = self.operator.matmat(V.to(device=self.operator.device, dtype=self.operator.dtype))
+        return contiguous_columns(product.to(self._basis))
 
-    def _orthogonalise(self, vectors: torch.Tensor, n_rows: int) -> torch.Tensor:
-        """Two passes against the deflated rows and the first ``n_rows`` basis vectors."""
-        basis = self._basis[:, :n_rows]
+    def _orthogonalise(self, vectors: torch.Tensor, n_columns: int) -> torch.Tensor:
+        """Project vectors ``(P, k)`` off the deflated ones and the first ``n_columns`` of the basis, twice."""
+        # As rows, which are contiguous in memory, so that the results are as well.
+        rows, basis = vectors.T, self._basis[:, :, :n_columns]
         for _ in range(2):
-            if self.deflated is not None and len(self.deflated):
-                vectors = vectors - (vectors @ self.deflated.T) @ self.deflated
-            if n_rows:
-                coefficients = torch.bmm(basis, vectors[:, :, None])
-                vectors = torch.baddbmm(vectors[:, None], coefficients.mT, basis, alpha=-1)[:, 0]
-        return vectors
+            if self.deflated is not None and self.n_deflated:
+                rows = rows - (rows @ self.deflated) @ self.deflated.T
+            if n_columns:
+                coefficients = torch.bmm(basis.mT, rows[:, :, None])
+                rows = torch.baddbmm(rows[:, None], coefficients.mT, basis.mT, alpha=-1)[:, 0]
+        return rows.T
 
     def ritz_vectors(self, coefficients: torch.Tensor, probe: int = 0) -> torch.Tensor:
-        """Vectors ``(P, c)`` with the given coordinates ``(step, c)`` in one probe's basis."""
-        return self.basis[probe].T @ coefficients.to(self._basis)
+        """Vectors ``(P, c)`` with the given coordinates ``(step, c)`` in one start vector's basis."""
+        return (coefficients.to(self._basis).T @ self.basis[probe].T).T
 
     def save(self, path: str | Path, label: str = "") -> None:
-        """Write the state (safetensors, atomically) under a label that :meth:`restore` will ask for."""
+        """Write the state (safetensors, atomically) under a label that :meth:`restore` compares."""
         tensors = {name: tensor.contiguous() for name, tensor in self._state(self.step).items()}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"label": label})
 
-    def restore(self, path: str | Path, label: str = "") -> LanczosRun:
-        """Continue from a saved state; what follows is the same as without the interruption.
+    def restore(self, path: str | Path, label: str = "") -> Lanczos:
+        """Resume from a saved state; all further steps are the same as without the interruption.
 
-        One product is spent to see that the operator is still the same.
+        One product is spent to check that the operator is still the same.
 
         Raises
         ------
         CurvatureError
-            If the file cannot be read or belongs to another run.
+            If the file cannot be read, or was saved under another label, by other settings or for another operator.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -252,38 +271,39 @@ class LanczosRun:
                     raise KeyError(name)
                 tensor.copy_(saved[name])
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise CurvatureError(f"{path} is not the saved state of this run: delete it to start anew") from error
+            raise CurvatureError(f"{path} is not the saved state of this spectrum: delete it to start again") from error
         self.step = step
         self._check_operator(path)
         return self
 
     def _state(self, step: int) -> dict[str, torch.Tensor]:
+        # vectors as rows, in the order in which they lie in memory: nothing is copied to be written
         return {
-            "basis": self._basis[:, :step],
+            "basis": self._basis[:, :, :step].mT,
             "alpha": self._alpha[:, :step],
             "beta": self._beta[:, :step],
-            "next": self._next,
+            "next": self._next.T,
             "norm": self._norm,
             "mirror": self._mirror,
         }
 
     def _check_operator(self, path: str | Path) -> None:
         if self.step:
-            first = self._basis[:, 0]
-            alpha = (self._product(first) * first).sum(1)
+            first = self._basis[:, :, 0].T
+            alpha = (self._product(first) * first).sum(0)
             gap = (alpha - self._alpha[:, 0]).abs() / self._norm.clamp_min(torch.finfo(self.dtype).tiny)
             if float(gap.max()) > 1e-3:
-                raise CurvatureError(f"{path} was saved for another operator: delete it to start anew")
+                raise CurvatureError(f"{path} was saved for another operator: delete it to start again")
 
 
 class Saver:
-    """Saves a run's state now and then, and picks it up again.
+    """Saves the state of Lanczos iterations at intervals, and restores it.
 
     Parameters
     ----------
     path : path
     label : str
-        What the run is; a state with another label is refused.
+        Identifies the iterations; a state with another label is refused.
     every : float
         Seconds between saves.
     """
@@ -294,12 +314,12 @@ class Saver:
         self.every = every
         self._last = time.monotonic()
 
-    def resume(self, run: LanczosRun) -> LanczosRun:
-        """Restore ``run`` if there is a state to restore."""
-        return run.restore(self.path, self.label) if self.path.is_file() else run
+    def resume(self, lanczos: Lanczos) -> Lanczos:
+        """Restore the saved state, if there is one."""
+        return lanczos.restore(self.path, self.label) if self.path.is_file() else lanczos
 
-    def __call__(self, run: LanczosRun, force: bool = False) -> None:
-        """Save ``run`` if it is time to, or if forced."""
+    def __call__(self, lanczos: Lanczos, force: bool = False) -> None:
+        """Save if the interval has passed, or if forced."""
         if force or time.monotonic() - self._last >= self.every:
-            run.save(self.path, self.label)
+            lanczos.save(self.path, self.label)
             self._last = time.monotonic()

@@ -1,4 +1,11 @@
-"""What a symmetric linear operator looks like here, and how to make one from a matrix."""
+"""Symmetric linear operators: the protocol, operators made from matrices, and random vectors.
+
+Vectors are columns. Wherever several vectors cross the boundary of a function or class of this package, they are a
+tensor ``(P, k)``, or ``(..., P, k)`` for several sets of them: start vectors, bases, deflated spaces, Ritz vectors.
+Each column is contiguous in memory (the tensor is the transposed view of a ``(k, P)`` one), as
+:func:`contiguous_columns` and :func:`empty_columns` make it: a product of a network splits a vector into views, and
+BLAS reads bases row by row.
+"""
 
 from __future__ import annotations
 
@@ -142,20 +149,30 @@ def as_operator(source: Any) -> LinearOperator:
     return _FromScipy(operator)
 
 
+def contiguous_columns(V: torch.Tensor) -> torch.Tensor:
+    """The same vectors ``(..., P, k)``, each contiguous in memory; not copied if they are so already."""
+    return V.mT.contiguous().mT
+
+
+def empty_columns(n_parameters: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for ``k`` vectors, ``(P, k)``, each contiguous; the values are arbitrary."""
+    return torch.empty(k, n_parameters, dtype=dtype, device=device).T
+
+
 def random_unit_vectors(operator: LinearOperator, indices: Iterable[int], seed: int) -> torch.Tensor:
     """Vectors ``(P, k)`` uniform on the unit sphere, on the operator's device and in its dtype.
 
-    Vector ``i`` depends on ``seed`` and ``i`` alone, whatever the device, the dtype and the other indices: each is
-    drawn on the CPU in float64 from a generator of its own.
+    Vector ``i`` depends on ``seed`` and ``i`` only, not on the device, the dtype or the other indices: each is drawn on
+    the CPU in float64 from a separate generator.
     """
-    columns = []
+    vectors = []
     for index in indices:
         state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+        generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))  # seeds must fit in 63 bits
         vector = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64)
         vector /= torch.linalg.vector_norm(vector)
-        columns.append(vector.to(device=operator.device, dtype=operator.dtype))
-    return torch.stack(columns, dim=1)
+        vectors.append(vector.to(device=operator.device, dtype=operator.dtype))
+    return torch.stack(vectors).T
 
 
 def _square(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -228,7 +228,7 @@ def test_killed_run_continues_to_the_same_result(tmp_path, budget):
     with pytest.raises(KeyboardInterrupt):
         spectral_density(Dying(op.eigenvalues), **options)
     assert any((tmp_path / "state").iterdir())
-    with pytest.raises(CurvatureError, match="delete it to start anew"):
+    with pytest.raises(CurvatureError, match="delete it to start again"):
         spectral_density(op, **{**options, "seed": 1})
     again = spectral_density(op, **options)
     for name in whole.data_vars:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.lanczos import LanczosRun, Saver
-from pnanalysis.spectra.linear_operator import DiagonalOperator, LinearOperator, as_operator, random_unit_vectors
+from pnanalysis.spectra.lanczos import Lanczos, Saver
+from pnanalysis.spectra.linear_operator import (
+    DenseOperator,
+    DiagonalOperator,
+    LinearOperator,
+    as_operator,
+    contiguous_columns,
+    random_unit_vectors,
+)
 from pnanalysis.spectra.memory import basis_bytes, probes_at_once
 from pnanalysis.spectra.quadrature import ritz
 
@@ -20,9 +28,9 @@ def symmetric(n: int, seed: int = 0) -> torch.Tensor:
     return (matrix + matrix.T) / 2
 
 
-def run_on(matrix: torch.Tensor, n_steps: int, n_probes: int = 3, **options) -> LanczosRun:
+def run_on(matrix: torch.Tensor, n_steps: int, n_probes: int = 3, **options) -> Lanczos:
     operator = as_operator(matrix)
-    return LanczosRun(operator, random_unit_vectors(operator, range(n_probes), 0), n_steps, **options)
+    return Lanczos(operator, random_unit_vectors(operator, range(n_probes), 0), n_steps, **options)
 
 
 class Counting:
@@ -48,9 +56,9 @@ def test_basis_is_orthonormal_and_tridiagonalises():
     norm = torch.linalg.matrix_norm(matrix, 2)
     for basis, alpha, beta in zip(run.basis, run.alpha, run.beta, strict=True):
         # CGS2 keeps orthogonality to a modest multiple of roundoff
-        assert torch.linalg.matrix_norm(basis @ basis.T - torch.eye(40)) < 100 * EPS
+        assert torch.linalg.matrix_norm(basis.T @ basis - torch.eye(40)) < 100 * EPS
         tridiagonal = torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)
-        assert torch.linalg.matrix_norm(basis @ matrix @ basis.T - tridiagonal) < 1000 * EPS * norm
+        assert torch.linalg.matrix_norm(basis.T @ matrix @ basis - tridiagonal) < 1000 * EPS * norm
 
 
 def test_probes_in_lockstep_equal_probes_alone():
@@ -58,9 +66,37 @@ def test_probes_in_lockstep_equal_probes_alone():
     operator = as_operator(matrix)
     together = run_on(matrix, 20).extend(20)
     for index in range(3):
-        alone = LanczosRun(operator, random_unit_vectors(operator, [index], 0), 20).extend(20)
+        alone = Lanczos(operator, random_unit_vectors(operator, [index], 0), 20).extend(20)
         # the two differ by the order of summation, amplified by 20 steps
         torch.testing.assert_close(alone.alpha[0], together.alpha[index], rtol=1e-9, atol=1e-9)
+
+
+def test_vectors_are_contiguous_columns():
+    matrix = symmetric(30)
+    given = []
+
+    class Noting(DenseOperator):
+        def matmat(self, V):
+            given.append(V)
+            return super().matmat(V)
+
+    deflated = contiguous_columns(torch.linalg.eigh(matrix).eigenvectors[:, :4])
+    start = random_unit_vectors(as_operator(matrix), range(3), 0)
+    lanczos = Lanczos(Noting(matrix), start, 6, deflated).extend(5)
+    ritz_vectors = lanczos.ritz_vectors(torch.eye(5)[:, :2])
+    assert lanczos.basis.shape == (3, 30, 5)
+    assert [tuple(V.shape) for V in (start, ritz_vectors, *given)] == [(30, 3), (30, 2), *[(30, 3)] * 5]
+    for V in (start, ritz_vectors, *lanczos.basis, *given):
+        assert V.T.is_contiguous()
+
+
+def test_saved_vectors_are_rows(tmp_path):
+    """As in all states that were ever saved: older ones can be resumed."""
+    lanczos = run_on(symmetric(30), 6).extend(5)
+    lanczos.save(tmp_path / "state.safetensors")
+    saved = load_file(tmp_path / "state.safetensors")
+    assert torch.equal(saved["basis"], lanczos.basis.mT)
+    assert saved["next"].shape == (3, 30)
 
 
 def test_full_run_finds_every_eigenvalue():
@@ -117,9 +153,9 @@ def test_invariant_subspace_ends_the_run_with_exact_values(eigenvalues, dimensio
 
 def test_deflated_run_stays_in_the_complement():
     matrix = symmetric(60)
-    vectors = torch.linalg.eigh(matrix).eigenvectors.T[:20].contiguous()
+    vectors = torch.linalg.eigh(matrix).eigenvectors[:, :20]
     run = run_on(matrix, 40, 2, deflated=vectors).extend(40)
-    assert (run.basis @ vectors.T).abs().max() < 100 * EPS
+    assert (run.basis.mT @ vectors).abs().max() < 100 * EPS
     value, _, _ = ritz(run.alpha[0].numpy(), run.beta[0].numpy())
     np.testing.assert_allclose(value, np.linalg.eigvalsh(matrix.numpy())[20:], atol=1e-11)
 
@@ -129,7 +165,7 @@ def test_float64_basis_for_a_float32_operator():
     run = run_on(matrix.float(), 60, 1, dtype=torch.float64).extend(60)
     basis = run.basis[0]
     assert basis.dtype == torch.float64
-    assert torch.linalg.matrix_norm(basis @ basis.T - torch.eye(60, dtype=basis.dtype)) < 100 * EPS
+    assert torch.linalg.matrix_norm(basis.T @ basis - torch.eye(60, dtype=basis.dtype)) < 100 * EPS
     value, _, _ = ritz(run.alpha[0].numpy(), run.beta[0].numpy())
     top = torch.linalg.eigvalsh(matrix)[-1].item()
     assert value[-1] == pytest.approx(top, rel=100 * torch.finfo(torch.float32).eps)
@@ -140,7 +176,7 @@ def test_resumed_run_is_identical(tmp_path, stop_at):
     matrix = symmetric(50)
     whole = run_on(matrix, 24).extend(24)
     operator = Counting(matrix, stop_at=stop_at)
-    killed = LanczosRun(operator, random_unit_vectors(operator, range(3), 0), 24)
+    killed = Lanczos(operator, random_unit_vectors(operator, range(3), 0), 24)
     saver = Saver(tmp_path / "state.safetensors", "this run", every=0)
     with pytest.raises(KeyboardInterrupt):
         killed.extend(24, saver=saver)
@@ -178,13 +214,13 @@ def test_asymmetry_is_reported_with_its_size():
 @pytest.mark.parametrize("nan_at", [1, 4, 19])
 def test_nan_in_a_product_is_reported(nan_at):
     operator = Counting(symmetric(60), nan_at=nan_at)
-    run = LanczosRun(operator, random_unit_vectors(operator, [0], 0), 40)
+    run = Lanczos(operator, random_unit_vectors(operator, [0], 0), 40)
     with pytest.raises(CurvatureError, match="NaN or infinite"):
         run.extend(40)
     assert operator.calls <= nan_at + 16
 
 
-@pytest.mark.parametrize(("capacity", "deflated"), [(0, None), (31, None), (26, torch.eye(30)[:5].double())])
+@pytest.mark.parametrize(("capacity", "deflated"), [(0, None), (31, None), (26, torch.eye(30)[:, :5].double())])
 def test_too_many_steps_are_refused(capacity, deflated):
     with pytest.raises(CurvatureError, match="between 1 and"):
         run_on(symmetric(30), capacity, deflated=deflated)

@@ -13,6 +13,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from pnanalysis.torch_internals import BatchNormBase
+
 CIFAR_SHAPE = (3, 32, 32)
 TANH_WIDTH = 256
 
@@ -136,7 +138,7 @@ def point() -> nn.Module:
 def initialise_normal(model: nn.Module, std: float) -> None:
     """Draw all weights and biases from N(0, std^2), in place, except those of batch-norm layers."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNormBase):
             continue
         for parameter in module.parameters(recurse=False):
             nn.init.normal_(parameter, std=std)

@@ -1,0 +1,80 @@
+"""Every private or experimental name of torch that the project relies on, under a name of our own.
+
+torch may move or change any of these in any release. ``tests/test_torch_internals.py`` checks, for each of them, the
+behaviour that the project depends on: run it before raising the upper bound on torch's version.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Tensors with shapes and types but no memory: user code is tried out and traced on them at no cost.
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+# The one tracer that sees through torch.func's transforms (jvp of grad) and records plain tensor operations.
+from torch.fx.experimental.proxy_tensor import make_fx
+
+# The common base classes of layers of one, two and three dimensions, SyncBatchNorm and the lazy layers included:
+# torch has no public one, and a list of the concrete classes would miss subclasses of users.
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.conv import _ConvNd as ConvolutionBase
+from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolutionBase
+
+# Nests of tuples, lists, dicts and named tuples. torch.func and make_fx flatten their arguments with this very module,
+# so a nest means the same to them and to us (classes that users register included).
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+
+_aten = torch.ops.aten
+
+#: Zeros without memory, which autograd makes for tangents that vanish. Some operations refuse them outside of autograd.
+ZEROS_WITHOUT_MEMORY = _aten._efficientzerotensor.default
+#: Zeros that forward-mode differentiation makes to copy a tangent into, where the tangent's storage is not laid out
+#: as the tensor's own (a view of part of a flat vector, for example).
+ZEROS_FOR_TANGENT = _aten._new_zeros_with_same_feature_meta.default
+#: What ``Tensor.to`` becomes in a trace.
+CONVERSION = _aten._to_copy.default
+
+
+def writes_into_argument(target: Any) -> bool:
+    """Whether the target of a traced node is an operation that changes one of its arguments in place."""
+    # the schema is where torch itself records this; the trailing underscore in names is only a convention
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def returns_view(target: Any) -> bool:
+    """Whether the target of a traced node returns a tensor that may share memory with an argument."""
+    schema = getattr(target, "_schema", None)  # plain Python functions in a trace have none
+    return schema is not None and any(value.alias_info is not None for value in schema.returns)
+
+
+def convolve(layer: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a convolution layer with another weight and bias; its stride, groups and padding mode stay."""
+    # the public functions know zero padding only; the layer's own method implements every padding mode
+    result: Tensor = layer._conv_forward(inputs, weight, bias)
+    return result
+
+
+__all__ = [
+    "CONVERSION",
+    "ZEROS_FOR_TANGENT",
+    "ZEROS_WITHOUT_MEMORY",
+    "BatchNormBase",
+    "ConvolutionBase",
+    "FakeTensorMode",
+    "NormBase",
+    "TransposedConvolutionBase",
+    "TreeSpec",
+    "convolve",
+    "make_fx",
+    "returns_view",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+    "writes_into_argument",
+]
