@@ -207,7 +207,7 @@ def _errors(ds: xr.Dataset, i: int) -> str:
     elif "only_wrong" in ds:
         only_first_wrong = int(ds.only_wrong.isel(checkpoint=0, other=i).sel(split=split))
         text = (
-            f"{split} error {error.in_points(sigmas, where)}, {only_first_wrong} examples correct only in the former "
+            f"{split} error {error.in_points(sigmas, where)}, {_examples(only_first_wrong)} correct only in the former "
             f"and {int(at.only_wrong)} only in the latter"
         )
     else:
@@ -216,6 +216,10 @@ def _errors(ds: xr.Dataset, i: int) -> str:
         text += " (champions are selected by this error, which biases it in their favour)"
     loss = estimate_of(ds.isel(checkpoint=i, other=0).sel(split="train"), "loss_difference")
     return f"{text}; training loss {loss.text(signed=True)} ({loss.direction(sigmas, 'on these examples')})"
+
+
+def _examples(n: int) -> str:
+    return "1 example" if n == 1 else f"{n} examples"
 
 
 def _parameters(pair: xr.Dataset) -> str:

@@ -80,14 +80,14 @@ def sentences(study: Study) -> Iterator[str]:
             yield f"{name}: the plain model has the lowest validation error of all iterations."
         else:
             yield (
-                f"{name}: compared with the plain model, the champion (iteration {run.champion.iteration}) has a "
-                f"test error of {_difference(plain, champion)}."
+                f"{name}: the test error of the champion (iteration {run.champion.iteration}) differs from that of the "
+                f"plain model by {_difference(plain, champion)}."
             )
         if control is not None:
             best_restart = _End(control, control.run.champion)
             yield (
-                f"{name}: compared with the champion, the best of {len(control.run.ends)} restarts, which cost as "
-                f"much, has a test error of {_difference(champion, best_restart)}."
+                f"{name}: the test error of the best of {len(control.run.ends)} restarts, which cost as much, differs "
+                f"from that of the champion by {_difference(champion, best_restart)}."
             )
     spectra = [_spectrum_at(end) for end in (plain, champion)]
     if not is_plain_best and spectra[0] is not None and spectra[1] is not None:
