@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn.modules import activation, dropout, padding, pooling
+from torch.nn.modules import activation, padding, pooling
 
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.alignment.channel_groups import ChannelAxis, ChannelGroups, Group, misunderstood
@@ -69,8 +69,11 @@ _EVEN = {getattr(function, "__name__", "") for function in ACTIVATIONS} - _ODD |
 _SUMS = {"add", "iadd", "sub", "isub"}
 _PRODUCTS = {"mul", "imul", "truediv", "div"}
 _RESHAPES = {"flatten", "view", "reshape"}
-_ODD_MODULES = (nn.Tanh, nn.Softsign, nn.Identity, nn.Upsample, dropout._DropoutNd, pooling._AvgPoolNd,
-                pooling._AdaptiveAvgPoolNd)  # fmt: skip
+_ODD_MODULES = (
+    nn.Tanh, nn.Softsign, nn.Identity, nn.Upsample, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.AlphaDropout, nn.FeatureAlphaDropout, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+)  # fmt: skip
 _MIXING = (nn.GLU, nn.MultiheadAttention, nn.PReLU)
 
 
