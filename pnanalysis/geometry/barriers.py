@@ -11,7 +11,7 @@ import xarray as xr
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.geometry.curves import curve_weights
 from pnanalysis.geometry.gram import displacement_gram
-from pnanalysis.geometry.loss_surface import LossSurface, Matrix, Values
+from pnanalysis.geometry.loss_surface import ExampleValues, LossSurface, Matrix
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
 
@@ -59,14 +59,14 @@ def profiles(
     return ds.drop_vars([name for name in ds if "error" in str(name) and bool(ds[name].isnull().all())])
 
 
-def profile(position: Matrix, values: Iterator[Values]) -> xr.Dataset:
+def profile(position: Matrix, values: Iterator[ExampleValues]) -> xr.Dataset:
     """Means, standard errors and barriers along one path.
 
     Parameters
     ----------
     position : array, shape (K,)
         The ends, 0 and 1, first; then the other points in any order.
-    values : iterator of Values
+    values : iterator of ExampleValues
         In this order; never more than three are held.
     """
     ends = [next(values), next(values)]
@@ -88,7 +88,7 @@ def profile(position: Matrix, values: Iterator[Values]) -> xr.Dataset:
     return xr.Dataset(variables, coords={"position": position})
 
 
-def _chain(ends: list[Values], rest: Iterator[Values]) -> Iterator[Values]:
+def _chain(ends: list[ExampleValues], rest: Iterator[ExampleValues]) -> Iterator[ExampleValues]:
     yield from ends
     yield from rest
 

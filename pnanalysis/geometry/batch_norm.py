@@ -1,0 +1,91 @@
+"""Running statistics of batch normalisation at points of parameter space that no training has visited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
+
+from pnanalysis.errors import ModelError
+from pnanalysis.evaluation.forward import forward
+from pnanalysis.inputs.batches import batch_size
+from pnanalysis.io.weights import State
+
+
+def norms_with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch-normalisation modules of a network that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+@contextmanager
+def normalise_by_batch(norms: Mapping[str, _BatchNorm]) -> Iterator[None]:
+    """Within the body, these modules normalise by the statistics of each batch, and update their running ones."""
+    try:
+        for norm in norms.values():
+            norm.train()
+        yield
+    finally:
+        for norm in norms.values():
+            norm.eval()
+
+
+def reestimate(model: nn.Module, norms: Mapping[str, _BatchNorm], state: State, inputs: Iterable[Any]) -> None:
+    """Replace the running statistics in ``state``, in place, by averages over batches weighted by their sizes.
+
+    Parameters
+    ----------
+    model : Module
+        The architecture.
+    norms : mapping of str to Module
+        Its :func:`norms_with_statistics`.
+    state : mapping of tensors
+    inputs : iterable
+        The inputs of each batch, with the device and precision of the state.
+
+    Raises
+    ------
+    ModelError
+        If there is only a single example.
+    """
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    n_seen = 0
+    try:
+        with normalise_by_batch(norms):
+            for batch in batches_of_two_or_more(inputs):
+                n = batch_size(batch)
+                n_seen += n
+                # The update is (1 - momentum) * running + momentum * batch: a momentum of n / n_seen makes the running
+                # value the weighted mean of all batches so far. The first is 1 and erases what the state held.
+                for norm in norms.values():
+                    norm.momentum = n / n_seen
+                forward(model, batch, state)
+    finally:
+        for name, norm in norms.items():
+            norm.momentum = momenta[name]
+    if not n_seen:
+        raise ModelError(
+            "the statistics of batch normalisation cannot be estimated from a single example; "
+            "use more examples (n), or bn='interpolate'"
+        )
+
+
+def batches_of_two_or_more(inputs: Iterable[Any]) -> Iterator[Any]:
+    """Inputs of batches, where a batch of one example, which has no variance, is joined with the next batch.
+
+    A single example at the end is left out.
+    """
+    held: Any = None
+    for batch in inputs:
+        joined = batch if held is None else tree_map(lambda a, b: torch.cat([a, b]), held, batch)
+        held = joined if batch_size(joined) < 2 else None
+        if held is None:
+            yield joined
