@@ -23,7 +23,7 @@ from pnanalysis.errors import PnError
 from pnanalysis.evaluation.losses import example_losses
 from pnanalysis.geometry.curves import curve_weights, train_curve
 from pnanalysis.geometry.loss_surface import LossSurface
-from pnanalysis.geometry.planes import random_directions
+from pnanalysis.geometry.directions import random_directions
 from pnanalysis.inputs.data import as_splits
 from pnanalysis.inputs.sources import Source, as_source, open_files
 from pnanalysis.io import netcdf

@@ -25,7 +25,7 @@ from pnanalysis.cli import app
 from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.geometry.gram import _blocks, displacement_gram
-from pnanalysis.geometry.planes import random_directions
+from pnanalysis.geometry.directions import random_directions
 from pnanalysis.inputs.sources import as_source, as_sources, open_files
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Checkpoint, Run, open_run
