@@ -47,7 +47,7 @@ def profiles(
         The variables of :func:`profile` along path, split and position; and for each path ``distance``, the straight
         one between its ends, and ``length``, that of the polygon through its points.
     """
-    beyond = int(np.ceil(extrapolate * (n_points - 1) - 1e-9))  # 0.1 * 30 is 3.0000000000000004, and means 3
+    beyond = int(np.ceil(extrapolate * (n_points - 1) - 1e-9))  # 0.07 * 100 is 7.000000000000001, and means 7
     position = np.arange(-beyond, n_points + beyond) / (n_points - 1)
     rows = []
     with progress_bar("along the path", len(paths) * len(batches) * len(position), progress) as advance:
