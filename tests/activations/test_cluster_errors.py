@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from pnanalysis.activations.cluster_errors import ExampleMoments, ShareErrors
+from pnanalysis.activations.cluster_errors import CumulativeFractions, ExampleMoments
 from pnanalysis.activations.hooks import ACTIVATIONS, Activation
 from pnanalysis.activations.statistics import LayerActivity, Measures
 
@@ -63,7 +63,7 @@ def test_intervals_cover_what_the_estimates_converge_to(exact_limit: int) -> Non
         layer = LayerActivity(TANH, Measures(bins=20, exact_limit=exact_limit), (-1.0, 1.0))
         values = clustered(n, seed)
         layer.add(values)
-        found = estimates(layer.measure())
+        found = estimates(layer.variables())
         for name, (value, error) in found.items():
             hits[name] += abs(value - true[name]) <= 1.96 * error
         naive += abs(found["mean"][0]) <= 1.96 * float(values.std()) / values.numel() ** 0.5
@@ -91,22 +91,22 @@ def test_the_variance_of_a_ratio(cross: bool) -> None:
     np.testing.assert_allclose(moments.standard_error(), np.sqrt(np.diag(expected)), rtol=1e-11)
 
 
-def test_share_errors_are_exact_at_borders_of_buckets() -> None:
+def test_standard_errors_of_fractions_are_exact_at_borders_of_buckets() -> None:
     values = clustered(50, 1).flatten(1)
-    errors = ShareErrors()
+    fractions = CumulativeFractions()
     for part in values.split(20):
-        errors.add(part)
+        fractions.add(part)
     for border in (0.5, 0.75):  # powers of two and their eighths are borders
         for absolute in (False, True):
             below = ((values.abs() if absolute else values) < border).double().mean(1).numpy()
-            error = errors.at(np.array([below.mean()]), absolute)
-            np.testing.assert_allclose(error, below.std(ddof=1) / np.sqrt(50), rtol=1e-6)
+            se = fractions.standard_error(np.array([below.mean()]), absolute)
+            np.testing.assert_allclose(se, below.std(ddof=1) / np.sqrt(50), rtol=1e-6)
 
 
 def test_numbers_that_are_all_equal_have_no_error() -> None:
     layer = LayerActivity(Activation("relu", 0.0, rectifier=True), Measures(), (0.0, 1.0))
     layer.add(torch.zeros(30, 5))
-    measured = layer.measure()
+    measured = layer.variables()
     for name in ("percentile_se", "abs_percentile_se", "mean_se", "std_se", "saturated_share_se"):
         np.testing.assert_array_equal(measured[name][1], 0.0)
     assert measured["dead_units"][1] == 5
@@ -115,7 +115,7 @@ def test_numbers_that_are_all_equal_have_no_error() -> None:
 def test_one_example_has_no_standard_error() -> None:
     layer = LayerActivity(TANH, Measures(), (-1.0, 1.0))
     layer.add(clustered(1, 0))
-    measured = layer.measure()
+    measured = layer.variables()
     assert np.isfinite(measured["percentile"][1]).all()
     for name in ("percentile_se", "histogram_se", "mean_se", "saturated_share_se", "saturation_measure_se"):
         assert np.isnan(measured[name][1]).all(), name
@@ -132,6 +132,6 @@ def test_layers_merge_to_what_one_pass_gives(exact_limit: int) -> None:
     merged = LayerActivity(TANH, measures, (-1.0, 1.0))
     for part in parts:
         merged.merge(part)
-    expected = whole.measure()
-    for name, (_, value) in merged.measure().items():
+    expected = whole.variables()
+    for name, (_, value) in merged.variables().items():
         np.testing.assert_allclose(value, expected[name][1], rtol=1e-9, atol=1e-12, err_msg=name)

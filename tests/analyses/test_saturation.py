@@ -129,7 +129,7 @@ def test_every_unit_agrees_with_numpy(tiny_run: Run, tmp_path: Path) -> None:
 def measure(values: torch.Tensor, activation: Activation, bins: int) -> float:
     layer = LayerActivity(activation, Measures(saturation_bins=bins), (activation.low, activation.high))
     layer.add(values)
-    return float(layer.measure()["saturation_measure"][1])
+    return float(layer.variables()["saturation_measure"][1])
 
 
 def test_the_saturation_measure_by_hand() -> None:
