@@ -18,7 +18,6 @@ from pnanalysis.analyses.verdict import diagnostics, measured, verdict
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.estimates import Estimate, significance_threshold
 from pnanalysis.evaluation.scores import paired
-from pnanalysis.geometry.distances import parameter_distances
 from pnanalysis.inputs.selection import Examples, members
 from pnanalysis.inputs.sources import as_source, open_files
 from pnanalysis.io import netcdf
@@ -129,14 +128,6 @@ def test_distances_equal_those_of_the_flattened_parameters(tiny_run: Run, ends: 
     np.testing.assert_allclose(by_layer, np.linalg.norm(part[1] - part[0]))
     np.testing.assert_allclose((ends.layer_distance**2).sum("layer"), ends.distance**2)
     assert ends.layer.values.tolist() == [*(f"fc{i}" for i in range(1, 8)), "output"]
-
-
-def test_distances_between_architectures_are_unknown() -> None:
-    found = parameter_distances([nn.Linear(3, 2), nn.Linear(2, 3), nn.Linear(3, 2)])
-    distance = found["distance"][1]
-    assert np.isnan(distance[0, 1])
-    assert np.isfinite(distance[0, 2])
-    np.testing.assert_array_equal(np.diagonal(distance), 0)
 
 
 def test_spectra_differ_as_their_own_comparison_says(tiny_run: Run, ends: xr.Dataset) -> None:

@@ -9,15 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from pnanalysis.activations.hooks import ACTIVATIONS, Activation, watch_activations
-from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR, QuantileSketch
-from pnanalysis.activations.statistics import LayerActivity, Measures
+from pnanalysis.activations.hooks import watch_activations
+from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
 from pnanalysis.analyses.saturation import PERCENTILES, saturation
 from pnanalysis.cli import app
 from pnanalysis.errors import ModelError, PnError
@@ -126,37 +123,6 @@ def test_every_unit_agrees_with_numpy(tiny_run: Run, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def measure(values: torch.Tensor, activation: Activation, bins: int) -> float:
-    layer = LayerActivity(activation, Measures(saturation_bins=bins), (activation.low, activation.high))
-    layer.add(values)
-    return float(layer.variables()["saturation_measure"][1])
-
-
-def test_the_saturation_measure_by_hand() -> None:
-    tanh, sigmoid = ACTIVATIONS[torch.tanh], ACTIVATIONS[torch.sigmoid]
-    values = torch.tensor([[-0.9], [0.25], [0.05], [0.75]])
-    # bins of width 0.2: each number is alone in its own
-    assert measure(values, tanh, 10) == pytest.approx((0.9 + 0.25 + 0.05 + 0.75) / 4, rel=1e-6)
-    # three bins: -0.9 | 0.25 and 0.05, of mean 0.15 | 0.75
-    assert measure(values, tanh, 3) == pytest.approx((0.9 + 2 * 0.15 + 0.75) / 4, rel=1e-6)
-    # one bin: the mean 0.0375
-    assert measure(values, tanh, 1) == pytest.approx(0.0375, rel=1e-6)
-    assert measure(-values, tanh, 1) == pytest.approx(0.0375, rel=1e-6)
-    assert measure((values + 1) / 2, sigmoid, 3) == pytest.approx(measure(values, tanh, 3), rel=1e-6)
-    assert measure(torch.full((5, 3), -1.0), tanh, 10) == 1.0
-    assert measure(torch.full((5, 3), 0.5), sigmoid, 7) == 0.0
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), bins=st.integers(1, 13), shift=st.floats(-2, 2))
-def test_the_saturation_measure_is_the_sum_over_bins(seed: int, bins: int, shift: float) -> None:
-    values = (torch.randn(40, 5, generator=torch.Generator().manual_seed(seed)) + shift).tanh()
-    flat = values.double().numpy().ravel()
-    place = np.clip(((flat + 1) / 2 * bins).astype(int), 0, bins - 1)
-    expected = sum(abs(flat[place == b].mean()) * (place == b).sum() for b in range(bins) if (place == b).any())
-    assert measure(values, ACTIVATIONS[torch.tanh], bins) == pytest.approx(expected / flat.size, rel=1e-5, abs=1e-7)
-
-
 def test_dead_units_are_those_that_no_image_moves(tmp_path: Path) -> None:
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.GELU(),
@@ -259,107 +225,9 @@ def test_runs_are_laid_side_by_side(tiny_run: Run, own_run: Run) -> None:
     assert ds.percentile.dims[0] == "run"
 
 
-class Functional(nn.Module):
-    """Calls its activations as functions, as methods, and one module twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.gate = nn.Sigmoid()
-        self.block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.fc(x))
-        x = self.block(torch.tanh(x)).tanh()
-        return self.gate(self.gate(F.gelu(x)))
-
-
-def test_functional_method_and_repeated_calls_are_all_seen() -> None:
-    seen: list[tuple[str, str]] = []
-    model = Functional()
-    with watch_activations(model, lambda layer, activation, output: seen.append((layer, activation.name))):
-        model(torch.randn(3, 4))
-    expected = [
-        ("relu", "relu"), ("tanh", "tanh"), ("block.1", "relu"), ("tanh#2", "tanh"), ("gelu", "gelu"),
-        ("gate", "sigmoid"), ("gate#2", "sigmoid"),
-    ]  # fmt: skip
-    assert seen == expected
-    seen.clear()
-    model(torch.randn(3, 4))
-    assert not seen  # hooks are gone
-
-
-@pytest.mark.parametrize(
-    "module",
-    [nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(), nn.ELU(),
-     nn.SELU(), nn.CELU(), nn.GELU(), nn.SiLU(), nn.Mish(), nn.Hardtanh(), nn.Hardsigmoid(), nn.Hardswish(),
-     nn.Softplus(), nn.Softsign(), nn.LogSigmoid()],
-    ids=lambda module: type(module).__name__,
-)  # fmt: skip
-def test_every_activation_module_is_seen_once_within_its_asymptotes(module: nn.Module) -> None:
-    seen = []
-    model = nn.Sequential(nn.Linear(3, 50), module)
-    with watch_activations(model, lambda *call: seen.append(call)), torch.no_grad():
-        output = model(10 * torch.randn(40, 3))
-    ((layer, activation, values),) = seen
-    assert layer == "1"
-    assert torch.equal(values, output)
-    if activation.name not in ("silu", "mish", "gelu", "hardswish"):  # these dip below their asymptote
-        assert values.min() >= activation.low
-        assert values.max() <= activation.high
-
-
 def test_a_network_without_activations_says_so(tiny_run: Run) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     model.input_shape = (1, 8, 8)
     torch.save(model.state_dict(), tiny_run.path.parent / "linear.pt")
     with pytest.raises(ModelError, match="no activation functions"):
         saturation(open_files(model, [tiny_run.path.parent / "linear.pt"], "digits"), progress=False)
-
-
-@pytest.mark.parametrize("limits", [(0, 0), (10**6, 10**6), (10**6, 100), (100, 10**6), (3000, 3000)])
-def test_sketches_merge_to_what_all_numbers_give(limits: tuple[int, int]) -> None:
-    values = torch.randn(4000, generator=torch.Generator().manual_seed(0))
-    merged, other = (QuantileSketch(limit) for limit in limits)
-    whole = QuantileSketch(limits[0])
-    merged.add(values[:1500])
-    for sketch, part in ((other, values[1500:]), (whole, values)):
-        sketch.add(part)
-    merged.merge(other)
-    assert merged.count == 4000
-    levels = np.linspace(0, 1, 9)
-    if merged.exact == whole.exact:
-        np.testing.assert_array_equal(merged.quantiles(levels), whole.quantiles(levels))
-    ordered = np.sort(values.numpy())[np.floor(levels * 3999).astype(int)]
-    np.testing.assert_allclose(merged.quantiles(levels), ordered, rtol=RELATIVE_ERROR, atol=2e-3)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    seed=st.integers(0, 10_000), scale=st.sampled_from([1e-3, 1.0, 1e4]), parts=st.integers(1, 5), relu=st.booleans()
-)
-def test_the_sketch_stays_within_its_bound_of_an_order_statistic(
-    seed: int, scale: float, parts: int, relu: bool
-) -> None:
-    values = scale * torch.randn(2001, generator=torch.Generator().manual_seed(seed))
-    values = values.relu() if relu else values
-    sketch = QuantileSketch(exact_limit=100)
-    for part in values.chunk(parts):
-        sketch.add(part)
-    assert not sketch.exact
-    levels = np.array([0.0, 0.02, 0.25, 0.5, 0.75, 0.98, 1.0])
-    for absolute in (False, True):
-        ordered = np.sort(np.abs(values.numpy()) if absolute else values.numpy()).astype(np.float64)
-        reference = ordered[np.round(levels * 2000).astype(int)]  # 2001 values: the levels fall on order statistics
-        np.testing.assert_allclose(sketch.quantiles(levels, absolute), reference, rtol=RELATIVE_ERROR, atol=1e-38)
-
-
-def test_the_sketchs_histogram_counts_all_but_values_near_an_edge() -> None:
-    values = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
-    sketch, exact = QuantileSketch(0), QuantileSketch()
-    sketch.add(values)
-    exact.add(values)
-    edges = np.linspace(-4, 4, 21)
-    difference = np.abs(sketch.histogram(edges) - exact.histogram(edges)) * np.diff(edges)
-    # values within half a bucket (2^-10 relative) of an edge, of density at most 0.4, may be counted next door
-    assert difference.max() < 2 * 4 * 2.0**-9 * 0.4

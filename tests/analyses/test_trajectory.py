@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -23,12 +21,10 @@ from pnanalysis.analyses.history import history
 from pnanalysis.analyses.trajectory import trajectory
 from pnanalysis.cli import app
 from pnanalysis.errors import ModelError, PnError, RunError
-from pnanalysis.geometry.flat_weights import FlatWeights
-from pnanalysis.geometry.gram import _blocks, displacement_gram
 from pnanalysis.geometry.directions import random_directions
 from pnanalysis.inputs.sources import as_source, as_sources, open_files
 from pnanalysis.io import netcdf
-from pnanalysis.io.runs import Checkpoint, Run, open_run
+from pnanalysis.io.runs import Run, open_run
 from trainers import Config, train
 
 
@@ -225,39 +221,6 @@ def test_every_parameter_is_read_once(tiny_run: Run, monkeypatch: pytest.MonkeyP
     assert len(read) == 5
 
 
-@settings(max_examples=30, deadline=None)
-@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6), width=st.integers(1, 40))
-def test_blocks_cover_every_entry_once(sizes: list[int], width: int) -> None:
-    blocks = list(_blocks([(str(i), size) for i, size in enumerate(sizes)], width))
-    seen = [(name, k) for pieces in blocks for name, begin, end in pieces for k in range(begin, end)]
-    assert seen == [(str(i), k) for i, size in enumerate(sizes) for k in range(size)]
-    assert all(sum(end - begin for _, begin, end in pieces) == width for pieces in blocks[:-1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_weights_are_read_in_place_whatever_their_type(tmp_path: Path, dtype: torch.dtype, suffix: str) -> None:
-    state = {"a": torch.randn(5, 7).to(dtype), "steps": torch.tensor(3), "b": torch.randn(4).to(dtype)}
-    path = tmp_path / f"w.{suffix}"
-    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
-    weights = FlatWeights(Checkpoint("w", path), ["a", "b"])
-    assert torch.equal(weights.read("a", 3, 30), state["a"].ravel()[3:30].double())
-    assert torch.equal(weights.read("b", 0, 4), state["b"].double())
-    with pytest.raises(ModelError, match="another architecture"):
-        FlatWeights(Checkpoint("w", path), ["c"])
-
-
-def test_damaged_files_are_said_to_be(tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    save_file({"a": torch.randn(50)}, path)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ModelError, match="cut short"):
-        FlatWeights(Checkpoint("w", path), ["a"]).read("a", 0, 50)
-    path.write_bytes(b"not weights at all")
-    with pytest.raises(ModelError, match="not a readable safetensors file"):
-        FlatWeights(Checkpoint("w", path), ["a"])
-
-
 def test_what_the_plane_cannot_show_other_projections_can(tmp_path: Path) -> None:
     files = []
     for i in range(4):
@@ -323,13 +286,6 @@ def test_random_planes_are_those_of_landscapes(tiny_run: Run) -> None:
     e2 /= np.linalg.norm(e2)
     # the directions in memory are rounded to float32
     np.testing.assert_allclose(ds.random[0, : len(states)], np.stack([moved @ e1, moved @ e2], 1), atol=1e-5)
-
-
-def test_inner_products_in_memory_are_those_by_hand() -> None:
-    states = [{"a": torch.randn(3, 4), "b": torch.randn(5), "n": torch.tensor(i)} for i in range(3)]
-    flat = np.stack([torch.cat([s["a"].reshape(-1), s["b"]]).double().numpy() for s in states])
-    moved = flat - flat[0]
-    np.testing.assert_allclose(displacement_gram(states, ["a", "b"]), moved @ moved.T, rtol=1e-13)
 
 
 def test_histories_of_equal_names_are_numbered_as_everywhere(tiny_run: Run, tmp_path: Path) -> None:

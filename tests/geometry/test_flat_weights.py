@@ -1,0 +1,37 @@
+"""Weights read from their files, slice by slice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pnanalysis.errors import ModelError
+from pnanalysis.geometry.flat_weights import FlatWeights
+from pnanalysis.io.runs import Checkpoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_are_read_in_place_whatever_their_type(tmp_path: Path, dtype: torch.dtype, suffix: str) -> None:
+    state = {"a": torch.randn(5, 7).to(dtype), "steps": torch.tensor(3), "b": torch.randn(4).to(dtype)}
+    path = tmp_path / f"w.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    weights = FlatWeights(Checkpoint("w", path), ["a", "b"])
+    assert torch.equal(weights.read("a", 3, 30), state["a"].ravel()[3:30].double())
+    assert torch.equal(weights.read("b", 0, 4), state["b"].double())
+    with pytest.raises(ModelError, match="another architecture"):
+        FlatWeights(Checkpoint("w", path), ["c"])
+
+
+def test_damaged_files_are_said_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.randn(50)}, path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ModelError, match="cut short"):
+        FlatWeights(Checkpoint("w", path), ["a"]).read("a", 0, 50)
+    path.write_bytes(b"not weights at all")
+    with pytest.raises(ModelError, match="not a readable safetensors file"):
+        FlatWeights(Checkpoint("w", path), ["a"])
