@@ -1,4 +1,4 @@
-"""Alignment: relabelled networks compute the same and are recovered; what cannot be traced is refused."""
+"""Alignment: relabelled networks compute the same and are recovered; networks that cannot be traced are refused."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ NETWORKS = {
 
 
 def trained_looking(make) -> nn.Module:
-    """A network none of whose parameters and statistics are at special values."""
+    """A network without special values, such as zero biases or unit variances, among parameters and statistics."""
     torch.manual_seed(3)
     model = make().eval()
     for module in model.modules():
@@ -156,7 +156,7 @@ class Stream(nn.Module):
 
 
 def stream_state(seed: int) -> dict[str, Tensor]:
-    """Random, the layer that has both axes the largest."""
+    """Random weights, of which those with one group on both axes dominate."""
     generator = torch.Generator().manual_seed(seed)
     state = {
         name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
@@ -252,7 +252,7 @@ class Mixing(nn.Module):
     [(Branching(), "branches on data"), (Joining(), "cat"), (Mixing(), "reshape")],
     ids=["branching", "joining", "mixing"],
 )
-def test_what_cannot_be_followed_is_refused(model: nn.Module, message: str) -> None:
+def test_networks_that_cannot_be_followed_are_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message) as raised:
         find_groups(model, torch.randn(2, 4))
     assert "\n" not in str(raised.value)
