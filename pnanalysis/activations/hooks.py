@@ -1,4 +1,4 @@
-"""Watch every activation function of a network while it runs, whether it is a module or a functional call."""
+"""Watch every activation function that a network calls, whether as a module or as a function."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Activation:
     ----------
     name : str
     low, high : float
-        Its horizontal asymptotes, infinite where it has none.
+        Horizontal asymptotes, infinite where there is none.
     rectifier : bool
-        Whether its output is positive exactly where its input is.
+        Whether the output is positive exactly where the input is.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Activation:
 
     @property
     def bounded(self) -> bool:
-        """Whether it has both asymptotes."""
+        """Whether there are both asymptotes."""
         return isfinite(self.low) and isfinite(self.high)
 
 
@@ -48,7 +48,7 @@ def _rectifier(name: str, low: float = 0.0, high: float = inf) -> Activation:
 _TANH, _SIGMOID = Activation("tanh", -1.0, 1.0), Activation("sigmoid", 0.0, 1.0)
 _RELU = _rectifier("relu")
 
-#: Every function that is recognised, by identity; of functions that call one another, only the outermost is recorded.
+#: The activation functions that are recognised, by identity. One that calls another is recorded once, as itself.
 ACTIVATIONS: dict[Callable[..., Any], Activation] = {
     torch.tanh: _TANH,
     torch.tanh_: _TANH,
@@ -84,13 +84,13 @@ ACTIVATIONS: dict[Callable[..., Any], Activation] = {
 
 
 def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Activation:
-    """torch's hardtanh with the limits it is called with; torch implements ReLU6 by it."""
+    """Hardtanh with the limits that it is called with; ``nn.ReLU6`` calls it with 0 and 6."""
     if (min_val, max_val) == (0.0, 6.0):
         return _rectifier("relu6", 0.0, 6.0)
     return Activation("hardtanh", min_val, max_val)
 
 
-#: The dim of an activation that counts units: set by the last of these functions before it.
+#: Which dim of an activation counts units is determined by the last of these functions that was called before it.
 _UNIT_DIMS: dict[Callable[..., Any], int] = {
     **dict.fromkeys((F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__), -1),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.instance_norm, F.group_norm), 1),
@@ -100,15 +100,15 @@ _UNIT_DIMS: dict[Callable[..., Any], int] = {
 Observer = Callable[[str, Activation, Tensor], None]
 
 
-class _ActivationRecorder(TorchFunctionMode):
-    """Calls ``observe(layer, activation, output)`` for every outermost activation function."""
+class _WatchMode(TorchFunctionMode):
+    """Calls ``observe(layer, activation, output)`` after every activation function that no other one calls."""
 
     def __init__(self, model: nn.Module, observe: Observer) -> None:
         super().__init__()
         self.observe = observe
-        self.modules: list[tuple[str, nn.Module]] = [("", model)]
-        self.calls: Counter[str] = Counter()
-        self.depth = 0
+        self.modules: list[tuple[str, nn.Module]] = [("", model)]  # those being called, from the outermost in
+        self.calls: Counter[str] = Counter()  # of each name in this forward pass
+        self.depth = 0  # of activation functions that call one another
         self.unit_dim = 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -128,55 +128,55 @@ class _ActivationRecorder(TorchFunctionMode):
         return output
 
     def _layer(self, activation: Activation) -> str:
-        """The module's name; for a functional call, of the calling module and the function; numbered when repeated."""
+        """Name of the activation module, or of the calling module and the function; repeated names are numbered."""
         path, module = self.modules[-1]
-        # nn.Tanh and the like are layers themselves; any other module calls activations by function
-        own_module = type(module).__module__ == "torch.nn.modules.activation"
-        name = path if own_module and path else ".".join(part for part in (path, activation.name) if part)
+        is_activation_module = type(module).__module__ == "torch.nn.modules.activation"
+        name = path if is_activation_module and path else ".".join(part for part in (path, activation.name) if part)
         self.calls[name] += 1
         return name if self.calls[name] == 1 else f"{name}#{self.calls[name]}"
 
 
 @contextmanager
 def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
-    """Report the activations of every forward pass of ``model`` inside the body.
+    """Within the body, every forward pass of ``model`` reports its activations.
 
     Parameters
     ----------
     model : torch.nn.Module
     observe : callable
-        ``observe(layer, activation, output)``; ``layer`` is the name of the activation module, or of the module that
-        calls the function followed by the function's name. A second use in one pass is ``name#2``. ``output`` counts
-        examples along dim 0 and units along dim 1: channels after a convolution, features after a linear layer. It is
-        the tensor the network itself uses next, which may be overwritten in place afterwards.
+        ``observe(layer, activation, output)``. ``layer`` is the name of the activation module, or that of the module
+        that calls the function, followed by the function's name; a second call in one pass is ``name#2``. ``output``
+        has examples along dim 0 and units along dim 1 (channels after a convolution, features after a linear layer).
+        It is the network's own tensor, not a copy, which the network may overwrite in place afterwards.
     """
-    watch = _ActivationRecorder(model, observe)
+    mode = _WatchMode(model, observe)
 
-    def begin(module: nn.Module, args: Any) -> None:
-        watch.calls.clear()
+    def begin_pass(module: nn.Module, args: Any) -> None:
+        mode.calls.clear()
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            watch.modules.append((name, module))
+            mode.modules.append((name, module))
 
         return hook
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        watch.modules.pop()
+        mode.modules.pop()
 
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(begin, prepend=True).remove)
+        stack.callback(model.register_forward_pre_hook(begin_pass, prepend=True).remove)
         for name, module in model.named_modules():
             if module is not model:
                 stack.callback(module.register_forward_pre_hook(enter(name), prepend=True).remove)
+                # also after a forward that raises, or later names would start with this module's
                 stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(watch)
+        stack.enter_context(mode)
         yield
 
 
 def no_activations(model: nn.Module) -> ModelError:
-    """The error for a network that has none."""
+    """The error for a network without activation functions."""
     return ModelError(
-        f"{type(model).__name__} has no activation functions that are known here (tanh, sigmoid, the ReLU family, "
-        "GELU, SiLU...), so there is no saturation to measure"
+        f"{type(model).__name__} has no activation functions whose saturation can be measured (tanh, sigmoid, the ReLU "
+        "family, GELU, SiLU...); call them as modules or functions of torch"
     )

@@ -1,4 +1,4 @@
-"""Saturation during training, from the training batches themselves, in any training loop."""
+"""Saturation while a network trains: statistics of the training batches themselves, in any training loop."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pnanalysis.activations.statistics import MARGIN, PERCENTILES, LayerActivity
 from pnanalysis.checks import ascending, at_least
 from pnanalysis.errors import ModelError
 
-_EXACT_LIMIT = 65_536  # numbers; sorting more is slower than the sketch
+_EXACT_LIMIT = 65_536  # numbers; sorting more would cost more than the sketch
 
 
 class SaturationMonitor:
-    """Record the saturation of a network's activations during training, without extra forward passes.
+    """Record the saturation of a network's activations during training, without additional forward passes.
 
     Every ``every``-th forward pass in training mode is watched: some examples of its batch give the same statistics as
-    :func:`pnanalysis.saturation`. Other passes cost one Python call; nothing waits for the device except the end of a
-    watched pass. Passes in ``eval`` mode are neither counted nor watched.
+    :func:`pnanalysis.saturation`. Other passes cost one Python call; only the end of a watched pass waits for the
+    device. Passes in ``eval`` mode are neither counted nor watched.
 
-    Works on a plain module and on the result of ``torch.compile(module)``, whose watched passes run uncompiled (pass
-    the compiled module); on any device, under autocast, and for activations that are called as functions. It does
+    Works with plain modules and with the result of ``torch.compile(module)`` (pass the compiled module; its watched
+    passes run uncompiled), on any device, under autocast, and for activations that are called as functions. It does
     not see into ``module.compile()``, scripted modules, or the replicas of ``DataParallel``.
 
     Parameters
@@ -37,14 +37,14 @@ class SaturationMonitor:
     model : torch.nn.Module
         The module that the loop calls; examples lie along the first dim of its batches.
     every : int
-        Training passes from one record to the next; the first pass is recorded.
+        Number of training passes from one record to the next; the first pass is recorded.
     n_examples : int or None
-        Number of examples per batch, the first ones; all if ``None``.
+        How many examples of a batch to use, the first ones; all if ``None``.
     percentiles, bins, saturation_bins, per_unit
         As for :func:`pnanalysis.saturation`.
     bin_range : (float, float), optional
-        Of the histograms. By default between asymptotes where there are any, and for unbounded activations four times
-        the range in the first record.
+        Range of the histograms. By default from asymptote to asymptote, and for unbounded activations four times the
+        range in the first record.
 
     Examples
     --------
@@ -61,7 +61,7 @@ class SaturationMonitor:
     >>> ds.step.values.tolist(), ds.saturation_measure.dims
     ([0, 10, 20], ('step', 'layer'))
 
-    ``pn.plots.plot(ds)`` draws it, and ``pn.save(ds, "saturation.nc")`` keeps it.
+    ``pn.plots.plot(ds)`` draws it, and ``pn.save(ds, "saturation.nc")`` saves it.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class SaturationMonitor:
         self._watch.close()
 
     def dataset(self) -> xr.Dataset:
-        """The records so far: kind ``saturation``, along ``step`` (training passes, from 0).
+        """All records so far: kind ``saturation``, along ``step`` (training passes, from 0).
 
         Raises
         ------
@@ -117,7 +117,10 @@ class SaturationMonitor:
             )
         layers = {tuple(record.layer.values) for record in self._records}
         if len(layers) > 1:
-            raise ModelError("the network used other activation layers in some steps than in others")
+            raise ModelError(
+                "the network called different activation layers in different steps; monitor a module that always calls "
+                "the same ones"
+            )
         ds = xr.concat(self._records, dim="step", combine_attrs="drop")
         exact = all(record.attrs["exact"] for record in self._records)
         return schema.finish(
@@ -132,12 +135,13 @@ class SaturationMonitor:
         if self.step % self.every == 0:
             self._watching = True
             if self._inner is not self.model:
+                # Compiled code calls no Python functions that could be watched.
                 self._watch.enter_context(torch.compiler.set_stance("force_eager"))
             self._watch.enter_context(watch_activations(self._inner, self._observe))
         self.step += 1
 
     def _observe(self, name: str, activation: Activation, output: Tensor) -> None:
-        # a copy: the network may overwrite it in place
+        # a copy, since the network may overwrite its tensor in place before the pass ends
         self._seen.append((name, activation, output.detach()[: self.n_examples].float().clone()))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -146,8 +150,8 @@ class SaturationMonitor:
         self._watching = False
         self._watch.close()
         seen, self._seen = self._seen, []
-        if output is None:
-            return  # the pass has failed
+        if output is None:  # the forward pass raised an error
+            return
         if not seen:
             raise no_activations(self._inner)
         if self._bin_range is None:
@@ -160,6 +164,7 @@ class SaturationMonitor:
 
 
 def _wide_range(seen: list[tuple[str, Activation, Tensor]]) -> tuple[float, float]:
-    """The asymptotes, or four times the range of unbounded activations, which grow during training."""
-    ranges = [(activation, 4 * float(values.min()), 4 * float(values.max())) for _, activation, values in seen]
-    return common_range([(one, min(low, 0.0), max(high, 0.0)) for one, low, high in ranges])
+    """The bins' range: between asymptotes, or four times that of unbounded activations, which grow in training."""
+    extremes = [(activation, 4 * float(values.min()), 4 * float(values.max())) for _, activation, values in seen]
+    # With zero inside, four times the extremes is always a wider range.
+    return common_range([(activation, min(low, 0.0), max(high, 0.0)) for activation, low, high in extremes])

@@ -1,4 +1,4 @@
-"""Quantiles of a stream of numbers: exact while it is short, then from a mergeable histogram of their leading bits."""
+"""Quantiles of a stream of numbers: exact for short streams, from a mergeable histogram for long ones."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _KEPT_BITS = 18  # sign, 8 of exponent, 9 of mantissa
 _SHIFT = 32 - _KEPT_BITS
 _BUCKETS = 1 << _KEPT_BITS
 
-#: A quantile from the histogram lies within this relative distance of an order statistic (float32's normal range).
+#: Largest relative distance of a quantile from the histogram to an order statistic (in float32's normal range).
 RELATIVE_ERROR = 2.0 ** -(_KEPT_BITS - 9)
 
 
 class QuantileSketch:
-    """Quantiles of all numbers given to :meth:`add`, in memory that does not grow with their count.
+    """Quantiles of all numbers passed to :meth:`add`, in memory that does not grow with their count.
 
-    Up to ``exact_limit`` numbers are kept, and their quantiles are numpy's. Beyond that, numbers are counted in
-    buckets of the same sign, exponent and leading nine bits of the mantissa in float32: adding is one ``bincount``,
-    merging an addition, there is no range to choose, and a quantile is within a factor 1 ± :data:`RELATIVE_ERROR` of
-    the order statistic it represents.
+    Up to ``exact_limit`` numbers are kept, and their quantiles are those of numpy. Beyond that, numbers are counted in
+    buckets of equal sign, exponent and leading nine bits of the mantissa in float32. Adding is one ``bincount``,
+    merging is an addition, and there is no range to choose; a quantile is within a factor
+    1 ± :data:`RELATIVE_ERROR` of the order statistic that it estimates.
 
     Parameters
     ----------
     exact_limit : int
-        Most numbers to keep; 0 starts with the histogram.
+        Largest count of numbers to keep; 0 starts with the histogram.
     """
 
     def __init__(self, exact_limit: int = 4_000_000) -> None:
@@ -49,13 +49,13 @@ class QuantileSketch:
         self.count += values.numel()
         self._sorted.clear()
         if self.exact and self.count <= self.exact_limit:
-            self._kept.append(values.clone())  # the network may overwrite it in place
+            self._kept.append(values.clone())  # an in-place operation may overwrite the tensor later
             return
         self._tally_kept()
         self._tally(values)
 
     def merge(self, other: QuantileSketch) -> None:
-        """Add all numbers of ``other``, which is not changed."""
+        """Add all numbers of ``other``, which is not modified."""
         self.count += other.count
         self._sorted.clear()
         self._kept += other._kept
@@ -65,7 +65,7 @@ class QuantileSketch:
             self._tally_kept()
 
     def quantiles(self, levels: Sequence[float] | NDArray[np.float64], absolute: bool = False) -> NDArray[np.float64]:
-        """Quantiles at ``levels`` in [0, 1], linearly interpolated; optionally of the absolute values.
+        """Quantiles at ``levels`` in [0, 1], linearly interpolated; with ``absolute``, of the absolute values.
 
         Raises
         ------
@@ -75,7 +75,7 @@ class QuantileSketch:
         if not self.count:
             raise ValueError("no numbers have been added")
         if self._buckets is None:
-            return _interpolated(self._in_order(absolute), levels)
+            return _interpolated(self._sorted_values(absolute), levels)
         values, counts = self._bucket_values()
         if absolute:
             order = np.argsort(np.abs(values), kind="stable")
@@ -85,15 +85,15 @@ class QuantileSketch:
         return values[np.searchsorted(ends, ranks, side="right").clip(max=len(values) - 1)]
 
     def histogram(self, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Density of the numbers over the bins between ``edges``; numbers outside count in the total only."""
+        """Density of the numbers in the bins between ``edges``; numbers outside only count in the total."""
         if self._buckets is None:
-            counts, _ = np.histogram(self._in_order(), bins=edges)
+            counts, _ = np.histogram(self._sorted_values(), bins=edges)
         else:
             values, weights = self._bucket_values()
             counts, _ = np.histogram(values, bins=edges, weights=weights)
         return counts / (self.count * np.diff(edges))
 
-    def _in_order(self, absolute: bool = False) -> NDArray[np.float32]:
+    def _sorted_values(self, absolute: bool = False) -> NDArray[np.float32]:
         if absolute not in self._sorted:
             kept = torch.cat(self._kept).cpu().numpy()
             self._sorted[absolute] = np.sort(np.abs(kept) if absolute else kept)
@@ -106,27 +106,25 @@ class QuantileSketch:
 
     def _tally(self, values: Tensor) -> None:
         bits = values.contiguous().view(torch.int32)
-        ordered = bits ^ (
-            (bits >> 31) & 0x7FFFFFFF
-        )  # flips the bits of negative numbers: integers then sort like floats
+        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in two's complement: now monotone in the number
         tally = torch.bincount((ordered >> _SHIFT) + _BUCKETS // 2, minlength=_BUCKETS)
         self._buckets = tally if self._buckets is None else self._buckets + tally
 
     def _bucket_values(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Middles and counts of the buckets in use, in order."""
+        """Midpoints and counts of the buckets in use, in ascending order."""
         assert self._buckets is not None
         counts = self._buckets.cpu().numpy()
         used = np.flatnonzero(counts)
         low = (used - _BUCKETS // 2).astype(np.int32) << _SHIFT
         high = low + ((1 << _SHIFT) - 1)
         ends = [(key ^ ((key >> 31) & 0x7FFFFFFF)).astype(np.int32).view(np.float32) for key in (low, high)]
-        middles = (ends[0].astype(np.float64) + ends[1].astype(np.float64)) / 2
-        middles[ends[0] == 0] = 0.0  # the bucket of zero also holds denormals
-        return middles, counts[used]
+        midpoints = (ends[0].astype(np.float64) + ends[1].astype(np.float64)) / 2
+        midpoints[ends[0] == 0] = 0.0  # zeros outnumber the denormals in their bucket
+        return midpoints, counts[used]
 
 
 def _interpolated(ordered: NDArray[np.float32], levels: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """numpy's linear quantiles, of numbers already in order."""
+    """The linear quantiles of numpy, of numbers that are sorted already."""
     ranks = np.asarray(levels, dtype=np.float64) * (len(ordered) - 1)
     below = np.floor(ranks).astype(np.intp)
     low, high = (ordered[index].astype(np.float64) for index in (below, np.minimum(below + 1, len(ordered) - 1)))

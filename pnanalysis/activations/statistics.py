@@ -1,4 +1,4 @@
-"""Statistics of a layer's activations that accumulate over batches, and the dataset they make."""
+"""Statistics of a layer's activations, accumulated as batches stream by, and the dataset that they form."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pnanalysis.activations.cluster_errors import ExampleMoments, FractionErrors
+from pnanalysis.activations.cluster_errors import CumulativeFractions, ExampleMoments
 from pnanalysis.activations.hooks import Activation
 from pnanalysis.activations.quantile_sketch import QuantileSketch
 from pnanalysis.checks import at_least
 from pnanalysis.errors import PnError
 
 PERCENTILES = (2.0, 25.0, 50.0, 75.0, 98.0)
-MARGIN = 0.05
-_TABLE = 1 << 10  # numbers per example that the errors of percentiles need
-_AT_A_TIME = 1 << 20  # numbers; bounds temporary memory, and keeps it in the processor's cache
+MARGIN = 0.05  # distance from an asymptote up to which an activation counts as saturated
+_TABLE_PER_EXAMPLE = 1 << 10  # numbers that CumulativeFractions allocates per example, roughly
+_NUMBERS_AT_A_TIME = 1 << 20  # bounds temporary memory, and keeps it in the cache
 
 Array = NDArray[np.float64]
 Variables = dict[str, tuple[tuple[str, ...], Array | float]]
@@ -31,7 +31,7 @@ Variables = dict[str, tuple[tuple[str, ...], Array | float]]
 
 @dataclass(frozen=True)
 class Measures:
-    """What to measure; see :func:`pnanalysis.saturation`."""
+    """Which statistics to compute; see :func:`pnanalysis.saturation`."""
 
     percentiles: tuple[float, ...] = PERCENTILES
     bins: int = 100
@@ -40,21 +40,22 @@ class Measures:
     exact_limit: int = 4_000_000
 
     def __post_init__(self) -> None:
-        numbers = all(isinstance(level, Real) and 0 <= float(level) <= 100 for level in self.percentiles)
-        if not self.percentiles or not numbers:
-            raise PnError(f"percentiles lie between 0 and 100, got {', '.join(map(str, self.percentiles)) or 'none'}")
+        valid = all(isinstance(level, Real) and 0 <= float(level) <= 100 for level in self.percentiles)
+        if not self.percentiles or not valid:
+            given = ", ".join(map(str, self.percentiles)) or "none"
+            raise PnError(f"percentiles must lie between 0 and 100, got {given}")
         at_least(1, bins=self.bins, saturation_bins=self.saturation_bins)
 
 
 class LayerActivity:
-    """Statistics of one layer after any number of batches, in memory that does not grow with them.
+    """Statistics of one layer after any number of batches, in memory that does not grow with their number.
 
     Parameters
     ----------
     activation : Activation
     measures : Measures
     bin_range : (float, float)
-        Outer borders of the histogram's bins; numbers outside count in its total only.
+        Lower and upper end of the histogram; numbers outside only count in its total.
     """
 
     def __init__(self, activation: Activation, measures: Measures, bin_range: tuple[float, float]) -> None:
@@ -62,63 +63,65 @@ class LayerActivity:
         self.measures = measures
         self.bin_range = bin_range
         self.sketch = QuantileSketch(measures.exact_limit)
-        self._fractions = FractionErrors()
+        self._fractions = CumulativeFractions()
         self._powers = ExampleMoments(cross=True)  # of x and x^2
-        self._histogram, self._near, self._scaled = ExampleMoments(), ExampleMoments(), ExampleMoments()
-        self._unit_near, self._unit_scaled = ExampleMoments(), ExampleMoments()
-        self._active: Tensor | None = None
+        self._histogram, self._saturated, self._signal = ExampleMoments(), ExampleMoments(), ExampleMoments()
+        self._unit_saturated, self._unit_signal = ExampleMoments(), ExampleMoments()
+        self._active: Tensor | None = None  # for each unit, whether any example has activated it
 
     def add(self, values: Tensor) -> None:
-        """Add activations (N, U, ...): examples, units, and the places where a unit is applied."""
+        """Add activations (N, U, ...): examples, units, and positions at which a unit is applied."""
         values = values.detach().float().flatten(2) if values.ndim > 2 else values.detach().float()[:, :, None]
-        for part in values.split(max(1, _AT_A_TIME // max(values[0].numel(), _TABLE))):
-            self._add(part.contiguous())
+        for part in values.split(max(1, _NUMBERS_AT_A_TIME // max(values[0].numel(), _TABLE_PER_EXAMPLE))):
+            self._add_part(part.contiguous())
 
-    def _add(self, values: Tensor) -> None:
-        n, _, n_places = values.shape
+    def _add_part(self, values: Tensor) -> None:
+        n, _, n_positions = values.shape
         flat = values.view(n, -1)
         count = flat.shape[1]
         self.sketch.add(flat)
         self._fractions.add(flat)
         sums = [flat.sum(1, dtype=torch.float64), flat.square().sum(1, dtype=torch.float64)]
         self._powers.add(torch.stack(sums, dim=1), count)
-        self._histogram.add(_counts(flat, self.bin_range, self.measures.bins), count)
-        near = self._near_asymptote(values)
-        unit_near = near.sum(2, dtype=torch.float64)
-        self._near.add(unit_near.sum(1, keepdim=True), count)
-        active = values > 0 if self.activation.rectifier else ~near
-        active = active.any(2).any(0)
+        self._histogram.add(_bin_counts(flat, self.bin_range, self.measures.bins), count)
+        saturated = self._is_saturated(values)
+        unit_saturated = saturated.sum(2, dtype=torch.float64)
+        self._saturated.add(unit_saturated.sum(1, keepdim=True), count)
+        active = (values > 0 if self.activation.rectifier else ~saturated).any(2).any(0)
         self._active = active if self._active is None else self._active | active
         if self.measures.per_unit:
-            self._unit_near.add(unit_near, n_places)
+            self._unit_saturated.add(unit_saturated, n_positions)
         if self.activation.bounded:
-            unit_scaled = self._signals(values)  # (N, 2, U)
-            self._scaled.add(unit_scaled.sum(2), count)
+            unit_signal = self._signal_sums(values)  # (N, 2, U)
+            self._signal.add(unit_signal.sum(2), count)
             if self.measures.per_unit:
-                self._unit_scaled.add(unit_scaled.flatten(1), n_places)
+                self._unit_signal.add(unit_signal.flatten(1), n_positions)
 
-    def _near_asymptote(self, values: Tensor) -> Tensor:
-        near = torch.zeros_like(values, dtype=torch.bool)
+    def _is_saturated(self, values: Tensor) -> Tensor:
+        """Whether each activation lies within the margin of an asymptote."""
+        saturated = torch.zeros_like(values, dtype=torch.bool)
         for asymptote in (self.activation.low, self.activation.high):
             if isfinite(asymptote):
-                near |= (values - asymptote).abs() <= MARGIN
-        return near
+                saturated |= (values - asymptote).abs() <= MARGIN
+        return saturated
 
-    def _signals(self, values: Tensor) -> Tensor:
-        """Sums over places of the parts of the bins' mean signals, (N, 2, U).
+    def _signal_sums(self, values: Tensor) -> Tensor:
+        """Sums over positions from which the saturation measure follows, (N, 2, U).
 
-        All signals in a bin have its sign, except in the middle one of an odd number of bins, whose sum may have
-        either. With u the sum of absolute signals in the other bins and v the sum in the middle one, the measure is
-        the larger of the means of u + v and u - v.
+        The measure is the sum over bins of the absolute value of the sum of scaled activations in the bin, divided by
+        their number. All activations in a bin have one sign, so that this is the sum u of their absolute values;
+        except in the middle one of an odd number of bins, whose sum v may have either sign. Without the middle bin in
+        u, the measure is u + |v|, the larger of u + v and u - v. Both sums are returned, since which one is larger is
+        known only at the end of the stream.
         """
         low, high = self.activation.low, self.activation.high
         scaled = (values - low) * (2 / (high - low)) - 1
-        plus = scaled.abs()
+        absolute = scaled.abs()
         if self.measures.saturation_bins % 2 == 0:
-            sums = plus.sum(2, dtype=torch.float64)
+            sums = absolute.sum(2, dtype=torch.float64)
             return torch.stack([sums, sums], dim=1)
-        middle = plus < 1 / self.measures.saturation_bins
-        signed = [torch.where(middle, sign * scaled, plus).sum(2, dtype=torch.float64) for sign in (1, -1)]
+        middle = absolute < 1 / self.measures.saturation_bins
+        signed = [torch.where(middle, sign * scaled, absolute).sum(2, dtype=torch.float64) for sign in (1, -1)]
         return torch.stack(signed, dim=1)
 
     @property
@@ -130,49 +133,50 @@ class LayerActivity:
         """Add all examples of ``other``, which must have the same measures."""
         self.sketch.merge(other.sketch)
         self._fractions.merge(other._fractions)
-        for name in ("_powers", "_histogram", "_near", "_scaled", "_unit_near", "_unit_scaled"):
+        for name in ("_powers", "_histogram", "_saturated", "_signal", "_unit_saturated", "_unit_signal"):
             getattr(self, name).merge(getattr(other, name))
         if other._active is not None:
             self._active = other._active if self._active is None else self._active | other._active
 
-    def measure(self) -> Variables:
-        """Every variable of the layer with its own dims."""
+    def variables(self) -> Variables:
+        """Every variable of the layer, as dims and values."""
         assert self._active is not None
         found: Variables = {}
         levels = np.asarray(self.measures.percentiles, dtype=np.float64) / 100
         for name, absolute in (("percentile", False), ("abs_percentile", True)):
             found[name] = (("quantile",), self.sketch.quantiles(levels, absolute))
-            found[f"{name}_se"] = (("quantile",), self._quantile_errors(levels, absolute))
+            found[f"{name}_se"] = (("quantile",), self._quantile_se(levels, absolute))
         width = (self.bin_range[1] - self.bin_range[0]) / self.measures.bins
         found["histogram"] = (("bin",), self._histogram.mean() / width)
         found["histogram_se"] = (("bin",), self._histogram.standard_error() / width)
-        found |= self._spread()
-        known = 1.0 if isfinite(self.activation.low) or isfinite(self.activation.high) else np.nan
-        fraction, se = self._near.mean() * known, self._near.standard_error() * known
+        found |= self._mean_and_std()
+        has_asymptote = isfinite(self.activation.low) or isfinite(self.activation.high)
+        known = 1.0 if has_asymptote else np.nan  # without an asymptote there is no saturation: NaN, not zero
+        fraction, se = self._saturated.mean() * known, self._saturated.standard_error() * known
         found |= {"saturated_share": ((), fraction[0]), "saturated_share_se": ((), se[0])}
-        value, se = _larger(self._scaled, 1)
-        found |= {"saturation_measure": ((), value[0]), "saturation_measure_se": ((), se[0])}
+        measure, se = _saturation_measure(self._signal, 1)
+        found |= {"saturation_measure": ((), measure[0]), "saturation_measure_se": ((), se[0])}
         dead = (~self._active).double().cpu().numpy()
         found |= {"dead_units": ((), dead.sum()), "n_units": ((), float(len(dead)))}
         if self.measures.per_unit:
-            fraction, se = self._unit_near.mean() * known, self._unit_near.standard_error() * known
+            fraction, se = self._unit_saturated.mean() * known, self._unit_saturated.standard_error() * known
             found |= {"unit_saturated_share": (("unit",), fraction), "unit_saturated_share_se": (("unit",), se)}
-            value, se = _larger(self._unit_scaled, len(dead))
-            found |= {"unit_saturation_measure": (("unit",), value), "unit_saturation_measure_se": (("unit",), se)}
+            measure, se = _saturation_measure(self._unit_signal, len(dead))
+            found |= {"unit_saturation_measure": (("unit",), measure), "unit_saturation_measure_se": (("unit",), se)}
             found["unit_dead"] = (("unit",), dead)
         return found
 
-    def _quantile_errors(self, levels: Array, absolute: bool) -> Array:
-        """Woodruff's standard errors of the quantiles."""
-        se = self._fractions.at(levels, absolute)
-        if np.isnan(se).any():
+    def _quantile_se(self, levels: Array, absolute: bool) -> Array:
+        """Woodruff's standard errors of the quantiles (see :class:`CumulativeFractions`)."""
+        se = self._fractions.standard_error(levels, absolute)
+        if np.isnan(se).any():  # a single example
             return se
         ends = np.clip(np.stack([levels - se, levels + se]), 0, 1)
         low, high = self.sketch.quantiles(ends.ravel(), absolute).reshape(2, -1)
         return (high - low) / 2
 
-    def _spread(self) -> Variables:
-        """Mean and standard deviation; the error of the latter by linearisation in the first two moments."""
+    def _mean_and_std(self) -> Variables:
+        """Mean and standard deviation; the standard error of the latter by linearisation in the first two moments."""
         mean, square = self._powers.mean()
         covariance = self._powers.covariance()
         std = np.sqrt(max(square - mean**2, 0.0))
@@ -183,15 +187,15 @@ class LayerActivity:
 
 
 def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:
-    """Layers side by side along ``layer``, units padded with NaN."""
+    """The variables of all layers along ``layer``, padded with NaN to the largest number of units."""
     first = next(iter(layers.values()))
-    by_layer = [layer.measure() for layer in layers.values()]
-    units = max(int(variables["n_units"][1]) for variables in by_layer)
+    by_layer = [layer.variables() for layer in layers.values()]
+    n_units = max(int(variables["n_units"][1]) for variables in by_layer)
     data = {}
     for name, (dims, _) in by_layer[0].items():
         rows = [np.asarray(variables[name][1]) for variables in by_layer]
         if "unit" in dims:
-            rows = [np.pad(row, (0, units - len(row)), constant_values=np.nan) for row in rows]
+            rows = [np.pad(row, (0, n_units - len(row)), constant_values=np.nan) for row in rows]
         data[name] = (("layer", *dims), np.stack(rows))
     edges = np.linspace(*first.bin_range, first.measures.bins + 1)
     quantile = np.asarray(first.measures.percentiles, dtype=np.float64)
@@ -202,31 +206,38 @@ def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:
         "bin": ("bin", (edges[:-1] + edges[1:]) / 2, {"units": "1", "long_name": "activation"}),
     }
     if first.measures.per_unit:
-        coords["unit"] = ("unit", np.arange(units))
+        coords["unit"] = ("unit", np.arange(n_units))
     return xr.Dataset(
         data, coords=coords, attrs={"exact": all(layer.sketch.exact for layer in layers.values()), "n": first.n}
     )
 
 
-def common_range(ranges: Sequence[tuple[Activation, float, float]]) -> tuple[float, float]:
-    """One range of bins for all layers: between asymptotes where there are any, else the range of outputs."""
-    low = min(activation.low if isfinite(activation.low) else seen for activation, seen, _ in ranges)
-    high = max(activation.high if isfinite(activation.high) else seen for activation, _, seen in ranges)
+def common_range(extremes: Sequence[tuple[Activation, float, float]]) -> tuple[float, float]:
+    """One range of bins for all layers: an asymptote where there is one, else the smallest or largest value seen.
+
+    Parameters
+    ----------
+    extremes : sequence of (Activation, float, float)
+        Each layer's activation function, and its smallest and largest value.
+    """
+    low = min(activation.low if isfinite(activation.low) else smallest for activation, smallest, _ in extremes)
+    high = max(activation.high if isfinite(activation.high) else largest for activation, _, largest in extremes)
     return low, high if high > low else low + 1.0
 
 
-def _counts(flat: Tensor, bin_range: tuple[float, float], bins: int) -> Tensor:
-    """Counts in each bin per example, (N, bins); the last bin includes its upper border."""
+def _bin_counts(flat: Tensor, bin_range: tuple[float, float], bins: int) -> Tensor:
+    """Counts in each bin by example, (N, bins); the last bin includes its upper edge, as in numpy."""
     low, high = bin_range
     inside = (flat >= low) & (flat <= high)
     key = ((flat.double() - low) * (bins / (high - low))).long().clamp_(0, bins - 1)
+    # One more bin per example takes the numbers outside, and one bincount does all examples.
     key = torch.where(inside, key, bins) + torch.arange(len(flat), device=flat.device)[:, None] * (bins + 1)
     return torch.bincount(key.view(-1), minlength=len(flat) * (bins + 1)).view(len(flat), bins + 1)[:, :bins]
 
 
-def _larger(moments: ExampleMoments, n: int) -> tuple[Array, Array]:
-    """The larger mean of u + v and u - v (see :meth:`LayerActivity._signals`), and its standard error; (n,) each."""
-    if not moments.n:
+def _saturation_measure(moments: ExampleMoments, n: int) -> tuple[Array, Array]:
+    """The larger mean of u + v and u - v (:meth:`LayerActivity._signal_sums`), and its standard error; (n,) each."""
+    if not moments.n:  # no asymptotes to scale by
         return np.full(n, np.nan), np.full(n, np.nan)
-    means, errors = moments.mean().reshape(2, n), moments.standard_error().reshape(2, n)
-    return means.max(0), np.where(means[0] >= means[1], errors[0], errors[1])
+    means, ses = moments.mean().reshape(2, n), moments.standard_error().reshape(2, n)
+    return means.max(0), np.where(means[0] >= means[1], ses[0], ses[1])

@@ -1,1 +1,1 @@
-"""Networks relabelled: which permutations of hidden units change nothing, and which brings two networks together."""
+"""Permutations of hidden units: which leave a network's function unchanged, and which brings two networks together."""

@@ -1,4 +1,4 @@
-"""Groups of interchangeable channels, merged by union-find when two prove to be the same."""
+"""Groups of interchangeable channels, merged by union-find whenever two turn out to be the same."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from pnanalysis.errors import ModelError
 
 
 @dataclass(frozen=True)
-class IndexedAxis:
-    """An axis of a tensor that a group indexes, with ``repeat`` consecutive entries per channel.
+class TensorAxis:
+    """An axis of a parameter or buffer that is indexed by the channels of a group.
 
-    ``signed``: whether the entries change sign with the channel (a weight does, a running variance does not).
+    Attributes
+    ----------
+    tensor : str
+    dim : int
+    repeat : int
+        Consecutive entries per channel (after flattening, one for each pixel).
+    signed : bool
+        Whether entries change sign with their channel, as a weight does and a running variance does not.
     """
 
     tensor: str
@@ -21,17 +28,35 @@ class IndexedAxis:
 
 
 @dataclass(frozen=True)
-class Group:
-    """``size`` interchangeable channels; where ``odd``, the sign of each may be flipped as well."""
+class ChannelGroup:
+    """Interchangeable channels, and every axis of every tensor that they index.
+
+    Attributes
+    ----------
+    size : int
+        Number of channels.
+    axes : tuple of TensorAxis
+    odd : bool
+        Whether the sign of each channel may be flipped as well, since all functions applied to it are odd.
+    """
 
     size: int
-    uses: tuple[IndexedAxis, ...]
+    axes: tuple[TensorAxis, ...]
     odd: bool
 
 
 @dataclass(frozen=True)
-class ChannelAxis:
-    """The axis along which an activation carries channels, and of which group (``None``: not to be relabelled)."""
+class Channels:
+    """The channels of a value in the network: their group, and where they lie in the value.
+
+    Attributes
+    ----------
+    group : int or None
+        ``None`` for channels that may not be permuted, such as those of the input.
+    dim : int
+    repeat : int
+        Consecutive entries per channel.
+    """
 
     group: int | None
     dim: int
@@ -39,12 +64,12 @@ class ChannelAxis:
 
 
 class ChannelGroups:
-    """Groups of channels and the tensor axes they index, built up and merged while a network is traced.
+    """Opens groups, records which axes of which tensors they index, and merges them.
 
     Parameters
     ----------
     canonical : dict
-        Every name of a tensor to the first name of the same tensor.
+        Every name of a tensor to the first name of the same tensor, so that tied weights are one.
     """
 
     def __init__(self, canonical: dict[str, str]) -> None:
@@ -53,69 +78,73 @@ class ChannelGroups:
         self._size: list[int] = []
         self._fixed: list[bool] = []
         self._even: list[bool] = []
-        self._uses: dict[tuple[str, int], tuple[ChannelAxis, bool]] = {}
+        self._bound: dict[tuple[str, int], tuple[Channels, bool]] = {}  # (tensor, dim) to its channels, and signed
 
-    def groups(self) -> list[Group]:
-        """The groups that may be relabelled, with the axes they index."""
-        uses: dict[int, list[IndexedAxis]] = {}
-        for (tensor, dim), (axis, signed) in self._uses.items():
-            root = self._root(axis.group)
+    def groups(self) -> list[ChannelGroup]:
+        """The groups that may be permuted."""
+        axes: dict[int, list[TensorAxis]] = {}
+        for (tensor, dim), (channels, signed) in self._bound.items():
+            root = self._root(channels.group)
             if root is not None and not self._fixed[root] and self._size[root] > 1:
-                uses.setdefault(root, []).append(IndexedAxis(tensor, dim, axis.repeat, signed))
-        return [Group(self._size[root], tuple(found), not self._even[root]) for root, found in uses.items()]
+                axes.setdefault(root, []).append(TensorAxis(tensor, dim, channels.repeat, signed))
+        return [ChannelGroup(self._size[root], tuple(own), not self._even[root]) for root, own in axes.items()]
 
-    def open(self, size: int, dim: int) -> ChannelAxis:
-        """A new group, carried along ``dim``."""
+    def open(self, size: int, dim: int) -> Channels:
+        """A new group, in a value that carries it along ``dim``."""
         self._parent.append(len(self._parent))
         self._size.append(size)
         self._fixed.append(False)
         self._even.append(False)
-        return ChannelAxis(self._parent[-1], dim)
+        return Channels(self._parent[-1], dim)
 
-    def bind(self, tensor: str, dim: int, axis: ChannelAxis, signed: bool = True) -> None:
-        """Record that the group of ``axis`` indexes this axis of a tensor; if another group does, merge them."""
+    def bind(self, tensor: str, dim: int, channels: Channels, signed: bool = True) -> None:
+        """Record that these channels index an axis of a tensor; if others do so too, their groups are merged."""
         key = (self.canonical[tensor], dim)
-        if key in self._uses:
-            self.unify(self._uses[key][0], axis)
+        if key in self._bound:
+            self.unify(self._bound[key][0], channels)
         else:
-            self._uses[key] = (axis, signed)
+            self._bound[key] = (channels, signed)
 
-    def unify(self, a: ChannelAxis, b: ChannelAxis, where: str = "") -> ChannelAxis:
-        """Merge the channels of two activations; with ``where``, they must lie along the same axis."""
+    def unify(self, a: Channels, b: Channels, node: str = "") -> Channels:
+        """Merge the groups of two values whose channels are the same.
+
+        With ``node``, the operation that combines the two values, they must lie along the same dim too.
+        """
         first, second = self._root(a.group), self._root(b.group)
-        if first is None or second is None:
+        if first is None or second is None:  # what equals channels that are fixed is fixed
             self.fix(a)
             self.fix(b)
             return a if second is None else b
-        if (self._size[first], a.repeat) != (self._size[second], b.repeat) or (where and a.dim != b.dim):
-            raise misunderstood("an operation on channels of different layout", where)
+        if (self._size[first], a.repeat) != (self._size[second], b.repeat) or (node and a.dim != b.dim):
+            raise cannot_follow("a combination of values whose channels are laid out differently", node)
         self._parent[second] = first
         self._fixed[first] |= self._fixed[second]
         self._even[first] |= self._even[second]
         return a
 
+    def fix(self, channels: Channels | None) -> None:
+        """Forbid to permute these channels."""
+        root = self._root(channels.group) if channels is not None else None
+        if root is not None:
+            self._fixed[root] = True
+
+    def mark_even(self, channels: Channels) -> Channels:
+        """Forbid to flip the signs of these channels."""
+        root = self._root(channels.group)
+        if root is not None:
+            self._even[root] = True
+        return channels
+
     def _root(self, group: int | None) -> int | None:
+        """The group that stands for all those merged with this one."""
         while group is not None and self._parent[group] != group:
             group = self._parent[group]
         return group
 
-    def fix(self, axis: ChannelAxis | None) -> None:
-        """Exclude these channels from relabelling."""
-        root = self._root(axis.group) if axis is not None else None
-        if root is not None:
-            self._fixed[root] = True
 
-    def mark_even(self, axis: ChannelAxis) -> ChannelAxis:
-        """Exclude these channels from sign flips."""
-        root = self._root(axis.group)
-        if root is not None:
-            self._even[root] = True
-        return axis
-
-
-def misunderstood(what: str, where: str = "") -> ModelError:
-    """The error for an operation that the tracing does not cover."""
-    place = f" ({where})" if where else ""
+def cannot_follow(what: str, node: str = "") -> ModelError:
+    """The error for an operation whose effect on channels is unknown; ``node`` is its name in the traced graph."""
+    place = f" ({node})" if node else ""
     return ModelError(
-        f"this network cannot be aligned: {what}{place} is not supported, so its channels cannot be followed"
+        f"this network cannot be aligned: its channels cannot be followed through {what}{place}; compare it unaligned"
     )

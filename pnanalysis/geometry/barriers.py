@@ -1,8 +1,9 @@
-"""Loss along paths between two ends, and the barriers on them."""
+"""Loss and error along paths between two networks, and the barriers on them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import xarray as xr
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.geometry.curves import curve_weights
 from pnanalysis.geometry.gram import displacement_gram
-from pnanalysis.geometry.loss_surface import LossSurface, Matrix, PointValues
+from pnanalysis.geometry.loss_surface import ExampleValues, LossSurface, Matrix
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
 
@@ -24,75 +25,88 @@ def profiles(
     extrapolate: float = 0.0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Evaluate loss and error along each path, as variables of kind ``barrier``.
+    """Loss and error along each path, as variables of kind ``barrier``.
 
     Parameters
     ----------
     surface : LossSurface
     paths : mapping
-        By name, the anchors from first end to second, and the kind of curve they define (two anchors: a line).
+        Name to anchors, from the first end to the second, and the kind of curve they define (ignored for two anchors,
+        which define a line).
     batches : mapping
         Batches of each split.
     n_points : int
-        From end to end, both counted.
+        From end to end, both included.
     extrapolate : float
-        Fraction of the length to extend the path by beyond both ends.
+        How far to continue beyond both ends, as a fraction of the length.
     progress : bool
+
+    Returns
+    -------
+    xarray.Dataset
+        The variables of :func:`profile` along path, split and position; and for each path ``distance``, the straight
+        one between its ends, and ``length``, that of the polygon through its points.
     """
-    beyond = int(np.ceil(extrapolate * (n_points - 1) - 1e-9))  # not one more point by round-off
+    beyond = int(np.ceil(extrapolate * (n_points - 1) - 1e-9))  # 0.07 * 100 is 7.000000000000001, and means 7
     position = np.arange(-beyond, n_points + beyond) / (n_points - 1)
     rows = []
     with progress_bar("along the path", len(paths) * len(batches) * len(position), progress) as advance:
         for anchors, kind in paths.values():
-            weights = _linear(position) if len(anchors) == 2 else curve_weights(kind, position, len(anchors) - 2)
-            order = np.argsort((position != 0) & (position != 1), kind="stable")  # ends first: see `profile`
-            parts = [
-                profile(position[order], surface.values(anchors, weights[order], part, advance))
-                for part in batches.values()
+            weights = _line_weights(position) if len(anchors) == 2 else curve_weights(kind, position, len(anchors) - 2)
+            # The ends first: the excess at every other point is relative to theirs, example by example.
+            order = np.argsort((position != 0) & (position != 1), kind="stable")
+            splits = [
+                profile(position[order], surface.values(anchors, weights[order], split_batches, advance))
+                for split_batches in batches.values()
             ]
             displacements = displacement_gram(anchors, surface.parameter_names)
             steps = np.diff(weights[(position >= 0) & (position <= 1)], axis=0)
             length = np.sqrt(np.einsum("ka,ab,kb->k", steps, displacements, steps).clip(0)).sum()
-            row = xr.concat(parts, dim="split")
+            row = xr.concat(splits, dim="split")
             rows.append(row.assign(distance=np.sqrt(displacements[-1, -1]), length=length))
     ds = xr.concat(rows, dim="path").assign_coords(path=list(paths), split=list(batches)).sortby("position")
+    # regression has no error rates
     return ds.drop_vars([name for name in ds if "error" in str(name) and bool(ds[name].isnull().all())])
 
 
-def profile(position: Matrix, values: Iterator[PointValues]) -> xr.Dataset:
+def profile(position: Matrix, values: Iterator[ExampleValues]) -> xr.Dataset:
     """Means, standard errors and barriers along one path.
 
     Parameters
     ----------
     position : array, shape (K,)
-        The ends, 0 and 1, first: every excess is relative to them. The other points in any order.
-    values : iterator of PointValues
+        0 and 1, the ends, first; then the other points in any order.
+    values : iterator of ExampleValues
         In this order; at most three are in memory at a time.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``loss``, ``error`` and ``excess`` along ``position``, with standard errors over examples (``_se``). The excess
+        is the loss minus the linear interpolation of the losses at the ends; ``barrier``, at ``barrier_position``, is
+        its largest value between them, and ``error_barrier`` the same of the error. Standard errors of an excess are
+        paired: it is taken example by example.
     """
     ends = [next(values), next(values)]
     columns = ("loss", "loss_se", "error", "error_se", "excess", "excess_se", "error_excess", "error_excess_se")
     table = np.empty((len(position), len(columns)))
-    for k, (t, at) in enumerate(zip(position, _chain(ends, values), strict=True)):
+    for k, (t, at) in enumerate(zip(position, chain(ends, values), strict=True)):
         with np.errstate(invalid="ignore", over="ignore"):  # losses far out may overflow
-            loss = at.loss - ((1 - t) * ends[0].loss + t * ends[1].loss)
-            error = at.error - ((1 - t) * ends[0].error + t * ends[1].error)
-            table[k] = np.concatenate([mean_and_se(part) for part in (at.loss, at.error, loss, error)])
+            excess = at.loss - ((1 - t) * ends[0].loss + t * ends[1].loss)
+            error_excess = at.error - ((1 - t) * ends[0].error + t * ends[1].error)
+            table[k] = np.concatenate([mean_and_se(part) for part in (at.loss, at.error, excess, error_excess)])
     by_name = dict(zip(columns, table.T, strict=True))
     variables: dict[str, Any] = {name: ("position", by_name[name]) for name in columns[:6]}
     inside = np.flatnonzero((position >= 0) & (position <= 1))
-    for name, excess in (("barrier", "excess"), ("error_barrier", "error_excess")):
-        top = int(inside[np.argmax(np.nan_to_num(by_name[excess][inside], nan=np.inf))])
-        variables |= {name: by_name[excess][top], f"{name}_se": by_name[f"{excess}_se"][top]}
+    for name, excess_name in (("barrier", "excess"), ("error_barrier", "error_excess")):
+        # A loss that is not a number has overflowed, and counts as the highest.
+        top = int(inside[np.argmax(np.nan_to_num(by_name[excess_name][inside], nan=np.inf))])
+        variables |= {name: by_name[excess_name][top], f"{name}_se": by_name[f"{excess_name}_se"][top]}
         if name == "barrier":
             variables["barrier_position"] = position[top]
     return xr.Dataset(variables, coords={"position": position})
 
 
-def _chain(ends: list[PointValues], rest: Iterator[PointValues]) -> Iterator[PointValues]:
-    yield from ends
-    yield from rest
-
-
-def _linear(position: Matrix) -> Matrix:
-    """Weights of the two ends, (K, 2)."""
+def _line_weights(position: Matrix) -> Matrix:
+    """Weights of the two ends of a line, (K, 2)."""
     return np.stack([1 - position, position], axis=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,75 +16,75 @@ from pnanalysis.io.weights import State
 from pnanalysis.torch_internals import BatchNormBase, tree_map
 
 
-class RunningStatistics:
-    """The modules of a network that keep running statistics, by name; false if there are none.
+def norms_with_statistics(model: nn.Module) -> dict[str, BatchNormBase]:
+    """The batch-normalisation modules of a network that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNormBase) and module.running_mean is not None
+    }
+
+
+@contextmanager
+def normalise_by_batch(norms: Mapping[str, BatchNormBase]) -> Iterator[None]:
+    """Within the body, these modules normalise by the statistics of each batch, and update their running ones."""
+    try:
+        for norm in norms.values():
+            norm.train()
+        yield
+    finally:
+        for norm in norms.values():
+            norm.eval()
+
+
+def reestimate(model: nn.Module, norms: Mapping[str, BatchNormBase], state: State, inputs: Iterable[Any]) -> None:
+    """Replace the running statistics in ``state``, in place, by averages over batches weighted by their sizes.
 
     Parameters
     ----------
     model : Module
-        In eval mode.
+        The architecture.
+    norms : mapping of str to Module
+        Its :func:`norms_with_statistics`.
+    state : mapping of tensors
+    inputs : iterable
+        The inputs of each batch, with the device and precision of the state.
+
+    Raises
+    ------
+    ModelError
+        If there is only a single example.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.norms = {name: module for name, module in model.named_modules() if _has_statistics(module)}
-
-    def __bool__(self) -> bool:
-        return bool(self.norms)
-
-    @contextmanager
-    def of_batches(self, on: bool = True) -> Iterator[None]:
-        """Normalise by each batch's own statistics inside the body, as in training."""
-        for module in self.norms.values():
-            module.train(on)
-        try:
-            yield
-        finally:
-            for module in self.norms.values():
-                module.eval()
-
-    def make_valid(self, points: State) -> None:
-        """Keep running variances of linear combinations from being negative, in place."""
-        for name in self.norms:
-            points[f"{name}.running_var"].clamp_(min=0.0)
-
-    def reestimate(self, state: State, batches: Iterable[Any], cast: Callable[[Any], Any]) -> None:
-        """Set the state's running statistics to the averages over the batches, weighted by their sizes, in place.
-
-        Raises
-        ------
-        ModelError
-            If there is but a single example.
-        """
-        momenta = {name: module.momentum for name, module in self.norms.items()}
-        try:
-            with self.of_batches():
-                n_seen = 0
-                for inputs in _of_two_or_more(batches):
-                    n = batch_size(inputs)
-                    n_seen += n
-                    for module in self.norms.values():
-                        module.momentum = n / n_seen  # makes torch's moving average the exact mean over all batches
-                    forward(self.model, cast(inputs), state)
-            if not n_seen:
-                raise ModelError(
-                    "the statistics of batch normalisation cannot be estimated from a single example; "
-                    "give more (n), or bn='interpolate'"
-                )
-        finally:
-            for name, module in self.norms.items():
-                module.momentum = momenta[name]
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    n_seen = 0
+    try:
+        with normalise_by_batch(norms):
+            for batch in batches_of_two_or_more(inputs):
+                n = batch_size(batch)
+                n_seen += n
+                # The update is (1 - momentum) * running + momentum * batch: a momentum of n / n_seen makes the running
+                # value the weighted mean of all batches so far. The first is 1 and erases what the state held.
+                for norm in norms.values():
+                    norm.momentum = n / n_seen
+                forward(model, batch, state)
+    finally:
+        for name, norm in norms.items():
+            norm.momentum = momenta[name]
+    if not n_seen:
+        raise ModelError(
+            "the statistics of batch normalisation cannot be estimated from a single example; "
+            "use more examples (n), or bn='interpolate'"
+        )
 
 
-def _of_two_or_more(batches: Iterable[Any]) -> Iterator[Any]:
-    """Inputs of batches; a single example, which has no variance, joins the next batch (the last is left out)."""
+def batches_of_two_or_more(inputs: Iterable[Any]) -> Iterator[Any]:
+    """Inputs of batches, where a batch of one example, which has no variance, is joined with the next batch.
+
+    A single example at the end is left out.
+    """
     held: Any = None
-    for inputs, _ in batches:
-        joined = inputs if held is None else tree_map(lambda a, b: torch.cat([a, b]), held, inputs)
+    for batch in inputs:
+        joined = batch if held is None else tree_map(lambda a, b: torch.cat([a, b]), held, batch)
         held = joined if batch_size(joined) < 2 else None
         if held is None:
             yield joined
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, BatchNormBase) and module.running_mean is not None

@@ -1,4 +1,4 @@
-"""Curves of low loss between two minima: Bezier curves and polygonal chains with trained bends."""
+"""Curves of low loss between two minima: Bezier curves and polygonal chains, whose bends are trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pnanalysis.checks import one_of
 from pnanalysis.errors import ModelError
 from pnanalysis.geometry.loss_surface import LossSurface, Matrix
-from pnanalysis.inputs.batches import batch_size as n_examples_of
+from pnanalysis.inputs.batches import batch_size as n_examples
 from pnanalysis.inputs.data import LoaderSplit, Split
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
@@ -27,7 +27,8 @@ def curve_weights(kind: str, position: Matrix, n_bends: int) -> Matrix:
     Parameters
     ----------
     kind : {"bezier", "chain"}
-        Bernstein polynomials of degree ``n_bends + 1``, or hat functions (straight pieces of equal duration).
+        Bernstein polynomials of degree ``n_bends + 1``, or hat functions (a polygon, whose segments take equal parts
+        of the interval).
     position : array, shape (K,)
         0 at the first end, 1 at the second.
     n_bends : int
@@ -45,9 +46,9 @@ def curve_weights(kind: str, position: Matrix, n_bends: int) -> Matrix:
     if kind == "bezier":
         binomial = np.array([comb(degree, k) for k in i], dtype=np.float64)
         return binomial * t**i * (1 - t) ** (degree - i)
-    piece = np.clip(np.floor(t * degree), 0, degree - 1)  # beyond the ends the outer pieces continue straight
-    along = t * degree - piece
-    return (i == piece) * (1 - along) + (i == piece + 1) * along
+    segment = np.clip(np.floor(t * degree), 0, degree - 1)  # beyond the ends the outer segments are extended
+    along = t * degree - segment
+    return (i == segment) * (1 - along) + (i == segment + 1) * along
 
 
 def train_curve(
@@ -63,35 +64,37 @@ def train_curve(
     seed: int = 0,
     progress: bool = True,
 ) -> list[State]:
-    r"""Bend a line between two states so that the loss along it is low.
+    r"""Bend the line between two states so that the loss along it is low.
 
-    Minimises :math:`\mathbb{E}_{t \sim U(0, 1)} L(\phi(t))` over the bends of the curve :math:`\phi` with Adam, a
-    position and a minibatch per step; the step length follows a cosine to zero, and the bends start on the line.
+    Minimises :math:`\mathbb{E}_{t \sim U(0, 1)} L(\phi(t))` over the bends of the curve :math:`\phi` with Adam, at one
+    random position on one minibatch per step. The learning rate decays to zero along a cosine; the bends start at
+    equal distances on the line.
 
     Parameters
     ----------
     surface : LossSurface
     ends : pair of states
-        From :meth:`LossSurface.anchor`; they are not changed.
+        As :meth:`LossSurface.anchor` returns them; they are not modified.
     split : Split or LoaderSplit
         Training examples.
     kind : {"bezier", "chain"}
     n_bends, n_steps, batch_size : int
     lr : float
-        Largest step length.
+        Initial learning rate.
     seed : int
-        Of positions and minibatches.
+        For positions and minibatches.
     progress : bool
 
     Returns
     -------
     list of states
-        First end, bends, second end: anchors for :func:`curve_weights`. Buffers of a bend are those on the line.
+        First end, bends, second end: the anchors of :func:`curve_weights`. Only parameters are trained: the buffers
+        of a bend stay on the line.
 
     Raises
     ------
     ModelError
-        If the loss stops being finite.
+        If the loss becomes infinite or NaN.
 
     References
     ----------
@@ -100,13 +103,13 @@ def train_curve(
     arXiv:1803.00885.
     """
     generator = torch.Generator().manual_seed(seed)
-    steps = [(k + 1) / (n_bends + 1) for k in range(n_bends)]
-    weights = np.array([[1.0, 0.0], *([1 - t, t] for t in steps), [0.0, 1.0]])
+    on_line = [(k + 1) / (n_bends + 1) for k in range(n_bends)]
+    weights = np.array([[1.0, 0.0], *([1 - t, t] for t in on_line), [0.0, 1.0]])
     stacked = surface.combine(ends, weights)
     anchors = [{name: tensor[k] for name, tensor in stacked.items()} for k in range(n_bends + 2)]
     bends = {name: stacked[name][1:-1].clone() for name in surface.parameter_names}
     for k, anchor in enumerate(anchors[1:-1]):
-        anchor.update({name: bend[k] for name, bend in bends.items()})  # views: they move with the bends
+        anchor.update({name: bend[k] for name, bend in bends.items()})  # views, so that the optimizer moves the anchors
     optimizer = torch.optim.Adam(list(bends.values()), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     batches = _minibatches(split, batch_size, generator)
@@ -117,9 +120,10 @@ def train_curve(
             loss, gradient = surface.value_and_gradient(point, [next(batches)], batch_statistics=True)
             if not np.isfinite(loss):
                 raise ModelError(f"the loss along the curve is {loss} at step {step + 1}; lower the learning rate {lr}")
-            inner = torch.as_tensor(w[0, 1:-1], dtype=surface.dtype, device=surface.device)
+            # The point is linear in the bends: the gradient with respect to each is the point's times its weight.
+            bend_weights = torch.as_tensor(w[0, 1:-1], dtype=surface.dtype, device=surface.device)
             for name, bend in bends.items():
-                bend.grad = torch.tensordot(inner[:, None], gradient[name][None], 1)
+                bend.grad = torch.tensordot(bend_weights[:, None], gradient[name][None], 1)
             optimizer.step()
             schedule.step()
             advance(text=f"loss {loss:.4g}")
@@ -127,12 +131,15 @@ def train_curve(
 
 
 def _minibatches(split: Split | LoaderSplit, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Any, Any]]:
-    """Endless minibatches, drawn without replacement per epoch; a loader's batches in a new order per epoch."""
-    while True:  # skip batches of one example if there are others: batch normalisation cannot train on them
+    """Minibatches without end, reshuffled in each epoch; of a loader, its own batches in a new order.
+
+    Batches of a single example, of which batch normalisation has no statistics, are left out where there are others.
+    """
+    while True:
         if isinstance(split, LoaderSplit):
-            found = split.batches(batch_size)
-            found = [batch for batch in found if n_examples_of(batch) > 1] or found
-            yield from (found[i] for i in torch.randperm(len(found), generator=generator).tolist())
+            batches = split.batches(batch_size)
+            batches = [batch for batch in batches if n_examples(batch) > 1] or batches
+            yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
             continue
         order: Tensor = torch.randperm(len(split), generator=generator).to(split.inputs.device)
         for index in order.split(batch_size):

@@ -1,8 +1,8 @@
-"""Distances between networks in parameter space, as a whole and per layer."""
+"""Distances between networks in parameter space, as a whole and layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def parameter_distances(networks: Sequence[nn.Module]) -> dict[str, Any]:
     Parameters
     ----------
     networks : sequence of Module
-        Distances are NaN between two whose layers differ in name or shape.
+        The distance between networks whose layers differ in name or shape is NaN.
 
     Returns
     -------
@@ -33,60 +33,65 @@ def parameter_distances(networks: Sequence[nn.Module]) -> dict[str, Any]:
 
     Notes
     -----
-    Layers are modules that own trainable parameters; buffers do not count. Sums run in float64.
+    Layers are modules that own trainable parameters; buffers take no part. Sums run in float64.
     """
-    layers = [_vectors(network) for network in networks]
-    shapes = [_shapes(network) for network in networks]
-    names = list(dict.fromkeys(name for own in layers for name in own))
+    vectors = [_layer_vectors(network) for network in networks]
+    shapes = [_layer_shapes(network) for network in networks]
+    names = list(dict.fromkeys(name for layers in vectors for name in layers))
     k = len(networks)
     squared, inner = (np.full((k, k, len(names)), np.nan) for _ in range(2))
     for i in range(k):
         for j in range(i + 1):
             for at, name in enumerate(names):
                 if name in shapes[i] and shapes[i].get(name) == shapes[j].get(name):
-                    a, b = layers[i][name].double(), layers[j][name].double()
+                    a, b = vectors[i][name].double(), vectors[j][name].double()
                     squared[i, j, at] = squared[j, i, at] = float((a - b).square().sum())
                     inner[i, j, at] = inner[j, i, at] = float(a @ b)
-    alike = np.array([[a == b for b in shapes] for a in shapes])
-    own = np.array([[name in vectors for name in names] for vectors in layers])
+    same_shapes = np.array([[a == b for b in shapes] for a in shapes])
+    has_layer = np.array([[name in layers for name in names] for layers in vectors])
+    # Networks of one architecture may lack layers that others have, whose NaN must not spread to their sums.
     whole_squared, whole_inner = (
-        np.where(alike, np.where(own[:, None], values, 0.0).sum(-1), np.nan) for values in (squared, inner)
+        np.where(same_shapes, np.where(has_layer[:, None], values, 0.0).sum(-1), np.nan) for values in (squared, inner)
     )
     norm = np.sqrt(np.diagonal(whole_inner))
     distance = np.sqrt(whole_squared)
-    pair, third = ("checkpoint", "other"), ("checkpoint", "other", "layer")
+    pair, pair_and_layer = ("checkpoint", "other"), ("checkpoint", "other", "layer")
     return {
         "norm": ("checkpoint", norm),
         "distance": (pair, distance),
         "relative_distance": (pair, ratio(distance, np.broadcast_to(norm, (k, k)))),
         "cosine": (pair, _cosine(whole_inner)),
-        "layer_distance": (third, np.sqrt(squared)),
-        "layer_cosine": (third, np.stack([_cosine(inner[..., at]) for at in range(len(names))], axis=-1)),
+        "layer_distance": (pair_and_layer, np.sqrt(squared)),
+        "layer_cosine": (pair_and_layer, np.stack([_cosine(inner[..., at]) for at in range(len(names))], axis=-1)),
         "layer": names,
     }
 
 
-def distance_between(a: nn.Module, state: dict[str, Tensor]) -> float:
-    """Euclidean distance between a network's trainable parameters and those in a state dict."""
-    parts = [
-        (parameter.detach().double().cpu() - state[name].double()).square().sum()
-        for _, own in parameter_layers(a)
-        for name, parameter in own
-    ]
-    return float(torch.stack(parts).sum().sqrt())
+def distance_between(network: nn.Module, state: Mapping[str, Tensor]) -> float:
+    """Euclidean distance from a network's trainable parameters to those in a state."""
+    parameters = {name: parameter for _, own in parameter_layers(network) for name, parameter in own}
+    return state_distance(parameters, state, list(parameters))
 
 
-def _vectors(network: nn.Module) -> dict[str, Tensor]:
+def state_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Sequence[str]) -> float:
+    """Euclidean distance over the named tensors of two states, in float64."""
+    squares = [(a[name].detach().double().cpu() - b[name].double().cpu()).square().sum() for name in names]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+def _layer_vectors(network: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters of each layer, flattened into one vector."""
     return {
         layer: torch.cat([parameter.detach().reshape(-1) for _, parameter in own])
         for layer, own in parameter_layers(network)
     }
 
 
-def _shapes(network: nn.Module) -> dict[str, list[tuple[int, ...]]]:
+def _layer_shapes(network: nn.Module) -> dict[str, list[tuple[int, ...]]]:
     return {layer: [tuple(parameter.shape) for _, parameter in own] for layer, own in parameter_layers(network)}
 
 
 def _cosine(inner: Array) -> Array:
+    """Cosines (k, k) from inner products (k, k)."""
     norm = np.sqrt(np.diagonal(inner))
     return np.clip(ratio(inner, norm[:, None] * norm[None, :]), -1.0, 1.0)

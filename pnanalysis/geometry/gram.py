@@ -1,4 +1,4 @@
-"""Inner products of many checkpoints, a block of parameters at a time; and random directions."""
+"""Inner products of many checkpoints, with only a block of parameters of each in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from pnanalysis.errors import ModelError
+from pnanalysis.geometry.directions import filter_normalised
 from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.inputs.sources import AnyCheckpoint, MemoryCheckpoint
+from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
 
-_BLOCK_BYTES = 256_000_000  # large enough for BLAS to run at full speed, small beside any memory
+_BLOCK_BYTES = 256_000_000  # of all rows of a block together, in float64
 
 Matrix = NDArray[np.float64]
 
 
-class _Piece(NamedTuple):
-    """Entries ``begin`` to ``end`` of one flattened tensor."""
+class _Slice(NamedTuple):
+    """Entries ``begin`` to ``end`` of a flattened tensor."""
 
     name: str
     begin: int
     end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
 
 
 def layer_grams(
@@ -40,22 +46,22 @@ def layer_grams(
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[tuple[str, Matrix]]:
-    """Inner products over the parameters of each layer, one layer after the other.
+    """Inner products over the parameters of each layer, in turn.
 
-    Every file is read once from start to end, a block at a time; products are summed in float64.
+    Every file is read once from end to end, a block at a time; products are summed in float64.
 
     Parameters
     ----------
-    checkpoints : sequence of Checkpoint, length T
+    checkpoints : sequence of Checkpoint or MemoryCheckpoint, length T
         Of one architecture.
     layers : mapping of str to sequence of str
         Names of each layer's parameters.
     reference : int
-        Index of the checkpoint whose filter norms random directions get.
+        Index of the checkpoint to whose filters random directions are scaled.
     n_directions : int
-        Number of directions to draw, R. Each filter (the entries of one output unit or channel) is normal, scaled to
-        the norm of the reference's; biases and other vectors stay zero (Li et al. 2018, section 4).
+        Number R of random directions to draw (see :func:`pnanalysis.geometry.directions.filter_normalised`).
     seed : int
+    progress : bool
 
     Yields
     ------
@@ -67,60 +73,30 @@ def layer_grams(
     ------
     ModelError
         If a file is damaged, or the checkpoints are of different architectures.
-
-    References
-    ----------
-    H. Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913.
     """
     names = [name for own in layers.values() for name in own]
-    weights = [_readable(checkpoint, names) for checkpoint in checkpoints]
-    _same_architecture(weights)
+    weights = [_reader(checkpoint, names) for checkpoint in checkpoints]
+    _check_same_architecture(weights)
+    scale = weights[reference]
     generator = torch.Generator().manual_seed(seed)
-    total = sum(prod(weights[0].shapes[name]) for name in names)
+    total = sum(prod(scale.shapes[name]) for name in names)
     with progress_bar("reading checkpoints", total, progress) as advance:
         for layer, own in layers.items():
-            drawn = {}
-            for name in own if n_directions else ():
-                size = prod(weights[reference].shapes[name])
-                about = weights[reference].read(name, 0, size).view(weights[reference].shapes[name])
-                drawn[name] = filter_directions(about, n_directions, generator).flatten(1)
-            yield layer, _summed(weights, own, drawn, n_directions, partial(advance, text=layer))
+            directions: State = {}
+            if n_directions:
+                drawn = filter_normalised(((name, _whole(scale, name)) for name in own), n_directions, generator)
+                directions = {name: tensor.flatten(1) for name, tensor in drawn.items()}
+            yield layer, _gram(weights, own, directions, n_directions, partial(advance, text=layer))
 
 
 def displacement_gram(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Matrix:
     """Inner products of states' displacements from the first, (T, T), over the named tensors, in float64."""
     weights = [_StateReader(state, names) for state in states]
-    return _summed(weights, names, {}, 0, lambda n: None)[: len(states), : len(states)]
+    return _gram(weights, names, {}, 0, lambda n: None)[: len(states), : len(states)]
 
 
-def filter_directions(about: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Normal directions of one tensor, each filter (the entries of one output) scaled to the norm of the tensor's own.
-
-    Parameters
-    ----------
-    about : Tensor, shape (F, ...)
-    n : int
-    generator : torch.Generator
-        On the CPU.
-
-    Returns
-    -------
-    Tensor, shape (n, F, ...)
-        In float64, on the CPU; zeros where ``about`` has fewer than two axes (biases, batch normalisation).
-
-    References
-    ----------
-    H. Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913, section 4.
-    """
-    if about.ndim < 2:
-        return torch.zeros(n, *about.shape, dtype=torch.float64)
-    norms = about.detach().double().cpu().flatten(1).norm(dim=1, keepdim=True)
-    drawn = torch.randn(n, *norms.shape[:1], about[0].numel(), generator=generator, dtype=torch.float64)
-    return (drawn * (norms / drawn.norm(dim=2, keepdim=True))).view(n, *about.shape)
-
-
-class _WeightsReader(Protocol):
-    """Named tensors that are read piece by piece."""
+class _Reader(Protocol):
+    """Named tensors that are read slice by slice, in float64, on the CPU."""
 
     shapes: dict[str, tuple[int, ...]]
 
@@ -128,7 +104,7 @@ class _WeightsReader(Protocol):
 
 
 class _StateReader:
-    """A state, read as :class:`pnanalysis.geometry.flat_weights.FlatWeights` are."""
+    """Reads a state in memory, as :class:`pnanalysis.geometry.flat_weights.FlatWeights` reads one from a file."""
 
     def __init__(self, state: Mapping[str, Tensor], names: Sequence[str], origin: str = "weights") -> None:
         self._state, self.path = state, origin
@@ -141,16 +117,21 @@ class _StateReader:
         return self._state[name].detach().reshape(-1)[begin:end].double().cpu()
 
 
-def _readable(checkpoint: AnyCheckpoint, names: Sequence[str]) -> FlatWeights | _StateReader:
+def _reader(checkpoint: AnyCheckpoint, names: Sequence[str]) -> FlatWeights | _StateReader:
     if isinstance(checkpoint, MemoryCheckpoint):
         return _StateReader(checkpoint.load(), names, checkpoint.origin)
     return FlatWeights(checkpoint, names)
 
 
-def _summed(
-    weights: Sequence[_WeightsReader],
+def _whole(reader: _Reader, name: str) -> Tensor:
+    shape = reader.shapes[name]
+    return reader.read(name, 0, prod(shape)).view(shape)
+
+
+def _gram(
+    weights: Sequence[_Reader],
     names: Sequence[str],
-    drawn: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
     n_directions: int,
     advance: Callable[[int], None],
 ) -> Matrix:
@@ -158,55 +139,62 @@ def _summed(
     n_rows = len(weights) + 1 + n_directions
     width = max(1, _BLOCK_BYTES // (8 * n_rows))
     gram = np.zeros((n_rows, n_rows), order="F")
-    for pieces in _blocks([(name, prod(weights[0].shapes[name])) for name in names], width):
-        block = torch.empty(n_rows, sum(end - begin for _, begin, end in pieces), dtype=torch.float64)
-        _fill(block, pieces, weights, drawn)
+    for slices in _blocks([(name, prod(weights[0].shapes[name])) for name in names], width):
+        block = _read_block(slices, n_rows, weights, directions)
+        # Adds block @ block.T to the upper triangle, in place: half the work of a general product, and no copy, since
+        # the transpose of a C-ordered block is in the Fortran order that BLAS takes.
         gram = dsyrk(1.0, block.numpy().T, beta=1.0, c=gram, trans=1, overwrite_c=1)
         advance(block.shape[1])
     return np.triu(gram) + np.triu(gram, 1).T
 
 
-def _fill(block: Tensor, pieces: list[_Piece], weights: Sequence[_WeightsReader], drawn: Mapping[str, Tensor]) -> None:
-    """Displacements, the first checkpoint and the directions over some pieces of tensors."""
-    n, at = len(weights), 0
-    for name, begin, end in pieces:
-        part = block[:, at : at + end - begin]
-        for row, own in zip(part, weights, strict=False):
-            row.copy_(own.read(name, begin, end))
-        part[n] = part[0]
-        part[:n] -= part[n]
-        if drawn:
-            part[n + 1 :] = drawn[name][:, begin:end]
-        at += end - begin
+def _read_block(
+    slices: list[_Slice], n_rows: int, weights: Sequence[_Reader], directions: Mapping[str, Tensor]
+) -> Tensor:
+    """Displacements, the first checkpoint and the directions, as rows, over some slices of tensors."""
+    block = torch.empty(n_rows, sum(piece.size for piece in slices), dtype=torch.float64)
+    n, column = len(weights), 0
+    for piece in slices:
+        columns = block[:, column : column + piece.size]
+        for row, reader in zip(columns, weights, strict=False):
+            row.copy_(reader.read(*piece))
+        # Displacements are formed before any product: inner products of the points themselves would lose the small
+        # distances between checkpoints to cancellation.
+        columns[n] = columns[0]
+        columns[:n] -= columns[n]
+        if directions:
+            columns[n + 1 :] = directions[piece.name][:, piece.begin : piece.end]
+        column += piece.size
+    return block
 
 
-def _blocks(tensors: list[tuple[str, int]], width: int) -> Iterator[list[_Piece]]:
-    """Cut tensors, end to end, into blocks of ``width`` entries."""
-    pieces: list[_Piece] = []
+def _blocks(tensors: list[tuple[str, int]], width: int) -> Iterator[list[_Slice]]:
+    """Tensors of given names and sizes, laid end to end and cut into blocks of ``width`` entries."""
+    slices: list[_Slice] = []
     room = width
     for name, size in tensors:
         begin = 0
         while begin < size:
             end = min(size, begin + room)
-            pieces.append(_Piece(name, begin, end))
+            slices.append(_Slice(name, begin, end))
             room -= end - begin
             begin = end
             if room == 0:
-                yield pieces
-                pieces, room = [], width
-    if pieces:
-        yield pieces
+                yield slices
+                slices, room = [], width
+    if slices:
+        yield slices
 
 
-def _same_architecture(weights: Sequence[FlatWeights | _StateReader]) -> None:
+def _check_same_architecture(weights: Sequence[FlatWeights | _StateReader]) -> None:
     first = weights[0]
     for other in weights[1:]:
         differing = [
             name for name in {**first.shapes, **other.shapes} if first.shapes.get(name) != other.shapes.get(name)
         ]
         if differing:
-            shapes = [one.shapes.get(differing[0], "missing") for one in (other, first)]
+            theirs, ours = (reader.shapes.get(differing[0], "missing") for reader in (other, first))
             raise ModelError(
-                f"{other.path}: is of another architecture than {first.path} ({differing[0]!r} is {shapes[0]}, there "
-                f"{shapes[1]}); compare checkpoints of one architecture"
+                f"{other.path}: is of another architecture than {first.path} ({differing[0]!r} is {theirs} here and "
+                f"{ours} there); compare checkpoints of one architecture"
             )

@@ -1,7 +1,7 @@
-"""The loss of one network at many points of parameter space, per example and with several points per pass.
+"""The loss of one network at many points of parameter space: example by example, several points per pass over the data.
 
-Points are given as *anchors*, a few states of the network, and *weights*, a row for each point: the point is the sum
-of the anchors times its weights. Lines, planes and curves through checkpoints are all of this form.
+Points are given by *anchors*, a few states of the network, and *weights*, one row per point: the point is the sum of
+the anchors times its weights. Lines, planes and curves through checkpoints are all of this form.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pnanalysis.evaluation.losses import (
     linearised,
     loss_on,
 )
-from pnanalysis.geometry.batch_norm import RunningStatistics
+from pnanalysis.geometry.batch_norm import normalise_by_batch, norms_with_statistics, reestimate
 from pnanalysis.inputs.batches import map_tensors
 from pnanalysis.inputs.models import Loss, load_weights
 from pnanalysis.io.weights import State
@@ -35,30 +35,41 @@ from pnanalysis.terminal.progress import Advance
 from pnanalysis.torch_internals import ConvolutionBase
 
 Matrix = NDArray[np.float64]
+#: What to do with the running statistics of batch normalisation between checkpoints.
 BATCH_NORM = ("reestimate", "interpolate")
 
-_AT_ONCE = 32  # more points per pass gain nothing once launching operations no longer dominates
-_SMALL = {"cpu": 50_000, "cuda": 4_000_000}  # parameters; larger networks keep the device busy one at a time
+# Small networks are bound by the overhead of single operations, which points in one vectorised pass share; large ones
+# are bound by arithmetic and memory, of which a vectorised pass saves nothing.
+_POINTS_PER_PASS = 32
+_POINTS_PER_PASS_OF_CONVOLUTIONS = 8
+_SMALL = {"cpu": 50_000, "cuda": 4_000_000}  # parameters of the largest network that counts as small
 
 
-class _BatchValues(NamedTuple):
-    """Losses, errors and their weights in the mean, (N,) each, of one batch at one point; and the batch's loss."""
+class ExampleValues(NamedTuple):
+    """Loss and error of every example at one point.
 
-    loss: Tensor
-    weight: Tensor
-    error: Tensor
-    error_weight: Tensor
-    batch_loss: Tensor
+    Where examples have weights, these are the values of :func:`pnanalysis.evaluation.losses.linearised`: their plain
+    mean is the weighted mean.
 
-
-class PointValues(NamedTuple):
-    """Loss of every example at one point, (N,), and its fraction of mistakes, (N,), NaN in regression.
-
-    Of weighted means, what :func:`pnanalysis.evaluation.losses.linearised` makes of them.
+    Attributes
+    ----------
+    loss : ndarray, shape (N,)
+    error : ndarray, shape (N,)
+        Fraction of an example's positions that are misclassified; NaN in regression.
     """
 
     loss: Matrix
     error: Matrix
+
+
+class _BatchValues(NamedTuple):
+    """What one batch of N examples gives at one point; all of shape (N,) but ``batch_loss``, shape ()."""
+
+    loss: Tensor
+    loss_weight: Tensor
+    error: Tensor
+    error_weight: Tensor
+    batch_loss: Tensor
 
 
 class LossSurface:
@@ -67,24 +78,24 @@ class LossSurface:
     Parameters
     ----------
     model : Module
-        Only its architecture matters, not its weights.
+        The architecture; its weights are not used. It is evaluated in eval mode.
     loss : callable
         ``loss(outputs, targets)``, averaged over the batch.
     device, dtype
-        Where and how to compute; losses are summed in float64.
+        Where and in which precision to compute; losses are summed in float64.
     bn_batches : iterable of batches, optional
-        Re-estimate the running statistics of batch normalisation at each point in a pass over these. Without them,
+        Re-estimate the running statistics of batch normalisation at each point in a pass over these; without them,
         running statistics are combined like parameters (variances never below zero).
     at_once : int, optional
         Points per vectorised pass. By default 32 for networks of up to 50,000 parameters on a CPU, or 4,000,000 on
-        CUDA, and 1 for larger ones; with convolutions 8 on CUDA and 1 on a CPU, where many at a time are slower.
-        Networks that vmap cannot map are evaluated one by one.
+        CUDA, and 1 for larger ones; with convolutions 8 on CUDA and 1 on a CPU, where larger numbers are slower.
+        Networks and losses that cannot be vectorised are evaluated one point at a time.
 
     Notes
     -----
-    Activations of a linear combination of two networks have smaller variance than those of either, which running
-    statistics combined in the same way do not reflect; that alone can cause much of a barrier [1]_. Re-estimation
-    sets every running mean and variance to the average over the batches, weighted by their sizes.
+    A linear combination of two networks has activations of smaller variance than either, which running statistics
+    combined in the same way do not reflect; much of a barrier can be due to that alone [1]_. Re-estimation sets
+    every running mean and variance to the average over the batches, weighted by their sizes.
 
     References
     ----------
@@ -104,25 +115,28 @@ class LossSurface:
         self.device, self.dtype = torch.device(device), dtype
         self.model = deepcopy(model).to(self.device, dtype).eval()
         self.loss = loss_on(loss, self.device, dtype)
-        self.norms = RunningStatistics(self.model)
+        self.norms = norms_with_statistics(self.model)
         self.bn_batches = bn_batches if self.norms else None
-        self.at_once = at_once or self._points_at_once()
+        self.at_once = at_once or self._default_at_once()
 
     @property
     def parameter_names(self) -> list[str]:
-        """Names of the trainable parameters, as opposed to what else a state holds: buffers and frozen parameters."""
+        """Names of the trainable parameters; a state also holds buffers and frozen parameters."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def anchor(self, state: Mapping[str, Tensor], origin: str = "weights") -> State:
-        """A state of the model's architecture, on the device and in the precision of this surface."""
+        """A state of the model's architecture, copied to the device and precision of this surface.
+
+        ``origin`` names the state in error messages.
+        """
         load_weights(self.model, state, origin)
-        own = [*self.model.named_parameters(), *self.model.named_buffers()]  # tied weights appear once
-        return {name: tensor.detach().clone() for name, tensor in own}
+        held = [*self.model.named_parameters(), *self.model.named_buffers()]  # these list tied weights only once
+        return {name: tensor.detach().clone() for name, tensor in held}
 
     def combine(self, anchors: Sequence[State], weights: Matrix) -> State:
         """The points ``weights (k, A) @ anchors (A)``, stacked: each tensor gets a leading axis k.
 
-        Tensors that are not floating-point are those of the first anchor.
+        Tensors of integers (counters, masks) are those of the first anchor.
         """
         w = torch.as_tensor(weights, dtype=self.dtype, device=self.device)
         points = {}
@@ -131,14 +145,16 @@ class LossSurface:
                 points[name] = first.expand(len(w), *first.shape).clone()
                 continue
             points[name] = torch.tensordot(w, torch.stack([anchor[name] for anchor in anchors]), 1)
-        self.norms.make_valid(points)
+        for name in self.norms:
+            # Beyond the ends of a line weights are negative, and a combination of variances can be, too.
+            points[f"{name}.running_var"].clamp_(min=0.0)
         return points
 
     @torch.no_grad()
     def values(
         self, anchors: Sequence[State], weights: Matrix, batches: Iterable[Any], advance: Advance | None = None
-    ) -> Iterator[PointValues]:
-        """Losses and errors of all examples at each point in turn, with memory for a few points at a time.
+    ) -> Iterator[ExampleValues]:
+        """Losses and errors of all examples at each point in turn; only a few points are in memory at a time.
 
         Parameters
         ----------
@@ -147,7 +163,7 @@ class LossSurface:
         weights : array, shape (K, A)
         batches : re-iterable of (inputs, targets)
         advance : callable, optional
-            Called for every point done.
+            Called after each point.
 
         Raises
         ------
@@ -156,13 +172,14 @@ class LossSurface:
         """
         chunk = max(self.at_once, 1)
         for begin in range(0, len(weights), chunk):
-            points = self.combine(anchors, weights[begin : begin + chunk])
-            size = len(weights[begin : begin + chunk])
+            rows = weights[begin : begin + chunk]
+            points = self.combine(anchors, rows)
             if self.bn_batches is not None:
-                for k in range(size):
-                    self.norms.reestimate({n: tensor[k] for n, tensor in points.items()}, self.bn_batches, self._cast)
-            for k, found in enumerate(self._pass(points, size, batches)):
-                yield found
+                for k in range(len(rows)):
+                    batch_inputs = (self._cast(inputs) for inputs, _ in self.bn_batches)
+                    reestimate(self.model, self.norms, _point(points, k), batch_inputs)  # in place: points are views
+            for k, values in enumerate(self._example_values(points, len(rows), batches)):
+                yield values
                 if advance is not None:
                     advance(text=f"point {begin + k + 1}")
 
@@ -171,66 +188,76 @@ class LossSurface:
     ) -> tuple[float, State]:
         """Mean loss at a state over all batches, and its gradient by parameter name.
 
-        With ``batch_statistics``, batch normalisation uses those of each batch, as in training.
+        With ``batch_statistics``, batch normalisation uses the statistics of each batch, as in training.
         """
         theta = {name: state[name].detach().requires_grad_() for name in self.parameter_names}
         rest = {name: tensor.clone() for name, tensor in state.items() if name not in theta}
-        total, weight_seen = 0.0, 0.0
+        loss_sum, weight_sum = 0.0, 0.0
         gradient = [torch.zeros_like(tensor) for tensor in theta.values()]
-        with self.norms.of_batches(batch_statistics):
+        with normalise_by_batch(self.norms if batch_statistics else {}):
             for inputs, targets in batches:
                 targets = self._cast(targets)
                 outputs = forward(self.model, self._cast(inputs), {**rest, **theta})
                 check_targets(self.loss, outputs, targets)
                 value = self.loss(outputs, targets)
                 weight = float(example_weights(self.loss, targets).sum())
-                if weight == 0:
-                    continue  # all positions are ignored; their mean loss is 0 / 0
+                if weight == 0:  # every position is ignored, and the loss is 0 / 0
+                    continue
                 parts = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
-                for into, part in zip(gradient, parts, strict=True):
+                for total, part in zip(gradient, parts, strict=True):
                     if part is not None:
-                        into.add_(part, alpha=weight)
-                total += float(value.detach()) * weight
-                weight_seen += weight
-        return total / weight_seen, {name: part / weight_seen for name, part in zip(theta, gradient, strict=True)}
+                        total.add_(part, alpha=weight)
+                loss_sum += float(value.detach()) * weight
+                weight_sum += weight
+        return loss_sum / weight_sum, {name: part / weight_sum for name, part in zip(theta, gradient, strict=True)}
 
-    def _pass(self, points: State, size: int, batches: Iterable[Any]) -> Iterator[PointValues]:
-        parts: list[list[_BatchValues]] = [[] for _ in range(size)]
+    def _example_values(self, points: State, n_points: int, batches: Iterable[Any]) -> Iterator[ExampleValues]:
+        """Values of all examples at each of some stacked points, in one pass over the data."""
+        by_point: list[list[_BatchValues]] = [[] for _ in range(n_points)]
         for inputs, targets in batches:
-            for part, row in zip(parts, self._rows(points, size, self._cast(inputs), self._cast(targets)), strict=True):
-                check_mean(self.loss, row.batch_loss, row.loss, row.weight)
-                part.append(row)
-        for part in parts:
-            loss, weight, error, error_weight = (
-                torch.cat(column).double().cpu().numpy() for column in list(zip(*part, strict=True))[:4]
+            found = self._batch_values(points, n_points, self._cast(inputs), self._cast(targets))
+            for seen, values in zip(by_point, found, strict=True):
+                check_mean(self.loss, values.batch_loss, values.loss, values.loss_weight)
+                seen.append(values)
+        for seen in by_point:
+            loss, loss_weight, error, error_weight = (
+                torch.cat([values[field] for values in seen]).double().cpu().numpy() for field in range(4)
             )
-            yield PointValues(linearised(loss, weight), linearised(error, error_weight))
+            yield ExampleValues(linearised(loss, loss_weight), linearised(error, error_weight))
 
-    def _rows(self, points: State, size: int, inputs: Any, targets: Any) -> list[_BatchValues]:
-        """Values for a batch at each point."""
+    def _batch_values(self, points: State, n_points: int, inputs: Any, targets: Any) -> list[_BatchValues]:
+        """Values of a batch at each of some stacked points."""
         if self.at_once > 1:
             try:
-                found = vmap(self._measure, in_dims=(0, None, None))(points, inputs, targets)
-                return [_BatchValues(*row) for row in zip(*found, strict=True)]
-            except (RuntimeError, ModelError):  # vmap cannot map what the network or the loss does
+                stacked = vmap(self._batch_values_at, in_dims=(0, None, None))(points, inputs, targets)
+                return [_BatchValues(*values) for values in zip(*stacked, strict=True)]
+            except (RuntimeError, ModelError):
+                # The network or the loss cannot be vectorised (it writes in place, or branches on values). An error of
+                # its own comes up again below, without vmap's words around it.
                 self.at_once = 1
-        return [self._measure({n: t[k] for n, t in points.items()}, inputs, targets) for k in range(size)]
+        return [self._batch_values_at(_point(points, k), inputs, targets) for k in range(n_points)]
 
-    def _measure(self, state: State, inputs: Any, targets: Any) -> _BatchValues:
+    def _batch_values_at(self, state: State, inputs: Any, targets: Any) -> _BatchValues:
+        """Values of a batch at one point."""
         outputs = forward(self.model, inputs, state)
-        loss, weight = example_losses(self.loss, outputs, targets)
+        loss, loss_weight = example_losses(self.loss, outputs, targets)
         errors = example_errors(self.loss, prediction(outputs), targets)
         if errors is None:
             errors = torch.full_like(loss, torch.nan), torch.ones_like(loss)
-        return _BatchValues(loss, weight, *errors, self.loss(outputs, targets))
+        return _BatchValues(loss, loss_weight, *errors, self.loss(outputs, targets))
 
-    def _points_at_once(self) -> int:
+    def _default_at_once(self) -> int:
         n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         convolutions = any(isinstance(module, ConvolutionBase) for module in self.model.modules())
         small = n_parameters <= _SMALL.get(self.device.type, 0)
         if self.bn_batches is not None or not small or (convolutions and self.device.type == "cpu"):
             return 1
-        return 8 if convolutions else _AT_ONCE
+        return _POINTS_PER_PASS_OF_CONVOLUTIONS if convolutions else _POINTS_PER_PASS
 
     def _cast(self, value: Any) -> Any:
         return map_tensors(value, lambda part: part.to(self.dtype) if part.is_floating_point() else part)
+
+
+def _point(points: State, k: int) -> State:
+    """One of several stacked points, as views."""
+    return {name: tensor[k] for name, tensor in points.items()}

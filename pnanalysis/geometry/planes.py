@@ -1,4 +1,4 @@
-"""Planes in parameter space: through three states, or along two random filter-normalised directions."""
+"""Loss and error on planes: through three states, or along two random directions scaled filter by filter."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor
 
 from pnanalysis.errors import RunError
 from pnanalysis.estimates import mean_and_se
-from pnanalysis.geometry.gram import displacement_gram, filter_directions
+from pnanalysis.geometry.directions import random_directions
+from pnanalysis.geometry.gram import displacement_gram
 from pnanalysis.geometry.loss_surface import LossSurface, Matrix
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import progress_bar
@@ -31,8 +30,20 @@ def through_three(
 ) -> xr.Dataset:
     """Loss and error on the plane through three states, as variables of kind ``landscape``.
 
-    ``span`` (x_min, x_max, y_min, y_max) by default extends a quarter beyond the three states, and neither side is less
-    than half the other.
+    Parameters
+    ----------
+    surface : LossSurface
+    states : sequence of three states
+    names : sequence of str
+        Their names.
+    batches : mapping
+        Batches of each split.
+    span : sequence of float, optional
+        ``x_min, x_max, y_min, y_max``. By default a margin of a quarter of the three points' extent on each side, and
+        no side shorter than half the other.
+    n_points : int
+        Along each axis.
+    progress : bool
 
     Raises
     ------
@@ -42,21 +53,15 @@ def through_three(
     displacements = displacement_gram(states, surface.parameter_names)
     _, points = plane_weights(displacements, np.zeros(1), np.zeros(1))
     low, high = points.min(0), points.max(0)
-    half = 0.75 * (high - low)
-    half = np.maximum(half, half.max() / 2)  # three states almost on a line would give a sliver
-    around = ((low + high)[:, None] / 2 + half[:, None] * [-1, 1]).reshape(-1)
-    x, y = _grid(around if span is None else span, n_points)
-    weights, _ = plane_weights(displacements, *_flat(x, y))
+    half = 0.75 * (high - low)  # half the extent and a quarter more
+    half = np.maximum(half, half.max() / 2)
+    default_span = ((low + high)[:, None] / 2 + half[:, None] * [-1, 1]).reshape(-1)
+    x, y = _grid_axes(default_span if span is None else span, n_points)
+    weights, _ = plane_weights(displacements, *_grid_points(x, y))
     ds = _on_grid(surface, states, weights, x, y, batches, progress)
-    ds.x.attrs |= {"long_name": f"along {_short(names[0])} to {_short(names[1])}", "units": "parameter units"}
-    ds.y.attrs |= {"long_name": f"across, towards {_short(names[2])}", "units": "parameter units"}
+    ds.x.attrs |= {"long_name": f"along {_short_name(names[0])} to {_short_name(names[1])}", "units": "parameter units"}
+    ds.y.attrs |= {"long_name": f"across, towards {_short_name(names[2])}", "units": "parameter units"}
     return ds.assign(point_position=(("point", "component"), points)).assign_coords(point=list(names))
-
-
-def _short(name: str) -> str:
-    """A checkpoint's name without its run's and its epoch."""
-    parts = [part for part in name.split("/") if not part.startswith("epoch")]
-    return parts[-1] if parts else name
 
 
 def about_one(
@@ -69,46 +74,39 @@ def about_one(
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Loss and error on the plane around a state along two :func:`random_directions`, by default from -1 to 1."""
+    """Loss and error on the plane through a state along two random directions, by default from -1 to 1.
+
+    See :func:`pnanalysis.geometry.directions.random_directions`; parameters as for :func:`through_three`.
+    """
     directions = random_directions(state, surface.parameter_names, seed)
-    x, y = _grid((-1.0, 1.0, -1.0, 1.0) if span is None else span, n_points)
-    along, across = _flat(x, y)
-    weights = np.stack([np.ones_like(along), along, across], axis=1)
+    x, y = _grid_axes((-1.0, 1.0, -1.0, 1.0) if span is None else span, n_points)
+    first, second = _grid_points(x, y)
+    weights = np.stack([np.ones_like(first), first, second], axis=1)
     ds = _on_grid(surface, [state, *directions], weights, x, y, batches, progress)
-    for axis, text in ((ds.x, "first"), (ds.y, "second")):
-        axis.attrs |= {"long_name": f"{text} random direction", "units": "filter norms"}
+    ds.x.attrs |= {"long_name": "first random direction", "units": "filter norms"}
+    ds.y.attrs |= {"long_name": "second random direction", "units": "filter norms"}
     return ds.assign(point_position=(("point", "component"), np.zeros((1, 2)))).assign_coords(point=[name])
 
 
-def on_plane(moved: Matrix, onto: Matrix, among: Matrix) -> Matrix:
-    """Orthonormal coordinates (T, 2) on the plane of two directions; NaN where these are parallel.
-
-    ``onto`` (T, 2) are the displacements' inner products with the directions, ``among`` (2, 2) the directions' own.
-    """
-    a2, ab, b2 = among[0, 0], among[0, 1], among[1, 1]
-    height2 = b2 - ab**2 / a2 if a2 > 0 else 0.0
-    if height2 <= 1e-10 * max(b2, a2):  # parallel up to round-off of the inner products
-        return np.full((len(moved), 2), np.nan)
-    x = onto[:, 0] / np.sqrt(a2)
-    return np.stack([x, (onto[:, 1] - ab / a2 * onto[:, 0]) / np.sqrt(height2)], axis=1)
-
-
 def plane_weights(displacements: Matrix, x: Matrix, y: Matrix) -> tuple[Matrix, Matrix]:
-    """The plane through three states, in orthonormal coordinates: the first at the origin, the second on the x axis.
+    """Points of the plane through three states, as sums of these.
+
+    Coordinates are orthonormal, with the first state at the origin and the second on the x axis.
 
     Parameters
     ----------
     displacements : array, shape (3, 3)
-        The states' :func:`pnanalysis.geometry.gram.displacement_gram`.
+        Inner products of the states' displacements from the first
+        (:func:`pnanalysis.geometry.gram.displacement_gram`).
     x, y : arrays, shape (K,)
-        Points of the plane, in parameter units; the same coordinates as ``plane`` of :func:`pnanalysis.trajectory`.
+        Points of the plane, in parameter units, in the coordinates of ``plane`` of :func:`pnanalysis.trajectory`.
 
     Returns
     -------
     weights : array, shape (K, 3)
         Of the three states; each row sums to one.
     points : array, shape (3, 2)
-        Where the three states lie.
+        Coordinates of the three states.
 
     Raises
     ------
@@ -119,55 +117,69 @@ def plane_weights(displacements: Matrix, x: Matrix, y: Matrix) -> tuple[Matrix, 
     if np.isnan(points).any():
         raise RunError(COLLINEAR)
     (length, _), (shift, height) = points[1:]
-    second = y / height
-    first = (x - shift * second) / length
-    return np.stack([1 - first - second, first, second], axis=1), points
+    third = y / height  # only the third state has a y coordinate
+    second = (x - shift * third) / length
+    return np.stack([1 - second - third, second, third], axis=1), points
 
 
-def random_directions(state: Mapping[str, Tensor], names: Sequence[str], seed: int = 0) -> tuple[State, State]:
-    """Two Gaussian directions, each filter scaled to the norm of the state's; biases and batch norm do not move.
-
-    The same directions as the first random plane of :func:`pnanalysis.trajectory` with this seed and checkpoint.
+def on_plane(moved: Matrix, onto: Matrix, among: Matrix) -> Matrix:
+    """Orthonormal coordinates on the plane spanned by two directions a and b: Gram-Schmidt on inner products alone.
 
     Parameters
     ----------
-    state : mapping of tensors
-    names : sequence of str
-        Its parameters. Those with fewer than two axes (biases, batch normalisation), and buffers, get zeros.
-    seed : int
+    moved : array, shape (T, T)
+        Inner products of T displacements.
+    onto : array, shape (T, 2)
+        Inner products of the displacements with a and b.
+    among : array, shape (2, 2)
+        Inner products of a and b.
 
-    References
-    ----------
-    H. Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913, section 4.
+    Returns
+    -------
+    array, shape (T, 2)
+        Coordinates along a and, across it, towards b; NaN where a and b are parallel.
     """
-    generator = torch.Generator().manual_seed(seed)
-    first, second = ({name: torch.zeros_like(tensor) for name, tensor in state.items()} for _ in range(2))
-    for name in names:
-        first[name], second[name] = filter_directions(state[name], 2, generator).to(state[name])
-    return first, second
+    aa, ab, bb = among[0, 0], among[0, 1], among[1, 1]
+    height2 = bb - ab**2 / aa if aa > 0 else 0.0  # squared norm of the part of b that is orthogonal to a
+    # A difference of two nearly equal numbers: at 1e-10 of their size it has some six correct digits left.
+    if height2 <= 1e-10 * max(bb, aa):
+        return np.full((len(moved), 2), np.nan)
+    x = onto[:, 0] / np.sqrt(aa)
+    y = (onto[:, 1] - ab / aa * onto[:, 0]) / np.sqrt(height2)
+    return np.stack([x, y], axis=1)
 
 
 def _on_grid(
     surface: LossSurface, anchors: Sequence[State], weights: Matrix, x: Matrix, y: Matrix, batches: Mapping[str, Any],
     progress: bool,
 ) -> xr.Dataset:  # fmt: skip
-    table = np.empty((3, len(batches), len(weights)))
-    with progress_bar("on the plane", table[0].size, progress) as advance:
-        for s, part in enumerate(batches.values()):
-            for k, found in enumerate(surface.values(anchors, weights, part, advance)):
-                table[:, s, k] = (*mean_and_se(found.loss), found.error.mean())
-    grids = dict(zip(("loss", "loss_se", "error"), table.reshape(3, len(batches), len(y), len(x)), strict=True))
-    if np.isnan(grids["error"]).all():
-        del grids["error"]
-    variables = {name: (("split", "y", "x"), grid) for name, grid in grids.items()}
+    """Loss and error of each split at the points of a grid, which ``weights`` holds row of y by row of y."""
+    shape = (len(batches), len(weights))
+    loss, loss_se, error = (np.empty(shape) for _ in range(3))
+    with progress_bar("on the plane", loss.size, progress) as advance:
+        for s, split_batches in enumerate(batches.values()):
+            for k, values in enumerate(surface.values(anchors, weights, split_batches, advance)):
+                loss[s, k], loss_se[s, k] = mean_and_se(values.loss)
+                error[s, k] = values.error.mean()
+    found = {"loss": loss, "loss_se": loss_se, "error": error}
+    if np.isnan(error).all():  # regression
+        del found["error"]
+    grid = (len(batches), len(y), len(x))
+    variables = {name: (("split", "y", "x"), values.reshape(grid)) for name, values in found.items()}
     return xr.Dataset(variables, coords={"split": list(batches), "x": x, "y": y})
 
 
-def _grid(span: Sequence[float] | Matrix, n_points: int) -> tuple[Matrix, Matrix]:
+def _grid_axes(span: Sequence[float] | Matrix, n_points: int) -> tuple[Matrix, Matrix]:
     return np.linspace(span[0], span[1], n_points), np.linspace(span[2], span[3], n_points)
 
 
-def _flat(x: Matrix, y: Matrix) -> tuple[Matrix, Matrix]:
+def _grid_points(x: Matrix, y: Matrix) -> tuple[Matrix, Matrix]:
     """Coordinates of all grid points, rows of y first."""
     grid_y, grid_x = np.meshgrid(y, x, indexing="ij")
     return grid_x.reshape(-1), grid_y.reshape(-1)
+
+
+def _short_name(name: str) -> str:
+    """A checkpoint's name without its run and epoch."""
+    parts = [part for part in name.split("/") if not part.startswith("epoch")]
+    return parts[-1] if parts else name

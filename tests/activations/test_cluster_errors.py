@@ -1,4 +1,4 @@
-"""Standard errors over examples: against per-example formulas, and their coverage on clustered numbers."""
+"""Standard errors over examples: per-example formulas, and coverage on clustered numbers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from pnanalysis.activations.cluster_errors import ExampleMoments, FractionErrors
+from pnanalysis.activations.cluster_errors import CumulativeFractions, ExampleMoments
 from pnanalysis.activations.hooks import ACTIVATIONS, Activation
 from pnanalysis.activations.statistics import LayerActivity, Measures
 
 TANH = ACTIVATIONS[torch.tanh]
-BETWEEN, WITHIN = 1.0, 0.7  # standard deviations of an example's level, and of the numbers about it
+BETWEEN, WITHIN = 1.0, 0.7  # standard deviations of an example's level, and of the numbers around it
 SPREAD = float(np.hypot(BETWEEN, WITHIN))
 
 
@@ -24,7 +24,7 @@ def clustered(n: int, seed: int) -> torch.Tensor:
 
 
 def truths() -> dict[str, float]:
-    """What estimates converge to, by quadrature over the normal distribution."""
+    """Limits of the estimates for many examples, by quadrature over the normal distribution."""
 
     def expect(f: object) -> float:
         return integrate.quad(lambda z: f(np.tanh(SPREAD * z)) * stats.norm.pdf(z), -9, 9, limit=200)[0]
@@ -43,9 +43,9 @@ def truths() -> dict[str, float]:
     }
 
 
-def estimates(measured: dict) -> dict[str, tuple[float, float]]:
+def estimates(variables: dict) -> dict[str, tuple[float, float]]:
     def pick(name: str, *at: int) -> tuple[float, float]:
-        return tuple(float(np.asarray(measured[key][1])[at]) for key in (name, f"{name}_se"))
+        return tuple(float(np.asarray(variables[key][1])[at]) for key in (name, f"{name}_se"))
 
     own = {name: pick(name) for name in ("mean", "std", "saturation_measure", "saturated_share")}
     return own | {
@@ -63,9 +63,9 @@ def test_intervals_cover_what_the_estimates_converge_to(exact_limit: int) -> Non
         layer = LayerActivity(TANH, Measures(bins=20, exact_limit=exact_limit), (-1.0, 1.0))
         values = clustered(n, seed)
         layer.add(values)
-        found = estimates(layer.measure())
-        for name, (value, error) in found.items():
-            hits[name] += abs(value - true[name]) <= 1.96 * error
+        found = estimates(layer.variables())
+        for name, (value, se) in found.items():
+            hits[name] += abs(value - true[name]) <= 1.96 * se
         naive += abs(found["mean"][0]) <= 1.96 * float(values.std()) / values.numel() ** 0.5
     # 95 %, less 0.3 points for 199 degrees of freedom; four binomial standard errors, and two points of bias for
     # skewed estimates
@@ -91,34 +91,34 @@ def test_the_variance_of_a_ratio(cross: bool) -> None:
     np.testing.assert_allclose(moments.standard_error(), np.sqrt(np.diag(expected)), rtol=1e-11)
 
 
-def test_share_errors_are_exact_at_borders_of_buckets() -> None:
+def test_standard_errors_of_fractions_are_exact_at_borders_of_buckets() -> None:
     values = clustered(50, 1).flatten(1)
-    errors = FractionErrors()
+    fractions = CumulativeFractions()
     for part in values.split(20):
-        errors.add(part)
+        fractions.add(part)
     for border in (0.5, 0.75):  # powers of two and their eighths are borders
         for absolute in (False, True):
             below = ((values.abs() if absolute else values) < border).double().mean(1).numpy()
-            error = errors.at(np.array([below.mean()]), absolute)
-            np.testing.assert_allclose(error, below.std(ddof=1) / np.sqrt(50), rtol=1e-6)
+            se = fractions.standard_error(np.array([below.mean()]), absolute)
+            np.testing.assert_allclose(se, below.std(ddof=1) / np.sqrt(50), rtol=1e-6)
 
 
 def test_numbers_that_are_all_equal_have_no_error() -> None:
     layer = LayerActivity(Activation("relu", 0.0, rectifier=True), Measures(), (0.0, 1.0))
     layer.add(torch.zeros(30, 5))
-    measured = layer.measure()
+    variables = layer.variables()
     for name in ("percentile_se", "abs_percentile_se", "mean_se", "std_se", "saturated_share_se"):
-        np.testing.assert_array_equal(measured[name][1], 0.0)
-    assert measured["dead_units"][1] == 5
+        np.testing.assert_array_equal(variables[name][1], 0.0)
+    assert variables["dead_units"][1] == 5
 
 
 def test_one_example_has_no_standard_error() -> None:
     layer = LayerActivity(TANH, Measures(), (-1.0, 1.0))
     layer.add(clustered(1, 0))
-    measured = layer.measure()
-    assert np.isfinite(measured["percentile"][1]).all()
+    variables = layer.variables()
+    assert np.isfinite(variables["percentile"][1]).all()
     for name in ("percentile_se", "histogram_se", "mean_se", "saturated_share_se", "saturation_measure_se"):
-        assert np.isnan(measured[name][1]).all(), name
+        assert np.isnan(variables[name][1]).all(), name
 
 
 @pytest.mark.parametrize("exact_limit", [0, 1500, 10**6])
@@ -132,6 +132,6 @@ def test_layers_merge_to_what_one_pass_gives(exact_limit: int) -> None:
     merged = LayerActivity(TANH, measures, (-1.0, 1.0))
     for part in parts:
         merged.merge(part)
-    expected = whole.measure()
-    for name, (_, value) in merged.measure().items():
+    expected = whole.variables()
+    for name, (_, value) in merged.variables().items():
         np.testing.assert_allclose(value, expected[name][1], rtol=1e-9, atol=1e-12, err_msg=name)

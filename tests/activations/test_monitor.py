@@ -1,4 +1,4 @@
-"""The live monitor: the same numbers as the analysis of the same batches, and a loop that does not notice it."""
+"""The live monitor: the same numbers as the analysis of the same batches, without any effect on training."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_record_equals_the_analysis_of_the_same_batch(tmp_path: Path, n_exampl
             np.testing.assert_array_equal(live[name].isel(step=i), offline[name], err_msg=str(name))
 
 
-def test_training_goes_on_as_if_nobody_watched() -> None:
+def test_monitoring_does_not_change_training() -> None:
     watched, alone = small_network(), small_network()
     with pn.SaturationMonitor(watched, every=2):
         train(watched, batches(5))
@@ -81,7 +81,7 @@ def test_only_training_passes_count() -> None:
     assert monitor.dataset().step.values.tolist() == [0, 2, 4]
 
 
-def test_a_pass_that_fails_leaves_no_record_and_no_watch() -> None:
+def test_a_failed_pass_leaves_no_record_and_no_hooks() -> None:
     model = small_network()
     with pn.SaturationMonitor(model, every=1) as monitor:
         with pytest.raises(RuntimeError):
@@ -134,7 +134,7 @@ def test_units_are_features_after_a_linear_layer_and_channels_after_a_convolutio
     assert ds.unit_dead.sel(layer="sigmoid").isnull().values.tolist() == [False] * 3 + [True] * 3
 
 
-def test_what_cannot_be_monitored_is_said() -> None:
+def test_networks_that_cannot_be_monitored_raise_an_error() -> None:
     linear = nn.Linear(3, 3)
     with pn.SaturationMonitor(linear) as monitor, pytest.raises(ModelError, match="no activation functions"):
         linear(torch.randn(2, 3))

@@ -1,4 +1,4 @@
-"""Quantiles of streams against NumPy's."""
+"""Quantiles of a stream: within the sketch's bound of order statistics, however it is split and merged."""
 
 from __future__ import annotations
 
@@ -11,19 +11,28 @@ from hypothesis import strategies as st
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR, QuantileSketch
 
 
-@pytest.mark.parametrize("limits", [(0, 0), (10**6, 10**6), (10**6, 100), (100, 10**6), (3000, 3000)])
-def test_sketches_merge_to_what_all_numbers_give(limits: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("limits", "whole_limit"),
+    [
+        ((0, 0), 0),
+        ((10**6, 10**6), 10**6),
+        ((10**6, 100), 0),  # a sketch that is merged into exact numbers makes them a sketch
+        ((100, 10**6), 100),
+        ((3000, 3000), 3000),  # both exact, and together too many
+    ],
+)
+def test_sketches_merge_to_what_all_numbers_give(limits: tuple[int, int], whole_limit: int) -> None:
     values = torch.randn(4000, generator=torch.Generator().manual_seed(0))
     merged, other = (QuantileSketch(limit) for limit in limits)
-    whole = QuantileSketch(limits[0])
+    whole = QuantileSketch(whole_limit)
     merged.add(values[:1500])
     for sketch, part in ((other, values[1500:]), (whole, values)):
         sketch.add(part)
     merged.merge(other)
     assert merged.count == 4000
+    assert merged.exact == whole.exact
     levels = np.linspace(0, 1, 9)
-    if merged.exact == whole.exact:
-        np.testing.assert_array_equal(merged.quantiles(levels), whole.quantiles(levels))
+    np.testing.assert_array_equal(merged.quantiles(levels), whole.quantiles(levels))
     ordered = np.sort(values.numpy())[np.floor(levels * 3999).astype(int)]
     np.testing.assert_allclose(merged.quantiles(levels), ordered, rtol=RELATIVE_ERROR, atol=2e-3)
 

@@ -1,4 +1,4 @@
-"""Statistics of activations against their definitions."""
+"""Statistics of a layer: the saturation measure against its definition."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from pnanalysis.activations.hooks import ACTIVATIONS, Activation
 from pnanalysis.activations.statistics import LayerActivity, Measures
 
 
-def measure(values: torch.Tensor, activation: Activation, bins: int) -> float:
+def saturation_measure(values: torch.Tensor, activation: Activation, bins: int) -> float:
     layer = LayerActivity(activation, Measures(saturation_bins=bins), (activation.low, activation.high))
     layer.add(values)
-    return float(layer.measure()["saturation_measure"][1])
+    return float(layer.variables()["saturation_measure"][1])
 
 
 def test_the_saturation_measure_by_hand() -> None:
     tanh, sigmoid = ACTIVATIONS[torch.tanh], ACTIVATIONS[torch.sigmoid]
     values = torch.tensor([[-0.9], [0.25], [0.05], [0.75]])
     # bins of width 0.2: each number is alone in its own
-    assert measure(values, tanh, 10) == pytest.approx((0.9 + 0.25 + 0.05 + 0.75) / 4, rel=1e-6)
+    assert saturation_measure(values, tanh, 10) == pytest.approx((0.9 + 0.25 + 0.05 + 0.75) / 4, rel=1e-6)
     # three bins: -0.9 | 0.25 and 0.05, of mean 0.15 | 0.75
-    assert measure(values, tanh, 3) == pytest.approx((0.9 + 2 * 0.15 + 0.75) / 4, rel=1e-6)
+    assert saturation_measure(values, tanh, 3) == pytest.approx((0.9 + 2 * 0.15 + 0.75) / 4, rel=1e-6)
     # one bin: the mean 0.0375
-    assert measure(values, tanh, 1) == pytest.approx(0.0375, rel=1e-6)
-    assert measure(-values, tanh, 1) == pytest.approx(0.0375, rel=1e-6)
-    assert measure((values + 1) / 2, sigmoid, 3) == pytest.approx(measure(values, tanh, 3), rel=1e-6)
-    assert measure(torch.full((5, 3), -1.0), tanh, 10) == 1.0
-    assert measure(torch.full((5, 3), 0.5), sigmoid, 7) == 0.0
+    assert saturation_measure(values, tanh, 1) == pytest.approx(0.0375, rel=1e-6)
+    assert saturation_measure(-values, tanh, 1) == pytest.approx(0.0375, rel=1e-6)
+    assert saturation_measure((values + 1) / 2, sigmoid, 3) == pytest.approx(
+        saturation_measure(values, tanh, 3), rel=1e-6
+    )
+    assert saturation_measure(torch.full((5, 3), -1.0), tanh, 10) == 1.0
+    assert saturation_measure(torch.full((5, 3), 0.5), sigmoid, 7) == 0.0
 
 
 @settings(max_examples=25, deadline=None)
@@ -40,4 +42,6 @@ def test_the_saturation_measure_is_the_sum_over_bins(seed: int, bins: int, shift
     flat = values.double().numpy().ravel()
     place = np.clip(((flat + 1) / 2 * bins).astype(int), 0, bins - 1)
     expected = sum(abs(flat[place == b].mean()) * (place == b).sum() for b in range(bins) if (place == b).any())
-    assert measure(values, ACTIVATIONS[torch.tanh], bins) == pytest.approx(expected / flat.size, rel=1e-5, abs=1e-7)
+    assert saturation_measure(values, ACTIVATIONS[torch.tanh], bins) == pytest.approx(
+        expected / flat.size, rel=1e-5, abs=1e-7
+    )

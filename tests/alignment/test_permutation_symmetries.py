@@ -13,7 +13,7 @@ from trainers.zoo.models import alexnet, resnet18
 
 def test_resnet18_and_alexnet_have_the_groups_they_should() -> None:
     groups = find_groups(resnet18().eval(), torch.randn(2, 3, 32, 32))
-    streams = [(g.size, len({use.tensor.rsplit(".", 1)[0] for use in g.uses})) for g in groups if len(g.uses) > 6]
+    streams = [(g.size, len({axis.tensor.rsplit(".", 1)[0] for axis in g.axes})) for g in groups if len(g.axes) > 6]
     # channels of a residual stream: written by stem or shortcut and each block, read by the next ones
     assert [size for size, _ in streams] == [64, 128, 256, 512]
     assert sorted(g.size for g in groups) == sorted([64] * 3 + [128] * 3 + [256] * 3 + [512] * 3)
@@ -50,7 +50,7 @@ class Mixing(nn.Module):
     [(Branching(), "branches on data"), (Joining(), "cat"), (Mixing(), "reshape")],
     ids=["branching", "joining", "mixing"],
 )
-def test_what_cannot_be_followed_is_refused(model: nn.Module, message: str) -> None:
+def test_networks_that_cannot_be_followed_are_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message) as raised:
         find_groups(model, torch.randn(2, 4))
     assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""Alignment: relabelled networks compute the same and are recovered; what cannot be traced is refused."""
+"""Alignment: relabelled networks compute the same and are recovered; networks that cannot be traced are refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pnanalysis.alignment.permutation_symmetries import find_groups
-from pnanalysis.alignment.weight_matching import Relabelling, _improve, _Matching, align, check_preserved, distance
+from pnanalysis.alignment.relabelling import Relabelling
+from pnanalysis.alignment.weight_matching import _improve, _Matching, align, check_preserved
 from pnanalysis.errors import ModelError
+from pnanalysis.geometry.distances import state_distance
 from trainers.zoo.models import lenet5, tanh7
 
 
@@ -83,7 +85,7 @@ NETWORKS = {
 
 
 def trained_looking(make) -> nn.Module:
-    """A network none of whose parameters and statistics are at special values."""
+    """A network without special values, such as zero biases or unit variances, among parameters and statistics."""
     torch.manual_seed(3)
     model = make().eval()
     for module in model.modules():
@@ -111,7 +113,7 @@ def test_a_relabelled_network_computes_the_same_and_is_recovered(name: str) -> N
     shuffled = Relabelling.random(groups, seed=1).apply(state)
     # float64 forward passes that add in another order: about depth * width * 2^-53
     assert check_preserved(model, state, shuffled, inputs) < 1e-12
-    assert distance(state, shuffled, names) > 0.5 * distance(state, {n: 0 * state[n] for n in names}, names)
+    assert state_distance(state, shuffled, names) > 0.5 * state_distance(state, {n: 0 * state[n] for n in names}, names)
     found = align(model, state, shuffled, inputs, n_restarts=4)
     back = found.apply(shuffled)
     assert all(torch.equal(back[n], state[n]) for n in state)
@@ -126,8 +128,8 @@ def test_tanh_networks_need_signs_too() -> None:
     names = list(state)
     with_signs = align(model, state, flipped, inputs)
     without = align(model, state, flipped, inputs, signs=False)
-    assert distance(state, with_signs.apply(flipped), names) == 0
-    assert distance(state, without.apply(flipped), names) > 1
+    assert state_distance(state, with_signs.apply(flipped), names) == 0
+    assert state_distance(state, without.apply(flipped), names) > 1
     assert all((sign == 1).all() for sign in without.signs)
 
 
@@ -137,8 +139,8 @@ def test_one_hidden_layer_is_matched_as_by_trying_all_permutations() -> None:
     b = {name: torch.randn(tensor.shape) for name, tensor in a.items()}
     groups = find_groups(model, torch.randn(2, 3))
     trials = [Relabelling(groups, [np.array(order)], [np.ones(5)]) for order in permutations(range(5))]
-    best = min(distance(a, trial.apply(b), list(a)) for trial in trials)
-    assert distance(a, align(model, a, b, torch.randn(2, 3)).apply(b), list(a)) == pytest.approx(best, rel=1e-6)
+    best = min(state_distance(a, trial.apply(b), list(a)) for trial in trials)
+    assert state_distance(a, align(model, a, b, torch.randn(2, 3)).apply(b), list(a)) == pytest.approx(best, rel=1e-6)
 
 
 class Stream(nn.Module):
@@ -154,7 +156,7 @@ class Stream(nn.Module):
 
 
 def stream_state(seed: int) -> dict[str, Tensor]:
-    """Random, the layer that has both axes the largest."""
+    """Random weights, of which those with one group on both axes dominate."""
     generator = torch.Generator().manual_seed(seed)
     state = {
         name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
@@ -166,19 +168,19 @@ def stream_state(seed: int) -> dict[str, Tensor]:
 def test_a_group_on_both_axes_of_a_weight_never_loses_and_the_search_ends() -> None:
     model, inputs = Stream().eval(), torch.randn(4, 3)
     (group,) = groups = find_groups(model, inputs)
-    assert sorted(use.dim for use in group.uses if use.tensor == "mix.weight") == [0, 1]
+    assert sorted(axis.dim for axis in group.axes if axis.tensor == "mix.weight") == [0, 1]
     for seed in range(20):
         a, b = stream_state(2 * seed), stream_state(2 * seed + 1)
         matching = _Matching(groups, set(a), a, b, signs=False)
-        current, before = Relabelling.identity(groups), distance(a, b, list(a))
+        current, before = Relabelling.identity(groups), state_distance(a, b, list(a))
         steps = 0
         while _improve(matching, current, 0):
-            after = distance(a, current.apply(b), list(a))
+            after = state_distance(a, current.apply(b), list(a))
             assert after < before
             before, steps = after, steps + 1
             assert steps < 20
         trials = [Relabelling(groups, [np.array(order)], [np.ones(5)]) for order in permutations(range(5))]
-        every = [distance(a, trial.apply(b), list(a)) for trial in trials]
+        every = [state_distance(a, trial.apply(b), list(a)) for trial in trials]
         assert min(every) <= before + 1e-12  # a quadratic assignment: not always the best, never worse than it was
 
 
@@ -206,7 +208,7 @@ def test_a_layer_that_is_called_twice_shares_its_groups() -> None:
 
     model, inputs = Twice().eval(), torch.randn(3, 4)
     (group,) = find_groups(model, inputs)
-    assert (group.size, group.odd, len(group.uses)) == (7, True, 6)
+    assert (group.size, group.odd, len(group.axes)) == (7, True, 6)
     state = state_of(model)
     check_preserved(model, state, Relabelling.random([group], 5).apply(state), inputs)
 

@@ -21,9 +21,6 @@ from pnanalysis.analyses.landscape import landscape
 from pnanalysis.analyses.trajectory import trajectory
 from pnanalysis.errors import PnError
 from pnanalysis.evaluation.losses import example_losses
-from pnanalysis.geometry.curves import train_curve
-from pnanalysis.geometry.loss_surface import LossSurface
-from pnanalysis.geometry.planes import random_directions
 from pnanalysis.inputs.data import as_splits
 from pnanalysis.inputs.networks import open_files
 from pnanalysis.inputs.sources import Source, as_source
@@ -263,25 +260,6 @@ def test_the_plane_is_that_of_trajectories(tiny_run: Run) -> None:
     np.testing.assert_allclose(near.loss[0, 0], line.loss[0, 0], rtol=100 * EPS32)
 
 
-def test_random_directions_have_the_norms_of_filters(tiny_run: Run) -> None:
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
-    state, names = dict(model.state_dict()), [name for name, _ in model.named_parameters()]
-    first, second = random_directions(state, names, seed=1)
-    for direction in (first, second):
-        for name in ("0.weight", "3.weight"):
-            norms = [tensor[name].flatten(1).norm(dim=1) for tensor in (direction, state)]
-            np.testing.assert_allclose(norms[0], norms[1].detach(), rtol=10 * EPS32)
-        assert all(direction[name].abs().sum() == 0 for name in state if name not in ("0.weight", "3.weight"))
-    assert not torch.allclose(first["0.weight"], second["0.weight"])
-    assert torch.equal(random_directions(state, names, seed=1)[1]["3.weight"], second["3.weight"])
-    ds = landscape(tiny_run, view="random", n_points=3, n=None, seed=3, progress=False)
-    again = landscape(tiny_run, view="random", n_points=3, n=None, seed=3, progress=False)
-    np.testing.assert_array_equal(ds.loss, again.loss)
-    line = landscape(tiny_run, checkpoints=["champion", "start"], n_points=2, n=None, splits=["train"], progress=False)
-    assert float(ds.loss[0, 1, 1]) == pytest.approx(float(line.loss[0, 0, 0]), rel=100 * EPS32)
-    assert ds.attrs["checkpoints"] == '["champion"]'
-
-
 @pytest.mark.parametrize("kind", ["bezier", "chain"])
 def test_curves_begin_and_end_exactly_and_pass_below_the_barrier(two_minima: Run, kind: str) -> None:
     ds = landscape(
@@ -293,21 +271,6 @@ def test_curves_begin_and_end_exactly_and_pass_below_the_barrier(two_minima: Run
     assert (line.barrier > 0.3).all()
     assert (curve.barrier < 0.3 * line.barrier).all()
     assert float(curve.length) > float(line.length) == pytest.approx(float(line.distance), rel=1e-9)
-
-
-def test_a_trained_curve_keeps_its_ends_and_follows_its_seed(two_minima: Run) -> None:
-    source = as_source(two_minima)
-    surface = LossSurface(source.make_model(), source.loss)
-    ends = tuple(surface.anchor(end.load()) for end in two_minima.ends)
-    first, again = (
-        train_curve(surface, ends, source.data.train, n_bends=2, n_steps=5, seed=7, progress=False) for _ in range(2)
-    )
-    assert len(first) == 4
-    for end, anchor in ((ends[0], first[0]), (ends[1], first[-1])):
-        assert all(torch.equal(end[name], anchor[name]) for name in end)
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(first, again, strict=True) for name in a)
-    third = {name: (2 * ends[0][name] + ends[1][name]) / 3 for name in ends[0]}
-    assert not torch.allclose(first[1]["fc1.weight"], third["fc1.weight"], atol=1e-4)
 
 
 def test_two_runs_are_joined_champion_to_champion(tiny_run: Run, two_minima: Run) -> None:

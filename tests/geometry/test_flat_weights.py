@@ -1,4 +1,4 @@
-"""Reading pieces of weight files, sound and damaged."""
+"""Weights read from their files, slice by slice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pnanalysis.io.runs import Checkpoint
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_weights_are_read_in_place_whatever_their_type(tmp_path: Path, dtype: torch.dtype, suffix: str) -> None:
+def test_slices_equal_the_tensors_of_any_type_and_format(tmp_path: Path, dtype: torch.dtype, suffix: str) -> None:
     state = {"a": torch.randn(5, 7).to(dtype), "steps": torch.tensor(3), "b": torch.randn(4).to(dtype)}
     path = tmp_path / f"w.{suffix}"
     save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
@@ -27,7 +27,7 @@ def test_weights_are_read_in_place_whatever_their_type(tmp_path: Path, dtype: to
         FlatWeights(Checkpoint("w", path), ["c"])
 
 
-def test_damaged_files_are_said_to_be(tmp_path: Path) -> None:
+def test_damaged_files_raise_a_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({"a": torch.randn(50)}, path)
     path.write_bytes(path.read_bytes()[:-20])

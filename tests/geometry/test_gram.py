@@ -1,4 +1,4 @@
-"""Inner products of checkpoints, block by block."""
+"""Inner products of checkpoints: blocks of parameters, and sums by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_blocks_cover_every_entry_once(sizes: list[int], width: int) -> None:
     assert all(sum(end - begin for _, begin, end in pieces) == width for pieces in blocks[:-1])
 
 
-def test_inner_products_in_memory_are_those_by_hand() -> None:
+def test_displacement_gram_equals_dense_inner_products() -> None:
     states = [{"a": torch.randn(3, 4), "b": torch.randn(5), "n": torch.tensor(i)} for i in range(3)]
     flat = np.stack([torch.cat([s["a"].reshape(-1), s["b"]]).double().numpy() for s in states])
     moved = flat - flat[0]

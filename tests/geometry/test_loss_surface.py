@@ -1,8 +1,6 @@
-"""The loss at many points of parameter space, and its gradient, against direct evaluation."""
+"""The loss at points of parameter space, against passes one by one and autograd."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from pnanalysis.io.runs import Run
 EPS32 = 2.0**-23
 
 
-def test_many_points_a_pass_equal_one_after_the_other(tiny_run: Run) -> None:
+def test_many_points_per_pass_equal_one_at_a_time(tiny_run: Run) -> None:
     source = as_source(tiny_run)
     results = []
     for at_once in (1, 32, 5):
@@ -45,7 +43,7 @@ class InPlace(nn.Module):
         return self.layer(x)
 
 
-def test_what_has_no_vectorised_form_is_done_one_by_one(tmp_path: Path) -> None:
+def test_networks_that_cannot_be_vectorised_are_evaluated_one_point_at_a_time() -> None:
     model, inputs, targets = InPlace(), torch.randn(30, 4), torch.randint(3, (30,))
     surface = LossSurface(model, nn.functional.cross_entropy)
     assert surface.at_once == 32

@@ -1,0 +1,63 @@
+"""Random directions of parameter space, scaled filter by filter to the weights they are to perturb.
+
+References
+----------
+H. Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pnanalysis.io.weights import State
+
+
+def filter_normalised(tensors: Iterable[tuple[str, Tensor]], n: int, generator: torch.Generator) -> State:
+    """Gaussian directions, each filter (the entries of one output) scaled to the norm of the tensor's own filter.
+
+    Parameters
+    ----------
+    tensors : iterable of (str, Tensor of shape (F, ...))
+        Name and value of each parameter; numbers are drawn in this order, one tensor at a time.
+    n : int
+        How many directions to draw.
+    generator : torch.Generator
+        On the CPU.
+
+    Returns
+    -------
+    dict of str to Tensor, shape (n, F, ...)
+        In float64, on the CPU; zeros for tensors with fewer than two axes (biases, batch normalisation).
+    """
+    return {name: _filter_normalised(tensor, n, generator) for name, tensor in tensors}
+
+
+def random_directions(state: Mapping[str, Tensor], names: Sequence[str], seed: int = 0) -> tuple[State, State]:
+    """Two directions of :func:`filter_normalised` about a state, in its form.
+
+    They span the first random plane of :func:`pnanalysis.trajectory` with the same seed, if ``state`` is its plain end.
+
+    Parameters
+    ----------
+    state : mapping of tensors
+    names : sequence of str
+        Its parameters, in the order of the network. Its other tensors, the buffers, get zeros.
+    seed : int
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first, second = ({name: torch.zeros_like(tensor) for name, tensor in state.items()} for _ in range(2))
+    for name, pair in filter_normalised(((name, state[name]) for name in names), 2, generator).items():
+        first[name], second[name] = pair.to(state[name])
+    return first, second
+
+
+def _filter_normalised(tensor: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """The directions of one tensor, (n, F, ...)."""
+    if tensor.ndim < 2:
+        return torch.zeros(n, *tensor.shape, dtype=torch.float64)
+    norms = tensor.detach().double().cpu().flatten(1).norm(dim=1, keepdim=True)
+    drawn = torch.randn(n, *norms.shape[:1], tensor[0].numel(), generator=generator, dtype=torch.float64)
+    return (drawn * (norms / drawn.norm(dim=2, keepdim=True))).view(n, *tensor.shape)

@@ -1,0 +1,55 @@
+"""Running statistics of batch normalisation, against those by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pnanalysis.errors import ModelError
+from pnanalysis.geometry.batch_norm import (
+    batches_of_two_or_more,
+    normalise_by_batch,
+    norms_with_statistics,
+    reestimate,
+)
+
+
+def network() -> nn.Sequential:
+    return (
+        nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)).double().eval()
+    )
+
+
+def test_only_norms_with_running_statistics_count() -> None:
+    model = network()
+    assert list(norms_with_statistics(model)) == ["0"]
+    with normalise_by_batch(norms_with_statistics(model)):
+        assert [module.training for module in model] == [True, False, False]
+    assert not any(module.training for module in model)
+
+
+def test_statistics_are_averages_over_batches_weighted_by_their_sizes() -> None:
+    model = network()
+    norms = norms_with_statistics(model)
+    state = {name: tensor.clone() + 5 for name, tensor in model.state_dict().items()}
+    inputs = torch.randn(10, 3, dtype=torch.float64)
+    batches = inputs.split([4, 6])
+    reestimate(model, norms, state, batches)
+    torch.testing.assert_close(state["0.running_mean"], inputs.mean(0), rtol=1e-12, atol=1e-14)
+    expected = sum(len(batch) * batch.var(0) for batch in batches) / 10
+    torch.testing.assert_close(state["0.running_var"], expected, rtol=1e-12, atol=1e-14)
+    assert norms["0"].momentum == 0.1
+    assert not norms["0"].training
+    assert (model[0].running_mean == 0).all()  # the model's own are left alone
+
+
+def test_a_single_example_has_no_statistics() -> None:
+    model = network()
+    with pytest.raises(ModelError, match="a single example"):
+        reestimate(model, norms_with_statistics(model), dict(model.state_dict()), [torch.randn(1, 3).double()])
+
+
+def test_single_examples_join_the_next_batch() -> None:
+    sizes = [len(batch) for batch in batches_of_two_or_more(torch.randn(12, 3).split([1, 1, 4, 1, 4, 1]))]
+    assert sizes == [2, 4, 5]
