@@ -102,3 +102,25 @@ def _storable(value: Any) -> int | float | str | np.number[Any]:
     if isinstance(value, Mapping | list | tuple):
         return json.dumps(value, default=str)
     return str(value)
+
+
+def error_kind(ds: xr.Dataset) -> str:
+    """What the errors of one run's history are.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``history``, without the dim ``run``.
+
+    Returns
+    -------
+    str
+        ``"share"`` for the fraction of mistakes, or ``"squared error"``, a mean over outputs. Histories that do not
+        record it hold fractions.
+    """
+    return str(ds.coords["error"].item() if "error" in ds.coords else ds.attrs.get("error", "share"))
+
+
+def error_name(split: str, *kinds: str) -> str:
+    """What the errors of a split are called, given their kinds (``error`` where these differ)."""
+    return f"{split} squared error" if set(kinds) == {"squared error"} else f"{split} error"

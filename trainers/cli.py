@@ -228,7 +228,7 @@ def _model_options(entries: list[str] | None) -> dict[str, object] | None:
 
 
 def _report(run: Run, quiet: bool) -> None:
-    from pnanalysis.analyses.history import error_kind, error_name
+    from pnanalysis.schema import error_kind, error_name
 
     kind = error_kind(run.history)
     last = run.history.isel(epoch=-1)
@@ -252,8 +252,8 @@ def _report(run: Run, quiet: bool) -> None:
 
 def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
     """Show a row per run, then raise an error that names the first failure, if any."""
-    from pnanalysis.analyses.history import error_kind, error_name
     from pnanalysis.io.runs import open_run
+    from pnanalysis.schema import error_kind, error_name
 
     rows, kinds, unvalidated = [], set(), False
     for outcome in outcomes:

@@ -27,7 +27,7 @@ from pnanalysis.evaluation.disagreement import evaluate
 from pnanalysis.evaluation.losses import loss_on
 from pnanalysis.evaluation.scores import Scores, paired
 from pnanalysis.geometry.distances import distance_between, parameter_distances
-from pnanalysis.inputs.data import SPLITS, n_examples
+from pnanalysis.inputs.data import SPLITS, DataLike, n_examples
 from pnanalysis.inputs.examples import Examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, Selection, select
@@ -48,7 +48,7 @@ Array = NDArray[np.float64]
 def compare(
     *given: Given,
     model: ModelLike | None = None,
-    data: Any = None,
+    data: DataLike | None = None,
     loss: str | Loss | None = None,
     checkpoints: Sequence[str] | None = None,
     n: int | None = None,

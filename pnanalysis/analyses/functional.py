@@ -19,7 +19,7 @@ from pnanalysis.evaluation.cka import CentredKernelAlignment
 from pnanalysis.evaluation.disagreement import FunctionPairs, cka_variables, evaluate
 from pnanalysis.evaluation.losses import loss_on
 from pnanalysis.evaluation.scores import Scores
-from pnanalysis.inputs.data import SPLITS
+from pnanalysis.inputs.data import SPLITS, DataLike
 from pnanalysis.inputs.examples import Examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, select
@@ -30,7 +30,7 @@ from pnanalysis.terminal.progress import Advance, progress_bar
 def functional_distance(
     *given: Given,
     model: ModelLike | None = None,
-    data: Any = None,
+    data: DataLike | None = None,
     loss: str | Loss | None = None,
     checkpoints: Sequence[str] | None = None,
     split: str = "test",

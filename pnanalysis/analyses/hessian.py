@@ -20,7 +20,7 @@ from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.inputs.data import n_examples
+from pnanalysis.inputs.data import Batch, DataLike, n_examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, select
 from pnanalysis.inputs.sources import resolve_device
@@ -94,7 +94,7 @@ class Row(NamedTuple):
 def hessian(
     *given: Given,
     model: ModelLike | None = None,
-    data: Any = None,
+    data: DataLike | None = None,
     loss: str | Loss | None = None,
     checkpoints: Sequence[str] | None = None,
     operator: str = "hessian",
@@ -225,7 +225,7 @@ def hessian(
 def network_spectra(
     network: nn.Module,
     loss: Loss,
-    batches: Iterable[tuple[Any, Any]],
+    batches: Iterable[Batch],
     options: SpectrumOptions,
     *,
     label: str = "network",

@@ -8,6 +8,7 @@ from pnanalysis import schema
 from pnanalysis.errors import RunError
 from pnanalysis.inputs.selection import Given, distinct_labels, flattened
 from pnanalysis.io.runs import Run, open_run
+from pnanalysis.schema import error_kind
 
 
 def history(*given: Given) -> xr.Dataset:
@@ -46,25 +47,3 @@ def history(*given: Given) -> xr.Dataset:
         joined.attrs.pop("error", None)
     along = {"run": labels, "champion": ("run", champions), "strategy": ("run", strategies), "error": ("run", kinds)}
     return schema.finish(joined.assign_coords(along), "history")
-
-
-def error_kind(ds: xr.Dataset) -> str:
-    """What the errors of one run's history are.
-
-    Parameters
-    ----------
-    ds : xarray.Dataset
-        Kind ``history``, without the dim ``run``.
-
-    Returns
-    -------
-    str
-        ``"share"`` for the fraction of mistakes, or ``"squared error"``, a mean over outputs. Histories that do not
-        record it hold fractions.
-    """
-    return str(ds.coords["error"].item() if "error" in ds.coords else ds.attrs.get("error", "share"))
-
-
-def error_name(split: str, *kinds: str) -> str:
-    """What the errors of a split are called, given their kinds (``error`` where these differ)."""
-    return f"{split} squared error" if set(kinds) == {"squared error"} else f"{split} error"

@@ -21,7 +21,7 @@ from pnanalysis.geometry.barriers import profiles
 from pnanalysis.geometry.curves import CURVES, train_curve
 from pnanalysis.geometry.loss_surface import BATCH_NORM, LossSurface
 from pnanalysis.geometry.planes import about_one, through_three
-from pnanalysis.inputs.data import LoaderSplit, Split
+from pnanalysis.inputs.data import DataLike, LoaderSplit, Split
 from pnanalysis.inputs.examples import check_same_data, check_same_loss
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, as_sources, nothing_given
@@ -77,7 +77,7 @@ class LandscapeOptions:
 def landscape(
     *given: Given,
     model: ModelLike | None = None,
-    data: Any = None,
+    data: DataLike | None = None,
     loss: str | Loss | None = None,
     checkpoints: Sequence[str] | None = None,
     view: str = "line",

@@ -17,7 +17,7 @@ from pnanalysis.checks import ascending, at_least, one_of
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import forward
-from pnanalysis.inputs.data import SPLITS, LoaderSplit, Split
+from pnanalysis.inputs.data import SPLITS, Batch, DataLike, LoaderSplit, Split
 from pnanalysis.inputs.models import ModelLike
 from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, select
 from pnanalysis.inputs.sources import Source, resolve_device
@@ -29,7 +29,7 @@ _N_FOR_RANGE = 64  # examples that the range of unbounded activations is taken f
 def saturation(
     *given: Given,
     model: ModelLike | None = None,
-    data: Any = None,
+    data: DataLike | None = None,
     checkpoints: Sequence[str] = ("all",),
     split: str = "validation",
     n: int | None = 1000,
@@ -149,7 +149,7 @@ def saturation(
 
 
 def network_saturation(
-    network: nn.Module, batches: Iterable[tuple[Any, Any]], measures: Measures, bin_range: tuple[float, float]
+    network: nn.Module, batches: Iterable[Batch], measures: Measures, bin_range: tuple[float, float]
 ) -> xr.Dataset:
     """Saturation of one network over batches in memory, dims ``layer``, ``quantile`` and ``bin``.
 

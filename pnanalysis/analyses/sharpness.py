@@ -16,6 +16,7 @@ from pnanalysis.errors import ModelError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.geometry.loss_surface import LossSurface
+from pnanalysis.inputs.data import DataLike
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, select
 from pnanalysis.inputs.sources import resolve_device
@@ -30,7 +31,7 @@ _SMALLEST_STEP = 2.0**-8  # fraction of the way to the border; shorter steps cha
 def sharpness(
     *given: Given,
     model: ModelLike | None = None,
-    data: Any = None,
+    data: DataLike | None = None,
     loss: str | Loss | None = None,
     checkpoints: Sequence[str] | None = None,
     radii: Mapping[str, float] | None = None,

@@ -45,8 +45,8 @@ def history(
 
 def _table(ds: xr.Dataset) -> Table:
     """Every iteration at its run's last epoch."""
-    from pnanalysis.analyses.history import error_kind, error_name
     from pnanalysis.analyses.summaries import at_last_epoch
+    from pnanalysis.schema import error_kind, error_name
 
     rows, kinds = [], set()
     has_runs = "run" in ds.dims

@@ -181,6 +181,10 @@ class Splits:
         return cast("Split | LoaderSplit", found)
 
 
+#: What a user may give as data: see the first lines of this module.
+DataLike = str | Splits | Dataset[Any] | Mapping[str, Any] | Iterable[Any]
+
+
 def n_examples(part: Split | LoaderSplit, batches: Iterable[Batch]) -> int:
     """How many examples there are in the batches of a split."""
     return len(part) if isinstance(part, Split) else sum(batch_size(batch) for batch in batches)

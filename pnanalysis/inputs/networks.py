@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pnanalysis.errors import DataError, ModelError
-from pnanalysis.inputs.data import Splits, as_splits, load_data
+from pnanalysis.inputs.data import DataLike, Splits, as_splits, load_data
 from pnanalysis.inputs.models import Loss, ModelLike, new_model, resolve_loss
 from pnanalysis.inputs.sources import AnyCheckpoint, MemoryCheckpoint, PathLike, Source, name_of
 from pnanalysis.io.runs import Checkpoint
@@ -19,7 +19,7 @@ from pnanalysis.io.runs import Checkpoint
 def open_files(
     model: ModelLike,
     weights: Sequence[PathLike],
-    data: Any = None,
+    data: DataLike | None = None,
     loss: str | Loss = "cross_entropy",
     label: str = "model",
 ) -> Source:
@@ -49,7 +49,7 @@ def open_files(
 def source_of_networks(
     networks: Sequence[tuple[str | None, Any]],
     model: ModelLike | None,
-    data: Any,
+    data: DataLike | None,
     loss: str | Loss | None,
     label: str = "networks",
 ) -> Source:

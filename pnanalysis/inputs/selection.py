@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pnanalysis.errors import ModelError, PnError, RunError
-from pnanalysis.inputs.data import Splits
+from pnanalysis.inputs.data import DataLike, Splits
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.networks import is_path, is_state_dict, source_of_networks
 from pnanalysis.inputs.sources import AnyCheckpoint, Source, as_source
@@ -146,7 +146,7 @@ def select(
     names: Iterable[str] | None = None,
     *,
     model: ModelLike | None = None,
-    data: Any = None,
+    data: DataLike | None = None,
     loss: str | Loss | None = None,
     champions: bool = False,
     at_least: int = 1,
@@ -191,7 +191,7 @@ def nothing_given() -> RunError:
 
 
 def as_sources(
-    given: Iterable[Any], model: ModelLike | None = None, data: Any = None,
+    given: Iterable[Any], model: ModelLike | None = None, data: DataLike | None = None,
     loss: str | Loss | None = None,
 ) -> list[Source]:  # fmt: skip
     """Sources of everything that was given to an analysis, with labels that differ.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pnanalysis.errors import DataError, ModelError
-from pnanalysis.inputs.data import LoaderSplit, Split, Splits, as_splits, load_data
+from pnanalysis.inputs.data import DataLike, LoaderSplit, Split, Splits, as_splits, load_data
 from pnanalysis.inputs.models import LOSSES, Loss, ModelLike, load_weights, new_model, resolve_loss
 from pnanalysis.inputs.registry import DATASETS, registered
 from pnanalysis.io.runs import Checkpoint, Run, open_run
@@ -160,7 +160,7 @@ class Source:
 def as_source(
     run: Run | Source | str | os.PathLike[str],
     model: ModelLike | None = None,
-    data: Any = None,
+    data: DataLike | None = None,
     loss: str | Loss | None = None,
 ) -> Source:
     """The source of a run, given as such or by its path.
@@ -196,7 +196,8 @@ def as_source(
         if data is None and not _is_registered(data_spec):
             raise DataError(f"{run.path}: was trained on {data_spec or 'no data set'}; give the data with --data")
         shape, seed = getattr(source.template, "input_shape", None), manifest["data"].get("split_seed", 0)
-        splits = load_data(data or data_spec, shape, seed) if isinstance(data or data_spec, str) else as_splits(data)
+        given = data_spec if data is None else data
+        splits = load_data(given, shape, seed) if isinstance(given, str) else as_splits(given)
         recorded = manifest["data"].get("fingerprint")
         if data is None and recorded and splits.fingerprint != recorded:
             raise DataError(

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pnanalysis.analyses.history import error_kind
 from pnanalysis.errors import PnError
 from pnanalysis.plots.style import (
     CHAMPION,
@@ -28,6 +27,7 @@ from pnanalysis.plots.style import (
     others,
     own_axes,
 )
+from pnanalysis.schema import error_kind
 
 
 def history(ds: xr.Dataset) -> Figure:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from pnanalysis.analyses.history import error_kind
 from pnanalysis.analyses.verdict import estimate_of
 from pnanalysis.estimates import Estimate, proportion
 from pnanalysis.io.runs import Checkpoint, Run
 from pnanalysis.report.datasets import RunDatasets, Study, own_rows, studies
+from pnanalysis.schema import error_kind
 
 
 class _End(NamedTuple):

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from pnanalysis import schema
-from pnanalysis.analyses.history import error_kind, history
+from pnanalysis.analyses.history import history
 from pnanalysis.errors import ModelError, RunError
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import MANIFEST, Run, open_run
 from pnanalysis.io.weights import read_weights
 from pnanalysis.io.writer import RunWriter
+from pnanalysis.schema import error_kind
 
 
 @pytest.fixture

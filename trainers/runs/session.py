@@ -16,12 +16,12 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
-from pnanalysis.analyses.history import error_name
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.inputs.data import SPLITS, LoaderSplit, Split, Splits
 from pnanalysis.inputs.models import build_model, parameter_layers, resolve_loss
 from pnanalysis.io.runs import MANIFEST, Run, open_run
 from pnanalysis.io.writer import RunWriter, check_new
+from pnanalysis.schema import error_name
 from pnanalysis.spectra.memory import human
 from pnanalysis.terminal.console import error_cell, text
 from trainers.loop.fit import Epoch, error_kind, fit, optimizer_tensors
