@@ -20,7 +20,7 @@ from torch.nn.modules import activation, padding, pooling
 
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.alignment.channel_groups import ChannelGroup, ChannelGroups, Channels, cannot_follow
-from pnanalysis.errors import ModelError
+from pnanalysis.errors import ModelError, reason
 from pnanalysis.inputs.batches import as_arguments
 from pnanalysis.torch_internals import ConvolutionBase, NormBase, TransposedConvolutionBase
 
@@ -52,9 +52,8 @@ def find_groups(model: nn.Module, inputs: Any) -> list[ChannelGroup]:
             named = [keywords[node.name] for node in traced.graph.nodes if node.op == "placeholder" and keywords]
             ShapeProp(traced).propagate(*arguments, *named)
     except Exception as error:  # a forward of the user's may raise anything when it is given proxies for tensors
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"{type(model).__name__} cannot be aligned: torch.fx cannot trace it ({reason}); "
+            f"{type(model).__name__} cannot be aligned: torch.fx cannot trace it ({reason(error)}); "
             "write its forward without branches on data"
         ) from error
     return _ChannelTracer(traced, dict(model.named_modules()), _canonical_names(model)).groups.groups()

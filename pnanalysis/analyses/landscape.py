@@ -20,7 +20,7 @@ from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.geometry.barriers import profiles
 from pnanalysis.geometry.curves import CURVES, train_curve
 from pnanalysis.geometry.loss_surface import BATCH_NORM, LossSurface
-from pnanalysis.geometry.planes import about_one, through_three
+from pnanalysis.geometry.planes import plane_through_three, random_plane
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split
 from pnanalysis.inputs.examples import check_same_data, check_same_loss
 from pnanalysis.inputs.models import Loss, ModelLike
@@ -244,9 +244,9 @@ def network_landscape(
     settings: dict[str, Any] = {"bn": options.bn if surface.norms else None}
     with clear_errors(label, surface.model, batches["train"], surface.loss):
         if options.view == "plane":
-            ds = through_three(surface, states, names, evaluated, options.span, options.n_points or 21, progress)
+            ds = plane_through_three(surface, states, names, evaluated, options.span, options.n_points or 21, progress)
         elif options.view == "random":
-            ds = about_one(
+            ds = random_plane(
                 surface, states[0], names[0], evaluated, options.span, options.n_points or 21, options.seed, progress
             )
         else:

@@ -19,7 +19,7 @@ from pnanalysis import schema
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import ModelError, RunError
 from pnanalysis.geometry.gram import layer_grams
-from pnanalysis.geometry.planes import COLLINEAR, on_plane
+from pnanalysis.geometry.planes import COLLINEAR, plane_coordinates
 from pnanalysis.inputs.models import ModelLike, parameter_layers
 from pnanalysis.inputs.selection import Given, as_sources
 from pnanalysis.inputs.sources import AnyCheckpoint, Source
@@ -255,7 +255,7 @@ def _measure(
         variables[explained] = (("component",), _padded([fractions[None]], n_components)[0, 0])
 
     if "plane" in projections:
-        x = on_plane(moved, moved[:, ends], moved[np.ix_(ends, ends)])
+        x = plane_coordinates(moved, moved[:, ends], moved[np.ix_(ends, ends)])
         project("plane", x, "explained_variance_plane", _explained(x, moved))
         residual2 = np.diag(moved) - (x**2).sum(axis=1)
         variables["plane_residual"] = (("checkpoint",), np.sqrt(np.maximum(residual2, 0.0)))
@@ -270,7 +270,7 @@ def _measure(
     if onto.size:
         among = gram[n + 1 :, n + 1 :]
         planes = [slice(i, i + 2) for i in range(0, onto.shape[1], 2)]
-        xs = [on_plane(moved, onto[:, pair], among[pair, pair]) for pair in planes]
+        xs = [plane_coordinates(moved, onto[:, pair], among[pair, pair]) for pair in planes]
         variables["random"] = (("draw", "checkpoint", "component"), _padded(xs, n_components))
         explained = [_explained(x, moved)[None] for x in xs]
         variables["explained_variance_random"] = (("draw", "component"), _padded(explained, n_components)[:, 0])

@@ -19,7 +19,7 @@ from pnanalysis.terminal.progress import progress_bar
 COLLINEAR = "the start and the two end points lie on one line and span no plane; add another iteration"
 
 
-def through_three(
+def plane_through_three(
     surface: LossSurface,
     states: Sequence[State],
     names: Sequence[str],
@@ -64,7 +64,7 @@ def through_three(
     return ds.assign(point_position=(("point", "component"), points)).assign_coords(point=list(names))
 
 
-def about_one(
+def random_plane(
     surface: LossSurface,
     state: State,
     name: str,
@@ -76,7 +76,7 @@ def about_one(
 ) -> xr.Dataset:
     """Loss and error on the plane through a state along two random directions, by default from -1 to 1.
 
-    See :func:`pnanalysis.geometry.directions.random_directions`; parameters as for :func:`through_three`.
+    See :func:`pnanalysis.geometry.directions.random_directions`; parameters as for :func:`plane_through_three`.
     """
     directions = random_directions(state, surface.parameter_names, seed)
     x, y = _grid_axes((-1.0, 1.0, -1.0, 1.0) if span is None else span, n_points)
@@ -113,7 +113,7 @@ def plane_weights(displacements: Matrix, x: Matrix, y: Matrix) -> tuple[Matrix, 
     RunError
         If the three lie on one line.
     """
-    points = on_plane(displacements, displacements[:, 1:], displacements[1:, 1:])
+    points = plane_coordinates(displacements, displacements[:, 1:], displacements[1:, 1:])
     if np.isnan(points).any():
         raise RunError(COLLINEAR)
     (length, _), (shift, height) = points[1:]
@@ -122,7 +122,7 @@ def plane_weights(displacements: Matrix, x: Matrix, y: Matrix) -> tuple[Matrix, 
     return np.stack([1 - second - third, second, third], axis=1), points
 
 
-def on_plane(moved: Matrix, onto: Matrix, among: Matrix) -> Matrix:
+def plane_coordinates(moved: Matrix, onto: Matrix, among: Matrix) -> Matrix:
     """Orthonormal coordinates on the plane spanned by two directions a and b: Gram-Schmidt on inner products alone.
 
     Parameters

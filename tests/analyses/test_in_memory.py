@@ -64,13 +64,15 @@ def test_networks_states_and_files_give_the_same(name: str, nets: dict[str, nn.M
     of_files = analyse(files, model=network(9), **options)
     states = {key: net.state_dict() for key, net in nets.items()}
     mixed = {"a": nets["a"], "b": states["b"], "c": files[2]}
-    for given in (nets, states, mixed, *([list(nets.values())] if name != "compare" else [])):
-        ds = analyse(given, model=network(9), **options)
-        if isinstance(given, list):  # without names of their own
-            labels = ds["point" if name == "plane" else "checkpoint"].values.tolist()
-            assert sorted(labels) == ["network 1", "network 2", "network 3"]
-            continue
-        xr.testing.assert_equal(ds, of_files)
+    for given in (nets, states, mixed):
+        xr.testing.assert_equal(analyse(given, model=network(9), **options), of_files)
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_networks_without_names_are_numbered(name: str, nets: dict[str, nn.Module]) -> None:
+    ds = ANALYSES[name](list(nets.values()), data=DATA, loss=F.cross_entropy, progress=False)
+    labels = ds["point" if name == "plane" else "checkpoint"].values.tolist()
+    assert sorted(labels) == ["network 1", "network 2", "network 3"]
 
 
 def test_a_single_network_is_enough(nets: dict[str, nn.Module]) -> None:

@@ -96,15 +96,15 @@ def test_a_tanh_networks_line_is_as_computed_by_hand(tiny_run: Run) -> None:
         log_p = x - np.log(np.exp(x).sum(1, keepdims=True))
         return -log_p[np.arange(len(x)), targets], log_p.argmax(1) != targets.numpy()
 
-    rows = [by_hand(share) for share in (0.0, 0.5, 1.0)]
+    rows = [by_hand(position) for position in (0.0, 0.5, 1.0)]
     one = ds.sel(path="line", split="validation")
-    # seven float32 layers: some tens of roundings a value
+    # seven float32 layers: some tens of roundings per value
     np.testing.assert_allclose(one.loss, [loss.mean() for loss, _ in rows], rtol=100 * EPS32)
     np.testing.assert_allclose(one.error, [wrong.mean() for _, wrong in rows], atol=1.01 / len(targets))
     height = rows[1][0] - (rows[0][0] + rows[2][0]) / 2
-    if height.mean() > 0:
-        assert float(one.barrier) == pytest.approx(height.mean(), abs=1e-4)
-        assert float(one.barrier_se) == pytest.approx(height.std(ddof=1) / np.sqrt(len(height)), rel=1e-3)
+    assert height.mean() > 0
+    assert float(one.barrier) == pytest.approx(height.mean(), abs=1e-4)
+    assert float(one.barrier_se) == pytest.approx(height.std(ddof=1) / np.sqrt(len(height)), rel=1e-3)
     assert float(one.excess[1]) == pytest.approx(height.mean(), abs=1e-4)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pnanalysis.errors import RunError
-from pnanalysis.geometry.planes import on_plane, plane_weights
+from pnanalysis.geometry.planes import plane_coordinates, plane_weights
 
 
 def test_coordinates_on_a_plane_are_those_of_an_orthonormal_basis() -> None:
@@ -16,10 +16,10 @@ def test_coordinates_on_a_plane_are_those_of_an_orthonormal_basis() -> None:
     e2 = b - (b @ e1) * e1
     e2 /= np.linalg.norm(e2)
     gram, pair = vectors @ vectors.T, [2, 4]
-    found = on_plane(gram, gram[:, pair], gram[np.ix_(pair, pair)])
+    found = plane_coordinates(gram, gram[:, pair], gram[np.ix_(pair, pair)])
     np.testing.assert_allclose(found, np.stack([vectors @ e1, vectors @ e2], axis=1), atol=1e-13)
     parallel = [2, 2]
-    assert np.isnan(on_plane(gram, gram[:, parallel], gram[np.ix_(parallel, parallel)])).all()
+    assert np.isnan(plane_coordinates(gram, gram[:, parallel], gram[np.ix_(parallel, parallel)])).all()
 
 
 def test_weights_of_a_plane_place_its_points_at_their_coordinates() -> None:
