@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from networks import NETWORKS, exact_spectrum
+from scipy.stats import wasserstein_distance
 
 from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.linear_operator import DiagonalOperator, LinearOperator, as_operator
-from pnanalysis.spectra.quadrature import wasserstein1
 
 RESULTS = Path(__file__).resolve().parent / "results" / "spectrum_accuracy.md"
 #: budget: (probes, steps) of plain quadrature
@@ -49,7 +49,7 @@ class Errors:
         slack = 1e-12 * np.abs(exact).max()
         for seed in seeds:
             ds = estimate(seed)
-            errors.distance.append(wasserstein1(ds.node.values, ds.weight.values, exact, uniform))
+            errors.distance.append(wasserstein_distance(ds.node.values, exact, ds.weight.values, uniform))
             errors.trace.append(float(ds.trace) - exact.sum())
             errors.trace_held.append(bool(ds.trace_low <= exact.sum() <= ds.trace_high))
             errors.lambda_max_held.append(bool(ds.lambda_max_low - slack <= exact.max() <= ds.lambda_max_high + slack))

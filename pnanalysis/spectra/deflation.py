@@ -1,22 +1,23 @@
-"""Where the products go: one Krylov space taken out exactly, the rest sampled by probes.
+"""How the products are spent: one Krylov space is taken out exactly, the rest of the spectrum is sampled by probes.
 
 Let ``Q`` be the ``k`` Lanczos vectors of one random start vector, ``T = Q'HQ`` and ``B`` the operator compressed to
-the orthogonal complement of ``Q``. In the basis of the two, ``H`` is block diagonal but for one entry, beta, on
-either side. So, whatever has converged and whatever has not,
+the orthogonal complement of ``Q``. In a basis of the two, ``H`` is block diagonal except for one entry, beta, on
+either side. Hence, whether or not any Ritz value has converged,
 
 - ``tr H = tr T + tr B`` exactly, and ``|H|_F^2 = |T|_F^2 + |B|_F^2 + 2 beta^2``;
-- giving each of the ``k`` Ritz values the mass ``1/P`` and the spectrum of ``B`` the remaining ``(P - k)/P`` is
-  within ``2 beta / P`` of the spectrum of ``H`` in Wasserstein-1 distance (the nuclear norm of the coupling bounds
-  the sum of the eigenvalue shifts).
+- the measure that gives each of the ``k`` Ritz values the mass ``1/P`` and the spectrum of ``B`` the remaining
+  ``(P - k)/P`` is within ``2 beta / P`` of the spectrum of ``H`` in Wasserstein-1 distance (the nuclear norm of the
+  coupling bounds the sum of the eigenvalue shifts).
 
-The probes of ``B`` no longer see the large eigenvalues, whose random mass makes up nearly all the error of plain
-stochastic Lanczos quadrature. This holds only if the probes stay orthogonal to *everything* that was given mass:
-Ritz values inside the cluster at zero may well be counted, for their directions are taken out of the probes too.
+The probes of ``B`` no longer see the large eigenvalues, whose random mass causes nearly all the error of plain
+stochastic Lanczos quadrature. This holds only if the probes stay orthogonal to *everything* that was given mass. Ritz
+values inside the cluster at zero may therefore be counted as well, because their directions are removed from the
+probes too.
 
-Given a budget, the probes run in turn and each one's Krylov space is deflated for those after it. Each probe then
-gives an estimate of its own (everything before it exactly, the rest by quadrature); their errors are uncorrelated,
-for each is unbiased given all that went before, and they are averaged by their expected precision. With numbers of
-steps and probes given instead, the probes run in lockstep, which costs less time a product.
+Given a budget, the probes run one after the other, and the Krylov space of each is deflated for those after it. Each
+probe then gives an estimate of its own (everything before it exactly, the rest by quadrature). The estimates' errors
+are uncorrelated, because each is unbiased given everything before it, so they are averaged by their expected
+precision. Given numbers of steps and probes instead, the probes run in lockstep, which takes less time per product.
 
 References
 ----------
@@ -42,23 +43,25 @@ from pnanalysis.spectra.quadrature import ritz
 
 Advance = Callable[[float], None]
 
-#: The deflating run pauses to look at the spectrum once in so many steps.
-STEPS_PER_LOOK = 4
-#: The deflating run takes at least this share of a budget: what a short run shows says little about what a longer
-#: one would, for Ritz values converge late and then fast...
-SMALLEST_SHARE = 0.2
-#: ... at most this one...
-LARGEST_SHARE = 0.5
-#: ... and so many steps (its basis stays in memory).
+#: Deflating steps between two decisions on whether to go on deflating.
+STEPS_PER_DECISION = 4
+#: The smallest fraction of a budget for deflation. A few steps say little about what more would bring, because Ritz
+#: values converge late and then fast.
+SMALLEST_FRACTION = 0.2
+#: The largest fraction of a budget for deflation.
+LARGEST_FRACTION = 0.5
+#: The most deflating steps: their basis stays in memory.
 MOST_DEFLATED = 256
 #: See :func:`default_steps`; the error is flat around this value, on spectra of networks and of random matrices.
 STEPS_FACTOR = 0.45
-#: Where the budget covers all P columns and P is at most this, they are all measured and the spectrum is exact.
+#: Up to this P, a budget that covers all P columns is spent on them, and the spectrum is exact.
 LARGEST_EXACT = 5000
+#: A Ritz value whose residual is below this fraction of its distance to the mean counts as one eigenvalue.
+CONVERGED = 1e-2
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingSettings:
     """How a spectrum is sampled: see :func:`pnanalysis.spectra.density.spectral_density`."""
 
     n_lanczos: int
@@ -75,11 +78,19 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Lanczos coefficients of one start vector, in float64: ``alpha`` and ``beta`` ``(m,)``, and the run's part.
+class LanczosCoefficients:
+    """The tridiagonal matrix of one start vector, in float64, and the part it plays in the spectrum.
 
-    ``n_before`` directions had been deflated when it ran. ``sampled``: it is a random probe of what was left then.
-    ``deflated``: the probes after it ran in the complement of its Krylov space.
+    Attributes
+    ----------
+    alpha, beta : ndarray
+        ``(m,)`` each; see :class:`pnanalysis.spectra.lanczos.Lanczos`.
+    n_before : int
+        Directions that had been deflated before.
+    sampled : bool
+        Whether the start vector is a random probe of what was left then.
+    deflated : bool
+        Whether later probes ran in the complement of its Krylov space.
     """
 
     alpha: np.ndarray
@@ -90,17 +101,17 @@ class Run:
 
 
 @dataclass
-class Sample:
-    """What was measured."""
+class SpectrumSample:
+    """The coefficients of all start vectors, in the order in which they ran, and the products spent on them."""
 
     n_parameters: int
     method: str
-    runs: list[Run] = field(default_factory=list)
+    probes: list[LanczosCoefficients] = field(default_factory=list)
     n_hvp: int = 0
 
     @property
     def n_deflated(self) -> int:
-        return sum(len(run.alpha) for run in self.runs if run.deflated)
+        return sum(len(probe.alpha) for probe in self.probes if probe.deflated)
 
     @property
     def n_free(self) -> int:
@@ -108,37 +119,42 @@ class Sample:
 
 
 def default_steps(n_products: int, n_parameters: int) -> int:
-    """Lanczos steps a probe when ``n_products`` are to be shared among probes: ``STEPS_FACTOR (n P)^(1/3)``.
+    """Lanczos steps per probe when ``n_products`` are to be divided among probes: ``STEPS_FACTOR (n P)^(1/3)``.
 
-    With ``m`` steps a probe the nodes are ``1/m`` of the bulk apart, and ``n/m`` probes of ``P`` dimensions know its
-    masses to ``sqrt(m / (n P))``. The sum of the two is least at a multiple of ``(n P)^(1/3)``.
+    With ``m`` steps per probe, the nodes are ``1/m`` of the bulk apart, and ``n/m`` probes of ``P`` dimensions know
+    the bulk's masses to ``sqrt(m / (n P))``. The sum of the two is smallest at a multiple of ``(n P)^(1/3)``.
     """
     return max(min(round(STEPS_FACTOR * (n_products * n_parameters) ** (1 / 3)), n_products), 1)
 
 
-def deflated_enough(run: Run, n_left: int, n_parameters: int) -> bool:
+def deflated_enough(probe: LanczosCoefficients, n_left: int, n_parameters: int) -> bool:
     """Whether the next product is better spent on a probe of the complement than on one more deflating step.
 
-    With ``n`` products left for probes, the variance of what they estimate goes as ``V / n``, where ``V`` is the
-    sum of squared (centred) eigenvalues of the complement. One more step takes ``(alpha - c)^2 + 2 beta^2`` off
-    ``V`` and one off ``n``. ``V`` is estimated from the run itself: converged Ritz values stand for one eigenvalue
-    each, the others share what is left of the spectrum in proportion to their Gauss weights.
+    With ``n`` products left for probes, the variance of what they estimate is proportional to ``V / n``, where ``V``
+    is the sum of squared (centred) eigenvalues of the complement. One more step reduces ``V`` by
+    ``(alpha - c)^2 + 2 beta^2`` and ``n`` by one. ``V`` is estimated from the coefficients so far: converged Ritz
+    values stand for one eigenvalue each, and the others for the rest of the spectrum, in proportion to their Gauss
+    weights.
     """
-    value, weight, residual = ritz(run.alpha, run.beta)
-    single = residual < 1e-2 * np.abs(value - weight @ value)
+    value, weight, residual = ritz(probe.alpha, probe.beta)
+    single = residual < CONVERGED * np.abs(value - weight @ value)
     if single.all():
         return True
-    share = np.where(single, 0, weight)
-    share /= share.sum()
-    centre = share @ value
+    fraction = np.where(single, 0, weight)
+    fraction /= fraction.sum()
+    centre = fraction @ value
     squared = (value - centre) ** 2
-    left = (n_parameters - single.sum()) * (share @ squared) - squared[~single].sum()
-    gain = np.mean((run.alpha[-STEPS_PER_LOOK:] - centre) ** 2 + 2 * run.beta[-STEPS_PER_LOOK:] ** 2)
+    left = (n_parameters - single.sum()) * (fraction @ squared) - squared[~single].sum()
+    # averaged over the last steps: single coefficients scatter
+    last = slice(-STEPS_PER_DECISION, None)
+    gain = np.mean((probe.alpha[last] - centre) ** 2 + 2 * probe.beta[last] ** 2)
     return bool(gain * n_left < left)
 
 
-def sample_spectrum(operator: LinearOperator, settings: Settings, advance: Advance | None = None) -> Sample:
-    """Spend the products: deflate (if asked to), then probe.
+def sample_spectrum(
+    operator: LinearOperator, settings: SamplingSettings, advance: Advance | None = None
+) -> SpectrumSample:
+    """Spend the products: deflate (if the settings say so), then probe.
 
     Raises
     ------
@@ -149,7 +165,7 @@ def sample_spectrum(operator: LinearOperator, settings: Settings, advance: Advan
     budget = settings.n_hvp or settings.n_lanczos * settings.n_probes
     if settings.deflate and n_parameters <= min(budget, LARGEST_EXACT):
         return _exact(operator, settings, advance)
-    sample = Sample(n_parameters, "deflated" if settings.deflate else "plain")
+    sample = SpectrumSample(n_parameters, "deflated" if settings.deflate else "plain")
     if settings.n_hvp is not None and not settings.deflate:
         n_steps = default_steps(budget, n_parameters)
         _probe_in_lockstep(operator, settings, sample, None, max(budget // n_steps, 1), n_steps, advance)
@@ -165,8 +181,8 @@ def sample_spectrum(operator: LinearOperator, settings: Settings, advance: Advan
     return sample
 
 
-def _exact(operator: LinearOperator, settings: Settings, advance: Advance | None) -> Sample:
-    """All the eigenvalues, from P products with unit vectors: no more than the budget, and no error."""
+def _exact(operator: LinearOperator, settings: SamplingSettings, advance: Advance | None) -> SpectrumSample:
+    """All the eigenvalues, from P products with unit vectors."""
     n = operator.shape[0]
     eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
     matrix = torch.empty_like(eye)
@@ -177,40 +193,43 @@ def _exact(operator: LinearOperator, settings: Settings, advance: Advance | None
     matrix = matrix.double()
     if not bool(torch.isfinite(matrix).all()):
         raise CurvatureError("a product of the operator held NaN or infinite values; check the weights and the data")
-    gap = float(torch.linalg.matrix_norm(matrix - matrix.T) / (torch.linalg.matrix_norm(matrix) + 1e-300)) / 2
-    if gap > (settings.symmetry_tolerance or SYMMETRY_TOLERANCE[operator.dtype]):
+    # the tiny number is for the zero matrix
+    skew = float(torch.linalg.matrix_norm(matrix - matrix.T) / (torch.linalg.matrix_norm(matrix) + 1e-300)) / 2
+    if skew > (settings.symmetry_tolerance or SYMMETRY_TOLERANCE[operator.dtype]):
         raise CurvatureError(
-            f"the operator is not symmetric: its skew part is {gap:.1%} of it; every product must use the same data, "
-            "with nothing random in the model (dropout, augmentation)"
+            f"the operator is not symmetric: its skew part has {skew:.1%} of its norm; every product must use the same "
+            "data, with nothing random in the model (dropout, augmentation)"
         )
     eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2).cpu().numpy()
-    return Sample(n, "exact", [Run(eigenvalues, np.zeros(n), sampled=False, deflated=True)], n_hvp=n)
+    return SpectrumSample(
+        n, "exact", [LanczosCoefficients(eigenvalues, np.zeros(n), sampled=False, deflated=True)], n_hvp=n
+    )
 
 
 def _deflate(
-    operator: LinearOperator, settings: Settings, sample: Sample, capacity: int, advance: Advance | None
+    operator: LinearOperator, settings: SamplingSettings, sample: SpectrumSample, capacity: int, advance: Advance | None
 ) -> torch.Tensor:
     """Deflate the Krylov space of one random vector, ``capacity`` steps of it; returns its basis ``(P, k)``."""
     limits = (settings.basis_dtype, settings.basis_device, 0, settings.max_memory_bytes)
     probes_at_once(operator.shape[0], capacity, 1, *limits)
-    run = _start(operator, settings, range(1), capacity)
-    saver = _saver(settings, run, "deflation", advance)
-    while run.step < capacity and run.sizes()[0] == run.step:
-        run.extend(min(STEPS_PER_CHECK, capacity - run.step), advance, saver)
-    _finish(run, sample, saver, sampled=False, deflated=True)
-    return run.basis[0, :, : sample.n_deflated]
+    lanczos = _start(operator, settings, range(1), capacity)
+    saver = _saver(settings, lanczos, "deflation", advance)
+    while lanczos.step < capacity and lanczos.sizes()[0] == lanczos.step:  # until the Krylov space is exhausted
+        lanczos.extend(min(STEPS_PER_CHECK, capacity - lanczos.step), advance, saver)
+    _finish(lanczos, sample, saver, sampled=False, deflated=True)
+    return lanczos.basis[0, :, : sample.n_deflated]
 
 
 def _probe_in_lockstep(
     operator: LinearOperator,
-    settings: Settings,
-    sample: Sample,
+    settings: SamplingSettings,
+    sample: SpectrumSample,
     deflated: torch.Tensor | None,
     n_probes: int,
     n_steps: int,
     advance: Advance | None,
 ) -> None:
-    """Run Lanczos from random vectors, as many at once as fit in memory."""
+    """Run Lanczos on random vectors, as many at once as fit in memory."""
     at_once = probes_at_once(
         operator.shape[0],
         n_steps,
@@ -222,32 +241,41 @@ def _probe_in_lockstep(
     )
     for first in range(0, n_probes, at_once):
         indices = range(1 + first, 1 + min(first + at_once, n_probes))
-        run = _start(operator, settings, indices, n_steps, deflated)
-        saver = _saver(settings, run, f"probes-{indices[0]}-{indices[-1]}", advance)
-        run.extend(n_steps - run.step, advance, saver)
-        _finish(run, sample, saver)
+        lanczos = _start(operator, settings, indices, n_steps, deflated)
+        saver = _saver(settings, lanczos, f"probes-{indices[0]}-{indices[-1]}", advance)
+        lanczos.extend(n_steps - lanczos.step, advance, saver)
+        _finish(lanczos, sample, saver)
 
 
 def _probe_in_turn(
-    operator: LinearOperator, settings: Settings, sample: Sample, budget: int, advance: Advance | None
+    operator: LinearOperator, settings: SamplingSettings, sample: SpectrumSample, budget: int, advance: Advance | None
 ) -> None:
-    """Deflate as long as it pays, then run one probe after the other, each in the complement of all before it."""
+    """Deflate as long as that reduces the error most, then run one probe after the other.
+
+    Each runs in the complement of all before it.
+    """
     n_parameters = operator.shape[0]
     longest = default_steps(budget, n_parameters)
     limits = (settings.basis_dtype, settings.basis_device)
     n_columns = vectors_at_once(n_parameters, min(budget, n_parameters), *limits, settings.max_memory_bytes)
-    if n_columns < min(2 * longest, budget, n_parameters):  # one probe beside as many deflated vectors, or nothing
+    # the least that makes sense is one probe and as many deflated vectors; if that does not fit, probes_at_once raises
+    if n_columns < min(2 * longest, budget, n_parameters):
         n_columns = min(2 * longest, budget, n_parameters)
         probes_at_once(n_parameters, n_columns, 1, *limits, max_memory_bytes=settings.max_memory_bytes)
+    # one block of memory for the deflated vectors and, behind them, the basis of the probe that is running
     columns = empty_columns(n_parameters, n_columns, settings.basis_dtype, settings.basis_device)
-    capacity = max(min(int(LARGEST_SHARE * budget), MOST_DEFLATED, max(n_columns - longest, n_columns // 2)), 1)
-    run = _start(operator, settings, range(1), capacity, storage=columns[:, :capacity])
-    saver = _saver(settings, run, "deflation", advance)
-    while run.step < capacity and run.sizes()[0] == run.step:
-        if run.step >= SMALLEST_SHARE * budget and deflated_enough(_runs(run)[0], budget - run.step, n_parameters):
+    capacity = max(min(int(LARGEST_FRACTION * budget), MOST_DEFLATED, max(n_columns - longest, n_columns // 2)), 1)
+    lanczos = _start(operator, settings, range(1), capacity, storage=columns[:, :capacity])
+    saver = _saver(settings, lanczos, "deflation", advance)
+    while lanczos.step < capacity and lanczos.sizes()[0] == lanczos.step:
+        if lanczos.step >= SMALLEST_FRACTION * budget and deflated_enough(
+            _coefficients(lanczos)[0], budget - lanczos.step, n_parameters
+        ):
             break
-        run.extend(min(STEPS_PER_LOOK - run.step % STEPS_PER_LOOK, capacity - run.step), advance, saver)
-    _finish(run, sample, saver, sampled=False, deflated=True)
+        lanczos.extend(
+            min(STEPS_PER_DECISION - lanczos.step % STEPS_PER_DECISION, capacity - lanczos.step), advance, saver
+        )
+    _finish(lanczos, sample, saver, sampled=False, deflated=True)
     left = budget - sample.n_hvp
     n_probes = max(round(left / default_steps(left, n_parameters)), 1)
     for index in range(1, n_probes + 1):
@@ -256,16 +284,17 @@ def _probe_in_turn(
             break
         n_before = sample.n_deflated
         storage = columns[:, n_before : n_before + n_steps]
-        run = _start(operator, settings, range(index, index + 1), n_steps, columns[:, :n_before], storage)
-        saver = _saver(settings, run, f"probe-{index}", advance)
-        run.extend(n_steps - run.step, advance, saver)
+        lanczos = _start(operator, settings, range(index, index + 1), n_steps, columns[:, :n_before], storage)
+        saver = _saver(settings, lanczos, f"probe-{index}", advance)
+        lanczos.extend(n_steps - lanczos.step, advance, saver)
+        # deflating a probe means that the next one's basis must go behind it
         room_for_another = n_before + 2 * n_steps <= n_columns
-        _finish(run, sample, saver, deflated=room_for_another and index < n_probes)
+        _finish(lanczos, sample, saver, deflated=room_for_another and index < n_probes)
 
 
 def _start(
     operator: LinearOperator,
-    settings: Settings,
+    settings: SamplingSettings,
     indices: range,
     capacity: int,
     deflated: torch.Tensor | None = None,
@@ -283,26 +312,32 @@ def _start(
     )
 
 
-def _saver(settings: Settings, run: Lanczos, name: str, advance: Advance | None) -> Saver | None:
-    """The run's saver, once it has picked up what there was of the run."""
+def _saver(settings: SamplingSettings, lanczos: Lanczos, name: str, advance: Advance | None) -> Saver | None:
+    """What saves the state, after it has restored the one that an earlier, unfinished call left."""
     if settings.state is None:
         return None
-    label = f"seed {settings.seed}, {run.n_deflated} deflated, {run.capacity} steps, {settings.n_hvp} products"
+    label = f"seed {settings.seed}, {lanczos.n_deflated} deflated, {lanczos.capacity} steps, {settings.n_hvp} products"
     saver = Saver(settings.state / f"{name}.safetensors", label, settings.save_every)
-    saver.resume(run)
+    saver.resume(lanczos)
     if advance is not None:
-        advance(run.step * run.n_probes)
+        advance(lanczos.step * lanczos.n_probes)
     return saver
 
 
-def _finish(run: Lanczos, sample: Sample, saver: Saver | None, sampled: bool = True, deflated: bool = False) -> None:
+def _finish(
+    lanczos: Lanczos, sample: SpectrumSample, saver: Saver | None, sampled: bool = True, deflated: bool = False
+) -> None:
+    """Save the final state, and add the coefficients to the sample."""
     if saver is not None:
-        saver(run, force=True)
+        saver(lanczos, force=True)
     n_before = sample.n_deflated
-    sample.runs += [replace(part, n_before=n_before, sampled=sampled, deflated=deflated) for part in _runs(run)]
-    sample.n_hvp += run.step * run.n_probes
+    sample.probes += [
+        replace(probe, n_before=n_before, sampled=sampled, deflated=deflated) for probe in _coefficients(lanczos)
+    ]
+    sample.n_hvp += lanczos.step * lanczos.n_probes
 
 
-def _runs(run: Lanczos) -> list[Run]:
-    alpha, beta = run.alpha.double().cpu().numpy(), run.beta.double().cpu().numpy()
-    return [Run(a[:size], b[:size]) for a, b, size in zip(alpha, beta, run.sizes(), strict=True)]
+def _coefficients(lanczos: Lanczos) -> list[LanczosCoefficients]:
+    """The coefficients of each start vector, without the zeros after a breakdown."""
+    alpha, beta = lanczos.alpha.double().cpu().numpy(), lanczos.beta.double().cpu().numpy()
+    return [LanczosCoefficients(a[:size], b[:size]) for a, b, size in zip(alpha, beta, lanczos.sizes(), strict=True)]

@@ -14,7 +14,7 @@ import xarray as xr
 from pnanalysis import schema
 from pnanalysis.checks import at_least, positive
 from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.deflation import Sample, Settings, sample_spectrum
+from pnanalysis.spectra.deflation import SamplingSettings, SpectrumSample, sample_spectrum
 from pnanalysis.spectra.linear_operator import as_operator
 from pnanalysis.spectra.memory import basis_bytes, human
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, averaged_rule, extremes, ritz
@@ -119,7 +119,7 @@ def spectral_density(
     at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, seed=seed, top_k=top_k)
     positive(ridge=ridge, kernel_width=kernel_width)
     _check_arguments(operator.shape[0], n_lanczos, n_probes, n_hvp)
-    settings = Settings(
+    settings = SamplingSettings(
         n_lanczos,
         n_probes,
         n_hvp,
@@ -153,12 +153,12 @@ def _check_arguments(n_parameters: int, n_lanczos: int, n_probes: int, n_hvp: in
 
 
 def _dataset(
-    sample: Sample, top_k: int, ridge: float, kernel_width: float | None, grid: np.ndarray | None
+    sample: SpectrumSample, top_k: int, ridge: float, kernel_width: float | None, grid: np.ndarray | None
 ) -> xr.Dataset:
-    ds = _measured(sample)
+    ds = _quadrature_dataset(sample)
     ds = ds.merge(summarise(ds, top_k=top_k, ridge=ridge))
     measure = SpectralMeasure.from_dataset(ds)
-    n_steps = max((len(run.alpha) for run in sample.runs if run.sampled), default=sample.n_deflated)
+    n_steps = max((len(probe.alpha) for probe in sample.probes if probe.sampled), default=sample.n_deflated)
     if kernel_width is None:
         kernel_width = default_kernel_width(measure, float(ds.lambda_min), float(ds.lambda_max), n_steps)
     ds["kernel_width"] = ((), float(kernel_width))
@@ -167,7 +167,7 @@ def _dataset(
         "method": sample.method,
         "n_hvp": sample.n_hvp,
         "n_lanczos": n_steps,
-        "n_probes": len(sample.runs),
+        "n_probes": len(sample.probes),
         "n_deflated": sample.n_deflated,
         "n_parameters": sample.n_parameters,
         "kernel_width": kernel_width,
@@ -176,73 +176,74 @@ def _dataset(
     return ds
 
 
-def _measured(sample: Sample) -> xr.Dataset:
-    """The Lanczos results and the measure they add up to, before any summary."""
-    results = [ritz(run.alpha, run.beta) for run in sample.runs]
+def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
+    """Ritz values, and the measure they add up to, before any summary."""
+    results = [ritz(probe.alpha, probe.beta) for probe in sample.probes]
     value, weight, residual = (_padded([result[i] for result in results]) for i in range(3))
-    couplings = np.array([run.beta[-1] if run.deflated else 0.0 for run in sample.runs])
+    couplings = np.array([probe.beta[-1] if probe.deflated else 0.0 for probe in sample.probes])
     # in the whole space, a Ritz pair of the complement is also off by the couplings to what was deflated before
     residual = np.hypot(residual, np.sqrt(np.cumsum(couplings**2) - couplings**2)[:, None])
     bounds = extremes(value, residual)
-    trust = np.array([float(run.sampled) for run in sample.runs])
-    measure = _measure(sample, trust, bounds)
-    spread = measure.spread_at()
-    if len(spread) > 1 and min(spread.values()) > 0:
-        trust = np.array([1 / spread[run.n_before] if run.sampled else 0.0 for run in sample.runs])
-        measure = _measure(sample, trust, bounds)
-    trust = trust / trust.sum() if trust.any() else trust
-    coupling = np.sqrt(sum(share * np.sum(couplings[:i] ** 2) for i, share in enumerate(trust)))
+    weights = np.array([float(probe.sampled) for probe in sample.probes])
+    measure = _average(sample, weights, bounds)
+    # the precision of a probe depends on what was left of the spectrum when it ran, which takes an estimate of it:
+    # first average with equal weights, then with the inverse variances that this average gives
+    variances = measure.trace_variances()
+    if len(variances) > 1 and min(variances.values()) > 0:
+        weights = np.array([1 / variances[probe.n_before] if probe.sampled else 0.0 for probe in sample.probes])
+        measure = _average(sample, weights, bounds)
+    weights = weights / weights.sum() if weights.any() else weights
+    coupling = np.sqrt(sum(weight * np.sum(couplings[:i] ** 2) for i, weight in enumerate(weights)))
     data: dict[str, Any] = {
         "node": ("quadrature", measure.node),
         "weight": ("quadrature", measure.weight),
         "sampled": ("quadrature", measure.sampled.astype(float)),
-        "node_run": ("quadrature", measure.run.astype(float)),
+        "node_run": ("quadrature", measure.probe.astype(float)),
         "node_n_before": ("quadrature", measure.n_before.astype(float)),
         "ritz_value": (("probe", "lanczos"), value),
         "ritz_weight": (("probe", "lanczos"), weight),
         "ritz_residual": (("probe", "lanczos"), residual),
-        "probe_weight": ("probe", trust),
+        "probe_weight": ("probe", weights),
         "n_parameters": ((), sample.n_parameters),
         "coupling": ((), float(coupling)),
     }
     if sample.n_deflated:
-        keep = np.array([run.deflated for run in sample.runs])
-        deflated, error = value[keep].ravel(), residual[keep].ravel()
-        order = np.argsort(-deflated[np.isfinite(deflated)])
-        data["deflated_value"] = ("component", deflated[np.isfinite(deflated)][order])
-        data["deflated_residual"] = ("component", error[np.isfinite(deflated)][order])
+        deflated = np.array([probe.deflated for probe in sample.probes])[:, None] & np.isfinite(value)
+        order = np.argsort(-value[deflated])
+        data["deflated_value"] = ("component", value[deflated][order])
+        data["deflated_residual"] = ("component", residual[deflated][order])
     return xr.Dataset(data)
 
 
-def _measure(sample: Sample, trust: np.ndarray, bounds: Extremes) -> SpectralMeasure:
-    """Average the probes' estimates of the spectrum with weights in proportion to ``trust`` ``(runs,)``.
-
-    A probe whose averaged rule has nodes outside the bounds of the spectrum is given its Gauss rule, which never
-    has (but knows the variance from two steps on only).
-    """
-    trust = trust / trust.sum() if trust.any() else trust
+def _average(sample: SpectrumSample, weights: np.ndarray, bounds: Extremes) -> SpectralMeasure:
+    """Average the probes' estimates of the spectrum with weights in proportion to ``weights`` ``(probe,)``."""
+    weights = weights / weights.sum() if weights.any() else weights
     parts: list[tuple[np.ndarray, np.ndarray, int, int]] = []
-    for index, run in enumerate(sample.runs):
-        if run.deflated:
-            later = float(trust[index + 1 :].sum()) if trust.any() else 1.0
-            value = ritz(run.alpha, run.beta)[0]
-            parts.append((value, np.full(len(value), later / sample.n_parameters), -index, run.n_before))
-        if run.sampled:
-            node, share = averaged_rule(run.alpha, run.beta)
-            if len(run.alpha) > 1 and (node[0] < bounds.min_low or node[-1] > bounds.max_high):
-                node, share, _ = ritz(run.alpha, run.beta)
-            mass = trust[index] * (1 - run.n_before / sample.n_parameters)
-            parts.append((node, mass * share, index + 1, run.n_before))
+    for index, probe in enumerate(sample.probes):
+        if probe.deflated:
+            # exactly one eigenvalue each, in the estimates of all later probes; in all, if nothing was sampled
+            later = float(weights[index + 1 :].sum()) if weights.any() else 1.0
+            value = ritz(probe.alpha, probe.beta)[0]
+            parts.append((value, np.full(len(value), later / sample.n_parameters), -index, probe.n_before))
+        if probe.sampled:
+            node, fraction = averaged_rule(probe.alpha, probe.beta)
+            # nodes outside the spectrum's bounds: take the Gauss rule, whose nodes never are. Not after a single
+            # step, when the Gauss rule would be one node and not know the variance.
+            if len(probe.alpha) > 1 and (node[0] < bounds.min_low or node[-1] > bounds.max_high):
+                node, fraction, _ = ritz(probe.alpha, probe.beta)
+            mass = weights[index] * (1 - probe.n_before / sample.n_parameters)
+            parts.append((node, mass * fraction, index + 1, probe.n_before))
     return SpectralMeasure(
         np.concatenate([node for node, *_ in parts]),
         np.concatenate([weight for _, weight, *_ in parts]),
-        np.concatenate([np.full(len(node), run) for node, _, run, _ in parts]),
+        np.concatenate([np.full(len(node), probe) for node, _, probe, _ in parts]),
         np.concatenate([np.full(len(node), n_before) for node, *_, n_before in parts]),
         sample.n_parameters,
     )
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of unequal length as one table, filled up with NaN."""
     table = np.full((len(rows), max(len(row) for row in rows)), np.nan)
     for row, values in zip(table, rows, strict=True):
         row[: len(values)] = values

@@ -88,11 +88,11 @@ class SpectralMeasure:
     ----------
     node, weight : ndarray
         ``(quadrature,)``; the weights sum to 1, one eigenvalue has weight ``1 / P``.
-    run : ndarray of int
-        ``(quadrature,)``. For a sampled node the probe it comes from, counted from 1; zero or minus the number of
-        the run for the Ritz values of a deflated space, which stand for one eigenvalue each.
+    probe : ndarray of int
+        ``(quadrature,)``. For a sampled node the probe it comes from, counted from 1. For the Ritz values of a
+        deflated space, which stand for one eigenvalue each: zero or less, a different number for each space.
     n_before : ndarray of int
-        ``(quadrature,)``. Directions that had been deflated when the node's run began.
+        ``(quadrature,)``. Directions that had been deflated when the node's probe started.
     n_parameters : int
         ``P``.
 
@@ -112,7 +112,7 @@ class SpectralMeasure:
 
     node: np.ndarray
     weight: np.ndarray
-    run: np.ndarray
+    probe: np.ndarray
     n_before: np.ndarray
     n_parameters: int
 
@@ -121,13 +121,13 @@ class SpectralMeasure:
         """The measure in a ``spectral_density`` dataset of one checkpoint (padding is dropped)."""
         keep = np.isfinite(ds["weight"].values)
         columns = (ds[name].values[keep] for name in ("node", "weight", "node_run", "node_n_before"))
-        node, weight, run, n_before = columns
-        return cls(node, weight, run.astype(int), n_before.astype(int), int(ds["n_parameters"]))
+        node, weight, probe, n_before = columns
+        return cls(node, weight, probe.astype(int), n_before.astype(int), int(ds["n_parameters"]))
 
     @property
     def sampled(self) -> np.ndarray:
         """Which nodes are sampled, ``(quadrature,)`` of bool."""
-        return self.run > 0
+        return self.probe > 0
 
     def mean(self, f: np.ndarray) -> Estimate:
         """Average of a function over the spectrum, given its values ``(quadrature,)`` at the nodes.
@@ -145,13 +145,13 @@ class SpectralMeasure:
             moment = (deviation / (np.abs(deviation).max() or 1.0)) ** 2  # in units in which its square cannot vanish
             second, fourth = stage.averages(np.stack([moment, moment**2]))
             excess = fourth / second**2 - 1 if second > 1e-100 else 0.0
-            doubt = 2 / (stage.n_free + 2) / stage.n_probes * excess
-            degrees.append(2 / doubt if doubt > 0 else np.inf)
+            relative_variance = 2 / (stage.n_free + 2) / stage.n_probes * excess  # of the estimated variance
+            degrees.append(2 / relative_variance if relative_variance > 0 else np.inf)
         variance = float(np.sum(variances))
         if variance <= 0:
             return Estimate(value, 0.0)
-        doubt = float(np.sum(np.square(variances) / np.array(degrees)))
-        return Estimate(value, variance**0.5, dof=variance**2 / doubt if doubt > 0 else np.inf)
+        denominator = float(np.sum(np.square(variances) / np.array(degrees)))  # of Satterthwaite's formula
+        return Estimate(value, variance**0.5, dof=variance**2 / denominator if denominator > 0 else np.inf)
 
     def means(self, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Averages and standard errors of many functions: values ``(n, quadrature)`` to ``(n,)`` and ``(n,)``."""
@@ -185,32 +185,32 @@ class SpectralMeasure:
         alike. The places matter for large matrices, where masses are known to ``P^(-1/2)`` and nodes stay as far
         apart as the number of steps makes them.
         """
-        runs = np.unique(self.run[self.sampled])
-        if len(runs) < 2:
+        probes = np.unique(self.probe[self.sampled])
+        if len(probes) < 2:
             return self.means((self.node <= points[:, None]).astype(float))[1] ** 2, 0
-        shares, each = [], []
-        for run in runs:
-            own = self.run == run
+        weights, cumulatives = [], []
+        for probe in probes:
+            own = self.probe == probe
             n_before = self.n_before[own][0]
             before = ~self.sampled & (self.n_before < n_before)
             free = 1 - n_before / self.n_parameters
             mass = self.weight[own].sum()
-            shares.append(mass / free)
+            weights.append(mass / free)
             weight = np.where(own, self.weight * free / mass, np.where(before, 1 / self.n_parameters, 0.0))
             order = np.argsort(self.node)
             steps = np.concatenate([[0.0], np.cumsum(weight[order])])
-            each.append(steps[np.searchsorted(self.node[order], points, side="right")])
-        trust = np.array(shares) / np.sum(shares)
-        deviation = np.array(each) - trust @ np.array(each)
-        return trust @ deviation**2 / (len(runs) - 1), len(runs) - 1
+            cumulatives.append(steps[np.searchsorted(self.node[order], points, side="right")])
+        probe_weight = np.array(weights) / np.sum(weights)
+        deviation = np.array(cumulatives) - probe_weight @ np.array(cumulatives)
+        return probe_weight @ deviation**2 / (len(probes) - 1), len(probes) - 1
 
     def total(self, f: np.ndarray) -> Estimate:
         """Sum of a function over all eigenvalues: ``P`` times :meth:`mean`."""
         mean = self.mean(f)
         return Estimate(self.n_parameters * mean.value, self.n_parameters * mean.se, dof=mean.dof)
 
-    def spread_at(self) -> dict[int, float]:
-        """By number of deflated directions: variance of the estimate of the trace by one probe at that stage."""
+    def trace_variances(self) -> dict[int, float]:
+        """By number of deflated directions: variance of the trace as estimated by one probe at that stage."""
         return {
             stage.n_before: stage.n_free**2 * 2 / (stage.n_free + 2) * max(square - mean**2, 0.0)
             for stage in self._stages()
@@ -227,20 +227,20 @@ class SpectralMeasure:
         starts = np.unique(self.n_before[sampled])
         size = self.n_parameters - starts
         mass = np.array([self.weight[sampled & (self.n_before == start)].sum() for start in starts])
-        share = mass * self.n_parameters / size  # how much each stage counts in the average
+        stage_weight = mass * self.n_parameters / size  # of each stage's estimate in the average
         stages = []
         for i, start in enumerate(starts):
-            belief = share[i:] / share[i:].sum()
+            relative = stage_weight[i:] / stage_weight[i:].sum()
             weight = np.zeros_like(self.weight)
-            for stage, trust, n_free, total in zip(starts[i:], belief, size[i:], mass[i:], strict=True):
+            for stage, fraction, n_free, total in zip(starts[i:], relative, size[i:], mass[i:], strict=True):
                 own = sampled & (self.n_before == stage)
-                weight[own] += trust * n_free / size[i] * self.weight[own] / total
+                weight[own] += fraction * n_free / size[i] * self.weight[own] / total
                 between = ~sampled & (self.n_before >= start) & (self.n_before < stage)
-                weight[between] += trust / size[i]
+                weight[between] += fraction / size[i]
             own = sampled & (self.n_before == start)
-            probe_mass = np.array([self.weight[self.run == run].sum() for run in np.unique(self.run[own])])
+            probe_mass = np.array([self.weight[self.probe == probe].sum() for probe in np.unique(self.probe[own])])
             factor = 2 / (size[i] + 2) * float(np.sum(probe_mass**2))
-            n_probes = len(np.unique(self.run[sampled & (self.n_before >= start)]))
+            n_probes = len(np.unique(self.probe[sampled & (self.n_before >= start)]))
             stages.append(_Stage(int(start), int(size[i]), weight, factor, n_probes))
         return stages
 
@@ -258,25 +258,3 @@ class _Stage:
     def averages(self, f: np.ndarray) -> np.ndarray:
         """Averages of functions ``(n, quadrature)`` over the spectrum left at this stage."""
         return f @ self.weight
-
-
-def wasserstein1(nodes_a: np.ndarray, weights_a: np.ndarray, nodes_b: np.ndarray, weights_b: np.ndarray) -> float:
-    """Wasserstein-1 distance between two discrete measures on the line, in the nodes' unit.
-
-    Parameters
-    ----------
-    nodes_a, weights_a : ndarray
-        ``(n,)`` each; the weights are taken relative to their sum.
-    nodes_b, weights_b : ndarray
-        ``(m,)`` each.
-
-    Returns
-    -------
-    float
-        The integral of the absolute difference of the cumulative distributions.
-    """
-    nodes = np.concatenate([np.asarray(nodes_a), np.asarray(nodes_b)])
-    weights_a, weights_b = np.asarray(weights_a), np.asarray(weights_b)
-    mass = np.concatenate([weights_a / weights_a.sum(), -weights_b / weights_b.sum()])
-    order = np.argsort(nodes, kind="stable")
-    return float(np.abs(np.cumsum(mass[order])[:-1]) @ np.diff(nodes[order]))

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from scipy.special import gammaln
+from scipy.stats import wasserstein_distance
 
 from pnanalysis import schema
 from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
-from pnanalysis.spectra.quadrature import SpectralMeasure, extremes, wasserstein1
+from pnanalysis.spectra.quadrature import SpectralMeasure, extremes
 
 #: An eigenvalue is an outlier when it lies further than so many standard deviations of the others from their mean.
 OUTLIER_SIGMAS = 10.0
@@ -128,8 +129,8 @@ def _negative_mass(ds: xr.Dataset, measure: SpectralMeasure) -> dict[str, Any]:
     estimate = measure.mean((measure.node < zero).astype(float))
     low, high = estimate.interval(LEVEL)
     below, above = 0.0, 0.0
-    for run, (value, weight) in enumerate(zip(ds["ritz_value"].values, ds["ritz_weight"].values, strict=True)):
-        mass = float(measure.weight[measure.run == run + 1].sum())
+    for index, (value, weight) in enumerate(zip(ds["ritz_value"].values, ds["ritz_weight"].values, strict=True)):
+        mass = float(measure.weight[measure.probe == index + 1].sum())
         left, right = _mass_beside(zero, value[np.isfinite(value)], weight[np.isfinite(weight)])
         below, above = below + mass * left, above + mass * right
     return {
@@ -283,12 +284,12 @@ def _distance(a: SpectralMeasure, b: SpectralMeasure) -> dict[str, float]:
     points = np.unique(np.concatenate([a.node, b.node]))
     (var_a, dof_a), (var_b, dof_b) = (measure.cumulative_variance(points[:-1]) for measure in (a, b))
     variance = var_a + var_b
-    doubt = sum(np.square(part) / dof for part, dof in ((var_a, dof_a), (var_b, dof_b)) if dof)
-    known = doubt > 0
-    dof = np.divide(variance**2, doubt, out=np.full(variance.shape, np.inf), where=known)  # Satterthwaite
+    # Satterthwaite's degrees of freedom of a sum of two variances; infinite where neither is estimated from scatter
+    denominator = sum(np.square(part) / dof for part, dof in ((var_a, dof_a), (var_b, dof_b)) if dof)
+    dof = np.divide(variance**2, denominator, out=np.full(variance.shape, np.inf), where=denominator > 0)
     se = float((np.sqrt(variance) / _shrinkage(dof)) @ np.diff(points))
     return {
-        "wasserstein1": wasserstein1(a.node, a.weight, b.node, b.weight),
+        "wasserstein1": float(wasserstein_distance(a.node, b.node, a.weight, b.weight)),
         "wasserstein1_noise": float(np.sqrt(2 / np.pi)) * se,
         "wasserstein1_se": se,
     }

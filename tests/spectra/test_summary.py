@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from scipy.stats import wasserstein_distance
 
 from pnanalysis import schema
@@ -16,7 +13,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.linear_operator import DiagonalOperator
-from pnanalysis.spectra.quadrature import SpectralMeasure, wasserstein1
+from pnanalysis.spectra.quadrature import SpectralMeasure
 from pnanalysis.spectra.summary import compare_spectra, summarise
 
 QUIET = {"progress": False, "grid": np.array([0.0, 1.0])}
@@ -210,10 +207,11 @@ def test_the_scatter_of_probes_is_that_of_their_own_estimates():
     points = np.linspace(-0.5, 20, 30)
     each = [
         [
-            measure.weight[(measure.run == run) & (measure.node <= x)].sum() / measure.weight[measure.run == run].sum()
+            measure.weight[(measure.probe == probe) & (measure.node <= x)].sum()
+            / measure.weight[measure.probe == probe].sum()
             for x in points
         ]
-        for run in (1, 2, 3, 4)
+        for probe in (1, 2, 3, 4)
     ]
     variance, dof = measure.cumulative_variance(points)
     assert dof == 3
@@ -237,21 +235,6 @@ def test_stacked_checkpoints_are_refused():
     stacked = xr.concat([a, a], "checkpoint")
     with pytest.raises(CurvatureError, match="one checkpoint with one"):
         compare_spectra(stacked, a)
-
-
-values = hnp.arrays(np.float64, st.integers(1, 20), elements=st.floats(-100, 100, width=32))
-
-
-@given(values, values, st.floats(-10, 10))
-@settings(max_examples=60, deadline=None)
-def test_wasserstein_distance_is_a_distance_and_agrees_with_scipy(a, b, shift):
-    rng = np.random.default_rng(0)
-    p, q = rng.random(len(a)) + 0.1, rng.random(len(b)) + 0.1
-    found = wasserstein1(a, p, b, q)
-    assert found == pytest.approx(wasserstein_distance(a, b, p, q), abs=1e-9)
-    assert found == pytest.approx(wasserstein1(b, q, a, p), abs=1e-12)
-    assert wasserstein1(a, p, a, 3 * p) == pytest.approx(0, abs=1e-12)
-    assert wasserstein1(a, p, a + shift, p) == pytest.approx(abs(shift), abs=1e-9)
 
 
 def test_error_of_a_mean_is_the_sphere_formula():
