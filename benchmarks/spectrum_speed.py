@@ -1,4 +1,4 @@
-"""Time of a whole spectral density compared with PyHessian and hessian-eigenthings: LeNet-5, 2,048 images in four batches.
+"""Time of a spectral density compared with PyHessian and hessian-eigenthings: LeNet-5, 2,048 images in four batches.
 
     PNANALYSIS_CIFAR10=PATH python benchmarks/spectrum_speed.py [--n-lanczos 30] [--n-probes 3] [--repeats 3]
 
