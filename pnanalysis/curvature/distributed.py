@@ -1,4 +1,4 @@
-"""One operator over data that several processes share, each with batches of its own."""
+"""One operator over the data of several processes, each of which has its own batches."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ class DistributedOperator:
 
     Each process builds its own operator over its own batches and wraps it; every process then calls the same
     products (or :func:`pnanalysis.spectral_density` with the same seed) and gets the same results. A product costs
-    one broadcast of the vectors and one sum of the results, ``P`` numbers a vector each.
+    one broadcast of the vectors and one sum of the results, ``P`` numbers per vector each.
 
     Parameters
     ----------
     operator : CurvatureOperator
-        Over this process's batches, with ``reduction="mean"``. Shares may differ in size: each counts by its
-        examples. Weight decay and penalty are given to every process alike, and counted once.
+        Over this process's batches, with ``reduction="mean"``. Processes may have different numbers of examples, by
+        which they count. Weight decay and penalty must be the same in every process; they count once.
     group : ProcessGroup, optional
-        The default group if left out.
+        The default group if omitted.
 
     Raises
     ------
     CurvatureError
-        If no process group is there, the operator sums over its data, or the processes' parameters differ in number.
+        If there is no process group, the operator sums over its data, or the processes differ in the number of
+        parameters.
 
     Examples
     --------

@@ -18,7 +18,19 @@ from pnanalysis.inputs.batches import batch_size
 
 
 class HessianOperator(CurvatureOperator):
-    """The Hessian of the mean loss with respect to the chosen parameters.
+    """The Hessian of the mean loss with respect to the chosen parameters, as an operator ``(P, P)``.
+
+    Products are exact (no finite differences); see :class:`pnanalysis.curvature.base.CurvatureOperator` for the
+    parameters, attributes and methods.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model, loss_fn = torch.nn.Linear(2, 1, bias=False).double(), torch.nn.functional.mse_loss
+    >>> batches = [(torch.eye(2).double(), torch.zeros(2, 1).double())]
+    >>> HessianOperator(model, loss_fn, batches).to_dense()
+    tensor([[1., 0.],
+            [0., 1.]], dtype=torch.float64)
 
     References
     ----------
@@ -74,10 +86,10 @@ class GGNOperator(CurvatureOperator):
 
 
 class EmpiricalFisherOperator(CurvatureOperator):
-    r"""The empirical Fisher matrix :math:`\frac1N\sum_i g_i g_i^\top` of the examples' own loss gradients.
+    r"""The empirical Fisher matrix :math:`\frac1N\sum_i g_i g_i^\top` of the gradients of single examples' losses.
 
-    Each example's loss must depend on that example alone, so batch normalisation in train mode is refused. Weight
-    decay and penalty have no part in it.
+    Each example's loss must depend on that example alone, so batch normalisation in train mode is refused. The
+    gradients are those of the data alone; weight decay and penalty, where given, add their Hessian.
 
     References
     ----------
@@ -101,7 +113,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
         return torch.func.vmap(one)(outputs, at.targets)
 
-    def _share(self, at: LossArguments) -> float:
+    def _weight_of_example(self, at: LossArguments) -> float:
         return 1 / batch_size((at.inputs, at.targets)) if self.reduction == "mean" else 1.0
 
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
@@ -109,7 +121,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
         direction = dict(zip(self.names, v, strict=True))
         at_theta = partial(self._losses, at)
         slopes = jvp(at_theta, (theta,), (direction,))[1]
-        pulled = vjp(at_theta, theta)[1](slopes * self._share(at))[0]
+        pulled = vjp(at_theta, theta)[1](slopes * self._weight_of_example(at))[0]
         return list(pulled.values())
 
     def _direct(self, at: LossArguments) -> Product:
@@ -121,7 +133,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
         def product(v: Any) -> list[Tensor]:
             (slopes,) = pullback(pulled, [cotangent], v)
-            weighted = slopes * self._share(at)
+            weighted = slopes * self._weight_of_example(at)
             return list(torch.autograd.grad(losses, leaves, weighted, retain_graph=True, materialize_grads=True))
 
         return product

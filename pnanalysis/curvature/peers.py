@@ -1,4 +1,4 @@
-"""Who computes the products: this package, or a peer, for cross-checks under the same Lanczos."""
+"""Operators by name, with products by this package or by another one, to check each with the same Lanczos."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_operator(
     Raises
     ------
     CurvatureError
-        If the names are unknown, a peer is not installed or cannot do what is asked.
+        If the names are unknown, or the other package is not installed or does not support the options.
     """
     if kind not in OPERATORS:
         raise CurvatureError(f"unknown operator {kind!r}; there are {', '.join(OPERATORS)}")
@@ -55,7 +55,7 @@ def make_operator(
 
 
 class _Peer:
-    """Shape, device and dtype of the native operator; products by somebody else."""
+    """Shape, device and dtype of the native operator; products by another package."""
 
     def __init__(self, native: CurvatureOperator) -> None:
         self.shape, self.device, self.dtype = native.shape, native.device, native.dtype

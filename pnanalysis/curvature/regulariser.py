@@ -1,4 +1,4 @@
-"""What is added to the loss over the data: weight decay and a penalty, and their curvature."""
+"""Terms that are added to the loss over the data (weight decay and a penalty), and their curvature."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Regulariser:
     Parameters
     ----------
     model : Module
-        What the penalty is shown, with other tensors in its place.
+        The model that the penalty is called with.
     theta, others : mappings of str to Tensor
-        The chosen parameters, and all else that the model holds.
+        The chosen parameters, and the other parameters and buffers.
     """
 
     def __init__(

@@ -53,55 +53,57 @@ def spectral_density(
     operator : LinearOperator or matrix
         Anything :func:`pnanalysis.as_operator` takes.
     n_lanczos, n_probes : int
-        Lanczos steps a probe and number of probes; the cost is their product.
+        Lanczos steps per probe, and number of probes; the cost is their product.
     deflate : bool
-        Take the Krylov space of the first probe out exactly and run the others in its orthogonal complement (see
+        Treat the Krylov space of the first probe exactly, and run the others in its orthogonal complement (see
         :mod:`pnanalysis.spectra.deflation`). ``False`` gives plain stochastic Lanczos quadrature. With a single
-        probe its ``n_lanczos`` products are split as under ``n_hvp``.
+        probe, its ``n_lanczos`` products are divided as under ``n_hvp``.
     kernel_width : float, optional
         Standard deviation of the Gaussian kernel, in units of the eigenvalues. Default: see
         :func:`default_kernel_width`.
     seed : int
-        Of the probes; the same vectors on every device.
+        Of the random probes, which are the same on every device.
     progress : bool
-        Show a bar on a terminal.
+        Show a progress bar on a terminal.
     n_hvp : int, optional
-        A budget of products in place of ``n_lanczos`` and ``n_probes``, spent as well as we know how: how much of it
-        goes into deflation is decided from what the first probe shows, the rest is split by a fixed rule, and each
-        probe deflates for those after it. The most accurate choice; probes in lockstep cost less time a product.
+        A budget of products in place of ``n_lanczos`` and ``n_probes``. The first probe's Ritz values decide how much
+        of it goes into deflation, a fixed rule divides the rest, and each probe is deflated for those after it. This
+        is the most accurate choice; with ``n_lanczos`` and ``n_probes``, a product takes less time.
     grid : ndarray, optional
-        Where to give the density, ``(eigenvalue,)``, ascending. Default: :func:`default_grid`.
+        Points to evaluate the density at, ``(eigenvalue,)``, ascending. Default: :func:`default_grid`.
     top_k : int
         How many of the largest eigenvalues to list.
     ridge : float
         The ``z`` of the effective dimension, in units of the eigenvalues.
     basis_dtype, basis_device : optional
-        Of the Lanczos basis: ``torch.float64`` for a float32 operator, ``"cpu"`` when the device is short of memory.
+        Of the Lanczos basis; the operator's own by default. ``torch.float64`` makes Lanczos on a float32 operator more
+        accurate, and ``"cpu"`` helps when the device is short of memory.
     max_memory_bytes : int, optional
-        Bound for the bases (60 % of the free memory by default); probes run in smaller groups to stay within it.
+        Bound on the memory for the bases (60 % of the free memory by default); probes run in smaller groups to stay
+        within it.
     symmetry_tolerance : float, optional
-        Largest relative asymmetry to put up with.
+        Largest relative asymmetry of the operator that is not an error: 1e-6 for float64, 0.01 for float32 by default.
     state : path, optional
-        A folder to save unfinished work in, every ``save_every`` seconds; a run that finds work of its own there
-        continues it, to the same result. The folder's contents are removed on success.
+        A folder for unfinished work, saved every ``save_every`` seconds. The same call resumes from it and gives the
+        same result as without the interruption. The folder is removed on success.
     title : str
-        What the progress bar calls it.
+        Label of the progress bar.
 
     Returns
     -------
     xarray.Dataset
-        Of kind ``"spectral_density"``. ``node`` and ``weight`` are the estimated spectral measure, ``sampled`` tells
-        the nodes known by probes (1) from those given the exact mass of one eigenvalue (0). ``density`` on the grid
+        Of kind ``"spectral_density"``. ``node`` and ``weight`` are the estimated spectral measure; ``sampled`` is 1
+        for nodes from random probes and 0 for nodes that stand for exactly one eigenvalue. ``density`` on the grid
         comes with ``density_se``. ``deflated_value`` are the Ritz values of the deflated space and
-        ``deflated_residual`` their distance to the nearest eigenvalue, at most. The rest is
-        :func:`pnanalysis.spectra.summary.summarise`. ``method`` in the attributes says how it was done:
+        ``deflated_residual`` bounds on their distance to the nearest eigenvalue. For the rest see
+        :func:`pnanalysis.spectra.summary.summarise`. The attribute ``method`` is
         ``"deflated"``, ``"plain"`` or, where the budget covers all P columns, ``"exact"``.
 
     Raises
     ------
     CurvatureError
-        For an operator that is not symmetric or not finite, ``n_lanczos`` above P, a budget or memory bound too
-        small, or a state folder that belongs to another run.
+        If the operator is not symmetric or not finite, ``n_lanczos`` exceeds P, the budget or memory bound is too
+        small, or the state folder was saved with other arguments.
 
     References
     ----------
@@ -254,8 +256,8 @@ def default_kernel_width(measure: SpectralMeasure, lambda_min: float, lambda_max
     """The wider of two lengths: 1/500 of the range, and the spacing of the nodes in the bulk.
 
     The first is about the resolution of a figure and close to the width of Ghorbani et al. (variance 1e-5 on a
-    range of 2). The second, the width of the central 98 % of the spectrum over ``2 n_lanczos``, keeps the nodes of
-    one probe from showing as teeth. A single point spectrum gets a width of one part in 500 of its magnitude.
+    range of 2). The second, the width of the central 98 % of the spectrum over ``2 n_lanczos``, keeps single
+    nodes from showing as peaks. A spectrum of a single point gets a width of one part in 500 of its magnitude.
     """
     order = np.argsort(measure.node)
     cumulative = np.cumsum(measure.weight[order])
@@ -275,7 +277,7 @@ def default_grid(*datasets: xr.Dataset, n_points: int = N_GRID) -> np.ndarray:
 def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) -> xr.Dataset:
     """Give the density and its standard error on another grid, or with another kernel.
 
-    Nothing is measured anew: both follow from the nodes, so that several checkpoints can be laid on one grid.
+    No products are needed: both follow from the nodes, so that several checkpoints can share one grid.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How much memory a spectrum takes, how much there is, and how to stay within it."""
+"""How much memory a spectrum needs, how much is free, and how many probes fit into it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import torch
 
 from pnanalysis.errors import CurvatureError
 
-#: Share of the free memory that a basis may fill where no bound is given; the operator needs the rest.
-DEFAULT_SHARE = 0.6
+#: Fraction of the free memory that a basis may fill if no bound is given; the operator needs the rest.
+DEFAULT_FRACTION = 0.6
 
 
 def basis_bytes(n_parameters: int, n_lanczos: int, n_probes: int, dtype: torch.dtype, n_deflated: int = 0) -> int:
-    """Bytes of a Lanczos run: ``((n_lanczos + 3) * n_probes + n_deflated) * P`` numbers of ``dtype``.
+    """Bytes of Lanczos bases: ``((n_lanczos + 3) * n_probes + n_deflated) * P`` numbers of ``dtype``.
 
-    The basis takes ``n_lanczos`` vectors a probe; three more are the vector in hand, its product and the work
-    space of Gram-Schmidt. ``n_deflated`` vectors are shared by all probes. What the operator itself needs for a
-    product comes on top.
+    A basis takes ``n_lanczos`` vectors per probe; three more are the current vector, its product and the work space
+    of Gram-Schmidt. ``n_deflated`` vectors are shared by all probes. The operator's own memory comes on top.
     """
     return ((n_lanczos + 3) * n_probes + n_deflated) * n_parameters * dtype.itemsize
 
@@ -54,7 +53,7 @@ def probes_at_once(
     shared = basis_bytes(n_parameters, n_lanczos, 0, dtype, n_deflated)
     limit = max_memory_bytes
     if limit is None:  # the deflated vectors are there already, and no longer count as free
-        limit = int(DEFAULT_SHARE * free_bytes(device)) + shared
+        limit = int(DEFAULT_FRACTION * free_bytes(device)) + shared
     fitting = (limit - shared) // each
     if fitting < 1:
         raise CurvatureError(
@@ -68,8 +67,8 @@ def probes_at_once(
 def vectors_at_once(
     n_parameters: int, n_wanted: int, dtype: torch.dtype, device: torch.device, max_memory_bytes: int | None = None
 ) -> int:
-    """How many of ``n_wanted`` vectors fit in memory, three more left free to work with (perhaps none)."""
-    limit = int(DEFAULT_SHARE * free_bytes(device)) if max_memory_bytes is None else max_memory_bytes
+    """How many of ``n_wanted`` vectors fit in memory with three more to work with; may be 0."""
+    limit = int(DEFAULT_FRACTION * free_bytes(device)) if max_memory_bytes is None else max_memory_bytes
     return max(min(n_wanted, limit // (n_parameters * dtype.itemsize) - 3), 0)
 
 

@@ -1,4 +1,4 @@
-"""The trace alone, for when the rest of the spectrum is not wanted."""
+"""Estimates of the trace, for when the rest of the spectrum is not needed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def trace_estimate(operator: Any, method: str = "xtrace", n_hvp: int = 100, seed
     method : {"xtrace", "hutch++", "hutchinson"}
         ``"hutchinson"`` averages ``g'Hg`` over random ``g``. ``"hutch++"`` spends a third of the products on a
         random sketch of the range, a third on the exact trace there and a third on Hutchinson in the complement.
-        ``"xtrace"`` lets every vector play both parts, leaving each out in turn, and is the most accurate where
-        the spectrum decays.
+        ``"xtrace"`` uses every vector for both, leaving each out in turn, and is the most accurate where the
+        spectrum decays.
     n_hvp : int
-        Products with the operator, at most. From P on, the trace is read off the diagonal and exact.
+        The most products to spend. With P or more, the trace is computed exactly, from the diagonal.
     seed : int
 
     Returns

@@ -11,13 +11,10 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.lanczos import Lanczos, Saver
 from pnanalysis.spectra.linear_operator import (
     DenseOperator,
-    DiagonalOperator,
-    LinearOperator,
     as_operator,
     contiguous_columns,
     random_unit_vectors,
 )
-from pnanalysis.spectra.memory import basis_bytes, probes_at_once
 from pnanalysis.spectra.quadrature import ritz
 
 EPS = np.finfo(np.float64).eps
@@ -224,64 +221,6 @@ def test_nan_in_a_product_is_reported(nan_at):
 def test_too_many_steps_are_refused(capacity, deflated):
     with pytest.raises(CurvatureError, match="between 1 and"):
         run_on(symmetric(30), capacity, deflated=deflated)
-
-
-def test_start_vectors_depend_on_seed_and_index_alone():
-    double, single = as_operator(torch.eye(40).double()), as_operator(torch.eye(40))
-    vectors = random_unit_vectors(double, range(4), 7)
-    assert torch.equal(vectors[:, 2:], random_unit_vectors(double, [2, 3], 7))
-    assert torch.equal(vectors.float(), random_unit_vectors(single, range(4), 7))
-    assert not torch.equal(vectors, random_unit_vectors(double, range(4), 8))
-
-
-def test_memory_bound_groups_probes_or_refuses():
-    unit = 1000 * 8
-    assert basis_bytes(1000, 20, 3, torch.float64, 5) == (23 * 3 + 5) * unit
-    sizes = {
-        "n_parameters": 1000,
-        "n_lanczos": 20,
-        "n_probes": 9,
-        "dtype": torch.float64,
-        "device": torch.device("cpu"),
-    }
-    assert probes_at_once(**sizes, n_deflated=5, max_memory_bytes=(2 * 23 + 5) * unit) == 2
-    assert probes_at_once(**sizes) == 9
-    with pytest.raises(CurvatureError, match=r"needs 180 KiB, the bound is 179 KiB: lower n_lanczos"):
-        probes_at_once(**sizes, max_memory_bytes=23 * unit - 1000)
-
-
-def test_operators_of_every_kind_agree():
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.linalg import aslinearoperator
-
-    matrix = symmetric(20)
-    vectors = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    array = matrix.numpy()
-    for source in (matrix, array, csr_matrix(array), aslinearoperator(array)):
-        operator = as_operator(source)
-        assert isinstance(operator, LinearOperator)
-        assert operator.shape == (20, 20)
-        torch.testing.assert_close(operator.matmat(vectors), matrix @ vectors)
-        torch.testing.assert_close(operator.matvec(vectors[:, 0]), matrix @ vectors[:, 0])
-    diagonal = DiagonalOperator(matrix.diagonal())
-    torch.testing.assert_close(diagonal.matmat(vectors), matrix.diagonal()[:, None] * vectors)
-    assert as_operator(diagonal) is diagonal
-    assert as_operator(np.diag([1, 2])).dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (np.zeros((2, 3)), "square"),
-        (np.zeros((0, 0)), "empty"),
-        (np.zeros(4), "square"),
-        (np.eye(2) * 1j, "complex"),
-        ("matrix", "cannot make an operator of a str"),
-    ],
-)
-def test_what_is_no_operator_is_refused(source, message):
-    with pytest.raises(CurvatureError, match=message):
-        as_operator(source)
 
 
 @pytest.mark.cuda
