@@ -49,7 +49,7 @@ def make_operator(
         raise CurvatureError(f"{engine} takes all parameters, bn_mode='eval' and no penalty; use the native engine")
     if engine == "pyhessian":
         if kind != "hessian":
-            raise CurvatureError("pyhessian knows the Hessian only; use curvlinops or the native engine")
+            raise CurvatureError("pyhessian has the Hessian only; use curvlinops or the native engine")
         return _PyHessian(native)
     return _Curvlinops(native, kind)
 

@@ -1,4 +1,4 @@
-"""Networks and data that operators are tried on: every kind of layer, small enough for a dense matrix."""
+"""Networks and data for operators, with every kind of layer and small enough for a dense matrix; dense references."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
 Batches = list[tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def images(sizes: tuple[int, ...] = (5, 3), n_classes: int = 3) -> Batches:
@@ -47,3 +50,42 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     ),
     "layernorm": _net(nn.Flatten(), nn.Linear(36, 4), nn.LayerNorm(4), nn.Sigmoid(), nn.Linear(4, 3)),
 }
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared distance from the one-hot targets."""
+    return nn.functional.mse_loss(outputs, torch.eye(3, dtype=outputs.dtype)[targets])
+
+
+def flat(model: nn.Module) -> Tensor:
+    """All parameters as one vector."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def unflat(model: nn.Module, vector: Tensor) -> dict[str, Tensor]:
+    """The tensors by name that make up a vector like :func:`flat`."""
+    parts = vector.split([p.numel() for p in model.parameters()])
+    return {name: part.view_as(p) for (name, p), part in zip(model.named_parameters(), parts, strict=True)}
+
+
+def dense_hessian(model: nn.Module, batches: Batches, loss: Loss = cross_entropy, bn_train: bool = False) -> Tensor:
+    """The Hessian of the mean over all examples; with ``bn_train`` each batch has its own statistics."""
+    model = copy.deepcopy(model).train(bn_train)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and bn_train:
+            module.track_running_stats = False
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    total = sum(len(y) for _, y in batches)
+
+    def mean_loss(vector: Tensor) -> Tensor:
+        theta = unflat(model, vector)
+        return sum(loss(functional_call(model, theta, (x,)), y) * len(y) for x, y in batches) / total
+
+    # torch.func.hessian would be faster, but vmap's rules for second derivatives of normalisations are wrong
+    return torch.autograd.functional.hessian(mean_loss, flat(model))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference, relative to the norm of ``b``."""
+    return float((a - b).norm() / b.norm())

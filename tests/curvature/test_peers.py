@@ -1,4 +1,4 @@
-"""Products by other packages against our own."""
+"""Operators by name, and the same products from other packages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
-from tests.curvature.conftest import NETWORKS, images
-from tests.curvature.test_operators import relative
+from tests.curvature.conftest import NETWORKS, images, relative
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -17,8 +16,7 @@ from tests.curvature.test_operators import relative
     ("engine", "kind"), [("pyhessian", "hessian"), ("curvlinops", "hessian"), ("curvlinops", "ggn")]
 )
 def test_peers_compute_the_same_products(engine: str, kind: str) -> None:
-    if engine == "curvlinops":
-        pytest.importorskip("curvlinops")
+    pytest.importorskip(engine)  # the package of the same name
     model, batches = NETWORKS["batchnorm"](), images((4, 4))
     ours = make_operator("native", kind, model, cross_entropy, batches)
     theirs = make_operator(engine, kind, model, cross_entropy, batches)
@@ -27,16 +25,16 @@ def test_peers_compute_the_same_products(engine: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "kind", "options"),
+    ("engine", "kind", "options", "message"),
     [
-        ("magic", "hessian", {}),
-        ("native", "kfac", {}),
-        ("pyhessian", "ggn", {}),
-        ("pyhessian", "hessian", {"params": "0"}),
+        ("magic", "hessian", {}, "unknown engine 'magic'"),
+        ("native", "kfac", {}, "unknown operator 'kfac'"),
+        ("pyhessian", "ggn", {}, "has the Hessian only"),
+        ("pyhessian", "hessian", {"params": "0"}, "use the native engine"),
     ],
 )
-def test_engines_that_cannot_do_it_say_so(engine: str, kind: str, options: dict[str, object]) -> None:
-    with pytest.raises(CurvatureError):
+def test_what_an_engine_cannot_do_is_refused(engine: str, kind: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(CurvatureError, match=message):
         make_operator(engine, kind, NETWORKS["conv"](), cross_entropy, images(), **options)
 
 

@@ -13,10 +13,8 @@ from scipy.stats import wasserstein_distance
 from pnanalysis import schema
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.io import netcdf
-from pnanalysis.spectra import deflation
 from pnanalysis.spectra.density import default_grid, smooth, spectral_density
 from pnanalysis.spectra.linear_operator import DiagonalOperator, as_operator
-from pnanalysis.spectra.quadrature import averaged_rule, ritz
 
 QUIET = {"progress": False}
 #: plain quadrature's probes and steps for a budget
@@ -269,24 +267,6 @@ def test_float32_operator_agrees_with_float64():
     assert wasserstein_distance(double.node, single.node, double.weight, single.weight) < 1e-4 * eigenvalues.max()
     assert float(single.trace) == pytest.approx(float(double.trace), rel=1e-4)
     assert single.attrs["dtype"] == "float32"
-
-
-def test_averaged_rule_is_exact_for_polynomials_and_finer_than_gauss():
-    eigenvalues = np.linspace(-1, 1, 500)
-    probe = deflation.sample_spectrum(
-        diagonal(eigenvalues),
-        deflation.SamplingSettings(12, 1, None, False, 0, torch.float64, torch.device("cpu")),
-    ).probes[0]
-    value, weight, _ = ritz(probe.alpha, probe.beta)
-    node, fraction = averaged_rule(probe.alpha, probe.beta)
-    assert len(node) == 23
-    assert (fraction > 0).all()
-    for power in range(24):
-        assert fraction @ node**power == pytest.approx(weight @ value**power, abs=1e-12)
-    uniform = np.full(500, 1 / 500)
-    assert wasserstein_distance(node, eigenvalues, fraction, uniform) < wasserstein_distance(
-        value, eigenvalues, weight, uniform
-    )
 
 
 def test_one_step_a_probe_still_tells_the_error_of_the_trace():

@@ -10,10 +10,8 @@ from scipy.stats import wasserstein_distance
 
 from pnanalysis import schema
 from pnanalysis.errors import CurvatureError
-from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.linear_operator import DiagonalOperator
-from pnanalysis.spectra.quadrature import SpectralMeasure
 from pnanalysis.spectra.summary import compare_spectra, summarise
 
 QUIET = {"progress": False, "grid": np.array([0.0, 1.0])}
@@ -200,29 +198,6 @@ def test_two_estimates_of_one_spectrum_are_their_noise_apart(eigenvalues, budget
     assert 0.65 < distance.mean() / noise.mean() < 1.5
 
 
-def test_the_scatter_of_probes_is_that_of_their_own_estimates():
-    """Of equal probes without deflation, by hand: the variance of a mean of K."""
-    ds = spectrum(spiked(), n_lanczos=8, n_probes=4, deflate=False)
-    measure = SpectralMeasure.from_dataset(ds)
-    points = np.linspace(-0.5, 20, 30)
-    each = [
-        [
-            measure.weight[(measure.probe == probe) & (measure.node <= x)].sum()
-            / measure.weight[measure.probe == probe].sum()
-            for x in points
-        ]
-        for probe in (1, 2, 3, 4)
-    ]
-    variance, dof = measure.cumulative_variance(points)
-    assert dof == 3
-    np.testing.assert_allclose(variance, np.var(each, axis=0, ddof=1) / 4, rtol=1e-9, atol=1e-15)
-    single, none = SpectralMeasure.from_dataset(
-        spectrum(spiked(), n_lanczos=8, n_probes=1, deflate=False)
-    ).cumulative_variance(points)
-    assert none == 0
-    assert (single > 0).any()
-
-
 def test_comparison_of_exact_spectra_has_no_noise():
     a, b = np.linspace(0, 1, 40), np.linspace(0, 2, 40)
     comparison = compare_spectra(spectrum(a, n_hvp=40), spectrum(b, n_hvp=40))
@@ -235,18 +210,3 @@ def test_stacked_checkpoints_are_refused():
     stacked = xr.concat([a, a], "checkpoint")
     with pytest.raises(CurvatureError, match="one checkpoint with one"):
         compare_spectra(stacked, a)
-
-
-def test_error_of_a_mean_is_the_sphere_formula():
-    eigenvalues = np.random.default_rng(0).normal(size=50)
-    measure = SpectralMeasure(eigenvalues, np.full(50, 1 / 50), np.ones(50, int), np.zeros(50, int), 50)
-    vectors = np.random.default_rng(1).standard_normal((200_000, 50))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    seen = (vectors**2 @ eigenvalues).std()
-    assert measure.mean(eigenvalues).se == pytest.approx(seen, rel=0.02)  # 0.2 % sampling error of the check itself
-
-
-def test_interval_is_students():
-    low, high = Estimate(1.0, 2.0, dof=3.0).interval()
-    assert (low, high) == pytest.approx((1 - 3.182446 * 2, 1 + 3.182446 * 2), rel=1e-6)
-    assert Estimate(5.0, 0.0).interval() == (5.0, 5.0)

@@ -1,0 +1,83 @@
+"""How the data are divided into batches does not matter, and data that cannot be used are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from pnanalysis.errors import CurvatureError
+from tests.curvature.conftest import NETWORKS, images, relative
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
+def test_batches_and_micro_batches_do_not_change_the_matrix(kind) -> None:
+    model, whole = NETWORKS["batchnorm"](), images((16,))
+    (inputs, targets) = whole[0]
+    reference = kind(model, cross_entropy, whole).to_dense()
+    unequal = [(inputs[:7], targets[:7]), (inputs[7:8], targets[7:8]), (inputs[8:], targets[8:])]
+    assert relative(kind(model, cross_entropy, unequal).to_dense(), reference) < 1e-12
+    assert relative(kind(model, cross_entropy, whole, micro_batch=5).to_dense(), reference) < 1e-12
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
+@pytest.mark.parametrize("micro_batch", [None, 7])
+def test_ignored_targets_and_class_weights_do_not_depend_on_the_batches(operator, micro_batch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    targets = torch.randint(3, (40,), generator=generator)
+    targets[torch.arange(0, 30, 2)] = -100  # unevenly over the batches
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64))
+    whole = operator(model, loss, [(inputs, targets)])
+    parts = operator(model, loss, list(zip(inputs.split(16), targets.split(16), strict=True)), micro_batch=micro_batch)
+    torch.testing.assert_close(parts.to_dense(), whole.to_dense(), rtol=1e-10, atol=1e-12)
+    assert parts.loss() == pytest.approx(float(loss(model(inputs), targets).detach()), rel=1e-12)
+    torch.testing.assert_close(parts.gradient(), whole.gradient(), rtol=1e-10, atol=1e-12)
+    with pytest.raises(CurvatureError, match="batch 1 has no target that counts"):
+        operator(model, loss, [(inputs, targets), (inputs[:2], torch.full((2,), -100))])
+
+
+def test_batches_without_examples_or_statistics_are_refused() -> None:
+    model = NETWORKS["batchnorm"]()
+    with pytest.raises(CurvatureError, match="no batches"):
+        HessianOperator(model, cross_entropy, [])
+    with pytest.raises(CurvatureError, match="batch 1 is empty"):
+        HessianOperator(model, cross_entropy, images((2, 0)))
+    with pytest.raises(CurvatureError, match="batch 1 holds one example"):
+        HessianOperator(model, cross_entropy, images((2, 1)), bn_mode="train")
+    with pytest.raises(CurvatureError, match="depends on its batch"):
+        EmpiricalFisherOperator(model, cross_entropy, images(), bn_mode="train")
+
+
+def test_a_loader_that_shuffles_is_refused() -> None:
+    (inputs, targets) = images((8,))[0]
+    loader = DataLoader(list(zip(inputs, targets, strict=True)), batch_size=4, shuffle=True)
+    with pytest.raises(CurvatureError, match="shuffle=False"):
+        HessianOperator(NETWORKS["linear"](), cross_entropy, loader)
+
+
+def test_a_batch_that_is_not_finite_is_named() -> None:
+    batches = images((2, 3, 4))
+    batches[1][0][0, 0, 0, 0] = torch.nan
+    op = HessianOperator(NETWORKS["tanh"](), cross_entropy, batches)
+    op.matvec(torch.ones(op.shape[0]).double())
+    with pytest.raises(CurvatureError, match="batch 1"):
+        op.check_finite()
+
+
+def test_a_loss_that_needs_more_than_two_examples_has_them() -> None:
+    def wide(outputs: Tensor, targets: Tensor) -> Tensor:
+        if len(outputs) < 3:
+            raise ValueError("too few")
+        return cross_entropy(outputs, targets)
+
+    model, batches = NETWORKS["tanh"](), images((4, 3))
+    v = torch.ones(sum(p.numel() for p in model.parameters())).double()
+    expected = HessianOperator(model, cross_entropy, batches).matvec(v)
+    assert relative(HessianOperator(model, wide, batches).matvec(v), expected) < 1e-12
+    with pytest.raises(ValueError, match="too few"):
+        HessianOperator(model, wide, images((2, 4)))

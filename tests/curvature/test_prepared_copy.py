@@ -1,0 +1,54 @@
+"""The copy of the model that the products see."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from pnanalysis.curvature.operators import HessianOperator
+from pnanalysis.curvature.prepared_copy import prepared_copy
+from tests.curvature.conftest import NETWORKS, images
+
+
+def test_the_users_model_is_left_as_it_was() -> None:
+    model, batches = NETWORKS["batchnorm"]().train(), images()
+    before = copy.deepcopy(model.state_dict())
+    HessianOperator(model, cross_entropy, batches, bn_mode="train").to_dense()
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert model[1].track_running_stats
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_folded_batch_normalisation_leaves_the_outputs_as_they_are(padding_mode: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode=padding_mode), nn.BatchNorm2d(3), nn.ReLU())
+    model(torch.randn(8, 2, 5, 5))  # running statistics that are not trivial
+    model = model.double().eval()
+    prepared = prepared_copy(model, "eval")
+    inputs = torch.randn(4, 2, 5, 5).double()
+    torch.testing.assert_close(prepared(inputs), model(inputs), rtol=1e-12, atol=1e-12)
+    norm_inputs = torch.randn(1, 3, 2, 2).double()
+    assert torch.equal(prepared[1](norm_inputs), norm_inputs)  # nothing is left to do for the norm
+
+
+def test_batch_normalisation_behind_a_shared_convolution_is_not_folded() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.conv(x)
+            return self.norm(z) + z
+
+    model = Branches().eval()
+    nn.init.constant_(model.norm.running_mean, 0.5)
+    inputs = torch.randn(2, 1, 3, 3)
+    torch.testing.assert_close(prepared_copy(model, "eval")(inputs), model(inputs))
