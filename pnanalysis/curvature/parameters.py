@@ -1,11 +1,10 @@
-"""Choose parameters of a network by layer, and move between one flat vector and a tensor for each."""
+"""Choose parameters of a network by layer, and convert between one flat vector and a tensor for each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,8 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.models import parameter_layers
 
 Selection = str | nn.Parameter | Sequence["str | nn.Parameter"] | None
+#: Tensors by the names of parameters or buffers.
+Named = dict[str, Tensor]
 
 
 def select_parameters(model: nn.Module, selection: Selection = None) -> list[str]:
@@ -23,7 +24,7 @@ def select_parameters(model: nn.Module, selection: Selection = None) -> list[str
     ----------
     model : Module
     selection : None, str, Parameter or sequence of these
-        ``None`` takes every trainable parameter. A text names a layer (all parameters below that module), a
+        ``None`` takes every trainable parameter. A string names a layer (all parameters below that module), a
         parameter, or is a pattern with ``*`` and ``?`` over these names.
 
     Raises
@@ -54,17 +55,6 @@ def select_parameters(model: nn.Module, selection: Selection = None) -> list[str
     return [name for name in parameters if name in chosen]
 
 
-def split_vector(vector: torch.Tensor, shapes: Sequence[torch.Size]) -> list[torch.Tensor]:
-    """Views of a flat vector ``(P,)`` in the parameters' shapes."""
-    parts = vector.split([prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def join_tensors(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One flat vector ``(P,)``."""
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
 def _matches(name: str, parameter: nn.Parameter, wanted: str | nn.Parameter) -> bool:
     if not isinstance(wanted, str):
         return parameter is wanted
@@ -77,18 +67,29 @@ def _matches(name: str, parameter: nn.Parameter, wanted: str | nn.Parameter) -> 
     )
 
 
-def pullback(outputs: Any, inputs: Any, cotangents: Any) -> list[Tensor]:
-    """Vector-Jacobian product on a graph that is kept; parts that do not depend on the inputs give zeros."""
+def split_vector(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Views of a flat vector ``(P,)`` in the shapes of the parameters."""
+    parts = vector.split([prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def join_tensors(parts: Sequence[Tensor]) -> Tensor:
+    """One flat vector ``(P,)`` of all the tensors' entries; undoes :func:`split_vector`."""
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def pullback(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """Vector-Jacobian product on a recorded graph, which is kept; zeros where the outputs do not depend on an input."""
+    # autograd.grad refuses outputs without a graph (a gradient that is constant), whose part of the result is zero
     pairs = [(out, cotangent) for out, cotangent in zip(outputs, cotangents, strict=True) if out.requires_grad]
     if not pairs:
         return [torch.zeros_like(tensor) for tensor in inputs]
-    roots, seeds = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(roots, inputs, seeds, retain_graph=True, materialize_grads=True))
+    differentiable, their_cotangents = zip(*pairs, strict=True)
+    return list(
+        torch.autograd.grad(differentiable, list(inputs), their_cotangents, retain_graph=True, materialize_grads=True)
+    )
 
 
 def requiring_grad(theta: Named) -> Named:
-    """The same tensors as leaves of a graph to come."""
+    """The same tensors as leaves of a new autograd graph."""
     return {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
-
-
-Named = dict[str, Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -11,30 +12,35 @@ from scipy.linalg import eigh_tridiagonal
 from pnanalysis.estimates import Estimate
 
 
-def ritz(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class RitzPairs(NamedTuple):
+    """What one tridiagonal matrix says about the spectrum, ``(m,)`` each, values ascending.
+
+    ``weight``, the squared first components of the eigenvectors, makes ``value`` the nodes of the Gauss rule of the
+    start vector's spectral measure. An eigenvalue of the operator lies within ``residual`` of each value.
+    """
+
+    value: np.ndarray
+    weight: np.ndarray
+    residual: np.ndarray
+
+
+def ritz(alpha: np.ndarray, beta: np.ndarray) -> RitzPairs:
     """Ritz values, Gauss weights and residual bounds of one tridiagonal matrix.
 
     Parameters
     ----------
     alpha, beta : ndarray
-        ``(m,)`` each; ``beta[-1]`` couples the Krylov space with the rest.
-
-    Returns
-    -------
-    value, weight, residual : ndarray
-        ``(m,)`` each, values ascending. The weights are the squared first components of the eigenvectors: nodes
-        and weights of the Gauss rule of the start vector's spectral measure. Within ``residual`` of each value
-        lies an eigenvalue of the operator.
+        ``(m,)`` each; ``beta[-1]`` couples the Krylov space to the rest of the space.
     """
     value, vector = eigh_tridiagonal(alpha, beta[:-1])
-    return value, vector[0] ** 2, beta[-1] * np.abs(vector[-1])
+    return RitzPairs(value, vector[0] ** 2, beta[-1] * np.abs(vector[-1]))
 
 
 def averaged_rule(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Generalised averaged Gauss rule: ``2 m - 1`` nodes and weights from ``m`` Lanczos steps.
 
     The Jacobi matrix is continued with its own mirror image. The rule has positive weights, is exact wherever the
-    Gauss rule is, and resolves a continuous bulk about twice as finely at no further product. Its outermost nodes
+    Gauss rule is, and resolves a continuous bulk about twice as finely without further products. Its outermost nodes
     may lie slightly outside the spectrum.
 
     References
@@ -43,7 +49,7 @@ def averaged_rule(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.n
     Reichel and Spalevic, A new representation of generalized averaged Gauss quadrature rules, 2021.
     """
     m = len(alpha)
-    if beta[-1] == 0:
+    if beta[-1] == 0:  # the Krylov space is invariant and the Gauss rule exact
         value, weight, _ = ritz(alpha, beta)
         return value, weight
     if m == 1:  # the two points with this mean and variance
@@ -64,11 +70,11 @@ class Extremes:
 
 
 def extremes(value: np.ndarray, residual: np.ndarray) -> Extremes:
-    """Bounds of the spectrum from Ritz values and residual bounds ``(probe, lanczos)``, NaN where there is none.
+    """Bounds of the spectrum from Ritz values and residual bounds ``(probe, lanczos)``, padded with NaN.
 
-    Ritz values lie within the spectrum. An eigenvalue lies within the residual of each; that the outermost has
-    none beyond it holds for random start vectors with all but a small probability, once the residual is small
-    against the spacing there.
+    Ritz values lie within the spectrum, and an eigenvalue lies within the residual of each. That there is none beyond
+    the outermost holds with high probability for random start vectors, once the residual is small compared with the
+    spacing of the Ritz values there.
     """
     top, bottom = int(np.nanargmax(value)), int(np.nanargmin(value))
     value, residual = value.ravel(), residual.ravel()
@@ -82,7 +88,7 @@ def extremes(value: np.ndarray, residual: np.ndarray) -> Extremes:
 
 @dataclass(frozen=True)
 class SpectralMeasure:
-    """An estimated spectrum: weighted nodes, some of them exactly counted and some sampled.
+    """An estimated spectrum: weighted nodes, some of them counted exactly and some sampled.
 
     Attributes
     ----------
@@ -90,24 +96,24 @@ class SpectralMeasure:
         ``(quadrature,)``; the weights sum to 1, one eigenvalue has weight ``1 / P``.
     probe : ndarray of int
         ``(quadrature,)``. For a sampled node the probe it comes from, counted from 1. For the Ritz values of a
-        deflated space, which stand for one eigenvalue each: zero or less, a different number for each space.
+        deflated space, each of which stands for one eigenvalue, zero or minus the index of the deflating probe.
     n_before : ndarray of int
-        ``(quadrature,)``. Directions that had been deflated when the node's probe started.
+        ``(quadrature,)``. Directions that had been deflated when the node's probe ran.
     n_parameters : int
         ``P``.
 
     Notes
     -----
-    For a probe ``g`` uniform on the unit sphere of ``n`` dimensions and any function ``f``, with mean and variance
+    For a probe ``g`` uniform on the unit sphere in ``n`` dimensions and any function ``f``, with mean and variance
     over the ``n`` eigenvalues there,
 
         E[g' f(B) g] = mean f,        Var[g' f(B) g] = 2 / (n + 2) * var f.
 
-    The spectral measure itself thus tells the error of every average taken with it. That error bar uses all the
-    eigenvalues, not the scatter of a handful of probes, so it holds for a single probe too. The variance is itself
-    estimated; its uncertainty follows from the same formula and gives, matched to a chi-square distribution
+    The spectral measure itself thus gives the error of every average taken with it. Since that error bar uses all the
+    eigenvalues rather than the scatter of a few probes, it holds for a single probe too. The variance is itself
+    estimated. Its uncertainty follows from the same formula and gives, matched to a chi-square distribution
     (Satterthwaite), the degrees of freedom of the interval: close to the number of probes where one eigenvalue
-    dominates, very large where many share.
+    dominates, very large where many contribute.
     """
 
     node: np.ndarray
@@ -118,7 +124,7 @@ class SpectralMeasure:
 
     @classmethod
     def from_dataset(cls, ds: xr.Dataset) -> SpectralMeasure:
-        """The measure in a ``spectral_density`` dataset of one checkpoint (padding is dropped)."""
+        """The measure in a ``spectral_density`` dataset of one checkpoint, without its padding."""
         keep = np.isfinite(ds["weight"].values)
         columns = (ds[name].values[keep] for name in ("node", "weight", "node_run", "node_n_before"))
         node, weight, probe, n_before = columns
@@ -132,26 +138,26 @@ class SpectralMeasure:
     def mean(self, f: np.ndarray) -> Estimate:
         """Average of a function over the spectrum, given its values ``(quadrature,)`` at the nodes.
 
-        The error is that of sampling; the rule's own (zero for polynomials of degree below twice the number of
-        steps) is not in it.
+        The standard error is that of sampling. It does not include the error of the quadrature rule, which is zero
+        for polynomials of degree below twice the number of steps.
         """
         value = float(f @ self.weight)
-        variances, degrees = [], []
+        variances, dofs = [], []
         for stage in self._stages():
             mean, square = stage.averages(np.stack([f, f**2]))
-            spread = max(square - mean**2, 0.0)
-            variances.append(stage.factor * spread)
+            variances.append(stage.factor * max(square - mean**2, 0.0))
             deviation = f - mean
-            moment = (deviation / (np.abs(deviation).max() or 1.0)) ** 2  # in units in which its square cannot vanish
-            second, fourth = stage.averages(np.stack([moment, moment**2]))
+            # in units of the largest deviation, so that its fourth power cannot underflow to zero
+            squared_deviation = (deviation / (np.abs(deviation).max() or 1.0)) ** 2
+            second, fourth = stage.averages(np.stack([squared_deviation, squared_deviation**2]))
             excess = fourth / second**2 - 1 if second > 1e-100 else 0.0
-            relative_variance = 2 / (stage.n_free + 2) / stage.n_probes * excess  # of the estimated variance
-            degrees.append(2 / relative_variance if relative_variance > 0 else np.inf)
+            relative_variance = 2 / (stage.n_free + 2) / stage.n_probes * excess  # of the variance's own estimate
+            dofs.append(2 / relative_variance if relative_variance > 0 else np.inf)
         variance = float(np.sum(variances))
         if variance <= 0:
             return Estimate(value, 0.0)
-        denominator = float(np.sum(np.square(variances) / np.array(degrees)))  # of Satterthwaite's formula
-        return Estimate(value, variance**0.5, dof=variance**2 / denominator if denominator > 0 else np.inf)
+        weighted = float(np.sum(np.square(variances) / np.array(dofs)))  # Satterthwaite's denominator
+        return Estimate(value, variance**0.5, dof=variance**2 / weighted if weighted > 0 else np.inf)
 
     def means(self, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Averages and standard errors of many functions: values ``(n, quadrature)`` to ``(n,)`` and ``(n,)``."""
@@ -160,6 +166,11 @@ class SpectralMeasure:
             centre = stage.averages(f)
             variance += stage.factor * np.maximum(stage.averages(f**2) - centre**2, 0)
         return f @ self.weight, np.sqrt(variance)
+
+    def total(self, f: np.ndarray) -> Estimate:
+        """Sum of a function over all eigenvalues: ``P`` times :meth:`mean`."""
+        mean = self.mean(f)
+        return Estimate(self.n_parameters * mean.value, self.n_parameters * mean.se, dof=mean.dof)
 
     def cumulative_variance(self, points: np.ndarray) -> tuple[np.ndarray, int]:
         """Sampling variance of the cumulative distribution at some points, from the scatter of the probes.
@@ -174,43 +185,38 @@ class SpectralMeasure:
         variance : ndarray
             ``(n,)``.
         dof : int
-            One less than the number of probes. Of a single probe 0: there is no scatter, and the variance is that of
-            :meth:`means`, without what the places of the nodes add.
+            One less than the number of probes. For a single probe 0: there is no scatter, and the variance is that of
+            :meth:`means`, which ignores that the places of the nodes are random too.
 
         Notes
         -----
         Each probe gives an estimate of the whole spectrum: what was deflated before it, and its own nodes. The
-        estimates are averaged with weights ``t_i`` in proportion to their precision, and then the variance of the
-        average is ``sum t_i (F_i - F)^2 / (K - 1)``. It counts the random masses of the nodes and their random places
-        alike. The places matter for large matrices, where masses are known to ``P^(-1/2)`` and nodes stay as far
-        apart as the number of steps makes them.
+        estimates are averaged with weights ``t_i`` in proportion to their precision, and the variance of the average
+        is ``sum t_i (F_i - F)^2 / (K - 1)``. It includes the randomness of the nodes' masses and of their places. The
+        places matter for large matrices, where masses are known to ``P^(-1/2)`` while the nodes stay as far apart as
+        the number of steps makes them.
         """
         probes = np.unique(self.probe[self.sampled])
         if len(probes) < 2:
             return self.means((self.node <= points[:, None]).astype(float))[1] ** 2, 0
-        weights, cumulatives = [], []
+        order = np.argsort(self.node)
+        probe_weights, distributions = [], []
         for probe in probes:
             own = self.probe == probe
             n_before = self.n_before[own][0]
-            before = ~self.sampled & (self.n_before < n_before)
+            deflated_before = ~self.sampled & (self.n_before < n_before)
             free = 1 - n_before / self.n_parameters
             mass = self.weight[own].sum()
-            weights.append(mass / free)
-            weight = np.where(own, self.weight * free / mass, np.where(before, 1 / self.n_parameters, 0.0))
-            order = np.argsort(self.node)
+            probe_weights.append(mass / free)
+            weight = np.where(own, self.weight * free / mass, np.where(deflated_before, 1 / self.n_parameters, 0.0))
             steps = np.concatenate([[0.0], np.cumsum(weight[order])])
-            cumulatives.append(steps[np.searchsorted(self.node[order], points, side="right")])
-        probe_weight = np.array(weights) / np.sum(weights)
-        deviation = np.array(cumulatives) - probe_weight @ np.array(cumulatives)
-        return probe_weight @ deviation**2 / (len(probes) - 1), len(probes) - 1
-
-    def total(self, f: np.ndarray) -> Estimate:
-        """Sum of a function over all eigenvalues: ``P`` times :meth:`mean`."""
-        mean = self.mean(f)
-        return Estimate(self.n_parameters * mean.value, self.n_parameters * mean.se, dof=mean.dof)
+            distributions.append(steps[np.searchsorted(self.node[order], points, side="right")])
+        t = np.array(probe_weights) / np.sum(probe_weights)
+        deviation = np.array(distributions) - t @ np.array(distributions)
+        return t @ deviation**2 / (len(probes) - 1), len(probes) - 1
 
     def trace_variances(self) -> dict[int, float]:
-        """By number of deflated directions: variance of the trace as estimated by one probe at that stage."""
+        """Variance of one probe's estimate of the trace, by the number of directions deflated before it."""
         return {
             stage.n_before: stage.n_free**2 * 2 / (stage.n_free + 2) * max(square - mean**2, 0.0)
             for stage in self._stages()
@@ -218,36 +224,42 @@ class SpectralMeasure:
         }
 
     def _stages(self) -> list[_Stage]:
-        """The stages at which probes ran, each with the best estimate of the spectrum that was left to them.
+        """The stages at which probes ran, each with the best estimate of the spectrum that was left at that stage.
 
-        That estimate joins the probes of this stage and of all later ones; what was deflated in between counts
-        as known to the later ones.
+        That estimate joins the probes of this stage and of all later ones; for the later ones, what was deflated in
+        between is known exactly.
         """
         sampled = self.sampled
         starts = np.unique(self.n_before[sampled])
-        size = self.n_parameters - starts
+        n_free = self.n_parameters - starts
         mass = np.array([self.weight[sampled & (self.n_before == start)].sum() for start in starts])
-        stage_weight = mass * self.n_parameters / size  # of each stage's estimate in the average
+        stage_weight = mass * self.n_parameters / n_free  # of each stage's estimate in the average over the stages
         stages = []
         for i, start in enumerate(starts):
-            relative = stage_weight[i:] / stage_weight[i:].sum()
+            later_weight = stage_weight[i:] / stage_weight[i:].sum()
             weight = np.zeros_like(self.weight)
-            for stage, fraction, n_free, total in zip(starts[i:], relative, size[i:], mass[i:], strict=True):
-                own = sampled & (self.n_before == stage)
-                weight[own] += fraction * n_free / size[i] * self.weight[own] / total
-                between = ~sampled & (self.n_before >= start) & (self.n_before < stage)
-                weight[between] += fraction / size[i]
+            for later, w, n_left, total in zip(starts[i:], later_weight, n_free[i:], mass[i:], strict=True):
+                own = sampled & (self.n_before == later)
+                weight[own] += w * n_left / n_free[i] * self.weight[own] / total
+                between = ~sampled & (self.n_before >= start) & (self.n_before < later)
+                weight[between] += w / n_free[i]
             own = sampled & (self.n_before == start)
             probe_mass = np.array([self.weight[self.probe == probe].sum() for probe in np.unique(self.probe[own])])
-            factor = 2 / (size[i] + 2) * float(np.sum(probe_mass**2))
+            # Var of a weighted sum of independent probes: the squared masses times the variance of one
+            factor = 2 / (n_free[i] + 2) * float(np.sum(probe_mass**2))
             n_probes = len(np.unique(self.probe[sampled & (self.n_before >= start)]))
-            stages.append(_Stage(int(start), int(size[i]), weight, factor, n_probes))
+            stages.append(_Stage(int(start), int(n_free[i]), weight, factor, n_probes))
         return stages
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """What the probes saw that ran when ``n_before`` directions had been deflated."""
+    """The spectrum as seen by the probes that ran when ``n_before`` directions had been deflated.
+
+    ``weight`` ``(quadrature,)`` are the weights of all nodes in that spectrum, of ``n_free`` eigenvalues, which
+    ``n_probes`` probes contribute to. ``factor`` times the variance of a function over it is the variance that the
+    stage adds to the function's mean.
+    """
 
     n_before: int
     n_free: int

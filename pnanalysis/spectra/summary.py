@@ -1,8 +1,8 @@
-"""A spectrum in numbers, each with its error, and the difference between two spectra."""
+"""A spectrum in numbers, each with its error, and the difference of two spectra."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -14,10 +14,14 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.quadrature import SpectralMeasure, extremes
 
-#: An eigenvalue is an outlier when it lies further than so many standard deviations of the others from their mean.
+#: An eigenvalue is an outlier if it lies further than this many standard deviations of the others from their mean.
 OUTLIER_SIGMAS = 10.0
 #: Two-sided level of every interval.
 LEVEL = 0.95
+#: Scalars that are compared by difference, with a standard error.
+_WITH_SE = ("trace", "frobenius_norm", "negative_mass", "effective_rank", "effective_dimension")
+#: Scalars that are known up to an interval.
+_WITH_BOUNDS = ("lambda_max", "lambda_min", "n_outliers", "bulk_edge_low", "bulk_edge_high", "gap_ratio")
 
 
 def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0) -> xr.Dataset:
@@ -26,25 +30,25 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0) -> xr.Data
     Parameters
     ----------
     ds : xarray.Dataset
-        A ``"spectral_density"`` dataset of one checkpoint (its nodes and Ritz values are all that is read).
+        A ``"spectral_density"`` dataset of one checkpoint; only its nodes and Ritz values are used.
     top_k : int
-        How many of the largest eigenvalues to list.
+        Number of largest eigenvalues to list.
     ridge : float
-        ``z`` of the effective dimension.
+        ``z`` in the effective dimension, in units of the eigenvalues.
 
     Returns
     -------
     xarray.Dataset
-        Scalars, unless noted; ``_se`` is a standard error, ``_low`` and ``_high`` are a 95 % interval:
+        Scalars unless noted. ``NAME_se`` is a standard error, ``NAME_low`` and ``NAME_high`` are a 95 % interval:
 
         - ``trace``, ``frobenius_norm``: sum, and root of the sum of squares, of the eigenvalues;
-        - ``lambda_max``, ``lambda_min``: the extreme Ritz values. They never overshoot, so the interval reaches
-          outwards only, by the residual bound; it is not statistical;
-        - ``top_value``, ``top_residual`` ``(top,)``: the largest Ritz values, descending, and how far the nearest
-          eigenvalue is at most;
-        - ``negative_mass``: share of the eigenvalues below zero by more than roundoff, one part in a million of the
-          largest magnitude. Its interval adds to the sampling error what the quadrature leaves open: mass between
-          the two nodes on either side of zero (Chebyshev, Markov, Stieltjes);
+        - ``lambda_max``, ``lambda_min``: the extreme Ritz values. Ritz values lie within the spectrum, so the interval
+          extends outwards only, by the residual bound; it is not statistical;
+        - ``top_value``, ``top_residual`` ``(top,)``: the largest Ritz values, descending, and bounds on their
+          distances to the nearest eigenvalue;
+        - ``negative_mass``: fraction of the eigenvalues below zero by more than round-off (one millionth of the
+          largest magnitude). Its interval includes, besides the sampling error, what the quadrature leaves open: the
+          mass between the two nodes on either side of zero (Chebyshev, Markov, Stieltjes);
         - ``effective_rank``: ``(sum |lambda|)^2 / sum lambda^2``;
         - ``effective_dimension``: sum of ``lambda / (lambda + z)`` over the positive eigenvalues;
         - ``n_outliers``, ``bulk_edge_low``, ``bulk_edge_high``: see Notes;
@@ -53,14 +57,15 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0) -> xr.Data
     Notes
     -----
     *Outliers.* An eigenvalue is an outlier if it lies further than ten standard deviations from the mean, both
-    taken over the eigenvalues that are not outliers (found by repeated clipping from the full spectrum). The rule
-    does not depend on the scale or the origin of the spectrum; uniform and semicircular spectra (at most 1.7 and 2
-    deviations wide) and Marchenko-Pastur ones up to 64 parameters per observation have none. Outliers of like size
-    are told from the rest while they are fewer than one in a hundred; in a power-law tail the line is a convention.
+    taken over the eigenvalues that are not outliers (found by repeated clipping, starting from the full spectrum).
+    The rule does not depend on the scale or the origin of the spectrum. Uniform and semicircular spectra (at most 1.7
+    and 2 deviations wide) and Marchenko-Pastur spectra with up to 64 parameters per observation have no outliers.
+    Outliers of similar size are recognised as long as they are fewer than one in a hundred; in a power-law tail the
+    threshold is a convention.
 
     *Bulk.* Its edges are the outermost nodes that are not outliers and have at least half an eigenvalue between them
-    and the clip. The intervals follow from moving the clip by its own standard error, and from the sampling error
-    of the mass beyond it.
+    and the threshold. The intervals follow from shifting the threshold by its own standard error, and from the
+    sampling error of the mass beyond it.
 
     References
     ----------
@@ -82,18 +87,20 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0) -> xr.Data
 
 
 def _put(data: dict[str, Any], name: str, estimate: Estimate) -> None:
+    """Store an estimate under a name, with its standard error and interval."""
     data[name], data[f"{name}_se"] = estimate.value, estimate.se
     data[f"{name}_low"], data[f"{name}_high"] = estimate.interval(LEVEL)
 
 
 def _frobenius(measure: SpectralMeasure, coupling: float) -> Estimate:
+    # |H|_F^2 = |T|_F^2 + |B|_F^2 + 2 beta^2, see pnanalysis.spectra.deflation
     squares = measure.total(measure.node**2)
     norm = float(np.sqrt(max(squares.value + 2 * coupling**2, 0)))
     return Estimate(norm, squares.se / (2 * norm) if norm > 0 else 0.0, dof=squares.dof)
 
 
 def _effective_rank(measure: SpectralMeasure) -> Estimate:
-    """Ratio of two averages: its error by linearisation, so that their correlation is counted."""
+    """Ratio of two averages, with its error by linearisation, which takes their correlation into account."""
     absolute, square = np.abs(measure.node), measure.node**2
     first, second = float(absolute @ measure.weight), float(square @ measure.weight)
     if second == 0:
@@ -107,11 +114,12 @@ def _extremes(ds: xr.Dataset, top_k: int) -> dict[str, Any]:
     bounds = extremes(ds["ritz_value"].values, ds["ritz_residual"].values)
     if "deflated_value" in ds:
         top_value, top_residual = ds["deflated_value"].values, ds["deflated_residual"].values
-    else:  # one probe sees each eigenvalue once
-        sharpest = int(np.argmax((ds["ritz_value"].values == bounds.max_low).any(axis=1)))
-        keep = np.isfinite(ds["ritz_value"].values[sharpest])
-        top_value = ds["ritz_value"].values[sharpest][keep][::-1]
-        top_residual = ds["ritz_residual"].values[sharpest][keep][::-1]
+    else:
+        # Several probes find the same eigenvalue, one probe finds it once: take the probe with the largest value.
+        best = int(np.argmax((ds["ritz_value"].values == bounds.max_low).any(axis=1)))
+        keep = np.isfinite(ds["ritz_value"].values[best])
+        top_value = ds["ritz_value"].values[best][keep][::-1]
+        top_residual = ds["ritz_residual"].values[best][keep][::-1]
     return {
         "lambda_max": bounds.max_low,
         "lambda_max_low": bounds.max_low,
@@ -125,13 +133,13 @@ def _extremes(ds: xr.Dataset, top_k: int) -> dict[str, Any]:
 
 
 def _negative_mass(ds: xr.Dataset, measure: SpectralMeasure) -> dict[str, Any]:
-    zero = -_resolution(measure)
-    estimate = measure.mean((measure.node < zero).astype(float))
+    threshold = -_resolution(measure)
+    estimate = measure.mean((measure.node < threshold).astype(float))
     low, high = estimate.interval(LEVEL)
     below, above = 0.0, 0.0
     for index, (value, weight) in enumerate(zip(ds["ritz_value"].values, ds["ritz_weight"].values, strict=True)):
         mass = float(measure.weight[measure.probe == index + 1].sum())
-        left, right = _mass_beside(zero, value[np.isfinite(value)], weight[np.isfinite(weight)])
+        left, right = _adjacent_weights(threshold, value[np.isfinite(value)], weight[np.isfinite(weight)])
         below, above = below + mass * left, above + mass * right
     return {
         "negative_mass": estimate.value,
@@ -141,14 +149,23 @@ def _negative_mass(ds: xr.Dataset, measure: SpectralMeasure) -> dict[str, Any]:
     }
 
 
-def _mass_beside(point: float, value: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Gauss weight of the nodes next to a point on either side: how far the mass below it may be off."""
+def _adjacent_weights(point: float, value: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+    """Gauss weights of the nodes next to a point on either side: by so much the mass below it may be wrong."""
     split = int(np.searchsorted(value, point))
     return float(weight[split - 1]) if split else 0.0, float(weight[split]) if split < len(value) else 0.0
 
 
-def _clip(measure: SpectralMeasure) -> tuple[float, float, float, float]:
+class _Bulk(NamedTuple):
     """Mean and standard deviation of the eigenvalues that are not outliers, and the standard errors of both."""
+
+    centre: float
+    spread: float
+    centre_se: float
+    spread_se: float
+
+
+def _clipped_bulk(measure: SpectralMeasure) -> _Bulk:
+    """Clip at ten standard deviations until no more nodes are outside."""
     inside = np.ones(len(measure.node), dtype=bool)
     while True:
         weight = np.where(inside, measure.weight, 0) / measure.weight[inside].sum()
@@ -162,27 +179,27 @@ def _clip(measure: SpectralMeasure) -> tuple[float, float, float, float]:
     deviation = np.where(inside, measure.node - centre, 0.0)
     centre_se = measure.mean(deviation / mass).se
     spread_se = measure.mean(np.where(inside, deviation**2 - spread**2, 0.0) / (2 * spread * mass)).se if spread else 0
-    return centre, spread, centre_se, float(spread_se)
+    return _Bulk(centre, spread, centre_se, float(spread_se))
 
 
 def _resolution(measure: SpectralMeasure) -> float:
-    """Differences below this are roundoff of single precision: one part in a million of the largest magnitude."""
+    """One millionth of the largest magnitude: smaller differences are round-off in single precision."""
     return 1e-6 * float(np.abs(measure.node).max())
 
 
 def _bulk(measure: SpectralMeasure, data: dict[str, Any]) -> dict[str, Any]:
-    centre, spread, centre_se, spread_se = _clip(measure)
-    half, half_se = OUTLIER_SIGMAS * spread, float(np.hypot(centre_se, OUTLIER_SIGMAS * spread_se))
+    bulk = _clipped_bulk(measure)
+    half = OUTLIER_SIGMAS * bulk.spread
+    half_se = float(np.hypot(bulk.centre_se, OUTLIER_SIGMAS * bulk.spread_se))
     if half < _resolution(measure):
         half, half_se = _resolution(measure), 0.0
     counts, lows, highs = [], [], []
-    for width in (half, half - 1.96 * half_se, half + 1.96 * half_se):
-        outside = np.abs(measure.node - centre) > width
+    for width in (half, half - 1.96 * half_se, half + 1.96 * half_se):  # the best one first, then its 95 % interval
+        outside = np.abs(measure.node - bulk.centre) > width
         counts.append(measure.total(outside.astype(float)))
-        low, high = _edges(measure, outside, centre)
+        low, high = _edges(measure, outside, bulk.centre)
         lows.append(low)
         highs.append(high)
-    edge = highs[0]
     ratios = [data["lambda_max"] / value if value > 0 else np.nan for value in highs]
     return {
         "n_outliers": counts[0].value,
@@ -191,7 +208,7 @@ def _bulk(measure: SpectralMeasure, data: dict[str, Any]) -> dict[str, Any]:
         "bulk_edge_low": lows[0],
         "bulk_edge_low_low": min(lows),
         "bulk_edge_low_high": max(lows),
-        "bulk_edge_high": edge,
+        "bulk_edge_high": highs[0],
         "bulk_edge_high_low": min(highs),
         "bulk_edge_high_high": max(highs),
         "gap_ratio": ratios[0],
@@ -201,7 +218,10 @@ def _bulk(measure: SpectralMeasure, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _edges(measure: SpectralMeasure, outside: np.ndarray, centre: float) -> tuple[float, float]:
-    """The outermost nodes inside that have at least half an eigenvalue at or beyond them."""
+    """The outermost nodes inside with at least half an eigenvalue at or beyond them.
+
+    A node of less mass may be a rounding of the quadrature; the edge would depend on it alone.
+    """
     order = np.argsort(measure.node)
     node, weight = measure.node[order], np.where(outside, 0, measure.weight)[order]
     enough = 0.5 / measure.n_parameters
@@ -210,29 +230,22 @@ def _edges(measure: SpectralMeasure, outside: np.ndarray, centre: float) -> tupl
     return float(min(low, centre)), float(max(high, centre))
 
 
-#: Scalars that are compared by difference.
-_COMPARED = ("trace", "frobenius_norm", "negative_mass", "effective_rank", "effective_dimension")
-#: Scalars known to an interval.
-_BOUNDED = ("lambda_max", "lambda_min", "n_outliers", "bulk_edge_low", "bulk_edge_high", "gap_ratio")
-
-
 def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
     r"""How two spectra differ: B minus A, each difference with its error.
 
     Parameters
     ----------
     ds_a, ds_b : xarray.Dataset
-        ``"spectral_density"`` datasets of one checkpoint each, sampled with different probes (seeds): with the same
-        ones their errors are not independent, and the errors given here are too wide.
+        ``"spectral_density"`` datasets of one checkpoint each, sampled with different seeds. With the same probes
+        their errors are not independent, and the errors given here are too large.
 
     Returns
     -------
     xarray.Dataset
-        Of kind ``"spectrum_comparison"``: for each scalar of :func:`summarise` its difference as ``NAME`` with
-        ``NAME_se`` (sampled quantities) or ``NAME_low`` and ``NAME_high`` (both).
-        ``wasserstein1`` is the distance of the two spectra; ``wasserstein1_noise`` is what it would be, on average, for
-        two estimates of one spectrum, so that a distance well above it is real; ``wasserstein1_se`` bounds its
-        standard error from above. See Notes.
+        Of kind ``"spectrum_comparison"``: for each scalar of :func:`summarise` its difference as ``NAME``, with
+        ``NAME_low`` and ``NAME_high`` and, for sampled quantities, ``NAME_se``. ``wasserstein1`` is the distance of
+        the two spectra and ``wasserstein1_noise`` its expected value for two estimates of one spectrum: a distance
+        well above it is real. ``wasserstein1_se`` is an upper bound on its standard error. See Notes.
 
     Raises
     ------
@@ -242,28 +255,31 @@ def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
     Notes
     -----
     *Noise.* The distance is the integral of the absolute difference of two cumulative distributions. For equal spectra
-    that difference is noise of mean zero; its variance at each point is taken from the scatter of the probes
+    that difference is noise of mean zero. Its variance at each point is estimated from the scatter of the probes
     (:meth:`pnanalysis.spectra.quadrature.SpectralMeasure.cumulative_variance`), and for a normal distribution its
-    mean absolute value is :math:`\sqrt{2/\pi}` standard deviations. The scatter counts the random masses and the random
-    places of the nodes. It does not know what the probes share, the space that was deflated first: with very many
-    probes of a large matrix two estimates differ by up to half as much again. With a single sampled probe (another may
-    be spent on deflation) there is no scatter, and only the random masses count.
+    mean absolute value is :math:`\sqrt{2/\pi}` standard deviations. The scatter includes the randomness of the nodes'
+    masses and places, but not what all probes have in common, the space that was deflated first: with very many probes
+    of a large matrix, two estimates differ by up to 1.5 times the noise given here. With a single sampled probe
+    (besides one that was deflated) there is no scatter, and only the randomness of the masses is included.
     """
     data: dict[str, Any] = {}
     for ds in (ds_a, ds_b):
         if ds["node"].ndim != 1:
-            raise CurvatureError(f"compare one checkpoint with one: select it first (dims {ds['node'].dims[:-1]})")
-    for name in _COMPARED:
+            raise CurvatureError(
+                f"a comparison takes one checkpoint on each side, but a dataset has the dims {ds['node'].dims[:-1]}; "
+                "select one first"
+            )
+    for name in _WITH_SE:
         difference = float(ds_b[name] - ds_a[name])
         data[name] = difference
         data[f"{name}_se"] = float(np.hypot(ds_a[f"{name}_se"], ds_b[f"{name}_se"]))
-        below, above = _reach(ds_a, ds_b, name)
-        data[f"{name}_low"], data[f"{name}_high"] = (
-            difference - float(np.hypot(*below)),
-            difference + float(np.hypot(*above)),
-        )
-    for name in _BOUNDED:
+        # Independent errors add in squares (the intervals need not be symmetric)...
+        below, above = _half_widths(ds_a, ds_b, name)
+        data[f"{name}_low"] = difference - float(np.hypot(*below))
+        data[f"{name}_high"] = difference + float(np.hypot(*above))
+    for name in _WITH_BOUNDS:
         data[name] = float(ds_b[name] - ds_a[name])
+        # ... while bounds that are not statistical add up.
         data[f"{name}_low"] = float(ds_b[f"{name}_low"] - ds_a[f"{name}_high"])
         data[f"{name}_high"] = float(ds_b[f"{name}_high"] - ds_a[f"{name}_low"])
     data |= _distance(SpectralMeasure.from_dataset(ds_a), SpectralMeasure.from_dataset(ds_b))
@@ -273,21 +289,24 @@ def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
     )
 
 
-def _reach(ds_a: xr.Dataset, ds_b: xr.Dataset, name: str) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Half-widths of the two intervals that push the difference down, and up."""
+def _half_widths(ds_a: xr.Dataset, ds_b: xr.Dataset, name: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """For B minus A: the two half-widths by which the difference may be lower, and those by which it may be higher."""
     a, a_low, a_high = (float(ds_a[f"{name}{end}"]) for end in ("", "_low", "_high"))
     b, b_low, b_high = (float(ds_b[f"{name}{end}"]) for end in ("", "_low", "_high"))
     return (b - b_low, a_high - a), (b_high - b, a - a_low)
 
 
 def _distance(a: SpectralMeasure, b: SpectralMeasure) -> dict[str, float]:
+    """The Wasserstein-1 distance of two spectra, and its noise."""
     points = np.unique(np.concatenate([a.node, b.node]))
     (var_a, dof_a), (var_b, dof_b) = (measure.cumulative_variance(points[:-1]) for measure in (a, b))
     variance = var_a + var_b
-    # Satterthwaite's degrees of freedom of a sum of two variances; infinite where neither is estimated from scatter
-    denominator = sum(np.square(part) / dof for part, dof in ((var_a, dof_a), (var_b, dof_b)) if dof)
-    dof = np.divide(variance**2, denominator, out=np.full(variance.shape, np.inf), where=denominator > 0)
-    se = float((np.sqrt(variance) / _shrinkage(dof)) @ np.diff(points))
+    # Satterthwaite's degrees of freedom of the sum of two variances; infinite where neither has any
+    weighted = sum(np.square(part) / dof for part, dof in ((var_a, dof_a), (var_b, dof_b)) if dof)
+    dof = np.divide(variance**2, weighted, out=np.full(variance.shape, np.inf), where=weighted > 0)
+    # Standard errors at the points are added, as if fully correlated: a bound for the integral from above, while the
+    # mean of its absolute value is such a sum whatever the correlation.
+    se = float((np.sqrt(variance) / _mean_root_factor(dof)) @ np.diff(points))
     return {
         "wasserstein1": float(wasserstein_distance(a.node, b.node, a.weight, b.weight)),
         "wasserstein1_noise": float(np.sqrt(2 / np.pi)) * se,
@@ -295,7 +314,8 @@ def _distance(a: SpectralMeasure, b: SpectralMeasure) -> dict[str, float]:
     }
 
 
-def _shrinkage(dof: np.ndarray) -> np.ndarray:
-    """Mean of the root of a sample variance of so many degrees of freedom, over the root of its mean (normal)."""
+def _mean_root_factor(dof: np.ndarray) -> np.ndarray:
+    """Mean of a normal sample's standard deviation over the true one (the factor c4), by degrees of freedom."""
+    # gammaln of larger numbers differ by less than their round-off, and the factor is 1 to six digits
     finite = np.minimum(dof, 1e6)
     return np.asarray(np.sqrt(2 / finite) * np.exp(gammaln((finite + 1) / 2) - gammaln(finite / 2)))

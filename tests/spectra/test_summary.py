@@ -208,5 +208,5 @@ def test_comparison_of_exact_spectra_has_no_noise():
 def test_stacked_checkpoints_are_refused():
     a = spectrum(spiked())
     stacked = xr.concat([a, a], "checkpoint")
-    with pytest.raises(CurvatureError, match="one checkpoint with one"):
+    with pytest.raises(CurvatureError, match="one checkpoint on each side"):
         compare_spectra(stacked, a)
