@@ -1,7 +1,7 @@
-"""Time of a Hessian-vector product in forward passes, beside PyHessian, hessian-eigenthings and curvlinops.
+"""Time of a Hessian-vector product in forward passes, compared with PyHessian, hessian-eigenthings and curvlinops.
 
-Both sides run in one process, in turn, several times; the medians' ratio is what counts. Data are random: a product's
-time does not depend on them.
+All packages take turns in one process, several times, and the medians are compared. The data are random, since the time
+of a product does not depend on them.
 
     python benchmarks/hvp_speed.py [--threads 1] [--repeats 3] [--output benchmarks/results/hvp_speed.md]
 """
@@ -36,19 +36,20 @@ SETTINGS = {
 
 def seconds(call: Callable[[], object]) -> float:
     """Wall time of one call."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     call()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def contenders(model: nn.Module, batches: Batches, k: int) -> dict[str, Callable[[], object]]:
-    """Name to a call over all batches: ours makes ``k`` products, peers one, as they share nothing between vectors."""
+    """A call over all batches for each package.
+
+    This project's computes ``k`` products at once, the others' one: they have nothing in common between vectors.
+    """
     loss = nn.functional.cross_entropy
     native = HessianOperator(model, loss, batches)
     V = torch.randn(native.shape[0], k)
-    calls: dict[str, Callable[[], object]] = {
-        "pnanalysis": lambda: native.matmat(V),
-    }
+    calls: dict[str, Callable[[], object]] = {"pnanalysis": lambda: native.matmat(V)}
     add_pyhessian(calls, model, batches, V[:, :1])
     add_eigenthings(calls, model, batches, V[:, :1])
     add_curvlinops(calls, model, batches, V[:, :1])
@@ -56,7 +57,7 @@ def contenders(model: nn.Module, batches: Batches, k: int) -> dict[str, Callable
 
 
 def add_pyhessian(calls: dict[str, Callable[[], object]], model: nn.Module, batches: Batches, V: torch.Tensor) -> None:
-    """PyHessian: its retained graph for one batch, its data-loader path for several."""
+    """PyHessian: with its retained graph for one batch, through its data-loader interface for several."""
     from pyhessian import hessian
     from pyhessian.utils import hessian_vector_product
 
@@ -122,14 +123,15 @@ def measure(name: str, repeats: int) -> list[tuple[str, str, float, float]]:
     times: dict[str, list[float]] = {contender: [] for contender in calls}
     for _ in range(repeats):
         for contender, call in calls.items():
-            unit = statistics.median(seconds(forward) for _ in range(3))
-            made = k if contender == "pnanalysis" else 1
-            times[contender].append(seconds(call) / made / unit)
+            # The unit is measured next to each call, so that other work on the machine slows both.
+            forward_seconds = statistics.median(seconds(forward) for _ in range(3))
+            n_products = k if contender == "pnanalysis" else 1
+            times[contender].append(seconds(call) / n_products / forward_seconds)
     return [(name, contender, statistics.median(values), first[contender]) for contender, values in times.items()]
 
 
 def main() -> None:
-    """Print, and write if asked, the table."""
+    """Print the table, and write it to ``--output``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
@@ -144,7 +146,7 @@ def main() -> None:
         f"{platform.machine()} CPU, {arguments.threads} thread(s), torch {metadata.version('torch')}, float32, batch "
         f"normalisation in eval mode; medians of {arguments.repeats} interleaved runs. First call: tracing included.",
         "",
-        "| setting | by | forward passes per product | first call, s |",
+        "| setting | package | forward passes per product | first call, s |",
         "|---|---|---|---|",
     ]
     for name in SETTINGS:

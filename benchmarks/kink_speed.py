@@ -1,8 +1,8 @@
-"""Kink regression: this project's batched program beside the same trainings through autograd, in one run, on one core.
+"""Kink regression: this project's batched program compared with the same trainings through autograd, on one core.
 
-Prints milliseconds a step and how many times faster the hand-written program is, for plain networks and for persistent
-chains late in their lives (11 earlier end points). Rivals: one batch of networks through autograd, and single networks
-one after another with ``torch.optim.SGD``.
+Prints milliseconds per step and how many times faster the hand-written program is, for plain networks and for
+persistent chains with 11 earlier end points. It is compared with one batch of networks through autograd, and with
+single networks one after another, with ``torch.optim.SGD``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def stepper_single(x: Tensor, y: Tensor, initial: Tensor, ends: Tensor | None) -
 
 
 def milliseconds(steppers: dict[str, Callable[[], None]], steps: int, rounds: int) -> dict[str, float]:
-    """Best time of a step over several rounds that take turns, so that a busy machine wrongs no one."""
+    """Shortest time per step over several rounds; the programs take turns, so that other work slows all of them."""
     best = dict.fromkeys(steppers, float("inf"))
     for _ in range(rounds):
         for name, step in steppers.items():
@@ -106,14 +106,14 @@ def compare(title: str, n_networks: int, n_ends: int, steps: int, rounds: int) -
     print(title)
     for name, value in best.items():
         print(
-            f"  {name:26s}{value:9.3f} ms a step {value * 50:9.1f} s per 50,000 {value / best['this project']:9.1f} x"
+            f"  {name:26s}{value:9.3f} ms per step {value * 50:9.1f} s per 50,000 {value / best['this project']:9.1f} x"
         )
 
 
 def main() -> None:
     """Parse the options and print both cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="steps in a round")
+    parser.add_argument("--steps", type=int, default=200, help="steps per round")
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Six small trained networks and the exact spectra of their Hessians, for benchmarks that need the truth.
+"""Six small trained networks and the exact spectra of their Hessians, for benchmarks of accuracy.
 
 The dense Hessians (float64) are cached under ``data/spectra``; the CIFAR networks need the environment variable
 ``PNANALYSIS_CIFAR10`` (a folder with ``train/CLASS/IMAGE``).
@@ -75,7 +75,7 @@ def _data(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int = 60, seed: int = 0) -> float:
-    """Adam, batches of 100; returns the loss over all of ``x`` in eval mode."""
+    """Train with Adam in batches of 100; returns the loss over all of ``x`` in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     model.train()
@@ -90,7 +90,7 @@ def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int = 60, 
 
 
 def dense_hessian(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The Hessian ``(P, P)`` of the mean cross entropy over ``x``, a column at a time on one retained graph."""
+    """The Hessian ``(P, P)`` of the mean cross-entropy over ``x``, one row at a time on one retained graph."""
     parameters = list(model.parameters())
     gradient = torch.autograd.grad(cross_entropy(model(x), y), parameters, create_graph=True)
     flat = torch.cat([part.flatten() for part in gradient])

@@ -1,9 +1,9 @@
-"""Time of a training step with 20 earlier end points on all layers, against the same step without.
+"""Time of a training step with a penalty of 20 earlier end points on all layers, relative to the step without.
 
     python benchmarks/penalty_speed.py [--threads 1] [--steps 200]
 
-The two sides take single steps in turn in one process, medians over the steps; end points are random, about as far
-from the network as its own size.
+The two trainings take single steps in turn in one process; medians over the steps. The end points are random, at a
+distance from the network of about its own norm.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.nn.functional import cross_entropy
 from pnanalysis.inputs.models import build_model
 from trainers import PersistentPenalty
 
-SETTINGS = {"lenet5": (256, 1.0), "resnet18": (32, 0.1)}  # batch size, share of the steps
+SETTINGS = {"lenet5": (256, 1.0), "resnet18": (32, 0.1)}  # batch size, fraction of the steps
 N_ENDS = 20
 
 
 def measure(name: str, steps: int) -> str:
     """One line of the table."""
-    batch_size, share = SETTINGS[name]
+    batch_size, fraction = SETTINGS[name]
     torch.manual_seed(0)
     models = [build_model(name)]
     models.append(copy.deepcopy(models[0]))
@@ -40,21 +40,21 @@ def measure(name: str, steps: int) -> str:
     images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
 
     def seconds(side: int) -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         optimisers[side].zero_grad()
         loss = cross_entropy(models[side](images), labels)
         (loss + penalty() if side else loss).backward()
         optimisers[side].step()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
-    for side in (0, 1):
+    for side in (0, 1):  # warm up
         seconds(side)
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(max(round(share * steps), 5)):
+    for _ in range(max(round(fraction * steps), 5)):
         for side in (0, 1):
             times[side].append(seconds(side))
-    plain, repelled = map(statistics.median, times)
-    return f"{name}, batch {batch_size}: {1e3 * plain:.1f} ms a step, with the penalty {repelled / plain:.3f} times"
+    plain, penalised = map(statistics.median, times)
+    return f"{name}, batch {batch_size}: {1e3 * plain:.1f} ms per step, with the penalty {penalised / plain:.3f} times"
 
 
 def main() -> None:

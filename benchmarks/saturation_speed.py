@@ -1,10 +1,10 @@
-"""Time of a training step watched by SaturationMonitor at its default sampling, against the same step alone.
+"""Time of a training step under SaturationMonitor at its default sampling, relative to the same step alone.
 
     python benchmarks/saturation_speed.py [--threads 1] [--repeats 7]
 
-All sides in one process, a step of each in turn, 50 steps a run (which hold one record), in CPU time, which other
-processes disturb little; medians over the runs. Where delve is installed, its SaturationTracker at its own
-defaults is a third side; it measures another saturation, from the covariance of layer outputs.
+The trainings take single steps in turn in one process, 50 steps per repeat (with one record). CPU time is measured,
+which other processes disturb little; medians over the repeats. If delve is installed, its SaturationTracker at its own
+defaults is included; it computes another kind of saturation, from the covariance of layer outputs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EVERY = 50
 
 @contextmanager
 def _delve(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """delve's tracker; statistics are computed and written at the end of the turn, as at the end of an epoch."""
+    """delve's tracker; statistics are computed and written after the last step, as at the end of an epoch."""
     from delve import SaturationTracker
 
     with tempfile.TemporaryDirectory() as folder:
@@ -59,37 +59,37 @@ def measure(name: str, repeats: int) -> str:
     with contextlib.suppress(ImportError):
         import delve  # noqa: F401
 
-        logging.disable(logging.INFO)  # a line a layer
+        logging.disable(logging.INFO)  # one line per layer
         sides["delve"] = _delve
 
-    def turn() -> dict[str, float]:
-        """CPU seconds a step of each side, over steps taken in turn."""
+    def repeat() -> dict[str, float]:
+        """CPU seconds per step of each training, over steps taken in turn."""
         spent = dict.fromkeys(sides, 0.0)
         with ExitStack() as stack:
             trained = []
             for side, watch in sides.items():
-                begun = time.process_time()
+                start = time.process_time()
                 model = copy.deepcopy(original)
                 finish = stack.enter_context(watch(model))
                 trained.append((side, model, torch.optim.Adam(model.parameters(), lr=1e-3), finish))
-                spent[side] += time.process_time() - begun
+                spent[side] += time.process_time() - start
             for step in range(EVERY):
                 for side, model, optimiser, finish in trained:
-                    begun = time.process_time()
+                    start = time.process_time()
                     optimiser.zero_grad()
                     cross_entropy(model(images), labels).backward()
                     optimiser.step()
                     if step == EVERY - 1:
                         finish()
-                    spent[side] += time.process_time() - begun
+                    spent[side] += time.process_time() - start
         return {side: total / EVERY for side, total in spent.items()}
 
-    turn()
-    times = [turn() for _ in range(repeats)]
-    ratios = {side: statistics.median(one[side] / one["alone"] for one in times) for side in sides}
-    alone = statistics.median(one["alone"] for one in times)
+    repeat()  # warm up
+    times = [repeat() for _ in range(repeats)]
+    ratios = {side: statistics.median(seconds[side] / seconds["alone"] for seconds in times) for side in sides}
+    alone = statistics.median(seconds["alone"] for seconds in times)
     text = ", ".join(f"with {side} {ratio:.3f} times" for side, ratio in ratios.items() if side != "alone")
-    return f"{name}, batch {batch_size}: {1e3 * alone:.1f} ms a step, {text}"
+    return f"{name}, batch {batch_size}: {1e3 * alone:.1f} ms per step, {text}"
 
 
 def main() -> None:

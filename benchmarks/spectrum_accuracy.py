@@ -1,12 +1,12 @@
-"""Accuracy per Hessian-vector product: deflated against plain stochastic Lanczos quadrature.
+"""Accuracy per Hessian-vector product: deflated compared with plain stochastic Lanczos quadrature.
 
     python benchmarks/spectrum_accuracy.py [--seeds 20] [--coverage-seeds 100]
 
-Six trained networks with known spectra (see ``networks.py``) and three spectra without outliers. For each budget of
-products: the median over seeds of the Wasserstein-1 distance to the exact spectrum and the RMS error of the trace,
-as ratios to plain quadrature's; then how often the 95 % intervals hold the truth. Both sides run through the same
-code on the diagonal of the exact eigenvalues: probes uniform on the sphere do not see the rotation to the dense
-Hessian, so the errors have the same distribution (``--dense`` applies a random rotation, to see for yourself).
+The spectra are those of six trained networks (see ``networks.py``) and three without outliers. For each budget of
+products the table has the median over seeds of the Wasserstein-1 distance to the exact spectrum and the RMS error of
+the trace, relative to plain quadrature, and how often the 95 % intervals contain the true value. Both methods run on
+the diagonal matrix of the exact eigenvalues: the distribution of probes uniform on the sphere is invariant under the
+rotation to the dense Hessian, and so is that of the errors (``--dense`` applies a random rotation as a check).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ PLAIN = {100: (1, 100), 200: (4, 50), 400: (4, 100), 1000: (10, 100)}
 
 @dataclass
 class Errors:
-    """Of one estimator over seeds."""
+    """Errors of one estimator over several seeds."""
 
     distance: list[float]
     trace: list[float]
-    trace_held: list[bool]
-    lambda_max_held: list[bool]
+    trace_covered: list[bool]
+    lambda_max_covered: list[bool]
     lambda_max_width: list[float]
 
     @classmethod
@@ -51,8 +51,9 @@ class Errors:
             ds = estimate(seed)
             errors.distance.append(wasserstein_distance(ds.node.values, exact, ds.weight.values, uniform))
             errors.trace.append(float(ds.trace) - exact.sum())
-            errors.trace_held.append(bool(ds.trace_low <= exact.sum() <= ds.trace_high))
-            errors.lambda_max_held.append(bool(ds.lambda_max_low - slack <= exact.max() <= ds.lambda_max_high + slack))
+            errors.trace_covered.append(bool(ds.trace_low <= exact.sum() <= ds.trace_high))
+            low, high = ds.lambda_max_low - slack, ds.lambda_max_high + slack
+            errors.lambda_max_covered.append(bool(low <= exact.max() <= high))
             errors.lambda_max_width.append(float(ds.lambda_max_high - ds.lambda_max_low) / exact.max())
         return errors
 
@@ -97,7 +98,7 @@ def compare(exact: np.ndarray, n_hvp: int, seeds: range, dense: bool) -> tuple[E
 
 
 def measure(exact: np.ndarray, options: argparse.Namespace) -> dict[str, float]:
-    """One row of the table."""
+    """One row of the table, by column."""
     row: dict[str, float] = {"P": len(exact)}
     for n_hvp in PLAIN:
         plain, deflated = compare(exact, n_hvp, range(options.seeds), options.dense)
@@ -106,8 +107,8 @@ def measure(exact: np.ndarray, options: argparse.Namespace) -> dict[str, float]:
     operator = make_operator(exact, False)
     seeds = range(1000, 1000 + options.coverage_seeds)
     cover = Errors.over(seeds, lambda seed: spectral_density(operator, n_hvp=200, seed=seed, progress=False), exact)
-    row["trace held"] = float(np.mean(cover.trace_held))
-    row["lambda_max held"] = float(np.mean(cover.lambda_max_held))
+    row["trace held"] = float(np.mean(cover.trace_covered))
+    row["lambda_max held"] = float(np.mean(cover.lambda_max_covered))
     row["lambda_max width"] = float(np.median(cover.lambda_max_width))
     return row
 
@@ -127,18 +128,18 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
 
 
 def write(rows: dict[str, dict[str, float]], order: list[str], options: argparse.Namespace) -> None:
-    """The rows so far, as JSON and as a table."""
+    """Write the rows so far, as JSON and as a table."""
     text = [
         "# Spectrum accuracy per product: deflated over plain",
         "",
         f"`python benchmarks/spectrum_accuracy.py --seeds {options.seeds} --coverage-seeds {options.coverage_seeds}`; "
         f"{platform.machine()}, one thread, torch {torch.__version__}, float64.",
         "",
-        "Deflated quadrature with a budget of 100, 200, 400 and 1,000 products against plain quadrature with 1x100,",
-        "4x50, 4x100 and 10x100 (probes x steps). W1: ratio of the medians, over seeds, of the Wasserstein-1 distance",
-        "to the exact spectrum. trace: ratio of RMS errors. held: share of seeds whose 95 % interval (at 200 products)",
-        "holds the truth; width: median width of that of lambda_max, over lambda_max. The interval of lambda_max is a",
-        "bound, not a statistical one. Where the budget reaches P the spectrum is computed exactly: a ratio of 0.",
+        "Deflated quadrature with a budget of 100, 200, 400 and 1,000 products compared with plain quadrature with",
+        "1x100, 4x50, 4x100 and 10x100 (probes x steps). W1: ratio of the medians, over seeds, of the Wasserstein-1",
+        "distance to the exact spectrum. trace: ratio of RMS errors. held: fraction of seeds whose 95 % interval (200",
+        "products) contains the true value; width: median width of that of lambda_max, relative to lambda_max. This",
+        "interval is a bound, not statistical. Where the budget reaches P, the spectrum is exact: a ratio of 0.",
         "",
         *table({name: rows[name] for name in order if name in rows}),
     ]
@@ -151,8 +152,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--coverage-seeds", type=int, default=100)
-    parser.add_argument("--dense", action="store_true", help="dense matrices in place of their diagonal form")
-    parser.add_argument("--only", help="the one spectrum to measure; the other rows are kept")
+    parser.add_argument("--dense", action="store_true", help="dense matrices instead of their diagonal form")
+    parser.add_argument("--only", help="measure this spectrum only, and keep the other rows")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -165,8 +166,8 @@ def main() -> None:
             continue
         try:
             rows[name] = measure(source(), options)
-        except FileNotFoundError as reason:
-            print(f"{name} left out: {reason}")
+        except FileNotFoundError as error:
+            print(f"{name} skipped: {error}")
             continue
         print(table({name: rows[name]})[-1], flush=True)
         write(rows, list(sources), options)

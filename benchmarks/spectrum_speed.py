@@ -2,10 +2,10 @@
 
     PNANALYSIS_CIFAR10=PATH python benchmarks/spectrum_speed.py [--n-lanczos 30] [--n-probes 3] [--repeats 3]
 
-Two comparisons, all sides in one process and in turn. *Same settings*: as many probes of as many steps, tracing
-included. *Same accuracy*: the smallest budget of products whose Wasserstein-1 distance to a reference spectrum (ours,
-from many more products and another seed) is no larger than each peer's median distance; the times of the two. Also
-printed: the fraction of the time that is not spent in products, and what tracing a network costs. Without
+There are two comparisons, in which all packages take turns in one process. *Same settings*: the same numbers of
+probes and steps, tracing included. *Same accuracy*: the time of the smallest budget of products whose Wasserstein-1
+distance to a reference spectrum (this project's, from many more products and another seed) is at most the median
+distance of the other package. The fraction of the time that is not spent in products is printed too. Without
 ``PNANALYSIS_CIFAR10`` the images are noise.
 """
 
@@ -64,14 +64,19 @@ def trained_lenet5() -> tuple[nn.Module, Batches, str]:
     return model.eval(), batches, "CIFAR-10" if folder else "noise"
 
 
+def distance(a: Measure, b: Measure) -> float:
+    """Wasserstein-1 distance of two measures."""
+    return float(wasserstein_distance(a[0], b[0], a[1], b[1]))
+
+
 def _eig(matrix: torch.Tensor, eigenvectors: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """What PyHessian asks of the ``torch.eig`` that torch no longer has."""
+    """A substitute for ``torch.eig``, which PyHessian calls and torch no longer has."""
     value, vector = torch.linalg.eigh(matrix)
     return torch.stack([value, torch.zeros_like(value)], dim=1), vector
 
 
 def by_pyhessian(model: nn.Module, batches: Batches, n_lanczos: int, n_probes: int, seed: int) -> Measure:
-    """PyHessian over its data-loader path."""
+    """PyHessian through its data-loader interface."""
     torch.eig = _eig
     torch.manual_seed(seed)
     peer = PyHessian(copy.deepcopy(model), cross_entropy, dataloader=batches, cuda=False)
@@ -87,7 +92,7 @@ def by_eigenthings(model: nn.Module, batches: Batches, n_lanczos: int, n_probes:
     return value[weight > 0], weight[weight > 0]
 
 
-class Clocked:
+class TimedOperator:
     """An operator that adds up the time of its products."""
 
     def __init__(self, operator: HessianOperator) -> None:
@@ -98,46 +103,41 @@ class Clocked:
         return self.matmat(v[:, None])[:, 0]
 
     def matmat(self, V: torch.Tensor) -> torch.Tensor:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         result = self.operator.matmat(V)
-        self.seconds += time.perf_counter() - begun
+        self.seconds += time.perf_counter() - start
         return result
 
 
-def ours(model: nn.Module, batches: Batches, seed: int, **settings: int) -> tuple[Measure, float]:
-    """The measure, and the fraction of the time spent outside products."""
-    begun = time.perf_counter()
+def by_pnanalysis(model: nn.Module, batches: Batches, seed: int, **settings: int) -> tuple[Measure, float]:
+    """The spectral measure, and the fraction of the time spent outside products."""
+    start = time.perf_counter()
     n_products = settings.get("n_hvp") or settings["n_lanczos"] * settings["n_probes"]
-    operator = Clocked(HessianOperator(model, cross_entropy, batches, expected_products=n_products))
-    prepared = time.perf_counter() - begun
+    operator = TimedOperator(HessianOperator(model, cross_entropy, batches, expected_products=n_products))
+    prepared = time.perf_counter() - start
     ds = spectral_density(operator, seed=seed, progress=False, **settings)
-    total = time.perf_counter() - begun
+    total = time.perf_counter() - start
     return (ds.node.values, ds.weight.values), 1 - (prepared + operator.seconds) / total
 
 
 def seconds(call: Callable[[], object]) -> tuple[object, float]:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     result = call()
-    return result, time.perf_counter() - begun
-
-
-def distance(a: Measure, b: Measure) -> float:
-    """Wasserstein-1 distance of two spectra, each as nodes and weights."""
-    return float(wasserstein_distance(a[0], b[0], a[1], b[1]))
+    return result, time.perf_counter() - start
 
 
 def compare(options: argparse.Namespace) -> list[str]:
-    """Run everything; the table's lines."""
+    """Run everything; returns the lines of the table."""
     model, batches, data = trained_lenet5()
-    reference, _ = ours(model, batches, 10_000, n_hvp=options.reference)
+    reference, _ = by_pnanalysis(model, batches, 10_000, n_hvp=options.reference)
     settings = {"n_lanczos": options.n_lanczos, "n_probes": options.n_probes}
     peers = {"PyHessian": by_pyhessian, "hessian-eigenthings": by_eigenthings}
     times: dict[str, list[float]] = {name: [] for name in ("pnanalysis", *peers)}
     errors: dict[str, list[float]] = {name: [] for name in times}
-    fractions = []
+    fractions_outside = []
     for seed in range(options.repeats):
-        (measure, fraction), elapsed = seconds(partial(ours, model, batches, seed, **settings))
-        fractions.append(fraction)
+        (measure, outside), elapsed = seconds(partial(by_pnanalysis, model, batches, seed, **settings))
+        fractions_outside.append(outside)
         times["pnanalysis"].append(elapsed)
         errors["pnanalysis"].append(distance(measure, reference))
         for name, call in peers.items():
@@ -150,7 +150,7 @@ def compare(options: argparse.Namespace) -> list[str]:
         f"{metadata.version('torch')}, PyHessian {metadata.version('pyhessian')}, hessian-eigenthings "
         f"{metadata.version('hessian-eigenthings')}; medians of {options.repeats} interleaved runs.",
         "",
-        "| by | s, same settings | of pnanalysis' time | W1 | to that W1: our products | seconds | times faster |",
+        "| package | s, same settings | relative to ours | W1 | to that W1: our products | seconds | times faster |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in times:
@@ -158,15 +158,15 @@ def compare(options: argparse.Namespace) -> list[str]:
         line = f"| {name} | {elapsed:.1f} | {elapsed / statistics.median(times['pnanalysis']):.2f} | {error:.2e} |"
         lines.append(line + (" | | |" if name == "pnanalysis" else cheapest(model, batches, reference, error, elapsed)))
         print(lines[-1], flush=True)
-    lines += ["", f"Time outside products, same settings: {statistics.median(fractions):.1%} of the whole."]
+    lines += ["", f"Time outside products, same settings: {statistics.median(fractions_outside):.1%} of the total."]
     print(lines[-1])
     return lines
 
 
 def cheapest(model: nn.Module, batches: Batches, reference: Measure, error: float, elapsed: float) -> str:
-    """The first budget that does as well in the median of three seeds, and its time."""
+    """Table cells: the first budget that is as accurate in the median of three seeds, and its time."""
     for budget in BUDGETS:
-        found = [seconds(partial(ours, model, batches, seed, n_hvp=budget)) for seed in range(3)]  # type: ignore[misc]
+        found = [seconds(partial(by_pnanalysis, model, batches, seed, n_hvp=budget)) for seed in range(3)]  # type: ignore[misc]
         distances = [distance(measure, reference) for (measure, _), _ in found]
         if statistics.median(distances) <= error:
             own = statistics.median(time for _, time in found)

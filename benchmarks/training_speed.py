@@ -1,10 +1,10 @@
-"""The trainer beside loops written by hand, and several trainings as one beside one after the other.
+"""The trainer compared with hand-written loops, and several trainings at once with one after the other.
 
     python benchmarks/training_speed.py [--data imagefolder:PATH] [--model lenet5] [--device cpu] [--repeats 3]
 
-One epoch of the training set, without evaluation: :func:`trainers.fit`; the same steps as a plain loop over tensors;
-the usual loop over a torchvision ``DataLoader``. Then ``--members`` networks by
-:func:`trainers.loop.batched_fit.fit_together`, and as many calls of ``fit``. All sides in turn in one process,
+One epoch over the training set, without evaluation, by :func:`trainers.fit`, by the same steps in a plain loop over
+tensors, and by the usual loop over a torchvision ``DataLoader``. Then ``--members`` networks by
+:func:`trainers.loop.batched_fit.fit_together`, and by as many calls of ``fit``. All take turns in one process;
 medians of the repeats.
 """
 
@@ -29,7 +29,7 @@ from trainers.loop.batched_fit import SingleFit, fit_together
 
 
 class Images(Dataset):
-    """Single images as torchvision's own data sets give them: a PIL image, made a normalised tensor, one by one."""
+    """Single images as torchvision's datasets yield them: PIL images, converted to normalised tensors one by one."""
 
     def __init__(self, split: Split) -> None:
         self.images = [Image.fromarray(image.squeeze()) for image in split.inputs.permute(0, 2, 3, 1).numpy(force=True)]
@@ -45,7 +45,7 @@ class Images(Dataset):
         return self.transform(self.images[index]), self.targets[index]
 
 
-def ours(model: nn.Module, split: Split, options: argparse.Namespace) -> None:
+def by_fit(model: nn.Module, split: Split, options: argparse.Namespace) -> None:
     fit(model, split, epochs=1, batch_size=options.batch_size, amp=options.amp, compile=options.compile)
 
 
@@ -71,15 +71,15 @@ def by_loader(model: nn.Module, split: Split, options: argparse.Namespace) -> No
 
 
 def timed(sides: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each side, taken in turn, forwards and backwards."""
+    """Median seconds of each side; they take turns, in alternating order, so that none always runs on warm caches."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats):
         for name, side in list(sides.items())[:: -1 if repeat % 2 else 1]:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             side()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("--amp", default="no", choices=("no", "bf16"))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--members", type=int, default=8)
-    parser.add_argument("--n", type=int, help="images of the training set to use")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="by default one a core")
+    parser.add_argument("--n", type=int, help="number of training images to use")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: one per core")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -111,8 +111,8 @@ def main() -> None:
     model = build_model(options.model).to(device)
     few = split.subset(min(1000, len(split)))
     options.images = {len(part): Images(part) for part in (split, few)}
-    sides = {"trainers.fit": ours, "tensor loop by hand": by_hand, "DataLoader, two workers": by_loader}
-    for side in sides.values():  # warm up: kernels chosen, memory there
+    sides = {"trainers.fit": by_fit, "tensor loop by hand": by_hand, "DataLoader, two workers": by_loader}
+    for side in sides.values():  # warm up: choose kernels, allocate memory
         side(build_model(options.model).to(device), few, options)
     calls = {name: (lambda side=side: side(model, split, options)) for name, side in sides.items()}
     where = f"{options.model}, {len(split):,} images, batch {options.batch_size}, {device}, torch {torch.__version__}"

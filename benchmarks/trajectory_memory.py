@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/trajectory_memory.py [--networks lenet5 resnet18] [--folder FOLDER]
 
-Checkpoints are a random walk from the initial weights, written first (0.5 GB and 9 GB, removed afterwards). Each
-analysis runs in a process of its own, whose peak of resident memory is what the system has recorded; "above import"
-leaves out what the libraries take before the analysis begins.
+The checkpoints are a random walk from the initial weights; they are written first (0.5 GB and 9 GB) and removed
+afterwards. Each analysis runs in its own process, whose peak resident memory is recorded by the system; "above
+import" is that without the memory of the imported libraries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHECKPOINTS = {"lenet5": 2000, "resnet18": 200}
 
 
 def write(name: str, n: int, folder: Path) -> list[Path]:
-    """A random walk through the parameters of the named network."""
+    """Write a random walk from the initial parameters of the named network; returns the files."""
     torch.manual_seed(0)
     state = build_model(name).state_dict()
     files = []
@@ -45,21 +45,21 @@ def _peak() -> float:
 
 
 def analyse(name: str, files: list[Path], per_layer: bool) -> None:
-    """One line of the table."""
+    """Compute one trajectory and print a line of the table."""
     build_model(name)
-    before, begun, worked = _peak(), time.perf_counter(), time.process_time()
+    before, start, cpu_start = _peak(), time.perf_counter(), time.process_time()
     ds = pn.trajectory(
         pn.open_files(name, files),
         projections=("plane", "pca", "pca_end", "random"),
         per_layer=per_layer,
         progress=False,
     )
-    seconds, worked = time.perf_counter() - begun, time.process_time() - worked
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     parameters = sum(parameter.numel() for parameter in build_model(name).parameters())
     n, peak = ds.sizes["checkpoint"], _peak()
     print(
         f"{name}, {n:,} checkpoints of {parameters:,} parameters{', per layer' if per_layer else ''}: {seconds:.1f} s "
-        f"({worked:.1f} s of CPU), peak {peak:.2f} GB ({peak - before:.2f} GB above import)",
+        f"({cpu_seconds:.1f} s of CPU), peak {peak:.2f} GB ({peak - before:.2f} GB above import)",
         flush=True,
     )
 
@@ -67,7 +67,9 @@ def analyse(name: str, files: list[Path], per_layer: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(CHECKPOINTS))
-    parser.add_argument("--folder", type=Path, help="Where to write the checkpoints; the system's temporary folder.")
+    parser.add_argument(
+        "--folder", type=Path, help="Where to write the checkpoints; default: the system's temporary folder."
+    )
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     for name in options.networks:
