@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,3 +171,27 @@ def test_views_are_recognised() -> None:
         assert internals.returns_view(target), f"{target} no longer counts as a view"
     for target in (aten.add.Tensor, aten.clone.default, max):
         assert not internals.returns_view(target), f"{target} counts as a view"
+
+
+REPOSITORY = Path(__file__).parents[1]
+PRIVATE_MODULES = ("torch._", "torch.fx.experimental", "torch.utils._", "torch.nn.modules.batchnorm")
+
+
+def _private_uses(path: Path) -> list[str]:
+    """Imports of private modules or names of torch, and private ATen operators, in one file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            private = node.module.startswith(PRIVATE_MODULES) or any(alias.name.startswith("_") for alias in node.names)
+            found += [node.module] if private else []
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            expression = ast.unparse(node.value)
+            found += [ast.unparse(node)] if expression in ("_aten", "nn", "conv") or "torch." in expression else []
+    return found
+
+
+def test_no_other_module_uses_private_names_of_torch():
+    files = [path for package in ("pnanalysis", "trainers") for path in (REPOSITORY / package).rglob("*.py")]
+    assert len(files) > 100
+    uses = {path.name: _private_uses(path) for path in files if path.name != "torch_internals.py"}
+    assert {name: found for name, found in uses.items() if found} == {}

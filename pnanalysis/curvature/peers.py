@@ -45,8 +45,12 @@ def make_operator(
     native = OPERATORS[kind](model, loss_fn, batches, **options)
     if engine == "native":
         return native
-    if native.names != [name for name, _ in model.named_parameters()] or native.bn_mode != "eval" or native.penalty:
-        raise CurvatureError(f"{engine} takes all parameters, bn_mode='eval' and no penalty; use the native engine")
+    whole = native.names == [name for name, _ in model.named_parameters()]
+    # the peers see the loss of the data alone: what is added to it would be missing from their products
+    if not whole or native.bn_mode != "eval" or native.penalty or native.weight_decay:
+        raise CurvatureError(
+            f"{engine} takes all parameters, bn_mode='eval', no penalty and no weight decay; use the native engine"
+        )
     if engine == "pyhessian":
         if kind != "hessian":
             raise CurvatureError("pyhessian has the Hessian only; use curvlinops or the native engine")

@@ -31,6 +31,7 @@ def test_peers_compute_the_same_products(engine: str, kind: str) -> None:
         ("native", "kfac", {}, "unknown operator 'kfac'"),
         ("pyhessian", "ggn", {}, "has the Hessian only"),
         ("pyhessian", "hessian", {"params": "0"}, "use the native engine"),
+        ("pyhessian", "hessian", {"weight_decay": 0.5}, "no weight decay"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(engine: str, kind: str, options: dict[str, object], message: str) -> None:
