@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, fields
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from pnanalysis.analyses.hessian import N_LANCZOS, SpectrumOptions, network_spec
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
 from pnanalysis.analyses.spectrum_cache import matrix_digest, saved_spectrum
 from pnanalysis.checks import at_least, one_of
-from pnanalysis.errors import ModelError
+from pnanalysis.errors import ModelError, PnError
 from pnanalysis.estimates import significance_threshold
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.disagreement import evaluate
@@ -32,6 +34,7 @@ from pnanalysis.inputs.examples import Examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, Selection, select
 from pnanalysis.inputs.sources import resolve_device
+from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.summary import compare_spectra
 from pnanalysis.terminal.progress import progress_bar
 
@@ -132,11 +135,12 @@ def compare(
     at_least(1, n=n, batch_size=batch_size)
     at_least(0, seed=seed)
     one_of(SPLITS, split=split)
+    requested = _SpectrumRequest.of({"seed": seed, **HESSIAN, **(hessian if isinstance(hessian, Mapping) else {})})
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
     examples = Examples(selection, torch_device)
     split = examples.nearest(split)
-    networks = selection.networks(torch_device)
+    networks = selection.networks(torch_device, torch.float32)
     loss = selection[0].source.loss
     distances = parameter_distances(list(networks.values()))
     own_layers: list[str] = distances.pop("layer")
@@ -147,7 +151,9 @@ def compare(
         total, batches = examples.batches(name, n, batch_size, seed)
         with progress_bar(f"{name} examples", total, progress) as advance:
             if name == split:
-                function, scores = compare_functions(networks, batches, loss, cka=cka, advance=advance)
+                function, scores = compare_functions(
+                    networks, batches, loss, cka=cka, device=torch_device, advance=advance
+                )
             else:
                 scores = evaluate(networks, batches, loss_on(loss, torch_device, torch.float32), advance)
         parts.append(_split_scores(scores, sigmas))
@@ -157,7 +163,8 @@ def compare(
     found = [xr.concat(parts, dim="split").assign(n_examples=("split", list(sizes.values()))), function]
     spectra = xr.Dataset()
     if hessian:
-        requested = {"seed": seed, **HESSIAN, **(hessian if isinstance(hessian, Mapping) else {})}
+        for network in networks.values():
+            network.cpu()  # room for the spectra: each network comes back for its own
         spectra = _spectra(selection, networks, requested, torch_device, progress)
         found.append(spectra)
     if saturation:
@@ -172,6 +179,38 @@ def compare(
         **selection[0].source.dataset_attrs(), function_split=split, sigmas=sigmas, classes=classes, n=n,
         n_hessian=spectra.attrs.get("n"), batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _SpectrumRequest:
+    """The spectra to compare: examples, and options of :func:`pnanalysis.hessian`."""
+
+    split: str
+    n: int | None
+    batch_size: int
+    options: SpectrumOptions
+
+    @classmethod
+    def of(cls, requested: Mapping[str, Any]) -> _SpectrumRequest:
+        """From keyword arguments, checked before any work begins.
+
+        Raises
+        ------
+        PnError
+        """
+        options = dict(requested)
+        split, n = str(options.pop("split", "train")), options.pop("n", 2048)
+        batch_size = options.pop("batch_size", 512)
+        one_of(SPLITS, split=split)
+        at_least(1, n=n, batch_size=batch_size)
+        own = {entry.name for entry in fields(SpectrumOptions)} - {"per_layer", "lanczos_options"}
+        known = own | set(signature(spectral_density).parameters) - {"operator", "progress", "title", "state"}
+        unknown = [name for name in options if name not in known | {"operator"}]
+        if unknown:
+            raise PnError(
+                f"compare takes no option {unknown[0]!r} for its spectra; there are {', '.join(sorted(known))}"
+            )
+        return cls(split, n, batch_size, SpectrumOptions.from_keywords(**options))
 
 
 def _split_scores(scores: Scores, sigmas: float) -> xr.Dataset:
@@ -201,24 +240,23 @@ def _from_start(selection: Selection, networks: Mapping[str, nn.Module]) -> Arra
 
 
 def _spectra(
-    selection: Selection, networks: Mapping[str, nn.Module], requested: dict[str, Any], device: torch.device,
+    selection: Selection, networks: Mapping[str, nn.Module], requested: _SpectrumRequest, device: torch.device,
     progress: bool,
 ) -> xr.Dataset:  # fmt: skip
     """Numbers of every spectrum, and how they differ between all pairs."""
-    split, n = str(requested.pop("split", "train")), requested.pop("n", 2048)
-    batch_size = requested.pop("batch_size", 512)
-    options = SpectrumOptions.from_keywords(**requested)
+    options = requested.options
     found: dict[tuple[str, object], xr.Dataset] = {}
     for source in selection.sources:
-        part = source.split(split, n, options.seed, device)
-        batches = part.batches(batch_size)
+        part = source.split(requested.split, requested.n, options.seed, device)
+        batches = part.batches(requested.batch_size)
         for item in (item for item in selection.distinct() if item.source is source):
-            network = networks[item.label]
-            digest = matrix_digest(network, source, options.matrix_settings(), split=split, n=n, seed=options.seed)
+            network = networks[item.label].to(device)
+            digest = matrix_digest(network, source, options.matrix_settings(), part)
             saved = saved_spectrum(source, digest, options.n_lanczos or N_LANCZOS, options.n_probes)
             found[item.key] = saved if saved is not None else network_spectra(
                 network, source.loss, batches, options, label=item.label, device=device, progress=progress
             )[""]  # fmt: skip
+            network.cpu()
     ds = spectrum_differences([found[item.key] for item in selection])
     return ds.assign_attrs(n=n_examples(part, batches))
 
@@ -260,7 +298,7 @@ def _saturation(
     bounded: dict[str, bool] = {}
     with progress_bar("saturation", len(selection), progress) as advance:
         for item in selection:
-            network, part = networks[item.label], parts[item.source.label]
+            network, part = networks[item.label].to(device), parts[item.source.label]
             row = xr.DataArray(np.zeros(0), dims="activation", coords={"activation": np.zeros(0, dtype=str)})
             with (
                 clear_errors(item.label, network, part.stream(2)),

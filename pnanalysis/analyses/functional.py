@@ -100,7 +100,12 @@ def functional_distance(
     total, batches = examples.batches(split, n, batch_size, seed)
     with progress_bar(f"{split} examples", total, progress) as advance:
         ds, scores = compare_functions(
-            selection.networks(torch_device), batches, selection[0].source.loss, cka=cka, advance=advance
+            selection.networks(torch_device, torch.float32),
+            batches,
+            selection[0].source.loss,
+            cka=cka,
+            device=torch_device,
+            advance=advance,
         )
     return schema.finish(
         ds, "functional", **selection[0].source.dataset_attrs(), function_split=split, n=scores.n,
@@ -114,6 +119,7 @@ def compare_functions(
     loss: Loss,
     *,
     cka: bool = True,
+    device: torch.device | str = "cpu",
     advance: Advance | None = None,
 ) -> tuple[xr.Dataset, Scores]:
     """Distances in function between networks over batches in memory, and their scores from the same passes.
@@ -121,11 +127,12 @@ def compare_functions(
     Parameters
     ----------
     networks : mapping of str to Module
-        By label, in eval mode, on the device of the batches.
+        By label, in eval mode and float32, on the device of the batches.
     batches : iterable
         Pairs of the inputs of every network (a list) and the targets.
     loss : callable
     cka : bool
+    device : torch.device or str
     advance : callable, optional
         Called for every batch.
 
@@ -136,8 +143,7 @@ def compare_functions(
     """
     labels = list(networks)
     alignment = CentredKernelAlignment(list(networks.values())) if cka else None
-    device = next(parameter.device for network in networks.values() for parameter in network.parameters())
-    loss = loss_on(loss, device, torch.float32)
+    loss = loss_on(loss, torch.device(device), torch.float32)
     function = FunctionPairs(loss, len(labels))
     scores = evaluate(networks, batches, loss, advance or (lambda *_, **__: None), function, alignment)
     variables = function.variables(1 - scores.errors.mean(1), scores.classes)

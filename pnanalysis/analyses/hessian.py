@@ -204,7 +204,7 @@ def hessian(
         batches = part.batches(batch_size)
         for item in (item for item in selection.distinct() if item.source is source):
             network = selection.network(item, torch_device)
-            digest = matrix_digest(network, source, options.matrix_settings(), split=split, n=n, seed=seed)
+            digest = matrix_digest(network, source, options.matrix_settings(), part)
             spectra = network_spectra(
                 network, source.loss, batches, options, label=item.label, device=torch_device, progress=progress,
                 cache=None if cache is None else cache.of(network),
@@ -291,7 +291,8 @@ def stack_spectra(rows: Sequence[Row], per_layer: bool = False) -> xr.Dataset:
 def _names_of(selection: Selection) -> dict[str, Any]:
     """What the analysis is of, by names that are the same in another process."""
     sources = [{k: v for k, v in source.attrs.items() if not str(v).startswith("own ")} for source in selection.sources]
-    return {"of": sources, "checkpoints": selection.labels}
+    data = [[source.data.fingerprint, source.data.split_hash] for source in selection.sources]
+    return {"of": sources, "data": data, "checkpoints": selection.labels}
 
 
 def _common_grid(grids: Sequence[np.ndarray]) -> np.ndarray:

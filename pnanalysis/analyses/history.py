@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import xarray as xr
 
 from pnanalysis import schema
 from pnanalysis.errors import RunError
+from pnanalysis.inputs.networks import is_path
 from pnanalysis.inputs.selection import Given, distinct_labels, flattened
 from pnanalysis.io.runs import Run, open_run
 from pnanalysis.schema import error_kind
@@ -32,7 +35,7 @@ def history(*given: Given) -> xr.Dataset:
         If no run is given or one has not been trained for an epoch.
     """
     # runs, not sources: a history needs no code of the run's, so a run of a custom model needs no --model here
-    named = [(name, item if isinstance(item, Run) else open_run(item)) for name, item in flattened(given)]
+    named = [(name, _opened(item)) for name, item in flattened(given)]
     runs = [run for _, run in named]
     if not runs:
         raise RunError("no run given")
@@ -47,3 +50,11 @@ def history(*given: Given) -> xr.Dataset:
         joined.attrs.pop("error", None)
     along = {"run": labels, "champion": ("run", champions), "strategy": ("run", strategies), "error": ("run", kinds)}
     return schema.finish(joined.assign_coords(along), "history")
+
+
+def _opened(item: Any) -> Run:
+    if isinstance(item, Run):
+        return item
+    if not is_path(item):
+        raise RunError(f"a {type(item).__name__} has no history; give a run or the path of one")
+    return open_run(item)

@@ -14,7 +14,7 @@ from pnanalysis.activations.hooks import Activation, no_activations, watch_activ
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
 from pnanalysis.activations.statistics import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
 from pnanalysis.checks import ascending, at_least, one_of
-from pnanalysis.errors import ModelError
+from pnanalysis.errors import ModelError, RunError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.data import SPLITS, Batch, DataLike, LoaderSplit, Split
@@ -118,13 +118,15 @@ def saturation(
     ascending("bin_range", bin_range, 2)
     measures = Measures(tuple(percentiles), bins, saturation_bins, per_unit, exact_limit)
     selection, torch_device = select(given, checkpoints, model=model, data=data), resolve_device(device)
+    if len({source.run is None for source in selection.sources}) > 1:
+        raise RunError("runs lie along iterations and epochs, networks do not: look at them one after the other")
     parts = {source.label: examples_of(source, split, n, seed, torch_device) for source in selection.sources}
     if bin_range is None:
         bin_range = _bin_range(selection, parts, torch_device)
     found: dict[tuple[str, object], xr.Dataset] = {}
     with progress_bar("saturation", len(selection.distinct()), progress) as advance:
         for item in selection.distinct():
-            network, part = selection.network(item, torch_device), parts[item.source.label]
+            network, part = selection.network(item, torch_device, torch.float32), parts[item.source.label]
             with clear_errors(item.origin, network, part.stream(2)):
                 found[item.key] = network_saturation(network, part.stream(batch_size), measures, bin_range)
             advance(text=item.checkpoint.name)
@@ -208,7 +210,7 @@ def _bin_range(
     """One range for the histograms of all checkpoints, from a few examples."""
     ranges: list[tuple[Activation, float, float]] = []
     for item in selection.distinct():
-        network = selection.network(item, device, last=False)
+        network = selection.network(item, device, torch.float32, last=False)
         inputs, _ = next(parts[item.source.label].stream(_N_FOR_RANGE))
         with clear_errors(item.origin, network, [(inputs, inputs)]):
             ranges += activation_ranges(network, inputs)
@@ -219,8 +221,9 @@ def _bin_range(
 
 def _arrange(rows: Sequence[tuple[SelectedCheckpoint, xr.Dataset]]) -> xr.Dataset:
     """Stack checkpoints into iteration x epoch, or along ``checkpoint`` where they belong to no run."""
-    parts = list({item.checkpoint.identity: ds for item, ds in rows}.values())
-    checkpoints = list({item.checkpoint.identity: item.checkpoint for item, _ in rows}.values())
+    if any(item.checkpoint.iteration >= 0 for item, _ in rows):  # plain may be the champion: one place in the table
+        rows = list({item.checkpoint.identity: (item, ds) for item, ds in rows}.values())
+    parts, checkpoints = [ds for _, ds in rows], [item.checkpoint for item, _ in rows]
     if len({tuple(part.layer.values) for part in parts}) > 1:
         raise ModelError("the checkpoints are of networks with different activation layers; compare one kind at a time")
     stacked = xr.concat(parts, dim="checkpoint")

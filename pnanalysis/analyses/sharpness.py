@@ -17,7 +17,7 @@ from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.geometry.loss_surface import LossSurface
 from pnanalysis.inputs.data import DataLike
-from pnanalysis.inputs.models import Loss, ModelLike
+from pnanalysis.inputs.models import Loss, ModelLike, device_of
 from pnanalysis.inputs.selection import Given, select
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.weights import State
@@ -156,8 +156,7 @@ def network_sharpness(
     advance : callable, optional
         Called for every gradient.
     """
-    device = next(network.parameters()).device
-    surface = LossSurface(network, loss, device, dtype)
+    surface = LossSurface(network, loss, device_of(network, label), dtype)
     state = surface.anchor(network.state_dict(), label)
     with clear_errors(label, surface.model, batches, surface.loss):
         return _measure(surface, state, batches, radii, n_steps, n_starts, seed, advance or (lambda *_, **__: None))

@@ -16,7 +16,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.inputs.data import Split
+from pnanalysis.inputs.data import LoaderSplit, Split, fingerprint
 from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
 from pnanalysis.io.atomic import atomic_path
@@ -30,24 +30,25 @@ def weights_digest(network: nn.Module) -> str:
     """SHA-256 over names, shapes, types and values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            digest.update(f"{name}{tensor}".encode())  # extra state of a module
+            continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def matrix_digest(
-    network: nn.Module, source: Source, settings: Mapping[str, Any], *, split: str, n: int | None, seed: int
-) -> str:
+def matrix_digest(network: nn.Module, source: Source, settings: Mapping[str, Any], part: Split | LoaderSplit) -> str:
     """A digest of everything that determines a curvature matrix: weights, architecture, loss, examples and settings.
 
-    Empty, and so equal to none, where a name does not tell what is behind it: custom models, losses and loaders.
+    ``part`` holds the examples. The digest is empty, and so equal to none, where a name does not tell what is behind
+    it: custom models and losses, and loaders.
     """
-    model, loss, data = source.attrs.get("model", ""), source.attrs.get("loss", ""), source.data
+    model, loss = source.attrs.get("model", ""), source.attrs.get("loss", "")
     registered = source.run is not None and not any(":" in name or name.startswith("own ") for name in (model, loss))
-    part = data.get(split)
-    if not registered or not data.fingerprint or not isinstance(part, Split):
+    if not registered or not isinstance(part, Split):
         return ""
-    examples = [data.fingerprint, data.split_hash, split, len(part) if n is None else min(n, len(part)), seed]
+    examples = fingerprint(*(t for t in (part.inputs, part.targets, part.offset, part.scale) if t is not None))
     text = json.dumps([model, loss, examples, dict(settings)], sort_keys=True, default=str)
     return hashlib.sha256((weights_digest(network) + text).encode()).hexdigest()
 

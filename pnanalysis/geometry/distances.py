@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pnanalysis.errors import ModelError
 from pnanalysis.estimates import ratio
 from pnanalysis.inputs.models import parameter_layers
 
@@ -38,6 +39,8 @@ def parameter_distances(networks: Sequence[nn.Module]) -> dict[str, Any]:
     vectors = [_layer_vectors(network) for network in networks]
     shapes = [_layer_shapes(network) for network in networks]
     names = list(dict.fromkeys(name for layers in vectors for name in layers))
+    if not names:
+        raise ModelError("none of these networks has trainable parameters, so they have no distances")
     k = len(networks)
     squared, inner = (np.full((k, k, len(names)), np.nan) for _ in range(2))
     for i in range(k):

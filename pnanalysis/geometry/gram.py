@@ -86,7 +86,9 @@ def layer_grams(
             if n_directions:
                 drawn = filter_normalised(((name, _whole(scale, name)) for name in own), n_directions, generator)
                 directions = {name: tensor.flatten(1) for name, tensor in drawn.items()}
-            yield layer, _gram(weights, own, directions, n_directions, partial(advance, text=layer))
+            gram = _gram(weights, own, directions, n_directions, partial(advance, text=layer))
+            _check_finite(gram, weights, layer)
+            yield layer, gram
 
 
 def displacement_gram(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Matrix:
@@ -108,7 +110,8 @@ class _StateReader:
 
     def __init__(self, state: Mapping[str, Tensor], names: Sequence[str], origin: str = "weights") -> None:
         self._state, self.path = state, origin
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.is_floating_point()}
+        floating = {k: t for k, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in floating.items()}
         missing = [name for name in names if name not in self.shapes]
         if missing:
             raise ModelError(f"{origin}: lacks {missing[0]!r}, so it is of another architecture")
@@ -184,6 +187,15 @@ def _blocks(tensors: list[tuple[str, int]], width: int) -> Iterator[list[_Slice]
                 slices, room = [], width
     if slices:
         yield slices
+
+
+def _check_finite(gram: Matrix, weights: Sequence[FlatWeights | _StateReader], layer: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(np.diag(gram)[: len(weights)]))
+    if len(bad):
+        at = int(bad[0]) if np.isfinite(gram[len(weights), len(weights)]) else 0  # the first is in every displacement
+        raise ModelError(
+            f"{weights[at].path}: holds values that are not finite in {layer!r}: training diverged; leave it out"
+        )
 
 
 def _check_same_architecture(weights: Sequence[FlatWeights | _StateReader]) -> None:

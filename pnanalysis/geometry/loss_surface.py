@@ -133,6 +133,10 @@ class LossSurface:
         held = [*self.model.named_parameters(), *self.model.named_buffers()]  # these list tied weights only once
         return {name: tensor.detach().clone() for name, tensor in held}
 
+    def cast(self, value: Any) -> Any:
+        """Inputs or targets with their floating-point tensors in the precision of this surface."""
+        return map_tensors(value, lambda part: part.to(self.dtype) if part.is_floating_point() else part)
+
     def combine(self, anchors: Sequence[State], weights: Matrix) -> State:
         """The points ``weights (k, A) @ anchors (A)``, stacked: each tensor gets a leading axis k.
 
@@ -176,7 +180,7 @@ class LossSurface:
             points = self.combine(anchors, rows)
             if self.bn_batches is not None:
                 for k in range(len(rows)):
-                    batch_inputs = (self._cast(inputs) for inputs, _ in self.bn_batches)
+                    batch_inputs = (self.cast(inputs) for inputs, _ in self.bn_batches)
                     reestimate(self.model, self.norms, _point(points, k), batch_inputs)  # in place: points are views
             for k, values in enumerate(self._example_values(points, len(rows), batches)):
                 yield values
@@ -196,8 +200,8 @@ class LossSurface:
         gradient = [torch.zeros_like(tensor) for tensor in theta.values()]
         with normalise_by_batch(self.norms if batch_statistics else {}):
             for inputs, targets in batches:
-                targets = self._cast(targets)
-                outputs = forward(self.model, self._cast(inputs), {**rest, **theta})
+                targets = self.cast(targets)
+                outputs = forward(self.model, self.cast(inputs), {**rest, **theta})
                 check_targets(self.loss, outputs, targets)
                 value = self.loss(outputs, targets)
                 weight = float(example_weights(self.loss, targets).sum())
@@ -215,7 +219,7 @@ class LossSurface:
         """Values of all examples at each of some stacked points, in one pass over the data."""
         by_point: list[list[_BatchValues]] = [[] for _ in range(n_points)]
         for inputs, targets in batches:
-            found = self._batch_values(points, n_points, self._cast(inputs), self._cast(targets))
+            found = self._batch_values(points, n_points, self.cast(inputs), self.cast(targets))
             for seen, values in zip(by_point, found, strict=True):
                 check_mean(self.loss, values.batch_loss, values.loss, values.loss_weight)
                 seen.append(values)
@@ -253,9 +257,6 @@ class LossSurface:
         if self.bn_batches is not None or not small or (convolutions and self.device.type == "cpu"):
             return 1
         return _POINTS_PER_PASS_OF_CONVOLUTIONS if convolutions else _POINTS_PER_PASS
-
-    def _cast(self, value: Any) -> Any:
-        return map_tensors(value, lambda part: part.to(self.dtype) if part.is_floating_point() else part)
 
 
 def _point(points: State, k: int) -> State:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pnanalysis.errors import ModelError, PnError
+from pnanalysis.errors import ModelError, PnError, reason
 from pnanalysis.inputs.registry import MODELS, describe_error, import_object, resolve
 
 _WRAPPERS = ("module.", "_orig_mod.", "module.")  # tried in this order: DDP around compile, or compile around DDP
@@ -42,23 +42,89 @@ def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Modul
     factory = import_object(spec, ModelError) if ":" in spec else resolve(MODELS, spec)
     if isinstance(factory, nn.Module):
         return factory
+    return _called(factory, spec, options or {})
+
+
+def _called(factory: Any, name: str, options: Mapping[str, Any]) -> nn.Module:
+    """The network that a factory builds."""
     try:
-        model = factory(**(options or {}))
+        model = factory(**options)
     except PnError:
         raise
     except Exception as error:  # user code may raise anything
         given = f" with {dict(options)}" if options else ""
-        raise ModelError(f"model {spec!r} cannot be built{given}: {describe_error(error)}") from error
+        raise ModelError(f"model {name!r} cannot be built{given}: {describe_error(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"model {spec!r} gave a {type(model).__name__}, not a torch.nn.Module")
+        raise ModelError(f"model {name!r} gave a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
 def new_model(model: ModelLike, options: Mapping[str, Any] | None = None) -> nn.Module:
-    """A new network from a name, a factory or an instance; an instance is copied and stays as it is."""
+    """A new network from a name, a factory or an instance; an instance is copied and stays as it is.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be built or copied.
+    """
     if isinstance(model, nn.Module):
-        return deepcopy(model)
-    return build_model(model, options) if isinstance(model, str) else model()
+        return copied(model)
+    if isinstance(model, str):
+        return build_model(model, options)
+    return _called(model, getattr(model, "__name__", type(model).__name__), options or {})
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the network.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be copied.
+    """
+    try:
+        return deepcopy(network)
+    except Exception as error:  # tensors with a graph, locks, open files: whatever a network may hold
+        raise ModelError(
+            f"{_describe(network)} cannot be copied ({reason(error)}); if it keeps results of a forward pass, run it "
+            "once under torch.no_grad(), or give its state_dict() with a factory as model="
+        ) from error
+
+
+def in_precision(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Cast the floating-point parameters and buffers of a network, in place; complex ones stay as they are."""
+    for tensor in (*network.parameters(), *network.buffers()) if dtype is not None else ():
+        if tensor.is_floating_point():  # Module.to(dtype) would cast complex tensors too and drop their imaginary parts
+            tensor.data = tensor.data.to(dtype)
+    return network
+
+
+def device_of(network: nn.Module, label: str) -> torch.device:
+    """The device of a network's trainable parameters.
+
+    Raises
+    ------
+    ModelError
+        If it has none.
+    """
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            return parameter.device
+    raise ModelError(f"{label}: has no trainable parameters, so its loss does not depend on any")
+
+
+def check_finite(state: Mapping[str, Any], origin: str) -> None:
+    """Refuse weights that are not finite.
+
+    Raises
+    ------
+    ModelError
+    """
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(
+                f"{origin}: {name!r} holds values that are not finite: training diverged; give an earlier checkpoint"
+            )
 
 
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str = "weights") -> nn.Module:
@@ -72,7 +138,8 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: st
     ModelError
         If the weights are of another architecture; the message names the first difference.
     """
-    own, state = model.state_dict(), dict(state)
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}  # no extra state
     for prefix in _WRAPPERS:
         if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -90,12 +157,8 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: st
     extra = [name for name in state if name not in own]
     if extra:
         raise ModelError(f"{origin}: holds {extra[0]!r}, which {_describe(model)} does not have")
-    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if broken:
-        raise ModelError(
-            f"{origin}: {broken[0]!r} holds values that are not finite: training diverged; give an earlier checkpoint"
-        )
-    model.load_state_dict(state)
+    check_finite(state, origin)
+    model.load_state_dict(state, strict=False)  # names and shapes fit; extra state of modules stays as built
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,10 @@ def source_of_networks(
     checkpoints = [_as_checkpoint(item, name) for name, (_, item) in zip(_names(networks), networks, strict=True)]
     loaded = [checkpoint.network for checkpoint in checkpoints if isinstance(checkpoint, MemoryCheckpoint)]
     held = [network for network in loaded if network is not None]
-    if model is None and len(held) < len(checkpoints) and not held:
+    if model is None and not held:
         raise ModelError("weights need the network that they belong to; give model=...")
+    if len(held) == len(checkpoints):
+        model = None  # every checkpoint brings its own
 
     def make_data() -> Splits:
         if data is None:
@@ -87,14 +90,18 @@ def _names(networks: Sequence[tuple[str | None, Any]]) -> list[str]:
     ModelError
         If two were given the same name, or one file twice.
     """
-    files = [Path(item) for name, item in networks if name is None and is_path(item)]
+    paths = [item.path if isinstance(item, Checkpoint) else item for _, item in networks]
+    files = [Path(path) for (name, _), path in zip(networks, paths, strict=True) if name is None and is_path(path)]
     twice = [path for i, path in enumerate(files) if path in files[:i]]
     if twice:
         raise ModelError(f"{twice[0]}: is named twice")
     stems = iter(_short_names(files))
-    n_unnamed = sum(name is None and not is_path(item) for name, item in networks)
+    n_unnamed = sum(name is None and not is_path(path) for (name, _), path in zip(networks, paths, strict=True))
     numbered = iter([f"network {i + 1}" for i in range(n_unnamed)] if n_unnamed > 1 else ["network"])
-    names = [name or (next(stems) if is_path(item) else next(numbered)) for name, item in networks]
+    names = [
+        name or (next(stems) if is_path(path) else next(numbered))
+        for (name, _), path in zip(networks, paths, strict=True)
+    ]
     same = [name for i, name in enumerate(names) if name in names[:i]]
     if same:
         raise ModelError(f"two networks are called {same[0]!r}; give each a name of its own, in a mapping")
@@ -114,7 +121,9 @@ def _as_checkpoint(item: Any, name: str) -> AnyCheckpoint:
     if isinstance(item, nn.Module):
         return MemoryCheckpoint(name, network=item)
     if isinstance(item, Mapping) and is_state_dict(item):
-        return MemoryCheckpoint(name, state=dict(item))
+        return MemoryCheckpoint(name, state=item)
+    if isinstance(item, Checkpoint):
+        return replace(item, name=name)
     if is_path(item):
         path = Path(item)
         if not path.is_file():
@@ -126,9 +135,22 @@ def _as_checkpoint(item: Any, name: str) -> AnyCheckpoint:
     )
 
 
-def is_state_dict(item: Mapping[Any, Any]) -> bool:
+def is_state_dict(item: Mapping[Any, Any] | nn.ModuleDict) -> bool:
     return bool(item) and all(isinstance(value, Tensor) for value in item.values())
 
 
 def is_path(item: Any) -> bool:
     return isinstance(item, str | os.PathLike)
+
+
+def check_no_mixed_state(item: Mapping[Any, Any] | nn.ModuleDict) -> None:
+    """Refuse a mapping of which some entries are tensors: a state dict with other things in it.
+
+    Raises
+    ------
+    ModelError
+    """
+    tensors = [isinstance(value, Tensor) for value in item.values()]
+    if any(tensors):
+        other, value = next((key, value) for key, value in item.items() if not isinstance(value, Tensor))
+        raise ModelError(f"a state dict holds tensors only, but {other!r} is a {type(value).__name__}; leave it out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.inputs.data import DataLike, Splits
 from pnanalysis.inputs.models import Loss, ModelLike
-from pnanalysis.inputs.networks import is_path, is_state_dict, source_of_networks
+from pnanalysis.inputs.networks import check_no_mixed_state, is_path, is_state_dict, source_of_networks
 from pnanalysis.inputs.sources import AnyCheckpoint, Source, as_source
 from pnanalysis.io.runs import Checkpoint, Run
 from pnanalysis.io.weights import State
@@ -175,7 +175,11 @@ def select(
         raise nothing_given()
     chosen = []
     for source in sources:
-        own = ("champion",) if names is None and champions and source.run is not None and len(sources) > 1 else names
+        own = names
+        if names is None and champions and source.run is not None and len(sources) > 1:
+            own = ("champion",)
+        elif source.run is None and any(other.run is not None for other in sources):
+            own = None  # names are those of checkpoints in runs; of networks beside runs, all count
         for name, checkpoint in source.select(own).items():
             label = name if len(sources) == 1 else f"{source.label}/{name}"
             chosen.append(SelectedCheckpoint(label, source, checkpoint, _describe(source.run, checkpoint)))
@@ -213,13 +217,12 @@ def as_sources(
     PnError
         If something that was given is none of these, weights come without a model, or two have the same name.
     """
+    given = list(given)
     sources: list[Source] = []
     networks: list[tuple[str | None, Any]] = []
     place = None  # of the source of networks, that of the first of them
     for name, item in flattened(given):
         if isinstance(item, Source):
-            if any(option is not None for option in (model, data, loss)):
-                raise PnError("a Source brings its own model, data and loss; give these where it is made")
             sources.append(item if name is None else replace(item, label=name))
         elif isinstance(item, Run) or (is_path(item) and (model is None or Path(item).is_dir())):
             if is_path(item) and Path(item).is_file():
@@ -229,8 +232,11 @@ def as_sources(
         else:
             place = len(sources) if place is None else place
             networks.append((name, item))
+    if any(option is not None for option in (model, data, loss)) and not networks and _all_sources(given):
+        raise PnError("a Source brings its own model, data and loss; give these where it is made")
     if networks:
-        sources.insert(place or 0, source_of_networks(networks, model, data, loss))
+        own = source_of_networks(networks, model, data, loss)
+        sources.insert(place or 0, _borrowing(own, sources[0], data, loss) if sources else own)
     labels = distinct_labels([source.label for source in sources])
     relabelled = [
         source if label == source.label else replace(source, label=label)
@@ -242,17 +248,30 @@ def as_sources(
 def flattened(given: Iterable[Any], name: str | None = None) -> Iterator[tuple[str | None, Any]]:
     """Each thing that was given, with its name where it came in a mapping."""
     for item in given:
-        if isinstance(item, Mapping) and not is_state_dict(item):
+        if isinstance(item, Mapping | nn.ModuleDict) and not is_state_dict(item):
+            check_no_mixed_state(item)
             for key, value in item.items():
-                yield from flattened([value], str(key))
-        elif isinstance(item, list | tuple):
-            names = (
-                [name] * len(item) if name is None or len(item) == 1 else [f"{name} {i + 1}" for i in range(len(item))]
-            )
-            for own_name, value in zip(names, item, strict=True):
-                yield from flattened([value], own_name)
+                yield from flattened([value], str(key) if name is None else f"{name}/{key}")
+        elif isinstance(item, list | tuple | set | Iterator | ValuesView | nn.ModuleList):
+            values = list(item)
+            numbered = name is not None and len(values) > 1
+            for i, value in enumerate(values):
+                yield from flattened([value], f"{name} {i + 1}" if numbered else name)
         else:
             yield name, item
+
+
+def _all_sources(given: Iterable[Any]) -> bool:
+    return all(isinstance(item, Source) for _, item in flattened(given))
+
+
+def _borrowing(own: Source, other: Source, data: Any, loss: Any) -> Source:
+    """A source of networks that takes data and loss from a run beside it where it was given none."""
+    if data is None:
+        own = replace(own, make_data=_data_of(other))
+    if loss is None:
+        own = replace(own, make_loss=other.make_loss, attrs=own.attrs | {"loss": other.attrs.get("loss")})
+    return own
 
 
 def _sharing_data(sources: Sequence[Source]) -> list[Source]:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pnanalysis.errors import DataError, ModelError
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split, Splits, as_splits, load_data
-from pnanalysis.inputs.models import LOSSES, Loss, ModelLike, load_weights, new_model, resolve_loss
+from pnanalysis.inputs.models import (
+    LOSSES,
+    Loss,
+    ModelLike,
+    check_finite,
+    copied,
+    in_precision,
+    load_weights,
+    new_model,
+    resolve_loss,
+)
 from pnanalysis.inputs.registry import DATASETS, registered
 from pnanalysis.io.runs import Checkpoint, Run, open_run
 from pnanalysis.io.weights import State
@@ -40,7 +49,7 @@ class MemoryCheckpoint:
 
     name: str
     network: nn.Module | None = None
-    state: State | None = None
+    state: Mapping[str, Tensor] | None = None
     iteration: int = -1
     epoch: int = -1
 
@@ -136,10 +145,11 @@ class Source:
             What the checkpoint holds, where that has been read already.
         """
         if isinstance(checkpoint, MemoryCheckpoint) and checkpoint.network is not None:
-            model = deepcopy(checkpoint.network).to(dtype=dtype)
+            model = in_precision(copied(checkpoint.network), dtype)
+            check_finite(model.state_dict(), checkpoint.origin)
         else:
             # cast before the weights come in: a file of float64 then loses nothing in a float64 analysis
-            model = deepcopy(self.template).to(dtype=dtype)
+            model = in_precision(copied(self.template), dtype)
             load_weights(model, checkpoint.load() if state is None else state, checkpoint.origin)
         return model.to(device).eval()
 

@@ -57,8 +57,8 @@ def spectrum_of_run(item: SelectedCheckpoint, options: dict[str, Any]) -> xr.Dat
         options["n"],
         SpectrumOptions.from_keywords(**{name: value for name, value in options.items() if name not in ("split", "n")}),
     )
-    network = item.source.model(item.checkpoint)
-    digest = matrix_digest(network, item.source, spent.matrix_settings(), split=split, n=n, seed=spent.seed)
+    network, part = item.source.model(item.checkpoint), item.source.split(split, n, spent.seed, "cpu")
+    digest = matrix_digest(network, item.source, spent.matrix_settings(), part)
     return saved_spectrum(item.source, digest, options["n_lanczos"], options["n_probes"])
 
 

@@ -134,6 +134,7 @@ def test_runs_files_and_networks_stand_in_the_same_place(tiny_run: Run, tmp_path
     ("given", "message"),
     [
         ([{"a": torch.zeros(3)}], "give model="),
+        ([{"a": torch.zeros(3), "epoch": 3}], "a state dict holds tensors only, but 'epoch' is a int"),
         ([{"net": 3}], "net: a int is no run, network, state dict or weights file"),
         ([[network(0)], {"network": network(1)}], "two networks are called 'network'"),
         ([Path(__file__)], "is a file; weights need the network they belong to"),
@@ -150,6 +151,85 @@ def test_networks_need_data(nets: dict[str, nn.Module]) -> None:
         pn.hessian(nets, progress=False)
     with pytest.raises(ModelError, match="lacks '0.weight'"):
         pn.trajectory([{"w": torch.zeros(2)}] * 3, model=nets["a"], progress=False)
+
+
+def test_networks_of_other_functions_with_the_same_weights_are_no_line(nets: dict[str, nn.Module]) -> None:
+    relu = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.raises(ModelError, match="relu computes something else than a"):
+        pn.landscape({"a": nets["a"], "relu": relu}, data=DATA, n_points=3, progress=False)
+
+
+def test_one_network_under_two_names_keeps_both(nets: dict[str, nn.Module]) -> None:
+    twice = {"x": nets["a"], "y": nets["a"]}
+    assert pn.saturation(twice, data=DATA, progress=False).checkpoint.values.tolist() == ["x", "y"]
+    state = nets["a"].state_dict()
+    with pytest.raises(PnError, match="x and y are the same checkpoint"):
+        pn.landscape({"x": state, "y": state}, model=network(0), data=DATA, progress=False)
+
+
+def test_networks_beside_a_run_take_its_data_and_loss(tiny_run: Run) -> None:
+    net = as_sources([tiny_run])[0].model(tiny_run.plain)
+    ds = pn.compare(tiny_run, {"copy": net}, checkpoints=["plain"], hessian=False, progress=False)
+    assert ds.checkpoint.values.tolist() == ["tiny/plain", "networks/copy"]
+    assert float(ds.distance[0, 1]) == 0
+    np.testing.assert_array_equal(ds.loss[0], ds.loss[1])
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_weights_that_are_not_finite_are_named(name: str, nets: dict[str, nn.Module]) -> None:
+    with torch.no_grad():
+        nets["b"][2].weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="network 'b': .*not finite"):
+        ANALYSES[name](nets, data=DATA, loss=F.cross_entropy, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("name", ["saturation", "functional_distance", "compare"])
+def test_networks_in_other_precisions_are_taken(name: str, dtype: torch.dtype, nets: dict[str, nn.Module]) -> None:
+    cast = {key: deepcopy(net).to(dtype) for key, net in nets.items()}
+    back = {key: deepcopy(net).float() for key, net in cast.items()}
+    options = {"data": DATA, "loss": F.cross_entropy, "progress": False}
+    xr.testing.assert_equal(ANALYSES[name](cast, **options), ANALYSES[name](back, **options))
+
+
+class Keeping(nn.Module):
+    """Keeps what it has computed, which cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = self.inner(x)
+        return self.last
+
+
+def test_what_cannot_be_copied_or_built_is_one_sentence() -> None:
+    keeping = Keeping()
+    keeping(X)
+    with pytest.raises(ModelError, match="this Keeping cannot be copied"):
+        pn.hessian(keeping, data=DATA, progress=False)
+    with pytest.raises(ModelError, match="model 'Linear' cannot be built"):
+        pn.sharpness({"a": network(0).state_dict()}, model=nn.Linear, data=DATA, progress=False)
+    with pytest.raises(ModelError, match="has no trainable parameters"):
+        pn.sharpness(nn.Flatten(), data=DATA, progress=False)
+    with pytest.raises(ModelError, match="none of these networks has trainable parameters"):
+        pn.compare(nn.Flatten(), nn.Flatten(), data=DATA, progress=False)
+
+
+@pytest.mark.parametrize("options", [{"per_layer": True}, {"state": "x"}, {"device": "cpu"}, {"typo": 1}])
+def test_comparisons_take_no_other_options_for_spectra(options: dict[str, Any], nets: dict[str, nn.Module]) -> None:
+    with pytest.raises(PnError, match=f"no option '{next(iter(options))}'"):
+        pn.compare(nets, data=DATA, hessian=options, progress=False)
+
+
+def test_a_finished_spectrum_of_other_data_is_not_taken(nets: dict[str, nn.Module], tmp_path: Path) -> None:
+    options = {"n": None, "state": tmp_path / "state", "progress": False, **HESSIAN}
+    pn.hessian(nets["a"], data=DATA, **options)
+    other = Y.clone()
+    other[0] = (other[0] + 1) % 3
+    with pytest.raises(PnError, match="holds unfinished work with data"):
+        pn.hessian(nets["a"], data=(X, other), **options)
 
 
 @pytest.fixture

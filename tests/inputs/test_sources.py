@@ -63,7 +63,7 @@ def test_a_saved_spectrum_of_another_loss_or_model_is_not_taken(namesakes: list[
 
     def found(source: Source) -> bool:
         network = source.model(run.plain)
-        digest = matrix_digest(network, source, settings, split="train", n=50, seed=0)
+        digest = matrix_digest(network, source, settings, source.split("train", 50, 0, "cpu"))
         return saved_spectrum(source, digest, **spent) is not None
 
     assert found(as_source(run))
@@ -89,7 +89,7 @@ def test_shared_parameters_count_once_and_frozen_ones_stay() -> None:
     assert names == ["first.weight", "first.bias", "second.bias"]
     penalty = PersistentPenalty(model, lam=1.0)
     penalty.add(model)
-    assert float(penalty()) == pytest.approx(2.0)  # one for each of two layers
+    assert penalty().item() == pytest.approx(2.0)  # one for each of two layers
     surface = LossSurface(model, F.cross_entropy, torch.device("cpu"), torch.float64)
     assert surface.parameter_names == names
     assert other is not model
