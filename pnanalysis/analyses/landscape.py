@@ -294,7 +294,9 @@ def _check_same_function(
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+    return a.shape == b.shape and torch.allclose(
+        a.to(torch.complex64), b.to(torch.complex64), rtol=1e-3, atol=1e-5, equal_nan=True
+    )
 
 
 def _paths(
