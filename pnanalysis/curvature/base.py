@@ -88,8 +88,6 @@ class CurvatureOperator:
 
     Attributes
     ----------
-    shape : (int, int)
-        ``(P, P)``.
     names : list of str
         The chosen parameters, in the order in which their entries follow each other in a vector.
     n_hvp : int
