@@ -199,13 +199,13 @@ class _SpectrumRequest:
         PnError
         """
         options = dict(requested)
-        split, n = str(options.pop("split", "train")), options.pop("n", 2048)
+        split, n = str(options.pop("split", "train")), options.pop("n")
         batch_size = options.pop("batch_size", 512)
         one_of(SPLITS, split=split)
         at_least(1, n=n, batch_size=batch_size)
         own = {entry.name for entry in fields(SpectrumOptions)} - {"per_layer", "lanczos_options"}
         known = own | set(signature(spectral_density).parameters) - {"operator", "progress", "title", "state"}
-        unknown = [name for name in options if name not in known | {"operator"}]
+        unknown = [name for name in options if name not in known]
         if unknown:
             raise PnError(
                 f"compare takes no option {unknown[0]!r} for its spectra; there are {', '.join(sorted(known))}"

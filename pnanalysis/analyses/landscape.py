@@ -32,7 +32,7 @@ from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, as
 from pnanalysis.inputs.sources import AnyCheckpoint, Source, resolve_device
 from pnanalysis.io.runs import Run
 from pnanalysis.io.weights import State
-from pnanalysis.torch_internals import tree_leaves, tree_map
+from pnanalysis.torch_internals import tree_leaves
 
 VIEWS = ("line", "curve", "plane", "random")
 
@@ -278,7 +278,7 @@ def _check_same_function(
     ------
     ModelError
     """
-    inputs = surface.cast(cut(next(iter(batches)), slice(0, 4))[0])
+    inputs = _few_inputs(surface, batches)
     network = deepcopy(network).to(surface.device, surface.dtype).eval()
     outputs = []
     with clear_errors(names[0], network, [(inputs, inputs)]), torch.no_grad(), torch.random.fork_rng():
@@ -291,6 +291,10 @@ def _check_same_function(
             f"{names[0]} computes something else than {names[1]} does with the same weights; a landscape needs "
             "networks of one architecture"
         )
+
+
+def _few_inputs(surface: LossSurface, batches: Iterable[Any]) -> Any:
+    return surface.cast(cut(next(iter(batches)), slice(0, 4))[0])
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -392,7 +396,7 @@ def _relabelling(
     surface: LossSurface, states: list[State], batches: Iterable[Any], n_restarts: int, seed: int, progress: bool
 ) -> Relabelling:
     """The relabelling that brings the second state nearest to the first, checked on a few examples."""
-    few = tree_map(lambda part: part[:4], next(iter(batches))[0])
+    few = _few_inputs(surface, batches)
     found = match(surface.model, states[0], states[1], few, n_restarts=n_restarts, seed=seed, progress=progress)
     check_preserved(surface.model, states[1], found.apply(states[1]), few)
     return found

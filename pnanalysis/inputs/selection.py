@@ -217,11 +217,11 @@ def as_sources(
     PnError
         If something that was given is none of these, weights come without a model, or two have the same name.
     """
-    given = list(given)
+    items = list(flattened(given))  # once: an iterator has no second pass
     sources: list[Source] = []
     networks: list[tuple[str | None, Any]] = []
     place = None  # of the source of networks, that of the first of them
-    for name, item in flattened(given):
+    for name, item in items:
         if isinstance(item, Source):
             sources.append(item if name is None else replace(item, label=name))
         elif isinstance(item, Run) or (is_path(item) and (model is None or Path(item).is_dir())):
@@ -232,7 +232,7 @@ def as_sources(
         else:
             place = len(sources) if place is None else place
             networks.append((name, item))
-    if any(option is not None for option in (model, data, loss)) and not networks and _all_sources(given):
+    if any(option is not None for option in (model, data, loss)) and items and _all_sources(items):
         raise PnError("a Source brings its own model, data and loss; give these where it is made")
     if networks:
         own = source_of_networks(networks, model, data, loss)
@@ -261,8 +261,8 @@ def flattened(given: Iterable[Any], name: str | None = None) -> Iterator[tuple[s
             yield name, item
 
 
-def _all_sources(given: Iterable[Any]) -> bool:
-    return all(isinstance(item, Source) for _, item in flattened(given))
+def _all_sources(items: Iterable[tuple[str | None, Any]]) -> bool:
+    return all(isinstance(item, Source) for _, item in items)
 
 
 def _borrowing(own: Source, other: Source, data: Any, loss: Any) -> Source:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import pnanalysis as pn
-from pnanalysis.errors import ModelError, PnError
+from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.inputs.selection import as_sources
 from pnanalysis.io.runs import Run
 from trainers import Config, train
@@ -276,3 +276,19 @@ def test_a_users_files_are_each_read_once(name: str, files: list[Path], counts: 
 
 def make() -> nn.Module:
     return network(5)
+
+
+@pytest.mark.parametrize("analysis", [pn.hessian, pn.landscape, pn.sharpness])
+def test_options_without_anything_to_analyse_ask_for_it(analysis, nets: dict[str, nn.Module]) -> None:
+    with pytest.raises(RunError, match="name a run, or give networks"):
+        analysis(model=nets["a"], data=DATA)
+
+
+def test_an_iterator_of_runs_takes_options_like_a_list(tiny_run: Run) -> None:
+    settings = {"loss": "cross_entropy", "n": 32, "n_steps": 2, "progress": False}
+    xr.testing.assert_equal(pn.sharpness(iter([tiny_run]), **settings), pn.sharpness([tiny_run], **settings))
+
+
+def test_networks_are_aligned_in_either_precision(nets: dict[str, nn.Module]) -> None:
+    ds = pn.landscape([nets["a"], nets["b"]], data=DATA, align=True, dtype="float64", n_points=3, progress=False)
+    assert ds.path.values.tolist() == ["line", "aligned"]
