@@ -20,7 +20,7 @@ from pnanalysis.activations.statistics import Measures, common_range
 from pnanalysis.analyses.functional import compare_functions
 from pnanalysis.analyses.hessian import N_LANCZOS, SpectrumOptions, network_spectra
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
-from pnanalysis.analyses.spectrum_cache import matrix_digest, saved_spectrum
+from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.estimates import significance_threshold
@@ -249,9 +249,10 @@ def _spectra(
     for source in selection.sources:
         part = source.split(requested.split, requested.n, options.seed, device)
         batches = part.batches(requested.batch_size)
-        for item in (item for item in selection.distinct() if item.source is source):
+        digest_of = matrix_digests(source, options.matrix_settings(), part)
+        for item in selection.distinct(source):
             network = networks[item.label].to(device)
-            digest = matrix_digest(network, source, options.matrix_settings(), part)
+            digest = digest_of(network)
             saved = saved_spectrum(source, digest, options.n_lanczos or N_LANCZOS, options.n_probes)
             found[item.key] = saved if saved is not None else network_spectra(
                 network, source.loss, batches, options, label=item.label, device=device, progress=progress

@@ -14,7 +14,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis import schema
-from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digest
+from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests
 from pnanalysis.checks import at_least, positive, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.peers import make_operator
@@ -202,9 +202,10 @@ def hessian(
     for source in selection.sources:
         part = source.split(split, n, seed, torch_device)
         batches = part.batches(batch_size)
-        for item in (item for item in selection.distinct() if item.source is source):
+        digest_of = matrix_digests(source, options.matrix_settings(), part)
+        for item in selection.distinct(source):
             network = selection.network(item, torch_device)
-            digest = matrix_digest(network, source, options.matrix_settings(), part)
+            digest = digest_of(network)
             spectra = network_spectra(
                 network, source.loss, batches, options, label=item.label, device=torch_device, progress=progress,
                 cache=None if cache is None else cache.of(network),

@@ -105,7 +105,7 @@ def sharpness(
     with progress_bar("sharpness", total, progress) as advance:
         for source in selection.sources:
             batches = source.split(split, n, seed, torch_device).batches(batch_size)
-            for item in (item for item in selection.distinct() if item.source is source):
+            for item in selection.distinct(source):
                 network = selection.network(item, torch_device, torch_dtype)
                 found[item.key] = network_sharpness(
                     network, source.loss, batches, radii, n_steps=n_steps, n_starts=n_starts, dtype=torch_dtype,

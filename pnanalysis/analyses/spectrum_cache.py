@@ -38,19 +38,21 @@ def weights_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def matrix_digest(network: nn.Module, source: Source, settings: Mapping[str, Any], part: Split | LoaderSplit) -> str:
-    """A digest of everything that determines a curvature matrix: weights, architecture, loss, examples and settings.
+def matrix_digests(
+    source: Source, settings: Mapping[str, Any], part: Split | LoaderSplit
+) -> Callable[[nn.Module], str]:
+    """What gives a network's digest of all that determines its matrix: weights, architecture, loss, examples, settings.
 
-    ``part`` holds the examples. The digest is empty, and so equal to none, where a name does not tell what is behind
-    it: custom models and losses, and loaders.
+    ``part`` holds the examples, which are read once for all networks. A digest is empty, and so equal to none, where a
+    name does not tell what is behind it: custom models and losses, and loaders.
     """
     model, loss = source.attrs.get("model", ""), source.attrs.get("loss", "")
     registered = source.run is not None and not any(":" in name or name.startswith("own ") for name in (model, loss))
     if not registered or not isinstance(part, Split):
-        return ""
+        return lambda network: ""
     examples = fingerprint(*(t for t in (part.inputs, part.targets, part.offset, part.scale) if t is not None))
     text = json.dumps([model, loss, examples, dict(settings)], sort_keys=True, default=str)
-    return hashlib.sha256((weights_digest(network) + text).encode()).hexdigest()
+    return lambda network: hashlib.sha256((weights_digest(network) + text).encode()).hexdigest()
 
 
 def saved_spectrum(source: Source, digest: str, n_lanczos: int, n_probes: int) -> xr.Dataset | None:

@@ -91,11 +91,12 @@ class Selection(Sequence[SelectedCheckpoint]):
         """Their labels, in order."""
         return [item.label for item in self]
 
-    def distinct(self) -> list[SelectedCheckpoint]:
-        """Each set of weights once, under its first name."""
+    def distinct(self, source: Source | None = None) -> list[SelectedCheckpoint]:
+        """Each set of weights once, under its first name; of one source or of all."""
         first: dict[tuple[str, object], SelectedCheckpoint] = {}
         for item in self:
-            first.setdefault(item.key, item)
+            if source is None or item.source is source:
+                first.setdefault(item.key, item)
         return list(first.values())
 
     def network(

@@ -17,6 +17,7 @@ from pnanalysis.plots.style import (
     PAGE,
     PLAIN,
     RESTART,
+    cell_edges,
     few,
     integer_axis,
     legend_above,
@@ -93,17 +94,9 @@ def _signs(one: xr.Dataset, ax: Axes) -> None:
     # seaborn.heatmap spaces columns evenly, but epochs need not be: cells between true borders share the axis above
     signs = one.sign.dropna("end", how="all")
     ax.pcolormesh(
-        _edges(one.epoch.values), np.arange(signs.sizes["end"] + 1) - 0.5, signs.transpose("end", "epoch").values,
+        cell_edges(one.epoch.values), np.arange(signs.sizes["end"] + 1) - 0.5, signs.transpose("end", "epoch").values,
         cmap=ListedColormap([_NEGATIVE, "#FFFFFF", _POSITIVE]), vmin=-1, vmax=1, lw=0.3,
         edgecolors="white" if few(one.sizes["epoch"]) else "none", rasterized=True,
     )  # fmt: skip
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     integer_axis(ax, one.epoch.values)
-
-
-def _edges(epochs: np.ndarray) -> np.ndarray:
-    """Cell borders half-way between epochs, ``(n + 1,)``."""
-    if len(epochs) == 1:
-        return epochs[0] + np.array([-0.5, 0.5])
-    middle = (epochs[1:] + epochs[:-1]) / 2
-    return np.concatenate([[epochs[0] - (middle[0] - epochs[0])], middle, [epochs[-1] + (epochs[-1] - middle[-1])]])

@@ -18,6 +18,7 @@ from pnanalysis.plots.style import (
     MARKERS,
     PAGE,
     PLAIN,
+    cell_edges,
     champion_of,
     legend_above,
     new_figure,
@@ -168,7 +169,7 @@ def _overlay_histograms(entries: list[_Entry], layer: Any, ax: Axes) -> None:
 
     for i, entry in enumerate(entries):
         at = entry.ds.sel(layer=layer)
-        density, se, edges = at.histogram.values, at.histogram_se.values, _edges(at.bin.values)
+        density, se, edges = at.histogram.values, at.histogram_se.values, cell_edges(at.bin.values)
         colour, dashes = _ENDS[i % len(_ENDS)], DASHES[i % len(DASHES)]
         # the densities are known: as weights of the bins' middles they come out as the heights
         sns.histplot(
@@ -243,8 +244,3 @@ def _entries_of_run(ds: xr.Dataset, epoch: int | None) -> list[_Entry]:
         marker: dict[str, Any] = {name: look[name] for name in ("color", "marker", "mfc") if name in look}
         entries.append(_Entry(iteration_name(iteration, champion, one.n_units), at, marker))
     return entries
-
-
-def _edges(middles: np.ndarray) -> np.ndarray:
-    half = (middles[1] - middles[0]) / 2
-    return np.append(middles - half, middles[-1] + half)

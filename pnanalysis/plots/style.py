@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -229,3 +230,11 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     with style(), atomic_path(path) as temporary:
         figure.savefig(temporary, metadata=metadata)
     return path
+
+
+def cell_edges(middles: np.ndarray) -> np.ndarray:
+    """Borders ``(n + 1,)`` half-way between the middles of cells ``(n,)``, which need not be evenly spaced."""
+    if len(middles) == 1:
+        return middles[0] + np.array([-0.5, 0.5])
+    inner = (middles[1:] + middles[:-1]) / 2
+    return np.concatenate([[2 * middles[0] - inner[0]], inner, [2 * middles[-1] - inner[-1]]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +191,6 @@ def test_cuda_agrees_with_the_cpu() -> None:
     ours = train_chains(X, Y, device="cuda", dtype=torch.float64, **settings)["parameters"].values
     theirs = train_chains(X, Y, device="cpu", dtype=torch.float64, **settings)["parameters"].values
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=round_off(torch.float64, theirs))
-
-
-@pytest.fixture
-def closed_figures() -> Iterator[None]:
-    yield
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
 
 
 @pytest.mark.usefixtures("closed_figures")

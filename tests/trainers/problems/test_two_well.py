@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -233,14 +233,6 @@ def test_bad_strengths_are_refused(lam: float) -> None:
 def test_bad_settings_are_refused(call: Callable[[], xr.Dataset], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         call()
-
-
-@pytest.fixture
-def closed_figures() -> Iterator[None]:
-    yield
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
 
 
 @pytest.mark.usefixtures("closed_figures")
