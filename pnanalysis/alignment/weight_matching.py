@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from pnanalysis.alignment.permutation_symmetries import find_groups
 from pnanalysis.alignment.relabelling import Relabelling
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
+from pnanalysis.inputs.copies import copied, in_precision
 from pnanalysis.terminal.progress import Advance, progress_bar
 from pnanalysis.torch_internals import tree_leaves, tree_map
 
@@ -118,7 +118,7 @@ def check_preserved(model: nn.Module, before: Mapping[str, Tensor], after: Mappi
     ModelError
         If it exceeds round-off.
     """
-    network = deepcopy(model).double().eval()
+    network = in_precision(copied(model), torch.float64).eval()
 
     def to_double(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -25,6 +24,7 @@ from pnanalysis.geometry.curves import CURVES, train_curve
 from pnanalysis.geometry.loss_surface import BATCH_NORM, LossSurface
 from pnanalysis.geometry.planes import plane_through_three, random_plane
 from pnanalysis.inputs.batches import cut
+from pnanalysis.inputs.copies import copied, in_precision
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split
 from pnanalysis.inputs.examples import check_same_data, check_same_loss
 from pnanalysis.inputs.models import Loss, ModelLike, device_of
@@ -279,7 +279,7 @@ def _check_same_function(
     ModelError
     """
     inputs = _few_inputs(surface, batches)
-    network = deepcopy(network).to(surface.device, surface.dtype).eval()
+    network = in_precision(copied(network), surface.dtype).to(surface.device).eval()
     outputs = []
     with clear_errors(names[0], network, [(inputs, inputs)]), torch.no_grad(), torch.random.fork_rng():
         for model, weights in ((network, None), (surface.model, state)):

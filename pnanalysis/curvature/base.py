@@ -24,6 +24,7 @@ from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable, re
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.losses import check_targets, loss_on
 from pnanalysis.inputs.batches import as_arguments, map_tensors
+from pnanalysis.inputs.copies import in_precision
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.spectra.linear_operator import contiguous_columns
 from pnanalysis.spectra.memory import free_bytes
@@ -133,7 +134,7 @@ class CurvatureOperator:
         first = model.get_parameter(self.names[0])
         self.dtype = dtype or first.dtype
         self.device = torch.device(device) if device is not None else first.device
-        self.model = prepared_copy(model, bn_mode).to(self.device, self.dtype)
+        self.model = in_precision(prepared_copy(model, bn_mode), self.dtype).to(self.device)
         self.loss_fn = loss_on(loss_fn, self.device, self.dtype)
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
         self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp

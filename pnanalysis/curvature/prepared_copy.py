@@ -5,7 +5,6 @@ The settings of precision are here because they, too, say how the copy's forward
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pnanalysis.inputs.copies import copied
 from pnanalysis.torch_internals import BatchNormBase, convolve
 
 #: What ``amp`` may be.
@@ -32,7 +32,7 @@ def prepared_copy(model: nn.Module, bn_mode: str) -> nn.Module:
     one convolution, used by nothing else, becomes part of the convolution's weight and bias: it then costs no pass
     over the activations.
     """
-    prepared = copy.deepcopy(model).eval()
+    prepared = copied(model).eval()
     for module in prepared.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor):

@@ -7,7 +7,6 @@ the anchors times its weights. Lines, planes and curves through checkpoints are 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +28,7 @@ from pnanalysis.evaluation.losses import (
 )
 from pnanalysis.geometry.batch_norm import normalise_by_batch, norms_with_statistics, reestimate
 from pnanalysis.inputs.batches import map_tensors
+from pnanalysis.inputs.copies import copied, in_precision, matching_dtype
 from pnanalysis.inputs.models import Loss, load_weights
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance
@@ -113,7 +113,7 @@ class LossSurface:
         at_once: int | None = None,
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
-        self.model = deepcopy(model).to(self.device, dtype).eval()
+        self.model = in_precision(copied(model), dtype).to(self.device).eval()
         self.loss = loss_on(loss, self.device, dtype)
         self.norms = norms_with_statistics(self.model)
         self.bn_batches = bn_batches if self.norms else None
@@ -135,7 +135,7 @@ class LossSurface:
 
     def cast(self, value: Any) -> Any:
         """Inputs or targets with their floating-point tensors in the precision of this surface."""
-        return map_tensors(value, lambda part: part.to(self.dtype) if part.is_floating_point() else part)
+        return map_tensors(value, lambda part: part.to(matching_dtype(part, self.dtype)))
 
     def combine(self, anchors: Sequence[State], weights: Matrix) -> State:
         """The points ``weights (k, A) @ anchors (A)``, stacked: each tensor gets a leading axis k.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pnanalysis.errors import CurvatureError
+from pnanalysis.inputs.copies import matching_dtype
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -58,8 +59,8 @@ def map_tensors(nest: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def move(nest: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Move to a device; floating-point tensors also to ``dtype``."""
-    return map_tensors(nest, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
+    """Move to a device; floating-point tensors also to ``dtype``, complex ones to the matching complex type."""
+    return map_tensors(nest, lambda t: t.to(device, matching_dtype(t, dtype)))
 
 
 def cut(batch: tuple[Any, Any], part: slice) -> tuple[Any, Any]:

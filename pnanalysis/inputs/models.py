@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
-from pnanalysis.errors import ModelError, PnError, reason
+from pnanalysis.errors import ModelError, PnError
+from pnanalysis.inputs.copies import copied
 from pnanalysis.inputs.registry import MODELS, describe_error, import_object, resolve
 
 _WRAPPERS = ("module.", "_orig_mod.", "module.")  # tried in this order: DDP around compile, or compile around DDP
@@ -72,31 +72,6 @@ def new_model(model: ModelLike, options: Mapping[str, Any] | None = None) -> nn.
     if isinstance(model, str):
         return build_model(model, options)
     return _called(model, getattr(model, "__name__", type(model).__name__), options or {})
-
-
-def copied(network: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the network.
-
-    Raises
-    ------
-    ModelError
-        If it cannot be copied.
-    """
-    try:
-        return deepcopy(network)
-    except Exception as error:  # tensors with a graph, locks, open files: whatever a network may hold
-        raise ModelError(
-            f"{_describe(network)} cannot be copied ({reason(error)}); if it keeps results of a forward pass, run it "
-            "once under torch.no_grad(), or give its state_dict() with a factory as model="
-        ) from error
-
-
-def in_precision(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Cast the floating-point parameters and buffers of a network, in place; complex ones stay as they are."""
-    for tensor in (*network.parameters(), *network.buffers()) if dtype is not None else ():
-        if tensor.is_floating_point():  # Module.to(dtype) would cast complex tensors too and drop their imaginary parts
-            tensor.data = tensor.data.to(dtype)
-    return network
 
 
 def device_of(network: nn.Module, label: str) -> torch.device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from pnanalysis.errors import ModelError, PnError, RunError
+from pnanalysis.inputs.copies import copied
 from pnanalysis.inputs.data import DataLike, Splits
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.networks import check_no_mixed_state, is_path, is_state_dict, source_of_networks
@@ -121,7 +121,7 @@ class Selection(Sequence[SelectedCheckpoint]):
         first: dict[tuple[str, object], nn.Module] = {}
         for item in self:
             known = first.get(item.key)
-            found[item.label] = self.network(item, device, dtype) if known is None else deepcopy(known)
+            found[item.label] = self.network(item, device, dtype) if known is None else copied(known)
             first.setdefault(item.key, found[item.label])
         return found
 

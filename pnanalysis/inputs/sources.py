@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.errors import DataError, ModelError
+from pnanalysis.inputs.copies import copied, in_precision
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split, Splits, as_splits, load_data
 from pnanalysis.inputs.models import (
     LOSSES,
     Loss,
     ModelLike,
     check_finite,
-    copied,
-    in_precision,
     load_weights,
     new_model,
     resolve_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
@@ -193,7 +194,7 @@ def test_networks_in_other_precisions_are_taken(name: str, dtype: torch.dtype, n
 
 
 class Keeping(nn.Module):
-    """Keeps what it has computed, which cannot be copied."""
+    """Keeps what it has computed, which ``copy.deepcopy`` refuses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,11 +205,19 @@ class Keeping(nn.Module):
         return self.last
 
 
-def test_what_cannot_be_copied_or_built_is_one_sentence() -> None:
+def test_results_that_a_network_keeps_do_not_hinder_copying() -> None:
     keeping = Keeping()
     keeping(X)
-    with pytest.raises(ModelError, match="this Keeping cannot be copied"):
-        pn.hessian(keeping, data=DATA, progress=False)
+    for analysis in ANALYSES.values():
+        analysis({"a": keeping, "b": network(1)}, data=DATA, loss=F.cross_entropy, progress=False)
+    assert keeping.last.grad_fn is not None
+
+
+def test_what_cannot_be_copied_or_built_is_one_sentence() -> None:
+    locked = network(0)
+    locked.lock = threading.Lock()
+    with pytest.raises(ModelError, match="this Sequential cannot be copied"):
+        pn.hessian(locked, data=DATA, progress=False)
     with pytest.raises(ModelError, match="model 'Linear' cannot be built"):
         pn.sharpness({"a": network(0).state_dict()}, model=nn.Linear, data=DATA, progress=False)
     with pytest.raises(ModelError, match="has no trainable parameters"):
