@@ -316,6 +316,10 @@ class CurvatureOperator:
         """The same product by differentiating a recorded graph twice: no trace, but more work per product."""
         raise NotImplementedError
 
+    def _rehearse(self, at: LossArguments) -> object:
+        """Run what a product runs of the user's code, without transforms."""
+        return self._loss_at_theta(at)
+
     def _by_differences(
         self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
     ) -> tuple[Tensor, Tensor]:

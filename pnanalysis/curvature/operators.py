@@ -118,7 +118,7 @@ class GGNOperator(CurvatureOperator):
         return product
 
     def _cut(self, at: LossArguments, theta: Named) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The outputs, the same as leaves of a graph of their own, and the gradient of the loss with respect to them."""
+        """The outputs, the same as leaves of a graph of their own, and the slope of the loss there."""
         outputs, rebuild = _tensors_of(self._loss.outputs(at, theta))
         cuts = [output.detach().requires_grad_() for output in outputs]
         loss = self._loss.of_outputs(rebuild(cuts), at.targets)
@@ -147,7 +147,7 @@ class GGNOperator(CurvatureOperator):
     def _fit_passes(self, batch: Batch) -> None:
         super()._fit_passes(batch)
         at = self._few(batch)
-        outputs, cuts, slope = self._cut(at, at.theta)
+        outputs, _, slope = self._cut(at, at.theta)
         used = [output for output, part in zip(outputs, slope, strict=True) if bool((part != 0).any())]
         if used and all(output.ndim == 0 for output in used):
             raise CurvatureError(
@@ -202,6 +202,9 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
         return product
 
+    def _rehearse(self, at: LossArguments) -> object:
+        return self._losses(at, at.theta)
+
     def _by_differences(
         self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
     ) -> tuple[Tensor, Tensor]:
@@ -237,8 +240,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
             each = vmap(one)(outputs, targets)
         else:
             n = batch_size(targets)
-            pairs = [tree_map_only(Tensor, lambda part, i=i: part[i], (outputs, targets)) for i in range(n)]
-            each = torch.stack([one(*pair) for pair in pairs])
+            each = torch.stack([one(*_example((outputs, targets), i)) for i in range(n)])
         return each, torch.ones_like(each)
 
     def _batch_weights(self, weight: Weight) -> BatchWeights:
@@ -271,7 +273,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
 
 def _tensors_of(outputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
-    """The floating-point tensors of a nest, complex ones as pairs of real numbers, and how to put others in their place."""
+    """The floating-point tensors of a nest (complex ones as pairs of real numbers), and how to put others in."""
     leaves, spec = tree_flatten(outputs)
     places = [i for i, leaf in enumerate(leaves) if _is_continuous(leaf)]
     complex_places = {i for i in places if leaves[i].is_complex()}
@@ -283,6 +285,10 @@ def _tensors_of(outputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], An
         return tree_unflatten(filled, spec)
 
     return [torch.view_as_real(leaves[i]) if i in complex_places else leaves[i] for i in places], rebuild
+
+
+def _example(nest: Any, i: int) -> Any:
+    return tree_map_only(Tensor, lambda part: part[i], nest)
 
 
 def _is_continuous(leaf: Any) -> bool:

@@ -32,7 +32,8 @@ def plain_passes(device: torch.device, amp: str, recurrent: bool = False) -> Ite
     TensorFloat-32 on CUDA; everything else in full float32, where torch's own default is TensorFloat-32 in
     convolutions. ``recurrent`` says that the network has recurrent layers, whose cuDNN kernels differentiate once only.
     """
-    backends, cudnn = torch.backends, torch.backends.cudnn
+    backends: Any = torch.backends
+    cudnn = backends.cudnn
     precision = "tf32" if amp == "tf32" else "ieee"
     with ExitStack() as stack:
         for backend in (backends.cuda.matmul, cudnn.conv, cudnn.rnn):
@@ -96,7 +97,7 @@ def _embedding_bag(
     rows = F.embedding(indices, weight)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[..., None]
-    return {"mean": rows.mean, "sum": rows.sum, "max": rows.amax}[mode](1)
+    return rows.mean(1) if mode == "mean" else rows.sum(1) if mode == "sum" else rows.amax(1)
 
 
 _REWRITTEN: dict[Callable[..., Any], Callable[..., Tensor]] = {

@@ -75,9 +75,8 @@ class Regulariser:
         """The penalty, seeing the model with ``theta`` in it."""
         if self._caller is None:
             return 0.0
-        state = {
-            f"model.{name}": tensor for name, tensor in {**self._others, **as_given(theta, self.complex_names)}.items()
-        }
+        held = {**self._others, **as_given(theta, self.complex_names)}
+        state = {f"model.{name}": tensor for name, tensor in held.items()}
         value: Tensor = functional_call(self._caller, state, ())
         return value
 
