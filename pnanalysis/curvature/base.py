@@ -306,6 +306,9 @@ class CurvatureOperator:
             return "traced"
         return "reverse mode" if self.product_check.reverse else "forward mode"
 
+    #: Whether differences give the product itself, by parameters, and not one number that it determines.
+    _differences_are_derivatives = False
+
     # -- the matrix of one batch, for subclasses ----------------------------------------------------------------
 
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
@@ -322,8 +325,8 @@ class CurvatureOperator:
 
     def _by_differences(
         self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
-    ) -> tuple[Tensor, Tensor]:
-        """Something that a product determines, by finite differences of first derivatives and from the product."""
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """What a product determines: by differences of first derivatives ahead and behind, and from the product."""
         raise NotImplementedError
 
     # -- products batch by batch --------------------------------------------------------------------------------
