@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.losses import example_weights, known
-from pnanalysis.inputs.batches import batch_size, cut, map_tensors, move
+from pnanalysis.inputs.batches import batch_size, cut, first_examples, map_tensors, move
 from pnanalysis.inputs.models import Loss
 from pnanalysis.torch_internals import BatchNormBase
 
@@ -133,7 +133,7 @@ def _evaluate_on_few(evaluate: Callable[[Batch], None], batch: Batch) -> None:
     # Without this, an error in the user's code would first appear inside a trace, where any exception is taken to mean
     # that the model cannot be traced.
     try:
-        evaluate(cut(batch, slice(0, 2)))
+        evaluate(first_examples(batch, 2))
         return
     except PnError:
         raise
