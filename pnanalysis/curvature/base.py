@@ -36,7 +36,7 @@ from pnanalysis.curvature.traced_products import TracedProducts
 from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.losses import check_targets, loss_on
-from pnanalysis.inputs.batches import cut, map_tensors, move
+from pnanalysis.inputs.batches import first_examples, map_tensors, move
 from pnanalysis.inputs.copies import in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.spectra.linear_operator import contiguous_columns
@@ -404,7 +404,7 @@ class CurvatureOperator:
     def _few(self, batch: Batch) -> LossArguments:
         """A few examples of a batch, or all where network or loss need more."""
         try:
-            few = self._arguments(cut(batch, slice(0, EXAMPLES)))
+            few = self._arguments(first_examples(batch, EXAMPLES))
             copies: LossArguments = map_tensors(few, torch.clone)  # the user's data, which a pass may write into
             self._loss_at_theta(copies)
             return few
