@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from pnanalysis.errors import DataError, ModelError, reason
 from pnanalysis.evaluation.forward import IGNORED, no_class, not_for
 from pnanalysis.inputs.batches import batch_size, move
-from pnanalysis.inputs.models import Loss
+from pnanalysis.inputs.models import Loss, takes_model
 from pnanalysis.torch_internals import tree_map
 
 Array = NDArray[np.float64]
@@ -70,10 +70,16 @@ class InspectedLoss:
     """A loss that has been recognised once, so that its batches need not ask again what it is.
 
     Called like the loss itself. Every function here takes one in place of a loss.
+
+    Attributes
+    ----------
+    takes_model : bool
+        Whether it is called with the network and the batch: see :func:`pnanalysis.inputs.models.takes_model`.
     """
 
     def __init__(self, function: Loss, torch_loss: TorchLoss | None) -> None:
         self.function, self.torch_loss = function, torch_loss
+        self.takes_model = torch_loss is None and takes_model(function)
         self.__name__ = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
@@ -153,13 +159,15 @@ def check_targets(loss: Loss, outputs: Any, targets: Any) -> None:
             raise DataError(f"the loss cannot take these data: {wrong}")
 
 
-def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+def example_losses(loss: Loss, outputs: Any, targets: Any, check: bool = True) -> tuple[Tensor, Tensor]:
     """The loss of each example of a batch, and its weight in the batch's mean.
 
     Parameters
     ----------
     loss : callable
     outputs, targets : tensors, or nests of tensors whose first dims count examples
+    check : bool
+        Whether to look at the values of the targets, which a trace cannot.
 
     Returns
     -------
@@ -180,7 +188,8 @@ def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tens
         return each, torch.ones_like(each)
     if not isinstance(outputs, Tensor):
         raise not_for(loss, outputs)
-    check_targets(loss, outputs, targets)
+    if check:
+        check_targets(loss, outputs, targets)
     values = found.function(outputs, targets, reduction="none", **found.options).reshape(len(targets), -1)
     if not _are_indices(found, targets):
         each = values.mean(1)
