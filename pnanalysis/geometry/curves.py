@@ -123,7 +123,7 @@ def train_curve(
             # The point is linear in the bends: the gradient with respect to each is the point's times its weight.
             bend_weights = torch.as_tensor(w[0, 1:-1], dtype=surface.dtype, device=surface.device)
             for name, bend in bends.items():
-                bend.grad = torch.tensordot(bend_weights[:, None], gradient[name][None], 1)
+                bend.grad = torch.tensordot(bend_weights[:, None].to(bend.dtype), gradient[name][None], 1)
             optimizer.step()
             schedule.step()
             advance(text=f"loss {loss:.4g}")

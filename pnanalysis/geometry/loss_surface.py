@@ -29,7 +29,8 @@ from pnanalysis.evaluation.losses import (
 from pnanalysis.geometry.batch_norm import normalise_by_batch, norms_with_statistics, reestimate
 from pnanalysis.inputs.batches import map_tensors
 from pnanalysis.inputs.copies import copied, in_precision, matching_dtype
-from pnanalysis.inputs.models import Loss, load_weights
+from pnanalysis.inputs.loading import load_weights
+from pnanalysis.inputs.models import Loss
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance
 from pnanalysis.torch_internals import ConvolutionBase
@@ -145,10 +146,10 @@ class LossSurface:
         w = torch.as_tensor(weights, dtype=self.dtype, device=self.device)
         points = {}
         for name, first in anchors[0].items():
-            if not first.is_floating_point():
+            if not (first.is_floating_point() or first.is_complex()):
                 points[name] = first.expand(len(w), *first.shape).clone()
                 continue
-            points[name] = torch.tensordot(w, torch.stack([anchor[name] for anchor in anchors]), 1)
+            points[name] = torch.tensordot(w.to(first.dtype), torch.stack([anchor[name] for anchor in anchors]), 1)
         for name in self.norms:
             # Beyond the ends of a line weights are negative, and a combination of variances can be, too.
             points[f"{name}.running_var"].clamp_(min=0.0)
