@@ -16,6 +16,7 @@ from pnanalysis.errors import ModelError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.geometry.loss_surface import LossSurface
+from pnanalysis.inputs.copies import as_real, with_parts
 from pnanalysis.inputs.data import DataLike
 from pnanalysis.inputs.models import Loss, ModelLike, device_of
 from pnanalysis.inputs.selection import Given, select
@@ -84,7 +85,8 @@ def sharpness(
     -----
     The ascent moves towards the point of the neighbourhood where the linearised loss is largest
     (Frank and Wolfe); all the way if that raises the loss, else half as far, and so on. On a quadratic in a ball
-    this is power iteration on the Hessian. Standard errors are paired, over examples, at the points found.
+    this is power iteration on the Hessian. Standard errors are paired, over examples, at the points found. A
+    complex parameter counts as two real ones.
 
     References
     ----------
@@ -175,7 +177,9 @@ def _measure(
         for start in range(n_starts):
             direction = None
             if start:
-                direction = {k: torch.randn(t.shape, generator=generator).to(t) for k, t in theta.items()}
+                parts = {name: as_real(tensor) for name, tensor in theta.items()}
+                drawn = {name: torch.randn(t.shape, generator=generator).to(t) for name, t in parts.items()}
+                direction = {name: with_parts(drawn[name], tensor) for name, tensor in theta.items()}
             ascents.append(_ascend(surface, state, theta, batches, (kind, radius), direction, n_steps, advance))
         _, best, _ = max(ascents, key=lambda ascent: ascent[0])
         at, *moved = surface.values(
@@ -216,6 +220,11 @@ def _ascend(
 
 def _farthest(kind: str, radius: float, theta: State, gradient: State) -> State:
     """The point of the neighbourhood of ``theta`` that lies farthest along the gradient (``theta`` where it is 0)."""
+    point = _farthest_real(kind, radius, *({k: as_real(t) for k, t in state.items()} for state in (theta, gradient)))
+    return {name: with_parts(point[name], tensor) for name, tensor in theta.items()}
+
+
+def _farthest_real(kind: str, radius: float, theta: State, gradient: State) -> State:
     if kind == "box":
         return {name: t + radius * (t.abs() + 1) * gradient[name].sign() for name, t in theta.items()}
     scales = {name: t.abs() if kind == "adaptive" else torch.ones_like(t) for name, t in theta.items()}

@@ -47,7 +47,7 @@ def trajectory(
     """Project the trajectories of one or more runs through the space of trainable parameters, and measure them.
 
     Each checkpoint is read once, a block of parameters at a time: 2,000 checkpoints of LeNet-5 or 200 of ResNet-18 need
-    well under 4 GB.
+    well under 4 GB. A complex parameter counts as two real ones.
 
     Parameters
     ----------

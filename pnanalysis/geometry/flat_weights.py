@@ -15,7 +15,8 @@ from pnanalysis.errors import ModelError, reason
 from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.loading import WeightNames
 from pnanalysis.io.runs import Checkpoint
-from pnanalysis.io.weights import State, StateDicts, found_in, is_index, load_mapped, shards
+from pnanalysis.io.unpickling import unpickled
+from pnanalysis.io.weights import State, StateDicts, found_in, is_index, shards
 
 
 class FlatWeights:
@@ -100,7 +101,7 @@ class FlatWeights:
             held, places = _placed(path)
             return {"": held}, places
         try:
-            return found_in(load_mapped(path), path), {}
+            return found_in(unpickled(path, mmap=True), path), {}
         except Exception:  # as many types as for damaged bytes: reading the whole file says what is wrong with it
             return self._checkpoint.state_dicts(), {}
 

@@ -200,8 +200,8 @@ def _fit(model: nn.Module, found: StateDicts, origin: str, assign: bool = False)
             raise ModelError(f"{origin}: {wrong}")
     if len(fits) > 1:
         raise ModelError(
-            f"{origin}: holds weights under {' and under '.join(map(repr, fits))} that all fit {described}; give the "
-            "state dict that you mean, saved alone"
+            f"{origin}: holds weights under {' and under '.join(map(repr, fits))} that all fit {described}; save "
+            "the one that you mean alone (torch.save of its state dict), or give that state dict"
         )
     (fit,) = fits.values()
     if fit is not last:

@@ -227,7 +227,7 @@ def as_sources(
         if isinstance(item, Source):
             sources.append(item if name is None else replace(item, label=name))
         elif isinstance(item, Run) or (is_path(item) and (model is None or is_run(Path(item)))):
-            if is_path(item) and (Path(item).is_file() or not is_run(Path(item))):
+            if is_path(item) and Path(item).exists() and not is_run(Path(item)):
                 what = "a file" if Path(item).is_file() else "a folder of weights"
                 raise ModelError(f"{item}: is {what}; weights need the network they belong to, model=...")
             source = as_source(item, model, data, loss)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from pnanalysis.errors import ModelError, reason
+from pnanalysis.io.unpickling import Inert, unpickled
 
 State = dict[str, Tensor]
 #: State dicts by the keys under which a file holds them, joined by dots; "" where it is one itself.
@@ -151,20 +150,12 @@ def is_extra_state(name: str) -> bool:
     return name.rpartition(".")[2] == "_extra_state"
 
 
-def load_mapped(path: Path) -> Any:
-    """The content of a file saved by ``torch.save``, its tensors mapped into memory where the format allows."""
-    try:
-        return _unpickled(path, mmap=True)
-    except (RuntimeError, ValueError):
-        return _unpickled(path, mmap=False)  # older formats cannot be mapped
-
-
 def _read(path: Path) -> StateDicts:
     """The state dicts of one file."""
     if path.suffix == ".safetensors":
         return {"": _read_safetensors(path)}
     try:
-        loaded = _unpickled(path)
+        loaded = unpickled(path)
     except Exception as error:  # the unpickler raises errors of many types on bytes that it cannot read
         try:
             return {"": load_safetensors(path.read_bytes())}  # a safetensors file under another suffix
@@ -185,7 +176,7 @@ def found_in(loaded: Any, path: Path) -> StateDicts:
         If there are none.
     """
     if not isinstance(loaded, Mapping):
-        what = "a pickled object, which could run code, and" if isinstance(loaded, _Inert) else "no tensors by name and"
+        what = "a pickled object, which could run code, and" if isinstance(loaded, Inert) else "no tensors by name and"
         raise ModelError(f"{path}: holds {what} no state dict; {_SAVE_ALONE}")
     found = state_dicts(loaded)
     if found:
@@ -196,7 +187,7 @@ def found_in(loaded: Any, path: Path) -> StateDicts:
         raise ModelError(
             f"{path}: holds no state dict, for {other!r} is a {type(value).__name__}{quantised or '; leave it out'}"
         )
-    pickled = [key for key, value in loaded.items() if isinstance(value, _Inert)]
+    pickled = [key for key, value in loaded.items() if isinstance(value, Inert)]
     also = f" ({pickled[0]!r} is a pickled object, which could run code)" if pickled else ""
     raise ModelError(f"{path}: holds no state dict{also}; {_SAVE_ALONE}")
 
@@ -222,37 +213,3 @@ def _merged(index: Path) -> State:
             raise ModelError(f"{file}: lacks {missing[0]!r}, which {index.name} lists; copy it again")
         state |= {name: held[name] for name in names}
     return state
-
-
-def _unpickled(path: Path, mmap: bool = False) -> Any:
-    """What ``torch.load(weights_only=True)`` gives, with objects of all other types replaced by inert ones."""
-    with safe_globals(list(_stand_ins(path))):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-def _stand_ins(path: Path) -> Iterator[tuple[type, str]]:
-    """A class that does nothing for each name that unpickling would otherwise import.
-
-    Checkpoints of training hold configurations, paths and numbers next to the weights. None of their classes is
-    imported: the names are read from the file, and what would be their objects stays empty.
-    """
-    try:
-        names = get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError):  # older formats and other files: torch.load says what is wrong, or reads them
-        return
-    for name in names:
-        # torch fills mappings only if they are plain ones; Lightning keeps hyperparameters in a mapping of its own
-        yield dict if name.endswith("AttributeDict") else type("_Inert", (_Inert,), {}), name
-
-
-class _Inert:
-    """Stands for an object of a class that is not imported."""
-
-    def __new__(cls, *arguments: Any, **options: Any) -> _Inert:
-        return object.__new__(cls)
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
