@@ -15,8 +15,8 @@ from pnanalysis.checks import at_least, positive, resolve_dtype
 from pnanalysis.errors import ModelError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.geometry.loss_surface import LossSurface
-from pnanalysis.inputs.copies import as_real, with_parts
+from pnanalysis.geometry.loss_surface import LossSurface, check_same_function
+from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.data import DataLike
 from pnanalysis.inputs.models import Loss, ModelLike, device_of
 from pnanalysis.inputs.selection import Given, select
@@ -85,8 +85,7 @@ def sharpness(
     -----
     The ascent moves towards the point of the neighbourhood where the linearised loss is largest
     (Frank and Wolfe); all the way if that raises the loss, else half as far, and so on. On a quadratic in a ball
-    this is power iteration on the Hessian. Standard errors are paired, over examples, at the points found. A
-    complex parameter counts as two real ones.
+    this is power iteration on the Hessian. Standard errors are paired, over examples, at the points found.
 
     References
     ----------
@@ -106,7 +105,7 @@ def sharpness(
     total = len(selection.distinct()) * len(radii) * n_starts * n_steps
     with progress_bar("sharpness", total, progress) as advance:
         for source in selection.sources:
-            batches = source.split(split, n, seed, torch_device).batches(batch_size)
+            batches = selection.split(source, split, n, seed, torch_device).batches(batch_size)
             for item in selection.distinct(source):
                 network = selection.network(item, torch_device, torch_dtype)
                 found[item.key] = network_sharpness(
@@ -160,6 +159,7 @@ def network_sharpness(
     """
     surface = LossSurface(network, loss, device_of(network, label), dtype)
     state = surface.anchor(network.state_dict(), label)
+    check_same_function(surface, state, network, batches, (label, label))
     with clear_errors(label, surface.model, batches, surface.loss):
         return _measure(surface, state, batches, radii, n_steps, n_starts, seed, advance or (lambda *_, **__: None))
 
@@ -169,7 +169,7 @@ def _measure(
     seed: int, advance: Advance,
 ) -> xr.Dataset:  # fmt: skip
     """All neighbourhoods of one state, side by side."""
-    theta = {name: state[name] for name in surface.parameter_names}
+    theta = {name: as_real(state[name]) for name in surface.parameter_names}
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for kind, radius in radii.items():
@@ -177,14 +177,10 @@ def _measure(
         for start in range(n_starts):
             direction = None
             if start:
-                parts = {name: as_real(tensor) for name, tensor in theta.items()}
-                drawn = {name: torch.randn(t.shape, generator=generator).to(t) for name, t in parts.items()}
-                direction = {name: with_parts(drawn[name], tensor) for name, tensor in theta.items()}
+                direction = {k: torch.randn(t.shape, generator=generator).to(t) for k, t in theta.items()}
             ascents.append(_ascend(surface, state, theta, batches, (kind, radius), direction, n_steps, advance))
         _, best, _ = max(ascents, key=lambda ascent: ascent[0])
-        at, *moved = surface.values(
-            [state, {**state, **best}, {**state, **ascents[0][2]}], np.eye(3), batches
-        )  # fmt: skip
+        at, *moved = surface.values([state, _moved(state, best), _moved(state, ascents[0][2])], np.eye(3), batches)
         loss, loss_se = mean_and_se(at.loss)
         (rise, rise_se), (one, one_se) = (mean_and_se(there.loss - at.loss) for there in moved)
         rows.append((rise, rise_se, one, one_se, 100 * rise / (1 + loss)))
@@ -200,12 +196,12 @@ def _ascend(
     """Highest loss found, where, and where the first step from the centre led."""
     kind, radius = neighbourhood
     point = theta if direction is None else _farthest(kind, radius, theta, direction)
-    value, gradient = surface.value_and_gradient({**state, **point}, batches)
+    value, gradient = _value_and_gradient(surface, state, point, batches)
     first, fraction = _farthest(kind, radius, theta, gradient), 1.0
     for step in range(n_steps - 1):
         target = _farthest(kind, radius, theta, gradient)
         candidate = {name: torch.lerp(point[name], target[name], fraction) for name in theta}
-        there, slope = surface.value_and_gradient({**state, **candidate}, batches)
+        there, slope = _value_and_gradient(surface, state, candidate, batches)
         advance(text=f"{kind}: loss {value:.5g}")
         if there > value:
             point, value, gradient, fraction = candidate, there, slope, min(1.0, 2 * fraction)
@@ -218,13 +214,21 @@ def _ascend(
     return value, point, first
 
 
+def _value_and_gradient(
+    surface: LossSurface, state: State, point: State, batches: Iterable[Any]
+) -> tuple[float, State]:
+    value, gradient = surface.value_and_gradient(_moved(state, point), batches)
+    return value, {name: as_real(part) for name, part in gradient.items()}
+
+
+def _moved(state: State, point: State) -> State:
+    """The state with the parameters of a point, complex ones put together again."""
+    complex_ones = {name for name in point if state[name].is_complex()}
+    return state | {name: torch.view_as_complex(t) if name in complex_ones else t for name, t in point.items()}
+
+
 def _farthest(kind: str, radius: float, theta: State, gradient: State) -> State:
     """The point of the neighbourhood of ``theta`` that lies farthest along the gradient (``theta`` where it is 0)."""
-    point = _farthest_real(kind, radius, *({k: as_real(t) for k, t in state.items()} for state in (theta, gradient)))
-    return {name: with_parts(point[name], tensor) for name, tensor in theta.items()}
-
-
-def _farthest_real(kind: str, radius: float, theta: State, gradient: State) -> State:
     if kind == "box":
         return {name: t + radius * (t.abs() + 1) * gradient[name].sign() for name, t in theta.items()}
     scales = {name: t.abs() if kind == "adaptive" else torch.ones_like(t) for name, t in theta.items()}

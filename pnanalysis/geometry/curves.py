@@ -117,7 +117,13 @@ def train_curve(
         for step in range(n_steps):
             w = curve_weights(kind, torch.rand(1, generator=generator).double().numpy(), n_bends)
             point = {name: tensor[0] for name, tensor in surface.combine(anchors, w).items()}
-            loss, gradient = surface.value_and_gradient(point, [next(batches)], batch_statistics=True)
+            batch = next(batches)
+            if surface.norms and n_examples(batch) < 2:
+                raise ModelError(
+                    "a curve through networks with batch normalisation is trained on batches of two or more examples; "
+                    "these have one"
+                )
+            loss, gradient = surface.value_and_gradient(point, [batch], batch_statistics=True)
             if not np.isfinite(loss):
                 raise ModelError(f"the loss along the curve is {loss} at step {step + 1}; lower the learning rate {lr}")
             # The point is linear in the bends: the gradient with respect to each is the point's times its weight.
@@ -135,12 +141,12 @@ def _minibatches(split: Split | LoaderSplit, batch_size: int, generator: torch.G
 
     Batches of a single example, of which batch normalisation has no statistics, are left out where there are others.
     """
+    if isinstance(split, LoaderSplit):
+        batches = split.batches(batch_size)
+        single = all(n_examples(batch) == 1 for batch in batches)
+        while True:
+            yield from (batch for batch in batches.shuffled(generator) if single or n_examples(batch) > 1)
     while True:
-        if isinstance(split, LoaderSplit):
-            batches = split.batches(batch_size)
-            batches = [batch for batch in batches if n_examples(batch) > 1] or batches
-            yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
-            continue
         order: Tensor = torch.randperm(len(split), generator=generator).to(split.inputs.device)
         for index in order.split(batch_size):
             if len(index) > 1 or len(order) == 1:

@@ -66,11 +66,6 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def with_parts(numbers: Tensor, like: Tensor) -> Tensor:
-    """The tensor whose :func:`as_real` are these numbers, complex if another one is."""
-    return torch.view_as_complex(numbers) if like.is_complex() else numbers
-
-
 def in_precision(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """Cast the parameters and buffers of a network, in place; complex ones to the matching complex type.
 

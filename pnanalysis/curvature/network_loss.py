@@ -1,0 +1,145 @@
+"""The loss of one batch as a function of the chosen parameters, for anyone's network and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pnanalysis.curvature.parameters import Named, as_given, requiring_grad
+from pnanalysis.curvature.passes import autocast, unchanged
+from pnanalysis.errors import CurvatureError
+from pnanalysis.evaluation.forward import BoundLoss
+from pnanalysis.evaluation.losses import InspectedLoss, loss_on
+from pnanalysis.evaluation.randomness import random_states_kept, set_seed
+from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
+
+
+class LossArguments(NamedTuple):
+    """All that the loss of one batch depends on: chosen parameters, other parameters and buffers, and the batch."""
+
+    theta: Named
+    others: Named
+    inputs: Any
+    targets: Any
+
+
+class NetworkLoss:
+    """The loss of a batch, and the network's outputs, as functions of the chosen parameters.
+
+    Parameters
+    ----------
+    model : Module
+        A prepared copy; its own weights are not used.
+    loss_fn : InspectedLoss
+    device : torch.device
+    dtype : torch.dtype
+    amp : {"no", "tf32", "bf16"}
+    complex_names : collection of str
+        The chosen parameters that are complex: they are given as real tensors with a last dim of two.
+
+    Attributes
+    ----------
+    protected : bool
+        Whether passes work on copies of their arguments, because the network writes into them.
+    seed : int or None
+        Of the random numbers that network and loss draw in every pass; ``None`` where they draw none.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: InspectedLoss, device: torch.device, dtype: torch.dtype, amp: str,
+        complex_names: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self.model, self.loss_fn, self.device, self.dtype, self.amp = model, loss_fn, device, dtype, amp
+        self.complex_names = frozenset(complex_names)
+        self.protected = False
+        self.seed: int | None = None
+        self._bound = BoundLoss(model, loss_fn) if loss_fn.takes_model else None
+
+    def outputs(self, at: LossArguments, theta: Named) -> Any:
+        """What the network returns."""
+        inputs, state = self._arguments(at.inputs, at, theta)
+        arguments, keywords = as_arguments(inputs, self.model)
+        with self._pass():
+            return functional_call(self.model, state, arguments, keywords)
+
+    def of_outputs(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss, given what the network returns.
+
+        Raises
+        ------
+        CurvatureError
+            If the loss takes the network itself.
+        """
+        if self._bound is not None:
+            raise CurvatureError(
+                "a loss(model, batch) is no function of the network's outputs, which this matrix needs; "
+                "use the Hessian, or a loss(outputs, targets)"
+            )
+        # losses are sums of exponentials and logarithms: in bfloat16 they would lose what the network computed
+        if self.amp == "bf16" and isinstance(outputs, Tensor):
+            outputs = outputs.float()
+        return self.loss_fn(outputs, map_tensors(targets, torch.clone) if self.protected else targets)
+
+    def __call__(self, at: LossArguments, theta: Named) -> Tensor:
+        """The loss."""
+        if self._bound is None:
+            outputs = self.outputs(at, theta)
+            with self._drawing():
+                return self.of_outputs(outputs, at.targets)
+        batch, state = self._arguments((at.inputs, at.targets), at, theta)
+        with self._pass():
+            loss: Tensor = functional_call(self._bound, {f"model.{name}": t for name, t in state.items()}, batch)
+            return loss
+
+    def gradient(self, at: LossArguments, theta: Named) -> list[Tensor]:
+        """Its gradient, by reverse mode; zeros for parameters that the loss does not depend on."""
+        theta = requiring_grad(theta)
+        loss = self(at, theta)
+        if not loss.requires_grad:  # it depends on none of them
+            return [torch.zeros_like(tensor) for tensor in theta.values()]
+        return list(torch.autograd.grad(loss, list(theta.values()), materialize_grads=True))
+
+    def protect(self, at: LossArguments) -> None:
+        """Find out whether a pass writes into its arguments, with copies of them; from then on passes get copies."""
+        copies: LossArguments = map_tensors(at, torch.clone)
+        held = list(tensors(copies))
+        before = [tensor._version for tensor in held]
+        self(copies, copies.theta)
+        self.protected = [tensor._version for tensor in held] != before
+
+    def in_double(self) -> NetworkLoss:
+        """The same in float64, without autocast."""
+        twin = copy(self)
+        twin.dtype, twin.amp = torch.float64, "no"
+        twin.loss_fn = loss_on(self.loss_fn, self.device, torch.float64)
+        twin._bound = BoundLoss(self.model, twin.loss_fn) if twin.loss_fn.takes_model else None
+        return twin
+
+    def _arguments(self, given: Any, at: LossArguments, theta: Named) -> tuple[Any, Named]:
+        """What a pass is given, and the network's state; copies where it writes into them."""
+        state = {**at.others, **as_given(theta, self.complex_names)}
+        if not self.protected:
+            return given, state
+        copies: tuple[Any, Named] = map_tensors((given, state), torch.clone)
+        return copies
+
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        with autocast(self.device, self.amp), unchanged(self.model), self._drawing():
+            yield
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Random numbers from the seed, if there is one."""
+        if self.seed is None:
+            yield
+            return
+        with random_states_kept():
+            set_seed(self.seed)
+            yield
