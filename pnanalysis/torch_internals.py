@@ -60,6 +60,24 @@ def convolve(layer: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) ->
     return result
 
 
+def versions_in(state: Any) -> Any:
+    """The versions of modules that ``state_dict()`` records, by module name; ``None`` where they are not known.
+
+    Modules translate weights of their earlier versions when they load them.
+    """
+    return getattr(state, "_metadata", None)
+
+
+def record_versions(state: Any, versions: Any) -> None:
+    """Give an ``OrderedDict`` of tensors the versions that :func:`versions_in` found."""
+    state._metadata = versions
+
+
+def times_written(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return tensor._version
+
+
 __all__ = [
     "CONVERSION",
     "WEIGHT_NORM",
@@ -73,11 +91,14 @@ __all__ = [
     "TreeSpec",
     "convolve",
     "make_fx",
+    "record_versions",
     "returns_view",
+    "times_written",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "versions_in",
     "writes_into_argument",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,3 +195,20 @@ def test_no_other_module_uses_private_names_of_torch():
     assert len(files) > 100
     uses = {path.name: _private_uses(path) for path in files if path.name != "torch_internals.py"}
     assert {name: found for name, found in uses.items() if found} == {}
+
+
+def test_state_dicts_record_the_versions_of_modules() -> None:
+    state = nn.Sequential(nn.BatchNorm1d(2)).state_dict()
+    versions = internals.versions_in(state)
+    assert versions["0"]["version"] == 2, "state dicts no longer record versions where they did"
+    other = OrderedDict(state)
+    assert internals.versions_in(other) is None
+    internals.record_versions(other, versions)
+    assert internals.versions_in(other) == versions
+
+
+def test_writing_in_place_is_counted() -> None:
+    tensor = torch.zeros(2)
+    before = internals.times_written(tensor)
+    tensor[0].add_(1)
+    assert internals.times_written(tensor) == before + 1
