@@ -236,7 +236,7 @@ def _broken(x: torch.Tensor, y: int) -> object:
         ([], "train: the loader gives no batches"),
         ([(X, Y), (X[:0], Y[:0])], "batch 1: it is empty"),
         (Rows(size=0), "train: the loader gives no batches"),
-        ([X, Y, X[0]], "20, 20 and 2"),
+        ([X, Y, X[0]], "20 inputs but 2 targets"),
         ([X], "a Tensor is not a batch of inputs and targets"),
         ([{"x": X}], "a mapping of x has no targets"),
         ([(X, Y, "names")], "a tuple of 3 is not a batch"),
