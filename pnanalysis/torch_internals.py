@@ -51,6 +51,16 @@ def returns_view(target: Any) -> bool:
     return schema is not None and any(value.alias_info is not None for value in schema.returns)
 
 
+def is_view_of(tensor: Tensor, base: Tensor) -> bool:
+    """Whether a tensor is another one, or shares its memory."""
+    return tensor is base or tensor._base is base
+
+
+def is_vmapped(tensor: Tensor) -> bool:
+    """Whether a tensor has a dim that ``torch.vmap`` hides."""
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
 def convolve(layer: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a convolution layer with another weight and bias; its stride, groups and padding mode stay."""
     # the public functions know zero padding only; the layer's own method implements every padding mode
@@ -69,6 +79,8 @@ __all__ = [
     "TransposedConvolutionBase",
     "TreeSpec",
     "convolve",
+    "is_view_of",
+    "is_vmapped",
     "make_fx",
     "returns_view",
     "tree_flatten",
