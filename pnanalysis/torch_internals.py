@@ -6,6 +6,7 @@ behaviour that the project depends on: run it before raising the upper bound on 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ def is_view_of(tensor: Tensor, base: Tensor) -> bool:
     return tensor is base or tensor._base is base
 
 
+def compiler_is_loaded() -> bool:
+    """Whether anything can have been compiled by ``torch.compile`` in this process."""
+    return "torch._dynamo" in sys.modules  # which torch imports at the first use
+
+
 def is_vmapped(tensor: Tensor) -> bool:
     """Whether a tensor has a dim that ``torch.vmap`` hides."""
     return torch._C._functorch.is_batchedtensor(tensor)
@@ -78,6 +84,7 @@ __all__ = [
     "NormBase",
     "TransposedConvolutionBase",
     "TreeSpec",
+    "compiler_is_loaded",
     "convolve",
     "is_view_of",
     "is_vmapped",

@@ -325,7 +325,7 @@ def _linear(call: Call) -> list[Axes | None]:
     inputs, weight = call.argument(0, "input"), call.argument(1, "weight")
     letters = ascii_letters[: inputs.ndim]
     out = letters[:-1] + "Z" * (weight.ndim - 1)
-    axes = merged(call.outputs[0].shape, [(call.axes(inputs), *_positions([letters], out))])
+    axes = merged(call.outputs[0].shape, [(call.axes(inputs), _positions([letters], out)[0])])
     known = weight.ndim == 2 and not isinstance(call.state(weight), tuple)
     return [last_units(axes) if known else without(axes, (UNIT, FEATURE))]
 

@@ -56,8 +56,8 @@ class AxisTracker:
     def follow(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Label the outputs of an operation that has just been called."""
         name = name_of(function)
-        outputs = list(tensors_in(output)) if name != "setitem" else [args[0]]
-        if not outputs:
+        outputs = [args[0]] if name == "setitem" else list(tensors_in(output))
+        if not outputs or any(tensor.is_nested for tensor in outputs):
             return
         operands = list(tensors_in((args, kwargs)))
         states = [self.state(tensor) for tensor in operands]
@@ -72,8 +72,16 @@ class AxisTracker:
         except Exception:  # called in a way that the rule does not expect: nothing is known
             found = []
         for tensor, axes in zip_longest(outputs, found):
-            fits = axes is not None and [prod(f.size for f in dim) for dim in axes] == list(tensor.shape)
-            self._set(tensor, normalised(axes) if fits else blank(tensor.shape))
+            axes = blank(tensor.shape) if axes is None else normalised(axes)
+            fits = [prod(f.size for f in dim) for dim in axes] == list(tensor.shape)
+            self._set(tensor, axes if fits else blank(tensor.shape))
+
+    def follow_like(self, inputs: Any, output: Tensor) -> None:
+        """Label the output of a function of single numbers as its input, where it has not been followed itself."""
+        source = next(tensors_in(inputs), None)
+        state = None if source is None else self.state(source)
+        if self.state(output) is None and source is not None and source.shape == output.shape and state is not None:
+            self._set(output, state)
 
     def state(self, tensor: Tensor) -> State:
         """What is known of a tensor."""

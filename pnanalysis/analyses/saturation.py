@@ -10,13 +10,23 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
+from pnanalysis.activations.axis_tracker import Known
 from pnanalysis.activations.hooks import Activation, no_activations, watch_activations
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
-from pnanalysis.activations.statistics import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
+from pnanalysis.activations.statistics import (
+    MARGIN,
+    PERCENTILES,
+    LayerActivity,
+    Measures,
+    common_range,
+    to_dataset,
+    warn_of_unknown,
+)
 from pnanalysis.checks import ascending, at_least, one_of
 from pnanalysis.errors import ModelError, RunError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import forward
+from pnanalysis.inputs.batches import batch_size as size_of
 from pnanalysis.inputs.data import SPLITS, Batch, DataLike, LoaderSplit, Split
 from pnanalysis.inputs.models import ModelLike
 from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, select
@@ -130,6 +140,7 @@ def saturation(
             with clear_errors(item.origin, network, part.stream(2)):
                 found[item.key] = network_saturation(network, part.stream(batch_size), measures, bin_range)
             advance(text=item.checkpoint.name)
+    warn_of_unknown(found.values(), stacklevel=2)
     exact, size = all(ds.attrs["exact"] for ds in found.values()), next(iter(found.values())).attrs["n"]
     arranged = {
         source.label: _arrange([(item, found[item.key]) for item in selection if item.source is source])
@@ -172,25 +183,27 @@ def network_saturation(
     """
     layers: dict[str, LayerActivity] = {}
 
-    def observe(name: str, activation: Activation, output: Tensor) -> None:
+    def observe(name: str, activation: Activation, values: Tensor, known: Known) -> None:
         if name not in layers:
             layers[name] = LayerActivity(activation, measures, bin_range)
-        layers[name].add(output)
+        layers[name].add(values, known)
 
+    n = 0
     with torch.no_grad(), watch_activations(network, observe):
-        for inputs, _ in batches:
+        for inputs, targets in batches:
             forward(network, inputs)
+            n += size_of((inputs, targets))
     if not layers:
         raise no_activations(network)
-    return to_dataset(layers)
+    return to_dataset(layers).assign_attrs(n=n)
 
 
 def activation_ranges(network: nn.Module, inputs: Any) -> list[tuple[Activation, float, float]]:
     """Each activation of a network, and the range of its outputs for some inputs."""
     ranges: list[tuple[Activation, float, float]] = []
 
-    def observe(name: str, activation: Activation, output: Tensor) -> None:
-        ranges.append((activation, float(output.min()), float(output.max())))
+    def observe(name: str, activation: Activation, values: Tensor, known: Known) -> None:
+        ranges.append((activation, float(values.min()), float(values.max())))
 
     with torch.no_grad(), watch_activations(network, observe):
         forward(network, inputs)
