@@ -454,7 +454,7 @@ RULES: dict[str, Rule] = _table({
     _pointwise: """layer_norm rms_norm native_layer_norm normalize softmax log_softmax softmin gumbel_softmax cumsum
         dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout native_dropout
         relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardtanh hardsigmoid hardswish softplus softsign
-        logsigmoid tanhshrink hardshrink softshrink threshold
+        logsigmoid log_sigmoid tanhshrink hardshrink softshrink threshold
         clone contiguous detach data requires_grad to type type_as float double half bfloat16 cpu cuda
         zeros_like ones_like full_like empty_like rand_like randn_like bernoulli copy where masked_fill fill zero
         clamp clip clamp_min clamp_max lerp addcmul addcdiv nan_to_num real conj flip roll dequantize""",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pnanalysis.activations.axes import EXAMPLE, FEATURE, UNIT, Axes, Factor, blank, normalised
 from pnanalysis.activations.axis_rules import CONSTANT, WEIGHT, Call, State, name_of, rule_of, tensors_in
@@ -108,5 +110,42 @@ class AxisTracker:
         known = Known(unit in labels or (EXAMPLE in labels and sizes[2] == 1), EXAMPLE in labels)
         return values.reshape(sizes if groups[2] else sizes[:2]), known
 
+    def by_example(self, tensor: Tensor) -> Tensor | None:
+        """The tensor as (examples, rest); ``None`` where its examples are unknown."""
+        values, known = self.arranged(tensor)
+        if known.examples:
+            return values.flatten(1)
+        # what was not followed (graphs) may still be told by its size, if only one dim has it
+        only = tensor.ndim > 0 and len(tensor) == self.n_examples and list(tensor.shape).count(self.n_examples) == 1
+        return tensor.flatten(1) if only else None
+
     def _set(self, tensor: Tensor, state: Axes | str) -> None:
         self._states[id(tensor)] = (weakref.ref(tensor), state)
+
+
+class FollowAxes(TorchFunctionMode):
+    """A mode in which a tracker follows every operation, except while ``paused``."""
+
+    def __init__(self, tracker: AxisTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+        self.paused = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not self.paused:
+            self.tracker.follow(func, args, kwargs or {}, output)
+            self.called(func, args, kwargs or {}, output)
+        return output
+
+    def called(self, function: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """What else to do after an operation."""
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Follow nothing within the body."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False

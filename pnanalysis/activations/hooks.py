@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pnanalysis.activations.axis_rules import name_of
-from pnanalysis.activations.axis_tracker import AxisTracker, Known
+from pnanalysis.activations.axis_tracker import AxisTracker, FollowAxes, Known
 from pnanalysis.activations.eager import eager
 from pnanalysis.errors import ModelError
 from pnanalysis.torch_internals import is_vmapped
@@ -121,31 +120,24 @@ def _as_called(activation: Activation, args: Sequence[Any], kwargs: Mapping[str,
 Observer = Callable[[str, Activation, Tensor, Known], None]
 
 
-class _WatchMode(TorchFunctionMode):
+class _WatchMode(FollowAxes):
     """Follows axes, and calls ``observe`` after every activation function outside of composite ones."""
 
     def __init__(self, model: nn.Module, observe: Observer) -> None:
-        super().__init__()
+        super().__init__(AxisTracker(model))
         self.observe = observe
-        self.tracker = AxisTracker(model)
         self.modules: list[tuple[str, nn.Module]] = [("", model)]  # those being called, from the outermost in
         self.calls: Counter[str] = Counter()  # of each name in this forward pass
         self.composites = 0  # of the modules being called
-        self.observing = False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if self.observing:
-            return output
-        self.tracker.follow(func, args, kwargs, output)
-        activation = ACTIVATIONS.get(name_of(func))
+    def called(self, function: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Report activations."""
+        activation = ACTIVATIONS.get(name_of(function))
         if activation is not None and not self.composites and isinstance(output, Tensor):
             path, module = self.modules[-1]
             own = type(module).__module__ == "torch.nn.modules.activation" and path
             name = path if own else ".".join(part for part in (path, activation.name) if part)
             self.report(name, _as_called(activation, args, kwargs), output)
-        return output
 
     def report(self, name: str, activation: Activation, output: Tensor) -> None:
         """Tell the observer; repeated names are numbered."""
@@ -154,11 +146,8 @@ class _WatchMode(TorchFunctionMode):
         problem = _unmeasurable(output)
         if problem is not None:
             raise ModelError(f"{name}: {problem}")
-        self.observing = True
-        try:
+        with self.pause():
             self.observe(name, activation, *self.tracker.arranged(output))
-        finally:
-            self.observing = False
 
 
 def _unmeasurable(output: Tensor) -> str | None:
@@ -173,7 +162,7 @@ def _unmeasurable(output: Tensor) -> str | None:
 
 
 @contextmanager
-def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
+def watch_activations(model: nn.Module, observe: Observer, inputs: Any = None) -> Iterator[None]:
     """Within the body, every forward pass of ``model`` reports its activations.
 
     Compiled parts run uncompiled, and transformer encoders without their fast path.
@@ -188,6 +177,8 @@ def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
         dim 0, units along dim 1 (features of a linear layer, channels of a convolution, wherever they are moved to),
         and what else there is along a third one. What ``known`` says is unknown has size 1. It may be the network's
         own tensor, not a copy, which the network may overwrite in place afterwards.
+    inputs : optional
+        Of a forward pass that has begun already.
 
     Raises
     ------
@@ -201,6 +192,8 @@ def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
                 "functions; give the network that it was made from"
             )
     mode = _WatchMode(model, observe)
+    if inputs is not None:
+        mode.tracker.start(inputs)
 
     def begin_pass(module: nn.Module, args: Any, kwargs: Any) -> None:
         mode.calls.clear()

@@ -100,7 +100,7 @@ class SaturationMonitor:
         self._watching = False
 
     def __enter__(self) -> SaturationMonitor:
-        self._hooks.callback(self.model.register_forward_pre_hook(self._begin).remove)
+        self._hooks.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         self._hooks.callback(self.model.register_forward_hook(self._end, always_call=True).remove)
         return self
 
@@ -137,12 +137,12 @@ class SaturationMonitor:
             relative_error=0.0 if exact else RELATIVE_ERROR, dtype="float32",
         )  # fmt: skip
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not module.training:
             return
         if self.step % self.every == 0:
             self._watching = True
-            self._watch.enter_context(watch_activations(self._inner, self._observe))
+            self._watch.enter_context(watch_activations(self._inner, self._observe, (args, kwargs)))
         self.step += 1
 
     def _observe(self, name: str, activation: Activation, values: Tensor, known: Known) -> None:

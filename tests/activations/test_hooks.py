@@ -28,7 +28,7 @@ class Functional(nn.Module):
 def test_functional_method_and_repeated_calls_are_all_seen() -> None:
     seen: list[tuple[str, str]] = []
     model = Functional()
-    with watch_activations(model, lambda layer, activation, output: seen.append((layer, activation.name))):
+    with watch_activations(model, lambda layer, activation, *_: seen.append((layer, activation.name))):
         model(torch.randn(3, 4))
     expected = [
         ("relu", "relu"), ("tanh", "tanh"), ("block.1", "relu"), ("tanh#2", "tanh"), ("gelu", "gelu"),
@@ -56,7 +56,7 @@ def test_every_activation_module_is_seen_once_within_its_asymptotes(module: nn.M
     model = nn.Sequential(nn.Linear(3, 50), module)
     with watch_activations(model, lambda *call: seen.append(call)), torch.no_grad():
         output = model(10 * torch.randn(40, 3))
-    ((layer, activation, values),) = seen
+    ((layer, activation, values, _),) = seen
     assert layer == "1"
     assert torch.equal(values, output)
     assert values.min() >= MINIMA.get(activation.name, activation.low)

@@ -78,7 +78,7 @@ def test_percentiles_of_the_sketch_lie_within_its_bound_on_every_layer(tiny_run:
     ]
     for model, inputs, source in cases:
         kept: dict[str, np.ndarray] = {}
-        keep = lambda name, _, output, kept=kept: kept.update({name: output.numpy().copy()})  # noqa: E731
+        keep = lambda name, _, output, known, kept=kept: kept.update({name: output.numpy().copy()})  # noqa: E731
         with torch.no_grad(), watch_activations(model, keep):
             model(inputs)
         names = ["lenet"] if source.run is None else ["plain"]
