@@ -117,7 +117,7 @@ class AxisTracker:
             return values.flatten(1)
         # what was not followed (graphs) may still be told by its size, if only one dim has it
         only = tensor.ndim > 0 and len(tensor) == self.n_examples and list(tensor.shape).count(self.n_examples) == 1
-        return tensor.flatten(1) if only else None
+        return tensor.reshape(len(tensor), -1) if only else None
 
     def _set(self, tensor: Tensor, state: Axes | str) -> None:
         self._states[id(tensor)] = (weakref.ref(tensor), state)

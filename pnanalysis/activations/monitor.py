@@ -58,6 +58,7 @@ class SaturationMonitor:
     --------
     In a plain loop:
 
+    >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     >>> optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> with SaturationMonitor(model, every=10) as monitor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ from pnanalysis.activations.statistics import (
     warn_of_unknown,
 )
 from pnanalysis.checks import ascending, at_least, one_of
-from pnanalysis.errors import ModelError, RunError
+from pnanalysis.errors import DataError, ModelError, RunError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.batches import batch_size as size_of
+from pnanalysis.inputs.batches import move, tensors
+from pnanalysis.inputs.copies import in_precision
 from pnanalysis.inputs.data import SPLITS, Batch, DataLike, LoaderSplit, Split
 from pnanalysis.inputs.models import ModelLike
 from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, select
@@ -79,7 +81,8 @@ def saturation(
         Of the saturation measure, B below.
     per_unit : bool
         Also give ``unit_saturated_share``, ``unit_saturation_measure`` and ``unit_dead``, dims (..., layer, unit), NaN
-        beyond a layer's own units. A unit is a channel of a convolution, or a feature of a linear layer.
+        beyond a layer's own units. A unit is a channel of a convolution, or a feature of a linear layer, on whatever
+        axis it is when the activation is called.
     exact_limit : int
         Percentiles are exact up to this many numbers per layer; beyond, their relative error is at most 2^-9 (see
         :class:`pnanalysis.activations.quantile_sketch.QuantileSketch`).
@@ -95,7 +98,8 @@ def saturation(
     Raises
     ------
     ModelError
-        If the network has no activation functions, or networks of different layers are mixed.
+        If the network has no activation functions, parts of it are scripted (``torch.jit``), which hides them, or
+        networks of different layers are mixed.
     PnError
         If a percentile lies outside 0 to 100, or there are no bins.
 
@@ -111,6 +115,17 @@ def saturation(
     the output of a rectifier (the ReLU family, GELU, SiLU...) never exceeds zero, that of another activation is always
     within 0.05 of an asymptote. A unit that is dead over n images is active for less than a fraction 3/n of all
     images, with 95 % confidence.
+
+    The axes of units and of examples are followed from the layers and inputs through every operation
+    (:mod:`pnanalysis.activations.axis_tracker`). Where one of them is lost, a warning names the activation, and what
+    depends on it is NaN: ``dead_units``, ``n_units`` and all that is per unit, or the standard errors. Positions that
+    a mask pads count like any other, since the network computes them.
+
+    An activation function inside a module that is one itself (tanh in a GELU, sigmoid in a Swish;
+    :func:`pnanalysis.activations.hooks.composite`) is not counted on its own: the output of the module is.
+
+    Networks in double precision are computed in it, and so are means and standard deviations; percentiles,
+    histograms and saturation are of numbers rounded to single precision. Others are computed in single precision.
 
     Every ``*_se`` is a standard error over images: activations of one image are dependent, so means, fractions and
     histograms get the error of per-image sums, and percentiles Woodruff's with the design effect of the images
@@ -134,9 +149,11 @@ def saturation(
     if bin_range is None:
         bin_range = _bin_range(selection, parts, torch_device)
     found: dict[tuple[str, object], xr.Dataset] = {}
+    dtypes: set[torch.dtype] = set()
     with progress_bar("saturation", len(selection.distinct()), progress) as advance:
         for item in selection.distinct():
-            network, part = selection.network(item, torch_device, torch.float32), parts[item.source.label]
+            network, part = _network(selection, item, torch_device), parts[item.source.label]
+            dtypes.add(_dtype(network))
             with clear_errors(item.origin, network, part.stream(2)):
                 found[item.key] = network_saturation(network, part.stream(batch_size), measures, bin_range)
             advance(text=item.checkpoint.name)
@@ -153,9 +170,10 @@ def saturation(
     runs = [source.run for source in selection.sources]
     if len(runs) > 1 and None not in runs:
         ds = ds.assign_coords(champion=("run", [run.manifest["champion"] for run in runs if run is not None]))
+    precision = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return schema.finish(
         ds.drop_attrs(deep=False), "saturation", **selection.sources[0].dataset_attrs(), split=split, n=size,
-        seed=seed, device=str(torch_device), dtype="float32", margin=MARGIN, saturation_bins=saturation_bins,
+        seed=seed, device=str(torch_device), dtype=precision, margin=MARGIN, saturation_bins=saturation_bins,
         relative_error=0.0 if exact else RELATIVE_ERROR,
         champion=None if runs[0] is None else runs[0].manifest["champion"],
     )  # fmt: skip
@@ -188,11 +206,8 @@ def network_saturation(
             layers[name] = LayerActivity(activation, measures, bin_range)
         layers[name].add(values, known)
 
-    n = 0
-    with torch.no_grad(), watch_activations(network, observe):
-        for inputs, targets in batches:
-            forward(network, inputs)
-            n += size_of((inputs, targets))
+    with watch_activations(network, observe):
+        n = _run(network, batches, layers.clear)
     if not layers:
         raise no_activations(network)
     return to_dataset(layers).assign_attrs(n=n)
@@ -205,11 +220,64 @@ def activation_ranges(network: nn.Module, inputs: Any) -> list[tuple[Activation,
     def observe(name: str, activation: Activation, values: Tensor, known: Known) -> None:
         ranges.append((activation, float(values.min()), float(values.max())))
 
-    with torch.no_grad(), watch_activations(network, observe):
-        forward(network, inputs)
+    with watch_activations(network, observe):
+        _run(network, [(inputs, None)], ranges.clear)
     if not ranges:
         raise no_activations(network)
     return ranges
+
+
+def _network(selection: Selection, item: SelectedCheckpoint, device: torch.device, last: bool = True) -> nn.Module:
+    """A network of the analysis's own: double precision stays, anything else is computed in single precision."""
+    network = selection.network(item, device, last=last)
+    return in_precision(network, _dtype(network))
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    double = any(weight.dtype in (torch.float64, torch.complex128) for weight in network.parameters())
+    return torch.float64 if double else torch.float32
+
+
+def _run(network: nn.Module, batches: Iterable[Batch], start_again: Callable[[], None]) -> int:
+    """Forward passes, and how many examples there are.
+
+    They record no gradients, unless the network takes some itself (forces, residuals of differential equations): the
+    first batch tells, and is repeated after ``start_again``.
+
+    Raises
+    ------
+    DataError
+        If inputs are NaN, or there are none. Infinite ones may be masks.
+    """
+    n, gradients = 0, False
+    for inputs, targets in batches:
+        own = _moved(network, inputs)
+        if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors(own)):
+            raise DataError("some of the inputs are NaN; correct them or leave them out")
+        try:
+            with torch.set_grad_enabled(gradients):
+                forward(network, own)
+        except RuntimeError as error:
+            if n or "does not require grad" not in str(error):
+                raise
+            gradients = True
+            start_again()
+            with torch.enable_grad():
+                forward(network, own)
+        n += size_of((inputs, targets))
+    if n == 0:
+        raise _no_examples()
+    return n
+
+
+def _no_examples() -> DataError:
+    return DataError("there are no examples to compute activations of; give data that are not empty")
+
+
+def _moved(network: nn.Module, inputs: Any) -> Any:
+    """Inputs in the precision of the network, on its device."""
+    weight = next(network.parameters(), None)
+    return inputs if weight is None else move(inputs, weight.device, _dtype(network))
 
 
 def examples_of(source: Source, split: str, n: int | None, seed: int, device: torch.device) -> Split | LoaderSplit:
@@ -223,8 +291,10 @@ def _bin_range(
     """One range for the histograms of all checkpoints, from a few examples."""
     ranges: list[tuple[Activation, float, float]] = []
     for item in selection.distinct():
-        network = selection.network(item, device, torch.float32, last=False)
-        inputs, _ = next(parts[item.source.label].stream(_N_FOR_RANGE))
+        network = _network(selection, item, device, last=False)
+        inputs, _ = next(iter(parts[item.source.label].stream(_N_FOR_RANGE)), (None, None))
+        if inputs is None:
+            raise _no_examples()
         with clear_errors(item.origin, network, [(inputs, inputs)]):
             ranges += activation_ranges(network, inputs)
         if all(activation.bounded for activation, _, _ in ranges):

@@ -212,7 +212,9 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], Callable[[Tensor], Tensor] |
         lambda y: y.permute(0, 2, 1),
     ),
     "einsum": (Layer(lambda x, w: torch.einsum("btc,oc->bot", x, w), (K, 3)), X, lambda y: y),
-    "einsum with dots": (Layer(lambda x, w: torch.einsum("...c,co->...o", x, w), (3, K)), X, lambda y: y.permute(0, 2, 1)),
+    "einsum with dots": (
+        Layer(lambda x, w: torch.einsum("...c,co->...o", x, w), (3, K)), X, lambda y: y.permute(0, 2, 1)
+    ),
     "einsum of heads": (
         Layer(lambda x, w: torch.einsum("btc,hcd->bhtd", x, w), (2, 3, K)), X,
         lambda y: y.permute(0, 1, 3, 2).reshape(len(y), 2 * K, -1),
