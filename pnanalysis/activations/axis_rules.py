@@ -83,7 +83,18 @@ def name_of(function: Any) -> str:
     if name == "__get__":  # of a property, such as Tensor.T
         name = str(getattr(function.__self__, "__name__", ""))
     name = name.split(".")[0].removeprefix("special_")
-    return name.strip("_") if name.startswith("__") else name.rstrip("_")
+    if not name.startswith("__"):
+        return name.rstrip("_")
+    name = name.strip("_")
+    plain = name[1:] if name[1:] in _OPERATORS else name  # __iadd__ and __radd__ add
+    return name if name == "rmatmul" else _OPERATORS.get(plain, plain)
+
+
+#: Operators, and what torch calls them.
+_OPERATORS = {name: name for name in ("add", "sub", "mul", "pow", "matmul")} | {
+    "truediv": "div", "floordiv": "div", "mod": "remainder", "and": "bitwise_and", "or": "bitwise_or",
+    "xor": "bitwise_xor", "invert": "bitwise_not",
+}  # fmt: skip
 
 
 def rule_of(name: str) -> Rule | None:
@@ -94,16 +105,9 @@ def rule_of(name: str) -> Rule | None:
 @cache
 def _is_pointwise(name: str) -> bool:
     """Whether torch itself says that an operation works on each number alone (or on pairs of them)."""
-    for form in (name, name[1:] if name[:1] in ("i", "r") else name):  # iadd and radd are add
-        packet = getattr(torch.ops.aten, _SPELLING.get(form, form), None) if form else None
-        overloads = [] if packet is None else packet.overloads()
-        if any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads):
-            return True
-    return False
-
-
-_SPELLING = {"truediv": "div", "floordiv": "div", "mod": "remainder", "invert": "bitwise_not", "and": "bitwise_and",
-             "or": "bitwise_or", "xor": "bitwise_xor"}  # fmt: skip
+    packet = getattr(torch.ops.aten, name, None) if name else None
+    overloads = [] if packet is None else packet.overloads()
+    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads)
 
 
 def tensors_in(nest: Any) -> Iterator[Tensor]:
@@ -147,20 +151,27 @@ def _positions(letters: Sequence[str], out: str) -> list[Positions]:
 def _product(call: Call, tensors: Sequence[Tensor], letters: Sequence[str], out: str) -> Axes:
     """A sum over products, as an einsum of ``letters`` to ``out``: the dims that weights add count units.
 
-    Where the units of the data come through as well, the weights may mix positions or nodes rather than units: unknown.
+    Where the units of the data come through as well, the weights may mix positions or nodes rather than units; where
+    weights have a dim of the data besides, it may count positions or units. Both are unknown.
     """
     shape = call.outputs[0].shape
     pairs = list(zip(tensors, _positions(letters, out), strict=True))
     axes = merged(shape, [(call.axes(t), own) for t, own in pairs if not call.is_weight(t)])
+    weights = [(t, own) for t, own in pairs if call.is_weight(t)]
+    of_data = {at for t, own in pairs if not call.is_weight(t) for size, at in zip(t.shape, own, strict=True)
+               if at is not None and size == shape[at]}  # fmt: skip
+    if all(set(own) <= of_data for _, own in weights):  # no weights, or a scale for each number
+        return axes
     fresh = {
-        at for t, own in pairs if call.is_weight(t) for size, stride, at in zip(t.shape, t.stride(), own, strict=True)
+        at for t, own in weights for size, stride, at in zip(t.shape, t.stride(), own, strict=True)
         if at is not None and size == shape[at] and (stride or size == 1) and EXAMPLE not in labels_of((axes[at],))
     }  # fmt: skip
-    if not fresh:
-        return without(axes, (FEATURE,)) if any(call.is_weight(t) for t in tensors) else axes
     kept = {i for i, dim in enumerate(axes) if UNIT in labels_of((dim,))}
+    units = {at for t, own in pairs for dim, at in zip(call.axes(t), own, strict=True) if UNIT in labels_of((dim,))}
+    # weights of their own at each place along a dim that counts no units (heads do): positions, perhaps
+    shared = {at for at in (fresh & of_data) - units if shape[at] > 1}
     axes = without(axes, (UNIT, FEATURE))
-    if kept - fresh:
+    if kept - fresh or shared:
         return axes
     return tuple(
         (Factor(size, UNIT),) if i in fresh else dim for i, (size, dim) in enumerate(zip(shape, axes, strict=True))
@@ -280,6 +291,22 @@ def _along(call: Call) -> list[Axes | None]:
         chosen = call.name in ("index_select", "glu") and len(own) == out.ndim and {f.label for f in own[at]} == {UNIT}
         found.append(_keeping_units(own, at, out.shape) if chosen else axes)
     return found
+
+
+def _spectrum(call: Call) -> list[Axes | None]:
+    """Fourier transforms mix what lies along their dims."""
+    axes, out = call.axes(call.source), call.outputs[0]
+    every = {"2": (-2, -1), "n": range(out.ndim)}.get(call.name[-1], (-1,))
+    dims = call.argument(2, "dim", default=None)
+    dims = every if dims is None else (dims,) if isinstance(dims, int) else dims
+    mixed = {dim % out.ndim for dim in dims}
+    return [merged(out.shape, [(axes, [None if i in mixed else i for i in range(out.ndim)])])]
+
+
+def _complex_parts(call: Call) -> list[Axes | None]:
+    """Real and imaginary parts along a last dim, and back."""
+    axes = call.axes(call.source)
+    return [(*axes, (Factor(2),)) if call.name == "view_as_real" else without(axes[:-1], labels_of(axes[-1:]))]
 
 
 def _concatenation(call: Call) -> list[Axes | None]:
@@ -472,6 +499,9 @@ RULES: dict[str, Rule] = _table({
         local_response_norm""",
     _along: """index_select gather take_along_dim scatter scatter_add scatter_reduce index_add index_copy index_fill
         sort glu cummax cummin logcumsumexp""",
+    _spectrum: "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn "
+        "fft_rfftn fft_irfftn",
+    _complex_parts: "view_as_real view_as_complex",
     _concatenation: "cat concat concatenate hstack",
     _stacking: "stack",
     _repetition: "repeat tile repeat_interleave",

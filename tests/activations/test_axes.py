@@ -136,6 +136,12 @@ LOSSY: dict[str, tuple[Step, Known]] = {
     "repeated examples": (lambda h: h.repeat_interleave(2, dim=0), Known()),
     "broadcast": (lambda h: h[:, :, None] + torch.zeros(5, 1), Known()),
     "an unknown operation": (lambda h: torch.sort(h, dim=1, descending=True).values, Known()),
+    "filtered positions": (lambda h: torch.fft.irfft(torch.fft.rfft(h, dim=1), n=T, dim=1).round(), Known()),
+    "filtered units": (lambda h: torch.fft.irfft(torch.fft.rfft(h)), Known(False, True)),
+    "complex pairs": (
+        lambda h: torch.view_as_real(torch.view_as_complex(h.view(N, T, U // 2, 2).contiguous())).flatten(2), Known(False, True),
+    ),
+    "isin": (lambda h: h * torch.isin(h, torch.tensor([-1.0]), invert=True), Known()),
     "sorted units": (lambda h: torch.sort(h, dim=2, descending=True).values, Known(False, True)),
     "cat of positions": (lambda h: torch.cat([h, h], dim=1), Known()),
     "cat of other examples": (lambda h: torch.cat([h, h], dim=0), Known(True, False)),
@@ -253,6 +259,15 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], Callable[[Tensor], Tensor] |
     ),
     "mixed positions": (
         Layer(lambda x, w: torch.softmax(x @ x.mT, -1) @ (x @ w), (3, K)), X, lambda y: y.permute(0, 2, 1)
+    ),
+    "scaled by position": (
+        Layer(lambda x, w, s: torch.einsum("btc,tc->btc", x @ w, s.abs()), (3, K), (T, K)), X,
+        lambda y: y.permute(0, 2, 1),
+    ),
+    "weights of each position": (Layer(lambda x, w: torch.einsum("btc,tcd->btd", x, w), (T, 3, K)), X, None),
+    "weights of each head": (
+        Layer(lambda x, v, w: torch.einsum("bthc,hcd->bthd", (x @ v).unflatten(-1, (2, 3)), w), (3, 6), (2, 3, K)), X,
+        lambda y: y.permute(0, 2, 3, 1).flatten(1, 2),
     ),
     "images as they are": (Layer(lambda x: x), (N, 3, 4, 4), None),
     "scores of attention": (Layer(lambda x, w: (x @ w) @ (x @ w).mT, (3, K)), X, None),
