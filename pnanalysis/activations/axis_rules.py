@@ -105,9 +105,11 @@ def rule_of(name: str) -> Rule | None:
 @cache
 def _is_pointwise(name: str) -> bool:
     """Whether torch itself says that an operation works on each number alone (or on pairs of them)."""
-    packet = getattr(torch.ops.aten, name, None) if name else None
-    overloads = [] if packet is None else packet.overloads()
-    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads)
+    packets = [getattr(torch.ops.aten, form, None) for form in (name, f"special_{name}") if name]
+    overloads = [
+        getattr(packet, overload) for packet in packets if packet is not None for overload in packet.overloads()
+    ]
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
 def tensors_in(nest: Any) -> Iterator[Tensor]:

@@ -139,7 +139,8 @@ LOSSY: dict[str, tuple[Step, Known]] = {
     "filtered positions": (lambda h: torch.fft.irfft(torch.fft.rfft(h, dim=1), n=T, dim=1).round(), Known()),
     "filtered units": (lambda h: torch.fft.irfft(torch.fft.rfft(h)), Known(False, True)),
     "complex pairs": (
-        lambda h: torch.view_as_real(torch.view_as_complex(h.view(N, T, U // 2, 2).contiguous())).flatten(2), Known(False, True),
+        lambda h: torch.view_as_real(torch.view_as_complex(h.view(N, T, U // 2, 2).contiguous())).flatten(2),
+        Known(False, True),
     ),
     "isin": (lambda h: h * torch.isin(h, torch.tensor([-1.0]), invert=True), Known()),
     "sorted units": (lambda h: torch.sort(h, dim=2, descending=True).values, Known(False, True)),
