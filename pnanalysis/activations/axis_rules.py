@@ -105,10 +105,8 @@ def rule_of(name: str) -> Rule | None:
 @cache
 def _is_pointwise(name: str) -> bool:
     """Whether torch itself says that an operation works on each number alone (or on pairs of them)."""
-    packets = [getattr(torch.ops.aten, form, None) for form in (name, f"special_{name}") if name]
-    overloads = [
-        getattr(packet, overload) for packet in packets if packet is not None for overload in packet.overloads()
-    ]
+    packet = getattr(torch.ops.aten, name, None) if name else None
+    overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
     return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
@@ -483,7 +481,7 @@ RULES: dict[str, Rule] = _table({
     _pointwise: """layer_norm rms_norm native_layer_norm normalize softmax log_softmax softmin gumbel_softmax cumsum
         dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout native_dropout
         relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardtanh hardsigmoid hardswish softplus softsign
-        logsigmoid log_sigmoid tanhshrink hardshrink softshrink threshold
+        logsigmoid log_sigmoid expit tanhshrink hardshrink softshrink threshold
         clone contiguous detach data requires_grad to type type_as float double half bfloat16 cpu cuda
         zeros_like ones_like full_like empty_like rand_like randn_like bernoulli copy where masked_fill fill zero
         clamp clip clamp_min clamp_max lerp addcmul addcdiv nan_to_num real conj flip roll dequantize""",
