@@ -6,6 +6,7 @@ behaviour that the project depends on: run it before raising the upper bound on 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -53,6 +54,21 @@ def returns_view(target: Any) -> bool:
     return schema is not None and any(value.alias_info is not None for value in schema.returns)
 
 
+def is_view_of(tensor: Tensor, base: Tensor) -> bool:
+    """Whether a tensor is another one, or shares its memory."""
+    return tensor is base or tensor._base is base
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything can have been compiled by ``torch.compile`` in this process."""
+    return "torch._dynamo" in sys.modules  # which torch imports at the first use
+
+
+def is_vmapped(tensor: Tensor) -> bool:
+    """Whether a tensor has a dim that ``torch.vmap`` hides."""
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
 def convolve(layer: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a convolution layer with another weight and bias; its stride, groups and padding mode stay."""
     # the public functions know zero padding only; the layer's own method implements every padding mode
@@ -89,7 +105,10 @@ __all__ = [
     "NormBase",
     "TransposedConvolutionBase",
     "TreeSpec",
+    "compiler_is_loaded",
     "convolve",
+    "is_view_of",
+    "is_vmapped",
     "make_fx",
     "record_versions",
     "returns_view",
