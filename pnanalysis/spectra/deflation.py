@@ -37,7 +37,7 @@ import torch
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, SYMMETRY_TOLERANCE, Lanczos, Saver
-from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns, random_unit_vectors
+from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, empty_columns, random_unit_vectors
 from pnanalysis.spectra.memory import probes_at_once, vectors_at_once
 from pnanalysis.spectra.quadrature import ritz
 
@@ -187,7 +187,7 @@ def _exact(operator: LinearOperator, settings: SamplingSettings, advance: Advanc
     eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
     matrix = torch.empty_like(eye)
     for block in torch.arange(n).split(max(settings.n_probes, 1)):
-        matrix[:, block] = operator.matmat(eye[:, block])
+        matrix[:, block] = checked_product(operator, eye[:, block])
         if advance is not None:
             advance(len(block))
     matrix = matrix.double()
