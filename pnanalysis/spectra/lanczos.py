@@ -41,6 +41,9 @@ BREAKDOWN = {
 #: Largest relative difference of u.Hv and v.Hu that roundoff in the products may explain, by the operator's dtype.
 SYMMETRY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
 
+#: Squares of smaller numbers underflow in float64, and with them sums of squares, as those in norms.
+SMALLEST_SCALE = 1e-140
+
 
 class Lanczos:
     """Lanczos iterations on ``k`` start vectors, which can be extended, saved and resumed.
@@ -197,7 +200,8 @@ class Lanczos:
         if self.step < 2 or self.deflated is not None:
             return 0.0
         scale = torch.hypot(self._alpha[:, 0], self._beta[:, 0])
-        gap = torch.where(self._beta[:, 0] > 0, (self._mirror - self._beta[:, 0]).abs(), 0)
+        told_apart = (self._beta[:, 0] > 0) & (scale > SMALLEST_SCALE)
+        gap = torch.where(told_apart, (self._mirror - self._beta[:, 0]).abs(), 0)
         return float((gap / torch.where(scale > 0, scale, 1)).max())
 
     def _check(self) -> None:
@@ -222,8 +226,7 @@ class Lanczos:
         j = self.step
         self._basis[:, :, j] = self._next.T
         product = self._product(self._next)
-        # from here on the basis's copy of the vector: the operator may have worked in place on the other
-        self._alpha[:, j] = inner_products(product, self._basis[:, :, j].T)
+        self._alpha[:, j] = inner_products(product, self._next)
         if j == 1:
             self._mirror.copy_(inner_products(product, self._basis[:, :, 0].T))
         norm = norms(product).to(self.dtype)
@@ -310,7 +313,9 @@ def basis_dtype(operator: LinearOperator, wanted: torch.dtype | None = None) -> 
         If the dtype wanted is neither float32 nor float64.
     """
     if wanted not in (None, torch.float32, torch.float64):
-        raise CurvatureError(f"basis_dtype is {wanted}, in which a basis does not stay orthogonal; give float32 or float64")
+        raise CurvatureError(
+            f"basis_dtype is {wanted}, in which a basis does not stay orthogonal; give float32 or float64"
+        )
     return wanted or torch.promote_types(operator.dtype, torch.float32)
 
 

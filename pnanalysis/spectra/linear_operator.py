@@ -176,12 +176,16 @@ def empty_columns(n_parameters: int, k: int, dtype: torch.dtype, device: torch.d
 def checked_product(operator: LinearOperator, V: torch.Tensor) -> torch.Tensor:
     """``operator.matmat(V)`` for vectors ``(P, k)`` of any dtype on any device; on the operator's device.
 
+    The operator gets a copy of the vectors, on which it may work in place.
+
     Raises
     ------
     CurvatureError
-        If the product is complex, or not of the shape of the vectors.
+        If the product is no tensor, is complex, or is not of the shape of the vectors.
     """
-    product = operator.matmat(V.to(device=operator.device, dtype=operator.dtype))
+    product = operator.matmat(V.to(device=operator.device, dtype=operator.dtype, copy=True))
+    if not isinstance(product, torch.Tensor):
+        raise CurvatureError(f"the operator's matmat returns a {type(product).__name__}; it must return a torch tensor")
     if product.shape != V.shape:
         raise CurvatureError(
             f"a product of the operator with vectors of shape {tuple(V.shape)} has the shape {tuple(product.shape)}; "
