@@ -15,14 +15,14 @@ from torch import Tensor
 from pnanalysis.spectra.linear_operator import empty_columns
 
 #: Entries of a chunk on a CPU: small enough for its second reading to come from the cache, and for float32 to lose no
-#: more than 1e-6 within it.
+#: more than 1e-5 within it (see :func:`orthogonalised`; other sums lose nothing).
 _CPU_CHUNK = 2**16
 #: On other devices, where the sums within a chunk are pairwise and each chunk costs the start of a few kernels.
 _DEVICE_CHUNK = 2**22
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of each column of ``a`` with the same column of ``b``: ``(..., P, k)`` to ``(..., k)``, float64."""
+    """Inner products of each column of ``a`` with that of ``b``: ``(..., P, k)`` to ``(..., k)``, float64."""
     total = _zero(a)
     for chunk in _chunks(a):
         ours = _widened(a[..., chunk, :].mT)
@@ -54,7 +54,7 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> Tensor:
 
     Notes
     -----
-    A coordinate may be off by the round-off of one chunk, 1e-6 of its size; what that leaves behind is taken off in
+    A coordinate may be off by the round-off of one chunk, 1e-5 of its size at most; what that leaves behind is taken off in
     the second pass. Subtracting a projection and computing the coordinates of what remains are one loop, which halves
     the time for bases that do not fit in the cache.
     """
@@ -69,7 +69,9 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> Tensor:
             if sweep > 0:
                 rest[chunk] = piece
             if sweep < 2:
-                totals = [total + _widened(_coordinates(part, piece)) for total, part in zip(totals, parts, strict=True)]
+                totals = [
+                    total + _widened(_coordinates(part, piece)) for total, part in zip(totals, parts, strict=True)
+                ]
         coordinates = [total.to(V.dtype) for total in totals]
     return rest
 

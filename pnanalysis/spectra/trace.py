@@ -14,7 +14,6 @@ from pnanalysis.spectra.inner_products import inner_products
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, checked_product, random_unit_vectors
 from pnanalysis.spectra.memory import free_bytes, human
 
-
 #: Vectors that Hutchinson's estimate multiplies at a time, and keeps.
 _PROBES_AT_ONCE = 10
 #: Float64 vectors that Hutch++ and XTrace hold at a time, per product.

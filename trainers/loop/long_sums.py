@@ -1,8 +1,8 @@
 """Inner products and norms of layers with millions of parameters, for use in every training step.
 
 In float32 on a CPU, torch adds up the terms of a dot product one after the other (a few at a time), which at 1e7 terms
-loses four digits. Beyond 2^18 terms they are summed here chunk by chunk, and the chunks pairwise. That costs one more
-pass at most; all of it can be differentiated.
+loses four digits. Here long sums are taken chunk by chunk, and the chunks added pairwise. All but :func:`distance` can
+be differentiated.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Terms that are summed at once, off by 1e-6 at most.
+#: Terms of a dot product or norm that are summed at once, off by a few 1e-6 at most.
 _CHUNK = 2**18
+#: The same in products with a matrix, where fewer terms are added side by side.
+_PRODUCT_CHUNK = 2**14
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -23,9 +25,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def products(rows: Tensor, vector: Tensor) -> Tensor:
     """Inner products of rows ``(..., n, P)`` with a vector each ``(..., P)``: ``(..., n)``."""
-    if not _long(vector):
+    if not _long(vector, _PRODUCT_CHUNK):
         return (rows @ vector[..., None])[..., 0]
-    chunks = zip(rows.split(_CHUNK, -1), vector.split(_CHUNK, -1), strict=True)
+    chunks = zip(rows.split(_PRODUCT_CHUNK, -1), vector.split(_PRODUCT_CHUNK, -1), strict=True)
     return torch.stack([(part @ piece[..., None])[..., 0] for part, piece in chunks]).sum(0)
 
 
@@ -41,8 +43,9 @@ def distance(a: Tensor, b: Tensor) -> float:
     """Euclidean distance of two vectors ``(P,)``, which are not differentiated."""
     if not _long(a):
         return float(torch.dist(a, b))
-    return float(norm(torch.stack([torch.dist(*chunk) for chunk in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)])))
+    chunks = zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)
+    return float(torch.linalg.vector_norm(torch.stack([torch.dist(*chunk) for chunk in chunks])))
 
 
-def _long(vectors: Tensor) -> bool:
-    return vectors.device.type == "cpu" and vectors.shape[-1] > _CHUNK
+def _long(vectors: Tensor, chunk: int = _CHUNK) -> bool:
+    return vectors.device.type == "cpu" and vectors.shape[-1] > chunk
