@@ -1,0 +1,48 @@
+"""Every network of the zoo in every analysis: as its owner means it, or refused with the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+
+import pytest
+
+from pnanalysis import PnError
+from tests.zoo.checks import CHECKS
+from tests.zoo.entry import Entry
+from tests.zoo.families import ENTRIES
+
+
+def parameters() -> list[pytest.ParameterSet]:
+    """Entries and checks. Those that need further packages, or much time, are left to ``make test-zoo``."""
+    return [
+        pytest.param(entry, name, marks=[pytest.mark.zoo] if entry.packages or entry.slow else [], id=f"{entry.name}-{name}")
+        for entry in ENTRIES
+        for name in CHECKS
+        if name not in entry.not_for
+    ]
+
+
+@pytest.mark.parametrize(("entry", "name"), parameters())
+def test_a_network_is_right_or_refused(
+    entry: Entry, name: str, record_property: Callable[[str, object], None]
+) -> None:
+    missing = [package for package in entry.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}")
+    words = entry.words(name)
+    for check in CHECKS[name]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of the networks' own packages
+            if words is None:
+                check(entry)
+            else:
+                with pytest.raises(PnError, match=words):
+                    check(entry)
+    record_property("cell", [entry.family, entry.name, name, words or ""])
+
+
+def test_names_are_unique() -> None:
+    names = [entry.name for entry in ENTRIES]
+    assert len(names) == len(set(names))
