@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +37,11 @@ class Entry:
         Makes the batches, pairs (inputs, targets), from a generator; called after a seed is set.
     loss : callable
     weights : sequence of float, optional
-        The weight of each batch in the loss over all data; by its number of examples (``None``), each batch the same
-        where there is one.
+        The factor of each batch's loss in the loss over all data; by default what its examples weigh.
     example_weights : callable, optional
         ``(targets) -> (n,)``, what each example of a batch weighs in the batch's mean; all the same by default.
+    classes : callable
+        Outputs to the class of each example or position; of the first dim after the examples' by default.
     options : mapping
         Further arguments of operators and analyses.
     refused : mapping of str to str
@@ -63,6 +65,7 @@ class Entry:
     loss: Callable[[Any, Any], Tensor] = F.cross_entropy
     weights: Sequence[float] | None = None
     example_weights: Callable[[Any], Tensor] | None = None
+    classes: Callable[[Tensor], Tensor] = partial(torch.argmax, dim=1)
     options: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     not_for: Sequence[str] = ()
@@ -93,8 +96,9 @@ class Entry:
     def batch_weights(self) -> list[float]:
         """The weight of each batch in the loss over all data."""
         if self.weights is not None:
-            return [weight / sum(self.weights) for weight in self.weights]
-        sizes = [len(next(leaves(targets))) for _, targets in self.batches()]
+            return list(self.weights)
+        of_examples = self.example_weights or (lambda targets: torch.ones(len(next(leaves(targets)))))
+        sizes = [float(of_examples(targets).double().sum()) for _, targets in self.batches()]
         return [size / sum(sizes) for size in sizes]
 
     def words(self, check: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.zoo.entry import Entry
-from tests.zoo.families import plain
+from tests.zoo.families import geometric, language, losses, plain, sequences, structures, vision
 
-ENTRIES: list[Entry] = [*plain.ENTRIES]
+PARTS = (plain, sequences, losses, structures, vision, language, geometric)
+ENTRIES: list[Entry] = [entry for part in PARTS for entry in part.ENTRIES]

@@ -202,7 +202,7 @@ ENTRIES = [
     Entry(WRAPPED, "DataParallel", lambda: nn.DataParallel(perceptron()), vectors(5, 3)),
     Entry(WRAPPED, "checkpointed", lambda: Checkpointed(reentrant=False), vectors(5, 3)),
     Entry(WRAPPED, "checkpointed, reentrant", lambda: Checkpointed(reentrant=True), vectors(5, 3)),
-    Entry(WRAPPED, "quantised", quantised, vectors(5, 3), refused={"*": "quantised|parameters"}),
+    Entry(WRAPPED, "quantised", quantised, vectors(5, 3), refused={"*": "quantised|parameters"}, not_for=("saturation", "functional distance")),
     Entry(OUT, "tuple of outputs", lambda: Outputs(named=False), numbers(5, 3), gaussian),
     Entry(OUT, "outputs by name", lambda: Outputs(named=True), numbers(5, 3), gaussian_by_name),
 ]  # fmt: skip
