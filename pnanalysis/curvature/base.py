@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from copy import copy
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from pnanalysis.curvature.batches import Batch, WeightedBatches, channels_last, divisor_of_mean, has_batch_norm
+from pnanalysis.curvature.batch_weights import BatchWeights, Weight
+from pnanalysis.curvature.batches import Batch, WeightedBatches, channels_last, has_batch_norm
+from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.parameters import (
     Named,
     Selection,
+    as_real,
     join_tensors,
-    requiring_grad,
     select_parameters,
     split_vector,
 )
-from pnanalysis.curvature.prepared_copy import PRECISIONS, autocast, float32_precision, prepared_copy
+from pnanalysis.curvature.passes import PRECISIONS, plain_passes
+from pnanalysis.curvature.prepared_copy import fold_norms, prepared_copy, unfold_norms
+from pnanalysis.curvature.product_check import (
+    EXAMPLES,
+    ProductCheck,
+    check_products,
+    largest_difference,
+    tolerance,
+)
 from pnanalysis.curvature.regulariser import Regulariser
-from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable, rehearse
-from pnanalysis.errors import CurvatureError
+from pnanalysis.curvature.traced_products import TracedProducts
+from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
+from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.losses import check_targets, loss_on
-from pnanalysis.inputs.batches import as_arguments, map_tensors
-from pnanalysis.inputs.copies import in_precision
+from pnanalysis.inputs.batches import cut, map_tensors, move
+from pnanalysis.inputs.copies import in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.spectra.linear_operator import contiguous_columns
 from pnanalysis.spectra.memory import free_bytes
@@ -33,15 +46,6 @@ from pnanalysis.spectra.memory import free_bytes
 _CACHE_FRACTION = 0.25
 #: Tracing takes the time of some tens of products; with fewer to come it is not worth it.
 _FEWEST_PRODUCTS_TO_TRACE = 30
-
-
-class LossArguments(NamedTuple):
-    """All that the loss of one batch depends on: chosen parameters, other parameters and buffers, and the batch."""
-
-    theta: Named
-    others: Named
-    inputs: Any
-    targets: Any
 
 
 class CurvatureOperator:
@@ -73,7 +77,12 @@ class CurvatureOperator:
         Batch normalisation with its running statistics, or with the statistics of each batch. All other layers
         (dropout, for example) are in eval mode.
     reduction : {"mean", "sum"}
-        What ``loss_fn`` does over the batch. With ``"sum"`` the matrix is that of the summed loss.
+        What ``loss_fn`` does over the batch. With ``"sum"`` the matrix is that of the summed loss. A loss that turns
+        out to be a sum is treated as one.
+    weight : None, "examples", "batches" or callable, optional
+        What a batch weighs in the mean over all data: its examples, 1, or ``weight(inputs, targets)``. By default what
+        torch's own losses divide by; for all others it is measured (see
+        :mod:`pnanalysis.curvature.batch_weights`), and refused where that leaves a choice.
     weight_decay : float
         Adds ``weight_decay / 2 * ||theta||^2`` over the chosen parameters to the loss.
     penalty : callable, optional
@@ -86,6 +95,13 @@ class CurvatureOperator:
     expected_products : int
         Roughly how many products are to come. Below 30 the network is not traced (see
         :mod:`pnanalysis.curvature.tracing`).
+
+    Notes
+    -----
+    Before the first product, one product on a few examples is computed in two independent ways, and every traced
+    program is compared with an untraced product (see :mod:`pnanalysis.curvature.product_check`).
+
+    A complex parameter counts as two real ones, its real and its imaginary part, which follow each other in vectors.
 
     Attributes
     ----------
@@ -120,6 +136,7 @@ class CurvatureOperator:
         micro_batch: int | None = None,
         amp: str = "no",
         expected_products: int = 1000,
+        weight: Weight = None,
     ) -> None:
         for name, value, choices in (
             ("bn_mode", bn_mode, ("eval", "train")),
@@ -130,32 +147,39 @@ class CurvatureOperator:
                 raise CurvatureError(f"{name} is {value!r}; it must be {' or '.join(choices)}")
         if micro_batch is not None and bn_mode == "train":
             raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
+        model = unwrapped(model)
         self.names = select_parameters(model, params)
         first = model.get_parameter(self.names[0])
-        self.dtype = dtype or first.dtype
+        self.dtype = dtype or first.real.dtype
         self.device = torch.device(device) if device is not None else first.device
         self.model = in_precision(prepared_copy(model, bn_mode), self.dtype).to(self.device)
         self.loss_fn = loss_on(loss_fn, self.device, self.dtype)
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
         self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
-        self.expected_products = expected_products
+        self.expected_products, self.weight = expected_products, weight
         self.n_hvp = 0
         parameters, others = dict(self.model.named_parameters()), dict(self.model.named_buffers())
-        self._theta: Named = {name: parameters.pop(name).detach() for name in self.names}
+        chosen = {name: parameters.pop(name).detach() for name in self.names}
+        self._theta = as_real(chosen)
         self._others: Named = {**{name: p.detach() for name, p in parameters.items()}, **others}
         self.parameter_shapes = [tensor.shape for tensor in self._theta.values()]
         self.n_parameters = sum(tensor.numel() for tensor in self._theta.values())
-        self._regulariser = Regulariser(self.model, self._theta, self._others, weight_decay, penalty)
-        self.batches = WeightedBatches(batches, self.device, self.dtype, micro_batch, self._divisor_of_mean, reduction)
-        self.batches.inspect(self._evaluate, needs_statistics=bn_mode == "train" and has_batch_norm(self.model))
+        complex_names = [name for name, tensor in chosen.items() if tensor.is_complex()]
+        self._loss = NetworkLoss(self.model, self.loss_fn, self.device, self.dtype, amp, complex_names)
+        self._regulariser = Regulariser(
+            self.model, self._theta, self._others, weight_decay, penalty, self._loss.complex_names
+        )
+        self._check: ProductCheck | None = None
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+        self._passes = partial(plain_passes, self.device, amp, recurrent)
+        with self._passes():
+            self._read(batches, weight)
         self._finite = torch.ones(len(self.batches), dtype=torch.bool, device=self.device)
         traced = expected_products >= _FEWEST_PRODUCTS_TO_TRACE
-        self._linearisation = Linearisation(self._product, self._loss_at_theta) if traced else None
+        self._traces = TracedProducts(self) if traced else None
         self._cache: dict[int, Product] = {}
         self._cached_bytes = 0
         self._cache_bytes = _CACHE_FRACTION * free_bytes(self.device)
-        if self.device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
-            self._try_channels_last()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -200,7 +224,7 @@ class CurvatureOperator:
         V = contiguous_columns(V.to(self.device, self.dtype))
         directions = [split_vector(v, self.parameter_shapes) for v in V.T]
         result = torch.zeros_like(V)  # keeps the layout
-        with float32_precision(self.amp):
+        with self._passes():
             for i, (weight, product) in enumerate(self._products(directions[0])):
                 for direction, into in zip(directions, result.T, strict=True):
                     part = join_tensors(product(direction)).to(self.dtype)
@@ -227,19 +251,18 @@ class CurvatureOperator:
 
     def loss(self) -> float:
         """The loss over all batches, weight decay and penalty included."""
-        with torch.no_grad(), float32_precision(self.amp):
-            values = [w * float(self._loss_at_theta(self._arguments(batch))) for w, batch in self.batches.weighted()]
+        with self._passes():  # with gradients, which some networks compute on the way
+            values = [
+                w * float(self._loss_at_theta(self._arguments(batch)).detach()) for w, batch in self.batches.weighted()
+            ]
             return sum(values) + float(self._regulariser.value(self._theta))
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, ``(P,)``, weight decay and penalty included."""
         total = torch.zeros(self.n_parameters, dtype=self.dtype, device=self.device)
-        with float32_precision(self.amp):
+        with self._passes():
             for weight, batch in self.batches.weighted():
-                theta = requiring_grad(self._theta)
-                loss = self._loss(self._arguments(batch), theta)
-                gradient = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
-                total.add_(join_tensors(gradient), alpha=weight)
+                total.add_(join_tensors(self._loss.gradient(self._arguments(batch), self._theta)), alpha=weight)
         return total + self._regulariser.gradient() if self._regulariser else total
 
     def to_dense(self, chunk: int = 64) -> Tensor:
@@ -255,10 +278,33 @@ class CurvatureOperator:
             if names:
                 yield layer, type(self)(
                     self.model, self.loss_fn, self.batches.source, params=names, dtype=self.dtype, device=self.device,
-                    bn_mode=self.bn_mode, reduction=self.reduction, weight_decay=self.weight_decay,
+                    bn_mode=self.bn_mode, reduction=self.reduction, weight=self.weight, weight_decay=self.weight_decay,
                     penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
                     expected_products=self.expected_products,
                 )  # fmt: skip
+
+    @property
+    def product_check(self) -> ProductCheck:
+        """How products are computed, and how far they agree with a second way: see :class:`ProductCheck`.
+
+        Raises
+        ------
+        CurvatureError
+            If they cannot be computed, or every way is wrong.
+        """
+        if self._check is None:
+            with self._passes():
+                self._check = check_products(self, self._few(next(iter(self.batches))))
+            if self._check.note:
+                warnings.warn(self._check.note, stacklevel=2)
+        return self._check
+
+    @property
+    def method(self) -> str:
+        """``traced``, ``forward mode`` or ``reverse mode``: how most products have been computed so far."""
+        if self._traces is not None and self._traces.n_programs:
+            return "traced"
+        return "reverse mode" if self.product_check.reverse else "forward mode"
 
     # -- the matrix of one batch, for subclasses ----------------------------------------------------------------
 
@@ -270,21 +316,15 @@ class CurvatureOperator:
         """The same product by differentiating a recorded graph twice: no trace, but more work per product."""
         raise NotImplementedError
 
-    def _divisor_of_mean(self, batch: Batch) -> float:
-        """What the mean over the batch divides by."""
-        return divisor_of_mean(self.loss_fn, batch)
+    def _rehearse(self, at: LossArguments) -> object:
+        """Run what a product runs of the user's code, without transforms."""
+        return self._loss_at_theta(at)
 
-    def _outputs(self, at: LossArguments, theta: Named) -> Any:
-        arguments, keywords = as_arguments(at.inputs)
-        with autocast(self.device, self.amp):
-            return functional_call(self.model, (theta, at.others), arguments, keywords)
-
-    def _data_loss(self, outputs: Any, targets: Any) -> Tensor:
-        # losses are sums of exponentials and logarithms: in bfloat16 they would lose what the network computed
-        return self.loss_fn(outputs.float() if self.amp == "bf16" and isinstance(outputs, Tensor) else outputs, targets)
-
-    def _loss(self, at: LossArguments, theta: Named) -> Tensor:
-        return self._data_loss(self._outputs(at, theta), at.targets)
+    def _by_differences(
+        self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
+    ) -> tuple[Tensor, Tensor]:
+        """Something that a product determines, by finite differences of first derivatives and from the product."""
+        raise NotImplementedError
 
     # -- products batch by batch --------------------------------------------------------------------------------
 
@@ -306,12 +346,16 @@ class CurvatureOperator:
     def _prepare(self, batch: Batch, like: list[Tensor]) -> tuple[Product, int]:
         """The product with the matrix of one batch, and the bytes to keep for it (0: do not keep it)."""
         at = self._arguments(batch)
-        if self._linearisation is not None:
-            try:
-                return self._linearisation.at(at, like)
-            except Untraceable:
-                self._linearisation = None  # the next batch would fail the same way
-        return self._direct(at), 0  # its graph holds all activations, which are too large to keep
+        if self.product_check.forward and self._traces is not None:
+            traced = self._traces.at(at, like)
+            if traced is not None:
+                return traced
+        return self._untraced(at), 0  # its graph holds all activations, which are too large to keep
+
+    def _untraced(self, at: LossArguments) -> Product:
+        if self.product_check.reverse:
+            return self._direct(at)
+        return lambda v: self._product(at, list(v))
 
     def _arguments(self, batch: Batch) -> LossArguments:
         return LossArguments(self._theta, self._others, *batch)
@@ -319,17 +363,65 @@ class CurvatureOperator:
     def _loss_at_theta(self, at: LossArguments) -> Tensor:
         return self._loss(at, at.theta)
 
-    def _evaluate(self, batch: Batch) -> None:
-        """Run network and loss once, and check that the targets mean what the loss takes them for."""
-        at = self._arguments(batch)
-        with float32_precision(self.amp):
-            outputs = self._outputs(at, at.theta)
-            check_targets(self.loss_fn, outputs, at.targets)
-            self._data_loss(outputs, at.targets)
+    def _in_double(self, at: LossArguments) -> tuple[Self, LossArguments]:
+        """This operator and its arguments in float64."""
+        twin = copy(self)
+        twin._loss, twin.dtype, twin.amp = self._loss.in_double(), torch.float64, "no"
+        return twin, move(at, self.device, torch.float64)
 
-    def _try_channels_last(self) -> None:
+    # -- reading the data ---------------------------------------------------------------------------------------
+
+    def _read(self, batches: Iterable[Batch], weight: Weight) -> None:
+        """Look at all batches once, and fit the passes over the network to the first."""
+        self.batches = WeightedBatches(batches, self.device, self.dtype, self.micro_batch, self.reduction)
+        weights = self._batch_weights(weight)
+        self.batches.inspect(
+            self._fit_passes, weights, needs_statistics=self.bn_mode == "train" and has_batch_norm(self.model)
+        )
+        self.reduction = self.batches.reduction
+
+    def _batch_weights(self, weight: Weight) -> BatchWeights:
+        return BatchWeights(
+            self.loss_fn, "batches" if self.reduction == "sum" else weight, self.dtype,
+            lambda batch: self._loss_at_theta(self._arguments(batch)),
+            lambda batch: self._loss.outputs(self._arguments(batch), self._theta),
+            self._loss.of_outputs,
+        )  # fmt: skip
+
+    def _fit_passes(self, batch: Batch) -> None:
+        """Run network and loss for the first time, check the targets, and choose the layout and what is folded."""
+        at = self._few(batch)
+        self._loss.protect(at)
+        check_targets(self.loss_fn, self._loss.outputs(at, at.theta), at.targets)
+        if self.bn_mode == "eval":
+            self._fold_norms(self._arguments(batch))
+        if self.device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
+            self._try_channels_last(batch)
+
+    def _few(self, batch: Batch) -> LossArguments:
+        """A few examples of a batch, or all where network or loss need more."""
+        try:
+            few = self._arguments(cut(batch, slice(0, EXAMPLES)))
+            copies: LossArguments = map_tensors(few, torch.clone)  # the user's data, which a pass may write into
+            self._loss_at_theta(copies)
+            return few
+        except PnError:
+            raise
+        except Exception:
+            return self._arguments(batch)  # errors of this one are the user's to see
+
+    def _fold_norms(self, at: LossArguments) -> None:
+        """Fold batch normalisation into convolutions, if the network remains the same function."""
+        written = self._loss.gradient(at, at.theta)
+        folded = fold_norms(self.model)
+        if folded:
+            difference, _ = largest_difference(self._loss.gradient(at, at.theta), written, self.names)
+            if difference > tolerance(self.dtype, self.amp):
+                unfold_norms(folded)
+
+    def _try_channels_last(self, batch: Batch) -> None:
         """Store images and filters with channels last, which oneDNN convolves faster, if the model can take them."""
-        at: LossArguments = map_tensors(self._arguments(next(iter(self.batches))), channels_last)
+        at: LossArguments = map_tensors(self._arguments(batch), channels_last)
         try:
             rehearse(self._loss_at_theta, at)
         except Untraceable:  # a ``view`` in the model needs channels first

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
 
-from pnanalysis.errors import CurvatureError, PnError
-from pnanalysis.evaluation.losses import example_weights, known
-from pnanalysis.inputs.batches import batch_size, cut, map_tensors, move
-from pnanalysis.inputs.models import Loss
+from pnanalysis.curvature.batch_weights import BatchWeights
+from pnanalysis.errors import CurvatureError
+from pnanalysis.inputs.batches import batch_size, cut, map_tensors, move, tensors
 from pnanalysis.torch_internals import BatchNormBase
 
 Batch = tuple[Any, Any]
+#: Shapes and types of all tensors of a batch: what a trace holds for.
+Shapes = tuple[Any, ...]
 
 
 class WeightedBatches:
@@ -29,10 +29,17 @@ class WeightedBatches:
         Of floating-point tensors; all others keep theirs.
     micro_batch : int, optional
         Cut larger batches into pieces of this many examples.
-    weigh : callable
-        ``weigh(batch)``: what the mean over the batch divides by.
     reduction : {"mean", "sum"}
         Whether the loss over all data is the mean over the examples, or their sum.
+
+    Attributes
+    ----------
+    sizes : list of int
+        Examples in each batch.
+    divisors : list of float
+        What the mean over each batch divides by.
+    shapes : list of tuple
+        See :func:`shapes_of`.
     """
 
     def __init__(
@@ -41,14 +48,14 @@ class WeightedBatches:
         device: torch.device,
         dtype: torch.dtype,
         micro_batch: int | None,
-        weigh: Callable[[Batch], float],
         reduction: str,
     ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self.micro_batch, self.weigh, self.reduction = micro_batch, weigh, reduction
+        self.micro_batch, self.reduction = micro_batch, reduction
         self.channels_last = False
         self.sizes: list[int] = []
         self.divisors: list[float] = []
+        self.shapes: list[Shapes] = []
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -67,7 +74,7 @@ class WeightedBatches:
 
     @property
     def weights(self) -> list[float]:
-        """The factor of each batch's mean in the loss over all data."""
+        """The factor of each batch's loss in the loss over all data."""
         total = sum(self.divisors)
         return [divisor / total if self.reduction == "mean" else 1.0 for divisor in self.divisors]
 
@@ -75,13 +82,14 @@ class WeightedBatches:
         """Pairs of a batch's weight and the batch."""
         yield from zip(self.weights, self, strict=True)
 
-    def inspect(self, evaluate: Callable[[Batch], None], needs_statistics: bool) -> None:
-        """Read all batches once: note their sizes, and refuse data that no operator could be computed from.
+    def inspect(self, prepare: Callable[[Batch], None], weights: BatchWeights, needs_statistics: bool) -> None:
+        """Read all batches once: note their sizes and weights, and refuse data that no operator could be computed from.
 
         Parameters
         ----------
-        evaluate : callable
-            Evaluates network and loss on a batch; tried on the first one.
+        prepare : callable
+            Called with the first batch, before its loss is evaluated by anything else.
+        weights : BatchWeights
         needs_statistics : bool
             Whether the network takes statistics over each batch, which a single example does not have.
 
@@ -98,24 +106,21 @@ class WeightedBatches:
                     f"batch {index} holds one example, which has no batch statistics; "
                     "use bn_mode='eval' or make the last batch larger (drop_last)"
                 )
-            divisor = self.weigh(batch)
-            if not divisor > 0:
-                raise CurvatureError(f"batch {index} has no target that counts in the loss; leave it out")
             if index == 0:
-                _evaluate_on_few(evaluate, batch)
+                prepare(batch)
+            if not weights.add(batch):
+                raise CurvatureError(f"batch {index} has no target that counts in the loss; leave it out")
             self.sizes.append(size)
-            self.divisors.append(divisor)
+            self.shapes.append(shapes_of(batch))
         if not self.sizes:
             raise CurvatureError("there are no batches; was the loader an iterator that is used up?")
-        if isinstance(self.source, DataLoader) and isinstance(self.source.sampler, RandomSampler):
-            raise CurvatureError("the batches come in a new order on every pass; make the loader with shuffle=False")
+        self.divisors, reduction = weights.finish()
+        self.reduction = "sum" if reduction == "sum" else self.reduction
 
 
-def divisor_of_mean(loss: Loss, batch: Batch) -> float:
-    """What the mean of a loss over a batch divides by: the examples, or the sum of their weights."""
-    if known(loss) is None:
-        return float(batch_size(batch))
-    return float(example_weights(loss, batch[1]).sum())
+def shapes_of(nest: Any) -> Shapes:
+    """Shapes and types of all tensors in a nest."""
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors(nest))
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -126,17 +131,3 @@ def has_batch_norm(model: nn.Module) -> bool:
 def channels_last(tensor: Tensor) -> Tensor:
     """Images and filters with their channels last in memory; other tensors unchanged."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-
-
-def _evaluate_on_few(evaluate: Callable[[Batch], None], batch: Batch) -> None:
-    """Evaluate on two examples, and on the whole batch if network or loss need more than two."""
-    # Without this, an error in the user's code would first appear inside a trace, where any exception is taken to mean
-    # that the model cannot be traced.
-    try:
-        evaluate(cut(batch, slice(0, 2)))
-        return
-    except PnError:
-        raise
-    except Exception:
-        pass  # two examples may be too few for this loss; the whole batch decides
-    evaluate(batch)

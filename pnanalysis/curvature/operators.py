@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.func import grad, jvp, vjp, vmap
 
-from pnanalysis.curvature.base import CurvatureOperator, LossArguments
+from pnanalysis.curvature.base import CurvatureOperator
+from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch
-from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
+from pnanalysis.curvature.network_loss import LossArguments
+from pnanalysis.curvature.parameters import Named, join_tensors, pullback, requiring_grad
+from pnanalysis.curvature.product_check import moved, tolerance
 from pnanalysis.curvature.tracing import Product
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, PnError, reason
+from pnanalysis.evaluation.losses import example_losses, example_weights, known
 from pnanalysis.inputs.batches import batch_size
+from pnanalysis.torch_internals import tree_flatten, tree_map_only, tree_unflatten
 
 
 class HessianOperator(CurvatureOperator):
     """The Hessian of the mean loss with respect to the chosen parameters, as an operator ``(P, P)``.
 
     Products are exact (no finite differences); see :class:`pnanalysis.curvature.base.CurvatureOperator` for the
-    parameters, attributes and methods.
+    parameters, attributes and methods. What the network or the loss computes under ``torch.no_grad()`` counts as
+    constant, as it does for the gradient.
 
     Examples
     --------
@@ -46,12 +53,28 @@ class HessianOperator(CurvatureOperator):
     def _direct(self, at: LossArguments) -> Product:
         theta = requiring_grad(at.theta)
         leaves = list(theta.values())
-        slope = torch.autograd.grad(self._loss(at, theta), leaves, create_graph=True, materialize_grads=True)
+        loss = self._loss(at, theta)
+        if not loss.requires_grad:  # it depends on none of the chosen parameters
+            return lambda v: [torch.zeros_like(leaf) for leaf in leaves]
+        slope = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
         return lambda v: pullback(slope, leaves, v)
+
+    def _by_differences(
+        self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
+    ) -> tuple[Tensor, Tensor]:
+        ahead, behind = (join_tensors(self._loss.gradient(at, moved(at.theta, v, s))) for s in (step, -step))
+        return (ahead - behind) / (2 * step), join_tensors(product)
 
 
 class GGNOperator(CurvatureOperator):
     r"""The generalised Gauss-Newton matrix :math:`J^\top H_\ell J`, with the exact output Hessian of any loss.
+
+    The outputs are all floating-point tensors that the network returns, in any nest of tuples, lists and mappings.
+
+    Raises
+    ------
+    CurvatureError
+        Also if the loss is computed inside the network, so that there are no outputs that it is a function of.
 
     References
     ----------
@@ -62,34 +85,88 @@ class GGNOperator(CurvatureOperator):
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
         theta = at.theta
         direction = dict(zip(self.names, v, strict=True))
-        at_theta = partial(self._outputs, at)
+        rebuild = _tensors_of(self._loss.outputs(at, theta))[1]
+
+        def at_theta(theta: Named) -> list[Tensor]:
+            return _tensors_of(self._loss.outputs(at, theta))[0]
+
+        def of_outputs(outputs: list[Tensor]) -> Tensor:
+            return self._loss.of_outputs(rebuild(outputs), at.targets)
+
         outputs, pushed = jvp(at_theta, (theta,), (direction,))[:2]
-        curved = jvp(grad(partial(self._data_loss, targets=at.targets)), (outputs,), (pushed,))[1]
+        curved = jvp(grad(of_outputs), (outputs,), (pushed,))[1]
         pulled = vjp(at_theta, theta)[1](curved)[0]
         return list(pulled.values())
 
     def _direct(self, at: LossArguments) -> Product:
         theta = requiring_grad(at.theta)
         leaves = list(theta.values())
-        outputs = self._outputs(at, theta)
-        cotangent = torch.zeros_like(outputs, requires_grad=True)
-        pulled = torch.autograd.grad(outputs, leaves, cotangent, create_graph=True, materialize_grads=True)
-        cut = outputs.detach().requires_grad_()
-        slope = torch.autograd.grad(self._data_loss(cut, at.targets), cut, create_graph=True)
+        outputs, cuts, slope = self._cut(at, theta)
+        live = [i for i, output in enumerate(outputs) if output.requires_grad]
+        if not live:
+            return lambda v: [torch.zeros_like(leaf) for leaf in leaves]
+        ends = [outputs[i] for i in live]
+        cotangents = [torch.zeros_like(end, requires_grad=True) for end in ends]
+        pulled = torch.autograd.grad(ends, leaves, cotangents, create_graph=True, materialize_grads=True)
 
         def product(v: Any) -> list[Tensor]:
-            (pushed,) = pullback(pulled, [cotangent], v)
-            (curved,) = pullback(slope, [cut], [pushed])
-            return list(torch.autograd.grad(outputs, leaves, curved, retain_graph=True, materialize_grads=True))
+            pushed = dict(zip(live, pullback(pulled, cotangents, v), strict=True))
+            curved = pullback(slope, cuts, [pushed.get(i, torch.zeros_like(cut)) for i, cut in enumerate(cuts)])
+            back = [curved[i] for i in live]
+            return list(torch.autograd.grad(ends, leaves, back, retain_graph=True, materialize_grads=True))
 
         return product
 
+    def _cut(self, at: LossArguments, theta: Named) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The outputs, the same as leaves of a graph of their own, and the slope of the loss there."""
+        outputs, rebuild = _tensors_of(self._loss.outputs(at, theta))
+        cuts = [output.detach().requires_grad_() for output in outputs]
+        loss = self._loss.of_outputs(rebuild(cuts), at.targets)
+        if not cuts or not loss.requires_grad:
+            return outputs, cuts, [torch.zeros_like(cut) for cut in cuts]
+        return outputs, cuts, list(torch.autograd.grad(loss, cuts, create_graph=True, materialize_grads=True))
+
+    def _by_differences(
+        self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
+    ) -> tuple[Tensor, Tensor]:
+        # v.Gv is the second derivative of the loss along the line of outputs that is tangent to the network's
+        outputs, rebuild = _tensors_of(self._loss.outputs(at, at.theta))
+        ahead, behind = (_tensors_of(self._loss.outputs(at, moved(at.theta, v, s)))[0] for s in (step, -step))
+        pushed = [(one - other) / (2 * step) for one, other in zip(ahead, behind, strict=True)]
+        length = sum(float(part.square().sum()) for part in pushed) ** 0.5
+        size = sum(float(part.square().sum()) for part in outputs) ** 0.5
+        h = 1e-4 * max(size, 1.0) / (length or 1.0)
+
+        def loss(s: float) -> Tensor:
+            there = [output + s * part for output, part in zip(outputs, pushed, strict=True)]
+            return self._loss.of_outputs(rebuild(there), at.targets)
+
+        form = (loss(h) - 2 * loss(0.0) + loss(-h)) / h**2
+        return form.detach(), _inner(v, product)
+
+    def _fit_passes(self, batch: Batch) -> None:
+        super()._fit_passes(batch)
+        at = self._few(batch)
+        outputs, _, slope = self._cut(at, at.theta)
+        used = [output for output, part in zip(outputs, slope, strict=True) if bool((part != 0).any())]
+        if used and all(output.ndim == 0 for output in used):
+            raise CurvatureError(
+                "the network returns the loss itself, of which there is no Gauss-Newton matrix; "
+                "give a loss that takes the network's predictions (logits), or use the Hessian"
+            )
+
 
 class EmpiricalFisherOperator(CurvatureOperator):
-    r"""The empirical Fisher matrix :math:`\frac1N\sum_i g_i g_i^\top` of the gradients of single examples' losses.
+    r"""The empirical Fisher matrix :math:`\sum_i w_i\, g_i g_i^\top / \sum_i w_i` of single examples' gradients.
 
-    Each example's loss must depend on that example alone, so batch normalisation in train mode is refused. The
-    gradients are those of the data alone; weight decay and penalty, where given, add their Hessian.
+    The gradient of the loss is :math:`\sum_i w_i\, g_i / \sum_i w_i`; the weights are 1 unless the loss weighs classes
+    or ignores targets. Each example's loss must depend on that example alone, so batch normalisation in train mode is
+    refused. The gradients are those of the data alone; weight decay and penalty, where given, add their Hessian.
+
+    Raises
+    ------
+    CurvatureError
+        Also if the loss of a batch is not a mean, or sum, over its examples.
 
     References
     ----------
@@ -99,41 +176,124 @@ class EmpiricalFisherOperator(CurvatureOperator):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         if options.get("bn_mode") == "train":
             raise CurvatureError("with bn_mode='train' an example's loss depends on its batch; use bn_mode='eval'")
+        self._vectorised = True
         super().__init__(*arguments, **options)
-
-    def _divisor_of_mean(self, batch: Batch) -> float:
-        return float(batch_size(batch))
-
-    def _losses(self, at: LossArguments, theta: Named) -> Tensor:
-        """Loss of each example, (n,)."""
-        outputs = self._outputs(at, theta)
-
-        def one(output: Tensor, target: Tensor) -> Tensor:
-            return self._data_loss(output[None], target[None])
-
-        return torch.func.vmap(one)(outputs, at.targets)
-
-    def _weight_of_example(self, at: LossArguments) -> float:
-        return 1 / batch_size((at.inputs, at.targets)) if self.reduction == "mean" else 1.0
 
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
         theta = at.theta
         direction = dict(zip(self.names, v, strict=True))
         at_theta = partial(self._losses, at)
         slopes = jvp(at_theta, (theta,), (direction,))[1]
-        pulled = vjp(at_theta, theta)[1](slopes * self._weight_of_example(at))[0]
+        pulled = vjp(at_theta, theta)[1](slopes * self._weights(at))[0]
         return list(pulled.values())
 
     def _direct(self, at: LossArguments) -> Product:
         theta = requiring_grad(at.theta)
         leaves = list(theta.values())
-        losses = self._losses(at, theta)
+        losses, weights = self._losses(at, theta), self._weights(at)
         cotangent = torch.zeros_like(losses, requires_grad=True)
         pulled = torch.autograd.grad(losses, leaves, cotangent, create_graph=True, materialize_grads=True)
 
         def product(v: Any) -> list[Tensor]:
             (slopes,) = pullback(pulled, [cotangent], v)
-            weighted = slopes * self._weight_of_example(at)
-            return list(torch.autograd.grad(losses, leaves, weighted, retain_graph=True, materialize_grads=True))
+            return list(
+                torch.autograd.grad(losses, leaves, slopes * weights, retain_graph=True, materialize_grads=True)
+            )
 
         return product
+
+    def _rehearse(self, at: LossArguments) -> object:
+        return self._losses(at, at.theta)
+
+    def _by_differences(
+        self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
+    ) -> tuple[Tensor, Tensor]:
+        ahead, behind = (self._losses(at, moved(at.theta, v, s)).detach() for s in (step, -step))
+        slopes = (ahead - behind) / (2 * step)
+        return (slopes.square() * self._weights(at)).sum(), _inner(v, product)
+
+    def _losses(self, at: LossArguments, theta: Named) -> Tensor:
+        """Loss of each example, (n,)."""
+        return self._examples(self._loss.outputs(at, theta), at.targets)[0]
+
+    def _weights(self, at: LossArguments) -> Tensor:
+        """The factor of each example in the matrix of its batch, (n,)."""
+        n, like = batch_size((at.inputs, at.targets)), next(iter(at.theta.values()))
+        if self.reduction == "sum":
+            return like.new_ones(n)
+        if known(self.loss_fn) is None:
+            return like.new_full((n,), 1 / n)
+        weights = example_weights(self.loss_fn, at.targets).to(like)
+        return weights / weights.sum()
+
+    def _examples(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """Loss and weight of each example, (n,) each."""
+        if known(self.loss_fn) is not None:
+            if self.amp == "bf16":
+                outputs = outputs.float()
+            return example_losses(self.loss_fn, outputs, targets, check=False)
+
+        def one(output: Any, target: Any) -> Tensor:
+            return self._loss.of_outputs(*tree_map_only(Tensor, lambda part: part[None], (output, target)))
+
+        if self._vectorised:
+            each = vmap(one)(outputs, targets)
+        else:
+            n = batch_size(targets)
+            each = torch.stack([one(*_example((outputs, targets), i)) for i in range(n)])
+        return each, torch.ones_like(each)
+
+    def _batch_weights(self, weight: Weight) -> BatchWeights:
+        custom = weight is None and known(self.loss_fn) is None  # checked below to be a mean over examples
+        return super()._batch_weights("examples" if custom else weight)
+
+    def _fit_passes(self, batch: Batch) -> None:
+        super()._fit_passes(batch)
+        at = self._few(batch)
+        outputs = self._loss.outputs(at, at.theta)
+        for self._vectorised in (True, False):  # vmap cannot map a loss that branches on values or reads sizes
+            try:
+                each, weight = self._examples(outputs, at.targets)
+                break
+            except PnError:
+                raise
+            except Exception as error:
+                failed = error
+        else:
+            raise CurvatureError(f"the loss cannot be computed one example at a time ({reason(failed)})") from failed
+        whole, total = float(self._loss.of_outputs(outputs, at.targets)), float((each * weight).sum())
+        slack = 10 * tolerance(self.dtype, self.amp) * float((each * weight).abs().sum())
+        if self.reduction == "mean" and abs(whole * float(weight.sum()) - total) > slack:
+            if abs(whole - total) > slack:
+                raise CurvatureError(
+                    f"the loss of a batch ({whole:.6g}) is not the mean over its examples "
+                    f"({total / float(weight.sum()):.6g}), so that they have no gradients of their own"
+                )
+            self.reduction = "sum"
+
+
+def _tensors_of(outputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """The floating-point tensors of a nest (complex ones as pairs of real numbers), and how to put others in."""
+    leaves, spec = tree_flatten(outputs)
+    places = [i for i, leaf in enumerate(leaves) if _is_continuous(leaf)]
+    complex_places = {i for i in places if leaves[i].is_complex()}
+
+    def rebuild(tensors: list[Tensor]) -> Any:
+        filled = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            filled[i] = torch.view_as_complex(tensor) if i in complex_places else tensor
+        return tree_unflatten(filled, spec)
+
+    return [torch.view_as_real(leaves[i]) if i in complex_places else leaves[i] for i in places], rebuild
+
+
+def _example(nest: Any, i: int) -> Any:
+    return tree_map_only(Tensor, lambda part: part[i], nest)
+
+
+def _is_continuous(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _inner(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return torch.stack([(one * other).sum() for one, other in zip(a, b, strict=True)]).sum()

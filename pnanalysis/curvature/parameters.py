@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.models import parameter_layers
@@ -30,8 +31,8 @@ def select_parameters(model: nn.Module, selection: Selection = None) -> list[str
     Raises
     ------
     CurvatureError
-        If the selection is empty or matches nothing (the message lists the layers), or a chosen parameter is frozen
-        or not of a floating-point type.
+        If the selection is empty or matches nothing (the message lists the layers), or a chosen parameter is frozen,
+        uninitialised (lazy), or not of a floating-point or complex type.
     """
     parameters = dict(model.named_parameters())
     if selection is None:
@@ -48,7 +49,9 @@ def select_parameters(model: nn.Module, selection: Selection = None) -> list[str
     if not chosen:
         raise CurvatureError("no parameters chosen: the model has none that are trainable, or the selection is empty")
     for name in sorted(chosen):
-        if not parameters[name].is_floating_point():
+        if is_lazy(parameters[name]):
+            raise CurvatureError(f"parameter {name!r} has no shape yet; run the network once, or load its weights")
+        if not (parameters[name].is_floating_point() or parameters[name].is_complex()):
             raise CurvatureError(f"parameter {name!r} holds {parameters[name].dtype}, not floating-point numbers")
         if not parameters[name].requires_grad:
             raise CurvatureError(f"parameter {name!r} is frozen; call requires_grad_() on it or choose others")
@@ -65,6 +68,16 @@ def _matches(name: str, parameter: nn.Parameter, wanted: str | nn.Parameter) -> 
         or name.startswith(f"{wanted}.")
         or any(fnmatchcase(text, wanted) for text in (name, layer))
     )
+
+
+def as_real(parameters: Named) -> Named:
+    """The same memory as real numbers: a complex tensor gets a last dim of two, its real and imaginary parts."""
+    return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in parameters.items()}
+
+
+def as_given(theta: Named, complex_names: Collection[str]) -> Named:
+    """Undo :func:`as_real`, given the names of the complex parameters."""
+    return {name: torch.view_as_complex(t) if name in complex_names else t for name, t in theta.items()}
 
 
 def split_vector(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

@@ -1,36 +1,26 @@
-"""A copy of a model that is ready for products (eval mode, nothing in place, cheap batch normalisation), and precision.
-
-The settings of precision are here because they, too, say how the copy's forward pass is run.
-"""
+"""A copy of a model that is ready for products: eval mode, nothing in place, cheap batch normalisation."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pnanalysis.curvature.passes import unchanged
 from pnanalysis.inputs.copies import copied
 from pnanalysis.torch_internals import BatchNormBase, convolve
 
-#: What ``amp`` may be.
-PRECISIONS = ("no", "tf32", "bf16")
-
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def prepared_copy(model: nn.Module, bn_mode: str) -> nn.Module:
     """A copy in eval mode without in-place activations; with ``bn_mode="train"``, on the statistics of each batch.
 
-    Names of parameters and buffers stay. With running statistics, a batch normalisation whose input is the output of
-    one convolution, used by nothing else, becomes part of the convolution's weight and bias: it then costs no pass
-    over the activations.
+    Names of parameters and buffers stay.
     """
     prepared = copied(model).eval()
     for module in prepared.modules():
@@ -38,26 +28,38 @@ def prepared_copy(model: nn.Module, bn_mode: str) -> nn.Module:
             if isinstance(value, Tensor):
                 # a constant that is not a buffer would be built into a trace, which torch refuses under transforms
                 delattr(module, name)
-                module.register_buffer(name, value, persistent=False)
+                module.register_buffer(name, value.detach(), persistent=False)
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]  # two derivatives need the values before the activation
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # sparse gradients have no second derivative
         if isinstance(module, BatchNormBase) and bn_mode == "train":
             module.train()
             module.track_running_stats = False  # running statistics are then neither used nor changed
-    if bn_mode == "eval":
-        _fold_norms(prepared)
     return prepared
 
 
-def _fold_norms(model: nn.Module) -> None:
-    """Let each convolution apply the batch normalisation behind it, where nothing else uses its output."""
+def fold_norms(model: nn.Module) -> list[nn.Module]:
+    """Let each convolution apply the batch normalisation behind it, where nothing else uses its output.
+
+    The normalisation then costs no pass over the activations. Layers with hooks, whose code would see something else,
+    and parametrised ones are left alone. How the layers follow each other is read off a symbolic trace, which may take
+    another branch than the data do: compare outputs before and after, and :func:`unfold_norms` if they differ.
+
+    Returns
+    -------
+    list of Module
+        The layers that compute something else than before.
+    """
     modules = dict(model.named_modules())
     try:
-        nodes = fx.symbolic_trace(model).graph.nodes
+        with unchanged(model):
+            nodes = fx.symbolic_trace(model).graph.nodes
     except Exception:  # a user's model may raise anything on symbols: it is left unchanged
-        return
+        return []
     calls = [node for node in nodes if node.op == "call_module"]
     times_called = Counter(node.target for node in calls)
+    folded: list[nn.Module] = []
     for node in calls:
         source: Any = node.args[0] if node.args else None
         if source not in calls or len(source.users) > 1:
@@ -66,9 +68,23 @@ def _fold_norms(model: nn.Module) -> None:
             continue
         conv, norm = modules[source.target], modules[node.target]
         # exact types, for a subclass may compute something else
-        if type(conv) in _CONVOLUTIONS and type(norm) in _NORMS and norm.running_mean is not None:
+        known = type(conv) in _CONVOLUTIONS and type(norm) in _NORMS and norm.running_mean is not None
+        if known and _as_written(conv) and _as_written(norm):
             conv.forward = partial(_convolve_and_normalise, conv, norm)
             norm.forward = _identity
+            folded += [conv, norm]
+    return folded
+
+
+def unfold_norms(folded: list[nn.Module]) -> None:
+    """Undo :func:`fold_norms`."""
+    for module in folded:
+        del module.forward
+
+
+def _as_written(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward and nothing else."""
+    return "forward" not in vars(module) and not any(getattr(module, name) for name in _HOOKS)
 
 
 def _convolve_and_normalise(conv: Any, norm: Any, inputs: Tensor) -> Tensor:
@@ -88,33 +104,4 @@ def _identity(inputs: Tensor) -> Tensor:
     return inputs
 
 
-@contextmanager
-def autocast(device: torch.device, amp: str) -> Iterator[None]:
-    """Forward passes that can be differentiated twice; in bfloat16 with ``amp="bf16"``."""
-    with (
-        torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"),
-        sdpa_kernel(SDPBackend.MATH),  # the other kernels for attention have no second derivative
-    ):
-        yield
-
-
-@contextmanager
-def float32_precision(amp: str) -> Iterator[None]:
-    """Multiply in TensorFloat-32 on CUDA with ``amp="tf32"``, and in full float32 otherwise.
-
-    torch's own default is TensorFloat-32 in convolutions. The previous settings, which belong to the whole process,
-    are restored at the end.
-    """
-    cudnn: Any = torch.backends.cudnn
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "tf32" if amp == "tf32" else "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-__all__ = ["PRECISIONS", "autocast", "float32_precision", "prepared_copy"]
+__all__ = ["fold_norms", "prepared_copy", "unfold_norms"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pnanalysis.curvature.parameters import Named, join_tensors, pullback, requiring_grad, split_vector
+from pnanalysis.curvature.parameters import Named, as_given, join_tensors, pullback, requiring_grad, split_vector
 
 Penalty = Callable[[nn.Module], Tensor]
 
@@ -22,6 +22,8 @@ class Regulariser:
         The model that the penalty is called with.
     theta, others : mappings of str to Tensor
         The chosen parameters, and the other parameters and buffers.
+    complex_names : collection of str
+        The chosen parameters that are complex: see :func:`pnanalysis.curvature.parameters.as_real`.
     """
 
     def __init__(
@@ -31,7 +33,9 @@ class Regulariser:
         others: Named,
         weight_decay: float = 0.0,
         penalty: Penalty | None = None,
+        complex_names: Collection[str] = (),
     ) -> None:
+        self.complex_names = complex_names
         self.weight_decay, self.penalty = weight_decay, penalty
         self._caller = None if penalty is None else _Caller(model, penalty)
         self._theta, self._others = theta, others
@@ -71,7 +75,8 @@ class Regulariser:
         """The penalty, seeing the model with ``theta`` in it."""
         if self._caller is None:
             return 0.0
-        state = {f"model.{name}": tensor for name, tensor in {**self._others, **theta}.items()}
+        held = {**self._others, **as_given(theta, self.complex_names)}
+        state = {f"model.{name}": tensor for name, tensor in held.items()}
         value: Tensor = functional_call(self._caller, state, ())
         return value
 

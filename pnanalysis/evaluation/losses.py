@@ -153,13 +153,15 @@ def check_targets(loss: Loss, outputs: Any, targets: Any) -> None:
             raise DataError(f"the loss cannot take these data: {wrong}")
 
 
-def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+def example_losses(loss: Loss, outputs: Any, targets: Any, check: bool = True) -> tuple[Tensor, Tensor]:
     """The loss of each example of a batch, and its weight in the batch's mean.
 
     Parameters
     ----------
     loss : callable
     outputs, targets : tensors, or nests of tensors whose first dims count examples
+    check : bool
+        Whether to look at the values of the targets, which a trace cannot.
 
     Returns
     -------
@@ -180,7 +182,8 @@ def example_losses(loss: Loss, outputs: Any, targets: Any) -> tuple[Tensor, Tens
         return each, torch.ones_like(each)
     if not isinstance(outputs, Tensor):
         raise not_for(loss, outputs)
-    check_targets(loss, outputs, targets)
+    if check:
+        check_targets(loss, outputs, targets)
     values = found.function(outputs, targets, reduction="none", **found.options).reshape(len(targets), -1)
     if not _are_indices(found, targets):
         each = values.mean(1)

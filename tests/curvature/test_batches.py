@@ -78,6 +78,8 @@ def test_a_loss_that_needs_more_than_two_examples_has_them() -> None:
     model, batches = NETWORKS["tanh"](), images((4, 3))
     v = torch.ones(sum(p.numel() for p in model.parameters())).double()
     expected = HessianOperator(model, cross_entropy, batches).matvec(v)
-    assert relative(HessianOperator(model, wide, batches).matvec(v), expected) < 1e-12
+    assert relative(HessianOperator(model, wide, batches, weight="examples").matvec(v), expected) < 1e-12
+    with pytest.raises(CurvatureError, match="weight="):  # nothing is known of its parts
+        HessianOperator(model, wide, batches)
     with pytest.raises(ValueError, match="too few"):
         HessianOperator(model, wide, images((2, 4)))

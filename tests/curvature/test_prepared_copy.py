@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pnanalysis.curvature.operators import HessianOperator
-from pnanalysis.curvature.prepared_copy import prepared_copy
+from pnanalysis.curvature.prepared_copy import fold_norms, prepared_copy, unfold_norms
 from tests.curvature.conftest import NETWORKS, images
 
 
@@ -32,10 +32,14 @@ def test_folded_batch_normalisation_leaves_the_outputs_as_they_are(padding_mode:
     model(torch.randn(8, 2, 5, 5))  # running statistics that are not trivial
     model = model.double().eval()
     prepared = prepared_copy(model, "eval")
+    folded = fold_norms(prepared)
+    assert folded == [prepared[0], prepared[1]]
     inputs = torch.randn(4, 2, 5, 5).double()
     torch.testing.assert_close(prepared(inputs), model(inputs), rtol=1e-12, atol=1e-12)
     norm_inputs = torch.randn(1, 3, 2, 2).double()
     assert torch.equal(prepared[1](norm_inputs), norm_inputs)  # nothing is left to do for the norm
+    unfold_norms(folded)
+    assert torch.equal(prepared(inputs), model(inputs))
 
 
 def test_batch_normalisation_behind_a_shared_convolution_is_not_folded() -> None:
@@ -51,4 +55,6 @@ def test_batch_normalisation_behind_a_shared_convolution_is_not_folded() -> None
     model = Branches().eval()
     nn.init.constant_(model.norm.running_mean, 0.5)
     inputs = torch.randn(2, 1, 3, 3)
-    torch.testing.assert_close(prepared_copy(model, "eval")(inputs), model(inputs))
+    prepared = prepared_copy(model, "eval")
+    assert not fold_norms(prepared)
+    assert torch.equal(prepared(inputs), model(inputs))

@@ -1,0 +1,212 @@
+"""What each batch weighs in the loss over all data: known for torch's losses, measured for all others.
+
+A loss of one's own may be a mean over examples, over the tokens or positions that a mask keeps, over graphs, or a sum.
+The value of a batch is then compared with the values of its parts: a mean over things of which there are :math:`w_1`
+in one part and :math:`w_2` in the other fulfils :math:`(w_1 + w_2) L = w_1 L_1 + w_2 L_2`, and a sum
+:math:`L = L_1 + L_2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pnanalysis.errors import CurvatureError
+from pnanalysis.evaluation.forward import IGNORED
+from pnanalysis.evaluation.losses import InspectedLoss, example_weights, known
+from pnanalysis.inputs.batches import batch_size, cut, map_tensors, tensors
+
+#: ``weight(inputs, targets)``, or what batches weigh by.
+Weight = Callable[[Any, Any], Any] | str | None
+RULES = ("examples", "batches")
+#: Batches whose parts are looked at.
+_MEASURED_BATCHES = 4
+#: What the two sides of the equation may differ by, relative to the values, by roundoff.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_OTHER_TOLERANCE = 2e-2
+_SUM = "sum"
+_WAY_OUT = (
+    "say what a batch weighs with weight='examples', weight='batches', or a function weight(inputs, targets), as in "
+    "weight=lambda inputs, targets: (targets != -100).sum()"
+)
+
+
+class BatchWeights:
+    """Collects the weights of batches that are shown to it one after another.
+
+    Parameters
+    ----------
+    loss : InspectedLoss
+    weight : None, "examples", "batches" or callable
+        ``None`` knows torch's own losses, and measures all others.
+    dtype : torch.dtype
+        Precision of the loss.
+    evaluate, outputs, of_outputs : callable
+        ``evaluate(batch)`` is the loss of a batch; ``outputs(batch)`` what the network returns for it, and
+        ``of_outputs(outputs, targets)`` the loss then.
+    """
+
+    def __init__(
+        self,
+        loss: InspectedLoss,
+        weight: Weight,
+        dtype: torch.dtype,
+        evaluate: Callable[[Any], Tensor],
+        outputs: Callable[[Any], Any],
+        of_outputs: Callable[[Any, Any], Tensor],
+    ) -> None:
+        if isinstance(weight, str) and weight not in RULES:
+            raise CurvatureError(f"weight is {weight!r}; it must be {', '.join(RULES)} or weight(inputs, targets)")
+        self.loss, self.weight = loss, weight
+        self.evaluate, self.outputs, self.of_outputs = evaluate, outputs, of_outputs
+        self.tolerance = _TOLERANCE.get(dtype, _OTHER_TOLERANCE)
+        self.measures = weight is None and known(loss) is None
+        self._given: list[float] = []
+        self._counts: list[dict[str, float]] = []
+        self._alive: set[str] | None = None
+        self._n_measured = 0
+
+    def add(self, batch: Any) -> bool:
+        """Note the weight of the next batch; false if nothing in it counts.
+
+        Raises
+        ------
+        CurvatureError
+            If its given weight is not a positive number.
+        """
+        if not self.measures:
+            self._given.append(self._weight_of(batch))
+            return self._given[-1] > 0
+        self._counts.append(_counts(batch))
+        if self._n_measured < _MEASURED_BATCHES:
+            for part in self._parts(batch):
+                self._compare(*part)
+        return True
+
+    def finish(self) -> tuple[list[float], str]:
+        """The weights of all batches, and whether the loss is a ``"mean"`` or a ``"sum"`` over each.
+
+        Raises
+        ------
+        CurvatureError
+            If the weights could not be measured, or what was measured leaves a choice.
+        """
+        if not self.measures:
+            return self._given, "mean"
+        examples = [counts["examples"] for counts in self._counts]
+        only_sum = self._alive == {_SUM}
+        if len(examples) == 1 or only_sum or (not self._n_measured and max(examples) == 1):
+            return examples, "sum" if only_sum else "mean"
+        everywhere = set.intersection(*map(set, self._counts))
+        alive = sorted((self._alive or set()) & everywhere)
+        if not alive:
+            raise CurvatureError(
+                f"the loss of a batch is neither a mean nor a sum over its parts that this package knows; {_WAY_OUT}"
+            )
+        found = {name: [counts[name] for counts in self._counts] for name in alive}
+        first = found.get("examples", found[alive[0]])
+        for name, weights in found.items():
+            if not _proportional(first, weights):
+                one = "examples" if "examples" in found else alive[0]
+                raise CurvatureError(
+                    f"batches of unequal size may count by their {one} or by their {name}, which no part of one batch "
+                    f"tells; {_WAY_OUT}"
+                )
+        return first, "mean"
+
+    def _weight_of(self, batch: Any) -> float:
+        if self.weight == "batches":
+            return 1.0
+        if self.weight == "examples":
+            return float(batch_size(batch))
+        if callable(self.weight):
+            weight = float(self.weight(*batch))
+            if not 0 < weight < float("inf"):
+                raise CurvatureError(f"weight gave {weight:g} for a batch; it must give a positive number")
+            return weight
+        return _known_weight(self.loss, batch)
+
+    def _parts(self, batch: Any) -> Iterator[tuple[Any, Any, Any, float, float, float]]:
+        """A batch, two parts of it and the losses of the three; for several ways of cutting it in two."""
+        n = batch_size(batch)
+        for at in sorted({n // 2, n // 3} - {0}):
+            first, second = slice(0, at), slice(at, n)
+            try:
+                parts = cut(batch, first), cut(batch, second)
+            except Exception:  # graphs: examples are not along the first dim of all tensors
+                parts = None
+            try:
+                outputs = self.outputs(batch)
+                whole = self.of_outputs(outputs, batch[1])
+                pieces = [_cut_outputs(outputs, batch[1], part) for part in (first, second)]
+                losses = [self.of_outputs(*piece) for piece in pieces]
+                counted = parts or [((), piece[1]) for piece in pieces]
+            except Exception:  # what the network returns has no examples along its first dim
+                if parts is None:
+                    return
+                try:
+                    whole, *losses = (self.evaluate(piece) for piece in (batch, *parts))
+                    counted = parts
+                except Exception:  # it needs batches of one size
+                    return
+            yield batch, *counted, *(float(value.detach()) for value in (whole, *losses))
+
+    def _compare(self, batch: Any, one: Any, other: Any, whole: float, first: float, second: float) -> None:
+        if not all(abs(value) < float("inf") for value in (whole, first, second)):
+            return  # a part without anything that counts: 0 / 0
+        self._n_measured += 1
+        slack = self.tolerance * (abs(whole) + abs(first) + abs(second))
+        fitting = {_SUM} if abs(whole - first - second) <= slack else set()
+        counts = [_counts(part) for part in (one, other)]
+        for name in counts[0].keys() & counts[1].keys():
+            a, b = (each[name] for each in counts)
+            if a + b > 0 and abs((a * first + b * second) / (a + b) - whole) <= slack:
+                fitting.add(name)
+        self._alive = fitting if self._alive is None else self._alive & fitting
+
+
+def _known_weight(loss: InspectedLoss, batch: Any) -> float:
+    """What the mean of one of torch's losses divides by: elements of the targets, or the sum of their weights."""
+    targets = batch[1]
+    if not isinstance(targets, Tensor) or not len(targets):
+        return float(batch_size(batch))
+    return float(example_weights(loss, targets).double().sum()) * targets.numel() / len(targets)
+
+
+def _counts(batch: Any) -> dict[str, float]:
+    """Numbers of things in a batch that a loss may be a mean over, by what they are called in messages."""
+    inputs, targets = batch
+    found: dict[str, float] = {"examples": float(batch_size((inputs, targets)))}
+    places = [("targets", tensor) for tensor in tensors(targets)] + [("inputs", tensor) for tensor in tensors(inputs)]
+    for i, (place, tensor) in enumerate(places):
+        if tensor.ndim == 0 or tensor.is_complex() or (place == "inputs" and tensor.is_floating_point()):
+            continue
+        label = place if len(places) == 1 else f"{place} ({i + 1})"
+        if place == "targets":
+            found[f"elements of the {label}"] = float(tensor.numel())
+        for shifted, rows in (("", tensor), ("shifted ", tensor[:, 1:] if tensor.ndim > 1 else tensor[:0])):
+            if tensor.is_floating_point():
+                found[f"sum of the {shifted}{label}"] = float(rows.double().sum())
+            else:
+                found[f"{shifted}{label} that are not {IGNORED}"] = float((rows != IGNORED).sum())
+                found[f"{shifted}{label} that are not 0"] = float((rows != 0).sum())
+    return found
+
+
+def _cut_outputs(outputs: Any, targets: Any, part: slice) -> tuple[Any, Any]:
+    """Some of the examples of outputs and targets."""
+    sizes = {tensor.shape[:1] for tensor in tensors((outputs, targets)) if tensor.ndim}
+    if len(sizes) != 1:
+        raise ValueError("these have no examples along one dim")
+    cut_outputs, cut_targets = map_tensors((outputs, targets), lambda t: t[part] if t.ndim else t)
+    return cut_outputs, cut_targets
+
+
+def _proportional(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(abs(x * sum(b) - y * sum(a)) <= 1e-9 * sum(a) * sum(b) for x, y in zip(a, b, strict=True))
+
+
+__all__ = ["RULES", "BatchWeights", "Weight"]

@@ -1,0 +1,123 @@
+"""How passes over a network run: differentiable twice, in a stated precision, and leaving no trace on its modules."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+#: What ``amp`` may be.
+PRECISIONS = ("no", "tf32", "bf16")
+
+
+@contextmanager
+def autocast(device: torch.device, amp: str) -> Iterator[None]:
+    """Forward passes in bfloat16 with ``amp="bf16"``, of functions that have a second derivative."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"), _TwiceDifferentiable():
+        yield
+
+
+@contextmanager
+def plain_passes(device: torch.device, amp: str, recurrent: bool = False) -> Iterator[None]:
+    """Passes as written, in eager mode and in the precision ``amp``, by implementations that have second derivatives.
+
+    All settings belong to the whole process, and are restored at the end. ``amp="tf32"`` multiplies in
+    TensorFloat-32 on CUDA; everything else in full float32, where torch's own default is TensorFloat-32 in
+    convolutions. ``recurrent`` says that the network has recurrent layers, whose cuDNN kernels differentiate once only.
+    """
+    backends: Any = torch.backends
+    cudnn = backends.cudnn
+    precision = "tf32" if amp == "tf32" else "ieee"
+    with ExitStack() as stack:
+        for backend in (backends.cuda.matmul, cudnn.conv, cudnn.rnn):
+            stack.enter_context(_setting(backend, "fp32_precision", precision))
+        if recurrent and device.type == "cuda":
+            stack.enter_context(_setting(cudnn, "enabled", False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the other kernels for attention differentiate once only
+        # transformer encoders have a path for inference, on nested tensors, without any derivatives
+        stack.callback(backends.mha.set_fastpath_enabled, backends.mha.get_fastpath_enabled())
+        backends.mha.set_fastpath_enabled(False)
+        if "torch._dynamo" in sys.modules:  # something has been compiled; importing it would take seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def _setting(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what the body leaves on the modules: cached masks, kept features, counters.
+
+    A tensor that a trace leaves behind has no values, and one of another batch may be wrong for the next.
+    """
+    before = [(vars(module), _shallow(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, kept in before:
+            attributes.clear()
+            attributes.update(kept)
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+    # one level deeper than a shallow copy: modules keep their buffers, and users their caches, in containers
+    return {name: value.copy() if type(value) in (dict, list, set) else value for name, value in attributes.items()}
+
+
+# -- functions whose second derivative torch lacks, written in terms of others -------------------------------------
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    return F.hardtanh(x + 3, 0.0, 6.0) / 6
+
+
+def _embedding_bag(
+    indices: Tensor, weight: Tensor, offsets: Tensor | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False,
+    per_sample_weights: Tensor | None = None, include_last_offset: bool = False, padding_idx: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Bags of equal size, one a row, as an embedding and a reduction."""
+    if indices.ndim != 2 or max_norm is not None or padding_idx is not None or (mode == "max" and indices.shape[1] < 1):
+        raise _NotRewritten
+    rows = F.embedding(indices, weight)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[..., None]
+    return rows.mean(1) if mode == "mean" else rows.sum(1) if mode == "sum" else rows.amax(1)
+
+
+_REWRITTEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.hardsigmoid: _hardsigmoid,
+    F.embedding_bag: _embedding_bag,
+}
+
+
+class _NotRewritten(Exception):
+    """The arguments ask for something that the other form does not cover."""
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _REWRITTEN:
+            try:
+                return _REWRITTEN[func](*args, **(kwargs or {}))
+            except _NotRewritten:
+                pass  # then as it is: the check of products finds out
+        return func(*args, **(kwargs or {}))
+
+
+__all__ = ["PRECISIONS", "autocast", "plain_passes", "unchanged"]

@@ -1,0 +1,219 @@
+"""Check products with a second, independent way of computing them, before any of them is used.
+
+A product can be computed by forward-mode differentiation of the gradient, which can be traced, or by reverse mode
+alone. They differ where torch's own rules do: forward mode sees through ``torch.no_grad()`` and ``.data``, ignores
+``padding_idx``, and some functions have a wrong or no second derivative in one of the modes. What is meant by the
+network's owner is what training follows, the gradient by reverse mode; so where the two differ, and finite differences
+do not say otherwise, reverse mode is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pnanalysis.errors import CurvatureError, PnError, reason
+
+if TYPE_CHECKING:
+    from pnanalysis.curvature.base import CurvatureOperator, LossArguments
+
+#: Largest difference between two ways of computing one product, relative to the product, by the type of the numbers.
+#: In float64 it leaves room for networks that compute parts in float32 (norms, softmax), as some do by design.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}
+_OTHER_TOLERANCE = 0.1  # of bfloat16 and float16
+#: What finite differences may differ by: their own error is far smaller where the loss is smooth.
+_DIFFERENCES_TOLERANCE = 1e-4
+#: Steps of finite differences, relative to the parameters. Kinks (of ReLU) lie in the way of few of them.
+_STEPS = (1e-4, 1e-5, 1e-6)
+#: Examples to check on.
+EXAMPLES = 8
+#: Parameters beyond which the check is not made in float64, to save memory.
+_MANY_PARAMETERS = 50_000_000
+#: A part of the product counts as if it were at least this large relative to the whole.
+_NEGLIGIBLE = 1e-3
+
+
+class ProductCheck(NamedTuple):
+    """Which ways of computing products are right for an operator, and how far they agree.
+
+    Attributes
+    ----------
+    forward, reverse : bool
+        Whether forward mode over reverse mode may be traced and used, and whether reverse mode alone may.
+    difference : float
+        Between the two ways, or the one that is right and finite differences, relative to the product; NaN where
+        there was nothing to compare with.
+    note : str
+        What the user should know; empty if all is well.
+    """
+
+    forward: bool
+    reverse: bool
+    difference: float
+    note: str = ""
+
+
+def check_products(op: CurvatureOperator, at: LossArguments) -> ProductCheck:
+    """Compute one product on a few examples in both ways, and by finite differences where they differ.
+
+    Parameters
+    ----------
+    op : CurvatureOperator
+    at : LossArguments
+        A few examples.
+
+    Raises
+    ------
+    CurvatureError
+        If neither way works, or none agrees with finite differences of the gradient.
+    """
+    v = random_direction(at.theta)
+    op, at, v = in_double(op, at, v) or (op, at, v)
+    if not bool(op._loss_at_theta(at).detach().isfinite()):
+        return ProductCheck(True, True, torch.nan)  # products will not be finite, and say so
+    forward, no_forward = _attempt(lambda: op._product(at, v))
+    reverse, no_reverse = _attempt(lambda: op._direct(at)(v))
+    if forward is not None and reverse is not None:
+        difference, where = largest_difference(forward, reverse, op.names)
+        if difference <= tolerance(op.dtype, op.amp):
+            return ProductCheck(True, True, difference)
+        return _decided(op, at, v, forward, reverse, difference, where)
+    if forward is None and reverse is None:
+        raise _impossible(op, no_reverse or no_forward) from no_reverse
+    if op.dtype != torch.float64:
+        return ProductCheck(True, reverse is not None, torch.nan)
+    if not _loss_has_the_gradient(op, at, v):
+        if reverse is None:
+            raise _impossible(op, no_reverse) from no_reverse
+        return ProductCheck(False, True, torch.nan)
+    product = forward if reverse is None else reverse
+    assert product is not None
+    difference = _from_differences(op, at, v, product)
+    if difference > _DIFFERENCES_TOLERANCE:
+        raise _wrong(op, difference)
+    # torch may lack a rule only where it is not traced, and a traced program is compared with reverse mode
+    return ProductCheck(True, reverse is not None, difference)
+
+
+def _decided(
+    op: CurvatureOperator, at: LossArguments, v: list[Tensor], forward: list[Tensor], reverse: list[Tensor],
+    difference: float, where: str,
+) -> ProductCheck:  # fmt: skip
+    """Which of two different products is right."""
+    parts = f"forward-mode and reverse-mode derivatives differ by {difference:.2g}, most at {where!r}"
+    if op.dtype != torch.float64 or not _loss_has_the_gradient(op, at, v):
+        return ProductCheck(
+            False, True, difference,
+            f"{parts}: part of the computation is hidden from the gradient (torch.no_grad, .data, padding_idx, a "
+            "custom autograd.Function); products are computed by reverse mode, which sees what the gradient sees",
+        )  # fmt: skip
+    errors = [_from_differences(op, at, v, product) for product in (forward, reverse)]
+    right = [error <= _DIFFERENCES_TOLERANCE for error in errors]
+    if not any(right):
+        raise _wrong(op, min(errors))
+    which = "reverse" if right[1] else "forward"
+    return ProductCheck(
+        right[0], right[1], min(errors),
+        f"{parts}: torch's rule for one of them is wrong there; finite differences agree with {which} mode, which is "
+        "used",
+    )  # fmt: skip
+
+
+def random_direction(theta: dict[str, Tensor]) -> list[Tensor]:
+    """A random vector of length 1 in the shapes of the parameters; the global random state stays as it is."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(t.shape, generator=generator) for t in theta.values()]
+    length = sum(float(part.square().sum()) for part in parts) ** 0.5
+    return [part.div_(length).to(t) for part, t in zip(parts, theta.values(), strict=True)]
+
+
+def tolerance(dtype: torch.dtype, amp: str = "no") -> float:
+    """What two ways of computing one product may differ by, through roundoff."""
+    return _OTHER_TOLERANCE if amp != "no" else TOLERANCE.get(dtype, _OTHER_TOLERANCE)
+
+
+def largest_difference(a: Sequence[Tensor], b: Sequence[Tensor], names: Sequence[str]) -> tuple[float, str]:
+    """The largest relative difference of any parameter's part of two products, and the parameter's name."""
+    sizes = [float(part.double().square().sum()) ** 0.5 for part in b]
+    least = _NEGLIGIBLE * sum(size**2 for size in sizes) ** 0.5 or 1.0
+    found = [
+        float((one.double() - other.double()).square().sum()) ** 0.5 / max(size, least)
+        for one, other, size in zip(a, b, sizes, strict=True)
+    ]
+    worst = max(range(len(found)), key=lambda i: (found[i] != found[i], found[i]))  # NaN is worse than any number
+    return (found[worst] if found[worst] == found[worst] else torch.inf), names[worst]
+
+
+def moved(theta: dict[str, Tensor], v: list[Tensor], step: float) -> dict[str, Tensor]:
+    """The parameters, a step along a vector away."""
+    return {name: tensor + step * part for (name, tensor), part in zip(theta.items(), v, strict=True)}
+
+
+def in_double(op: CurvatureOperator, at: LossArguments, v: list[Tensor]) -> Any:
+    """The operator, its arguments and a vector in float64, without autocast; ``None`` where the network refuses it."""
+    if op.n_parameters > _MANY_PARAMETERS:
+        return None
+    try:
+        twin, there = op._in_double(at)
+        if bool(twin._loss_at_theta(there).detach().isfinite()):
+            return twin, there, [part.double() for part in v]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a user's network may insist on float32
+        pass
+    return None
+
+
+def _attempt(compute: Callable[[], list[Tensor]]) -> tuple[list[Tensor] | None, Exception | None]:
+    try:
+        return [part.detach() for part in compute()], None
+    except (PnError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch lacks a derivative, or the user's code does not run under a transform
+        return None, error
+
+
+def _loss_has_the_gradient(op: CurvatureOperator, at: LossArguments, v: list[Tensor]) -> bool:
+    """Whether the gradient is the derivative of the loss: not so where parts of it are hidden from the gradient."""
+    slope = float(sum((g * part).sum() for g, part in zip(op._loss.gradient(at, at.theta), v, strict=True)))
+    for step in _steps(at):
+        ahead, behind = (float(op._loss(at, moved(at.theta, v, sign * step)).detach()) for sign in (1, -1))
+        rise = (ahead - behind) / (2 * step)
+        roundoff = 1e-14 * (abs(ahead) + abs(behind)) / step
+        if abs(rise - slope) <= _DIFFERENCES_TOLERANCE * (abs(rise) + abs(slope)) + roundoff:
+            return True
+    return False
+
+
+def _from_differences(op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]) -> float:
+    """How far a product is from finite differences, relative to the product; the best of several steps."""
+    found = []
+    for step in _steps(at):
+        theirs, ours = op._by_differences(at, v, product, step)
+        size = float(theirs.square().sum()) ** 0.5
+        gap = float((theirs - ours).square().sum()) ** 0.5
+        found.append(gap / size if size else gap)
+    return min((value for value in found if value == value), default=torch.inf)
+
+
+def _steps(at: LossArguments) -> list[float]:
+    size = sum(float(t.square().sum()) for t in at.theta.values()) ** 0.5
+    return [step * max(size, 1.0) for step in _STEPS]
+
+
+def _impossible(op: CurvatureOperator, error: Exception | None) -> CurvatureError:
+    return CurvatureError(
+        f"{type(op).__name__} cannot be computed for this network and loss: {reason(error) if error else ''}; "
+        "choose params below that part, or write it by functions that can be differentiated twice"
+    )
+
+
+def _wrong(op: CurvatureOperator, difference: float) -> CurvatureError:
+    return CurvatureError(
+        f"torch's derivatives of this network and loss are wrong: products of {type(op).__name__} differ from finite "
+        f"differences by {difference:.2g}, relative to their size; look for functions without a derivative at some "
+        "example (a norm or a square root at zero, say) and rewrite them"
+    )
