@@ -35,6 +35,8 @@ ZEROS_WITHOUT_MEMORY = _aten._efficientzerotensor.default
 #: Zeros that forward-mode differentiation makes to copy a tangent into, where the tangent's storage is not laid out
 #: as the tensor's own (a view of part of a flat vector, for example).
 ZEROS_FOR_TANGENT = _aten._new_zeros_with_same_feature_meta.default
+#: What both forms of weight_norm call; its second derivative is wrong on CPUs (torch 2.15).
+WEIGHT_NORM = getattr(torch, "_weight_norm", None)
 #: What ``Tensor.to`` becomes in a trace.
 CONVERSION = _aten._to_copy.default
 
@@ -60,6 +62,7 @@ def convolve(layer: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 __all__ = [
     "CONVERSION",
+    "WEIGHT_NORM",
     "ZEROS_FOR_TANGENT",
     "ZEROS_WITHOUT_MEMORY",
     "BatchNormBase",

@@ -247,7 +247,7 @@ def _spectra(
     options = requested.options
     found: dict[tuple[str, object], xr.Dataset] = {}
     for source in selection.sources:
-        part = source.split(requested.split, requested.n, options.seed, device)
+        part = selection.split(source, requested.split, requested.n, options.seed, device)
         batches = part.batches(requested.batch_size)
         digest_of = matrix_digests(source, options.matrix_settings(), part)
         for item in selection.distinct(source):
@@ -293,7 +293,9 @@ def _saturation(
     selection: Selection, networks: Mapping[str, nn.Module], split: str, device: torch.device, seed: int, progress: bool
 ) -> xr.Dataset:
     """A percentile of the absolute activations of every activation layer; empty if no network has any."""
-    parts = {source.label: examples_of(source, split, _N_SATURATION, seed, device) for source in selection.sources}
+    parts = {
+        source.label: examples_of(selection, source, split, _N_SATURATION, seed, device) for source in selection.sources
+    }
     measures = Measures(percentiles=(_PERCENTILE,))
     rows: list[xr.DataArray] = []
     bounded: dict[str, bool] = {}

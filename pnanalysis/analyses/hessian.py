@@ -200,7 +200,7 @@ def hessian(
     cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection))
     found: dict[tuple[str, object], dict[str, tuple[xr.Dataset, str]]] = {}
     for source in selection.sources:
-        part = source.split(split, n, seed, torch_device)
+        part = selection.split(source, split, n, seed, torch_device)
         batches = part.batches(batch_size)
         digest_of = matrix_digests(source, options.matrix_settings(), part)
         for item in selection.distinct(source):

@@ -23,7 +23,7 @@ from pnanalysis.geometry.barriers import profiles
 from pnanalysis.geometry.curves import CURVES, train_curve
 from pnanalysis.geometry.loss_surface import BATCH_NORM, LossSurface
 from pnanalysis.geometry.planes import plane_through_three, random_plane
-from pnanalysis.inputs.batches import cut
+from pnanalysis.inputs.batches import first_examples
 from pnanalysis.inputs.copies import copied, in_precision
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split
 from pnanalysis.inputs.examples import check_same_data, check_same_loss
@@ -191,7 +191,7 @@ def landscape(
         points.networks(torch_device, resolve_dtype(dtype)), first.loss,
         {name: part.batches(batch_size) for name, part in parts.items()},
         options, splits=splits, label=first.label,
-        curve_data=first.data.get("train").to(torch_device) if view == "curve" else None,
+        curve_data=first.split("train", None, seed, torch_device) if view == "curve" else None,
         progress=progress,
     )  # fmt: skip
     if view == "plane":
@@ -294,7 +294,7 @@ def _check_same_function(
 
 
 def _few_inputs(surface: LossSurface, batches: Iterable[Any]) -> Any:
-    return surface.cast(cut(next(iter(batches)), slice(0, 4))[0])
+    return surface.cast(first_examples(next(iter(batches)), 4)[0])
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -120,7 +120,7 @@ def saturation(
     selection, torch_device = select(given, checkpoints, model=model, data=data), resolve_device(device)
     if len({source.run is None for source in selection.sources}) > 1:
         raise RunError("runs lie along iterations and epochs, networks do not: look at them one after the other")
-    parts = {source.label: examples_of(source, split, n, seed, torch_device) for source in selection.sources}
+    parts = {source.label: examples_of(selection, source, split, n, seed, torch_device) for source in selection.sources}
     if bin_range is None:
         bin_range = _bin_range(selection, parts, torch_device)
     found: dict[tuple[str, object], xr.Dataset] = {}
@@ -199,9 +199,12 @@ def activation_ranges(network: nn.Module, inputs: Any) -> list[tuple[Activation,
     return ranges
 
 
-def examples_of(source: Source, split: str, n: int | None, seed: int, device: torch.device) -> Split | LoaderSplit:
-    """Examples of the split, or of the training data where there is no such split."""
-    return source.split(split if getattr(source.data, split) is not None else "train", n, seed, device)
+def examples_of(
+    selection: Selection, source: Source, split: str, n: int | None, seed: int, device: torch.device
+) -> Split | LoaderSplit:
+    """Examples of the split in float32, or of the training data where there is no such split."""
+    there = split if getattr(source.data, split) is not None else "train"
+    return selection.split(source, there, n, seed, device, torch.float32)
 
 
 def _bin_range(

@@ -104,7 +104,7 @@ def sharpness(
     total = len(selection.distinct()) * len(radii) * n_starts * n_steps
     with progress_bar("sharpness", total, progress) as advance:
         for source in selection.sources:
-            batches = source.split(split, n, seed, torch_device).batches(batch_size)
+            batches = selection.split(source, split, n, seed, torch_device).batches(batch_size)
             for item in selection.distinct(source):
                 network = selection.network(item, torch_device, torch_dtype)
                 found[item.key] = network_sharpness(

@@ -16,7 +16,8 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.inputs.data import LoaderSplit, Split, fingerprint
+from pnanalysis.inputs.batches import fingerprint, tensors
+from pnanalysis.inputs.data import LoaderSplit, Split
 from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
 from pnanalysis.io.atomic import atomic_path
@@ -50,7 +51,7 @@ def matrix_digests(
     registered = source.run is not None and not any(":" in name or name.startswith("own ") for name in (model, loss))
     if not registered or not isinstance(part, Split):
         return lambda network: ""
-    examples = fingerprint(*(t for t in (part.inputs, part.targets, part.offset, part.scale) if t is not None))
+    examples = fingerprint(*tensors([part.inputs, part.targets, part.offset, part.scale]))
     text = json.dumps([model, loss, examples, dict(settings)], sort_keys=True, default=str)
     return lambda network: hashlib.sha256((weights_digest(network) + text).encode()).hexdigest()
 

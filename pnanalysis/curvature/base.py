@@ -36,7 +36,7 @@ from pnanalysis.curvature.traced_products import TracedProducts
 from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.losses import check_targets, loss_on
-from pnanalysis.inputs.batches import cut, map_tensors, move
+from pnanalysis.inputs.batches import first_examples, map_tensors, move
 from pnanalysis.inputs.copies import in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.spectra.linear_operator import contiguous_columns
@@ -306,6 +306,9 @@ class CurvatureOperator:
             return "traced"
         return "reverse mode" if self.product_check.reverse else "forward mode"
 
+    #: Whether differences give the product itself, by parameters, and not one number that it determines.
+    _differences_are_derivatives = False
+
     # -- the matrix of one batch, for subclasses ----------------------------------------------------------------
 
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
@@ -322,8 +325,8 @@ class CurvatureOperator:
 
     def _by_differences(
         self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
-    ) -> tuple[Tensor, Tensor]:
-        """Something that a product determines, by finite differences of first derivatives and from the product."""
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """What a product determines: by differences of first derivatives ahead and behind, and from the product."""
         raise NotImplementedError
 
     # -- products batch by batch --------------------------------------------------------------------------------
@@ -401,7 +404,7 @@ class CurvatureOperator:
     def _few(self, batch: Batch) -> LossArguments:
         """A few examples of a batch, or all where network or loss need more."""
         try:
-            few = self._arguments(cut(batch, slice(0, EXAMPLES)))
+            few = self._arguments(first_examples(batch, EXAMPLES))
             copies: LossArguments = map_tensors(few, torch.clone)  # the user's data, which a pass may write into
             self._loss_at_theta(copies)
             return few

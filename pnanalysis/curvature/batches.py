@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pnanalysis.curvature.batch_weights import BatchWeights
 from pnanalysis.errors import CurvatureError
-from pnanalysis.inputs.batches import batch_size, cut, map_tensors, move, tensors
+from pnanalysis.inputs.batches import as_pair, batch_size, cut, map_tensors, move, tensors
+from pnanalysis.inputs.repeatable import SameBatches
 from pnanalysis.torch_internals import BatchNormBase
 
 Batch = tuple[Any, Any]
@@ -23,7 +24,8 @@ class WeightedBatches:
 
     Parameters
     ----------
-    source : re-iterable of (inputs, targets)
+    source : re-iterable of batches
+        In any form that :func:`pnanalysis.inputs.batches.as_pair` knows.
     device : torch.device
     dtype : torch.dtype
         Of floating-point tensors; all others keep theirs.
@@ -51,6 +53,7 @@ class WeightedBatches:
         reduction: str,
     ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
+        self._pairs = SameBatches(source, prepare=as_pair, device=device)
         self.micro_batch, self.reduction = micro_batch, reduction
         self.channels_last = False
         self.sizes: list[int] = []
@@ -61,7 +64,7 @@ class WeightedBatches:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
-        for inputs, targets in self.source:
+        for inputs, targets in self._pairs:
             batch = move(inputs, self.device, self.dtype), move(targets, self.device, self.dtype)
             if self.channels_last:
                 batch = map_tensors(batch, channels_last)

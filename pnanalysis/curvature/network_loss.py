@@ -58,7 +58,7 @@ class NetworkLoss:
         inputs, state = at.inputs, self._state(at, theta)
         if self.protected:
             inputs, state = map_tensors((inputs, state), torch.clone)
-        arguments, keywords = as_arguments(inputs)
+        arguments, keywords = as_arguments(inputs, self.model)
         with autocast(self.device, self.amp), unchanged(self.model):
             return functional_call(self.model, state, arguments, keywords)
 

@@ -14,7 +14,7 @@ from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.network_loss import LossArguments
-from pnanalysis.curvature.parameters import Named, join_tensors, pullback, requiring_grad
+from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
 from pnanalysis.curvature.product_check import moved, tolerance
 from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError, PnError, reason
@@ -44,6 +44,8 @@ class HessianOperator(CurvatureOperator):
     B. Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 6 (1994).
     """
 
+    _differences_are_derivatives = True
+
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
         theta = at.theta
         direction = dict(zip(self.names, v, strict=True))
@@ -61,9 +63,9 @@ class HessianOperator(CurvatureOperator):
 
     def _by_differences(
         self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
-    ) -> tuple[Tensor, Tensor]:
-        ahead, behind = (join_tensors(self._loss.gradient(at, moved(at.theta, v, s))) for s in (step, -step))
-        return (ahead - behind) / (2 * step), join_tensors(product)
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        ahead, here, behind = (self._loss.gradient(at, moved(at.theta, v, s)) for s in (step, 0.0, -step))
+        return _slopes(ahead, here, step), _slopes(here, behind, step), product
 
 
 class GGNOperator(CurvatureOperator):
@@ -128,11 +130,20 @@ class GGNOperator(CurvatureOperator):
 
     def _by_differences(
         self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         # v.Gv is the second derivative of the loss along the line of outputs that is tangent to the network's
         outputs, rebuild = _tensors_of(self._loss.outputs(at, at.theta))
         ahead, behind = (_tensors_of(self._loss.outputs(at, moved(at.theta, v, s)))[0] for s in (step, -step))
-        pushed = [(one - other) / (2 * step) for one, other in zip(ahead, behind, strict=True)]
+        forms = [
+            self._form(at, outputs, rebuild, pushed)
+            for pushed in (_slopes(ahead, outputs, step), _slopes(outputs, behind, step))
+        ]
+        return [forms[0]], [forms[1]], [_inner(v, product)]
+
+    def _form(
+        self, at: LossArguments, outputs: list[Tensor], rebuild: Callable[[list[Tensor]], Any], pushed: list[Tensor]
+    ) -> Tensor:
+        """Second derivative of the loss along a direction in the space of outputs, by differences."""
         length = sum(float(part.square().sum()) for part in pushed) ** 0.5
         size = sum(float(part.square().sum()) for part in outputs) ** 0.5
         h = 1e-4 * max(size, 1.0) / (length or 1.0)
@@ -141,8 +152,7 @@ class GGNOperator(CurvatureOperator):
             there = [output + s * part for output, part in zip(outputs, pushed, strict=True)]
             return self._loss.of_outputs(rebuild(there), at.targets)
 
-        form = (loss(h) - 2 * loss(0.0) + loss(-h)) / h**2
-        return form.detach(), _inner(v, product)
+        return ((loss(h) - 2 * loss(0.0) + loss(-h)) / h**2).detach()
 
     def _fit_passes(self, batch: Batch) -> None:
         super()._fit_passes(batch)
@@ -207,10 +217,10 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
     def _by_differences(
         self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
-    ) -> tuple[Tensor, Tensor]:
-        ahead, behind = (self._losses(at, moved(at.theta, v, s)).detach() for s in (step, -step))
-        slopes = (ahead - behind) / (2 * step)
-        return (slopes.square() * self._weights(at)).sum(), _inner(v, product)
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        ahead, here, behind = (self._losses(at, moved(at.theta, v, s)).detach() for s in (step, 0.0, -step))
+        forms = [(slopes.square() * self._weights(at)).sum() for slopes in _slopes([ahead, here], [here, behind], step)]
+        return forms[:1], forms[1:], [_inner(v, product)]
 
     def _losses(self, at: LossArguments, theta: Named) -> Tensor:
         """Loss of each example, (n,)."""
@@ -293,6 +303,10 @@ def _example(nest: Any, i: int) -> Any:
 
 def _is_continuous(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _slopes(ahead: list[Tensor], behind: list[Tensor], step: float) -> list[Tensor]:
+    return [(one - other).detach() / step for one, other in zip(ahead, behind, strict=True)]
 
 
 def _inner(a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from pnanalysis.torch_internals import WEIGHT_NORM
+
 #: What ``amp`` may be.
 PRECISIONS = ("no", "tf32", "bf16")
 
@@ -79,7 +81,7 @@ def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: value.copy() if type(value) in (dict, list, set) else value for name, value in attributes.items()}
 
 
-# -- functions whose second derivative torch lacks, written in terms of others -------------------------------------
+# -- functions whose second derivative torch lacks or has wrong, written in terms of others -----------------------
 
 
 def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
@@ -100,9 +102,14 @@ def _embedding_bag(
     return rows.mean(1) if mode == "mean" else rows.sum(1) if mode == "sum" else rows.amax(1)
 
 
-_REWRITTEN: dict[Callable[..., Any], Callable[..., Tensor]] = {
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_REWRITTEN: dict[Any, Callable[..., Tensor]] = {
     F.hardsigmoid: _hardsigmoid,
     F.embedding_bag: _embedding_bag,
+    WEIGHT_NORM: _weight_norm,
 }
 
 

@@ -26,8 +26,10 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}
 _OTHER_TOLERANCE = 0.1  # of bfloat16 and float16
 #: What finite differences may differ by: their own error is far smaller where the loss is smooth.
 _DIFFERENCES_TOLERANCE = 1e-4
+#: Up to here two products that were computed in two ways count as confirmed by finite differences.
+_AGREED = 1e-3
 #: Steps of finite differences, relative to the parameters. Kinks (of ReLU) lie in the way of few of them.
-_STEPS = (1e-4, 1e-5, 1e-6)
+_STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 #: Examples to check on.
 EXAMPLES = 8
 #: Parameters beyond which the check is not made in float64, to save memory.
@@ -79,6 +81,8 @@ def check_products(op: CurvatureOperator, at: LossArguments) -> ProductCheck:
     if forward is not None and reverse is not None:
         difference, where = largest_difference(forward, reverse, op.names)
         if difference <= tolerance(op.dtype, op.amp):
+            if _both_wrong(op, at, v, reverse):
+                raise _wrong(op, at, v, reverse)
             return ProductCheck(True, True, difference)
         return _decided(op, at, v, forward, reverse, difference, where)
     if forward is None and reverse is None:
@@ -93,7 +97,7 @@ def check_products(op: CurvatureOperator, at: LossArguments) -> ProductCheck:
     assert product is not None
     difference = _from_differences(op, at, v, product)
     if difference > _DIFFERENCES_TOLERANCE:
-        raise _wrong(op, difference)
+        raise _wrong(op, at, v, product)
     # torch may lack a rule only where it is not traced, and a traced program is compared with reverse mode
     return ProductCheck(True, reverse is not None, difference)
 
@@ -113,7 +117,7 @@ def _decided(
     errors = [_from_differences(op, at, v, product) for product in (forward, reverse)]
     right = [error <= _DIFFERENCES_TOLERANCE for error in errors]
     if not any(right):
-        raise _wrong(op, min(errors))
+        raise _wrong(op, at, v, reverse)
     which = "reverse" if right[1] else "forward"
     return ProductCheck(
         right[0], right[1], min(errors),
@@ -122,9 +126,9 @@ def _decided(
     )  # fmt: skip
 
 
-def random_direction(theta: dict[str, Tensor]) -> list[Tensor]:
+def random_direction(theta: dict[str, Tensor], seed: int = 0) -> list[Tensor]:
     """A random vector of length 1 in the shapes of the parameters; the global random state stays as it is."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(t.shape, generator=generator) for t in theta.values()]
     length = sum(float(part.square().sum()) for part in parts) ** 0.5
     return [part.div_(length).to(t) for part, t in zip(parts, theta.values(), strict=True)]
@@ -189,14 +193,52 @@ def _loss_has_the_gradient(op: CurvatureOperator, at: LossArguments, v: list[Ten
 
 
 def _from_differences(op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]) -> float:
-    """How far a product is from finite differences, relative to the product; the best of several steps."""
+    """How far a product is from finite differences, relative to the product; the best of several steps.
+
+    Differences ahead and behind differ from one another where kinks (of ReLU) lie between them. What that gap explains
+    does not count.
+    """
+    return min((_gap(op, at, v, product, step)[0] for step in _steps(at)), default=torch.inf)
+
+
+def _gap(
+    op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
+) -> tuple[float, int]:
+    """The largest relative gap of any part of the product that kinks do not explain, and which part that is."""
+    ahead, behind, ours = op._by_differences(at, v, product, step)
+    sizes = [_length(part) for part in ours]
+    least = _NEGLIGIBLE * sum(size**2 for size in sizes) ** 0.5
     found = []
-    for step in _steps(at):
-        theirs, ours = op._by_differences(at, v, product, step)
-        size = float(theirs.square().sum()) ** 0.5
-        gap = float((theirs - ours).square().sum()) ** 0.5
-        found.append(gap / size if size else gap)
-    return min((value for value in found if value == value), default=torch.inf)
+    for a, b, own, size in zip(ahead, behind, ours, sizes, strict=True):
+        unexplained = max(_length((a + b) / 2 - own) - _length(a - b), 0.0)
+        found.append(unexplained / max(size, _length(a), least, torch.finfo(torch.float64).tiny))
+    worst = max(range(len(found)), key=lambda i: (found[i] != found[i], found[i]))
+    return (found[worst] if found[worst] == found[worst] else torch.inf), worst
+
+
+def _both_wrong(op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]) -> bool:
+    """Whether the Hessian's products, although equal in both ways, are not the derivatives of the gradient.
+
+    Differences of gradients tell nothing where part of the loss is hidden from the gradient. They then are not those
+    of a gradient field, and asymmetric.
+    """
+    if op.dtype != torch.float64 or not op._differences_are_derivatives:
+        return False
+    if _from_differences(op, at, v, product) <= _AGREED or not _loss_has_the_gradient(op, at, v):
+        return False
+    u = random_direction(at.theta, seed=1)
+    step = _steps(at)[2]
+    (hv, *_), (hu, *_) = (op._by_differences(at, w, product, step) for w in (v, u))
+    one, other = _inner(u, hv), _inner(v, hu)
+    return abs(one - other) <= _AGREED * (abs(one) + abs(other))
+
+
+def _length(part: Tensor) -> float:
+    return float(part.double().square().sum()) ** 0.5
+
+
+def _inner(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float((one * other).sum()) for one, other in zip(a, b, strict=True))
 
 
 def _steps(at: LossArguments) -> list[float]:
@@ -211,9 +253,11 @@ def _impossible(op: CurvatureOperator, error: Exception | None) -> CurvatureErro
     )
 
 
-def _wrong(op: CurvatureOperator, difference: float) -> CurvatureError:
+def _wrong(op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]) -> CurvatureError:
+    gap, part = min(_gap(op, at, v, product, step) for step in _steps(at))
+    where = f", most at {op.names[part]!r}" if op._differences_are_derivatives else ""
     return CurvatureError(
         f"torch's derivatives of this network and loss are wrong: products of {type(op).__name__} differ from finite "
-        f"differences by {difference:.2g}, relative to their size; look for functions without a derivative at some "
-        "example (a norm or a square root at zero, say) and rewrite them"
+        f"differences by {gap:.2g}, relative to their size{where}; look for functions without a derivative at some "
+        "example (a norm or a square root at zero, say), or with a wrong one, and rewrite them"
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pnanalysis.errors import DataError, PnError, reason
 from pnanalysis.evaluation.forward import _WRAP, IGNORED, _kind, _shapes, forward, no_class, not_for
 from pnanalysis.evaluation.losses import known
-from pnanalysis.inputs.batches import cut, move
+from pnanalysis.inputs.batches import first_examples, move
 from pnanalysis.inputs.models import Loss
 
 
@@ -57,7 +57,7 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
     try:
         first = next(iter(batches))
         own = next(model.parameters())
-        inputs, targets = move(cut(first, slice(0, 2)), own.device, own.dtype)
+        inputs, targets = move(first_examples(first, 2), own.device, own.dtype)
     except Exception:  # there is nothing to try again
         return None
     try:

@@ -17,7 +17,7 @@ from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import forward, required_prediction
 from pnanalysis.evaluation.losses import log_probabilities
 from pnanalysis.evaluation.scores import Scores
-from pnanalysis.inputs.batches import batch_size
+from pnanalysis.inputs.batches import leading_size
 from pnanalysis.inputs.models import Loss
 from pnanalysis.terminal.progress import Advance
 
@@ -59,7 +59,7 @@ def evaluate(
                 if pairs is not None:
                     pairs.add(outputs, targets)
             if alignment is not None:
-                alignment.collect(batch_size(targets))
+                alignment.collect(leading_size(targets))
             advance()
     return scores
 

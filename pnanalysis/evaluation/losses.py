@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from pnanalysis.errors import DataError, ModelError, reason
 from pnanalysis.evaluation.forward import IGNORED, no_class, not_for
-from pnanalysis.inputs.batches import batch_size, move
+from pnanalysis.inputs.batches import leading_size, move
 from pnanalysis.inputs.models import Loss
 from pnanalysis.torch_internals import tree_map
 
@@ -197,7 +197,7 @@ def example_weights(loss: Loss, targets: Any) -> Tensor:
     """Weight of each example in the mean over a batch, (N,): see :func:`example_losses`."""
     found = known(loss)
     if found is None or not _are_indices(found, targets):
-        return torch.ones(batch_size(targets))
+        return torch.ones(leading_size(targets))
     valid, weight = targets != found.ignored, found.options.get("weight")
     if weight is None:
         return valid.reshape(len(targets), -1).float().mean(1)
@@ -225,7 +225,7 @@ def _one_by_one(loss: Loss, outputs: Any, targets: Any) -> Tensor:
         pass  # vmap cannot map a loss that branches on values or reads sizes; the loop below can
     try:
         both = (outputs, targets)
-        return torch.stack([loss(*_example(both, i)) for i in range(batch_size(targets))])
+        return torch.stack([loss(*_example(both, i)) for i in range(leading_size(targets))])
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise ModelError(f"the loss cannot be computed one example at a time ({reason(error)})") from error
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
-from pnanalysis.inputs.batches import batch_size
+from pnanalysis.inputs.batches import leading_size
 from pnanalysis.io.weights import State
 from pnanalysis.torch_internals import BatchNormBase, tree_map
 
@@ -60,7 +60,7 @@ def reestimate(model: nn.Module, norms: Mapping[str, BatchNormBase], state: Stat
     try:
         with normalise_by_batch(norms):
             for batch in batches_of_two_or_more(inputs):
-                n = batch_size(batch)
+                n = leading_size(batch)
                 n_seen += n
                 # The update is (1 - momentum) * running + momentum * batch: a momentum of n / n_seen makes the running
                 # value the weighted mean of all batches so far. The first is 1 and erases what the state held.
@@ -85,6 +85,6 @@ def batches_of_two_or_more(inputs: Iterable[Any]) -> Iterator[Any]:
     held: Any = None
     for batch in inputs:
         joined = batch if held is None else tree_map(lambda a, b: torch.cat([a, b]), held, batch)
-        held = joined if batch_size(joined) < 2 else None
+        held = joined if leading_size(joined) < 2 else None
         if held is None:
             yield joined

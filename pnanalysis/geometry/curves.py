@@ -135,12 +135,12 @@ def _minibatches(split: Split | LoaderSplit, batch_size: int, generator: torch.G
 
     Batches of a single example, of which batch normalisation has no statistics, are left out where there are others.
     """
+    if isinstance(split, LoaderSplit):
+        batches = split.batches(batch_size)
+        single = all(n_examples(batch) == 1 for batch in batches)
+        while True:
+            yield from (batch for batch in batches.shuffled(generator) if single or n_examples(batch) > 1)
     while True:
-        if isinstance(split, LoaderSplit):
-            batches = split.batches(batch_size)
-            batches = [batch for batch in batches if n_examples(batch) > 1] or batches
-            yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
-            continue
         order: Tensor = torch.randperm(len(split), generator=generator).to(split.inputs.device)
         for index in order.split(batch_size):
             if len(index) > 1 or len(order) == 1:

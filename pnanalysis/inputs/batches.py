@@ -2,21 +2,81 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pnanalysis.errors import CurvatureError
-from pnanalysis.inputs.copies import matching_dtype
+from pnanalysis.errors import CurvatureError, DataError
+from pnanalysis.inputs.copies import matching_dtype, unwrapped
+
+#: Entries of a mapping that hold the targets, the first that there is.
+LABELS = ("labels", "label", "targets", "target", "y")
+_FORMS = (
+    "give pairs (inputs, targets), tuples (input, ..., input, targets), or mappings with the targets under one of "
+    + ", ".join(LABELS)
+)
 
 
-def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for a model: tuples by position, mappings by keyword, anything else as it is."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+def as_pair(batch: Any) -> tuple[Any, Any]:
+    """A batch of any form as inputs and targets; NumPy arrays in it as tensors.
+
+    Parameters
+    ----------
+    batch : tuple, list or mapping
+        A pair; a longer tuple or list, whose last entry holds the targets; or a mapping with the targets under one of
+        :data:`LABELS`, all of which is the inputs (:func:`as_arguments` leaves out what a network does not take).
+
+    Raises
+    ------
+    DataError
+        If it is none of these.
+    """
+    if not isinstance(batch, Mapping) and hasattr(batch, "keys") and not hasattr(batch, "to"):  # a mapping but in name
+        batch = {name: batch[name] for name in batch.keys()}  # noqa: SIM118
+    nest = as_tensors(batch)
+    if isinstance(nest, Mapping):
+        label = next((name for name in LABELS if nest.get(name) is not None), None)
+        if label is None:
+            raise DataError(f"a mapping of {', '.join(map(str, nest)) or 'nothing'} has no targets; {_FORMS}")
+        return nest, nest[label]
+    if isinstance(nest, tuple | list):
+        parts = tuple(nest)
+        if len(parts) == 2 and next(tensors(parts), None) is not None:
+            return parts[0], parts[1]
+        if len(parts) > 2 and all(next(tensors(part), None) is not None for part in parts):
+            return parts[:-1], parts[-1]
+    got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
+    raise DataError(f"a {got} is not a batch of inputs and targets; {_FORMS}")
+
+
+def as_arguments(inputs: Any, model: nn.Module | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for a model: tuples by position, mappings by keyword, anything else as it is.
+
+    Targets in a mapping (:data:`LABELS`) that the forward of ``model`` does not take are left out.
+    """
+    if not isinstance(inputs, Mapping):
+        return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+    labels = [] if model is None else [name for name in LABELS if name in inputs]
+    refused = {name for name in labels if model is not None and not _takes(model, name)}
+    return (), {name: value for name, value in inputs.items() if name not in refused}
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the forward of a network, without its wrappers, has a parameter of this name."""
+    network: Any = unwrapped(model)
+    if hasattr(network, "get_base_model"):  # adapters pass on whatever they are given
+        network = network.get_base_model()
+    try:
+        parameters = inspect.signature(network.forward).parameters
+    except (TypeError, ValueError):  # compiled code has no signature
+        return True
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def tensors(nest: Any) -> Iterator[Tensor]:
@@ -31,39 +91,133 @@ def tensors(nest: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def batch_size(batch: Any) -> int:
-    """Number of examples in a batch, from its first tensor.
+def leading_size(*nests: Any) -> int:
+    """Length of the first tensor that has any dims.
 
     Raises
     ------
     CurvatureError
-        If it holds no tensor.
+        If there is none.
     """
-    for tensor in tensors(batch):
-        return len(tensor)
-    raise CurvatureError("a batch holds no tensor; give pairs (inputs, targets)")
+    for tensor in tensors(nests):
+        if tensor.ndim:
+            return len(tensor)
+    raise CurvatureError("a batch holds no tensor with a dim for its examples; give pairs (inputs, targets)")
+
+
+def batch_size(batch: Any) -> int:
+    """Number of examples in a pair of inputs and targets: that of the targets, or of the inputs where they have none.
+
+    Inputs may count something else first: a batch of graphs has a row for each node, and a target for each graph.
+
+    Raises
+    ------
+    CurvatureError
+        If no tensor has a dim for the examples.
+    """
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    return leading_size(batch[1], batch[0]) if pair else leading_size(batch)
 
 
 def map_tensors(nest: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor and keep the structure."""
-    if isinstance(nest, Tensor):
+    return _map(nest, Tensor, function)
+
+
+def _map(nest: Any, kind: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(nest, kind):
         return function(nest)
     if isinstance(nest, Mapping):
-        return {key: map_tensors(value, function) for key, value in nest.items()}
+        return {key: _map(value, kind, function) for key, value in nest.items()}
     if isinstance(nest, tuple | list):
-        parts = [map_tensors(value, function) for value in nest]
+        parts = [_map(value, kind, function) for value in nest]
         return (
             type(nest)(*parts) if hasattr(nest, "_fields") else type(nest)(parts)
         )  # named tuples take their fields one by one
     return nest
 
 
-def move(nest: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def as_tensors(nest: Any) -> Any:
+    """The same nest with NumPy arrays and numbers as tensors, which share their memory.
+
+    Raises
+    ------
+    DataError
+        If an array holds what no tensor can.
+    """
+    return _map(nest, np.ndarray | np.generic, _as_tensor)
+
+
+def _as_tensor(array: Any) -> Tensor:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
+            return torch.as_tensor(array)
+    except (TypeError, ValueError) as error:  # objects, strings, dates, bytes in another order
+        raise DataError(f"an array of {array.dtype} cannot become a tensor; give numbers") from error
+
+
+def move(nest: Any, device: torch.device | str, dtype: torch.dtype | None) -> Any:
     """Move to a device; floating-point tensors also to ``dtype``, complex ones to the matching complex type."""
     return map_tensors(nest, lambda t: t.to(device, matching_dtype(t, dtype)))
 
 
+def rows(nest: Any, index: Tensor | slice) -> Any:
+    """Some of the rows of every tensor; tensors without dims stay as they are."""
+    return map_tensors(nest, lambda t: t[index] if t.ndim else t)
+
+
+def can_cut(batch: Any) -> bool:
+    """Whether all tensors of a batch have a row for each example, so that some of the examples can be taken.
+
+    Those of a batch of graphs do not: they have rows for nodes, edges and graphs.
+    """
+    return len({len(tensor) for tensor in tensors(batch) if tensor.ndim}) <= 1
+
+
 def cut(batch: tuple[Any, Any], part: slice) -> tuple[Any, Any]:
-    """Some of the examples of a batch."""
-    inputs, targets = map_tensors(batch, lambda t: t[part])
+    """Some of the examples of a batch.
+
+    Raises
+    ------
+    DataError
+        If not all of its tensors have a row for each example.
+    """
+    if not can_cut(batch):
+        sizes = ", ".join(str(len(tensor)) for tensor in tensors(batch) if tensor.ndim)
+        raise DataError(
+            f"a batch whose tensors have {sizes} rows cannot be cut into examples; make its batches as small as they "
+            "have to be in the loader"
+        )
+    inputs, targets = rows(batch, part)
     return inputs, targets
+
+
+def first_examples(batch: tuple[Any, Any], n: int) -> tuple[Any, Any]:
+    """The first few examples of a batch; the whole batch where it cannot be cut."""
+    return cut(batch, slice(0, n)) if can_cut(batch) else batch
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """The numbers that a tensor stores: itself, or the values of a sparse one."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return (tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor).values()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; minus infinity is allowed beside zeros, in masks that are added to attention."""
+    found = numbers(tensor.detach())
+    if not (found.is_floating_point() or found.is_complex()) or bool(found.isfinite().all()):
+        return True
+    return not found.is_complex() and bool(((found == 0) | (found == -torch.inf)).all())
+
+
+def fingerprint(*given: Tensor) -> str:
+    """SHA-256 over shapes, dtypes and contents, shortened to 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in given:
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        stored = numbers(tensor.detach()).cpu().contiguous().resolve_conj().resolve_neg()
+        digest.update(stored.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

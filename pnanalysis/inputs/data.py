@@ -1,31 +1,30 @@
 """Data as tensors on a device: resolve a data set, split it by seed, give normalised batches.
 
 A registered data set is a factory ``factory(path, input_shape)`` that returns :class:`RawImages`; a custom one is
-named ``module:factory`` and may return :class:`Splits`, a mapping of split names, a pair ``(inputs, targets)``, a torch
-``Dataset``, or any re-iterable of batches such as a ``DataLoader``.
+named ``module:factory`` and may return :class:`Splits`, a mapping of split names, arrays in any form that a batch may
+have (:func:`pnanalysis.inputs.batches.as_pair`), a torch ``Dataset`` or ``IterableDataset``, or any re-iterable of
+batches such as a ``DataLoader``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from pnanalysis.errors import DataError
-from pnanalysis.inputs.batches import batch_size, map_tensors, tensors
+from pnanalysis.inputs.batches import LABELS, as_pair, as_tensors, batch_size, can_cut, fingerprint, tensors
 from pnanalysis.inputs.registry import DATASETS, describe_error, import_object, resolve
+from pnanalysis.inputs.splits import Batch, DatasetSplit, LoaderSplit, Split
 
 SPLITS = ("train", "validation", "test")
-Batch = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -39,123 +38,16 @@ class RawImages:
     classes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Split:
-    """Examples as tensors; :meth:`take` gives normalised batches.
-
-    Attributes
-    ----------
-    inputs : Tensor, shape (N, ...)
-        uint8 images, or floats that are used as they are.
-    targets : Tensor, shape (N, ...)
-    offset, scale : Tensor or None, shape (C, 1, 1)
-        ``(inputs - offset) * scale`` is what a network sees.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    offset: Tensor | None = None
-    scale: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def to(self, device: torch.device | str) -> Split:
-        """The same examples on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
-        return replace(self, **moved)
-
-    def take(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Normalised inputs and targets of the chosen examples."""
-        inputs = self.inputs[index]
-        if self.offset is not None and self.scale is not None:
-            inputs = inputs.to(self.offset.dtype).sub_(self.offset).mul_(self.scale)
-        return inputs, self.targets[index]
-
-    def subset(self, n: int | None, seed: int = 0) -> Split:
-        """``n`` examples drawn without replacement by seed; all of them in order if ``n`` is ``None``.
-
-        Raises
-        ------
-        DataError
-            If there are fewer than ``n``.
-        """
-        if n is None or n == len(self):
-            return self
-        if not 0 < n <= len(self):
-            raise DataError(f"{n} examples requested, the split has {len(self)}")
-        index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
-        index = index.to(self.inputs.device)
-        return replace(self, inputs=self.inputs[index], targets=self.targets[index])
-
-    def batches(self, batch_size: int) -> Batches:
-        """All examples in order, ``batch_size`` at a time."""
-        return Batches(self, batch_size)
-
-    def stream(self, batch_size: int) -> Iterator[Batch]:
-        """The same, for a single pass."""
-        return iter(self.batches(batch_size))
-
-
-@dataclass(frozen=True)
-class Batches:
-    """A re-iterable of normalised batches, made when they are needed."""
-
-    split: Split
-    batch_size: int
-
-    def __len__(self) -> int:
-        return -(-len(self.split) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.split), self.batch_size):
-            yield self.split.take(slice(start, start + self.batch_size))
-
-
-@dataclass(frozen=True)
-class LoaderSplit:
-    """A custom re-iterable of batches, whose order and batch size are kept."""
-
-    loader: Iterable[Batch]
-    device: torch.device | str = "cpu"
-    n_batches: int | None = None
-
-    def to(self, device: torch.device | str) -> LoaderSplit:
-        """The same batches, moved to the device when they are read."""
-        return replace(self, device=device)
-
-    def subset(self, n: int | None, seed: int = 0) -> LoaderSplit:
-        """The leading batches that hold ``n`` examples, all if there are fewer (``seed`` is not used)."""
-        if n is None:
-            return self
-        seen, count = 0, 0
-        for batch in self.loader:
-            seen, count = seen + batch_size(_pair(batch)), count + 1
-            if seen >= n:
-                return replace(self, n_batches=count)
-        if not count:
-            raise DataError(
-                "the loader gives no batches; an iterator is used up after one pass, so give a DataLoader or a list"
-            )
-        return self
-
-    def batches(self, batch_size: int) -> list[Batch]:
-        """The batches on the device, all at once (``batch_size`` is the loader's own)."""
-        return list(self.stream(batch_size))
-
-    def stream(self, batch_size: int) -> Iterator[Batch]:
-        """The batches on the device, one at a time."""
-        for batch in islice(self.loader, self.n_batches):
-            yield map_tensors(_pair(batch), lambda tensor: tensor.to(self.device))
+AnySplit = Split | LoaderSplit | DatasetSplit
 
 
 @dataclass(frozen=True)
 class Splits:
     """Training, validation and test examples of one data set."""
 
-    train: Split | LoaderSplit
-    validation: Split | LoaderSplit | None = None
-    test: Split | LoaderSplit | None = None
+    train: AnySplit
+    validation: AnySplit | None = None
+    test: AnySplit | None = None
     name: str = ""
     classes: tuple[str, ...] = ()
     fingerprint: str = ""
@@ -163,10 +55,12 @@ class Splits:
 
     def to(self, device: torch.device | str) -> Splits:
         """All splits on another device."""
-        moved = {name: getattr(self, name).to(device) for name in SPLITS if getattr(self, name) is not None}
+        moved: dict[str, Any] = {
+            name: part.to(device) for name, part in self._parts.items() if not isinstance(part, DatasetSplit)
+        }
         return replace(self, **moved)
 
-    def get(self, split: str) -> Split | LoaderSplit:
+    def get(self, split: str) -> AnySplit:
         """A split by name.
 
         Raises
@@ -174,11 +68,62 @@ class Splits:
         DataError
             If the data set has no such split.
         """
-        found = getattr(self, split) if split in SPLITS else None
-        if found is None:
-            there = [name for name in SPLITS if getattr(self, name) is not None]
-            raise DataError(f"data set {self.name!r} has no split {split!r}; it has {', '.join(there)}")
-        return cast("Split | LoaderSplit", found)
+        if split not in self._parts:
+            raise DataError(f"data set {self.name!r} has no split {split!r}; it has {', '.join(self._parts)}")
+        return self._parts[split]
+
+    def examples(
+        self, split: str, n: int | None, seed: int, device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> Split | LoaderSplit:
+        """Examples of a split, the same on every pass; of a loader the leading batches.
+
+        Parameters
+        ----------
+        split : str
+        n : int or None
+            How many, drawn by ``seed``; fewer if there are fewer, all if ``None``.
+        seed : int
+            Also of the random numbers that a loader draws from the global generators, so that it shuffles by it.
+        device : torch.device or str
+        dtype : torch.dtype, optional
+            Of floating-point numbers; complex ones become the matching complex type, integers stay as they are.
+
+        Raises
+        ------
+        DataError
+            If there is no such split, it is empty, or its numbers are not finite.
+        """
+        part = self._chosen(split, n, seed)
+        return part.to(device, dtype).kept() if isinstance(part, LoaderSplit) else part.to(device, dtype)
+
+    def single_pass(
+        self, split: str, n: int | None, seed: int, device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> Split | LoaderSplit:
+        """The same as :meth:`examples` for one pass over them, for which the batches of a loader need not be kept."""
+        return self._chosen(split, n, seed).to(device, dtype)
+
+    def in_memory(self) -> Splits:
+        """The same data, with torch data sets read as a whole."""
+        read: dict[str, Any] = {
+            name: part.read(name=name) for name, part in self._parts.items() if isinstance(part, DatasetSplit)
+        }
+        return _with_fingerprint(replace(self, **read)) if read else self
+
+    def _chosen(self, split: str, n: int | None, seed: int) -> Split | LoaderSplit:
+        part, name = self.get(split), f"{self.name}: {split}"
+        if isinstance(part, LoaderSplit):
+            return replace(part, n=n, seed=seed, name=name)
+        if isinstance(part, DatasetSplit):
+            part = part.read(n, seed, name)
+            if isinstance(part, LoaderSplit):
+                return part
+            n = None
+        part.check(name)
+        return part.subset(None if n is None else min(n, len(part)), seed)
+
+    @property
+    def _parts(self) -> dict[str, AnySplit]:
+        return {name: getattr(self, name) for name in SPLITS if getattr(self, name) is not None}
 
 
 #: What a user may give as data: see the first lines of this module.
@@ -244,7 +189,7 @@ def as_splits(data: Any, name: str = "data") -> Splits:
     """
     if isinstance(data, Splits):
         return data if data.name else replace(data, name=name)
-    if isinstance(data, Mapping):
+    if isinstance(data, Mapping) and not (data.keys() & set(LABELS) and not data.keys() & set(SPLITS)):
         unknown = set(data) - set(SPLITS)
         if unknown or "train" not in data:
             raise DataError(f"{name}: a mapping of splits needs 'train' and may have {SPLITS[1:]}, not {sorted(data)}")
@@ -256,15 +201,6 @@ def as_splits(data: Any, name: str = "data") -> Splits:
 def data_directory() -> Path:
     """Where downloads and caches go: ``$PNANALYSIS_DATA``, or ``data`` in the current folder."""
     return Path(os.environ.get("PNANALYSIS_DATA", "data"))
-
-
-def fingerprint(*tensors: Tensor) -> str:
-    """SHA-256 over shapes, dtypes and contents, shortened to 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def resize(images: Tensor, input_shape: Sequence[int]) -> Tensor:
@@ -323,23 +259,23 @@ def _normalisation(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float().view(-1, 1, 1), (1 / std).float().view(-1, 1, 1)
 
 
-def _as_split(data: Any, name: str) -> Split | LoaderSplit:
-    if isinstance(data, Split | LoaderSplit):
+def _as_split(data: Any, name: str) -> AnySplit:
+    if isinstance(data, Split | LoaderSplit | DatasetSplit):
         return data
-    arrays = isinstance(data, tuple | list) and all(isinstance(part, Tensor | np.ndarray) for part in data)
-    if arrays and len(data) == 2:
-        data = [torch.as_tensor(part) for part in data]
-        if len(data[0]) != len(data[1]):
-            raise DataError(f"{name}: {len(data[0])} inputs but {len(data[1])} targets")
-        return Split(data[0], data[1])
+    if type(data) is TensorDataset:  # a class made from it may do something to the examples that it returns
+        data = data.tensors
+    if _is_one_batch(data):
+        inputs, targets = as_pair(data)
+        if not can_cut((inputs, targets)):
+            raise DataError(f"{name}: {_lengths(inputs)} inputs but {_lengths(targets)} targets")
+        return Split(inputs, targets)
     if isinstance(data, Dataset):
-        pairs = [data[i] for i in range(len(cast("Any", data)))]
-        try:
-            inputs = torch.stack([torch.as_tensor(x) for x, _ in pairs])
-            return Split(inputs, torch.stack([torch.as_tensor(y) for _, y in pairs]))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"{name}: its examples cannot be stacked ({error}); return a DataLoader instead") from error
-    if isinstance(data, Iterable) and not isinstance(data, Iterator):
+        return DatasetSplit(data)
+    if isinstance(data, Iterator):
+        raise DataError(
+            f"{name}: an iterator is used up after one pass; give the DataLoader or list that it is made of"
+        )
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping | Tensor | np.ndarray):
         return LoaderSplit(data)
     raise DataError(
         f"{name}: expected Splits, a mapping of splits, (inputs, targets), a Dataset or a DataLoader, "
@@ -347,15 +283,36 @@ def _as_split(data: Any, name: str) -> Split | LoaderSplit:
     )
 
 
-def _pair(batch: Any) -> Batch:
-    """A batch of a custom loader as a pair of inputs and targets."""
-    if isinstance(batch, tuple | list) and len(batch) == 2 and next(tensors(batch), None) is not None:
-        return batch[0], batch[1]
-    got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
-    raise DataError(f"each batch of the data must be a pair of tensors (inputs, targets), not {got}")
+def _is_one_batch(data: Any) -> bool:
+    """Whether data are the arrays of all examples; a list or tuple of batches is not."""
+    if isinstance(data, Mapping):
+        return True
+    if not isinstance(data, tuple | list) or len(data) < 2:
+        return False
+    if all(isinstance(part, Tensor | np.ndarray) for part in data):
+        return True
+    return len(data) == 2 and all(_has_arrays(part) for part in data) and not all(map(_is_batch, data))
+
+
+def _is_batch(part: Any) -> bool:
+    try:
+        as_pair(part)
+    except DataError:
+        return False
+    return True
+
+
+def _has_arrays(part: Any) -> bool:
+    return isinstance(part, Tensor | np.ndarray | Mapping | tuple | list) and any(
+        True for _ in tensors(as_tensors(part))
+    )
+
+
+def _lengths(nest: Any) -> str:
+    return " and ".join(str(length) for length in dict.fromkeys(len(t) for t in tensors(nest) if t.ndim))
 
 
 def _with_fingerprint(splits: Splits) -> Splits:
     parts = [getattr(splits, name) for name in SPLITS]
-    tensors = [t for part in parts if isinstance(part, Split) for t in (part.inputs, part.targets)]
-    return replace(splits, fingerprint=fingerprint(*tensors)) if tensors else splits
+    held = [t for part in parts if isinstance(part, Split) for t in tensors([part.inputs, part.targets])]
+    return replace(splits, fingerprint=fingerprint(*held)) if held else splits

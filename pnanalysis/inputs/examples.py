@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pnanalysis.errors import DataError, ModelError
+from pnanalysis.inputs.batches import tensors
 from pnanalysis.inputs.data import SPLITS, Split, Splits
 from pnanalysis.inputs.selection import SelectedCheckpoint
 from pnanalysis.inputs.sources import Source
@@ -16,7 +17,7 @@ from pnanalysis.inputs.sources import Source
 class Examples:
     """The examples that all checkpoints see in the same order, each in the shape that its own network takes.
 
-    Loaders have no fingerprint to distinguish them: the first checkpoint's is used for all.
+    Loaders and torch data sets have no fingerprint to distinguish them: the first checkpoint's is used for all.
 
     Raises
     ------
@@ -51,35 +52,31 @@ class Examples:
 
     def batches(
         self, split: str, n: int | None, batch_size: int, seed: int, at_least: int = 10
-    ) -> tuple[int, Iterator[tuple[list[Any], Any]]]:
-        """How many batches there are, and each as (inputs of every checkpoint, targets).
+    ) -> tuple[int | None, Iterator[tuple[list[Any], Any]]]:
+        """How many batches there are, where that is known, and each as (inputs of every checkpoint, targets).
 
         ``n`` examples are drawn by ``seed``, all if there are fewer; batches are smaller than ``batch_size`` where
-        that would give fewer than ``at_least``.
+        that would give fewer than ``at_least``. Floating-point numbers are in float32.
         """
-        streams = []
-        for data in self.data:
-            part = data.get(split)
-            if isinstance(part, Split):
-                size = len(part) if n is None else min(n, len(part))
-                batch_size = max(min(batch_size, size // at_least), 8)
-                part = part.subset(size, seed)
-            else:
-                part = part.subset(n, seed)
-            streams.append(part.to(self.device).batches(batch_size))
+        parts = [data.single_pass(split, n, seed, self.device, torch.float32) for data in self.data]
+        sizes = [len(part) for part in parts if isinstance(part, Split)]
+        if sizes:
+            batch_size = max(min(batch_size, min(sizes) // at_least), 8)
 
         def stream() -> Iterator[tuple[list[Any], Any]]:
-            for parts in zip(*streams, strict=True):
-                yield [parts[at][0] for at in self.which], parts[0][1]
+            for pairs in zip(*(part.stream(batch_size) for part in parts), strict=True):
+                yield [pairs[at][0] for at in self.which], pairs[0][1]
 
-        return len(streams[0]), stream()
+        return -(-sizes[0] // batch_size) if sizes else None, stream()
 
 
 def _alike(a: Splits, b: Splits) -> bool:
     """Whether networks of one can be fed from the other: the same examples in the same shape."""
-    if not (isinstance(a.train, Split) and isinstance(b.train, Split)):
+    first, second = a.train, b.train
+    if not (isinstance(first, Split) and isinstance(second, Split)):
         return True
-    return a.train.inputs.shape == b.train.inputs.shape and a.train.inputs.dtype == b.train.inputs.dtype
+    one, two = ([(t.shape, t.dtype) for t in tensors(part.inputs)] for part in (first, second))
+    return one == two
 
 
 def check_same_data(first: Source, other: Source, names: tuple[str, str] | None = None) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.inputs.copies import copied
-from pnanalysis.inputs.data import DataLike, Splits
+from pnanalysis.inputs.data import DataLike, LoaderSplit, Split, Splits
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.networks import check_no_mixed_state, is_path, is_state_dict, source_of_networks
 from pnanalysis.inputs.sources import AnyCheckpoint, Source, as_source
@@ -75,6 +75,7 @@ class Selection(Sequence[SelectedCheckpoint]):
         self.sources = list(sources)
         self._chosen = list(chosen)
         self._kept: dict[tuple[str, object], State] = {}
+        self._read: dict[tuple[object, ...], Split | LoaderSplit] = {}
 
     @overload
     def __getitem__(self, at: int) -> SelectedCheckpoint: ...
@@ -124,6 +125,20 @@ class Selection(Sequence[SelectedCheckpoint]):
             found[item.label] = self.network(item, device, dtype) if known is None else copied(known)
             first.setdefault(item.key, found[item.label])
         return found
+
+    def split(
+        self, source: Source, name: str, n: int | None, seed: int, device: torch.device | str,
+        dtype: torch.dtype | None = None,
+    ) -> Split | LoaderSplit:  # fmt: skip
+        """Examples for the checkpoints of a source, the same ones for all sources of one loader or data set.
+
+        See :meth:`pnanalysis.inputs.data.Splits.examples`.
+        """
+        origin = source.data.get(name).identity
+        key = (origin, name, n, seed, str(device), dtype)
+        if key not in self._read:
+            self._read[key] = source.split(name, n, seed, device, dtype)
+        return self._read[key]
 
     def check_weights(self) -> None:
         """Read the weights of a user's own files and put them into the network, before long work on the first begins.

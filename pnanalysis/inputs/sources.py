@@ -152,14 +152,11 @@ class Source:
             load_weights(model, checkpoint.load() if state is None else state, checkpoint.origin)
         return model.to(device).eval()
 
-    def split(self, name: str, n: int | None, seed: int, device: torch.device | str) -> Split | LoaderSplit:
-        """``n`` examples of a split, drawn by seed, on the device; fewer if there are fewer."""
-        part = self.data.get(name)
-        if isinstance(part, Split) and part.inputs.is_floating_point() and not part.inputs.isfinite().all():
-            raise DataError(
-                f"{self.data.name}: some of the {name} inputs are not finite; correct them or leave them out"
-            )
-        return part.subset(min(n, len(part)) if n is not None and isinstance(part, Split) else n, seed).to(device)
+    def split(
+        self, name: str, n: int | None, seed: int, device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> Split | LoaderSplit:
+        """``n`` examples of a split: see :meth:`pnanalysis.inputs.data.Splits.examples`."""
+        return self.data.examples(name, n, seed, device, dtype)
 
     def dataset_attrs(self) -> dict[str, Any]:
         """Identity of run and data for a dataset's attributes; loads the data."""

@@ -35,15 +35,15 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(description: str, total: float, enabled: bool = True) -> Iterator[Advance]:
+def progress_bar(description: str, total: float | None, enabled: bool = True) -> Iterator[Advance]:
     """Show a bar on standard error while the body runs; silent when disabled or not on a terminal.
 
     Parameters
     ----------
     description : str
         The work, in a few words.
-    total : float
-        Units of work altogether.
+    total : float or None
+        Units of work altogether, where that is known.
     enabled : bool
         ``False`` shows nothing.
     """

@@ -24,10 +24,10 @@ def check_tensors(data: Splits, config: Config) -> None:
     """
     for name in SPLITS:
         split = getattr(data, name)
-        if split is not None and not isinstance(split, Split):
-            raise DataError(
-                f"{config.data}: the {name} split is a loader; training needs tensors (inputs, targets) in its place"
-            )
+        tensors = isinstance(split, Split) and isinstance(split.inputs, Tensor) and isinstance(split.targets, Tensor)
+        if split is not None and not tensors:
+            kind = "has several inputs or targets" if isinstance(split, Split) else "is a loader"
+            raise DataError(f"{config.data}: the {name} split {kind}; training needs tensors (inputs, targets)")
 
 
 def check_trainable(model: nn.Module, data: Splits, config: Config) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pnanalysis import schema
 from pnanalysis.errors import DataError, RunError
-from pnanalysis.inputs.data import SPLITS, LoaderSplit, Split, Splits
+from pnanalysis.inputs.data import SPLITS, AnySplit, Split, Splits
 from pnanalysis.inputs.models import build_model, parameter_layers, resolve_loss
 from pnanalysis.io.runs import MANIFEST, Run, open_run
 from pnanalysis.io.writer import RunWriter, check_new
@@ -369,7 +369,7 @@ def _portable(spec: str) -> str:
     return f"{name}:{Path(path).expanduser().resolve()}" if name == "imagefolder" and path else spec
 
 
-def _length(split: Split | LoaderSplit | None) -> int:
+def _length(split: AnySplit | None) -> int:
     return len(split) if isinstance(split, Split) else 0
 
 

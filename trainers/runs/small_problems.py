@@ -175,5 +175,5 @@ class _RunRecord:
 def _data_entry(config: Config) -> dict[str, Any]:
     if not config.data:
         return {"name": "", "fingerprint": ""}
-    data = load_data(config.data)
+    data = load_data(config.data).in_memory()
     return {"name": config.data, "fingerprint": data.fingerprint}

@@ -214,6 +214,6 @@ def _print_resume_message(session: Session, progress: bool) -> None:
 
 def _load(config: Config, device: torch.device) -> Splits:
     input_shape = getattr(build_model(config.model, config.model_options), "input_shape", None)
-    data = load_data(config.data, input_shape, config.split_seed)
+    data = load_data(config.data, input_shape, config.split_seed).in_memory()
     check_tensors(data, config)
     return data.to(device)
