@@ -165,11 +165,12 @@ def close(found: Any, expected: float) -> None:
 def unchanged(batches: list[Batch], *networks: nn.Module) -> Iterator[None]:
     """Nothing of the user's is another one after the body: tensors, modes, hooks, data, states of random numbers."""
     before = _state(batches, networks)
-    yield
-    after = _state(batches, networks)
-    assert before.keys() == after.keys()
-    changed = [name for name, value in before.items() if not _same(value, after[name])]
-    assert not changed, f"changed by the analysis: {changed}"
+    try:
+        yield
+    finally:  # also after a refusal
+        after = _state(batches, networks)
+        changed = [name for name in before.keys() | after.keys() if not _same(before.get(name), after.get(name))]
+        assert not changed, f"changed by the analysis: {sorted(changed)}"
 
 
 def _state(batches: list[Batch], networks: tuple[nn.Module, ...]) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def _state(batches: list[Batch], networks: tuple[nn.Module, ...]) -> dict[str, A
         "numpy's random numbers": str(np.random.get_state()),
         "python's random numbers": random.getstate(),
         "default type": torch.get_default_dtype(),
-        "grad mode": torch.is_grad_enabled(),
+        "autograd": (torch.ones((), requires_grad=True) * 2).requires_grad,
         "fast path of encoders": torch.backends.mha.get_fastpath_enabled(),
     }
     for i, network in enumerate(networks):
@@ -194,8 +195,8 @@ def _state(batches: list[Batch], networks: tuple[nn.Module, ...]) -> dict[str, A
 
 
 def _same(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor):
-        return bool(one == other)
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
     if one.is_floating_point() or one.is_complex():
         return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
     return torch.equal(one, other)
