@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.alignment.weight_matching import Relabelling, check_preserved
@@ -18,13 +17,11 @@ from pnanalysis.analyses.trajectory import plane_points
 from pnanalysis.checks import ascending, at_least, one_of, positive, resolve_dtype
 from pnanalysis.errors import DataError, ModelError, RunError
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.evaluation.forward import forward
 from pnanalysis.geometry.barriers import profiles
 from pnanalysis.geometry.curves import CURVES, train_curve
-from pnanalysis.geometry.loss_surface import BATCH_NORM, LossSurface
+from pnanalysis.geometry.loss_surface import BATCH_NORM, LossSurface, check_same_function
 from pnanalysis.geometry.planes import plane_through_three, random_plane
 from pnanalysis.inputs.batches import first_examples
-from pnanalysis.inputs.copies import copied, in_precision
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split
 from pnanalysis.inputs.examples import check_same_data, check_same_loss
 from pnanalysis.inputs.models import Loss, ModelLike, device_of
@@ -32,7 +29,6 @@ from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, as
 from pnanalysis.inputs.sources import AnyCheckpoint, Source, resolve_device
 from pnanalysis.io.runs import Run
 from pnanalysis.io.weights import State
-from pnanalysis.torch_internals import tree_leaves
 
 VIEWS = ("line", "curve", "plane", "random")
 
@@ -248,8 +244,8 @@ def network_landscape(
     if options.view == "curve" and surface.norms and options.bn != "reestimate":
         raise ModelError("a curve through networks with batch normalisation needs their statistics re-estimated")
     states = [surface.anchor(network.state_dict(), name) for name, network in networks.items()]
-    for (name, network), state in list(zip(networks.items(), states, strict=True))[1:]:
-        _check_same_function(surface, state, network, batches["train"], (name, names[0]))
+    for (name, network), state in zip(networks.items(), states, strict=True):
+        check_same_function(surface, state, network, batches["train"], (name, names[0]))
     evaluated = {name: batches[name] for name in splits}
     settings: dict[str, Any] = {"bn": options.bn if surface.norms else None}
     with clear_errors(label, surface.model, batches["train"], surface.loss):
@@ -265,42 +261,6 @@ def network_landscape(
             ds = profiles(surface, paths, evaluated, options.n_points or 25, options.extrapolate, progress)
             ds.position.attrs |= {"long_name": f"position from {names[0]} (0) to {names[1]} (1)", "units": "1"}
     return ds, settings
-
-
-def _check_same_function(
-    surface: LossSurface, state: State, network: nn.Module, batches: Iterable[Any], names: tuple[str, str]
-) -> None:
-    """See that the surface, which has one network's code, computes what a network computes with its weights.
-
-    Weights of the same names and shapes may belong to other functions: a ReLU network's fit a tanh network.
-
-    Raises
-    ------
-    ModelError
-    """
-    inputs = _few_inputs(surface, batches)
-    network = in_precision(copied(network), surface.dtype).to(surface.device).eval()
-    outputs = []
-    with clear_errors(names[0], network, [(inputs, inputs)]), torch.no_grad(), torch.random.fork_rng():
-        for model, weights in ((network, None), (surface.model, state)):
-            torch.manual_seed(0)  # a network may draw in eval mode, too
-            outputs.append(forward(model, inputs, weights))
-    own, there = ([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)] for output in outputs)
-    if len(own) != len(there) or not all(map(_close, own, there)):
-        raise ModelError(
-            f"{names[0]} computes something else than {names[1]} does with the same weights; a landscape needs "
-            "networks of one architecture"
-        )
-
-
-def _few_inputs(surface: LossSurface, batches: Iterable[Any]) -> Any:
-    return surface.cast(first_examples(next(iter(batches)), 4)[0])
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(
-        a.to(torch.complex64), b.to(torch.complex64), rtol=1e-3, atol=1e-5, equal_nan=True
-    )
 
 
 def _paths(
@@ -396,7 +356,7 @@ def _relabelling(
     surface: LossSurface, states: list[State], batches: Iterable[Any], n_restarts: int, seed: int, progress: bool
 ) -> Relabelling:
     """The relabelling that brings the second state nearest to the first, checked on a few examples."""
-    few = _few_inputs(surface, batches)
+    few = surface.cast(first_examples(next(iter(batches)), 4)[0])
     found = match(surface.model, states[0], states[1], few, n_restarts=n_restarts, seed=seed, progress=progress)
     check_preserved(surface.model, states[1], found.apply(states[1]), few)
     return found

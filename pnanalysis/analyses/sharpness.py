@@ -15,7 +15,7 @@ from pnanalysis.checks import at_least, positive, resolve_dtype
 from pnanalysis.errors import ModelError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.geometry.loss_surface import LossSurface
+from pnanalysis.geometry.loss_surface import LossSurface, check_same_function
 from pnanalysis.inputs.data import DataLike
 from pnanalysis.inputs.models import Loss, ModelLike, device_of
 from pnanalysis.inputs.selection import Given, select
@@ -158,6 +158,7 @@ def network_sharpness(
     """
     surface = LossSurface(network, loss, device_of(network, label), dtype)
     state = surface.anchor(network.state_dict(), label)
+    check_same_function(surface, state, network, batches, (label, label))
     with clear_errors(label, surface.model, batches, surface.loss):
         return _measure(surface, state, batches, radii, n_steps, n_starts, seed, advance or (lambda *_, **__: None))
 
@@ -167,7 +168,7 @@ def _measure(
     seed: int, advance: Advance,
 ) -> xr.Dataset:  # fmt: skip
     """All neighbourhoods of one state, side by side."""
-    theta = {name: state[name] for name in surface.parameter_names}
+    theta = {name: _as_real(state[name]) for name in surface.parameter_names}
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for kind, radius in radii.items():
@@ -178,9 +179,7 @@ def _measure(
                 direction = {k: torch.randn(t.shape, generator=generator).to(t) for k, t in theta.items()}
             ascents.append(_ascend(surface, state, theta, batches, (kind, radius), direction, n_steps, advance))
         _, best, _ = max(ascents, key=lambda ascent: ascent[0])
-        at, *moved = surface.values(
-            [state, {**state, **best}, {**state, **ascents[0][2]}], np.eye(3), batches
-        )  # fmt: skip
+        at, *moved = surface.values([state, _moved(state, best), _moved(state, ascents[0][2])], np.eye(3), batches)
         loss, loss_se = mean_and_se(at.loss)
         (rise, rise_se), (one, one_se) = (mean_and_se(there.loss - at.loss) for there in moved)
         rows.append((rise, rise_se, one, one_se, 100 * rise / (1 + loss)))
@@ -196,12 +195,12 @@ def _ascend(
     """Highest loss found, where, and where the first step from the centre led."""
     kind, radius = neighbourhood
     point = theta if direction is None else _farthest(kind, radius, theta, direction)
-    value, gradient = surface.value_and_gradient({**state, **point}, batches)
+    value, gradient = _value_and_gradient(surface, state, point, batches)
     first, fraction = _farthest(kind, radius, theta, gradient), 1.0
     for step in range(n_steps - 1):
         target = _farthest(kind, radius, theta, gradient)
         candidate = {name: torch.lerp(point[name], target[name], fraction) for name in theta}
-        there, slope = surface.value_and_gradient({**state, **candidate}, batches)
+        there, slope = _value_and_gradient(surface, state, candidate, batches)
         advance(text=f"{kind}: loss {value:.5g}")
         if there > value:
             point, value, gradient, fraction = candidate, there, slope, min(1.0, 2 * fraction)
@@ -212,6 +211,24 @@ def _ascend(
             fraction /= 2
     advance()
     return value, point, first
+
+
+def _value_and_gradient(
+    surface: LossSurface, state: State, point: State, batches: Iterable[Any]
+) -> tuple[float, State]:
+    value, gradient = surface.value_and_gradient(_moved(state, point), batches)
+    return value, {name: _as_real(part) for name, part in gradient.items()}
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as two real ones each, (..., 2)."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _moved(state: State, point: State) -> State:
+    """The state with the parameters of a point, complex ones put together again."""
+    complex_ones = {name for name in point if state[name].is_complex()}
+    return state | {name: torch.view_as_complex(t) if name in complex_ones else t for name, t in point.items()}
 
 
 def _farthest(kind: str, radius: float, theta: State, gradient: State) -> State:

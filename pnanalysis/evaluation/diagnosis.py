@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import re
+import sysconfig
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pnanalysis.errors import DataError, PnError, reason
-from pnanalysis.evaluation.forward import _WRAP, IGNORED, _kind, _shapes, forward, no_class, not_for
+import pnanalysis
+from pnanalysis.errors import DataError, ModelError, PnError, reason
+from pnanalysis.evaluation.forward import _WRAP, IGNORED, _kind, _shapes, forward, loss_of_model, no_class, not_for
 from pnanalysis.evaluation.losses import known
 from pnanalysis.inputs.batches import first_examples, move
-from pnanalysis.inputs.models import Loss
+from pnanalysis.inputs.models import Loss, takes_model
+
+#: How torch words that an operation lacks a derivative or a vectorised form; the group names the operation.
+_UNSUPPORTED = re.compile(
+    r"derivative for (?:aten::)?(\w+) is not implemented"
+    r"|the derivative of '?(\w+)'? is not implemented"
+    r"|forward AD with (?:aten::)?(\w+)"
+    r"|[Bb]atching rule not implemented for (?:aten::)?(\w+)"
+    r"|(\w+)\(\) (?:is not|isn't) (?:twice )?differentiable"
+)
+#: Where torch, other installed packages, Python and this package itself live: not the user's own code.
+_NOT_THE_USERS = tuple(
+    str(Path(path).resolve())
+    for path in (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), Path(pnanalysis.__file__).parent)
+)
 
 
 @contextmanager
@@ -27,51 +46,84 @@ def clear_errors(
     label : str
         How messages refer to the network.
     model, batches, loss : optional
-        Tried again on two examples after an error, to find out which of them does not fit.
+        Tried again on two examples after an error, and then batch by batch, to find out which of them does not fit.
 
     Raises
     ------
+    ModelError
+        Instead of the original error, if torch lacks a derivative that was asked for, or the error is neither that of
+        data nor of a target.
     DataError
-        Instead of the original error, if two examples or a target reproduce it, or if torch raised it. Other errors
-        propagate.
+        If two examples, a batch or a target reproduce it. Errors other than torch's, and those of running out of
+        memory, propagate if nothing reproduces them.
     """
     try:
         yield
     except (PnError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        operation = _unsupported(error)
+        if operation is not None:
+            raise ModelError(
+                f"{label}: torch has no derivative of {operation} of the order or kind that is needed here "
+                f"({described(error)}); compute it from operations that have one, or leave its layer out"
+            ) from error
         found = None if model is None else _diagnosis(model, batches, loss, error)
-        if found is None and not isinstance(error, RuntimeError | IndexError | ValueError):
-            raise  # a bug, not data that do not fit
-        if found is None:
-            found = (
-                f"the network and the loss cannot be computed with here ({reason(error)}); "
-                "check the data beyond the first two examples, and what the network does"
-            )
-        raise DataError(f"{label}: {found}") from error
+        if found is not None:
+            raise DataError(f"{label}: {found}") from error
+        if not isinstance(error, RuntimeError | IndexError | ValueError):
+            raise  # a bug, not a network or data that do not fit
+        raise ModelError(
+            f"{label}: the network and the loss cannot be computed with here ({described(error)}); they take the data, "
+            "so look at what they do there"
+        ) from error
+
+
+def described(error: BaseException) -> str:
+    """Message of an error, and the place in the user's own code where it arose, if it did there."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _installed(f.filename)]
+    return (
+        f"{reason(error)}, at {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else reason(error)
+    )
+
+
+def _installed(filename: str) -> bool:
+    return filename.startswith("<") or str(Path(filename).resolve()).startswith(_NOT_THE_USERS)
+
+
+def _unsupported(error: BaseException) -> str | None:
+    """The operation that torch cannot differentiate, or vectorise, as it was asked to."""
+    found = _UNSUPPORTED.search(str(error))
+    return None if found is None else next(group for group in found.groups() if group)
 
 
 @torch.no_grad()
 def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, error: Exception) -> str | None:
-    """What does not fit, as far as two examples and all targets show."""
+    """What does not fit, as far as two examples, all batches and all targets show."""
     try:
-        first = next(iter(batches))
         own = next(model.parameters())
-        inputs, targets = move(first_examples(first, 2), own.device, own.dtype)
+        first = move(next(iter(batches)), own.device, own.dtype)
     except Exception:  # there is nothing to try again
         return None
+    few = inputs, targets = first_examples(first, 2)
+    if loss is not None and takes_model(getattr(loss, "function", loss)):
+        return _of_loss_with_model(model, few, loss)
     try:
         outputs = forward(model, inputs)
     except Exception as own_error:
-        return f"the network cannot take these data: inputs of {_shapes(inputs)} ({reason(own_error)})"
+        return f"the network cannot take these data: inputs of {_shapes(inputs)} ({described(own_error)})"
     if loss is None:
-        return None
+        return _failing_batch(model, batches, loss)
     try:
         loss(outputs, targets)
         failed = None
     except Exception as own_error:
         failed = own_error
+    if isinstance(failed, PnError):
+        return str(failed)
     if not isinstance(outputs, Tensor):
+        if failed is not None and known(loss) is None:
+            return f"the loss cannot take what the network returns, {_kind(outputs)} ({described(failed)})"
         if failed is not None:
             return str(not_for(loss, outputs))
         return f"the network returns {_kind(outputs)}, which cannot be taken here ({reason(error)}); {_WRAP}"
@@ -80,11 +132,33 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
     if beyond is not None:
         return f"the loss cannot take these data: {beyond}"
     if failed is None:
-        return None
+        return _failing_batch(model, batches, loss)
     return (
         f"the loss cannot take these data: outputs of {_shapes(outputs)} with targets of {_shapes(targets)} "
-        f"({reason(failed)})"
+        f"({described(failed)})"
     )
+
+
+def _of_loss_with_model(model: nn.Module, batch: tuple[Any, Any], loss: Loss) -> str | None:
+    try:
+        loss_of_model(loss, model, *batch)
+    except Exception as error:
+        return f"the loss cannot take this network with these data: batches of {_shapes(batch)} ({described(error)})"
+    return None
+
+
+def _failing_batch(model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> str | None:
+    """A message about the first batch on which the network or the loss fails."""
+    own = next(model.parameters())
+    for i, batch in enumerate(batches):
+        inputs, targets = move(batch, own.device, own.dtype)
+        try:
+            outputs = forward(model, inputs)
+            if loss is not None:
+                loss(outputs, targets)
+        except Exception as error:
+            return f"the network or the loss cannot take batch {i}: {_shapes((inputs, targets))} ({described(error)})"
+    return None
 
 
 def _no_class(outputs: Tensor, batches: Iterable[Any], loss: Loss) -> str | None:

@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pnanalysis.errors import ModelError
+from pnanalysis.evaluation.batch_pass import BatchPass
 from pnanalysis.evaluation.cka import CentredKernelAlignment
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.evaluation.forward import forward, required_prediction
-from pnanalysis.evaluation.losses import log_probabilities
+from pnanalysis.evaluation.forward import required_prediction
+from pnanalysis.evaluation.losses import InspectedLoss, log_probabilities
+from pnanalysis.evaluation.randomness import check_repeatable
 from pnanalysis.evaluation.scores import Scores
-from pnanalysis.inputs.batches import leading_size
-from pnanalysis.inputs.models import Loss
+from pnanalysis.inputs.batches import map_tensors
+from pnanalysis.inputs.copies import matching_dtype
 from pnanalysis.terminal.progress import Advance
 
 Array = NDArray[np.float64]
@@ -30,7 +32,7 @@ _ROUND_OFF = 1e-15  # nats: smaller divergences are round-off of double precisio
 def evaluate(
     networks: Mapping[str, nn.Module],
     batches: Iterable[tuple[Sequence[Any], Any]],
-    loss: Loss,
+    loss: InspectedLoss,
     advance: Advance,
     pairs: FunctionPairs | None = None,
     alignment: CentredKernelAlignment | None = None,
@@ -40,26 +42,31 @@ def evaluate(
     Parameters
     ----------
     networks : mapping of str to Module
-        By label, in eval mode.
+        By label, in eval mode and float32.
     batches : iterable
         Pairs of the inputs of every network and the targets.
-    loss : callable
+    loss : InspectedLoss
     advance : callable
         Called for every batch.
     pairs, alignment : optional
         Collect from the same passes how the functions and the layers differ.
+
+    Raises
+    ------
+    ModelError
+        If a network draws at random, or the loss is not a mean over examples; see also :func:`forward_all`.
+    DataError
+        If a network or the loss cannot take the data.
     """
-    scores = Scores(loss)
-    first = next(iter(networks))
-    with torch.no_grad(), alignment or nullcontext():
-        for inputs, targets in batches:
-            outputs = forward_all(networks, inputs, targets, scores.loss)
-            with clear_errors(first, networks[first], [(inputs[0], targets)], scores.loss):
-                scores.add(outputs, targets)
+    scores, first = Scores(), next(iter(networks))
+    with torch.no_grad():
+        for batch in batches:
+            inputs, targets = map_tensors(batch, lambda t: t.to(matching_dtype(t, torch.float32)))
+            passes = forward_all(networks, inputs, targets, loss, alignment, check=scores.n == 0)
+            with clear_errors(first, networks[first], [(inputs[0], targets)], loss):
+                scores.add(passes)
                 if pairs is not None:
-                    pairs.add(outputs, targets)
-            if alignment is not None:
-                alignment.collect(leading_size(targets))
+                    pairs.add(passes)
             advance()
     return scores
 
@@ -74,14 +81,16 @@ class FunctionPairs:
     k : int
     """
 
-    def __init__(self, loss: Loss, k: int) -> None:
+    def __init__(self, loss: InspectedLoss, k: int) -> None:
         self.loss, self.k, self.n = loss, k, 0
         self._sums: dict[str, Array] = {}
 
-    def add(self, outputs: Sequence[Any], targets: Any) -> None:
-        """Add a batch: outputs of every network, and the targets."""
-        tensors = [required_prediction(one) for one in outputs]
-        self.n += len(tensors[0])
+    def add(self, passes: Sequence[BatchPass]) -> None:
+        """Add the passes of every network over a batch; without predictions, their differences are NaN."""
+        n, targets = passes[0].n, passes[0].targets
+        self.n += n
+        found = [one.prediction for one in passes]
+        tensors = [torch.full((n, 1), torch.nan) if one is None else one for one in found]
         logs = [log_probabilities(one, targets, self.loss) for one in tensors]
         if logs[0] is None:
             self._tally("square", [one.double() for one in tensors], lambda a, b: (a - b).square())
@@ -144,22 +153,42 @@ def expected_disagreement(accuracy: Array, classes: int) -> Array:
     return 1.0 - right - wrong / max(classes - 1, 1)
 
 
-def forward_all(networks: Mapping[str, nn.Module], inputs: Sequence[Any], targets: Any, loss: Loss) -> list[Any]:
-    """Outputs of every network for its own form of the same examples.
+def forward_all(
+    networks: Mapping[str, nn.Module], inputs: Sequence[Any], targets: Any, loss: InspectedLoss,
+    alignment: CentredKernelAlignment | None = None, check: bool = False,
+) -> list[BatchPass]:  # fmt: skip
+    """Passes of every network over its own form of the same examples.
+
+    Parameters
+    ----------
+    networks, inputs, targets, loss
+    alignment : CentredKernelAlignment, optional
+        Compare the layers of these passes.
+    check : bool
+        Whether to see first that no network draws at random.
 
     Raises
     ------
     ModelError
-        If there is no prediction among them, or predictions are not of one shape.
+        If there is no prediction among outputs, or predictions are not of one shape.
     DataError
         If a network cannot take its examples.
     """
-    outputs = []
-    for (label, network), x in zip(networks.items(), inputs, strict=True):
-        with clear_errors(label, network, [(x, targets)], loss):
-            outputs.append(forward(network, x))
+    if check:
+        for (label, network), x in zip(networks.items(), inputs, strict=True):
+            with clear_errors(label, network, [(x, targets)], loss):
+                check_repeatable(label, network, (x, targets), loss)
+    passes = []
+    with alignment or nullcontext():  # here alone: losses may run a network again
+        for (label, network), x in zip(networks.items(), inputs, strict=True):
+            with clear_errors(label, network, [(x, targets)], loss):
+                passes.append(BatchPass.of(network, loss, x, targets))
+    if alignment is not None:
+        alignment.collect(passes[0].n)
+    if loss.takes_model and any(one.prediction is None for one in passes):
+        return passes
     shapes = {
-        label: required_prediction(output, label).shape[1:] for label, output in zip(networks, outputs, strict=True)
+        label: required_prediction(one.outputs, label).shape[1:] for label, one in zip(networks, passes, strict=True)
     }
     reference = next(iter(shapes))
     for label, shape in shapes.items():
@@ -168,4 +197,4 @@ def forward_all(networks: Mapping[str, nn.Module], inputs: Sequence[Any], target
             raise ModelError(
                 f"{reference} has {first} outputs, {label} has {other}: what they compute cannot be compared"
             )
-    return outputs
+    return passes

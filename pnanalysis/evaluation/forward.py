@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.func import functional_call
 
 from pnanalysis.errors import ModelError
-from pnanalysis.inputs.batches import as_arguments, tensors
+from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
 from pnanalysis.inputs.models import Loss
+from pnanalysis.torch_internals import tree_map_only
 
 #: Entries of an output that hold the prediction: in Hugging Face's models, and in torchvision's segmentation models.
 PREDICTIONS = ("logits", "out")
@@ -19,15 +25,107 @@ IGNORED = -100
 _WRAP = "wrap the network in a module that returns its logits, or give a loss that takes what it returns"
 
 
+#: Networks that need gradients within their forward pass (of outputs by inputs, say), which no_grad would forbid.
+_differentiating: WeakSet[nn.Module] = WeakSet()
+_NO_GRADIENTS = re.compile(r"requires?[ _]grad|grad_fn")
+
+
 def forward(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = None) -> Any:
     """Output of the network: a mapping is passed by keyword, a tuple or list by position, anything else as it is.
 
-    ``state`` replaces the network's own parameters and buffers.
+    The network gets copies of the inputs, so that one that works in place on them changes nothing. Under
+    ``torch.no_grad``, a network that needs gradients within its pass is run with them, and its output detached.
+
+    Parameters
+    ----------
+    model : Module
+    inputs : tensor, or nest of tensors
+    state : mapping of tensors, optional
+        Replaces the network's own parameters and buffers.
     """
-    arguments, keywords = as_arguments(inputs)
-    if state is None:
-        return model(*arguments, **keywords)
-    return functional_call(model, dict(state), arguments, keywords)
+    arguments, keywords = as_arguments(copies_of(inputs))
+    if torch.is_grad_enabled():
+        return _call(model, state, arguments, keywords)
+    if model not in _differentiating:
+        try:
+            return _call(model, state, arguments, keywords)
+        except RuntimeError as error:
+            if not _NO_GRADIENTS.search(str(error)):
+                raise
+            arguments, keywords = as_arguments(copies_of(inputs))
+    with torch.enable_grad():
+        outputs = _call(model, state, arguments, keywords)
+    _differentiating.add(model)  # the next pass need not try
+    return tree_map_only(Tensor, Tensor.detach, outputs)
+
+
+def loss_of_model(
+    loss: Loss, model: nn.Module, inputs: Any, targets: Any, state: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """Value of a loss of the form ``loss(model, (inputs, targets))``, with gradients enabled.
+
+    Parameters
+    ----------
+    loss : callable
+    model : Module
+    inputs, targets : nests of tensors
+        The loss gets copies.
+    state : mapping of tensors, optional
+        Replaces the network's own parameters and buffers for as long as the loss is computed.
+    """
+    batch = copies_of((inputs, targets))
+    with torch.enable_grad():
+        if state is None:
+            return _call(_Bound(model, loss), None, batch, {})
+        return _call(_Bound(model, loss), {f"model.{name}": tensor for name, tensor in state.items()}, batch, {})
+
+
+class _Bound(nn.Module):
+    """A loss bound to a model, as a module, so that the model's parameters can be replaced during a call."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *batch: Any) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+def copies_of(nest: Any) -> Any:
+    """The nest with copies of its tensors, which require gradients where the originals do."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        own = tensor.detach().clone()
+        return own.requires_grad_() if tensor.requires_grad else own
+
+    return map_tensors(nest, copy)
+
+
+def learnt_from(copy: nn.Module, network: nn.Module) -> None:
+    """Take over from a copy of a network whether its passes need gradients."""
+    if copy in _differentiating:
+        _differentiating.add(network)
+
+
+def _call(model: nn.Module, state: Mapping[str, Tensor] | None, arguments: Any, keywords: Any) -> Any:
+    with without_fast_path():
+        if state is None:
+            return model(*arguments, **keywords)
+        return functional_call(model, dict(state), tuple(arguments), keywords)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Within the body, transformer encoders compute without gradients what they compute with them.
+
+    Their fast path packs padded sequences into nested tensors, on which hooks and vmap fail.
+    """
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(before)
 
 
 def prediction(outputs: Any) -> Tensor | None:
@@ -62,7 +160,11 @@ def required_prediction(outputs: Any, who: str = "the network") -> Tensor:
 def not_for(loss: Loss, outputs: Any) -> ModelError:
     """The error for a loss that takes a tensor where the network returns something else."""
     name = getattr(loss, "__name__", type(loss).__name__)
-    return ModelError(f"the network returns {_kind(outputs)}, where {name} takes a tensor; {_WRAP}")
+    held = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    way_out = (
+        'give loss="model" for the loss among its outputs, or a loss that takes them' if held is not None else _WRAP
+    )
+    return ModelError(f"the network returns {_kind(outputs)}, where {name} takes a tensor; {way_out}")
 
 
 def no_class(n_classes: int, targets: Tensor, ignored: int = IGNORED) -> str | None:

@@ -13,7 +13,6 @@ ratio (W. Cochran, Sampling Techniques, 3rd ed. 1977, section 2.11); the same go
 from __future__ import annotations
 
 import warnings
-from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,9 +25,10 @@ from torch.nn import functional as F
 
 from pnanalysis.errors import DataError, ModelError, reason
 from pnanalysis.evaluation.forward import IGNORED, no_class, not_for
-from pnanalysis.inputs.batches import leading_size, move
-from pnanalysis.inputs.models import Loss
-from pnanalysis.torch_internals import tree_map
+from pnanalysis.inputs.batches import leading_size, move, tensors
+from pnanalysis.inputs.copies import copied, in_precision
+from pnanalysis.inputs.models import Loss, takes_model
+from pnanalysis.torch_internals import tree_flatten, tree_unflatten
 
 Array = NDArray[np.float64]
 
@@ -45,6 +45,8 @@ _MODULES: dict[Any, Any] = {
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
 }
 _OPTIONS = ("weight", "ignore_index", "label_smoothing", "pos_weight", "beta", "delta")
+#: What a loss raises that cannot take one example, or cannot be vectorised.
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 #: Deviation of a batch's loss from the mean over its examples, relative to their size, that float32 explains.
 _TOLERANCE = 1e-3
 
@@ -70,10 +72,16 @@ class InspectedLoss:
     """A loss that has been recognised once, so that its batches need not ask again what it is.
 
     Called like the loss itself. Every function here takes one in place of a loss.
+
+    Attributes
+    ----------
+    takes_model : bool
+        Whether it is called with the network and the batch: see :func:`pnanalysis.inputs.models.takes_model`.
     """
 
     def __init__(self, function: Loss, torch_loss: TorchLoss | None) -> None:
         self.function, self.torch_loss = function, torch_loss
+        self.takes_model = torch_loss is None and takes_model(function)
         self.__name__ = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
@@ -85,9 +93,7 @@ def loss_on(loss: Loss, device: torch.device, dtype: torch.dtype) -> InspectedLo
     if isinstance(loss, InspectedLoss):
         loss = loss.function
     if isinstance(loss, nn.Module):
-        held = [*loss.parameters(), *loss.buffers()]
-        if not all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in held):
-            loss = deepcopy(loss).to(device, dtype)  # the caller's own stays where it is
+        loss = in_precision(copied(loss), dtype).to(device)  # the caller's own stays where and as it is
     elif isinstance(loss, partial):
         loss = partial(loss.func, *loss.args, **move(loss.keywords, device, dtype))
     return InspectedLoss(loss, recognise(loss))
@@ -217,28 +223,44 @@ def _shape(tensor: Tensor) -> str:
 
 def _one_by_one(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     """Values of a custom loss for batches of one example."""
+    n = _n_examples(targets, outputs)
+    leaves, structure = tree_flatten((outputs, targets))
+    has_rows = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == n for leaf in leaves]
+    rows = [leaf for leaf, there in zip(leaves, has_rows, strict=True) if there]
+
+    def alone(*own: Tensor) -> Tensor:
+        """The loss of one example; what is no tensor with a row for each (caches, means over the batch) is ``None``."""
+        left = iter(own)
+        nest = [next(left) if there else _unless_held(leaf) for leaf, there in zip(leaves, has_rows, strict=True)]
+        return _scalar(loss(*tree_unflatten(nest, structure)))
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # vmap names operations that it repeats in a loop
-            return vmap(lambda o, t: loss(*tree_map(lambda part: part.unsqueeze(0), (o, t))))(outputs, targets)
-    except (RuntimeError, ValueError, TypeError, AttributeError):
+            return vmap(lambda *own: alone(*(part.unsqueeze(0) for part in own)))(*map(torch.clone, rows))
+    except _FAILURES:
         pass  # vmap cannot map a loss that branches on values or reads sizes; the loop below can
     try:
-        both = (outputs, targets)
-        return torch.stack([loss(*_example(both, i)) for i in range(leading_size(targets))])
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        return torch.stack([alone(*(part[i : i + 1].clone() for part in rows)) for i in range(n)])
+    except _FAILURES as error:
         raise ModelError(f"the loss cannot be computed one example at a time ({reason(error)})") from error
 
 
-def _example(nest: Any, i: int) -> Any:
-    def cut(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return part[i : i + 1]
-        if part is None or isinstance(part, bool | int | float | str):
-            return part
-        raise TypeError(f"a {type(part).__name__} has no examples; wrap the network so that it returns tensors")
+def _n_examples(*nests: Any) -> int:
+    """Rows of the first tensor that has any."""
+    return next((len(tensor) for tensor in tensors(nests) if tensor.ndim), 0)
 
-    return tree_map(cut, nest)
+
+def _unless_held(leaf: Any) -> Any:
+    """A number, a string or ``None`` as it is, for every example; ``None`` for everything else."""
+    return leaf if isinstance(leaf, bool | int | float | str) else None
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ModelError(f"the loss of an example is {shown}; it must be a single number")
+    return value.reshape(())
 
 
 def check_mean(loss: Loss, whole: Tensor, each: Tensor, weight: Tensor) -> None:
@@ -263,9 +285,10 @@ def check_mean(loss: Loss, whole: Tensor, each: Tensor, weight: Tensor) -> None:
     size = float((each.double().abs() * weight.double()).sum()) / total if total > 0 else np.nan
     if np.isfinite(batch) and not abs(mean - batch) <= _TOLERANCE * max(abs(batch), size, 1e-6):
         raise ModelError(
-            f"the loss of a batch ({batch:.6g}) is not the mean over its examples ({mean:.6g}); losses are compared "
-            "example by example: give one that is, or torch's own (ignore_index and class weights in "
-            "torch.nn.CrossEntropyLoss are understood)"
+            f"the loss of a batch ({batch:.6g}) is not the mean over its examples ({mean:.6g}), as is that of a sum, or "
+            "of a mean over tokens or unmasked positions of which examples have unequal numbers; losses are compared "
+            "example by example: average within each example first and then over examples, or give torch's own loss "
+            "(ignore_index and class weights in torch.nn.CrossEntropyLoss are understood)"
         )
 
 

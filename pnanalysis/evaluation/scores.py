@@ -11,16 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pnanalysis.estimates import mean_and_se
-from pnanalysis.evaluation.forward import prediction
-from pnanalysis.evaluation.losses import (
-    check_mean,
-    example_errors,
-    example_losses,
-    linearised,
-    log_probabilities,
-    squared_errors,
-)
-from pnanalysis.inputs.models import Loss
+from pnanalysis.evaluation.batch_pass import BatchPass
+from pnanalysis.evaluation.losses import linearised, log_probabilities, squared_errors
 
 Array = NDArray[np.float64]
 
@@ -37,35 +29,31 @@ class Scores:
         Number of classes; ``None`` where mistakes cannot be counted.
     """
 
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
+    def __init__(self) -> None:
         self.classes: int | None = None
         self._parts: list[Tensor] = []
 
-    def add(self, outputs: Sequence[Any], targets: Any) -> None:
-        """Add a batch: outputs of every network, and the targets.
+    def add(self, passes: Sequence[BatchPass]) -> None:
+        """Add the passes of every network over a batch.
 
         Raises
         ------
         ModelError
             If the loss is not a mean over examples.
         """
-        rows = [self._rows(one, targets) for one in outputs]
-        self._parts.append(torch.stack(rows, dim=1).cpu())
+        self._parts.append(torch.stack([self._rows(one) for one in passes], dim=1).cpu())
 
-    def _rows(self, outputs: Any, targets: Any) -> Tensor:
+    def _rows(self, one: BatchPass) -> Tensor:
         """Losses, their weights, errors and their weights, (4, N)."""
-        each, weight = example_losses(self.loss, outputs, targets)
-        check_mean(self.loss, self.loss(outputs, targets), each, weight)
-        predicted = prediction(outputs)
-        found = example_errors(self.loss, predicted, targets)
+        each, weight = one.checked_examples()
+        predicted, found = one.prediction, one.errors()
         if found is not None and predicted is not None:
-            probabilities = log_probabilities(predicted, targets, self.loss)
+            probabilities = log_probabilities(predicted, one.targets, one.loss)
             self.classes = None if probabilities is None else probabilities.shape[1]
         else:
-            errors = None if predicted is None else squared_errors(self.loss, predicted, targets)
+            errors = None if predicted is None else squared_errors(one.loss, predicted, one.targets)
             found = (torch.full_like(each, torch.nan) if errors is None else errors, torch.ones_like(each))
-        return torch.stack([part.double() for part in (each, weight, *found)])
+        return torch.stack([part.detach().double() for part in (each, weight, *found)])
 
     def _all(self) -> Array:
         return torch.cat(self._parts, dim=-1).numpy()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
@@ -81,10 +81,28 @@ def batches_of_two_or_more(inputs: Iterable[Any]) -> Iterator[Any]:
     """Inputs of batches, where a batch of one example, which has no variance, is joined with the next batch.
 
     A single example at the end is left out.
+
+    Raises
+    ------
+    ModelError
+        If they are of different shapes, so that they cannot be joined.
     """
     held: Any = None
     for batch in inputs:
-        joined = batch if held is None else tree_map(lambda a, b: torch.cat([a, b]), held, batch)
+        joined = batch if held is None else _joined(held, batch)
         held = joined if leading_size(joined) < 2 else None
         if held is None:
             yield joined
+
+
+def _joined(first: Any, second: Any) -> Any:
+    def join(a: Any, b: Any) -> Any:
+        return torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a
+
+    try:
+        return tree_map(join, first, second)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            "batch normalisation has no statistics of a single example, and these batches of one are of different "
+            "shapes; give batches of two or more, or bn='interpolate'"
+        ) from error

@@ -117,13 +117,19 @@ def train_curve(
         for step in range(n_steps):
             w = curve_weights(kind, torch.rand(1, generator=generator).double().numpy(), n_bends)
             point = {name: tensor[0] for name, tensor in surface.combine(anchors, w).items()}
-            loss, gradient = surface.value_and_gradient(point, [next(batches)], batch_statistics=True)
+            batch = next(batches)
+            if surface.norms and n_examples(batch) < 2:
+                raise ModelError(
+                    "a curve through networks with batch normalisation is trained on batches of two or more examples; "
+                    "these have one"
+                )
+            loss, gradient = surface.value_and_gradient(point, [batch], batch_statistics=True)
             if not np.isfinite(loss):
                 raise ModelError(f"the loss along the curve is {loss} at step {step + 1}; lower the learning rate {lr}")
             # The point is linear in the bends: the gradient with respect to each is the point's times its weight.
             bend_weights = torch.as_tensor(w[0, 1:-1], dtype=surface.dtype, device=surface.device)
             for name, bend in bends.items():
-                bend.grad = torch.tensordot(bend_weights[:, None], gradient[name][None], 1)
+                bend.grad = torch.tensordot(bend_weights[:, None].to(bend.dtype), gradient[name][None], 1)
             optimizer.step()
             schedule.step()
             advance(text=f"loss {loss:.4g}")

@@ -16,23 +16,17 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from pnanalysis.errors import ModelError
-from pnanalysis.evaluation.forward import forward, prediction
-from pnanalysis.evaluation.losses import (
-    check_mean,
-    check_targets,
-    example_errors,
-    example_losses,
-    example_weights,
-    linearised,
-    loss_on,
-)
+from pnanalysis.evaluation.batch_pass import BatchPass
+from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.evaluation.losses import check_mean, example_weights, linearised, loss_on
+from pnanalysis.evaluation.randomness import check_repeatable, random_states_kept
 from pnanalysis.geometry.batch_norm import normalise_by_batch, norms_with_statistics, reestimate
 from pnanalysis.inputs.batches import map_tensors
 from pnanalysis.inputs.copies import copied, in_precision, matching_dtype
 from pnanalysis.inputs.models import Loss, load_weights
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance
-from pnanalysis.torch_internals import ConvolutionBase
+from pnanalysis.torch_internals import ConvolutionBase, tree_leaves
 
 Matrix = NDArray[np.float64]
 #: What to do with the running statistics of batch normalisation between checkpoints.
@@ -145,10 +139,10 @@ class LossSurface:
         w = torch.as_tensor(weights, dtype=self.dtype, device=self.device)
         points = {}
         for name, first in anchors[0].items():
-            if not first.is_floating_point():
+            if not (first.is_floating_point() or first.is_complex()):
                 points[name] = first.expand(len(w), *first.shape).clone()
                 continue
-            points[name] = torch.tensordot(w, torch.stack([anchor[name] for anchor in anchors]), 1)
+            points[name] = torch.tensordot(w.to(first.dtype), torch.stack([anchor[name] for anchor in anchors]), 1)
         for name in self.norms:
             # Beyond the ends of a line weights are negative, and a combination of variances can be, too.
             points[f"{name}.running_var"].clamp_(min=0.0)
@@ -200,11 +194,11 @@ class LossSurface:
         gradient = [torch.zeros_like(tensor) for tensor in theta.values()]
         with normalise_by_batch(self.norms if batch_statistics else {}):
             for inputs, targets in batches:
-                targets = self.cast(targets)
-                outputs = forward(self.model, self.cast(inputs), {**rest, **theta})
-                check_targets(self.loss, outputs, targets)
-                value = self.loss(outputs, targets)
-                weight = float(example_weights(self.loss, targets).sum())
+                batch, at = (self.cast(inputs), self.cast(targets)), {**rest, **theta}
+                one = BatchPass.of(self.model, self.loss, *batch, at, predict=False)
+                value = one.value()
+                known = self.loss.torch_loss is not None
+                weight = float(example_weights(self.loss, one.targets).sum()) if known else one.n
                 if weight == 0:  # every position is ignored, and the loss is 0 / 0
                     continue
                 parts = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
@@ -235,7 +229,7 @@ class LossSurface:
             try:
                 stacked = vmap(self._batch_values_at, in_dims=(0, None, None))(points, inputs, targets)
                 return [_BatchValues(*values) for values in zip(*stacked, strict=True)]
-            except (RuntimeError, ModelError):
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError):
                 # The network or the loss cannot be vectorised (it writes in place, or branches on values). An error of
                 # its own comes up again below, without vmap's words around it.
                 self.at_once = 1
@@ -243,12 +237,12 @@ class LossSurface:
 
     def _batch_values_at(self, state: State, inputs: Any, targets: Any) -> _BatchValues:
         """Values of a batch at one point."""
-        outputs = forward(self.model, inputs, state)
-        loss, loss_weight = example_losses(self.loss, outputs, targets)
-        errors = example_errors(self.loss, prediction(outputs), targets)
+        one = BatchPass.of(self.model, self.loss, inputs, targets, state)
+        loss, loss_weight = one.examples()
+        errors = one.errors()
         if errors is None:
             errors = torch.full_like(loss, torch.nan), torch.ones_like(loss)
-        return _BatchValues(loss, loss_weight, *errors, self.loss(outputs, targets))
+        return _BatchValues(loss, loss_weight, *errors, one.value().detach())
 
     def _default_at_once(self) -> int:
         n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -257,6 +251,56 @@ class LossSurface:
         if self.bn_batches is not None or not small or (convolutions and self.device.type == "cpu"):
             return 1
         return _POINTS_PER_PASS_OF_CONVOLUTIONS if convolutions else _POINTS_PER_PASS
+
+
+def check_same_function(
+    surface: LossSurface, state: State, network: nn.Module, batches: Iterable[Any], names: tuple[str, str]
+) -> None:
+    """See that a surface, which has one network's code, computes what a network computes with its weights, every time.
+
+    Weights of the same names and shapes may belong to other functions: a ReLU network's fit a tanh network.
+
+    Parameters
+    ----------
+    surface : LossSurface
+    state : mapping of tensors
+        The network's :meth:`LossSurface.anchor`.
+    network : Module
+        Stays as it is.
+    batches : re-iterable of (inputs, targets)
+    names : (str, str)
+        What messages call this network, and the one whose code the surface has.
+
+    Raises
+    ------
+    ModelError
+        If it does not, or the network or its loss draws at random.
+    DataError
+        If the network cannot take the data.
+    """
+    inputs, targets = first = next(iter(batches))
+    network = in_precision(copied(network), surface.dtype).to(surface.device).eval()
+    with clear_errors(names[0], network, [first], surface.loss):
+        inputs, targets = surface.cast(inputs), surface.cast(targets)
+        check_repeatable(names[0], network, (inputs, targets), surface.loss)
+        with torch.no_grad(), random_states_kept():
+            own, there = (
+                [leaf for leaf in tree_leaves(BatchPass.of(model, surface.loss, inputs, targets, at).outputs)
+                 if isinstance(leaf, Tensor)]
+                for model, at in ((network, None), (surface.model, state))
+            )  # fmt: skip
+    if len(own) != len(there) or not all(map(_close, own, there)):
+        same = "its own copy does" if names[0] == names[1] else f"{names[1]} does"
+        raise ModelError(
+            f"{names[0]} computes something else than {same} with the same weights; a landscape needs networks of one "
+            "architecture, which compute with their parameters alone"
+        )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(
+        a.to(torch.complex64), b.to(torch.complex64), rtol=1e-3, atol=1e-5, equal_nan=True
+    )
 
 
 def _point(points: State, k: int) -> State:

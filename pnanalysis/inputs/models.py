@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,14 +14,34 @@ from pnanalysis.inputs.copies import copied
 from pnanalysis.inputs.registry import MODELS, describe_error, import_object, resolve
 
 _WRAPPERS = ("module.", "_orig_mod.", "module.")  # tried in this order: DDP around compile, or compile around DDP
+#: ``loss(outputs, targets)``, or ``loss(model, (inputs, targets))`` where the first parameter is named ``model``.
 Loss = Callable[[Any, Any], torch.Tensor]
 #: A registered name or ``module:factory``, an instance, or a callable that returns one.
 ModelLike = str | nn.Module | Callable[[], nn.Module]
+
+
+def loss_of_outputs(outputs: Any, targets: Any) -> torch.Tensor:
+    """The loss that the network itself returns, as Hugging Face's models do for batches with labels.
+
+    Raises
+    ------
+    ModelError
+        If it returns none.
+    """
+    found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if not isinstance(found, torch.Tensor):
+        raise ModelError(
+            f'the network returns a {type(outputs).__name__} without a loss, which loss="model" takes; put labels into '
+            "the inputs, or give another loss"
+        )
+    return found
+
 
 LOSSES: dict[str, Loss] = {
     "cross_entropy": nn.functional.cross_entropy,
     "mse": nn.functional.mse_loss,
     "binary_cross_entropy": nn.functional.binary_cross_entropy_with_logits,
+    "model": loss_of_outputs,
 }
 
 
@@ -142,7 +163,7 @@ def _shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def resolve_loss(loss: str | Loss) -> Loss:
-    """A loss by name (cross_entropy, mse, binary_cross_entropy), by ``module:function``, or as it is."""
+    """A loss by name (a key of :data:`LOSSES`), by ``module:function``, or as it is."""
     if not isinstance(loss, str):
         return loss
     if loss in LOSSES:
@@ -151,6 +172,18 @@ def resolve_loss(loss: str | Loss) -> Loss:
         found: Loss = import_object(loss, ModelError)
         return found
     raise ModelError(f"unknown loss {loss!r}; there are {', '.join(LOSSES)}; give a custom loss as module:function")
+
+
+def takes_model(loss: Loss) -> bool:
+    """Whether a loss is called with the network and the batch, ``loss(model, (inputs, targets))``.
+
+    It is where its first parameter is named ``model``: ``def residual(model, batch)``.
+    """
+    try:
+        names = list(inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters)
+    except (TypeError, ValueError):  # builtins have no signature
+        return False
+    return names[:1] == ["model"]
 
 
 def parameter_layers(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Parameter]]]]:
