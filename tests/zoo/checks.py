@@ -31,9 +31,7 @@ def product(kind: type[CurvatureOperator], truth: Callable[[Truth, Tensor], Tens
     """A product of an operator in float64."""
     network, batches = entry.network(), entry.batches()
     with unchanged(batches, network):
-        operator = kind(
-            network, entry.loss, batches, dtype=torch.float64, expected_products=budget, **entry.options
-        )
+        operator = kind(network, entry.loss, batches, dtype=torch.float64, expected_products=budget, **entry.options)
         v = torch.randn(operator.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         found = operator.matvec(v)
     expected = truth(Truth(entry), v)
@@ -176,7 +174,7 @@ def unchanged(batches: list[Batch], *networks: nn.Module) -> Iterator[None]:
 def _state(batches: list[Batch], networks: tuple[nn.Module, ...]) -> dict[str, Any]:
     state: dict[str, Any] = {
         "torch's random numbers": torch.random.get_rng_state(),
-        "numpy's random numbers": str(np.random.get_state()),
+        "numpy's random numbers": str(np.random.get_state()),  # noqa: NPY002
         "python's random numbers": random.getstate(),
         "default type": torch.get_default_dtype(),
         "autograd": (torch.ones((), requires_grad=True) * 2).requires_grad,

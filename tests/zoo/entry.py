@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,11 @@ ROUND_OFF = 1e-8
 DIFFERENCES = 1e-6
 #: The same where a network itself computes a part in float32, whatever the precision of its weights.
 SINGLE_INSIDE = 1e-5
+
+
+def first_dim_after_examples(outputs: Tensor) -> Tensor:
+    """The class of each example or position."""
+    return outputs.argmax(1)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Entry:
     loss: Callable[[Any, Any], Tensor] = F.cross_entropy
     weights: Sequence[float] | None = None
     example_weights: Callable[[Any], Tensor] | None = None
-    classes: Callable[[Tensor], Tensor] = partial(torch.argmax, dim=1)
+    classes: Callable[[Tensor], Tensor] = first_dim_after_examples
     options: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     not_for: Sequence[str] = ()

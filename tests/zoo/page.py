@@ -17,17 +17,18 @@ from tests.zoo.checks import CHECKS
 from tests.zoo.families import ENTRIES
 
 PAGE = Path(__file__).parents[2] / "docs/reference/networks.md"
-PACKAGES = ("torch", "torchvision", "transformers", "timm", "torch_geometric", "peft")
+PACKAGES = ("torch", "torchvision", "transformers", "timm", "torch_geometric", "peft", "lightning")
 INTRODUCTION = """\
 # Networks
 
-Which networks each analysis is right for. This page is written by `make test-zoo` from tests (`tests/zoo`) that compare every
-analysis of every network with an independent computation in float64: Hessians by reverse mode over reverse mode or by
-differences of gradients, Gauss-Newton matrices likewise, Fisher matrices from the gradients of single examples, losses,
-distances and activations directly. *Right* means equal up to round-off, for random estimates within five standard errors,
-by traced and by untraced products, and that nothing of the user's has changed: weights, modes, hooks, data, the states of
-random number generators. *Refused* means one sentence that says why and what to do; the sentences are below the table.
-*–* means that there is nothing to compute, such as saturation without activation modules.
+For which networks each analysis is right. This page is written by `make test-zoo` from the tests in `tests/zoo`,
+which compare every analysis of every network with an independent computation in float64: Hessians by reverse mode
+over reverse mode or by differences of gradients, Gauss-Newton matrices likewise, Fisher matrices from the gradients
+of single examples; losses, distances and activations directly. *Right* means equal up to round-off, random estimates
+within five standard errors, by traced and by untraced products, and that nothing of yours has changed: weights,
+modes, hooks, data, the states of random number generators. *Refused* means one sentence that says why and what to do;
+the sentences are below the table. *–* means that there is nothing to compute, such as the saturation of a network
+without activation modules.
 """
 
 
@@ -50,13 +51,14 @@ class Cells:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.skipped += report.skipped
         if report.when == "call" and report.passed:
-            self.found += [Cell(*value) for name, value in report.user_properties if name == "cell"]  # type: ignore[misc]
+            self.found += [Cell(*value) for name, value in report.user_properties if name == "cell"]
 
 
 def lines(cells: Sequence[Cell]) -> Iterator[str]:
     """The page, line by line."""
     yield INTRODUCTION
-    yield f"Versions: {', '.join(f'{name} {metadata.version(name).partition("+")[0]}' for name in PACKAGES)}.\n"
+    versions = ", ".join(f"{name} {metadata.version(name).partition('+')[0]}" for name in PACKAGES)
+    yield f"Versions: {versions}.\n"
     families = list(dict.fromkeys(entry.family for entry in ENTRIES))
     yield from _row(["family", *CHECKS])
     yield from _row(["---"] * (len(CHECKS) + 1))

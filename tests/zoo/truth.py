@@ -1,4 +1,4 @@
-"""What is right, computed independently of the package: reverse mode over reverse mode, in float64, example by example."""
+"""What is right, computed independently of the package, in float64, by reverse mode over reverse mode."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ class Truth:
             return self._difference(v)
         u = v.flip(0)
         product, other = (self._mean(lambda x, t, w=w: self._hessian(x, t, w)) for w in (v, u))
-        assert abs(float(u @ product - v @ other)) <= max(self.entry.tolerance, ROUND_OFF) * float(v.norm() * product.norm())
+        assert abs(float(u @ product - v @ other)) <= max(self.entry.tolerance, ROUND_OFF) * float(
+            v.norm() * product.norm()
+        )
         return product
 
     def gauss_newton(self, v: Tensor) -> Tensor:
@@ -120,17 +122,28 @@ class Truth:
 
     def _difference(self, v: Tensor) -> Tensor:
         """The derivative of the gradient along ``v`` by central differences of fourth order."""
-        step = 1e-5 / float(v.norm())
-        at = {k: self._gradient_at(k * step * v) for k in (-2, -1, 1, 2)}
-        return (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
+        return self._along(
+            v, lambda: [self._mean(lambda x, t: self._flat(self._grad(self.loss(call(self.network, x), t))))]
+        )[0]
 
-    def _gradient_at(self, shift: Tensor) -> Tensor:
+    def _pushed_by_differences(self, inputs: Any, v: Tensor) -> list[Tensor]:
+        """The derivative of the outputs along ``v``, likewise."""
+        return self._along(v, lambda: [t for t in leaves(call(self.network, inputs)) if t.requires_grad])
+
+    def _along(self, v: Tensor, value: Callable[[], list[Tensor]]) -> list[Tensor]:
+        step = 1e-5 / float(v.norm())
+        at = {k: self._shifted(k * step * v, value) for k in (-2, -1, 1, 2)}
+        pairs = zip(at[-2], at[-1], at[1], at[2], strict=True)
+        return [(8 * (high - low) - (highest - lowest)) / (12 * step) for lowest, low, high, highest in pairs]
+
+    def _shifted(self, shift: Tensor, value: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """A value at shifted parameters."""
         before = [p.detach().clone() for p in self.parameters]
         parts = shift.split([(2 if p.is_complex() else 1) * p.numel() for p in self.parameters])
         try:
             for p, part in zip(self.parameters, parts, strict=True):
                 p.data += torch.view_as_complex(part.reshape(*p.shape, 2)) if p.is_complex() else part.view_as(p)
-            return self._mean(lambda x, t: self._flat(self._grad(self.loss(call(self.network, x), t)))).detach()
+            return [t.detach().clone() for t in value()]
         finally:
             for p, old in zip(self.parameters, before, strict=True):
                 p.data.copy_(old)
@@ -138,10 +151,12 @@ class Truth:
     def _gauss_newton(self, inputs: Any, targets: Any, v: Tensor) -> Tensor:
         outputs = call(self.network, inputs)
         through = [t for t in leaves(outputs) if t.requires_grad]
-        # J v by reverse mode twice: the derivative by u of (J^T u) v
-        dual = [torch.zeros_like(t, requires_grad=True) for t in through]
-        pulled = self._flat(self._grad(through, dual, create_graph=True))
-        pushed = torch.autograd.grad(pulled @ v, dual, allow_unused=True, materialize_grads=True)
+        if self.entry.differences:
+            pushed = self._pushed_by_differences(inputs, v)
+        else:  # J v by reverse mode twice: the derivative by u of (J^T u) v
+            dual = [torch.zeros_like(t, requires_grad=True) for t in through]
+            pulled = self._flat(self._grad(through, dual, create_graph=True))
+            pushed = torch.autograd.grad(pulled @ v, dual, allow_unused=True, materialize_grads=True)
         cuts = [t.detach().requires_grad_() for t in through]
         at = iter(cuts)
         replaced = mapped(outputs, lambda t: next(at) if t.requires_grad else t)

@@ -1,4 +1,4 @@
-"""Losses: weights of classes and examples, ignored and soft targets, sequences, sums, and what gradients do not pass."""
+"""Losses: class and example weights, ignored and soft targets, sequences, sums, and what gradients do not pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.zoo.entry import Batch, Entry, images, numbers, vectors
+from tests.zoo.entry import Batch, Entry, numbers, vectors
 from tests.zoo.families.plain import perceptron
 
 CLASS_WEIGHTS = torch.tensor([1.0, 5.0, 0.2])
@@ -26,9 +26,11 @@ def soft() -> list[Batch]:
 
 
 def labelled_sequences() -> list[Batch]:
-    """Two thirds of the positions of the first batch do not count."""
-    batches = [(torch.randn(n, 4, 6), torch.randint(3, (n, 6))) for n in (5, 3)]
-    batches[0][1][:, 2:] = -100
+    """Sequences of unequal lengths: the positions after their ends do not count."""
+    batches = sequence_classes()
+    for _, classes in batches:
+        for i, row in enumerate(classes):
+            row[2 + i :] = -100
     return batches
 
 
@@ -75,9 +77,9 @@ class Gate(nn.Module):
         hidden = self.act(self.first(x))
         if self.how == "no_grad":
             with torch.no_grad():
-                gate = torch.exp(-hidden.mean(1, keepdim=True) ** 2)
+                gate = torch.exp(-(hidden.mean(1, keepdim=True) ** 2))
         else:
-            gate = torch.exp(-(hidden.data if self.how == "data" else hidden.detach()).mean(1, keepdim=True) ** 2)
+            gate = torch.exp(-((hidden.data if self.how == "data" else hidden.detach()).mean(1, keepdim=True) ** 2))
         return self.last(hidden * gate)
 
 
@@ -161,19 +163,42 @@ LOSSES, STOPPED, FUNCTIONS = "losses", "stopped gradients", "custom autograd fun
 one_d = lambda: nn.Sequential(nn.Conv1d(4, 5, 1), nn.Tanh(), nn.Conv1d(5, 3, 1))  # noqa: E731
 
 ENTRIES = [
-    Entry(LOSSES, "class weights", perceptron, vectors(5, 3), nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
-          example_weights=lambda t: CLASS_WEIGHTS[t]),
-    Entry(LOSSES, "ignored targets", perceptron, some_ignored, F.cross_entropy,
-          example_weights=lambda t: (t >= 0).double()),
+    Entry(
+        LOSSES,
+        "class weights",
+        perceptron,
+        vectors(5, 3),
+        nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
+        example_weights=lambda t: CLASS_WEIGHTS[t],
+    ),
+    Entry(
+        LOSSES,
+        "ignored targets",
+        perceptron,
+        some_ignored,
+        F.cross_entropy,
+        example_weights=lambda t: (t >= 0).double(),
+    ),
     Entry(LOSSES, "label smoothing", perceptron, vectors(5, 3), partial(F.cross_entropy, label_smoothing=0.1)),
     Entry(LOSSES, "class probabilities", perceptron, soft),
-    Entry(LOSSES, "two classes", lambda: perceptron(4, 2), lambda: [(x, (t > 0).float()) for x, t in numbers(5, 3)()],
-          F.binary_cross_entropy_with_logits, classes=lambda outputs: outputs > 0),
+    Entry(
+        LOSSES,
+        "two classes",
+        lambda: perceptron(4, 2),
+        lambda: [(x, (t > 0).float()) for x, t in numbers(5, 3)()],
+        F.binary_cross_entropy_with_logits,
+        classes=lambda outputs: outputs > 0,
+    ),
     Entry(LOSSES, "Huber", lambda: perceptron(4, 2), numbers(5, 3), nn.HuberLoss(delta=0.7)),
     Entry(LOSSES, "sequences of classes", one_d, sequence_classes),
-    Entry(LOSSES, "sequences, ignored positions", one_d, labelled_sequences,
-          example_weights=lambda t: (t >= 0).sum(1).double()),
-    Entry(LOSSES, "your own mean over positions", one_d, labelled_sequences, masked_mean, weights=(10 / 28, 18 / 28)),
+    Entry(
+        LOSSES,
+        "sequences, ignored positions",
+        one_d,
+        labelled_sequences,
+        example_weights=lambda t: (t >= 0).sum(1).double(),
+    ),
+    Entry(LOSSES, "your own mean over positions", one_d, labelled_sequences, masked_mean, weights=(20 / 29, 9 / 29)),
     Entry(LOSSES, "your own weights of examples", perceptron, weighted_examples, by_example_weight),
     Entry(LOSSES, "focal loss", perceptron, vectors(5, 3), focal),
     Entry(LOSSES, "sum", perceptron, vectors(5, 3), nn.CrossEntropyLoss(reduction="sum")),
@@ -185,4 +210,4 @@ ENTRIES = [
     Entry(STOPPED, "VQ-VAE", Quantised, themselves, reconstruction),
     Entry(FUNCTIONS, "own gradient", lambda: Custom(_Sine), vectors(5, 3)),
     Entry(FUNCTIONS, "straight-through", lambda: Custom(_StraightThrough), vectors(5, 3)),
-]  # fmt: skip
+]

@@ -118,6 +118,21 @@ def hard_activations() -> nn.Sequential:
     return pooled(nn.Conv2d(1, 4, 3), nn.Hardswish(), nn.Conv2d(4, 4, 1), nn.Hardsigmoid())
 
 
+def lightning_module() -> nn.Module:
+    from lightning import LightningModule
+
+    class Classifier(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = perceptron()
+            self.save_hyperparameters()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+    return Classifier()
+
+
 def used(network: nn.Module, inputs: Tensor) -> nn.Module:
     """After a forward pass: lazy layers have their shapes, kept tensors have graphs."""
     network(inputs)
@@ -182,7 +197,9 @@ ENTRIES = [
     Entry(PLAIN, "keeps features", lambda: used(Keeps(), torch.randn(2, 4)), vectors(5, 3)),
     Entry(PLAIN, "lazy layers", lazy, vectors(5, 3)),
     Entry(CONV, "convolution", lambda: pooled(nn.Conv2d(1, 4, 3), nn.ReLU()), IMAGES),
-    Entry(CONV, "batch norm after convolution", lambda: pooled(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.SiLU()), IMAGES),
+    Entry(
+        CONV, "batch norm after convolution", lambda: pooled(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.SiLU()), IMAGES
+    ),
     Entry(CONV, "hook on the norm layer", hooked_norm, IMAGES),
     Entry(CONV, "branch on data", Branch, IMAGES, not_for=("saturation",)),
     Entry(CONV, "residual, in place", lambda: pooled(nn.Conv2d(1, 4, 3), Residual()), IMAGES),
@@ -191,18 +208,37 @@ ENTRIES = [
     Entry(NORM, "RMSNorm", lambda: with_(nn.Sequential(nn.Linear(4, 5), nn.RMSNorm(5))), vectors(5, 3)),
     Entry(NORM, "BatchNorm1d", lambda: with_(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))), vectors(5, 3)),
     Entry(NORM, "GroupNorm", lambda: pooled(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.SiLU()), IMAGES),
-    Entry(NORM, "InstanceNorm", lambda: pooled(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ELU()), IMAGES),
-    Entry(WEIGHTS, "weight_norm", lambda: with_(parametrizations.weight_norm(nn.Linear(4, 5))), vectors(5, 3), differences=True, tolerance=DIFFERENCES),
+    Entry(
+        NORM, "InstanceNorm", lambda: pooled(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ELU()), IMAGES
+    ),
+    Entry(
+        WEIGHTS,
+        "weight_norm",
+        lambda: with_(parametrizations.weight_norm(nn.Linear(4, 5))),
+        vectors(5, 3),
+        differences=True,
+        tolerance=DIFFERENCES,
+    ),
     Entry(WEIGHTS, "weight_norm, hook form", hook_weight_norm, vectors(5, 3), differences=True, tolerance=DIFFERENCES),
     Entry(WEIGHTS, "spectral_norm", lambda: with_(parametrizations.spectral_norm(nn.Linear(4, 5))), vectors(5, 3)),
     Entry(WEIGHTS, "spectral_norm, hook form", hook_spectral_norm, vectors(5, 3)),
-    Entry(WEIGHTS, "orthogonal", lambda: with_(parametrizations.orthogonal(nn.Linear(5, 5))), vectors(5, 3, features=5)),
+    Entry(
+        WEIGHTS, "orthogonal", lambda: with_(parametrizations.orthogonal(nn.Linear(5, 5))), vectors(5, 3, features=5)
+    ),
     Entry(WEIGHTS, "pruned", pruned, vectors(5, 3)),
     Entry(WRAPPED, "compiled", compiled, vectors(5, 3), slow=True),
     Entry(WRAPPED, "DataParallel", lambda: nn.DataParallel(perceptron()), vectors(5, 3)),
+    Entry(WRAPPED, "LightningModule", lightning_module, vectors(5, 3), packages=("lightning",)),
     Entry(WRAPPED, "checkpointed", lambda: Checkpointed(reentrant=False), vectors(5, 3)),
     Entry(WRAPPED, "checkpointed, reentrant", lambda: Checkpointed(reentrant=True), vectors(5, 3)),
-    Entry(WRAPPED, "quantised", quantised, vectors(5, 3), refused={"*": "quantised|parameters"}, not_for=("saturation", "functional distance")),
+    Entry(
+        WRAPPED,
+        "quantised",
+        quantised,
+        vectors(5, 3),
+        refused={"*": "quantised|parameters"},
+        not_for=("saturation", "functional distance"),
+    ),
     Entry(OUT, "tuple of outputs", lambda: Outputs(named=False), numbers(5, 3), gaussian),
     Entry(OUT, "outputs by name", lambda: Outputs(named=True), numbers(5, 3), gaussian_by_name),
-]  # fmt: skip
+]

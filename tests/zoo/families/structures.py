@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from tests.zoo.entry import Batch, Entry, images, numbers, vectors
+from tests.zoo.entry import Batch, Entry, numbers, vectors
 from tests.zoo.families.plain import perceptron
 
 
@@ -147,7 +147,11 @@ class Detector(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.boxes, self.classes = nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Linear(5, 4), nn.Linear(5, 3)
+        self.body, self.boxes, self.classes = (
+            nn.Sequential(nn.Linear(4, 5), nn.Tanh()),
+            nn.Linear(5, 4),
+            nn.Linear(5, 3),
+        )
 
     def forward(self, x: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
         hidden = self.body(x)
@@ -199,7 +203,9 @@ DRAWS = {"*": "random"}
 
 ENTRIES = [
     Entry(GRAPHS, "message passing", Graphs, graphs, F.mse_loss, weights=(2 / 6, 4 / 6)),
-    Entry(GRAPHS, "message passing, own loss", Graphs, graphs, lambda o, t: ((o - t) ** 2).mean(), weights=(2 / 6, 4 / 6)),
+    Entry(
+        GRAPHS, "message passing, own loss", Graphs, graphs, lambda o, t: ((o - t) ** 2).mean(), weights=(2 / 6, 4 / 6)
+    ),
     Entry(PHYSICS, "derivative in the forward", Physics, times, residual),
     Entry(STRUCTURE, "normalising flow", Coupling, numbers(5, 3), likelihood),
     Entry(STRUCTURE, "hypernetwork", Hyper, vectors(5, 3)),
@@ -207,6 +213,14 @@ ENTRIES = [
     Entry(STRUCTURE, "deep equilibrium", Equilibrium, vectors(5, 3), not_for=("saturation",)),
     Entry(PIXELS, "U-Net", UNet, pixels),
     Entry(PIXELS, "losses in the forward", Detector, objects, lambda o, t: o["boxes"] + o["classes"]),
-    Entry(RANDOM, "variational autoencoder", Variational, reconstructed, F.mse_loss, refused=DRAWS, not_for=("trajectory",)),
+    Entry(
+        RANDOM,
+        "variational autoencoder",
+        Variational,
+        reconstructed,
+        F.mse_loss,
+        refused=DRAWS,
+        not_for=("trajectory",),
+    ),
     Entry(RANDOM, "dropout left on", DropoutOn, vectors(5, 3), refused=DRAWS, not_for=("trajectory",)),
-]  # fmt: skip
+]

@@ -97,7 +97,9 @@ ENTRIES = [
     Entry(TORCHVISION, "MobileNetV3", mobilenet, small(3, 2), slow=True, **HARD),
     Entry(TIMM, "ViT", partial(timm_network, "vit_tiny_patch16_224", **VIT), small(3, 2), packages=("timm",)),
     Entry(TIMM, "Swin", partial(timm_network, "swin_tiny_patch4_window7_224", **SWIN), small(3, 2), packages=("timm",)),
-    Entry(TIMM, "ConvNeXt", partial(timm_network, "convnext_atto", **CONVNEXT), small(3, 2, width=32), packages=("timm",)),
+    Entry(
+        TIMM, "ConvNeXt", partial(timm_network, "convnext_atto", **CONVNEXT), small(3, 2, width=32), packages=("timm",)
+    ),
     Entry(TIMM, "EfficientNet", efficientnet, small(3, 2), packages=("timm",)),
     Entry(TIMM, "MobileNetV3 of timm", mobilenet_of_timm, small(3, 2), packages=("timm",), **HARD),
-]  # fmt: skip
+]
