@@ -44,6 +44,8 @@ class Entry:
         The factor of each batch's loss in the loss over all data; by default what its examples weigh.
     example_weights : callable, optional
         ``(targets) -> (n,)``, what each example of a batch weighs in the batch's mean; all the same by default.
+    cuts_outputs : bool
+        Whether single examples are parts of the outputs only, as with graphs, which the network takes together.
     classes : callable
         Outputs to the class of each example or position; of the first dim after the examples' by default.
     options : mapping
@@ -69,6 +71,7 @@ class Entry:
     loss: Callable[[Any, Any], Tensor] = F.cross_entropy
     weights: Sequence[float] | None = None
     example_weights: Callable[[Any], Tensor] | None = None
+    cuts_outputs: bool = False
     classes: Callable[[Tensor], Tensor] = first_dim_after_examples
     options: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)

@@ -101,11 +101,16 @@ class Truth:
             for i in range(n):
                 if weights[i] == 0:  # nothing counts, and the mean over nothing is not a number
                     continue
-                one = mapped((inputs, targets), lambda t, i=i: t[i : i + 1])
-                slope = self._flat(self._grad(self.loss(call(self.network, one[0]), one[1])))
+                slope = self._flat(self._grad(self._loss_of_example(inputs, targets, slice(i, i + 1))))
                 total += weights[i] * slope * (slope @ v)
             weight += float(weights.sum())
         return total / weight
+
+    def _loss_of_example(self, inputs: Any, targets: Any, part: slice) -> Tensor:
+        one = mapped(targets, lambda t: t[part])
+        if self.entry.cuts_outputs:
+            return self.loss(mapped(call(self.network, inputs), lambda t: t[part]), one)
+        return self.loss(call(self.network, mapped(inputs, lambda t: t[part])), one)
 
     def dense_hessian(self) -> Tensor:
         """The Hessian itself, (P, P)."""

@@ -42,9 +42,9 @@ def nodes() -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
     return [((torch.randn(8, 3), torch.randint(8, (2, 20))), torch.randint(3, (8,)))]
 
 
-PACKAGE, CUT = ("torch_geometric",), {"Fisher": "example"}
+PACKAGE = ("torch_geometric",)
 
 ENTRIES = [
-    Entry("torch_geometric", "GCN", Convolved, graphs, F.mse_loss, packages=PACKAGE, refused=CUT),
-    Entry("torch_geometric", "GAT, classes of nodes", Attending, nodes, packages=PACKAGE, refused=CUT),
+    Entry("torch_geometric", "GCN", Convolved, graphs, F.mse_loss, packages=PACKAGE, cuts_outputs=True),
+    Entry("torch_geometric", "GAT, classes of nodes", Attending, nodes, packages=PACKAGE, cuts_outputs=True),
 ]

@@ -162,6 +162,9 @@ class Custom(nn.Module):
 LOSSES, STOPPED, FUNCTIONS = "losses", "stopped gradients", "custom autograd functions"
 one_d = lambda: nn.Sequential(nn.Conv1d(4, 5, 1), nn.Tanh(), nn.Conv1d(5, 3, 1))  # noqa: E731
 
+#: Losses of batches that are not means over the examples' own losses.
+EACH = dict.fromkeys(("compare", "landscape", "sharpness", "functional distance"), "not the mean over its examples")
+
 ENTRIES = [
     Entry(
         LOSSES,
@@ -198,11 +201,11 @@ ENTRIES = [
         labelled_sequences,
         example_weights=lambda t: (t >= 0).sum(1).double(),
     ),
-    Entry(LOSSES, "your own mean over positions", one_d, labelled_sequences, masked_mean, weights=(20 / 29, 9 / 29)),
+    Entry(LOSSES, "your own mean over positions", one_d, labelled_sequences, masked_mean, (20 / 29, 9 / 29), refused={**EACH, "Fisher": EACH["compare"]}),
     Entry(LOSSES, "your own weights of examples", perceptron, weighted_examples, by_example_weight),
     Entry(LOSSES, "focal loss", perceptron, vectors(5, 3), focal),
-    Entry(LOSSES, "sum", perceptron, vectors(5, 3), nn.CrossEntropyLoss(reduction="sum")),
-    Entry(LOSSES, "your own sum", perceptron, vectors(5, 3), summed),
+    Entry(LOSSES, "sum", perceptron, vectors(5, 3), nn.CrossEntropyLoss(reduction="sum"), (1, 1), refused=EACH),
+    Entry(LOSSES, "your own sum", perceptron, vectors(5, 3), summed, (1, 1), refused=EACH),
     Entry(STOPPED, "gate under no_grad", lambda: Gate("no_grad"), vectors(5, 3)),
     Entry(STOPPED, "gate from .data", lambda: Gate("data"), vectors(5, 3)),
     Entry(STOPPED, "gate from .detach()", lambda: Gate("detach"), vectors(5, 3)),
