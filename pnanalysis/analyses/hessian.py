@@ -17,6 +17,7 @@ from pnanalysis import schema
 from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests
 from pnanalysis.checks import at_least, positive, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
+from pnanalysis.curvature.batch_weights import Weight
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
@@ -48,11 +49,13 @@ class SpectrumOptions:
     dtype: str = "float32"
     amp: str = "no"
     seed: int = 0
+    weight: Weight = None
+    draws: int | None = None
     lanczos_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         resolve_dtype(self.dtype)
-        at_least(1, n_lanczos=self.n_lanczos, n_probes=self.n_probes)
+        at_least(1, n_lanczos=self.n_lanczos, n_probes=self.n_probes, draws=self.draws)
         at_least(4, n_hvp=self.n_hvp)
         at_least(0, seed=self.seed)
         positive(kernel_width=self.kernel_width)
@@ -77,8 +80,13 @@ class SpectrumOptions:
 
     def matrix_settings(self) -> dict[str, Any]:
         """Those that say which matrix it is, rather than what is spent on it."""
-        names = ("operator", "params", "bn_mode", "dtype", "amp")
-        return {name: getattr(self, name) for name in names}
+        names = ("operator", "params", "bn_mode", "dtype", "amp", "draws")
+        return {name: getattr(self, name) for name in names} | {"weight": self.weight_name}
+
+    @property
+    def weight_name(self) -> str:
+        """What batches weigh by, in words; empty by default."""
+        return self.weight if isinstance(self.weight, str) else getattr(self.weight, "__qualname__", "")
 
 
 class Row(NamedTuple):
@@ -112,6 +120,8 @@ def hessian(
     bn_mode: str = "eval",
     dtype: str = "float32",
     amp: str = "no",
+    weight: Weight = None,
+    draws: int | None = None,
     device: str | None = "cpu",
     seed: int = 0,
     progress: bool = True,
@@ -154,6 +164,12 @@ def hessian(
     dtype : {"float32", "float64"}
     amp : {"no", "tf32", "bf16"}
         See :class:`pnanalysis.HessianOperator`.
+    weight : None, "examples", "batches" or callable, optional
+        What a batch weighs in the mean, where the loss is one of your own that leaves it open: see
+        :class:`pnanalysis.HessianOperator`.
+    draws : int, optional
+        For networks that draw random numbers in eval mode, which are refused by default: the mean over this many
+        draws. The error of the trace then includes their scatter; those of other numbers do not.
     device : str or None
     seed : int
         Of probes and examples.
@@ -167,7 +183,9 @@ def hessian(
     -------
     xarray.Dataset
         Kind ``hessian``: everything :func:`pnanalysis.spectral_density` gives, with dim ``checkpoint`` in front, padded
-        with NaN; and a coordinate ``matrix_digest`` (checkpoint), equal for the same weights, data and settings.
+        with NaN; and a coordinate ``matrix_digest`` (checkpoint), equal for the same weights, data and settings. The
+        attributes ``hvp_method`` and ``hvp_difference`` say how products were computed, and how far at most they were
+        from a second way of computing them, relative to their size.
 
     Raises
     ------
@@ -191,12 +209,12 @@ def hessian(
     at_least(1, n=n, batch_size=batch_size)
     options = SpectrumOptions(
         operator, engine, n_lanczos, n_probes, n_hvp, deflate, kernel_width, params, per_layer, bn_mode, dtype, amp,
-        seed, lanczos_options,
+        seed, weight, draws, lanczos_options,
     )  # fmt: skip
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
     selection.check_weights()
-    settings = {**asdict(options), "split": split, "n": n, "batch_size": batch_size}
+    settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
     cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection))
     found: dict[tuple[str, object], dict[str, tuple[xr.Dataset, str]]] = {}
     for source in selection.sources:
@@ -219,7 +237,8 @@ def hessian(
     return schema.finish(
         stack_spectra(rows, per_layer), "hessian", **selection.sources[0].dataset_attrs(), operator=operator,
         engine=engine, split=split, n=n_examples(part, batches), batch_size=batch_size, bn_mode=bn_mode, params=params,
-        seed=seed, device=str(torch_device), dtype=dtype, amp=amp,
+        seed=seed, device=str(torch_device), dtype=dtype, amp=amp, weight=options.weight_name or None, draws=draws,
+        **products_of(row.spectrum for row in rows),
     )  # fmt: skip
 
 
@@ -260,16 +279,36 @@ def network_spectra(
         whole = make_operator(
             options.engine, options.operator, network, loss, batches,
             params=options.params, bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device,
-            amp=options.amp, expected_products=options.n_products,
+            amp=options.amp, expected_products=options.n_products, weight=options.weight, draws=options.draws,
         )  # fmt: skip
         for layer, op in _blocks(whole, options.per_layer):
             compute = partial(
-                spectral_density, op, options.steps(op.shape[0]), options.n_probes, n_hvp=options.n_hvp,
+                _spectrum, op, options.steps(op.shape[0]), options.n_probes, n_hvp=options.n_hvp,
                 deflate=options.deflate, kernel_width=options.kernel_width, seed=options.seed, progress=progress,
                 title=f"{label}:{layer}" if layer else label, **options.lanczos_options,
             )  # fmt: skip
             spectra[layer] = compute() if cache is None else cache.finished(layer, op, compute)
     return spectra
+
+
+def _spectrum(op: LinearOperator, *arguments: Any, **options: Any) -> xr.Dataset:
+    """The spectral density, with how its products were computed."""
+    ds = spectral_density(op, *arguments, **options)
+    if not isinstance(op, CurvatureOperator):
+        return ds
+    if op.draws is not None and op.draws > 1:
+        scatter = float(op.trace_of_draws().std()) / op.draws**0.5
+        ds["trace_se"] = np.hypot(ds.trace_se, scatter).assign_attrs(ds.trace_se.attrs)
+    return ds.assign_attrs(hvp_method=op.method, hvp_difference=op.product_check.difference)
+
+
+def products_of(spectra: Iterable[xr.Dataset]) -> dict[str, Any]:
+    """How the products of all these spectra were computed, and how far at most two ways of computing them differed."""
+    known = [ds.attrs for ds in spectra if "hvp_method" in ds.attrs]
+    if not known:
+        return {}
+    methods = dict.fromkeys(attrs["hvp_method"] for attrs in known)
+    return {"hvp_method": ", ".join(methods), "hvp_difference": max(attrs["hvp_difference"] for attrs in known)}
 
 
 def stack_spectra(rows: Sequence[Row], per_layer: bool = False) -> xr.Dataset:

@@ -36,6 +36,7 @@ from pnanalysis.curvature.traced_products import TracedProducts
 from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.losses import check_targets, loss_on
+from pnanalysis.evaluation.randomness import differs_between_passes
 from pnanalysis.inputs.batches import first_examples, map_tensors, move
 from pnanalysis.inputs.copies import in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
@@ -83,6 +84,9 @@ class CurvatureOperator:
         What a batch weighs in the mean over all data: its examples, 1, or ``weight(inputs, targets)``. By default what
         torch's own losses divide by; for all others it is measured (see
         :mod:`pnanalysis.curvature.batch_weights`), and refused where that leaves a choice.
+    draws : int, optional
+        For a network or loss that draws random numbers in eval mode: the mean over this many draws for each batch, by
+        seeds that are the same in every product. By default such a network is refused.
     weight_decay : float
         Adds ``weight_decay / 2 * ||theta||^2`` over the chosen parameters to the loss.
     penalty : callable, optional
@@ -137,6 +141,7 @@ class CurvatureOperator:
         amp: str = "no",
         expected_products: int = 1000,
         weight: Weight = None,
+        draws: int | None = None,
     ) -> None:
         for name, value, choices in (
             ("bn_mode", bn_mode, ("eval", "train")),
@@ -145,6 +150,8 @@ class CurvatureOperator:
         ):
             if value not in choices:
                 raise CurvatureError(f"{name} is {value!r}; it must be {' or '.join(choices)}")
+        if draws is not None and draws < 1:
+            raise CurvatureError(f"draws is {draws}; it must be at least 1")
         if micro_batch is not None and bn_mode == "train":
             raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
         model = unwrapped(model)
@@ -156,7 +163,7 @@ class CurvatureOperator:
         self.loss_fn = loss_on(loss_fn, self.device, self.dtype)
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
         self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
-        self.expected_products, self.weight = expected_products, weight
+        self.expected_products, self.weight, self.draws = expected_products, weight, draws
         self.n_hvp = 0
         parameters, others = dict(self.model.named_parameters()), dict(self.model.named_buffers())
         chosen = {name: parameters.pop(name).detach() for name in self.names}
@@ -175,7 +182,8 @@ class CurvatureOperator:
         with self._passes():
             self._read(batches, weight)
         self._finite = torch.ones(len(self.batches), dtype=torch.bool, device=self.device)
-        traced = expected_products >= _FEWEST_PRODUCTS_TO_TRACE
+        # a trace would draw its numbers in another order
+        traced = expected_products >= _FEWEST_PRODUCTS_TO_TRACE and draws is None
         self._traces = TracedProducts(self) if traced else None
         self._cache: dict[int, Product] = {}
         self._cached_bytes = 0
@@ -225,7 +233,7 @@ class CurvatureOperator:
         directions = [split_vector(v, self.parameter_shapes) for v in V.T]
         result = torch.zeros_like(V)  # keeps the layout
         with self._passes():
-            for i, (weight, product) in enumerate(self._products(directions[0])):
+            for i, weight, product in self._products(directions[0]):
                 for direction, into in zip(directions, result.T, strict=True):
                     part = join_tensors(product(direction)).to(self.dtype)
                     # a sum is finite only if all terms are; noted on the device, for reading it back would wait for it
@@ -252,17 +260,15 @@ class CurvatureOperator:
     def loss(self) -> float:
         """The loss over all batches, weight decay and penalty included."""
         with self._passes():  # with gradients, which some networks compute on the way
-            values = [
-                w * float(self._loss_at_theta(self._arguments(batch)).detach()) for w, batch in self.batches.weighted()
-            ]
+            values = [w * float(self._loss_at_theta(at).detach()) for _, w, at in self._weighted()]
             return sum(values) + float(self._regulariser.value(self._theta))
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, ``(P,)``, weight decay and penalty included."""
         total = torch.zeros(self.n_parameters, dtype=self.dtype, device=self.device)
         with self._passes():
-            for weight, batch in self.batches.weighted():
-                total.add_(join_tensors(self._loss.gradient(self._arguments(batch), self._theta)), alpha=weight)
+            for _, weight, at in self._weighted():
+                total.add_(join_tensors(self._loss.gradient(at, self._theta)), alpha=weight)
         return total + self._regulariser.gradient() if self._regulariser else total
 
     def to_dense(self, chunk: int = 64) -> Tensor:
@@ -280,8 +286,25 @@ class CurvatureOperator:
                     self.model, self.loss_fn, self.batches.source, params=names, dtype=self.dtype, device=self.device,
                     bn_mode=self.bn_mode, reduction=self.reduction, weight=self.weight, weight_decay=self.weight_decay,
                     penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
-                    expected_products=self.expected_products,
+                    expected_products=self.expected_products, draws=self.draws,
                 )  # fmt: skip
+
+    def trace_of_draws(self, n_probes: int = 10, seed: int = 0) -> Tensor:
+        """Hutchinson's estimate of the trace for each draw, by the same probes, ``(draws,)``.
+
+        Their scatter tells how far the mean over the draws is from that over all that the network may draw.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (n_probes, self.n_parameters), generator=generator) * 2.0 - 1
+        probes = [split_vector(sign.to(self.device, self.dtype), self.parameter_shapes) for sign in signs]
+        forms = torch.zeros(self.draws or 1, dtype=torch.float64)
+        with self._passes():
+            for k, (_, weight, at) in enumerate(self._weighted()):
+                product, _ = self._prepare(at, probes[0])
+                for probe in probes:
+                    form = sum(float((a * b).sum()) for a, b in zip(probe, product(probe), strict=True))
+                    forms[k % len(forms)] += weight * len(forms) * form / n_probes
+        return forms
 
     @property
     def product_check(self) -> ProductCheck:
@@ -294,6 +317,7 @@ class CurvatureOperator:
         """
         if self._check is None:
             with self._passes():
+                self._draw(0, 0)
                 self._check = check_products(self, self._few(next(iter(self.batches))))
             if self._check.note:
                 warnings.warn(self._check.note, stacklevel=2)
@@ -331,24 +355,34 @@ class CurvatureOperator:
 
     # -- products batch by batch --------------------------------------------------------------------------------
 
-    def _products(self, like: list[Tensor]) -> Iterator[tuple[float, Product]]:
-        """For each batch, its weight and the product with its matrix; products in the cache need no data."""
+    def _products(self, like: list[Tensor]) -> Iterator[tuple[int, float, Product]]:
+        """Each batch's number, its weight, and the product with its matrix; products in the cache need no data."""
         if len(self._cache) == len(self.batches):
-            yield from zip(self.batches.weights, (self._cache[i] for i in range(len(self.batches))), strict=True)
+            yield from ((i, weight, self._cache[i]) for i, weight in enumerate(self.batches.weights))
             return
-        for i, (weight, batch) in enumerate(self.batches.weighted()):
+        for i, weight, at in self._weighted():
             if i in self._cache:
-                yield weight, self._cache[i]
+                yield i, weight, self._cache[i]
                 continue
-            product, n_bytes = self._prepare(batch, like)
+            product, n_bytes = self._prepare(at, like)
             if n_bytes and self._cached_bytes + n_bytes <= self._cache_bytes:
                 self._cache[i] = product
                 self._cached_bytes += n_bytes
-            yield weight, product
+            yield i, weight, product
 
-    def _prepare(self, batch: Batch, like: list[Tensor]) -> tuple[Product, int]:
+    def _weighted(self) -> Iterator[tuple[int, float, LossArguments]]:
+        """Each batch's number, its weight and what its loss depends on; once for every draw."""
+        for i, (weight, batch) in enumerate(self.batches.weighted()):
+            for draw in range(self.draws or 1):
+                self._draw(i, draw)
+                yield i, weight / (self.draws or 1), self._arguments(batch)
+
+    def _draw(self, batch: int, draw: int) -> None:
+        """Let passes draw the random numbers of one draw for one batch."""
+        self._loss.seed = None if self.draws is None else batch * self.draws + draw
+
+    def _prepare(self, at: LossArguments, like: list[Tensor]) -> tuple[Product, int]:
         """The product with the matrix of one batch, and the bytes to keep for it (0: do not keep it)."""
-        at = self._arguments(batch)
         if self.product_check.forward and self._traces is not None:
             traced = self._traces.at(at, like)
             if traced is not None:
@@ -393,9 +427,12 @@ class CurvatureOperator:
 
     def _fit_passes(self, batch: Batch) -> None:
         """Run network and loss for the first time, check the targets, and choose the layout and what is folded."""
+        self._draw(0, 0)
         at = self._few(batch)
+        self._evaluate(at)
         self._loss.protect(at)
-        check_targets(self.loss_fn, self._loss.outputs(at, at.theta), at.targets)
+        if self.draws is None:
+            self._check_repeatable(at)
         if self.bn_mode == "eval":
             self._fold_norms(self._arguments(batch))
         if self.device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
@@ -405,13 +442,30 @@ class CurvatureOperator:
         """A few examples of a batch, or all where network or loss need more."""
         try:
             few = self._arguments(first_examples(batch, EXAMPLES))
-            copies: LossArguments = map_tensors(few, torch.clone)  # the user's data, which a pass may write into
-            self._loss_at_theta(copies)
+            self._evaluate(few)
             return few
         except PnError:
             raise
         except Exception:
             return self._arguments(batch)  # errors of this one are the user's to see
+
+    def _evaluate(self, at: LossArguments) -> None:
+        """Run network and loss, and check that the targets mean what the loss takes them for."""
+        at = map_tensors(at, torch.clone)  # a pass may write into the user's data
+        if not self.loss_fn.takes_model:
+            check_targets(self.loss_fn, self._loss.outputs(at, at.theta), at.targets)
+        self._loss_at_theta(at)
+
+    def _check_repeatable(self, at: LossArguments) -> None:
+        """Refuse a network or loss that draws random numbers."""
+        if differs_between_passes(self.model, at.inputs) or differs_between_passes(
+            self.model, at.inputs, self.loss_fn, at.targets
+        ):
+            raise CurvatureError(
+                "the network or its loss draws at random in eval mode: two passes over the same batch differ; average "
+                "over draws=K, or make it deterministic (return the mean instead of a sample, "
+                "F.dropout(..., training=self.training))"
+            )
 
     def _fold_norms(self, at: LossArguments) -> None:
         """Fold batch normalisation into convolutions, if the network remains the same function."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -12,7 +13,10 @@ from torch.func import functional_call
 
 from pnanalysis.curvature.parameters import Named, as_given, requiring_grad
 from pnanalysis.curvature.passes import autocast, unchanged
+from pnanalysis.errors import CurvatureError
+from pnanalysis.evaluation.forward import BoundLoss
 from pnanalysis.evaluation.losses import InspectedLoss, loss_on
+from pnanalysis.evaluation.randomness import random_states_kept, set_seed
 from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
 
 
@@ -43,6 +47,8 @@ class NetworkLoss:
     ----------
     protected : bool
         Whether passes work on copies of their arguments, because the network writes into them.
+    seed : int or None
+        Of the random numbers that network and loss draw in every pass; ``None`` where they draw none.
     """
 
     def __init__(
@@ -52,18 +58,29 @@ class NetworkLoss:
         self.model, self.loss_fn, self.device, self.dtype, self.amp = model, loss_fn, device, dtype, amp
         self.complex_names = frozenset(complex_names)
         self.protected = False
+        self.seed: int | None = None
+        self._bound = BoundLoss(model, loss_fn) if loss_fn.takes_model else None
 
     def outputs(self, at: LossArguments, theta: Named) -> Any:
         """What the network returns."""
-        inputs, state = at.inputs, self._state(at, theta)
-        if self.protected:
-            inputs, state = map_tensors((inputs, state), torch.clone)
+        inputs, state = self._arguments(at.inputs, at, theta)
         arguments, keywords = as_arguments(inputs, self.model)
-        with autocast(self.device, self.amp), unchanged(self.model):
+        with self._pass():
             return functional_call(self.model, state, arguments, keywords)
 
     def of_outputs(self, outputs: Any, targets: Any) -> Tensor:
-        """The loss, given what the network returns."""
+        """The loss, given what the network returns.
+
+        Raises
+        ------
+        CurvatureError
+            If the loss takes the network itself.
+        """
+        if self._bound is not None:
+            raise CurvatureError(
+                "a loss(model, batch) is no function of the network's outputs, which this matrix needs; "
+                "use the Hessian, or a loss(outputs, targets)"
+            )
         # losses are sums of exponentials and logarithms: in bfloat16 they would lose what the network computed
         if self.amp == "bf16" and isinstance(outputs, Tensor):
             outputs = outputs.float()
@@ -71,7 +88,14 @@ class NetworkLoss:
 
     def __call__(self, at: LossArguments, theta: Named) -> Tensor:
         """The loss."""
-        return self.of_outputs(self.outputs(at, theta), at.targets)
+        if self._bound is None:
+            outputs = self.outputs(at, theta)
+            with self._drawing():
+                return self.of_outputs(outputs, at.targets)
+        batch, state = self._arguments((at.inputs, at.targets), at, theta)
+        with self._pass():
+            loss: Tensor = functional_call(self._bound, {f"model.{name}": t for name, t in state.items()}, batch)
+            return loss
 
     def gradient(self, at: LossArguments, theta: Named) -> list[Tensor]:
         """Its gradient, by reverse mode; zeros for parameters that the loss does not depend on."""
@@ -94,7 +118,28 @@ class NetworkLoss:
         twin = copy(self)
         twin.dtype, twin.amp = torch.float64, "no"
         twin.loss_fn = loss_on(self.loss_fn, self.device, torch.float64)
+        twin._bound = BoundLoss(self.model, twin.loss_fn) if twin.loss_fn.takes_model else None
         return twin
 
-    def _state(self, at: LossArguments, theta: Named) -> Named:
-        return {**at.others, **as_given(theta, self.complex_names)}
+    def _arguments(self, given: Any, at: LossArguments, theta: Named) -> tuple[Any, Named]:
+        """What a pass is given, and the network's state; copies where it writes into them."""
+        state = {**at.others, **as_given(theta, self.complex_names)}
+        if not self.protected:
+            return given, state
+        copies: tuple[Any, Named] = map_tensors((given, state), torch.clone)
+        return copies
+
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        with autocast(self.device, self.amp), unchanged(self.model), self._drawing():
+            yield
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Random numbers from the seed, if there is one."""
+        if self.seed is None:
+            yield
+            return
+        with random_states_kept():
+            set_seed(self.seed)
+            yield

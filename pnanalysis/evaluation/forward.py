@@ -76,11 +76,11 @@ def loss_of_model(
     batch = copies_of((inputs, targets))
     with torch.enable_grad():
         if state is None:
-            return _call(_Bound(model, loss), None, batch, {})
-        return _call(_Bound(model, loss), {f"model.{name}": tensor for name, tensor in state.items()}, batch, {})
+            return _call(BoundLoss(model, loss), None, batch, {})
+        return _call(BoundLoss(model, loss), {f"model.{name}": tensor for name, tensor in state.items()}, batch, {})
 
 
-class _Bound(nn.Module):
+class BoundLoss(nn.Module):
     """A loss bound to a model, as a module, so that the model's parameters can be replaced during a call."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:

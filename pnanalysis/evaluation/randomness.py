@@ -99,7 +99,8 @@ def _states() -> tuple[Any, Any, Tensor, list[Tensor]]:
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
-def _seed(seed: int) -> None:
+def set_seed(seed: int) -> None:
+    """Seed the global random number generators of torch, NumPy and Python."""
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
@@ -111,7 +112,7 @@ def _seeded_pass(
     seed: int, network: nn.Module, inputs: Any, loss: Loss | None, targets: Any
 ) -> tuple[list[Tensor], bool]:
     """All tensors of the result; and whether random numbers were drawn."""
-    _seed(seed)
+    set_seed(seed)
     before = _states()
     if loss is None:
         result = forward(network, inputs)
