@@ -98,7 +98,8 @@ def saturation(entry: Entry) -> None:
     means = activation_means(entry)
     assert means, "a network without activation modules; leave saturation out"
     for name, mean in means.items():
-        close(ds["mean"].sel(layer=name), mean)
+        (layer,) = (layer for layer in ds.layer.values if f"{layer}.".startswith(f"{name}.") and "#" not in layer)
+        close(ds["mean"].sel(layer=layer), mean)
 
 
 def trajectory(entry: Entry) -> None:

@@ -53,6 +53,10 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+#: Where classes of activation functions are defined.
+ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations", "timm.layers.activations")
+
+
 class Truth:
     """Products of the curvature matrices of an entry's loss with vectors, one batch after the other.
 
@@ -173,7 +177,8 @@ class Truth:
         return self._flat(self._grad(through, list(curved)))
 
     def _grad(self, of: Any, along: Any = None, create_graph: bool = False) -> list[Tensor]:
-        if isinstance(of, Tensor) and not of.requires_grad:
+        if isinstance(of, Tensor) and not of.requires_grad:  # the gradient of a linear loss
+            assert torch.ones((), requires_grad=True).mul(2).requires_grad, "torch no longer records graphs"
             return [torch.zeros_like(p) for p in self.parameters]
         with plain_attention():
             found = torch.autograd.grad(
@@ -202,7 +207,8 @@ def loss_of(entry: Entry, seed: int = 0) -> float:
 def outputs_of(entry: Entry, seed: int) -> Tensor:
     """The outputs for all examples, as one tensor (n, ...)."""
     network = double_network(entry, seed)
-    return torch.cat([next(leaves(call(network, double(inputs)))).detach() for inputs, _ in entry.batches()])
+    outputs = [call(network, double(inputs)) for inputs, _ in entry.batches()]
+    return torch.cat([next(leaves(getattr(each, "logits", each))).detach() for each in outputs])
 
 
 def distance(entry: Entry, first: int, second: int) -> float:
@@ -213,27 +219,24 @@ def distance(entry: Entry, first: int, second: int) -> float:
 
 def activation_means(entry: Entry, seed: int = 0) -> dict[str, float]:
     """Mean output of each activation module over all examples, by name; of its first call in a pass."""
-    network, totals, counts = double_network(entry, seed), {}, {}
-    called: set[str] = set()
+    network = double_network(entry, seed)
+    outputs: dict[str, list[Tensor]] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            if name not in called:
-                called.add(name)
-                totals[name] = totals.get(name, 0.0) + float(output.detach().sum())
-                counts[name] = counts.get(name, 0) + output.numel()
+            passed.setdefault(name, output.detach().clone())
 
         return record
 
     for name, module in network.named_modules():
-        if type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations") and not isinstance(
-            module, nn.MultiheadAttention | nn.Softmax
-        ):
+        if type(module).__module__ in ACTIVATION_MODULES and "Attention" not in type(module).__name__:
             module.register_forward_hook(hook(name))
     for inputs, _ in entry.batches():
-        called.clear()
+        passed: dict[str, Tensor] = {}
         call(network, double(inputs))
-    return {name: totals[name] / counts[name] for name in totals}
+        for name, output in passed.items():
+            outputs.setdefault(name, []).append(output.flatten())
+    return {name: float(torch.cat(parts).mean()) for name, parts in outputs.items()}
 
 
 def _double_type(tensor: Tensor) -> torch.dtype:
