@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo
 
-.PHONY: help demo test test-slow baselines check notebooks docs bench lock clean
+.PHONY: help demo test test-slow test-zoo baselines check notebooks docs bench lock clean
 
 help:
 	@echo "make demo       train, analyse and report on handwritten digits (about two minutes)"
 	@echo "make test       run the tests, except the slow ones"
 	@echo "make test-slow  run all tests"
+	@echo "make test-zoo   run every analysis on networks of transformers, timm and others, and list them in the docs"
 	@echo "make check      lint and type-check"
 	@echo "make docs       build the documentation in docs/_build/html"
 	@echo "make notebooks  execute the notebooks into notebooks/executed"
@@ -32,10 +33,15 @@ demo: $(STAMP)
 # threads. A worker that has run out of tests takes over some of another's (worksteal); until then each runs whole files,
 # and makes their fixtures once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not zoo"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Writes docs/reference/networks.md.
+test-zoo: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[zoo]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.page -n auto --dist worksteal
 
 # Redraws the images that tests compare figures with, and which depend on the matplotlib version named in
 # tests/plots/test_images.py. Review the changed images before you commit them.
