@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tensors with shapes and types but no memory: user code is tried out and traced on them at no cost.
-from torch._subclasses.fake_tensor import FakeTensorMode
+try:
+    # Tensors with shapes and types but no memory: user code is tried out and traced on them at no cost.
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
-# The one tracer that sees through torch.func's transforms (jvp of grad) and records plain tensor operations.
-from torch.fx.experimental.proxy_tensor import make_fx
+    # The one tracer that sees through torch.func's transforms (jvp of grad) and records plain tensor operations.
+    from torch.fx.experimental.proxy_tensor import make_fx
+except ImportError:  # moved: products are then computed without tracing, more slowly
+    FakeTensorMode = make_fx = None  # type: ignore[assignment,misc]
 
 # The common base classes of layers of one, two and three dimensions, SyncBatchNorm and the lazy layers included:
 # torch has no public one, and a list of the concrete classes would miss subclasses of users.
@@ -29,17 +32,21 @@ from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolutionBase
 # so a nest means the same to them and to us (classes that users register included).
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-_aten = torch.ops.aten
+
+def _operation(name: str) -> Any:
+    """A private operation, or ``None`` if it was renamed: no node of a trace has that target, and none is simplified."""
+    return getattr(getattr(torch.ops.aten, name, None), "default", None)
+
 
 #: Zeros without memory, which autograd makes for tangents that vanish. Some operations refuse them outside of autograd.
-ZEROS_WITHOUT_MEMORY = _aten._efficientzerotensor.default
+ZEROS_WITHOUT_MEMORY = _operation("_efficientzerotensor")
 #: Zeros that forward-mode differentiation makes to copy a tangent into, where the tangent's storage is not laid out
 #: as the tensor's own (a view of part of a flat vector, for example).
-ZEROS_FOR_TANGENT = _aten._new_zeros_with_same_feature_meta.default
+ZEROS_FOR_TANGENT = _operation("_new_zeros_with_same_feature_meta")
 #: What both forms of weight_norm call; its second derivative is wrong on CPUs (torch 2.15).
 WEIGHT_NORM = getattr(torch, "_weight_norm", None)
 #: What ``Tensor.to`` becomes in a trace.
-CONVERSION = _aten._to_copy.default
+CONVERSION = _operation("_to_copy")
 
 
 def writes_into_argument(target: Any) -> bool:

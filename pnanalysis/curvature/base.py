@@ -19,7 +19,7 @@ from pnanalysis.curvature.parameters import (
     Selection,
     as_real,
     join_tensors,
-    select_parameters,
+    select_unwrapped,
     split_vector,
 )
 from pnanalysis.curvature.passes import PRECISIONS, plain_passes
@@ -154,8 +154,8 @@ class CurvatureOperator:
             raise CurvatureError(f"draws is {draws}; it must be at least 1")
         if micro_batch is not None and bn_mode == "train":
             raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
-        model = unwrapped(model)
-        self.names = select_parameters(model, params)
+        wrapped, model = model, unwrapped(model)
+        self.names = select_unwrapped(wrapped, params)
         first = model.get_parameter(self.names[0])
         self.dtype = dtype or first.real.dtype
         self.device = torch.device(device) if device is not None else first.device

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pnanalysis.errors import CurvatureError
+from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.models import parameter_layers
 
 Selection = str | nn.Parameter | Sequence["str | nn.Parameter"] | None
@@ -56,6 +57,24 @@ def select_parameters(model: nn.Module, selection: Selection = None) -> list[str
         if not parameters[name].requires_grad:
             raise CurvatureError(f"parameter {name!r} is frozen; call requires_grad_() on it or choose others")
     return [name for name in parameters if name in chosen]
+
+
+def select_unwrapped(model: nn.Module, selection: Selection = None) -> list[str]:
+    """As :func:`select_parameters`, of the network inside wrappers; the selection may name them with or without these.
+
+    Raises
+    ------
+    CurvatureError
+    """
+    inner = unwrapped(model)
+    try:
+        return select_parameters(inner, selection)
+    except CurvatureError:
+        if inner is model or selection is None:
+            raise
+    held = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in inner.named_parameters()}
+    return [names[id(held[name])] for name in select_parameters(model, selection)]
 
 
 def _matches(name: str, parameter: nn.Parameter, wanted: str | nn.Parameter) -> bool:

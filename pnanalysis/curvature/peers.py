@@ -47,9 +47,11 @@ def make_operator(
         return native
     whole = native.names == [name for name, _ in model.named_parameters()]
     # the peers see the loss of the data alone: what is added to it would be missing from their products
-    if not whole or native.bn_mode != "eval" or native.penalty or native.weight_decay:
+    own = native.draws is not None or native.weight is not None or native.loss_fn.takes_model
+    if not whole or native.bn_mode != "eval" or native.penalty or native.weight_decay or own:
         raise CurvatureError(
-            f"{engine} takes all parameters, bn_mode='eval', no penalty and no weight decay; use the native engine"
+            f"{engine} takes all parameters, bn_mode='eval', a loss(outputs, targets), and neither penalty, weight decay, "
+            "weight nor draws; use the native engine"
         )
     if engine == "pyhessian":
         if kind != "hessian":

@@ -131,6 +131,8 @@ def rehearse(function: Callable[[Any], object], fixed: Any) -> None:
     Untraceable
         If the call fails.
     """
+    if FakeTensorMode is None:
+        raise Untraceable("this version of torch has no fake tensors where they are looked for")
     try:
         with FakeTensorMode() as mode:
             function(tree_map_only(Tensor, mode.from_tensor, fixed))

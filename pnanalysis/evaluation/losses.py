@@ -206,10 +206,10 @@ def example_weights(loss: Loss, targets: Any) -> Tensor:
         return torch.ones(leading_size(targets))
     valid, weight = targets != found.ignored, found.options.get("weight")
     if weight is None:
-        return valid.reshape(len(targets), -1).float().mean(1)
+        return valid.reshape(len(targets), -1).double().mean(1)
     classes = torch.where(valid, targets, torch.zeros_like(targets))
     counts = torch.where(valid, weight.to(targets.device)[classes], 0.0)
-    return counts.reshape(len(targets), -1).mean(1)
+    return counts.reshape(len(targets), -1).double().mean(1)
 
 
 def _are_indices(found: TorchLoss, targets: Tensor) -> bool:

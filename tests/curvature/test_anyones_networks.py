@@ -285,6 +285,8 @@ def test_wrappers_are_taken_off(wrap: Any) -> None:
     op = HessianOperator(wrapped, cross_entropy, BATCHES)
     assert op.names == [name for name, _ in model.named_parameters()]
     assert relative(op.to_dense(), dense_hessian(model, BATCHES)) < 1e-10
+    theirs = [name for name, _ in wrapped.named_parameters()][:1]
+    assert HessianOperator(wrapped, cross_entropy, BATCHES, params=theirs).names == op.names[:1]
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
