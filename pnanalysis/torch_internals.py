@@ -6,6 +6,7 @@ behaviour that the project depends on: run it before raising the upper bound on 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -53,11 +54,44 @@ def returns_view(target: Any) -> bool:
     return schema is not None and any(value.alias_info is not None for value in schema.returns)
 
 
+def is_view_of(tensor: Tensor, base: Tensor) -> bool:
+    """Whether a tensor is another one, or shares its memory."""
+    return tensor is base or tensor._base is base
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything can have been compiled by ``torch.compile`` in this process."""
+    return "torch._dynamo" in sys.modules  # which torch imports at the first use
+
+
+def is_vmapped(tensor: Tensor) -> bool:
+    """Whether a tensor has a dim that ``torch.vmap`` hides."""
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
 def convolve(layer: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a convolution layer with another weight and bias; its stride, groups and padding mode stay."""
     # the public functions know zero padding only; the layer's own method implements every padding mode
     result: Tensor = layer._conv_forward(inputs, weight, bias)
     return result
+
+
+def versions_in(state: Any) -> Any:
+    """The versions of modules that ``state_dict()`` records, by module name; ``None`` where they are not known.
+
+    Modules translate weights of their earlier versions when they load them.
+    """
+    return getattr(state, "_metadata", None)
+
+
+def record_versions(state: Any, versions: Any) -> None:
+    """Give an ``OrderedDict`` of tensors the versions that :func:`versions_in` found."""
+    state._metadata = versions
+
+
+def times_written(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return tensor._version
 
 
 __all__ = [
@@ -71,13 +105,19 @@ __all__ = [
     "NormBase",
     "TransposedConvolutionBase",
     "TreeSpec",
+    "compiler_is_loaded",
     "convolve",
+    "is_view_of",
+    "is_vmapped",
     "make_fx",
+    "record_versions",
     "returns_view",
+    "times_written",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "versions_in",
     "writes_into_argument",
 ]

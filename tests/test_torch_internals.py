@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,6 +173,28 @@ def test_views_are_recognised() -> None:
         assert not internals.returns_view(target), f"{target} counts as a view"
 
 
+def test_a_view_knows_its_base() -> None:
+    with torch.no_grad():
+        base = torch.empty(2, 3, 4, device="meta")
+        assert all(
+            internals.is_view_of(view, base) for view in (base, base.mT, base[0], *base.chunk(2), base.view(6, 4))
+        )
+        assert not internals.is_view_of(base.mT.reshape(-1), base)
+        assert not internals.is_view_of(base + 1, base)
+
+
+def test_tensors_within_vmap_are_recognised() -> None:
+    found: list[bool] = []
+    torch.vmap(lambda x: found.append(internals.is_vmapped(x)) or x)(torch.ones(2))
+    assert found == [True]
+    assert not internals.is_vmapped(torch.ones(2))
+
+
+def test_the_compiler_is_a_module_that_compiling_loads() -> None:
+    torch.compile(lambda x: x, backend="eager")(torch.ones(1))
+    assert internals.compiler_is_loaded()
+
+
 REPOSITORY = Path(__file__).parents[1]
 PRIVATE_MODULES = ("torch._", "torch.fx.experimental", "torch.utils._", "torch.nn.modules.batchnorm")
 
@@ -195,3 +217,20 @@ def test_no_other_module_uses_private_names_of_torch():
     assert len(files) > 100
     uses = {path.name: _private_uses(path) for path in files if path.name != "torch_internals.py"}
     assert {name: found for name, found in uses.items() if found} == {}
+
+
+def test_state_dicts_record_the_versions_of_modules() -> None:
+    state = nn.Sequential(nn.BatchNorm1d(2)).state_dict()
+    versions = internals.versions_in(state)
+    assert versions["0"]["version"] == 2, "state dicts no longer record versions where they did"
+    other = OrderedDict(state)
+    assert internals.versions_in(other) is None
+    internals.record_versions(other, versions)
+    assert internals.versions_in(other) == versions
+
+
+def test_writing_in_place_is_counted() -> None:
+    tensor = torch.zeros(2)
+    before = internals.times_written(tensor)
+    tensor[0].add_(1)
+    assert internals.times_written(tensor) == before + 1

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from pnanalysis.activations.axis_rules import name_of
+from pnanalysis.activations.axis_tracker import AxisTracker, FollowAxes, Known
+from pnanalysis.activations.eager import eager
 from pnanalysis.errors import ModelError
+from pnanalysis.torch_internals import is_vmapped
 
 
 @dataclass(frozen=True)
@@ -45,131 +47,186 @@ def _rectifier(name: str, low: float = 0.0, high: float = inf) -> Activation:
     return Activation(name, low, high, rectifier=True)
 
 
-_TANH, _SIGMOID = Activation("tanh", -1.0, 1.0), Activation("sigmoid", 0.0, 1.0)
-_RELU = _rectifier("relu")
+_GELU, _SILU, _HARDSIGMOID = _rectifier("gelu"), _rectifier("silu"), Activation("hardsigmoid", 0.0, 1.0)
 
-#: The activation functions that are recognised, by identity. One that calls another is recorded once, as itself.
-ACTIVATIONS: dict[Callable[..., Any], Activation] = {
-    torch.tanh: _TANH,
-    torch.tanh_: _TANH,
-    Tensor.tanh: _TANH,
-    Tensor.tanh_: _TANH,
-    F.tanh: _TANH,
-    torch.sigmoid: _SIGMOID,
-    torch.sigmoid_: _SIGMOID,
-    Tensor.sigmoid: _SIGMOID,
-    Tensor.sigmoid_: _SIGMOID,
-    F.sigmoid: _SIGMOID,
-    torch.relu: _RELU,
-    torch.relu_: _RELU,
-    Tensor.relu: _RELU,
-    Tensor.relu_: _RELU,
-    F.relu: _RELU,
-    F.relu6: _rectifier("relu6", 0.0, 6.0),
-    F.leaky_relu: _rectifier("leaky_relu", -inf),
-    F.prelu: _rectifier("prelu", -inf),
-    F.elu: _rectifier("elu", -1.0),
-    F.selu: _rectifier("selu", -1.7580993408473766),
-    F.celu: _rectifier("celu", -1.0),
-    F.gelu: _rectifier("gelu"),
-    F.silu: _rectifier("silu"),
-    F.mish: _rectifier("mish"),
-    F.hardtanh: Activation("hardtanh", -1.0, 1.0),
-    F.hardsigmoid: Activation("hardsigmoid", 0.0, 1.0),
-    F.hardswish: _rectifier("hardswish"),
-    F.softplus: Activation("softplus", 0.0),
-    F.softsign: Activation("softsign", -1.0, 1.0),
-    F.logsigmoid: Activation("logsigmoid", high=0.0),
+#: The activation functions that are recognised, by name (see :func:`pnanalysis.activations.axis_rules.name_of`).
+ACTIVATIONS: dict[str, Activation] = {
+    "tanh": Activation("tanh", -1.0, 1.0),
+    "sigmoid": Activation("sigmoid", 0.0, 1.0),
+    "expit": Activation("sigmoid", 0.0, 1.0),
+    "relu": _rectifier("relu"),
+    "relu6": _rectifier("relu6", 0.0, 6.0),
+    "leaky_relu": _rectifier("leaky_relu", -inf),
+    "rrelu": _rectifier("rrelu", -inf),
+    "prelu": _rectifier("prelu", -inf),
+    "elu": _rectifier("elu", -1.0),
+    "selu": _rectifier("selu", -1.7580993408473766),
+    "celu": _rectifier("celu", -1.0),
+    "gelu": _GELU,
+    "silu": _SILU,
+    "mish": _rectifier("mish"),
+    "hardtanh": Activation("hardtanh", -1.0, 1.0),
+    "hardsigmoid": _HARDSIGMOID,
+    "hardswish": _rectifier("hardswish"),
+    "softplus": Activation("softplus", 0.0),
+    "softsign": Activation("softsign", -1.0, 1.0),
+    "logsigmoid": Activation("logsigmoid", high=0.0),
+    "log_sigmoid": Activation("logsigmoid", high=0.0),
+}
+
+#: Activation functions that are modules made of simpler functions, by the lower-case names of their classes without
+#: ``Activation`` at the end.
+COMPOSITES: dict[str, Activation] = {
+    **dict.fromkeys(("gelu", "newgelu", "fastgelu", "quickgelu", "accurategelu", "approxgelu"), _GELU),
+    **dict.fromkeys(("gelutanh", "pytorchgelutanh", "tanhgelu", "gelunew", "geluapprox"), _GELU),
+    **dict.fromkeys(("silu", "swish"), _SILU),
+    "mish": _rectifier("mish"),
+    **dict.fromkeys(("hardswish", "hswish"), _rectifier("hardswish")),
+    **dict.fromkeys(("hardsigmoid", "hsigmoid"), _HARDSIGMOID),
+    **dict.fromkeys(("relusquared", "squaredrelu"), _rectifier("relu_squared")),
+    "laplace": Activation("laplace", 0.0, 1.0),
 }
 
 
-def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Activation:
-    """Hardtanh with the limits that it is called with; ``nn.ReLU6`` calls it with 0 and 6."""
-    if (min_val, max_val) == (0.0, 6.0):
-        return _rectifier("relu6", 0.0, 6.0)
-    return Activation("hardtanh", min_val, max_val)
+def composite(module: nn.Module) -> Activation | None:
+    """The activation function that a module of several functions is as a whole; ``None`` for other modules.
+
+    It is one by its class, not of torch itself: by name (:data:`COMPOSITES`), or as one of
+    ``transformers.activations``. A module with weights of two or more dims is a layer, whatever its name.
+    """
+    kind = type(module)
+    name = kind.__name__.lower().replace("_", "").removesuffix("activation")
+    if kind.__module__.startswith("torch.nn.") or any(weight.ndim > 1 for weight in module.parameters()):
+        return None
+    others = kind.__module__ == "transformers.activations" and name != "linear"
+    return COMPOSITES.get(name) or (Activation(name) if others else None)
 
 
-#: Which dim of an activation counts units is determined by the last of these functions that was called before it.
-_UNIT_DIMS: dict[Callable[..., Any], int] = {
-    **dict.fromkeys((F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__), -1),
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.instance_norm, F.group_norm), 1),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1),
-}
+def _as_called(activation: Activation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Activation:
+    """The activation with the limits that it is called with; ``nn.ReLU6`` calls hardtanh with 0 and 6."""
 
-Observer = Callable[[str, Activation, Tensor], None]
+    def argument(position: int, name: str, default: float) -> float:
+        value = args[position] if position < len(args) else kwargs.get(name, default)
+        return float(value)
+
+    if activation.name in ("elu", "celu"):
+        return replace(activation, low=-argument(1, "alpha", 1.0))
+    if activation.name != "hardtanh":
+        return activation
+    low, high = argument(1, "min_val", -1.0), argument(2, "max_val", 1.0)
+    return _rectifier("relu6", 0.0, 6.0) if (low, high) == (0.0, 6.0) else Activation("hardtanh", low, high)
 
 
-class _WatchMode(TorchFunctionMode):
-    """Calls ``observe(layer, activation, output)`` after every activation function that no other one calls."""
+Observer = Callable[[str, Activation, Tensor, Known], None]
+
+
+class _WatchMode(FollowAxes):
+    """Follows axes, and calls ``observe`` after every activation function outside of composite ones."""
 
     def __init__(self, model: nn.Module, observe: Observer) -> None:
-        super().__init__()
+        super().__init__(AxisTracker(model))
         self.observe = observe
         self.modules: list[tuple[str, nn.Module]] = [("", model)]  # those being called, from the outermost in
         self.calls: Counter[str] = Counter()  # of each name in this forward pass
-        self.depth = 0  # of activation functions that call one another
-        self.unit_dim = 1
+        self.composites = 0  # of the modules being called
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        activation = ACTIVATIONS.get(func)
-        self.unit_dim = _UNIT_DIMS.get(func, self.unit_dim)
-        if activation is None or self.depth:
-            return func(*args, **(kwargs or {}))
-        self.depth += 1
-        try:
-            output = func(*args, **(kwargs or {}))
-        finally:
-            self.depth -= 1
-        if func is F.hardtanh:
-            activation = _hardtanh(*args[1:3], **(kwargs or {}))
-        values = output if output.ndim > 1 else output.reshape(-1, 1)
-        self.observe(self._layer(activation), activation, values.movedim(self.unit_dim, 1))
-        return output
+    def called(self, function: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Report activations."""
+        activation = ACTIVATIONS.get(name_of(function))
+        if activation is not None and not self.composites and isinstance(output, Tensor):
+            path, module = self.modules[-1]
+            own = type(module).__module__ == "torch.nn.modules.activation" and path
+            name = path if own else ".".join(part for part in (path, activation.name) if part)
+            self.report(name, _as_called(activation, args, kwargs), output)
 
-    def _layer(self, activation: Activation) -> str:
-        """Name of the activation module, or of the calling module and the function; repeated names are numbered."""
-        path, module = self.modules[-1]
-        is_activation_module = type(module).__module__ == "torch.nn.modules.activation"
-        name = path if is_activation_module and path else ".".join(part for part in (path, activation.name) if part)
+    def report(self, name: str, activation: Activation, output: Tensor) -> None:
+        """Tell the observer; repeated names are numbered."""
         self.calls[name] += 1
-        return name if self.calls[name] == 1 else f"{name}#{self.calls[name]}"
+        name = name if self.calls[name] == 1 else f"{name}#{self.calls[name]}"
+        problem = _unmeasurable(output)
+        if problem is not None:
+            raise ModelError(f"{name}: {problem}")
+        with self.pause():
+            self.observe(name, activation, *self.tracker.arranged(output))
+
+
+def _unmeasurable(output: Tensor) -> str | None:
+    """Why no statistics can be made of an activation, if so."""
+    if is_vmapped(output):
+        return "an activation function within torch.vmap hides its examples; call the network without vmap"
+    if output.is_nested:
+        return "an activation function of a nested tensor has no axes; give the network padded batches"
+    if output.is_complex():
+        return "an activation function of complex numbers has no saturation; leave this analysis out"
+    return None
 
 
 @contextmanager
-def watch_activations(model: nn.Module, observe: Observer) -> Iterator[None]:
+def watch_activations(model: nn.Module, observe: Observer, inputs: Any = None) -> Iterator[None]:
     """Within the body, every forward pass of ``model`` reports its activations.
+
+    Compiled parts run uncompiled, and transformer encoders without their fast path.
 
     Parameters
     ----------
     model : torch.nn.Module
     observe : callable
-        ``observe(layer, activation, output)``. ``layer`` is the name of the activation module, or that of the module
-        that calls the function, followed by the function's name; a second call in one pass is ``name#2``. ``output``
-        has examples along dim 0 and units along dim 1 (channels after a convolution, features after a linear layer).
-        It is the network's own tensor, not a copy, which the network may overwrite in place afterwards.
+        ``observe(layer, activation, values, known)``. ``layer`` is the name of the activation module, or that of the
+        module that calls the function, followed by the function's name; a second call in one pass is ``name#2``.
+        Functions that a :func:`composite` module calls are part of it and not reported. ``values`` has examples along
+        dim 0, units along dim 1 (features of a linear layer, channels of a convolution, wherever they are moved to),
+        and what else there is along a third one. What ``known`` says is unknown has size 1. It may be the network's
+        own tensor, not a copy, which the network may overwrite in place afterwards.
+    inputs : optional
+        Of a forward pass that has begun already.
+
+    Raises
+    ------
+    ModelError
+        If parts of the network are scripted, so that their activations cannot be seen.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{name or type(model).__name__} is scripted or traced (torch.jit), which hides its activation "
+                "functions; give the network that it was made from"
+            )
     mode = _WatchMode(model, observe)
+    if inputs is not None:
+        mode.tracker.start(inputs)
 
-    def begin_pass(module: nn.Module, args: Any) -> None:
+    def begin_pass(module: nn.Module, args: Any, kwargs: Any) -> None:
         mode.calls.clear()
+        mode.tracker.start((args, kwargs))
 
-    def enter(name: str) -> Callable[..., None]:
+    def enter(name: str, activation: Activation | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             mode.modules.append((name, module))
+            mode.composites += activation is not None
 
         return hook
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        mode.modules.pop()
+    def leave(name: str, activation: Activation | None) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            mode.modules.pop()
+            if activation is None:
+                return
+            mode.composites -= 1
+            if not mode.composites and isinstance(output, Tensor):
+                mode.tracker.follow_like(args, output)
+                mode.report(name or activation.name, activation, output)
+
+        return hook
 
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(begin_pass, prepend=True).remove)
-        for name, module in model.named_modules():
-            if module is not model:
-                stack.callback(module.register_forward_pre_hook(enter(name), prepend=True).remove)
+        stack.callback(model.register_forward_pre_hook(begin_pass, prepend=True, with_kwargs=True).remove)
+        for path, module in model.named_modules():
+            name, activation = path.replace("_orig_mod.", "").removesuffix("._orig_mod"), composite(module)
+            if module is not model or activation is not None:
+                stack.callback(module.register_forward_pre_hook(enter(name, activation), prepend=True).remove)
                 # also after a forward that raises, or later names would start with this module's
-                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+                stack.callback(module.register_forward_hook(leave(name, activation), always_call=True).remove)
+        stack.enter_context(eager())
         stack.enter_context(mode)
         yield
 

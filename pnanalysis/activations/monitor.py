@@ -7,14 +7,22 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-import torch
 import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
+from pnanalysis.activations.axis_tracker import Known
 from pnanalysis.activations.hooks import Activation, no_activations, watch_activations
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
-from pnanalysis.activations.statistics import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
+from pnanalysis.activations.statistics import (
+    MARGIN,
+    PERCENTILES,
+    LayerActivity,
+    Measures,
+    common_range,
+    to_dataset,
+    warn_of_unknown,
+)
 from pnanalysis.checks import ascending, at_least
 from pnanalysis.errors import ModelError
 
@@ -30,7 +38,7 @@ class SaturationMonitor:
 
     Works with plain modules and with the result of ``torch.compile(module)`` (pass the compiled module; its watched
     passes run uncompiled), on any device, under autocast, and for activations that are called as functions. It does
-    not see into ``module.compile()``, scripted modules, or the replicas of ``DataParallel``.
+    not see into the replicas of ``DataParallel``, and refuses scripted modules.
 
     Parameters
     ----------
@@ -50,6 +58,7 @@ class SaturationMonitor:
     --------
     In a plain loop:
 
+    >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     >>> optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> with SaturationMonitor(model, every=10) as monitor:
@@ -85,14 +94,14 @@ class SaturationMonitor:
         self._measures = Measures(tuple(percentiles), bins, saturation_bins, per_unit, _EXACT_LIMIT)
         self._bin_range = bin_range
         self._inner: nn.Module = getattr(model, "_orig_mod", model)  # of a compiled module
-        self._seen: list[tuple[str, Activation, Tensor]] = []
+        self._seen: list[tuple[str, Activation, Tensor, Known]] = []
         self._records: list[xr.Dataset] = []
         self._hooks = ExitStack()
         self._watch = ExitStack()
         self._watching = False
 
     def __enter__(self) -> SaturationMonitor:
-        self._hooks.callback(self.model.register_forward_pre_hook(self._begin).remove)
+        self._hooks.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         self._hooks.callback(self.model.register_forward_hook(self._end, always_call=True).remove)
         return self
 
@@ -129,20 +138,18 @@ class SaturationMonitor:
             relative_error=0.0 if exact else RELATIVE_ERROR, dtype="float32",
         )  # fmt: skip
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not module.training:
             return
         if self.step % self.every == 0:
             self._watching = True
-            if self._inner is not self.model:
-                # Compiled code calls no Python functions that could be watched.
-                self._watch.enter_context(torch.compiler.set_stance("force_eager"))
-            self._watch.enter_context(watch_activations(self._inner, self._observe))
+            self._watch.enter_context(watch_activations(self._inner, self._observe, (args, kwargs)))
         self.step += 1
 
-    def _observe(self, name: str, activation: Activation, output: Tensor) -> None:
+    def _observe(self, name: str, activation: Activation, values: Tensor, known: Known) -> None:
         # a copy, since the network may overwrite its tensor in place before the pass ends
-        self._seen.append((name, activation, output.detach()[: self.n_examples].float().clone()))
+        part = values.detach()[: self.n_examples if known.examples else None]
+        self._seen.append((name, activation, part.clone(), known))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._watching:
@@ -157,14 +164,17 @@ class SaturationMonitor:
         if self._bin_range is None:
             self._bin_range = _wide_range(seen)
         layers: dict[str, LayerActivity] = {}
-        for name, activation, values in seen:
+        for name, activation, values, known in seen:
             layers[name] = LayerActivity(activation, self._measures, self._bin_range)
-            layers[name].add(values)
-        self._records.append(to_dataset(layers).assign_coords(step=self.step - 1))
+            layers[name].add(values, known)
+        record = to_dataset(layers)
+        if not self._records:
+            warn_of_unknown([record], stacklevel=2)
+        self._records.append(record.assign_coords(step=self.step - 1))
 
 
-def _wide_range(seen: list[tuple[str, Activation, Tensor]]) -> tuple[float, float]:
+def _wide_range(seen: list[tuple[str, Activation, Tensor, Known]]) -> tuple[float, float]:
     """The bins' range: between asymptotes, or four times that of unbounded activations, which grow in training."""
-    extremes = [(activation, 4 * float(values.min()), 4 * float(values.max())) for _, activation, values in seen]
+    extremes = [(activation, 4 * float(values.min()), 4 * float(values.max())) for _, activation, values, _ in seen]
     # With zero inside, four times the extremes is always a wider range.
     return common_range([(activation, min(low, 0.0), max(high, 0.0)) for activation, low, high in extremes])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Real
@@ -14,6 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pnanalysis.activations.axis_tracker import Known
 from pnanalysis.activations.cluster_errors import CumulativeFractions, ExampleMoments
 from pnanalysis.activations.hooks import Activation
 from pnanalysis.activations.quantile_sketch import QuantileSketch
@@ -68,33 +70,44 @@ class LayerActivity:
         self._histogram, self._saturated, self._signal = ExampleMoments(), ExampleMoments(), ExampleMoments()
         self._unit_saturated, self._unit_signal = ExampleMoments(), ExampleMoments()
         self._active: Tensor | None = None  # for each unit, whether any example has activated it
+        self.known = Known()
 
-    def add(self, values: Tensor) -> None:
-        """Add activations (N, U, ...): examples, units, and positions at which a unit is applied."""
-        values = values.detach().float().flatten(2) if values.ndim > 2 else values.detach().float()[:, :, None]
+    def add(self, values: Tensor, known: Known = Known()) -> None:  # noqa: B008 (immutable)
+        """Add activations (N, U, ...): examples, units, and positions at which a unit is applied.
+
+        Statistics of units are left out if units are unknown in any batch, or not as many in each; standard errors if
+        examples are unknown.
+        """
+        values = values.detach().flatten(2) if values.ndim > 2 else values.detach()[:, :, None]
+        same = self._active is None or len(self._active) == values.shape[1]
+        self.known = Known(self.known.units and known.units and same, self.known.examples and known.examples)
         for part in values.split(max(1, _NUMBERS_AT_A_TIME // max(values[0].numel(), _TABLE_PER_EXAMPLE))):
             self._add_part(part.contiguous())
 
     def _add_part(self, values: Tensor) -> None:
         n, _, n_positions = values.shape
+        # squares in double precision: the standard deviation is a small difference of two large numbers
+        double = values.view(n, -1).double()
+        count = double.shape[1]
+        self._powers.add(torch.stack([double.sum(1), double.square().sum(1)], dim=1), count)
+        values = values.float()
         flat = values.view(n, -1)
-        count = flat.shape[1]
         self.sketch.add(flat)
         self._fractions.add(flat)
-        sums = [flat.sum(1, dtype=torch.float64), flat.square().sum(1, dtype=torch.float64)]
-        self._powers.add(torch.stack(sums, dim=1), count)
         self._histogram.add(_bin_counts(flat, self.bin_range, self.measures.bins), count)
         saturated = self._is_saturated(values)
         unit_saturated = saturated.sum(2, dtype=torch.float64)
         self._saturated.add(unit_saturated.sum(1, keepdim=True), count)
-        active = (values > 0 if self.activation.rectifier else ~saturated).any(2).any(0)
-        self._active = active if self._active is None else self._active | active
-        if self.measures.per_unit:
+        if self.known.units:
+            active = (values > 0 if self.activation.rectifier else ~saturated).any(2).any(0)
+            self._active = active if self._active is None else self._active | active
+        by_unit = self.measures.per_unit and self.known.units
+        if by_unit:
             self._unit_saturated.add(unit_saturated, n_positions)
         if self.activation.bounded:
             unit_signal = self._signal_sums(values)  # (N, 2, U)
             self._signal.add(unit_signal.sum(2), count)
-            if self.measures.per_unit:
+            if by_unit:
                 self._unit_signal.add(unit_signal.flatten(1), n_positions)
 
     def _is_saturated(self, values: Tensor) -> Tensor:
@@ -133,14 +146,19 @@ class LayerActivity:
         """Add all examples of ``other``, which must have the same measures."""
         self.sketch.merge(other.sketch)
         self._fractions.merge(other._fractions)
-        for name in ("_powers", "_histogram", "_saturated", "_signal", "_unit_saturated", "_unit_signal"):
+        for name in ("_powers", "_histogram", "_saturated", "_signal"):
             getattr(self, name).merge(getattr(other, name))
-        if other._active is not None:
+        same = self._active is None or other._active is None or len(self._active) == len(other._active)
+        self.known = Known(
+            self.known.units and other.known.units and same, self.known.examples and other.known.examples
+        )
+        if other._active is not None and self.known.units:
             self._active = other._active if self._active is None else self._active | other._active
+            self._unit_saturated.merge(other._unit_saturated)
+            self._unit_signal.merge(other._unit_signal)
 
     def variables(self) -> Variables:
-        """Every variable of the layer, as dims and values."""
-        assert self._active is not None
+        """Every variable of the layer, as dims and values; NaN what is unknown, and no entries along ``unit``."""
         found: Variables = {}
         levels = np.asarray(self.measures.percentiles, dtype=np.float64) / 100
         for name, absolute in (("percentile", False), ("abs_percentile", True)):
@@ -156,8 +174,24 @@ class LayerActivity:
         found |= {"saturated_share": ((), fraction[0]), "saturated_share_se": ((), se[0])}
         measure, se = _saturation_measure(self._signal, 1)
         found |= {"saturation_measure": ((), measure[0]), "saturation_measure_se": ((), se[0])}
+        found |= self._unit_variables(known)
+        if not self.known.examples:
+            found |= {name: (dims, value * np.nan) for name, (dims, value) in found.items() if name.endswith("_se")}
+        return found
+
+    def _unit_variables(self, known: float) -> Variables:
+        if self._active is None or not self.known.units:
+            nothing = np.zeros(0)
+            of_units = ("unit_saturated_share", "unit_saturation_measure")
+            found: Variables = {"dead_units": ((), np.nan), "n_units": ((), np.nan)}
+            if self.measures.per_unit:
+                found |= {f"{name}{end}": (("unit",), nothing) for name in of_units for end in ("", "_se")}
+                found["unit_dead"] = (("unit",), nothing)
+            return found
         dead = (~self._active).double().cpu().numpy()
-        found |= {"dead_units": ((), dead.sum()), "n_units": ((), float(len(dead)))}
+        if not self.activation.rectifier and np.isnan(known):
+            dead = dead * np.nan  # without asymptotes there is nothing to be stuck at
+        found = {"dead_units": ((), dead.sum()), "n_units": ((), float(len(dead)))}
         if self.measures.per_unit:
             fraction, se = self._unit_saturated.mean() * known, self._unit_saturated.standard_error() * known
             found |= {"unit_saturated_share": (("unit",), fraction), "unit_saturated_share_se": (("unit",), se)}
@@ -187,10 +221,13 @@ class LayerActivity:
 
 
 def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:
-    """The variables of all layers along ``layer``, padded with NaN to the largest number of units."""
+    """The variables of all layers along ``layer``, padded with NaN to the largest number of units.
+
+    Attributes: ``exact``, and the names of layers ``without_units`` and ``without_examples``.
+    """
     first = next(iter(layers.values()))
     by_layer = [layer.variables() for layer in layers.values()]
-    n_units = max(int(variables["n_units"][1]) for variables in by_layer)
+    n_units = max(int(np.nan_to_num(variables["n_units"][1])) for variables in by_layer)
     data = {}
     for name, (dims, _) in by_layer[0].items():
         rows = [np.asarray(variables[name][1]) for variables in by_layer]
@@ -207,9 +244,35 @@ def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:
     }
     if first.measures.per_unit:
         coords["unit"] = ("unit", np.arange(n_units))
-    return xr.Dataset(
-        data, coords=coords, attrs={"exact": all(layer.sketch.exact for layer in layers.values()), "n": first.n}
+    attrs = {
+        "exact": all(layer.sketch.exact for layer in layers.values()),
+        "without_units": [name for name, layer in layers.items() if not layer.known.units],
+        "without_examples": [name for name, layer in layers.items() if not layer.known.examples],
+    }
+    return xr.Dataset(data, coords=coords, attrs=attrs)
+
+
+def warn_of_unknown(datasets: Iterable[xr.Dataset], stacklevel: int) -> None:
+    """One warning about all layers of datasets (:func:`to_dataset`) whose units or examples are unknown."""
+    parts = list(datasets)
+    units, examples = (
+        list(dict.fromkeys(name for ds in parts for name in ds.attrs[key]))
+        for key in ("without_units", "without_examples")
     )
+    messages = []
+    if units:
+        messages.append(f"units cannot be told from other axes in {_listed(units)}, so that dead units are left out")
+    if examples:
+        messages.append(
+            f"examples cannot be told from other axes in {_listed(examples)}, so that standard errors are left out"
+        )
+    if messages:
+        warnings.warn(f"{'; '.join(messages)} (NaN)", stacklevel=stacklevel + 1)
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more layers" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def common_range(extremes: Sequence[tuple[Activation, float, float]]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from pnanalysis.alignment.permutation_symmetries import find_groups
 from pnanalysis.alignment.relabelling import Relabelling
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
-from pnanalysis.inputs.copies import copied, in_precision
+from pnanalysis.inputs.copies import as_real, copied, in_precision
 from pnanalysis.terminal.progress import Advance, progress_bar
 from pnanalysis.torch_internals import tree_leaves, tree_map
 
@@ -185,7 +185,7 @@ class _Matching:
                 if (j, other.dim) != (k, axis.dim):
                     theirs = current.apply_to_axis(theirs, j, other)
             a, b = (
-                tensor.movedim(axis.dim, 0).reshape(size, axis.repeat, -1).flatten(1)
+                as_real(tensor).movedim(axis.dim, 0).reshape(size, axis.repeat, -1).flatten(1)
                 for tensor in (self.reference[axis.tensor], theirs)
             )
             products = (a @ b.T).double().cpu().numpy()
@@ -207,7 +207,7 @@ class _Matching:
             theirs = self.state[name]
             for j, axis in self.by_tensor[name]:
                 theirs = current.apply_to_axis(theirs, j, axis)
-            total += float((self.reference[name].double() * theirs.double()).sum())
+            total += float((as_real(self.reference[name]).double() * as_real(theirs).double()).sum())
         return total
 
     def neighbours(self, k: int) -> set[int]:
@@ -281,5 +281,5 @@ def _assign(matching: _Matching, current: Relabelling, k: int, axes: Sequence[Te
 
 
 def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: set[str]) -> float:
-    """Inner product of the named tensors of two states, in float64."""
-    return sum(float((a[name].double() * b[name].double()).sum()) for name in sorted(names))
+    """Inner product of the named tensors of two states, in float64; complex numbers are pairs of real ones."""
+    return sum(float((as_real(a[name]).double() * as_real(b[name]).double()).sum()) for name in sorted(names))

@@ -230,7 +230,9 @@ def _split_scores(scores: Scores, sigmas: float) -> xr.Dataset:
 
 def _from_start(selection: Selection, networks: Mapping[str, nn.Module]) -> Array:
     """Distance of each network from the point its training started from; NaN where that is not known."""
-    starts = {item.start.identity: item.start.load() for item in selection if item.start is not None}  # shared by many
+    starts = {  # shared by many
+        item.start.identity: item.source.model(item.start).state_dict() for item in selection if item.start is not None
+    }
     return np.array(
         [
             np.nan if item.start is None else distance_between(networks[item.label], starts[item.start.identity])

@@ -16,6 +16,7 @@ from pnanalysis.checks import at_least
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import RunError
 from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.models import parameter_layers
 from pnanalysis.inputs.sources import Source, as_source, resolve_device
@@ -94,8 +95,8 @@ def gradient_split(
     layers = {
         name: [full for full, _ in own] for name, own in parameter_layers(source.model(ends[0], torch_device))
     }  # fmt: skip
-    origin = _by_layer(source.run.start.load(), layers) if config.get("origin") == "start" else {}
-    earlier = [_by_layer(end.load(), layers, origin) for end in ends]
+    origin = _by_layer(source.model(source.run.start).state_dict(), layers) if config.get("origin") == "start" else {}
+    earlier = [_by_layer(source.model(end).state_dict(), layers, origin) for end in ends]
     paths = {i: [point for point in source.run.trajectory(i) if point.epoch > 0] for i in chosen}
     parts = []
     with progress_bar("gradients", sum(len(path) for path in paths.values()), progress) as advance:
@@ -197,7 +198,7 @@ def _projection(end: Tensor, here: Tensor) -> float:
 def _by_layer(state: Any, layers: _Layers, origin: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Each layer's parameters as one float64 vector on the CPU, measured from the origin."""
     vectors = {
-        layer: torch.cat([state[name].detach().double().cpu().reshape(-1) for name in names])
+        layer: torch.cat([as_real(state[name].detach()).double().cpu().reshape(-1) for name in names])
         for layer, names in layers.items()
     }
     return {layer: vector - origin[layer] for layer, vector in vectors.items()} if origin else vectors

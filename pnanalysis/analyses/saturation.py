@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,13 +11,25 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
+from pnanalysis.activations.axis_tracker import Known
 from pnanalysis.activations.hooks import Activation, no_activations, watch_activations
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
-from pnanalysis.activations.statistics import MARGIN, PERCENTILES, LayerActivity, Measures, common_range, to_dataset
+from pnanalysis.activations.statistics import (
+    MARGIN,
+    PERCENTILES,
+    LayerActivity,
+    Measures,
+    common_range,
+    to_dataset,
+    warn_of_unknown,
+)
 from pnanalysis.checks import ascending, at_least, one_of
-from pnanalysis.errors import ModelError, RunError
+from pnanalysis.errors import DataError, ModelError, RunError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import forward
+from pnanalysis.inputs.batches import batch_size as size_of
+from pnanalysis.inputs.batches import first_examples, move
+from pnanalysis.inputs.copies import in_precision
 from pnanalysis.inputs.data import SPLITS, Batch, DataLike, LoaderSplit, Split
 from pnanalysis.inputs.models import ModelLike
 from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, select
@@ -69,7 +82,8 @@ def saturation(
         Of the saturation measure, B below.
     per_unit : bool
         Also give ``unit_saturated_share``, ``unit_saturation_measure`` and ``unit_dead``, dims (..., layer, unit), NaN
-        beyond a layer's own units. A unit is a channel of a convolution, or a feature of a linear layer.
+        beyond a layer's own units. A unit is a channel of a convolution, or a feature of a linear layer, on whatever
+        axis it is when the activation is called.
     exact_limit : int
         Percentiles are exact up to this many numbers per layer; beyond, their relative error is at most 2^-9 (see
         :class:`pnanalysis.activations.quantile_sketch.QuantileSketch`).
@@ -85,7 +99,8 @@ def saturation(
     Raises
     ------
     ModelError
-        If the network has no activation functions, or networks of different layers are mixed.
+        If the network has no activation functions, parts of it are scripted (``torch.jit``), which hides them, or
+        networks of different layers are mixed.
     PnError
         If a percentile lies outside 0 to 100, or there are no bins.
 
@@ -101,6 +116,17 @@ def saturation(
     the output of a rectifier (the ReLU family, GELU, SiLU...) never exceeds zero, that of another activation is always
     within 0.05 of an asymptote. A unit that is dead over n images is active for less than a fraction 3/n of all
     images, with 95 % confidence.
+
+    The axes of units and of examples are followed from the layers and inputs through every operation
+    (:mod:`pnanalysis.activations.axis_tracker`). Where one of them is lost, a warning names the activation, and what
+    depends on it is NaN: ``dead_units``, ``n_units`` and all that is per unit, or the standard errors. Positions that
+    a mask pads count like any other, since the network computes them.
+
+    An activation function inside a module that is one itself (tanh in a GELU, sigmoid in a Swish;
+    :func:`pnanalysis.activations.hooks.composite`) is not counted on its own: the output of the module is.
+
+    Networks in double precision are computed in it, and so are means and standard deviations; percentiles,
+    histograms and saturation are of numbers rounded to single precision. Others are computed in single precision.
 
     Every ``*_se`` is a standard error over images: activations of one image are dependent, so means, fractions and
     histograms get the error of per-image sums, and percentiles Woodruff's with the design effect of the images
@@ -124,12 +150,15 @@ def saturation(
     if bin_range is None:
         bin_range = _bin_range(selection, parts, torch_device)
     found: dict[tuple[str, object], xr.Dataset] = {}
+    dtypes: set[torch.dtype] = set()
     with progress_bar("saturation", len(selection.distinct()), progress) as advance:
         for item in selection.distinct():
-            network, part = selection.network(item, torch_device, torch.float32), parts[item.source.label]
+            network, part = _network(selection, item, torch_device), parts[item.source.label]
+            dtypes.add(_dtype(network))
             with clear_errors(item.origin, network, part.stream(2)):
                 found[item.key] = network_saturation(network, part.stream(batch_size), measures, bin_range)
             advance(text=item.checkpoint.name)
+    warn_of_unknown(found.values(), stacklevel=2)
     exact, size = all(ds.attrs["exact"] for ds in found.values()), next(iter(found.values())).attrs["n"]
     arranged = {
         source.label: _arrange([(item, found[item.key]) for item in selection if item.source is source])
@@ -142,9 +171,10 @@ def saturation(
     runs = [source.run for source in selection.sources]
     if len(runs) > 1 and None not in runs:
         ds = ds.assign_coords(champion=("run", [run.manifest["champion"] for run in runs if run is not None]))
+    precision = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return schema.finish(
         ds.drop_attrs(deep=False), "saturation", **selection.sources[0].dataset_attrs(), split=split, n=size,
-        seed=seed, device=str(torch_device), dtype="float32", margin=MARGIN, saturation_bins=saturation_bins,
+        seed=seed, device=str(torch_device), dtype=precision, margin=MARGIN, saturation_bins=saturation_bins,
         relative_error=0.0 if exact else RELATIVE_ERROR,
         champion=None if runs[0] is None else runs[0].manifest["champion"],
     )  # fmt: skip
@@ -172,39 +202,84 @@ def network_saturation(
     """
     layers: dict[str, LayerActivity] = {}
 
-    def observe(name: str, activation: Activation, output: Tensor) -> None:
+    def observe(name: str, activation: Activation, values: Tensor, known: Known) -> None:
         if name not in layers:
             layers[name] = LayerActivity(activation, measures, bin_range)
-        layers[name].add(output)
+        layers[name].add(values, known)
 
-    with torch.no_grad(), watch_activations(network, observe):
-        for inputs, _ in batches:
-            forward(network, inputs)
+    batches = _tried(network, batches)
+    with watch_activations(network, observe):
+        n = _run(network, batches)
     if not layers:
         raise no_activations(network)
-    return to_dataset(layers)
+    return to_dataset(layers).assign_attrs(n=n)
 
 
 def activation_ranges(network: nn.Module, inputs: Any) -> list[tuple[Activation, float, float]]:
     """Each activation of a network, and the range of its outputs for some inputs."""
     ranges: list[tuple[Activation, float, float]] = []
 
-    def observe(name: str, activation: Activation, output: Tensor) -> None:
-        ranges.append((activation, float(output.min()), float(output.max())))
+    def observe(name: str, activation: Activation, values: Tensor, known: Known) -> None:
+        ranges.append((activation, float(values.min()), float(values.max())))
 
-    with torch.no_grad(), watch_activations(network, observe):
-        forward(network, inputs)
+    batches = _tried(network, [(inputs, None)])
+    with watch_activations(network, observe):
+        _run(network, batches)
     if not ranges:
         raise no_activations(network)
     return ranges
 
 
+def _network(selection: Selection, item: SelectedCheckpoint, device: torch.device, last: bool = True) -> nn.Module:
+    """A network of the analysis's own: double precision stays, anything else is computed in single precision."""
+    network = selection.network(item, device, last=last)
+    return in_precision(network, _dtype(network))
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    double = any(weight.dtype in (torch.float64, torch.complex128) for weight in network.parameters())
+    return torch.float64 if double else torch.float32
+
+
+@torch.no_grad()
+def _tried(network: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, after a pass over a few examples: a network that takes gradients itself is found out by an error.
+
+    Raises
+    ------
+    DataError
+        If there are no examples.
+    """
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None:
+        raise DataError("there are no examples to compute activations of; give data that are not empty")
+    forward(network, _moved(network, first_examples(first, 2)[0]))
+    return chain([first], rest)
+
+
+@torch.no_grad()
+def _run(network: nn.Module, batches: Iterable[Batch]) -> int:
+    """Forward passes, and how many examples there are."""
+    n = 0
+    for inputs, targets in batches:
+        forward(network, _moved(network, inputs))
+        n += size_of((inputs, targets))
+    return n
+
+
+def _moved(network: nn.Module, inputs: Any) -> Any:
+    """Inputs in the precision of the network, on its device."""
+    weight = next(network.parameters(), None)
+    return inputs if weight is None else move(inputs, weight.device, _dtype(network))
+
+
 def examples_of(
     selection: Selection, source: Source, split: str, n: int | None, seed: int, device: torch.device
 ) -> Split | LoaderSplit:
-    """Examples of the split in float32, or of the training data where there is no such split."""
+    """Examples of the split, or of the training data where there is no such split."""
     there = split if getattr(source.data, split) is not None else "train"
-    return selection.split(source, there, n, seed, device, torch.float32)
+    return selection.split(source, there, n, seed, device)
 
 
 def _bin_range(
@@ -213,8 +288,10 @@ def _bin_range(
     """One range for the histograms of all checkpoints, from a few examples."""
     ranges: list[tuple[Activation, float, float]] = []
     for item in selection.distinct():
-        network = selection.network(item, device, torch.float32, last=False)
-        inputs, _ = next(parts[item.source.label].stream(_N_FOR_RANGE))
+        network = _network(selection, item, device, last=False)
+        inputs, _ = next(iter(parts[item.source.label].stream(_N_FOR_RANGE)), (None, None))
+        if inputs is None:
+            raise DataError("there are no examples to compute activations of; give data that are not empty")
         with clear_errors(item.origin, network, [(inputs, inputs)]):
             ranges += activation_ranges(network, inputs)
         if all(activation.bounded for activation, _, _ in ranges):

@@ -16,6 +16,7 @@ from pnanalysis.errors import ModelError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.geometry.loss_surface import LossSurface, check_same_function
+from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.data import DataLike
 from pnanalysis.inputs.models import Loss, ModelLike, device_of
 from pnanalysis.inputs.selection import Given, select
@@ -168,7 +169,7 @@ def _measure(
     seed: int, advance: Advance,
 ) -> xr.Dataset:  # fmt: skip
     """All neighbourhoods of one state, side by side."""
-    theta = {name: _as_real(state[name]) for name in surface.parameter_names}
+    theta = {name: as_real(state[name]) for name in surface.parameter_names}
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for kind, radius in radii.items():
@@ -217,12 +218,7 @@ def _value_and_gradient(
     surface: LossSurface, state: State, point: State, batches: Iterable[Any]
 ) -> tuple[float, State]:
     value, gradient = surface.value_and_gradient(_moved(state, point), batches)
-    return value, {name: _as_real(part) for name, part in gradient.items()}
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    """Complex numbers as two real ones each, (..., 2)."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return value, {name: as_real(part) for name, part in gradient.items()}
 
 
 def _moved(state: State, point: State) -> State:

@@ -22,6 +22,7 @@ from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.runs import ANALYSIS
+from pnanalysis.spectra.inner_products import inner_products, norms
 from pnanalysis.spectra.linear_operator import LinearOperator, random_unit_vectors
 
 _SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
@@ -121,7 +122,7 @@ class SpectrumCache:
         path = self.folder / f"{name}.nc"
         vector = random_unit_vectors(operator, [0], seed=0)
         product = operator.matmat(vector)
-        fresh = np.array([float((vector * product).sum()), float(torch.linalg.vector_norm(product))])
+        fresh = np.array([float(inner_products(vector, product)), float(norms(product))])
         if path.is_file():
             found = netcdf.load(path)
             before = np.asarray(found.attrs.pop("product", np.nan))

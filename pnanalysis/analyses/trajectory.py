@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from scipy.linalg import eigh
+from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.checks import at_least, one_of
@@ -46,7 +47,7 @@ def trajectory(
     """Project the trajectories of one or more runs through the space of trainable parameters, and measure them.
 
     Each checkpoint is read once, a block of parameters at a time: 2,000 checkpoints of LeNet-5 or 200 of ResNet-18 need
-    well under 4 GB.
+    well under 4 GB. A complex parameter counts as two real ones.
 
     Parameters
     ----------
@@ -123,8 +124,8 @@ def trajectory(
     ends = _plane_ends(sources[0], points)
     n_directions = 2 * n_random if "random" in projections else 0
     ds = project_path(
-        points, _layers(sources[0]), ends, projections, n_components=n_components, n_directions=n_directions,
-        per_layer=per_layer, seed=seed, progress=progress,
+        points, _layers(sources[0]), ends, projections, network=sources[0].template, n_components=n_components,
+        n_directions=n_directions, per_layer=per_layer, seed=seed, progress=progress,
     )  # fmt: skip
     first = sources[0]
     return schema.finish(
@@ -140,6 +141,7 @@ def project_path(
     ends: tuple[int, int],
     projections: Sequence[str] = DEFAULT_PROJECTIONS,
     *,
+    network: nn.Module | None = None,
     n_components: int = 2,
     n_directions: int = 0,
     per_layer: bool = False,
@@ -158,6 +160,8 @@ def project_path(
         Indices of the two points that span the plane with the first.
     projections, n_components, per_layer, seed, progress
         See :func:`trajectory`.
+    network : Module, optional
+        The architecture, where checkpoints may name its parameters otherwise.
     n_directions : int
         Random directions to draw, two per plane.
 
@@ -169,8 +173,8 @@ def project_path(
     whole: Matrix | float = 0.0
     found: dict[str, _Variables] = {WHOLE: {}}
     for layer, gram in layer_grams(
-        [point.checkpoint for point in points], layers, reference=ends[0], n_directions=n_directions, seed=seed,
-        progress=progress,
+        [point.checkpoint for point in points], layers, network=network, reference=ends[0], n_directions=n_directions,
+        seed=seed, progress=progress,
     ):  # fmt: skip
         whole = whole + gram
         if per_layer:

@@ -42,12 +42,12 @@ def info(
     """
     from pnanalysis.io import datasets
     from pnanalysis.io.runs import open_run
-    from pnanalysis.io.weights import read_weights
+    from pnanalysis.io.weights import INDEX_SUFFIXES, read_state_dicts
 
     if path.suffix in datasets.SUFFIXES:
         tables = _of_dataset(path, datasets.load(path))
-    elif path.suffix in _WEIGHTS:
-        tables = iter([_of_weights(path, read_weights(path))])
+    elif path.suffix in _WEIGHTS or path.name.endswith(INDEX_SUFFIXES):
+        tables = (_of_weights(f"{path} {key}".strip(), state) for key, state in read_state_dicts(path).items())
     elif path.is_file():
         raise PnError(
             f"{path}: is not a run directory, a dataset ({', '.join(datasets.SUFFIXES)}) "
@@ -68,14 +68,14 @@ def _of_dataset(path: Path, ds: xr.Dataset) -> Iterator[Table]:
     yield make_table("made by", ["attribute", "value"], [[str(key), str(value)] for key, value in ds.attrs.items()])
 
 
-def _of_weights(path: Path, state: Mapping[str, torch.Tensor]) -> Table:
+def _of_weights(title: str, state: Mapping[str, torch.Tensor]) -> Table:
     """One row per tensor."""
     rows = [
         [name, " x ".join(map(str, tensor.shape)) or "scalar", str(tensor.dtype).removeprefix("torch."), tensor.numel()]
         for name, tensor in sorted(state.items())
     ]
     total = sum(tensor.numel() for tensor in state.values())
-    return make_table(f"{path}: {len(rows)} tensors, {total:,} numbers", ["tensor", "shape", "dtype", "numbers"], rows)
+    return make_table(f"{title}: {len(rows)} tensors, {total:,} numbers", ["tensor", "shape", "dtype", "numbers"], rows)
 
 
 def _of_run(run: Run) -> list[list[Cell]]:

@@ -118,9 +118,10 @@ def sources(
     """
     from pnanalysis.inputs.networks import open_files
     from pnanalysis.inputs.sources import as_source
+    from pnanalysis.io.runs import is_run
 
     given = list(paths or [])
-    if model is not None and (weights or not given or not given[0].is_dir()):
+    if model is not None and (weights or not given or not is_run(given[0])):
         return [open_files(model, [*(weights or []), *given], data, loss or "cross_entropy")]
     if weights:
         raise PnError("--weights needs --model: a registered name or module:factory")

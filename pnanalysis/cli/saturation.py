@@ -69,7 +69,7 @@ def _table(ds: xr.Dataset) -> Table:
     for key, group in ds.drop_dims(["bin", "unit"], errors="ignore").stack(row=stacked).groupby("row", squeeze=False):
         at = group.isel(row=0)
         if "epoch" in at.dims:
-            at = at_last_epoch(at, "n_units")
+            at = at_last_epoch(at, "abs_percentile")
         rows += [[*key, str(layer), *_cells(at.sel(layer=layer))] for layer in ds.layer.values]
     percentile = f"{float(ds['quantile'].max()):g}th percentile of |a|"
     names = [*map(str, stacked), "layer", percentile]
@@ -85,4 +85,5 @@ def _table(ds: xr.Dataset) -> Table:
 def _cells(at: xr.Dataset) -> list[Cell]:
     estimates = [(at.abs_percentile.isel(quantile=-1), at.abs_percentile_se.isel(quantile=-1))]
     estimates += [(at[variable], at[f"{variable}_se"]) for variable in ("saturated_share", "saturation_measure")]
-    return [*(Estimate(float(value), float(se)) for value, se in estimates), int(at.dead_units), int(at.n_units)]
+    counts = [int(count) if count.notnull() else None for count in (at.dead_units, at.n_units)]  # units may be unknown
+    return [*(Estimate(float(value), float(se)) for value, se in estimates), *counts]

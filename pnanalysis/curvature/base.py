@@ -36,7 +36,7 @@ from pnanalysis.curvature.traced_products import TracedProducts
 from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.losses import check_targets, loss_on
-from pnanalysis.evaluation.randomness import differs_between_passes
+from pnanalysis.evaluation.randomness import differs_between_passes, random_states_kept
 from pnanalysis.inputs.batches import first_examples, map_tensors, move
 from pnanalysis.inputs.copies import in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
@@ -179,7 +179,7 @@ class CurvatureOperator:
         self._check: ProductCheck | None = None
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._passes = partial(plain_passes, self.device, amp, recurrent)
-        with self._passes():
+        with self._passes(), random_states_kept():  # a network that draws is found out by passes that draw
             self._read(batches, weight)
         self._finite = torch.ones(len(self.batches), dtype=torch.bool, device=self.device)
         # a trace would draw its numbers in another order

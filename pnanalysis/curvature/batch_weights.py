@@ -199,7 +199,8 @@ def _counts(batch: Any) -> dict[str, float]:
 def _cut_outputs(outputs: Any, targets: Any, part: slice) -> tuple[Any, Any]:
     """Some of the examples of outputs and targets."""
     sizes = {tensor.shape[:1] for tensor in tensors((outputs, targets)) if tensor.ndim}
-    if len(sizes) != 1:
+    whole = any(tensor.ndim == 0 and tensor.is_floating_point() for tensor in tensors(outputs))
+    if len(sizes) != 1 or whole:  # the loss may be, or depend on, a number that belongs to the whole batch
         raise ValueError("these have no examples along one dim")
     cut_outputs, cut_targets = map_tensors((outputs, targets), lambda t: t[part] if t.ndim else t)
     return cut_outputs, cut_targets

@@ -291,7 +291,7 @@ def _tensors_of(outputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], An
     def rebuild(tensors: list[Tensor]) -> Any:
         filled = list(leaves)
         for i, tensor in zip(places, tensors, strict=True):
-            filled[i] = torch.view_as_complex(tensor) if i in complex_places else tensor
+            filled[i] = torch.complex(*tensor.unbind(-1)) if i in complex_places else tensor
         return tree_unflatten(filled, spec)
 
     return [torch.view_as_real(leaves[i]) if i in complex_places else leaves[i] for i in places], rebuild

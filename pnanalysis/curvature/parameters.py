@@ -77,13 +77,16 @@ def as_real(parameters: Named) -> Named:
 
 def as_given(theta: Named, complex_names: Collection[str]) -> Named:
     """Undo :func:`as_real`, given the names of the complex parameters."""
-    return {name: torch.view_as_complex(t) if name in complex_names else t for name, t in theta.items()}
+    # not a view: the numbers may be part of a longer vector, at any offset
+    return {name: torch.complex(*t.unbind(-1)) if name in complex_names else t for name, t in theta.items()}
 
 
 def split_vector(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Views of a flat vector ``(P,)`` in the shapes of the parameters."""
+    """The parts of a flat vector ``(P,)`` in the shapes of the parameters; views where that is safe."""
     parts = vector.split([prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    # from an odd offset on, torch cannot view pairs of numbers as complex ones, as networks and their derivatives do
+    safe = [part.clone() if part.storage_offset() % 2 else part for part in parts]
+    return [part.view(shape) for part, shape in zip(safe, shapes, strict=True)]
 
 
 def join_tensors(parts: Sequence[Tensor]) -> Tensor:

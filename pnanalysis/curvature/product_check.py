@@ -92,7 +92,11 @@ def check_products(op: CurvatureOperator, at: LossArguments) -> ProductCheck:
     if not _loss_has_the_gradient(op, at, v):
         if reverse is None:
             raise _impossible(op, no_reverse) from no_reverse
-        return ProductCheck(False, True, torch.nan)
+        return ProductCheck(
+            False, True, torch.nan,
+            "part of the computation is hidden from the gradient, and only reverse mode can differentiate the rest, so "
+            "that its products could not be checked",
+        )  # fmt: skip
     product = forward if reverse is None else reverse
     assert product is not None
     difference = _from_differences(op, at, v, product)

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pnanalysis.activations.axis_tracker import AxisTracker, FollowAxes
+from pnanalysis.activations.eager import eager
 from pnanalysis.estimates import ratio
 from pnanalysis.evaluation.forward import prediction
 from pnanalysis.inputs.models import parameter_layers
@@ -28,7 +30,8 @@ def linear_kernel(features: Tensor) -> Tensor:
 
     U-centring removes the mean in any case; removing it first avoids cancellation.
     """
-    rows = features.detach().reshape(len(features), -1).float()
+    rows = features.detach().reshape(len(features), -1)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
     rows = rows - rows.mean(0)
     return (rows @ rows.T).double()
 
@@ -65,7 +68,9 @@ class CentredKernelAlignment:
     """CKA between the layers of the same name in several networks, and between their outputs.
 
     Inside ``with``, hooks watch each network's layers: run all networks on one batch, then call :meth:`collect`.
-    A layer that is used more than once in a pass counts with all its outputs side by side.
+    A layer that is used more than once in a pass counts with all its outputs side by side. Examples may lie along
+    any dim of an output (:class:`pnanalysis.activations.axis_tracker.AxisTracker`); a layer counts as missing where
+    they cannot be told from other axes.
 
     Notes
     -----
@@ -91,9 +96,13 @@ class CentredKernelAlignment:
         self._stack = ExitStack()
 
     def __enter__(self) -> CentredKernelAlignment:
+        self._stack.enter_context(eager())
         for network, watched, grams in zip(self.networks, self._watched, self._grams, strict=True):
+            mode = FollowAxes(AxisTracker(network))
+            self._stack.callback(network.register_forward_pre_hook(_start(mode), prepend=True, with_kwargs=True).remove)
             for name, module in [*watched.items(), (self._output, network)]:
-                self._stack.callback(module.register_forward_hook(_keep(grams, name)).remove)
+                self._stack.callback(module.register_forward_hook(_keep(grams, name, mode)).remove)
+            self._stack.callback(network.register_forward_hook(_stop(mode), always_call=True).remove)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -141,14 +150,37 @@ def _watched(network: nn.Module) -> dict[str, nn.Module]:
     return {name: modules[name] for name, _ in parameter_layers(network) if name in modules}
 
 
-def _keep(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _start(mode: FollowAxes) -> Callable[..., None]:
+    """A hook that begins to follow a pass of a network."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        mode.tracker.start((args, kwargs))
+        mode.__enter__()
+
+    return hook
+
+
+def _stop(mode: FollowAxes) -> Callable[..., None]:
+    """A hook that ends it, also after an error."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        mode.__exit__(None, None, None)
+
+    return hook
+
+
+def _keep(grams: dict[str, Tensor], name: str, mode: FollowAxes) -> Callable[..., None]:
     """A hook that adds the kernel of a layer's output (not yet centred) to its sum over this batch."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         found = prediction(output)
         if found is None or found.ndim < 1 or not found.is_floating_point():
             return
-        gram = linear_kernel(found)
+        with mode.pause():
+            rows = mode.tracker.by_example(found)
+            if rows is None:
+                return
+            gram = linear_kernel(rows)
         known = grams.get(name)
         if known is None or known.shape == gram.shape:
             grams[name] = gram if known is None else known + gram

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pnanalysis.inputs.copies import as_real, matching_dtype
 from pnanalysis.io.weights import State
 
 
@@ -30,7 +31,8 @@ def filter_normalised(tensors: Iterable[tuple[str, Tensor]], n: int, generator: 
     Returns
     -------
     dict of str to Tensor, shape (n, F, ...)
-        In float64, on the CPU; zeros for tensors with fewer than two axes (biases, batch normalisation).
+        In float64 (complex128 for complex tensors), on the CPU; zeros for tensors with fewer than two axes (biases,
+        batch normalisation).
     """
     return {name: _filter_normalised(tensor, n, generator) for name, tensor in tensors}
 
@@ -56,8 +58,11 @@ def random_directions(state: Mapping[str, Tensor], names: Sequence[str], seed: i
 
 def _filter_normalised(tensor: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """The directions of one tensor, (n, F, ...)."""
+    dtype = matching_dtype(tensor, torch.float64)
     if tensor.ndim < 2:
-        return torch.zeros(n, *tensor.shape, dtype=torch.float64)
-    norms = tensor.detach().double().cpu().flatten(1).norm(dim=1, keepdim=True)
-    drawn = torch.randn(n, *norms.shape[:1], tensor[0].numel(), generator=generator, dtype=torch.float64)
-    return (drawn * (norms / drawn.norm(dim=2, keepdim=True))).view(n, *tensor.shape)
+        return torch.zeros(n, *tensor.shape, dtype=dtype)
+    filters = as_real(tensor.detach().to(dtype).cpu()).flatten(1)
+    norms = filters.norm(dim=1, keepdim=True)
+    drawn = torch.randn(n, *filters.shape, generator=generator, dtype=torch.float64)
+    scaled = drawn * (norms / drawn.norm(dim=2, keepdim=True))
+    return scaled.view(dtype).view(n, *tensor.shape)

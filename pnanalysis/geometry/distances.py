@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pnanalysis.errors import ModelError
 from pnanalysis.estimates import ratio
+from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.models import parameter_layers
 
 Array = NDArray[np.float64]
@@ -34,7 +35,8 @@ def parameter_distances(networks: Sequence[nn.Module]) -> dict[str, Any]:
 
     Notes
     -----
-    Layers are modules that own trainable parameters; buffers take no part. Sums run in float64.
+    Layers are modules that own trainable parameters; buffers take no part. A complex parameter counts as two real
+    ones. Sums run in float64.
     """
     vectors = [_layer_vectors(network) for network in networks]
     shapes = [_layer_shapes(network) for network in networks]
@@ -77,21 +79,25 @@ def distance_between(network: nn.Module, state: Mapping[str, Tensor]) -> float:
 
 
 def state_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Sequence[str]) -> float:
-    """Euclidean distance over the named tensors of two states, in float64."""
-    squares = [(a[name].detach().double().cpu() - b[name].double().cpu()).square().sum() for name in names]
+    """Euclidean distance over the named tensors of two states, in float64; complex numbers are pairs of real ones."""
+    squares = [(_vector(a[name]).double().cpu() - _vector(b[name]).double().cpu()).square().sum() for name in names]
     return float(torch.stack(squares).sum().sqrt())
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    """Its real numbers, flat."""
+    return as_real(tensor.detach()).reshape(-1)
 
 
 def _layer_vectors(network: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters of each layer, flattened into one vector."""
-    return {
-        layer: torch.cat([parameter.detach().reshape(-1) for _, parameter in own])
-        for layer, own in parameter_layers(network)
-    }
+    return {layer: torch.cat([_vector(parameter) for _, parameter in own]) for layer, own in parameter_layers(network)}
 
 
 def _layer_shapes(network: nn.Module) -> dict[str, list[tuple[int, ...]]]:
-    return {layer: [tuple(parameter.shape) for _, parameter in own] for layer, own in parameter_layers(network)}
+    return {
+        layer: [tuple(as_real(parameter).shape) for _, parameter in own] for layer, own in parameter_layers(network)
+    }
 
 
 def _cosine(inner: Array) -> Array:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.linalg.blas import dsyrk
-from torch import Tensor
+from torch import Tensor, nn
 
 from pnanalysis.errors import ModelError
 from pnanalysis.geometry.directions import filter_normalised
-from pnanalysis.geometry.flat_weights import FlatWeights
+from pnanalysis.geometry.flat_weights import FlatWeights, StateWeights
+from pnanalysis.inputs.copies import as_real
+from pnanalysis.inputs.loading import WeightNames
 from pnanalysis.inputs.sources import AnyCheckpoint, MemoryCheckpoint
-from pnanalysis.io.weights import State
+from pnanalysis.io.weights import State, sole
 from pnanalysis.terminal.progress import progress_bar
 
 _BLOCK_BYTES = 256_000_000  # of all rows of a block together, in float64
@@ -41,6 +43,7 @@ def layer_grams(
     checkpoints: Sequence[AnyCheckpoint],
     layers: Mapping[str, Sequence[str]],
     *,
+    network: nn.Module | None = None,
     reference: int = 0,
     n_directions: int = 0,
     seed: int = 0,
@@ -48,7 +51,8 @@ def layer_grams(
 ) -> Iterator[tuple[str, Matrix]]:
     """Inner products over the parameters of each layer, in turn.
 
-    Every file is read once from end to end, a block at a time; products are summed in float64.
+    Every file is read once from end to end, a block at a time; products are summed in float64. A complex parameter
+    counts as two real ones.
 
     Parameters
     ----------
@@ -56,6 +60,8 @@ def layer_grams(
         Of one architecture.
     layers : mapping of str to sequence of str
         Names of each layer's parameters.
+    network : Module, optional
+        The architecture, which says what checkpoints of other names mean; without it, the names must be the same.
     reference : int
         Index of the checkpoint to whose filters random directions are scaled.
     n_directions : int
@@ -75,7 +81,8 @@ def layer_grams(
         If a file is damaged, or the checkpoints are of different architectures.
     """
     names = [name for own in layers.values() for name in own]
-    weights = [_reader(checkpoint, names) for checkpoint in checkpoints]
+    weight_names = None if network is None else WeightNames(network)
+    weights = [_reader(checkpoint, names, weight_names) for checkpoint in checkpoints]
     _check_same_architecture(weights)
     scale = weights[reference]
     generator = torch.Generator().manual_seed(seed)
@@ -85,50 +92,47 @@ def layer_grams(
             directions: State = {}
             if n_directions:
                 drawn = filter_normalised(((name, _whole(scale, name)) for name in own), n_directions, generator)
-                directions = {name: tensor.flatten(1) for name, tensor in drawn.items()}
+                directions = {name: as_real(tensor).flatten(1) for name, tensor in drawn.items()}
             gram = _gram(weights, own, directions, n_directions, partial(advance, text=layer))
             _check_finite(gram, weights, layer)
             yield layer, gram
 
 
 def displacement_gram(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Matrix:
-    """Inner products of states' displacements from the first, (T, T), over the named tensors, in float64."""
-    weights = [_StateReader(state, names) for state in states]
+    """Inner products of states' displacements from the first, (T, T), over the named tensors, in float64.
+
+    A complex tensor counts as two real ones.
+    """
+    weights = [StateWeights(state, names) for state in states]
     return _gram(weights, names, {}, 0, lambda n: None)[: len(states), : len(states)]
 
 
 class _Reader(Protocol):
-    """Named tensors that are read slice by slice, in float64, on the CPU."""
+    """Named tensors that are read slice by slice, as real numbers in float64 on the CPU."""
 
+    path: str
     shapes: dict[str, tuple[int, ...]]
+    complex_names: set[str]
 
     def read(self, name: str, begin: int, end: int) -> Tensor: ...
 
 
-class _StateReader:
-    """Reads a state in memory, as :class:`pnanalysis.geometry.flat_weights.FlatWeights` reads one from a file."""
-
-    def __init__(self, state: Mapping[str, Tensor], names: Sequence[str], origin: str = "weights") -> None:
-        self._state, self.path = state, origin
-        floating = {k: t for k, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in floating.items()}
-        missing = [name for name in names if name not in self.shapes]
-        if missing:
-            raise ModelError(f"{origin}: lacks {missing[0]!r}, so it is of another architecture")
-
-    def read(self, name: str, begin: int, end: int) -> Tensor:
-        return self._state[name].detach().reshape(-1)[begin:end].double().cpu()
-
-
-def _reader(checkpoint: AnyCheckpoint, names: Sequence[str]) -> FlatWeights | _StateReader:
-    if isinstance(checkpoint, MemoryCheckpoint):
-        return _StateReader(checkpoint.load(), names, checkpoint.origin)
-    return FlatWeights(checkpoint, names)
+def _reader(checkpoint: AnyCheckpoint, names: Sequence[str], weight_names: WeightNames | None) -> _Reader:
+    if not isinstance(checkpoint, MemoryCheckpoint):
+        return FlatWeights(checkpoint, names, weight_names)
+    found = checkpoint.state_dicts()
+    if checkpoint.network is not None or weight_names is None:
+        return StateWeights(sole(found, checkpoint.origin), names, checkpoint.origin)
+    where = weight_names.find(found, checkpoint.origin)
+    if where is None:
+        return StateWeights(weight_names.loaded(found, checkpoint.origin), names, checkpoint.origin)
+    return StateWeights({own: found[key][name] for own, (key, name) in where.items()}, names, checkpoint.origin)
 
 
 def _whole(reader: _Reader, name: str) -> Tensor:
     shape = reader.shapes[name]
-    return reader.read(name, 0, prod(shape)).view(shape)
+    entries = reader.read(name, 0, prod(shape)).view(shape)
+    return torch.view_as_complex(entries) if name in reader.complex_names else entries
 
 
 def _gram(
@@ -189,7 +193,7 @@ def _blocks(tensors: list[tuple[str, int]], width: int) -> Iterator[list[_Slice]
         yield slices
 
 
-def _check_finite(gram: Matrix, weights: Sequence[FlatWeights | _StateReader], layer: str) -> None:
+def _check_finite(gram: Matrix, weights: Sequence[_Reader], layer: str) -> None:
     bad = np.flatnonzero(~np.isfinite(np.diag(gram)[: len(weights)]))
     if len(bad):
         at = int(bad[0]) if np.isfinite(gram[len(weights), len(weights)]) else 0  # the first is in every displacement
@@ -198,7 +202,7 @@ def _check_finite(gram: Matrix, weights: Sequence[FlatWeights | _StateReader], l
         )
 
 
-def _check_same_architecture(weights: Sequence[FlatWeights | _StateReader]) -> None:
+def _check_same_architecture(weights: Sequence[_Reader]) -> None:
     first = weights[0]
     for other in weights[1:]:
         differing = [

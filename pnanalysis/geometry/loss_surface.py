@@ -23,7 +23,8 @@ from pnanalysis.evaluation.randomness import check_repeatable, random_states_kep
 from pnanalysis.geometry.batch_norm import normalise_by_batch, norms_with_statistics, reestimate
 from pnanalysis.inputs.batches import map_tensors
 from pnanalysis.inputs.copies import copied, in_precision, matching_dtype
-from pnanalysis.inputs.models import Loss, load_weights
+from pnanalysis.inputs.loading import load_weights
+from pnanalysis.inputs.models import Loss
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance
 from pnanalysis.torch_internals import ConvolutionBase, tree_leaves

@@ -28,6 +28,9 @@ def copied(network: nn.Module) -> nn.Module:
     """
     network = unwrapped(network)
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _with_graph(network)}
+    for buffer in network.buffers():  # of lazy modules, which deepcopy refuses where it takes lazy parameters
+        if isinstance(buffer, nn.UninitializedBuffer):
+            memo[id(buffer)] = nn.UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]
     try:
         copy = deepcopy(network, memo)
     except Exception as error:  # locks, open files: whatever a network may hold
@@ -56,6 +59,11 @@ def matching_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor.dtype
     return _COMPLEX.get(dtype, torch.complex64) if tensor.is_complex() else dtype
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, along a last axis of two; other tensors as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def in_precision(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Resolve models and losses by name or ``module:factory``, and load weights into models."""
+"""Resolve models and losses by name or ``module:factory``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pnanalysis.errors import ModelError, PnError
 from pnanalysis.inputs.copies import copied
 from pnanalysis.inputs.registry import MODELS, describe_error, import_object, resolve
 
-_WRAPPERS = ("module.", "_orig_mod.", "module.")  # tried in this order: DDP around compile, or compile around DDP
 #: ``loss(outputs, targets)``, or ``loss(model, (inputs, targets))`` where the first parameter is named ``model``.
 Loss = Callable[[Any, Any], torch.Tensor]
 #: A registered name or ``module:factory``, an instance, or a callable that returns one.
@@ -109,59 +108,6 @@ def device_of(network: nn.Module, label: str) -> torch.device:
     raise ModelError(f"{label}: has no trainable parameters, so its loss does not depend on any")
 
 
-def check_finite(state: Mapping[str, Any], origin: str) -> None:
-    """Refuse weights that are not finite.
-
-    Raises
-    ------
-    ModelError
-    """
-    for name, tensor in state.items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ModelError(
-                f"{origin}: {name!r} holds values that are not finite: training diverged; give an earlier checkpoint"
-            )
-
-
-def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str = "weights") -> nn.Module:
-    """Put weights and buffers into ``model``, in place; every name and shape must fit.
-
-    Names may all begin with the prefix that ``DistributedDataParallel`` or ``torch.compile`` adds; of parameters that
-    share memory, one is enough.
-
-    Raises
-    ------
-    ModelError
-        If the weights are of another architecture; the message names the first difference.
-    """
-    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}  # no extra state
-    for prefix in _WRAPPERS:
-        if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    for name, tensor in own.items():
-        tied = [other for other in own if other in state and _shares_memory(own[other], tensor)]
-        if name not in state and tied:
-            state[name] = state[tied[0]]
-    for name, tensor in own.items():
-        if name not in state:
-            raise ModelError(f"{origin}: lacks {name!r}, so it belongs to another architecture than {_describe(model)}")
-        if state[name].shape != tensor.shape:
-            raise ModelError(
-                f"{origin}: {name!r} has shape {tuple(state[name].shape)}, {_describe(model)} has {tuple(tensor.shape)}"
-            )
-    extra = [name for name in state if name not in own]
-    if extra:
-        raise ModelError(f"{origin}: holds {extra[0]!r}, which {_describe(model)} does not have")
-    check_finite(state, origin)
-    model.load_state_dict(state, strict=False)  # names and shapes fit; extra state of modules stays as built
-    return model
-
-
-def _shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
 def resolve_loss(loss: str | Loss) -> Loss:
     """A loss by name (a key of :data:`LOSSES`), by ``module:function``, or as it is."""
     if not isinstance(loss, str):
@@ -206,7 +152,3 @@ def parameter_layers(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn
         seen |= {id(parameter) for _, parameter in own}
         if own:
             yield module_name or type(module).__name__, own
-
-
-def _describe(model: nn.Module) -> str:
-    return f"this {type(model).__name__}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pnanalysis.inputs.data import DataLike, Splits, as_splits, load_data
 from pnanalysis.inputs.models import Loss, ModelLike, new_model, resolve_loss
 from pnanalysis.inputs.sources import AnyCheckpoint, MemoryCheckpoint, PathLike, Source, name_of
 from pnanalysis.io.runs import Checkpoint
+from pnanalysis.io.weights import INDEX_SUFFIXES, is_state_dict, state_dicts, weights_file
 
 
 def open_files(
@@ -31,7 +33,7 @@ def open_files(
     model : str, Module or callable
         Registered name, ``module:factory``, an instance, or a callable that returns one.
     weights : sequence of paths
-        safetensors files, or ``torch.save`` files that hold nothing but tensors.
+        See :func:`pnanalysis.io.weights.read_state_dicts`.
     data, loss
         See :func:`as_sources`.
     label : str
@@ -111,32 +113,52 @@ def _names(networks: Sequence[tuple[str | None, Any]]) -> list[str]:
 def _short_names(files: list[Path]) -> list[str]:
     """File stems where they are distinct, else with as many parent folders as it takes."""
     for depth in range(1, 6):
-        names = ["/".join(path.with_suffix("").parts[-depth:]) for path in files]
+        names = ["/".join(_without_suffix(path).parts[-depth:]) for path in files]
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in files]
 
 
+def _without_suffix(path: Path) -> Path:
+    """Without what tells the format; folders have no suffix, even if their names have dots."""
+    index = next((suffix for suffix in INDEX_SUFFIXES if path.name.endswith(suffix)), None)
+    if index:
+        return path.with_name(path.name.removesuffix(index))
+    return path if path.is_dir() else path.with_suffix("")
+
+
 def _as_checkpoint(item: Any, name: str) -> AnyCheckpoint:
     if isinstance(item, nn.Module):
         return MemoryCheckpoint(name, network=item)
-    if isinstance(item, Mapping) and is_state_dict(item):
+    if isinstance(item, Mapping) and is_weights(item):
         return MemoryCheckpoint(name, state=item)
     if isinstance(item, Checkpoint):
         return replace(item, name=name)
     if is_path(item):
-        path = Path(item)
-        if not path.is_file():
-            raise ModelError(f"{path}: no such weights file")
-        return Checkpoint(name, path)
+        return Checkpoint(name, weights_file(item))
     raise ModelError(
         f"{name}: a {type(item).__name__} is no run, network, state dict or weights file; "
         "give one of these, or a mapping or list of them"
     )
 
 
-def is_state_dict(item: Mapping[Any, Any] | nn.ModuleDict) -> bool:
-    return bool(item) and all(isinstance(value, Tensor) for value in item.values())
+def is_weights(item: Mapping[Any, Any] | nn.ModuleDict) -> bool:
+    """Whether a mapping is a state dict, or a checkpoint of training with one in it, and not one of networks by name.
+
+    Those of training also hold counters, or the state of an optimizer.
+    """
+    if isinstance(item, nn.ModuleDict):
+        return False
+    if is_state_dict(item):
+        return True
+    of_training = any(
+        value is None
+        or isinstance(value, Number)
+        or "optim" in str(key).lower()
+        or (isinstance(value, Mapping) and "param_groups" in value)
+        for key, value in item.items()
+    )
+    return of_training and bool(state_dicts(item))
 
 
 def is_path(item: Any) -> bool:

@@ -22,9 +22,9 @@ class SameBatches:
     """The batches of a loader, the same on every pass.
 
     They are read once and kept while they fit in memory. Beyond that, each pass reads the loader again and compares
-    the contents of every batch with those of the first pass. A loader of a new order on each pass (``shuffle=True``, a
-    random sampler, augmentation) that draws from the global random generators gives the same batches again, since they
-    are in the same state whenever reading begins. In between and afterwards they are as they were.
+    the contents of every batch with those of the first pass. A loader that shuffles, samples or augments gives the same
+    batches again if it draws from the global random generators or from that of a ``DataLoader``, since these are in the
+    same state whenever reading begins. In between and afterwards they are as they were.
 
     Parameters
     ----------
@@ -130,27 +130,50 @@ def read(
     DataError
         If a batch cannot be read or prepared.
     """
-    randomness = _OwnRandomness(seed)
-    n_batches = n_read = 0
-    batches: Iterator[Any] | None = None
-    while n is None or n_read < n:
-        try:
-            with randomness:
-                batches = iter(loader) if batches is None else batches
-                batch = next(batches)
-        except StopIteration:
-            return
-        except (PnError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # the user's code may raise anything
-            raise DataError(f"{name}: batch {n_batches} cannot be read ({reason(error)})") from error
+    n_read = 0
+    for index, batch in enumerate(_undisturbed(loader, seed, name)):
         try:
             batch = batch if prepare is None else prepare(batch)
             n_read += 0 if n is None else batch_size(batch)
         except PnError as error:
-            raise DataError(f"{name}, batch {n_batches}: {error}") from error
-        n_batches += 1
+            raise DataError(f"{name}, batch {index}: {error}") from error
         yield batch
+        if n is not None and n_read >= n:
+            break
+
+
+def _undisturbed(loader: Iterable[Any], seed: int, name: str) -> Iterator[Any]:
+    """The batches as they are, read with random numbers that are set back."""
+    before = [(generator, generator.get_state()) for generator in _generators(loader)]
+    randomness = _OwnRandomness(seed)
+    batches: Iterator[Any] | None = None
+    n_read = 0
+    try:
+        while True:
+            try:
+                with randomness:
+                    batches = iter(loader) if batches is None else batches
+                    batch = next(batches)
+            except StopIteration:
+                return
+            except (PnError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the user's code may raise anything
+                raise DataError(f"{name}: batch {n_read} cannot be read ({reason(error)})") from error
+            yield batch
+            n_read += 1
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
+def _generators(loader: Any) -> Iterator[torch.Generator]:
+    """Generators that a ``DataLoader`` or its samplers hold."""
+    samplers = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    for part in (loader, *samplers, getattr(samplers[1], "sampler", None)):
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
 
 
 class _OwnRandomness:

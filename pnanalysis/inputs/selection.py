@@ -15,10 +15,10 @@ from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.inputs.copies import copied
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split, Splits
 from pnanalysis.inputs.models import Loss, ModelLike
-from pnanalysis.inputs.networks import check_no_mixed_state, is_path, is_state_dict, source_of_networks
+from pnanalysis.inputs.networks import check_no_mixed_state, is_path, is_weights, source_of_networks
 from pnanalysis.inputs.sources import AnyCheckpoint, Source, as_source
-from pnanalysis.io.runs import Checkpoint, Run
-from pnanalysis.io.weights import State
+from pnanalysis.io.runs import Checkpoint, Run, is_run
+from pnanalysis.io.weights import StateDicts
 
 #: What analyses accept: runs, networks, state dicts, files, and mappings or sequences of these.
 Given = Run | Source | nn.Module | str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any]
@@ -74,7 +74,7 @@ class Selection(Sequence[SelectedCheckpoint]):
     def __init__(self, sources: Sequence[Source], chosen: Sequence[SelectedCheckpoint]) -> None:
         self.sources = list(sources)
         self._chosen = list(chosen)
-        self._kept: dict[tuple[str, object], State] = {}
+        self._kept: dict[tuple[str, object], StateDicts] = {}
         self._read: dict[tuple[object, ...], Split | LoaderSplit] = {}
 
     @overload
@@ -110,7 +110,7 @@ class Selection(Sequence[SelectedCheckpoint]):
         """
         state = self._kept.pop(item.key, None)
         if state is None and (isinstance(item.checkpoint, Checkpoint) or item.checkpoint.network is None):
-            state = item.checkpoint.load()
+            state = item.checkpoint.state_dicts()
         network = item.source.model(item.checkpoint, device, dtype, state)
         if not last and state is not None and self._room_for(state):
             self._kept[item.key] = state
@@ -152,8 +152,9 @@ class Selection(Sequence[SelectedCheckpoint]):
         for item in files if len(files) > 1 else ():
             self.network(item, "cpu", last=False)
 
-    def _room_for(self, state: State) -> bool:
-        held = sum(tensor.nbytes for kept in (*self._kept.values(), state) for tensor in kept.values())
+    def _room_for(self, state: StateDicts) -> bool:
+        dicts = [one for kept in (*self._kept.values(), state) for one in kept.values()]
+        held = sum(getattr(tensor, "nbytes", 0) for one in dicts for tensor in one.values())
         return held <= _KEPT_BYTES
 
 
@@ -240,9 +241,10 @@ def as_sources(
     for name, item in items:
         if isinstance(item, Source):
             sources.append(item if name is None else replace(item, label=name))
-        elif isinstance(item, Run) or (is_path(item) and (model is None or Path(item).is_dir())):
-            if is_path(item) and Path(item).is_file():
-                raise ModelError(f"{item}: is a file; weights need the network they belong to, model=...")
+        elif isinstance(item, Run) or (is_path(item) and (model is None or is_run(Path(item)))):
+            if is_path(item) and Path(item).exists() and not is_run(Path(item)):
+                what = "a file" if Path(item).is_file() else "a folder of weights"
+                raise ModelError(f"{item}: is {what}; weights need the network they belong to, model=...")
             source = as_source(item, model, data, loss)
             sources.append(source if name is None else replace(source, label=name))
         else:
@@ -264,7 +266,7 @@ def as_sources(
 def flattened(given: Iterable[Any], name: str | None = None) -> Iterator[tuple[str | None, Any]]:
     """Each thing that was given, with its name where it came in a mapping."""
     for item in given:
-        if isinstance(item, Mapping | nn.ModuleDict) and not is_state_dict(item):
+        if isinstance(item, Mapping | nn.ModuleDict) and not is_weights(item):
             check_no_mixed_state(item)
             for key, value in item.items():
                 yield from flattened([value], str(key) if name is None else f"{name}/{key}")

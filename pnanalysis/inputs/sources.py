@@ -10,23 +10,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pnanalysis.errors import DataError, ModelError
-from pnanalysis.inputs.copies import copied, in_precision
+from pnanalysis.inputs.copies import copied, in_precision, unwrapped
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split, Splits, as_splits, load_data
-from pnanalysis.inputs.models import (
-    LOSSES,
-    Loss,
-    ModelLike,
-    check_finite,
-    load_weights,
-    new_model,
-    resolve_loss,
-)
+from pnanalysis.inputs.loading import check_finite, check_has_values, load_weights
+from pnanalysis.inputs.models import LOSSES, Loss, ModelLike, new_model, resolve_loss
 from pnanalysis.inputs.registry import DATASETS, registered
 from pnanalysis.io.runs import Checkpoint, Run, open_run
-from pnanalysis.io.weights import State
+from pnanalysis.io.weights import StateDicts, state_dicts
 
 PathLike = str | os.PathLike[str]
 
@@ -41,14 +34,14 @@ class MemoryCheckpoint:
     network : Module or None
         Its architecture and weights; ``None`` where only ``state`` is given.
     state : dict or None
-        Tensors by name.
+        Tensors by name, or nested mappings with such a dict in them, as training saves them.
     iteration, epoch : int
         Always -1: it belongs to no run.
     """
 
     name: str
     network: nn.Module | None = None
-    state: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Any] | None = None
     iteration: int = -1
     epoch: int = -1
 
@@ -62,9 +55,13 @@ class MemoryCheckpoint:
         """Equal for two checkpoints that are the same object in memory."""
         return id(self.network if self.network is not None else self.state)
 
-    def load(self) -> State:
-        """Tensors by name; the caller's own, not copies."""
-        return dict(self.state if self.network is None else self.network.state_dict())  # type: ignore[arg-type]
+    def state_dicts(self) -> StateDicts:
+        """The network's state dict, or those in ``state``; the caller's own tensors, not copies."""
+        if self.network is None:
+            return state_dicts(self.state or {})
+        network = unwrapped(self.network)
+        check_has_values(network, self.origin)
+        return {"": network.state_dict()}
 
 
 AnyCheckpoint = Checkpoint | MemoryCheckpoint
@@ -130,7 +127,7 @@ class Source:
 
     def model(
         self, checkpoint: AnyCheckpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-        state: State | None = None,
+        state: StateDicts | None = None,
     ) -> nn.Module:  # fmt: skip
         """A network of its own with the checkpoint's weights, in eval mode.
 
@@ -145,11 +142,11 @@ class Source:
         """
         if isinstance(checkpoint, MemoryCheckpoint) and checkpoint.network is not None:
             model = in_precision(copied(checkpoint.network), dtype)
-            check_finite(model.state_dict(), checkpoint.origin)
+            check_finite(model, checkpoint.origin)
         else:
             # cast before the weights come in: a file of float64 then loses nothing in a float64 analysis
             model = in_precision(copied(self.template), dtype)
-            load_weights(model, checkpoint.load() if state is None else state, checkpoint.origin)
+            load_weights(model, checkpoint.state_dicts() if state is None else state, checkpoint.origin)
         return model.to(device).eval()
 
     def split(

@@ -146,7 +146,8 @@ class LoaderSplit:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LoaderSplit:
         """The same batches, on the device and in the precision when they are read."""
-        return replace(self, device=device, dtype=dtype)
+        loader = [move(pair, device, dtype) for pair in self.loader] if isinstance(self.loader, SameBatches) else None
+        return replace(self, loader=self.loader if loader is None else loader, device=device, dtype=dtype)
 
     def subset(self, n: int | None, seed: int = 0) -> LoaderSplit:
         """The leading batches that hold ``n`` examples, all if there are fewer; a loader that shuffles does by seed."""
@@ -227,11 +228,12 @@ class DatasetSplit:
         DataError
             If there are none, or some cannot be read or stacked.
         """
-        examples = _Collated(self.dataset, n, seed, name)
-        loader = LoaderSplit(examples, n=n, seed=seed, name=name).kept()
-        kept = cast("SameBatches", loader.loader).kept
-        if kept is None or not all(isinstance(leaf, Tensor) for leaf in tree_leaves(kept[0])):
+        loader = LoaderSplit(_Collated(self.dataset, n, seed, name), n=n, seed=seed, name=name)
+        kept = loader.batches(_READ_AT_ONCE).kept
+        if kept is None:
             return loader
+        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(kept[0])):  # texts, for example
+            return replace(loader, loader=kept)
         try:
             inputs, targets = tree_map(lambda *parts: torch.cat(parts) if parts[0].ndim else parts[0], *kept)
         except (RuntimeError, ValueError) as error:

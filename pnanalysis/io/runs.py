@@ -29,7 +29,7 @@ from pnanalysis import schema
 from pnanalysis.errors import RunError, reason
 from pnanalysis.io import netcdf, zarr_store
 from pnanalysis.io.datasets import load
-from pnanalysis.io.weights import State, read_weights
+from pnanalysis.io.weights import State, StateDicts, holds_weights, read_state_dicts, sole
 
 FORMAT = "pnanalysis-run"
 MANIFEST, HISTORY, RESUME, CHECKPOINTS, ANALYSIS = (
@@ -72,7 +72,11 @@ class Checkpoint:
 
     def load(self) -> State:
         """Tensors by name, on the CPU."""
-        return read_weights(self.path)
+        return sole(self.state_dicts(), self.path)
+
+    def state_dicts(self) -> StateDicts:
+        """Every state dict in the file: see :func:`pnanalysis.io.weights.read_state_dicts`."""
+        return read_state_dicts(self.path)
 
 
 class Run:
@@ -200,6 +204,11 @@ class Run:
                 return checkpoint
         existing = ", ".join(c.name for c in self.checkpoints[:12]) or "none"
         raise RunError(f"{self.path}: no checkpoint iter{iteration:02d}/epoch{epoch:03d}; choose one of: {existing}")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path can only be meant as that of a run: a folder that is not one of weights."""
+    return path.is_dir() and ((path / MANIFEST).is_file() or not holds_weights(path))
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:

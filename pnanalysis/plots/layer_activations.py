@@ -112,11 +112,12 @@ def _dead_units_by_layer(entries: list[_Entry], layers: list[str], ax: Axes) -> 
             for bar in bars:
                 bar.set_hatch("////")
     ax.set(xlabel="", ylabel="fraction of dead units")
-    if np.nanmax(np.concatenate(fractions)):
+    known = [fraction for fraction in np.concatenate(fractions) if not np.isnan(fraction)]
+    if any(known):
         ax.set_ylim(bottom=0)
     else:
         ax.set_ylim(0, 0.05)
-        ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", color="0.4")
+        ax.text(0.5, 0.5, "none" if known else "unknown", transform=ax.transAxes, ha="center", color="0.4")
 
 
 def activation_histogram(ds: xr.Dataset, epochs: list[int] | None = None) -> Figure:
@@ -235,7 +236,7 @@ def _entries_of_run(ds: xr.Dataset, epoch: int | None) -> list[_Entry]:
     champion = champion_of(ds)
     entries = []
     for place, iteration in enumerate(ds.iteration.values):
-        one = ds.sel(iteration=iteration).dropna("epoch", how="all", subset=["n_units"])
+        one = ds.sel(iteration=iteration).dropna("epoch", how="all", subset=["abs_percentile"])
         if epoch is not None and epoch not in one.epoch.values:
             saved = ", ".join(map(str, one.epoch.values))
             raise PnError(f"epoch {epoch} has not been saved; the saved epochs are {saved}")

@@ -36,8 +36,8 @@ import numpy as np
 import torch
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, SYMMETRY_TOLERANCE, Lanczos, Saver
-from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns, random_unit_vectors
+from pnanalysis.spectra.lanczos import SMALLEST_SCALE, STEPS_PER_CHECK, SYMMETRY_TOLERANCE, Lanczos, Saver
+from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, empty_columns, random_unit_vectors
 from pnanalysis.spectra.memory import probes_at_once, vectors_at_once
 from pnanalysis.spectra.quadrature import ritz
 
@@ -159,15 +159,27 @@ def sample_spectrum(
     Raises
     ------
     CurvatureError
-        If a product is not finite, the operator is not symmetric, or the memory does not suffice.
+        If a product is not finite, the operator is not symmetric, its eigenvalues are too small to be squared, or the
+        memory does not suffice.
     """
+    sample = _sample(operator, settings, advance)
+    magnitude = max(float(np.abs(probe.alpha).max()) for probe in sample.probes)
+    if 0 < magnitude < SMALLEST_SCALE:
+        raise CurvatureError(
+            f"the eigenvalues of the operator are about {magnitude:.0e}, too small for float64 to hold their squares; "
+            "multiply the loss by a large number"
+        )
+    return sample
+
+
+def _sample(operator: LinearOperator, settings: SamplingSettings, advance: Advance | None) -> SpectrumSample:
     n_parameters = operator.shape[0]
     budget = settings.n_hvp or settings.n_lanczos * settings.n_probes
     if settings.deflate and n_parameters <= min(budget, LARGEST_EXACT):
         return _exact(operator, settings, advance)
     sample = SpectrumSample(n_parameters, "deflated" if settings.deflate else "plain")
     if settings.n_hvp is not None and not settings.deflate:
-        n_steps = default_steps(budget, n_parameters)
+        n_steps = min(default_steps(budget, n_parameters), n_parameters)
         _probe_in_lockstep(operator, settings, sample, None, max(budget // n_steps, 1), n_steps, advance)
     elif not settings.deflate:
         _probe_in_lockstep(operator, settings, sample, None, settings.n_probes, settings.n_lanczos, advance)
@@ -187,7 +199,7 @@ def _exact(operator: LinearOperator, settings: SamplingSettings, advance: Advanc
     eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
     matrix = torch.empty_like(eye)
     for block in torch.arange(n).split(max(settings.n_probes, 1)):
-        matrix[:, block] = operator.matmat(eye[:, block])
+        matrix[:, block] = checked_product(operator, eye[:, block])
         if advance is not None:
             advance(len(block))
     matrix = matrix.double()

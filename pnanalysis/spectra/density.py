@@ -14,6 +14,7 @@ import xarray as xr
 from pnanalysis import schema
 from pnanalysis.checks import at_least, positive
 from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra import lanczos
 from pnanalysis.spectra.deflation import SamplingSettings, SpectrumSample, sample_spectrum
 from pnanalysis.spectra.linear_operator import as_operator
 from pnanalysis.spectra.memory import basis_bytes, human
@@ -76,8 +77,9 @@ def spectral_density(
     ridge : float
         The ``z`` of the effective dimension, in units of the eigenvalues.
     basis_dtype, basis_device : optional
-        Of the Lanczos basis; the operator's own by default. ``torch.float64`` makes Lanczos on a float32 operator more
-        accurate, and ``"cpu"`` helps when the device is short of memory.
+        Of the Lanczos basis, float32 or float64; the operator's own by default, float32 if that is a half precision.
+        ``torch.float64`` makes Lanczos on a float32 operator more accurate, and ``"cpu"`` helps when the device is
+        short of memory.
     max_memory_bytes : int, optional
         Bound on the memory for the bases (60 % of the free memory by default); probes run in smaller groups to stay
         within it.
@@ -127,7 +129,7 @@ def spectral_density(
         n_hvp,
         deflate,
         seed,
-        basis_dtype or operator.dtype,
+        lanczos.basis_dtype(operator, basis_dtype),
         torch.device(basis_device or operator.device),
         max_memory_bytes,
         symmetry_tolerance,

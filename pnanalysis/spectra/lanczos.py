@@ -2,7 +2,8 @@
 
 :class:`Lanczos` builds, for each of ``k`` start vectors, an orthonormal basis of its Krylov space and the tridiagonal
 matrix of the operator on it. All start vectors share one ``matmat`` per step. Orthogonalisation is two passes of
-classical Gram-Schmidt (CGS2), as matrix products with one preallocated basis.
+classical Gram-Schmidt (CGS2), as matrix products with one preallocated basis. Sums over the P entries of vectors are
+those of :mod:`pnanalysis.spectra.inner_products`, which keep their digits at any P.
 
 References
 ----------
@@ -12,6 +13,7 @@ Parlett, The Symmetric Eigenvalue Problem (1998), ch. 13; Giraud, Langou, Rozloz
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,15 +24,25 @@ from safetensors.torch import save_file
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.io.atomic import atomic_path
-from pnanalysis.spectra.linear_operator import LinearOperator, contiguous_columns, empty_columns
+from pnanalysis.spectra.inner_products import inner_products, norms, orthogonalised
+from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, contiguous_columns, empty_columns
 
 #: Steps between two checks that all products were finite. Reading the flag waits for the device, which otherwise
 #: computes ahead.
 STEPS_PER_CHECK = 16
-#: A Krylov space counts as invariant once beta falls to this many units of roundoff of the operator's norm.
-BREAKDOWN_ULPS = 50.0
+#: A Krylov space counts as invariant once beta falls to this fraction of the operator's norm. Products in single and
+#: double precision are long sums, each entry off by tens of roundings; half precision rounds a sum once, at its end.
+BREAKDOWN = {
+    torch.float64: 50 * torch.finfo(torch.float64).eps,
+    torch.float32: 50 * torch.finfo(torch.float32).eps,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps,
+    torch.float16: torch.finfo(torch.float16).eps,
+}
 #: Largest relative difference of u.Hv and v.Hu that roundoff in the products may explain, by the operator's dtype.
 SYMMETRY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
+
+#: Squares of smaller numbers underflow in float64, and with them sums of squares, as those in norms.
+SMALLEST_SCALE = 1e-140
 
 
 class Lanczos:
@@ -48,8 +60,9 @@ class Lanczos:
         Orthonormal vectors ``(P, d)``, columns of ``D``. The iterations then work in their orthogonal complement: on
         the compression ``(I - D D') H (I - D D')``.
     dtype, device : optional
-        Of the basis; the operator's own by default. ``float64`` for a float32 operator keeps the recurrence exact
-        to the operator's own error; ``device="cpu"`` keeps the basis in host memory, at one transfer per step.
+        Of the basis, float32 or float64; the operator's own by default, float32 if that is a half precision.
+        ``float64`` for a float32 operator keeps the recurrence exact to the operator's own error; ``device="cpu"``
+        keeps the basis in host memory, at one transfer per step.
     symmetry_tolerance : float, optional
         See :meth:`asymmetry`. Default 1e-6 for float64 products, 0.01 for float32.
     storage : torch.Tensor, optional
@@ -69,7 +82,8 @@ class Lanczos:
     Raises
     ------
     CurvatureError
-        If ``capacity`` is less than 1 or more than the dimensions that are not deflated.
+        If ``capacity`` is less than 1 or more than the dimensions that are not deflated, or ``dtype`` is neither
+        float32 nor float64.
 
     Notes
     -----
@@ -93,7 +107,7 @@ class Lanczos:
         self.operator = operator
         self.capacity = capacity
         self.deflated = deflated
-        self.dtype = dtype or operator.dtype
+        self.dtype = basis_dtype(operator, dtype)
         self.device = torch.device(device or operator.device)
         self.symmetry_tolerance = symmetry_tolerance or SYMMETRY_TOLERANCE[operator.dtype]
         n_free = n_parameters - self.n_deflated
@@ -112,8 +126,8 @@ class Lanczos:
         self._mirror = self._basis.new_zeros(k)  # q0 . (H q1), see asymmetry
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.step = 0
-        vectors = self._orthogonalise(contiguous_columns(start.to(self._basis)), 0)
-        self._next = vectors / torch.linalg.vector_norm(vectors, dim=0)
+        vectors = self._orthogonalise(start.to(self._basis), 0)
+        self._next = vectors.div_(norms(vectors).to(self.dtype))
 
     @property
     def n_probes(self) -> int:
@@ -186,7 +200,8 @@ class Lanczos:
         if self.step < 2 or self.deflated is not None:
             return 0.0
         scale = torch.hypot(self._alpha[:, 0], self._beta[:, 0])
-        gap = torch.where(self._beta[:, 0] > 0, (self._mirror - self._beta[:, 0]).abs(), 0)
+        told_apart = (self._beta[:, 0] > 0) & (scale > SMALLEST_SCALE)
+        gap = torch.where(told_apart, (self._mirror - self._beta[:, 0]).abs(), 0)
         return float((gap / torch.where(scale > 0, scale, 1)).max())
 
     def _check(self) -> None:
@@ -211,35 +226,28 @@ class Lanczos:
         j = self.step
         self._basis[:, :, j] = self._next.T
         product = self._product(self._next)
-        self._finite &= torch.isfinite(product).all()
-        self._alpha[:, j] = (product * self._next).sum(0)
+        self._alpha[:, j] = inner_products(product, self._next)
         if j == 1:
-            self._mirror = (product * self._basis[:, :, 0].T).sum(0)
-        self._norm = torch.maximum(self._norm, torch.linalg.vector_norm(product, dim=0))
+            self._mirror.copy_(inner_products(product, self._basis[:, :, 0].T))
+        norm = norms(product).to(self.dtype)
+        self._finite &= torch.isfinite(norm).all()  # as all entries are then
+        self._norm = torch.maximum(self._norm, norm)
         vectors = self._orthogonalise(product, j + 1)
-        beta = torch.linalg.vector_norm(vectors, dim=0)
-        alive = beta > BREAKDOWN_ULPS * torch.finfo(self.operator.dtype).eps * self._norm
+        beta = norms(vectors).to(self.dtype)
+        alive = beta > BREAKDOWN[self.operator.dtype] * self._norm
         self._beta[:, j] = torch.where(alive, beta, 0)
-        # `where` and not a branch, which would wait for the device
-        following = torch.where(alive, vectors / torch.where(alive, beta, 1), 0)
+        # zero after a breakdown; `where` and not a branch, which would wait for the device
+        following = vectors.div_(torch.where(alive, beta, math.inf))
         self._next, self.step = following, j + 1
 
     def _product(self, V: torch.Tensor) -> torch.Tensor:
         """Products with vectors ``(P, k)``, in the basis's dtype and on its device."""
-        product = self.operator.matmat(V.to(device=self.operator.device, dtype=self.operator.dtype))
-        return contiguous_columns(product.to(self._basis))
+        return contiguous_columns(checked_product(self.operator, V).to(self._basis))
 
     def _orthogonalise(self, vectors: torch.Tensor, n_columns: int) -> torch.Tensor:
-        """Project vectors ``(P, k)`` off the deflated ones and the first ``n_columns`` of the basis, twice."""
-        # As rows, which are contiguous in memory, so that the results are as well.
-        rows, basis = vectors.T, self._basis[:, :, :n_columns]
-        for _ in range(2):
-            if self.deflated is not None and self.n_deflated:
-                rows = rows - (rows @ self.deflated) @ self.deflated.T
-            if n_columns:
-                coefficients = torch.bmm(basis.mT, rows[:, :, None])
-                rows = torch.baddbmm(rows[:, None], coefficients.mT, basis.mT, alpha=-1)[:, 0]
-        return rows.T
+        """Project vectors ``(P, k)`` off the deflated ones and the first ``n_columns`` of the basis."""
+        spaces = [] if self.deflated is None else [self.deflated]
+        return orthogonalised(vectors, [*spaces, self._basis[:, :, :n_columns]])
 
     def ritz_vectors(self, coefficients: torch.Tensor, probe: int = 0) -> torch.Tensor:
         """Vectors ``(P, c)`` with the given coordinates ``(step, c)`` in one start vector's basis."""
@@ -290,10 +298,25 @@ class Lanczos:
     def _check_operator(self, path: str | Path) -> None:
         if self.step:
             first = self._basis[:, :, 0].T
-            alpha = (self._product(first) * first).sum(0)
+            alpha = inner_products(self._product(first), first)
             gap = (alpha - self._alpha[:, 0]).abs() / self._norm.clamp_min(torch.finfo(self.dtype).tiny)
             if float(gap.max()) > 1e-3:
                 raise CurvatureError(f"{path} was saved for another operator: delete it to start again")
+
+
+def basis_dtype(operator: LinearOperator, wanted: torch.dtype | None = None) -> torch.dtype:
+    """Of a basis for products with an operator: what is wanted, or the operator's own, but at least float32.
+
+    Raises
+    ------
+    CurvatureError
+        If the dtype wanted is neither float32 nor float64.
+    """
+    if wanted not in (None, torch.float32, torch.float64):
+        raise CurvatureError(
+            f"basis_dtype is {wanted}, in which a basis does not stay orthogonal; give float32 or float64"
+        )
+    return wanted or torch.promote_types(operator.dtype, torch.float32)
 
 
 class Saver:

@@ -46,6 +46,11 @@ class LinearOperator(Protocol):
         ...
 
 
+#: Dtypes of operators.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_COMPLEX = "the products of the operator are complex; give a real symmetric one"
+
+
 class DenseOperator:
     """A dense symmetric matrix ``(P, P)`` as an operator on its own device and in its own dtype."""
 
@@ -101,6 +106,8 @@ class _FromScipy:
         return self._tensor(self.operator.matmat(V.numpy(force=True)))
 
     def _tensor(self, product: np.ndarray) -> torch.Tensor:
+        if np.iscomplexobj(product):
+            raise CurvatureError(_COMPLEX)
         return torch.from_numpy(np.ascontiguousarray(product)).to(self.dtype)
 
 
@@ -120,7 +127,7 @@ def as_operator(source: Any) -> LinearOperator:
     Raises
     ------
     CurvatureError
-        If ``source`` is none of these, is not square, is empty or is complex.
+        If ``source`` is none of these, is not square, is empty, is complex or has a dtype that cannot be computed with.
 
     Examples
     --------
@@ -130,12 +137,19 @@ def as_operator(source: Any) -> LinearOperator:
     tensor([3., 1.], dtype=torch.float64)
     """
     if isinstance(source, torch.Tensor | np.ndarray):
-        dense = torch.as_tensor(source)
+        try:
+            dense = torch.as_tensor(source)
+        except TypeError as error:
+            raise CurvatureError(f"the matrix has the dtype {source.dtype}, which torch lacks; give float64") from error
         if dense.is_complex():
             raise CurvatureError("the matrix is complex; give a real symmetric one")
-        return DenseOperator(dense if dense.is_floating_point() else dense.double())
+        return as_operator(DenseOperator(dense if dense.is_floating_point() else dense.double()))
     if isinstance(source, LinearOperator) and isinstance(source.dtype, torch.dtype):
         _square(tuple(source.shape))
+        if source.dtype not in _DTYPES:
+            raise CurvatureError(
+                f"the operator has the dtype {source.dtype}; give a real one in float64, float32, bfloat16 or float16"
+            )
         return source
     try:
         operator = aslinearoperator(source)
@@ -159,20 +173,43 @@ def empty_columns(n_parameters: int, k: int, dtype: torch.dtype, device: torch.d
     return torch.empty(k, n_parameters, dtype=dtype, device=device).T
 
 
+def checked_product(operator: LinearOperator, V: torch.Tensor) -> torch.Tensor:
+    """``operator.matmat(V)`` for vectors ``(P, k)`` of any dtype on any device; on the operator's device.
+
+    The operator gets a copy of the vectors, on which it may work in place.
+
+    Raises
+    ------
+    CurvatureError
+        If the product is no tensor, is complex, or is not of the shape of the vectors.
+    """
+    product = operator.matmat(V.to(device=operator.device, dtype=operator.dtype, copy=True))
+    if not isinstance(product, torch.Tensor):
+        raise CurvatureError(f"the operator's matmat returns a {type(product).__name__}; it must return a torch tensor")
+    if product.shape != V.shape:
+        raise CurvatureError(
+            f"a product of the operator with vectors of shape {tuple(V.shape)} has the shape {tuple(product.shape)}; "
+            "its matmat must return the shape it is given"
+        )
+    if product.is_complex():
+        raise CurvatureError(_COMPLEX)
+    return product
+
+
 def random_unit_vectors(operator: LinearOperator, indices: Iterable[int], seed: int) -> torch.Tensor:
     """Vectors ``(P, k)`` uniform on the unit sphere, on the operator's device and in its dtype.
 
     Vector ``i`` depends on ``seed`` and ``i`` only, not on the device, the dtype or the other indices: each is drawn on
     the CPU in float64 from a separate generator.
     """
-    vectors = []
-    for index in indices:
+    indices = list(indices)
+    vectors = empty_columns(operator.shape[0], len(indices), operator.dtype, operator.device)
+    for column, index in zip(vectors.T, indices, strict=True):
         state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))  # seeds must fit in 63 bits
         vector = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64)
-        vector /= torch.linalg.vector_norm(vector)
-        vectors.append(vector.to(device=operator.device, dtype=operator.dtype))
-    return torch.stack(vectors).T
+        column.copy_(vector.div_(torch.linalg.vector_norm(vector)))
+    return vectors
 
 
 def _square(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -10,7 +10,14 @@ import torch
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
-from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, random_unit_vectors
+from pnanalysis.spectra.inner_products import inner_products
+from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, checked_product, random_unit_vectors
+from pnanalysis.spectra.memory import free_bytes, human
+
+#: Vectors that Hutchinson's estimate multiplies at a time, and keeps.
+_PROBES_AT_ONCE = 10
+#: Float64 vectors that Hutch++ and XTrace hold at a time, per product.
+_VECTORS_PER_PRODUCT = 3
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ def trace_estimate(operator: Any, method: str = "xtrace", n_hvp: int = 100, seed
     Raises
     ------
     CurvatureError
-        If the method is unknown, the budget too small for it, or a product not finite.
+        If the method is unknown, the budget too small for it, a product not finite, or the vectors that Hutch++ and
+        XTrace keep do not fit in memory.
 
     Notes
     -----
@@ -82,36 +90,41 @@ def trace_estimate(operator: Any, method: str = "xtrace", n_hvp: int = 100, seed
 
 def _exact(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
     eye = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
-    return Estimate(float(_product(operator, eye).diagonal().sum()), 0.0), operator.shape[0]
+    return Estimate(float(_product(operator, eye).diagonal().double().sum()), 0.0), operator.shape[0]
 
 
 def _hutchinson(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
     # For g uniform on the unit sphere, the mean of P g'Hg is the trace; its variance is below that of a Gaussian g.
-    probes = random_unit_vectors(operator, range(n_hvp), seed).double()
-    return _mean(operator.shape[0] * (probes * _product(operator, probes)).sum(0)), n_hvp
+    samples = []
+    for block in torch.arange(n_hvp).split(_PROBES_AT_ONCE):
+        probes = random_unit_vectors(operator, block.tolist(), seed)
+        samples.append(inner_products(probes, _product(operator, probes)))
+    return _mean(operator.shape[0] * torch.cat(samples)), n_hvp
 
 
 def _hutch_plus_plus(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
+    _check_memory(operator, n_hvp)
     n_sketch = n_hvp // 3
     n_probes = n_hvp - 2 * n_sketch
     vectors = random_unit_vectors(operator, range(n_sketch + n_probes), seed).double()
-    basis, _ = torch.linalg.qr(_product(operator, vectors[:, :n_sketch]))
-    within = float((basis * _product(operator, basis)).sum())
+    basis, _ = torch.linalg.qr(_product(operator, vectors[:, :n_sketch]).double())
+    within = float(inner_products(basis, _product(operator, basis)).sum())
     probes = vectors[:, n_sketch:]
     probes = probes - basis @ (basis.T @ probes)
     # Normalised again, projected vectors are uniform on the sphere of the complement, which reduces the variance.
     probes = probes / torch.linalg.vector_norm(probes, dim=0)
-    rest = _mean((operator.shape[0] - n_sketch) * (probes * _product(operator, probes)).sum(0))
+    rest = _mean((operator.shape[0] - n_sketch) * inner_products(probes, _product(operator, probes)))
     return Estimate(within + rest.value, rest.se, dof=rest.dof), 2 * n_sketch + n_probes
 
 
 def _xtrace(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
     """XTrace of Epperly, Tropp and Webber: all leave-one-out estimates from a single QR factorisation."""
+    _check_memory(operator, n_hvp)
     m = n_hvp // 2
     n_parameters = operator.shape[0]
     probes = random_unit_vectors(operator, range(m), seed).double() * n_parameters**0.5
-    basis, triangle = torch.linalg.qr(_product(operator, probes))
-    image = _product(operator, basis)
+    basis, triangle = torch.linalg.qr(_product(operator, probes).double())
+    image = _product(operator, basis).double()
     core = basis.T @ image
     diagonal = triangle.diagonal().abs()
     if float(diagonal.min()) <= m * torch.finfo(operator.dtype).eps * float(diagonal.max()):
@@ -139,11 +152,21 @@ def _mean(samples: torch.Tensor) -> Estimate:
 
 
 def _product(operator: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
-    """Products in the operator's dtype, returned in float64."""
-    product = operator.matmat(vectors.to(operator.dtype)).double()
+    """Products ``(P, k)``, in the operator's dtype and finite."""
+    product = checked_product(operator, vectors)
     if not bool(torch.isfinite(product).all()):
         raise CurvatureError("a product of the operator held NaN or infinite values; check the weights and the data")
     return product
+
+
+def _check_memory(operator: LinearOperator, n_hvp: int) -> None:
+    need = _VECTORS_PER_PRODUCT * n_hvp * operator.shape[0] * torch.float64.itemsize
+    free = free_bytes(operator.device)
+    if need > free:
+        raise CurvatureError(
+            f"{n_hvp} products for {operator.shape[0]:,} parameters take {human(need)} of vectors in float64, and "
+            f"{human(free)} are free: lower n_hvp, or give method='hutchinson', which keeps {_PROBES_AT_ONCE} vectors"
+        )
 
 
 _Estimator = Callable[[LinearOperator, int, int], tuple[Estimate, int]]

@@ -11,7 +11,7 @@ from pnanalysis.activations.cluster_errors import CumulativeFractions, ExampleMo
 from pnanalysis.activations.hooks import ACTIVATIONS, Activation
 from pnanalysis.activations.statistics import LayerActivity, Measures
 
-TANH = ACTIVATIONS[torch.tanh]
+TANH = ACTIVATIONS["tanh"]
 BETWEEN, WITHIN = 1.0, 0.7  # standard deviations of an example's level, and of the numbers around it
 SPREAD = float(np.hypot(BETWEEN, WITHIN))
 

@@ -19,7 +19,7 @@ def saturation_measure(values: torch.Tensor, activation: Activation, bins: int) 
 
 
 def test_the_saturation_measure_by_hand() -> None:
-    tanh, sigmoid = ACTIVATIONS[torch.tanh], ACTIVATIONS[torch.sigmoid]
+    tanh, sigmoid = ACTIVATIONS["tanh"], ACTIVATIONS["sigmoid"]
     values = torch.tensor([[-0.9], [0.25], [0.05], [0.75]])
     # bins of width 0.2: each number is alone in its own
     assert saturation_measure(values, tanh, 10) == pytest.approx((0.9 + 0.25 + 0.05 + 0.75) / 4, rel=1e-6)
@@ -42,6 +42,6 @@ def test_the_saturation_measure_is_the_sum_over_bins(seed: int, bins: int, shift
     flat = values.double().numpy().ravel()
     place = np.clip(((flat + 1) / 2 * bins).astype(int), 0, bins - 1)
     expected = sum(abs(flat[place == b].mean()) * (place == b).sum() for b in range(bins) if (place == b).any())
-    assert saturation_measure(values, ACTIVATIONS[torch.tanh], bins) == pytest.approx(
+    assert saturation_measure(values, ACTIVATIONS["tanh"], bins) == pytest.approx(
         expected / flat.size, rel=1e-5, abs=1e-7
     )

@@ -256,7 +256,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(target, name, counted)
 
-    count("pnanalysis.io.runs", "read_weights", "reads")
+    count("pnanalysis.io.runs", "read_state_dicts", "reads")
     count("pnanalysis.inputs.models", "build_model", "builds")
     count("pnanalysis.inputs.sources", "load_data", "loads")
     count("pnanalysis.evaluation.losses", "recognise", "inspections")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,15 @@ from pnanalysis.activations.hooks import watch_activations
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
 from pnanalysis.analyses.saturation import PERCENTILES, saturation
 from pnanalysis.cli import app
-from pnanalysis.errors import ModelError, PnError
+from pnanalysis.cli.saturation import _table as saturation_table
+from pnanalysis.errors import DataError, ModelError, PnError
 from pnanalysis.inputs.data import load_data
 from pnanalysis.inputs.models import build_model
 from pnanalysis.inputs.networks import open_files
 from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
+from pnanalysis.plots.layer_activations import saturated_layers
 
 
 def stored_activations(run: Run, iteration: int, epoch: int, layer: str) -> np.ndarray:
@@ -78,7 +81,7 @@ def test_percentiles_of_the_sketch_lie_within_its_bound_on_every_layer(tiny_run:
     ]
     for model, inputs, source in cases:
         kept: dict[str, np.ndarray] = {}
-        keep = lambda name, _, output, kept=kept: kept.update({name: output.numpy().copy()})  # noqa: E731
+        keep = lambda name, _, output, known, kept=kept: kept.update({name: output.numpy().copy()})  # noqa: E731
         with torch.no_grad(), watch_activations(model, keep):
             model(inputs)
         names = ["lenet"] if source.run is None else ["plain"]
@@ -232,3 +235,136 @@ def test_a_network_without_activations_says_so(tiny_run: Run) -> None:
     torch.save(model.state_dict(), tiny_run.path.parent / "linear.pt")
     with pytest.raises(ModelError, match="no activation functions"):
         saturation(open_files(model, [tiny_run.path.parent / "linear.pt"], "digits"), progress=False)
+
+
+class Unfollowed(nn.Module):
+    """Activations after operations that lose the axis of units, and that of examples as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.last = nn.Linear(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.fc(x))
+        mixed = torch.sigmoid(h.sort(dim=1).values)
+        lost = F.relu(torch.renorm(mixed, 2, 0, 10.0))
+        return F.relu6(self.last(lost.view(len(x), -1)))
+
+
+def test_what_cannot_be_followed_is_left_out_with_a_warning() -> None:
+    model, x = Unfollowed(), torch.randn(40, 3)
+    with pytest.warns(UserWarning, match=r"units cannot be told .* in sigmoid, relu, .*; examples .* in relu, relu6"):
+        ds = saturation(model, data=(x, x), split="train", per_unit=True, progress=False).squeeze()
+    assert ds.n_units.values.tolist()[::3] == [5, 4]
+    assert ds.n_units.isnull().values.tolist() == ds.dead_units.isnull().values.tolist() == [False, True, True, False]
+    assert ds.unit_dead.isnull().all("unit").values.tolist() == [False, True, True, False]
+    assert ds.mean_se.isnull().values.tolist() == [False, False, True, True]
+    assert ds["mean"].notnull().all()
+    assert ds.n == 40
+    h = torch.sigmoid(torch.tanh(model.fc(x)))
+    np.testing.assert_allclose(ds["mean"][1], h.mean().item(), rtol=1e-5)
+    np.testing.assert_allclose(ds["mean_se"][1], h.mean(1).std().item() / np.sqrt(40), rtol=1e-4)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.fc = nn.GRU(3, 5), nn.Linear(5, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, _ = self.rnn(x.transpose(0, 1))
+        return torch.tanh(self.fc(h)).mean(0)
+
+
+def test_standard_errors_are_over_examples_wherever_they_lie() -> None:
+    model, x = SequenceFirst(), torch.randn(50, 7, 3)
+    batches = [(x[:30], x[:30]), (x[30:], x[30:])]
+    ds = saturation(model, data=batches, per_unit=True, progress=False).squeeze()
+    with torch.no_grad():
+        values = torch.tanh(model.fc(model.rnn(x.transpose(0, 1))[0])).transpose(0, 1).double().numpy()  # (N, T, U)
+    np.testing.assert_allclose(ds.mean_se, values.mean((1, 2)).std(ddof=1) / np.sqrt(50), rtol=1e-5)
+    np.testing.assert_allclose(ds.unit_saturation_measure, np.abs(values).mean((0, 1)), rtol=1e-5)
+    assert ds.n_units == 6
+
+
+def test_double_precision_stays_where_it_matters() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU()).double()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+        model[0].bias.fill_(1000.0)
+    x = torch.randn(200, 2, dtype=torch.float64)
+    ds = saturation(model, data=(x, x), split="train", progress=False).squeeze()
+    values = model(x).detach().numpy()
+    assert ds.dtype == "float64"
+    assert values.std() < 2e-3
+    np.testing.assert_allclose(ds["std"], values.std(), rtol=1e-3)
+    single = saturation(copy.deepcopy(model).float(), data=(x, x), split="train", progress=False)  # float64 data
+    assert single.attrs["dtype"] == "float32"
+
+
+class Forces(nn.Module):
+    """A network that takes a gradient of its own output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x)[0]
+
+
+def test_a_network_may_take_gradients_and_return_anything() -> None:
+    model, x = Forces(), torch.randn(30, 2)
+    ds = saturation(model, data=[(x[:20], x[:20]), (x[20:], x[20:])], progress=False).squeeze()
+    values = model.energy[:2](x).detach().double().numpy()
+    np.testing.assert_allclose(ds["mean"], values.mean(), rtol=1e-5)
+    assert ds.n == 30
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act = nn.Linear(2, 5), nn.Sigmoid()
+
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
+            return {"first": self.act(self.fc(x)), "cache": [self.act(2 * self.fc(x))], "none": None}
+
+    ds = saturation(Several(), data=(x, x), split="train", progress=False)
+    assert ds.layer.values.tolist() == ["act", "act#2"]
+
+
+def test_the_analysis_changes_nothing_of_the_users() -> None:
+    model = nn.Sequential(nn.Linear(2, 5), nn.Dropout(), nn.BatchNorm1d(5), nn.ReLU(inplace=True)).train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(30, 2)
+    before, rng = x.clone(), torch.get_rng_state()
+    saturation(model, data=(x, x), split="train", progress=False)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(x, before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_data_that_are_not_numbers_or_not_there_are_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(2, 5), nn.Tanh()), torch.randn(30, 2)
+    x[3, 1] = torch.nan
+    with pytest.raises(DataError, match="inputs are NaN"):
+        saturation(model, data=[(x, x)], progress=False)
+    with pytest.raises(DataError, match="no examples"):
+        saturation(model, data=(x[:0], x[:0]), progress=False)
+
+
+def test_a_table_and_a_figure_show_unknown_units(tmp_path: Path) -> None:
+    x = torch.randn(40, 3)
+    model = nn.Sequential(nn.Linear(3, 5), Sorted())
+    with pytest.warns(UserWarning, match="dead units are left out"):
+        ds = saturation(model, data=(x, x), split="train", progress=False)
+    rows = saturation_table(ds).rows
+    assert rows[0][-2:] == [None, None]
+    assert saturated_layers(ds).axes[1].texts[0].get_text() == "unknown"
+
+
+class Sorted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x.sort(dim=1).values)

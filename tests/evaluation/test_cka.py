@@ -111,3 +111,45 @@ def test_the_jackknife_error_is_the_spread_over_data() -> None:
         errors.append(se)
     # the spread of 60 values is itself known to 1 / sqrt(118) = 9 %; three of these, and a tenth for the jackknife
     assert np.std(values, ddof=1) == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=0.37)
+
+
+class Turned(nn.Module):
+    """A layer whose outputs have examples along dim 1, and as many positions."""
+
+    def __init__(self, turn: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.turn, self.fc = turn, nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        h = self.fc(x.transpose(0, 1) if self.turn else x)
+        logits = torch.tanh(h).mean(0 if self.turn else 1)
+        return {"logits": logits, "cache": [h]}
+
+
+def test_examples_are_told_from_positions() -> None:
+    a, b = Turned(False), Turned(True)
+    alignment = CentredKernelAlignment([a, b])
+    with alignment:
+        for seed in range(3):
+            x = features(8, 8 * 3, seed).view(8, 8, 3).float()
+            a(x), b(x)
+            alignment.collect(8)
+    cka, _ = alignment.result()
+    assert alignment.layers == ["fc", OUTPUT]
+    np.testing.assert_allclose(cka, 1.0, rtol=1e-5)  # the same numbers, laid out differently
+    assert torch.overrides._get_current_function_mode_stack() == []
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in (*a.modules(), *b.modules()))
+
+
+def test_padded_encoders_are_compared_without_their_fast_path() -> None:
+    encoders = [nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval() for _ in "ab"]
+    alignment = CentredKernelAlignment(encoders)
+    padding = torch.arange(5) >= torch.tensor([2, 5, 3, 4, 5, 2])[:, None]
+    with torch.no_grad(), alignment:
+        for encoder in encoders:
+            encoder(torch.ones(6, 5, 8).cumsum(1) + torch.randn(6, 1, 8), src_key_padding_mask=padding)
+        alignment.collect(6)
+    cka, _ = alignment.result()
+    assert np.isfinite(cka[0, 1, alignment.layers.index(OUTPUT)])
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -28,3 +28,23 @@ def test_distances_between_states_are_those_by_hand() -> None:
     assert state_distance(network.state_dict(), state, ["bias"]) == pytest.approx(np.sqrt(8), rel=1e-15)
     network.bias.requires_grad_(False)  # frozen parameters do not count
     assert distance_between(network, state) == 2
+
+
+class _Spectral(nn.Module):
+    """The same numbers as complex ones, or as pairs of real ones."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def test_complex_parameters_count_as_pairs_of_real_ones() -> None:
+    weights = torch.randn(2, 3, 4, dtype=torch.complex64)
+    complex_ones, pairs = (
+        [_Spectral(part(weight)) for weight in weights] for part in (lambda w: w, torch.view_as_real)
+    )
+    ours, real = parameter_distances(complex_ones), parameter_distances(pairs)
+    for name in ("norm", "distance", "cosine", "layer_distance"):
+        np.testing.assert_array_equal(ours[name][1], real[name][1])
+    assert distance_between(complex_ones[0], complex_ones[1].state_dict()) == ours["distance"][1][0, 1]
+    assert np.isnan(parameter_distances([complex_ones[0], _Spectral(torch.ones(3, 4))])["distance"][1][0, 1])

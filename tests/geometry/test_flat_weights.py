@@ -50,3 +50,14 @@ def test_a_strangers_header_is_refused(header: object, tmp_path: Path) -> None:
     file.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8))
     with pytest.raises(ModelError):
         FlatWeights(Checkpoint("start", file), ["w"])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_complex_tensors_are_read_as_pairs_of_real_numbers(tmp_path: Path, suffix: str) -> None:
+    state = {"a": torch.randn(5, 7, dtype=torch.complex64), "b": torch.randn(4)}
+    path = tmp_path / f"w.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    weights = FlatWeights(Checkpoint("w", path), ["a", "b"])
+    assert weights.shapes["a"] == (5, 7, 2)
+    assert torch.equal(weights.read("a", 3, 30), torch.view_as_real(state["a"]).ravel()[3:30].double())
+    assert torch.equal(weights.read("b", 1, 4), state["b"][1:].double())

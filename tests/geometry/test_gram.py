@@ -24,3 +24,9 @@ def test_displacement_gram_equals_dense_inner_products() -> None:
     flat = np.stack([torch.cat([s["a"].reshape(-1), s["b"]]).double().numpy() for s in states])
     moved = flat - flat[0]
     np.testing.assert_allclose(displacement_gram(states, ["a", "b"]), moved @ moved.T, rtol=1e-13)
+
+
+def test_complex_tensors_count_as_pairs_of_real_numbers() -> None:
+    states = [{"a": torch.randn(3, 4, dtype=torch.complex64), "b": torch.randn(5)} for _ in range(3)]
+    pairs = [{"a": torch.view_as_real(state["a"]), "b": state["b"]} for state in states]
+    assert np.array_equal(displacement_gram(states, ["a", "b"]), displacement_gram(pairs, ["a", "b"]))

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pnanalysis.errors import DataError
-from pnanalysis.inputs.data import LoaderSplit, Split, as_splits, fingerprint, load_data, resize
+from pnanalysis.inputs.batches import fingerprint, tensors
+from pnanalysis.inputs.data import LoaderSplit, Split, as_splits, load_data, resize
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_what_users_have_becomes_splits() -> None:
     loader = as_splits(DataLoader(TensorDataset(x, y), batch_size=4)).train
     assert isinstance(loader, LoaderSplit)
     assert [len(targets) for _, targets in loader.subset(7).batches(99)] == [4, 4]
-    assert loader.subset(11) == loader  # no more than there are
+    assert len(loader.subset(11).batches(99)) == 3  # no more than there are
 
 
 @pytest.mark.parametrize("data", [3, {"training": (torch.zeros(1), torch.zeros(1))}, (torch.zeros(3), torch.zeros(2))])
@@ -161,3 +162,113 @@ def test_nested_batches_are_counted_by_their_examples_and_keep_their_types() -> 
 def test_arrays_are_tensors() -> None:
     x, y = np.ones((6, 2), np.float32), np.arange(6)
     assert as_splits((x, y)).train.targets.tolist() == list(range(6))
+
+
+X, Y = torch.arange(40.0).reshape(20, 2), torch.arange(20)
+
+
+class Rows(Dataset):
+    """Examples in a form of one's own; counts how many are read."""
+
+    def __init__(self, form=lambda x, y: (x, y), size: int = 20) -> None:
+        self.form, self.size, self.n_read = form, size, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int):
+        self.n_read += 1
+        return self.form(X[i % 20], int(Y[i % 20]))
+
+
+class Stream(IterableDataset):
+    """The same, of unknown length."""
+
+    def __iter__(self):
+        return zip(X, Y, strict=True)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Rows(),
+        Rows(lambda x, y: {"x": x, "label": y}),
+        Rows(lambda x, y: (x.numpy(), np.int64(y))),
+        Stream(),
+        DataLoader(Stream(), batch_size=7),
+        ((X, X), Y),
+        ({"x": X.numpy()}, Y),
+        {"x": X, "labels": Y},
+        (X, X, Y),
+        [(X[:9], Y[:9]), (X[9:], Y[9:])],
+        ({"x": X[:9], "y": Y[:9]}, {"x": X[9:], "y": Y[9:]}),
+        [(X[:9].numpy(), Y[:9].numpy()), (X[9:].numpy(), Y[9:].numpy())],
+    ],
+)
+def test_every_form_of_data_gives_the_same_examples(data: object) -> None:
+    found = list(as_splits(data).examples("train", None, 0, "cpu").batches(6))
+    assert torch.equal(torch.cat([targets for _, targets in found]), Y)
+    leading = [next(tensors(inputs)) for inputs, _ in found]
+    assert torch.equal(torch.cat(leading), X)
+
+
+def test_only_the_examples_asked_for_are_read() -> None:
+    large = Rows(size=10**6)
+    part = as_splits(large).examples("train", 70, 3, "cpu")
+    assert len(part) == large.n_read == 70
+    again = as_splits(Rows(size=10**6)).examples("train", 70, 3, "cpu")
+    assert torch.equal(part.inputs, again.inputs)
+    assert len(as_splits(Stream()).examples("train", 5, 0, "cpu")) == 5
+    assert len(as_splits(Rows()).in_memory().train) == 20
+
+
+def _broken(x: torch.Tensor, y: int) -> object:
+    raise KeyError("no such image")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((X.log(), Y), r"train, example 0: .*not finite"),
+        ((X, X.masked_fill(X == 5, torch.nan)), r"train, example 2: .*not finite"),
+        ([(X, Y), (X, X / 0)], r"train, batch 1: .*not finite"),
+        ((X[:0], Y[:0]), "train: there are no examples"),
+        ([], "train: the loader gives no batches"),
+        ([(X, Y), (X[:0], Y[:0])], "batch 1: it is empty"),
+        (Rows(size=0), "train: the loader gives no batches"),
+        ([X, Y, X[0]], "20 inputs but 2 targets"),
+        ([X], "a Tensor is not a batch of inputs and targets"),
+        ([{"x": X}], "a mapping of x has no targets"),
+        ([(X, Y, "names")], "a tuple of 3 is not a batch"),
+        (iter([(X, Y)]), "an iterator is used up after one pass"),
+        ((np.array([{}] * 3), np.ones(3)), "an array of object cannot become a tensor"),
+        (Rows(_broken), r"batch 0 cannot be read \(KeyError: 'no such image'\)"),
+        (Rows(lambda x, y: (x[: 1 + y % 2], y)), "cannot be stacked .*collate_fn"),
+    ],
+)
+def test_data_that_cannot_be_used_are_refused_in_one_sentence(data: object, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        as_splits(data).examples("train", None, 0, "cpu").batches(4)
+    assert "\n" not in str(caught.value)
+
+
+def test_masks_of_minus_infinity_are_taken() -> None:
+    mask = torch.zeros(20, 2).masked_fill(X > 7, -torch.inf)
+    assert len(as_splits(((X, mask), Y)).examples("train", None, 0, "cpu")) == 20
+
+
+def test_numbers_take_the_precision_of_the_analysis_and_integers_stay() -> None:
+    for data in (
+        ({"x": X.double(), "z": X.to(torch.complex128), "i": Y}, X.double().numpy()),
+        Rows(lambda x, y: (x, 0.5)),
+    ):
+        inputs, targets = next(iter(as_splits(data).examples("train", None, 0, "cpu", torch.float32).batches(4)))
+        assert targets.dtype == torch.float32
+        if isinstance(inputs, dict):
+            assert [t.dtype for t in inputs.values()] == [torch.float32, torch.complex64, torch.int64]
+
+
+def test_normalising_leaves_the_examples_alone() -> None:
+    split = Split(X.clone(), Y, torch.ones(2), torch.ones(2))
+    assert torch.equal(split.take(slice(None))[0], X - 1)
+    assert torch.equal(split.inputs, X)

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pnanalysis.errors import ModelError, PnError
-from pnanalysis.inputs.models import build_model, load_weights, parameter_layers, resolve_loss
+from pnanalysis.inputs.loading import load_weights
+from pnanalysis.inputs.models import build_model, parameter_layers, resolve_loss
 from pnanalysis.inputs.networks import open_files
 from pnanalysis.inputs.sources import as_source, resolve_device
 from pnanalysis.io.runs import Run, open_run

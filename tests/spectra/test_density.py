@@ -322,6 +322,27 @@ def test_bad_operators_are_refused(budget):
         spectral_density(broken, **budget, **QUIET)
 
 
+@pytest.mark.parametrize("budget", [{"n_hvp": 40}, {"n_hvp": 100}, {"n_lanczos": 10, "n_probes": 3}])
+def test_eigenvalues_whose_squares_underflow_are_refused(budget):
+    eigenvalues = np.linspace(-1, 3, 80)
+    for scale in (1e-160, 1e-300):
+        with pytest.raises(CurvatureError, match="too small for float64.*multiply the loss"):
+            spectral_density(diagonal(scale * eigenvalues), **budget, **QUIET)
+    small, one = (spectral_density(diagonal(scale * eigenvalues), **budget, **QUIET) for scale in (1e-100, 1.0))
+    for name in ("trace", "frobenius_norm", "lambda_max"):
+        assert float(small[name]) == pytest.approx(1e-100 * float(one[name]), rel=1e-9)
+    assert not spectral_density(diagonal(0 * eigenvalues), **budget, **QUIET).node.values.any()
+
+
+@pytest.mark.parametrize("n_parameters", [1, 2, 3])
+@pytest.mark.parametrize("budget", [{"n_hvp": 500}, {"n_hvp": 500, "deflate": False}, {"n_lanczos": 1, "n_probes": 9}])
+def test_fewer_parameters_than_products_will_do(n_parameters, budget):
+    eigenvalues = np.arange(1.0, n_parameters + 1)
+    ds = spectral_density(diagonal(eigenvalues), **budget, **QUIET)
+    assert float(ds.lambda_max) == pytest.approx(n_parameters)
+    assert float(ds.trace) == pytest.approx(eigenvalues.sum(), abs=4 * float(ds.trace_se) + 1e-12)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("budget", [{"n_hvp": 60}, {"n_lanczos": 20, "n_probes": 4}])

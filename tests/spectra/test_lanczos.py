@@ -11,6 +11,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.lanczos import Lanczos, Saver
 from pnanalysis.spectra.linear_operator import (
     DenseOperator,
+    DiagonalOperator,
     as_operator,
     contiguous_columns,
     random_unit_vectors,
@@ -18,6 +19,7 @@ from pnanalysis.spectra.linear_operator import (
 from pnanalysis.spectra.quadrature import ritz
 
 EPS = np.finfo(np.float64).eps
+SINGLE = torch.finfo(torch.float32).eps
 
 
 def symmetric(n: int, seed: int = 0) -> torch.Tensor:
@@ -233,3 +235,67 @@ def test_cuda_equals_cpu():
     host = run_on(matrix.cuda(), 40, device="cpu").extend(40)
     assert host.basis.device.type == "cpu"
     torch.testing.assert_close(host.alpha[:, :10], cpu.alpha[:, :10], rtol=1e-9, atol=1e-9)
+
+
+def against_double(n_parameters: int, n_steps: int) -> tuple[float, float]:
+    """Float32 Lanczos on a diagonal operator: largest relative error of alpha and beta, largest overlap of vectors."""
+    generator = torch.Generator().manual_seed(0)
+    eigenvalues = torch.rand(n_parameters, generator=generator)
+    start = torch.randn(n_parameters, 1, generator=generator)
+    single = Lanczos(DiagonalOperator(eigenvalues), start, n_steps).extend(n_steps)
+    basis = single.basis[0]
+    gram = sum(part.double().T @ part.double() for part in basis.split(2**18))
+    found = single.alpha.double(), single.beta.double()
+    del single, basis
+    double = Lanczos(DiagonalOperator(eigenvalues.double()), start.double(), n_steps).extend(n_steps)
+    errors = [float((a / b - 1).abs().max()) for a, b in zip(found, (double.alpha, double.beta), strict=True)]
+    return max(errors), float((gram - torch.eye(n_steps, dtype=torch.float64)).abs().max())
+
+
+def test_digits_do_not_depend_on_the_number_of_parameters():
+    """Sums that round as torch's do in float32 are off by 4e-4 here."""
+    error, overlap = against_double(4_000_000, 3)
+    assert error < 5 * SINGLE
+    assert overlap < 5 * SINGLE
+
+
+@pytest.mark.slow
+def test_digits_at_a_hundred_million_parameters():
+    """Sums that round as torch's do in float32 are off by 2e-2 here."""
+    error, overlap = against_double(100_000_000, 4)
+    assert error < 5 * SINGLE
+    assert overlap < 5 * SINGLE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_operator_has_a_basis_in_single(dtype):
+    eigenvalues = torch.cat([torch.linspace(-1, 1, 299), torch.tensor([4.0])]).to(dtype)
+    operator = DiagonalOperator(eigenvalues)
+    run = Lanczos(operator, random_unit_vectors(operator, range(2), 0), 20).extend(20)
+    assert run.basis.dtype == torch.float32
+    assert run.sizes() == [20, 20]
+    assert (run.basis.mT @ run.basis - torch.eye(20)).abs().max() < 10 * SINGLE
+    # products round their vectors and themselves
+    value, _, _ = ritz(run.alpha[0].double().numpy(), run.beta[0].double().numpy())
+    assert value[-1] == pytest.approx(4, rel=torch.finfo(dtype).eps)
+
+
+def test_half_precision_basis_is_refused():
+    with pytest.raises(CurvatureError, match="basis_dtype is torch.bfloat16.*float32 or float64"):
+        run_on(symmetric(30), 5, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_operators_may_return_the_vectors_they_were_given(in_place):
+    eigenvalues = torch.linspace(1, 2, 60, dtype=torch.float64)
+
+    class Reusing(DiagonalOperator):
+        def matmat(self, V):
+            return V.mul_(self.eigenvalues[:, None]) if in_place else V
+
+    truth = eigenvalues if in_place else torch.ones_like(eigenvalues)
+    start = random_unit_vectors(Reusing(eigenvalues), range(2), 0)
+    reused = Lanczos(Reusing(eigenvalues), start, 6).extend(6)
+    plain = Lanczos(DiagonalOperator(truth), start, 6).extend(6)
+    torch.testing.assert_close(reused.alpha, plain.alpha)
+    torch.testing.assert_close(reused.basis, plain.basis)

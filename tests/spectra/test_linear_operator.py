@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.linear_operator import DiagonalOperator, LinearOperator, as_operator, random_unit_vectors
+from pnanalysis.spectra.linear_operator import (
+    DiagonalOperator,
+    LinearOperator,
+    as_operator,
+    checked_product,
+    random_unit_vectors,
+)
 from tests.spectra.test_lanczos import symmetric
 
 
@@ -46,8 +52,42 @@ def test_operators_of_every_kind_agree():
         (np.zeros(4), "square"),
         (np.eye(2) * 1j, "complex"),
         ("matrix", "cannot make an operator of a str"),
+        (np.eye(2, dtype=np.longdouble), "dtype float128, which torch lacks"),
+        (DiagonalOperator(torch.ones(2, dtype=torch.complex64)), "dtype torch.complex64"),
+        (DiagonalOperator(torch.ones(2, dtype=torch.int64)), "dtype torch.int64"),
     ],
 )
 def test_what_is_no_operator_is_refused(source, message):
     with pytest.raises(CurvatureError, match=message):
         as_operator(source)
+
+
+@pytest.mark.parametrize(
+    ("matmat", "message"),
+    [
+        (lambda V: V * 1j, "complex"),
+        (lambda V: V.T, r"has the shape \(2, 20\)"),
+        (lambda V: V.numpy(), "returns a ndarray"),
+    ],
+)
+def test_what_is_no_product_is_refused(matmat, message):
+    operator = DiagonalOperator(torch.ones(20))
+    operator.matmat = matmat
+    with pytest.raises(CurvatureError, match=message):
+        checked_product(operator, torch.ones(20, 2))
+
+
+def test_complex_products_of_an_operator_of_scipy_are_refused():
+    from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
+
+    operator = as_operator(ScipyLinearOperator((4, 4), matvec=lambda v: v * 1j, dtype=np.float64))
+    with pytest.raises(CurvatureError, match="complex"):
+        operator.matvec(torch.ones(4))
+
+
+def test_vectors_outlive_a_product_in_place():
+    operator = DiagonalOperator(torch.arange(1.0, 5))
+    operator.matmat = lambda V: V.mul_(operator.eigenvalues[:, None])
+    vectors = torch.ones(4, 2)
+    assert torch.equal(checked_product(operator, vectors), operator.eigenvalues[:, None].expand(4, 2))
+    assert torch.equal(vectors, torch.ones(4, 2))

@@ -110,3 +110,24 @@ def test_nan_is_refused(method):
     broken[0, 0] = np.inf
     with pytest.raises(CurvatureError, match="NaN or infinite"):
         trace_estimate(broken, method, 12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_products_in_place_change_nothing(method):
+    class InPlace(DiagonalOperator):
+        def matmat(self, V):
+            return V.mul_(self.eigenvalues[:, None])
+
+    eigenvalues = torch.linspace(-1, 3, 200, dtype=torch.float64)
+    expected = trace_estimate(DiagonalOperator(eigenvalues), method, 30)
+    assert trace_estimate(InPlace(eigenvalues), method, 30) == expected
+
+
+def test_too_little_memory_is_refused_before_any_product(monkeypatch):
+    operator = Counting(dense(np.arange(120.0)))
+    monkeypatch.setattr("pnanalysis.spectra.trace.free_bytes", lambda device: 1000)
+    for method in ("xtrace", "hutch++"):
+        with pytest.raises(CurvatureError, match="method='hutchinson'"):
+            trace_estimate(operator, method, 30)
+    assert operator.products == 0
+    trace_estimate(operator, "hutchinson", 30)

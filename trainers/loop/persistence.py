@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pnanalysis.errors import TrainingError
 from pnanalysis.inputs.models import parameter_layers
 from trainers.choices import check_choice
+from trainers.loop import long_sums
 
 Layers = str | int | Sequence[str | int]
 
@@ -129,7 +130,9 @@ class PersistentPenalty:
         """``<Theta_k, theta> / ||Theta_k||^2`` per layer, shape (number of end points,)."""
         model = self.model if model is None else model
         return {
-            layer: self.rows(layer, theta) @ theta for layer in self.layers for theta in [self._theta(layer, model)]
+            layer: long_sums.products(self.rows(layer, theta), theta)
+            for layer in self.layers
+            for theta in [self._theta(layer, model)]
         }
 
     def __call__(self, model: nn.Module | None = None) -> Tensor:
@@ -199,7 +202,7 @@ class _SignedSum:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-        self.norms = torch.linalg.vector_norm(rows, dim=1)
+        self.norms = long_sums.norm(rows)
         self.signs = torch.zeros_like(self.norms)
         # Rows of zeros are never due: their sign is always zero.
         self.due = torch.where(self.norms > 0, -math.inf, math.inf).double()
@@ -212,17 +215,19 @@ class _SignedSum:
         """The sum at ``theta``, differentiable."""
         here = theta.detach()
         if self.before is not None:
-            self.travelled += float(torch.dist(here, self.before))
+            self.travelled += long_sums.distance(here, self.before)
         self.before = here
         if not self.travelled < self.first_due:  # so written, NaN parameters update the signs too
             self._update_signs(here)
-        return torch.dot(self.sum, theta)
+        value = torch.dot(self.sum, theta)
+        # The gradient is right in any case. To correct the value alone takes less time than to differentiate chunks.
+        return value + (long_sums.dot(self.sum, here) - value.detach())
 
     def _update_signs(self, here: Tensor) -> None:
         index = (self.due <= self.travelled).nonzero().flatten()
         rows = self.rows if len(index) == len(self.rows) else self.rows[index]
-        products = rows @ here
-        room = products.abs() / self.norms[index] - self._SLACK * torch.linalg.vector_norm(here)
+        products = long_sums.products(rows, here)
+        room = products.abs() / self.norms[index] - self._SLACK * long_sums.norm(here)
         self.due[index] = self.travelled + room.clamp_min(0).double()
         self.first_due = float(self.due.min())
         signs = products.sign()
@@ -236,13 +241,13 @@ def repulsion(form: str, rows: Tensor, theta: Tensor) -> Tensor:
 
     Rows are end points over their squared norms; a row of zeros adds nothing.
     """
-    products = (rows @ theta[..., None])[..., 0]
+    products = long_sums.products(rows, theta)
     if form == "absolute":
         return products.abs().sum(-1)
     if form == "squared":
         return products.square().sum(-1)
     tiny = torch.finfo(theta.dtype).tiny
-    norms, length = torch.linalg.vector_norm(rows, dim=-1), torch.linalg.vector_norm(theta, dim=-1)
+    norms, length = long_sums.norm(rows), long_sums.norm(theta)
     cosines = torch.where(norms > 0, products / norms.clamp_min(tiny), 0)
     return torch.where(length > 0, cosines.abs().sum(-1) / length.clamp_min(tiny), 0)
 

@@ -1,0 +1,152 @@
+"""What batches weigh, under losses of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pnanalysis.curvature.operators import HessianOperator
+from pnanalysis.errors import CurvatureError
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def tokens_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A mean over all tokens that are not ignored."""
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+def next_token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+
+def unpadded_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=0)
+
+
+def masked_loss(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+    labels, mask = targets
+    each = F.cross_entropy(outputs.movedim(-1, 1), labels, reduction="none")
+    return (each * mask).sum() / mask.sum()
+
+
+def weighted_loss(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+    labels, weight = targets
+    each = F.cross_entropy(outputs.movedim(-1, 1), labels, reduction="none").mean(1)
+    return (each * weight).sum() / weight.sum()
+
+
+def examples_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.movedim(-1, 1), targets, reduction="none").mean(1).mean()
+
+
+def summed_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(9, 3), nn.Tanh(), nn.Linear(3, 9)).double()
+
+
+def _data() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    tokens = torch.randint(1, 9, (10, 5))
+    mask = torch.rand(10, 5) < 0.7
+    mask[:, :2] = True
+    return tokens, torch.randint(1, 9, (10, 5)), mask
+
+
+TOKENS, LABELS, MASK = _data()
+IGNORED, ZEROS = LABELS.masked_fill(~MASK, -100), LABELS.masked_fill(~MASK, 0)
+WEIGHT = torch.linspace(0.5, 2, 10).double()
+CASES: dict[str, tuple[Loss, Any]] = {
+    "tokens that are not ignored": (tokens_loss, IGNORED),
+    "next tokens that are not ignored": (next_token_loss, IGNORED),
+    "tokens that are not padding": (unpadded_loss, ZEROS),
+    "a mask": (masked_loss, (LABELS, MASK)),
+    "weights of examples": (weighted_loss, (LABELS, WEIGHT)),
+    "examples": (examples_loss, LABELS),
+    "a sum": (summed_loss, IGNORED),
+    "torch's own": (lambda o, t: F.cross_entropy(o.movedim(-1, 1), t), IGNORED),
+}
+
+
+def cut(targets: Any, part: slice) -> Any:
+    return tuple(t[part] for t in targets) if isinstance(targets, tuple) else targets[part]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_does_not_depend_on_the_batches(case: str) -> None:
+    loss, targets = CASES[case]
+    model = network()
+    whole = HessianOperator(model, loss, [(TOKENS, targets)], expected_products=1)
+    v = torch.randn(whole.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for sizes in ((3, 7), (4, 4, 2), (5, 5)):
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        batches = [(TOKENS[part], cut(targets, part)) for part in parts]
+        op = HessianOperator(model, loss, batches, expected_products=1)
+        assert op.loss() == pytest.approx(float(loss(model(TOKENS), targets)), rel=1e-12)
+        torch.testing.assert_close(op.matvec(v), whole.matvec(v), rtol=1e-10, atol=1e-13)
+    assert op.reduction == ("sum" if case == "a sum" else "mean")
+
+
+def test_graphs_count_one_by_one_and_not_by_their_nodes() -> None:
+    class PerGraph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+
+        def forward(self, nodes: Tensor, graph: Tensor) -> Tensor:
+            hidden = self.first(nodes).tanh()
+            pooled = hidden.new_zeros(int(graph.max()) + 1, 4).index_add(0, graph, hidden)
+            return self.last(pooled)[:, 0]
+
+    torch.manual_seed(0)
+    model = PerGraph().double()
+    sizes = ([30, 40], [3, 4, 5, 3])
+    batches = [
+        ((torch.randn(sum(s), 3).double(), torch.repeat_interleave(torch.tensor(s))), torch.randn(len(s)).double())
+        for s in sizes
+    ]
+    for loss in (F.mse_loss, lambda o, t: ((o - t) ** 2).mean()):
+        op = HessianOperator(model, loss, batches)
+        assert op.batches.weights == pytest.approx([2 / 6, 4 / 6])
+        assert op.n_examples == 6
+
+
+def test_lengths_that_leave_a_choice_are_refused_until_it_is_made() -> None:
+    batches = [(TOKENS, LABELS), (TOKENS[:, :3], LABELS[:, :3])]
+    with pytest.raises(CurvatureError, match="by their examples or by their elements .* weight='examples'"):
+        HessianOperator(network(), tokens_loss, batches)
+    by_examples = HessianOperator(network(), tokens_loss, batches, weight="examples")
+    assert by_examples.batches.weights == [0.5, 0.5]
+    by_tokens = HessianOperator(network(), tokens_loss, batches, weight=lambda inputs, targets: targets.numel())
+    assert by_tokens.batches.weights == [50 / 80, 30 / 80]
+    assert [op.batches.weights for _, op in by_tokens.per_layer()] == [[50 / 80, 30 / 80]] * 2
+
+
+def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
+    rows = F.normalize(outputs)
+    return F.cross_entropy(rows @ rows.T, torch.arange(len(rows)))
+
+
+def test_a_loss_of_whole_batches_is_refused_unless_they_are_weighed() -> None:
+    model, inputs = nn.Linear(4, 3).double(), torch.randn(8, 4).double()
+    batches = [(inputs[:4], inputs[:4]), (inputs[4:], inputs[4:])]
+    with pytest.raises(CurvatureError, match="neither a mean nor a sum"):
+        HessianOperator(model, contrastive, batches)
+    assert HessianOperator(model, contrastive, batches, weight="batches").batches.weights == [0.5, 0.5]
+    assert HessianOperator(model, contrastive, batches[:1]).batches.weights == [1.0]
+
+
+@pytest.mark.parametrize("weight", ["tokens", lambda inputs, targets: 0.0, lambda inputs, targets: float("nan")])
+def test_weights_that_are_none_are_refused(weight: Any) -> None:
+    with pytest.raises(CurvatureError, match="weight"):
+        HessianOperator(network(), tokens_loss, [(TOKENS, LABELS)] * 2, weight=weight)
