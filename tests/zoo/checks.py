@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pnanalysis as pn
 from pnanalysis.curvature.base import CurvatureOperator
 from tests.zoo.entry import Batch, Entry, leaves
-from tests.zoo.truth import Truth, activation_means, distance, loss_of, outputs_of
+from tests.zoo.truth import Truth, activation_means, distance, double_network, loss_of, outputs_of
 
 #: Fewest products for which operators are traced, and a number for which they are not.
 BUDGETS = (1000, 10)
@@ -41,7 +41,7 @@ def product(kind: type[CurvatureOperator], truth: Callable[[Truth, Tensor], Tens
 def spectrum(entry: Entry) -> None:
     """Trace and largest eigenvalue of the Hessian, over the smallest parameters where there are many."""
     network, batches = entry.network(), entry.batches()
-    names = few_parameters(network)
+    names = few_parameters(double_network(entry))
     with unchanged(batches, network):
         ds = pn.hessian(
             network, data=batches, loss=entry.loss, params=names, n_hvp=60, dtype="float64", progress=False,

@@ -20,8 +20,9 @@ def double(nest: Any) -> Any:
 
 
 def double_network(entry: Entry, seed: int = 0) -> nn.Module:
-    """The network of an entry in double precision."""
+    """The network of an entry in double precision, out of its wrappers."""
     network = entry.network(seed)
+    network = network.module if isinstance(network, nn.DataParallel) else getattr(network, "_orig_mod", network)
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.to(_double_type(tensor))
     return network

@@ -189,6 +189,10 @@ PLAIN, CONV, WEIGHTS, WRAPPED, OUT = (
     "multilayer perceptrons", "convolutional networks", "reparametrised weights", "wrapped networks", "several outputs",
 )  # fmt: skip
 
+#: torch's older form of checkpoints has no torch.autograd.grad.
+REENTRANT = dict.fromkeys(("Hessian", "Gauss-Newton", "Fisher", "spectrum", "sharpness"), "use_reentrant")
+NO_PREDICTION = dict.fromkeys(("compare", "functional distance"), "no prediction")
+
 ENTRIES = [
     Entry(PLAIN, "perceptron", perceptron, vectors(5, 3)),
     Entry(PLAIN, "regression", lambda: perceptron(4, 2), numbers(5, 3), F.mse_loss),
@@ -230,7 +234,7 @@ ENTRIES = [
     Entry(WRAPPED, "DataParallel", lambda: nn.DataParallel(perceptron()), vectors(5, 3)),
     Entry(WRAPPED, "LightningModule", lightning_module, vectors(5, 3), packages=("lightning",)),
     Entry(WRAPPED, "checkpointed", lambda: Checkpointed(reentrant=False), vectors(5, 3)),
-    Entry(WRAPPED, "checkpointed, reentrant", lambda: Checkpointed(reentrant=True), vectors(5, 3)),
+    Entry(WRAPPED, "checkpointed, reentrant", lambda: Checkpointed(reentrant=True), vectors(5, 3), refused=REENTRANT),
     Entry(
         WRAPPED,
         "quantised",
@@ -240,5 +244,5 @@ ENTRIES = [
         not_for=("saturation", "functional distance"),
     ),
     Entry(OUT, "tuple of outputs", lambda: Outputs(named=False), numbers(5, 3), gaussian),
-    Entry(OUT, "outputs by name", lambda: Outputs(named=True), numbers(5, 3), gaussian_by_name),
+    Entry(OUT, "outputs by name", lambda: Outputs(named=True), numbers(5, 3), gaussian_by_name, refused=NO_PREDICTION),
 ]

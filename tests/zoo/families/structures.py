@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from tests.zoo.entry import Batch, Entry, numbers, vectors
-from tests.zoo.families.plain import perceptron
+from tests.zoo.families.plain import NO_PREDICTION, perceptron
 
 
 class Graphs(nn.Module):
@@ -172,6 +172,10 @@ def objects() -> list[Batch]:
     ]
 
 
+def own_losses(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    return outputs["boxes"] + outputs["classes"]
+
+
 class Variational(nn.Module):
     """Samples its latent variables in every pass."""
 
@@ -205,6 +209,9 @@ GRAPHS, PHYSICS, STRUCTURE, PIXELS, RANDOM = (
 )  # fmt: skip
 DRAWS = {"*": "random"}
 
+#: The network returns its losses, and no predictions.
+OWN = {"Gauss-Newton": "returns the loss", "Fisher": "example", **NO_PREDICTION}
+
 ENTRIES = [
     Entry(GRAPHS, "message passing", Graphs, graphs, F.mse_loss, cuts_outputs=True),
     Entry(GRAPHS, "message passing, own loss", Graphs, graphs, own_squares, cuts_outputs=True),
@@ -214,7 +221,7 @@ ENTRIES = [
     Entry(STRUCTURE, "mixture of experts", Experts, vectors(5, 3)),
     Entry(STRUCTURE, "deep equilibrium", Equilibrium, vectors(5, 3), not_for=("saturation",)),
     Entry(PIXELS, "U-Net", UNet, pixels),
-    Entry(PIXELS, "losses in the forward", Detector, objects, lambda o, t: o["boxes"] + o["classes"]),
+    Entry(PIXELS, "losses in the forward", Detector, objects, own_losses, refused=OWN),
     Entry(
         RANDOM,
         "variational autoencoder",
