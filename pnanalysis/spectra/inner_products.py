@@ -55,8 +55,8 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> Tensor:
     Notes
     -----
     A coordinate may be off by the round-off of one chunk, 1e-5 of its size at most; what that leaves behind is
-    taken off in the second pass. Subtracting a projection and computing the coordinates of what remains are one loop, which saves
-    a third of the time for bases that do not fit in the cache.
+    taken off in the second pass. Subtracting a projection and computing the coordinates of what remains are one
+    loop, which saves a third of the time for bases that do not fit in the cache.
     """
     rest = empty_columns(V.shape[0], V.shape[1], V.dtype, V.device)
     coordinates: list[Tensor] = []

@@ -13,7 +13,6 @@ Parlett, The Symmetric Eigenvalue Problem (1998), ch. 13; Giraud, Langou, Rozloz
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -236,8 +235,9 @@ class Lanczos:
         beta = norms(vectors).to(self.dtype)
         alive = beta > BREAKDOWN[self.operator.dtype] * self._norm
         self._beta[:, j] = torch.where(alive, beta, 0)
-        # zero after a breakdown; `where` and not a branch, which would wait for the device
-        following = vectors.div_(torch.where(alive, beta, math.inf))
+        # zero after a breakdown or NaN (which spares the later batches); a mask and not a branch, which would wait for
+        # the device
+        following = vectors.div_(beta).masked_fill_(~alive, 0)
         self._next, self.step = following, j + 1
 
     def _product(self, V: torch.Tensor) -> torch.Tensor:
