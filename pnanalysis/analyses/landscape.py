@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import torch
 import xarray as xr
 from torch import nn
 

@@ -179,9 +179,7 @@ def _measure(
                 direction = {k: torch.randn(t.shape, generator=generator).to(t) for k, t in theta.items()}
             ascents.append(_ascend(surface, state, theta, batches, (kind, radius), direction, n_steps, advance))
         _, best, _ = max(ascents, key=lambda ascent: ascent[0])
-        at, *moved = surface.values(
-            [state, _moved(state, best), _moved(state, ascents[0][2])], np.eye(3), batches
-        )
+        at, *moved = surface.values([state, _moved(state, best), _moved(state, ascents[0][2])], np.eye(3), batches)
         loss, loss_se = mean_and_se(at.loss)
         (rise, rise_se), (one, one_se) = (mean_and_se(there.loss - at.loss) for there in moved)
         rows.append((rise, rise_se, one, one_se, 100 * rise / (1 + loss)))
