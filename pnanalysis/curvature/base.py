@@ -36,10 +36,11 @@ from pnanalysis.curvature.traced_products import TracedProducts
 from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.losses import check_targets, loss_on
-from pnanalysis.evaluation.randomness import differs_between_passes, random_states_kept
+from pnanalysis.evaluation.randomness import differs_between_passes
 from pnanalysis.inputs.batches import first_examples, map_tensors, move
 from pnanalysis.inputs.copies import in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
+from pnanalysis.inputs.random_states import random_states_kept
 from pnanalysis.spectra.linear_operator import contiguous_columns
 from pnanalysis.spectra.memory import free_bytes
 

@@ -16,8 +16,8 @@ from pnanalysis.curvature.passes import autocast, unchanged
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.forward import BoundLoss
 from pnanalysis.evaluation.losses import InspectedLoss, loss_on
-from pnanalysis.evaluation.randomness import random_states_kept, set_seed
 from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
+from pnanalysis.inputs.random_states import random_states_kept, set_seed
 
 
 class LossArguments(NamedTuple):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,12 @@ _UNSUPPORTED = re.compile(
     r"|[Bb]atching rule not implemented for (?:aten::)?(\w+)"
     r"|(\w+)\(\) (?:is not|isn't) (?:twice )?differentiable"
 )
-#: Where torch, other installed packages, Python and this package itself live: not the user's own code.
-_NOT_THE_USERS = tuple(
-    str(Path(path).resolve())
-    for path in (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), Path(pnanalysis.__file__).parent)
-)
+#: Where torch and this package live, neither of which is the user's own code; nor is what Python brings.
+_LIBRARIES = tuple(str(Path(library.__path__[0]).resolve()) for library in (torch, pnanalysis))
+_PYTHON = str(Path(contextlib.__file__).resolve().parent)
 
 
-@contextmanager
+@contextlib.contextmanager
 def clear_errors(
     label: str, model: nn.Module | None = None, batches: Iterable[Any] = (), loss: Loss | None = None
 ) -> Iterator[None]:
@@ -73,22 +70,24 @@ def clear_errors(
             raise DataError(f"{label}: {found}") from error
         if not isinstance(error, RuntimeError | IndexError | ValueError):
             raise  # a bug, not a network or data that do not fit
+        look = (
+            "at the data, and at what the network does" if model is None else "at what they do; they take all the data"
+        )
         raise ModelError(
-            f"{label}: the network and the loss cannot be computed with here ({described(error)}); they take the data, "
-            "so look at what they do there"
+            f"{label}: the network and the loss cannot be computed with here ({described(error)}); look {look}"
         ) from error
 
 
 def described(error: BaseException) -> str:
-    """Message of an error, and the place in the user's own code where it arose, if it did there."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _installed(f.filename)]
-    return (
-        f"{reason(error)}, at {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else reason(error)
-    )
+    """Message of an error, and the place where it arose in the code of a network or loss, if it did there."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _of_library(frame.filename)]
+    place = f", at {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    return reason(error) + place
 
 
-def _installed(filename: str) -> bool:
-    return filename.startswith("<") or str(Path(filename).resolve()).startswith(_NOT_THE_USERS)
+def _of_library(filename: str) -> bool:
+    path = str(Path(filename).resolve())
+    return path.startswith(_LIBRARIES) or (path.startswith(_PYTHON) and "-packages" not in path)
 
 
 def _unsupported(error: BaseException) -> str | None:

@@ -285,8 +285,8 @@ def check_mean(loss: Loss, whole: Tensor, each: Tensor, weight: Tensor) -> None:
     size = float((each.double().abs() * weight.double()).sum()) / total if total > 0 else np.nan
     if np.isfinite(batch) and not abs(mean - batch) <= _TOLERANCE * max(abs(batch), size, 1e-6):
         raise ModelError(
-            f"the loss of a batch ({batch:.6g}) is not the mean over its examples ({mean:.6g}), as is that of a sum, or "
-            "of a mean over tokens or unmasked positions of which examples have unequal numbers; losses are compared "
+            f"the loss of a batch ({batch:.6g}) is not the mean over its examples ({mean:.6g}), as with a sum, or a "
+            "mean over tokens or unmasked positions of which examples have unequal numbers; losses are compared "
             "example by example: average within each example first and then over examples, or give torch's own loss "
             "(ignore_index and class weights in torch.nn.CrossEntropyLoss are understood)"
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.errors import ModelError
-from pnanalysis.evaluation.forward import forward, learnt_from, loss_of_model
+from pnanalysis.evaluation.batch_pass import BatchPass
+from pnanalysis.evaluation.forward import forward, learnt_from
+from pnanalysis.evaluation.losses import InspectedLoss
 from pnanalysis.inputs.copies import copied
-from pnanalysis.inputs.models import Loss, takes_model
+from pnanalysis.inputs.random_states import random_states, random_states_kept, set_seed
 from pnanalysis.torch_internals import tree_leaves
 
 #: Passes of a network that draws; rare events (a layer that is dropped in one of ten passes) should be among them.
@@ -23,7 +23,7 @@ _PASSES_OF_ONE_THAT_DRAWS = 16
 _ROUND_OFF_UNITS = 100
 
 
-def check_repeatable(label: str, network: nn.Module, batch: tuple[Any, Any], loss: Loss | None = None) -> None:
+def check_repeatable(label: str, network: nn.Module, batch: tuple[Any, Any], loss: InspectedLoss | None = None) -> None:
     """Refuse a network, or a loss, of which two passes over the same batch differ.
 
     Parameters
@@ -38,20 +38,22 @@ def check_repeatable(label: str, network: nn.Module, batch: tuple[Any, Any], los
     ModelError
     """
     inputs, targets = batch
-    if differs_between_passes(network, inputs):
+    if (loss is None or not loss.takes_model) and differs_between_passes(network, inputs):
         who = "the network"
     elif loss is not None and differs_between_passes(network, inputs, loss, targets):
         who = "its loss"
     else:
         return
     raise ModelError(
-        f"{label}: {who} draws at random in eval mode (two passes over the same batch differ), so that its numbers would "
-        "be those of single draws; make it deterministic (return the mean instead of a sample, "
-        "F.dropout(..., training=self.training)), or average with draws=K, which hessian offers"
+        f"{label}: {who} draws at random in eval mode (two passes over the same batch differ), so numbers would be "
+        "those of single draws; make it deterministic (return the mean instead of a sample, "
+        "F.dropout(..., training=self.training)); hessian can average with draws=K"
     )
 
 
-def differs_between_passes(network: nn.Module, inputs: Any, loss: Loss | None = None, targets: Any = None) -> bool:
+def differs_between_passes(
+    network: nn.Module, inputs: Any, loss: InspectedLoss | None = None, targets: Any = None
+) -> bool:
     """Whether passes over the same batch give different results under different seeds, beyond round-off.
 
     Parameters
@@ -59,7 +61,7 @@ def differs_between_passes(network: nn.Module, inputs: Any, loss: Loss | None = 
     network : Module
         In the mode in which it will be used; passes run on a copy of it.
     inputs : nest of tensors
-    loss : callable, optional
+    loss : InspectedLoss, optional
         Compare values of this loss instead of outputs.
     targets : nest of tensors, optional
 
@@ -79,48 +81,17 @@ def differs_between_passes(network: nn.Module, inputs: Any, loss: Loss | None = 
     return False
 
 
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Put the global random number generators of torch, NumPy and Python back to where they were before the body."""
-    before = _states()
-    try:
-        yield
-    finally:
-        own, of_numpy, cpu, cuda = before
-        random.setstate(own)
-        np.random.set_state(of_numpy)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-def _states() -> tuple[Any, Any, Tensor, list[Tensor]]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_seed(seed: int) -> None:
-    """Seed the global random number generators of torch, NumPy and Python."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # else torch would put the seed aside for later
-        torch.cuda.manual_seed_all(seed)
-
-
 def _seeded_pass(
-    seed: int, network: nn.Module, inputs: Any, loss: Loss | None, targets: Any
+    seed: int, network: nn.Module, inputs: Any, loss: InspectedLoss | None, targets: Any
 ) -> tuple[list[Tensor], bool]:
     """All tensors of the result; and whether random numbers were drawn."""
     set_seed(seed)
-    before = _states()
+    before = random_states()
     if loss is None:
         result = forward(network, inputs)
-    elif takes_model(getattr(loss, "function", loss)):
-        result = loss_of_model(loss, network, inputs, targets).detach()
     else:
-        result = loss(forward(network, inputs), targets)
-    return list(_tensors(result)), not _equal(before, _states())
+        result = BatchPass.of(network, loss, inputs, targets, predict=False).value()
+    return list(_tensors(result)), not _equal(before, random_states())
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ the anchors times its weights. Lines, planes and curves through checkpoints are 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,12 +20,13 @@ from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.batch_pass import BatchPass
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.losses import check_mean, example_weights, linearised, loss_on
-from pnanalysis.evaluation.randomness import check_repeatable, random_states_kept
+from pnanalysis.evaluation.randomness import check_repeatable
 from pnanalysis.geometry.batch_norm import normalise_by_batch, norms_with_statistics, reestimate
 from pnanalysis.inputs.batches import map_tensors
 from pnanalysis.inputs.copies import copied, in_precision, matching_dtype
 from pnanalysis.inputs.loading import load_weights
 from pnanalysis.inputs.models import Loss
+from pnanalysis.inputs.random_states import random_states_kept
 from pnanalysis.io.weights import State
 from pnanalysis.terminal.progress import Advance
 from pnanalysis.torch_internals import ConvolutionBase, tree_leaves
@@ -228,7 +230,9 @@ class LossSurface:
         """Values of a batch at each of some stacked points."""
         if self.at_once > 1:
             try:
-                stacked = vmap(self._batch_values_at, in_dims=(0, None, None))(points, inputs, targets)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # vmap names operations that it repeats in a loop
+                    stacked = vmap(self._batch_values_at, in_dims=(0, None, None))(points, inputs, targets)
                 return [_BatchValues(*values) for values in zip(*stacked, strict=True)]
             except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError):
                 # The network or the loss cannot be vectorised (it writes in place, or branches on values). An error of

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 
 from pnanalysis.errors import DataError, PnError, reason
 from pnanalysis.inputs.batches import batch_size, fingerprint, map_tensors, tensors
+from pnanalysis.inputs.random_states import random_states, seeded_states, set_random_states
 from pnanalysis.spectra.memory import free_bytes, human
 
 #: Fraction of the free memory that kept batches may fill; a spectrum needs the rest.
@@ -181,38 +180,15 @@ class _OwnRandomness:
 
     def __init__(self, seed: int) -> None:
         self._outside: list[Any] = []
-        self._own: list[Any] = [
-            torch.Generator().manual_seed(seed).get_state(),
-            np.random.RandomState(seed % 2**32).get_state(),
-            random.Random(seed).getstate(),
-            [torch.Generator(f"cuda:{i}").manual_seed(seed).get_state() for i in _cuda_devices()],
-        ]
+        self._own: list[Any] = seeded_states(seed)
 
     def __enter__(self) -> None:
-        self._outside = _random_states()
-        _set_random_states(self._own)
+        self._outside = random_states()
+        set_random_states(self._own)
 
     def __exit__(self, *exception: object) -> None:
-        self._own = _random_states()
-        _set_random_states(self._outside)
-
-
-def _cuda_devices() -> range:
-    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-
-
-def _random_states() -> list[Any]:
-    cuda = [torch.cuda.get_rng_state(i) for i in _cuda_devices()]
-    return [torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda]  # noqa: NPY002 - users draw from it
-
-
-def _set_random_states(states: list[Any]) -> None:
-    of_torch, of_numpy, of_python, of_cuda = states
-    torch.set_rng_state(of_torch)
-    np.random.set_state(of_numpy)  # noqa: NPY002
-    random.setstate(of_python)
-    for i, state in enumerate(of_cuda):
-        torch.cuda.set_rng_state(state, i)
+        self._own = random_states()
+        set_random_states(self._outside)
 
 
 def _contents(batch: Any) -> str:
