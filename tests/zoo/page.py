@@ -66,7 +66,7 @@ def lines(cells: Sequence[Cell]) -> Iterator[str]:
         yield from _row([family, *(_summary(cells, family, check) for check in CHECKS)])
     yield "\n## The networks\n"
     for family in families:
-        yield f"- **{family}**: {', '.join(entry.name for entry in ENTRIES if entry.family == family)}"
+        yield f"- **{family}**: {'; '.join(entry.name for entry in ENTRIES if entry.family == family)}"
     yield "\n## What is refused, and why\n"
     reasons: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
