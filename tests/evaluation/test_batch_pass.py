@@ -136,7 +136,7 @@ def of_logits(outputs: Any, targets: Tensor) -> Tensor:
 #: Network, batches, loss, and the loss by hand where that is not ``loss(network(inputs), targets)``.
 KINDS: dict[str, tuple[Callable[[], nn.Module], list[Any], Any, Any]] = {
     "in place on its inputs": (InPlace, BATCHES, F.cross_entropy, None),
-    "in place from the first layer": (lambda: nn.Sequential(nn.ELU(inplace=True), Body()), BATCHES, F.cross_entropy, None),
+    "in place at once": (lambda: nn.Sequential(nn.ELU(inplace=True), Body()), BATCHES, F.cross_entropy, None),
     "loss in place on outputs and targets": (Body, BATCHES, works_in_place, None),
     "gradients within the pass": (Slopes, BATCHES, F.cross_entropy, None),
     "loss of the model": (Body, BATCHES, residual, residual),
