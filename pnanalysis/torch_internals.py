@@ -7,9 +7,12 @@ behaviour that the project depends on: run it before raising the upper bound on 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 try:
@@ -34,7 +37,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 
 def _operation(name: str) -> Any:
-    """A private operation, or ``None`` if it was renamed: no node of a trace has that target, and none is simplified."""
+    """A private operation, or ``None`` if it was renamed: no node of a trace has that target, then."""
     return getattr(getattr(torch.ops.aten, name, None), "default", None)
 
 
@@ -47,6 +50,39 @@ ZEROS_FOR_TANGENT = _operation("_new_zeros_with_same_feature_meta")
 WEIGHT_NORM = getattr(torch, "_weight_norm", None)
 #: What ``Tensor.to`` becomes in a trace.
 CONVERSION = _operation("_to_copy")
+
+
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """Within the body, ``torch.utils.checkpoint`` runs what it is given and keeps the activations.
+
+    Its second run, in the backward pass, would see the parameters of the module itself, and not those that a
+    functional call puts in their place; its reentrant form has no second derivative.
+    """
+    module, before = torch.utils.checkpoint, {}
+    for name, replacement in (
+        ("CheckpointFunction", _RunDirectly),
+        ("_checkpoint_without_reentrant_generator", _without_second_run),
+        ("_checkpoint_without_reentrant_generator_impl", _without_second_run),  # its name since torch 2.15
+    ):
+        if hasattr(module, name):
+            before[name] = getattr(module, name)
+            setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        for name, original in before.items():
+            setattr(module, name, original)
+
+
+class _RunDirectly:
+    @staticmethod
+    def apply(function: Any, preserve_rng_state: bool, *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _without_second_run(*arguments: Any, **keywords: Any) -> Iterator[None]:
+    yield
 
 
 def writes_into_argument(target: Any) -> bool:
@@ -126,5 +162,6 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
     "versions_in",
+    "without_checkpointing",
     "writes_into_argument",
 ]

@@ -234,3 +234,21 @@ def test_writing_in_place_is_counted() -> None:
     before = internals.times_written(tensor)
     tensor[0].add_(1)
     assert internals.times_written(tensor) == before + 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_can_be_left_out(reentrant: bool) -> None:
+    calls = []
+
+    def function(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x.tanh()
+
+    x = torch.ones(3, requires_grad=True)
+    with internals.without_checkpointing():
+        y = torch.utils.checkpoint.checkpoint(function, x, use_reentrant=reentrant)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    torch.autograd.grad(slope.sum(), x)
+    assert len(calls) == 1, "torch.utils.checkpoint no longer goes through these functions"
+    torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False).sum().backward()
+    assert len(calls) == 3

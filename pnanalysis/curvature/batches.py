@@ -12,6 +12,7 @@ from pnanalysis.curvature.batch_weights import BatchWeights
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.batches import as_pair, batch_size, cut, map_tensors, move, tensors
 from pnanalysis.inputs.repeatable import SameBatches
+from pnanalysis.inputs.splits import Batches
 from pnanalysis.torch_internals import BatchNormBase
 
 Batch = tuple[Any, Any]
@@ -53,7 +54,8 @@ class WeightedBatches:
         reduction: str,
     ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self._pairs = SameBatches(source, prepare=as_pair, device=device)
+        same = isinstance(source, SameBatches | Batches)
+        self._pairs = source if same else SameBatches(source, prepare=as_pair, device=device)
         self.micro_batch, self.reduction = micro_batch, reduction
         self.channels_last = False
         self.sizes: list[int] = []

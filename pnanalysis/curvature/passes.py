@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from pnanalysis.torch_internals import WEIGHT_NORM
+from pnanalysis.torch_internals import WEIGHT_NORM, without_checkpointing
 
 #: What ``amp`` may be.
 PRECISIONS = ("no", "tf32", "bf16")
@@ -22,7 +22,11 @@ PRECISIONS = ("no", "tf32", "bf16")
 @contextmanager
 def autocast(device: torch.device, amp: str) -> Iterator[None]:
     """Forward passes in bfloat16 with ``amp="bf16"``, of functions that have a second derivative."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"), _TwiceDifferentiable():
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"),
+        _TwiceDifferentiable(),
+        without_checkpointing(),
+    ):
         yield
 
 

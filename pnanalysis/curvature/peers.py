@@ -50,8 +50,8 @@ def make_operator(
     own = native.draws is not None or native.weight is not None or native.loss_fn.takes_model
     if not whole or native.bn_mode != "eval" or native.penalty or native.weight_decay or own:
         raise CurvatureError(
-            f"{engine} takes all parameters, bn_mode='eval', a loss(outputs, targets), and neither penalty, weight decay, "
-            "weight nor draws; use the native engine"
+            f"{engine} takes all parameters, bn_mode='eval', a loss(outputs, targets), no penalty, no weight decay, no "
+            "weight and no draws; use the native engine"
         )
     if engine == "pyhessian":
         if kind != "hessian":

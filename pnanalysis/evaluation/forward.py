@@ -161,7 +161,7 @@ def not_for(loss: Loss, outputs: Any) -> ModelError:
     """The error for a loss that takes a tensor where the network returns something else."""
     name = getattr(loss, "__name__", type(loss).__name__)
     held = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    way_out = _WRAP if held is None else 'give loss="model" for the loss among them, or one that takes them all'
+    way_out = _WRAP if held is None else 'give loss="model" for the loss in it, or a loss that takes all of it'
     return ModelError(f"the network returns {_kind(outputs)}, where {name} takes a tensor; {way_out}")
 
 

@@ -190,7 +190,11 @@ def test_networks_in_other_precisions_are_taken(name: str, dtype: torch.dtype, n
     cast = {key: deepcopy(net).to(dtype) for key, net in nets.items()}
     back = {key: deepcopy(net).float() for key, net in cast.items()}
     options = {"data": DATA, "loss": F.cross_entropy, "progress": False}
-    xr.testing.assert_equal(ANALYSES[name](cast, **options), ANALYSES[name](back, **options))
+    found, expected = ANALYSES[name](cast, **options), ANALYSES[name](back, **options)
+    if name == "saturation" and dtype == torch.float64:  # computed in double precision
+        xr.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    else:
+        xr.testing.assert_equal(found, expected)
 
 
 class Keeping(nn.Module):

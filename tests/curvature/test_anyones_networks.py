@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError
@@ -287,6 +288,23 @@ def test_wrappers_are_taken_off(wrap: Any) -> None:
     assert relative(op.to_dense(), dense_hessian(model, BATCHES)) < 1e-10
     theirs = [name for name, _ in wrapped.named_parameters()][:1]
     assert HessianOperator(wrapped, cross_entropy, BATCHES, params=theirs).names == op.names[:1]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@BUDGETS
+def test_checkpointed_activations_change_nothing(reentrant: bool, expected_products: int) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.net[:2](x)
+            return checkpoint(lambda z: self.net[2:](z), hidden, use_reentrant=reentrant)
+
+    net = NETWORKS["tanh"]()
+    op = HessianOperator(Checkpointed(net), cross_entropy, BATCHES, expected_products=expected_products)
+    assert relative(op.to_dense(), dense_hessian(net, BATCHES)) < 1e-10
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])

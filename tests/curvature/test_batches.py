@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError
-from tests.curvature.conftest import NETWORKS, images, relative
+from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative
 
 
 @pytest.mark.parametrize("kind", [HessianOperator, GGNOperator, EmpiricalFisherOperator])

@@ -231,9 +231,7 @@ def test_functions_without_any_second_derivative_are_one_sentence() -> None:
         return F.ctc_loss(scores, targets[:, None] % 2 + 1, torch.full((n,), 4), torch.ones(n, dtype=torch.long))
 
     op = HessianOperator(NETWORKS["tanh"](), alignment, BATCHES, weight="examples")
-    with pytest.raises(
-        CurvatureError, match="HessianOperator cannot be computed for this network and loss: .*ctc_loss"
-    ):
+    with pytest.raises(CurvatureError, match="HessianOperator cannot be computed for this .*ctc_loss"):
         op.to_dense()
 
 

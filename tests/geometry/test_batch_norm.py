@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import pnanalysis as pn
 from pnanalysis.errors import ModelError
 from pnanalysis.geometry.batch_norm import (
     batches_of_two_or_more,
@@ -53,3 +54,15 @@ def test_a_single_example_has_no_statistics() -> None:
 def test_single_examples_join_the_next_batch() -> None:
     sizes = [len(batch) for batch in batches_of_two_or_more(torch.randn(12, 3).split([1, 1, 4, 1, 4, 1]))]
     assert sizes == [2, 4, 5]
+
+
+@pytest.mark.parametrize("view", ["line", "curve"])
+@pytest.mark.parametrize("sizes", [[1], [1, 1, 1]], ids=["one example", "batches of one of different lengths"])
+def test_batches_without_statistics_are_refused_in_one_sentence(view: str, sizes: list[int]) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+
+    batches = [(torch.randn(n, 2, 4 + i), torch.zeros(n).long()) for i, n in enumerate(sizes)]
+    with pytest.raises(ModelError, match="single example|two or more") as raised:
+        pn.landscape([network(), network()], data=batches, view=view, n_points=2, n_steps=2, progress=False)
+    assert "\n" not in str(raised.value)
