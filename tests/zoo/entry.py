@@ -50,14 +50,16 @@ class Entry:
         Outputs to the class of each example or position; of the first dim after the examples' by default.
     options : mapping
         Further arguments of operators and analyses.
-    refused : mapping of str to str
-        Check to the words of the refusal; ``"*"`` for all checks that are not named.
+    refused : mapping of str to str or None
+        Check to the words of the refusal, ``None`` for no refusal; ``"*"`` for all checks that are not named.
     not_for : sequence of str
         Checks that mean nothing here: a network without activation functions has no saturation.
     tolerance : float
         Relative, of products in float64.
     differences : bool
         The true Hessian is a difference of gradients, since torch's own second derivative is wrong or missing.
+    twin : callable, optional
+        Makes the network that the truth is computed with, where torch cannot with the other one.
     packages : sequence of str
         What has to be installed.
     slow : bool
@@ -74,17 +76,26 @@ class Entry:
     cuts_outputs: bool = False
     classes: Callable[[Tensor], Tensor] = first_dim_after_examples
     options: Mapping[str, Any] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str | None] = field(default_factory=dict)
     not_for: Sequence[str] = ()
     tolerance: float = ROUND_OFF
     differences: bool = False
+    twin: Callable[[], nn.Module] | None = None
     packages: Sequence[str] = ()
     slow: bool = False
 
     def network(self, seed: int = 0) -> nn.Module:
         """The network in float32 and eval mode, with weights and statistics away from special values such as zero."""
+        return self._network(self.make, seed)
+
+    def twin_network(self, seed: int = 0) -> nn.Module:
+        """The network that the truth is computed with, in the same state."""
+        return self._network(self.twin or self.make, seed)
+
+    @staticmethod
+    def _network(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         with seeded(seed):
-            network = self.make()
+            network = make()
             for parameter in network.parameters():
                 if parameter.is_floating_point() or parameter.is_complex():
                     parameter.data.add_(torch.randn_like(parameter), alpha=0.1)

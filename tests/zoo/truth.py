@@ -21,7 +21,7 @@ def double(nest: Any) -> Any:
 
 def double_network(entry: Entry, seed: int = 0) -> nn.Module:
     """The network of an entry in double precision, out of its wrappers."""
-    network = entry.network(seed)
+    network = entry.twin_network(seed)
     network = network.module if isinstance(network, nn.DataParallel) else getattr(network, "_orig_mod", network)
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.to(_double_type(tensor))
@@ -56,6 +56,7 @@ def plain_attention() -> Iterator[None]:
 
 #: Where classes of activation functions are defined.
 ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations", "timm.layers.activations")
+NO_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax)
 
 
 class Truth:
@@ -230,7 +231,7 @@ def activation_means(entry: Entry, seed: int = 0) -> dict[str, float]:
         return record
 
     for name, module in network.named_modules():
-        if type(module).__module__ in ACTIVATION_MODULES and "Attention" not in type(module).__name__:
+        if type(module).__module__ in ACTIVATION_MODULES and not isinstance(module, NO_ACTIVATIONS):
             module.register_forward_hook(hook(name))
     for inputs, _ in entry.batches():
         passed: dict[str, Tensor] = {}

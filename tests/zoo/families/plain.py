@@ -189,8 +189,6 @@ PLAIN, CONV, WEIGHTS, WRAPPED, OUT = (
     "multilayer perceptrons", "convolutional networks", "reparametrised weights", "wrapped networks", "several outputs",
 )  # fmt: skip
 
-#: torch's older form of checkpoints has no torch.autograd.grad.
-REENTRANT = dict.fromkeys(("Hessian", "Gauss-Newton", "Fisher", "spectrum", "sharpness"), "use_reentrant")
 NO_PREDICTION = dict.fromkeys(("compare", "functional distance"), "no prediction")
 
 ENTRIES = [
@@ -234,7 +232,14 @@ ENTRIES = [
     Entry(WRAPPED, "DataParallel", lambda: nn.DataParallel(perceptron()), vectors(5, 3)),
     Entry(WRAPPED, "LightningModule", lightning_module, vectors(5, 3), packages=("lightning",)),
     Entry(WRAPPED, "checkpointed", lambda: Checkpointed(reentrant=False), vectors(5, 3)),
-    Entry(WRAPPED, "checkpointed, reentrant", lambda: Checkpointed(reentrant=True), vectors(5, 3), refused=REENTRANT),
+    Entry(
+        WRAPPED,
+        "checkpointed, reentrant",
+        lambda: Checkpointed(reentrant=True),
+        vectors(5, 3),
+        twin=lambda: Checkpointed(False),
+        refused={"sharpness": "use_reentrant"},
+    ),
     Entry(
         WRAPPED,
         "quantised",

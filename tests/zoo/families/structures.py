@@ -207,7 +207,7 @@ def reconstructed() -> list[Batch]:
 GRAPHS, PHYSICS, STRUCTURE, PIXELS, RANDOM = (
     "graph networks", "physics-informed networks", "unusual structure", "segmentation and detection", "random forwards",
 )  # fmt: skip
-DRAWS = {"*": "random"}
+DRAWS = {"*": "random", "saturation": None}  # activations before the draw are the same in every pass
 
 #: The network returns its losses, and no predictions.
 OWN = {"Gauss-Newton": "returns the loss", "Fisher": "example", **NO_PREDICTION}
