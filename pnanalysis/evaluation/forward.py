@@ -43,7 +43,7 @@ def forward(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = 
     state : mapping of tensors, optional
         Replaces the network's own parameters and buffers.
     """
-    arguments, keywords = as_arguments(copies_of(inputs))
+    arguments, keywords = as_arguments(copies_of(inputs), model)
     if torch.is_grad_enabled():
         return _call(model, state, arguments, keywords)
     if model not in _differentiating:
@@ -52,7 +52,7 @@ def forward(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = 
         except RuntimeError as error:
             if not _NO_GRADIENTS.search(str(error)):
                 raise
-            arguments, keywords = as_arguments(copies_of(inputs))
+            arguments, keywords = as_arguments(copies_of(inputs), model)
     with torch.enable_grad():
         outputs = _call(model, state, arguments, keywords)
     _differentiating.add(model)  # the next pass need not try
