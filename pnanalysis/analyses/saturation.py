@@ -27,6 +27,7 @@ from pnanalysis.checks import ascending, at_least, one_of
 from pnanalysis.errors import DataError, ModelError, RunError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import forward
+from pnanalysis.evaluation.randomness import check_repeatable
 from pnanalysis.inputs.batches import batch_size as size_of
 from pnanalysis.inputs.batches import first_examples, move
 from pnanalysis.inputs.copies import in_precision
@@ -243,18 +244,21 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 @torch.no_grad()
 def _tried(network: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, after a pass over a few examples: a network that takes gradients itself is found out by an error.
+    """The batches, after passes over a few examples, which show whether the network takes gradients itself, or draws.
 
     Raises
     ------
     DataError
         If there are no examples.
+    ModelError
+        If the network draws at random.
     """
     rest = iter(batches)
     first = next(rest, None)
     if first is None:
         raise DataError("there are no examples to compute activations of; give data that are not empty")
-    forward(network, _moved(network, first_examples(first, 2)[0]))
+    few = first_examples(first, 2)
+    check_repeatable(f"this {type(network).__name__}", network, (_moved(network, few[0]), few[1]))
     return chain([first], rest)
 
 

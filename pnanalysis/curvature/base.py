@@ -184,7 +184,7 @@ class CurvatureOperator:
             self._read(batches, weight)
         self._finite = torch.ones(len(self.batches), dtype=torch.bool, device=self.device)
         # a trace would draw its numbers in another order
-        traced = expected_products >= _FEWEST_PRODUCTS_TO_TRACE and draws is None
+        traced = expected_products >= _FEWEST_PRODUCTS_TO_TRACE and draws is None and self._traceable
         self._traces = TracedProducts(self) if traced else None
         self._cache: dict[int, Product] = {}
         self._cached_bytes = 0
@@ -331,6 +331,8 @@ class CurvatureOperator:
             return "traced"
         return "reverse mode" if self.product_check.reverse else "forward mode"
 
+    #: Whether a trace of the product has a size that does not depend on the number of examples.
+    _traceable = True
     #: Whether differences give the product itself, by parameters, and not one number that it determines.
     _differences_are_derivatives = False
 

@@ -102,6 +102,8 @@ class BatchWeights:
             return examples, "sum" if only_sum else "mean"
         everywhere = set.intersection(*map(set, self._counts))
         alive = sorted((self._alive or set()) & everywhere)
+        if "examples" in alive:  # then what there is to count in the inputs is no likely alternative
+            alive = [name for name in alive if "inputs" not in name]
         if not alive:
             raise CurvatureError(
                 f"the loss of a batch is neither a mean nor a sum over its parts that this package knows; {_WAY_OUT}"

@@ -19,7 +19,7 @@ from pnanalysis.curvature.product_check import moved, tolerance
 from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError, PnError, reason
 from pnanalysis.evaluation.losses import example_losses, example_weights, known
-from pnanalysis.inputs.batches import batch_size
+from pnanalysis.inputs.batches import batch_size, cut
 from pnanalysis.torch_internals import tree_flatten, tree_map_only, tree_unflatten
 
 
@@ -186,7 +186,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         if options.get("bn_mode") == "train":
             raise CurvatureError("with bn_mode='train' an example's loss depends on its batch; use bn_mode='eval'")
-        self._vectorised = True
+        self._one_by_one = "vmap"
         super().__init__(*arguments, **options)
 
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
@@ -224,7 +224,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
     def _losses(self, at: LossArguments, theta: Named) -> Tensor:
         """Loss of each example, (n,)."""
-        return self._examples(self._loss.outputs(at, theta), at.targets)[0]
+        return self._examples(at, theta)[0]
 
     def _weights(self, at: LossArguments) -> Tensor:
         """The factor of each example in the matrix of its batch, (n,)."""
@@ -236,8 +236,13 @@ class EmpiricalFisherOperator(CurvatureOperator):
         weights = example_weights(self.loss_fn, at.targets).to(like)
         return weights / weights.sum()
 
-    def _examples(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    def _examples(self, at: LossArguments, theta: Named) -> tuple[Tensor, Tensor]:
         """Loss and weight of each example, (n,) each."""
+        if self._one_by_one == "passes":
+            parts = [cut((at.inputs, at.targets), slice(i, i + 1)) for i in range(batch_size((at.inputs, at.targets)))]
+            each = torch.stack([self._loss(LossArguments(theta, at.others, *part), theta) for part in parts])
+            return each, torch.ones_like(each)
+        outputs, targets = self._loss.outputs(at, theta), at.targets
         if known(self.loss_fn) is not None:
             if self.amp == "bf16":
                 outputs = outputs.float()
@@ -246,7 +251,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
         def one(output: Any, target: Any) -> Tensor:
             return self._loss.of_outputs(*tree_map_only(Tensor, lambda part: part[None], (output, target)))
 
-        if self._vectorised:
+        if self._one_by_one == "vmap":
             each = vmap(one)(outputs, targets)
         else:
             n = batch_size(targets)
@@ -260,10 +265,11 @@ class EmpiricalFisherOperator(CurvatureOperator):
     def _fit_passes(self, batch: Batch) -> None:
         super()._fit_passes(batch)
         at = self._few(batch)
-        outputs = self._loss.outputs(at, at.theta)
-        for self._vectorised in (True, False):  # vmap cannot map a loss that branches on values or reads sizes
+        whole = float(self._loss.of_outputs(self._loss.outputs(at, at.theta), at.targets).detach())
+        # vmap cannot map a loss that branches on values or reads sizes, and outputs may belong to the whole batch
+        for self._one_by_one in ("vmap", "loop", "passes"):
             try:
-                each, weight = self._examples(outputs, at.targets)
+                each, weight = (part.detach() for part in self._examples(at, at.theta))
                 break
             except PnError:
                 raise
@@ -271,7 +277,8 @@ class EmpiricalFisherOperator(CurvatureOperator):
                 failed = error
         else:
             raise CurvatureError(f"the loss cannot be computed one example at a time ({reason(failed)})") from failed
-        whole, total = float(self._loss.of_outputs(outputs, at.targets)), float((each * weight).sum())
+        self._traceable = self._one_by_one != "passes"
+        total = float((each * weight).sum())
         slack = 10 * tolerance(self.dtype, self.amp) * float((each * weight).abs().sum())
         if self.reduction == "mean" and abs(whole * float(weight.sum()) - total) > slack:
             if abs(whole - total) > slack:

@@ -37,7 +37,7 @@ class TracedProducts:
 
     def __init__(self, op: CurvatureOperator) -> None:
         self.op = op
-        self._linearisation = Linearisation(op._product, op._rehearse)
+        self._linearisation = Linearisation(self._product, op._rehearse)
         self._counts = Counter(op.batches.shapes)
         self._always = {shapes for shapes, _ in self._counts.most_common(_ALWAYS)}
         self._verified: set[Shapes] = set()
@@ -65,6 +65,10 @@ class TracedProducts:
     def n_programs(self) -> int:
         """How many have been traced and verified."""
         return len(self._verified)
+
+    def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        with self.op._passes():  # the trace runs in a thread of its own, which some of the settings do not reach
+            return self.op._product(at, v)
 
     def _pays(self, shapes: Shapes) -> bool:
         if shapes in self._always or not self._verified:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -110,13 +111,14 @@ class Linearisation:
             fixed = tree_unflatten([next(given) if isinstance(t, Tensor) else t for t in leaves], spec)
             return self.function(fixed, list(given))
 
-        # torch does not recover from a trace that fails inside a transform of torch.func. Code that cannot be traced is
-        # therefore found out first, without a transform.
+        # code that cannot be traced is mostly found out here, sooner and without a transform
         rehearse(self.rehearsal, tree_unflatten(leaves, spec))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit.script
-                traced = make_fx(function_of_tensors, tracing_mode="fake")(*tensors, *like)
+                # a trace that fails within a transform leaves the state of its thread in disorder: autograd is off
+                with ThreadPoolExecutor(1) as pool:
+                    traced = pool.submit(make_fx(function_of_tensors, tracing_mode="fake"), *tensors, *like).result()
         except Exception as error:  # a user's model may raise anything while it is traced
             raise Untraceable(f"{type(error).__name__}: {error}") from error
         simplify(traced.graph)

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from pnanalysis.errors import ModelError
 from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
 from pnanalysis.inputs.models import Loss
-from pnanalysis.torch_internals import tree_map_only
+from pnanalysis.torch_internals import tree_map_only, without_checkpointing
 
 #: Entries of an output that hold the prediction: in Hugging Face's models, and in torchvision's segmentation models.
 PREDICTIONS = ("logits", "out")
@@ -43,7 +43,7 @@ def forward(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = 
     state : mapping of tensors, optional
         Replaces the network's own parameters and buffers.
     """
-    arguments, keywords = as_arguments(copies_of(inputs))
+    arguments, keywords = as_arguments(copies_of(inputs), model)
     if torch.is_grad_enabled():
         return _call(model, state, arguments, keywords)
     if model not in _differentiating:
@@ -52,7 +52,7 @@ def forward(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = 
         except RuntimeError as error:
             if not _NO_GRADIENTS.search(str(error)):
                 raise
-            arguments, keywords = as_arguments(copies_of(inputs))
+            arguments, keywords = as_arguments(copies_of(inputs), model)
     with torch.enable_grad():
         outputs = _call(model, state, arguments, keywords)
     _differentiating.add(model)  # the next pass need not try
@@ -108,7 +108,7 @@ def learnt_from(copy: nn.Module, network: nn.Module) -> None:
 
 
 def _call(model: nn.Module, state: Mapping[str, Tensor] | None, arguments: Any, keywords: Any) -> Any:
-    with without_fast_path():
+    with without_fast_path(), without_checkpointing():
         if state is None:
             return model(*arguments, **keywords)
         return functional_call(model, dict(state), tuple(arguments), keywords)
