@@ -64,7 +64,7 @@ def find_groups(model: nn.Module, inputs: Any) -> list[ChannelGroup]:
 _ODD = {"tanh", "softsign", "dropout", "contiguous", "clone", "float", "double", "to", "neg", "avg_pool1d",
         "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean",
         "interpolate", "identity"}  # fmt: skip
-_EVEN = {getattr(function, "__name__", "") for function in ACTIVATIONS} - _ODD | {
+_EVEN = set(ACTIVATIONS) - _ODD | {
     "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "clamp", "abs", "pow",
     "square", "exp", "sqrt", "amax", "softmax", "log_softmax",
 }  # fmt: skip

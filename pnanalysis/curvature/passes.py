@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -42,6 +43,8 @@ def plain_passes(device: torch.device, amp: str, recurrent: bool = False) -> Ite
     cudnn = backends.cudnn
     precision = "tf32" if amp == "tf32" else "ieee"
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")  # torch's own use of it
         for backend in (backends.cuda.matmul, cudnn.conv, cudnn.rnn):
             stack.enter_context(_setting(backend, "fp32_precision", precision))
         if recurrent and device.type == "cuda":

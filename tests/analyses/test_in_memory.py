@@ -213,7 +213,7 @@ def test_results_that_a_network_keeps_do_not_hinder_copying() -> None:
     keeping = Keeping()
     keeping(X)
     for analysis in ANALYSES.values():
-        analysis({"a": keeping, "b": network(1)}, data=DATA, loss=F.cross_entropy, progress=False)
+        analysis({"a": keeping, "b": Keeping(), "c": Keeping()}, data=DATA, loss=F.cross_entropy, progress=False)
     assert keeping.last.grad_fn is not None
 
 

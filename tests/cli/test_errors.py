@@ -114,8 +114,19 @@ def test_errors_in_the_users_code_are_located(run, tiny_run, tmp_path, monkeypat
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("batch", ["(1, 2, 3)", "[(x, y, y)]", "[{'x': x, 'y': y}]", "[x]"])
-def test_data_that_are_not_pairs_are_refused(run, tiny_run: Run, tmp_path: Path, monkeypatch, batch: str) -> None:
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ("(1, 2, 3)", "is not a batch of inputs and targets"),
+        ("[x]", "is not a batch of inputs and targets"),
+        ("[{'x': x}]", "has no targets"),
+        ("[(x, y, y)]", "the network cannot take these data"),  # two inputs
+        ("[{'x': x, 'y': y}]", "the network cannot take these data"),  # an input called x
+    ],
+)
+def test_data_of_other_forms_are_refused(
+    run, tiny_run: Run, tmp_path: Path, monkeypatch, batch: str, message: str
+) -> None:
     name = f"odd_data_{abs(hash(batch))}"
     (tmp_path / f"{name}.py").write_text(
         f"import torch\nx, y = torch.zeros(8, 1, 8, 8), torch.zeros(8).long()\ndef make():\n    return {batch}\n"
@@ -125,7 +136,8 @@ def test_data_that_are_not_pairs_are_refused(run, tiny_run: Run, tmp_path: Path,
         options = ("--split", "train") if command in ("saturation", "compare", "landscape") else ()
         done = run("pnanalysis", command, tiny_run.path, "--data", f"{name}:make", *options)
         assert done.status == 2
-        assert "pair of tensors (inputs, targets)" in done.err, command
+        assert message in done.err, command
+        assert done.err.count("\n") == 1
 
 
 def test_what_is_no_store_is_not_overwritten(run, tiny_run: Run, tmp_path: Path) -> None:

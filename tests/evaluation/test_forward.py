@@ -130,10 +130,13 @@ def test_an_answer_without_a_prediction_cannot_be_compared(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("operator", ["ggn", "fisher"])
-def test_operators_that_take_tensors_alone_say_so(tmp_path: Path, operator: str) -> None:
-    source = source_of(tmp_path, lambda: Net(WRAPPINGS["tuple"]), data(), first_head)
-    with pytest.raises(PnError, match="returns a tuple, which cannot be taken here .* wrap the network"):
-        pn.hessian(source, operator=operator, n_hvp=12, progress=False)
+def test_operators_take_outputs_in_nests(tmp_path: Path, operator: str) -> None:
+    traces = []
+    for name, loss in (("tuple", first_head), ("tensor", F.cross_entropy)):
+        (tmp_path / name).mkdir()
+        source = source_of(tmp_path / name, lambda name=name: Net(WRAPPINGS[name]), data(), loss)
+        traces.append(pn.hessian(source, operator=operator, n_hvp=60, dtype="float64", progress=False).trace.values)
+    np.testing.assert_allclose(*traces, rtol=1e-6)
 
 
 def test_targets_may_hold_what_a_loss_needs_beside_them(tmp_path: Path) -> None:
