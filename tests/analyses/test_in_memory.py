@@ -212,8 +212,11 @@ class Keeping(nn.Module):
 def test_results_that_a_network_keeps_do_not_hinder_copying() -> None:
     keeping = Keeping()
     keeping(X)
+    others = {"b": Keeping(), "c": Keeping()}
+    for seed, other in enumerate(others.values(), start=1):
+        other.inner.load_state_dict(network(seed).state_dict())
     for analysis in ANALYSES.values():
-        analysis({"a": keeping, "b": Keeping(), "c": Keeping()}, data=DATA, loss=F.cross_entropy, progress=False)
+        analysis({"a": keeping, **others}, data=DATA, loss=F.cross_entropy, progress=False)
     assert keeping.last.grad_fn is not None
 
 
