@@ -109,8 +109,7 @@ def entry(name: str, make: Callable[[], nn.Module], data: Callable[[], list[Batc
 
 
 #: The loss is one of the outputs, a number for all examples together: there is no matrix of what it is computed from.
-TOGETHER = {"Fisher": "one example at a time"}
-INSIDE = {"Gauss-Newton": "loss", **TOGETHER}
+INSIDE = {"Gauss-Newton": "loss"}
 
 ENTRIES = [
     entry("BERT", bert, sentences, logits),
@@ -118,6 +117,6 @@ ENTRIES = [
     entry("ViT of transformers", vit, images(3, 2, channels=3, width=8), logits),
     entry("GPT-2", gpt2, texts, next_token, classes=last),
     entry("Llama", llama, texts, next_token, classes=last, tolerance=SINGLE_INSIDE),
-    entry("T5", t5, translations, each_token, classes=last, tolerance=SINGLE_INSIDE, refused=TOGETHER),
+    entry("T5", t5, translations, each_token, classes=last, tolerance=SINGLE_INSIDE),
     entry("LoRA", lora, sentences, logits, family="peft", packages=("transformers", "peft")),
 ]

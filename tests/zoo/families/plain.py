@@ -238,7 +238,6 @@ ENTRIES = [
         lambda: Checkpointed(reentrant=True),
         vectors(5, 3),
         twin=lambda: Checkpointed(False),
-        refused={"sharpness": "use_reentrant"},
     ),
     Entry(
         WRAPPED,

@@ -207,10 +207,10 @@ def reconstructed() -> list[Batch]:
 GRAPHS, PHYSICS, STRUCTURE, PIXELS, RANDOM = (
     "graph networks", "physics-informed networks", "unusual structure", "segmentation and detection", "random forwards",
 )  # fmt: skip
-DRAWS = {"*": "random", "saturation": None}  # activations before the draw are the same in every pass
+DRAWS = {"*": "random"}
 
 #: The network returns its losses, and no predictions.
-OWN = {"Gauss-Newton": "returns the loss", "Fisher": "example", **NO_PREDICTION}
+OWN = {"Gauss-Newton": "returns the loss", **NO_PREDICTION}
 
 ENTRIES = [
     Entry(GRAPHS, "message passing", Graphs, graphs, F.mse_loss, cuts_outputs=True),
