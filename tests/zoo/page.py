@@ -55,7 +55,7 @@ class Cells:
 def lines(cells: Sequence[Cell]) -> Iterator[str]:
     """The page, line by line."""
     yield INTRODUCTION
-    versions = ", ".join(f"{name} {metadata.version(name).partition('+')[0]}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     yield f"Versions: {versions}.\n"
     families = list(dict.fromkeys(entry.family for entry in ENTRIES))
     yield from _row(["family", *CHECKS])
@@ -78,6 +78,13 @@ def _summary(cells: Sequence[Cell], family: str, check: str) -> str:
     """``right``, ``refused`` or both, for the networks of a family."""
     refused = {bool(cell.refusal) for cell in cells if (cell.family, cell.check) == (family, check)}
     return ", ".join(["right", "refused"][kind] for kind in sorted(refused)) or "–"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package).partition("+")[0]
+    except metadata.PackageNotFoundError:  # the page itself is only written where all are installed
+        return "not installed"
 
 
 def _row(cells: Sequence[str]) -> Iterator[str]:
