@@ -17,7 +17,6 @@ from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.parameters import (
     Named,
     Selection,
-    as_real,
     join_tensors,
     select_unwrapped,
     split_vector,
@@ -35,10 +34,10 @@ from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.traced_products import TracedProducts
 from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
-from pnanalysis.evaluation.losses import check_targets, loss_on
+from pnanalysis.evaluation.losses import loss_on
 from pnanalysis.evaluation.randomness import differs_between_passes
 from pnanalysis.inputs.batches import first_examples, map_tensors, move
-from pnanalysis.inputs.copies import in_precision, unwrapped
+from pnanalysis.inputs.copies import as_real, in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.inputs.random_states import random_states_kept
 from pnanalysis.spectra.linear_operator import contiguous_columns
@@ -168,7 +167,7 @@ class CurvatureOperator:
         self.n_hvp = 0
         parameters, others = dict(self.model.named_parameters()), dict(self.model.named_buffers())
         chosen = {name: parameters.pop(name).detach() for name in self.names}
-        self._theta = as_real(chosen)
+        self._theta: Named = {name: as_real(tensor) for name, tensor in chosen.items()}
         self._others: Named = {**{name: p.detach() for name, p in parameters.items()}, **others}
         self.parameter_shapes = [tensor.shape for tensor in self._theta.values()]
         self.n_parameters = sum(tensor.numel() for tensor in self._theta.values())
@@ -319,7 +318,7 @@ class CurvatureOperator:
         if self._check is None:
             with self._passes():
                 self._draw(0, 0)
-                self._check = check_products(self, self._few(next(iter(self.batches))))
+                self._check = check_products(self, self._few)
             if self._check.note:
                 warnings.warn(self._check.note, stacklevel=2)
         return self._check
@@ -431,33 +430,30 @@ class CurvatureOperator:
     def _fit_passes(self, batch: Batch) -> None:
         """Run network and loss for the first time, check the targets, and choose the layout and what is folded."""
         self._draw(0, 0)
-        at = self._few(batch)
-        self._evaluate(at)
-        self._loss.protect(at)
+        self._first_examples = self._tried(batch)
         if self.draws is None:
-            self._check_repeatable(at)
-        if self.bn_mode == "eval":
+            self._check_repeatable(self._few)
+        if self.bn_mode == "eval" and has_batch_norm(self.model):
             self._fold_norms(self._arguments(batch))
         if self.device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
             self._try_channels_last(batch)
 
-    def _few(self, batch: Batch) -> LossArguments:
-        """A few examples of a batch, or all where network or loss need more."""
+    def _tried(self, batch: Batch) -> Batch:
+        """A few examples of a batch that network and loss have been tried on; all where they need more."""
         try:
-            few = self._arguments(first_examples(batch, EXAMPLES))
-            self._evaluate(few)
+            few = first_examples(batch, EXAMPLES)
+            self._loss.try_out(self._arguments(few))
             return few
         except PnError:
             raise
         except Exception:
-            return self._arguments(batch)  # errors of this one are the user's to see
+            self._loss.try_out(self._arguments(batch))  # errors of this one are the user's to see
+            return batch
 
-    def _evaluate(self, at: LossArguments) -> None:
-        """Run network and loss, and check that the targets mean what the loss takes them for."""
-        at = map_tensors(at, torch.clone)  # a pass may write into the user's data
-        if not self.loss_fn.takes_model:
-            check_targets(self.loss_fn, self._loss.outputs(at, at.theta), at.targets)
-        self._loss_at_theta(at)
+    @property
+    def _few(self) -> LossArguments:
+        """A few examples of the first batch."""
+        return self._arguments(self._first_examples)
 
     def _check_repeatable(self, at: LossArguments) -> None:
         """Refuse a network or loss that draws random numbers."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.forward import IGNORED
 from pnanalysis.evaluation.losses import InspectedLoss, example_weights, known
-from pnanalysis.inputs.batches import batch_size, cut, map_tensors, tensors
+from pnanalysis.inputs.batches import batch_size, can_cut, cut, rows, tensors
 
 #: ``weight(inputs, targets)``, or what batches weigh by.
 Weight = Callable[[Any, Any], Any] | str | None
@@ -131,32 +131,45 @@ class BatchWeights:
             return weight
         return _known_weight(self.loss, batch)
 
-    def _parts(self, batch: Any) -> Iterator[tuple[Any, Any, Any, float, float, float]]:
-        """A batch, two parts of it and the losses of the three; for several ways of cutting it in two."""
-        n = batch_size(batch)
+    def _parts(self, batch: Any) -> Iterator[tuple[Any, Any, list[float]]]:
+        """Two parts of a batch, and the losses of the whole and of the parts; for several ways of cutting it in two."""
+        n, outputs = batch_size(batch), self._outputs_by_example(batch)
         for at in sorted({n // 2, n // 3} - {0}):
-            first, second = slice(0, at), slice(at, n)
-            try:
-                parts = cut(batch, first), cut(batch, second)
-            except Exception:  # graphs: examples are not along the first dim of all tensors
-                parts = None
-            try:
-                outputs = self.outputs(batch)
-                whole = self.of_outputs(outputs, batch[1])
-                pieces = [_cut_outputs(outputs, batch[1], part) for part in (first, second)]
-                losses = [self.of_outputs(*piece) for piece in pieces]
-                counted = parts or [((), piece[1]) for piece in pieces]
-            except Exception:  # what the network returns has no examples along its first dim
-                if parts is None:
-                    return
-                try:
-                    whole, *losses = (self.evaluate(piece) for piece in (batch, *parts))
-                    counted = parts
-                except Exception:  # it needs batches of one size
-                    return
-            yield batch, *counted, *(float(value.detach()) for value in (whole, *losses))
+            pieces = slice(0, at), slice(at, n)
+            parts = [cut(batch, piece) for piece in pieces] if can_cut(batch) else None
+            losses = self._of_parts_of_outputs(outputs, batch[1], pieces) or self._of_parts(batch, parts)
+            if losses is None:
+                return
+            one, other = parts or [((), rows(batch[1], piece)) for piece in pieces]
+            yield one, other, [float(value.detach()) for value in losses]
 
-    def _compare(self, batch: Any, one: Any, other: Any, whole: float, first: float, second: float) -> None:
+    def _outputs_by_example(self, batch: Any) -> Any:
+        """What the network returns, if it has a row for each example; else ``None``."""
+        try:
+            outputs = self.outputs(batch)
+        except Exception:  # a loss that takes the network may call it in its own way
+            return None
+        # the loss may be, or depend on, a number that belongs to the whole batch
+        whole = any(tensor.ndim == 0 and tensor.is_floating_point() for tensor in tensors(outputs))
+        return outputs if not whole and can_cut((outputs, batch[1])) else None
+
+    def _of_parts_of_outputs(self, outputs: Any, targets: Any, pieces: Sequence[slice]) -> list[Tensor] | None:
+        if outputs is None:
+            return None
+        try:
+            parts = (rows((outputs, targets), piece) for piece in pieces)
+            return [self.of_outputs(outputs, targets), *(self.of_outputs(*part) for part in parts)]
+        except Exception:  # the loss asks for outputs of the network's own class
+            return None
+
+    def _of_parts(self, batch: Any, parts: Sequence[Any] | None) -> list[Tensor] | None:
+        try:
+            return None if parts is None else [self.evaluate(part) for part in (batch, *parts)]
+        except Exception:  # network or loss need batches of one size
+            return None
+
+    def _compare(self, one: Any, other: Any, losses: Sequence[float]) -> None:
+        whole, first, second = losses
         if not all(abs(value) < float("inf") for value in (whole, first, second)):
             return  # a part without anything that counts: 0 / 0
         self._n_measured += 1
@@ -189,23 +202,13 @@ def _counts(batch: Any) -> dict[str, float]:
         label = place if len(places) == 1 else f"{place} ({i + 1})"
         if place == "targets":
             found[f"elements of the {label}"] = float(tensor.numel())
-        for shifted, rows in (("", tensor), ("shifted ", tensor[:, 1:] if tensor.ndim > 1 else tensor[:0])):
+        for shifted, part in (("", tensor), ("shifted ", tensor[:, 1:] if tensor.ndim > 1 else tensor[:0])):
             if tensor.is_floating_point():
-                found[f"sum of the {shifted}{label}"] = float(rows.double().sum())
+                found[f"sum of the {shifted}{label}"] = float(part.double().sum())
             else:
-                found[f"{shifted}{label} that are not {IGNORED}"] = float((rows != IGNORED).sum())
-                found[f"{shifted}{label} that are not 0"] = float((rows != 0).sum())
+                found[f"{shifted}{label} that are not {IGNORED}"] = float((part != IGNORED).sum())
+                found[f"{shifted}{label} that are not 0"] = float((part != 0).sum())
     return found
-
-
-def _cut_outputs(outputs: Any, targets: Any, part: slice) -> tuple[Any, Any]:
-    """Some of the examples of outputs and targets."""
-    sizes = {tensor.shape[:1] for tensor in tensors((outputs, targets)) if tensor.ndim}
-    whole = any(tensor.ndim == 0 and tensor.is_floating_point() for tensor in tensors(outputs))
-    if len(sizes) != 1 or whole:  # the loss may be, or depend on, a number that belongs to the whole batch
-        raise ValueError("these have no examples along one dim")
-    cut_outputs, cut_targets = map_tensors((outputs, targets), lambda t: t[part] if t.ndim else t)
-    return cut_outputs, cut_targets
 
 
 def _proportional(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from pnanalysis.curvature.parameters import Named, as_given, requiring_grad
 from pnanalysis.curvature.passes import autocast, unchanged
 from pnanalysis.errors import CurvatureError
-from pnanalysis.evaluation.forward import BoundLoss
-from pnanalysis.evaluation.losses import InspectedLoss, loss_on
+from pnanalysis.evaluation.forward import WithModel, within_model
+from pnanalysis.evaluation.losses import InspectedLoss, check_targets, loss_on
 from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
 from pnanalysis.inputs.random_states import random_states_kept, set_seed
 
@@ -59,7 +59,7 @@ class NetworkLoss:
         self.complex_names = frozenset(complex_names)
         self.protected = False
         self.seed: int | None = None
-        self._bound = BoundLoss(model, loss_fn) if loss_fn.takes_model else None
+        self._bound = WithModel(model, loss_fn) if loss_fn.takes_model else None
 
     def outputs(self, at: LossArguments, theta: Named) -> Any:
         """What the network returns."""
@@ -94,7 +94,7 @@ class NetworkLoss:
                 return self.of_outputs(outputs, at.targets)
         batch, state = self._arguments((at.inputs, at.targets), at, theta)
         with self._pass():
-            loss: Tensor = functional_call(self._bound, {f"model.{name}": t for name, t in state.items()}, batch)
+            loss: Tensor = functional_call(self._bound, within_model(state), (batch,))
             return loss
 
     def gradient(self, at: LossArguments, theta: Named) -> list[Tensor]:
@@ -105,12 +105,23 @@ class NetworkLoss:
             return [torch.zeros_like(tensor) for tensor in theta.values()]
         return list(torch.autograd.grad(loss, list(theta.values()), materialize_grads=True))
 
-    def protect(self, at: LossArguments) -> None:
-        """Find out whether a pass writes into its arguments, with copies of them; from then on passes get copies."""
+    def try_out(self, at: LossArguments) -> None:
+        """Run network and loss on copies; if they write into their arguments, all later passes get copies.
+
+        Raises
+        ------
+        DataError
+            See :func:`pnanalysis.evaluation.losses.check_targets`.
+        """
         copies: LossArguments = map_tensors(at, torch.clone)
         held = list(tensors(copies))
         before = [tensor._version for tensor in held]
-        self(copies, copies.theta)
+        if self._bound is None:
+            outputs = self.outputs(copies, copies.theta)
+            check_targets(self.loss_fn, outputs, copies.targets)
+            self.of_outputs(outputs, copies.targets)
+        else:
+            self(copies, copies.theta)
         self.protected = [tensor._version for tensor in held] != before
 
     def in_double(self) -> NetworkLoss:
@@ -118,7 +129,7 @@ class NetworkLoss:
         twin = copy(self)
         twin.dtype, twin.amp = torch.float64, "no"
         twin.loss_fn = loss_on(self.loss_fn, self.device, torch.float64)
-        twin._bound = BoundLoss(self.model, twin.loss_fn) if twin.loss_fn.takes_model else None
+        twin._bound = WithModel(self.model, twin.loss_fn) if twin.loss_fn.takes_model else None
         return twin
 
     def _arguments(self, given: Any, at: LossArguments, theta: Named) -> tuple[Any, Named]:

@@ -20,6 +20,7 @@ from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError, PnError, reason
 from pnanalysis.evaluation.losses import example_losses, example_weights, known
 from pnanalysis.inputs.batches import batch_size, cut
+from pnanalysis.inputs.copies import as_real
 from pnanalysis.torch_internals import tree_flatten, tree_map_only, tree_unflatten
 
 
@@ -156,8 +157,7 @@ class GGNOperator(CurvatureOperator):
 
     def _fit_passes(self, batch: Batch) -> None:
         super()._fit_passes(batch)
-        at = self._few(batch)
-        outputs, _, slope = self._cut(at, at.theta)
+        outputs, _, slope = self._cut(self._few, self._few.theta)
         used = [output for output, part in zip(outputs, slope, strict=True) if bool((part != 0).any())]
         if used and all(output.ndim == 0 for output in used):
             raise CurvatureError(
@@ -264,7 +264,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
     def _fit_passes(self, batch: Batch) -> None:
         super()._fit_passes(batch)
-        at = self._few(batch)
+        at = self._few
         whole = float(self._loss.of_outputs(self._loss.outputs(at, at.theta), at.targets).detach())
         # vmap cannot map a loss that branches on values or reads sizes, and outputs may belong to the whole batch
         for self._one_by_one in ("vmap", "loop", "passes"):
@@ -301,7 +301,7 @@ def _tensors_of(outputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], An
             filled[i] = torch.complex(*tensor.unbind(-1)) if i in complex_places else tensor
         return tree_unflatten(filled, spec)
 
-    return [torch.view_as_real(leaves[i]) if i in complex_places else leaves[i] for i in places], rebuild
+    return [as_real(leaves[i]) for i in places], rebuild
 
 
 def _example(nest: Any, i: int) -> Any:

@@ -89,13 +89,8 @@ def _matches(name: str, parameter: nn.Parameter, wanted: str | nn.Parameter) -> 
     )
 
 
-def as_real(parameters: Named) -> Named:
-    """The same memory as real numbers: a complex tensor gets a last dim of two, its real and imaginary parts."""
-    return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in parameters.items()}
-
-
 def as_given(theta: Named, complex_names: Collection[str]) -> Named:
-    """Undo :func:`as_real`, given the names of the complex parameters."""
+    """Undo :func:`pnanalysis.inputs.copies.as_real`, given the names of the complex parameters."""
     # not a view: the numbers may be part of a longer vector, at any offset
     return {name: torch.complex(*t.unbind(-1)) if name in complex_names else t for name, t in theta.items()}
 

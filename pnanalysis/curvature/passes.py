@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from pnanalysis.activations.eager import eager
 from pnanalysis.torch_internals import WEIGHT_NORM, without_checkpointing
 
 #: What ``amp`` may be.
@@ -50,11 +50,7 @@ def plain_passes(device: torch.device, amp: str, recurrent: bool = False) -> Ite
         if recurrent and device.type == "cuda":
             stack.enter_context(_setting(cudnn, "enabled", False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the other kernels for attention differentiate once only
-        # transformer encoders have a path for inference, on nested tensors, without any derivatives
-        stack.callback(backends.mha.set_fastpath_enabled, backends.mha.get_fastpath_enabled())
-        backends.mha.set_fastpath_enabled(False)
-        if "torch._dynamo" in sys.modules:  # something has been compiled; importing it would take seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eager())
         yield
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pnanalysis.curvature.parameters import Named, as_given, join_tensors, pullback, requiring_grad, split_vector
+from pnanalysis.evaluation.forward import WithModel, within_model
 
 Penalty = Callable[[nn.Module], Tensor]
 
@@ -23,7 +24,7 @@ class Regulariser:
     theta, others : mappings of str to Tensor
         The chosen parameters, and the other parameters and buffers.
     complex_names : collection of str
-        The chosen parameters that are complex: see :func:`pnanalysis.curvature.parameters.as_real`.
+        The chosen parameters that are complex: see :func:`pnanalysis.inputs.copies.as_real`.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Regulariser:
     ) -> None:
         self.complex_names = complex_names
         self.weight_decay, self.penalty = weight_decay, penalty
-        self._caller = None if penalty is None else _Caller(model, penalty)
+        self._caller = None if penalty is None else WithModel(model, penalty)
         self._theta, self._others = theta, others
         self._slope: tuple[Sequence[Tensor], list[Tensor]] | None = None
 
@@ -75,18 +76,6 @@ class Regulariser:
         """The penalty, seeing the model with ``theta`` in it."""
         if self._caller is None:
             return 0.0
-        held = {**self._others, **as_given(theta, self.complex_names)}
-        state = {f"model.{name}": tensor for name, tensor in held.items()}
+        state = within_model({**self._others, **as_given(theta, self.complex_names)})
         value: Tensor = functional_call(self._caller, state, ())
         return value
-
-
-class _Caller(nn.Module):
-    """Lets a penalty see the model with the parameters that ``functional_call`` puts in."""
-
-    def __init__(self, model: nn.Module, penalty: Penalty) -> None:
-        super().__init__()
-        self.model, self.penalty = model, penalty
-
-    def forward(self) -> Tensor:
-        return self.penalty(self.model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward, loss_of_model, prediction
 from pnanalysis.evaluation.losses import InspectedLoss, check_mean, check_targets, example_errors, example_losses
-from pnanalysis.inputs.batches import map_tensors, tensors
+from pnanalysis.inputs.batches import can_cut, leading_size, rows, tensors
 from pnanalysis.torch_internals import tree_map_only
 
 
@@ -57,7 +57,7 @@ class BatchPass:
     @property
     def n(self) -> int:
         """Number of examples: rows of the first tensor among targets, then inputs, that has any."""
-        return next(len(tensor) for tensor in tensors((self.targets, self.inputs)) if tensor.ndim)
+        return leading_size(self.targets, self.inputs)
 
     @property
     def prediction(self) -> Tensor | None:
@@ -103,13 +103,13 @@ class BatchPass:
 
     def _example(self, i: int) -> BatchPass:
         """The pass over a single example."""
-        sizes = {len(tensor) for tensor in tensors((self.inputs, self.targets)) if tensor.ndim}
-        if len(sizes) > 1:
+        if not can_cut((self.inputs, self.targets)):
+            sizes = {len(tensor) for tensor in tensors((self.inputs, self.targets)) if tensor.ndim}
             raise ModelError(
                 f"the loss cannot be computed one example at a time: tensors of the batch have {min(sizes)} to "
                 f"{max(sizes)} rows; give all one row an example"
             )
-        inputs, targets = map_tensors((self.inputs, self.targets), lambda t: t[i : i + 1] if t.ndim else t)
+        inputs, targets = rows((self.inputs, self.targets), slice(i, i + 1))
         return BatchPass.of(self.model, self.loss, inputs, targets, self.state, predict=False)
 
     def checked_examples(self) -> tuple[Tensor, Tensor]:

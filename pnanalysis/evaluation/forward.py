@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.backends import mha
 from torch.func import functional_call
 
+from pnanalysis.activations.eager import without_fast_path
 from pnanalysis.errors import ModelError
 from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
 from pnanalysis.inputs.models import Loss
@@ -75,20 +74,24 @@ def loss_of_model(
     """
     batch = copies_of((inputs, targets))
     with torch.enable_grad():
-        if state is None:
-            return _call(BoundLoss(model, loss), None, batch, {})
-        return _call(BoundLoss(model, loss), {f"model.{name}": tensor for name, tensor in state.items()}, batch, {})
+        value: Tensor = _call(WithModel(model, loss), None if state is None else within_model(state), (batch,), {})
+        return value
 
 
-class BoundLoss(nn.Module):
-    """A loss bound to a model, as a module, so that the model's parameters can be replaced during a call."""
+class WithModel(nn.Module):
+    """A function of a model as a module, in which the model's parameters can be replaced during a call."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.function = model, function
 
-    def forward(self, *batch: Any) -> Tensor:
-        return self.loss(self.model, batch)
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.function(self.model, *arguments)
+
+
+def within_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a :class:`WithModel`, from that of its model."""
+    return {f"model.{name}": tensor for name, tensor in state.items()}
 
 
 def copies_of(nest: Any) -> Any:
@@ -112,20 +115,6 @@ def _call(model: nn.Module, state: Mapping[str, Tensor] | None, arguments: Any, 
         if state is None:
             return model(*arguments, **keywords)
         return functional_call(model, dict(state), tuple(arguments), keywords)
-
-
-@contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Within the body, transformer encoders compute without gradients what they compute with them.
-
-    Their fast path packs padded sequences into nested tensors, on which hooks and vmap fail.
-    """
-    before = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        mha.set_fastpath_enabled(before)
 
 
 def prediction(outputs: Any) -> Tensor | None:
