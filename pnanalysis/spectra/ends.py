@@ -43,13 +43,15 @@ def bulk_edge(ds: xr.Dataset, gap: Gap, side: int, slack: float) -> Estimate:
     Without outliers that is the extreme eigenvalue. There is no interval where the residuals reach into the gap, or the
     number of outliers is not certain.
     """
-    value = side * ds["ritz_value"].values
+    value, residual = side * ds["ritz_value"].values, own_residuals(ds)
     inside = value < side * gap.middle  # false for NaN
     edge = float(value[inside].max())
-    reach = float((value + own_residuals(ds))[inside].max())
+    reach = float((value + residual)[inside].max())
     if reach >= side * gap.middle or not gap.is_counted:
         return Estimate(side * edge)
-    low, high = sorted((side * (edge - slack), side * (reach + slack)))
+    # what has not converged of outliers may raise a Ritz value beyond the edge
+    below = slack + (float(residual[value == edge].max()) if gap.n_outliers else 0.0)
+    low, high = sorted((side * (edge - below), side * (reach + slack)))
     return Estimate(side * edge, low=low, high=high)
 
 
@@ -80,7 +82,7 @@ def class_numbers(ds: xr.Dataset, n_classes: int, trace: Estimate, level: float,
     dict of str to Estimate
         ``class_ratio``, ``lambda_1 / lambda_C``; ``class_gap``, ``lambda_1 / lambda_(C+1)``; and ``class_trace``, the
         sum of the ``C`` largest over the trace. NaN where these Ritz values have not converged (to within
-        :data:`RESOLVED` of their size), or are not positive.
+        :data:`RESOLVED` of their size), or are not positive, and where the trace may not be.
     """
     value, residual = (column[: n_classes + 1] for column in leading(ds))
     if n_classes < 1 or len(value) <= n_classes or not (residual < RESOLVED * value).all():
@@ -94,8 +96,8 @@ def class_numbers(ds: xr.Dataset, n_classes: int, trace: Estimate, level: float,
 
 
 def _share(part: float, left_open: float, trace: Estimate, level: float) -> Estimate:
-    if not trace.value > 0:
+    """A part of the trace; NaN where the trace may not be positive."""
+    low, high = trace.interval(level)
+    if not low > 0:
         return Estimate(np.nan)
-    value, se = part / trace.value, part * trace.se / trace.value**2
-    low, high = Estimate(value, se, dof=trace.dof).interval(level)
-    return Estimate(value, se, low, high + left_open / trace.value)
+    return Estimate(part / trace.value, part * trace.se / trace.value**2, part / high, (part + left_open) / low, trace.dof)

@@ -32,7 +32,8 @@ def negative_mass(ds: xr.Dataset, level: float) -> Estimate:
     Estimate
         The standard error is that of sampling. The interval also includes what the moments of each probe leave open
         (:func:`pnanalysis.spectra.quadrature.mass_below`): a bound, which is wide where the threshold lies within a
-        cluster of eigenvalues that the nodes do not resolve.
+        cluster of eigenvalues that the nodes do not resolve. And each coupling of a deflated space to the rest, a
+        perturbation of rank two with one eigenvalue of either sign, may move one eigenvalue across the threshold.
     """
     measure = SpectralMeasure.from_dataset(ds)
     largest = float(np.abs(measure.node).max())
@@ -53,7 +54,8 @@ def negative_mass(ds: xr.Dataset, level: float) -> Estimate:
             value, left_open = value + mass * below, left_open + mass * uncertainty
     sampling = measure.mean(is_below)
     low, high = sampling.interval(level)
-    half = float(np.hypot((high - low) / 2, left_open))
+    n_couplings = np.count_nonzero(np.unique(ds["ritz_coupling"].values))
+    half = float(np.linalg.norm([(high - low) / 2, left_open, n_couplings**0.5 / measure.n_parameters]))
     return _fraction(Estimate(value, sampling.se, value - half, value + half, sampling.dof))
 
 

@@ -48,7 +48,7 @@ class Gap:
     middle : float
         A point within it; infinite, on the side of the outliers, where there are none.
     is_counted : bool
-        Whether there is a Ritz value for each outlier, so that their number has no error.
+        Whether their number is certain: there is a Ritz value for each, and the mass beyond the gap allows no other.
     """
 
     n_outliers: int
@@ -154,5 +154,6 @@ def _counted(ds: xr.Dataset, measure: SpectralMeasure, gap: Gap, side: int) -> G
     beyond = side * (measure.node - gap.middle) > 0
     mass = measure.total(beyond.astype(float))
     found = int((side * (ds["deflated_value"].values - gap.middle) > 0).sum()) if "deflated_value" in ds else 0
-    is_counted = found > 0 and abs(found - mass.value) <= 0.5 + 2 * mass.se
-    return replace(gap, n_outliers=found if is_counted else max(round(mass.value), 1), is_counted=is_counted)
+    if not found or abs(found - mass.value) > 0.5 + 2 * mass.se:
+        return replace(gap, n_outliers=max(round(mass.value), 1), is_counted=False)
+    return replace(gap, n_outliers=found, is_counted=abs(found - mass.value) + 2 * mass.se <= 0.5)
