@@ -70,7 +70,10 @@ _SPECTRUM_SCALARS = {
 }
 
 #: Quantities of a spectrum that a comparison lists.
-COMPARED_SPECTRUM = ("lambda_max", "lambda_min", "trace", "n_outliers", "effective_rank", "negative_mass")
+COMPARED_SPECTRUM = (
+    "lambda_max", "lambda_min", "trace", "n_outliers", "outlier_p", "class_ratio", "class_trace", "effective_rank",
+    "negative_curvature", "negative_mass",
+)  # fmt: skip
 
 _SPECTRUM = {
     "node": _var("quadrature", "loss", "quadrature node (eigenvalue)"),

@@ -269,7 +269,7 @@ def spectrum_differences(spectra: Sequence[xr.Dataset]) -> xr.Dataset:
     k, ends = len(spectra), ("", "_se", "_low", "_high")
     names = [f"{name}{end}" for name in schema.COMPARED_SPECTRUM for end in ends if f"{name}{end}" in spectra[0]]
     variables: dict[str, Any] = {
-        name: ("checkpoint", np.array([float(one[name]) for one in spectra])) for name in names
+        name: ("checkpoint", np.array([float(one.get(name, np.nan)) for one in spectra])) for name in names
     }
     pairs: dict[str, Array] = {}
     for i in range(k):
@@ -283,6 +283,8 @@ def _both_ways(found: xr.Dataset, names: Sequence[str]) -> dict[str, tuple[float
     """A difference of spectra as B minus A and as A minus B."""
     both = {}
     for name in names:
+        if name not in found:
+            continue
         stem, end = next((name.removesuffix(e), e) for e in ("_se", "_low", "_high", "") if name.endswith(e))
         back = {"_se": "_se", "_low": "_high", "_high": "_low", "": ""}[end]
         sign = 1.0 if end == "_se" else -1.0

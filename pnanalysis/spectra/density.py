@@ -49,6 +49,7 @@ def spectral_density(
     state: str | Path | None = None,
     save_every: float = 300.0,
     title: str = "spectrum",
+    n_classes: int | None = None,
 ) -> xr.Dataset:
     """Estimate the spectrum of a symmetric operator from its products with vectors.
 
@@ -93,6 +94,8 @@ def spectral_density(
         same result as without the interruption. The folder is removed on success.
     title : str
         Label of the progress bar.
+    n_classes : int, optional
+        Of a classifier: how far as many of the largest eigenvalues stand out is then part of the summary.
 
     Returns
     -------
@@ -123,7 +126,7 @@ def spectral_density(
     (55.0, 10)
     """
     operator = as_operator(operator)
-    at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, seed=seed, top_k=top_k)
+    at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, seed=seed, top_k=top_k, n_classes=n_classes)
     positive(ridge=ridge, kernel_width=kernel_width)
     _check_arguments(operator.shape[0], n_lanczos, n_probes, n_hvp)
     settings = SamplingSettings(
@@ -147,6 +150,7 @@ def spectral_density(
         "dtype": str(operator.dtype).removeprefix("torch."),
         "round_off": _ROUND_OFF.get(operator.dtype, ROUND_OFF),
         "positive_semidefinite": bool(getattr(operator, "positive_semidefinite", False)),
+        **({} if n_classes is None else {"n_classes": n_classes}),
     }
     ds = _dataset(sample, facts, top_k, ridge, kernel_width, grid)
     if state is not None:

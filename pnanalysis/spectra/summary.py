@@ -30,6 +30,8 @@ _WITH_SE = (
 )  # fmt: skip
 #: Scalars that are known up to an interval.
 _WITH_BOUNDS = ("lambda_max", "lambda_min", "bulk_edge_low", "bulk_edge_high", "gap_ratio")
+#: Scalars whose differences have no error.
+_WITHOUT_ERROR = ("n_outliers", "class_ratio", "class_gap", "class_trace")
 
 
 def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes: int | None = None) -> xr.Dataset:
@@ -80,7 +82,7 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
     (effective dimension). Roy and Vetterli, EUSIPCO 2007 (effective rank; here its participation-ratio form).
     """
     measure = SpectralMeasure.from_dataset(ds)
-    n_classes = int(ds.attrs.get("n_classes", 0)) if n_classes is None else n_classes
+    n_classes = int(ds.attrs.get("n_classes") or 0) if n_classes is None else n_classes
     largest = float(np.abs(measure.node).max())
     relative = float(ds.attrs.get("round_off", ROUND_OFF))
     slack = relative * largest
@@ -194,6 +196,8 @@ def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
         # ... while bounds that are not statistical add up.
         data[f"{name}_low"] = float(ds_b[f"{name}_low"] - ds_a[f"{name}_high"])
         data[f"{name}_high"] = float(ds_b[f"{name}_high"] - ds_a[f"{name}_low"])
+    for name in _WITHOUT_ERROR:
+        data[name] = float(ds_b[name] - ds_a[name])
     data |= _distance(SpectralMeasure.from_dataset(ds_a), SpectralMeasure.from_dataset(ds_b))
     labels = {"method_a": ds_a.attrs.get("method"), "method_b": ds_b.attrs.get("method")}
     return schema.finish(
