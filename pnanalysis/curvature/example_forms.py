@@ -51,7 +51,7 @@ _PARTS = 32
 _TRACED_SHAPES = 4
 
 EXAMPLES, PARTS, BATCHES = "examples", "parts of batches", "batches"
-Direction = Sequence[Tensor]
+Direction = list[Tensor]
 #: The terms that the units of a batch add to the form of its matrix along two directions, (n,).
 Form = Callable[[Direction, Direction], Tensor]
 
@@ -89,8 +89,8 @@ class ExampleForms:
         self._ends = np.cumsum([0, *sizes])
         self._groups = _groups(int(self._ends[-1]))
         factors = np.concatenate([w * each for w, each in zip(op.batches.weights, self._shares, strict=True)])
-        self.weights: NDArray[np.float64] = np.bincount(self._groups, factors)
-        self.digest = data.digest(self.unit if self.unit == EXAMPLES else f"{self.unit} {sizes}")
+        self.weights = np.bincount(self._groups, factors)
+        self.digest = data.digest(f"{len(self.weights)} groups of {self.unit} {'' if self.unit == EXAMPLES else sizes}")
 
     @property
     def cuts_batches(self) -> bool:
@@ -136,7 +136,7 @@ class ExampleForms:
         """Each batch's number, its weight, and the terms of its units."""
         op, traces = self.op, self._traces
         if self.unit == BATCHES:
-            for i, weight, product in op._products(list(pairs[0][0])):
+            for i, weight, product in op._products(pairs[0][0]):
                 yield i, weight, partial(_forms_of_parts, [product], torch.ones(1))
         elif self.unit == PARTS:
             for i, weight, at in op._weighted():
@@ -178,7 +178,7 @@ class _TracedForms:
 
         def form(u: Direction, v: Direction) -> Tensor:
             one = u is v
-            given = u if one else [*u, *v]
+            given = u if one else u + v
             if one not in programs:
                 programs[one] = self._kept.get((i, one)) or self._program(i, at, one, given)
             return programs[one](given)[0]
@@ -219,6 +219,9 @@ class _Trial:
         weights = op.batches.weighing.of_examples(op._first_examples)
         self.shares = _shares(op, EXAMPLES, weights.numpy())
         at, directions = op._few, [random_direction(op._theta, seed) for seed in (0, 1)]
+        self.op: CurvatureOperator
+        self.at: LossArguments
+        self.u: Direction
         self.op, self.at, self.u = in_double(op, at, directions[0]) or (op, at, directions[0])
         self.v = [part.to(like) for part, like in zip(directions[1], self.u, strict=True)]
         self.can_cut = can_cut((at.inputs, at.targets))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,7 @@ class ExampleSubset:
             if chosen.all():
                 yield batch
             elif chosen.any():
-                # inputs and targets may lie on different devices
-                yield map_tensors(batch, lambda t, c=chosen: t[c.to(t.device)] if t.ndim else t)
+                yield map_tensors(batch, partial(_taken, chosen))
 
 
 def random_parts(n: int, n_parts: int, seed: int) -> NDArray[np.int64]:
@@ -71,6 +71,10 @@ def random_parts(n: int, n_parts: int, seed: int) -> NDArray[np.int64]:
     parts = np.empty(n, dtype=np.int64)
     parts[np.random.default_rng(seed).permutation(n)] = np.arange(n) % n_parts
     return parts
+
+
+def _taken(chosen: Tensor, tensor: Tensor) -> Tensor:
+    return tensor[chosen.to(tensor.device)] if tensor.ndim else tensor
 
 
 def _fit(one: Any, other: Any) -> bool:

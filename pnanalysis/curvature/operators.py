@@ -15,6 +15,7 @@ from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
+from pnanalysis.curvature.passes import forward_twice
 from pnanalysis.curvature.product_check import moved, tolerance
 from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError, PnError, reason
@@ -57,12 +58,12 @@ class HessianOperator(CurvatureOperator):
         at_theta, of_outputs = _as_functions(self._loss, at)
         along_u, along_v = (dict(zip(self.names, w, strict=True)) for w in (u, v))
 
-        def pushed(theta: Named) -> tuple[list[Tensor], list[Tensor]]:
-            values, along = jvp(at_theta, (theta,), (along_v,))[:2]
-            return values, along
+        def pushed(theta: Named) -> Any:
+            return jvp(at_theta, (theta,), (along_v,))
 
-        (outputs, by_v), (by_u, second) = jvp(pushed, (at.theta,), (along_u,))
-        slope, curved = jvp(grad(of_outputs), (outputs,), (by_v,))
+        with forward_twice():
+            (outputs, by_v), (by_u, second) = jvp(pushed, (at.theta,), (along_u,))[:2]
+        slope, curved = grad(of_outputs)(outputs), _curved(of_outputs, outputs, by_v)
         n = batch_size((at.inputs, at.targets))
         return _by_row(by_u, curved, n) + _by_row(slope, second, n)
 
@@ -109,7 +110,7 @@ class GGNOperator(CurvatureOperator):
         at_theta, of_outputs = _as_functions(self._loss, at)
         outputs, by_v = jvp(at_theta, (at.theta,), (dict(zip(self.names, v, strict=True)),))[:2]
         by_u = by_v if u is v else jvp(at_theta, (at.theta,), (dict(zip(self.names, u, strict=True)),))[1]
-        curved = jvp(grad(of_outputs), (outputs,), (by_v,))[1]
+        curved = _curved(of_outputs, outputs, by_v)
         return _by_row(by_u, curved, batch_size((at.inputs, at.targets)))
 
     def _direct(self, at: LossArguments) -> Product:
@@ -332,6 +333,11 @@ def _tensors_of(outputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], An
         return tree_unflatten(filled, spec)
 
     return [as_real(leaves[i]) for i in places], rebuild
+
+
+def _curved(of_outputs: Callable[[Any], Tensor], outputs: list[Tensor], along: list[Tensor]) -> Any:
+    """The Hessian of the loss of the outputs times a direction, by reverse mode, in which torch knows more losses."""
+    return grad(lambda at: _inner(grad(of_outputs)(at), along))(outputs)
 
 
 def _by_row(a: list[Tensor], b: list[Tensor], n: int) -> Tensor:

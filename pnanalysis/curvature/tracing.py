@@ -38,6 +38,8 @@ Node = Any
 
 _aten = torch.ops.aten
 _ALIASES = {_aten.alias.default, _aten.detach.default, _aten.lift_fresh.default}
+#: Shares memory with its argument although its schema does not say so.
+_UNSAFE_VIEW = _aten._unsafe_view.default
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default}
 
 
@@ -205,7 +207,7 @@ def simplify(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         same = _same_values(node, written)
         # a node that is written into later must stay apart from the one it equals now
-        if same is not None and not {node, same} & written and _layout(same) == _layout(node):
+        if same is not None and not {node, same} & written and (_layout(same) == _layout(node) or _overlaps(node)):
             _replace(node, same)
     _merge_equal(graph, written)
     graph.eliminate_dead_code(_has_effect)
@@ -213,7 +215,7 @@ def simplify(graph: fx.Graph) -> None:
 
 def _merge_equal(graph: fx.Graph, written: set[Node]) -> None:
     """Compute the same thing once: derivatives along one vector, taken twice, have most of their nodes in common."""
-    changing, found = set(written), {}
+    changing, found = set(written), dict[str, Node]()
     for node in list(graph.nodes):
         sources, arguments = node.all_input_nodes, node.args
         if node.target == _aten.copy_.default and _is_overwritten(node.args[0]):  # where to is made for this copy alone
@@ -266,6 +268,12 @@ def _layout(node: Node) -> tuple[Any, ...] | None:
     return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else None
 
 
+def _overlaps(node: Node) -> bool:
+    """Whether numbers of a node's value share memory, as those of an expanded tensor: nothing can be copied there."""
+    value = node.meta["val"]
+    return any(step == 0 and size > 1 for size, step in zip(value.shape, value.stride(), strict=True))
+
+
 def _written(graph: fx.Graph) -> set[Node]:
     """All nodes whose memory a later node writes into, directly or through a view."""
     written = set()
@@ -279,7 +287,9 @@ def _written(graph: fx.Graph) -> set[Node]:
 
 def _is_view(node: Node) -> bool:
     """Whether the node's value may share memory with its first argument (one of several views, for ``getitem``)."""
-    return node.target is operator.getitem or (bool(node.args) and returns_view(node.target))
+    if node.target in (operator.getitem, _UNSAFE_VIEW):
+        return True
+    return bool(node.args) and returns_view(node.target)
 
 
 def _replace(node: Node, by: Any) -> None:
