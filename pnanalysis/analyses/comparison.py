@@ -35,7 +35,7 @@ from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, Selection, select
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.spectra.density import spectral_density
-from pnanalysis.spectra.summary import compare_spectra
+from pnanalysis.spectra.differences import compare_spectra
 from pnanalysis.terminal.progress import progress_bar
 
 #: Options of :func:`pnanalysis.hessian` where none are given: a modest budget.

@@ -22,10 +22,8 @@ from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.runs import ANALYSIS
-from pnanalysis.spectra.inner_products import inner_products, norms
-from pnanalysis.spectra.linear_operator import LinearOperator, random_unit_vectors
-
-_SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
+from pnanalysis.spectra.finished import saved_or_computed
+from pnanalysis.spectra.linear_operator import LinearOperator
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -115,19 +113,7 @@ class SpectrumCache:
     def finished(self, layer: str, operator: LinearOperator, compute: Callable[..., xr.Dataset]) -> xr.Dataset:
         """The spectrum of a layer (``""`` for the whole network): the saved one if there is, else ``compute(state=)``.
 
-        Names cannot tell whether a user's code or data have changed meanwhile. One product can, so it is compared
-        with that of the operator whose spectrum was saved.
+        See :func:`pnanalysis.spectra.finished.saved_or_computed`.
         """
         name = "-".join(part for part in (self.weights[:16], layer.replace("/", "-")) if part)
-        path = self.folder / f"{name}.nc"
-        vector = random_unit_vectors(operator, [0], seed=0)
-        product = operator.matmat(vector)
-        fresh = np.array([float(inner_products(vector, product)), float(norms(product))])
-        if path.is_file():
-            found = netcdf.load(path)
-            before = np.asarray(found.attrs.pop("product", np.nan))
-            if np.abs(before - fresh).max() <= _SAME_PRODUCT * fresh[1]:
-                return found
-        ds = compute(state=path.with_suffix(""))
-        netcdf.save(ds.assign_attrs(product=fresh), path)
-        return ds
+        return saved_or_computed(self.folder / f"{name}.nc", operator, compute)

@@ -136,7 +136,7 @@ def _within(ds: xr.Dataset, name: str, **style: bool) -> Estimate:
 
 def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
     """Each checkpoint minus the first. A W1 distance near that of noise alone is no difference."""
-    from pnanalysis.spectra.summary import compare_spectra
+    from pnanalysis.spectra.differences import compare_spectra
 
     first, *others = (ds.sel(checkpoint=name) for name in ds.checkpoint.values)
     rows = []

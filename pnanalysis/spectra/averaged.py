@@ -36,6 +36,10 @@ class AveragedOperator(LinearOperator, Protocol):
         """
         ...
 
+    def product_without_data(self, V: torch.Tensor) -> torch.Tensor:
+        """``R V`` for vectors ``(P, k)``; zero where there is no such part."""
+        ...
+
     def subset(
         self, parts: list[int], n_parts: int, seed: int = 0, expected_products: int = 1000
     ) -> LinearOperator:

@@ -41,6 +41,9 @@ class SyntheticAverage:
         left, right = (np.einsum("grp,pk->grk", self.factors, W.numpy(), optimize=True) for W in (U, V))
         return torch.from_numpy(np.einsum("gr,grk,grk->kg", self.coefficients, left, right, optimize=True))
 
+    def product_without_data(self, V: torch.Tensor) -> torch.Tensor:
+        return self.ridge * V
+
     def subset(
         self, parts: list[int], n_parts: int, seed: int = 0, expected_products: int = 1000
     ) -> SyntheticAverage:

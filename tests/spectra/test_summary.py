@@ -9,7 +9,8 @@ from scipy.stats import wasserstein_distance
 
 from pnanalysis import schema
 from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.summary import compare_spectra, summarise
+from pnanalysis.spectra.differences import compare_spectra
+from pnanalysis.spectra.summary import summarise
 from tests.spectra.known_spectra import BUDGETS, spectrum, spiked
 
 

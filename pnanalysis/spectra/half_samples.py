@@ -1,0 +1,158 @@
+"""Balanced half samples of the examples, and the error that the spectra of complementary halves tell.
+
+The examples are cut at random into eight equal parts. Each row of a Hadamard matrix of order 8, but for the first, says
+which four parts make one half; the other four are its complement. For a number that is linear in the examples, half the
+difference of the two halves' values has the variance of the number itself, and the seven differences are uncorrelated.
+The same probes are used in both halves, so that their noise nearly cancels.
+
+References
+----------
+P. J. McCarthy, Pseudo-replication: half samples, Review of the International Statistical Institute 37 (1969).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from scipy.linalg import hadamard
+from scipy.stats import t as student_t
+
+from pnanalysis.kinds import INTERVALS
+from pnanalysis.spectra.averaged import AveragedOperator
+from pnanalysis.spectra.linear_operator import LinearOperator
+
+#: Parts that the examples are cut into.
+N_PARTS = 8
+
+
+def half_samples() -> list[tuple[list[int], list[int]]]:
+    """The parts of each half and of its complement."""
+    return [
+        (np.flatnonzero(row > 0).tolist(), np.flatnonzero(row < 0).tolist()) for row in hadamard(N_PARTS)[1:]
+    ]
+
+
+def half_sample_spectra(
+    operator: AveragedOperator, compute: Callable[[LinearOperator, str], xr.Dataset], seed: int, n_products: int
+) -> xr.Dataset:
+    """Spectra of all half samples.
+
+    Parameters
+    ----------
+    operator : AveragedOperator
+    compute : callable
+        Spectrum of an operator, under a name that tells half samples apart.
+    seed : int
+        Of the parts.
+    n_products : int
+        That one spectrum takes.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``replicate_node`` and ``replicate_weight`` (replicate, half, replicate_quadrature), padded with NaN, and
+        ``replicate_value`` (statistic, replicate, half), the numbers with an interval.
+    """
+    pairs = [
+        [
+            compute(operator.subset(parts, N_PARTS, seed, n_products), f"half-{i}{end}")
+            for parts, end in zip(pair, "ab", strict=True)
+        ]
+        for i, pair in enumerate(half_samples(), start=1)
+    ]
+    names = [name for name in INTERVALS if name in pairs[0][0]]
+    values = [[[float(half[name]) for half in pair] for pair in pairs] for name in names]
+    return xr.Dataset(
+        {
+            "replicate_node": (("replicate", "half", "replicate_quadrature"), _padded(pairs, "node")),
+            "replicate_weight": (("replicate", "half", "replicate_quadrature"), _padded(pairs, "weight")),
+            "replicate_value": (("statistic", "replicate", "half"), np.array(values)),
+        },
+        {"statistic": names},
+    )
+
+
+def _padded(pairs: Sequence[Sequence[xr.Dataset]], name: str) -> np.ndarray:
+    longest = max(half[name].size for pair in pairs for half in pair)
+    table = np.full((len(pairs), 2, longest), np.nan)
+    for row, pair in zip(table, pairs, strict=True):
+        for place, half in zip(row, pair, strict=True):
+            place[: half[name].size] = half[name].values
+    return table
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Differences ``(replicate, ...)`` of a number, or of several, between halves and their complements."""
+
+    values: np.ndarray
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Of the number over all the examples, ``(...)``."""
+        return np.asarray(np.mean(self.values**2, axis=0) / 4)
+
+    @property
+    def se(self) -> float:
+        """Standard error of a single number for the choice of examples."""
+        return float(np.sqrt(self.variance))
+
+    @property
+    def dof(self) -> int:
+        """Degrees of freedom of the standard error."""
+        return len(self.values)
+
+    def minus(self, other: Contrasts) -> Contrasts:
+        """Those of the difference of two numbers, of the same half samples."""
+        return Contrasts(self.values - other.values)
+
+    def half_width(self) -> float:
+        """Of the 95 % interval."""
+        return float(student_t.ppf(0.975, self.dof)) * self.se
+
+
+def has_half_samples(ds: xr.Dataset) -> bool:
+    """Whether a ``"spectral_density"`` dataset of one checkpoint holds the spectra of half samples."""
+    return "replicate_node" in ds and bool(np.isfinite(ds["replicate_node"].values).any())
+
+
+def contrasts(ds: xr.Dataset) -> dict[str, Contrasts]:
+    """The contrasts of all numbers with an interval, by name; empty without half samples."""
+    if not has_half_samples(ds):
+        return {}
+    values = {str(name): ds["replicate_value"].sel(statistic=name).values for name in ds["statistic"].values}
+    return {
+        name: Contrasts(halves[:, 0] - halves[:, 1]) for name, halves in values.items() if np.isfinite(halves).all()
+    }
+
+
+def contrasts_of_means(ds: xr.Dataset, f: Callable[[np.ndarray], np.ndarray]) -> Contrasts:
+    """The contrasts of averages over the spectrum.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+    f : callable
+        Values ``(n, quadrature)`` of ``n`` functions at nodes ``(quadrature,)``.
+    """
+    means = []
+    for nodes, weights in zip(ds["replicate_node"].values, ds["replicate_weight"].values, strict=True):
+        keep = np.isfinite(nodes)
+        means.append([f(node[k]) @ weight[k] for node, weight, k in zip(nodes, weights, keep, strict=True)])
+    return Contrasts(np.array([a - b for a, b in means]))
+
+
+def cumulative_contrasts(ds: xr.Dataset, points: np.ndarray) -> Contrasts:
+    """The contrasts of the cumulative distribution at ascending points ``(n,)``."""
+    steps = []
+    for nodes, weights in zip(ds["replicate_node"].values, ds["replicate_weight"].values, strict=True):
+        pair = []
+        for node, weight in zip(nodes, weights, strict=True):
+            order = np.argsort(node)[: np.isfinite(node).sum()]
+            cumulative = np.concatenate([[0.0], np.cumsum(weight[order])])
+            pair.append(cumulative[np.searchsorted(node[order], points, side="right")])
+        steps.append(pair[0] - pair[1])
+    return Contrasts(np.array(steps))
