@@ -33,6 +33,8 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.averaged import AveragedOperator
 from pnanalysis.spectra.inner_products import inner_products
 
+#: What the option ``data_error`` may be.
+DATA_ERRORS = ("examples", "groups", "none")
 #: With fewer groups there is no error.
 FEWEST_GROUPS = 8
 #: Largest eigenvalues whose forms are kept where the number of classes is not known.
@@ -62,6 +64,8 @@ class DataForms:
         How many vectors :meth:`add_leading` (without the last one) and :meth:`add_probes` are to be given.
     reason : str
         Why there is no data error; empty if there is one.
+    top_vector : torch.Tensor or None
+        The Ritz vector ``(P,)`` of the largest Ritz value.
     """
 
     def __init__(self, operator: AveragedOperator, n_products: int, n_classes: int | None = None) -> None:
@@ -71,6 +75,7 @@ class DataForms:
             self.n_leading = max(min(n_classes + 1, n_products // PRODUCTS_PER_PROBE * 4), N_LEADING)
         self.n_probes = int(np.clip(n_products // PRODUCTS_PER_PROBE, FEWEST_PROBES, MOST_PROBES))
         self.reason = ""
+        self.top_vector: Tensor | None = None
         self._leading: np.ndarray | None = None
         self._squares: np.ndarray | None = None
         self._probes: list[np.ndarray] = []  # (2, group) for each: the forms of the trace and of the squares
@@ -92,7 +97,7 @@ class DataForms:
                 f"{deviation / np.abs(value).max():.1%} of the largest"
             )
             return
-        self._leading, self._squares = forms, value @ forms
+        self._leading, self._squares, self.top_vector = forms, value @ forms, vector[:, 0].clone()
 
     def add_probes(self, probe: Tensor, product: Tensor) -> None:
         """Take probes ``(P, b)`` of the space orthogonal to all leading vectors, and the products with them."""

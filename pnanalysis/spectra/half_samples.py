@@ -14,18 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import torch
 import xarray as xr
 from scipy.linalg import hadamard
 from scipy.stats import t as student_t
 
 from pnanalysis.kinds import INTERVALS
 from pnanalysis.spectra.averaged import AveragedOperator
-from pnanalysis.spectra.linear_operator import LinearOperator
+from pnanalysis.spectra.data_error import DataForms
+from pnanalysis.spectra.finished import saved_or_computed
+from pnanalysis.spectra.lanczos import Lanczos
 
 #: Parts that the examples are cut into.
 N_PARTS = 8
+#: Lanczos steps on each of two halves, from the leading Ritz vector.
+STEPS_PER_HALF = 4
 
 
 def half_samples() -> list[tuple[list[int], list[int]]]:
@@ -35,34 +42,82 @@ def half_samples() -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def half_sample_spectra(
-    operator: AveragedOperator, compute: Callable[[LinearOperator, str], xr.Dataset], seed: int, n_products: int
+def sample_examples(
+    forms: DataForms, data_error: str, of_half: Callable[..., xr.Dataset], seed: int, state: Path | None, title: str
 ) -> xr.Dataset:
-    """Spectra of all half samples.
+    """Everything about the choice of examples that a spectrum is stored with.
+
+    Parameters
+    ----------
+    forms : DataForms
+        That have been fed.
+    data_error : {"examples", "groups"}
+    of_half : callable
+        Spectrum of an operator; takes ``state`` and ``title`` too.
+    seed : int
+        Of the partitions.
+    state : path, optional
+        A folder for what is finished.
+    title : str
+        Label of progress bars.
+
+    Returns
+    -------
+    xarray.Dataset
+        What :meth:`pnanalysis.spectra.data_error.DataForms.dataset`, :func:`half_sample_spectra` and
+        :func:`lambda_max_of_halves` give, with the attributes ``data_error`` and ``n_hvp_data``.
+    """
+    ds, n_hvp = forms.dataset(), 0.0
+    found = "none" if forms.reason else "examples"
+    if forms.top_vector is not None:
+        ds["lambda_max_half"], n_hvp = lambda_max_of_halves(forms.operator, forms.top_vector, seed)
+    if data_error == "groups":
+        spectra = half_sample_spectra(forms.operator, of_half, seed, state, title)
+        ds, found, n_hvp = ds.merge(spectra), "groups", n_hvp + spectra.attrs["n_hvp_data"]
+    return ds.assign_attrs(data_error=found, n_hvp_data=n_hvp)
+
+
+def lambda_max_of_halves(operator: AveragedOperator, start: torch.Tensor, seed: int) -> tuple[float, float]:
+    """Mean largest eigenvalue over two halves of the examples, and the products that it took.
+
+    The largest eigenvalue of a sample is biased upwards, the more so the fewer the examples: if that over half as many
+    is much larger, that over all of them is still too large.
 
     Parameters
     ----------
     operator : AveragedOperator
-    compute : callable
-        Spectrum of an operator, under a name that tells half samples apart.
+    start : torch.Tensor
+        ``(P,)``, about the eigenvector over all examples, from which a few Lanczos steps are taken.
     seed : int
-        Of the parts.
-    n_products : int
-        That one spectrum takes.
+        Of the partition.
+    """
+    n_steps, values = min(STEPS_PER_HALF, len(start)), []
+    for part in (0, 1):
+        half = operator.subset([part], 2, seed, n_steps)
+        lanczos = Lanczos(half, start[:, None], n_steps, symmetry_tolerance=np.inf).extend(n_steps)
+        values.append(float(lanczos.ritz_pairs()[0][-1]))
+    return float(np.mean(values)), float(n_steps)
+
+
+def half_sample_spectra(
+    operator: AveragedOperator, of_half: Callable[..., xr.Dataset], seed: int, state: Path | None, title: str
+) -> xr.Dataset:
+    """Spectra of all half samples.
 
     Returns
     -------
     xarray.Dataset
         ``replicate_node`` and ``replicate_weight`` (replicate, half, replicate_quadrature), padded with NaN, and
-        ``replicate_value`` (statistic, replicate, half), the numbers with an interval.
+        ``replicate_value`` (statistic, replicate, half), the numbers with an error.
     """
-    pairs = [
-        [
-            compute(operator.subset(parts, N_PARTS, seed, n_products), f"half-{i}{end}")
-            for parts, end in zip(pair, "ab", strict=True)
-        ]
-        for i, pair in enumerate(half_samples(), start=1)
-    ]
+    pairs = []
+    for i, pair in enumerate(half_samples(), start=1):
+        pairs.append([])
+        for parts, end in zip(pair, "ab", strict=True):
+            half = operator.subset(parts, N_PARTS, seed)
+            compute = partial(of_half, half, title=f"{title}, half sample {i}{end} of {N_PARTS - 1}")
+            file = None if state is None else state / f"half-{i}{end}.nc"
+            pairs[-1].append(compute() if file is None else saved_or_computed(file, half, compute))
     names = [name for name in INTERVALS if name in pairs[0][0]]
     values = [[[float(half[name]) for half in pair] for pair in pairs] for name in names]
     return xr.Dataset(
@@ -72,6 +127,7 @@ def half_sample_spectra(
             "replicate_value": (("statistic", "replicate", "half"), np.array(values)),
         },
         {"statistic": names},
+        {"n_hvp_data": sum(half.attrs["n_hvp"] for pair in pairs for half in pair) / 2},
     )
 
 
