@@ -63,9 +63,7 @@ _SPECTRUM_SCALARS = {
 }
 
 #: Numbers of a spectrum with an error.
-INTERVALS = tuple(
-    name for name in _SPECTRUM_SCALARS if {f"{name}_se", f"{name}_low"} & _SPECTRUM_SCALARS.keys()
-)
+INTERVALS = tuple(name for name in _SPECTRUM_SCALARS if {f"{name}_se", f"{name}_low"} & _SPECTRUM_SCALARS.keys())
 
 _ERROR_PARTS = {
     "_se": "standard error, of probes and examples,",

@@ -40,9 +40,7 @@ class AveragedOperator(LinearOperator, Protocol):
         """``R V`` for vectors ``(P, k)``; zero where there is no such part."""
         ...
 
-    def subset(
-        self, parts: list[int], n_parts: int, seed: int = 0, expected_products: int = 1000
-    ) -> LinearOperator:
+    def subset(self, parts: list[int], n_parts: int, seed: int = 0, expected_products: int = 1000) -> LinearOperator:
         """The same matrix over the examples in some parts of a random partition into ``n_parts`` equal parts.
 
         Parameters

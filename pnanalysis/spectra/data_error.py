@@ -1,7 +1,7 @@
 r"""The error that the choice of examples causes, from quadratic forms of the matrices of single examples.
 
-For ``H = sum_g w_g H_g`` over ``n`` groups of examples, a smooth function of ``H`` changes by a sum over groups to first
-order: a group that weighs more by ``dw_g`` adds ``dw_g q_g``. The trace has ``q_g = tr H_g``, the Frobenius norm
+For ``H = sum_g w_g H_g`` over ``n`` groups of examples, a smooth function of ``H`` changes by a sum over groups to
+first order: a group that weighs more by ``dw_g`` adds ``dw_g q_g``. The trace has ``q_g = tr H_g``, the Frobenius norm
 ``tr(H H_g) / |H|``, and an eigenvalue ``u' H_g u`` of its eigenvector. The variance over samples of as many groups is
 then, with ``q`` the mean by ``w``,
 
@@ -111,9 +111,9 @@ class DataForms:
         """``(k, group)``, or ``None`` from the first failure on."""
         if self.reason:
             return None
-        like = {"device": self.operator.device, "dtype": self.operator.dtype}
+        device, dtype = self.operator.device, self.operator.dtype
         try:
-            forms = self.operator.forms(U.to(**like), V.to(**like)).numpy()
+            forms: np.ndarray = self.operator.forms(U.to(device, dtype), V.to(device, dtype)).numpy()
         except CurvatureError as error:
             self.reason = str(error)
             return None
@@ -139,13 +139,12 @@ class DataForms:
             two halves of the probes as ``NAME_spread``; ``top_form`` (leading, group); ``lambda_min_form`` (group); and
             the scalar coordinate ``group_digest``.
         """
-        if self._leading is None or not self._probes:
-            self.reason = self.reason or "no vectors were sampled for it"
-        if self.reason:
+        leading, squares, probes = self._leading, self._squares, np.array(self._probes)
+        if leading is None or squares is None or not len(probes):
+            self.reason = self.reason or "the spectrum has no probes"
+        if self.reason or leading is None or squares is None:
             warnings.warn(f"no error for the choice of examples: {self.reason}", stacklevel=2)
             return xr.Dataset()
-        leading, squares, probes = self._leading, self._squares, np.array(self._probes)
-        assert leading is not None and squares is not None
         # one vector alone is the largest and the smallest
         top, smallest = leading[:-1] if len(leading) > 1 else leading, leading[-1]
         first, second = (probes[half::2].mean(0) if len(probes) > 1 else probes[0] for half in (0, 1))
@@ -248,8 +247,13 @@ def _influences(ds: xr.Dataset) -> Iterator[tuple[str, Influence]]:
     if norm > 0 and ds.attrs.get("positive_semidefinite") and float(ds["trace"]) > 0:
         scale = 2 * float(ds["effective_rank"])
         by_trace, by_square = scale / float(ds["trace"]), scale / norm**2
-        yield "effective_rank", Influence(
-            weight, by_trace * trace.form - by_square * square.form, by_trace * trace.spread - by_square * square.spread
+        yield (
+            "effective_rank",
+            Influence(
+                weight,
+                by_trace * trace.form - by_square * square.form,
+                by_trace * trace.spread - by_square * square.spread,
+            ),
         )
     yield from _class_influences(ds, trace, top)
 

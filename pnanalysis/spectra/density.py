@@ -173,7 +173,7 @@ def spectral_density(
             max_memory_bytes=max_memory_bytes, symmetry_tolerance=symmetry_tolerance, save_every=save_every,
             progress=progress, data_error="none", n_classes=n_classes,
         )  # fmt: skip
-        of_data = sample_examples(forms, data_error, of_half, seed, settings.state, title)
+        of_data = sample_examples(forms, data_error, of_half, settings.state, title)
     ds = _dataset(sample, of_data, top_k, ridge, kernel_width, grid)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import xarray as xr
 from scipy.special import gammaln
@@ -12,7 +10,7 @@ from scipy.stats import wasserstein_distance
 from pnanalysis import schema
 from pnanalysis.errors import CurvatureError
 from pnanalysis.kinds import INTERVALS
-from pnanalysis.spectra.half_samples import cumulative_contrasts, has_half_samples
+from pnanalysis.spectra.half_samples import distance_between_halves, has_half_samples
 from pnanalysis.spectra.quadrature import SpectralMeasure
 from pnanalysis.spectra.total_error import DataError, data_errors, own_ends, own_se
 
@@ -56,8 +54,9 @@ def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
 
     *Distance.* It is the integral of the absolute difference of two cumulative distributions. For equal spectra that
     difference is noise of mean zero. Its variance at each point is estimated from the scatter of the probes
-    (:meth:`pnanalysis.spectra.quadrature.SpectralMeasure.cumulative_variance`) and, where both spectra have half
-    samples, from these. For a normal distribution its mean absolute value is :math:`\sqrt{2/\pi}` standard deviations.
+    (:meth:`pnanalysis.spectra.quadrature.SpectralMeasure.cumulative_variance`), and for a normal distribution its
+    mean absolute value is :math:`\sqrt{2/\pi}` standard deviations. Where both spectra have half samples, these tell
+    what the choice of examples adds (:func:`pnanalysis.spectra.half_samples.distance_between_halves`).
     The scatter of the probes includes the randomness of the nodes' masses and places, but not what all probes have in
     common, the space that was deflated first: with very many probes of a large matrix, two estimates differ by up to
     1.5 times the noise given here. With a single sampled probe (besides one that was deflated) there is no scatter, and
@@ -77,7 +76,7 @@ def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
             data[name] = float(ds_b[name] - ds_a[name])
             error = _data_error(errors_a.get(name), errors_b.get(name), same)
             data |= _errors(ds_a, ds_b, name, *error)
-    distance, covers = _distance(ds_a, ds_b, same)
+    distance, covers = _distance(ds_a, ds_b)
     return schema.finish(
         xr.Dataset({name: ((), value) for name, value in (data | distance).items()}),
         "spectrum_comparison",
@@ -147,36 +146,30 @@ def _interval(ds_a: xr.Dataset, ds_b: xr.Dataset, name: str, half_width: float) 
     return b - a - sum(below) - half_width, b - a + sum(above) + half_width
 
 
-def _distance(ds_a: xr.Dataset, ds_b: xr.Dataset, same: bool) -> tuple[dict[str, float], str]:
+def _distance(ds_a: xr.Dataset, ds_b: xr.Dataset) -> tuple[dict[str, float], str]:
     """The Wasserstein-1 distance of two spectra and its noise, and what the noise includes."""
     a, b = SpectralMeasure.from_dataset(ds_a), SpectralMeasure.from_dataset(ds_b)
-    points = np.unique(np.concatenate([a.node, b.node]))
-    variances = [measure.cumulative_variance(points[:-1]) for measure in (a, b)]
-    covers = "probes"
+    noise, covers = _probe_noise(a, b), "probes"
     if has_half_samples(ds_a) and has_half_samples(ds_b):
-        variances += _data_variances(ds_a, ds_b, points[:-1], same)
-        covers = "probes and examples"
-    variance = np.sum([part for part, _ in variances], axis=0)
-    # Satterthwaite's degrees of freedom of the sum of variances; infinite where none has any
-    weighted = np.sum([np.square(part) / dof for part, dof in variances if dof] or [np.zeros_like(variance)], axis=0)
-    dof = np.divide(variance**2, weighted, out=np.full(variance.shape, np.inf), where=weighted > 0)
-    # Standard errors at the points are added, as if fully correlated: a bound for the integral from above, while the
-    # mean of its absolute value is such a sum whatever the correlation.
-    se = float((np.sqrt(variance) / _mean_root_factor(dof)) @ np.diff(points))
+        # a sum, as if both changed the same part of the spectrum by the same sign: it is at most 1.4 times too large
+        noise, covers = noise + distance_between_halves(ds_a, ds_b), "probes and examples"
     return {
         "wasserstein1": float(wasserstein_distance(a.node, b.node, a.weight, b.weight)),
-        "wasserstein1_noise": float(np.sqrt(2 / np.pi)) * se,
-        "wasserstein1_se": se,
+        "wasserstein1_noise": noise,
+        "wasserstein1_se": float(np.sqrt(np.pi / 2)) * noise,
     }, covers
 
 
-def _data_variances(
-    ds_a: xr.Dataset, ds_b: xr.Dataset, points: np.ndarray, same: bool
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Variances of the difference of two cumulative distributions for the choice of examples, and their dof."""
-    ours, theirs = (cumulative_contrasts(ds, points) for ds in (ds_a, ds_b))
-    for contrast in [theirs.minus(ours)] if same else [ours, theirs]:
-        yield contrast.variance, contrast.dof
+def _probe_noise(a: SpectralMeasure, b: SpectralMeasure) -> float:
+    """The distance expected between two estimates of one spectrum by different probes."""
+    points = np.unique(np.concatenate([a.node, b.node]))
+    (var_a, dof_a), (var_b, dof_b) = (measure.cumulative_variance(points[:-1]) for measure in (a, b))
+    variance = var_a + var_b
+    # Satterthwaite's degrees of freedom of the sum of two variances; infinite where neither has any
+    weighted = sum(np.square(part) / dof for part, dof in ((var_a, dof_a), (var_b, dof_b)) if dof)
+    dof = np.divide(variance**2, weighted, out=np.full(variance.shape, np.inf), where=weighted > 0)
+    # the mean of an integral of absolute values is the sum of theirs, whatever their correlation
+    return float(np.sqrt(2 / np.pi) * (np.sqrt(variance) / _mean_root_factor(dof)) @ np.diff(points))
 
 
 def _mean_root_factor(dof: np.ndarray) -> np.ndarray:

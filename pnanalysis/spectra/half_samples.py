@@ -37,13 +37,11 @@ STEPS_PER_HALF = 4
 
 def half_samples() -> list[tuple[list[int], list[int]]]:
     """The parts of each half and of its complement."""
-    return [
-        (np.flatnonzero(row > 0).tolist(), np.flatnonzero(row < 0).tolist()) for row in hadamard(N_PARTS)[1:]
-    ]
+    return [(np.flatnonzero(row > 0).tolist(), np.flatnonzero(row < 0).tolist()) for row in hadamard(N_PARTS)[1:]]
 
 
 def sample_examples(
-    forms: DataForms, data_error: str, of_half: Callable[..., xr.Dataset], seed: int, state: Path | None, title: str
+    forms: DataForms, data_error: str, of_half: Callable[..., xr.Dataset], state: Path | None, title: str
 ) -> xr.Dataset:
     """Everything about the choice of examples that a spectrum is stored with.
 
@@ -54,8 +52,6 @@ def sample_examples(
     data_error : {"examples", "groups"}
     of_half : callable
         Spectrum of an operator; takes ``state`` and ``title`` too.
-    seed : int
-        Of the partitions.
     state : path, optional
         A folder for what is finished.
     title : str
@@ -70,14 +66,14 @@ def sample_examples(
     ds, n_hvp = forms.dataset(), 0.0
     found = "none" if forms.reason else "examples"
     if forms.top_vector is not None:
-        ds["lambda_max_half"], n_hvp = lambda_max_of_halves(forms.operator, forms.top_vector, seed)
+        ds["lambda_max_half"], n_hvp = lambda_max_of_halves(forms.operator, forms.top_vector)
     if data_error == "groups":
-        spectra = half_sample_spectra(forms.operator, of_half, seed, state, title)
+        spectra = half_sample_spectra(forms.operator, of_half, state, title)
         ds, found, n_hvp = ds.merge(spectra), "groups", n_hvp + spectra.attrs["n_hvp_data"]
     return ds.assign_attrs(data_error=found, n_hvp_data=n_hvp)
 
 
-def lambda_max_of_halves(operator: AveragedOperator, start: torch.Tensor, seed: int) -> tuple[float, float]:
+def lambda_max_of_halves(operator: AveragedOperator, start: torch.Tensor) -> tuple[float, float]:
     """Mean largest eigenvalue over two halves of the examples, and the products that it took.
 
     The largest eigenvalue of a sample is biased upwards, the more so the fewer the examples: if that over half as many
@@ -88,19 +84,17 @@ def lambda_max_of_halves(operator: AveragedOperator, start: torch.Tensor, seed: 
     operator : AveragedOperator
     start : torch.Tensor
         ``(P,)``, about the eigenvector over all examples, from which a few Lanczos steps are taken.
-    seed : int
-        Of the partition.
     """
     n_steps, values = min(STEPS_PER_HALF, len(start)), []
     for part in (0, 1):
-        half = operator.subset([part], 2, seed, n_steps)
+        half = operator.subset([part], 2, expected_products=n_steps)
         lanczos = Lanczos(half, start[:, None], n_steps, symmetry_tolerance=np.inf).extend(n_steps)
         values.append(float(lanczos.ritz_pairs()[0][-1]))
     return float(np.mean(values)), float(n_steps)
 
 
 def half_sample_spectra(
-    operator: AveragedOperator, of_half: Callable[..., xr.Dataset], seed: int, state: Path | None, title: str
+    operator: AveragedOperator, of_half: Callable[..., xr.Dataset], state: Path | None, title: str
 ) -> xr.Dataset:
     """Spectra of all half samples.
 
@@ -110,11 +104,11 @@ def half_sample_spectra(
         ``replicate_node`` and ``replicate_weight`` (replicate, half, replicate_quadrature), padded with NaN, and
         ``replicate_value`` (statistic, replicate, half), the numbers with an error.
     """
-    pairs = []
+    pairs: list[list[xr.Dataset]] = []
     for i, pair in enumerate(half_samples(), start=1):
         pairs.append([])
         for parts, end in zip(pair, "ab", strict=True):
-            half = operator.subset(parts, N_PARTS, seed)
+            half = operator.subset(parts, N_PARTS)  # the same parts in every spectrum, for differences by replicate
             compute = partial(of_half, half, title=f"{title}, half sample {i}{end} of {N_PARTS - 1}")
             file = None if state is None else state / f"half-{i}{end}.nc"
             pairs[-1].append(compute() if file is None else saved_or_computed(file, half, compute))
@@ -201,14 +195,33 @@ def contrasts_of_means(ds: xr.Dataset, f: Callable[[np.ndarray], np.ndarray]) ->
     return Contrasts(np.array([a - b for a, b in means]))
 
 
-def cumulative_contrasts(ds: xr.Dataset, points: np.ndarray) -> Contrasts:
-    """The contrasts of the cumulative distribution at ascending points ``(n,)``."""
-    steps = []
+def distance_between_halves(ds_a: xr.Dataset, ds_b: xr.Dataset) -> float:
+    """The mean Wasserstein-1 distance of two estimates of equal spectra that the choice of examples alone causes.
+
+    The distance is the integral of the absolute difference of two quantile functions, in which an eigenvalue that moves
+    gives a difference in proportion (unlike in the cumulative distribution). Half the contrast of a quantile has the
+    distribution of its error over all the examples, hence the mean over replicates. What examples do to both spectra
+    cancels where the halves are of the same examples.
+    """
+    halves = [_distributions(ds) for ds in (ds_a, ds_b)]
+    levels = np.unique(np.concatenate([cumulative for side in halves for pair in side for _, cumulative in pair]))
+    centres, widths = (levels[1:] + levels[:-1]) / 2, np.diff(levels)
+    distances = []
+    for a, b in zip(*halves, strict=True):
+        contrast_a, contrast_b = (_quantiles(half, centres) - _quantiles(other, centres) for half, other in (a, b))
+        distances.append(np.abs(contrast_b - contrast_a) @ widths / 2)
+    return float(np.mean(distances))
+
+
+def _distributions(ds: xr.Dataset) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """For each replicate and half the ascending nodes, and the mass up to each."""
+    pairs = []
     for nodes, weights in zip(ds["replicate_node"].values, ds["replicate_weight"].values, strict=True):
-        pair = []
-        for node, weight in zip(nodes, weights, strict=True):
-            order = np.argsort(node)[: np.isfinite(node).sum()]
-            cumulative = np.concatenate([[0.0], np.cumsum(weight[order])])
-            pair.append(cumulative[np.searchsorted(node[order], points, side="right")])
-        steps.append(pair[0] - pair[1])
-    return Contrasts(np.array(steps))
+        orders = [np.argsort(node)[: np.isfinite(node).sum()] for node in nodes]
+        pairs.append([(n[o], np.cumsum(w[o])) for n, w, o in zip(nodes, weights, orders, strict=True)])
+    return pairs
+
+
+def _quantiles(distribution: tuple[np.ndarray, np.ndarray], levels: np.ndarray) -> np.ndarray:
+    node, cumulative = distribution
+    return node[np.searchsorted(cumulative, levels).clip(max=len(node) - 1)]

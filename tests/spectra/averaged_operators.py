@@ -44,9 +44,7 @@ class SyntheticAverage:
     def product_without_data(self, V: torch.Tensor) -> torch.Tensor:
         return self.ridge * V
 
-    def subset(
-        self, parts: list[int], n_parts: int, seed: int = 0, expected_products: int = 1000
-    ) -> SyntheticAverage:
+    def subset(self, parts: list[int], n_parts: int, seed: int = 0, expected_products: int = 1000) -> SyntheticAverage:
         order = np.random.default_rng(seed).permutation(len(self.group_weights))
         keep = np.sort(np.concatenate([np.array_split(order, n_parts)[part] for part in parts]))
         weights = self.group_weights[keep]
