@@ -258,7 +258,7 @@ def _spectra(
         for item in selection.distinct(source):
             network = networks[item.label].to(device)
             digest = digest_of(network)
-            saved = saved_spectrum(source, digest, options.n_lanczos or N_LANCZOS, options.n_probes)
+            saved = saved_spectrum(source, digest, options.n_lanczos or N_LANCZOS, options.n_probes, options.data_error)
             found[item.key] = saved if saved is not None else network_spectra(
                 network, source.loss, batches, options, label=item.label, device=device, progress=progress
             )[""]  # fmt: skip

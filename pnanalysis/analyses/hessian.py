@@ -29,7 +29,6 @@ from pnanalysis.spectra.data_error import DATA_ERRORS
 from pnanalysis.spectra.density import default_grid, smooth, spectral_density
 from pnanalysis.spectra.linear_operator import LinearOperator
 
-_MOST_FIRST = ("groups", "examples", "none")
 #: Lanczos steps per probe where none are requested.
 N_LANCZOS = 90
 
@@ -324,7 +323,7 @@ def has_all(source: Source, split: str, n: int | None, n_used: int) -> bool:
 
 def data_error_of(spectra: Iterable[xr.Dataset]) -> str:
     """The error for the choice of examples that all of these spectra include."""
-    return max((str(ds.attrs.get("data_error", "none")) for ds in spectra), key=_MOST_FIRST.index)
+    return min((str(ds.attrs.get("data_error", "none")) for ds in spectra), key=DATA_ERRORS.index)
 
 
 def products_of(spectra: Iterable[xr.Dataset]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.runs import ANALYSIS
+from pnanalysis.spectra.data_error import DATA_ERRORS
 from pnanalysis.spectra.finished import saved_or_computed
 from pnanalysis.spectra.linear_operator import LinearOperator
 
@@ -55,8 +56,13 @@ def matrix_digests(
     return lambda network: hashlib.sha256((weights_digest(network) + text).encode()).hexdigest()
 
 
-def saved_spectrum(source: Source, digest: str, n_lanczos: int, n_probes: int) -> xr.Dataset | None:
-    """The spectrum of this matrix that is saved with the run, if it was given at least this many steps and probes."""
+def saved_spectrum(
+    source: Source, digest: str, n_lanczos: int, n_probes: int, data_error: str = "none"
+) -> xr.Dataset | None:
+    """The spectrum of this matrix that is saved with the run, if it was given at least this many steps and probes.
+
+    Its error must include that for the choice of examples at least as far as ``data_error`` says.
+    """
     file = None if source.run is None else source.run.path / ANALYSIS / "hessian.nc"
     if not digest or file is None or not file.is_file():
         return None
@@ -65,6 +71,7 @@ def saved_spectrum(source: Source, digest: str, n_lanczos: int, n_probes: int) -
         return None
     rows = np.flatnonzero(ds.matrix_digest == digest)
     enough = ds.sizes["lanczos"] >= n_lanczos and ds.sizes["probe"] >= n_probes
+    enough &= DATA_ERRORS.index(ds.attrs.get("data_error", "none")) >= DATA_ERRORS.index(data_error)
     return ds.isel(checkpoint=int(rows[0])) if enough and len(rows) else None
 
 

@@ -33,8 +33,8 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.averaged import AveragedOperator
 from pnanalysis.spectra.inner_products import inner_products
 
-#: What the option ``data_error`` may be.
-DATA_ERRORS = ("examples", "groups", "none")
+#: What the option ``data_error`` may be: each includes what is before it.
+DATA_ERRORS = ("none", "examples", "groups")
 #: With fewer groups there is no error.
 FEWEST_GROUPS = 8
 #: Largest eigenvalues whose forms are kept where the number of classes is not known.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from scipy.special import gammaln
+from scipy.stats import t as student_t
 from scipy.stats import wasserstein_distance
 
 from pnanalysis import schema
@@ -16,8 +17,8 @@ from pnanalysis.spectra.total_error import DataError, data_errors, own_ends, own
 
 #: Numbers that are compared although they have no error.
 _WITHOUT_ERROR = ("n_outliers", "class_ratio", "class_gap", "class_trace")
-#: Two estimates of equal spectra are further apart than so many times the distance expected in at most 5 % of cases.
-BEYOND = 2.0
+#: Standard errors that a normal number is within in 95 % of cases.
+NORMAL_95 = 1.96
 
 
 def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
@@ -36,8 +37,9 @@ def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
         spectra have an error for the choice of examples, that is included; ``NAME_probe_se`` and ``NAME_data_se`` are
         its parts. ``wasserstein1`` is the distance of the two spectra and ``wasserstein1_noise`` its expected value for
         two estimates of one spectrum; :func:`beyond_noise` says whether it is real. ``wasserstein1_se`` is an upper
-        bound on its standard error. The attribute ``wasserstein1_covers`` says what the noise is made of (``"probes"``
-        or ``"probes and examples"``), and ``examples`` whether the spectra are of the ``"same"`` ones.
+        bound on its standard error, wide enough for 1.96 of them to hold with the few replicates of half samples. The
+        attribute ``wasserstein1_covers`` says what the noise is made of (``"probes"`` or ``"probes and examples"``),
+        and ``examples`` is ``"same"`` for spectra of the same ones.
 
     Raises
     ------
@@ -76,7 +78,7 @@ def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
             data[name] = float(ds_b[name] - ds_a[name])
             error = _data_error(errors_a.get(name), errors_b.get(name), same)
             data |= _errors(ds_a, ds_b, name, *error)
-    distance, covers = _distance(ds_a, ds_b)
+    distance, covers = _distance(ds_a, ds_b, same)
     return schema.finish(
         xr.Dataset({name: ((), value) for name, value in (data | distance).items()}),
         "spectrum_comparison",
@@ -93,16 +95,20 @@ def same_examples(ds_a: xr.Dataset, ds_b: xr.Dataset) -> bool:
     return digests[0] == digests[1] not in ("", "nan")
 
 
-def beyond_noise(distance: float, noise: float, se: float = 0.0) -> bool:
-    """Whether a Wasserstein-1 distance is larger than two estimates of one spectrum would be apart.
+def beyond_noise(distance: float, noise: float, se: float) -> bool:
+    """Whether a Wasserstein-1 distance is larger than two estimates of one spectrum are apart in 95 % of cases.
 
     Parameters
     ----------
     distance, noise, se : float
-        ``wasserstein1``, ``wasserstein1_noise`` and ``wasserstein1_se`` of :func:`compare_spectra`. The standard error
-        is in proportion to the noise, and adds nothing to it.
+        ``wasserstein1``, ``wasserstein1_noise`` and ``wasserstein1_se`` of :func:`compare_spectra`.
+
+    Notes
+    -----
+    Noise that shifts all eigenvalues alike exceeds 1.96 standard errors, 2.46 times its mean magnitude, in 5 % of
+    cases; noise of any other shape scatters less about its mean and exceeds it less often.
     """
-    return distance > BEYOND * noise
+    return distance > max(NORMAL_95 * se, noise)
 
 
 def _data_error(a: DataError | None, b: DataError | None, same: bool) -> tuple[float, float]:
@@ -146,17 +152,21 @@ def _interval(ds_a: xr.Dataset, ds_b: xr.Dataset, name: str, half_width: float) 
     return b - a - sum(below) - half_width, b - a + sum(above) + half_width
 
 
-def _distance(ds_a: xr.Dataset, ds_b: xr.Dataset) -> tuple[dict[str, float], str]:
+def _distance(ds_a: xr.Dataset, ds_b: xr.Dataset, same: bool) -> tuple[dict[str, float], str]:
     """The Wasserstein-1 distance of two spectra and its noise, and what the noise includes."""
     a, b = SpectralMeasure.from_dataset(ds_a), SpectralMeasure.from_dataset(ds_b)
     noise, covers = _probe_noise(a, b), "probes"
+    # a noise that shifts all eigenvalues alike is a normal number, which scatters most about its mean magnitude
+    se = float(np.sqrt(np.pi / 2)) * noise
     if has_half_samples(ds_a) and has_half_samples(ds_b):
-        # a sum, as if both changed the same part of the spectrum by the same sign: it is at most 1.4 times too large
-        noise, covers = noise + distance_between_halves(ds_a, ds_b), "probes and examples"
+        data_noise, dof = distance_between_halves(ds_a, ds_b, same)
+        # a sum, as if both changed the same part of the spectrum: it is at most 1.4 times too large
+        noise, covers = noise + data_noise, "probes and examples"
+        se += float(np.sqrt(np.pi / 2)) * data_noise * float(student_t.ppf(0.975, dof)) / NORMAL_95
     return {
         "wasserstein1": float(wasserstein_distance(a.node, b.node, a.weight, b.weight)),
         "wasserstein1_noise": noise,
-        "wasserstein1_se": float(np.sqrt(np.pi / 2)) * noise,
+        "wasserstein1_se": se,
     }, covers
 
 

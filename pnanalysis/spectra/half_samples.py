@@ -195,22 +195,39 @@ def contrasts_of_means(ds: xr.Dataset, f: Callable[[np.ndarray], np.ndarray]) ->
     return Contrasts(np.array([a - b for a, b in means]))
 
 
-def distance_between_halves(ds_a: xr.Dataset, ds_b: xr.Dataset) -> float:
+def distance_between_halves(ds_a: xr.Dataset, ds_b: xr.Dataset, same: bool) -> tuple[float, int]:
     """The mean Wasserstein-1 distance of two estimates of equal spectra that the choice of examples alone causes.
 
+    Parameters
+    ----------
+    ds_a, ds_b : xarray.Dataset
+        With half samples.
+    same : bool
+        Whether they are of the same examples: what these do to both spectra then cancels.
+
+    Returns
+    -------
+    distance : float
+    dof : int
+        Its degrees of freedom.
+
+    Notes
+    -----
     The distance is the integral of the absolute difference of two quantile functions, in which an eigenvalue that moves
     gives a difference in proportion (unlike in the cumulative distribution). Half the contrast of a quantile has the
-    distribution of its error over all the examples, hence the mean over replicates. What examples do to both spectra
-    cancels where the halves are of the same examples.
+    distribution of its error over all the examples, hence the mean over replicates. Those of different examples are
+    combined in all ways, with either sign.
     """
     halves = [_distributions(ds) for ds in (ds_a, ds_b)]
     levels = np.unique(np.concatenate([cumulative for side in halves for pair in side for _, cumulative in pair]))
     centres, widths = (levels[1:] + levels[:-1]) / 2, np.diff(levels)
-    distances = []
-    for a, b in zip(*halves, strict=True):
-        contrast_a, contrast_b = (_quantiles(half, centres) - _quantiles(other, centres) for half, other in (a, b))
-        distances.append(np.abs(contrast_b - contrast_a) @ widths / 2)
-    return float(np.mean(distances))
+    a, b = ([_quantiles(half, centres) - _quantiles(other, centres) for half, other in side] for side in halves)
+    if same:
+        differences = [theirs - ours for ours, theirs in zip(a, b, strict=True)]
+    else:
+        differences = [theirs + sign * ours for ours in a for theirs in b for sign in (-1, 1)]
+    distances = [np.abs(difference) @ widths / 2 for difference in differences]
+    return float(np.mean(distances)), len(a) if same else len(a) + len(b)
 
 
 def _distributions(ds: xr.Dataset) -> list[list[tuple[np.ndarray, np.ndarray]]]:

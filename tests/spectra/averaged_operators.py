@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 
@@ -11,34 +9,34 @@ import torch
 class SyntheticAverage:
     """``H = sum_g w_g A_g' diag(c_g) A_g + ridge I``, with factors ``(group, rank, P)`` and ``(group, rank)``."""
 
-    def __init__(self, factors: np.ndarray, coefficients: np.ndarray, weights: np.ndarray, ridge: float = 0.0) -> None:
+    def __init__(
+        self, factors: np.ndarray, coefficients: np.ndarray, weights: np.ndarray, ridge: float = 0.0, examples: str = ""
+    ) -> None:
         self.factors, self.coefficients, self.group_weights = factors, coefficients, weights
-        self.ridge = ridge
+        self.ridge, self.group_digest = ridge, examples
         self.shape = (factors.shape[2],) * 2
         self.device, self.dtype = torch.device("cpu"), torch.float64
         self.n_products = 0
 
     @property
     def matrix(self) -> np.ndarray:
-        scaled = self.group_weights[:, None] * self.coefficients
-        dense = np.einsum("gr,grp,grq->pq", scaled, self.factors, self.factors, optimize=True)
-        return dense + self.ridge * np.eye(len(dense))
+        return self.matmat(torch.eye(self.shape[0], dtype=self.dtype)).numpy()
 
-    @property
-    def group_digest(self) -> str:
-        return hashlib.sha256(self.group_weights.tobytes()).hexdigest()
+    @staticmethod
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values))
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
         return self.matmat(v[:, None])[:, 0]
 
     def matmat(self, V: torch.Tensor) -> torch.Tensor:
         self.n_products += V.shape[1]
-        images = np.einsum("grp,pk->grk", self.factors, V.numpy(), optimize=True)
-        images *= (self.group_weights[:, None] * self.coefficients)[..., None]
-        return torch.from_numpy(np.einsum("grp,grk->pk", self.factors, images, optimize=True)) + self.ridge * V
+        rows = self.factors.reshape(-1, self.shape[0])
+        scales = (self.group_weights[:, None] * self.coefficients).reshape(-1, 1)
+        return torch.from_numpy(rows.T @ (scales * (rows @ V.numpy()))) + self.ridge * V
 
     def forms(self, U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        left, right = (np.einsum("grp,pk->grk", self.factors, W.numpy(), optimize=True) for W in (U, V))
+        left, right = (self.factors @ W.numpy() for W in (U, V))
         return torch.from_numpy(np.einsum("gr,grk,grk->kg", self.coefficients, left, right, optimize=True))
 
     def product_without_data(self, V: torch.Tensor) -> torch.Tensor:
@@ -74,7 +72,7 @@ class Population:
         self.n_parameters, self.rank, self.tail, self.negative = n_parameters, rank, tail, negative
         self.spikes = np.array(spikes)
 
-    def draw(self, n: int, seed: int, shift: float = 0.0, noise_seed: int | None = None) -> SyntheticAverage:
+    def draw(self, n: int, seed: int, shift: float = 0.0) -> SyntheticAverage:
         """An average over ``n`` examples. ``shift`` makes another network of the same examples."""
         rng = np.random.default_rng([seed, 17])
         p = self.n_parameters
@@ -87,4 +85,4 @@ class Population:
             factors += shift * other.standard_normal(factors.shape) / np.sqrt(p)
         signs = np.where(rng.random((n, self.rank)) < self.negative, -0.3, 1.0)
         coefficients = scale * signs * np.linspace(1, 0.5, self.rank)
-        return SyntheticAverage(factors, coefficients, np.full(n, 1 / n))
+        return SyntheticAverage(factors, coefficients, np.full(n, 1 / n), examples=f"{seed} {n}")
