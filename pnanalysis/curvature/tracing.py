@@ -188,7 +188,7 @@ def _program(root: fx.GraphModule, body: list[fx.Node], inputs: list[fx.Node], o
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Remove aliases, copies to the type and layout a tensor already has, and sums with zero.
+    """Remove aliases, copies to the type and layout a tensor already has, sums with zero, and what is computed twice.
 
     Tangents of forward-mode differentiation bring many of these along. The graph must come from ``make_fx``, whose
     nodes know the shape, type and layout of their values.
@@ -207,7 +207,26 @@ def simplify(graph: fx.Graph) -> None:
         # a node that is written into later must stay apart from the one it equals now
         if same is not None and not {node, same} & written and _layout(same) == _layout(node):
             _replace(node, same)
+    _merge_equal(graph, written)
     graph.eliminate_dead_code(_has_effect)
+
+
+def _merge_equal(graph: fx.Graph, written: set[Node]) -> None:
+    """Compute the same thing once: derivatives along one vector, taken twice, have most of their nodes in common."""
+    changing, found = set(written), {}
+    for node in list(graph.nodes):
+        sources, arguments = node.all_input_nodes, node.args
+        if node.target == _aten.copy_.default and _is_overwritten(node.args[0]):  # where to is made for this copy alone
+            sources, arguments = sources[1:], arguments[1:]
+        elif is_mutated(node) or (_is_view(node) and node.args[0] in changing):
+            changing.add(node)
+        if node.op != "call_function" or node in changing or changing.intersection(sources):
+            continue
+        key = repr((node.target, arguments, sorted(node.kwargs.items()), _layout(node)))  # names of nodes are unique
+        if key in found:
+            _replace(node, found[key])
+        else:
+            found[key] = node
 
 
 def is_mutated(node: Node) -> bool:
