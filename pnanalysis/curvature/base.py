@@ -247,6 +247,13 @@ class CurvatureOperator:
         self.n_hvp += len(directions)
         return result
 
+    def product_without_data(self, V: Tensor) -> Tensor:
+        """Multiply the part that no example has, of weight decay and penalty, with vectors ``(P, k)``."""
+        result = torch.zeros_like(V)
+        with self._passes():
+            self._regulariser.add_products(result, V)
+        return result
+
     def check_finite(self) -> None:
         """Raise an error if any product so far was not finite; the only method that waits for the device.
 
