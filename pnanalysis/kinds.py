@@ -51,15 +51,22 @@ def _with_se(name: str, dims: str, units: str, long_name: str, required: bool = 
 _SPECTRUM_SCALARS = {
     **_with_error("trace", "loss", "trace"),
     **_with_error("frobenius_norm", "loss", "Frobenius norm"),
-    **_with_error("negative_mass", "1", "fraction of negative eigenvalues"),
+    **_with_error("negative_curvature", "1", "negative part of the sum of the eigenvalues' magnitudes"),
+    **_with_error("negative_mass", "1", "fraction of eigenvalues below -1/1000 of the largest magnitude"),
     **_with_error("effective_rank", "1", "effective rank (participation ratio)"),
     **_with_error("effective_dimension", "1", "effective dimension"),
     **_with_interval("lambda_max", "loss", "largest eigenvalue"),
     **_with_interval("lambda_min", "loss", "smallest eigenvalue"),
-    **_with_interval("n_outliers", "1", "number of eigenvalues beyond the bulk"),
+    "n_outliers": _var("", "1", "number of eigenvalues above a gap"),
+    "outlier_p": _var("", "1", "p-value of the gap below the outliers"),
+    "n_outliers_negative": _var("", "1", "number of eigenvalues below a gap"),
+    "outlier_negative_p": _var("", "1", "p-value of the gap above the negative outliers"),
     **_with_interval("bulk_edge_low", "loss", "lower edge of the bulk"),
     **_with_interval("bulk_edge_high", "loss", "upper edge of the bulk"),
     **_with_interval("gap_ratio", "1", "ratio of lambda_max to the upper edge of the bulk"),
+    **_with_interval("class_ratio", "1", "ratio of the largest eigenvalue to that of rank C, the number of classes"),
+    **_with_interval("class_gap", "1", "ratio of the largest eigenvalue to that of rank C + 1"),
+    **_with_error("class_trace", "1", "part of the trace in the C largest eigenvalues"),
 }
 
 #: Numbers of a spectrum with an error.
@@ -84,7 +91,10 @@ _SPECTRUM_SCALARS |= {
 #: What may follow a name: the value itself, its errors, and its 95 % interval.
 ERROR_ENDS = ("", "_se", "_probe_se", "_data_se", "_low", "_high")
 #: Quantities of a spectrum that a comparison lists.
-COMPARED_SPECTRUM = ("lambda_max", "lambda_min", "trace", "n_outliers", "effective_rank", "negative_mass")
+COMPARED_SPECTRUM = (
+    "lambda_max", "lambda_min", "trace", "n_outliers", "outlier_p", "class_ratio", "class_trace", "effective_rank",
+    "negative_curvature", "negative_mass",
+)  # fmt: skip
 
 _SPECTRUM = {
     "node": _var("quadrature", "loss", "quadrature node (eigenvalue)"),
@@ -95,6 +105,7 @@ _SPECTRUM = {
     "ritz_value": _var("probe lanczos", "loss", "Ritz value"),
     "ritz_weight": _var("probe lanczos", "1", "Ritz weight (squared first component)"),
     "ritz_residual": _var("probe lanczos", "loss", "residual bound of the Ritz value"),
+    "ritz_coupling": _var("probe", "loss", "coupling of the probe's space to what was deflated before"),
     "density": _var("eigenvalue", "1 / loss", "spectral density"),
     "density_se": _var("eigenvalue", "1 / loss", "standard error of the spectral density"),
     "density_probe_se": _var("eigenvalue", "1 / loss", "standard error of the density for the probes", _OPTIONAL),
@@ -126,7 +137,7 @@ _SPECTRUM_COMPARISON = {
     "wasserstein1_noise": _var("", "loss", "Wasserstein-1 distance expected from noise alone"),
     "wasserstein1_se": _var("", "loss", "bound on the standard error of the Wasserstein-1 distance"),
     **{
-        name: Variable(scalar.dims, scalar.units, f"difference in {scalar.long_name}", scalar.required)
+        name: Variable(scalar.dims, scalar.units, f"difference in {scalar.long_name}", _OPTIONAL)
         for name, scalar in _SPECTRUM_SCALARS.items()
     },
 }
