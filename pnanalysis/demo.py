@@ -119,9 +119,10 @@ def _analyse(run: Run, device: str, seed: int) -> None:
 def _compare(run: Run, control: Run, device: str, seed: int) -> None:
     """Compare champion and best restart, with the spectra saved before; and the line from plain to champion."""
     options: dict[str, Any] = {"device": device, "seed": seed, "progress": False}
-    results = {"comparison": compare(run, control, hessian=SPECTRUM, **options)}
-    if run.manifest["champion"]:
-        results["barrier"] = landscape(run, view="line", align=True, **options)
+    results = {
+        "comparison": compare(run, control, hessian=SPECTRUM, **options),
+        "barrier": landscape(run, view="line", align=True, **options),
+    }
     _save(run, results)
 
 

@@ -219,6 +219,37 @@ def test_defaults_are_plain_and_champion_and_then_champions(tiny_run: Run, contr
     assert [m.label for m in compared([tiny_run, tiny_run])] == ["tiny#1/champion", "tiny#2/champion"]
 
 
+def won_by_plain(run: Run) -> Run:
+    """The run as if its plain model had the lowest validation error."""
+    return Run(run.path, run.manifest | {"champion": 0})
+
+
+def test_no_network_is_compared_with_itself(tiny_run: Run, control: Run) -> None:
+    """A plain model that is the champion is also the first restart: the best of the later iterations steps in."""
+    run, best_restart_is_plain = won_by_plain(tiny_run), won_by_plain(control)
+    assert [m.label for m in compared([run])] == ["plain", "challenger"]
+    assert [m.label for m in compared([run, best_restart_is_plain])] == ["tiny/challenger", "restart/champion"]
+    assert [m.label for m in compared([best_restart_is_plain, run])] == ["restart/champion", "tiny/challenger"]
+    another_restart = Run(control.path, control.manifest | {"champion": 1})
+    assert [m.label for m in compared([run, another_restart])] == ["tiny/champion", "restart/champion"]
+    assert compared([run, another_restart]).note is None
+    assert [m.label for m in compared([run], ["plain", "champion"])] == ["plain", "champion"]  # as asked for
+
+
+def test_what_takes_a_champions_place_is_said(tiny_run: Run, control: Run) -> None:
+    few = {"hessian": False, "cka": False, "saturation": False, "progress": False}
+    ds = pn.compare(won_by_plain(tiny_run), won_by_plain(control), **few)
+    note, first, *_ = verdict(ds)
+    assert note == ds.attrs["note"]
+    assert note == (
+        "The champion of tiny is the plain model: so that no network is compared with itself, the best of iterations "
+        "1 to 2 takes its place."
+    )
+    assert f"tiny/challenger (iteration {tiny_run.challenger.iteration}, the best of iterations 1 to 2)" in first
+    assert float(ds.distance[0, 1]) > 0
+    assert "note" not in pn.compare(tiny_run, checkpoints=["plain", "challenger"], **few).attrs
+
+
 def test_the_restart_control_is_named(tiny_run: Run, control: Run) -> None:
     ds = pn.compare(tiny_run, control, hessian=False, cka=False, saturation=False, progress=False)
     said = verdict(ds)
