@@ -61,6 +61,14 @@ def spectra(**coords: Any) -> xr.Dataset:
     return dataset("hessian", {"checkpoint": ["plain", "champion"], "eigenvalue": grid, **coords}, variables)
 
 
+def spectra_of_examples() -> xr.Dataset:
+    """The two spectra with the error of the choice of examples, which is largest in the tail."""
+    ds = spectra()
+    data_se = (0.25 + 0.5 * (ds.eigenvalue > 4)) * ds.density
+    total = np.hypot(ds.density_se, data_se)
+    return ds.assign(density_probe_se=ds.density_se, density_data_se=data_se, density_se=total)
+
+
 def layer_spectra() -> xr.Dataset:
     """The two spectra as one layer's, and in a narrower version as another's."""
     names = [f"{name}:{layer}" for layer in ("fc1", "fc2") for name in ("plain", "champion")]
@@ -305,6 +313,7 @@ PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
     "errors": ("errors", history, {"control": lambda: history(champion=1) * 1.02}),
     "hessian": ("hessian", spectra, {}),
     "hessian_symlog": ("hessian", spectra, {"symlog": True}),
+    "hessian_examples": ("hessian", spectra_of_examples, {}),
     "layer_spectra": ("layer_spectra", layer_spectra, {}),
     "saturation": ("saturation", saturation, {}),
     "saturation_of_files": ("saturation", saturation_of_files, {}),
