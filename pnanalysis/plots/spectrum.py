@@ -17,7 +17,11 @@ from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, legend_
 
 _DECADES = 8.0  # below the largest density
 _RUG = "individually computed outliers"
-_OUTER, _INNER, _ALONE = 0.15, 0.45, 0.3  # opacity of bands: around both errors, around that of the probes, of one alone
+_OUTER, _INNER, _ALONE = (
+    0.15,
+    0.45,
+    0.3,
+)  # opacity of bands: around both errors, around that of the probes, of one alone
 _SAMPLE = "#555555"  # of the legend's samples
 
 
