@@ -22,7 +22,7 @@ _Z95 = 1.96  # standard errors to either side that make a 95 % interval
 _NEVER_NEGATIVE = {"loss", "error", "n_outliers", "effective_rank"}
 _LEFT_OUT = {"norm", "negative_mass"}
 _DARK = "#555555"  # of the legend's samples
-_THIN, _THICK = 1.0, 2.8  # bars of both errors, and of the probes alone
+_THIN, _THICK = 1.0, 2.4  # bars of both errors, and of the probes alone
 
 
 class _Fill(Enum):
@@ -74,9 +74,10 @@ def comparison(ds: xr.Dataset) -> Figure:
     _functions(ds, lower)
     bars = [Line2D([], [], color=_DARK, lw=_THIN, label="95 % interval")]
     if any(math.isfinite(value.data_se) for row in rows for value in row.values):
-        bars.append(Line2D([], [], color=_DARK, lw=_THICK, label="its part from probes, on these examples"))
+        bars.append(Line2D([], [], color=_DARK, lw=_THICK, label="its part from probes"))
     marks = [Line2D([], [], marker="o", ls="none", label=f.value, **f.marker(_DARK)) for f in _Fill if f in used]
-    figure.legend(handles=[*bars, *marks], loc="outside lower left", ncols=4, fontsize=6.5)
+    samples = [*bars, *marks]
+    figure.legend(handles=samples, loc="outside lower left", ncols=4 if len(samples) <= 4 else 3, fontsize=6.5)
     return figure
 
 

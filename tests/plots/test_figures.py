@@ -242,7 +242,7 @@ def test_bars_of_fractions_stop_at_zero_and_fillings_are_explained() -> None:
     assert filled["error:test"] == ["full", "none", "none"]
     assert filled["distance_from_start"] == ["full", "left", "left"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "95 % interval", "its part from probes, on these examples", "first, or significantly different",
+        "95 % interval", "its part from probes", "first, or significantly different",
         "not significantly different", "difference of unknown error",
     ]  # fmt: skip
 
