@@ -68,7 +68,7 @@ def demo(
         The report and the runs.
     """
     out = Path(out)
-    jobs = [(network, strategy) for network in NETWORKS for strategy in ("partial", "restart")]
+    jobs = [(network, strategy) for network in NETWORKS for strategy in ("persistent", "restart")]
     log(f"training {', '.join(NETWORKS)} on digits: plain, persistent and restart")
     workers = min(len(jobs), os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool, progress_bar("training", len(jobs), progress) as advance:

@@ -202,9 +202,9 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             "comparison",
             "Comparison",
-            "Every diagnostic with its 95 % interval, whose thick part is from random probes alone. Hollow markers: the "
-            "paired difference from the first checkpoint is not significant; half-filled markers: its error is unknown. "
-            "Below, how much the checkpoints differ as functions, overall and layer by layer.",
+            "Every diagnostic with its 95 % interval, whose thick part is from random probes alone. Hollow markers: "
+            "the paired difference from the first checkpoint is not significant; half-filled markers: its error is "
+            "unknown. Below, how much the checkpoints differ as functions, overall and layer by layer.",
             points=verdict,
         ),
     ),
