@@ -35,8 +35,7 @@ def _with_interval(name: str, units: str, long_name: str) -> dict[str, Variable]
     """A scalar with the ends of its 95 % interval."""
     return {
         name: _var("", units, long_name),
-        f"{name}_low": _var("", units, f"lower end of the 95 % interval of the {long_name}", _OPTIONAL),
-        f"{name}_high": _var("", units, f"upper end of the 95 % interval of the {long_name}", _OPTIONAL),
+        **_with_ends(name, "", units, long_name),
     }
 
 
@@ -46,6 +45,19 @@ def _with_se(name: str, dims: str, units: str, long_name: str, required: bool = 
         name: _var(dims, units, long_name, required),
         f"{name}_se": _var(dims, units, f"standard error of the {long_name}", required),
     }
+
+
+def _with_ends(name: str, dims: str, units: str, long_name: str) -> dict[str, Variable]:
+    """The ends of the 95 % interval of a variable, optional."""
+    return {
+        f"{name}_low": _var(dims, units, f"lower end of the 95 % interval of the {long_name}", _OPTIONAL),
+        f"{name}_high": _var(dims, units, f"upper end of the 95 % interval of the {long_name}", _OPTIONAL),
+    }
+
+
+def _with_p(name: str, dims: str, long_name: str) -> dict[str, Variable]:
+    """The p-value of a difference."""
+    return {f"{name}_p": _var(dims, "1", f"p-value of the {long_name} (adjusted by Holm's step-down)", _OPTIONAL)}
 
 
 _SPECTRUM_SCALARS = {
@@ -99,6 +111,7 @@ _SPECTRUM_COMPARISON = {
 
 _FUNCTIONAL = {
     **_with_se("disagreement", "checkpoint other", "1", "fraction of examples classified differently", _OPTIONAL),
+    **_with_ends("disagreement", "checkpoint other", "1", "fraction of examples classified differently"),
     "expected_disagreement": _var("checkpoint other", "1", "disagreement if mistakes were independent", _OPTIONAL),
     **_with_se("js_divergence", "checkpoint other", "nat", "mean Jensen-Shannon divergence of predictions", _OPTIONAL),
     **_with_se("rms_difference", "checkpoint other", "1", "root-mean-square difference of the outputs", _OPTIONAL),
@@ -110,6 +123,9 @@ _COMPARISON = {
     **_with_se("loss_difference", "checkpoint other split", "nat", "difference in loss"),
     **_with_se("error", "checkpoint split", "1", "error"),
     **_with_se("error_difference", "checkpoint other split", "1", "difference in error"),
+    **_with_ends("error", "checkpoint split", "1", "error"),
+    **_with_p("loss_difference", "checkpoint other split", "difference in loss"),
+    **_with_p("error_difference", "checkpoint other split", "difference in error"),
     "only_wrong": _var("checkpoint other split", "1", "number of examples that only this one misclassifies", _OPTIONAL),
     "rank": _var("checkpoint split", "1", "one plus the number of checkpoints with significantly lower error"),
     "n_examples": _var("split", "1", "number of examples"),
@@ -139,6 +155,14 @@ _COMPARISON = {
         name: replace(_SPECTRUM_COMPARISON[name], dims=("checkpoint", "other"), required=False)
         for name in ("wasserstein1", "wasserstein1_noise", "wasserstein1_se")
     },
+    **{
+        name: variable
+        for stem in COMPARED_SPECTRUM
+        for name, variable in _with_p(
+            f"{stem}_difference", "checkpoint other", f"difference in {_SPECTRUM_SCALARS[stem].long_name}"
+        ).items()
+    },
+    **_with_p("wasserstein1", "checkpoint other", "Wasserstein-1 distance between the two spectra"),
     "saturation": _var("checkpoint activation", "1", "98th percentile of the absolute activation", _OPTIONAL),
 }
 

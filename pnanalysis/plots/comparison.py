@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pnanalysis.analyses.verdict import Diagnostic, diagnostics, estimate_of, layers_without_output, short_names
+from pnanalysis.analyses.diagnostics import Diagnostic, diagnostics, estimate_of, layers_without_output, short_names
 from pnanalysis.estimates import Estimate
 from pnanalysis.plots.style import COLOURS, DASHES, MARKERS, PAGE, PLAIN, QUIET, new_figure, tilted
 
@@ -61,10 +61,9 @@ def comparison(ds: xr.Dataset) -> Figure:
     figure = new_figure(PAGE, n_rows * height + foot + 0.2)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(n_rows * height, foot))[:, 0]
     panels = upper.subplots(n_rows, _PER_ROW, sharey=True, squeeze=False).ravel()
-    sigmas = float(ds.attrs["sigmas"])
     used = {_Fill.FULL}
     for ax, row in zip(panels, rows, strict=False):
-        fills = [_Fill.FULL, *(_fill(difference, sigmas) for difference in row.against_first)]
+        fills = [_Fill.FULL, *(_fill(difference) for difference in row.against_first)]
         _dots(row, fills, ax)
         used.update(fills)
     for ax in panels[len(rows) :]:
@@ -152,16 +151,16 @@ def _widen(ax: Axes) -> None:
         ax.set_xlim((low + high - least) / 2, (low + high + least) / 2)
 
 
-def _fill(difference: Estimate, sigmas: float) -> _Fill:
-    if not (math.isfinite(difference.se) or math.isfinite(difference.low)):
+def _fill(difference: Estimate) -> _Fill:
+    if math.isnan(difference.p):
         return _Fill.HALF
-    return _Fill.FULL if difference.is_significant(sigmas) else _Fill.HOLLOW
+    return _Fill.FULL if difference.is_significant else _Fill.HOLLOW
 
 
 def _interval(value: Estimate) -> tuple[float, float]:
-    if math.isfinite(value.se):
-        return value.value - _Z95 * value.se, value.value + _Z95 * value.se
-    return value.low, value.high
+    if math.isfinite(value.low):
+        return value.low, value.high
+    return value.value - _Z95 * value.se, value.value + _Z95 * value.se
 
 
 def _heat_map(ds: xr.Dataset, variable: str, names: list[str], ax: Axes) -> None:

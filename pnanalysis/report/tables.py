@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from pnanalysis.analyses.verdict import estimate_of
+from pnanalysis.analyses.diagnostics import estimate_of
+from pnanalysis.analyses.significant_differences import with_p_values
 from pnanalysis.estimates import Estimate, proportion
 from pnanalysis.io.runs import Checkpoint, Run
 from pnanalysis.report.datasets import RunDatasets, Study, own_rows, studies
@@ -81,7 +82,7 @@ def rows(study: Study) -> list[Row]:
 
 
 def sentences(study: Study) -> Iterator[str]:
-    """The table in words; a difference within two standard errors is called not significant."""
+    """The table in words; what may be chance is called not significant."""
     main, control = study
     name, run = main.name, main.run
     plain, (best, role) = _End(main, run.plain), _best(main, run.contenders[1])
@@ -151,11 +152,11 @@ def _difference(first: _End, other: _End) -> str:
     run = first.datasets.run
     paired = _paired_difference(first, other)
     if paired is not None:
-        difference, n, sigmas = paired
+        difference, n = paired
         subset = "" if n == run.history.attrs.get("n_test") else f", on {n} test examples"
         if _is_error_rate(run):
-            return difference.in_points(sigmas) + subset
-        return f"{difference.text(signed=True)} ({difference.direction(sigmas)}){subset}"
+            return difference.in_points() + subset
+        return f"{difference.text(signed=True)} ({difference.direction()}){subset}"
     unpaired = _test_error(other).minus(_test_error(first))
     if not _is_error_rate(run):
         return f"{unpaired.text(signed=True)} (squared error)"
@@ -166,7 +167,6 @@ def _difference(first: _End, other: _End) -> str:
 class _Paired(NamedTuple):
     difference: Estimate
     n: int
-    sigmas: float
 
 
 def _paired_difference(first: _End, other: _End) -> _Paired | None:
@@ -177,9 +177,9 @@ def _paired_difference(first: _End, other: _End) -> _Paired | None:
             continue
         i, j = (_position_in(ds, holder, end) for end in (first, other))
         if i is not None and j is not None:
-            at = ds.sel(split="test")
+            at = with_p_values(ds).sel(split="test")
             difference = estimate_of(at.isel(checkpoint=j, other=i), "error_difference")
-            return _Paired(difference, int(at.n_examples), float(ds.attrs["sigmas"]))
+            return _Paired(difference, int(at.n_examples))
     return None
 
 

@@ -17,7 +17,9 @@ from torch import nn
 import pnanalysis as pn
 from pnanalysis.analyses.hessian import SpectrumOptions
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
-from pnanalysis.analyses.verdict import diagnostics, estimate_of, verdict
+from pnanalysis.analyses.diagnostics import diagnostics, estimate_of
+from pnanalysis.analyses.significant_differences import with_p_values
+from pnanalysis.analyses.verdict import verdict
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.estimates import Estimate
 from pnanalysis.inputs.examples import Examples
