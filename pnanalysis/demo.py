@@ -109,7 +109,7 @@ def _train(out: Path, network: str, strategy: str, *, device: str, seed: int, th
 
 def _analyse(run: Run, device: str, seed: int) -> None:
     results = {
-        "hessian": hessian(run, **SPECTRUM, device=device, seed=seed, progress=False),
+        "hessian": hessian(run, checkpoints=run.contenders, **SPECTRUM, device=device, seed=seed, progress=False),
         "saturation": saturation(run, n=300, device=device, seed=seed, progress=False),
         "trajectory": trajectory(run, progress=False),
     }

@@ -179,10 +179,11 @@ def select(
     given, model, data, loss
         See :func:`as_sources`.
     names : iterable of str, optional
-        See :meth:`pnanalysis.io.runs.Run.select`; by default the :attr:`~pnanalysis.io.runs.Run.contenders` of runs
-        and all of a user's own networks.
+        See :meth:`pnanalysis.io.runs.Run.select`; by default plain and champion of runs and all of a user's own
+        networks.
     champions : bool
-        Of several runs, only the champion of each by default: see :func:`champion_beside`.
+        For a comparison: by default two different end points of one run (:attr:`~pnanalysis.io.runs.Run.contenders`),
+        and of several runs the champion of each (:func:`champion_beside`).
     at_least : int
         How many checkpoints are needed.
 
@@ -197,8 +198,8 @@ def select(
     chosen = []
     for source in sources:
         own = names
-        if names is None and champions and source.run is not None and len(sources) > 1:
-            own = (champion_beside(source, sources),)
+        if names is None and champions and source.run is not None:
+            own = (champion_beside(source, sources),) if len(sources) > 1 else source.run.contenders
         elif source.run is None and any(other.run is not None for other in sources):
             own = None  # names are those of checkpoints in runs; of networks beside runs, all count
         for name, checkpoint in source.select(own).items():

@@ -112,10 +112,10 @@ class Source:
     def select(self, names: Iterable[str] | None) -> dict[str, AnyCheckpoint]:
         """Checkpoints by name: see :meth:`pnanalysis.io.runs.Run.select`; without a run, by the names they were given.
 
-        ``None`` selects the :attr:`~pnanalysis.io.runs.Run.contenders` of a run, and everything where there is none.
+        ``None`` selects plain and champion of a run, and everything where there is no run.
         """
         if self.run is not None:
-            return dict(self.run.select(self.run.contenders if names is None else names))
+            return dict(self.run.select(("plain", "champion") if names is None else names))
         by_name = {checkpoint.name: checkpoint for checkpoint in self.checkpoints}
         chosen = list(by_name if names is None or list(names) == ["all"] else names)
         missing = [name for name in chosen if name not in by_name]

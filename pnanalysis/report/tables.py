@@ -189,7 +189,7 @@ def _position_in(ds: xr.Dataset, holder: RunDatasets, end: _End) -> int | None:
     is_holder = end.datasets is holder
     # the folder may have been renamed since: the dataset knows the name that its own run had
     folder = ds.attrs.get("run", holder.name) if is_holder else end.datasets.name
-    roles = [role for role in ("plain", *run.contenders) if getattr(run, role) == checkpoint]
+    roles = [role for role in {"champion", *run.contenders} if getattr(run, role) == checkpoint]
     own = [checkpoint.name, f"iter{checkpoint.iteration:02d}", *roles]
     # names without a folder belong to the holder: a comparison of one run has them
     names = {f"{folder}/{name}" for name in own} | set(own if is_holder else ())
