@@ -28,7 +28,7 @@ from pnanalysis.inputs.selection import SelectedCheckpoint, Selection, as_source
 from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
-from pnanalysis.spectra.summary import compare_spectra
+from pnanalysis.spectra.differences import compare_spectra
 from trainers import Config, train
 
 SMALL = {"n": 100, "n_lanczos": 10, "n_probes": 3}
