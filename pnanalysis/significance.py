@@ -67,13 +67,27 @@ def p_value(
 def p_value_beyond_bounds(
     low: ArrayLike, high: ArrayLike, data_se: ArrayLike = math.nan, floor: ArrayLike = 0.0
 ) -> Array:
-    """Two-sided p-value of numbers of which bounds are known, and the standard error that examples add.
+    """Two-sided p-value of numbers that lie between bounds, to which the choice of examples adds an error.
 
-    Only what lies beyond the bounds counts: 1 where zero is between them; without a ``data_se``, 0 elsewhere.
+    Parameters
+    ----------
+    low, high : array_like
+        The bounds, widened by 1.96 ``data_se`` where that is known.
+    data_se : array_like
+        Standard error for the choice of examples, NaN where there is none.
+    floor : array_like
+        See :func:`p_value`.
+
+    Returns
+    -------
+    ndarray
+        1 where zero is between the bounds themselves. Elsewhere what lies beyond them counts, which without a
+        ``data_se`` has no error.
     """
-    low, high = np.float64(low), np.float64(high)
+    se = np.nan_to_num(data_se)
+    low, high = low + _Z95 * se, high - _Z95 * se
     nearest = np.where(low > 0, low, np.where(high < 0, high, 0.0 * (low + high)))
-    return p_value(nearest, np.nan_to_num(data_se), floor=floor)
+    return p_value(nearest, se, floor=floor)
 
 
 def mcnemar(only_first: ArrayLike, only_second: ArrayLike) -> Array:

@@ -145,7 +145,7 @@ def landscape(
     xarray.Dataset
         Kind ``barrier`` for lines and curves: ``loss`` and ``error`` along ``position``, for each ``path`` (line,
         aligned, curve) and ``split``. ``excess`` is the loss minus the linear interpolation of the two ends' losses,
-        and ``barrier`` its largest value from end to end, never below 0. Kind ``landscape`` for planes: ``loss`` and
+        and ``barrier`` an estimate of its largest value from end to end, never below 0. Kind ``landscape`` for planes: ``loss`` and
         ``error`` on the grid (y, x).
 
     Raises
@@ -158,7 +158,9 @@ def landscape(
     -----
     Standard errors are those of a mean over examples drawn at random: the scatter to expect with other examples, not
     with other training runs. Those of ``excess`` and ``barrier`` are paired: the excess is computed per example, which
-    removes what an example contributes at all points alike. They do not account for choosing the largest point.
+    removes what an example contributes at all points alike. The highest of many noisy points would overstate a
+    barrier: it is picked on one half of the examples and measured on the other, both ways round
+    (:func:`pnanalysis.geometry.barriers.profile`).
 
     References
     ----------

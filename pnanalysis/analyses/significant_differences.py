@@ -81,11 +81,7 @@ def _tests(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
         yield f"{name}_difference", _mcnemar_where_few(ds, p) if name == "error" else p
     round_off = float(ds.attrs.get("round_off", ROUND_OFF))
     if "lambda_max_difference" in ds:
-        ends = ("lambda_max_difference_bound", "lambda_max_difference")
-        bounds = next(end for end in ends if f"{end}_low" in ds)
-        low, high, data_se = (
-            _values(ds, name) for name in (f"{bounds}_low", f"{bounds}_high", "lambda_max_difference_data_se")
-        )
+        low, high, data_se = (_values(ds, f"lambda_max_difference{end}") for end in ("_low", "_high", "_data_se"))
         floor = round_off * _larger(ds, "lambda_max")
         yield "lambda_max_difference", p_value_beyond_bounds(low, high, data_se, floor)
     for name in SPECTRUM:

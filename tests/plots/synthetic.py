@@ -219,8 +219,9 @@ def comparison() -> xr.Dataset:
         variables[f"{name}_difference"] = ((*pair, "split"), values[:, None] - values[None])
         variables[f"{name}_difference_se"] = ((*pair, "split"), np.full((k, k, 1), se))
     names = ["plain", "champion", "restart"]
+    variables["n_examples"] = ("split", [500])
     coords = {"checkpoint": names, "other": names, "split": ["test"], "layer": ["fc1", "fc2", "output"]}
-    return dataset("comparison", coords, variables, function_split="test", sigmas=2.0, classes=10)
+    return dataset("comparison", coords, variables, function_split="test", classes=10)
 
 
 def functional() -> xr.Dataset:

@@ -392,8 +392,7 @@ def test_the_dashboard_shows_intervals_disagreement_and_layers(tiny_run: Run) ->
     expected = [float(at.loss - 1.96 * at.loss_se), float(at.loss + 1.96 * at.loss_se)]
     np.testing.assert_allclose(bar.get_xdata(), expected)
     marker = next(line for line in ax.lines if line.get_marker() == "s")
-    is_significant = abs(float(at.loss_difference)) > ds.attrs["sigmas"] * float(at.loss_difference_se)
-    assert (marker.get_markerfacecolor() != "white") == is_significant
+    assert (marker.get_markerfacecolor() != "white") == (float(at.loss_difference_p) <= 0.05)
     heat = panels["disagreement"]
     numbers = {text.get_text() for text in heat.texts}
     assert f"{100 * float(ds.disagreement[0, 2]):.1f}" in numbers

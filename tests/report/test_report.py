@@ -246,7 +246,8 @@ def test_the_summary_says_what_the_comparison_says(copies: list[Run]) -> None:
         ds = pn.compare(*runs, **ONLY_FUNCTIONS)
         netcdf.save(ds, run.path / ANALYSIS / "comparison.nc")
         at = ds.sel(split="test").isel(checkpoint=1, other=0)
-        words = Estimate(float(at.error_difference), float(at.error_difference_se)).in_points()
+        difference = Estimate(float(at.error_difference), float(at.error_difference_se), p=float(at.error_difference_p))
+        words = difference.in_points()
         assert summary(copies)[place].endswith(f" by {words}.")
         assert "unpaired" in summary(copies)[1 - place]
     few = pn.compare(run, control, n=40, **ONLY_FUNCTIONS)
