@@ -63,9 +63,7 @@ def diagnostics(ds: xr.Dataset) -> list[Diagnostic]:
     Which differences are significant is what :func:`pnanalysis.analyses.significant_differences.with_p_values` finds.
     """
     rows = _rows(with_p_values(ds))
-    return [
-        row for row in rows if any(math.isfinite(estimate.value) for estimate in (*row.values, *row.against_first))
-    ]
+    return [row for row in rows if any(math.isfinite(estimate.value) for estimate in (*row.values, *row.against_first))]
 
 
 def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
