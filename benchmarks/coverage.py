@@ -7,7 +7,7 @@ goes on where the first one stopped.
 
 intervals
     Spectra of diagonal matrices with known eigenvalues: those of nine trained networks (``networks.py``) and ten
-    analytic ones (``analytic_spectra.py``). Random probes do not see a rotation, so that the diagonal matrix does for
+    analytic ones (``known_spectra.py``). Random probes do not see a rotation, so that the diagonal matrix does for
     the dense one. For each number with a 95 % interval: how often it holds the true value, and how wide it is; how
     often the density lies in its band; the W1 distance of two estimates of one matrix beside its stated noise.
 spikes
@@ -35,24 +35,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
-from analytic_spectra import (
-    ANALYTIC,
-    GAPLESS,
-    analytic_spectrum,
-    exact_density,
-    exact_statistics,
-    mass_points,
-    spiked_wigner,
-)
 from coverage_table import table
-from networks import NETWORKS, exact_spectrum, population, trained, training_examples
-from null_networks import permuted_units, pairs_by_coin
+from known_spectra import ANALYTIC, GAPLESS, analytic_spectrum, spiked_wigner
+from networks import NETWORKS, exact_spectrum, population, trained
+from null_networks import pairs_by_coin, permuted_units
+from pnanalysis.spectra.differences import beyond_noise, compare_spectra
 from torch.nn.functional import cross_entropy
+from true_values import Tally, exact_density, exact_edges, exact_statistics, mass_points, rounded
 
 import pnanalysis as pn
 from pnanalysis.analyses.verdict import significant_rows
-from pnanalysis.spectra.differences import beyond_noise, compare_spectra
 from pnanalysis.spectra.linear_operator import DiagonalOperator
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.md"
@@ -60,9 +52,13 @@ N_CLASSES = 10
 #: Options of a spectral density, by what the budget is called.
 BUDGETS: dict[str, dict[str, int]] = {"60": {"n_hvp": 60}, "200": {"n_hvp": 200}, "default": {}}
 #: Spikes: their number, their strength in units of the threshold, and how many zeros are added to the spectrum.
-SPIKES = {f"{n} spikes at {s}x": (n, s, 0) for n in (5, 10) for s in (3, 10)} | {"5 spikes at 3x, zeros": (5, 3, 20_000)}
+SPIKES = {f"{n} spikes at {s}x": (n, s, 0) for n in (5, 10) for s in (3, 10)} | {
+    "5 spikes at 3x, zeros": (5, 3, 20_000)
+}
 #: Examples in a set, products of its spectrum.
 N_EXAMPLES, N_PRODUCTS = 512, 100
+#: Networks whose spectra are estimated from half samples too, which costs eight times as much.
+HALF_SAMPLED = ("digits tanh MLP", "digits conv BN", "CIFAR tanh MLP", "CIFAR ReLU conv")
 
 
 @dataclass(frozen=True)
@@ -83,45 +79,6 @@ def eigenvalues_of(subject: str) -> np.ndarray:
     """The spectrum of a network, or an analytic one."""
     name = subject.removesuffix(", float32")
     return exact_spectrum(name) if name in NETWORKS else analytic_spectrum(name)
-
-
-def exact_edges(eigenvalues: np.ndarray, ds: xr.Dataset) -> dict[str, float]:
-    """Edges of what is left without the outliers that a dataset counts."""
-    above, below = int(ds.n_outliers), int(ds.n_outliers_negative)
-    high = float(eigenvalues[-1 - above])
-    return {
-        "bulk_edge_low": float(eigenvalues[below]),
-        "bulk_edge_high": high,
-        "gap_ratio": float(eigenvalues[-1]) / high if high > 0 else np.nan,
-    }
-
-
-class Tally:
-    """Values, intervals and true values of the numbers of a spectrum, over seeds."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-        self.rows: dict[str, list[tuple[float, float, float, float]]] = {}
-
-    def add(self, ds: xr.Dataset, truth: dict[str, float]) -> None:
-        """Count the numbers that have an interval."""
-        for name, exact in truth.items():
-            if f"{name}_low" in ds:
-                value, low, high = (float(ds[f"{name}{end}"]) for end in ("", "_low", "_high"))
-                if np.isfinite([low, high, exact]).all():
-                    self.rows.setdefault(name, []).append((value, low, high, exact))
-
-    def summary(self, n: int) -> dict[str, list[float | None]]:
-        """By name: how often the interval holds, its half-width in units of 1.96 RMS errors, how often it is given."""
-        found = {}
-        for name, rows in self.rows.items():
-            value, low, high, exact = np.array(rows).T
-            slack = 1e-12 * np.maximum(np.abs(exact), self.scale)  # round-off of the true values
-            rms = float(np.sqrt(np.mean((value - exact) ** 2)))
-            width = np.mean(high - low) / 2 / (1.96 * rms) if rms > 1e3 * slack.max() else np.nan
-            held = np.mean((low - slack <= exact) & (exact <= high + slack))
-            found[name] = [_rounded(held), _rounded(width), _rounded(len(rows) / n)]
-        return found
 
 
 def measure_intervals(cell: Cell) -> dict[str, Any]:
@@ -195,12 +152,14 @@ def measure_examples(cell: Cell, data_error: str) -> dict[str, Any]:
     names = [name for name in exact_statistics(np.arange(20.0)) if f"{name}_low" in differences[0]]
     statistics = {}
     for name in names:
-        value, low, high = np.array([[float(ds[f"{name}{end}"]) for end in ("", "_low", "_high")] for ds in differences]).T
+        value, low, high = np.array(
+            [[float(ds[f"{name}{end}"]) for end in ("", "_low", "_high")] for ds in differences]
+        ).T
         if not np.isfinite(low).all():
             continue
         rms = np.sqrt(np.mean(value**2))
         width = np.mean(high - low) / 2 / (1.96 * rms) if rms > 0 else np.nan
-        statistics[name] = [_mean((low > 0) | (high < 0)), _rounded(width)]
+        statistics[name] = [_mean((low > 0) | (high < 0)), rounded(width)]
     w1 = np.array([[float(ds[f"wasserstein1{end}"]) for end in ("", "_noise", "_se")] for ds in differences])
     return {
         "n": cell.repetitions,
@@ -243,12 +202,7 @@ def measure_null(cell: Cell) -> dict[str, Any]:
 
 
 def _mean(values: Any) -> float | None:
-    return _rounded(np.mean(values)) if len(values) else None
-
-
-def _rounded(number: Any) -> float | None:
-    """As it is saved: JSON knows no NaN."""
-    return round(float(number), 4) if np.isfinite(number) else None
+    return rounded(np.mean(values)) if len(values) else None
 
 
 MEASURE: dict[str, Callable[[Cell], dict[str, Any]]] = {
@@ -271,6 +225,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
             yield Cell("spikes", subject, budget, min(n_seeds[budget], 100))
     for subject in NETWORKS:
         yield Cell("examples", subject, "100", few)
+    for subject in HALF_SAMPLED:
         yield Cell("groups", subject, "100", max(few // 2, 2))
     for kind in ("permuted", "coin"):
         for subject in ("digits tanh MLP", "digits ReLU MLP"):

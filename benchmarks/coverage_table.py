@@ -26,11 +26,14 @@ def table(results: Results, baseline: Results, gapless: set[str], command: str) 
     lines = _TEXT.format(command=command).split("\n")
     if baseline:
         lines += ["In brackets: the earlier version.", ""]
-    lines += _intervals(results, baseline)
-    lines += _outliers(results, baseline, gapless)
-    lines += _distances(results, baseline)
+    sections = {key.partition(": ")[0] for key in results}
+    if "intervals" in sections:
+        lines += _intervals(results, baseline)
+        lines += _outliers(results, baseline, gapless)
+        lines += _distances(results, baseline)
     lines += _examples(results, baseline)
-    lines += _null(results, baseline)
+    if "null" in sections:
+        lines += _null(results, baseline)
     return lines
 
 
@@ -52,7 +55,9 @@ def _budgets(selected: dict[tuple[str, str], Any]) -> list[str]:
 def _intervals(results: Results, baseline: Results) -> Iterator[str]:
     now, before = _select(results, "intervals"), _select(baseline, "intervals")
     budgets = _budgets(now)
-    repetitions = ", ".join(f"{budget}: {max(cell['n'] for (_, b), cell in now.items() if b == budget)}" for budget in budgets)
+    repetitions = ", ".join(
+        f"{budget}: {max(cell['n'] for (_, b), cell in now.items() if b == budget)}" for budget in budgets
+    )
     yield f"## Error of probes, {len({subject for subject, _ in now})} spectra (repetitions by products: {repetitions})"
     yield ""
     for budget in budgets:
@@ -106,13 +111,13 @@ def _beside(now: str, before: str) -> str:
 
 def _outliers(results: Results, baseline: Results, gapless: set[str]) -> Iterator[str]:
     now, before = _select(results, "intervals"), _select(baseline, "intervals")
-    budgets = _budgets(now)
+    spikes, spikes_before = _select(results, "spikes"), _select(baseline, "spikes")
+    budgets = _budgets(now | spikes)
     yield "## Outliers: fraction of repetitions with any on spectra without a gap, and with as many as there are spikes"
     yield ""
     yield "| spectrum | " + " | ".join(budgets) + " |"
     yield "|---" * (len(budgets) + 1) + "|"
-    yield from _rows(gapless, budgets, now, before, "outliers")
-    spikes, spikes_before = _select(results, "spikes"), _select(baseline, "spikes")
+    yield from _rows([name for name in _subjects(now) if name in gapless], budgets, now, before, "outliers")
     yield from _rows(_subjects(spikes), budgets, spikes, spikes_before, "found")
     yield ""
 
@@ -152,7 +157,21 @@ def _examples(results: Results, baseline: Results) -> Iterator[str]:
                 _beside(*(_text(cells, (subject, budget), "w1 beyond", "{:.0%}") for cells in (now, before)))
             )
             yield f"| {subject} | {cell['n']} | " + " | ".join(columns) + " |"
+        totals = (_pooled(now, name) for name in [*names, "w1 beyond"])
+        before_totals = (_pooled(before, name) for name in [*names, "w1 beyond"])
+        columns = [_beside(*pair) for pair in zip(totals, before_totals, strict=True)]
+        yield f"| all | {sum(cell['n'] for cell in now.values())} | " + " | ".join(columns) + " |"
         yield ""
+
+
+def _pooled(cells: dict[tuple[str, str], Any], name: str) -> str:
+    """Fraction beyond the interval over the repetitions of all networks."""
+    found = [
+        (cell["n"], cell[name] if name in cell else cell["statistics"][name][0])
+        for cell in cells.values()
+        if name in cell or name in cell["statistics"]
+    ]
+    return f"{sum(n * value for n, value in found) / sum(n for n, _ in found):.1%}" if found else ""
 
 
 def _null(results: Results, baseline: Results) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ def permuted_units(network: nn.Sequential, rng: np.random.Generator) -> nn.Seque
     network = deepcopy(network)
     layers = [layer for layer in network if isinstance(layer, nn.Linear)]
     with torch.no_grad():
-        for layer, following in zip(layers, layers[1:], strict=False):
+        for layer, following in pairwise(layers):
             order = torch.from_numpy(rng.permutation(layer.out_features))
             layer.weight.copy_(layer.weight[order])
             layer.bias.copy_(layer.bias[order])

@@ -1,4 +1,4 @@
-"""Spectra of matrices that need no network, as sorted eigenvalues, and what the numbers of a spectrum truly are."""
+"""Spectra of matrices that need no network, as sorted eigenvalues."""
 
 from __future__ import annotations
 
@@ -61,48 +61,3 @@ GAPLESS = ANALYTIC[:8]
 def analytic_spectrum(name: str, n: int = 1200) -> np.ndarray:
     """The sorted eigenvalues ``(n,)`` of one of :data:`ANALYTIC`."""
     return np.sort(_MAKE[name](n, np.random.default_rng(0)))
-
-
-def exact_statistics(
-    eigenvalues: np.ndarray, *, negative_threshold: float = 1e-3, ridge: float = 1.0, n_classes: int = 10
-) -> dict[str, float]:
-    """Numbers of a spectrum, by the names they have in a dataset.
-
-    Parameters
-    ----------
-    eigenvalues : ndarray
-        ``(P,)``, ascending.
-    negative_threshold : float
-        Relative to the largest magnitude: eigenvalues below minus so much count as negative.
-    ridge : float
-        Of the effective dimension.
-    n_classes : int
-    """
-    size, positive = np.abs(eigenvalues), np.maximum(eigenvalues, 0)
-    top = eigenvalues[::-1]
-    return {
-        "trace": float(eigenvalues.sum()),
-        "frobenius_norm": float(np.sqrt((eigenvalues**2).sum())),
-        "lambda_max": float(top[0]),
-        "lambda_min": float(eigenvalues[0]),
-        "negative_mass": float((eigenvalues < -negative_threshold * size.max()).mean()),
-        "negative_curvature": float(size[eigenvalues < 0].sum() / size.sum()),
-        "effective_rank": float(size.sum() ** 2 / (size**2).sum()),
-        "effective_dimension": float((positive / (positive + ridge)).sum()),
-        "class_ratio": float(top[0] / top[n_classes - 1]),
-        "class_gap": float(top[0] / top[n_classes]),
-        "class_trace": float(top[:n_classes].sum() / eigenvalues.sum()),
-    }
-
-
-def exact_density(eigenvalues: np.ndarray, grid: np.ndarray, kernel_width: float) -> np.ndarray:
-    """The spectral density ``(grid,)``, smoothed by a Gaussian kernel."""
-    kernel = np.exp(-0.5 * ((grid[:, None] - eigenvalues) / kernel_width) ** 2)
-    return kernel.mean(1) / (kernel_width * np.sqrt(2 * np.pi))
-
-
-def mass_points(eigenvalues: np.ndarray, n_points: int = 49) -> np.ndarray:
-    """Points with equal shares of the eigenvalues between them, ascending; fewer where many eigenvalues coincide."""
-    scale = np.abs(eigenvalues).max()
-    levels = np.arange(1, n_points + 1) / (n_points + 1)
-    return np.unique(np.round(np.quantile(eigenvalues, levels) / scale, 6)) * scale
