@@ -35,16 +35,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 from coverage_table import table
 from known_spectra import ANALYTIC, GAPLESS, analytic_spectrum, spiked_wigner
 from networks import NETWORKS, exact_spectrum, population, trained
 from null_networks import pairs_by_coin, permuted_units
+from pnanalysis.analyses.significant_differences import with_p_values
 from pnanalysis.spectra.differences import beyond_noise, compare_spectra
 from torch.nn.functional import cross_entropy
 from true_values import Tally, exact_density, exact_edges, exact_statistics, mass_points, rounded
 
 import pnanalysis as pn
-from pnanalysis.analyses.verdict import significant_rows
 from pnanalysis.spectra.linear_operator import DiagonalOperator
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.md"
@@ -175,7 +176,7 @@ def measure_null(cell: Cell) -> dict[str, Any]:
     x, y, trained_on = population(name)
     rng = np.random.default_rng(0)
     networks = trained(name), trained(name, seed=1)
-    claims: dict[str, int] = {}
+    counts: dict[str, int] = {}
     n_false = 0
     for repetition in range(cell.repetitions):
         inputs = x.flatten(1)
@@ -194,11 +195,18 @@ def measure_null(cell: Cell) -> dict[str, Any]:
             seed=repetition,
             progress=False,
         )
-        rows = significant_rows(ds)
+        rows = claims(ds)
         n_false += bool(rows)
         for row in rows:
-            claims[row] = claims.get(row, 0) + 1
-    return {"n": cell.repetitions, "any": n_false / cell.repetitions, "rows": claims}
+            counts[row] = counts.get(row, 0) + 1
+    return {"n": cell.repetitions, "any": n_false / cell.repetitions, "rows": counts}
+
+
+def claims(ds: xr.Dataset) -> list[str]:
+    """What a comparison of two networks calls a significant difference."""
+    pair = with_p_values(ds).isel(checkpoint=1, other=0)
+    names = [str(name) for name in pair.data_vars if str(name).endswith("_p") and name != "outlier_p"]
+    return [name.removesuffix("_p") for name in names if bool((pair[name] <= 0.05).any())]
 
 
 def _mean(values: Any) -> float | None:
