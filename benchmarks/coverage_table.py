@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from true_values import BOUNDS
 
 Results = dict[str, Any]
-#: Numbers whose intervals are bounds rather than statistical.
-BOUNDS = ("lambda_max", "lambda_min", "bulk_edge_low", "bulk_edge_high", "gap_ratio", "class_ratio", "class_gap")
 _TEXT = """\
 # Do the stated errors hold?
 

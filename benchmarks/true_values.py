@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+#: Numbers whose intervals are bounds rather than statistical.
+BOUNDS = ("lambda_max", "lambda_min", "bulk_edge_low", "bulk_edge_high", "gap_ratio", "class_ratio", "class_gap")
+
 
 def rounded(number: Any) -> float | None:
     """As it is saved: JSON knows no NaN."""
@@ -84,14 +87,21 @@ class Tally:
                 if np.isfinite([low, high, exact]).all():
                     self.rows.setdefault(name, []).append((value, low, high, exact))
 
+    def held(self, name: str) -> np.ndarray:
+        """Which intervals hold the true value, up to the round-off of that, ``(n,)`` of bool."""
+        _, low, high, exact = np.array(self.rows[name]).T
+        slack = self._round_off(exact)
+        return (low - slack <= exact) & (exact <= high + slack)
+
     def summary(self, n: int) -> dict[str, list[float | None]]:
         """By name: how often the interval holds, its half-width in units of 1.96 RMS errors, how often it is given."""
         found = {}
         for name, rows in self.rows.items():
             value, low, high, exact = np.array(rows).T
-            slack = 1e-12 * np.maximum(np.abs(exact), self.scale)  # round-off of the true values
             rms = float(np.sqrt(np.mean((value - exact) ** 2)))
-            width = np.mean(high - low) / 2 / (1.96 * rms) if rms > 1e3 * slack.max() else np.nan
-            held = np.mean((low - slack <= exact) & (exact <= high + slack))
-            found[name] = [rounded(held), rounded(width), rounded(len(rows) / n)]
+            width = np.mean(high - low) / 2 / (1.96 * rms) if rms > 1e3 * self._round_off(exact).max() else np.nan
+            found[name] = [rounded(np.mean(self.held(name))), rounded(width), rounded(len(rows) / n)]
         return found
+
+    def _round_off(self, exact: np.ndarray) -> np.ndarray:
+        return 1e-12 * np.maximum(np.abs(exact), self.scale)
