@@ -40,12 +40,12 @@ from coverage_table import table
 from known_spectra import ANALYTIC, GAPLESS, analytic_spectrum, spiked_wigner
 from networks import NETWORKS, exact_spectrum, population, trained
 from null_networks import pairs_by_coin, permuted_units
-from pnanalysis.analyses.significant_differences import with_p_values
-from pnanalysis.spectra.differences import beyond_noise, compare_spectra
 from torch.nn.functional import cross_entropy
 from true_values import Tally, exact_density, exact_edges, exact_statistics, mass_points, rounded
 
 import pnanalysis as pn
+from pnanalysis.analyses.significant_differences import with_p_values
+from pnanalysis.spectra.differences import beyond_noise, compare_spectra
 from pnanalysis.spectra.linear_operator import DiagonalOperator
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.md"

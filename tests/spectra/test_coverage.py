@@ -11,12 +11,12 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from pnanalysis.spectra.differences import beyond_noise, compare_spectra
 from scipy.stats import binom
 
 from benchmarks.known_spectra import analytic_spectrum, spiked_wigner
 from benchmarks.true_values import BOUNDS, Tally, exact_density, exact_edges, exact_statistics, mass_points
 from pnanalysis.spectra.density import spectral_density
+from pnanalysis.spectra.differences import beyond_noise, compare_spectra
 from pnanalysis.spectra.linear_operator import DiagonalOperator
 
 N_SEEDS, N_PRODUCTS, RARE = 100, 60, 1e-4
