@@ -62,6 +62,7 @@ def hessian(
     draws: Annotated[
         int | None, typer.Option(help="Average over random draws of a network that draws in eval mode.")
     ] = None,
+    data_error: options.DataError = "examples",
     engine: Annotated[
         Literal["native", "pyhessian", "curvlinops"], typer.Option(help="Implementation of the products.")
     ] = "native",
@@ -77,6 +78,8 @@ def hessian(
     json: options.Json = False,
 ) -> None:
     """Eigenvalue spectral density of the loss Hessian, with error bars.
+
+    They are those of the random probes and of the choice of examples: docs/concepts/error-bars.md.
 
     [bold]Examples[/bold]
 
@@ -97,8 +100,8 @@ def hessian(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
         n_hvp=n_hvp, max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
         deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
-        per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, device=device, seed=seed,
-        progress=not quiet,
+        per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, data_error=data_error, device=device,
+        seed=seed, progress=not quiet,
     )  # fmt: skip
     drawing = {"kind": "layer_spectra"} if per_layer else {}
     options.deliver(ds, given[0], output, plot, quiet, _tables, **drawing)
@@ -155,7 +158,7 @@ def _within(ds: xr.Dataset, name: str, **style: bool) -> Estimate:
 
 def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
     """Each checkpoint minus the first. A W1 distance near that of noise alone is no difference."""
-    from pnanalysis.spectra.summary import compare_spectra
+    from pnanalysis.spectra.differences import compare_spectra
 
     first, *others = (ds.sel(checkpoint=name) for name in ds.checkpoint.values)
     rows = []

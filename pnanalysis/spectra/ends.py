@@ -87,7 +87,9 @@ def class_numbers(ds: xr.Dataset, n_classes: int, trace: Estimate, level: float,
     value, residual = (column[: n_classes + 1] for column in leading(ds))
     if n_classes < 1 or len(value) <= n_classes or not (residual < RESOLVED * value).all():
         return {name: Estimate(np.nan) for name in ("class_ratio", "class_gap", "class_trace")}
-    top = [Estimate(v, low=v - slack, high=v + r + slack) for v, r in zip(value.tolist(), residual.tolist(), strict=True)]
+    top = [
+        Estimate(v, low=v - slack, high=v + r + slack) for v, r in zip(value.tolist(), residual.tolist(), strict=True)
+    ]
     return {
         "class_ratio": ratio_of_bounds(top[0], top[n_classes - 1]),
         "class_gap": ratio_of_bounds(top[0], top[n_classes]),
@@ -100,4 +102,6 @@ def _share(part: float, left_open: float, trace: Estimate, level: float) -> Esti
     low, high = trace.interval(level)
     if not low > 0:
         return Estimate(np.nan)
-    return Estimate(part / trace.value, part * trace.se / trace.value**2, part / high, (part + left_open) / low, trace.dof)
+    return Estimate(
+        part / trace.value, part * trace.se / trace.value**2, part / high, (part + left_open) / low, trace.dof
+    )

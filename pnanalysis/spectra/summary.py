@@ -1,4 +1,4 @@
-"""A spectrum in numbers, each with its error, and the difference of two spectra."""
+"""A spectrum in numbers, each with its error."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from scipy.special import gammaln
-from scipy.stats import wasserstein_distance
 
-from pnanalysis import schema
-from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.ends import bulk_edge, class_numbers, lambda_max_and_min, leading, ratio_of_bounds
 from pnanalysis.spectra.negative import negative_curvature, negative_mass
@@ -24,14 +20,6 @@ from pnanalysis.spectra.rule_error import with_rule_error
 LEVEL = 0.95
 #: Relative round-off where a dataset does not say what arithmetic its products had: that of single precision.
 ROUND_OFF = 1e-6
-#: Scalars that are compared by difference, with a standard error.
-_WITH_SE = (
-    "trace", "frobenius_norm", "negative_mass", "negative_curvature", "effective_rank", "effective_dimension",
-)  # fmt: skip
-#: Scalars that are known up to an interval.
-_WITH_BOUNDS = ("lambda_max", "lambda_min", "bulk_edge_low", "bulk_edge_high", "gap_ratio")
-#: Scalars whose differences have no error.
-_WITHOUT_ERROR = ("n_outliers", "class_ratio", "class_gap", "class_trace")
 
 
 def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes: int | None = None) -> xr.Dataset:
@@ -142,96 +130,3 @@ def _effective_rank(measure: SpectralMeasure) -> Estimate:
 def _effective_dimension(ridge: float, measure: SpectralMeasure) -> Estimate:
     positive = np.maximum(measure.node, 0)
     return measure.total(positive / (positive + ridge))
-
-
-def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
-    r"""How two spectra differ: B minus A, each difference with its error.
-
-    Parameters
-    ----------
-    ds_a, ds_b : xarray.Dataset
-        ``"spectral_density"`` datasets of one checkpoint each, sampled with different seeds. With the same probes
-        their errors are not independent, and the errors given here are too large.
-
-    Returns
-    -------
-    xarray.Dataset
-        Of kind ``"spectrum_comparison"``: for each scalar of :func:`summarise` its difference as ``NAME``, with
-        ``NAME_low`` and ``NAME_high`` and, for sampled quantities, ``NAME_se``. ``wasserstein1`` is the distance of
-        the two spectra and ``wasserstein1_noise`` its expected value for two estimates of one spectrum: a distance
-        well above it is real. ``wasserstein1_se`` is an upper bound on its standard error. See Notes.
-
-    Raises
-    ------
-    CurvatureError
-        If a dataset holds more than one checkpoint.
-
-    Notes
-    -----
-    *Noise.* The distance is the integral of the absolute difference of two cumulative distributions. For equal spectra
-    that difference is noise of mean zero. Its variance at each point is estimated from the scatter of the probes
-    (:meth:`pnanalysis.spectra.quadrature.SpectralMeasure.cumulative_variance`), and for a normal distribution its
-    mean absolute value is :math:`\sqrt{2/\pi}` standard deviations. The scatter includes the randomness of the nodes'
-    masses and places, but not what all probes have in common, the space that was deflated first: with very many probes
-    of a large matrix, two estimates differ by up to 1.5 times the noise given here. With a single sampled probe
-    (besides one that was deflated) there is no scatter, and only the randomness of the masses is included.
-    """
-    data: dict[str, Any] = {}
-    for ds in (ds_a, ds_b):
-        if ds["node"].ndim != 1:
-            raise CurvatureError(
-                f"a comparison takes one checkpoint on each side, but a dataset has the dims {ds['node'].dims[:-1]}; "
-                "select one first"
-            )
-    for name in _WITH_SE:
-        difference = float(ds_b[name] - ds_a[name])
-        data[name] = difference
-        data[f"{name}_se"] = float(np.hypot(ds_a[f"{name}_se"], ds_b[f"{name}_se"]))
-        # Independent errors add in squares (the intervals need not be symmetric)...
-        below, above = _half_widths(ds_a, ds_b, name)
-        data[f"{name}_low"] = difference - float(np.hypot(*below))
-        data[f"{name}_high"] = difference + float(np.hypot(*above))
-    for name in _WITH_BOUNDS:
-        data[name] = float(ds_b[name] - ds_a[name])
-        # ... while bounds that are not statistical add up.
-        data[f"{name}_low"] = float(ds_b[f"{name}_low"] - ds_a[f"{name}_high"])
-        data[f"{name}_high"] = float(ds_b[f"{name}_high"] - ds_a[f"{name}_low"])
-    for name in _WITHOUT_ERROR:
-        data[name] = float(ds_b[name] - ds_a[name])
-    data |= _distance(SpectralMeasure.from_dataset(ds_a), SpectralMeasure.from_dataset(ds_b))
-    labels = {"method_a": ds_a.attrs.get("method"), "method_b": ds_b.attrs.get("method")}
-    return schema.finish(
-        xr.Dataset({name: ((), value) for name, value in data.items()}), "spectrum_comparison", **labels
-    )
-
-
-def _half_widths(ds_a: xr.Dataset, ds_b: xr.Dataset, name: str) -> tuple[tuple[float, float], tuple[float, float]]:
-    """For B minus A: the two half-widths by which the difference may be lower, and those by which it may be higher."""
-    a, a_low, a_high = (float(ds_a[f"{name}{end}"]) for end in ("", "_low", "_high"))
-    b, b_low, b_high = (float(ds_b[f"{name}{end}"]) for end in ("", "_low", "_high"))
-    return (b - b_low, a_high - a), (b_high - b, a - a_low)
-
-
-def _distance(a: SpectralMeasure, b: SpectralMeasure) -> dict[str, float]:
-    """The Wasserstein-1 distance of two spectra, and its noise."""
-    points = np.unique(np.concatenate([a.node, b.node]))
-    (var_a, dof_a), (var_b, dof_b) = (measure.cumulative_variance(points[:-1]) for measure in (a, b))
-    variance = var_a + var_b
-    # Satterthwaite's degrees of freedom of the sum of two variances; infinite where neither has any
-    weighted = sum(np.square(part) / dof for part, dof in ((var_a, dof_a), (var_b, dof_b)) if dof)
-    dof = np.divide(variance**2, weighted, out=np.full(variance.shape, np.inf), where=weighted > 0)
-    # Standard errors at the points are added, as if fully correlated: a bound for the integral from above, while the
-    # mean of its absolute value is such a sum whatever the correlation.
-    se = float((np.sqrt(variance) / _mean_root_factor(dof)) @ np.diff(points))
-    return {
-        "wasserstein1": float(wasserstein_distance(a.node, b.node, a.weight, b.weight)),
-        "wasserstein1_noise": float(np.sqrt(2 / np.pi)) * se,
-        "wasserstein1_se": se,
-    }
-
-
-def _mean_root_factor(dof: np.ndarray) -> np.ndarray:
-    """Mean of a normal sample's standard deviation over the true one (the factor c4), by degrees of freedom."""
-    # gammaln of larger numbers differ by less than their round-off, and the factor is 1 to six digits
-    finite = np.minimum(dof, 1e6)
-    return np.asarray(np.sqrt(2 / finite) * np.exp(gammaln((finite + 1) / 2) - gammaln(finite / 2)))
