@@ -305,6 +305,7 @@ def network_spectra(
 
 def _spectrum(op: LinearOperator, *arguments: Any, **options: Any) -> xr.Dataset:
     """The spectral density, with how its products were computed."""
+    options.setdefault("n_classes", getattr(op, "n_classes", None))
     ds = spectral_density(op, *arguments, **options)
     if not isinstance(op, CurvatureOperator):
         return ds

@@ -79,6 +79,8 @@ def hessian(
 ) -> None:
     """Eigenvalue spectral density of the loss Hessian, with error bars.
 
+    They are those of the random probes and of the choice of examples: docs/concepts/error-bars.md.
+
     [bold]Examples[/bold]
 
       pnanalysis hessian runs/lenet5 --plot spectrum.pdf
@@ -108,6 +110,7 @@ def hessian(
 
 def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
     yield _table(ds)
+    yield _largest(ds)
     if len(ds.checkpoint) > 1 and "layer" not in ds.coords:
         yield from _differences(ds)
 
@@ -119,19 +122,37 @@ def _table(ds: xr.Dataset) -> Table:
             _within(at, "lambda_max"),
             _within(at, "lambda_min"),
             Estimate(float(at.trace), float(at.trace_se)),
-            _within(at, "n_outliers", whole=True),
-            _within(at, "bulk_edge_high"),
-            _within(at, "gap_ratio"),
+            _within(at, "negative_curvature", percent=True),
         ]
         for name in ds.checkpoint.values
         for at in [ds.sel(checkpoint=name)]
     ]
-    columns = ["checkpoint", "lambda_max", "lambda_min", "trace", "outliers", "bulk edge", "lambda_max / edge"]
+    columns = ["checkpoint", "lambda_max", "lambda_min", "trace", "negative curvature"]
     return make_table(f"{ds.attrs['operator']} over {ds.attrs.get('n', 'all')} examples", columns, rows)
 
 
+def _largest(ds: xr.Dataset) -> Table:
+    """How far the largest eigenvalues stand out: from the bulk, and as many as there are classes."""
+    columns, names = ["checkpoint", "outliers", "bulk edge", "lambda_max / edge"], ["bulk_edge_high", "gap_ratio"]
+    if "n_classes" in ds.attrs:
+        classes = int(ds.attrs["n_classes"])
+        names += ["class_ratio", "class_gap", "class_trace"]
+        columns += [f"lambda_1 / lambda_{classes}", f"lambda_1 / lambda_{classes + 1}", f"top {classes} in the trace"]
+    rows = [
+        [str(name), _outliers(at), *(_within(at, number, percent=number == "class_trace") for number in names)]
+        for name in ds.checkpoint.values
+        for at in [ds.sel(checkpoint=name)]
+    ]
+    return make_table("largest eigenvalues", columns, rows)
+
+
+def _outliers(at: xr.Dataset) -> str:
+    """A count with the p-value of the gap, or that there is none."""
+    return f"{int(at.n_outliers)} (p {float(at.outlier_p):.1g})" if at.n_outliers > 0 else "no gap"
+
+
 def _within(ds: xr.Dataset, name: str, **style: bool) -> Estimate:
-    """A number with its interval: residual bounds for extreme eigenvalues, 95 % otherwise."""
+    """A number with its interval: residual bounds of eigenvalues and their ratios, 95 % otherwise."""
     return Estimate(float(ds[name]), low=float(ds[f"{name}_low"]), high=float(ds[f"{name}_high"]), **style)
 
 
@@ -151,11 +172,11 @@ def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
                 f"{other.checkpoint.item()} - {first.checkpoint.item()}",
                 _within(change, "lambda_max", signed=True),
                 Estimate(float(change.trace), float(change.trace_se), signed=True),
-                Estimate(float(change.negative_mass), float(change.negative_mass_se), signed=True),
+                _within(change, "negative_curvature", percent=True, signed=True),
                 float(change.wasserstein1),
                 float(change.wasserstein1_noise),
             ]
         )
-    columns = ["difference", "lambda_max", "trace", "negative mass", "W1 distance", "W1 of noise alone"]
+    columns = ["difference", "lambda_max", "trace", "negative curvature", "W1 distance", "W1 of noise alone"]
     if rows:
         yield make_table("differences from the first checkpoint", columns, rows)

@@ -37,7 +37,8 @@ from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.traced_products import TracedProducts
 from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
-from pnanalysis.evaluation.losses import loss_on
+from pnanalysis.evaluation.forward import prediction
+from pnanalysis.evaluation.losses import class_scores, loss_on
 from pnanalysis.evaluation.randomness import differs_between_passes
 from pnanalysis.inputs.batches import first_examples, map_tensors, move
 from pnanalysis.inputs.copies import as_real, in_precision, unwrapped
@@ -542,6 +543,16 @@ class CurvatureOperator:
         except Exception:
             self._loss.try_out(self._arguments(batch))  # errors of this one are the user's to see
             return batch
+
+    @property
+    def n_classes(self) -> int | None:
+        """Number of classes of a classifier; ``None`` for other targets, and where the loss calls the network."""
+        if self.loss_fn.takes_model:
+            return None
+        at = self._few
+        outputs = prediction(self._loss.outputs(at, at.theta))
+        scores = None if outputs is None else class_scores(outputs, at.targets, self.loss_fn)
+        return None if scores is None else int(scores.shape[1])
 
     @property
     def _few(self) -> LossArguments:

@@ -99,6 +99,11 @@ class GGNOperator(CurvatureOperator):
     (2002).
     """
 
+    @property
+    def positive_semidefinite(self) -> bool:
+        """Whether no eigenvalue is negative: torch's own losses are convex in the outputs, and so is weight decay."""
+        return known(self.loss_fn) is not None and self._regulariser.penalty is None
+
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
         at_theta, of_outputs = _as_functions(self._loss, at)
         outputs, pushed = jvp(at_theta, (at.theta,), (dict(zip(self.names, v, strict=True)),))[:2]
@@ -200,6 +205,11 @@ class EmpiricalFisherOperator(CurvatureOperator):
             raise CurvatureError("with bn_mode='train' an example's loss depends on its batch; use bn_mode='eval'")
         self._one_by_one = "vmap"
         super().__init__(*arguments, **options)
+
+    @property
+    def positive_semidefinite(self) -> bool:
+        """Whether no eigenvalue is negative, as for every sum of squares without a penalty."""
+        return self._regulariser.penalty is None
 
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
         theta = at.theta

@@ -23,12 +23,15 @@ from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples
 from pnanalysis.spectra.linear_operator import as_operator
 from pnanalysis.spectra.memory import basis_bytes, human
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, averaged_rule, extremes, ritz
-from pnanalysis.spectra.summary import summarise
+from pnanalysis.spectra.summary import ROUND_OFF, summarise
 from pnanalysis.spectra.total_error import with_data_errors
 from pnanalysis.terminal.progress import progress_bar
 
 #: Points of the grid that a density is given on.
 N_GRID = 1024
+_ROUND_OFF = {torch.float64: 1e-14}
+#: The scatter of the probes' densities is averaged over so many kernel widths.
+AVERAGED_WIDTHS = 4.0
 
 
 def spectral_density(
@@ -105,7 +108,8 @@ def spectral_density(
         takes the spectra of balanced half samples, for all numbers, the density and the distance of two spectra (see
         :mod:`pnanalysis.spectra.half_samples`): seven times the products of the spectrum itself.
     n_classes : int, optional
-        Of a classifier: as many of the largest eigenvalues get an error, and one more.
+        Of a classifier: how far as many of the largest eigenvalues stand out is then part of the summary, with an error
+        of the examples.
 
     Returns
     -------
@@ -136,11 +140,11 @@ def spectral_density(
     --------
     >>> import numpy as np
     >>> ds = spectral_density(np.diag(np.r_[np.zeros(990), np.arange(1.0, 11.0)]), n_hvp=60, progress=False)
-    >>> round(float(ds.trace), 6), int(ds.n_outliers.round())
+    >>> round(float(ds.trace), 6), int(ds.n_outliers)
     (55.0, 10)
     """
     operator = as_operator(operator)
-    at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, seed=seed, top_k=top_k)
+    at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, seed=seed, top_k=top_k, n_classes=n_classes)
     positive(ridge=ridge, kernel_width=kernel_width)
     _check_arguments(operator.shape[0], n_lanczos, n_probes, n_hvp)
     one_of(DATA_ERRORS, data_error=data_error)
@@ -165,6 +169,12 @@ def spectral_density(
     need = basis_bytes(operator.shape[0], *((n_hvp, 1) if n_hvp else (n_lanczos, n_probes)), settings.basis_dtype)
     with progress_bar(f"{title} ({human(need)} for the basis)", budget, progress) as advance:
         sample = sample_spectrum(operator, settings, advance)
+    facts = {
+        "dtype": str(operator.dtype).removeprefix("torch."),
+        "round_off": _ROUND_OFF.get(operator.dtype, ROUND_OFF),
+        "positive_semidefinite": bool(getattr(operator, "positive_semidefinite", False)),
+        **({} if n_classes is None else {"n_classes": n_classes}),
+    }
     of_data = xr.Dataset(attrs={"data_error": "none"})
     if forms is not None:
         of_half = partial(
@@ -174,10 +184,10 @@ def spectral_density(
             progress=progress, data_error="none", n_classes=n_classes,
         )  # fmt: skip
         of_data = sample_examples(forms, data_error, of_half, settings.state, title)
-    ds = _dataset(sample, of_data, top_k, ridge, kernel_width, grid)
+    ds = _dataset(sample, facts, of_data, top_k, ridge, kernel_width, grid)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
-    attributes = {"seed": seed, "device": str(operator.device), "dtype": str(operator.dtype).removeprefix("torch.")}
+    attributes = {"seed": seed, "device": str(operator.device)}
     return schema.finish(with_data_errors(ds), "spectral_density", deflate=deflate, **attributes, **ds.attrs)
 
 
@@ -192,13 +202,14 @@ def _check_arguments(n_parameters: int, n_lanczos: int, n_probes: int, n_hvp: in
 
 def _dataset(
     sample: SpectrumSample,
+    facts: dict[str, Any],
     of_data: xr.Dataset,
     top_k: int,
     ridge: float,
     kernel_width: float | None,
     grid: np.ndarray | None,
 ) -> xr.Dataset:
-    ds = _quadrature_dataset(sample)
+    ds = _quadrature_dataset(sample).assign_attrs(facts)
     ds = ds.merge(summarise(ds, top_k=top_k, ridge=ridge)).merge(of_data)
     measure = SpectralMeasure.from_dataset(ds)
     n_steps = max((len(probe.alpha) for probe in sample.probes if probe.sampled), default=sample.n_deflated)
@@ -215,6 +226,7 @@ def _dataset(
         "n_parameters": sample.n_parameters,
         "kernel_width": kernel_width,
         "ridge": ridge,
+        **facts,
         **of_data.attrs,
     }
     return ds
@@ -226,7 +238,8 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
     value, weight, residual = (_padded([result[i] for result in results]) for i in range(3))
     couplings = np.array([probe.beta[-1] if probe.deflated else 0.0 for probe in sample.probes])
     # in the whole space, a Ritz pair of the complement is also off by the couplings to what was deflated before
-    residual = np.hypot(residual, np.sqrt(np.cumsum(couplings**2) - couplings**2)[:, None])
+    before = np.sqrt(np.cumsum(couplings**2) - couplings**2)
+    residual = np.hypot(residual, before[:, None])
     bounds = extremes(value, residual)
     weights = np.array([float(probe.sampled) for probe in sample.probes])
     measure = _average(sample, weights, bounds)
@@ -247,6 +260,7 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         "ritz_value": (("probe", "lanczos"), value),
         "ritz_weight": (("probe", "lanczos"), weight),
         "ritz_residual": (("probe", "lanczos"), residual),
+        "ritz_coupling": ("probe", before),
         "probe_weight": ("probe", weights),
         "n_parameters": ((), sample.n_parameters),
         "coupling": ((), float(coupling)),
@@ -319,7 +333,10 @@ def default_grid(*datasets: xr.Dataset, n_points: int = N_GRID) -> np.ndarray:
 def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) -> xr.Dataset:
     """Give the density and its standard error on another grid, or with another kernel.
 
-    No products are needed: both follow from the nodes, so that several checkpoints can share one grid.
+    No products are needed: both follow from the nodes, so that several checkpoints can share one grid. The standard
+    error, for the choice of probes, is that of the smoothed density: smoothing by the kernel is no part of it. It
+    covers the random masses of the nodes and, where two probes or more were sampled, their random places; not the
+    places of what was counted exactly.
 
     Parameters
     ----------
@@ -346,7 +363,9 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
     def kernel_at(node: np.ndarray) -> np.ndarray:
         return np.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) / (width * np.sqrt(2 * np.pi))
 
-    density, se = measure.means(kernel_at(measure.node))
+    kernel = kernel_at(measure.node)
+    density, se = measure.means(kernel)
+    se = np.maximum(se, _scatter_of_probes(measure, kernel, grid, width))
     smoothed = ds.drop_dims("eigenvalue", errors="ignore").assign_coords(eigenvalue=("eigenvalue", grid))
     smoothed["density"] = ("eigenvalue", density, _labels("density"))
     if has_half_samples(ds):
@@ -358,6 +377,18 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
     smoothed["kernel_width"] = ((), width, _labels("kernel_width"))
     smoothed.attrs |= {"kernel_width": width}
     return smoothed
+
+
+def _scatter_of_probes(measure: SpectralMeasure, kernel: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
+    """Standard errors of the density ``(eigenvalue,)`` from the scatter of the probes, averaged over nearby points.
+
+    The density's error oscillates between nodes, whose places differ from probe to probe. At single points the scatter
+    of a few probes is too noisy, and near its zeros too small, which the average over a few kernel widths is not.
+    """
+    spacing = np.gradient(grid) if len(grid) > 1 else np.ones(1)
+    nearby = np.exp(-0.5 * ((grid[:, None] - grid) / (AVERAGED_WIDTHS * width)) ** 2) * spacing
+    nearby /= nearby.sum(axis=1, keepdims=True)
+    return np.sqrt(nearby @ measure.scatter(kernel))
 
 
 def _labels(name: str) -> dict[str, str]:
