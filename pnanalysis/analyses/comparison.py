@@ -18,7 +18,7 @@ from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.activations.statistics import Measures, common_range
 from pnanalysis.analyses.functional import compare_functions
-from pnanalysis.analyses.hessian import N_LANCZOS, SpectrumOptions, network_spectra
+from pnanalysis.analyses.hessian import N_LANCZOS, SpectrumOptions, data_error_of, has_all, network_spectra
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
 from pnanalysis.analyses.significant_differences import with_p_values
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
@@ -34,9 +34,10 @@ from pnanalysis.inputs.examples import Examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, Selection, select
 from pnanalysis.inputs.sources import resolve_device
+from pnanalysis.kinds import ERROR_ENDS
 from pnanalysis.significance import share_interval
 from pnanalysis.spectra.density import spectral_density
-from pnanalysis.spectra.summary import compare_spectra
+from pnanalysis.spectra.differences import compare_spectra
 from pnanalysis.terminal.progress import progress_bar
 
 #: Options of :func:`pnanalysis.hessian` where none are given: a modest budget.
@@ -117,8 +118,8 @@ def compare(
     examples are taken as a random sample, the networks as given. They say nothing about training again with another
     seed. A difference is significant if its p-value, ``NAME_difference_p``, is at most 0.05. These are adjusted for
     all numbers, splits and pairs together, so that a comparison of equal networks makes any false claim in at most
-    5 % (see :func:`pnanalysis.analyses.significant_differences.with_p_values`). Ranks may tie: all checkpoints that no other
-    beats significantly have rank 1. Intervals of errors, ``error_low`` to ``error_high``, are Wilson's.
+    5 % (see :func:`pnanalysis.analyses.significant_differences.with_p_values`). Ranks may tie: all checkpoints that
+    no other beats significantly have rank 1. Intervals of errors, ``error_low`` to ``error_high``, are Wilson's.
 
     Errors of the spectra's numbers come from the probes, on the examples that were drawn, not from drawing examples.
 
@@ -258,37 +259,52 @@ def _spectra(
         for item in selection.distinct(source):
             network = networks[item.label].to(device)
             digest = digest_of(network)
-            saved = saved_spectrum(source, digest, options.n_lanczos or N_LANCZOS, options.n_probes)
+            saved = saved_spectrum(source, digest, options.n_lanczos or N_LANCZOS, options.n_probes, options.data_error)
             found[item.key] = saved if saved is not None else network_spectra(
                 network, source.loss, batches, options, label=item.label, device=device, progress=progress
             )[""]  # fmt: skip
             network.cpu()
     ds = spectrum_differences([found[item.key] for item in selection])
-    return ds.assign_attrs(n_hessian=n_examples(part, batches))
+    n_used = n_examples(part, batches)
+    return ds.assign_attrs(
+        n_hessian=n_used,
+        data_error=data_error_of(found.values()),
+        all_examples=int(has_all(source, requested.split, requested.n, n_used)),
+    )
 
 
 def spectrum_differences(spectra: Sequence[xr.Dataset]) -> xr.Dataset:
     """Numbers of spectra along ``checkpoint``, and the differences and distances of all pairs along ``other``."""
-    k, ends = len(spectra), ("", "_se", "_low", "_high")
-    names = [f"{name}{end}" for name in schema.COMPARED_SPECTRUM for end in ends if f"{name}{end}" in spectra[0]]
+    k = len(spectra)
+    names = [f"{name}{end}" for name in schema.COMPARED_SPECTRUM for end in ERROR_ENDS]
     variables: dict[str, Any] = {
-        name: ("checkpoint", np.array([float(one[name]) for one in spectra])) for name in names
+        name: ("checkpoint", np.array([float(one.get(name, np.nan)) for one in spectra]))
+        for name in names
+        if any(name in one for one in spectra)
     }
     pairs: dict[str, Array] = {}
+    unknown = np.where(np.eye(k, dtype=bool), 0.0, np.nan)
+    covers = "probes and examples"
     for i in range(k):
         for j in range(i):
-            for name, value in _both_ways(compare_spectra(spectra[j], spectra[i]), names).items():
-                pairs.setdefault(name, np.zeros((k, k)))[[i, j], [j, i]] = value
-    return xr.Dataset(variables | {name: (("checkpoint", "other"), values) for name, values in pairs.items()})
+            found = compare_spectra(spectra[j], spectra[i])
+            covers = min(covers, found.attrs["wasserstein1_covers"])  # "probes" where one pair has no more
+            for name, value in _both_ways(found, names).items():
+                pairs.setdefault(name, unknown.copy())[[i, j], [j, i]] = value
+    ds = xr.Dataset(variables | {name: (("checkpoint", "other"), values) for name, values in pairs.items()})
+    return ds.assign_attrs(wasserstein1_covers=covers)
 
 
 def _both_ways(found: xr.Dataset, names: Sequence[str]) -> dict[str, tuple[float, float]]:
     """A difference of spectra as B minus A and as A minus B."""
     both = {}
     for name in names:
-        stem, end = next((name.removesuffix(e), e) for e in ("_se", "_low", "_high", "") if name.endswith(e))
-        back = {"_se": "_se", "_low": "_high", "_high": "_low", "": ""}[end]
-        sign = 1.0 if end == "_se" else -1.0
+        if name not in found:
+            continue
+        end = next(end for end in sorted(ERROR_ENDS, key=len, reverse=True) if name.endswith(end))
+        stem = name.removesuffix(end)
+        back = {"_low": "_high", "_high": "_low"}.get(end, end)
+        sign = 1.0 if end.endswith("_se") else -1.0
         both[f"{stem}_difference{end}"] = (float(found[name]), sign * float(found[f"{stem}{back}"]))
     distances = ("wasserstein1", "wasserstein1_noise", "wasserstein1_se")
     return both | {name: (float(found[name]), float(found[name])) for name in distances}

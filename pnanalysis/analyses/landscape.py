@@ -145,8 +145,8 @@ def landscape(
     xarray.Dataset
         Kind ``barrier`` for lines and curves: ``loss`` and ``error`` along ``position``, for each ``path`` (line,
         aligned, curve) and ``split``. ``excess`` is the loss minus the linear interpolation of the two ends' losses,
-        and ``barrier`` an estimate of its largest value from end to end, never below 0. Kind ``landscape`` for planes: ``loss`` and
-        ``error`` on the grid (y, x).
+        and ``barrier`` an estimate of its largest value from end to end, never below 0. Kind ``landscape`` for planes:
+        ``loss`` and ``error`` on the grid (y, x).
 
     Raises
     ------

@@ -147,8 +147,8 @@ def _curvature(pair: xr.Dataset) -> str:
     every = "all " if pair.attrs.get("all_examples") else ""
     return (
         f"Hessians on {every}{int(pair.attrs['n_hessian'])} training examples: largest eigenvalue "
-        f"{_signed(top, where)}, trace {_signed(trace, where)}; the W1 distance of the spectra, {distance.value:.2g}, is "
-        f"{significance} than expected from the noise of the {covered} alone ({noise:.2g})."
+        f"{_signed(top, where)}, trace {_signed(trace, where)}; the W1 distance of the spectra, {distance.value:.2g}, "
+        f"is {significance} than expected from the noise of the {covered} alone ({noise:.2g})."
     )
 
 

@@ -30,6 +30,7 @@ def compare(
     split: Annotated[options.Split, typer.Option(help="Split on which outputs are compared.")] = "test",
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Compare Hessian spectra.")] = True,
     n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
+    data_error: options.DataError = "examples",
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 256,
     model: options.Model = None,
@@ -62,7 +63,8 @@ def compare(
 
     given = options.sources(runs, model, weights, data, loss, output)
     ds = analyse(
-        *given, checkpoints=checkpoint, n=n, split=split, hessian={"n": n_hessian} if hessian else False, cka=cka,
+        *given, checkpoints=checkpoint, n=n, split=split, cka=cka,
+        hessian={"n": n_hessian, "data_error": data_error} if hessian else False,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)

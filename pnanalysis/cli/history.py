@@ -58,7 +58,8 @@ def _table(ds: xr.Dataset) -> Table:
             at = last.sel(iteration=iteration)
             if not at.train_loss.isnull():
                 errors = [
-                    error_cell(at[f"{split}_error"], kind, ds.attrs.get(f"n_{split}")) for split in ("validation", "test")
+                    error_cell(at[f"{split}_error"], kind, ds.attrs.get(f"n_{split}"))
+                    for split in ("validation", "test")
                 ]
                 rows.append(
                     [*([name] if has_runs else []), int(iteration), float(at.train_loss), float(at.penalty), *errors]

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, legend_above, new_figure, own_axes
 
 _DECADES = 8.0  # below the largest density
-_RUG = "individually computed outliers"
+_RUG = "outliers"
 
 
 def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = False) -> Axes:
@@ -33,9 +33,8 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     Returns
     -------
     Axes
-        Ticks at the bottom, one row per checkpoint, mark the outliers (eigenvalues beyond the bulk) that were computed
-        individually; there may be far fewer of them than ``n_outliers`` counts. The band is one standard error to
-        either side.
+        Ticks at the bottom, one row per checkpoint, mark the outliers: eigenvalues beyond a gap (``n_outliers``,
+        ``n_outliers_negative``). The band is one standard error to either side.
     """
     ax = own_axes(ax, PAGE if "checkpoint" in ds.dims else COLUMN, 2.6)
     parts = [("", ds)]
@@ -133,7 +132,9 @@ def _rug(ds: xr.Dataset, ax: Axes, row: int) -> bool:
     if "deflated_value" not in ds or "bulk_edge_high" not in ds:
         return False
     values = ds.deflated_value.values[np.isfinite(ds.deflated_value.values)]
-    outside = values[(values > float(ds.bulk_edge_high)) | (values < float(ds.bulk_edge_low))]
+    above = values[values > float(ds.bulk_edge_high)] if ds.n_outliers > 0 else values[:0]
+    below = values[values < float(ds.bulk_edge_low)] if ds.n_outliers_negative > 0 else values[:0]
+    outside = np.concatenate([above, below])
     height = 0.02 + 0.035 * row
     # heights in fractions of the axis, so that ticks stay at the bottom whatever the densities
     look: dict[str, Any] = {"color": COLOURS[row % len(COLOURS)], "ms": 5, "transform": ax.get_xaxis_transform()}

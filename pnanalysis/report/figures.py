@@ -118,7 +118,7 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
             "hessian",
             "Hessian spectrum",
             "Density of the eigenvalues; bands show one standard error. The ticks at the bottom, one row per "
-            "checkpoint, mark eigenvalues beyond the bulk that were computed individually.",
+            "checkpoint, mark outliers: eigenvalues beyond a gap in the spectrum.",
             shown_if=lambda ds: not _has_layers(ds),
         ),
     ),

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.data_feed import DataFeed, Receiver
 from pnanalysis.spectra.lanczos import SMALLEST_SCALE, STEPS_PER_CHECK, SYMMETRY_TOLERANCE, Lanczos, Saver
 from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, empty_columns, random_unit_vectors
 from pnanalysis.spectra.memory import probes_at_once, vectors_at_once
@@ -62,7 +63,10 @@ CONVERGED = 1e-2
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a spectrum is sampled: see :func:`pnanalysis.spectra.density.spectral_density`."""
+    """How a spectrum is sampled: see :func:`pnanalysis.spectra.density.spectral_density`.
+
+    ``data`` receives vectors on the way, see :mod:`pnanalysis.spectra.data_feed`; it has no influence on the sample.
+    """
 
     n_lanczos: int
     n_probes: int
@@ -75,6 +79,7 @@ class SamplingSettings:
     symmetry_tolerance: float | None = None
     state: Path | None = None
     save_every: float = 300.0
+    data: Receiver | None = None
 
 
 @dataclass(frozen=True)
@@ -178,18 +183,19 @@ def _sample(operator: LinearOperator, settings: SamplingSettings, advance: Advan
     if settings.deflate and n_parameters <= min(budget, LARGEST_EXACT):
         return _exact(operator, settings, advance)
     sample = SpectrumSample(n_parameters, "deflated" if settings.deflate else "plain")
+    feed = DataFeed(settings.data, settings.seed)
     if settings.n_hvp is not None and not settings.deflate:
         n_steps = min(default_steps(budget, n_parameters), n_parameters)
-        _probe_in_lockstep(operator, settings, sample, None, max(budget // n_steps, 1), n_steps, advance)
+        _probe_in_lockstep(operator, settings, sample, None, max(budget // n_steps, 1), n_steps, feed, advance)
     elif not settings.deflate:
-        _probe_in_lockstep(operator, settings, sample, None, settings.n_probes, settings.n_lanczos, advance)
+        _probe_in_lockstep(operator, settings, sample, None, settings.n_probes, settings.n_lanczos, feed, advance)
     elif settings.n_hvp is None and settings.n_probes > 1:
-        basis = _deflate(operator, settings, sample, settings.n_lanczos, advance)
+        basis = _deflate(operator, settings, sample, settings.n_lanczos, feed, advance)
         n_steps = min(settings.n_lanczos, sample.n_free)
         if n_steps:
-            _probe_in_lockstep(operator, settings, sample, basis, settings.n_probes - 1, n_steps, advance)
+            _probe_in_lockstep(operator, settings, sample, basis, settings.n_probes - 1, n_steps, feed, advance)
     else:
-        _probe_in_turn(operator, settings, sample, budget, advance)
+        _probe_in_turn(operator, settings, sample, budget, feed, advance)
     return sample
 
 
@@ -212,14 +218,26 @@ def _exact(operator: LinearOperator, settings: SamplingSettings, advance: Advanc
             f"the operator is not symmetric: its skew part has {skew:.1%} of its norm; every product must use the same "
             "data, with nothing random in the model (dropout, augmentation)"
         )
-    eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2).cpu().numpy()
+    matrix = (matrix + matrix.T) / 2
+    feed = DataFeed(settings.data, settings.seed)
+    if feed.wanted:
+        values, vectors = torch.linalg.eigh(matrix)
+        eigenvalues = values.cpu().numpy()
+        feed.exact(eigenvalues, vectors)
+    else:
+        eigenvalues = torch.linalg.eigvalsh(matrix).cpu().numpy()
     return SpectrumSample(
         n, "exact", [LanczosCoefficients(eigenvalues, np.zeros(n), sampled=False, deflated=True)], n_hvp=n
     )
 
 
 def _deflate(
-    operator: LinearOperator, settings: SamplingSettings, sample: SpectrumSample, capacity: int, advance: Advance | None
+    operator: LinearOperator,
+    settings: SamplingSettings,
+    sample: SpectrumSample,
+    capacity: int,
+    feed: DataFeed,
+    advance: Advance | None,
 ) -> torch.Tensor:
     """Deflate the Krylov space of one random vector, ``capacity`` steps of it; returns its basis ``(P, k)``."""
     limits = (settings.basis_dtype, settings.basis_device, 0, settings.max_memory_bytes)
@@ -229,6 +247,7 @@ def _deflate(
     while lanczos.step < capacity and lanczos.sizes()[0] == lanczos.step:  # until the Krylov space is exhausted
         lanczos.extend(min(STEPS_PER_CHECK, capacity - lanczos.step), advance, saver)
     _finish(lanczos, sample, saver, sampled=False, deflated=True)
+    feed.deflated(lanczos)
     return lanczos.basis[0, :, : sample.n_deflated]
 
 
@@ -239,6 +258,7 @@ def _probe_in_lockstep(
     deflated: torch.Tensor | None,
     n_probes: int,
     n_steps: int,
+    feed: DataFeed,
     advance: Advance | None,
 ) -> None:
     """Run Lanczos on random vectors, as many at once as fit in memory."""
@@ -257,10 +277,19 @@ def _probe_in_lockstep(
         saver = _saver(settings, lanczos, f"probes-{indices[0]}-{indices[-1]}", advance)
         lanczos.extend(n_steps - lanczos.step, advance, saver)
         _finish(lanczos, sample, saver)
+        if deflated is None:
+            feed.plain(lanczos)
+        else:
+            feed.probed(lanczos)
 
 
 def _probe_in_turn(
-    operator: LinearOperator, settings: SamplingSettings, sample: SpectrumSample, budget: int, advance: Advance | None
+    operator: LinearOperator,
+    settings: SamplingSettings,
+    sample: SpectrumSample,
+    budget: int,
+    feed: DataFeed,
+    advance: Advance | None,
 ) -> None:
     """Deflate as long as that reduces the error most, then run one probe after the other.
 
@@ -288,6 +317,7 @@ def _probe_in_turn(
             min(STEPS_PER_DECISION - lanczos.step % STEPS_PER_DECISION, capacity - lanczos.step), advance, saver
         )
     _finish(lanczos, sample, saver, sampled=False, deflated=True)
+    feed.deflated(lanczos)
     left = budget - sample.n_hvp
     n_probes = max(round(left / default_steps(left, n_parameters)), 1)
     for index in range(1, n_probes + 1):
@@ -301,7 +331,11 @@ def _probe_in_turn(
         lanczos.extend(n_steps - lanczos.step, advance, saver)
         # deflating a probe means that the next one's basis must go behind it
         room_for_another = n_before + 2 * n_steps <= n_columns
-        _finish(lanczos, sample, saver, deflated=room_for_another and index < n_probes)
+        deflated = room_for_another and index < n_probes
+        _finish(lanczos, sample, saver, deflated=deflated)
+        feed.probed(lanczos)
+        if deflated:
+            feed.deflated(lanczos)
 
 
 def _start(

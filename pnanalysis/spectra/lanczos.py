@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.linalg import eigh_tridiagonal
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.io.atomic import atomic_path
@@ -252,6 +254,22 @@ class Lanczos:
     def ritz_vectors(self, coefficients: torch.Tensor, probe: int = 0) -> torch.Tensor:
         """Vectors ``(P, c)`` with the given coordinates ``(step, c)`` in one start vector's basis."""
         return (coefficients.to(self._basis).T @ self.basis[probe].T).T
+
+    def ritz_pairs(self, probe: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Ritz values ``(m,)``, ascending, and coordinates ``(m, m)`` of the Ritz vectors in one start vector's basis.
+
+        In float64; ``m`` is the dimension of the Krylov space.
+        """
+        size = self.sizes()[probe]
+        alpha, beta = (part[probe, :size].double().cpu().numpy() for part in (self.alpha, self.beta))
+        value, vector = eigh_tridiagonal(alpha, beta[:-1])
+        return value, vector
+
+    def first_products(self, probes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised start vectors ``(P, c)`` of some probes, and their products with the (compressed) operator."""
+        start = self._basis[probes, :, 0].T
+        following = self._next[:, probes] if self.step == 1 else self._basis[probes, :, 1].T
+        return start, start * self._alpha[probes, 0] + following * self._beta[probes, 0]
 
     def save(self, path: str | Path, label: str = "") -> None:
         """Write the state (safetensors, atomically) under a label that :meth:`restore` compares."""

@@ -216,7 +216,8 @@ def text(cell: Cell) -> str:
 def _json_value(cell: Cell) -> Any:
     """A cell in JSON: numbers stay numbers, unknown ones are null, estimates are objects of their finite parts."""
     if isinstance(cell, Estimate):
-        parts = {name: getattr(cell, name, math.nan) for name in ("value", "se", "low", "high", "data_se", "p", "gap_p")}
+        names = ("value", "se", "low", "high", "data_se", "p", "gap_p")
+        parts = {name: getattr(cell, name, math.nan) for name in names}
         return {"value": None} | {name: part for name, part in parts.items() if math.isfinite(part)}
     if isinstance(cell, str) or cell is None:
         return cell

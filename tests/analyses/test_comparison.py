@@ -15,10 +15,9 @@ import xarray as xr
 from torch import nn
 
 import pnanalysis as pn
+from pnanalysis.analyses.diagnostics import diagnostics, estimate_of
 from pnanalysis.analyses.hessian import SpectrumOptions
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
-from pnanalysis.analyses.diagnostics import diagnostics, estimate_of
-from pnanalysis.analyses.significant_differences import with_p_values
 from pnanalysis.analyses.verdict import verdict
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.estimates import Estimate
@@ -28,7 +27,7 @@ from pnanalysis.inputs.selection import SelectedCheckpoint, Selection, as_source
 from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
-from pnanalysis.spectra.summary import compare_spectra
+from pnanalysis.spectra.differences import compare_spectra
 from trainers import Config, train
 
 SMALL = {"n": 100, "n_lanczos": 10, "n_probes": 3}

@@ -1,0 +1,147 @@
+"""Vectors for the error that the choice of examples causes, handed on while a spectrum is sampled.
+
+That error takes the quadratic forms of single examples in the leading Ritz vectors, and in random probes of the rest
+of the space. Both are by-products of the sampling: nothing here costs a product with the operator.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pnanalysis.spectra.lanczos import Lanczos
+
+#: Probes that are handed on at a time.
+_AT_ONCE = 5
+
+
+class Receiver(Protocol):
+    """What takes the vectors: see :class:`pnanalysis.spectra.data_error.DataForms`.
+
+    Attributes
+    ----------
+    n_leading, n_probes : int
+        The most leading Ritz vectors, and the most probes, that are of use.
+    """
+
+    n_leading: int
+    n_probes: int
+
+    def add_leading(self, value: np.ndarray, vector: Tensor) -> None:
+        """Ritz values ``(t,)`` and orthonormal Ritz vectors ``(P, t)``, descending; the last one is the smallest."""
+        ...
+
+    def add_probes(self, probe: Tensor, product: Tensor) -> None:
+        """Probes ``z`` and their products ``H z``, ``(P, b)`` each; ``E[z z'] = I - U U'``, ``U`` the leading ones."""
+        ...
+
+
+class DataFeed:
+    """Hands on the leading Ritz vectors of the first Krylov space, and probes of all that is orthogonal to them.
+
+    A probe is a random combination of the other Ritz vectors of what is deflated, plus a random vector of its
+    complement. Its product follows from those vectors' Ritz values and the first step of Lanczos on the random vector,
+    up to the coupling of the deflated spaces to the rest.
+
+    Parameters
+    ----------
+    receiver : Receiver or None
+        Without one, nothing is done.
+    seed : int
+        Of the random combinations.
+    """
+
+    def __init__(self, receiver: Receiver | None, seed: int) -> None:
+        self._receiver = receiver
+        self._generator = np.random.default_rng([seed, 2**32 - 1])
+        self._left = 0 if receiver is None else receiver.n_probes
+        self._leading: tuple[np.ndarray, Tensor] | None = None
+        self._spaces: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return self._receiver is not None
+
+    def deflated(self, lanczos: Lanczos) -> None:
+        """A Krylov space (of a single start vector) has been deflated."""
+        if self._receiver is None:
+            return
+        value, vector = lanczos.ritz_pairs()
+        basis = lanczos.basis[0, :, : len(value)]
+        if not self._spaces:
+            value, vector = self._hand_on_leading(self._receiver, value, vector, basis)
+        self._spaces.append((value, vector, basis))
+
+    def plain(self, lanczos: Lanczos) -> None:
+        """Lanczos on start vectors among which nothing is deflated: the first gives the leading Ritz vectors."""
+        if self._receiver is None:
+            return
+        if self._leading is None:
+            value, vector = lanczos.ritz_pairs()
+            self._hand_on_leading(self._receiver, value, vector, lanczos.basis[0, :, : len(value)])
+            # the leading vectors are combinations of the first probe, which is a fair one only by itself
+            self._probes(lanczos, list(range(1, lanczos.n_probes)) or [0])
+        else:
+            self._probes(lanczos, list(range(lanczos.n_probes)))
+
+    def probed(self, lanczos: Lanczos) -> None:
+        """Lanczos on start vectors in the complement of all that has been deflated."""
+        self._probes(lanczos, list(range(lanczos.n_probes)))
+
+    def exact(self, value: np.ndarray, vector: Tensor) -> None:
+        """All eigenvalues ``(P,)``, ascending, and eigenvectors ``(P, P)``."""
+        if self._receiver is None:
+            return
+        rest = self._hand_on_leading(self._receiver, value, np.eye(len(value)), vector)
+        self._spaces.append((*rest, vector))
+        while self._left and len(rest[0]):
+            self._hand_on(self._receiver, *self._combination(min(self._left, _AT_ONCE), vector))
+
+    def _hand_on_leading(
+        self, receiver: Receiver, value: np.ndarray, vector: np.ndarray, basis: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the other Ritz values and the coordinates of their vectors."""
+        n = min(receiver.n_leading, len(value) - 1)
+        leading = [*range(len(value) - 1, len(value) - 1 - n, -1), 0]
+        self._leading = value[leading], combinations(basis, vector[:, leading])
+        receiver.add_leading(*self._leading)
+        others = slice(1, len(value) - n)
+        return value[others], vector[:, others]
+
+    def _probes(self, lanczos: Lanczos, columns: list[int]) -> None:
+        if self._receiver is None:
+            return
+        columns = columns[: self._left]
+        for begin in range(0, len(columns), _AT_ONCE):
+            some = columns[begin : begin + _AT_ONCE]
+            start, product = lanczos.first_products(some)
+            scale = (len(start) - lanczos.n_deflated) ** 0.5
+            probe, image = self._combination(len(some), start)
+            if self._leading is not None and not self._spaces:  # not deflated: what lies along them is taken off
+                value, vector = self._leading
+                along = vector.T @ start
+                start = start - vector @ along
+                product = product - vector @ (torch.from_numpy(value).to(along)[:, None] * along)
+            self._hand_on(self._receiver, probe + scale * start, image + scale * product)
+
+    def _combination(self, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Random combinations ``(P, n)`` of the deflated Ritz vectors that are not leading, and their products."""
+        probe, product = (like.new_zeros(len(like), n) for _ in range(2))
+        for value, vector, basis in self._spaces:
+            signs = self._generator.choice([-1.0, 1.0], size=(len(value), n))
+            probe += combinations(basis, vector @ signs)
+            product += combinations(basis, vector @ (value[:, None] * signs))
+        return probe, product
+
+    def _hand_on(self, receiver: Receiver, probe: Tensor, product: Tensor) -> None:
+        self._left -= probe.shape[1]
+        receiver.add_probes(probe, product)
+
+
+def combinations(basis: Tensor, coordinates: np.ndarray) -> Tensor:
+    """Vectors ``(P, c)`` with the given coordinates ``(m, c)`` in a basis ``(P, m)``."""
+    return (torch.from_numpy(coordinates).to(basis).T @ basis.T).T
