@@ -63,9 +63,7 @@ def diagnostics(ds: xr.Dataset) -> list[Diagnostic]:
     Which differences are significant is what :func:`pnanalysis.analyses.significant_differences.with_p_values` finds.
     """
     rows = _rows(with_p_values(ds))
-    return [
-        row for row in rows if any(math.isfinite(estimate.value) for estimate in (*row.values, *row.against_first))
-    ]
+    return [row for row in rows if any(math.isfinite(estimate.value) for estimate in (*row.values, *row.against_first))]
 
 
 def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
@@ -137,7 +135,9 @@ def _row_of_outliers(ds: xr.Dataset) -> Diagnostic:
     if not row.values or "outlier_p" not in ds:
         return row
     gaps = ds.outlier_p.values
-    values = [OutlierCount(value.value, gap_p=float(p)) for value, p in zip(row.values, gaps, strict=True)]
+    values: list[Estimate] = [
+        OutlierCount(value.value, gap_p=float(p)) for value, p in zip(row.values, gaps, strict=True)
+    ]
     return replace(row, values=values, against_first=[Estimate(math.nan)] * (len(values) - 1))
 
 

@@ -45,7 +45,7 @@ def drawn(rng: np.random.Generator, k: int = 2, data_error: bool = False) -> xr.
     lambda_max = 5 + (0.3 * rng.normal(size=k) if data_error else 1e-7 * rng.random(k))
     data_se = 0.3 * np.sqrt(2) if data_error else np.nan
     bound = 1e-6 + 1.96 * np.nan_to_num(data_se)
-    difference = np.subtract.outer(lambda_max, lambda_max)
+    difference, shift = np.subtract.outer(lambda_max, lambda_max), rng.normal(size=k) / np.sqrt(2)
     variables |= {
         "lambda_max": ("checkpoint", lambda_max),
         "lambda_max_difference": (PAIR, difference),
@@ -53,8 +53,9 @@ def drawn(rng: np.random.Generator, k: int = 2, data_error: bool = False) -> xr.
         "lambda_max_difference_high": (PAIR, difference + bound),
         "lambda_max_difference_data_se": (PAIR, np.full((k, k), data_se)),
         # the worst case: all parts of the distance grow and shrink together
-        "wasserstein1": (PAIR, np.abs(np.subtract.outer(*[rng.normal(size=k)] * 2)) * 0.01 / np.sqrt(2)),
+        "wasserstein1": (PAIR, np.abs(np.subtract.outer(shift, shift)) * 0.01),
         "wasserstein1_noise": (PAIR, np.full((k, k), 0.01 * np.sqrt(2 / np.pi))),
+        "wasserstein1_se": (PAIR, np.full((k, k), 0.01)),
     }
     names = [f"net{i}" for i in range(k)]
     coords = {"checkpoint": names, "other": names, "split": list(SIZES)}
@@ -118,7 +119,7 @@ def test_few_mistakes_are_judged_by_the_exact_test() -> None:
     wrong[1, :6] = 1
     found = {f"error{end}": values for end, values in paired(wrong).items()}
     one = ds.isel(split=[2])[["loss", "loss_difference", "loss_difference_se", "n_examples"]]
-    one = one.assign({n: (PAIR[: v.ndim] + ("split",), v[..., None]) for n, v in found.items()})
+    one = one.assign({n: ((*PAIR[: v.ndim], "split"), v[..., None]) for n, v in found.items()})
     one["only_wrong"] = ((*PAIR, "split"), np.array([[[0.0], [0.0]], [[6.0], [0.0]]]))
     one["loss_difference"] = 0 * one.loss_difference
     both = with_p_values(one)
