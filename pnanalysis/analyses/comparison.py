@@ -75,7 +75,9 @@ def compare(
         in memory. Give a run and its restart control to compare the champion with the best of as many restarts.
     checkpoints : sequence of str, optional
         See :meth:`pnanalysis.io.runs.Run.select`. By default plain and champion of a single run, the champion of each
-        of several, and all other networks. The first is the reference.
+        of several, and all other networks. The first is the reference. Where a champion is the plain model and that is
+        compared already, the best of the later iterations takes its place (``challenger``), and an attribute ``note``
+        says so.
     n : int or None
         Examples of each split, drawn by ``seed``; all if ``None``.
     split : {"test", "validation", "train"}
@@ -180,7 +182,7 @@ def compare(
     ds = ds.assign_attrs(spectra.attrs | ({} if classes is None else {"classes": classes}))
     return schema.finish(
         with_p_values(ds), "comparison",
-        **selection[0].source.dataset_attrs(), function_split=split, n=n,
+        **selection[0].source.dataset_attrs(), note=selection.note, function_split=split, n=n,
         batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
     )  # fmt: skip
 

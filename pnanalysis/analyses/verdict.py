@@ -24,10 +24,12 @@ def verdict(ds: xr.Dataset) -> list[str]:
     Returns
     -------
     list of str
-        Each checkpoint compared with the first; then, for more than two, their ranking by error with its ties.
+        What stands for a champion, where that is not itself; each checkpoint compared with the first; then, for more
+        than two, their ranking by error with its ties.
     """
     ds = with_p_values(ds)
-    sentences = [sentence for i in range(1, ds.sizes["checkpoint"]) for sentence in _compared_with_first(ds, i)]
+    sentences = [ds.attrs["note"]] if "note" in ds.attrs else []
+    sentences += [sentence for i in range(1, ds.sizes["checkpoint"]) for sentence in _compared_with_first(ds, i)]
     if ds.sizes["checkpoint"] > 2 and bool(ds.error.notnull().all()):
         sentences.append(_ranking(ds))
     return sentences

@@ -47,7 +47,9 @@ def compare(
     """Are these minima different, and which is better? Compare every diagnostic, with errors of the differences.
 
     The first checkpoint is the reference. By default: plain and champion of one run, the champion of each of several
-    runs (of a restart control, the best restart), or all weight files of --model.
+    runs (of a restart control, the best restart), or all weight files of --model. Where a champion is the plain model,
+    and that is compared already, the best later iteration takes its place. What the errors cover:
+    docs/concepts/error-bars.md.
 
     [bold]Examples[/bold]
 

@@ -79,6 +79,8 @@ def hessian(
 ) -> None:
     """Eigenvalue spectral density of the loss Hessian, with error bars.
 
+    They are those of the random probes and of the choice of examples: docs/concepts/error-bars.md.
+
     [bold]Examples[/bold]
 
       pnanalysis hessian runs/lenet5 --plot spectrum.pdf

@@ -45,8 +45,9 @@ Checkpoints = Annotated[
     list[str] | None,
     typer.Option(
         "--checkpoint", "-c", metavar="NAME", rich_help_panel=_INPUT,
-        help="plain, champion, start, ends, all, iterNN, iterNN/epochNNN or a file's name; may be repeated.",
-        autocompletion=lambda: ["plain", "champion", "start", "ends", "all"],
+        help="plain, champion, challenger (the best iteration after plain), start, ends, all, iterNN, iterNN/epochNNN "
+        "or a file's name; may be repeated.",
+        autocompletion=lambda: ["plain", "champion", "challenger", "start", "ends", "all"],
     ),
 ]  # fmt: skip
 Model = Annotated[

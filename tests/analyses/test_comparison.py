@@ -212,7 +212,13 @@ def test_a_checkpoint_does_not_differ_from_itself(tiny_run: Run) -> None:
     assert verdict(ds) == ["iter00 (the plain model) compared with plain: identical parameters."]
 
 
+def won_by(iteration: int, run: Run) -> Run:
+    """The run as if this iteration had the lowest validation error; 0 is the plain model."""
+    return Run(run.path, run.manifest | {"champion": iteration})
+
+
 def test_defaults_are_plain_and_champion_and_then_champions(tiny_run: Run, control: Run) -> None:
+    tiny_run = won_by(1, tiny_run)
     assert [m.label for m in compared([tiny_run])] == ["plain", "champion"]
     both = compared([tiny_run, control])
     assert [m.label for m in both] == ["tiny/champion", "restart/champion"]
@@ -220,8 +226,34 @@ def test_defaults_are_plain_and_champion_and_then_champions(tiny_run: Run, contr
     assert [m.label for m in compared([tiny_run, tiny_run])] == ["tiny#1/champion", "tiny#2/champion"]
 
 
+def test_no_network_is_compared_with_itself(tiny_run: Run, control: Run) -> None:
+    """A plain model that is the champion is also the first restart: the best of the later iterations steps in."""
+    run, best_restart_is_plain = won_by(0, tiny_run), won_by(0, control)
+    assert [m.label for m in compared([run])] == ["plain", "challenger"]
+    assert [m.label for m in compared([run, best_restart_is_plain])] == ["tiny/challenger", "restart/champion"]
+    assert [m.label for m in compared([best_restart_is_plain, run])] == ["restart/champion", "tiny/challenger"]
+    another_restart = won_by(1, control)
+    assert [m.label for m in compared([run, another_restart])] == ["tiny/champion", "restart/champion"]
+    assert compared([run, another_restart]).note is None
+    assert [m.label for m in compared([run], ["plain", "champion"])] == ["plain", "champion"]  # as asked for
+
+
+def test_what_takes_a_champions_place_is_said(tiny_run: Run, control: Run) -> None:
+    few = {"hessian": False, "cka": False, "saturation": False, "progress": False}
+    ds = pn.compare(won_by(0, tiny_run), won_by(0, control), **few)
+    note, first, *_ = verdict(ds)
+    assert note == ds.attrs["note"]
+    assert note == (
+        "The champion of tiny is the plain model: so that no network is compared with itself, the best of iterations "
+        "1 to 2 takes its place."
+    )
+    assert f"tiny/challenger (iteration {tiny_run.challenger.iteration}, the best of iterations 1 to 2)" in first
+    assert float(ds.distance[0, 1]) > 0
+    assert "note" not in pn.compare(tiny_run, checkpoints=["plain", "challenger"], **few).attrs
+
+
 def test_the_restart_control_is_named(tiny_run: Run, control: Run) -> None:
-    ds = pn.compare(tiny_run, control, hessian=False, cka=False, saturation=False, progress=False)
+    ds = pn.compare(won_by(1, tiny_run), control, hessian=False, cka=False, saturation=False, progress=False)
     said = verdict(ds)
     assert said[0].startswith("restart/champion (the best of 3 restarts) compared with tiny/champion (")
     assert "cka" not in ds
