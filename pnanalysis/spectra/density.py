@@ -32,6 +32,8 @@ N_GRID = 1024
 _ROUND_OFF = {torch.float64: 1e-14}
 #: The scatter of the probes' densities is averaged over so many kernel widths.
 AVERAGED_WIDTHS = 4.0
+#: Densities below this fraction of the largest are round-off.
+SMALLEST_DENSITY = 1e-12
 
 
 def spectral_density(
@@ -365,7 +367,7 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
 
     kernel = kernel_at(measure.node)
     density, se = measure.means(kernel)
-    se = np.maximum(se, _scatter_of_probes(measure, kernel, grid, width))
+    se = _with_scatter(density, se, measure.scatter(kernel), grid, width)
     smoothed = ds.drop_dims("eigenvalue", errors="ignore").assign_coords(eigenvalue=("eigenvalue", grid))
     smoothed["density"] = ("eigenvalue", density, _labels("density"))
     if has_half_samples(ds):
@@ -379,16 +381,23 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
     return smoothed
 
 
-def _scatter_of_probes(measure: SpectralMeasure, kernel: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
-    """Standard errors of the density ``(eigenvalue,)`` from the scatter of the probes, averaged over nearby points.
+def _with_scatter(
+    density: np.ndarray, se: np.ndarray, scatter: np.ndarray, grid: np.ndarray, width: float
+) -> np.ndarray:
+    """Standard errors of the density ``(eigenvalue,)``, with the scatter of the probes averaged over nearby points.
 
     The density's error oscillates between nodes, whose places differ from probe to probe. At single points the scatter
-    of a few probes is too noisy, and near its zeros too small, which the average over a few kernel widths is not.
+    of a few probes is too noisy, and near its zeros too small, which the average over a few kernel widths is not. It is
+    one of variances over densities, lest a peak raise the errors around it: like a count's, the variance of a density
+    is in proportion to it, other things being equal.
     """
+    if not scatter.any():
+        return se
     spacing = np.gradient(grid) if len(grid) > 1 else np.ones(1)
-    nearby = np.exp(-0.5 * ((grid[:, None] - grid) / (AVERAGED_WIDTHS * width)) ** 2) * spacing
-    nearby /= nearby.sum(axis=1, keepdims=True)
-    return np.sqrt(nearby @ measure.scatter(kernel))
+    nearby = np.exp(-0.5 * ((grid[:, None] - grid) / (AVERAGED_WIDTHS * width)) ** 2) * spacing * (density > 0)
+    share = np.maximum(scatter, se**2) / np.maximum(density, SMALLEST_DENSITY * density.max())
+    averaged = nearby @ share / np.maximum(nearby.sum(axis=1), np.finfo(float).tiny) * density
+    return np.sqrt(np.maximum(averaged, se**2))
 
 
 def _labels(name: str) -> dict[str, str]:

@@ -49,7 +49,10 @@ def spectra(**coords: Any) -> xr.Dataset:
     spikes = np.exp(-0.5 * ((grid - outliers[..., None]) / 0.15) ** 2).sum(1) * 1e-4
     density = np.exp(-0.5 * (grid / 0.4) ** 2) + 0.01 * np.exp(-0.5 * ((grid - 1) / 0.7) ** 2) + spikes
     at = ("checkpoint", "eigenvalue")
-    scalars = {"bulk_edge_low": [-2.0, -2.0], "bulk_edge_high": [3.5, 3.0], "lambda_max": [14.0, 8.0]}
+    scalars = {
+        "bulk_edge_low": [-2.0, -2.0], "bulk_edge_high": [3.5, 3.0], "lambda_max": [14.0, 8.0],
+        "n_outliers": [3.0, 3.0], "n_outliers_negative": [0.0, 0.0],
+    }  # fmt: skip
     variables = {
         "node": (("checkpoint", "quadrature"), outliers),
         "density": (at, density),
@@ -209,8 +212,7 @@ def comparison() -> xr.Dataset:
         "cka": ((*pair, "layer"), 1 - apart[..., None] * np.array([0.1, 1.0, 2.0])), "trace": ("checkpoint", edge),
         "cka_se": ((*pair, "layer"), np.full((k, k, 3), 0.01)), "trace_se": ("checkpoint", 0.1 * edge),
         "trace_probe_se": ("checkpoint", 0.06 * edge), "trace_data_se": ("checkpoint", 0.08 * edge),
-        "n_outliers": ("checkpoint", number), "n_outliers_low": ("checkpoint", number - 1),
-        "n_outliers_high": ("checkpoint", number + 2),
+        "n_outliers": ("checkpoint", number),
         "trace_difference": (pair, np.subtract.outer(edge, edge)), "trace_difference_se": (pair, np.full((k, k), 12.0)),
     }  # fmt: skip
     for name, (values, se) in split.items():
