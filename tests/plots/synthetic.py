@@ -212,7 +212,7 @@ def comparison() -> xr.Dataset:
         "cka": ((*pair, "layer"), 1 - apart[..., None] * np.array([0.1, 1.0, 2.0])), "trace": ("checkpoint", edge),
         "cka_se": ((*pair, "layer"), np.full((k, k, 3), 0.01)), "trace_se": ("checkpoint", 0.1 * edge),
         "trace_probe_se": ("checkpoint", 0.06 * edge), "trace_data_se": ("checkpoint", 0.08 * edge),
-        "n_outliers": ("checkpoint", number), "outlier_p": ("checkpoint", np.array([0.001, 0.03, 0.002])),
+        "n_outliers": ("checkpoint", [9.0, 8.0, 0.0]), "outlier_p": ("checkpoint", [0.002, 0.01, 0.4]),
         "trace_difference": (pair, np.subtract.outer(edge, edge)), "trace_difference_se": (pair, np.full((k, k), 12.0)),
         "lambda_max": ("checkpoint", top), "lambda_max_data_se": ("checkpoint", 0.1 * top),
         "lambda_max_se": ("checkpoint", 0.1 * top), "lambda_max_low": ("checkpoint", 0.8 * top),
