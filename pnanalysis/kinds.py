@@ -108,6 +108,9 @@ COMPARED_SPECTRUM = (
     "negative_curvature", "negative_mass",
 )  # fmt: skip
 
+#: Those of them whose differences are tested.
+TESTED_SPECTRUM = tuple(name for name in COMPARED_SPECTRUM if name not in ("lambda_min", "n_outliers", "outlier_p"))
+
 _SPECTRUM = {
     "node": _var("quadrature", "loss", "quadrature node (eigenvalue)"),
     "weight": _var("quadrature", "1", "quadrature weight (fraction of the spectrum)"),
@@ -202,7 +205,7 @@ _COMPARISON = {
     },
     **{
         name: variable
-        for stem in COMPARED_SPECTRUM
+        for stem in TESTED_SPECTRUM
         for name, variable in _with_p(
             f"{stem}_difference", "checkpoint other", f"difference in {_SPECTRUM_SCALARS[stem].long_name}"
         ).items()

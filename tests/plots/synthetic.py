@@ -204,7 +204,7 @@ def comparison() -> xr.Dataset:
     k, pair = 3, ("checkpoint", "other")
     apart = np.abs(np.subtract.outer(np.arange(k), np.arange(k))) / 10
     loss, error = np.array([[0.4], [0.5], [0.41]]), np.array([[0.004], [0.006], [0.01]])
-    number, edge = np.array([20.0, 14.0, 19.0]), np.array([100.0, 90.0, 60.0])
+    edge, top = np.array([100.0, 90.0, 60.0]), np.array([20.0, 12.0, 18.0])
     split = {"loss": (loss, 0.02), "error": (error, 0.003)}
     variables: dict[str, Any] = {
         "disagreement": (pair, apart), "disagreement_se": (pair, 0.1 * apart),
@@ -212,8 +212,14 @@ def comparison() -> xr.Dataset:
         "cka": ((*pair, "layer"), 1 - apart[..., None] * np.array([0.1, 1.0, 2.0])), "trace": ("checkpoint", edge),
         "cka_se": ((*pair, "layer"), np.full((k, k, 3), 0.01)), "trace_se": ("checkpoint", 0.1 * edge),
         "trace_probe_se": ("checkpoint", 0.06 * edge), "trace_data_se": ("checkpoint", 0.08 * edge),
-        "n_outliers": ("checkpoint", number), "outlier_p": ("checkpoint", np.array([0.001, 0.03, 0.002])),
+        "n_outliers": ("checkpoint", [9.0, 8.0, 0.0]), "outlier_p": ("checkpoint", [0.002, 0.01, 0.4]),
         "trace_difference": (pair, np.subtract.outer(edge, edge)), "trace_difference_se": (pair, np.full((k, k), 12.0)),
+        "lambda_max": ("checkpoint", top), "lambda_max_data_se": ("checkpoint", 0.1 * top),
+        "lambda_max_se": ("checkpoint", 0.1 * top), "lambda_max_low": ("checkpoint", 0.8 * top),
+        "lambda_max_high": ("checkpoint", 1.2 * top), "lambda_max_difference": (pair, np.subtract.outer(top, top)),
+        "lambda_max_difference_data_se": (pair, np.full((k, k), 1.5)),
+        "lambda_max_difference_low": (pair, np.subtract.outer(top, top) - 0.1),
+        "lambda_max_difference_high": (pair, np.subtract.outer(top, top) + 0.1),
     }  # fmt: skip
     for name, (values, se) in split.items():
         variables[name] = (("checkpoint", "split"), values)
