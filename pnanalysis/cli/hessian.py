@@ -116,12 +116,14 @@ def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
 
 
 def _table(ds: xr.Dataset) -> Table:
+    from pnanalysis.analyses.diagnostics import estimate_of
+
     rows = [
         [
             str(name),
             _within(at, "lambda_max"),
             _within(at, "lambda_min"),
-            Estimate(float(at.trace), float(at.trace_se)),
+            estimate_of(at, "trace"),
             _within(at, "negative_curvature", percent=True),
         ]
         for name in ds.checkpoint.values
