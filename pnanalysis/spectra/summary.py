@@ -12,6 +12,7 @@ from scipy.stats import wasserstein_distance
 from pnanalysis import schema
 from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
+from pnanalysis.spectra.moments import moments
 from pnanalysis.spectra.quadrature import SpectralMeasure, extremes
 
 #: An eigenvalue is an outlier if it lies further than this many standard deviations of the others from their mean.
@@ -75,11 +76,12 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0) -> xr.Data
     """
     measure = SpectralMeasure.from_dataset(ds)
     data: dict[str, Any] = {}
-    _put(data, "trace", measure.total(measure.node))
-    _put(data, "frobenius_norm", _frobenius(measure, float(ds["coupling"])))
+    sums = moments(ds, measure)
+    _put(data, "trace", sums.trace)
+    _put(data, "frobenius_norm", sums.frobenius_norm)
     data |= _extremes(ds, top_k)
     data |= _negative_mass(ds, measure)
-    _put(data, "effective_rank", _effective_rank(measure))
+    _put(data, "effective_rank", effective_rank(measure))
     positive = np.maximum(measure.node, 0)
     _put(data, "effective_dimension", measure.total(positive / (positive + ridge)))
     data |= _bulk(measure, data)
@@ -92,14 +94,7 @@ def _put(data: dict[str, Any], name: str, estimate: Estimate) -> None:
     data[f"{name}_low"], data[f"{name}_high"] = estimate.interval(LEVEL)
 
 
-def _frobenius(measure: SpectralMeasure, coupling: float) -> Estimate:
-    # |H|_F^2 = |T|_F^2 + |B|_F^2 + 2 beta^2, see pnanalysis.spectra.deflation
-    squares = measure.total(measure.node**2)
-    norm = float(np.sqrt(max(squares.value + 2 * coupling**2, 0)))
-    return Estimate(norm, squares.se / (2 * norm) if norm > 0 else 0.0, dof=squares.dof)
-
-
-def _effective_rank(measure: SpectralMeasure) -> Estimate:
+def effective_rank(measure: SpectralMeasure) -> Estimate:
     """Ratio of two averages, with its error by linearisation, which takes their correlation into account."""
     absolute, square = np.abs(measure.node), measure.node**2
     first, second = float(absolute @ measure.weight), float(square @ measure.weight)
