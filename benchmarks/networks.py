@@ -1,4 +1,4 @@
-"""Six small trained networks and the exact spectra of their Hessians, for benchmarks of accuracy.
+"""Nine small trained networks and the exact spectra of their Hessians, for benchmarks of accuracy.
 
 The dense Hessians (float64) are cached under ``data/spectra``; the CIFAR networks need the environment variable
 ``PNANALYSIS_CIFAR10`` (a folder with ``train/CLASS/IMAGE``).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 CACHE = Path(__file__).resolve().parent.parent / "data" / "spectra"
-IMAGES_PER_CLASS = 100
+#: CIFAR images per class that networks are trained on, and that further examples are drawn from.
+IMAGES_PER_CLASS, POPULATION_PER_CLASS = 100, 1000
 
 
 def _mlp(activation: type[nn.Module], *widths: int) -> nn.Sequential:
@@ -27,10 +29,10 @@ def _mlp(activation: type[nn.Module], *widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def _conv_bn(channels: list[int], strides: list[int]) -> nn.Sequential:
+def _conv(activation: type[nn.Module], channels: list[int], strides: list[int], norm: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for n_in, n_out, stride in zip(channels, channels[1:], strides, strict=False):
-        layers += [nn.Conv2d(n_in, n_out, 3, stride, 1), nn.BatchNorm2d(n_out), nn.ReLU()]
+        layers += [nn.Conv2d(n_in, n_out, 3, stride, 1), *([nn.BatchNorm2d(n_out)] if norm else []), activation()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels[-1], 10))
 
 
@@ -38,40 +40,55 @@ def _conv_bn(channels: list[int], strides: list[int]) -> nn.Sequential:
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Sequential]]] = {
     "digits tanh MLP": ("digits", lambda: _mlp(nn.Tanh, 64, 16, 16, 10)),
     "digits ReLU MLP": ("digits", lambda: _mlp(nn.ReLU, 64, 24, 16, 10)),
-    "digits conv BN": ("digits", lambda: _conv_bn([1, 8, 16], [1, 2])),
+    "digits conv BN": ("digits", lambda: _conv(nn.ReLU, [1, 8, 16], [1, 2], norm=True)),
     "CIFAR tanh MLP": ("cifar 8x8", lambda: _mlp(nn.Tanh, 192, 16, 16, 10)),
     "CIFAR ReLU MLP": ("cifar 8x8", lambda: _mlp(nn.ReLU, 192, 20, 16, 10)),
-    "CIFAR conv BN": ("cifar 16x16", lambda: _conv_bn([3, 8, 16, 16], [2, 2, 2])),
+    "CIFAR conv BN": ("cifar 16x16", lambda: _conv(nn.ReLU, [3, 8, 16, 16], [2, 2, 2], norm=True)),
+    "digits GELU MLP": ("digits", lambda: _mlp(nn.GELU, 64, 20, 20, 10)),
+    "digits tanh conv": ("digits", lambda: _conv(nn.Tanh, [1, 8, 16], [1, 2], norm=False)),
+    "CIFAR ReLU conv": ("cifar 16x16", lambda: _conv(nn.ReLU, [3, 8, 16, 16], [2, 2, 2], norm=False)),
 }
 
 
-def _digits() -> tuple[torch.Tensor, torch.Tensor]:
+def _digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    return torch.from_numpy(data.images / 16.0)[:1000, None], torch.from_numpy(data.target)[:1000]
+    return torch.from_numpy(data.images / 16.0)[:, None], torch.from_numpy(data.target), torch.arange(1797) < 1000
 
 
-def _cifar() -> tuple[torch.Tensor, torch.Tensor]:
+@cache
+def _cifar() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from PIL import Image
 
     folder = os.environ.get("PNANALYSIS_CIFAR10")
     if not folder:
         raise FileNotFoundError("set PNANALYSIS_CIFAR10 to the CIFAR-10 image folder")
-    images, labels = [], []
+    images, labels, rank = [], [], []
     for label, class_folder in enumerate(sorted(path for path in (Path(folder) / "train").iterdir() if path.is_dir())):
-        for file in sorted(class_folder.iterdir())[:IMAGES_PER_CLASS]:
+        for index, file in enumerate(sorted(class_folder.iterdir())[:POPULATION_PER_CLASS]):
             images.append(np.asarray(Image.open(file)).transpose(2, 0, 1) / 255.0)
             labels.append(label)
-    x = torch.from_numpy(np.stack(images))
-    return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True), torch.tensor(labels)
+            rank.append(index)
+    x, trained_on = torch.from_numpy(np.stack(images)), torch.tensor(rank) < IMAGES_PER_CLASS
+    reference = x[trained_on]
+    x = (x - reference.mean((0, 2, 3), keepdim=True)) / reference.std((0, 2, 3), keepdim=True)
+    return x, torch.tensor(labels), trained_on
 
 
-def _data(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    if name == "digits":
+def population(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All inputs and labels there are for a network, float64, and which of them ``(N,)`` of bool it is trained on."""
+    data = NETWORKS[name][0]
+    if data == "digits":
         return _digits()
-    x, y = _cifar()
-    return avg_pool2d(x, {"cifar 8x8": 4, "cifar 16x16": 2}[name]), y
+    x, y, trained_on = _cifar()
+    return avg_pool2d(x, {"cifar 8x8": 4, "cifar 16x16": 2}[data]), y, trained_on
+
+
+def training_examples(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inputs and labels that a network is trained on."""
+    x, y, trained_on = population(name)
+    return x[trained_on], y[trained_on]
 
 
 def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int = 60, seed: int = 0) -> float:
@@ -101,17 +118,20 @@ def dense_hessian(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
     return (hessian + hessian.T) / 2
 
 
+def trained(name: str, seed: int = 0) -> nn.Sequential:
+    """The named network, float64, trained on its examples, in eval mode."""
+    torch.manual_seed(seed)
+    model = NETWORKS[name][1]().double()
+    loss = train(model, *training_examples(name), seed=seed)
+    print(f"{name}: training loss {loss:.3g}", flush=True)
+    return model
+
+
 def exact_spectrum(name: str) -> np.ndarray:
     """The sorted eigenvalues ``(P,)`` of the named network's Hessian, computed once and cached."""
     file = CACHE / f"{name.replace(' ', '_')}.npy"
     if not file.is_file():
-        data, make = NETWORKS[name]
-        x, y = _data(data)
-        torch.manual_seed(0)
-        model = make().double()
-        loss = train(model, x, y)
-        eigenvalues = torch.linalg.eigvalsh(dense_hessian(model, x, y)).numpy()
-        print(f"{name}: P {len(eigenvalues)}, training loss {loss:.3g}", flush=True)
+        eigenvalues = torch.linalg.eigvalsh(dense_hessian(trained(name), *training_examples(name))).numpy()
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, eigenvalues)
     return np.load(file)

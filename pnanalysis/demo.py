@@ -68,7 +68,7 @@ def demo(
         The report and the runs.
     """
     out = Path(out)
-    jobs = [(network, strategy) for network in NETWORKS for strategy in ("partial", "restart")]
+    jobs = [(network, strategy) for network in NETWORKS for strategy in ("persistent", "restart")]
     log(f"training {', '.join(NETWORKS)} on digits: plain, persistent and restart")
     workers = min(len(jobs), os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool, progress_bar("training", len(jobs), progress) as advance:
@@ -109,7 +109,7 @@ def _train(out: Path, network: str, strategy: str, *, device: str, seed: int, th
 
 def _analyse(run: Run, device: str, seed: int) -> None:
     results = {
-        "hessian": hessian(run, **SPECTRUM, device=device, seed=seed, progress=False),
+        "hessian": hessian(run, checkpoints=run.contenders, **SPECTRUM, device=device, seed=seed, progress=False),
         "saturation": saturation(run, n=300, device=device, seed=seed, progress=False),
         "trajectory": trajectory(run, progress=False),
     }
@@ -119,9 +119,10 @@ def _analyse(run: Run, device: str, seed: int) -> None:
 def _compare(run: Run, control: Run, device: str, seed: int) -> None:
     """Compare champion and best restart, with the spectra saved before; and the line from plain to champion."""
     options: dict[str, Any] = {"device": device, "seed": seed, "progress": False}
-    results = {"comparison": compare(run, control, hessian=SPECTRUM, **options)}
-    if run.manifest["champion"]:
-        results["barrier"] = landscape(run, view="line", align=True, **options)
+    results = {
+        "comparison": compare(run, control, hessian=SPECTRUM, **options),
+        "barrier": landscape(run, view="line", align=True, **options),
+    }
     _save(run, results)
 
 

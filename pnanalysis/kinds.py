@@ -35,8 +35,7 @@ def _with_interval(name: str, units: str, long_name: str) -> dict[str, Variable]
     """A scalar with the ends of its 95 % interval."""
     return {
         name: _var("", units, long_name),
-        f"{name}_low": _var("", units, f"lower end of the 95 % interval of the {long_name}", _OPTIONAL),
-        f"{name}_high": _var("", units, f"upper end of the 95 % interval of the {long_name}", _OPTIONAL),
+        **_with_ends(name, "", units, long_name),
     }
 
 
@@ -48,22 +47,69 @@ def _with_se(name: str, dims: str, units: str, long_name: str, required: bool = 
     }
 
 
+def _with_ends(name: str, dims: str, units: str, long_name: str) -> dict[str, Variable]:
+    """The ends of the 95 % interval of a variable, optional."""
+    return {
+        f"{name}_low": _var(dims, units, f"lower end of the 95 % interval of the {long_name}", _OPTIONAL),
+        f"{name}_high": _var(dims, units, f"upper end of the 95 % interval of the {long_name}", _OPTIONAL),
+    }
+
+
+def _with_p(name: str, dims: str, long_name: str) -> dict[str, Variable]:
+    """The p-value of a difference."""
+    return {f"{name}_p": _var(dims, "1", f"p-value of the {long_name} (adjusted by Holm's step-down)", _OPTIONAL)}
+
+
 _SPECTRUM_SCALARS = {
     **_with_error("trace", "loss", "trace"),
     **_with_error("frobenius_norm", "loss", "Frobenius norm"),
-    **_with_error("negative_mass", "1", "fraction of negative eigenvalues"),
+    **_with_error("negative_curvature", "1", "negative part of the sum of the eigenvalues' magnitudes"),
+    **_with_error("negative_mass", "1", "fraction of eigenvalues below -1/1000 of the largest magnitude"),
     **_with_error("effective_rank", "1", "effective rank (participation ratio)"),
     **_with_error("effective_dimension", "1", "effective dimension"),
     **_with_interval("lambda_max", "loss", "largest eigenvalue"),
     **_with_interval("lambda_min", "loss", "smallest eigenvalue"),
-    **_with_interval("n_outliers", "1", "number of eigenvalues beyond the bulk"),
+    "n_outliers": _var("", "1", "number of eigenvalues above a gap"),
+    "outlier_p": _var("", "1", "p-value of the gap below the outliers"),
+    "n_outliers_negative": _var("", "1", "number of eigenvalues below a gap"),
+    "outlier_negative_p": _var("", "1", "p-value of the gap above the negative outliers"),
     **_with_interval("bulk_edge_low", "loss", "lower edge of the bulk"),
     **_with_interval("bulk_edge_high", "loss", "upper edge of the bulk"),
     **_with_interval("gap_ratio", "1", "ratio of lambda_max to the upper edge of the bulk"),
+    **_with_interval("class_ratio", "1", "ratio of the largest eigenvalue to that of rank C, the number of classes"),
+    **_with_interval("class_gap", "1", "ratio of the largest eigenvalue to that of rank C + 1"),
+    **_with_error("class_trace", "1", "part of the trace in the C largest eigenvalues"),
 }
 
+#: Numbers of a spectrum with an error.
+INTERVALS = tuple(name for name in _SPECTRUM_SCALARS if {f"{name}_se", f"{name}_low"} & _SPECTRUM_SCALARS.keys())
+
+_ERROR_PARTS = {
+    "_se": "standard error, of probes and examples,",
+    "_probe_se": "standard error for the choice of probes",
+    "_data_se": "standard error for the choice of examples",
+    "_bound_low": "lower end of the interval for these examples",
+    "_bound_high": "upper end of the interval for these examples",
+}
+_SPECTRUM_SCALARS |= {
+    f"{name}{end}": replace(
+        _SPECTRUM_SCALARS[name], long_name=f"{label} of the {_SPECTRUM_SCALARS[name].long_name}", required=False
+    )
+    for name in INTERVALS
+    for end, label in _ERROR_PARTS.items()
+    if f"{name}{end}" not in _SPECTRUM_SCALARS
+}
+
+#: What may follow a name: the value itself, its errors, and its 95 % interval.
+ERROR_ENDS = ("", "_se", "_probe_se", "_data_se", "_low", "_high")
 #: Quantities of a spectrum that a comparison lists.
-COMPARED_SPECTRUM = ("lambda_max", "lambda_min", "trace", "n_outliers", "effective_rank", "negative_mass")
+COMPARED_SPECTRUM = (
+    "lambda_max", "lambda_min", "trace", "n_outliers", "outlier_p", "class_ratio", "class_trace", "effective_rank",
+    "negative_curvature", "negative_mass",
+)  # fmt: skip
+
+#: Those of them whose differences are tested.
+TESTED_SPECTRUM = tuple(name for name in COMPARED_SPECTRUM if name not in ("lambda_min", "n_outliers", "outlier_p"))
 
 _SPECTRUM = {
     "node": _var("quadrature", "loss", "quadrature node (eigenvalue)"),
@@ -74,8 +120,11 @@ _SPECTRUM = {
     "ritz_value": _var("probe lanczos", "loss", "Ritz value"),
     "ritz_weight": _var("probe lanczos", "1", "Ritz weight (squared first component)"),
     "ritz_residual": _var("probe lanczos", "loss", "residual bound of the Ritz value"),
+    "ritz_coupling": _var("probe", "loss", "coupling of the probe's space to what was deflated before"),
     "density": _var("eigenvalue", "1 / loss", "spectral density"),
     "density_se": _var("eigenvalue", "1 / loss", "standard error of the spectral density"),
+    "density_probe_se": _var("eigenvalue", "1 / loss", "standard error of the density for the probes", _OPTIONAL),
+    "density_data_se": _var("eigenvalue", "1 / loss", "standard error of the density for the examples", _OPTIONAL),
     "deflated_value": _var("component", "loss", "deflated eigenvalue", _OPTIONAL),
     "deflated_residual": _var("component", "loss", "residual bound of the deflated eigenvalue", _OPTIONAL),
     "single_mean": _var("single", "loss", "mean eigenvalue of the complement, from one product", _OPTIONAL),
@@ -90,6 +139,17 @@ _SPECTRUM = {
     "probe_weight": _var("probe", "1", "weight of the probe in the averaged estimate"),
     "kernel_width": _var("", "loss", "standard deviation of the Gaussian kernel"),
     **_SPECTRUM_SCALARS,
+    "lambda_max_half": _var("", "loss", "mean largest eigenvalue over two halves of the examples", _OPTIONAL),
+    "group_weight": _var("group", "1", "weight of a group of examples", _OPTIONAL),
+    "trace_form": _var("group", "loss", "trace of the matrix of the group", _OPTIONAL),
+    "trace_form_spread": _var("group", "loss", "half the difference of two estimates of that trace", _OPTIONAL),
+    "square_form": _var("group", "loss^2", "trace of the matrix times that of the group", _OPTIONAL),
+    "square_form_spread": _var("group", "loss^2", "half the difference of two estimates of it", _OPTIONAL),
+    "top_form": _var("leading group", "loss", "curvature of the group along a leading eigenvector", _OPTIONAL),
+    "lambda_min_form": _var("group", "loss", "curvature of the group along the last eigenvector", _OPTIONAL),
+    "replicate_node": _var("replicate half replicate_quadrature", "loss", "quadrature node of a half", _OPTIONAL),
+    "replicate_weight": _var("replicate half replicate_quadrature", "1", "quadrature weight of a half", _OPTIONAL),
+    "replicate_value": _var("statistic replicate half", "1", "number of the spectrum of a half", _OPTIONAL),
 }
 
 _SPECTRUM_COMPARISON = {
@@ -97,13 +157,14 @@ _SPECTRUM_COMPARISON = {
     "wasserstein1_noise": _var("", "loss", "Wasserstein-1 distance expected from noise alone"),
     "wasserstein1_se": _var("", "loss", "bound on the standard error of the Wasserstein-1 distance"),
     **{
-        name: Variable(scalar.dims, scalar.units, f"difference in {scalar.long_name}", scalar.required)
+        name: Variable(scalar.dims, scalar.units, f"difference in {scalar.long_name}", _OPTIONAL)
         for name, scalar in _SPECTRUM_SCALARS.items()
     },
 }
 
 _FUNCTIONAL = {
     **_with_se("disagreement", "checkpoint other", "1", "fraction of examples classified differently", _OPTIONAL),
+    **_with_ends("disagreement", "checkpoint other", "1", "fraction of examples classified differently"),
     "expected_disagreement": _var("checkpoint other", "1", "disagreement if mistakes were independent", _OPTIONAL),
     **_with_se("js_divergence", "checkpoint other", "nat", "mean Jensen-Shannon divergence of predictions", _OPTIONAL),
     **_with_se("rms_difference", "checkpoint other", "1", "root-mean-square difference of the outputs", _OPTIONAL),
@@ -115,6 +176,9 @@ _COMPARISON = {
     **_with_se("loss_difference", "checkpoint other split", "nat", "difference in loss"),
     **_with_se("error", "checkpoint split", "1", "error"),
     **_with_se("error_difference", "checkpoint other split", "1", "difference in error"),
+    **_with_ends("error", "checkpoint split", "1", "error"),
+    **_with_p("loss_difference", "checkpoint other split", "difference in loss"),
+    **_with_p("error_difference", "checkpoint other split", "difference in error"),
     "only_wrong": _var("checkpoint other split", "1", "number of examples that only this one misclassifies", _OPTIONAL),
     "rank": _var("checkpoint split", "1", "one plus the number of checkpoints with significantly lower error"),
     "n_examples": _var("split", "1", "number of examples"),
@@ -129,7 +193,7 @@ _COMPARISON = {
     **{
         f"{name}{end}": replace(_SPECTRUM_SCALARS[f"{name}{end}"], dims=("checkpoint",), required=False)
         for name in COMPARED_SPECTRUM
-        for end in ("", "_se", "_low", "_high")
+        for end in ERROR_ENDS
         if f"{name}{end}" in _SPECTRUM_SCALARS
     },
     **{
@@ -137,13 +201,21 @@ _COMPARISON = {
             _SPECTRUM_COMPARISON[f"{name}{end}"], dims=("checkpoint", "other"), required=False
         )
         for name in COMPARED_SPECTRUM
-        for end in ("", "_se", "_low", "_high")
+        for end in ERROR_ENDS
         if f"{name}{end}" in _SPECTRUM_COMPARISON
     },
     **{
         name: replace(_SPECTRUM_COMPARISON[name], dims=("checkpoint", "other"), required=False)
         for name in ("wasserstein1", "wasserstein1_noise", "wasserstein1_se")
     },
+    **{
+        name: variable
+        for stem in TESTED_SPECTRUM
+        for name, variable in _with_p(
+            f"{stem}_difference", "checkpoint other", f"difference in {_SPECTRUM_SCALARS[stem].long_name}"
+        ).items()
+    },
+    **_with_p("wasserstein1", "checkpoint other", "Wasserstein-1 distance between the two spectra"),
     "saturation": _var("checkpoint activation", "1", "98th percentile of the absolute activation", _OPTIONAL),
 }
 

@@ -18,12 +18,12 @@ from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.activations.statistics import Measures, common_range
 from pnanalysis.analyses.functional import compare_functions
-from pnanalysis.analyses.hessian import N_LANCZOS, SpectrumOptions, network_spectra
+from pnanalysis.analyses.hessian import N_LANCZOS, SpectrumOptions, data_error_of, has_all, network_spectra
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
+from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import ModelError, PnError
-from pnanalysis.estimates import significance_threshold
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.disagreement import evaluate
 from pnanalysis.evaluation.losses import loss_on
@@ -34,8 +34,10 @@ from pnanalysis.inputs.examples import Examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, Selection, select
 from pnanalysis.inputs.sources import resolve_device
+from pnanalysis.kinds import ERROR_ENDS
+from pnanalysis.significance import share_interval
 from pnanalysis.spectra.density import spectral_density
-from pnanalysis.spectra.summary import compare_spectra
+from pnanalysis.spectra.differences import compare_spectra
 from pnanalysis.terminal.progress import progress_bar
 
 #: Options of :func:`pnanalysis.hessian` where none are given: a modest budget.
@@ -73,7 +75,9 @@ def compare(
         in memory. Give a run and its restart control to compare the champion with the best of as many restarts.
     checkpoints : sequence of str, optional
         See :meth:`pnanalysis.io.runs.Run.select`. By default plain and champion of a single run, the champion of each
-        of several, and all other networks. The first is the reference.
+        of several, and all other networks. The first is the reference. Where a champion is the plain model and that is
+        compared already, the best of the later iterations takes its place (``challenger``), and an attribute ``note``
+        says so.
     n : int or None
         Examples of each split, drawn by ``seed``; all if ``None``.
     split : {"test", "validation", "train"}
@@ -114,9 +118,10 @@ def compare(
     -----
     All checkpoints see the same examples, and the standard errors of differences are those of paired samples: the
     examples are taken as a random sample, the networks as given. They say nothing about training again with another
-    seed. A difference is significant beyond ``sigmas`` standard errors (an attribute): two for two checkpoints; for
-    more, enough to keep the chance of any false claim among all pairs what it is for one pair (Bonferroni). Ranks may
-    tie: all checkpoints that no other beats significantly have rank 1.
+    seed. A difference is significant if its p-value, ``NAME_difference_p``, is at most 0.05. These are adjusted for
+    all numbers, splits and pairs together, so that a comparison of equal networks makes any false claim in at most
+    5 % (see :func:`pnanalysis.analyses.significant_differences.with_p_values`). Ranks may tie: all checkpoints that
+    no other beats significantly have rank 1. Intervals of errors, ``error_low`` to ``error_high``, are Wilson's.
 
     Errors of the spectra's numbers come from the probes, on the examples that were drawn, not from drawing examples.
 
@@ -146,7 +151,6 @@ def compare(
     own_layers: list[str] = distances.pop("layer")
     distances["distance_from_start"] = ("checkpoint", _from_start(selection, networks))
     parts, sizes, function, classes = [], {}, xr.Dataset(), None
-    sigmas = significance_threshold(len(networks) * (len(networks) - 1) // 2)
     for name in examples.splits:
         total, batches = examples.batches(name, n, batch_size, seed)
         with progress_bar(f"{name} examples", total, progress) as advance:
@@ -156,7 +160,7 @@ def compare(
                 )
             else:
                 scores = evaluate(networks, batches, loss_on(loss, torch_device, torch.float32), advance)
-        parts.append(_split_scores(scores, sigmas))
+        parts.append(_split_scores(scores))
         sizes[name], classes = scores.n, scores.classes
     layers = list(dict.fromkeys([*own_layers, *function.coords.get("layer", xr.DataArray([])).values.tolist()]))
     function = function.reindex(layer=layers) if "layer" in function.dims else function
@@ -174,10 +178,12 @@ def compare(
         checkpoint=selection.labels, other=selection.labels, split=list(sizes),
         description=("checkpoint", [item.description for item in selection]),
     )  # fmt: skip
+    ds = ds.transpose("checkpoint", "other", "split", "layer", "activation", missing_dims="ignore")
+    ds = ds.assign_attrs(spectra.attrs | ({} if classes is None else {"classes": classes}))
     return schema.finish(
-        ds.transpose("checkpoint", "other", "split", "layer", "activation", missing_dims="ignore"), "comparison",
-        **selection[0].source.dataset_attrs(), function_split=split, sigmas=sigmas, classes=classes, n=n,
-        n_hessian=spectra.attrs.get("n"), batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
+        with_p_values(ds), "comparison",
+        **selection[0].source.dataset_attrs(), note=selection.note, function_split=split, n=n,
+        batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
     )  # fmt: skip
 
 
@@ -213,16 +219,16 @@ class _SpectrumRequest:
         return cls(split, n, batch_size, SpectrumOptions.from_keywords(**options))
 
 
-def _split_scores(scores: Scores, sigmas: float) -> xr.Dataset:
+def _split_scores(scores: Scores) -> xr.Dataset:
     """Means and differences of one split."""
     variables: dict[str, Any] = {}
     for name, values in (("loss", scores.losses), ("error", scores.errors)):
         for end, numbers in paired(values).items():
             dims = ("checkpoint",) if numbers.ndim == 1 else ("checkpoint", "other")
             variables[f"{name}{end}"] = (dims, numbers)
-    difference, se = variables["error_difference"][1], variables["error_difference_se"][1]
-    variables["rank"] = ("checkpoint", 1 + (difference > sigmas * se).sum(1))
     if scores.classes is not None:
+        low, high = share_interval(variables["error"][1], variables["error_se"][1], scores.n)
+        variables |= {"error_low": ("checkpoint", low), "error_high": ("checkpoint", high)}
         only = [[float((a > b).sum()) for b in scores.example_errors] for a in scores.example_errors]
         variables["only_wrong"] = (("checkpoint", "other"), only)
     return xr.Dataset(variables)
@@ -255,37 +261,53 @@ def _spectra(
         for item in selection.distinct(source):
             network = networks[item.label].to(device)
             digest = digest_of(network)
-            saved = saved_spectrum(source, digest, options.n_lanczos or N_LANCZOS, options.n_probes)
+            saved = saved_spectrum(source, digest, options.n_lanczos or N_LANCZOS, options.n_probes, options.data_error)
             found[item.key] = saved if saved is not None else network_spectra(
                 network, source.loss, batches, options, label=item.label, device=device, progress=progress
             )[""]  # fmt: skip
             network.cpu()
     ds = spectrum_differences([found[item.key] for item in selection])
-    return ds.assign_attrs(n=n_examples(part, batches))
+    n_used = n_examples(part, batches)
+    return ds.assign_attrs(
+        n_hessian=n_used,
+        data_error=data_error_of(found.values()),
+        all_examples=int(has_all(source, requested.split, requested.n, n_used)),
+        round_off=max(float(one.attrs.get("round_off", ROUND_OFF)) for one in found.values()),
+    )
 
 
 def spectrum_differences(spectra: Sequence[xr.Dataset]) -> xr.Dataset:
     """Numbers of spectra along ``checkpoint``, and the differences and distances of all pairs along ``other``."""
-    k, ends = len(spectra), ("", "_se", "_low", "_high")
-    names = [f"{name}{end}" for name in schema.COMPARED_SPECTRUM for end in ends if f"{name}{end}" in spectra[0]]
+    k = len(spectra)
+    names = [f"{name}{end}" for name in schema.COMPARED_SPECTRUM for end in ERROR_ENDS]
     variables: dict[str, Any] = {
-        name: ("checkpoint", np.array([float(one[name]) for one in spectra])) for name in names
+        name: ("checkpoint", np.array([float(one.get(name, np.nan)) for one in spectra]))
+        for name in names
+        if any(name in one for one in spectra)
     }
     pairs: dict[str, Array] = {}
+    unknown = np.where(np.eye(k, dtype=bool), 0.0, np.nan)
+    covers = "probes and examples"
     for i in range(k):
         for j in range(i):
-            for name, value in _both_ways(compare_spectra(spectra[j], spectra[i]), names).items():
-                pairs.setdefault(name, np.zeros((k, k)))[[i, j], [j, i]] = value
-    return xr.Dataset(variables | {name: (("checkpoint", "other"), values) for name, values in pairs.items()})
+            found = compare_spectra(spectra[j], spectra[i])
+            covers = min(covers, found.attrs["wasserstein1_covers"])  # "probes" where one pair has no more
+            for name, value in _both_ways(found, names).items():
+                pairs.setdefault(name, unknown.copy())[[i, j], [j, i]] = value
+    ds = xr.Dataset(variables | {name: (("checkpoint", "other"), values) for name, values in pairs.items()})
+    return ds.assign_attrs(wasserstein1_covers=covers)
 
 
 def _both_ways(found: xr.Dataset, names: Sequence[str]) -> dict[str, tuple[float, float]]:
     """A difference of spectra as B minus A and as A minus B."""
     both = {}
     for name in names:
-        stem, end = next((name.removesuffix(e), e) for e in ("_se", "_low", "_high", "") if name.endswith(e))
-        back = {"_se": "_se", "_low": "_high", "_high": "_low", "": ""}[end]
-        sign = 1.0 if end == "_se" else -1.0
+        if name not in found:
+            continue
+        end = next(end for end in sorted(ERROR_ENDS, key=len, reverse=True) if name.endswith(end))
+        stem = name.removesuffix(end)
+        back = {"_low": "_high", "_high": "_low"}.get(end, end)
+        sign = 1.0 if end.endswith("_se") else -1.0
         both[f"{stem}_difference{end}"] = (float(found[name]), sign * float(found[f"{stem}{back}"]))
     distances = ("wasserstein1", "wasserstein1_noise", "wasserstein1_se")
     return both | {name: (float(found[name]), float(found[name])) for name in distances}

@@ -108,7 +108,7 @@ def functional_distance(
             advance=advance,
         )
     return schema.finish(
-        ds, "functional", **selection[0].source.dataset_attrs(), function_split=split, n=scores.n,
+        ds, "functional", **selection[0].source.dataset_attrs(), note=selection.note, function_split=split, n=scores.n,
         batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
     )  # fmt: skip
 

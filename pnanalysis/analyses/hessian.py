@@ -15,16 +15,17 @@ from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests
-from pnanalysis.checks import at_least, positive, resolve_dtype
+from pnanalysis.checks import at_least, one_of, positive, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.inputs.data import Batch, DataLike, n_examples
+from pnanalysis.inputs.data import Batch, DataLike, Split, n_examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, select
-from pnanalysis.inputs.sources import resolve_device
+from pnanalysis.inputs.sources import Source, resolve_device
+from pnanalysis.spectra.data_error import DATA_ERRORS
 from pnanalysis.spectra.density import default_grid, smooth, spectral_density
 from pnanalysis.spectra.linear_operator import LinearOperator
 
@@ -52,9 +53,11 @@ class SpectrumOptions:
     weight: Weight = None
     draws: int | None = None
     lanczos_options: Mapping[str, Any] = field(default_factory=dict)
+    data_error: str = "examples"
 
     def __post_init__(self) -> None:
         resolve_dtype(self.dtype)
+        one_of(DATA_ERRORS, data_error=self.data_error)
         at_least(1, n_lanczos=self.n_lanczos, n_probes=self.n_probes, draws=self.draws)
         at_least(4, n_hvp=self.n_hvp)
         at_least(0, seed=self.seed)
@@ -122,6 +125,7 @@ def hessian(
     amp: str = "no",
     weight: Weight = None,
     draws: int | None = None,
+    data_error: str = "examples",
     device: str | None = "cpu",
     seed: int = 0,
     progress: bool = True,
@@ -170,6 +174,10 @@ def hessian(
     draws : int, optional
         For networks that draw random numbers in eval mode, which are refused by default: the mean over this many
         draws. The error of the trace then includes their scatter; those of other numbers do not.
+    data_error : {"examples", "groups", "none"}
+        Whether errors include that of the choice of examples: for the trace, the Frobenius norm and the extreme
+        eigenvalues (``"examples"``, for which a tenth more time is typical), or for all numbers, the density and the
+        distance of spectra (``"groups"``, eight times the products). See :func:`pnanalysis.spectral_density`.
     device : str or None
     seed : int
         Of probes and examples.
@@ -185,7 +193,9 @@ def hessian(
         Kind ``hessian``: everything :func:`pnanalysis.spectral_density` gives, with dim ``checkpoint`` in front, padded
         with NaN; and a coordinate ``matrix_digest`` (checkpoint), equal for the same weights, data and settings. The
         attributes ``hvp_method`` and ``hvp_difference`` say how products were computed, and how far at most they were
-        from a second way of computing them, relative to their size.
+        from a second way of computing them, relative to their size. ``data_error`` says which error for the choice of
+        examples is included, and ``all_examples`` (0 or 1) whether these are all that the split has: the error is then
+        one of other data of the same kind.
 
     Raises
     ------
@@ -209,7 +219,7 @@ def hessian(
     at_least(1, n=n, batch_size=batch_size)
     options = SpectrumOptions(
         operator, engine, n_lanczos, n_probes, n_hvp, deflate, kernel_width, params, per_layer, bn_mode, dtype, amp,
-        seed, weight, draws, lanczos_options,
+        seed, weight, draws, lanczos_options, data_error,
     )  # fmt: skip
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
@@ -234,10 +244,12 @@ def hessian(
         for item in selection
         for layer, (ds, digest) in found[item.key].items()
     ]
+    n_used = n_examples(part, batches)
     return schema.finish(
         stack_spectra(rows, per_layer), "hessian", **selection.sources[0].dataset_attrs(), operator=operator,
-        engine=engine, split=split, n=n_examples(part, batches), batch_size=batch_size, bn_mode=bn_mode, params=params,
+        engine=engine, split=split, n=n_used, batch_size=batch_size, bn_mode=bn_mode, params=params,
         seed=seed, device=str(torch_device), dtype=dtype, amp=amp, weight=options.weight_name or None, draws=draws,
+        all_examples=has_all(source, split, n, n_used), data_error=data_error_of(row.spectrum for row in rows),
         **products_of(row.spectrum for row in rows),
     )  # fmt: skip
 
@@ -285,7 +297,7 @@ def network_spectra(
             compute = partial(
                 _spectrum, op, options.steps(op.shape[0]), options.n_probes, n_hvp=options.n_hvp,
                 deflate=options.deflate, kernel_width=options.kernel_width, seed=options.seed, progress=progress,
-                title=f"{label}:{layer}" if layer else label, **options.lanczos_options,
+                data_error=options.data_error, title=f"{label}:{layer}" if layer else label, **options.lanczos_options,
             )  # fmt: skip
             spectra[layer] = compute() if cache is None else cache.finished(layer, op, compute)
     return spectra
@@ -293,13 +305,26 @@ def network_spectra(
 
 def _spectrum(op: LinearOperator, *arguments: Any, **options: Any) -> xr.Dataset:
     """The spectral density, with how its products were computed."""
+    options.setdefault("n_classes", getattr(op, "n_classes", None))
     ds = spectral_density(op, *arguments, **options)
     if not isinstance(op, CurvatureOperator):
         return ds
     if op.draws is not None and op.draws > 1:
         scatter = float(op.trace_of_draws().std()) / op.draws**0.5
-        ds["trace_se"] = np.hypot(ds.trace_se, scatter).assign_attrs(ds.trace_se.attrs)
+        for name in {"trace_se", "trace_probe_se"} & set(ds):
+            ds[name] = np.hypot(ds[name], scatter).assign_attrs(ds[name].attrs)
     return ds.assign_attrs(hvp_method=op.method, hvp_difference=op.product_check.difference)
+
+
+def has_all(source: Source, split: str, n: int | None, n_used: int) -> bool:
+    """Whether ``n_used`` examples, when ``n`` were asked for, are all of a split."""
+    whole = source.data.get(split)
+    return n is None or n_used < n or (isinstance(whole, Split) and len(whole) == n_used)
+
+
+def data_error_of(spectra: Iterable[xr.Dataset]) -> str:
+    """The error for the choice of examples that all of these spectra include."""
+    return min((str(ds.attrs.get("data_error", "none")) for ds in spectra), key=DATA_ERRORS.index)
 
 
 def products_of(spectra: Iterable[xr.Dataset]) -> dict[str, Any]:
@@ -349,7 +374,10 @@ def _padded_concat(spectra: Sequence[xr.Dataset]) -> xr.Dataset:
     longest: dict[Any, int] = {}
     for ds in spectra:
         longest |= {dim: max(size, longest.get(dim, 0)) for dim, size in ds.sizes.items()}
-    padded = [ds.pad({dim: (0, longest[dim] - size) for dim, size in ds.sizes.items()}) for ds in spectra]
+    padded = [
+        ds.pad({dim: (0, longest[dim] - size) for dim, size in ds.sizes.items() if size < longest[dim]})
+        for ds in spectra
+    ]
     return xr.concat(padded, dim="checkpoint", join="outer", combine_attrs="drop_conflicts")
 
 

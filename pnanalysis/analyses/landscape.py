@@ -25,7 +25,7 @@ from pnanalysis.inputs.batches import first_examples
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split
 from pnanalysis.inputs.examples import check_same_data, check_same_loss
 from pnanalysis.inputs.models import Loss, ModelLike, device_of
-from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, as_sources, nothing_given
+from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, as_sources, champion_beside, nothing_given
 from pnanalysis.inputs.sources import AnyCheckpoint, Source, resolve_device
 from pnanalysis.io.runs import Run
 from pnanalysis.io.weights import State
@@ -145,8 +145,8 @@ def landscape(
     xarray.Dataset
         Kind ``barrier`` for lines and curves: ``loss`` and ``error`` along ``position``, for each ``path`` (line,
         aligned, curve) and ``split``. ``excess`` is the loss minus the linear interpolation of the two ends' losses,
-        and ``barrier`` its largest value from end to end, never below 0. Kind ``landscape`` for planes: ``loss`` and
-        ``error`` on the grid (y, x).
+        and ``barrier`` an estimate of its largest value from end to end, never below 0. Kind ``landscape`` for planes:
+        ``loss`` and ``error`` on the grid (y, x).
 
     Raises
     ------
@@ -158,7 +158,9 @@ def landscape(
     -----
     Standard errors are those of a mean over examples drawn at random: the scatter to expect with other examples, not
     with other training runs. Those of ``excess`` and ``barrier`` are paired: the excess is computed per example, which
-    removes what an example contributes at all points alike. They do not account for choosing the largest point.
+    removes what an example contributes at all points alike. The highest of many noisy points would overstate a
+    barrier: it is picked on one half of the examples and measured on the other, both ways round
+    (:func:`pnanalysis.geometry.barriers.profile`).
 
     References
     ----------
@@ -321,18 +323,15 @@ def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> Se
 
 
 def _default(run: Run, view: str) -> Sequence[str]:
-    """Plain and champion; where these are one, plain and the last iteration; around one point, the champion."""
-    if view == "random":
-        return ["champion"]
-    last = len(run.ends) - 1
-    return ["plain", "champion"] if run.manifest["champion"] or last < 1 else ["plain", f"iter{last:02d}"]
+    """Two ends to join; around one point, the champion."""
+    return ["champion"] if view == "random" else run.contenders
 
 
 def _of_several(sources: list[Source], names: Sequence[str] | None) -> list[SelectedCheckpoint]:
-    """Checkpoints of several runs by ``RUN/NAME``; by default the champion of each (all of a user's own networks)."""
+    """Checkpoints of several runs by ``RUN/NAME``; by default the champion of each (:func:`champion_beside`)."""
     wanted: list[tuple[Source, list[str] | None]] = []
     if names is None:
-        wanted = [(source, ["champion"] if source.run else None) for source in sources]
+        wanted = [(source, [champion_beside(source, sources)] if source.run else None) for source in sources]
     for name in names or ():
         found = [source for source in sources if name.startswith(f"{source.label}/")]
         if not found:

@@ -22,10 +22,9 @@ from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.runs import ANALYSIS
-from pnanalysis.spectra.inner_products import inner_products, norms
-from pnanalysis.spectra.linear_operator import LinearOperator, random_unit_vectors
-
-_SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
+from pnanalysis.spectra.data_error import DATA_ERRORS
+from pnanalysis.spectra.finished import saved_or_computed
+from pnanalysis.spectra.linear_operator import LinearOperator
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -57,8 +56,13 @@ def matrix_digests(
     return lambda network: hashlib.sha256((weights_digest(network) + text).encode()).hexdigest()
 
 
-def saved_spectrum(source: Source, digest: str, n_lanczos: int, n_probes: int) -> xr.Dataset | None:
-    """The spectrum of this matrix that is saved with the run, if it was given at least this many steps and probes."""
+def saved_spectrum(
+    source: Source, digest: str, n_lanczos: int, n_probes: int, data_error: str = "none"
+) -> xr.Dataset | None:
+    """The spectrum of this matrix that is saved with the run, if it was given at least this many steps and probes.
+
+    Its error must include that for the choice of examples at least as far as ``data_error`` says.
+    """
     file = None if source.run is None else source.run.path / ANALYSIS / "hessian.nc"
     if not digest or file is None or not file.is_file():
         return None
@@ -67,6 +71,7 @@ def saved_spectrum(source: Source, digest: str, n_lanczos: int, n_probes: int) -
         return None
     rows = np.flatnonzero(ds.matrix_digest == digest)
     enough = ds.sizes["lanczos"] >= n_lanczos and ds.sizes["probe"] >= n_probes
+    enough &= DATA_ERRORS.index(ds.attrs.get("data_error", "none")) >= DATA_ERRORS.index(data_error)
     return ds.isel(checkpoint=int(rows[0])) if enough and len(rows) else None
 
 
@@ -115,19 +120,7 @@ class SpectrumCache:
     def finished(self, layer: str, operator: LinearOperator, compute: Callable[..., xr.Dataset]) -> xr.Dataset:
         """The spectrum of a layer (``""`` for the whole network): the saved one if there is, else ``compute(state=)``.
 
-        Names cannot tell whether a user's code or data have changed meanwhile. One product can, so it is compared
-        with that of the operator whose spectrum was saved.
+        See :func:`pnanalysis.spectra.finished.saved_or_computed`.
         """
         name = "-".join(part for part in (self.weights[:16], layer.replace("/", "-")) if part)
-        path = self.folder / f"{name}.nc"
-        vector = random_unit_vectors(operator, [0], seed=0)
-        product = operator.matmat(vector)
-        fresh = np.array([float(inner_products(vector, product)), float(norms(product))])
-        if path.is_file():
-            found = netcdf.load(path)
-            before = np.asarray(found.attrs.pop("product", np.nan))
-            if np.abs(before - fresh).max() <= _SAME_PRODUCT * fresh[1]:
-                return found
-        ds = compute(state=path.with_suffix(""))
-        netcdf.save(ds.assign_attrs(product=fresh), path)
-        return ds
+        return saved_or_computed(self.folder / f"{name}.nc", operator, compute)

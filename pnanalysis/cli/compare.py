@@ -30,6 +30,7 @@ def compare(
     split: Annotated[options.Split, typer.Option(help="Split on which outputs are compared.")] = "test",
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Compare Hessian spectra.")] = True,
     n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
+    data_error: options.DataError = "examples",
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 256,
     model: options.Model = None,
@@ -46,7 +47,9 @@ def compare(
     """Are these minima different, and which is better? Compare every diagnostic, with errors of the differences.
 
     The first checkpoint is the reference. By default: plain and champion of one run, the champion of each of several
-    runs (of a restart control, the best restart), or all weight files of --model.
+    runs (of a restart control, the best restart), or all weight files of --model. Where a champion is the plain model,
+    and that is compared already, the best later iteration takes its place. What the errors cover:
+    docs/concepts/error-bars.md.
 
     [bold]Examples[/bold]
 
@@ -62,7 +65,8 @@ def compare(
 
     given = options.sources(runs, model, weights, data, loss, output)
     ds = analyse(
-        *given, checkpoints=checkpoint, n=n, split=split, hessian={"n": n_hessian} if hessian else False, cka=cka,
+        *given, checkpoints=checkpoint, n=n, split=split, cka=cka,
+        hessian={"n": n_hessian, "data_error": data_error} if hessian else False,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)
@@ -77,15 +81,16 @@ def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
 
 def _values(ds: xr.Dataset) -> Iterator[Table]:
     """Values and differences from the first checkpoint, in one table if that is narrow enough."""
-    from pnanalysis.analyses.verdict import diagnostics, short_names
+    from pnanalysis.analyses.diagnostics import diagnostics, short_names
+    from pnanalysis.analyses.significant_differences import METHOD
 
     names, rows = short_names(ds), diagnostics(ds)
-    k = len(names)
+    k, marked = len(names), f"(* differs significantly: {METHOD})"
     differences = ["difference"] if k == 2 else [f"{name} - first" for name in names[1:]]
     if k <= _NARROW:
         cells = [row.cells() for row in rows]
-        yield make_table(f"compared with {names[0]}", ["diagnostic", *names, *differences], cells)
+        yield make_table(f"compared with {names[0]} {marked}", ["diagnostic", *names, *differences], cells)
         return
     yield make_table("values", ["diagnostic", *names], (row.cells()[: k + 1] for row in rows if row.values))
     cells = [[row.title, *row.cells()[k + 1 :]] for row in rows]
-    yield make_table(f"differences from {names[0]}", ["diagnostic", *names[1:]], cells)
+    yield make_table(f"differences from {names[0]} {marked}", ["diagnostic", *names[1:]], cells)

@@ -31,11 +31,13 @@ def demo(
       pnanalysis demo --out demo
     """
     from pnanalysis.demo import demo as run_demo
-    from pnanalysis.report import summary_table
+    from pnanalysis.report import summary_sentences, summary_table
 
     when_interrupted("run the same command again to continue")
     started = time.monotonic()
     report, runs = run_demo(out, device, seed, log=lambda line: print_line(line, quiet), progress=not quiet)
     rows = summary_table(runs)
     print_table(make_table("plain, champion and best restart", rows[0].keys(), (row.values() for row in rows)), quiet)
+    for sentence in summary_sentences(runs):
+        print_line(sentence, quiet)
     print_line(f"runs in {out}, report in {report} ({time.monotonic() - started:.0f} s)", quiet)

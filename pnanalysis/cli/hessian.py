@@ -62,6 +62,7 @@ def hessian(
     draws: Annotated[
         int | None, typer.Option(help="Average over random draws of a network that draws in eval mode.")
     ] = None,
+    data_error: options.DataError = "examples",
     engine: Annotated[
         Literal["native", "pyhessian", "curvlinops"], typer.Option(help="Implementation of the products.")
     ] = "native",
@@ -77,6 +78,8 @@ def hessian(
     json: options.Json = False,
 ) -> None:
     """Eigenvalue spectral density of the loss Hessian, with error bars.
+
+    They are those of the random probes and of the choice of examples: docs/concepts/error-bars.md.
 
     [bold]Examples[/bold]
 
@@ -97,8 +100,8 @@ def hessian(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
         n_hvp=n_hvp, max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
         deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
-        per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, device=device, seed=seed,
-        progress=not quiet,
+        per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, data_error=data_error, device=device,
+        seed=seed, progress=not quiet,
     )  # fmt: skip
     drawing = {"kind": "layer_spectra"} if per_layer else {}
     options.deliver(ds, given[0], output, plot, quiet, _tables, **drawing)
@@ -107,6 +110,7 @@ def hessian(
 
 def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
     yield _table(ds)
+    yield _largest(ds)
     if len(ds.checkpoint) > 1 and "layer" not in ds.coords:
         yield from _differences(ds)
 
@@ -118,25 +122,43 @@ def _table(ds: xr.Dataset) -> Table:
             _within(at, "lambda_max"),
             _within(at, "lambda_min"),
             Estimate(float(at.trace), float(at.trace_se)),
-            _within(at, "n_outliers", whole=True),
-            _within(at, "bulk_edge_high"),
-            _within(at, "gap_ratio"),
+            _within(at, "negative_curvature", percent=True),
         ]
         for name in ds.checkpoint.values
         for at in [ds.sel(checkpoint=name)]
     ]
-    columns = ["checkpoint", "lambda_max", "lambda_min", "trace", "outliers", "bulk edge", "lambda_max / edge"]
+    columns = ["checkpoint", "lambda_max", "lambda_min", "trace", "negative curvature"]
     return make_table(f"{ds.attrs['operator']} over {ds.attrs.get('n', 'all')} examples", columns, rows)
 
 
+def _largest(ds: xr.Dataset) -> Table:
+    """How far the largest eigenvalues stand out: from the bulk, and as many as there are classes."""
+    columns, names = ["checkpoint", "outliers", "bulk edge", "lambda_max / edge"], ["bulk_edge_high", "gap_ratio"]
+    if "n_classes" in ds.attrs:
+        classes = int(ds.attrs["n_classes"])
+        names += ["class_ratio", "class_gap", "class_trace"]
+        columns += [f"lambda_1 / lambda_{classes}", f"lambda_1 / lambda_{classes + 1}", f"top {classes} in the trace"]
+    rows = [
+        [str(name), _outliers(at), *(_within(at, number, percent=number == "class_trace") for number in names)]
+        for name in ds.checkpoint.values
+        for at in [ds.sel(checkpoint=name)]
+    ]
+    return make_table("largest eigenvalues", columns, rows)
+
+
+def _outliers(at: xr.Dataset) -> str:
+    """A count with the p-value of the gap, or that there is none."""
+    return f"{int(at.n_outliers)} (p {float(at.outlier_p):.1g})" if at.n_outliers > 0 else "no gap"
+
+
 def _within(ds: xr.Dataset, name: str, **style: bool) -> Estimate:
-    """A number with its interval: residual bounds for extreme eigenvalues, 95 % otherwise."""
+    """A number with its interval: residual bounds of eigenvalues and their ratios, 95 % otherwise."""
     return Estimate(float(ds[name]), low=float(ds[f"{name}_low"]), high=float(ds[f"{name}_high"]), **style)
 
 
 def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
     """Each checkpoint minus the first. A W1 distance near that of noise alone is no difference."""
-    from pnanalysis.spectra.summary import compare_spectra
+    from pnanalysis.spectra.differences import compare_spectra
 
     first, *others = (ds.sel(checkpoint=name) for name in ds.checkpoint.values)
     rows = []
@@ -150,11 +172,11 @@ def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
                 f"{other.checkpoint.item()} - {first.checkpoint.item()}",
                 _within(change, "lambda_max", signed=True),
                 Estimate(float(change.trace), float(change.trace_se), signed=True),
-                Estimate(float(change.negative_mass), float(change.negative_mass_se), signed=True),
+                _within(change, "negative_curvature", percent=True, signed=True),
                 float(change.wasserstein1),
                 float(change.wasserstein1_noise),
             ]
         )
-    columns = ["difference", "lambda_max", "trace", "negative mass", "W1 distance", "W1 of noise alone"]
+    columns = ["difference", "lambda_max", "trace", "negative curvature", "W1 distance", "W1 of noise alone"]
     if rows:
         yield make_table("differences from the first checkpoint", columns, rows)

@@ -57,7 +57,10 @@ def _table(ds: xr.Dataset) -> Table:
         for iteration in ds.iteration.values:
             at = last.sel(iteration=iteration)
             if not at.train_loss.isnull():
-                errors = [error_cell(error, kind) for error in (at.validation_error, at.test_error)]
+                errors = [
+                    error_cell(at[f"{split}_error"], kind, ds.attrs.get(f"n_{split}"))
+                    for split in ("validation", "test")
+                ]
                 rows.append(
                     [*([name] if has_runs else []), int(iteration), float(at.train_loss), float(at.penalty), *errors]
                 )

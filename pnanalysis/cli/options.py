@@ -45,8 +45,9 @@ Checkpoints = Annotated[
     list[str] | None,
     typer.Option(
         "--checkpoint", "-c", metavar="NAME", rich_help_panel=_INPUT,
-        help="plain, champion, start, ends, all, iterNN, iterNN/epochNNN or a file's name; may be repeated.",
-        autocompletion=lambda: ["plain", "champion", "start", "ends", "all"],
+        help="plain, champion, challenger (the best iteration after plain), start, ends, all, iterNN, iterNN/epochNNN "
+        "or a file's name; may be repeated.",
+        autocompletion=lambda: ["plain", "champion", "challenger", "start", "ends", "all"],
     ),
 ]  # fmt: skip
 Model = Annotated[
@@ -96,6 +97,13 @@ Json = Annotated[
         help="Print one JSON object instead of tables.",
     ),
 ]  # fmt: skip
+DataError = Annotated[
+    Literal["examples", "groups", "none"],
+    typer.Option(
+        help="Error for the choice of examples: of the trace, the Frobenius norm and the extreme eigenvalues "
+        "(examples), of all numbers, the density and the distance of spectra (groups; takes 8 times as long), or none."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="Print no progress and no tables.")]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto uses CUDA if available.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.estimates import Estimate
+from pnanalysis.estimates import Estimate, proportion
 from pnanalysis.terminal.console import Cell, Table, make_table
 
 if TYPE_CHECKING:
@@ -65,12 +65,12 @@ def _table(ds: xr.Dataset) -> Table:
     from pnanalysis.analyses.summaries import at_last_epoch
 
     stacked = [dim for dim in ds.n_units.dims if dim not in ("layer", "epoch")]
-    rows = []
+    rows, n = [], int(ds.attrs["n"])
     for key, group in ds.drop_dims(["bin", "unit"], errors="ignore").stack(row=stacked).groupby("row", squeeze=False):
         at = group.isel(row=0)
         if "epoch" in at.dims:
             at = at_last_epoch(at, "abs_percentile")
-        rows += [[*key, str(layer), *_cells(at.sel(layer=layer))] for layer in ds.layer.values]
+        rows += [[*key, str(layer), *_cells(at.sel(layer=layer), n)] for layer in ds.layer.values]
     percentile = f"{float(ds['quantile'].max()):g}th percentile of |a|"
     names = [*map(str, stacked), "layer", percentile]
     columns = {name: name for name in names} | {
@@ -82,8 +82,10 @@ def _table(ds: xr.Dataset) -> Table:
     return make_table("activations at the end of training, with standard errors over the examples", columns, rows)
 
 
-def _cells(at: xr.Dataset) -> list[Cell]:
-    estimates = [(at.abs_percentile.isel(quantile=-1), at.abs_percentile_se.isel(quantile=-1))]
-    estimates += [(at[variable], at[f"{variable}_se"]) for variable in ("saturated_share", "saturation_measure")]
+def _cells(at: xr.Dataset, n: int) -> list[Cell]:
+    percentile = (at.abs_percentile.isel(quantile=-1), at.abs_percentile_se.isel(quantile=-1))
+    measure = (at.saturation_measure, at.saturation_measure_se)
+    share = proportion(float(at.saturated_share), n, float(at.saturated_share_se))
     counts = [int(count) if count.notnull() else None for count in (at.dead_units, at.n_units)]  # units may be unknown
-    return [*(Estimate(float(value), float(se)) for value, se in estimates), *counts]
+    first, last = (Estimate(float(value), float(se)) for value, se in (percentile, measure))
+    return [first, share, last, *counts]

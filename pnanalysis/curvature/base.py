@@ -8,11 +8,14 @@ from copy import copy
 from functools import partial
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch, WeightedBatches, channels_last, has_batch_norm
+from pnanalysis.curvature.example_forms import ExampleForms
+from pnanalysis.curvature.example_subset import ExampleSubset
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.parameters import (
     Named,
@@ -34,7 +37,8 @@ from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.traced_products import TracedProducts
 from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
-from pnanalysis.evaluation.losses import loss_on
+from pnanalysis.evaluation.forward import prediction
+from pnanalysis.evaluation.losses import class_scores, loss_on
 from pnanalysis.evaluation.randomness import differs_between_passes
 from pnanalysis.inputs.batches import first_examples, map_tensors, move
 from pnanalysis.inputs.copies import as_real, in_precision, unwrapped
@@ -185,6 +189,7 @@ class CurvatureOperator:
         # a trace would draw its numbers in another order
         traced = expected_products >= _FEWEST_PRODUCTS_TO_TRACE and draws is None and self._traceable
         self._traces = TracedProducts(self) if traced else None
+        self._forms: ExampleForms | None = None
         self._cache: dict[int, Product] = {}
         self._cached_bytes = 0
         self._cache_bytes = _CACHE_FRACTION * free_bytes(self.device)
@@ -216,6 +221,11 @@ class CurvatureOperator:
             raise CurvatureError(f"matvec takes a vector of {self.n_parameters} entries, not shape {tuple(v.shape)}")
         return self.matmat(v[:, None])[:, 0]
 
+    @property
+    def arithmetic(self) -> str:
+        """What the passes are computed in; see :func:`pnanalysis.spectra.linear_operator.round_off`."""
+        return {"bf16": "bfloat16", "tf32": "tf32"}.get(self.amp, str(self.dtype).removeprefix("torch."))
+
     def matmat(self, V: Tensor) -> Tensor:
         """Multiply the matrix with ``k`` vectors, ``(P, k)`` to ``(P, k)``.
 
@@ -241,6 +251,13 @@ class CurvatureOperator:
                     into.add_(part, alpha=weight)
         self._regulariser.add_products(result, V)
         self.n_hvp += len(directions)
+        return result
+
+    def product_without_data(self, V: Tensor) -> Tensor:
+        """Multiply the part that no example has, of weight decay and penalty, with vectors ``(P, k)``."""
+        result = torch.zeros_like(V)
+        with self._passes():
+            self._regulariser.add_products(result, V)
         return result
 
     def check_finite(self) -> None:
@@ -282,12 +299,87 @@ class CurvatureOperator:
         for layer, own in parameter_layers(self.model):
             names = [name for name, _ in own if name in self.names]
             if names:
-                yield layer, type(self)(
-                    self.model, self.loss_fn, self.batches.source, params=names, dtype=self.dtype, device=self.device,
-                    bn_mode=self.bn_mode, reduction=self.reduction, weight=self.weight, weight_decay=self.weight_decay,
-                    penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
-                    expected_products=self.expected_products, draws=self.draws,
-                )  # fmt: skip
+                yield layer, self._again(self.batches.source, names, self.expected_products)
+
+    def forms(self, U: Tensor, V: Tensor) -> Tensor:
+        r"""The forms :math:`u_j^\top H_g v_j` of the matrices of groups of examples, without the regulariser.
+
+        The matrix is :math:`\sum_g w_g H_g` plus that of the regulariser, with ``group_weights`` :math:`w_g`. A group
+        is a single example wherever that has a matrix of its own: see
+        :mod:`pnanalysis.curvature.example_forms`. Columns of ``U`` and ``V`` that are equal take less time.
+
+        Parameters
+        ----------
+        U, V : Tensor, shape (P, k)
+
+        Returns
+        -------
+        Tensor, shape (k, G), float64, on the CPU
+
+        Raises
+        ------
+        CurvatureError
+            If the shapes do not fit, or forms are not finite.
+        """
+        for M in (U, V):
+            if M.ndim != 2 or M.shape[0] != self.n_parameters or M.shape != U.shape:
+                raise CurvatureError(f"forms takes two times {self.n_parameters} rows, not shape {tuple(M.shape)}")
+        return self.example_forms(U.to(self.device, self.dtype), V.to(self.device, self.dtype))
+
+    @property
+    def group_weights(self) -> np.ndarray:
+        """The factor of each group's matrix in the whole, ``(G,)``."""
+        return self.example_forms.weights
+
+    @property
+    def group_digest(self) -> str:
+        """Equal for operators on the same examples in the same order and the same groups, however they are batched."""
+        return self.example_forms.digest
+
+    @property
+    def example_forms(self) -> ExampleForms:
+        """What :meth:`forms` is computed by. Made when it is first asked for, by one pass over the data."""
+        if self._forms is None:
+            with self._passes():
+                self._forms = ExampleForms(self)
+        return self._forms
+
+    def subset(self, parts: Iterable[int], n_parts: int, seed: int = 0, expected_products: int = 1000) -> Self:
+        """The same matrix over some of the examples: those in these parts of a random partition.
+
+        Examples are taken one by one where a batch can be cut and each has a loss of its own, else batch by batch.
+        Where the matrix is that of a sum over the examples, it is scaled to all of them.
+
+        Parameters
+        ----------
+        parts : iterable of int
+            Which parts to take, from 0 on.
+        n_parts : int
+            Into how many parts of equal size the examples are divided.
+        seed : int
+            Of the partition, which depends on nothing else but the number of examples.
+        expected_products : int
+            Roughly how many products with the result are to come.
+
+        Raises
+        ------
+        CurvatureError
+            If there are fewer examples than parts.
+        """
+        chosen = self.example_forms.chosen(set(parts), n_parts, seed)
+        whole = self.batches
+        refilled = self.example_forms.cuts_batches and self.weight != "batches"  # then each weighs 1, whatever is left
+        subset = ExampleSubset(whole.pairs, chosen, max(whole.sizes) if refilled else None)
+        return self._again(subset, self.names, expected_products)
+
+    def _again(self, batches: Iterable[Batch], names: list[str], expected_products: int) -> Self:
+        """The same operator over other batches or parameters."""
+        return type(self)(
+            self.model, self.loss_fn, batches, params=names, dtype=self.dtype, device=self.device,
+            bn_mode=self.bn_mode, reduction=self.reduction, weight=self.weight, weight_decay=self.weight_decay,
+            penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
+            expected_products=expected_products, draws=self.draws,
+        )  # fmt: skip
 
     def trace_of_draws(self, n_probes: int = 10, seed: int = 0) -> Tensor:
         """Hutchinson's estimate of the trace for each draw, by the same probes, ``(draws,)``.
@@ -343,6 +435,13 @@ class CurvatureOperator:
 
     def _direct(self, at: LossArguments) -> Product:
         """The same product by differentiating a recorded graph twice: no trace, but more work per product."""
+        raise NotImplementedError
+
+    def _row_forms(self, at: LossArguments, u: list[Tensor], v: list[Tensor]) -> Tensor:
+        """What each example adds to ``u'M v`` of the matrix of one batch, ``(n,)``, by forward mode.
+
+        ``v`` is ``u`` itself where they are equal.
+        """
         raise NotImplementedError
 
     def _rehearse(self, at: LossArguments) -> object:
@@ -449,6 +548,16 @@ class CurvatureOperator:
         except Exception:
             self._loss.try_out(self._arguments(batch))  # errors of this one are the user's to see
             return batch
+
+    @property
+    def n_classes(self) -> int | None:
+        """Number of classes of a classifier; ``None`` for other targets, and where the loss calls the network."""
+        if self.loss_fn.takes_model:
+            return None
+        at = self._few
+        outputs = prediction(self._loss.outputs(at, at.theta))
+        scores = None if outputs is None else class_scores(outputs, at.targets, self.loss_fn)
+        return None if scores is None else int(scores.shape[1])
 
     @property
     def _few(self) -> LossArguments:

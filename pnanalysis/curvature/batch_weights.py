@@ -64,6 +64,7 @@ class BatchWeights:
         self.evaluate, self.outputs, self.of_outputs = evaluate, outputs, of_outputs
         self.tolerance = _TOLERANCE.get(dtype, _OTHER_TOLERANCE)
         self.measures = weight is None and known(loss) is None
+        self._measured = "examples"
         self._given: list[float] = []
         self._counts: list[dict[str, float]] = []
         self._alive: set[str] | None = None
@@ -98,12 +99,14 @@ class BatchWeights:
             return self._given, "mean"
         examples = [counts["examples"] for counts in self._counts]
         only_sum = self._alive == {_SUM}
-        if len(examples) == 1 or only_sum or (not self._n_measured and max(examples) == 1):
-            return examples, "sum" if only_sum else "mean"
         everywhere = set.intersection(*map(set, self._counts))
         alive = sorted((self._alive or set()) & everywhere)
         if "examples" in alive:  # then what there is to count in the inputs is no likely alternative
             alive = [name for name in alive if "inputs" not in name]
+        elif alive:
+            self._measured = alive[0]
+        if len(examples) == 1 or only_sum or (not self._n_measured and max(examples) == 1):
+            return examples, "sum" if only_sum else "mean"
         if not alive:
             raise CurvatureError(
                 f"the loss of a batch is neither a mean nor a sum over its parts that this package knows; {_WAY_OUT}"
@@ -118,6 +121,21 @@ class BatchWeights:
                     f"tells; {_WAY_OUT}"
                 )
         return first, "mean"
+
+    def of_examples(self, batch: Any) -> Tensor:
+        """What each example of a batch weighs in the batch's mean, relative to the others, ``(n,)``.
+
+        For a loss of one's own that is what the batches have been found to weigh by; all alike where that is not known.
+        """
+        n, targets = batch_size(batch), batch[1]
+        if known(self.loss) is not None:
+            return example_weights(self.loss, targets).double().cpu() if isinstance(targets, Tensor) else torch.ones(n)
+        if can_cut(batch) and (callable(self.weight) or (self.measures and self._measured != "examples")):
+            parts = [cut(batch, slice(i, i + 1)) for i in range(n)]
+            if callable(self.weight):
+                return torch.tensor([float(self.weight(*part)) for part in parts], dtype=torch.float64)
+            return torch.tensor([_counts(part)[self._measured] for part in parts], dtype=torch.float64)
+        return torch.ones(n, dtype=torch.float64)
 
     def _weight_of(self, batch: Any) -> float:
         if self.weight == "batches":

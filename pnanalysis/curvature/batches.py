@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.curvature.batch_weights import BatchWeights
+from pnanalysis.curvature.example_subset import ExampleSubset
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.batches import as_pair, batch_size, cut, map_tensors, move, tensors
 from pnanalysis.inputs.repeatable import SameBatches
@@ -43,7 +44,11 @@ class WeightedBatches:
         What the mean over each batch divides by.
     shapes : list of tuple
         See :func:`shapes_of`.
+    weighing : BatchWeights
+        What the weights of batches, and of the examples in each, were found by.
     """
+
+    weighing: BatchWeights
 
     def __init__(
         self,
@@ -54,8 +59,8 @@ class WeightedBatches:
         reduction: str,
     ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        same = isinstance(source, SameBatches | Batches)
-        self._pairs = source if same else SameBatches(source, prepare=as_pair, device=device)
+        same = isinstance(source, SameBatches | Batches | ExampleSubset)
+        self.pairs = source if same else SameBatches(source, prepare=as_pair, device=device)
         self.micro_batch, self.reduction = micro_batch, reduction
         self.channels_last = False
         self.sizes: list[int] = []
@@ -66,7 +71,7 @@ class WeightedBatches:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
-        for inputs, targets in self._pairs:
+        for inputs, targets in self.pairs:
             batch = move(inputs, self.device, self.dtype), move(targets, self.device, self.dtype)
             if self.channels_last:
                 batch = map_tensors(batch, channels_last)
@@ -81,7 +86,8 @@ class WeightedBatches:
     def weights(self) -> list[float]:
         """The factor of each batch's loss in the loss over all data."""
         total = sum(self.divisors)
-        return [divisor / total if self.reduction == "mean" else 1.0 for divisor in self.divisors]
+        share = self.source.share if isinstance(self.source, ExampleSubset) else 1.0
+        return [divisor / total if self.reduction == "mean" else 1 / share for divisor in self.divisors]
 
     def weighted(self) -> Iterator[tuple[float, Batch]]:
         """Pairs of a batch's weight and the batch."""
@@ -119,6 +125,7 @@ class WeightedBatches:
             self.shapes.append(shapes_of(batch))
         if not self.sizes:
             raise CurvatureError("there are no batches; was the loader an iterator that is used up?")
+        self.weighing = weights
         self.divisors, reduction = weights.finish()
         self.reduction = "sum" if reduction == "sum" else self.reduction
 

@@ -13,8 +13,9 @@ from torch.func import grad, jvp, vjp, vmap
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch
-from pnanalysis.curvature.network_loss import LossArguments
+from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
+from pnanalysis.curvature.passes import forward_twice
 from pnanalysis.curvature.product_check import moved, tolerance
 from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError, PnError, reason
@@ -53,6 +54,19 @@ class HessianOperator(CurvatureOperator):
         slope: Named = jvp(grad(partial(self._loss, at)), (theta,), (direction,))[1]
         return list(slope.values())
 
+    def _row_forms(self, at: LossArguments, u: list[Tensor], v: list[Tensor]) -> Tensor:
+        at_theta, of_outputs = _as_functions(self._loss, at)
+        along_u, along_v = (dict(zip(self.names, w, strict=True)) for w in (u, v))
+
+        def pushed(theta: Named) -> Any:
+            return jvp(at_theta, (theta,), (along_v,))
+
+        with forward_twice():
+            (outputs, by_v), (by_u, second) = jvp(pushed, (at.theta,), (along_u,))[:2]
+        slope, curved = grad(of_outputs)(outputs), _curved(of_outputs, outputs, by_v)
+        n = batch_size((at.inputs, at.targets))
+        return _by_row(by_u, curved, n) + _by_row(slope, second, n)
+
     def _direct(self, at: LossArguments) -> Product:
         theta = requiring_grad(at.theta)
         leaves = list(theta.values())
@@ -85,21 +99,24 @@ class GGNOperator(CurvatureOperator):
     (2002).
     """
 
+    @property
+    def positive_semidefinite(self) -> bool:
+        """Whether no eigenvalue is negative: torch's own losses are convex in the outputs, and so is weight decay."""
+        return known(self.loss_fn) is not None and self._regulariser.penalty is None
+
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
-        theta = at.theta
-        direction = dict(zip(self.names, v, strict=True))
-        rebuild = _tensors_of(self._loss.outputs(at, theta))[1]
-
-        def at_theta(theta: Named) -> list[Tensor]:
-            return _tensors_of(self._loss.outputs(at, theta))[0]
-
-        def of_outputs(outputs: list[Tensor]) -> Tensor:
-            return self._loss.of_outputs(rebuild(outputs), at.targets)
-
-        outputs, pushed = jvp(at_theta, (theta,), (direction,))[:2]
+        at_theta, of_outputs = _as_functions(self._loss, at)
+        outputs, pushed = jvp(at_theta, (at.theta,), (dict(zip(self.names, v, strict=True)),))[:2]
         curved = jvp(grad(of_outputs), (outputs,), (pushed,))[1]
-        pulled = vjp(at_theta, theta)[1](curved)[0]
+        pulled = vjp(at_theta, at.theta)[1](curved)[0]
         return list(pulled.values())
+
+    def _row_forms(self, at: LossArguments, u: list[Tensor], v: list[Tensor]) -> Tensor:
+        at_theta, of_outputs = _as_functions(self._loss, at)
+        outputs, by_v = jvp(at_theta, (at.theta,), (dict(zip(self.names, v, strict=True)),))[:2]
+        by_u = by_v if u is v else jvp(at_theta, (at.theta,), (dict(zip(self.names, u, strict=True)),))[1]
+        curved = _curved(of_outputs, outputs, by_v)
+        return _by_row(by_u, curved, batch_size((at.inputs, at.targets)))
 
     def _direct(self, at: LossArguments) -> Product:
         theta = requiring_grad(at.theta)
@@ -189,6 +206,11 @@ class EmpiricalFisherOperator(CurvatureOperator):
         self._one_by_one = "vmap"
         super().__init__(*arguments, **options)
 
+    @property
+    def positive_semidefinite(self) -> bool:
+        """Whether no eigenvalue is negative, as for every sum of squares without a penalty."""
+        return self._regulariser.penalty is None
+
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
         theta = at.theta
         direction = dict(zip(self.names, v, strict=True))
@@ -211,6 +233,12 @@ class EmpiricalFisherOperator(CurvatureOperator):
             )
 
         return product
+
+    def _row_forms(self, at: LossArguments, u: list[Tensor], v: list[Tensor]) -> Tensor:
+        at_theta = partial(self._losses, at)
+        by_v = jvp(at_theta, (at.theta,), (dict(zip(self.names, v, strict=True)),))[1]
+        by_u = by_v if u is v else jvp(at_theta, (at.theta,), (dict(zip(self.names, u, strict=True)),))[1]
+        return by_u * by_v * self._weights(at)
 
     def _rehearse(self, at: LossArguments) -> object:
         return self._losses(at, at.theta)
@@ -289,6 +317,19 @@ class EmpiricalFisherOperator(CurvatureOperator):
             self.reduction = "sum"
 
 
+def _as_functions(loss: NetworkLoss, at: LossArguments) -> tuple[Callable[[Named], Any], Callable[[Any], Tensor]]:
+    """The network's floating-point outputs as a function of the parameters, and the loss as one of these outputs."""
+    rebuild = _tensors_of(loss.outputs(at, at.theta))[1]
+
+    def at_theta(theta: Named) -> list[Tensor]:
+        return _tensors_of(loss.outputs(at, theta))[0]
+
+    def of_outputs(outputs: list[Tensor]) -> Tensor:
+        return loss.of_outputs(rebuild(outputs), at.targets)
+
+    return at_theta, of_outputs
+
+
 def _tensors_of(outputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
     """The floating-point tensors of a nest (complex ones as pairs of real numbers), and how to put others in."""
     leaves, spec = tree_flatten(outputs)
@@ -302,6 +343,17 @@ def _tensors_of(outputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], An
         return tree_unflatten(filled, spec)
 
     return [as_real(leaves[i]) for i in places], rebuild
+
+
+def _curved(of_outputs: Callable[[Any], Tensor], outputs: list[Tensor], along: list[Tensor]) -> Any:
+    """The Hessian of the loss of the outputs times a direction, by reverse mode, in which torch knows more losses."""
+    return grad(lambda at: _inner(grad(of_outputs)(at), along))(outputs)
+
+
+def _by_row(a: list[Tensor], b: list[Tensor], n: int) -> Tensor:
+    """Inner products of the rows of tensors that have one for each of ``n`` examples, ``(n,)``."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.ndim and len(x) == n]
+    return sum(((x * y).reshape(n, -1).sum(1) for x, y in pairs), a[0].new_zeros(n))
 
 
 def _example(nest: Any, i: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ def autocast(device: torch.device, amp: str) -> Iterator[None]:
     """Forward passes in bfloat16 with ``amp="bf16"``, of functions that have a second derivative."""
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"),
-        _TwiceDifferentiable(),
+        _Rewriting(_REWRITTEN),
         without_checkpointing(),
     ):
         yield
@@ -87,6 +87,11 @@ def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
 # -- functions whose second derivative torch lacks or has wrong, written in terms of others -----------------------
 
 
+def forward_twice() -> TorchFunctionMode:
+    """Functions rewritten whose statistics torch takes for constant where it differentiates twice in forward mode."""
+    return _Rewriting(_REWRITTEN_FORWARD)
+
+
 def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     return F.hardtanh(x + 3, 0.0, 6.0) / 6
 
@@ -109,10 +114,41 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:  # fmt: skip
+    x = _normalised(x, range(-len(shape), 0), eps)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _instance_norm(
+    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
+    bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    if not use_input_stats:
+        raise _NotRewritten
+    x, per_channel = _normalised(x, range(2, x.ndim), eps), (-1, *[1] * (x.ndim - 2))
+    x = x if weight is None else x * weight.view(per_channel)
+    return x if bias is None else x + bias.view(per_channel)
+
+
+def _normalised(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    x = x if x.dtype == torch.float64 else x.float()
+    centred = x - x.mean(tuple(dims), keepdim=True)
+    return centred * (centred.square().mean(tuple(dims), keepdim=True) + eps).rsqrt()
+
+
 _REWRITTEN: dict[Any, Callable[..., Tensor]] = {
     F.hardsigmoid: _hardsigmoid,
     F.embedding_bag: _embedding_bag,
     WEIGHT_NORM: _weight_norm,
+}
+_REWRITTEN_FORWARD: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.instance_norm: _instance_norm,
 }
 
 
@@ -120,14 +156,18 @@ class _NotRewritten(Exception):
     """The arguments ask for something that the other form does not cover."""
 
 
-class _TwiceDifferentiable(TorchFunctionMode):
+class _Rewriting(TorchFunctionMode):
+    def __init__(self, forms: Mapping[Any, Callable[..., Tensor]]) -> None:
+        super().__init__()
+        self.forms = forms
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _REWRITTEN:
+        if func in self.forms:
             try:
-                return _REWRITTEN[func](*args, **(kwargs or {}))
+                return self.forms[func](*args, **(kwargs or {}))
             except _NotRewritten:
                 pass  # then as it is: the check of products finds out
         return func(*args, **(kwargs or {}))
 
 
-__all__ = ["PRECISIONS", "autocast", "plain_passes", "unchanged"]
+__all__ = ["PRECISIONS", "autocast", "forward_twice", "plain_passes", "unchanged"]

@@ -38,6 +38,8 @@ Node = Any
 
 _aten = torch.ops.aten
 _ALIASES = {_aten.alias.default, _aten.detach.default, _aten.lift_fresh.default}
+#: Shares memory with its argument although its schema does not say so.
+_UNSAFE_VIEW = _aten._unsafe_view.default
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default}
 
 
@@ -188,7 +190,7 @@ def _program(root: fx.GraphModule, body: list[fx.Node], inputs: list[fx.Node], o
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Remove aliases, copies to the type and layout a tensor already has, and sums with zero.
+    """Remove aliases, copies to the type and layout a tensor already has, sums with zero, and what is computed twice.
 
     Tangents of forward-mode differentiation bring many of these along. The graph must come from ``make_fx``, whose
     nodes know the shape, type and layout of their values.
@@ -205,9 +207,28 @@ def simplify(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         same = _same_values(node, written)
         # a node that is written into later must stay apart from the one it equals now
-        if same is not None and not {node, same} & written and _layout(same) == _layout(node):
+        if same is not None and not {node, same} & written and (_layout(same) == _layout(node) or _overlaps(node)):
             _replace(node, same)
+    _merge_equal(graph, written)
     graph.eliminate_dead_code(_has_effect)
+
+
+def _merge_equal(graph: fx.Graph, written: set[Node]) -> None:
+    """Compute the same thing once: derivatives along one vector, taken twice, have most of their nodes in common."""
+    changing, found = set(written), dict[str, Node]()
+    for node in list(graph.nodes):
+        sources, arguments = node.all_input_nodes, node.args
+        if node.target == _aten.copy_.default and _is_overwritten(node.args[0]):  # where to is made for this copy alone
+            sources, arguments = sources[1:], arguments[1:]
+        elif is_mutated(node) or (_is_view(node) and node.args[0] in changing):
+            changing.add(node)
+        if node.op != "call_function" or node in changing or changing.intersection(sources):
+            continue
+        key = repr((node.target, arguments, sorted(node.kwargs.items()), _layout(node)))  # names of nodes are unique
+        if key in found:
+            _replace(node, found[key])
+        else:
+            found[key] = node
 
 
 def is_mutated(node: Node) -> bool:
@@ -247,6 +268,12 @@ def _layout(node: Node) -> tuple[Any, ...] | None:
     return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else None
 
 
+def _overlaps(node: Node) -> bool:
+    """Whether numbers of a node's value share memory, as those of an expanded tensor: nothing can be copied there."""
+    value = node.meta["val"]
+    return any(step == 0 and size > 1 for size, step in zip(value.shape, value.stride(), strict=True))
+
+
 def _written(graph: fx.Graph) -> set[Node]:
     """All nodes whose memory a later node writes into, directly or through a view."""
     written = set()
@@ -260,7 +287,9 @@ def _written(graph: fx.Graph) -> set[Node]:
 
 def _is_view(node: Node) -> bool:
     """Whether the node's value may share memory with its first argument (one of several views, for ``getitem``)."""
-    return node.target is operator.getitem or (bool(node.args) and returns_view(node.target))
+    if node.target in (operator.getitem, _UNSAFE_VIEW):
+        return True
+    return bool(node.args) and returns_view(node.target)
 
 
 def _replace(node: Node, by: Any) -> None:

@@ -21,6 +21,7 @@ from pnanalysis.evaluation.randomness import check_repeatable
 from pnanalysis.evaluation.scores import Scores
 from pnanalysis.inputs.batches import map_tensors
 from pnanalysis.inputs.copies import matching_dtype
+from pnanalysis.significance import share_interval
 from pnanalysis.terminal.progress import Advance
 
 Array = NDArray[np.float64]
@@ -129,6 +130,8 @@ class FunctionPairs:
                 name, mean = "rms_difference", root
                 se = np.divide(se, 2 * root, out=np.zeros_like(se), where=root > 0)
             found |= {name: mean, f"{name}_se": se}
+            if name == "disagreement":
+                found["disagreement_low"], found["disagreement_high"] = share_interval(mean, se, self.n)
         if classes is not None:
             found["expected_disagreement"] = expected_disagreement(accuracy, classes)
         return {name: (("checkpoint", "other"), values) for name, values in found.items()}

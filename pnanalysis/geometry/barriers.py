@@ -83,28 +83,52 @@ def profile(position: Matrix, values: Iterator[ExampleValues]) -> xr.Dataset:
     -------
     xarray.Dataset
         ``loss``, ``error`` and ``excess`` along ``position``, with standard errors over examples (``_se``). The excess
-        is the loss minus the linear interpolation of the losses at the ends; ``barrier``, at ``barrier_position``, is
-        its largest value between them, and ``error_barrier`` the same of the error. Standard errors of an excess are
-        paired: it is taken example by example.
+        is the loss minus the linear interpolation of the losses at the ends; ``barrier`` is an estimate of its largest
+        value between them, which lies about ``barrier_position``, and ``error_barrier`` the same of the error. Standard
+        errors of an excess are paired: it is taken example by example.
+
+    Notes
+    -----
+    The highest of many noisy points lies above the true barrier. The point is therefore picked on one half of the
+    examples (every other one) and measured on the other half, and both ways are averaged, not below 0. Where the
+    halves pick different points, what they measure is not independent, and their standard errors add up.
     """
     ends = [next(values), next(values)]
     columns = ("loss", "loss_se", "error", "error_se", "excess", "excess_se", "error_excess", "error_excess_se")
     table = np.empty((len(position), len(columns)))
+    halves = {name: np.empty((len(position), 2, 2)) for name in ("excess", "error_excess")}
     for k, (t, at) in enumerate(zip(position, chain(ends, values), strict=True)):
         with np.errstate(invalid="ignore", over="ignore"):  # losses far out may overflow
             excess = at.loss - ((1 - t) * ends[0].loss + t * ends[1].loss)
             error_excess = at.error - ((1 - t) * ends[0].error + t * ends[1].error)
             table[k] = np.concatenate([mean_and_se(part) for part in (at.loss, at.error, excess, error_excess)])
+            halves["excess"][k], halves["error_excess"][k] = _of_halves(excess), _of_halves(error_excess)
     by_name = dict(zip(columns, table.T, strict=True))
     variables: dict[str, Any] = {name: ("position", by_name[name]) for name in columns[:6]}
     inside = np.flatnonzero((position >= 0) & (position <= 1))
     for name, excess_name in (("barrier", "excess"), ("error_barrier", "error_excess")):
-        # A loss that is not a number has overflowed, and counts as the highest.
-        top = int(inside[np.argmax(np.nan_to_num(by_name[excess_name][inside], nan=np.inf))])
-        variables |= {name: by_name[excess_name][top], f"{name}_se": by_name[f"{excess_name}_se"][top]}
-        if name == "barrier":
-            variables["barrier_position"] = position[top]
+        variables[name], variables[f"{name}_se"] = _cross_measured(halves[excess_name][inside])
+    variables["barrier_position"] = position[inside[_highest(by_name["excess"][inside])]]
     return xr.Dataset(variables, coords={"position": position})
+
+
+def _of_halves(values: Matrix) -> Matrix:
+    """Mean and standard error of every other example and of the rest, (half, 2); a single example is both."""
+    return np.array([mean_and_se(half) for half in (values[::2], values[1::2] if len(values) > 1 else values)])
+
+
+def _highest(values: Matrix) -> int:
+    """Position of the largest value; one that is not a number has overflowed, and counts as the highest."""
+    return int(np.argmax(np.nan_to_num(values, nan=np.inf)))
+
+
+def _cross_measured(halves: Matrix) -> tuple[float, float]:
+    """Largest mean over points and its standard error, from means and standard errors (point, half, 2)."""
+    picked = [_highest(halves[:, half, 0]) for half in (0, 1)]
+    (first, first_se), (second, second_se) = halves[picked[1], 0], halves[picked[0], 1]
+    se = float(np.hypot(first_se, second_se) if picked[0] == picked[1] else first_se + second_se) / 2
+    value = (first + second) / 2
+    return float(value if np.isnan(value) else max(value, 0.0)), se
 
 
 def _line_weights(position: Matrix) -> Matrix:

@@ -218,6 +218,11 @@ def fingerprint(*given: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in given:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        stored = numbers(tensor.detach()).cpu().contiguous().resolve_conj().resolve_neg()
-        digest.update(stored.view(-1).view(torch.uint8).numpy())
+        digest.update(contents(tensor))
     return digest.hexdigest()[:16]
+
+
+def contents(tensor: Tensor) -> np.ndarray:
+    """The bytes of the numbers that a tensor stores, in order."""
+    stored = numbers(tensor.detach()).cpu().contiguous().resolve_conj().resolve_neg()
+    return stored.view(-1).view(torch.uint8).numpy()

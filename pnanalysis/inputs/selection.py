@@ -71,8 +71,12 @@ class Selection(Sequence[SelectedCheckpoint]):
     Each file is read and each architecture built once, however often an analysis comes back to a checkpoint.
     """
 
-    def __init__(self, sources: Sequence[Source], chosen: Sequence[SelectedCheckpoint]) -> None:
+    def __init__(
+        self, sources: Sequence[Source], chosen: Sequence[SelectedCheckpoint], note: str | None = None
+    ) -> None:
         self.sources = list(sources)
+        #: What a reader should know about the choice, in a sentence.
+        self.note = note
         self._chosen = list(chosen)
         self._kept: dict[tuple[str, object], StateDicts] = {}
         self._read: dict[tuple[object, ...], Split | LoaderSplit] = {}
@@ -178,7 +182,8 @@ def select(
         See :meth:`pnanalysis.io.runs.Run.select`; by default plain and champion of runs and all of a user's own
         networks.
     champions : bool
-        Of several runs, only the champion of each by default.
+        For a comparison: by default two different end points of one run (:attr:`~pnanalysis.io.runs.Run.contenders`),
+        and of several runs the champion of each (:func:`champion_beside`).
     at_least : int
         How many checkpoints are needed.
 
@@ -193,17 +198,38 @@ def select(
     chosen = []
     for source in sources:
         own = names
-        if names is None and champions and source.run is not None and len(sources) > 1:
-            own = ("champion",)
+        if names is None and champions and source.run is not None:
+            own = (champion_beside(source, sources),) if len(sources) > 1 else source.run.contenders
         elif source.run is None and any(other.run is not None for other in sources):
             own = None  # names are those of checkpoints in runs; of networks beside runs, all count
         for name, checkpoint in source.select(own).items():
             label = name if len(sources) == 1 else f"{source.label}/{name}"
-            chosen.append(SelectedCheckpoint(label, source, checkpoint, _describe(source.run, checkpoint)))
+            chosen.append(SelectedCheckpoint(label, source, checkpoint, _describe(source.run, checkpoint, name)))
     if len(chosen) < at_least:
         there = f"there is only {chosen[0].label}" if chosen else "none is given"
         raise RunError(f"a comparison needs at least two checkpoints, {there}; name another run, weights or checkpoint")
-    return Selection(sources, chosen)
+    return Selection(sources, chosen, _note(chosen) if names is None else None)
+
+
+def champion_beside(source: Source, sources: Iterable[Source]) -> str:
+    """The name of the end point that stands for the run of one of several sources.
+
+    See :meth:`pnanalysis.io.runs.Run.champion_beside`.
+    """
+    others = [other.run for other in sources if other is not source and other.run is not None]
+    return "champion" if source.run is None else source.run.champion_beside(others)
+
+
+def _note(chosen: Iterable[SelectedCheckpoint]) -> str | None:
+    """A sentence about the runs whose challenger stands for them, if there are any."""
+    runs = {item.source.label: item.source.run for item in chosen if item.label.rpartition("/")[2] == "challenger"}
+    sentences = [
+        f"The champion of {label} is the plain model: so that no network is compared with itself, {run.challengers} "
+        "takes its place."
+        for label, run in runs.items()
+        if run is not None
+    ]
+    return " ".join(sentences) or None
 
 
 def nothing_given() -> RunError:
@@ -311,7 +337,7 @@ def distinct_labels(labels: Sequence[str]) -> list[str]:
     return [f"{label}#{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
 
 
-def _describe(run: Run | None, checkpoint: AnyCheckpoint) -> str:
+def _describe(run: Run | None, checkpoint: AnyCheckpoint, name: str) -> str:
     if run is None:
         return ""
     ends = run.ends
@@ -322,4 +348,5 @@ def _describe(run: Run | None, checkpoint: AnyCheckpoint) -> str:
         return f"the best of {len(ends)} restarts" if best else f"restart {checkpoint.iteration}"
     if checkpoint.iteration == 0:
         return "the plain model"
-    return f"iteration {checkpoint.iteration}" + (", the champion" if best else "")
+    role = ", the champion" if best else f", {run.challengers}" if name == "challenger" else ""
+    return f"iteration {checkpoint.iteration}{role}"

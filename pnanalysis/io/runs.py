@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from pnanalysis import schema
@@ -39,6 +40,7 @@ MANIFEST, HISTORY, RESUME, CHECKPOINTS, ANALYSIS = (
     "checkpoints",
     "analysis",
 )
+_ROLES = ("plain", "champion", "challenger", "start")
 _CHECKPOINT_FILE = re.compile(r"iter(\d+)/epoch(\d+)\.safetensors$")
 
 
@@ -73,6 +75,11 @@ class Checkpoint:
     def load(self) -> State:
         """Tensors by name, on the CPU."""
         return sole(self.state_dicts(), self.path)
+
+    def equals(self, other: Checkpoint) -> bool:
+        """Whether both hold the same weights, to the last bit."""
+        own, others = self.load(), other.load()
+        return own.keys() == others.keys() and all(own[name].equal(others[name]) for name in own)
 
     def state_dicts(self) -> StateDicts:
         """Every state dict in the file: see :func:`pnanalysis.io.weights.read_state_dicts`."""
@@ -118,6 +125,38 @@ class Run:
         """The end point of the iteration with the lowest validation error."""
         return self._end(self.manifest["champion"] or 0)
 
+    @property
+    def challenger(self) -> Checkpoint:
+        """The end point with the lowest validation error among the iterations after the plain model.
+
+        It is the champion, unless that is the plain model.
+        """
+        n = len(self.manifest["ends"])
+        if n < 2:
+            raise RunError(f"{self.path}: no iteration after the plain model has finished; resume the training")
+        return self._end(best_iteration(self.history.isel(iteration=slice(1, n))))
+
+    @property
+    def contenders(self) -> tuple[str, str]:
+        """Names of the end points to compare: plain and champion, or plain and challenger where the former are one."""
+        is_plain_best = self.manifest["champion"] == 0 and len(self.manifest["ends"]) > 1
+        return "plain", "challenger" if is_plain_best else "champion"
+
+    @property
+    def challengers(self) -> str:
+        """What the challenger is among them, in words."""
+        last = len(self.manifest["ends"]) - 1
+        return "the only later iteration" if last == 1 else f"the best of iterations 1 to {last}"
+
+    def champion_beside(self, others: Iterable[Run]) -> str:
+        """The name of the end point that stands for this run in a comparison with others.
+
+        The plain model of a run is also the first restart of its control. Where it is the champion of both, the
+        challenger stands for the run, lest a network be compared with itself.
+        """
+        is_replaceable = self.contenders[1] == "challenger" and self.manifest.get("strategy") != "restart"
+        return "challenger" if is_replaceable and any(self.plain.equals(run.champion) for run in others) else "champion"
+
     @cached_property
     def history(self) -> xr.Dataset:
         """Loss, penalty and errors, dims (iteration, epoch)."""
@@ -159,8 +198,9 @@ class Run:
     def select(self, names: Iterable[str]) -> dict[str, Checkpoint]:
         """Checkpoints by name.
 
-        Names are ``plain``, ``champion``, ``start``, ``iter03`` (its end), ``iter03/epoch015``, or the groups ``ends``
-        and ``all``, which give each checkpoint under its full name.
+        Names are ``plain``, ``champion``, ``challenger`` (the best iteration after the plain one), ``start``,
+        ``iter03`` (its end), ``iter03/epoch015``, or the groups ``ends`` and ``all``, which give each checkpoint under
+        its full name.
 
         Raises
         ------
@@ -180,13 +220,13 @@ class Run:
         return chosen
 
     def _named(self, name: str) -> Checkpoint:
-        if name in ("plain", "champion", "start"):
+        if name in _ROLES:
             found: Checkpoint = getattr(self, name)
             return found
         match = re.fullmatch(r"iter(\d+)(?:/epoch(\d+))?", name)
         if not match:
             raise RunError(
-                f"{self.path}: no checkpoint {name!r}; use plain, champion, start, ends, all, iterNN or iterNN/epochNNN"
+                f"{self.path}: no checkpoint {name!r}; use {', '.join(_ROLES)}, ends, all, iterNN or iterNN/epochNNN"
             )
         return self._end(int(match[1])) if match[2] is None else self._at(int(match[1]), int(match[2]))
 
@@ -204,6 +244,14 @@ class Run:
                 return checkpoint
         existing = ", ".join(c.name for c in self.checkpoints[:12]) or "none"
         raise RunError(f"{self.path}: no checkpoint iter{iteration:02d}/epoch{epoch:03d}; choose one of: {existing}")
+
+
+def best_iteration(history: xr.Dataset) -> int:
+    """The iteration with the lowest final validation error, or training loss if there is no validation split."""
+    last = history.isel(epoch=-1)
+    is_validated = bool(last.validation_error.notnull().any())
+    scores = last.validation_error if is_validated else last.train_loss
+    return int(history.iteration[int(np.nanargmin(scores.values))])
 
 
 def is_run(path: Path) -> bool:

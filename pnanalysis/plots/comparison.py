@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pnanalysis.analyses.verdict import Diagnostic, diagnostics, estimate_of, layers_without_output, short_names
+from pnanalysis.analyses.diagnostics import Diagnostic, diagnostics, estimate_of, layers_without_output, short_names
 from pnanalysis.estimates import Estimate
 from pnanalysis.plots.style import COLOURS, DASHES, MARKERS, PAGE, PLAIN, QUIET, new_figure, tilted
 
@@ -22,6 +22,7 @@ _Z95 = 1.96  # standard errors to either side that make a 95 % interval
 _NEVER_NEGATIVE = {"loss", "error", "n_outliers", "effective_rank"}
 _LEFT_OUT = {"norm", "negative_mass"}
 _DARK = "#555555"  # of the legend's samples
+_THIN, _THICK = 1.0, 2.4  # bars of both errors, and of the probes alone
 
 
 class _Fill(Enum):
@@ -48,7 +49,8 @@ def comparison(ds: xr.Dataset) -> Figure:
     Returns
     -------
     Figure
-        Bars are 95 % intervals. A marker is hollow if the (paired) difference from the first checkpoint is not
+        Bars are 95 % intervals; where numbers have the errors of probes and of examples, the thick inner part is the
+        interval of the probes alone. A marker is hollow if the (paired) difference from the first checkpoint is not
         significant, and half filled if the error of the difference is unknown. Paired differences have smaller errors
         than the bars suggest. Each panel's label (``ax.get_label()``) is the key of its diagnostic.
     """
@@ -59,10 +61,9 @@ def comparison(ds: xr.Dataset) -> Figure:
     figure = new_figure(PAGE, n_rows * height + foot + 0.2)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(n_rows * height, foot))[:, 0]
     panels = upper.subplots(n_rows, _PER_ROW, sharey=True, squeeze=False).ravel()
-    sigmas = float(ds.attrs["sigmas"])
     used = {_Fill.FULL}
     for ax, row in zip(panels, rows, strict=False):
-        fills = [_Fill.FULL, *(_fill(difference, sigmas) for difference in row.against_first)]
+        fills = [_Fill.FULL, *(_fill(difference) for difference in row.against_first)]
         _dots(row, fills, ax)
         used.update(fills)
     for ax in panels[len(rows) :]:
@@ -70,9 +71,12 @@ def comparison(ds: xr.Dataset) -> Figure:
     panels[0].set_yticks(range(k), short_names(ds))
     panels[0].set_ylim(k - 0.5, -0.5)
     _functions(ds, lower)
-    bar = Line2D([], [], color=_DARK, lw=1.0, label="95 % interval")
+    bars = [Line2D([], [], color=_DARK, lw=_THIN, label="95 % interval")]
+    if any(math.isfinite(value.data_se) for row in rows for value in row.values):
+        bars.append(Line2D([], [], color=_DARK, lw=_THICK, label="its part from probes"))
     marks = [Line2D([], [], marker="o", ls="none", label=f.value, **f.marker(_DARK)) for f in _Fill if f in used]
-    figure.legend(handles=[bar, *marks], loc="outside lower left", ncols=4, fontsize=6.5)
+    samples = [*bars, *marks]
+    figure.legend(handles=samples, loc="outside lower left", ncols=4 if len(samples) <= 4 else 3, fontsize=6.5)
     return figure
 
 
@@ -115,7 +119,11 @@ def _dots(row: Diagnostic, fills: list[_Fill], ax: Axes) -> None:
         colour = COLOURS[i % len(COLOURS)]
         low, high = _interval(value)
         low = max(low, 0.0) if is_never_negative else low
-        ax.plot([low, high], [i, i], color=colour, lw=1.0, zorder=2)
+        ax.plot([low, high], [i, i], color=colour, lw=_THIN, zorder=2)
+        if math.isfinite(value.data_se):
+            half = _Z95 * math.sqrt(max(value.se**2 - value.data_se**2, 0.0))
+            inner = [max(value.value - half, low), value.value + half]
+            ax.plot(inner, [i, i], color=colour, lw=_THICK, solid_capstyle="butt", zorder=2)
         ax.plot(value.value, i, MARKERS[i % len(MARKERS)], zorder=3, **fill.marker(colour))
     ax.axvline(row.values[0].value, color=QUIET, lw=0.6, ls=":", zorder=0)
     ax.set_label(row.key)
@@ -143,16 +151,16 @@ def _widen(ax: Axes) -> None:
         ax.set_xlim((low + high - least) / 2, (low + high + least) / 2)
 
 
-def _fill(difference: Estimate, sigmas: float) -> _Fill:
-    if not (math.isfinite(difference.se) or math.isfinite(difference.low)):
+def _fill(difference: Estimate) -> _Fill:
+    if math.isnan(difference.p):
         return _Fill.HALF
-    return _Fill.FULL if difference.is_significant(sigmas) else _Fill.HOLLOW
+    return _Fill.FULL if difference.is_significant else _Fill.HOLLOW
 
 
 def _interval(value: Estimate) -> tuple[float, float]:
-    if math.isfinite(value.se):
-        return value.value - _Z95 * value.se, value.value + _Z95 * value.se
-    return value.low, value.high
+    if math.isfinite(value.low):
+        return value.low, value.high
+    return value.value - _Z95 * value.se, value.value + _Z95 * value.se
 
 
 def _heat_map(ds: xr.Dataset, variable: str, names: list[str], ax: Axes) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from pnanalysis.analyses.verdict import short_names
+from pnanalysis.analyses.diagnostics import short_names
 from pnanalysis.errors import PnError
 from pnanalysis.estimates import Estimate
 from pnanalysis.plots.style import (

@@ -16,11 +16,14 @@ from matplotlib.patches import Patch
 from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, legend_above, new_figure, own_axes
 
 _DECADES = 8.0  # below the largest density
-_RUG = "individually computed outliers"
+_RUG = "outliers"
+#: Opacity of bands: around both errors, around that of the probes, of one alone.
+_OUTER, _INNER, _ALONE = 0.15, 0.45, 0.3
+_SAMPLE = "#555555"  # of the legend's samples
 
 
 def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = False) -> Axes:
-    """Density of eigenvalues on a logarithmic scale, with its standard error as a band and outliers as a rug.
+    """Density of eigenvalues on a logarithmic scale, with its standard errors as bands and outliers as a rug.
 
     Parameters
     ----------
@@ -33,9 +36,9 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     Returns
     -------
     Axes
-        Ticks at the bottom, one row per checkpoint, mark the outliers (eigenvalues beyond the bulk) that were computed
-        individually; there may be far fewer of them than ``n_outliers`` counts. The band is one standard error to
-        either side.
+        Ticks at the bottom, one row per checkpoint, mark the outliers: eigenvalues beyond a gap (``n_outliers``,
+        ``n_outliers_negative``). The band is one standard error to either side; where the error of the choice of
+        examples is known (``density_data_se``), an inner band shows that of the probes and an outer one both together.
     """
     ax = own_axes(ax, PAGE if "checkpoint" in ds.dims else COLUMN, 2.6)
     parts = [("", ds)]
@@ -57,7 +60,7 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     ax.set_ylabel(label(ds.density))
     handles: list[Artist] = list(ax.get_legend_handles_labels()[0])
     if bool((ds.density_se > 0).any()):
-        handles.append(Patch(fc="#cccccc", ec="#777777", lw=0.4, label="± 1 standard error"))
+        handles += _band_samples(has_both="density_data_se" in ds)
     if has_rug:
         handles.append(Line2D([], [], marker="|", ls="none", color="#555555", ms=5, label=_RUG))
     if handles:
@@ -122,10 +125,21 @@ def _eigenvalue_label(ds: xr.Dataset) -> str:
 def _curve(ds: xr.Dataset, ax: Axes, row: int, name: str, floor: float) -> None:
     """One density and its band; what lies below ``floor`` is drawn at it, as a logarithm of zero cannot be."""
     colour, dashes = COLOURS[row % len(COLOURS)], DASHES[row % len(DASHES)]
-    grid, density, se = ds.eigenvalue.values, ds.density.values, np.nan_to_num(ds.density_se.values)
-    low, high = np.maximum(density - se, floor), np.maximum(density + se, floor)
-    ax.fill_between(grid, low, high, fc=to_rgba(colour, 0.3), ec=to_rgba(colour, 0.8), lw=0.4, zorder=1)
+    grid, density = ds.eigenvalue.values, ds.density.values
+    bands = ("density_se", "density_probe_se") if "density_data_se" in ds else ("density_se",)
+    for band, shade in zip(bands, (_OUTER, _INNER) if len(bands) > 1 else (_ALONE,), strict=True):
+        se = np.nan_to_num(ds[band].values)
+        low, high = np.maximum(density - se, floor), np.maximum(density + se, floor)
+        ax.fill_between(grid, low, high, fc=to_rgba(colour, shade), ec=to_rgba(colour, 0.8), lw=0.4, zorder=1)
     ax.plot(grid, np.maximum(density, floor), color=colour, ls=dashes, lw=1.0, label=name or None)
+
+
+def _band_samples(has_both: bool) -> list[Artist]:
+    """What the legend shows of the bands."""
+    if not has_both:
+        return [Patch(fc=to_rgba(_SAMPLE, _ALONE), ec=_SAMPLE, lw=0.4, label="± 1 standard error")]
+    shades = {"± 1 standard error, probes": _INNER + _OUTER, "± 1 standard error, also examples": _OUTER}
+    return [Patch(fc=to_rgba(_SAMPLE, shade), ec=_SAMPLE, lw=0.4, label=text) for text, shade in shades.items()]
 
 
 def _rug(ds: xr.Dataset, ax: Axes, row: int) -> bool:
@@ -133,7 +147,9 @@ def _rug(ds: xr.Dataset, ax: Axes, row: int) -> bool:
     if "deflated_value" not in ds or "bulk_edge_high" not in ds:
         return False
     values = ds.deflated_value.values[np.isfinite(ds.deflated_value.values)]
-    outside = values[(values > float(ds.bulk_edge_high)) | (values < float(ds.bulk_edge_low))]
+    above = values[values > float(ds.bulk_edge_high)] if ds.n_outliers > 0 else values[:0]
+    below = values[values < float(ds.bulk_edge_low)] if ds.n_outliers_negative > 0 else values[:0]
+    outside = np.concatenate([above, below])
     height = 0.02 + 0.035 * row
     # heights in fractions of the axis, so that ticks stay at the bottom whatever the densities
     look: dict[str, Any] = {"color": COLOURS[row % len(COLOURS)], "ms": 5, "transform": ax.get_xaxis_transform()}

@@ -117,8 +117,9 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             "hessian",
             "Hessian spectrum",
-            "Density of the eigenvalues; bands show one standard error. The ticks at the bottom, one row per "
-            "checkpoint, mark eigenvalues beyond the bulk that were computed individually.",
+            "Density of the eigenvalues; bands show one standard error. Where there are two, the dark one is that of "
+            "the random probes, and the light one includes the choice of examples. The ticks at the bottom, one row "
+            "per checkpoint, mark outliers: eigenvalues beyond a gap in the spectrum.",
             shown_if=lambda ds: not _has_layers(ds),
         ),
     ),
@@ -201,9 +202,9 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             "comparison",
             "Comparison",
-            "Every diagnostic with its 95 % interval. Hollow markers: the paired difference from the first checkpoint "
-            "is not significant; half-filled markers: its error is unknown. Below, how much the checkpoints differ as "
-            "functions, overall and layer by layer.",
+            "Every diagnostic with its 95 % interval, whose thick part is from random probes alone. Hollow markers: "
+            "the paired difference from the first checkpoint is not significant; half-filled markers: its error is "
+            "unknown. Below, how much the checkpoints differ as functions, overall and layer by layer.",
             points=verdict,
         ),
     ),

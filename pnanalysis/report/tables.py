@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from pnanalysis.analyses.verdict import estimate_of
+from pnanalysis.analyses.diagnostics import estimate_of
+from pnanalysis.analyses.significant_differences import with_p_values
 from pnanalysis.estimates import Estimate, proportion
 from pnanalysis.io.runs import Checkpoint, Run
 from pnanalysis.report.datasets import RunDatasets, Study, own_rows, studies
@@ -55,43 +56,64 @@ def summary_table(runs: Sequence[Run]) -> list[dict[str, str]]:
     return [row.cells() for study in studies(runs) for row in rows(study)]
 
 
+def summary_sentences(runs: Sequence[Run]) -> list[str]:
+    """The table in words, as the report has them."""
+    return [sentence for study in studies(runs) for sentence in sentences(study)]
+
+
 def rows(study: Study) -> list[Row]:
-    """Plain model, champion and best restart of a study."""
+    """Plain model, champion and best restart of a study; the challenger where the champion is the plain model."""
     main, control = study
     run, strategy = main.run, main.run.manifest.get("strategy", "")
-    table = [_row(main, "plain", run.plain)]
     if strategy == "restart":
-        table.append(_row(main, "best restart", run.champion))
-    elif len(run.ends) > 1:
-        table.append(_row(main, f"champion ({strategy})", run.champion))
+        table = [_row(main, "plain", run.plain), _row(main, "best restart", run.champion)]
+    elif run.contenders[1] == "challenger":
+        table = [
+            _row(main, "plain, the champion", run.plain),
+            _row(main, f"{run.challengers.removeprefix('the ')} ({strategy})", run.challenger),
+        ]
+    else:
+        table = [_row(main, "plain", run.plain)]
+        if len(run.ends) > 1:
+            table.append(_row(main, f"champion ({strategy})", run.champion))
     if control is not None:
         table.append(_row(control, f"best of {len(control.run.ends)} restarts", control.run.champion))
     return table
 
 
 def sentences(study: Study) -> Iterator[str]:
-    """The table in words; a difference within two standard errors is called not significant."""
+    """The table in words; what may be chance is called not significant."""
     main, control = study
     name, run = main.name, main.run
-    plain, champion = _End(main, run.plain), _End(main, run.champion)
-    is_plain_best = run.champion.iteration == 0
+    plain, (best, role) = _End(main, run.plain), _best(main, run.contenders[1])
+    is_other = best.checkpoint != plain.checkpoint
     if not math.isnan(_test_error(plain).value):
-        if is_plain_best:
-            yield f"{name}: the plain model has the lowest validation error of all iterations."
-        else:
+        if run.champion == run.plain:
+            more = f"; {run.challengers} is compared with it" if is_other else ""
+            yield f"{name}: the plain model has the lowest validation error of all iterations{more}."
+        if is_other:
             yield (
-                f"{name}: the test error of the champion (iteration {run.champion.iteration}) differs from that of the "
-                f"plain model by {_difference(plain, champion)}."
+                f"{name}: the test error of {role} (iteration {best.checkpoint.iteration}) differs from that of the "
+                f"plain model by {_difference(plain, best)}."
             )
         if control is not None:
             best_restart = _End(control, control.run.champion)
+            rival, rival_role = _best(main, run.champion_beside([control.run]))
             yield (
                 f"{name}: the test error of the best of {len(control.run.ends)} restarts, which cost as much, differs "
-                f"from that of the champion by {_difference(champion, best_restart)}."
+                f"from that of {rival_role} by {_difference(rival, best_restart)}."
             )
-    spectra = [_spectrum_at(end) for end in (plain, champion)]
-    if not is_plain_best and spectra[0] is not None and spectra[1] is not None:
-        yield _spectrum_sentence(name, spectra[0], spectra[1])
+    spectra = [_spectrum_at(end) for end in (plain, best)]
+    if is_other and spectra[0] is not None and spectra[1] is not None:
+        yield _spectrum_sentence(name, role, spectra[0], spectra[1])
+
+
+def _best(datasets: RunDatasets, name: str) -> tuple[_End, str]:
+    """Champion or challenger of a run, and what sentences call it."""
+    run = datasets.run
+    if name == "challenger":
+        return _End(datasets, run.challenger), run.challengers
+    return _End(datasets, run.champion), "the champion"
 
 
 def _row(datasets: RunDatasets, name: str, end: Checkpoint) -> Row:
@@ -130,11 +152,11 @@ def _difference(first: _End, other: _End) -> str:
     run = first.datasets.run
     paired = _paired_difference(first, other)
     if paired is not None:
-        difference, n, sigmas = paired
+        difference, n = paired
         subset = "" if n == run.history.attrs.get("n_test") else f", on {n} test examples"
         if _is_error_rate(run):
-            return difference.in_points(sigmas) + subset
-        return f"{difference.text(signed=True)} ({difference.direction(sigmas)}){subset}"
+            return difference.in_points() + subset
+        return f"{difference.text(signed=True)} ({difference.direction()}){subset}"
     unpaired = _test_error(other).minus(_test_error(first))
     if not _is_error_rate(run):
         return f"{unpaired.text(signed=True)} (squared error)"
@@ -145,7 +167,6 @@ def _difference(first: _End, other: _End) -> str:
 class _Paired(NamedTuple):
     difference: Estimate
     n: int
-    sigmas: float
 
 
 def _paired_difference(first: _End, other: _End) -> _Paired | None:
@@ -156,9 +177,9 @@ def _paired_difference(first: _End, other: _End) -> _Paired | None:
             continue
         i, j = (_position_in(ds, holder, end) for end in (first, other))
         if i is not None and j is not None:
-            at = ds.sel(split="test")
+            at = with_p_values(ds).sel(split="test")
             difference = estimate_of(at.isel(checkpoint=j, other=i), "error_difference")
-            return _Paired(difference, int(at.n_examples), float(ds.attrs["sigmas"]))
+            return _Paired(difference, int(at.n_examples))
     return None
 
 
@@ -168,7 +189,7 @@ def _position_in(ds: xr.Dataset, holder: RunDatasets, end: _End) -> int | None:
     is_holder = end.datasets is holder
     # the folder may have been renamed since: the dataset knows the name that its own run had
     folder = ds.attrs.get("run", holder.name) if is_holder else end.datasets.name
-    roles = [role for role in ("plain", "champion") if getattr(run, role) == checkpoint]
+    roles = [role for role in {"champion", *run.contenders} if getattr(run, role) == checkpoint]
     own = [checkpoint.name, f"iter{checkpoint.iteration:02d}", *roles]
     # names without a folder belong to the holder: a comparison of one run has them
     names = {f"{folder}/{name}" for name in own} | set(own if is_holder else ())
@@ -185,9 +206,9 @@ def _spectrum_at(end: _End) -> xr.Dataset | None:
     return spectra.isel(checkpoint=int(np.argmax(is_end))) if is_end.any() else None
 
 
-def _spectrum_sentence(name: str, plain: xr.Dataset, champion: xr.Dataset) -> str:
-    traces = " and ".join(f"{float(at.trace):.3g} ± {float(at.trace_se):.2g}" for at in (plain, champion))
+def _spectrum_sentence(name: str, role: str, plain: xr.Dataset, best: xr.Dataset) -> str:
+    traces = " and ".join(f"{float(at.trace):.3g} ± {float(at.trace_se):.2g}" for at in (plain, best))
     return (
-        f"{name}: the largest Hessian eigenvalues of the plain model and the champion are "
-        f"{float(plain.lambda_max):.3g} and {float(champion.lambda_max):.3g}, the traces {traces}."
+        f"{name}: the largest Hessian eigenvalues of the plain model and {role} are "
+        f"{float(plain.lambda_max):.3g} and {float(best.lambda_max):.3g}, the traces {traces}."
     )

@@ -206,7 +206,7 @@ class _Sampler:
         lanczos, saver = self._start(
             "deflation", range(1), max(most, as_probe), storage=columns[:, : max(most, as_probe)]
         )
-        earliest = min(SMALLEST_FRACTION * budget, as_probe) if until is None else 2 * STEPS_PER_DECISION
+        earliest = SMALLEST_FRACTION * budget if until is None else 2 * STEPS_PER_DECISION
         decision = -int(-earliest // STEPS_PER_DECISION) * STEPS_PER_DECISION
         # Each decision depends on the steps before it only: the same ones are taken after an interruption.
         while decision < most and not _is_exhausted(lanczos):

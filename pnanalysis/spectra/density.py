@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ import torch
 import xarray as xr
 
 from pnanalysis import schema
-from pnanalysis.checks import at_least, positive
+from pnanalysis.checks import at_least, one_of, positive
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra import lanczos
+from pnanalysis.spectra.averaged import is_averaged
+from pnanalysis.spectra.data_error import DATA_ERRORS, DataForms
 from pnanalysis.spectra.deflation import sample_spectrum
+from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples, sample_examples
 from pnanalysis.spectra.linear_operator import as_operator, round_off
 from pnanalysis.spectra.memory import basis_bytes, human
-from pnanalysis.spectra.moments import calibrated, moments
+from pnanalysis.spectra.moments import moments
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, averaged_rule, extremes, ritz
 from pnanalysis.spectra.sample import SamplingSettings, SpectrumSample
 from pnanalysis.spectra.stopping import Until, checked_targets
 from pnanalysis.spectra.summary import effective_rank, summarise
+from pnanalysis.spectra.total_error import with_data_errors
 from pnanalysis.terminal.progress import progress_bar
 
 #: Points of the grid that a density is given on.
@@ -31,6 +36,8 @@ N_GRID = 1024
 N_HVP = 900
 #: Lanczos steps per probe, and probes, where only the other number is given.
 N_LANCZOS, N_PROBES = 90, 10
+#: The scatter of the probes' densities is averaged over so many kernel widths.
+AVERAGED_WIDTHS = 4.0
 
 
 def spectral_density(
@@ -54,6 +61,8 @@ def spectral_density(
     state: str | Path | None = None,
     save_every: float = 300.0,
     title: str = "spectrum",
+    data_error: str = "examples",
+    n_classes: int | None = None,
 ) -> xr.Dataset:
     """Estimate the spectrum of a symmetric operator from its products with vectors.
 
@@ -104,6 +113,16 @@ def spectral_density(
         same result as without the interruption. The folder is removed on success.
     title : str
         Label of the progress bar.
+    data_error : {"examples", "groups", "none"}
+        Whether to estimate the error that the choice of examples causes, for operators over examples
+        (:class:`pnanalysis.spectra.averaged.AveragedOperator`); others have none. ``"examples"`` takes the forms of
+        single examples in vectors that are there anyway, for the trace, the Frobenius norm and the extreme eigenvalues
+        (see :mod:`pnanalysis.spectra.data_error`), and a few products on two halves of the examples. ``"groups"`` also
+        takes the spectra of balanced half samples, for all numbers, the density and the distance of two spectra (see
+        :mod:`pnanalysis.spectra.half_samples`): seven times the products of the spectrum itself.
+    n_classes : int, optional
+        Of a classifier: how far as many of the largest eigenvalues stand out is then part of the summary, with an error
+        of the examples.
 
     Returns
     -------
@@ -113,13 +132,17 @@ def spectral_density(
         comes with ``density_se``. ``deflated_value`` are the Ritz values of the deflated space and
         ``deflated_residual`` bounds on their distance to the nearest eigenvalue. For the rest see
         :func:`pnanalysis.spectra.summary.summarise`. The attribute ``method`` is
-        ``"deflated"``, ``"plain"`` or, where the budget covers all P columns, ``"exact"``; ``n_hvp`` is what was spent.
+        ``"deflated"``, ``"plain"`` or, where the budget covers all P columns, ``"exact"``, and ``n_hvp`` is what was
+        spent. The attribute ``data_error`` says which error for the choice of examples is included (see
+        :func:`pnanalysis.spectra.total_error.with_data_errors`), and ``n_hvp_data`` what it cost beyond ``n_hvp``
+        and the forms, in products over all examples.
 
     Raises
     ------
     CurvatureError
         If the operator is not symmetric or not finite, ``n_lanczos`` exceeds P, the budget or memory bound is too
-        small, a target error is not understood, or the state folder was saved with other arguments.
+        small, a target error is not understood, the state folder was saved with other arguments, or
+        ``data_error="groups"`` is asked of an operator without examples.
 
     Warns
     -----
@@ -137,14 +160,19 @@ def spectral_density(
     --------
     >>> import numpy as np
     >>> ds = spectral_density(np.diag(np.r_[np.zeros(990), np.arange(1.0, 11.0)]), n_hvp=60, progress=False)
-    >>> round(float(ds.trace), 6), int(ds.n_outliers.round())
+    >>> round(float(ds.trace), 6), int(ds.n_outliers)
     (55.0, 10)
     """
     operator = as_operator(operator)
-    at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, seed=seed, top_k=top_k)
+    at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, seed=seed, top_k=top_k, n_classes=n_classes)
     positive(ridge=ridge, kernel_width=kernel_width)
+    one_of(DATA_ERRORS, data_error=data_error)
     targets = checked_targets(until)
     n_lanczos, n_probes, n_hvp = _amounts(operator.shape[0], n_lanczos, n_probes, n_hvp, targets is not None)
+    budget = n_hvp or n_lanczos * n_probes
+    forms = DataForms(operator, budget, n_classes) if data_error != "none" and is_averaged(operator) else None
+    if forms is None and data_error == "groups":
+        raise CurvatureError('data_error="groups" needs an operator over examples, such as pnanalysis.HessianOperator')
     settings = SamplingSettings(
         n_lanczos,
         n_probes,
@@ -157,21 +185,35 @@ def spectral_density(
         symmetry_tolerance,
         None if state is None else Path(state),
         save_every,
-        until=None if targets is None else Until(targets, _relative_errors),
+        forms,
+        None if targets is None else Until(targets, _relative_errors),
     )
-    budget = n_hvp or n_lanczos * n_probes
     need = basis_bytes(operator.shape[0], *((n_hvp, 1) if n_hvp else (n_lanczos, n_probes)), settings.basis_dtype)
     with progress_bar(f"{title} ({human(need)} for the basis)", budget, progress) as advance:
         sample = sample_spectrum(operator, settings, advance)
-    ds = _dataset(sample, top_k, ridge, kernel_width, grid)
+    facts = {
+        "dtype": str(operator.dtype).removeprefix("torch."),
+        "round_off": round_off(operator),
+        "positive_semidefinite": bool(getattr(operator, "positive_semidefinite", False)),
+        **({} if n_classes is None else {"n_classes": n_classes}),
+    }
+    of_data = xr.Dataset(attrs={"data_error": "none"})
+    if forms is not None:
+        of_half = partial(
+            spectral_density, n_lanczos=n_lanczos, n_probes=n_probes, deflate=deflate, seed=seed,
+            n_hvp=None if n_hvp is None else max(sample.n_hvp, 4),
+            grid=np.array([0.0, 1.0]), top_k=top_k, ridge=ridge, basis_dtype=basis_dtype, basis_device=basis_device,
+            max_memory_bytes=max_memory_bytes, symmetry_tolerance=symmetry_tolerance, save_every=save_every,
+            progress=progress, data_error="none", n_classes=n_classes,
+        )  # fmt: skip
+        of_data = sample_examples(forms, data_error, of_half, settings.state, title)
+    ds = _dataset(sample, facts, of_data, top_k, ridge, kernel_width, grid)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
-    attributes = {"seed": seed, "device": str(operator.device), "dtype": str(operator.dtype).removeprefix("torch.")}
+    attributes: dict[str, Any] = {"seed": seed, "device": str(operator.device)}
     if targets is not None:
         attributes |= {"until": targets, "until_reached": sample.method == "exact" or sample.until_reached}
-    return schema.finish(
-        ds, "spectral_density", deflate=deflate, round_off=round_off(operator), **attributes, **ds.attrs
-    )
+    return schema.finish(with_data_errors(ds), "spectral_density", deflate=deflate, **attributes, **ds.attrs)
 
 
 def _amounts(
@@ -214,10 +256,16 @@ def _relative_errors(sample: SpectrumSample) -> dict[str, float]:
 
 
 def _dataset(
-    sample: SpectrumSample, top_k: int, ridge: float, kernel_width: float | None, grid: np.ndarray | None
+    sample: SpectrumSample,
+    facts: dict[str, Any],
+    of_data: xr.Dataset,
+    top_k: int,
+    ridge: float,
+    kernel_width: float | None,
+    grid: np.ndarray | None,
 ) -> xr.Dataset:
-    ds = _quadrature_dataset(sample)
-    ds = ds.merge(summarise(ds, top_k=top_k, ridge=ridge))
+    ds = _quadrature_dataset(sample).assign_attrs(facts)
+    ds = ds.merge(summarise(ds, top_k=top_k, ridge=ridge)).merge(of_data)
     measure = SpectralMeasure.from_dataset(ds)
     n_steps = max((len(probe.alpha) for probe in sample.probes if probe.sampled), default=sample.n_deflated)
     if kernel_width is None:
@@ -235,6 +283,8 @@ def _dataset(
         "kernel_width": kernel_width,
         "ridge": ridge,
         "asymmetry": sample.asymmetry,
+        **facts,
+        **of_data.attrs,
     }
     return ds
 
@@ -245,7 +295,8 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
     value, weight, residual = (_padded([result[i] for result in results]) for i in range(3))
     couplings = np.array([probe.beta[-1] if probe.deflated else 0.0 for probe in sample.probes])
     # in the whole space, a Ritz pair of the complement is also off by the couplings to what was deflated before
-    residual = np.hypot(residual, np.sqrt(np.cumsum(couplings**2) - couplings**2)[:, None])
+    before = np.sqrt(np.cumsum(couplings**2) - couplings**2)
+    residual = np.hypot(residual, before[:, None])
     bounds = extremes(value, residual)
     weights = np.array([float(probe.sampled) for probe in sample.probes])
     measure = _average(sample, weights, bounds)
@@ -266,6 +317,7 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         "ritz_value": (("probe", "lanczos"), value),
         "ritz_weight": (("probe", "lanczos"), weight),
         "ritz_residual": (("probe", "lanczos"), residual),
+        "ritz_coupling": ("probe", before),
         "probe_weight": ("probe", weights),
         "n_parameters": ((), sample.n_parameters),
         "coupling": ((), float(coupling)),
@@ -284,7 +336,8 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         extra = 2 * float(coupling) ** 2
         data["probe_trace"] = ((), measure.total(measure.node).value)
         data["probe_square"] = ((), measure.total(measure.node**2).value + extra)
-        measure = calibrated(measure, sums.trace.value, sums.square.value - extra)
+        n = sample.n_parameters
+        measure = measure.calibrated(sums.trace.value / n, (sums.square.value - extra) / n)
         data["weight"] = ("quadrature", measure.weight)
     return xr.Dataset(data)
 
@@ -349,7 +402,10 @@ def default_grid(*datasets: xr.Dataset, n_points: int = N_GRID) -> np.ndarray:
 def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) -> xr.Dataset:
     """Give the density and its standard error on another grid, or with another kernel.
 
-    No products are needed: both follow from the nodes, so that several checkpoints can share one grid.
+    No products are needed: both follow from the nodes, so that several checkpoints can share one grid. The standard
+    error, for the choice of probes, is that of the smoothed density: smoothing by the kernel is no part of it. It
+    covers the random masses of the nodes and, where two probes or more were sampled, their random places; not the
+    places of what was counted exactly.
 
     Parameters
     ----------
@@ -372,14 +428,36 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
     if grid.ndim != 1 or not (np.diff(grid) > 0).all():
         raise CurvatureError("the grid must be one ascending row of eigenvalues")
     measure = SpectralMeasure.from_dataset(ds)
-    kernel = np.exp(-0.5 * ((grid[:, None] - measure.node) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+
+    def kernel_at(node: np.ndarray) -> np.ndarray:
+        return np.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+
+    kernel = kernel_at(measure.node)
     density, se = measure.means(kernel)
+    se = np.maximum(se, _scatter_of_probes(measure, kernel, grid, width))
     smoothed = ds.drop_dims("eigenvalue", errors="ignore").assign_coords(eigenvalue=("eigenvalue", grid))
     smoothed["density"] = ("eigenvalue", density, _labels("density"))
+    if has_half_samples(ds):
+        data_se = np.sqrt(contrasts_of_means(ds, kernel_at).variance)
+        smoothed["density_probe_se"] = ("eigenvalue", se, _labels("density_probe_se"))
+        smoothed["density_data_se"] = ("eigenvalue", data_se, _labels("density_data_se"))
+        se = np.hypot(se, data_se)
     smoothed["density_se"] = ("eigenvalue", se, _labels("density_se"))
     smoothed["kernel_width"] = ((), width, _labels("kernel_width"))
     smoothed.attrs |= {"kernel_width": width}
     return smoothed
+
+
+def _scatter_of_probes(measure: SpectralMeasure, kernel: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
+    """Standard errors of the density ``(eigenvalue,)`` from the scatter of the probes, averaged over nearby points.
+
+    The density's error oscillates between nodes, whose places differ from probe to probe. At single points the scatter
+    of a few probes is too noisy, and near its zeros too small, which the average over a few kernel widths is not.
+    """
+    spacing = np.gradient(grid) if len(grid) > 1 else np.ones(1)
+    nearby = np.exp(-0.5 * ((grid[:, None] - grid) / (AVERAGED_WIDTHS * width)) ** 2) * spacing
+    nearby /= nearby.sum(axis=1, keepdims=True)
+    return np.sqrt(nearby @ measure.scatter(kernel))
 
 
 def _labels(name: str) -> dict[str, str]:

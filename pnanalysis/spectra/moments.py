@@ -5,8 +5,7 @@ A single product with a random unit vector ``g`` in the complement of ``k`` defl
 two better than a probe of many steps does, because all that is deflated by then is known exactly. Its estimate is
 unbiased whatever was deflated, so its error is uncorrelated with that of the measure, and the two are averaged by
 their precision. The measure is then calibrated: its sampled weights are changed as little as makes its own moments the
-averaged ones, which brings all of it nearer the spectrum (calibration estimators: Deville and Sarndal, J. Am. Stat.
-Assoc. 87 (1992)).
+averaged ones (:meth:`pnanalysis.spectra.quadrature.SpectralMeasure.calibrated`).
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ import xarray as xr
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.allocation import FEWEST_SINGLE
 from pnanalysis.spectra.quadrature import SpectralMeasure
-
-#: Bounds on the factors by which calibration changes weights.
-FACTORS = (0.2, 5.0)
 
 
 @dataclass(frozen=True)
@@ -57,34 +53,6 @@ def moments(ds: xr.Dataset, measure: SpectralMeasure) -> Moments:
     return Moments(
         *(_average(a, b, of_single) for a, b in ((whole.trace, single.trace), (whole.square, single.square)))
     )
-
-
-def calibrated(measure: SpectralMeasure, trace: float, square: float) -> SpectralMeasure:
-    """The measure with sampled weights that give it this trace and sum of squared nodes.
-
-    The weights of each probe are multiplied by a quadratic polynomial of the node, so that its mass stays the same;
-    factors are kept within :data:`FACTORS`, and the two sums may then be missed by a little.
-    """
-    functions = np.zeros((2, len(measure.node)))
-    for probe in np.unique(measure.probe[measure.sampled]):
-        own = measure.probe == probe
-        weight = measure.weight[own] / measure.weight[own].sum()
-        centred = measure.node[own] - weight @ measure.node[own]
-        functions[:, own] = centred, centred**2 - weight @ centred**2
-    scale = np.abs(functions).max(axis=1, keepdims=True)
-    if not scale.all():
-        return measure
-    functions /= scale
-    powers = np.stack([measure.node, measure.node**2])
-    missing = np.array([trace, square]) / measure.n_parameters - powers @ measure.weight
-    size = np.abs(powers).max(axis=1)
-    response = (powers * measure.weight) @ functions.T / size[:, None]
-    factors = 1 + np.linalg.lstsq(response, missing / size, rcond=1e-10)[0] @ functions
-    weights = measure.weight * np.where(measure.sampled, factors.clip(*FACTORS), 1.0)
-    for probe in np.unique(measure.probe[measure.sampled]):
-        own = measure.probe == probe
-        weights[own] *= measure.weight[own].sum() / weights[own].sum()
-    return replace(measure, weight=weights)
 
 
 def _from_single_products(ds: xr.Dataset, alpha: np.ndarray, square: np.ndarray, n_parameters: int) -> Moments:

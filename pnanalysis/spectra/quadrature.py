@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
-from scipy.linalg import eigh_tridiagonal
+from scipy.linalg import eigh_tridiagonal, hessenberg
 
 from pnanalysis.estimates import Estimate
+
+#: Bounds on the factors by which calibration changes weights.
+FACTORS = (0.2, 5.0)
 
 
 class RitzPairs(NamedTuple):
@@ -59,6 +62,48 @@ def averaged_rule(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.n
     return value, vector[0] ** 2
 
 
+def mass_below(point: float, value: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+    """Mass of a start vector's spectral measure below a point, from its Gauss rule.
+
+    Parameters
+    ----------
+    point : float
+    value, weight : ndarray
+        ``(m,)`` each: the Gauss rule.
+
+    Returns
+    -------
+    mass, uncertainty : float
+        Among the rules that are exact for the polynomials up to degree ``2 m - 2`` one has a node at the point. The
+        nodes below it hold the least mass that any measure with these moments has below the point, and together with
+        the node itself the most (Chebyshev, Markov, Stieltjes). ``mass`` is halfway between, ``uncertainty`` half of
+        what the node holds.
+
+    References
+    ----------
+    Akhiezer, The Classical Moment Problem (1965), section 2.5. Golub, Some modified matrix eigenvalue problems, SIAM
+    Review 15 (1973), for the rule with a given node.
+    """
+    alpha, beta = _jacobi_matrix(value, weight)
+    inner, vector = eigh_tridiagonal(alpha[:-1], beta[:-1]) if len(alpha) > 1 else (np.empty(0), np.empty((1, 0)))
+    distance = inner - point
+    smallest = np.finfo(float).eps * (np.abs(value).max() or 1.0)
+    distance = np.where(np.abs(distance) < smallest, smallest, distance)
+    alpha[-1] = point + np.sum((vector[-1] * beta[-1:]) ** 2 / distance)
+    node, vector = eigh_tridiagonal(alpha, beta)
+    at = int(np.argmin(np.abs(node - point)))
+    mass = vector[0] ** 2
+    return float(mass[:at].sum() + mass[at] / 2), float(mass[at] / 2)
+
+
+def _jacobi_matrix(value: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Diagonal ``(m,)`` and off-diagonal ``(m - 1,)`` of the tridiagonal matrix with this Gauss rule."""
+    bordered = np.diag(np.concatenate([[0.0], value]))
+    bordered[0, 1:] = bordered[1:, 0] = np.sqrt(weight)
+    tridiagonal = hessenberg(bordered)  # the transformation leaves the first axis as it is
+    return np.diag(tridiagonal)[1:].copy(), np.abs(np.diag(tridiagonal, 1)[1:])
+
+
 @dataclass(frozen=True)
 class Extremes:
     """The outermost Ritz values, ``min_high`` and ``max_low``, and how far beyond them their residuals reach."""
@@ -84,6 +129,16 @@ def extremes(value: np.ndarray, residual: np.ndarray) -> Extremes:
         float(value[top]),
         float(value[top] + residual[top]),
     )
+
+
+def own_residuals(ds: xr.Dataset) -> np.ndarray:
+    """Residuals ``(probe, lanczos)`` of the Ritz values in the space that was left when their probe ran.
+
+    In the whole space, ``ritz_residual``, they also hold the probe's coupling to what was deflated before.
+    """
+    whole, coupling = ds["ritz_residual"].values, ds["ritz_coupling"].values
+    own: np.ndarray = np.sqrt(np.maximum(whole**2 - coupling[:, None] ** 2, 0.0))
+    return own
 
 
 @dataclass(frozen=True)
@@ -129,6 +184,58 @@ class SpectralMeasure:
         columns = (ds[name].values[keep] for name in ("node", "weight", "node_run", "node_n_before"))
         node, weight, probe, n_before = columns
         return cls(node, weight, probe.astype(int), n_before.astype(int), int(ds["n_parameters"]))
+
+    @classmethod
+    def gauss(cls, ds: xr.Dataset) -> SpectralMeasure:
+        """The same with the probes' Gauss rules in place of their averaged rules.
+
+        It has half as many nodes, all of them within the spectrum. Its distance from the other is a measure of the
+        error of both.
+        """
+        averaged = cls.from_dataset(ds)
+        counted = ~averaged.sampled
+        columns = (averaged.node, averaged.weight, averaged.probe, averaged.n_before)
+        parts = [tuple(column[counted] for column in columns)]
+        for index, (value, weight) in enumerate(zip(ds["ritz_value"].values, ds["ritz_weight"].values, strict=True)):
+            own, known = averaged.probe == index + 1, np.isfinite(value)
+            if own.any():
+                like = np.ones(known.sum(), dtype=int)
+                mass = averaged.weight[own].sum() * weight[known]
+                parts.append((value[known], mass, (index + 1) * like, averaged.n_before[own][0] * like))
+        node, weight, probe, n_before = (np.concatenate(column) for column in zip(*parts, strict=True))
+        gauss = cls(node, weight, probe, n_before, averaged.n_parameters)
+        # both rules give a probe's first two moments: what they differ by comes from a calibration
+        return gauss.calibrated(averaged.weight @ averaged.node, averaged.weight @ averaged.node**2)
+
+    def calibrated(self, mean: float, mean_square: float) -> SpectralMeasure:
+        """The measure with sampled weights that give it this mean and mean square.
+
+        The weights of each probe are multiplied by a quadratic polynomial of the node, so that its mass stays the same.
+        Factors are kept within :data:`FACTORS`, and the two means may then be missed by a little. Where they are known
+        better than the measure knows them, this brings all of it nearer the spectrum.
+
+        References
+        ----------
+        Deville and Sarndal, Calibration estimators in survey sampling, J. Am. Stat. Assoc. 87 (1992).
+        """
+        probes = [self.probe == probe for probe in np.unique(self.probe[self.sampled])]
+        functions = np.zeros((2, len(self.node)))
+        for own in probes:
+            weight = self.weight[own] / self.weight[own].sum()
+            centred = self.node[own] - weight @ self.node[own]
+            functions[:, own] = centred, centred**2 - weight @ centred**2
+        powers = np.stack([self.node, self.node**2])
+        scale, size = np.abs(functions).max(axis=1), np.abs(powers).max(axis=1)
+        if not (scale.all() and size.all()):
+            return self
+        functions /= scale[:, None]
+        missing = (np.array([mean, mean_square]) - powers @ self.weight) / size
+        response = (powers * self.weight) @ functions.T / size[:, None]
+        factors = 1 + np.linalg.lstsq(response, missing, rcond=1e-10)[0] @ functions
+        weights = self.weight * np.where(self.sampled, factors.clip(*FACTORS), 1.0)
+        for own in probes:
+            weights[own] *= self.weight[own].sum() / weights[own].sum()
+        return replace(self, weight=weights)
 
     @property
     def sampled(self) -> np.ndarray:
@@ -196,24 +303,50 @@ class SpectralMeasure:
         places matter for large matrices, where masses are known to ``P^(-1/2)`` while the nodes stay as far apart as
         the number of steps makes them.
         """
-        probes = np.unique(self.probe[self.sampled])
-        if len(probes) < 2:
+        precision, weights = self._of_each_probe()
+        if len(precision) < 2:
             return self.means((self.node <= points[:, None]).astype(float))[1] ** 2, 0
         order = np.argsort(self.node)
-        probe_weights, distributions = [], []
-        for probe in probes:
+        steps = np.cumsum(weights[:, order], axis=1)
+        steps = np.concatenate([np.zeros((len(steps), 1)), steps], axis=1)
+        distributions = steps[:, np.searchsorted(self.node[order], points, side="right")]
+        return self._scatter(precision, distributions), len(precision) - 1
+
+    def scatter(self, f: np.ndarray) -> np.ndarray:
+        """Sampling variances ``(n,)`` of the averages of functions, from the scatter of the probes.
+
+        The variance of :meth:`means` comes from the randomness of the nodes' masses alone; this one, of functions that
+        vary between neighbouring nodes, also from that of their places. Zero for fewer than two probes.
+
+        Parameters
+        ----------
+        f : ndarray
+            ``(n, quadrature)``, the values at the nodes.
+        """
+        precision, weights = self._of_each_probe()
+        return self._scatter(precision, weights @ f.T) if len(precision) > 1 else np.zeros(len(f))
+
+    @staticmethod
+    def _scatter(precision: np.ndarray, estimates: np.ndarray) -> np.ndarray:
+        """Variance ``(n,)`` of the weighted average of the probes' estimates ``(probe, n)``."""
+        variance: np.ndarray = precision @ (estimates - precision @ estimates) ** 2 / (len(precision) - 1)
+        return variance
+
+    def _of_each_probe(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each probe's estimate of the whole spectrum: weights of the nodes ``(probe, quadrature)``.
+
+        Along with the weights ``(probe,)`` of these estimates in the average.
+        """
+        probes = np.unique(self.probe[self.sampled])
+        precision, weights = np.zeros(len(probes)), np.zeros((len(probes), len(self.node)))
+        for i, probe in enumerate(probes):
             own = self.probe == probe
-            n_before = self.n_before[own][0]
-            deflated_before = ~self.sampled & (self.n_before < n_before)
+            n_before, mass = self.n_before[own][0], self.weight[own].sum()
             free = 1 - n_before / self.n_parameters
-            mass = self.weight[own].sum()
-            probe_weights.append(mass / free)
-            weight = np.where(own, self.weight * free / mass, np.where(deflated_before, 1 / self.n_parameters, 0.0))
-            steps = np.concatenate([[0.0], np.cumsum(weight[order])])
-            distributions.append(steps[np.searchsorted(self.node[order], points, side="right")])
-        t = np.array(probe_weights) / np.sum(probe_weights)
-        deviation = np.array(distributions) - t @ np.array(distributions)
-        return t @ deviation**2 / (len(probes) - 1), len(probes) - 1
+            precision[i] = mass / free
+            weights[i, own] = self.weight[own] * free / mass
+            weights[i, ~self.sampled & (self.n_before < n_before)] = 1 / self.n_parameters
+        return precision / precision.sum(), weights
 
     def trace_variances(self) -> dict[int, float]:
         """Variance of one probe's estimate of the trace, by the number of directions deflated before it."""

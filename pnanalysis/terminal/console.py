@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from pnanalysis.errors import PnError, reason
-from pnanalysis.estimates import Estimate
+from pnanalysis.estimates import Estimate, proportion
 
 #: The base class of the errors that typer raises for invalid command lines, which has no public name.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -33,9 +33,11 @@ class Percent(float):
     """A fraction, printed in per cent; a dash where it is unknown."""
 
 
-def error_cell(error: SupportsFloat, kind: str) -> float:
-    """An error of a history as a cell: a fraction (kind ``share``) in per cent, a squared error as it is."""
-    return Percent(error) if kind == "share" else float(error)
+def error_cell(error: SupportsFloat, kind: str, n: int | None = None) -> float | Estimate:
+    """An error of a history as a cell: a fraction (kind ``share``) of n examples in per cent, or a squared error."""
+    if kind != "share":
+        return float(error)
+    return Percent(error) if n is None else proportion(float(error), n)
 
 
 Cell = str | float | int | Percent | Estimate | None
@@ -201,7 +203,7 @@ def text(cell: Cell) -> str:
     if isinstance(cell, str):
         return cell
     if isinstance(cell, Estimate):
-        return cell.text()
+        return cell.text() + (" *" if cell.is_significant else "")
     if cell is None or math.isnan(cell):
         return "–"
     if isinstance(cell, Percent):
@@ -214,7 +216,8 @@ def text(cell: Cell) -> str:
 def _json_value(cell: Cell) -> Any:
     """A cell in JSON: numbers stay numbers, unknown ones are null, estimates are objects of their finite parts."""
     if isinstance(cell, Estimate):
-        parts = {name: getattr(cell, name) for name in ("value", "se", "low", "high")}
+        names = ("value", "se", "low", "high", "data_se", "p", "gap_p")
+        parts = {name: getattr(cell, name, math.nan) for name in names}
         return {"value": None} | {name: part for name, part in parts.items() if math.isfinite(part)}
     if isinstance(cell, str) or cell is None:
         return cell

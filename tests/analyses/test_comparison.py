@@ -15,9 +15,10 @@ import xarray as xr
 from torch import nn
 
 import pnanalysis as pn
+from pnanalysis.analyses.diagnostics import diagnostics, estimate_of
 from pnanalysis.analyses.hessian import SpectrumOptions
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
-from pnanalysis.analyses.verdict import diagnostics, estimate_of, verdict
+from pnanalysis.analyses.verdict import verdict
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.estimates import Estimate
 from pnanalysis.inputs.examples import Examples
@@ -26,7 +27,7 @@ from pnanalysis.inputs.selection import SelectedCheckpoint, Selection, as_source
 from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
-from pnanalysis.spectra.summary import compare_spectra
+from pnanalysis.spectra.differences import compare_spectra
 from trainers import Config, train
 
 SMALL = {"n": 100, "n_lanczos": 10, "n_probes": 3}
@@ -190,7 +191,7 @@ def test_rows_say_nothing_twice_and_count_in_whole_numbers(ends: xr.Dataset, tmp
     assert "CKA of output" in [row.title for row in diagnostics(other)]
     (outliers,) = (row for row in diagnostics(ends) if row.title == "Hessian outliers")
     for cell in outliers.cells()[1:]:
-        assert "." not in cell.text()
+        assert "." not in cell.text().partition("p")[0]
     assert Estimate(12345.6, low=12000.4, high=13000.0).text(whole=True) == "12346 (12000 to 13000)"
     assert Estimate(-0.2).text(signed=True, whole=True) == "+0"
     files = saved(tmp_path, a=regression(0), b=regression(1))
@@ -211,7 +212,13 @@ def test_a_checkpoint_does_not_differ_from_itself(tiny_run: Run) -> None:
     assert verdict(ds) == ["iter00 (the plain model) compared with plain: identical parameters."]
 
 
+def won_by(iteration: int, run: Run) -> Run:
+    """The run as if this iteration had the lowest validation error; 0 is the plain model."""
+    return Run(run.path, run.manifest | {"champion": iteration})
+
+
 def test_defaults_are_plain_and_champion_and_then_champions(tiny_run: Run, control: Run) -> None:
+    tiny_run = won_by(1, tiny_run)
     assert [m.label for m in compared([tiny_run])] == ["plain", "champion"]
     both = compared([tiny_run, control])
     assert [m.label for m in both] == ["tiny/champion", "restart/champion"]
@@ -219,8 +226,34 @@ def test_defaults_are_plain_and_champion_and_then_champions(tiny_run: Run, contr
     assert [m.label for m in compared([tiny_run, tiny_run])] == ["tiny#1/champion", "tiny#2/champion"]
 
 
+def test_no_network_is_compared_with_itself(tiny_run: Run, control: Run) -> None:
+    """A plain model that is the champion is also the first restart: the best of the later iterations steps in."""
+    run, best_restart_is_plain = won_by(0, tiny_run), won_by(0, control)
+    assert [m.label for m in compared([run])] == ["plain", "challenger"]
+    assert [m.label for m in compared([run, best_restart_is_plain])] == ["tiny/challenger", "restart/champion"]
+    assert [m.label for m in compared([best_restart_is_plain, run])] == ["restart/champion", "tiny/challenger"]
+    another_restart = won_by(1, control)
+    assert [m.label for m in compared([run, another_restart])] == ["tiny/champion", "restart/champion"]
+    assert compared([run, another_restart]).note is None
+    assert [m.label for m in compared([run], ["plain", "champion"])] == ["plain", "champion"]  # as asked for
+
+
+def test_what_takes_a_champions_place_is_said(tiny_run: Run, control: Run) -> None:
+    few = {"hessian": False, "cka": False, "saturation": False, "progress": False}
+    ds = pn.compare(won_by(0, tiny_run), won_by(0, control), **few)
+    note, first, *_ = verdict(ds)
+    assert note == ds.attrs["note"]
+    assert note == (
+        "The champion of tiny is the plain model: so that no network is compared with itself, the best of iterations "
+        "1 to 2 takes its place."
+    )
+    assert f"tiny/challenger (iteration {tiny_run.challenger.iteration}, the best of iterations 1 to 2)" in first
+    assert float(ds.distance[0, 1]) > 0
+    assert "note" not in pn.compare(tiny_run, checkpoints=["plain", "challenger"], **few).attrs
+
+
 def test_the_restart_control_is_named(tiny_run: Run, control: Run) -> None:
-    ds = pn.compare(tiny_run, control, hessian=False, cka=False, saturation=False, progress=False)
+    ds = pn.compare(won_by(1, tiny_run), control, hessian=False, cka=False, saturation=False, progress=False)
     said = verdict(ds)
     assert said[0].startswith("restart/champion (the best of 3 restarts) compared with tiny/champion (")
     assert "cka" not in ds
@@ -236,17 +269,12 @@ def test_words_claim_what_the_errors_allow(ends: xr.Dataset) -> None:
     for factor, claimed in ((0.1, True), (10.0, False)):
         ds = ends.copy(deep=True)
         ds.error_difference[:] = np.sign(np.arange(3)[:, None, None] - np.arange(3)[None, :, None]) * 0.02
-        ds.error_difference_se[:] = factor * 0.02
+        ds.error_difference_se[:] = factor * 0.02  # what 26 examples and more are judged by
+        ds.only_wrong[:] = np.where(ds.error_difference > 0, 20.0 if claimed else 8.0, 6.0)
+        del ds.attrs["significance"]
         said = verdict(ds)[0]
         assert ("points (higher)" in said) is claimed
         assert ("no significant difference on this test set" in said) is not claimed
-    lower = Estimate(-1.0, 0.3)
-    assert lower.direction() == "lower"
-    assert not Estimate(-1.0, 0.6).is_significant()
-    assert not Estimate(1.0).is_significant()
-    assert not Estimate(1.0, 0.1, low=-0.2, high=2.0).is_significant()  # the interval knows better
-    assert Estimate(1.0, low=0.2, high=2.0).is_significant()
-    assert Estimate(1.0, low=0.5, high=2.0).text() == "1 (0.5 to 2)"
 
 
 def test_ranks_tie_where_errors_do_not_tell(tmp_path: Path) -> None:
@@ -261,6 +289,7 @@ def test_ranks_tie_where_errors_do_not_tell(tmp_path: Path) -> None:
     source = open_files(lambda: regression(3), saved(tmp_path, far=far, near=near, best=model), (x, targets), "mse")
     ds = pn.compare(source, hessian=False, progress=False)
     assert ds["rank"].sel(split="train").values.tolist() == [3, 1, 1]
+    assert ds.error_difference_p.sel(split="train")[0, 1] <= 0.05 < ds.error_difference_p.sel(split="train")[1, 2]
     assert verdict(ds)[-1].startswith("By train error, counting only significant differences: 1. ")
     assert verdict(ds)[-1].endswith("3. far.")
 

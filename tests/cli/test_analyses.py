@@ -9,7 +9,7 @@ import pytest
 
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
-from pnanalysis.spectra.summary import compare_spectra
+from pnanalysis.spectra.differences import compare_spectra
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -9,6 +9,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,47 @@ def test_a_finished_run_names_start_plain_champion_and_ends(tiny_run: Run) -> No
     assert [end.name for end in tiny_run.ends] == [f"iter0{i}/epoch004" for i in range(3)]
     last = tiny_run.history.validation_error.isel(epoch=-1)
     assert tiny_run.champion.iteration == int(last.values.argmin())
+
+
+def with_champion(run: Run, champion: int | None) -> Run:
+    """The run as if this iteration had the lowest validation error."""
+    return Run(run.path, run.manifest | {"champion": champion})
+
+
+def test_the_challenger_is_the_best_iteration_after_the_plain_one(tiny_run: Run) -> None:
+    errors = tiny_run.history.validation_error.isel(epoch=-1).values
+    assert tiny_run.challenger.iteration == 1 + int(errors[1:].argmin())
+    assert tiny_run.select(["challenger"]) == {"challenger": tiny_run.challenger}
+    changed = with_champion(tiny_run, 0)
+    changed.history.validation_error[:, -1] = [0.1, 0.3, 0.2]
+    assert (changed.champion, changed.challenger.iteration) == (changed.plain, 2)
+    changed.history.validation_error[:] = np.nan  # no validation split: the training loss decides
+    changed.history.train_loss[:, -1] = [0.1, 0.2, 0.3]
+    assert changed.challenger.iteration == 1
+
+
+def test_a_run_of_the_plain_model_alone_has_no_challenger(tiny_run: Run) -> None:
+    alone = Run(tiny_run.path, tiny_run.manifest | {"champion": 0, "ends": tiny_run.manifest["ends"][:1]})
+    assert alone.contenders == ("plain", "champion")
+    with pytest.raises(RunError, match="no iteration after the plain model"):
+        alone.select(["challenger"])
+
+
+@pytest.mark.parametrize(("champion", "second"), [(None, "champion"), (0, "challenger"), (2, "champion")])
+def test_contenders_are_two_different_end_points(tiny_run: Run, champion: int | None, second: str) -> None:
+    assert with_champion(tiny_run, champion).contenders == ("plain", second)
+
+
+def test_checkpoints_are_equal_to_the_last_bit_or_not_at_all(own_run: Run) -> None:
+    assert own_run.plain.equals(own_run.plain)
+    assert not own_run.plain.equals(own_run.challenger)
+    state = own_run.plain.load()
+    name, values = next((name, values) for name, values in state.items() if values.is_floating_point())
+    nudged = values.clone()
+    nudged.view(-1)[0] = torch.nextafter(nudged.view(-1)[0], torch.tensor(torch.inf))
+    RunWriter(own_run.path, own_run.manifest).save_checkpoint(0, 99, state | {name: nudged})
+    (other,) = open_run(own_run.path).select(["iter00/epoch099"]).values()
+    assert not own_run.plain.equals(other)
 
 
 def test_every_trajectory_starts_at_the_shared_initial_point(tiny_run: Run) -> None:

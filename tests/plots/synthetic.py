@@ -61,6 +61,14 @@ def spectra(**coords: Any) -> xr.Dataset:
     return dataset("hessian", {"checkpoint": ["plain", "champion"], "eigenvalue": grid, **coords}, variables)
 
 
+def spectra_of_examples() -> xr.Dataset:
+    """The two spectra with the error of the choice of examples, which is largest in the tail."""
+    ds = spectra()
+    data_se = (0.25 + 0.5 * (ds.eigenvalue > 4)) * ds.density
+    total = np.hypot(ds.density_se, data_se)
+    return ds.assign(density_probe_se=ds.density_se, density_data_se=data_se, density_se=total)
+
+
 def layer_spectra() -> xr.Dataset:
     """The two spectra as one layer's, and in a narrower version as another's."""
     names = [f"{name}:{layer}" for layer in ("fc1", "fc2") for name in ("plain", "champion")]
@@ -200,6 +208,7 @@ def comparison() -> xr.Dataset:
         "distance_from_start": ("checkpoint", edge),
         "cka": ((*pair, "layer"), 1 - apart[..., None] * np.array([0.1, 1.0, 2.0])), "trace": ("checkpoint", edge),
         "cka_se": ((*pair, "layer"), np.full((k, k, 3), 0.01)), "trace_se": ("checkpoint", 0.1 * edge),
+        "trace_probe_se": ("checkpoint", 0.06 * edge), "trace_data_se": ("checkpoint", 0.08 * edge),
         "n_outliers": ("checkpoint", number), "n_outliers_low": ("checkpoint", number - 1),
         "n_outliers_high": ("checkpoint", number + 2),
         "trace_difference": (pair, np.subtract.outer(edge, edge)), "trace_difference_se": (pair, np.full((k, k), 12.0)),
@@ -210,8 +219,9 @@ def comparison() -> xr.Dataset:
         variables[f"{name}_difference"] = ((*pair, "split"), values[:, None] - values[None])
         variables[f"{name}_difference_se"] = ((*pair, "split"), np.full((k, k, 1), se))
     names = ["plain", "champion", "restart"]
+    variables["n_examples"] = ("split", [500])
     coords = {"checkpoint": names, "other": names, "split": ["test"], "layer": ["fc1", "fc2", "output"]}
-    return dataset("comparison", coords, variables, function_split="test", sigmas=2.0, classes=10)
+    return dataset("comparison", coords, variables, function_split="test", classes=10)
 
 
 def functional() -> xr.Dataset:
@@ -305,6 +315,7 @@ PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
     "errors": ("errors", history, {"control": lambda: history(champion=1) * 1.02}),
     "hessian": ("hessian", spectra, {}),
     "hessian_symlog": ("hessian", spectra, {"symlog": True}),
+    "hessian_examples": ("hessian", spectra_of_examples, {}),
     "layer_spectra": ("layer_spectra", layer_spectra, {}),
     "saturation": ("saturation", saturation, {}),
     "saturation_of_files": ("saturation", saturation_of_files, {}),

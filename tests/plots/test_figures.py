@@ -242,9 +242,36 @@ def test_bars_of_fractions_stop_at_zero_and_fillings_are_explained() -> None:
     assert filled["error:test"] == ["full", "none", "none"]
     assert filled["distance_from_start"] == ["full", "left", "left"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "95 % interval", "first, or significantly different", "not significantly different",
-        "difference of unknown error",
+        "95 % interval", "its part from probes", "first, or significantly different",
+        "not significantly different", "difference of unknown error",
     ]  # fmt: skip
+
+
+def test_the_bar_of_the_probes_lies_thick_within_that_of_both_errors() -> None:
+    ds = synthetic.comparison()
+    panels = {ax.get_label(): ax for ax in plots.plot(ds).axes}
+    bars = [line for line in panels["trace"].lines if line.get_ydata()[0] == line.get_ydata()[-1] == 1]
+    both, probes = bars[:2]
+    assert probes.get_linewidth() > 2 * both.get_linewidth()
+    value, se, probe_se = (float(ds[name][1]) for name in ("trace", "trace_se", "trace_probe_se"))
+    np.testing.assert_allclose(both.get_xdata(), [value - 1.96 * se, value + 1.96 * se])
+    np.testing.assert_allclose(probes.get_xdata(), [value - 1.96 * probe_se, value + 1.96 * probe_se])
+    alone = [line for line in panels["loss:test"].lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] == 1]
+    assert len(alone) == 1  # a mean over examples has no probes
+
+
+def test_the_band_of_the_probes_lies_dark_within_that_of_both_errors() -> None:
+    ds = synthetic.spectra_of_examples()
+    ax = plots.spectral_density(ds)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts[2:4] == ["± 1 standard error, probes", "± 1 standard error, also examples"]
+    assert len(ax.collections) == 4
+    outer, inner = ax.collections[:2]
+    assert inner.get_facecolor()[0, 3] > 2 * outer.get_facecolor()[0, 3]
+    top = float((ds.density + ds.density_se)[0].max())
+    assert outer.get_paths()[0].vertices[:, 1].max() == pytest.approx(top)
+    top = float((ds.density + ds.density_probe_se)[0].max())
+    assert inner.get_paths()[0].vertices[:, 1].max() == pytest.approx(top)
 
 
 def test_losses_are_drawn_by_path_and_split(tiny_run: Run) -> None:
@@ -365,8 +392,7 @@ def test_the_dashboard_shows_intervals_disagreement_and_layers(tiny_run: Run) ->
     expected = [float(at.loss - 1.96 * at.loss_se), float(at.loss + 1.96 * at.loss_se)]
     np.testing.assert_allclose(bar.get_xdata(), expected)
     marker = next(line for line in ax.lines if line.get_marker() == "s")
-    is_significant = abs(float(at.loss_difference)) > ds.attrs["sigmas"] * float(at.loss_difference_se)
-    assert (marker.get_markerfacecolor() != "white") == is_significant
+    assert (marker.get_markerfacecolor() != "white") == (float(at.loss_difference_p) <= 0.05)
     heat = panels["disagreement"]
     numbers = {text.get_text() for text in heat.texts}
     assert f"{100 * float(ds.disagreement[0, 2]):.1f}" in numbers

@@ -110,6 +110,7 @@ def test_downloads_are_the_datasets(pair: list[Run], report: Path, tmp_path: Pat
 
 
 def test_the_table_shows_plain_champion_and_best_restart(pair: list[Run]) -> None:
+    pair = [Run(pair[0].path, pair[0].manifest | {"champion": 1}), pair[1]]
     table = summary_table(pair)
     assert [row["network"].split(": ")[1] for row in table] == ["plain", "champion (partial)", "best of 3 restarts"]
     plain = float(pair[0].history.test_error.sel(iteration=0)[-1])
@@ -138,7 +139,31 @@ def test_a_difference_within_two_standard_errors_is_not_claimed(copies: list[Run
 def test_a_plain_model_that_is_the_best_is_named_as_such(pair: list[Run], tmp_path: Path) -> None:
     run = copies_of(pair, tmp_path)[0]
     run.manifest["champion"] = 0
-    assert summary([run]) == ["partial: the plain model has the lowest validation error of all iterations."]
+    first, second, *_ = summary([run])
+    assert first == (
+        "partial: the plain model has the lowest validation error of all iterations; the best of iterations 1 to 2 is "
+        "compared with it."
+    )
+    best = run.challenger.iteration
+    assert (
+        f"the test error of the best of iterations 1 to 2 (iteration {best}) differs from that of the plain" in second
+    )
+
+
+def test_the_tables_never_compare_a_network_with_itself(pair: list[Run], tmp_path: Path) -> None:
+    """The plain model is the champion, and the best restart is the one that is the same training."""
+    run, control = copies_of(pair, tmp_path)
+    for one in (run, control):
+        (one.path / MANIFEST).write_text(json.dumps(one.manifest | {"champion": 0}))
+    run, control = (open_run(one.path) for one in (run, control))
+    netcdf.save(pn.compare(run, control, **ONLY_FUNCTIONS), run.path / ANALYSIS / "comparison.nc")
+    table = summary_table([run, control])
+    names = [row["network"].split(": ")[1] for row in table]
+    assert names == ["plain, the champion", "best of iterations 1 to 2 (partial)", "best of 3 restarts"]
+    assert table[1]["iteration"] == str(run.challenger.iteration)
+    (restarts,) = (sentence for sentence in summary([run, control]) if "restarts" in sentence)
+    assert "differs from that of the best of iterations 1 to 2 by" in restarts
+    assert "unpaired" not in restarts  # the saved comparison has both
 
 
 def test_numbers_are_printed_with_their_errors() -> None:
@@ -221,7 +246,8 @@ def test_the_summary_says_what_the_comparison_says(copies: list[Run]) -> None:
         ds = pn.compare(*runs, **ONLY_FUNCTIONS)
         netcdf.save(ds, run.path / ANALYSIS / "comparison.nc")
         at = ds.sel(split="test").isel(checkpoint=1, other=0)
-        words = Estimate(float(at.error_difference), float(at.error_difference_se)).in_points()
+        difference = Estimate(float(at.error_difference), float(at.error_difference_se), p=float(at.error_difference_p))
+        words = difference.in_points()
         assert summary(copies)[place].endswith(f" by {words}.")
         assert "unpaired" in summary(copies)[1 - place]
     few = pn.compare(run, control, n=40, **ONLY_FUNCTIONS)

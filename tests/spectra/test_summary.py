@@ -1,15 +1,12 @@
-"""The numbers drawn from a spectrum, their errors, and the comparison of two."""
+"""The numbers drawn from a spectrum, and their errors."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import xarray as xr
-from scipy.stats import wasserstein_distance
 
 from pnanalysis import schema
-from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.summary import compare_spectra, summarise
+from pnanalysis.spectra.summary import summarise
 from tests.spectra.known_spectra import BUDGETS, spectrum, spiked
 
 
@@ -132,67 +129,3 @@ def test_every_scalar_has_an_error_and_a_label():
         assert again[f"{name}_low"] <= again[name] <= again[f"{name}_high"]
     for name in ds.data_vars:
         assert {"long_name", "units"} <= ds[name].attrs.keys()
-
-
-def test_comparison_of_equal_spectra_finds_nothing_and_of_others_the_difference():
-    a = spectrum(spiked(), 0)
-    same = compare_spectra(a, spectrum(spiked(), 1))
-    assert same.attrs["kind"] == "spectrum_comparison"
-    assert same.wasserstein1 < 3 * same.wasserstein1_noise + 1e-3
-    assert same.trace_low <= 0 <= same.trace_high
-    assert same.lambda_max_low <= 1e-9
-    assert same.lambda_max_high >= -1e-9
-    other = spiked() + 0.5
-    difference = compare_spectra(a, spectrum(other, 1))
-    assert difference.trace_low <= 500 <= difference.trace_high
-    assert difference.wasserstein1 > 5 * difference.wasserstein1_noise
-    assert float(difference.wasserstein1) == pytest.approx(0.5, abs=3 * float(difference.wasserstein1_se) + 0.01)
-    assert float(difference.lambda_max) == pytest.approx(0.5, abs=1e-6)
-    back = compare_spectra(spectrum(other, 1), a)
-    assert float(back.trace_low) == pytest.approx(-float(difference.trace_high))
-
-
-def large(n: int) -> np.ndarray:
-    """A narrow bulk and a tail of 100, as networks have: masses are known well then, the places of nodes are not."""
-    return np.r_[1e-3 * np.random.default_rng(1).standard_normal(n - 100), 10.0 / np.arange(1, 101)]
-
-
-@pytest.mark.parametrize(
-    ("eigenvalues", "budget"),
-    [
-        (spiked(), {"n_lanczos": 20, "n_probes": 3}),
-        (spiked(), {"n_lanczos": 20, "n_probes": 20}),
-        (spiked(), {"n_lanczos": 20, "n_probes": 3, "deflate": False}),
-        (spiked(), {"n_lanczos": 20, "n_probes": 20, "deflate": False}),
-        (spiked(), {"n_hvp": 80}),
-        (np.linspace(0, 1, 1000), {"n_lanczos": 20, "n_probes": 5}),
-        (10.0 / np.arange(1, 1501) ** 1.5, {"n_lanczos": 20, "n_probes": 5}),
-        (large(10_000), {"n_lanczos": 20, "n_probes": 3}),
-        (large(10_000), {"n_lanczos": 20, "n_probes": 6}),
-        (large(4_000), {"n_hvp": 200}),
-    ],
-    ids=["few", "many", "plain", "many plain", "budget", "uniform", "power", "large", "large, more", "large, budget"],
-)
-def test_two_estimates_of_one_spectrum_are_their_noise_apart(eigenvalues, budget):
-    estimates = [spectrum(eigenvalues, seed, **budget) for seed in range(24)]
-    pairs = [compare_spectra(a, b) for a, b in zip(estimates[::2], estimates[1::2], strict=True)]
-    distance, noise = (
-        np.array([float(pair[name]) for pair in pairs]) for name in ("wasserstein1", "wasserstein1_noise")
-    )
-    # distances spread by 0.2 to 0.45 of their mean, so that a mean of 12 is known to 0.13 at worst. Sampling of masses
-    # alone made the large spectra's ratios 1.8 to 2.1
-    assert 0.65 < distance.mean() / noise.mean() < 1.5
-
-
-def test_comparison_of_exact_spectra_has_no_noise():
-    a, b = np.linspace(0, 1, 40), np.linspace(0, 2, 40)
-    comparison = compare_spectra(spectrum(a, n_hvp=40), spectrum(b, n_hvp=40))
-    assert float(comparison.wasserstein1) == pytest.approx(wasserstein_distance(a, b))
-    assert comparison.wasserstein1_noise == 0
-
-
-def test_stacked_checkpoints_are_refused():
-    a = spectrum(spiked())
-    stacked = xr.concat([a, a], "checkpoint")
-    with pytest.raises(CurvatureError, match="one checkpoint on each side"):
-        compare_spectra(stacked, a)

@@ -19,7 +19,7 @@ from pnanalysis import schema
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.inputs.data import SPLITS, AnySplit, Split, Splits
 from pnanalysis.inputs.models import build_model, parameter_layers, resolve_loss
-from pnanalysis.io.runs import MANIFEST, Run, open_run
+from pnanalysis.io.runs import MANIFEST, Run, best_iteration, open_run
 from pnanalysis.io.writer import RunWriter, check_new
 from pnanalysis.schema import error_name
 from pnanalysis.spectra.memory import human
@@ -206,7 +206,7 @@ class Session:
         # The history is saved on both sides of the manifest: before, so that an iteration which the manifest counts as
         # finished has its history whenever the process is killed; after, because it names the champion.
         self.writer.save_history(self.dataset())
-        champion = _champion(self.history.isel(iteration=slice(self.iteration + 1)))
+        champion = best_iteration(self.history.isel(iteration=slice(self.iteration + 1)))
         self.writer.update(ends=[*self.writer.manifest["ends"], self.config.epochs], champion=champion)
         self.writer.save_history(self.dataset())
 
@@ -342,15 +342,6 @@ def _check_disk(config: Config, model: nn.Module, out: Path) -> None:
             f"{out}: {n_checkpoints:,} checkpoints need {human(n_checkpoints * checkpoint_size)}, "
             f"the disk has {human(free)} free; raise checkpoint_every, or lower iterations or epochs"
         )
-
-
-def _champion(history: xr.Dataset) -> int:
-    """The iteration with the lowest final validation error, or training loss if there is no validation split."""
-    last = history.isel(epoch=-1)
-    scores = last.validation_error.values
-    if np.isnan(scores).all():
-        scores = last.train_loss.values
-    return int(np.nanargmin(scores))
 
 
 def _empty_history(config: Config) -> xr.Dataset:

@@ -1,0 +1,274 @@
+r"""The error that the choice of examples causes, from quadratic forms of the matrices of single examples.
+
+For ``H = sum_g w_g H_g`` over ``n`` groups of examples, a smooth function of ``H`` changes by a sum over groups to
+first order: a group that weighs more by ``dw_g`` adds ``dw_g q_g``. The trace has ``q_g = tr H_g``, the Frobenius norm
+``tr(H H_g) / |H|``, and an eigenvalue ``u' H_g u`` of its eigenvector. The variance over samples of as many groups is
+then, with ``q`` the mean by ``w``,
+
+.. math:: \frac{n}{n - 1} \sum_g w_g^2 (q_g - \bar q)^2
+
+(the infinitesimal jackknife). Traces are estimated by the same probes in every group. What that adds to the variance is
+taken off: the probes are cut into two halves, and the product of their two deviations takes the place of the square.
+
+References
+----------
+L. A. Jaeckel, The infinitesimal jackknife, Bell Laboratories (1972). B. Efron, The Jackknife, the Bootstrap and Other
+Resampling Plans (1982), ch. 6. W. G. Cochran, Sampling Techniques (1977), ch. 6, for means with weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.averaged import AveragedOperator
+from pnanalysis.spectra.inner_products import inner_products
+
+#: What the option ``data_error`` may be: each includes what is before it.
+DATA_ERRORS = ("none", "examples", "groups")
+#: With fewer groups there is no error.
+FEWEST_GROUPS = 8
+#: Largest eigenvalues whose forms are kept where the number of classes is not known.
+N_LEADING = 3
+#: And the most where it is.
+MOST_LEADING = 21
+#: Probes of the rest of the space: one for so many products, within limits.
+PRODUCTS_PER_PROBE, FEWEST_PROBES, MOST_PROBES = 50, 2, 16
+#: Largest deviation of the sum of forms from a Ritz value, relative to the largest magnitude, by the products' dtype.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+class DataForms:
+    """Collects the forms of groups while the vectors of a spectrum are in memory.
+
+    Parameters
+    ----------
+    operator : AveragedOperator
+    n_products : int
+        Products of the spectrum. A form costs up to one product, and their number is a tenth of this or so.
+    n_classes : int, optional
+        Forms are kept for one eigenvalue more than there are classes.
+
+    Attributes
+    ----------
+    n_leading, n_probes : int
+        How many vectors :meth:`add_leading` (without the last one) and :meth:`add_probes` are to be given.
+    reason : str
+        Why there is no data error; empty if there is one.
+    top_vector : torch.Tensor or None
+        The Ritz vector ``(P,)`` of the largest Ritz value.
+    """
+
+    def __init__(self, operator: AveragedOperator, n_products: int, n_classes: int | None = None) -> None:
+        self.operator = operator
+        self.n_leading = N_LEADING
+        if n_classes is not None and n_classes < MOST_LEADING:
+            self.n_leading = max(min(n_classes + 1, n_products // PRODUCTS_PER_PROBE * 4), N_LEADING)
+        self.n_probes = int(np.clip(n_products // PRODUCTS_PER_PROBE, FEWEST_PROBES, MOST_PROBES))
+        self.reason = ""
+        self.top_vector: Tensor | None = None
+        self._leading: np.ndarray | None = None
+        self._squares: np.ndarray | None = None
+        self._probes: list[np.ndarray] = []  # (2, group) for each: the forms of the trace and of the squares
+
+    def add_leading(self, value: Any, vector: Tensor) -> None:
+        """Take Ritz values ``(t,)`` and their vectors ``(P, t)``: the largest ones, descending, and last the smallest.
+
+        The forms add up to the Ritz values, up to the part of the matrix that no example has: this is checked.
+        """
+        value = np.asarray(value, dtype=np.float64)
+        forms = self._forms(vector, vector)
+        if forms is None:
+            return
+        expected = value - self._without_data(vector)
+        deviation = np.abs(forms @ self.operator.group_weights - expected).max()
+        if not deviation <= _TOLERANCE[self.operator.dtype] * np.abs(value).max():
+            self.reason = (
+                f"the curvatures of single examples add up to eigenvalues that are off by "
+                f"{deviation / np.abs(value).max():.1%} of the largest"
+            )
+            return
+        self._leading, self._squares, self.top_vector = forms, value @ forms, vector[:, 0].clone()
+
+    def add_probes(self, probe: Tensor, product: Tensor) -> None:
+        """Take probes ``(P, b)`` of the space orthogonal to all leading vectors, and the products with them."""
+        if self._leading is None:
+            return
+        forms = self._forms(torch.cat([probe, probe], dim=1), torch.cat([probe, product], dim=1))
+        if forms is not None:
+            self._probes += list(forms.reshape(2, probe.shape[1], -1).swapaxes(0, 1))
+
+    def _forms(self, U: Tensor, V: Tensor) -> np.ndarray | None:
+        """``(k, group)``, or ``None`` from the first failure on."""
+        if self.reason:
+            return None
+        device, dtype = self.operator.device, self.operator.dtype
+        try:
+            forms: np.ndarray = self.operator.forms(U.to(device, dtype), V.to(device, dtype)).numpy()
+        except CurvatureError as error:
+            self.reason = str(error)
+            return None
+        if len(self.operator.group_weights) < FEWEST_GROUPS:
+            self.reason = f"there are {forms.shape[1]} groups of examples, fewer than {FEWEST_GROUPS}"
+        elif not np.isfinite(forms).all():
+            self.reason = "the curvature of an example is not finite"
+        return None if self.reason else forms
+
+    def _without_data(self, vector: Tensor) -> np.ndarray:
+        """Quadratic forms ``(t,)`` of the part of the matrix that no example has."""
+        vector = vector.to(self.operator.device, self.operator.dtype)
+        forms: np.ndarray = inner_products(vector, self.operator.product_without_data(vector)).cpu().numpy()
+        return forms
+
+    def dataset(self) -> xr.Dataset:
+        """The forms, or an empty dataset and a warning where there are none.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``group_weight``, ``trace_form``, ``square_form`` (group), the latter two with the half difference of the
+            two halves of the probes as ``NAME_spread``; ``top_form`` (leading, group); ``lambda_min_form`` (group); and
+            the scalar coordinate ``group_digest``.
+        """
+        leading, squares, probes = self._leading, self._squares, np.array(self._probes)
+        if leading is None or squares is None or not len(probes):
+            self.reason = self.reason or "the spectrum has no probes"
+        if self.reason or leading is None or squares is None:
+            warnings.warn(f"no error for the choice of examples: {self.reason}", stacklevel=2)
+            return xr.Dataset()
+        # one vector alone is the largest and the smallest
+        top, smallest = leading[:-1] if len(leading) > 1 else leading, leading[-1]
+        first, second = (probes[half::2].mean(0) if len(probes) > 1 else probes[0] for half in (0, 1))
+        mean, spread = (first + second) / 2, (first - second) / 2
+        return xr.Dataset(
+            {
+                "group_weight": ("group", self.operator.group_weights),
+                "trace_form": ("group", leading.sum(0) + mean[0]),
+                "trace_form_spread": ("group", spread[0]),
+                "square_form": ("group", squares + mean[1]),
+                "square_form_spread": ("group", spread[1]),
+                "top_form": (("leading", "group"), top),
+                "lambda_min_form": ("group", smallest),
+            },
+            {"group_digest": self.operator.group_digest},
+        )
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What each group adds to a number to first order.
+
+    Attributes
+    ----------
+    weight, form : ndarray
+        ``(group,)``.
+    spread : ndarray
+        ``(group,)``, half the difference of two independent estimates of ``form``, whose mean ``form`` is; 0 where the
+        form is exact.
+    """
+
+    weight: np.ndarray
+    form: np.ndarray
+    spread: np.ndarray
+
+    @property
+    def variance(self) -> float:
+        """Of the number, over samples of as many groups."""
+        n, total = int((self.weight > 0).sum()), self.weight.sum()
+        if n < FEWEST_GROUPS:
+            return np.nan
+        form, spread = (values - self.weight @ values / total for values in (self.form, self.spread))
+        return max(n / (n - 1) * float(self.weight**2 @ (form**2 - spread**2)), 0.0)
+
+    @property
+    def se(self) -> float:
+        """Standard error of the number for the choice of examples."""
+        return float(np.sqrt(self.variance))
+
+    @property
+    def dof(self) -> int:
+        """Degrees of freedom of the standard error."""
+        return int((self.weight > 0).sum()) - 1
+
+    def minus(self, other: Influence) -> Influence:
+        """The influence on the difference of two numbers of the same groups."""
+        return Influence(self.weight, self.form - other.form, self.spread - other.spread)
+
+    def half_width(self) -> float:
+        """Of the 95 % interval."""
+        return float(student_t.ppf(0.975, self.dof)) * self.se
+
+
+def influences(ds: xr.Dataset) -> dict[str, Influence]:
+    """The influence of each group on the numbers of a spectrum; empty without forms.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        A ``"spectral_density"`` dataset of one checkpoint.
+
+    Returns
+    -------
+    dict of str to Influence
+        By name, for ``trace``, ``frobenius_norm``, ``lambda_max``, ``lambda_min``, and where they are known
+        ``class_ratio``, ``class_gap``, ``class_trace``; ``effective_rank`` of positive semidefinite operators, where
+        the sum of absolute eigenvalues is the trace.
+    """
+    if "group_weight" not in ds or not np.isfinite(ds["group_weight"].values).any():
+        return {}
+    return {name: influence for name, influence in _influences(ds) if np.isfinite(influence.form).all()}
+
+
+def _influences(ds: xr.Dataset) -> Iterator[tuple[str, Influence]]:
+    keep = np.isfinite(ds["group_weight"].values)
+
+    def of(name: str) -> np.ndarray:
+        return np.asarray(ds[name].values[..., keep])
+
+    weight, zero = of("group_weight"), np.zeros(keep.sum())
+    trace = Influence(weight, of("trace_form"), of("trace_form_spread"))
+    square = Influence(weight, of("square_form"), of("square_form_spread"))
+    top = of("top_form")
+    norm = float(ds["frobenius_norm"])
+    yield "trace", trace
+    yield "lambda_max", Influence(weight, top[0], zero)
+    yield "lambda_min", Influence(weight, of("lambda_min_form"), zero)
+    if norm > 0:
+        yield "frobenius_norm", Influence(weight, square.form / norm, square.spread / norm)
+    if norm > 0 and ds.attrs.get("positive_semidefinite") and float(ds["trace"]) > 0:
+        scale = 2 * float(ds["effective_rank"])
+        by_trace, by_square = scale / float(ds["trace"]), scale / norm**2
+        yield (
+            "effective_rank",
+            Influence(
+                weight,
+                by_trace * trace.form - by_square * square.form,
+                by_trace * trace.spread - by_square * square.spread,
+            ),
+        )
+    yield from _class_influences(ds, trace, top)
+
+
+def _class_influences(ds: xr.Dataset, trace: Influence, top: np.ndarray) -> Iterator[tuple[str, Influence]]:
+    """For the numbers of spectra of classifiers, of ``n_classes`` outputs."""
+    n_classes = ds.attrs.get("n_classes", np.nan)
+    if not np.isfinite(n_classes):
+        return
+    n, value, zero = int(n_classes), ds["top_value"].values, np.zeros(len(trace.weight))
+    for name, other in (("class_ratio", n - 1), ("class_gap", n)):
+        if name in ds and 0 < other < min(len(top), len(value)) and value[other] > 0:
+            slope = float(ds[name]) * (top[0] / value[0] - top[other] / value[other])
+            yield name, Influence(trace.weight, slope, zero)
+    if "class_trace" in ds and n <= len(top) and float(ds["trace"]) != 0:
+        share, whole = float(ds["class_trace"]), float(ds["trace"])
+        form = (top[:n].sum(0) - share * trace.form) / whole
+        yield "class_trace", Influence(trace.weight, form, -share * trace.spread / whole)

@@ -1,0 +1,34 @@
+"""Finished spectra in files, taken up again by a later call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from pnanalysis.io import netcdf
+from pnanalysis.spectra.inner_products import inner_products, norms
+from pnanalysis.spectra.linear_operator import LinearOperator, random_unit_vectors
+
+_SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
+
+
+def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..., xr.Dataset]) -> xr.Dataset:
+    """The spectrum in a file if there is one, else ``compute(state=folder)``, which is then saved there.
+
+    Names cannot tell whether a user's code or data have changed meanwhile. One product can, so it is compared with that
+    of the operator whose spectrum was saved.
+    """
+    vector = random_unit_vectors(operator, [0], seed=0)
+    product = operator.matmat(vector)
+    fresh = np.array([float(inner_products(vector, product)), float(norms(product))])
+    if path.is_file():
+        found = netcdf.load(path)
+        before = np.asarray(found.attrs.pop("product", np.nan))
+        if np.abs(before - fresh).max() <= _SAME_PRODUCT * fresh[1]:
+            return found
+    ds = compute(state=path.with_suffix(""))
+    netcdf.save(ds.assign_attrs(product=fresh), path)
+    return ds

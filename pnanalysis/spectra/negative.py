@@ -1,0 +1,92 @@
+"""The negative part of a spectrum: how many eigenvalues, and how much of the curvature."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import xarray as xr
+
+from pnanalysis.estimates import Estimate
+from pnanalysis.spectra.quadrature import SpectralMeasure, extremes, mass_below, own_residuals
+from pnanalysis.spectra.rule_error import with_rule_error
+
+#: Eigenvalues this far below zero, in units of the largest magnitude, count as negative.
+THRESHOLD = 1e-3
+#: Residuals below this fraction of the largest magnitude are round-off: the probe's Krylov space is exhausted.
+_EXHAUSTED = 1e-7
+
+
+def negative_mass(ds: xr.Dataset, level: float) -> Estimate:
+    """Fraction of the eigenvalues below ``-THRESHOLD`` times the largest magnitude.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Nodes and Ritz values of one checkpoint, as :func:`pnanalysis.spectra.summary.summarise` takes them.
+    level : float
+        Of the interval.
+
+    Returns
+    -------
+    Estimate
+        The standard error is that of sampling. The interval also includes what the moments of each probe leave open
+        (:func:`pnanalysis.spectra.quadrature.mass_below`): a bound, which is wide where the threshold lies within a
+        cluster of eigenvalues that the nodes do not resolve. And each coupling of a deflated space to the rest, a
+        perturbation of rank two with one eigenvalue of either sign, may move one eigenvalue across the threshold.
+    """
+    measure = SpectralMeasure.from_dataset(ds)
+    largest = float(np.abs(measure.node).max())
+    point = -THRESHOLD * largest
+    bounds = extremes(ds["ritz_value"].values, ds["ritz_residual"].values)
+    if bounds.min_low > point or bounds.max_high < point:
+        return Estimate(float(bounds.max_high < point), 0.0)
+    is_below = (measure.node < point).astype(float)
+    value, left_open = float(is_below[~measure.sampled] @ measure.weight[~measure.sampled]), 0.0
+    exhausted = np.nanmax(own_residuals(ds), axis=1) < _EXHAUSTED * largest
+    for index, gauss_rule in enumerate(zip(ds["ritz_value"].values, ds["ritz_weight"].values, strict=True)):
+        own = measure.probe == index + 1
+        mass = float(measure.weight[own].sum())
+        if exhausted[index]:  # the rule is the measure
+            value += float(is_below[own] @ measure.weight[own])
+        elif mass > 0:
+            below, uncertainty = mass_below(point, *(column[np.isfinite(column)] for column in gauss_rule))
+            value, left_open = value + mass * below, left_open + mass * uncertainty
+    sampling = measure.mean(is_below)
+    low, high = sampling.interval(level)
+    n_couplings = np.count_nonzero(np.unique(ds["ritz_coupling"].values))
+    half = float(np.linalg.norm([(high - low) / 2, left_open, n_couplings**0.5 / measure.n_parameters]))
+    return _fraction(Estimate(value, sampling.se, value - half, value + half, sampling.dof))
+
+
+def negative_curvature(ds: xr.Dataset, level: float, round_off: float = 0.0) -> Estimate:
+    """Sum of the negative eigenvalues' magnitudes, divided by the sum of all magnitudes.
+
+    It is 0 at a minimum, and 1/2 for a spectrum symmetric about zero.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Nodes and Ritz values of one checkpoint.
+    level : float
+        Of the interval, which includes the error of the quadrature rule.
+    round_off : float
+        Negative nodes of at most this magnitude count as zero.
+    """
+
+    def share(measure: SpectralMeasure) -> Estimate:
+        magnitude = np.abs(measure.node)
+        negative = np.where(measure.node < -round_off, magnitude, 0.0)
+        total = float(magnitude @ measure.weight)
+        if total == 0:
+            return Estimate(0.0, 0.0)
+        value = float(negative @ measure.weight) / total
+        slope = measure.mean((negative - value * magnitude) / total)  # of the ratio of two correlated averages
+        return Estimate(value, slope.se, dof=slope.dof)
+
+    return _fraction(with_rule_error(ds, share, level, within_spectrum=True))
+
+
+def _fraction(estimate: Estimate) -> Estimate:
+    """With an interval between 0 and 1."""
+    return replace(estimate, low=max(estimate.low, 0.0), high=min(estimate.high, 1.0))
