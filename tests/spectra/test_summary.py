@@ -60,7 +60,7 @@ def test_a_single_level_is_summarised_without_nan(eigenvalues):
     assert float(ds.trace) == pytest.approx(eigenvalues.sum())
     assert (int(ds.n_outliers), int(ds.n_outliers_negative)) == (0, 0)
     assert float(ds.negative_mass) == float(ds.negative_curvature) == float(eigenvalues[0] < 0)
-    for name in truths(eigenvalues):
+    for name in truths(spiked()):
         assert float(ds[f"{name}_low"]) <= float(ds[name]) <= float(ds[f"{name}_high"])
 
 
