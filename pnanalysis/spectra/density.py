@@ -19,6 +19,7 @@ from pnanalysis.spectra import lanczos
 from pnanalysis.spectra.averaged import is_averaged
 from pnanalysis.spectra.data_error import DATA_ERRORS, DataForms
 from pnanalysis.spectra.deflation import SamplingSettings, SpectrumSample, sample_spectrum
+from pnanalysis.spectra.density_error import density_with_error
 from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples, sample_examples
 from pnanalysis.spectra.linear_operator import as_operator
 from pnanalysis.spectra.memory import basis_bytes, human
@@ -30,8 +31,6 @@ from pnanalysis.terminal.progress import progress_bar
 #: Points of the grid that a density is given on.
 N_GRID = 1024
 _ROUND_OFF = {torch.float64: 1e-14}
-#: The scatter of the probes' densities is averaged over so many kernel widths.
-AVERAGED_WIDTHS = 4.0
 
 
 def spectral_density(
@@ -334,9 +333,9 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
     """Give the density and its standard error on another grid, or with another kernel.
 
     No products are needed: both follow from the nodes, so that several checkpoints can share one grid. The standard
-    error, for the choice of probes, is that of the smoothed density: smoothing by the kernel is no part of it. It
-    covers the random masses of the nodes and, where two probes or more were sampled, their random places; not the
-    places of what was counted exactly.
+    error is that of the smoothed density: smoothing by the kernel is no part of it. For the choice of probes it covers
+    the random masses of the nodes and, where two probes or more were sampled, their random places
+    (:func:`pnanalysis.spectra.density_error.density_with_error`).
 
     Parameters
     ----------
@@ -358,14 +357,11 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
         raise CurvatureError(f"kernel_width is {width:g}; it must be positive")
     if grid.ndim != 1 or not (np.diff(grid) > 0).all():
         raise CurvatureError("the grid must be one ascending row of eigenvalues")
-    measure = SpectralMeasure.from_dataset(ds)
 
     def kernel_at(node: np.ndarray) -> np.ndarray:
         return np.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) / (width * np.sqrt(2 * np.pi))
 
-    kernel = kernel_at(measure.node)
-    density, se = measure.means(kernel)
-    se = np.maximum(se, _scatter_of_probes(measure, kernel, grid, width))
+    density, se = density_with_error(ds, kernel_at(SpectralMeasure.from_dataset(ds).node), grid, width)
     smoothed = ds.drop_dims("eigenvalue", errors="ignore").assign_coords(eigenvalue=("eigenvalue", grid))
     smoothed["density"] = ("eigenvalue", density, _labels("density"))
     if has_half_samples(ds):
@@ -377,18 +373,6 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
     smoothed["kernel_width"] = ((), width, _labels("kernel_width"))
     smoothed.attrs |= {"kernel_width": width}
     return smoothed
-
-
-def _scatter_of_probes(measure: SpectralMeasure, kernel: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
-    """Standard errors of the density ``(eigenvalue,)`` from the scatter of the probes, averaged over nearby points.
-
-    The density's error oscillates between nodes, whose places differ from probe to probe. At single points the scatter
-    of a few probes is too noisy, and near its zeros too small, which the average over a few kernel widths is not.
-    """
-    spacing = np.gradient(grid) if len(grid) > 1 else np.ones(1)
-    nearby = np.exp(-0.5 * ((grid[:, None] - grid) / (AVERAGED_WIDTHS * width)) ** 2) * spacing
-    nearby /= nearby.sum(axis=1, keepdims=True)
-    return np.sqrt(nearby @ measure.scatter(kernel))
 
 
 def _labels(name: str) -> dict[str, str]:

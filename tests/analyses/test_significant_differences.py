@@ -23,7 +23,7 @@ from pnanalysis.evaluation.scores import paired
 PAIR = ("checkpoint", "other")
 SIZES = {"train": 1000, "validation": 200, "test": 300}
 N_PROBES = 6
-DRAWS = 300
+DRAWS = 200
 
 
 def drawn(rng: np.random.Generator, k: int = 2, data_error: bool = False) -> xr.Dataset:
