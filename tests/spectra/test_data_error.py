@@ -110,7 +110,7 @@ def test_no_product_more_is_spent_on_forms():
 
 def test_classes_get_the_error_of_their_eigenvalues():
     operator = Population(60, spikes=(12.0, 8.0, 6.0)).draw(N, 0)
-    ds = spectrum(operator, n_hvp=250, n_classes=3).assign_attrs(n_classes=3)
+    ds = spectrum(operator, n_hvp=250, n_classes=3)
     value = ds.top_value.values
     ds = ds.assign(
         class_ratio=value[0] / value[2], class_gap=value[0] / value[3], class_trace=value[:3].sum() / ds.trace
