@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from pnanalysis.spectra.quadrature import SpectralMeasure, own_residuals
+from pnanalysis.spectra.quadrature import SpectralMeasure
 
 #: The scatter of the probes' densities is averaged over so many kernel widths.
 AVERAGED_WIDTHS = 4.0
@@ -36,8 +36,9 @@ def density_with_error(
     The formula of :meth:`pnanalysis.spectra.quadrature.SpectralMeasure.means` gives the error that random masses of the
     nodes cause. Their places differ from probe to probe too, so that the error oscillates between nodes. At single
     points the scatter of a few probes is too noisy, and near its zeros too small; its average over a few kernel widths
-    is not. What is averaged is the variance over the density of the part that is uncertain, lest a peak raise the
-    errors around it. That part is made of sampled nodes and of counted Ritz values that have not converged.
+    is not. A peak raises the average around it, and an average of variances relative to the density of the part that is
+    uncertain (sampled nodes, and counted Ritz values that have not converged) may be raised at a peak by what is around
+    it: the smaller of the two is taken.
     """
     measure = SpectralMeasure.from_dataset(ds)
     density, se = measure.means(kernel)
@@ -48,15 +49,16 @@ def density_with_error(
     uncertain = kernel[:, open_nodes] @ measure.weight[open_nodes]
     spacing = np.gradient(grid) if len(grid) > 1 else np.ones(1)
     nearby = np.exp(-0.5 * ((grid[:, None] - grid) / (AVERAGED_WIDTHS * width)) ** 2) * spacing
-    share = np.maximum(scatter, se**2) / np.maximum(uncertain, _SMALLEST * uncertain.max())
-    averaged = nearby @ share / nearby.sum(axis=1) * uncertain
-    return density, np.sqrt(np.maximum(averaged, se**2))
+    nearby /= nearby.sum(axis=1, keepdims=True)
+    variance = np.maximum(scatter, se**2)
+    relative = nearby @ (variance / np.maximum(uncertain, _SMALLEST * uncertain.max())) * uncertain
+    return density, np.sqrt(np.maximum(np.minimum(nearby @ variance, relative), se**2))
 
 
 def _settled(ds: xr.Dataset, measure: SpectralMeasure, tolerance: float) -> np.ndarray:
     """Which nodes are counted Ritz values with residuals below the tolerance, ``(quadrature,)`` of bool."""
     settled = np.zeros(len(measure.node), dtype=bool)
-    for index, residual in enumerate(own_residuals(ds)):
+    for index, residual in enumerate(ds["ritz_residual"].values):
         counted = ~measure.sampled & (measure.probe == -index)
         if counted.any():
             settled[counted] = residual[np.isfinite(residual)] < tolerance
