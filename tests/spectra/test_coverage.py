@@ -19,7 +19,7 @@ from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.differences import beyond_noise, compare_spectra
 from pnanalysis.spectra.linear_operator import DiagonalOperator
 
-N_SEEDS, N_PRODUCTS, RARE = 100, 60, 1e-4
+N_SEEDS, N_PRODUCTS, RARE = 80, 60, 1e-4
 SPECTRA = ("Wigner", "Marchenko-Pastur 2", "power law -1", "mostly zeros")
 GAPLESS = SPECTRA[:3]
 each_spectrum = pytest.mark.parametrize("name", SPECTRA)
