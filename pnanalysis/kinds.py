@@ -108,6 +108,9 @@ COMPARED_SPECTRUM = (
     "negative_curvature", "negative_mass",
 )  # fmt: skip
 
+#: Those of them whose differences are tested.
+TESTED_SPECTRUM = tuple(name for name in COMPARED_SPECTRUM if name not in ("lambda_min", "n_outliers", "outlier_p"))
+
 _SPECTRUM = {
     "node": _var("quadrature", "loss", "quadrature node (eigenvalue)"),
     "weight": _var("quadrature", "1", "quadrature weight (fraction of the spectrum)"),
@@ -124,6 +127,11 @@ _SPECTRUM = {
     "density_data_se": _var("eigenvalue", "1 / loss", "standard error of the density for the examples", _OPTIONAL),
     "deflated_value": _var("component", "loss", "deflated eigenvalue", _OPTIONAL),
     "deflated_residual": _var("component", "loss", "residual bound of the deflated eigenvalue", _OPTIONAL),
+    "single_mean": _var("single", "loss", "mean eigenvalue of the complement, from one product", _OPTIONAL),
+    "single_mean_square": _var("single", "loss^2", "mean square eigenvalue of it, from the same product", _OPTIONAL),
+    "probe_trace": _var("", "loss", "trace by the probes of many steps alone", _OPTIONAL),
+    "probe_square": _var("", "loss^2", "sum of squared eigenvalues by them alone", _OPTIONAL),
+    "single_coupling": _var("", "loss", "coupling of all deflated spaces to that complement", _OPTIONAL),
     "top_value": _var("top", "loss", "one of the largest eigenvalues"),
     "top_residual": _var("top", "loss", "residual bound of that eigenvalue"),
     "coupling": _var("", "loss", "coupling between the deflated space and its complement"),
@@ -202,7 +210,7 @@ _COMPARISON = {
     },
     **{
         name: variable
-        for stem in COMPARED_SPECTRUM
+        for stem in TESTED_SPECTRUM
         for name, variable in _with_p(
             f"{stem}_difference", "checkpoint other", f"difference in {_SPECTRUM_SCALARS[stem].long_name}"
         ).items()

@@ -51,7 +51,7 @@ def p_value(
     """
     from scipy.special import ndtr, stdtr, stdtridf  # here, so that command lines start without SciPy
 
-    value, se, low, high, dof, floor = np.broadcast_arrays(*map(np.float64, (value, se, low, high, dof, floor)))
+    value, se, low, high, dof, floor = _floats(value, se, low, high, dof, floor)
     size, side = np.abs(value), np.where(value < 0, high - value, value - low)
     with np.errstate(invalid="ignore", divide="ignore"):
         stretch = side / se
@@ -84,7 +84,7 @@ def p_value_beyond_bounds(
         1 where zero is between the bounds themselves. Elsewhere what lies beyond them counts, which without a
         ``data_se`` has no error.
     """
-    se = np.nan_to_num(data_se)
+    low, high, se = _floats(low, high, np.nan_to_num(data_se))
     low, high = low + _Z95 * se, high - _Z95 * se
     nearest = np.where(low > 0, low, np.where(high < 0, high, 0.0 * (low + high)))
     return p_value(nearest, se, floor=floor)
@@ -109,7 +109,7 @@ def mcnemar(only_first: ArrayLike, only_second: ArrayLike) -> Array:
     """
     from scipy.special import bdtr
 
-    first, second = np.float64(only_first), np.float64(only_second)
+    first, second = _floats(only_first, only_second)
     return np.minimum(2 * bdtr(np.minimum(first, second), (first + second).astype(int), 0.5), 1.0)
 
 
@@ -131,7 +131,7 @@ def holm(p: ArrayLike) -> Array:
     ----------
     S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979) 65.
     """
-    p = np.float64(p)
+    (p,) = _floats(p)
     adjusted = np.full(p.shape, np.nan)
     order = np.argsort(p)[: int(np.isfinite(p).sum())]  # NaNs are last
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1.0)
@@ -160,7 +160,7 @@ def share_interval(value: ArrayLike, se: ArrayLike, n: ArrayLike) -> tuple[Array
     ----------
     E. B. Wilson, Journal of the American Statistical Association 22 (1927) 209.
     """
-    value, se, n = np.broadcast_arrays(*map(np.float64, (value, se, n)))
+    value, se, n = _floats(value, se, n)
     with np.errstate(invalid="ignore", divide="ignore"):
         n = np.where(se > 0, value * (1 - value) / se**2, n)
         shrunk, z = 1 + _Z95**2 / n, _Z95
@@ -169,3 +169,8 @@ def share_interval(value: ArrayLike, se: ArrayLike, n: ArrayLike) -> tuple[Array
         is_share = (value >= 0) & (value <= 1) & (n > 0)
     low, high = np.where(value == 0, 0.0, centre - half), np.where(value == 1, 1.0, centre + half)
     return np.where(is_share, low, np.nan), np.where(is_share, high, np.nan)
+
+
+def _floats(*numbers: ArrayLike) -> tuple[Array, ...]:
+    """Arrays of one shape, in double precision."""
+    return np.broadcast_arrays(*(np.asarray(one, dtype=np.float64) for one in numbers))

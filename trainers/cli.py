@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pnanalysis.errors import PnError, TrainingError
+from pnanalysis.estimates import Estimate
 from pnanalysis.terminal.console import (
     error_cell,
     json_option,
@@ -257,14 +258,18 @@ def _report_sweep(outcomes: list[Outcome], quiet: bool) -> None:
 
     rows, kinds, unvalidated = [], set(), False
     for outcome in outcomes:
-        ending, errors = outcome.failure or "finished", [math.nan, math.nan]
+        ending = outcome.failure or "finished"
+        errors: list[float | Estimate] = [math.nan, math.nan]
         if outcome.failure is None:
             run = open_run(outcome.path)
             last = run.history.isel(epoch=-1, iteration=run.manifest["champion"])
             kind = error_kind(run.history)
-            errors = [error_cell(last.validation_error, kind), error_cell(last.test_error, kind)]
+            errors = [
+                error_cell(last[f"{split}_error"], kind, run.history.attrs.get(f"n_{split}"))
+                for split in ("validation", "test")
+            ]
             kinds.add(kind)
-            unvalidated |= len(run.ends) > 1 and math.isnan(errors[0])
+            unvalidated |= len(run.ends) > 1 and bool(last.validation_error.isnull())
         rows.append([outcome.path.name, *errors, ending])
     title = "champions of the sweep"
     names = [error_name(split, *kinds) for split in ("validation", "test")]

@@ -20,7 +20,7 @@ from pnanalysis.activations.statistics import Measures, common_range
 from pnanalysis.analyses.functional import compare_functions
 from pnanalysis.analyses.hessian import N_LANCZOS, SpectrumOptions, data_error_of, has_all, network_spectra
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
-from pnanalysis.analyses.significant_differences import with_p_values
+from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import ModelError, PnError
@@ -272,6 +272,7 @@ def _spectra(
         n_hessian=n_used,
         data_error=data_error_of(found.values()),
         all_examples=int(has_all(source, requested.split, requested.n, n_used)),
+        round_off=max(float(one.attrs.get("round_off", ROUND_OFF)) for one in found.values()),
     )
 
 

@@ -135,7 +135,9 @@ def _row_of_outliers(ds: xr.Dataset) -> Diagnostic:
     if not row.values or "outlier_p" not in ds:
         return row
     gaps = ds.outlier_p.values
-    values = [OutlierCount(value.value, gap_p=float(p)) for value, p in zip(row.values, gaps, strict=True)]
+    values: list[Estimate] = [
+        OutlierCount(value.value, gap_p=float(p)) for value, p in zip(row.values, gaps, strict=True)
+    ]
     return replace(row, values=values, against_first=[Estimate(math.nan)] * (len(values) - 1))
 
 

@@ -13,14 +13,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from pnanalysis.kinds import TESTED_SPECTRUM
 from pnanalysis.significance import FEW_DISCORDANT, LEVEL, holm, mcnemar, p_value, p_value_beyond_bounds
 
 #: How significance is decided, as an attribute of a comparison.
 METHOD = f"Holm, {LEVEL:.0%}".replace("%", " %")
-#: Numbers of a spectrum whose differences are tested, besides the largest eigenvalue, of which bounds are known.
-SPECTRUM = (
-    "trace", "effective_rank", "negative_mass", "negative_curvature", "class_ratio", "class_gap", "class_trace",
-)  # fmt: skip
 #: Round-off of single precision, relative to the larger of two numbers; of a mean loss of classes, also in nats.
 ROUND_OFF = 1e-6
 
@@ -47,8 +44,8 @@ def with_p_values(ds: xr.Dataset) -> xr.Dataset:
     -----
     Losses and other means over examples are tested by the paired standard error; mistakes by McNemar's exact test
     where fewer than 25 examples decide; numbers of spectra by their intervals, of ``lambda_max`` by what lies beyond
-    its bounds. The distance of two spectra is compared with that of two estimates of one spectrum as if all parts of
-    its noise grew and shrank together, which is the worst case. Differences not beyond round-off are none.
+    its bounds. The distance of two spectra is compared with that of two estimates of one spectrum, as
+    :func:`pnanalysis.spectra.differences.beyond_noise` does. Differences not beyond round-off are none.
     """
     return ds if ds.attrs.get("significance") == METHOD else _computed(ds)
 
@@ -84,17 +81,17 @@ def _tests(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
         low, high, data_se = (_values(ds, f"lambda_max_difference{end}") for end in ("_low", "_high", "_data_se"))
         floor = round_off * _larger(ds, "lambda_max")
         yield "lambda_max_difference", p_value_beyond_bounds(low, high, data_se, floor)
-    for name in SPECTRUM:
-        if f"{name}_difference" in ds:
+    for name in TESTED_SPECTRUM:
+        if name != "lambda_max" and f"{name}_difference" in ds:
             floor = _larger(ds, name)
             if name == "trace":
                 floor = np.maximum(floor, _larger(ds, "lambda_max"))
-            ends = tuple(_values(ds, f"{name}_difference{end}") for end in ("", "_se", "_low", "_high"))
-            yield f"{name}_difference", p_value(*ends, floor=round_off * floor)
+            value, se, low, high = (_values(ds, f"{name}_difference{end}") for end in ("", "_se", "_low", "_high"))
+            yield f"{name}_difference", p_value(value, se, low, high, floor=round_off * floor)
     if "wasserstein1" in ds:
-        distance, noise = _values(ds, "wasserstein1"), _values(ds, "wasserstein1_noise")
-        floor = np.maximum(round_off * _larger(ds, "lambda_max"), 2 * noise)
-        yield "wasserstein1", p_value(distance, np.sqrt(np.pi / 2) * noise, floor=floor)
+        distance, noise, se = (_values(ds, f"wasserstein1{end}") for end in ("", "_noise", "_se"))
+        floor = np.maximum(round_off * _larger(ds, "lambda_max"), noise)
+        yield "wasserstein1", p_value(distance, se, floor=floor)
 
 
 def _values(ds: xr.Dataset, name: str) -> Array:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.estimates import Estimate
+from pnanalysis.estimates import Estimate, OutlierCount
 from pnanalysis.terminal.console import Table, make_table, print_status, when_interrupted
 
 if TYPE_CHECKING:
@@ -116,12 +116,14 @@ def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
 
 
 def _table(ds: xr.Dataset) -> Table:
+    from pnanalysis.analyses.diagnostics import estimate_of
+
     rows = [
         [
             str(name),
             _within(at, "lambda_max"),
             _within(at, "lambda_min"),
-            Estimate(float(at.trace), float(at.trace_se)),
+            estimate_of(at, "trace"),
             _within(at, "negative_curvature", percent=True),
         ]
         for name in ds.checkpoint.values
@@ -138,17 +140,12 @@ def _largest(ds: xr.Dataset) -> Table:
         classes = int(ds.attrs["n_classes"])
         names += ["class_ratio", "class_gap", "class_trace"]
         columns += [f"lambda_1 / lambda_{classes}", f"lambda_1 / lambda_{classes + 1}", f"top {classes} in the trace"]
-    rows = [
-        [str(name), _outliers(at), *(_within(at, number, percent=number == "class_trace") for number in names)]
-        for name in ds.checkpoint.values
-        for at in [ds.sel(checkpoint=name)]
-    ]
+    rows = []
+    for name in ds.checkpoint.values:
+        at = ds.sel(checkpoint=name)
+        count = OutlierCount(float(at.n_outliers), whole=True, gap_p=float(at.outlier_p))
+        rows.append([str(name), count, *(_within(at, number, percent=number == "class_trace") for number in names)])
     return make_table("largest eigenvalues", columns, rows)
-
-
-def _outliers(at: xr.Dataset) -> str:
-    """A count with the p-value of the gap, or that there is none."""
-    return f"{int(at.n_outliers)} (p {float(at.outlier_p):.1g})" if at.n_outliers > 0 else "no gap"
 
 
 def _within(ds: xr.Dataset, name: str, **style: bool) -> Estimate:

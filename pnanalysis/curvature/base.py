@@ -221,6 +221,11 @@ class CurvatureOperator:
             raise CurvatureError(f"matvec takes a vector of {self.n_parameters} entries, not shape {tuple(v.shape)}")
         return self.matmat(v[:, None])[:, 0]
 
+    @property
+    def arithmetic(self) -> str:
+        """What the passes are computed in; see :func:`pnanalysis.spectra.linear_operator.round_off`."""
+        return {"bf16": "bfloat16", "tf32": "tf32"}.get(self.amp, str(self.dtype).removeprefix("torch."))
+
     def matmat(self, V: Tensor) -> Tensor:
         """Multiply the matrix with ``k`` vectors, ``(P, k)`` to ``(P, k)``.
 

@@ -57,6 +57,7 @@ class DistributedOperator:
             raise CurvatureError("a distributed operator needs reduction='mean'; scale the result by the examples")
         self.operator, self.group = operator, group
         self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
+        self.arithmetic = operator.arithmetic
         sizes: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(sizes, (operator.divisor, operator.shape[0]), group)
         if len({n_parameters for _, n_parameters in sizes}) > 1:

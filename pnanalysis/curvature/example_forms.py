@@ -20,8 +20,7 @@ over such parts either.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,8 @@ from pnanalysis.curvature.example_subset import random_parts
 from pnanalysis.curvature.network_loss import LossArguments
 from pnanalysis.curvature.parameters import split_vector
 from pnanalysis.curvature.product_check import in_double, random_direction, tolerance
-from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable
+from pnanalysis.curvature.row_forms import Direction, Forms, Pair, close, row_forms
+from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.batches import can_cut, contents, cut, tensors
 
@@ -47,13 +47,8 @@ if TYPE_CHECKING:
 _MOST_GROUPS = 4096
 #: Groups where each needs a product of its own.
 _PARTS = 32
-#: Shapes of batches for which forms are traced.
-_TRACED_SHAPES = 4
 
 EXAMPLES, PARTS, BATCHES = "examples", "parts of batches", "batches"
-Direction = list[Tensor]
-#: The terms that the units of a batch add to the form of its matrix along two directions, (n,).
-Form = Callable[[Direction, Direction], Tensor]
 
 
 class ExampleForms:
@@ -76,7 +71,7 @@ class ExampleForms:
     def __init__(self, op: CurvatureOperator) -> None:
         self.op = op
         self.unit = _unit(op)
-        self._traces = None if op._traces is None else _TracedForms(op)
+        self._of_rows = row_forms(op)
         self._shares: list[NDArray[np.float64]] = []
         counted, data = [], _Digest()
         for batch in op.batches:
@@ -109,9 +104,8 @@ class ExampleForms:
         pairs = [_directions(u, v, op.parameter_shapes) for u, v in zip(U.T, V.T, strict=True)]
         found = np.zeros((len(pairs), int(self._ends[-1])))
         with op._passes():
-            for i, weight, form in self._by_batch(pairs):
-                each = torch.stack([form(u, v).detach() for u, v in pairs])
-                found[:, self._ends[i] : self._ends[i + 1]] += weight * each.double().cpu().numpy()
+            for i, weight, forms in self._by_batch(pairs):
+                found[:, self._ends[i] : self._ends[i + 1]] += weight * forms(pairs).detach().double().cpu().numpy()
         if not np.isfinite(found).all():
             raise CurvatureError(f"the quadratic forms of single {self.unit} are not finite; look at the data")
         sums = np.stack([np.bincount(self._groups, row) for row in found])
@@ -132,9 +126,9 @@ class ExampleForms:
         found = np.isin(random_parts(n, n_parts, seed), list(parts))
         return found & self._counted if self.cuts_batches else np.repeat(found, sizes)
 
-    def _by_batch(self, pairs: Sequence[tuple[Direction, Direction]]) -> Iterator[tuple[int, float, Form]]:
+    def _by_batch(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float, Forms]]:
         """Each batch's number, its weight, and the terms of its units."""
-        op, traces = self.op, self._traces
+        op = self.op
         if self.unit == BATCHES:
             for i, weight, product in op._products(pairs[0][0]):
                 yield i, weight, partial(_forms_of_parts, [product], torch.ones(1))
@@ -143,72 +137,10 @@ class ExampleForms:
                 shares = torch.from_numpy(self._shares[i])
                 products = [op._untraced(_part(at, piece)) for piece in _pieces(op.batches.sizes[i], len(shares))]
                 yield i, weight, partial(_forms_of_parts, products, shares)
-        elif traces is not None and traces.are_kept({u is v for u, v in pairs}):
-            yield from ((i, weight, traces.at(i, None)) for i, weight in enumerate(op.batches.weights))
+        elif self._of_rows.need_no_data(pairs):
+            yield from ((i, w, partial(self._of_rows, i, None)) for i, w in enumerate(op.batches.weights))
         else:
-            for i, weight, at in op._weighted():
-                yield i, weight, partial(op._row_forms, at) if traces is None else traces.at(i, at)
-
-
-class _TracedForms:
-    """Forms of examples by traced programs, for the commonest shapes of batches, compared with untraced ones first.
-
-    Along one direction it is another program than along two, which takes more operations.
-
-    Parameters
-    ----------
-    op : CurvatureOperator
-    """
-
-    def __init__(self, op: CurvatureOperator) -> None:
-        self.op = op
-        self._linearisations = {one: Linearisation(partial(self._function, one), op._rehearse) for one in (True, False)}
-        self._shapes = {shapes for shapes, _ in Counter(op.batches.shapes).most_common(_TRACED_SHAPES)}
-        self._verified: set[Any] = set()
-        self._kept: dict[tuple[int, bool], Product] = {}
-        self._failed = False
-
-    def are_kept(self, kinds: Collection[bool]) -> bool:
-        """Whether forms along one (True) or two directions (False) need no data any more."""
-        return all((i, one) in self._kept for i in range(len(self.op.batches)) for one in kinds)
-
-    def at(self, i: int, at: LossArguments | None) -> Form:
-        """The forms of the examples of batch ``i``, whose data those that are kept do not need."""
-        programs: dict[bool, Product] = {}
-
-        def form(u: Direction, v: Direction) -> Tensor:
-            one = u is v
-            given = u if one else u + v
-            if one not in programs:
-                programs[one] = self._kept.get((i, one)) or self._program(i, at, one, given)
-            return programs[one](given)[0]
-
-        return form
-
-    def _function(self, one: bool, at: Any, given: Direction) -> list[Tensor]:
-        u = given if one else given[: len(given) // 2]
-        with self.op._passes():  # the trace runs in a thread of its own, which some of the settings do not reach
-            return [self.op._row_forms(at, u, u if one else given[len(u) :])]
-
-    def _program(self, i: int, at: Any, one: bool, given: Direction) -> Product:
-        op, shapes = self.op, self.op.batches.shapes[i]
-        untraced = partial(self._function, one, at)
-        if self._failed or shapes not in self._shapes:
-            return untraced
-        try:
-            program, n_bytes = self._linearisations[one].at(at, given)
-            if (shapes, one) not in self._verified:
-                expected = untraced(given)[0]
-                if not _close(program(given)[0], expected, expected, tolerance(op.dtype, op.amp)):
-                    raise Untraceable("it differs from the untraced one")
-                self._verified.add((shapes, one))
-        except Untraceable:
-            self._failed = True  # the next batch would fail the same way
-            return untraced
-        if op._cached_bytes + n_bytes <= op._cache_bytes:
-            self._kept[i, one] = program
-            op._cached_bytes += n_bytes
-        return program
+            yield from ((i, weight, partial(self._of_rows, i, at)) for i, weight, at in op._weighted())
 
 
 class _Trial:
@@ -256,7 +188,7 @@ class _Trial:
         return _inner(self.u, self.op._untraced(at)(self.v))
 
     def _close(self, one: Tensor, other: Tensor, forms: Tensor) -> bool:
-        return _close(one, other, forms, tolerance(self.op.dtype, self.op.amp))
+        return close(one, other, forms, tolerance(self.op.dtype, self.op.amp))
 
 
 def _unit(op: CurvatureOperator) -> str:
@@ -298,24 +230,19 @@ def _groups(n: int) -> NDArray[np.int64]:
     return np.arange(n) if n <= _MOST_GROUPS else random_parts(n, _MOST_GROUPS, seed=0)
 
 
-def _directions(u: Tensor, v: Tensor, shapes: Sequence[torch.Size]) -> tuple[Direction, Direction]:
+def _directions(u: Tensor, v: Tensor, shapes: Sequence[torch.Size]) -> Pair:
     """Two vectors by parameters; one and the same where they are equal."""
     first = split_vector(u, shapes)
     return first, first if u is v or torch.equal(u, v) else split_vector(v, shapes)
 
 
-def _forms_of_parts(products: Sequence[Product], shares: Tensor, u: Direction, v: Direction) -> Tensor:
-    return torch.stack([_inner(u, product(v)) for product in products]) * shares
+def _forms_of_parts(products: Sequence[Product], shares: Tensor, pairs: Sequence[Pair]) -> Tensor:
+    return torch.stack([torch.stack([_inner(u, product(v)) for product in products]) for u, v in pairs]) * shares
 
 
 def _inner(a: Direction, b: Direction) -> Tensor:
     """The inner product, as a number in double precision on the CPU."""
     return torch.stack([(one * other).sum().double() for one, other in zip(a, b, strict=True)]).sum().detach().cpu()
-
-
-def _close(one: Tensor, other: Tensor, forms: Tensor, slack: float) -> bool:
-    """Whether terms are equal up to round-off, relative to the sizes of all terms."""
-    return float((one - other).abs().sum()) <= slack * float(forms.abs().sum())
 
 
 class _Digest:

@@ -127,8 +127,8 @@ def _row(datasets: RunDatasets, name: str, end: Checkpoint) -> Row:
         loss=Estimate(float(last.train_loss)),
         validation=_error(run, float(last.validation_error), "validation"),
         test=_error(run, float(last.test_error), "test"),
-        lambda_max=Estimate(math.nan if at is None else float(at.lambda_max)),
-        trace=Estimate(math.nan) if at is None else Estimate(float(at.trace), float(at.trace_se)),
+        lambda_max=Estimate(math.nan) if at is None else estimate_of(at, "lambda_max"),
+        trace=Estimate(math.nan) if at is None else estimate_of(at, "trace"),
     )
 
 
@@ -207,8 +207,28 @@ def _spectrum_at(end: _End) -> xr.Dataset | None:
 
 
 def _spectrum_sentence(name: str, role: str, plain: xr.Dataset, best: xr.Dataset) -> str:
-    traces = " and ".join(f"{float(at.trace):.3g} ± {float(at.trace_se):.2g}" for at in (plain, best))
-    return (
-        f"{name}: the largest Hessian eigenvalues of the plain model and {role} are "
-        f"{float(plain.lambda_max):.3g} and {float(best.lambda_max):.3g}, the traces {traces}."
+    top, trace = (
+        " and ".join(estimate_of(at, number).text() for at in (plain, best)) for number in ("lambda_max", "trace")
     )
+    return (
+        f"{name}: the largest Hessian eigenvalues of the plain model and {role} are {top}, the traces {trace}. "
+        f"{_outliers_in_words([plain, best])}."
+    )
+
+
+def _outliers_in_words(spectra: Sequence[xr.Dataset]) -> str:
+    """How far the largest eigenvalues of two spectra stand out."""
+    counts = " and ".join(
+        f"{int(at.n_outliers)} (p {float(at.outlier_p):.1g})" if at.n_outliers > 0 else "none, for want of a gap,"
+        for at in spectra
+    )
+    text = f"Outliers are {counts.rstrip(',')}"
+    if "n_classes" not in spectra[0].attrs or any(math.isnan(float(at.class_ratio)) for at in spectra):
+        return text
+    classes = int(spectra[0].attrs["n_classes"])
+    ratios = " and ".join(f"{float(at.class_ratio):.3g}" for at in spectra)
+    text += f"; lambda_1 / lambda_{classes}, of as many eigenvalues as there are classes, is {ratios}"
+    if any(math.isnan(float(at.class_trace)) for at in spectra):
+        return text
+    parts = " and ".join(f"{100 * float(at.class_trace):.0f} %" for at in spectra)
+    return f"{text}, and they make up {parts} of the trace"

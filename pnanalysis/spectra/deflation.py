@@ -17,7 +17,10 @@ probes too.
 Given a budget, the probes run one after the other, and the Krylov space of each is deflated for those after it. Each
 probe then gives an estimate of its own (everything before it exactly, the rest by quadrature). The estimates' errors
 are uncorrelated, because each is unbiased given everything before it, so they are averaged by their expected
-precision. Given numbers of steps and probes instead, the probes run in lockstep, which takes less time per product.
+precision. The first Krylov space counts as a probe too where deflation brings little, as in a spectrum without
+outliers: then nothing is lost against probes alone. The last tenth of the budget goes into probes of a single product
+in the complement of all that is deflated by then, which sharpen the trace and the Frobenius norm
+(:mod:`pnanalysis.spectra.moments`). Given numbers of steps and probes instead, the probes run in lockstep.
 
 References
 ----------
@@ -28,132 +31,44 @@ trace). Mirsky's inequality for the eigenvalue shifts: Bhatia, Matrix Analysis (
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import warnings
+from dataclasses import replace
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.data_feed import DataFeed, Receiver
-from pnanalysis.spectra.lanczos import SMALLEST_SCALE, STEPS_PER_CHECK, SYMMETRY_TOLERANCE, Lanczos, Saver
-from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, empty_columns, random_unit_vectors
+from pnanalysis.spectra.allocation import (
+    FEWEST_SINGLE,
+    LARGEST_FRACTION,
+    MOST_DEFLATED,
+    SMALLEST_FRACTION,
+    STEPS_PER_DECISION,
+    DeflationGain,
+    default_steps,
+    n_single_products,
+    shares,
+    steps_per_probe,
+)
+from pnanalysis.spectra.data_feed import DataFeed
+from pnanalysis.spectra.exact import all_columns
+from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, Lanczos, Saver
+from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns, random_unit_vectors, round_off
 from pnanalysis.spectra.memory import probes_at_once, vectors_at_once
-from pnanalysis.spectra.quadrature import ritz
+from pnanalysis.spectra.sample import LanczosCoefficients, SamplingSettings, SpectrumSample
+from pnanalysis.terminal.progress import Advance
 
-Advance = Callable[[float], None]
-
-#: Deflating steps between two decisions on whether to go on deflating.
-STEPS_PER_DECISION = 4
-#: The smallest fraction of a budget for deflation. A few steps say little about what more would bring, because Ritz
-#: values converge late and then fast.
-SMALLEST_FRACTION = 0.2
-#: The largest fraction of a budget for deflation.
-LARGEST_FRACTION = 0.5
-#: The most deflating steps: their basis stays in memory.
-MOST_DEFLATED = 256
-#: See :func:`default_steps`; the error is flat around this value, on spectra of networks and of random matrices.
-STEPS_FACTOR = 0.45
 #: Up to this P, a budget that covers all P columns is spent on them, and the spectrum is exact.
 LARGEST_EXACT = 5000
-#: A Ritz value whose residual is below this fraction of its distance to the mean counts as one eigenvalue.
-CONVERGED = 1e-2
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How a spectrum is sampled: see :func:`pnanalysis.spectra.density.spectral_density`.
-
-    ``data`` receives vectors on the way, see :mod:`pnanalysis.spectra.data_feed`; it has no influence on the sample.
-    """
-
-    n_lanczos: int
-    n_probes: int
-    n_hvp: int | None
-    deflate: bool
-    seed: int
-    basis_dtype: torch.dtype
-    basis_device: torch.device
-    max_memory_bytes: int | None = None
-    symmetry_tolerance: float | None = None
-    state: Path | None = None
-    save_every: float = 300.0
-    data: Receiver | None = None
-
-
-@dataclass(frozen=True)
-class LanczosCoefficients:
-    """The tridiagonal matrix of one start vector, in float64, and the part it plays in the spectrum.
-
-    Attributes
-    ----------
-    alpha, beta : ndarray
-        ``(m,)`` each; see :class:`pnanalysis.spectra.lanczos.Lanczos`.
-    n_before : int
-        Directions that had been deflated before.
-    sampled : bool
-        Whether the start vector is a random probe of what was left then.
-    deflated : bool
-        Whether later probes ran in the complement of its Krylov space.
-    """
-
-    alpha: np.ndarray
-    beta: np.ndarray
-    n_before: int = 0
-    sampled: bool = True
-    deflated: bool = False
-
-
-@dataclass
-class SpectrumSample:
-    """The coefficients of all start vectors, in the order in which they ran, and the products spent on them."""
-
-    n_parameters: int
-    method: str
-    probes: list[LanczosCoefficients] = field(default_factory=list)
-    n_hvp: int = 0
-
-    @property
-    def n_deflated(self) -> int:
-        return sum(len(probe.alpha) for probe in self.probes if probe.deflated)
-
-    @property
-    def n_free(self) -> int:
-        return self.n_parameters - self.n_deflated
-
-
-def default_steps(n_products: int, n_parameters: int) -> int:
-    """Lanczos steps per probe when ``n_products`` are to be divided among probes: ``STEPS_FACTOR (n P)^(1/3)``.
-
-    With ``m`` steps per probe, the nodes are ``1/m`` of the bulk apart, and ``n/m`` probes of ``P`` dimensions know
-    the bulk's masses to ``sqrt(m / (n P))``. The sum of the two is smallest at a multiple of ``(n P)^(1/3)``.
-    """
-    return max(min(round(STEPS_FACTOR * (n_products * n_parameters) ** (1 / 3)), n_products), 1)
-
-
-def deflated_enough(probe: LanczosCoefficients, n_left: int, n_parameters: int) -> bool:
-    """Whether the next product is better spent on a probe of the complement than on one more deflating step.
-
-    With ``n`` products left for probes, the variance of what they estimate is proportional to ``V / n``, where ``V``
-    is the sum of squared (centred) eigenvalues of the complement. One more step reduces ``V`` by
-    ``(alpha - c)^2 + 2 beta^2`` and ``n`` by one. ``V`` is estimated from the coefficients so far: converged Ritz
-    values stand for one eigenvalue each, and the others for the rest of the spectrum, in proportion to their Gauss
-    weights.
-    """
-    value, weight, residual = ritz(probe.alpha, probe.beta)
-    single = residual < CONVERGED * np.abs(value - weight @ value)
-    if single.all():
-        return True
-    fraction = np.where(single, 0, weight)
-    fraction /= fraction.sum()
-    centre = fraction @ value
-    squared = (value - centre) ** 2
-    left = (n_parameters - single.sum()) * (fraction @ squared) - squared[~single].sum()
-    # averaged over the last steps: single coefficients scatter
-    last = slice(-STEPS_PER_DECISION, None)
-    gain = np.mean((probe.alpha[last] - centre) ** 2 + 2 * probe.beta[last] ** 2)
-    return bool(gain * n_left < left)
+#: The same where a target error may be reached with fewer products than that.
+LARGEST_EXACT_UNTIL = 100
+#: Single products between two looks at the error that they are to reach.
+SINGLE_PER_CHECK = 8
+#: Eigenvalues whose squares a float64 holds, with those of far smaller ones.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-140, 1e140
+#: A skew part is worth a warning if it is this many times what round-off explains, and above the second number, below
+#: which it is of no consequence.
+SKEW_FACTOR, SMALLEST_SKEW = 10.0, 1e-6
 
 
 def sample_spectrum(
@@ -164,226 +79,271 @@ def sample_spectrum(
     Raises
     ------
     CurvatureError
-        If a product is not finite, the operator is not symmetric, its eigenvalues are too small to be squared, or the
-        memory does not suffice.
+        If a product is not finite, the operator is not symmetric, its eigenvalues are too small or too large to be
+        squared, or the memory does not suffice.
+
+    Warns
+    -----
+    UserWarning
+        If the operator has a larger skew part than round-off explains.
     """
-    sample = _sample(operator, settings, advance)
+    sample = _Sampler(operator, settings, advance).sampled()
     magnitude = max(float(np.abs(probe.alpha).max()) for probe in sample.probes)
-    if 0 < magnitude < SMALLEST_SCALE:
+    if magnitude and not SMALLEST_SCALE <= magnitude <= LARGEST_SCALE:
+        small = magnitude < 1
         raise CurvatureError(
-            f"the eigenvalues of the operator are about {magnitude:.0e}, too small for float64 to hold their squares; "
-            "multiply the loss by a large number"
+            f"the eigenvalues of the operator are about {magnitude:.0e}, too {'small' if small else 'large'} for "
+            f"float64 to hold their squares; multiply the loss by a {'large' if small else 'small'} number"
+        )
+    if sample.asymmetry > max(SKEW_FACTOR * round_off(operator), SMALLEST_SKEW):
+        warnings.warn(
+            f"the operator is not quite symmetric: its skew part changes products by {sample.asymmetry:.1e} of its "
+            f"norm, where round-off explains {round_off(operator):.0e}; eigenvalues smaller than that mean nothing",
+            stacklevel=3,
         )
     return sample
 
 
-def _sample(operator: LinearOperator, settings: SamplingSettings, advance: Advance | None) -> SpectrumSample:
-    n_parameters = operator.shape[0]
-    budget = settings.n_hvp or settings.n_lanczos * settings.n_probes
-    if settings.deflate and n_parameters <= min(budget, LARGEST_EXACT):
-        return _exact(operator, settings, advance)
-    sample = SpectrumSample(n_parameters, "deflated" if settings.deflate else "plain")
-    feed = DataFeed(settings.data, settings.seed)
-    if settings.n_hvp is not None and not settings.deflate:
-        n_steps = min(default_steps(budget, n_parameters), n_parameters)
-        _probe_in_lockstep(operator, settings, sample, None, max(budget // n_steps, 1), n_steps, feed, advance)
-    elif not settings.deflate:
-        _probe_in_lockstep(operator, settings, sample, None, settings.n_probes, settings.n_lanczos, feed, advance)
-    elif settings.n_hvp is None and settings.n_probes > 1:
-        basis = _deflate(operator, settings, sample, settings.n_lanczos, feed, advance)
-        n_steps = min(settings.n_lanczos, sample.n_free)
-        if n_steps:
-            _probe_in_lockstep(operator, settings, sample, basis, settings.n_probes - 1, n_steps, feed, advance)
-    else:
-        _probe_in_turn(operator, settings, sample, budget, feed, advance)
-    return sample
+class _Sampler:
+    """One spectrum in the making."""
 
+    def __init__(self, operator: LinearOperator, settings: SamplingSettings, advance: Advance | None) -> None:
+        self.operator = operator
+        self.settings = settings
+        self.feed = DataFeed(settings.data, settings.seed)
+        self.sample = SpectrumSample(operator.shape[0], "deflated" if settings.deflate else "plain")
+        self._next_vector = 1  # random vector 0 is that of the first deflated space
+        self._bar = advance
+        self._text = ""
 
-def _exact(operator: LinearOperator, settings: SamplingSettings, advance: Advance | None) -> SpectrumSample:
-    """All the eigenvalues, from P products with unit vectors."""
-    n = operator.shape[0]
-    eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
-    matrix = torch.empty_like(eye)
-    for block in torch.arange(n).split(max(settings.n_probes, 1)):
-        matrix[:, block] = checked_product(operator, eye[:, block])
-        if advance is not None:
-            advance(len(block))
-    matrix = matrix.double()
-    if not bool(torch.isfinite(matrix).all()):
-        raise CurvatureError("a product of the operator held NaN or infinite values; check the weights and the data")
-    # the tiny number is for the zero matrix
-    skew = float(torch.linalg.matrix_norm(matrix - matrix.T) / (torch.linalg.matrix_norm(matrix) + 1e-300)) / 2
-    if skew > (settings.symmetry_tolerance or SYMMETRY_TOLERANCE[operator.dtype]):
-        raise CurvatureError(
-            f"the operator is not symmetric: its skew part has {skew:.1%} of its norm; every product must use the same "
-            "data, with nothing random in the model (dropout, augmentation)"
-        )
-    matrix = (matrix + matrix.T) / 2
-    feed = DataFeed(settings.data, settings.seed)
-    if feed.wanted:
-        values, vectors = torch.linalg.eigh(matrix)
-        eigenvalues = values.cpu().numpy()
-        feed.exact(eigenvalues, vectors)
-    else:
-        eigenvalues = torch.linalg.eigvalsh(matrix).cpu().numpy()
-    return SpectrumSample(
-        n, "exact", [LanczosCoefficients(eigenvalues, np.zeros(n), sampled=False, deflated=True)], n_hvp=n
-    )
-
-
-def _deflate(
-    operator: LinearOperator,
-    settings: SamplingSettings,
-    sample: SpectrumSample,
-    capacity: int,
-    feed: DataFeed,
-    advance: Advance | None,
-) -> torch.Tensor:
-    """Deflate the Krylov space of one random vector, ``capacity`` steps of it; returns its basis ``(P, k)``."""
-    limits = (settings.basis_dtype, settings.basis_device, 0, settings.max_memory_bytes)
-    probes_at_once(operator.shape[0], capacity, 1, *limits)
-    lanczos = _start(operator, settings, range(1), capacity)
-    saver = _saver(settings, lanczos, "deflation", advance)
-    while lanczos.step < capacity and lanczos.sizes()[0] == lanczos.step:  # until the Krylov space is exhausted
-        lanczos.extend(min(STEPS_PER_CHECK, capacity - lanczos.step), advance, saver)
-    _finish(lanczos, sample, saver, sampled=False, deflated=True)
-    feed.deflated(lanczos)
-    return lanczos.basis[0, :, : sample.n_deflated]
-
-
-def _probe_in_lockstep(
-    operator: LinearOperator,
-    settings: SamplingSettings,
-    sample: SpectrumSample,
-    deflated: torch.Tensor | None,
-    n_probes: int,
-    n_steps: int,
-    feed: DataFeed,
-    advance: Advance | None,
-) -> None:
-    """Run Lanczos on random vectors, as many at once as fit in memory."""
-    at_once = probes_at_once(
-        operator.shape[0],
-        n_steps,
-        n_probes,
-        settings.basis_dtype,
-        settings.basis_device,
-        sample.n_deflated,
-        settings.max_memory_bytes,
-    )
-    for first in range(0, n_probes, at_once):
-        indices = range(1 + first, 1 + min(first + at_once, n_probes))
-        lanczos = _start(operator, settings, indices, n_steps, deflated)
-        saver = _saver(settings, lanczos, f"probes-{indices[0]}-{indices[-1]}", advance)
-        lanczos.extend(n_steps - lanczos.step, advance, saver)
-        _finish(lanczos, sample, saver)
-        if deflated is None:
-            feed.plain(lanczos)
+    def sampled(self) -> SpectrumSample:
+        """Spend all products, or as many as reach the targets."""
+        settings, n_parameters = self.settings, self.sample.n_parameters
+        budget = settings.n_hvp or settings.n_lanczos * settings.n_probes
+        largest = LARGEST_EXACT if settings.until is None else LARGEST_EXACT_UNTIL
+        if settings.deflate and n_parameters <= min(budget, largest):
+            return all_columns(self.operator, settings, self.feed, self._advance)
+        if not settings.deflate:
+            n_probes = max(round(budget / default_steps(budget, n_parameters)), 1)
+            plan = [settings.n_lanczos] * settings.n_probes if settings.n_hvp is None else shares(budget, n_probes)
+            for n_steps in dict.fromkeys(plan):
+                self._probe_in_lockstep(None, plan.count(n_steps), min(n_steps, n_parameters))
+                if self._is_reached():
+                    break
+        elif settings.n_hvp is None and settings.n_probes > 1:
+            basis = self._deflate(settings.n_lanczos)
+            n_steps = min(settings.n_lanczos, self.sample.n_free)
+            if n_steps:
+                self._probe_in_lockstep(basis, settings.n_probes - 1, n_steps)
         else:
-            feed.probed(lanczos)
+            self._probe_in_turn(budget)
+        return self.sample
 
+    def _deflate(self, capacity: int) -> Tensor:
+        """Deflate the Krylov space of one random vector, ``capacity`` steps of it; returns its basis ``(P, k)``."""
+        settings = self.settings
+        limits = (settings.basis_dtype, settings.basis_device, 0, settings.max_memory_bytes)
+        probes_at_once(self.sample.n_parameters, capacity, 1, *limits)
+        lanczos, saver = self._start("deflation", range(1), capacity)
+        while lanczos.step < capacity and not _is_exhausted(lanczos):
+            lanczos.extend(min(STEPS_PER_CHECK, capacity - lanczos.step), self._advance, saver)
+        self._finish(lanczos, saver, sampled=False, deflated=True)
+        return lanczos.basis[0, :, : self.sample.n_deflated]
 
-def _probe_in_turn(
-    operator: LinearOperator,
-    settings: SamplingSettings,
-    sample: SpectrumSample,
-    budget: int,
-    feed: DataFeed,
-    advance: Advance | None,
-) -> None:
-    """Deflate as long as that reduces the error most, then run one probe after the other.
-
-    Each runs in the complement of all before it.
-    """
-    n_parameters = operator.shape[0]
-    longest = default_steps(budget, n_parameters)
-    limits = (settings.basis_dtype, settings.basis_device)
-    n_columns = vectors_at_once(n_parameters, min(budget, n_parameters), *limits, settings.max_memory_bytes)
-    # the least that makes sense is one probe and as many deflated vectors; if that does not fit, probes_at_once raises
-    if n_columns < min(2 * longest, budget, n_parameters):
-        n_columns = min(2 * longest, budget, n_parameters)
-        probes_at_once(n_parameters, n_columns, 1, *limits, max_memory_bytes=settings.max_memory_bytes)
-    # one block of memory for the deflated vectors and, behind them, the basis of the probe that is running
-    columns = empty_columns(n_parameters, n_columns, settings.basis_dtype, settings.basis_device)
-    capacity = max(min(int(LARGEST_FRACTION * budget), MOST_DEFLATED, max(n_columns - longest, n_columns // 2)), 1)
-    lanczos = _start(operator, settings, range(1), capacity, storage=columns[:, :capacity])
-    saver = _saver(settings, lanczos, "deflation", advance)
-    while lanczos.step < capacity and lanczos.sizes()[0] == lanczos.step:
-        if lanczos.step >= SMALLEST_FRACTION * budget and deflated_enough(
-            _coefficients(lanczos)[0], budget - lanczos.step, n_parameters
-        ):
-            break
-        lanczos.extend(
-            min(STEPS_PER_DECISION - lanczos.step % STEPS_PER_DECISION, capacity - lanczos.step), advance, saver
+    def _probe_in_lockstep(self, deflated: Tensor | None, n_probes: int, n_steps: int) -> None:
+        """Run Lanczos on random vectors, as many at once as fit in memory."""
+        settings = self.settings
+        at_once = probes_at_once(
+            self.sample.n_parameters,
+            n_steps,
+            n_probes,
+            settings.basis_dtype,
+            settings.basis_device,
+            self.sample.n_deflated,
+            settings.max_memory_bytes,
         )
-    _finish(lanczos, sample, saver, sampled=False, deflated=True)
-    feed.deflated(lanczos)
-    left = budget - sample.n_hvp
-    n_probes = max(round(left / default_steps(left, n_parameters)), 1)
-    for index in range(1, n_probes + 1):
-        n_steps = min(left // n_probes, sample.n_free, n_columns - sample.n_deflated)
-        if n_steps < 1:
-            break
-        n_before = sample.n_deflated
-        storage = columns[:, n_before : n_before + n_steps]
-        lanczos = _start(operator, settings, range(index, index + 1), n_steps, columns[:, :n_before], storage)
-        saver = _saver(settings, lanczos, f"probe-{index}", advance)
-        lanczos.extend(n_steps - lanczos.step, advance, saver)
-        # deflating a probe means that the next one's basis must go behind it
-        room_for_another = n_before + 2 * n_steps <= n_columns
-        deflated = room_for_another and index < n_probes
-        _finish(lanczos, sample, saver, deflated=deflated)
-        feed.probed(lanczos)
+        for done in range(0, n_probes, at_once):
+            vectors = self._vectors(min(at_once, n_probes - done))
+            lanczos, saver = self._start(f"probes-{vectors[0]}-{vectors[-1]}", vectors, n_steps, deflated)
+            lanczos.extend(n_steps - lanczos.step, self._advance, saver)
+            self._finish(lanczos, saver)
+
+    def _probe_in_turn(self, budget: int) -> None:
+        """Deflate as long as that reduces the error most, then run one probe after the other, then single products.
+
+        Each runs in the complement of all before it.
+        """
+        columns = self._columns(budget)
+        for_probes = budget - n_single_products(budget)
+        self._deflate_first(columns, budget, for_probes)
+        left = for_probes - self.sample.n_hvp
+        until = self.settings.until
+        n_steps = default_steps(max(left if until is None else 2 * self.sample.n_hvp, 1), self.sample.n_parameters)
+        while left > 0 and not self._is_reached():
+            room = min(self.sample.n_free, columns.shape[1] - self.sample.n_deflated)
+            if room < 1 or (until is not None and until.of_moments and any(p.sampled for p in self.sample.probes)):
+                break
+            left -= self._probe_behind(columns, steps_per_probe(left, n_steps, room), left)
+        self._single_products(columns, budget)
+
+    def _columns(self, budget: int) -> Tensor:
+        """One block of memory for the deflated vectors and, behind them, the basis of the probe that is running."""
+        settings, n_parameters = self.settings, self.sample.n_parameters
+        limits = (settings.basis_dtype, settings.basis_device)
+        n_columns = vectors_at_once(n_parameters, min(budget, n_parameters), *limits, settings.max_memory_bytes)
+        # the least that makes sense is one probe and as many deflated vectors; probes_at_once raises if it does not fit
+        least = min(2 * default_steps(budget, n_parameters), budget, n_parameters)
+        if n_columns < least:
+            n_columns = least
+            probes_at_once(n_parameters, n_columns, 1, *limits, max_memory_bytes=settings.max_memory_bytes)
+        return empty_columns(n_parameters, n_columns, *limits)
+
+    def _deflate_first(self, columns: Tensor, budget: int, for_probes: int) -> None:
+        """Deflate the Krylov space of a first vector as far as that pays; if it does not, that is the first probe."""
+        n_columns, n_parameters, until = columns.shape[1], self.sample.n_parameters, self.settings.until
+        as_probe = min(steps_per_probe(for_probes, default_steps(for_probes, n_parameters), n_columns), n_parameters)
+        most = max(min(int(LARGEST_FRACTION * budget), MOST_DEFLATED, max(n_columns - as_probe, n_columns // 2)), 1)
+        lanczos, saver = self._start(
+            "deflation", range(1), max(most, as_probe), storage=columns[:, : max(most, as_probe)]
+        )
+        earliest = SMALLEST_FRACTION * budget if until is None else 2 * STEPS_PER_DECISION
+        decision = -int(-earliest // STEPS_PER_DECISION) * STEPS_PER_DECISION
+        # Each decision depends on the steps before it only: the same ones are taken after an interruption.
+        while decision < most and not _is_exhausted(lanczos):
+            if lanczos.step < decision:
+                lanczos.extend(decision - lanczos.step, self._advance, saver)
+            elif self._is_deflated_enough(_coefficients(lanczos)[0].first(decision), budget):
+                break
+            else:
+                decision += STEPS_PER_DECISION
+        decision = min(decision, most)
+        if not _is_exhausted(lanczos):
+            lanczos.extend(max(decision - lanczos.step, 0), self._advance, saver)
+        gain = DeflationGain.of(_coefficients(lanczos)[0].first(decision), n_parameters)
+        is_probe = until is None and not _is_exhausted(lanczos) and not gain.pays(budget - decision, budget)
+        if is_probe:
+            lanczos.extend(max(as_probe - lanczos.step, 0), self._advance, saver)
+        self._finish(lanczos, saver, sampled=is_probe, deflated=True)
+
+    def _is_deflated_enough(self, coefficients: LanczosCoefficients, budget: int) -> bool:
+        gain, step = DeflationGain.of(coefficients, self.sample.n_parameters), len(coefficients.alpha)
+        until = self.settings.until
+        return gain.is_enough(budget - step) or (until is not None and until.is_within_reach(coefficients, gain))
+
+    def _probe_behind(self, columns: Tensor, n_steps: int, left: int) -> int:
+        """Run one probe in the complement of all that is deflated, and deflate it too if others follow and fit.
+
+        Returns the products spent.
+        """
+        n_before = self.sample.n_deflated
+        [vector] = self._vectors(1)
+        lanczos, saver = self._start(
+            f"probe-{vector}",
+            range(vector, vector + 1),
+            n_steps,
+            columns[:, :n_before],
+            columns[:, n_before : n_before + n_steps],
+        )
+        lanczos.extend(n_steps - lanczos.step, self._advance, saver)
+        # deflating it means that the next basis must go behind it
+        following = n_steps if left > n_steps else 1
+        self._finish(lanczos, saver, deflated=n_before + n_steps + following <= columns.shape[1])
+        return n_steps
+
+    def _single_products(self, columns: Tensor, budget: int) -> None:
+        """Spend what is left on probes of a single product, as many at once as the memory for one basis allows."""
+        n_before = self.sample.n_deflated
+        deflated, behind = columns[:, :n_before], columns[:, n_before:]
+        at_once = min(max((behind.shape[1] + 3) // 4, 1), behind.shape[1], self.sample.n_free)
+        if at_once < 1 or budget - self.sample.n_hvp < FEWEST_SINGLE:
+            return
+        if self.settings.until is not None:
+            at_once = min(at_once, SINGLE_PER_CHECK)
+        while self.sample.n_hvp < budget and not self._is_reached():
+            vectors = self._vectors(min(at_once, budget - self.sample.n_hvp))
+            lanczos, saver = self._start(
+                f"single-{vectors[0]}-{vectors[-1]}", vectors, 1, deflated, behind[:, : len(vectors)]
+            )
+            lanczos.extend(1 - lanczos.step, self._advance, saver)
+            self._finish(lanczos, saver, single=True)
+
+    def _vectors(self, n: int) -> range:
+        """The next random vectors."""
+        self._next_vector += n
+        return range(self._next_vector - n, self._next_vector)
+
+    def _start(
+        self, name: str, vectors: range, capacity: int, deflated: Tensor | None = None, storage: Tensor | None = None
+    ) -> tuple[Lanczos, Saver | None]:
+        """Lanczos on random vectors, and what saves it, after it has restored what an unfinished call left."""
+        settings = self.settings
+        lanczos = Lanczos(
+            self.operator,
+            random_unit_vectors(self.operator, vectors, settings.seed),
+            capacity,
+            deflated,
+            settings.basis_dtype,
+            settings.basis_device,
+            settings.symmetry_tolerance,
+            storage,
+        )
+        if settings.state is None:
+            return lanczos, None
+        label = f"seed {settings.seed}, {lanczos.n_deflated} deflated, {capacity} steps, {settings.n_hvp} products"
+        if settings.until is not None:
+            label += f", until {dict(settings.until.targets)}"
+        saver = Saver(settings.state / f"{name}.safetensors", label, settings.save_every)
+        saver.resume(lanczos)
+        self._advance(lanczos.step * lanczos.n_probes)
+        return lanczos, saver
+
+    def _finish(
+        self,
+        lanczos: Lanczos,
+        saver: Saver | None,
+        sampled: bool = True,
+        deflated: bool = False,
+        single: bool = False,
+    ) -> None:
+        """Save the final state, add the coefficients to the sample, and hand the vectors on."""
+        if saver is not None:
+            saver(lanczos, force=True)
+        sample, n_before = self.sample, self.sample.n_deflated
+        found = [
+            replace(probe, n_before=n_before, sampled=sampled, deflated=deflated) for probe in _coefficients(lanczos)
+        ]
+        (sample.single if single else sample.probes).extend(found)
+        sample.n_hvp += lanczos.step * lanczos.n_probes
+        sample.asymmetry = float(np.fmax(sample.asymmetry, lanczos.skew()))
+        if lanczos.deflated is not None:
+            self.feed.probed(lanczos)
+        elif not deflated:
+            self.feed.plain(lanczos)
         if deflated:
-            feed.deflated(lanczos)
+            self.feed.deflated(lanczos)
+
+    def _is_reached(self) -> bool:
+        """Whether all targets are reached; there must be a probe to tell."""
+        until = self.settings.until
+        if until is None or not any(probe.sampled for probe in self.sample.probes):
+            return False
+        errors = until.errors_of(self.sample)
+        self._text = until.text(errors)
+        self._advance(0)
+        self.sample.until_reached = until.is_reached(errors)
+        return self.sample.until_reached
+
+    def _advance(self, n_products: float) -> None:
+        if self._bar is not None:
+            self._bar(n_products, self._text)
 
 
-def _start(
-    operator: LinearOperator,
-    settings: SamplingSettings,
-    indices: range,
-    capacity: int,
-    deflated: torch.Tensor | None = None,
-    storage: torch.Tensor | None = None,
-) -> Lanczos:
-    return Lanczos(
-        operator,
-        random_unit_vectors(operator, indices, settings.seed),
-        capacity,
-        deflated,
-        settings.basis_dtype,
-        settings.basis_device,
-        settings.symmetry_tolerance,
-        storage,
-    )
-
-
-def _saver(settings: SamplingSettings, lanczos: Lanczos, name: str, advance: Advance | None) -> Saver | None:
-    """What saves the state, after it has restored the one that an earlier, unfinished call left."""
-    if settings.state is None:
-        return None
-    label = f"seed {settings.seed}, {lanczos.n_deflated} deflated, {lanczos.capacity} steps, {settings.n_hvp} products"
-    saver = Saver(settings.state / f"{name}.safetensors", label, settings.save_every)
-    saver.resume(lanczos)
-    if advance is not None:
-        advance(lanczos.step * lanczos.n_probes)
-    return saver
-
-
-def _finish(
-    lanczos: Lanczos, sample: SpectrumSample, saver: Saver | None, sampled: bool = True, deflated: bool = False
-) -> None:
-    """Save the final state, and add the coefficients to the sample."""
-    if saver is not None:
-        saver(lanczos, force=True)
-    n_before = sample.n_deflated
-    sample.probes += [
-        replace(probe, n_before=n_before, sampled=sampled, deflated=deflated) for probe in _coefficients(lanczos)
-    ]
-    sample.n_hvp += lanczos.step * lanczos.n_probes
+def _is_exhausted(lanczos: Lanczos) -> bool:
+    """Whether the Krylov space of the first vector is invariant, and does not grow any more."""
+    return lanczos.sizes()[0] < lanczos.step
 
 
 def _coefficients(lanczos: Lanczos) -> list[LanczosCoefficients]:
     """The coefficients of each start vector, without the zeros after a breakdown."""
-    alpha, beta = lanczos.alpha.double().cpu().numpy(), lanczos.beta.double().cpu().numpy()
+    alpha, beta = lanczos.coefficients()
     return [LanczosCoefficients(a[:size], b[:size]) for a, b, size in zip(alpha, beta, lanczos.sizes(), strict=True)]

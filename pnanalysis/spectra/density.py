@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,32 +18,38 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra import lanczos
 from pnanalysis.spectra.averaged import is_averaged
 from pnanalysis.spectra.data_error import DATA_ERRORS, DataForms
-from pnanalysis.spectra.deflation import SamplingSettings, SpectrumSample, sample_spectrum
+from pnanalysis.spectra.deflation import sample_spectrum
+from pnanalysis.spectra.density_error import density_with_error
 from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples, sample_examples
-from pnanalysis.spectra.linear_operator import as_operator
+from pnanalysis.spectra.linear_operator import as_operator, round_off
 from pnanalysis.spectra.memory import basis_bytes, human
+from pnanalysis.spectra.moments import moments
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, averaged_rule, extremes, ritz
-from pnanalysis.spectra.summary import ROUND_OFF, summarise
+from pnanalysis.spectra.sample import SamplingSettings, SpectrumSample
+from pnanalysis.spectra.stopping import Until, checked_targets
+from pnanalysis.spectra.summary import effective_rank, summarise
 from pnanalysis.spectra.total_error import with_data_errors
 from pnanalysis.terminal.progress import progress_bar
 
 #: Points of the grid that a density is given on.
 N_GRID = 1024
-_ROUND_OFF = {torch.float64: 1e-14}
-#: The scatter of the probes' densities is averaged over so many kernel widths.
-AVERAGED_WIDTHS = 4.0
+#: Products where neither a budget nor numbers of steps and probes are given.
+N_HVP = 900
+#: Lanczos steps per probe, and probes, where only the other number is given.
+N_LANCZOS, N_PROBES = 90, 10
 
 
 def spectral_density(
     operator: Any,
-    n_lanczos: int = 90,
-    n_probes: int = 10,
+    n_lanczos: int | None = None,
+    n_probes: int | None = None,
     deflate: bool = True,
     kernel_width: float | None = None,
     seed: int = 0,
     progress: bool = True,
     *,
     n_hvp: int | None = None,
+    until: Mapping[str, float] | None = None,
     grid: np.ndarray | None = None,
     top_k: int = 10,
     ridge: float = 1.0,
@@ -63,12 +69,13 @@ def spectral_density(
     ----------
     operator : LinearOperator or matrix
         Anything :func:`pnanalysis.as_operator` takes.
-    n_lanczos, n_probes : int
-        Lanczos steps per probe, and number of probes; the cost is their product.
+    n_lanczos, n_probes : int, optional
+        Lanczos steps per probe, and number of probes, in place of a budget ``n_hvp``; the cost is their product. If
+        one of them is given, the other is 90 steps (P where that is less) or 10 probes. A single probe is divided up
+        as under ``n_hvp``.
     deflate : bool
         Treat the Krylov space of the first probe exactly, and run the others in its orthogonal complement (see
-        :mod:`pnanalysis.spectra.deflation`). ``False`` gives plain stochastic Lanczos quadrature. With a single
-        probe, its ``n_lanczos`` products are divided as under ``n_hvp``.
+        :mod:`pnanalysis.spectra.deflation`). ``False`` gives plain stochastic Lanczos quadrature.
     kernel_width : float, optional
         Standard deviation of the Gaussian kernel, in units of the eigenvalues. Default: see
         :func:`default_kernel_width`.
@@ -77,9 +84,13 @@ def spectral_density(
     progress : bool
         Show a progress bar on a terminal.
     n_hvp : int, optional
-        A budget of products in place of ``n_lanczos`` and ``n_probes``. The first probe's Ritz values decide how much
-        of it goes into deflation, a fixed rule divides the rest, and each probe is deflated for those after it. This
-        is the most accurate choice; with ``n_lanczos`` and ``n_probes``, a product takes less time.
+        A budget of products, 900 by default. The first probe's Ritz values decide how much of it goes into deflation,
+        a fixed rule divides the rest, and each probe is deflated for those after it. At equal cost this is two to
+        four times as accurate as ``n_lanczos`` and ``n_probes``.
+    until : mapping of str to float, optional
+        Relative errors at which to stop within the budget, such as ``{"trace": 0.02}``: standard errors of ``trace``,
+        ``frobenius_norm`` and ``effective_rank``, and the residual bound of ``lambda_max``. All of them are to be
+        reached; the attribute ``until_reached`` says whether they were.
     grid : ndarray, optional
         Points to evaluate the density at, ``(eigenvalue,)``, ascending. Default: :func:`default_grid`.
     top_k : int
@@ -94,7 +105,8 @@ def spectral_density(
         Bound on the memory for the bases (60 % of the free memory by default); probes run in smaller groups to stay
         within it.
     symmetry_tolerance : float, optional
-        Largest relative asymmetry of the operator that is not an error: 1e-6 for float64, 0.01 for float32 by default.
+        Largest relative difference of ``u.Hv`` and ``v.Hu`` that is not an error: 1e-6 for products in float64, 0.01 in
+        float32 and 0.2 in bfloat16 by default.
     state : path, optional
         A folder for unfinished work, saved every ``save_every`` seconds. The same call resumes from it and gives the
         same result as without the interruption. The folder is removed on success.
@@ -119,8 +131,8 @@ def spectral_density(
         comes with ``density_se``. ``deflated_value`` are the Ritz values of the deflated space and
         ``deflated_residual`` bounds on their distance to the nearest eigenvalue. For the rest see
         :func:`pnanalysis.spectra.summary.summarise`. The attribute ``method`` is
-        ``"deflated"``, ``"plain"`` or, where the budget covers all P columns, ``"exact"``. The attribute
-        ``data_error`` says which error for the choice of examples is included (see
+        ``"deflated"``, ``"plain"`` or, where the budget covers all P columns, ``"exact"``, and ``n_hvp`` is what was
+        spent. The attribute ``data_error`` says which error for the choice of examples is included (see
         :func:`pnanalysis.spectra.total_error.with_data_errors`), and ``n_hvp_data`` what it cost beyond ``n_hvp``
         and the forms, in products over all examples.
 
@@ -128,8 +140,15 @@ def spectral_density(
     ------
     CurvatureError
         If the operator is not symmetric or not finite, ``n_lanczos`` exceeds P, the budget or memory bound is too
-        small, the state folder was saved with other arguments, or ``data_error="groups"`` is asked of an operator
-        without examples.
+        small, a target error is not understood, the state folder was saved with other arguments, or
+        ``data_error="groups"`` is asked of an operator without examples.
+
+    Warns
+    -----
+    UserWarning
+        If the operator is less symmetric than round-off explains. The attribute ``asymmetry`` is the size ``|S q|`` of
+        the skew part's product with random unit vectors, relative to the norm of the operator, and ``round_off`` what
+        the arithmetic explains.
 
     References
     ----------
@@ -146,8 +165,9 @@ def spectral_density(
     operator = as_operator(operator)
     at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, seed=seed, top_k=top_k, n_classes=n_classes)
     positive(ridge=ridge, kernel_width=kernel_width)
-    _check_arguments(operator.shape[0], n_lanczos, n_probes, n_hvp)
     one_of(DATA_ERRORS, data_error=data_error)
+    targets = checked_targets(until)
+    n_lanczos, n_probes, n_hvp = _amounts(operator.shape[0], n_lanczos, n_probes, n_hvp, targets is not None)
     budget = n_hvp or n_lanczos * n_probes
     forms = DataForms(operator, budget, n_classes) if data_error != "none" and is_averaged(operator) else None
     if forms is None and data_error == "groups":
@@ -165,20 +185,22 @@ def spectral_density(
         None if state is None else Path(state),
         save_every,
         forms,
+        None if targets is None else Until(targets, _relative_errors),
     )
     need = basis_bytes(operator.shape[0], *((n_hvp, 1) if n_hvp else (n_lanczos, n_probes)), settings.basis_dtype)
     with progress_bar(f"{title} ({human(need)} for the basis)", budget, progress) as advance:
         sample = sample_spectrum(operator, settings, advance)
     facts = {
         "dtype": str(operator.dtype).removeprefix("torch."),
-        "round_off": _ROUND_OFF.get(operator.dtype, ROUND_OFF),
+        "round_off": round_off(operator),
         "positive_semidefinite": bool(getattr(operator, "positive_semidefinite", False)),
         **({} if n_classes is None else {"n_classes": n_classes}),
     }
     of_data = xr.Dataset(attrs={"data_error": "none"})
     if forms is not None:
         of_half = partial(
-            spectral_density, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, deflate=deflate, seed=seed,
+            spectral_density, n_lanczos=n_lanczos, n_probes=n_probes, deflate=deflate, seed=seed,
+            n_hvp=None if n_hvp is None else max(sample.n_hvp, 4),
             grid=np.array([0.0, 1.0]), top_k=top_k, ridge=ridge, basis_dtype=basis_dtype, basis_device=basis_device,
             max_memory_bytes=max_memory_bytes, symmetry_tolerance=symmetry_tolerance, save_every=save_every,
             progress=progress, data_error="none", n_classes=n_classes,
@@ -187,17 +209,49 @@ def spectral_density(
     ds = _dataset(sample, facts, of_data, top_k, ridge, kernel_width, grid)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
-    attributes = {"seed": seed, "device": str(operator.device)}
+    attributes: dict[str, Any] = {"seed": seed, "device": str(operator.device)}
+    if targets is not None:
+        attributes |= {"until": targets, "until_reached": sample.method == "exact" or sample.until_reached}
     return schema.finish(with_data_errors(ds), "spectral_density", deflate=deflate, **attributes, **ds.attrs)
 
 
-def _check_arguments(n_parameters: int, n_lanczos: int, n_probes: int, n_hvp: int | None) -> None:
-    if n_hvp is None and not 1 <= n_lanczos <= n_parameters:
-        raise CurvatureError(f"n_lanczos is {n_lanczos}; it must lie between 1 and {n_parameters}, the parameters")
-    if n_hvp is None and n_probes < 1:
-        raise CurvatureError(f"n_probes is {n_probes}; at least one probe is needed")
+def _amounts(
+    n_parameters: int, n_lanczos: int | None, n_probes: int | None, n_hvp: int | None, has_targets: bool
+) -> tuple[int, int, int | None]:
+    """Steps, probes and budget, with defaults for what is not given; a budget goes before the other two.
+
+    Raises
+    ------
+    CurvatureError
+    """
+    if n_hvp is None and n_lanczos is None and n_probes is None:
+        n_hvp = N_HVP
     if n_hvp is not None and n_hvp < 4:
         raise CurvatureError(f"n_hvp is {n_hvp}; a spectrum takes at least 4 products")
+    if n_hvp is None and has_targets:
+        raise CurvatureError(
+            "until takes a budget: give n_hvp, the most products to spend, without n_lanczos, n_probes"
+        )
+    if n_hvp is None and n_lanczos is not None and not 1 <= n_lanczos <= n_parameters:
+        raise CurvatureError(f"n_lanczos is {n_lanczos}; it must lie between 1 and {n_parameters}, the parameters")
+    if n_hvp is None and n_probes is not None and n_probes < 1:
+        raise CurvatureError(f"n_probes is {n_probes}; at least one probe is needed")
+    return n_lanczos or min(N_LANCZOS, n_parameters), n_probes or N_PROBES, n_hvp
+
+
+def _relative_errors(sample: SpectrumSample) -> dict[str, float]:
+    """Of the quantities that may have target errors."""
+    ds = _quadrature_dataset(sample)
+    measure = SpectralMeasure.from_dataset(ds)
+    sums, rank = moments(ds, measure), effective_rank(measure)
+    bounds = extremes(ds["ritz_value"].values, ds["ritz_residual"].values)
+    pairs = {
+        "trace": (sums.trace.se, sums.trace.value),
+        "frobenius_norm": (sums.square.se / 2, sums.square.value),
+        "effective_rank": (rank.se, rank.value),
+        "lambda_max": (bounds.max_high - bounds.max_low, bounds.max_low),
+    }
+    return {name: error / abs(value) if value else float(error > 0) for name, (error, value) in pairs.items()}
 
 
 def _dataset(
@@ -222,10 +276,12 @@ def _dataset(
         "n_hvp": sample.n_hvp,
         "n_lanczos": n_steps,
         "n_probes": len(sample.probes),
+        "n_single": len(sample.single),
         "n_deflated": sample.n_deflated,
         "n_parameters": sample.n_parameters,
         "kernel_width": kernel_width,
         "ridge": ridge,
+        "asymmetry": sample.asymmetry,
         **facts,
         **of_data.attrs,
     }
@@ -270,6 +326,18 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         order = np.argsort(-value[deflated])
         data["deflated_value"] = ("component", value[deflated][order])
         data["deflated_residual"] = ("component", residual[deflated][order])
+    if sample.single:
+        alpha, beta = (np.array([getattr(probe, name)[0] for probe in sample.single]) for name in ("alpha", "beta"))
+        data["single_mean"] = ("single", alpha)
+        data["single_mean_square"] = ("single", alpha**2 + beta**2)
+        data["single_coupling"] = ((), float(np.sqrt(np.sum(couplings**2))))
+        sums = moments(xr.Dataset(data), measure)
+        extra = 2 * float(coupling) ** 2
+        data["probe_trace"] = ((), measure.total(measure.node).value)
+        data["probe_square"] = ((), measure.total(measure.node**2).value + extra)
+        n = sample.n_parameters
+        measure = measure.calibrated(sums.trace.value / n, (sums.square.value - extra) / n)
+        data["weight"] = ("quadrature", measure.weight)
     return xr.Dataset(data)
 
 
@@ -334,9 +402,9 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
     """Give the density and its standard error on another grid, or with another kernel.
 
     No products are needed: both follow from the nodes, so that several checkpoints can share one grid. The standard
-    error, for the choice of probes, is that of the smoothed density: smoothing by the kernel is no part of it. It
-    covers the random masses of the nodes and, where two probes or more were sampled, their random places; not the
-    places of what was counted exactly.
+    error is that of the smoothed density: smoothing by the kernel is no part of it. For the choice of probes it covers
+    the random masses of the nodes and, where two probes or more were sampled, their random places
+    (:func:`pnanalysis.spectra.density_error.density_with_error`).
 
     Parameters
     ----------
@@ -358,14 +426,11 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
         raise CurvatureError(f"kernel_width is {width:g}; it must be positive")
     if grid.ndim != 1 or not (np.diff(grid) > 0).all():
         raise CurvatureError("the grid must be one ascending row of eigenvalues")
-    measure = SpectralMeasure.from_dataset(ds)
 
     def kernel_at(node: np.ndarray) -> np.ndarray:
         return np.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) / (width * np.sqrt(2 * np.pi))
 
-    kernel = kernel_at(measure.node)
-    density, se = measure.means(kernel)
-    se = np.maximum(se, _scatter_of_probes(measure, kernel, grid, width))
+    density, se = density_with_error(ds, kernel_at(SpectralMeasure.from_dataset(ds).node), grid, width)
     smoothed = ds.drop_dims("eigenvalue", errors="ignore").assign_coords(eigenvalue=("eigenvalue", grid))
     smoothed["density"] = ("eigenvalue", density, _labels("density"))
     if has_half_samples(ds):
@@ -377,18 +442,6 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
     smoothed["kernel_width"] = ((), width, _labels("kernel_width"))
     smoothed.attrs |= {"kernel_width": width}
     return smoothed
-
-
-def _scatter_of_probes(measure: SpectralMeasure, kernel: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
-    """Standard errors of the density ``(eigenvalue,)`` from the scatter of the probes, averaged over nearby points.
-
-    The density's error oscillates between nodes, whose places differ from probe to probe. At single points the scatter
-    of a few probes is too noisy, and near its zeros too small, which the average over a few kernel widths is not.
-    """
-    spacing = np.gradient(grid) if len(grid) > 1 else np.ones(1)
-    nearby = np.exp(-0.5 * ((grid[:, None] - grid) / (AVERAGED_WIDTHS * width)) ** 2) * spacing
-    nearby /= nearby.sum(axis=1, keepdims=True)
-    return np.sqrt(nearby @ measure.scatter(kernel))
 
 
 def _labels(name: str) -> dict[str, str]:

@@ -36,7 +36,7 @@ def norms(V: Tensor) -> Tensor:
     return inner_products(V, V).sqrt()
 
 
-def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> Tensor:
+def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Vectors ``(P, k)`` less their projections onto spaces: two passes of classical Gram-Schmidt.
 
     Parameters
@@ -49,8 +49,10 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> Tensor:
 
     Returns
     -------
-    torch.Tensor
+    rest : torch.Tensor
         ``(P, k)``, each column contiguous in memory; shares none with ``V``.
+    coordinates : list of torch.Tensor
+        Of ``V`` in each basis, ``(n, k)``.
 
     Notes
     -----
@@ -60,6 +62,7 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> Tensor:
     """
     rest = empty_columns(V.shape[0], V.shape[1], V.dtype, V.device)
     coordinates: list[Tensor] = []
+    first: list[Tensor] = []
     for sweep in range(3):
         totals = [_zero(V) for _ in bases]
         for chunk in _chunks(V):
@@ -73,7 +76,8 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> Tensor:
                     total + _widened(_coordinates(part, piece)) for total, part in zip(totals, parts, strict=True)
                 ]
         coordinates = [total.to(V.dtype) for total in totals]
-    return rest
+        first = first or coordinates
+    return rest, first
 
 
 def _coordinates(basis: Tensor, V: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Parlett, The Symmetric Eigenvalue Problem (1998), ch. 13; Giraud, Langou, Rozloz
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,13 @@ from scipy.linalg import eigh_tridiagonal
 from pnanalysis.errors import CurvatureError
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.spectra.inner_products import inner_products, norms, orthogonalised
-from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, contiguous_columns, empty_columns
+from pnanalysis.spectra.linear_operator import (
+    LinearOperator,
+    arithmetic,
+    checked_product,
+    contiguous_columns,
+    empty_columns,
+)
 
 #: Steps between two checks that all products were finite. Reading the flag waits for the device, which otherwise
 #: computes ahead.
@@ -39,11 +46,11 @@ BREAKDOWN = {
     torch.bfloat16: torch.finfo(torch.bfloat16).eps,
     torch.float16: torch.finfo(torch.float16).eps,
 }
-#: Largest relative difference of u.Hv and v.Hu that roundoff in the products may explain, by the operator's dtype.
-SYMMETRY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
-
-#: Squares of smaller numbers underflow in float64, and with them sums of squares, as those in norms.
-SMALLEST_SCALE = 1e-140
+#: Largest relative difference of u.Hv and v.Hu that round-off in the products may explain, by their arithmetic.
+SYMMETRY_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "float16": 0.1, "bfloat16": 0.2}
+#: Products whose norm is further from 1 than this power of two, either way, are scaled by a power of two, which rounds
+#: nothing: sums of their squares in single precision stay away from overflow and underflow.
+LARGEST_EXPONENT = 30
 
 
 class Lanczos:
@@ -65,7 +72,7 @@ class Lanczos:
         ``float64`` for a float32 operator keeps the recurrence exact to the operator's own error; ``device="cpu"``
         keeps the basis in host memory, at one transfer per step.
     symmetry_tolerance : float, optional
-        See :meth:`asymmetry`. Default 1e-6 for float64 products, 0.01 for float32.
+        See :meth:`asymmetry`. Default: :data:`SYMMETRY_TOLERANCE` of the arithmetic of the products.
     storage : torch.Tensor, optional
         Where to keep the basis: ``(P, k * capacity)`` of ``dtype`` on ``device``, from
         :func:`pnanalysis.spectra.linear_operator.empty_columns`.
@@ -110,7 +117,7 @@ class Lanczos:
         self.deflated = deflated
         self.dtype = basis_dtype(operator, dtype)
         self.device = torch.device(device or operator.device)
-        self.symmetry_tolerance = symmetry_tolerance or SYMMETRY_TOLERANCE[operator.dtype]
+        self.symmetry_tolerance = symmetry_tolerance or SYMMETRY_TOLERANCE[arithmetic(operator)]
         n_free = n_parameters - self.n_deflated
         if not 1 <= self.capacity <= n_free:
             raise CurvatureError(
@@ -125,9 +132,11 @@ class Lanczos:
         self._beta = self._basis.new_zeros(k, self.capacity)
         self._norm = self._basis.new_zeros(k)  # largest |H q| so far: a lower bound of the operator's norm
         self._mirror = self._basis.new_zeros(k)  # q0 . (H q1), see asymmetry
+        self._skew = self._basis.new_zeros(k)  # sum of squared q_i . (H q_j), i < j - 1, see skew
+        self._exponent: int | None = None  # all products are in units of two to this power; known from the first one
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.step = 0
-        vectors = self._orthogonalise(start.to(self._basis), 0)
+        vectors, _ = self._orthogonalise(start.to(self._basis), 0)
         self._next = vectors.div_(norms(vectors).to(self.dtype))
 
     @property
@@ -142,11 +151,16 @@ class Lanczos:
 
     @property
     def alpha(self) -> torch.Tensor:
-        return self._alpha[:, : self.step]
+        return self._alpha[:, : self.step] * self.unit
 
     @property
     def beta(self) -> torch.Tensor:
-        return self._beta[:, : self.step]
+        return self._beta[:, : self.step] * self.unit
+
+    @property
+    def unit(self) -> float:
+        """What products are measured in: a power of two, 1 unless they are very large or very small."""
+        return 2.0 ** (self._exponent or 0)
 
     @property
     def basis(self) -> torch.Tensor:
@@ -154,7 +168,8 @@ class Lanczos:
 
     def sizes(self) -> list[int]:
         """Dimension of each start vector's Krylov space so far (less than ``step`` after a breakdown)."""
-        ended = (self.beta == 0).double().cumsum(1) - (self.beta == 0).double()
+        ends = (self._beta[:, : self.step] == 0).double()
+        ended = ends.cumsum(1) - ends
         return [int(size) for size in (ended == 0).sum(1).tolist()]
 
     def extend(
@@ -201,9 +216,22 @@ class Lanczos:
         if self.step < 2 or self.deflated is not None:
             return 0.0
         scale = torch.hypot(self._alpha[:, 0], self._beta[:, 0])
-        told_apart = (self._beta[:, 0] > 0) & (scale > SMALLEST_SCALE)
-        gap = torch.where(told_apart, (self._mirror - self._beta[:, 0]).abs(), 0)
+        gap = torch.where(self._beta[:, 0] > 0, (self._mirror - self._beta[:, 0]).abs(), 0)
         return float((gap / torch.where(scale > 0, scale, 1)).max())
+
+    def skew(self) -> float:
+        """Size of the operator's skew part: ``|S q|`` for random ``q`` (rms), relative to the largest ``|H q|``.
+
+        Where ``H`` is symmetric, its product with a basis vector is orthogonal to all earlier ones but the last; what
+        is found along them instead is ``2 q_i . (S q_j)``, or round-off. NaN for fewer than three steps, and in the
+        complement of deflated vectors, where products may be nothing but round-off.
+        """
+        sizes = torch.tensor(self.sizes(), dtype=torch.float64)
+        pairs = float(((sizes - 1) * (sizes - 2) / 2).clamp_min(0).sum())
+        norm = float(self._norm.max())
+        if pairs == 0 or norm == 0 or self.deflated is not None:
+            return float("nan")
+        return float((self.operator.shape[0] * self._skew.double().sum() / pairs).sqrt()) / 2 / norm
 
     def _check(self) -> None:
         if not bool(self._finite):
@@ -222,8 +250,8 @@ class Lanczos:
 
     def _advance(self) -> None:
         """One step."""
-        # Interrupted at any line, this leaves the state as it was: nothing beyond `step` counts, and `_next` and
-        # `step`, the only ones that are replaced, change together at the end.
+        # Interrupted at any line, this leaves the state as it was: nothing beyond `step` counts, and what is replaced
+        # changes together at the end.
         j = self.step
         self._basis[:, :, j] = self._next.T
         product = self._product(self._next)
@@ -233,27 +261,40 @@ class Lanczos:
         norm = norms(product).to(self.dtype)
         self._finite &= torch.isfinite(norm).all()  # as all entries are then
         self._norm = torch.maximum(self._norm, norm)
-        vectors = self._orthogonalise(product, j + 1)
+        vectors, coordinates = self._orthogonalise(product, j + 1)
+        skew = self._skew + coordinates[: max(j - 1, 0)].square().sum(0)
         beta = norms(vectors).to(self.dtype)
         alive = beta > BREAKDOWN[self.operator.dtype] * self._norm
         self._beta[:, j] = torch.where(alive, beta, 0)
         # zero after a breakdown or NaN (which spares the later batches); a mask and not a branch, which would wait for
         # the device
         following = vectors.div_(beta).masked_fill_(~alive, 0)
-        self._next, self.step = following, j + 1
+        self._next, self._skew, self.step = following, skew, j + 1
 
     def _product(self, V: torch.Tensor) -> torch.Tensor:
-        """Products with vectors ``(P, k)``, in the basis's dtype and on its device."""
-        return contiguous_columns(checked_product(self.operator, V).to(self._basis))
+        """Products with vectors ``(P, k)``, in :attr:`unit`, in the basis's dtype and on its device."""
+        product = contiguous_columns(checked_product(self.operator, V).to(self._basis))
+        if self._exponent is None:
+            self._exponent = _exponent_of(product)
+        return product / self.unit if self._exponent else product
 
-    def _orthogonalise(self, vectors: torch.Tensor, n_columns: int) -> torch.Tensor:
-        """Project vectors ``(P, k)`` off the deflated ones and the first ``n_columns`` of the basis."""
+    def _orthogonalise(self, vectors: torch.Tensor, n_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project vectors ``(P, k)`` off the deflated ones and the first ``n_columns`` of the basis.
+
+        Also returns their coordinates in that basis, ``(n_columns, k)``.
+        """
         spaces = [] if self.deflated is None else [self.deflated]
-        return orthogonalised(vectors, [*spaces, self._basis[:, :, :n_columns]])
+        rest, coordinates = orthogonalised(vectors, [*spaces, self._basis[:, :, :n_columns]])
+        return rest, coordinates[-1]
 
     def ritz_vectors(self, coefficients: torch.Tensor, probe: int = 0) -> torch.Tensor:
         """Vectors ``(P, c)`` with the given coordinates ``(step, c)`` in one start vector's basis."""
         return (coefficients.to(self._basis).T @ self.basis[probe].T).T
+
+    def coefficients(self) -> tuple[np.ndarray, np.ndarray]:
+        """:attr:`alpha` and :attr:`beta` in float64."""
+        alpha, beta = (part[:, : self.step].double().cpu().numpy() * self.unit for part in (self._alpha, self._beta))
+        return alpha, beta
 
     def ritz_pairs(self, probe: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Ritz values ``(m,)``, ascending, and coordinates ``(m, m)`` of the Ritz vectors in one start vector's basis.
@@ -261,7 +302,7 @@ class Lanczos:
         In float64; ``m`` is the dimension of the Krylov space.
         """
         size = self.sizes()[probe]
-        alpha, beta = (part[probe, :size].double().cpu().numpy() for part in (self.alpha, self.beta))
+        alpha, beta = (part[probe, :size] for part in self.coefficients())
         value, vector = eigh_tridiagonal(alpha, beta[:-1])
         return value, vector
 
@@ -269,13 +310,13 @@ class Lanczos:
         """Normalised start vectors ``(P, c)`` of some probes, and their products with the (compressed) operator."""
         start = self._basis[probes, :, 0].T
         following = self._next[:, probes] if self.step == 1 else self._basis[probes, :, 1].T
-        return start, start * self._alpha[probes, 0] + following * self._beta[probes, 0]
+        return start, start * self.alpha[probes, 0] + following * self.beta[probes, 0]
 
     def save(self, path: str | Path, label: str = "") -> None:
         """Write the state (safetensors, atomically) under a label that :meth:`restore` compares."""
         tensors = {name: tensor.contiguous() for name, tensor in self._state(self.step).items()}
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"label": label})
+            save_file(tensors, temporary, metadata={"label": label, "exponent": str(self._exponent or 0)})
 
     def restore(self, path: str | Path, label: str = "") -> Lanczos:
         """Resume from a saved state; all further steps are the same as without the interruption.
@@ -290,8 +331,10 @@ class Lanczos:
         try:
             with safe_open(path, "pt") as file:
                 saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                known_label = (file.metadata() or {}).get("label")
-            step = saved["alpha"].shape[1]
+                metadata = file.metadata() or {}
+            step, known_label = saved["alpha"].shape[1], metadata.get("label")
+            self._exponent = int(metadata.get("exponent", "0"))
+            saved.setdefault("skew", torch.full_like(self._skew, torch.nan, device="cpu"))  # of an older state
             for name, tensor in self._state(step).items():
                 if known_label != label or saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
                     raise KeyError(name)
@@ -311,6 +354,7 @@ class Lanczos:
             "next": self._next.T,
             "norm": self._norm,
             "mirror": self._mirror,
+            "skew": self._skew,
         }
 
     def _check_operator(self, path: str | Path) -> None:
@@ -320,6 +364,16 @@ class Lanczos:
             gap = (alpha - self._alpha[:, 0]).abs() / self._norm.clamp_min(torch.finfo(self.dtype).tiny)
             if float(gap.max()) > 1e-3:
                 raise CurvatureError(f"{path} was saved for another operator: delete it to start again")
+
+
+def _exponent_of(product: torch.Tensor) -> int:
+    """Of the power of two next to the norm of the first vector, if that is far from 1; 0 otherwise."""
+    vector = product[:, :1]
+    largest = float(vector.abs().max())
+    if not 0 < largest < math.inf:  # NaN too, which is reported later
+        return 0
+    exponent = round(math.log2(largest) + math.log2(float(norms(vector / largest))))
+    return exponent if abs(exponent) > LARGEST_EXPONENT else 0
 
 
 def basis_dtype(operator: LinearOperator, wanted: torch.dtype | None = None) -> torch.dtype:

@@ -25,7 +25,8 @@ class LinearOperator(Protocol):
     """A real symmetric linear map known by its products.
 
     Anything with these five members will do; no base class is needed. ``shape`` is ``(P, P)``; ``device`` and
-    ``dtype`` are those of the vectors that the products take and return.
+    ``dtype`` are those of the vectors that the products take and return. An attribute ``arithmetic``, a key of
+    :data:`ROUND_OFF`, may say that the products are less precise than their ``dtype``.
     """
 
     @property
@@ -45,6 +46,10 @@ class LinearOperator(Protocol):
         """Products with ``k`` vectors at once: ``(P, k)`` to ``(P, k)``."""
         ...
 
+
+#: Round-off of products, relative to the norm of the operator, by the arithmetic that computes them: a bound for the
+#: networks of the benchmarks, see ``tests/curvature/test_round_off.py``.
+ROUND_OFF = {"float64": 1e-14, "float32": 1e-6, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 4.5e-3}
 
 #: Dtypes of operators.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -161,6 +166,16 @@ def as_operator(source: Any) -> LinearOperator:
     if operator.dtype is not None and np.issubdtype(operator.dtype, np.complexfloating):
         raise CurvatureError("the operator is complex; give a real symmetric one")
     return _FromScipy(operator)
+
+
+def arithmetic(operator: LinearOperator) -> str:
+    """What computes the products: a key of :data:`ROUND_OFF`."""
+    return str(getattr(operator, "arithmetic", operator.dtype)).removeprefix("torch.")
+
+
+def round_off(operator: LinearOperator) -> float:
+    """Relative error of the products, and so of the largest eigenvalues, that the arithmetic causes."""
+    return ROUND_OFF[arithmetic(operator)]
 
 
 def contiguous_columns(V: torch.Tensor) -> torch.Tensor:

@@ -39,11 +39,11 @@ def negative_mass(ds: xr.Dataset, level: float) -> Estimate:
     largest = float(np.abs(measure.node).max())
     point = -THRESHOLD * largest
     bounds = extremes(ds["ritz_value"].values, ds["ritz_residual"].values)
-    if bounds.min_low > point or bounds.max_high < point:
+    if bounds.min_low >= point or bounds.max_high < point:
         return Estimate(float(bounds.max_high < point), 0.0)
     is_below = (measure.node < point).astype(float)
     value, left_open = float(is_below[~measure.sampled] @ measure.weight[~measure.sampled]), 0.0
-    exhausted = np.nanmax(own_residuals(ds), axis=1) < _EXHAUSTED * largest
+    exhausted = np.nanmax(own_residuals(ds), axis=1) <= _EXHAUSTED * largest
     for index, gauss_rule in enumerate(zip(ds["ritz_value"].values, ds["ritz_weight"].values, strict=True)):
         own = measure.probe == index + 1
         mass = float(measure.weight[own].sum())

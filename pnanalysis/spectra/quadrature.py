@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,9 @@ import xarray as xr
 from scipy.linalg import eigh_tridiagonal, hessenberg
 
 from pnanalysis.estimates import Estimate
+
+#: Bounds on the factors by which calibration changes weights.
+FACTORS = (0.2, 5.0)
 
 
 class RitzPairs(NamedTuple):
@@ -200,7 +203,39 @@ class SpectralMeasure:
                 mass = averaged.weight[own].sum() * weight[known]
                 parts.append((value[known], mass, (index + 1) * like, averaged.n_before[own][0] * like))
         node, weight, probe, n_before = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return cls(node, weight, probe, n_before, averaged.n_parameters)
+        gauss = cls(node, weight, probe, n_before, averaged.n_parameters)
+        # both rules give a probe's first two moments: what they differ by comes from a calibration
+        return gauss.calibrated(averaged.weight @ averaged.node, averaged.weight @ averaged.node**2)
+
+    def calibrated(self, mean: float, mean_square: float) -> SpectralMeasure:
+        """The measure with sampled weights that give it this mean and mean square.
+
+        The weights of each probe are multiplied by a quadratic polynomial of the node, so that its mass stays the same.
+        Factors are kept within :data:`FACTORS`, and the two means may then be missed by a little. Where they are known
+        better than the measure knows them, this brings all of it nearer the spectrum.
+
+        References
+        ----------
+        Deville and Sarndal, Calibration estimators in survey sampling, J. Am. Stat. Assoc. 87 (1992).
+        """
+        probes = [self.probe == probe for probe in np.unique(self.probe[self.sampled])]
+        functions = np.zeros((2, len(self.node)))
+        for own in probes:
+            weight = self.weight[own] / self.weight[own].sum()
+            centred = self.node[own] - weight @ self.node[own]
+            functions[:, own] = centred, centred**2 - weight @ centred**2
+        powers = np.stack([self.node, self.node**2])
+        scale, size = np.abs(functions).max(axis=1), np.abs(powers).max(axis=1)
+        if not (scale.all() and size.all()):
+            return self
+        functions /= scale[:, None]
+        missing = (np.array([mean, mean_square]) - powers @ self.weight) / size
+        response = (powers * self.weight) @ functions.T / size[:, None]
+        factors = 1 + np.linalg.lstsq(response, missing, rcond=1e-10)[0] @ functions
+        weights = self.weight * np.where(self.sampled, factors.clip(*FACTORS), 1.0)
+        for own in probes:
+            weights[own] *= self.weight[own].sum() / weights[own].sum()
+        return replace(self, weight=weights)
 
     @property
     def sampled(self) -> np.ndarray:

@@ -11,6 +11,7 @@ import xarray as xr
 
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.ends import bulk_edge, class_numbers, lambda_max_and_min, leading, ratio_of_bounds
+from pnanalysis.spectra.moments import moments
 from pnanalysis.spectra.negative import negative_curvature, negative_mass
 from pnanalysis.spectra.outliers import find_gap
 from pnanalysis.spectra.quadrature import SpectralMeasure
@@ -75,16 +76,16 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
     relative = float(ds.attrs.get("round_off", ROUND_OFF))
     slack = relative * largest
     semidefinite = bool(ds.attrs.get("positive_semidefinite", False))
-    trace = measure.total(measure.node)
+    sums = moments(ds, measure)
     top, bottom = lambda_max_and_min(ds, slack)
     found = {
-        "trace": trace,
-        "frobenius_norm": _frobenius(measure, float(ds["coupling"])),
+        "trace": sums.trace,
+        "frobenius_norm": sums.frobenius_norm,
         "lambda_max": top,
         "lambda_min": bottom,
         "negative_mass": Estimate(0.0, 0.0) if semidefinite else negative_mass(ds, LEVEL),
         "negative_curvature": Estimate(0.0, 0.0) if semidefinite else negative_curvature(ds, LEVEL, slack),
-        "effective_rank": with_rule_error(ds, _effective_rank, LEVEL),
+        "effective_rank": with_rule_error(ds, effective_rank, LEVEL),
         "effective_dimension": with_rule_error(ds, partial(_effective_dimension, ridge), LEVEL),
     }
     counts: dict[str, float] = {}
@@ -93,7 +94,7 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
         counts |= {f"n_outliers{suffix}": gap.n_outliers, f"outlier{suffix}_p": gap.p}
         found[edge] = bulk_edge(ds, gap, side, slack)
     found["gap_ratio"] = ratio_of_bounds(top, found["bulk_edge_high"])
-    found |= class_numbers(ds, n_classes, trace, LEVEL, slack)
+    found |= class_numbers(ds, n_classes, sums.trace, LEVEL, slack)
     value, residual = leading(ds)
     data: dict[str, Any] = {key: number for name, one in found.items() for key, number in _stored(name, one).items()}
     data |= counts | {"top_value": ("top", value[:top_k]), "top_residual": ("top", residual[:top_k])}
@@ -109,14 +110,7 @@ def _stored(name: str, estimate: Estimate) -> dict[str, float]:
     return data if math.isnan(estimate.se) else data | {f"{name}_se": estimate.se}
 
 
-def _frobenius(measure: SpectralMeasure, coupling: float) -> Estimate:
-    # |H|_F^2 = |T|_F^2 + |B|_F^2 + 2 beta^2, see pnanalysis.spectra.deflation
-    squares = measure.total(measure.node**2)
-    norm = float(np.sqrt(max(squares.value + 2 * coupling**2, 0)))
-    return Estimate(norm, squares.se / (2 * norm) if norm > 0 else 0.0, dof=squares.dof)
-
-
-def _effective_rank(measure: SpectralMeasure) -> Estimate:
+def effective_rank(measure: SpectralMeasure) -> Estimate:
     """Ratio of two averages, with its error by linearisation, which takes their correlation into account."""
     absolute, square = np.abs(measure.node), measure.node**2
     first, second = float(absolute @ measure.weight), float(square @ measure.weight)

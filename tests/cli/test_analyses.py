@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,21 @@ def test_hessian_prints_differences_between_checkpoints(run, own_run: Run) -> No
     outcome = run("pnanalysis", "hessian", own_run.path, *few[:-1], "-c", "start", "-c", "plain")
     assert "plain - start" in outcome.out
     assert "noise" in outcome.out
-    spectra, differences = json.loads(
+    spectra, largest, differences = json.loads(
         run("pnanalysis", "hessian", own_run.path, *few, "-c", "start", "-c", "plain", "--json").out
     )["tables"]
     ds = netcdf.load(own_run.path / "analysis" / "hessian.nc")
-    for name, column in (("lambda_max", "lambda_max"), ("n_outliers", "outliers"), ("bulk_edge_high", "bulk edge")):
-        ends = {key: float(ds[name + end][1]) for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
-        assert spectra["rows"][1][column] == ends
+    for name, table, column in (
+        ("lambda_max", spectra, "lambda_max"),
+        ("negative_curvature", spectra, "negative curvature"),
+        ("bulk_edge_high", largest, "bulk edge"),
+    ):
+        shown = table["rows"][1][column]
+        for key, end in (("value", ""), ("low", "_low"), ("high", "_high")):
+            assert shown.get(key, math.nan) == pytest.approx(float(ds[name + end][1]), rel=1e-12, nan_ok=True)
+    assert [row["outliers"]["value"] for row in largest["rows"]] == ds.n_outliers.values.tolist()
+    assert [row["outliers"]["gap_p"] for row in largest["rows"]] == ds.outlier_p.values.tolist()
+    assert all("lambda_1 / lambda_10" in row for row in largest["rows"])
     found = compare_spectra(ds.sel(checkpoint="start"), ds.sel(checkpoint="plain"))
     shown = differences["rows"][0]["lambda_max"]
     assert (shown["low"], shown["high"]) == (float(found.lambda_max_low), float(found.lambda_max_high))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
 
-from pnanalysis.curvature import example_forms
+from pnanalysis.curvature import example_forms, row_forms
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError
@@ -18,11 +18,11 @@ from tests.curvature.conftest import NETWORKS, dense_hessian, flat, images, rela
 KINDS = [HessianOperator, GGNOperator, EmpiricalFisherOperator]
 
 
-def directions(n: int, k: int = 3) -> tuple[Tensor, Tensor]:
+def directions(n: int, k: int = 4) -> tuple[Tensor, Tensor]:
     """Two times ``k`` vectors, the first of which are equal."""
     generator = torch.Generator().manual_seed(3)
     U, V = torch.randn(2, n, k, generator=generator, dtype=torch.float64)
-    V[:, 0] = U[:, 0]
+    V[:, :2] = U[:, :2]
     return U, V
 
 
@@ -44,14 +44,25 @@ def dense_of_example(kind: type[CurvatureOperator], model: nn.Module, x: Tensor,
     return torch.outer(slope, slope)
 
 
-@pytest.mark.parametrize("traced", [True, False], ids=["traced", "direct"])
+@pytest.mark.parametrize("way", ["traced", "mapped", "one by one"])
 @pytest.mark.parametrize("loss", [cross_entropy, squared_error], ids=["cross-entropy", "mse"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_forms_of_examples_are_those_of_their_dense_matrices(kind, loss, traced: bool) -> None:
+def test_forms_of_examples_are_those_of_their_dense_matrices(
+    kind, loss, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batches = NETWORKS["conv"](), images()
-    op = kind(model, loss, batches, expected_products=1000 if traced else 1)
+    monkeypatch.setattr(row_forms, "_OPERATIONS_TO_TRACE", torch.inf if way == "mapped" else 0)
+    op = kind(model, loss, batches, expected_products=1 if way == "one by one" else 1000)
     U, V = directions(op.shape[0])
     found = op.forms(U, V)
+    rows = op.example_forms._of_rows
+    if way == "traced":
+        assert {one for _, one in rows._verified} == {True, False}
+        assert rows.need_no_data([([], [])])
+        torch.testing.assert_close(op.forms(U, V), found, rtol=0, atol=0)  # from what is kept
+    else:
+        assert isinstance(rows, row_forms.MappedForms)
+        assert rows._maps == (way == "mapped")
     assert found.dtype == torch.float64
     examples = [(x, y) for inputs, targets in batches for x, y in zip(inputs, targets, strict=True)]
     dense = torch.stack([dense_of_example(kind, model, x, y, loss) for x, y in examples])

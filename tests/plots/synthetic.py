@@ -49,7 +49,10 @@ def spectra(**coords: Any) -> xr.Dataset:
     spikes = np.exp(-0.5 * ((grid - outliers[..., None]) / 0.15) ** 2).sum(1) * 1e-4
     density = np.exp(-0.5 * (grid / 0.4) ** 2) + 0.01 * np.exp(-0.5 * ((grid - 1) / 0.7) ** 2) + spikes
     at = ("checkpoint", "eigenvalue")
-    scalars = {"bulk_edge_low": [-2.0, -2.0], "bulk_edge_high": [3.5, 3.0], "lambda_max": [14.0, 8.0]}
+    scalars = {
+        "bulk_edge_low": [-2.0, -2.0], "bulk_edge_high": [3.5, 3.0], "lambda_max": [14.0, 8.0],
+        "n_outliers": [3.0, 3.0], "n_outliers_negative": [0.0, 0.0],
+    }  # fmt: skip
     variables = {
         "node": (("checkpoint", "quadrature"), outliers),
         "density": (at, density),
@@ -201,7 +204,7 @@ def comparison() -> xr.Dataset:
     k, pair = 3, ("checkpoint", "other")
     apart = np.abs(np.subtract.outer(np.arange(k), np.arange(k))) / 10
     loss, error = np.array([[0.4], [0.5], [0.41]]), np.array([[0.004], [0.006], [0.01]])
-    number, edge = np.array([20.0, 14.0, 19.0]), np.array([100.0, 90.0, 60.0])
+    edge, top = np.array([100.0, 90.0, 60.0]), np.array([20.0, 12.0, 18.0])
     split = {"loss": (loss, 0.02), "error": (error, 0.003)}
     variables: dict[str, Any] = {
         "disagreement": (pair, apart), "disagreement_se": (pair, 0.1 * apart),
@@ -209,9 +212,14 @@ def comparison() -> xr.Dataset:
         "cka": ((*pair, "layer"), 1 - apart[..., None] * np.array([0.1, 1.0, 2.0])), "trace": ("checkpoint", edge),
         "cka_se": ((*pair, "layer"), np.full((k, k, 3), 0.01)), "trace_se": ("checkpoint", 0.1 * edge),
         "trace_probe_se": ("checkpoint", 0.06 * edge), "trace_data_se": ("checkpoint", 0.08 * edge),
-        "n_outliers": ("checkpoint", number), "n_outliers_low": ("checkpoint", number - 1),
-        "n_outliers_high": ("checkpoint", number + 2),
+        "n_outliers": ("checkpoint", [9.0, 8.0, 0.0]), "outlier_p": ("checkpoint", [0.002, 0.01, 0.4]),
         "trace_difference": (pair, np.subtract.outer(edge, edge)), "trace_difference_se": (pair, np.full((k, k), 12.0)),
+        "lambda_max": ("checkpoint", top), "lambda_max_data_se": ("checkpoint", 0.1 * top),
+        "lambda_max_se": ("checkpoint", 0.1 * top), "lambda_max_low": ("checkpoint", 0.8 * top),
+        "lambda_max_high": ("checkpoint", 1.2 * top), "lambda_max_difference": (pair, np.subtract.outer(top, top)),
+        "lambda_max_difference_data_se": (pair, np.full((k, k), 1.5)),
+        "lambda_max_difference_low": (pair, np.subtract.outer(top, top) - 0.1),
+        "lambda_max_difference_high": (pair, np.subtract.outer(top, top) + 0.1),
     }  # fmt: skip
     for name, (values, se) in split.items():
         variables[name] = (("checkpoint", "split"), values)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pnanalysis.spectra.deflation import SamplingSettings, sample_spectrum
+from pnanalysis.spectra.deflation import sample_spectrum
 from pnanalysis.spectra.linear_operator import DenseOperator
+from pnanalysis.spectra.sample import SamplingSettings
 
 WAYS = {
     "in turn": {"n_hvp": 60},

@@ -43,7 +43,7 @@ def test_what_is_left_is_orthogonal_to_every_space(n_parameters, dtype):
     own = torch.linalg.qr(own - shared @ (shared.T @ own))[0]
     V = columns(n_parameters, k, dtype, seed=9)
     before = V.clone()
-    rest = orthogonalised(V, [shared, own])
+    rest, _ = orthogonalised(V, [shared, own])
     assert torch.equal(V, before)
     assert rest.T.is_contiguous()
     size = norms(V).max()
@@ -57,6 +57,6 @@ def test_what_is_left_is_orthogonal_to_every_space(n_parameters, dtype):
 
 def test_without_a_space_vectors_are_copied():
     V = columns(100, 2, torch.float32)
-    rest = orthogonalised(V, [])
+    rest, _ = orthogonalised(V, [])
     assert torch.equal(rest, V)
     assert rest.data_ptr() != V.data_ptr()

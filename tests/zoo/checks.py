@@ -28,14 +28,18 @@ DENSE = 200
 
 
 def product(kind: type[CurvatureOperator], truth: Callable[[Truth, Tensor], Tensor], budget: int, entry: Entry) -> None:
-    """A product of an operator in float64."""
+    """A product of an operator in float64, and forms of single examples (or groups of them) that add up to it."""
     network, batches = entry.network(), entry.batches()
     with unchanged(batches, network):
         operator = kind(network, entry.loss, batches, dtype=torch.float64, expected_products=budget, **entry.options)
         v = torch.randn(operator.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         found = operator.matvec(v)
+        pairs = torch.stack([v, v.flip(0)], dim=1), torch.stack([v, v], dim=1)
+        forms = operator.forms(*pairs) @ torch.from_numpy(operator.group_weights)
     expected = truth(Truth(entry), v)
-    assert float((found - expected).norm()) <= entry.tolerance * float(expected.norm()) + 1e-12
+    size = float(expected.norm())
+    assert float((found - expected).norm()) <= entry.tolerance * size + 1e-12
+    assert float((forms - pairs[0].T @ expected).abs().max()) <= entry.tolerance * size * float(v.norm()) + 1e-12
 
 
 def spectrum(entry: Entry) -> None:

@@ -1,0 +1,57 @@
+"""All eigenvalues of an operator, from its products with all unit vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.data_feed import DataFeed
+from pnanalysis.spectra.lanczos import SYMMETRY_TOLERANCE
+from pnanalysis.spectra.linear_operator import LinearOperator, arithmetic, checked_product
+from pnanalysis.spectra.sample import LanczosCoefficients, SamplingSettings, SpectrumSample
+
+#: Keeps ratios of zeros finite.
+_TINY = 1e-300
+
+
+def all_columns(
+    operator: LinearOperator, settings: SamplingSettings, feed: DataFeed, advance: Callable[[float], None]
+) -> SpectrumSample:
+    """The exact spectrum, at the cost of P products.
+
+    Raises
+    ------
+    CurvatureError
+        If a product is not finite, or the operator is not symmetric.
+    """
+    n = operator.shape[0]
+    eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
+    matrix = torch.empty_like(eye)
+    for block in torch.arange(n).split(max(settings.n_probes, 1)):
+        matrix[:, block] = checked_product(operator, eye[:, block])
+        advance(len(block))
+    matrix = matrix.double()
+    if not bool(torch.isfinite(matrix).all()):
+        raise CurvatureError("a product of the operator held NaN or infinite values; check the weights and the data")
+    largest = float(matrix.abs().max()) + _TINY
+    scaled = matrix / largest  # squares of its entries do not underflow
+    skew = float(torch.linalg.matrix_norm(scaled - scaled.T)) / 2
+    relative = skew / (float(torch.linalg.matrix_norm(scaled)) + _TINY)
+    if relative > (settings.symmetry_tolerance or SYMMETRY_TOLERANCE[arithmetic(operator)]):
+        raise CurvatureError(
+            f"the operator is not symmetric: its skew part has {relative:.1%} of its norm; every product must use the "
+            "same data, with nothing random in the model (dropout, augmentation)"
+        )
+    matrix = (matrix + matrix.T) / 2
+    if feed.wanted:
+        values, vectors = torch.linalg.eigh(matrix)
+        feed.exact(values.cpu().numpy(), vectors)
+    else:
+        values = torch.linalg.eigvalsh(matrix)
+    eigenvalues = values.cpu().numpy()
+    norm = float(np.abs(eigenvalues).max()) / largest + _TINY
+    probe = LanczosCoefficients(eigenvalues, np.zeros(n), sampled=False, deflated=True)
+    return SpectrumSample(n, "exact", [probe], n_hvp=n, asymmetry=skew / n**0.5 / norm)

@@ -1,0 +1,91 @@
+"""Trace and sum of squares of a spectrum: from its measure, and from probes of a single product.
+
+A single product with a random unit vector ``g`` in the complement of ``k`` deflated directions gives ``g'Bg`` and
+``|Bg|^2``: its part of the trace and of the sum of squares, and nothing else that is worth a product. It knows these
+two better than a probe of many steps does, because all that is deflated by then is known exactly. Its estimate is
+unbiased whatever was deflated, so its error is uncorrelated with that of the measure, and the two are averaged by
+their precision. The measure is then calibrated: its sampled weights are changed as little as makes its own moments the
+averaged ones (:meth:`pnanalysis.spectra.quadrature.SpectralMeasure.calibrated`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xarray as xr
+
+from pnanalysis.estimates import Estimate
+from pnanalysis.spectra.allocation import FEWEST_SINGLE
+from pnanalysis.spectra.quadrature import SpectralMeasure
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sum of the eigenvalues, and of their squares."""
+
+    trace: Estimate
+    square: Estimate
+
+    @property
+    def frobenius_norm(self) -> Estimate:
+        """Root of the sum of squares."""
+        norm = float(np.sqrt(max(self.square.value, 0.0)))
+        return Estimate(norm, self.square.se / (2 * norm) if norm > 0 else 0.0, dof=self.square.dof)
+
+
+def moments(ds: xr.Dataset, measure: SpectralMeasure) -> Moments:
+    """Both sums, from all that a ``"spectral_density"`` dataset of one checkpoint knows."""
+    trace, square = measure.total(measure.node), measure.total(measure.node**2)
+    # |H|_F^2 = |T|_F^2 + |B|_F^2 + 2 beta^2, see pnanalysis.spectra.deflation
+    whole = Moments(trace, replace(square, value=square.value + 2 * float(ds["coupling"]) ** 2))
+    alpha = _present(ds["single_mean"]) if "single_mean" in ds else np.zeros(0)
+    if len(alpha) < FEWEST_SINGLE or whole.trace.se == 0:
+        return whole
+    if "probe_trace" in ds:  # the measure is calibrated: what it was before
+        whole = Moments(
+            replace(whole.trace, value=float(ds["probe_trace"])),
+            replace(whole.square, value=float(ds["probe_square"])),
+        )
+    single = _from_single_products(ds, alpha, _present(ds["single_mean_square"]), measure.n_parameters)
+    # weighted by the precision of the trace, which is known better than that of the sum of squares
+    of_single = whole.trace.se**2 / (whole.trace.se**2 + single.trace.se**2)
+    return Moments(
+        *(_average(a, b, of_single) for a, b in ((whole.trace, single.trace), (whole.square, single.square)))
+    )
+
+
+def _from_single_products(ds: xr.Dataset, alpha: np.ndarray, square: np.ndarray, n_parameters: int) -> Moments:
+    deflated = _present(ds["deflated_value"]) if "deflated_value" in ds else np.zeros(0)
+    n, b = n_parameters - len(deflated), len(alpha)
+    # Var[g'Bg] = 2 / (n + 2) * variance of the eigenvalues of B, whose mean square each product tells
+    variance = max(float(square.mean() - alpha.mean() ** 2), 0.0)
+    trace = Estimate(
+        float(deflated.sum() + n * alpha.mean()),
+        n * float(np.sqrt(2 / (n + 2) * variance / b)),
+        dof=_dof(square - 2 * alpha * alpha.mean() + alpha.mean() ** 2),
+    )
+    rest = n * float(square.mean()) + 2 * float(ds["single_coupling"]) ** 2
+    error = n * float(square.std(ddof=1)) / np.sqrt(b)
+    return Moments(trace, Estimate(float((deflated**2).sum()) + rest, error, dof=b - 1))
+
+
+def _dof(samples: np.ndarray) -> float:
+    """Of a chi-square variable with the relative scatter that the mean of such samples has (Satterthwaite)."""
+    mean, variance = float(samples.mean()), float(samples.var(ddof=1)) / len(samples)
+    return 2 * mean**2 / variance if variance > 0 else np.inf
+
+
+def _average(a: Estimate, b: Estimate, weight: float) -> Estimate:
+    """Weighted mean of two uncorrelated estimates, ``b`` with ``weight``."""
+    variances = np.array([((1 - weight) * a.se) ** 2, (weight * b.se) ** 2])
+    total = float(variances.sum())
+    weighted = float(np.sum(variances**2 / [a.dof, b.dof]))
+    return Estimate(
+        (1 - weight) * a.value + weight * b.value, total**0.5, dof=total**2 / weighted if weighted > 0 else np.inf
+    )
+
+
+def _present(array: xr.DataArray) -> np.ndarray:
+    """Without padding."""
+    return np.asarray(array.values[np.isfinite(array.values)])
