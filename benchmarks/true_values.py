@@ -32,9 +32,9 @@ def exact_statistics(
     n_classes : int
     """
     size, positive = np.abs(eigenvalues), np.maximum(eigenvalues, 0)
-    top = eigenvalues[::-1]
+    top, trace = eigenvalues[::-1], float(eigenvalues.sum())
     return {
-        "trace": float(eigenvalues.sum()),
+        "trace": trace,
         "frobenius_norm": float(np.sqrt((eigenvalues**2).sum())),
         "lambda_max": float(top[0]),
         "lambda_min": float(eigenvalues[0]),
@@ -44,7 +44,7 @@ def exact_statistics(
         "effective_dimension": float((positive / (positive + ridge)).sum()),
         "class_ratio": float(top[0] / top[n_classes - 1]),
         "class_gap": float(top[0] / top[n_classes]),
-        "class_trace": float(top[:n_classes].sum() / eigenvalues.sum()),
+        "class_trace": float(top[:n_classes].sum()) / trace if trace else np.nan,
     }
 
 
@@ -99,7 +99,9 @@ class Tally:
         for name, rows in self.rows.items():
             value, low, high, exact = np.array(rows).T
             rms = float(np.sqrt(np.mean((value - exact) ** 2)))
-            width = np.mean(high - low) / 2 / (1.96 * rms) if rms > 1e3 * self._round_off(exact).max() else np.nan
+            # a fraction that is truly zero can only be bounded, and a number that is known exactly has no error
+            is_sampled = (exact != 0).any() and rms > 1e3 * self._round_off(exact).max()
+            width = np.mean(high - low) / 2 / (1.96 * rms) if is_sampled else np.nan
             found[name] = [rounded(np.mean(self.held(name))), rounded(width), rounded(len(rows) / n)]
         return found
 

@@ -18,7 +18,7 @@ from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.activations.statistics import Measures, common_range
 from pnanalysis.analyses.functional import compare_functions
-from pnanalysis.analyses.hessian import N_LANCZOS, SpectrumOptions, data_error_of, has_all, network_spectra
+from pnanalysis.analyses.hessian import SpectrumOptions, data_error_of, has_all, network_spectra
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
@@ -41,7 +41,7 @@ from pnanalysis.spectra.differences import compare_spectra
 from pnanalysis.terminal.progress import progress_bar
 
 #: Options of :func:`pnanalysis.hessian` where none are given: a modest budget.
-HESSIAN = {"n": 1024, "n_lanczos": 40, "n_probes": 5}
+HESSIAN = {"n": 1024, "n_hvp": 200}
 _PERCENTILE = 98.0
 _N_SATURATION = 1000  # examples that activations are measured on
 #: Names of activations that cannot exceed one in size, whose percentiles measure saturation.
@@ -85,7 +85,7 @@ def compare(
     hessian : bool or mapping
         Hessian spectra of the training loss; a mapping holds options of :func:`pnanalysis.hessian` that replace
         :data:`HESSIAN`. Spectra saved with a run are used if they are of the same weights, examples and settings, with
-        at least as many steps and probes.
+        at least as many products.
     cka, saturation : bool
         Whether to compare layers and activations.
     batch_size : int
@@ -140,7 +140,7 @@ def compare(
     at_least(1, n=n, batch_size=batch_size)
     at_least(0, seed=seed)
     one_of(SPLITS, split=split)
-    requested = _SpectrumRequest.of({"seed": seed, **HESSIAN, **(hessian if isinstance(hessian, Mapping) else {})})
+    requested = _SpectrumRequest.of(hessian if isinstance(hessian, Mapping) else {}, seed)
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
     examples = Examples(selection, torch_device)
@@ -197,14 +197,16 @@ class _SpectrumRequest:
     options: SpectrumOptions
 
     @classmethod
-    def of(cls, requested: Mapping[str, Any]) -> _SpectrumRequest:
-        """From keyword arguments, checked before any work begins.
+    def of(cls, requested: Mapping[str, Any], seed: int) -> _SpectrumRequest:
+        """From keyword arguments that replace :data:`HESSIAN`, checked before any work begins.
 
         Raises
         ------
         PnError
         """
-        options = dict(requested)
+        options = {"seed": seed, **HESSIAN, **requested}
+        if {"n_lanczos", "n_probes"} & set(requested) and "n_hvp" not in requested:
+            del options["n_hvp"]
         split, n = str(options.pop("split", "train")), options.pop("n")
         batch_size = options.pop("batch_size", 512)
         one_of(SPLITS, split=split)
@@ -261,7 +263,7 @@ def _spectra(
         for item in selection.distinct(source):
             network = networks[item.label].to(device)
             digest = digest_of(network)
-            saved = saved_spectrum(source, digest, options.n_lanczos or N_LANCZOS, options.n_probes, options.data_error)
+            saved = saved_spectrum(source, digest, options.n_products, options.data_error)
             found[item.key] = saved if saved is not None else network_spectra(
                 network, source.loss, batches, options, label=item.label, device=device, progress=progress
             )[""]  # fmt: skip

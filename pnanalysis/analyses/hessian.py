@@ -26,11 +26,9 @@ from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, select
 from pnanalysis.inputs.sources import Source, resolve_device
 from pnanalysis.spectra.data_error import DATA_ERRORS
-from pnanalysis.spectra.density import default_grid, smooth, spectral_density
+from pnanalysis.spectra.density import N_HVP, N_LANCZOS, N_PROBES, default_grid, smooth, spectral_density
 from pnanalysis.spectra.linear_operator import LinearOperator
-
-#: Lanczos steps per probe where none are requested.
-N_LANCZOS = 90
+from pnanalysis.spectra.stopping import checked_targets
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,9 @@ class SpectrumOptions:
     operator: str = "hessian"
     engine: str = "native"
     n_lanczos: int | None = None
-    n_probes: int = 10
+    n_probes: int | None = None
     n_hvp: int | None = None
+    until: Mapping[str, float] | None = None
     deflate: bool = True
     kernel_width: float | None = None
     params: str | Sequence[str] | None = None
@@ -60,6 +59,7 @@ class SpectrumOptions:
         one_of(DATA_ERRORS, data_error=self.data_error)
         at_least(1, n_lanczos=self.n_lanczos, n_probes=self.n_probes, draws=self.draws)
         at_least(4, n_hvp=self.n_hvp)
+        checked_targets(self.until)
         at_least(0, seed=self.seed)
         positive(kernel_width=self.kernel_width)
 
@@ -72,14 +72,14 @@ class SpectrumOptions:
 
     @property
     def n_products(self) -> int:
-        """Products with the matrix, roughly."""
-        return self.n_hvp or (self.n_lanczos or N_LANCZOS) * self.n_probes
+        """The most products with the matrix."""
+        if self.n_hvp is None and self.n_lanczos is None and self.n_probes is None:
+            return N_HVP
+        return self.n_hvp or (self.n_lanczos or N_LANCZOS) * (self.n_probes or N_PROBES)
 
-    def steps(self, n_parameters: int) -> int:
-        """Lanczos steps per probe for a matrix of this size."""
-        if self.n_lanczos and not self.per_layer:
-            return self.n_lanczos
-        return min(self.n_lanczos or N_LANCZOS, n_parameters)
+    def steps(self, n_parameters: int) -> int | None:
+        """Lanczos steps per probe for a matrix of this size, where they are given."""
+        return min(self.n_lanczos, n_parameters) if self.n_lanczos and self.per_layer else self.n_lanczos
 
     def matrix_settings(self) -> dict[str, Any]:
         """Those that say which matrix it is, rather than what is spent on it."""
@@ -111,8 +111,9 @@ def hessian(
     operator: str = "hessian",
     engine: str = "native",
     n_lanczos: int | None = None,
-    n_probes: int = 10,
+    n_probes: int | None = None,
     n_hvp: int | None = None,
+    until: Mapping[str, float] | None = None,
     deflate: bool = True,
     kernel_width: float | None = None,
     split: str = "train",
@@ -148,10 +149,14 @@ def hessian(
         Hessian of the mean loss, generalised Gauss-Newton, or empirical Fisher.
     engine : {"native", "pyhessian", "curvlinops"}
         The library that computes the products; Lanczos is ours in any case.
-    n_lanczos : int, optional
-        Lanczos steps per probe; 90 by default, or P where that is smaller. With ``per_layer``, at most as many as the
-        layer has parameters.
-    n_probes, n_hvp, deflate, kernel_width
+    n_hvp : int, optional
+        The most products to spend on each matrix, 900 by default.
+    n_lanczos, n_probes : int, optional
+        Lanczos steps per probe and number of probes, in place of ``n_hvp``; see :func:`pnanalysis.spectral_density`.
+        With ``per_layer``, at most as many steps as the layer has parameters.
+    until : mapping of str to float, optional
+        Relative errors at which to stop, such as ``{"trace": 0.02}``.
+    deflate, kernel_width
         See :func:`pnanalysis.spectral_density`.
     split : {"train", "validation", "test"}
     n : int or None
@@ -218,8 +223,8 @@ def hessian(
     """
     at_least(1, n=n, batch_size=batch_size)
     options = SpectrumOptions(
-        operator, engine, n_lanczos, n_probes, n_hvp, deflate, kernel_width, params, per_layer, bn_mode, dtype, amp,
-        seed, weight, draws, lanczos_options, data_error,
+        operator, engine, n_lanczos, n_probes, n_hvp, until, deflate, kernel_width, params, per_layer, bn_mode, dtype,
+        amp, seed, weight, draws, lanczos_options, data_error,
     )  # fmt: skip
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
@@ -295,7 +300,7 @@ def network_spectra(
         )  # fmt: skip
         for layer, op in _blocks(whole, options.per_layer):
             compute = partial(
-                _spectrum, op, options.steps(op.shape[0]), options.n_probes, n_hvp=options.n_hvp,
+                _spectrum, op, options.steps(op.shape[0]), options.n_probes, n_hvp=options.n_hvp, until=options.until,
                 deflate=options.deflate, kernel_width=options.kernel_width, seed=options.seed, progress=progress,
                 data_error=options.data_error, title=f"{label}:{layer}" if layer else label, **options.lanczos_options,
             )  # fmt: skip
@@ -328,12 +333,18 @@ def data_error_of(spectra: Iterable[xr.Dataset]) -> str:
 
 
 def products_of(spectra: Iterable[xr.Dataset]) -> dict[str, Any]:
-    """How the products of all these spectra were computed, and how far at most two ways of computing them differed."""
-    known = [ds.attrs for ds in spectra if "hvp_method" in ds.attrs]
-    if not known:
-        return {}
-    methods = dict.fromkeys(attrs["hvp_method"] for attrs in known)
-    return {"hvp_method": ", ".join(methods), "hvp_difference": max(attrs["hvp_difference"] for attrs in known)}
+    """How the products of all these spectra were computed, how many, and how far they were from exact, at most."""
+    attrs = [ds.attrs for ds in spectra]
+    largest = {
+        name: float(np.fmax.reduce([one[name] for one in attrs if name in one]))
+        for name in ("hvp_difference", "asymmetry")
+        if any(name in one for one in attrs)
+    }
+    methods = ", ".join(dict.fromkeys(one["hvp_method"] for one in attrs if "hvp_method" in one))
+    found: dict[str, Any] = {"n_hvp": max(one["n_hvp"] for one in attrs), **largest}
+    if any("until" in one for one in attrs):
+        found["until_reached"] = all(one.get("until_reached") for one in attrs)
+    return found | ({"hvp_method": methods} if methods else {})
 
 
 def stack_spectra(rows: Sequence[Row], per_layer: bool = False) -> xr.Dataset:

@@ -56,10 +56,8 @@ def matrix_digests(
     return lambda network: hashlib.sha256((weights_digest(network) + text).encode()).hexdigest()
 
 
-def saved_spectrum(
-    source: Source, digest: str, n_lanczos: int, n_probes: int, data_error: str = "none"
-) -> xr.Dataset | None:
-    """The spectrum of this matrix that is saved with the run, if it was given at least this many steps and probes.
+def saved_spectrum(source: Source, digest: str, n_products: int, data_error: str = "none") -> xr.Dataset | None:
+    """The spectrum of this matrix that is saved with the run, if it is exact or was given at least so many products.
 
     Its error must include that for the choice of examples at least as far as ``data_error`` says.
     """
@@ -70,9 +68,11 @@ def saved_spectrum(
     if "layer" in ds.coords or "matrix_digest" not in ds.coords:
         return None
     rows = np.flatnonzero(ds.matrix_digest == digest)
-    enough = ds.sizes["lanczos"] >= n_lanczos and ds.sizes["probe"] >= n_probes
-    enough &= DATA_ERRORS.index(ds.attrs.get("data_error", "none")) >= DATA_ERRORS.index(data_error)
-    return ds.isel(checkpoint=int(rows[0])) if enough and len(rows) else None
+    if not len(rows) or DATA_ERRORS.index(ds.attrs.get("data_error", "none")) < DATA_ERRORS.index(data_error):
+        return None
+    found = ds.isel(checkpoint=int(rows[0]))
+    spent = sum(int(found[name].notnull().sum()) for name in ("ritz_value", "single_mean") if name in found)
+    return found if spent >= n_products or not (found["sampled"] == 1).any() else None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def compare(
     ] = None,
     split: Annotated[options.Split, typer.Option(help="Split on which outputs are compared.")] = "test",
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Compare Hessian spectra.")] = True,
+    n_hvp: options.Budget = None,
+    until: options.Until = None,
     n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
     data_error: options.DataError = "examples",
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
@@ -64,9 +66,11 @@ def compare(
     from pnanalysis.analyses.comparison import compare as analyse
 
     given = options.sources(runs, model, weights, data, loss, output)
+    spectra = {"n": n_hessian, "data_error": data_error, "until": options.targets(until)}
+    spectra |= {} if n_hvp is None else {"n_hvp": n_hvp}
     ds = analyse(
         *given, checkpoints=checkpoint, n=n, split=split, cka=cka,
-        hessian={"n": n_hessian, "data_error": data_error} if hessian else False,
+        hessian=spectra if hessian else False,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)

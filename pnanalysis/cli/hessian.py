@@ -25,11 +25,12 @@ def hessian(
     runs: options.Paths = None,
     checkpoint: options.Checkpoints = None,
     operator: Annotated[Literal["hessian", "ggn", "fisher"], typer.Option()] = "hessian",
-    n_lanczos: Annotated[int | None, typer.Option(help="Lanczos steps per probe; 90 by default.")] = None,
-    n_probes: Annotated[int, typer.Option(help="Random probes.")] = 10,
-    n_hvp: Annotated[
-        int | None, typer.Option(help="Total number of products, in place of --n-lanczos and --n-probes.")
+    n_hvp: options.Budget = None,
+    until: options.Until = None,
+    n_lanczos: Annotated[
+        int | None, typer.Option(help="Lanczos steps per probe, with --n-probes in place of --n-hvp.")
     ] = None,
+    n_probes: Annotated[int | None, typer.Option(help="Random probes.")] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory limit of the Lanczos basis, such as 500M or 8G.")
     ] = None,
@@ -87,6 +88,8 @@ def hessian(
 
       pnanalysis hessian runs/lenet5 -c champion --per-layer --n-hvp 200
 
+      pnanalysis hessian runs/lenet5 --until trace=0.02
+
       pnanalysis hessian --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make --loss mse
     """
     from pnanalysis.analyses.hessian import hessian as analyse
@@ -98,7 +101,7 @@ def hessian(
     when_interrupted("run the same command again to continue")
     ds = analyse(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
-        n_hvp=n_hvp, max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
+        n_hvp=n_hvp, until=options.targets(until), max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
         deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
         per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, data_error=data_error, device=device,
         seed=seed, progress=not quiet,

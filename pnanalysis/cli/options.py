@@ -104,6 +104,18 @@ DataError = Annotated[
         "(examples), of all numbers, the density and the distance of spectra (groups; takes 8 times as long), or none."
     ),
 ]
+Budget = Annotated[
+    int | None,
+    typer.Option("--n-hvp", help="The most products to spend on each spectrum; hessian: 900, compare: 200 by default."),
+]
+Until = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--until", metavar="NAME=ERROR",
+        help="Stop at this relative error of trace, frobenius_norm, effective_rank or lambda_max, such as trace=0.02; "
+        "may be repeated.",
+    ),
+]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="Print no progress and no tables.")]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto uses CUDA if available.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
@@ -173,6 +185,26 @@ def size(text: str | None) -> int | None:
         return int(float(number) * (units[unit] if unit else 1))
     except (ValueError, KeyError) as error:
         raise PnError(f"--memory {text!r}: write a number and K, M, G or T, such as 8G") from error
+
+
+def targets(texts: list[str] | None) -> dict[str, float] | None:
+    """Target errors by quantity from texts such as ``trace=0.02``.
+
+    Raises
+    ------
+    PnError
+        If a text is anything else.
+    """
+    if not texts:
+        return None
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError as error:
+            raise PnError(f"--until {text!r}: write a quantity and its relative error, such as trace=0.02") from error
+    return found
 
 
 def deliver(

@@ -25,7 +25,8 @@ class DistributedOperator:
 
     Each process builds its own operator over its own batches and wraps it; every process then calls the same
     products (or :func:`pnanalysis.spectral_density` with the same seed) and gets the same results. A product costs
-    one broadcast of the vectors and one sum of the results, ``P`` numbers per vector each.
+    one broadcast of the vectors and one sum of the results, ``P`` numbers per vector each. There are no forms of single
+    examples, of which each process has some only, and so no error for the choice of examples.
 
     Parameters
     ----------

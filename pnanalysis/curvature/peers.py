@@ -61,7 +61,7 @@ def make_operator(
 
 
 class _Peer:
-    """Shape, device and dtype of the native operator; products by another package."""
+    """Shape, device and dtype of the native operator; products by another package, which has no forms of examples."""
 
     def __init__(self, native: CurvatureOperator) -> None:
         self.shape, self.device, self.dtype = native.shape, native.device, native.dtype

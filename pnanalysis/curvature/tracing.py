@@ -40,6 +40,8 @@ _aten = torch.ops.aten
 _ALIASES = {_aten.alias.default, _aten.detach.default, _aten.lift_fresh.default}
 #: Shares memory with its argument although its schema does not say so.
 _UNSAFE_VIEW = _aten._unsafe_view.default
+_RESHAPES = {_aten.expand.default, _aten.view.default, _UNSAFE_VIEW}
+_COMMUTATIVE = {_aten.add.Tensor, _aten.mul.Tensor}
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default}
 
 
@@ -203,6 +205,10 @@ def simplify(graph: fx.Graph) -> None:
         elif node.target == ZEROS_FOR_TANGENT and _is_overwritten(node):  # no need to fill it first
             shape, stride = node.meta["val"].shape, node.meta["val"].stride()
             node.target, node.args = _aten.new_empty_strided.default, (node.args[0], list(shape), list(stride))
+    graph.eliminate_dead_code(_has_effect)
+    for node in graph.nodes:
+        if is_mutated(node) and _is_new(node.args[0]) and _layout(node.args[0]) == _layout(node):
+            node.target = _out_of_place(node.target)
     written = _written(graph)
     for node in list(graph.nodes):
         same = _same_values(node, written)
@@ -224,6 +230,8 @@ def _merge_equal(graph: fx.Graph, written: set[Node]) -> None:
             changing.add(node)
         if node.op != "call_function" or node in changing or changing.intersection(sources):
             continue
+        if node.target in _COMMUTATIVE and not node.kwargs:
+            arguments = sorted(arguments, key=str)
         key = repr((node.target, arguments, sorted(node.kwargs.items()), _layout(node)))  # names of nodes are unique
         if key in found:
             _replace(node, found[key])
@@ -236,6 +244,18 @@ def is_mutated(node: Node) -> bool:
     return writes_into_argument(node.target)
 
 
+def _is_new(node: Node) -> bool:
+    """Whether a node's value is a tensor of its own that is used once."""
+    return node.op == "call_function" and len(node.users) == 1 and not _is_view(node) and not is_mutated(node)
+
+
+def _out_of_place(target: Any) -> Any:
+    """The operation that gives what another one writes into its first argument; the same one where there is none."""
+    name, _, overload = str(target).removeprefix("aten.").partition(".")
+    packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") and name != "copy_" else None
+    return getattr(packet, overload, target)
+
+
 def _has_effect(node: Node) -> bool:
     """Whether the node must stay although nothing uses its value."""
     return is_mutated(node) or node.op in ("placeholder", "output")
@@ -243,7 +263,7 @@ def _has_effect(node: Node) -> bool:
 
 def _same_values(node: Node, written: set[Node]) -> Node | None:
     """An earlier node with the same values, if there is one."""
-    if node.target == CONVERSION:
+    if node.target == CONVERSION or (node.target in _RESHAPES and _layout(node.args[0]) == _layout(node)):
         return node.args[0]
     if node.target == _aten.copy_.default and node.args[0].target == _aten.new_empty_strided.default:
         return node.args[1] if _is_overwritten(node.args[0]) else None

@@ -127,8 +127,8 @@ def _row(datasets: RunDatasets, name: str, end: Checkpoint) -> Row:
         loss=Estimate(float(last.train_loss)),
         validation=_error(run, float(last.validation_error), "validation"),
         test=_error(run, float(last.test_error), "test"),
-        lambda_max=Estimate(math.nan if at is None else float(at.lambda_max)),
-        trace=Estimate(math.nan) if at is None else Estimate(float(at.trace), float(at.trace_se)),
+        lambda_max=Estimate(math.nan) if at is None else estimate_of(at, "lambda_max"),
+        trace=Estimate(math.nan) if at is None else estimate_of(at, "trace"),
     )
 
 
@@ -207,10 +207,11 @@ def _spectrum_at(end: _End) -> xr.Dataset | None:
 
 
 def _spectrum_sentence(name: str, role: str, plain: xr.Dataset, best: xr.Dataset) -> str:
-    traces = " and ".join(f"{float(at.trace):.3g} ± {float(at.trace_se):.2g}" for at in (plain, best))
+    top, trace = (
+        " and ".join(estimate_of(at, number).text() for at in (plain, best)) for number in ("lambda_max", "trace")
+    )
     return (
-        f"{name}: the largest Hessian eigenvalues of the plain model and {role} are "
-        f"{float(plain.lambda_max):.3g} and {float(best.lambda_max):.3g}, the traces {traces}. "
+        f"{name}: the largest Hessian eigenvalues of the plain model and {role} are {top}, the traces {trace}. "
         f"{_outliers_in_words([plain, best])}."
     )
 

@@ -263,11 +263,11 @@ def _class_influences(ds: xr.Dataset, trace: Influence, top: np.ndarray) -> Iter
     n_classes = ds.attrs.get("n_classes", np.nan)
     if not np.isfinite(n_classes):
         return
-    n, value, zero = int(n_classes), ds["top_value"].values, np.zeros(len(trace.weight))
+    n, zero = int(n_classes), np.zeros(len(trace.weight))
     for name, other in (("class_ratio", n - 1), ("class_gap", n)):
-        if name in ds and 0 < other < min(len(top), len(value)) and value[other] > 0:
-            slope = float(ds[name]) * (top[0] / value[0] - top[other] / value[other])
-            yield name, Influence(trace.weight, slope, zero)
+        ratio, largest = float(ds.get(name, np.nan)), float(ds["lambda_max"])
+        if 0 < other < len(top) and np.isfinite(ratio) and largest > 0:
+            yield name, Influence(trace.weight, ratio / largest * (top[0] - ratio * top[other]), zero)
     if "class_trace" in ds and n <= len(top) and float(ds["trace"]) != 0:
         share, whole = float(ds["class_trace"]), float(ds["trace"])
         form = (top[:n].sum(0) - share * trace.form) / whole

@@ -60,7 +60,7 @@ def spectrum_of_run(item: SelectedCheckpoint, options: dict[str, Any]) -> xr.Dat
     )
     network, part = item.source.model(item.checkpoint), item.source.split(split, n, spent.seed, "cpu")
     digest = matrix_digests(item.source, spent.matrix_settings(), part)(network)
-    return saved_spectrum(item.source, digest, options["n_lanczos"], options["n_probes"])
+    return saved_spectrum(item.source, digest, spent.n_products)
 
 
 def regression(seed: int, hidden: int = 4) -> nn.Module:
