@@ -50,6 +50,8 @@ ZEROS_FOR_TANGENT = _operation("_new_zeros_with_same_feature_meta")
 WEIGHT_NORM = getattr(torch, "_weight_norm", None)
 #: What ``Tensor.to`` becomes in a trace.
 CONVERSION = _operation("_to_copy")
+#: What a reshape of the result of a matrix product becomes: a view, although its schema does not say so.
+UNSAFE_VIEW = _operation("_unsafe_view")
 
 
 @contextmanager
@@ -93,6 +95,8 @@ def writes_into_argument(target: Any) -> bool:
 
 def returns_view(target: Any) -> bool:
     """Whether the target of a traced node returns a tensor that may share memory with an argument."""
+    if target == UNSAFE_VIEW:
+        return True
     schema = getattr(target, "_schema", None)  # plain Python functions in a trace have none
     return schema is not None and any(value.alias_info is not None for value in schema.returns)
 
@@ -139,6 +143,7 @@ def times_written(tensor: Tensor) -> int:
 
 __all__ = [
     "CONVERSION",
+    "UNSAFE_VIEW",
     "WEIGHT_NORM",
     "ZEROS_FOR_TANGENT",
     "ZEROS_WITHOUT_MEMORY",

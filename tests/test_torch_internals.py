@@ -171,6 +171,9 @@ def test_views_are_recognised() -> None:
         assert internals.returns_view(target), f"{target} no longer counts as a view"
     for target in (aten.add.Tensor, aten.clone.default, max):
         assert not internals.returns_view(target), f"{target} counts as a view"
+    assert internals.returns_view(internals.UNSAFE_VIEW)
+    product = torch.ones(2, 2)
+    assert internals.UNSAFE_VIEW(product, [4]).data_ptr() == product.data_ptr(), "it copies now"
 
 
 def test_a_view_knows_its_base() -> None:

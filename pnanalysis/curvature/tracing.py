@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from pnanalysis.torch_internals import (
     CONVERSION,
+    UNSAFE_VIEW,
     ZEROS_FOR_TANGENT,
     ZEROS_WITHOUT_MEMORY,
     FakeTensorMode,
@@ -38,9 +39,7 @@ Node = Any
 
 _aten = torch.ops.aten
 _ALIASES = {_aten.alias.default, _aten.detach.default, _aten.lift_fresh.default}
-#: Shares memory with its argument although its schema does not say so.
-_UNSAFE_VIEW = _aten._unsafe_view.default
-_RESHAPES = {_aten.expand.default, _aten.view.default, _UNSAFE_VIEW}
+_RESHAPES = {_aten.expand.default, _aten.view.default, UNSAFE_VIEW}
 _COMMUTATIVE = {_aten.add.Tensor, _aten.mul.Tensor}
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default}
 
@@ -307,9 +306,7 @@ def _written(graph: fx.Graph) -> set[Node]:
 
 def _is_view(node: Node) -> bool:
     """Whether the node's value may share memory with its first argument (one of several views, for ``getitem``)."""
-    if node.target in (operator.getitem, _UNSAFE_VIEW):
-        return True
-    return bool(node.args) and returns_view(node.target)
+    return node.target is operator.getitem or (bool(node.args) and returns_view(node.target))
 
 
 def _replace(node: Node, by: Any) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pnanalysis.curvature.operators import HessianOperator
+from pnanalysis.curvature.tracing import Linearisation
+from pnanalysis.torch_internals import UNSAFE_VIEW
 from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative
 
 
@@ -60,3 +62,28 @@ def test_a_loss_with_constant_tensors_takes_the_direct_way() -> None:
         op = HessianOperator(model, weighted, batches)
         assert relative(op.to_dense(), dense_hessian(model, batches, weighted)) < 1e-10
         assert op.method == "reverse mode"
+
+
+def program_of(function, fixed: Tensor, v: Tensor) -> tuple[Tensor, int]:
+    """The result of a traced function, and the number of matrix products for each vector."""
+    line = Linearisation(lambda fixed, v: [function(fixed, v[0])], lambda fixed: None)
+    result = line.at(fixed, [v])[0]([v])[0]
+    ((_, second),) = line._programs.values()
+    return result, sum(node.target == torch.ops.aten.mm.default for node in second.graph.nodes)
+
+
+def test_what_is_equal_is_computed_once() -> None:
+    a, v = torch.arange(4.0).view(2, 2), torch.ones(2, 2)
+    result, n_products = program_of(lambda a, v: (a @ v + v) * (v + a @ v), a, v)
+    torch.testing.assert_close(result, (a @ v + v) ** 2)
+    assert n_products == 1
+    result, n_products = program_of(lambda a, v: (a @ v).sum(0).div_(2) + (a @ v).sum(0).div_(2), a, v)
+    torch.testing.assert_close(result, (a @ v).sum(0))
+    assert n_products == 1
+
+
+def test_equal_values_stay_apart_where_one_is_written_into() -> None:
+    a, v = torch.arange(4.0).view(2, 2), torch.ones(2, 2)
+    for view in (lambda x: UNSAFE_VIEW(x, [4]), lambda x: x.view(4)):
+        result, _ = program_of(lambda a, v, view=view: view(a @ v).mul_(2) + view(a @ v), a, v)
+        torch.testing.assert_close(result, 3 * (a @ v).flatten())
