@@ -71,8 +71,8 @@ class DataForms:
     def __init__(self, operator: AveragedOperator, n_products: int, n_classes: int | None = None) -> None:
         self.operator = operator
         self.n_leading = N_LEADING
-        if n_classes is not None and n_classes < MOST_LEADING:
-            self.n_leading = max(min(n_classes + 1, n_products // PRODUCTS_PER_PROBE * 4), N_LEADING)
+        if n_classes is not None and N_LEADING <= n_classes < MOST_LEADING:
+            self.n_leading = n_classes + 1
         self.n_probes = int(np.clip(n_products // PRODUCTS_PER_PROBE, FEWEST_PROBES, MOST_PROBES))
         self.reason = ""
         self.top_vector: Tensor | None = None
