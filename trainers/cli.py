@@ -232,15 +232,17 @@ def _report(run: Run, quiet: bool) -> None:
     from pnanalysis.schema import error_kind, error_name
 
     kind = error_kind(run.history)
-    last = run.history.isel(epoch=-1)
+    last, counts = run.history.isel(epoch=-1), run.history.attrs
     champion = run.manifest["champion"]
     rows = [
         [
             i,
             ", ".join([*["plain"][i:], *(["champion"] if i == champion else [])]),
             float(last.train_loss[i]),
-            error_cell(last.validation_error[i], kind),
-            error_cell(last.test_error[i], kind),
+            *(
+                error_cell(last[f"{split}_error"][i], kind, counts.get(f"n_{split}"))
+                for split in ("validation", "test")
+            ),
         ]
         for i in range(len(run.ends))
     ]

@@ -42,7 +42,7 @@ def test_json_output_has_files_tables_and_errors(run, tiny_run: Run, tmp_path: P
     assert out["files"] == [str(tmp_path / "h.nc")]
     row = out["tables"][0]["rows"][0]
     assert row["iteration"] == 0
-    assert row["test error"] == pytest.approx(float(tiny_run.history.test_error[0, -1]))
+    assert row["test error"]["value"] == pytest.approx(float(tiny_run.history.test_error[0, -1]))
     described = json.loads(run("pnanalysis", "info", tiny_run.path, "--json").out)["tables"][0]["rows"]
     assert {"entry": "status", "value": "finished, 3 of 3 iterations"} in described
     failed = run("pnanalysis", "info", "/no/such/run", "--json")
@@ -50,7 +50,7 @@ def test_json_output_has_files_tables_and_errors(run, tiny_run: Run, tmp_path: P
     assert "no such run" in json.loads(failed.out)["error"]
     tiny = ("--iterations", 1, "--epochs", 1, "--out", tmp_path / "net", "--json")
     table = json.loads(run("pntrain", "tanh7", *TINY, *tiny).out)["tables"][0]
-    assert 0 <= table["rows"][0]["validation error"] <= 1
+    assert 0 <= table["rows"][0]["validation error"]["value"] <= 1
     assert table["rows"][0]["role"] == "plain, champion"
 
 
