@@ -1,6 +1,6 @@
 """How often the stated errors hold: of probes, of examples, of comparisons, of outliers.
 
-    PNANALYSIS_CIFAR10=PATH python benchmarks/coverage.py [--jobs 2] [--only intervals] [--spectra Wigner] [--seeds 200]
+    PNANALYSIS_CIFAR10=PATH python benchmarks/coverage.py [--jobs 2] [--only intervals] [--subjects Wigner]
 
 Five sections, each measured in cells (a spectrum or network at a budget) that are saved as they are done; a second call
 goes on where the first one stopped.
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=200, help="for 60 and 200 products; a fifth of them by default")
     parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
     parser.add_argument("--only", nargs="+", choices=list(MEASURE), default=list(MEASURE), help="sections")
-    parser.add_argument("--subjects", nargs="+", help="spectra and networks")
+    parser.add_argument("--subjects", nargs="+", help="spectra and networks, as in the table")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--again", action="store_true", help="measure what was measured already")
     parser.add_argument("--baseline", type=Path, help="results (.json) of an earlier version, shown beside")
