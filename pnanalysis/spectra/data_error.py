@@ -141,7 +141,7 @@ class DataForms:
         """
         leading, squares, probes = self._leading, self._squares, np.array(self._probes)
         if leading is None or squares is None or not len(probes):
-            self.reason = self.reason or "the spectrum has no probes"
+            self.reason = self.reason or "the budget is too small for probes"
         if self.reason or leading is None or squares is None:
             warnings.warn(f"no error for the choice of examples: {self.reason}", stacklevel=2)
             return xr.Dataset()

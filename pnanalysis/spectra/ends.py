@@ -41,10 +41,12 @@ def bulk_edge(ds: xr.Dataset, gap: Gap, side: int, slack: float) -> Estimate:
     """The outermost eigenvalue that is not an outlier.
 
     Without outliers that is the extreme eigenvalue. There is no interval where the residuals reach into the gap, or the
-    number of outliers is not certain.
+    number of outliers is not certain, and no edge where every Ritz value is an outlier.
     """
     value, residual = side * ds["ritz_value"].values, own_residuals(ds)
     inside = value < side * gap.middle  # false for NaN
+    if not inside.any():
+        return Estimate(np.nan)
     edge = float(value[inside].max())
     reach = float((value + residual)[inside].max())
     if reach >= side * gap.middle or not gap.is_counted:

@@ -64,7 +64,7 @@ def test_a_saved_spectrum_of_another_loss_or_model_is_not_taken(namesakes: list[
     def found(source: Source) -> bool:
         network = source.model(run.plain)
         digest = matrix_digests(source, settings, source.split("train", 50, 0, "cpu"))(network)
-        return saved_spectrum(source, digest, **spent) is not None
+        return saved_spectrum(source, digest, n_products=10) is not None
 
     assert found(as_source(run))
     assert not found(as_source(run, loss=lambda outputs, targets: 5 * F.cross_entropy(outputs, targets)))
