@@ -281,7 +281,8 @@ def test_two_runs_are_compared_with_each_file_read_once(
     assert counts["reads"] == 6
     assert counts["builds"] == 2
     assert counts["loads"] == 1
-    assert counts["inspections"] <= 10  # one per split and operator, whatever the number of batches
+    # one per split and operator, those over halves of the examples included, whatever the number of batches
+    assert counts["inspections"] <= 18
 
 
 @pytest.mark.parametrize("name", ["hessian", "saturation", "plane", "sharpness", "functional_distance", "compare"])
