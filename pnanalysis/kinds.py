@@ -131,6 +131,7 @@ _SPECTRUM = {
     "single_mean_square": _var("single", "loss^2", "mean square eigenvalue of it, from the same product", _OPTIONAL),
     "probe_trace": _var("", "loss", "trace by the probes of many steps alone", _OPTIONAL),
     "probe_square": _var("", "loss^2", "sum of squared eigenvalues by them alone", _OPTIONAL),
+    "single_weight": _var("", "1", "weight of single products in the trace and the Frobenius norm", _OPTIONAL),
     "single_coupling": _var("", "loss", "coupling of all deflated spaces to that complement", _OPTIONAL),
     "top_value": _var("top", "loss", "one of the largest eigenvalues"),
     "top_residual": _var("top", "loss", "residual bound of that eigenvalue"),

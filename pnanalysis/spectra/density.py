@@ -335,6 +335,7 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         extra = 2 * float(coupling) ** 2
         data["probe_trace"] = ((), measure.total(measure.node).value)
         data["probe_square"] = ((), measure.total(measure.node**2).value + extra)
+        data["single_weight"] = ((), sums.of_single)
         n = sample.n_parameters
         measure = measure.calibrated(sums.trace.value / n, (sums.square.value - extra) / n)
         data["weight"] = ("quadrature", measure.weight)

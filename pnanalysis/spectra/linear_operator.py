@@ -47,8 +47,8 @@ class LinearOperator(Protocol):
         ...
 
 
-#: Round-off of products, relative to the norm of the operator, by the arithmetic that computes them: a bound for the
-#: networks of the benchmarks, see ``tests/curvature/test_round_off.py``.
+#: Round-off of products, and of the largest eigenvalues, relative to the norm of the operator, by the arithmetic that
+#: computes them: the largest, rounded up, that was measured on small trained networks in double, single and bfloat16.
 ROUND_OFF = {"float64": 1e-14, "float32": 1e-6, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 4.5e-3}
 
 #: Dtypes of operators.

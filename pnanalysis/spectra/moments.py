@@ -22,10 +22,11 @@ from pnanalysis.spectra.quadrature import SpectralMeasure
 
 @dataclass(frozen=True)
 class Moments:
-    """Sum of the eigenvalues, and of their squares."""
+    """Sum of the eigenvalues, and of their squares; ``of_single`` is the weight of the single products in both."""
 
     trace: Estimate
     square: Estimate
+    of_single: float = 0.0
 
     @property
     def frobenius_norm(self) -> Estimate:
@@ -50,8 +51,9 @@ def moments(ds: xr.Dataset, measure: SpectralMeasure) -> Moments:
     single = _from_single_products(ds, alpha, _present(ds["single_mean_square"]), measure.n_parameters)
     # weighted by the precision of the trace, which is known better than that of the sum of squares
     of_single = whole.trace.se**2 / (whole.trace.se**2 + single.trace.se**2)
+    of_single = float(ds["single_weight"]) if "single_weight" in ds else of_single
     return Moments(
-        *(_average(a, b, of_single) for a, b in ((whole.trace, single.trace), (whole.square, single.square)))
+        _average(whole.trace, single.trace, of_single), _average(whole.square, single.square, of_single), of_single
     )
 
 

@@ -38,7 +38,7 @@ class Measured:
 
 @cache
 def measured(name: str) -> Measured:
-    eigenvalues = analytic_spectrum(name, n=300)
+    eigenvalues = analytic_spectrum(name, n=600)
     operator, grid = DiagonalOperator(torch.from_numpy(eigenvalues)), mass_points(eigenvalues)
     spectra = [
         spectral_density(operator, n_hvp=N_PRODUCTS, seed=seed, grid=grid, n_classes=10, progress=False)
