@@ -37,8 +37,8 @@ NETWORKS = {
     ],
 }  # fmt: skip
 
-#: Examples, Lanczos steps and probes of each spectrum.
-SPECTRUM: dict[str, Any] = {"n": 512, "n_lanczos": 40, "n_probes": 5}
+#: Examples and products of each spectrum.
+SPECTRUM: dict[str, Any] = {"n": 512, "n_hvp": 200}
 
 
 def demo(
