@@ -58,6 +58,29 @@ ANALYTIC = tuple(_MAKE)
 GAPLESS = ANALYTIC[:8]
 
 
+def _density_quantiles(n: int, edge_low: float, edge_high: float, power: int) -> np.ndarray:
+    """Quantiles of the density ``sqrt((b - x) (x - a)) / x^power`` between ``a`` and ``b``."""
+    x = np.linspace(edge_low, edge_high, 400_001)[1:-1]
+    mass = np.cumsum(np.sqrt((edge_high - x) * (x - edge_low)) / x**power)
+    return np.interp((np.arange(n) + 0.5) / n, mass / mass[-1], x)
+
+
+def large_spectrum(name: str, n: int = 20_000) -> np.ndarray:
+    """The same at a size at which no matrix is decomposed: quantiles of the limits of the random ones.
+
+    Spikes are ten values between 1.5 and 6 edges.
+    """
+    if name.startswith("Marchenko-Pastur"):
+        ratio = 1 / {"2": 2.0, "1/2": 0.5}[name.split()[1]]  # dimensions per observation
+        n_positive = round(n * min(1.0, 1 / ratio))
+        bulk = _density_quantiles(n_positive, (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2, 1)
+        return np.append(np.zeros(n - n_positive), bulk)
+    if name.startswith("Wigner"):
+        bulk = EDGE * _density_quantiles(n, -1.0, 1.0, 0)
+        return np.append(bulk[:-10], EDGE * np.linspace(1.5, 6.0, 10)) if "spikes" in name else bulk
+    return analytic_spectrum(name, n)
+
+
 def analytic_spectrum(name: str, n: int = 1200) -> np.ndarray:
     """The sorted eigenvalues ``(n,)`` of one of :data:`ANALYTIC`."""
     return np.sort(_MAKE[name](n, np.random.default_rng(0)))

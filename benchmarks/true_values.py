@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-#: Numbers whose intervals are bounds rather than statistical; that of the negative mass is in part, by what the
+#: Numbers whose intervals are bounds rather than statistical; those of the negative part are in part, by what the
 #: quadrature leaves open.
 BOUNDS = (
     "lambda_max", "lambda_min", "bulk_edge_low", "bulk_edge_high", "gap_ratio", "class_ratio", "class_gap",
-    "negative_mass",
+    "negative_mass", "negative_curvature",
 )  # fmt: skip
 
 

@@ -94,8 +94,10 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
     yield _row_of_each(ds, "class_ratio", f"  lambda_1 / lambda_{classes}")
     yield _row_of_each(ds, "class_trace", f"  top {classes} in the trace", percent=True)
     yield _row_of_each(ds, "effective_rank", "Hessian effective rank")
-    yield _row_of_each(ds, "negative_curvature", "negative curvature", percent=True)
-    yield _row_of_each(ds, "negative_mass", "negative eigenvalues", percent=True)
+    for name, title in (("negative_curvature", "negative curvature"), ("negative_mass", "negative eigenvalues")):
+        # forms of single examples say nothing about these two: beside numbers with both errors, that is worth a word
+        is_less = "trace_data_se" in ds and f"{name}_data_se" not in ds
+        yield _row_of_each(ds, name, title + " (these examples)" * is_less, percent=True)
     yield _row_of_pairs(ds, "wasserstein1", "W1 distance of spectra")
     yield _row_of_pairs(ds, "wasserstein1_noise", "  expected from noise alone")
     if "saturation" in ds and "bounded" in ds.coords and bool(ds.bounded.any()):

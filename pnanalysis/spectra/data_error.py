@@ -32,6 +32,7 @@ from torch import Tensor
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.averaged import AveragedOperator
 from pnanalysis.spectra.inner_products import inner_products
+from pnanalysis.spectra.quadrature import SpectralMeasure
 
 #: What the option ``data_error`` may be: each includes what is before it.
 DATA_ERRORS = ("none", "examples", "groups")
@@ -43,6 +44,8 @@ N_LEADING = 3
 MOST_LEADING = 21
 #: Probes of the rest of the space: one for so many products, within limits.
 PRODUCTS_PER_PROBE, FEWEST_PROBES, MOST_PROBES = 50, 2, 16
+#: Numbers whose error by forms is an approximation, see :func:`_effective_influences`.
+NEARLY = ("effective_rank", "effective_dimension")
 #: Largest deviation of the sum of forms from a Ritz value, relative to the largest magnitude, by the products' dtype.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
@@ -220,12 +223,23 @@ def influences(ds: xr.Dataset) -> dict[str, Influence]:
     -------
     dict of str to Influence
         By name, for ``trace``, ``frobenius_norm``, ``lambda_max``, ``lambda_min``, and where they are known
-        ``class_ratio``, ``class_gap``, ``class_trace``; ``effective_rank`` of positive semidefinite operators, where
-        the sum of absolute eigenvalues is the trace.
+        ``class_ratio``, ``class_gap``, ``class_trace``; and, as an approximation, ``effective_rank`` and
+        ``effective_dimension``.
     """
     if "group_weight" not in ds or not np.isfinite(ds["group_weight"].values).any():
         return {}
     return {name: influence for name, influence in _influences(ds) if np.isfinite(influence.form).all()}
+
+
+def moving_pieces(ds: xr.Dataset) -> list[Influence]:
+    """The influence of each group on the leading eigenvalues, and on the sum of all others; empty without forms."""
+    found = influences(ds)
+    if "trace" not in found:
+        return []
+    trace, keep = found["trace"], np.isfinite(ds["group_weight"].values)
+    top = [form[keep] for form in ds["top_form"].values if np.isfinite(form[keep]).all()]
+    rest = Influence(trace.weight, trace.form - sum(top), trace.spread)
+    return [*(Influence(trace.weight, form, np.zeros_like(form)) for form in top), rest]
 
 
 def _influences(ds: xr.Dataset) -> Iterator[tuple[str, Influence]]:
@@ -244,18 +258,43 @@ def _influences(ds: xr.Dataset) -> Iterator[tuple[str, Influence]]:
     yield "lambda_min", Influence(weight, of("lambda_min_form"), zero)
     if norm > 0:
         yield "frobenius_norm", Influence(weight, square.form / norm, square.spread / norm)
-    if norm > 0 and ds.attrs.get("positive_semidefinite") and float(ds["trace"]) > 0:
-        scale = 2 * float(ds["effective_rank"])
-        by_trace, by_square = scale / float(ds["trace"]), scale / norm**2
-        yield (
-            "effective_rank",
-            Influence(
-                weight,
-                by_trace * trace.form - by_square * square.form,
-                by_trace * trace.spread - by_square * square.spread,
-            ),
-        )
+    yield from _effective_influences(ds, trace, square, top)
     yield from _class_influences(ds, trace, top)
+
+
+def _effective_influences(
+    ds: xr.Dataset, trace: Influence, square: Influence, top: np.ndarray
+) -> Iterator[tuple[str, Influence]]:
+    """For the effective rank and dimension, which are no forms: nearly.
+
+    The rank is taken as if the sum of absolute eigenvalues were the trace, as it is in positive semidefinite matrices;
+    the dimension as if all eigenvalues but the leading ones grew or shrank together, by as much as these do.
+    """
+    measure = SpectralMeasure.from_dataset(ds)
+    size, weight = np.abs(measure.node), measure.n_parameters * measure.weight
+    absolute, squared = float(weight @ size), float(ds["frobenius_norm"]) ** 2
+    if not (squared > 0 and float(ds["trace"]) > 0):
+        return
+    by_trace, by_square = (2 * float(ds["effective_rank"]) / total for total in (absolute, squared))
+    form, spread = (
+        by_trace * of_trace - by_square * of_square
+        for of_trace, of_square in ((trace.form, square.form), (trace.spread, square.spread))
+    )
+    yield "effective_rank", Influence(trace.weight, form, spread)
+    top = top[np.isfinite(top).all(axis=1)]
+    ridge, zero = float(ds.attrs.get("ridge", 1.0)), np.zeros(len(trace.weight))
+    leading = np.maximum(trace.weight @ top.T, 0)
+    slope = ridge / (leading + ridge) ** 2
+    positive = np.maximum(measure.node, 0)
+    # what the effective dimension gains where the rest grows by a unit, relative
+    gain = max(float(weight @ (ridge * positive / (positive + ridge) ** 2)) - float(slope @ leading), 0.0)
+    rest = Influence(trace.weight, trace.form - top.sum(0), trace.spread)
+    relative = [Influence(trace.weight, form / size, zero).se for form, size in zip(top, leading, strict=True) if size]
+    scale = gain * float(np.sqrt(np.mean(np.square(relative)))) / rest.se if relative and rest.se > 0 else 0.0
+    yield (
+        "effective_dimension",
+        Influence(trace.weight, slope @ top + scale * rest.form, scale * rest.spread),
+    )
 
 
 def _class_influences(ds: xr.Dataset, trace: Influence, top: np.ndarray) -> Iterator[tuple[str, Influence]]:

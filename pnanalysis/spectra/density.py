@@ -243,7 +243,8 @@ def _relative_errors(sample: SpectrumSample) -> dict[str, float]:
     """Of the quantities that may have target errors."""
     ds = _quadrature_dataset(sample)
     measure = SpectralMeasure.from_dataset(ds)
-    sums, rank = moments(ds, measure), effective_rank(measure)
+    sums = moments(ds, measure)
+    rank = effective_rank(measure, sums.gain)
     bounds = extremes(ds["ritz_value"].values, ds["ritz_residual"].values)
     pairs = {
         "trace": (sums.trace.se, sums.trace.value),

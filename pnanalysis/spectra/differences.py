@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import numpy as np
 import xarray as xr
 from scipy.special import gammaln
@@ -11,6 +13,7 @@ from scipy.stats import wasserstein_distance
 from pnanalysis import schema
 from pnanalysis.errors import CurvatureError
 from pnanalysis.kinds import INTERVALS
+from pnanalysis.spectra.data_error import moving_pieces
 from pnanalysis.spectra.half_samples import distance_between_halves, has_half_samples
 from pnanalysis.spectra.quadrature import SpectralMeasure
 from pnanalysis.spectra.total_error import DataError, data_errors, own_ends, own_se
@@ -58,7 +61,9 @@ def compare_spectra(ds_a: xr.Dataset, ds_b: xr.Dataset) -> xr.Dataset:
     difference is noise of mean zero. Its variance at each point is estimated from the scatter of the probes
     (:meth:`pnanalysis.spectra.quadrature.SpectralMeasure.cumulative_variance`), and for a normal distribution its
     mean absolute value is :math:`\sqrt{2/\pi}` standard deviations. Where both spectra have half samples, these tell
-    what the choice of examples adds (:func:`pnanalysis.spectra.half_samples.distance_between_halves`).
+    what the choice of examples adds (:func:`pnanalysis.spectra.half_samples.distance_between_halves`). Where they only
+    have forms of single examples, that is the sum of what the leading eigenvalues move, one by one, and the rest of the
+    spectrum as a whole (:func:`pnanalysis.spectra.data_error.moving_pieces`).
     The scatter of the probes includes the randomness of the nodes' masses and places, but not what all probes have in
     common, the space that was deflated first: with very many probes of a large matrix, two estimates differ by up to
     1.5 times the noise given here. With a single sampled probe (besides one that was deflated) there is no scatter, and
@@ -163,11 +168,22 @@ def _distance(ds_a: xr.Dataset, ds_b: xr.Dataset, same: bool) -> tuple[dict[str,
         # a sum, as if both changed the same part of the spectrum: it is at most 1.4 times too large
         noise, covers = noise + data_noise, "probes and examples"
         se += float(np.sqrt(np.pi / 2)) * data_noise * float(student_t.ppf(0.975, dof)) / NORMAL_95
+    elif (data_se := _distance_by_forms(ds_a, ds_b, same)) is not None:
+        noise, covers, se = noise + data_se / float(np.sqrt(np.pi / 2)), "probes and examples", se + data_se
     return {
         "wasserstein1": float(wasserstein_distance(a.node, b.node, a.weight, b.weight)),
         "wasserstein1_noise": noise,
         "wasserstein1_se": se,
     }, covers
+
+
+def _distance_by_forms(ds_a: xr.Dataset, ds_b: xr.Dataset, same: bool) -> float | None:
+    """Standard error of the distance for the choice of examples, without half samples; ``None`` without forms."""
+    pieces = [moving_pieces(ds) for ds in (ds_a, ds_b)]
+    if not all(pieces):
+        return None
+    errors = [_data_error(a, b, same)[0] for a, b in zip_longest(*pieces)]
+    return float(np.nansum(errors)) / int(ds_a["n_parameters"])
 
 
 def _probe_noise(a: SpectralMeasure, b: SpectralMeasure) -> float:

@@ -22,11 +22,16 @@ from pnanalysis.spectra.quadrature import SpectralMeasure
 
 @dataclass(frozen=True)
 class Moments:
-    """Sum of the eigenvalues, and of their squares; ``of_single`` is the weight of the single products in both."""
+    """Sum of the eigenvalues, and of their squares.
+
+    ``of_single`` is the weight of the single products in both; ``gain`` the larger of the two standard errors in units
+    of what they would be without these.
+    """
 
     trace: Estimate
     square: Estimate
     of_single: float = 0.0
+    gain: float = 1.0
 
     @property
     def frobenius_norm(self) -> Estimate:
@@ -52,9 +57,38 @@ def moments(ds: xr.Dataset, measure: SpectralMeasure) -> Moments:
     # weighted by the precision of the trace, which is known better than that of the sum of squares
     of_single = whole.trace.se**2 / (whole.trace.se**2 + single.trace.se**2)
     of_single = float(ds["single_weight"]) if "single_weight" in ds else of_single
-    return Moments(
-        _average(whole.trace, single.trace, of_single), _average(whole.square, single.square, of_single), of_single
+    trace, square = (
+        _average(whole.trace, single.trace, of_single),
+        _average(whole.square, single.square, of_single),
     )
+    before = [(trace.se, whole.trace.se), (square.se, whole.square.se)]
+    return Moments(trace, square, of_single, min(max(after / se for after, se in before if se > 0), 1.0))
+
+
+def mean_beside_moments(f: np.ndarray, measure: SpectralMeasure, gain: float) -> Estimate:
+    """Average of a function over a calibrated measure.
+
+    Parameters
+    ----------
+    f : ndarray
+        ``(quadrature,)``, its values at the nodes.
+    measure : SpectralMeasure
+    gain : float
+        Of the two moments that it is calibrated to, see :class:`Moments`.
+
+    Notes
+    -----
+    What a quadratic polynomial explains of the function has the error of the moments, the rest that of the measure
+    (Deville and Sarndal 1992, on the variance of calibrated estimators).
+    """
+    sampled = measure.sampled
+    if gain >= 1 or not sampled.any():
+        return measure.mean(f)
+    scaled = measure.node / (np.abs(measure.node).max() or 1.0)
+    powers, root = np.stack([np.ones_like(scaled), scaled, scaled**2]), np.sqrt(measure.weight[sampled])
+    polynomial = np.linalg.lstsq((powers[:, sampled] * root).T, f[sampled] * root, rcond=1e-10)[0] @ powers
+    explained, rest = measure.mean(polynomial), measure.mean(f - polynomial)
+    return _sum(replace(explained, se=gain * explained.se), rest)
 
 
 def _from_single_products(ds: xr.Dataset, alpha: np.ndarray, square: np.ndarray, n_parameters: int) -> Moments:
@@ -80,12 +114,16 @@ def _dof(samples: np.ndarray) -> float:
 
 def _average(a: Estimate, b: Estimate, weight: float) -> Estimate:
     """Weighted mean of two uncorrelated estimates, ``b`` with ``weight``."""
-    variances = np.array([((1 - weight) * a.se) ** 2, (weight * b.se) ** 2])
+    scaled = [replace(one, value=share * one.value, se=share * one.se) for one, share in ((a, 1 - weight), (b, weight))]
+    return _sum(*scaled)
+
+
+def _sum(a: Estimate, b: Estimate) -> Estimate:
+    """Of two uncorrelated estimates."""
+    variances = np.array([a.se**2, b.se**2])
     total = float(variances.sum())
-    weighted = float(np.sum(variances**2 / [a.dof, b.dof]))
-    return Estimate(
-        (1 - weight) * a.value + weight * b.value, total**0.5, dof=total**2 / weighted if weighted > 0 else np.inf
-    )
+    weighted = float(np.sum(variances**2 / [a.dof, b.dof]))  # Satterthwaite's denominator
+    return Estimate(a.value + b.value, total**0.5, dof=total**2 / weighted if weighted > 0 else np.inf)
 
 
 def _present(array: xr.DataArray) -> np.ndarray:

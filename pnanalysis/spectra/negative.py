@@ -8,13 +8,11 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.estimates import Estimate
-from pnanalysis.spectra.quadrature import SpectralMeasure, extremes, mass_below, own_residuals
+from pnanalysis.spectra.quadrature import SpectralMeasure, extremes, gauss_rules, mass_below
 from pnanalysis.spectra.rule_error import with_rule_error
 
 #: Eigenvalues this far below zero, in units of the largest magnitude, count as negative.
 THRESHOLD = 1e-3
-#: Residuals below this fraction of the largest magnitude are round-off: the probe's Krylov space is exhausted.
-_EXHAUSTED = 1e-7
 
 
 def negative_mass(ds: xr.Dataset, level: float) -> Estimate:
@@ -43,14 +41,10 @@ def negative_mass(ds: xr.Dataset, level: float) -> Estimate:
         return Estimate(float(bounds.max_high < point), 0.0)
     is_below = (measure.node < point).astype(float)
     value, left_open = float(is_below[~measure.sampled] @ measure.weight[~measure.sampled]), 0.0
-    exhausted = np.nanmax(own_residuals(ds), axis=1) <= _EXHAUSTED * largest
-    for index, gauss_rule in enumerate(zip(ds["ritz_value"].values, ds["ritz_weight"].values, strict=True)):
-        own = measure.probe == index + 1
-        mass = float(measure.weight[own].sum())
-        if exhausted[index]:  # the rule is the measure
-            value += float(is_below[own] @ measure.weight[own])
-        elif mass > 0:
-            below, uncertainty = mass_below(point, *(column[np.isfinite(column)] for column in gauss_rule))
+    for index, rule in enumerate(gauss_rules(ds)):
+        mass = float(measure.weight[measure.probe == index + 1].sum())
+        if mass > 0:
+            below, uncertainty = mass_below(point, *rule)
             value, left_open = value + mass * below, left_open + mass * uncertainty
     sampling = measure.mean(is_below)
     low, high = sampling.interval(level)
@@ -69,7 +63,8 @@ def negative_curvature(ds: xr.Dataset, level: float, round_off: float = 0.0) -> 
     ds : xarray.Dataset
         Nodes and Ritz values of one checkpoint.
     level : float
-        Of the interval, which includes the error of the quadrature rule.
+        Of the interval, which includes all that the moments of the probes leave open, and the coupling of the deflated
+        space: a bound rather than a statistical interval.
     round_off : float
         Negative nodes of at most this magnitude count as zero.
     """
@@ -84,7 +79,11 @@ def negative_curvature(ds: xr.Dataset, level: float, round_off: float = 0.0) -> 
         slope = measure.mean((negative - value * magnitude) / total)  # of the ratio of two correlated averages
         return Estimate(value, slope.se, dof=slope.dof)
 
-    return _fraction(with_rule_error(ds, share, level, within_spectrum=True))
+    measure = SpectralMeasure.from_dataset(ds)
+    total = measure.n_parameters * float(np.abs(measure.node) @ measure.weight)
+    # a perturbation of rank two, with eigenvalues c and -c, moves the negative part by at most c
+    coupling = float(ds["coupling"]) / total if total > 0 else 0.0
+    return _fraction(with_rule_error(ds, share, level, as_bound=True, more=coupling))
 
 
 def _fraction(estimate: Estimate) -> Estimate:

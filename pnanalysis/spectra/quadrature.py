@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,6 +14,10 @@ from pnanalysis.estimates import Estimate
 
 #: Bounds on the factors by which calibration changes weights.
 FACTORS = (0.2, 5.0)
+
+
+#: Nodes and weights of a quadrature rule.
+Rule = tuple[np.ndarray, np.ndarray]
 
 
 class RitzPairs(NamedTuple):
@@ -62,22 +67,21 @@ def averaged_rule(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.n
     return value, vector[0] ** 2
 
 
-def mass_below(point: float, value: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Mass of a start vector's spectral measure below a point, from its Gauss rule.
+def rule_with_node(point: float, value: np.ndarray, weight: np.ndarray, residual: np.ndarray) -> Rule:
+    """The rule of ``m + 1`` nodes with one at a given point that has all the moments known after ``m`` steps.
 
     Parameters
     ----------
     point : float
-    value, weight : ndarray
-        ``(m,)`` each: the Gauss rule.
+    value, weight, residual : ndarray
+        ``(m,)`` each, of the Gauss rule; residuals in the space that the start vector was drawn from.
 
     Returns
     -------
-    mass, uncertainty : float
-        Among the rules that are exact for the polynomials up to degree ``2 m - 2`` one has a node at the point. The
-        nodes below it hold the least mass that any measure with these moments has below the point, and together with
-        the node itself the most (Chebyshev, Markov, Stieltjes). ``mass`` is halfway between, ``uncertainty`` half of
-        what the node holds.
+    node, weight : ndarray
+        ``(m + 1,)`` each, ascending. Exact for polynomials up to degree ``2 m``. The nodes below the point hold the
+        least mass that any measure with these moments has below it, and together with the node itself the most
+        (Chebyshev, Markov, Stieltjes). Where the residuals are zero the node has no weight: the Gauss rule is exact.
 
     References
     ----------
@@ -85,14 +89,21 @@ def mass_below(point: float, value: np.ndarray, weight: np.ndarray) -> tuple[flo
     Review 15 (1973), for the rule with a given node.
     """
     alpha, beta = _jacobi_matrix(value, weight)
-    inner, vector = eigh_tridiagonal(alpha[:-1], beta[:-1]) if len(alpha) > 1 else (np.empty(0), np.empty((1, 0)))
-    distance = inner - point
+    distance = value - point
     smallest = np.finfo(float).eps * (np.abs(value).max() or 1.0)
     distance = np.where(np.abs(distance) < smallest, smallest, distance)
-    alpha[-1] = point + np.sum((vector[-1] * beta[-1:]) ** 2 / distance)
-    node, vector = eigh_tridiagonal(alpha, beta)
+    last = point + np.sum(residual**2 / distance)
+    node, vector = eigh_tridiagonal(np.append(alpha, last), np.append(beta, np.linalg.norm(residual)))
+    return node, vector[0] ** 2
+
+
+def mass_below(point: float, value: np.ndarray, weight: np.ndarray, residual: np.ndarray) -> tuple[float, float]:
+    """Mass of a start vector's spectral measure below a point, and half of what its moments leave open.
+
+    Halfway between the least and the most that :func:`rule_with_node` says; parameters as there.
+    """
+    node, mass = rule_with_node(point, value, weight, residual)
     at = int(np.argmin(np.abs(node - point)))
-    mass = vector[0] ** 2
     return float(mass[:at].sum() + mass[at] / 2), float(mass[at] / 2)
 
 
@@ -141,6 +152,12 @@ def own_residuals(ds: xr.Dataset) -> np.ndarray:
     return own
 
 
+def gauss_rules(ds: xr.Dataset) -> list[RitzPairs]:
+    """Each probe's Ritz values, weights and own residuals, without padding."""
+    columns = zip(ds["ritz_value"].values, ds["ritz_weight"].values, own_residuals(ds), strict=True)
+    return [RitzPairs(*(column[np.isfinite(rule[0])] for column in rule)) for rule in columns]
+
+
 @dataclass(frozen=True)
 class SpectralMeasure:
     """An estimated spectrum: weighted nodes, some of them counted exactly and some sampled.
@@ -185,27 +202,27 @@ class SpectralMeasure:
         node, weight, probe, n_before = columns
         return cls(node, weight, probe.astype(int), n_before.astype(int), int(ds["n_parameters"]))
 
-    @classmethod
-    def gauss(cls, ds: xr.Dataset) -> SpectralMeasure:
-        """The same with the probes' Gauss rules in place of their averaged rules.
+    def with_rules(self, rules: Sequence[Rule]) -> SpectralMeasure:
+        """The same with other rules in place of the probes' averaged ones, of the same moments.
 
-        It has half as many nodes, all of them within the spectrum. Its distance from the other is a measure of the
-        error of both.
+        Parameters
+        ----------
+        rules : sequence of (ndarray, ndarray)
+            Nodes and weights, which sum to 1, of each probe, in order; those of probes without sampled nodes are
+            ignored.
         """
-        averaged = cls.from_dataset(ds)
-        counted = ~averaged.sampled
-        columns = (averaged.node, averaged.weight, averaged.probe, averaged.n_before)
-        parts = [tuple(column[counted] for column in columns)]
-        for index, (value, weight) in enumerate(zip(ds["ritz_value"].values, ds["ritz_weight"].values, strict=True)):
-            own, known = averaged.probe == index + 1, np.isfinite(value)
+        columns = (self.node, self.weight, self.probe, self.n_before)
+        parts = [tuple(column[~self.sampled] for column in columns)]
+        for index, (node, weight) in enumerate(rules):
+            own = self.probe == index + 1
             if own.any():
-                like = np.ones(known.sum(), dtype=int)
-                mass = averaged.weight[own].sum() * weight[known]
-                parts.append((value[known], mass, (index + 1) * like, averaged.n_before[own][0] * like))
+                like = np.ones(len(node), dtype=int)
+                mass = self.weight[own].sum() * weight
+                parts.append((node, mass, (index + 1) * like, self.n_before[own][0] * like))
         node, weight, probe, n_before = (np.concatenate(column) for column in zip(*parts, strict=True))
-        gauss = cls(node, weight, probe, n_before, averaged.n_parameters)
-        # both rules give a probe's first two moments: what they differ by comes from a calibration
-        return gauss.calibrated(averaged.weight @ averaged.node, averaged.weight @ averaged.node**2)
+        measure = SpectralMeasure(node, weight, probe, n_before, self.n_parameters)
+        # both sets of rules give a probe's first two moments: what they differ by comes from a calibration
+        return measure.calibrated(self.weight @ self.node, self.weight @ self.node**2)
 
     def calibrated(self, mean: float, mean_square: float) -> SpectralMeasure:
         """The measure with sampled weights that give it this mean and mean square.

@@ -11,7 +11,7 @@ import xarray as xr
 
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.ends import bulk_edge, class_numbers, lambda_max_and_min, leading, ratio_of_bounds
-from pnanalysis.spectra.moments import moments
+from pnanalysis.spectra.moments import mean_beside_moments, moments
 from pnanalysis.spectra.negative import negative_curvature, negative_mass
 from pnanalysis.spectra.outliers import find_gap
 from pnanalysis.spectra.quadrature import SpectralMeasure
@@ -63,7 +63,8 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
           :func:`pnanalysis.spectra.ends.class_numbers`; NaN without ``n_classes``.
 
         The intervals of ``negative_curvature``, ``negative_mass``, ``effective_rank`` and ``effective_dimension``
-        include, besides the sampling error, what the quadrature leaves open.
+        include, besides the sampling error, what the quadrature leaves open: all of it in the first two, which makes
+        them bounds.
 
     References
     ----------
@@ -85,8 +86,8 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
         "lambda_min": bottom,
         "negative_mass": Estimate(0.0, 0.0) if semidefinite else negative_mass(ds, LEVEL),
         "negative_curvature": Estimate(0.0, 0.0) if semidefinite else negative_curvature(ds, LEVEL, slack),
-        "effective_rank": with_rule_error(ds, effective_rank, LEVEL),
-        "effective_dimension": with_rule_error(ds, partial(_effective_dimension, ridge), LEVEL),
+        "effective_rank": with_rule_error(ds, partial(effective_rank, gain=sums.gain), LEVEL),
+        "effective_dimension": with_rule_error(ds, partial(_effective_dimension, ridge, sums.gain), LEVEL),
     }
     counts: dict[str, float] = {}
     for side, suffix, edge in ((1, "", "bulk_edge_high"), (-1, "_negative", "bulk_edge_low")):
@@ -110,17 +111,21 @@ def _stored(name: str, estimate: Estimate) -> dict[str, float]:
     return data if math.isnan(estimate.se) else data | {f"{name}_se": estimate.se}
 
 
-def effective_rank(measure: SpectralMeasure) -> Estimate:
-    """Ratio of two averages, with its error by linearisation, which takes their correlation into account."""
+def effective_rank(measure: SpectralMeasure, gain: float = 1.0) -> Estimate:
+    """Ratio of two averages, with its error by linearisation, which takes their correlation into account.
+
+    ``gain`` is that of the moments (:func:`pnanalysis.spectra.moments.mean_beside_moments`).
+    """
     absolute, square = np.abs(measure.node), measure.node**2
     first, second = float(absolute @ measure.weight), float(square @ measure.weight)
     if second == 0:
         return Estimate(0.0, 0.0)
     value = measure.n_parameters * first**2 / second
-    slope = measure.mean(value * (2 * absolute / first - square / second))
+    slope = mean_beside_moments(value * (2 * absolute / first - square / second), measure, gain)
     return Estimate(value, slope.se, dof=slope.dof)
 
 
-def _effective_dimension(ridge: float, measure: SpectralMeasure) -> Estimate:
-    positive = np.maximum(measure.node, 0)
-    return measure.total(positive / (positive + ridge))
+def _effective_dimension(ridge: float, gain: float, measure: SpectralMeasure) -> Estimate:
+    positive, n = np.maximum(measure.node, 0), measure.n_parameters
+    mean = mean_beside_moments(positive / (positive + ridge), measure, gain)
+    return Estimate(n * mean.value, n * mean.se, dof=mean.dof)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from pnanalysis.spectra.data_error import Influence, influences
+from pnanalysis.spectra.data_error import NEARLY, Influence, influences
 from pnanalysis.spectra.half_samples import Contrasts, contrasts
 
 #: Numbers between 0 and 1, and their intervals with them.
@@ -21,9 +21,11 @@ def data_errors(ds: xr.Dataset) -> dict[str, DataError]:
     ----------
     ds : xarray.Dataset
         A ``"spectral_density"`` dataset of one checkpoint. Forms of single examples are preferred to half samples, of
-        which there are few.
+        which there are few, except where they say it only nearly.
     """
-    return contrasts(ds) | influences(ds)
+    by_forms, by_halves = influences(ds), contrasts(ds)
+    nearly = {name: by_forms.pop(name) for name in NEARLY if name in by_forms}
+    return nearly | by_halves | by_forms
 
 
 def with_data_errors(ds: xr.Dataset) -> xr.Dataset:
