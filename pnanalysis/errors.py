@@ -27,6 +27,10 @@ class TrainingError(PnError):
     """Training cannot start or continue (an unknown recipe or layer, a loss that is not finite)."""
 
 
+class DivergenceError(TrainingError):
+    """The loss or the weights of a training are not finite any more."""
+
+
 class CurvatureError(PnError):
     """A curvature operator or a spectral estimate is ill-defined for the given input."""
 

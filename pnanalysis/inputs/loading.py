@@ -53,22 +53,30 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], origin: str = "we
 def check_finite(network: nn.Module, origin: str) -> None:
     """Refuse networks with weights that are not finite, or that have none yet.
 
-    Buffers may hold infinities, as masks do, but for running statistics.
-
     Raises
     ------
     ModelError
     """
     check_has_values(network, origin)
+    if (name := first_not_finite(network)) is not None:
+        raise ModelError(
+            f"{origin}: {name!r} holds values that are not finite: training diverged; give an earlier checkpoint"
+        )
+
+
+def first_not_finite(network: nn.Module) -> str | None:
+    """The name of the first parameter or buffer that is not finite, if there is one.
+
+    Buffers may hold infinities, as masks do, but for running statistics.
+    """
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     for name, tensor in network.state_dict().items():
         if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         strict = name in parameters or name.rpartition(".")[2].startswith("running_")
         if not tensor.isfinite().all() if strict else tensor.isnan().any():
-            raise ModelError(
-                f"{origin}: {name!r} holds values that are not finite: training diverged; give an earlier checkpoint"
-            )
+            return name
+    return None
 
 
 def check_has_values(network: nn.Module, origin: str) -> None:

@@ -247,10 +247,20 @@ class Run:
 
 
 def best_iteration(history: xr.Dataset) -> int:
-    """The iteration with the lowest final validation error, or training loss if there is no validation split."""
+    """The iteration with the lowest final validation error, or training loss if there is no validation split.
+
+    One whose training loss is not finite is never chosen.
+
+    Raises
+    ------
+    RunError
+        If there is no other.
+    """
     last = history.isel(epoch=-1)
     is_validated = bool(last.validation_error.notnull().any())
-    scores = last.validation_error if is_validated else last.train_loss
+    scores = (last.validation_error if is_validated else last.train_loss).where(np.isfinite(last.train_loss))
+    if not scores.notnull().any():
+        raise RunError("no iteration ended with finite numbers, so there is no champion; train with a smaller --lr")
     return int(history.iteration[int(np.nanargmin(scores.values))])
 
 

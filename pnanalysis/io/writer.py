@@ -33,7 +33,8 @@ def check_new(path: str | os.PathLike[str]) -> None:
     RunError
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # Hidden files are what a process left that was killed while it wrote its first one.
+    if path.exists() and (not path.is_dir() or any(not file.name.startswith(".") for file in path.iterdir())):
         raise RunError(
             f"{path}: exists already; give another --out, or --resume to continue it"
             if (path / MANIFEST).is_file()
@@ -60,6 +61,7 @@ class RunWriter:
         """
         path = Path(path)
         check_new(path)
+        path.mkdir(parents=True, exist_ok=True)
         writer = cls(path, {"format": FORMAT, "schema_version": schema.SCHEMA_VERSION, **manifest})
         writer.update()
         return writer
@@ -111,6 +113,8 @@ class RunWriter:
     @contextmanager
     def _explaining_failed_writes(self, name: str) -> Iterator[None]:
         """Turn what the operating system raises in the body into a sentence that says how to continue."""
+        if not self.path.is_dir():  # not to be made again, without what was in it
+            raise RunError(f"{self.path}: the folder of the run is gone; put it back and continue with --resume")
         try:
             yield
         except OSError as error:

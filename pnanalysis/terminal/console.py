@@ -20,9 +20,12 @@ from rich.console import Console
 
 from pnanalysis.errors import PnError, reason
 from pnanalysis.estimates import Estimate, proportion
+from pnanalysis.terminal.streams import error_stream, lasting_streams
 
 #: The base class of the errors that typer raises for invalid command lines, which has no public name.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+#: Signals that end a command cleanly; Windows has no SIGHUP.
+_INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 #: With ``--json``: the files, tables and notes of this command, printed as one object at its end.
 _json_output: dict[str, Any] | None = None
 #: How to resume this command, printed after an interrupt.
@@ -58,8 +61,20 @@ class Table:
 def run_app(app: typer.Typer) -> None:
     """Run a typer application and exit: status 2 for errors that the user can mend, 128 + signal for an interrupt.
 
-    SIGTERM, which batch systems send before they kill, is an interrupt too.
+    SIGTERM, which batch systems send before they kill, and SIGHUP, sent when the terminal is closed, are interrupts too.
+    A terminal or reader that has gone stops nothing; output that a full disk refuses is an error at the end.
     """
+    try:
+        with lasting_streams() as (output, _):
+            _run(app)
+    except SystemExit as ending:
+        if output.lost and not ending.code:
+            print_status(f"error: standard output cannot be written ({output.error}); everything else is done")
+            sys.exit(2)
+        raise
+
+
+def _run(app: typer.Typer) -> NoReturn:
     global _json_output, _interrupt_advice
     _json_output, _interrupt_advice = None, "what was saved is intact"
     status: Any = 0
@@ -89,7 +104,7 @@ def when_interrupted(advice: str) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt within the body; the list holds the signals received."""
+    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt within the body; the list holds the signals received."""
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -97,7 +112,7 @@ def _interruptible() -> Iterator[list[int]]:
         if len(received) == 1:  # a second signal must not interrupt what is being saved on the way out
             raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in _INTERRUPTS}
     # Signals that are ignored (under nohup) or handled outside Python stay as they are.
     replaced = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
     for number in replaced:
@@ -182,7 +197,9 @@ def print_line(line: str, quiet: bool = False) -> None:
 def print_status(line: str, quiet: bool = False) -> None:
     """Print a line on standard error, about the work rather than its result, unless ``quiet``."""
     if not quiet:
-        print(line, file=sys.stderr)
+        stream = error_stream()
+        stream.write(f"{line}\n")
+        stream.flush()
 
 
 def print_saved(quiet: bool, *files: Any) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import IO, Protocol, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from pnanalysis.terminal.streams import error_stream
 
 
 class Advance(Protocol):
@@ -47,7 +48,8 @@ def progress_bar(description: str, total: float | None, enabled: bool = True) ->
     enabled : bool
         ``False`` shows nothing.
     """
-    console = Console(stderr=True)
+    stream = error_stream()
+    console = Console(file=cast("IO[str]", stream))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -58,7 +60,7 @@ def progress_bar(description: str, total: float | None, enabled: bool = True) ->
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=console, disable=not (enabled and sys.stderr.isatty())) as bar:
+    with Progress(*columns, console=console, disable=not (enabled and stream.isatty())) as bar:
         task = bar.add_task(description, total=total, text="")
 
         def advance(steps: float = 1, text: str = "") -> None:

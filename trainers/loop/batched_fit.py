@@ -30,6 +30,7 @@ from trainers.loop.fit import (
     autocast,
     batch_order,
     check_options,
+    check_weights,
     error_counter,
     load_optimizer_tensors,
     make_optimizer,
@@ -133,11 +134,12 @@ def fit_together(
                 continue
             try:
                 means = sums.means(epoch, len(split), k)
+                check_weights(each.model, epoch)
                 record = Epoch(epoch, *means, validation_errors[k], test_errors[k], seconds)
                 records.append(record)
                 if each.on_epoch is not None:
                     each.on_epoch(record, each.model, optimizers[k])
-            except PnError as error:  # a loss that is not finite or a full disk ends this fit only
+            except PnError as error:  # weights that are not finite or a full disk ends this fit only
                 results[k] = error
         if all(isinstance(records, PnError) for records in results):
             break

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pnanalysis.errors import TrainingError
+from pnanalysis.errors import DivergenceError, TrainingError
 from pnanalysis.evaluation.forward import IGNORED
 from pnanalysis.evaluation.losses import kind_of, known
 from pnanalysis.inputs.data import Split
+from pnanalysis.inputs.loading import first_not_finite
 from pnanalysis.inputs.models import Loss, resolve_loss
 from trainers.choices import check_choice
 from trainers.seeds import derive_seed
@@ -101,8 +102,11 @@ def fit(
 
     Raises
     ------
+    DivergenceError
+        If the loss or, at the end of an epoch, a weight is not finite; the message says where. ``on_epoch`` is not
+        called for such an epoch.
     TrainingError
-        If the loss stops being finite (the message names epoch and step), or an option is unknown.
+        If an option is unknown.
     """
     split = train if isinstance(train, Split) else Split(*train)
     check_options(optimizer, augment, amp, batch_size, epochs)
@@ -135,6 +139,7 @@ def fit(
             if on_batch is not None:
                 on_batch(len(index))
         means = sums.means(epoch, len(split))
+        check_weights(model, epoch)
         validation_error = evaluate_error(network, validation, amp, loss_fn)
         test_error = evaluate_error(network, test, amp, loss_fn)
         record = Epoch(epoch, *means, validation_error, test_error, time.perf_counter() - begun)
@@ -142,6 +147,18 @@ def fit(
         if on_epoch is not None:
             on_epoch(record, model, optim)
     return records
+
+
+def check_weights(model: nn.Module, epoch: int) -> None:
+    """Check at the end of an epoch that the weights are finite: there is no later loss that would tell.
+
+    Raises
+    ------
+    DivergenceError
+        The message names the first tensor that is not.
+    """
+    if (name := first_not_finite(model)) is not None:
+        raise DivergenceError(f"{name} is not finite any more after epoch {epoch}; try a smaller --lr or --lam")
 
 
 @torch.no_grad()
@@ -253,7 +270,7 @@ class EpochSums:
 
         Raises
         ------
-        TrainingError
+        DivergenceError
             If a loss was not finite.
         """
         chosen = ... if network is None else network
@@ -261,7 +278,7 @@ class EpochSums:
         bad = (~(losses + penalties).isfinite()).nonzero()
         if len(bad):
             step = int(bad[0])
-            raise TrainingError(
+            raise DivergenceError(
                 f"the loss became {float(losses[step] + penalties[step])} at epoch {epoch}, step {step + 1}; "
                 "try a smaller --lr or --lam"
             )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnanalysis.errors import TrainingError
+from pnanalysis.errors import DivergenceError, TrainingError
 
 #: A function of two 0-d float64 tensors that returns one, made of torch operations.
 PlaneFunction = Callable[[Tensor, Tensor], Tensor]
@@ -117,7 +117,7 @@ def _check_finite(xy: Tensor, numbers: Tensor, step: int) -> None:
     bad = (~numbers.isfinite()).any(0).nonzero()
     if len(bad):
         x, y = xy[:, int(bad[0])].tolist()
-        raise TrainingError(
+        raise DivergenceError(
             f"the surface or its gradient is not finite at step {step}, at ({x:.6g}, {y:.6g}); "
             "start elsewhere or try a smaller lr"
         )

@@ -18,7 +18,7 @@ import xarray as xr
 from torch import Tensor
 
 from pnanalysis import schema
-from pnanalysis.errors import TrainingError
+from pnanalysis.errors import DivergenceError, TrainingError
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.terminal.progress import Advance, progress_bar
 from trainers.problems.batched_relu import ReluBatch, Repulsion, fitting_threads, pack, predict
@@ -233,7 +233,7 @@ class _Ensemble:
         if len(bad):
             seed, lam = self.members[bad[0]]
             strength = "" if math.isnan(lam) else f", lam {lam:g}"
-            raise TrainingError(
+            raise DivergenceError(
                 f"the loss of seed {seed}{strength} became {losses[bad[0]]} by step {step} of iteration {iteration}; "
                 "try a smaller lr or lam"
             )

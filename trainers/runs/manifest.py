@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 
-from pnanalysis.errors import PnError, reason
+from pnanalysis.errors import DivergenceError, PnError, reason
+from pnanalysis.io.writer import RunWriter
 from pnanalysis.schema import provenance
 from trainers.recipes import Config
 
@@ -46,6 +48,16 @@ def describe(config: Config, device: torch.device, **entries: Any) -> dict[str, 
         "champion": None,
         **entries,
     }
+
+
+def mark_unfinished(writer: RunWriter, error: BaseException) -> None:
+    """Record why a run did not finish, if the disk allows: ``error`` itself matters more than that."""
+    status = "diverged" if isinstance(error, DivergenceError) else "failed"
+    with suppress(PnError):
+        if isinstance(error, Exception):
+            writer.update(status=status, failure=failure_of(error))
+        else:  # a signal
+            writer.update(status="interrupted", failure=None)
 
 
 def failure_of(error: Exception) -> str:

@@ -44,7 +44,7 @@ def check_trainable(model: nn.Module, data: Splits, config: Config) -> None:
     Raises
     ------
     DataError
-        If network or loss cannot take the data, or the targets do not suit the loss (see
+        If there are no examples, or numbers that are not finite, or network or loss cannot take the data, or the targets do not suit the loss (see
         :func:`pnanalysis.evaluation.losses.check_targets`).
     TrainingError
         If the loss of a batch is not a single number, or inputs that are not images are to be augmented.
@@ -56,6 +56,7 @@ def check_trainable(model: nn.Module, data: Splits, config: Config) -> None:
         if split is None:
             continue
         label = config.data if name == "train" else f"{config.data}, {name}"
+        split.check(label)
         if name == "train" and config.augment and split.inputs.ndim != 4:
             raise TrainingError(
                 f"{label}: {config.augment[0]} takes images (N, C, H, W), not inputs of shape "

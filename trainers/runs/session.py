@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -23,11 +22,11 @@ from pnanalysis.io.runs import MANIFEST, Run, best_iteration, open_run
 from pnanalysis.io.writer import RunWriter, check_new
 from pnanalysis.schema import error_name
 from pnanalysis.spectra.memory import human
-from pnanalysis.terminal.console import error_cell, text
+from pnanalysis.terminal.console import error_cell, print_status, text
 from trainers.loop.fit import Epoch, error_kind, fit, optimizer_tensors
 from trainers.loop.persistence import PersistentPenalty, choose_layers
 from trainers.recipes import Config, check_same
-from trainers.runs.manifest import describe, failure_of, now
+from trainers.runs.manifest import describe, mark_unfinished, now
 from trainers.runs.preflight import check_trainable
 from trainers.seeds import derive_seed
 from trainers.zoo.models import initialise_normal
@@ -162,7 +161,7 @@ class Session:
             )  # fmt: skip
             self.end_iteration()
             if verbose:
-                print(self._summary(iteration), file=sys.stderr, flush=True)
+                print_status(self._summary(iteration))
 
     def prepare(self, advance: Callable[..., None]) -> PreparedIteration:
         """The next iteration, at its beginning or where it was interrupted."""
@@ -216,9 +215,9 @@ class Session:
         self.writer.drop_state()
         return open_run(self.writer.path)
 
-    def fail(self, error: Exception) -> None:
-        """Mark the run as failed."""
-        self.writer.update(status="failed", failure=failure_of(error))
+    def fail(self, error: BaseException) -> None:
+        """Mark the run as failed, diverged or interrupted."""
+        mark_unfinished(self.writer, error)
 
     def dataset(self) -> xr.Dataset:
         """The history so far, with its attributes."""

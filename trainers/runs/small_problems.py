@@ -22,7 +22,7 @@ from trainers.problems import basins, kink_ensemble, two_well
 from trainers.problems.batched_relu import unpack
 from trainers.problems.escape import escape
 from trainers.recipes import Config, check_same
-from trainers.runs.manifest import describe, failure_of, now
+from trainers.runs.manifest import describe, mark_unfinished, now
 from trainers.zoo.kink import kink_data
 
 _SAMPLES = 500
@@ -112,17 +112,17 @@ class _RunRecord:
             check_same(self.writer.manifest["config"], config, out)
             path = self._path(kind)
             self.saved = netcdf.load(path) if path.is_file() else None
-            self.writer.update(status="running", config=config.to_dict())
+            self.writer.update(status="running", failure=None, config=config.to_dict())
             return
         self.writer = RunWriter.create(out, describe(config, device, data=_data_entry(config)))
 
     @contextmanager
     def failures_marked(self) -> Iterator[None]:
-        """Mark the run as failed if the body raises an error; after an interrupt it stays as it is, to be resumed."""
+        """Mark the run as failed, diverged or interrupted if the body does not finish; it can be resumed."""
         try:
             yield
-        except Exception as error:
-            self.writer.update(status="failed", failure=failure_of(error))
+        except BaseException as error:
+            mark_unfinished(self.writer, error)
             raise
 
     def save(self, ds: xr.Dataset) -> None:

@@ -9,7 +9,6 @@ the penalty only; restarts each draw their own.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +19,9 @@ from pnanalysis.inputs.data import Splits, load_data
 from pnanalysis.inputs.models import build_model
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.runs import Run
+from pnanalysis.terminal.console import print_status
 from pnanalysis.terminal.progress import progress_bar
+from pnanalysis.terminal.streams import error_stream
 from trainers.loop.batched_fit import SingleFit, fit_together
 from trainers.recipes import RECIPES, Config
 from trainers.runs.preflight import check_tensors
@@ -76,11 +77,11 @@ def train(
     _print_resume_message(session, progress)
     try:
         with progress_bar(f"{config.recipe}/{config.strategy}", session.n_to_see(), progress) as advance:
-            session.run(advance, progress and not sys.stderr.isatty())
-    except Exception as error:  # a user's network may raise anything
+            session.run(advance, progress and not error_stream().isatty())
+        return session.finish()
+    except BaseException as error:  # a user's network may raise anything, and a signal may arrive at any time
         session.fail(error)
         raise
-    return session.finish()
 
 
 def train_together(
@@ -144,7 +145,7 @@ def train_together(
                 for k, failure in _iterate_together(sessions, advance).items():
                     sessions.pop(k).fail(failure)
                     results[k] = failure
-    except Exception as error:  # raised in a step that is common to all runs
+    except BaseException as error:  # a signal, or raised in a step that is common to all runs
         for session in sessions.values():
             session.fail(error)
         raise
@@ -208,8 +209,8 @@ def _iterate_together(sessions: Mapping[int, Session], advance: Callable[..., No
 
 
 def _print_resume_message(session: Session, progress: bool) -> None:
-    if progress and (message := session.resume_message()):
-        print(message, file=sys.stderr)
+    if message := session.resume_message():
+        print_status(message, quiet=not progress)
 
 
 def _load(config: Config, device: torch.device) -> Splits:

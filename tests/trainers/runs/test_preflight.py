@@ -20,6 +20,7 @@ LATE = torch.where(torch.arange(60) == 57, 3, CLASSES)
 DATA = {
     "good": (X, CLASSES),
     "late": (X, LATE),
+    "nan": (torch.where(torch.arange(60)[:, None] == 57, torch.nan, X), CLASSES),
     "shape": (torch.randn(60, 5), CLASSES),
     "floats": (X, CLASSES.float()),
     "flat": (X, X[:, 0]),
@@ -56,6 +57,7 @@ BAD = {
         config("late"),
         "late: the loss cannot take these data: the target 3 is not a class of a network with 3",
     ),
+    "nan": (config("nan"), "nan, example 57: some numbers are not finite"),
     "held-out": (
         config("held_out"),
         "held_out, validation: the loss cannot take these data: the target 3 is not a class",

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from pnanalysis.errors import PnError, RunError, TrainingError
-from pnanalysis.io.runs import Run, open_run
+from pnanalysis.errors import DivergenceError, PnError, RunError, TrainingError
+from pnanalysis.io.runs import Run, best_iteration, open_run
 from pnanalysis.io.writer import RunWriter
 from trainers import Config, train
 from trainers.runs.session import draw_layers
@@ -174,9 +174,51 @@ def test_a_nan_loss_keeps_the_last_good_state_and_marks_the_run(tiny_config: Con
     with pytest.raises(TrainingError, match="epoch 1, step"):
         train(replace(tiny_config, lr=1e38), tmp_path / "run", device="cpu", progress=False)
     run = open_run(tmp_path / "run")
-    assert run.manifest["status"] == "failed"
+    assert run.manifest["status"] == "diverged"
     assert "epoch 1" in run.manifest["failure"]
     assert all(value.isfinite().all() for value in run.start.load().values())
+
+
+def test_weights_that_diverge_in_the_last_step_are_not_saved(tiny_config: Config, tmp_path: Path) -> None:
+    """One step an epoch: its loss is finite, and so is the error that NaN weights make."""
+    config = replace(tiny_config, lr=1e38, batch_size=10_000, epochs=1)
+    for name, attempt in (("alone", train), ("together", None)):
+        out = tmp_path / name
+        if attempt is None:
+            assert isinstance(train_together([config], [out], device="cpu", progress=False)[0], DivergenceError)
+        else:
+            with pytest.raises(DivergenceError, match=r"after epoch 1; try a smaller --lr"):
+                attempt(config, out, device="cpu", progress=False)
+        run = open_run(out)
+        assert (run.manifest["status"], run.ends) == ("diverged", [])
+        assert [checkpoint.epoch for checkpoint in run.checkpoints] == [0]
+
+
+def test_a_diverged_iteration_is_never_the_champion(tiny_run: Run) -> None:
+    history = tiny_run.history.copy(deep=True)
+    history.validation_error[1, -1] = 0.0
+    assert best_iteration(history) == 1
+    history.train_loss[1, -1] = np.inf
+    assert best_iteration(history) != 1
+    with pytest.raises(RunError, match="no iteration ended with finite numbers"):
+        best_iteration(history.isel(iteration=[1]))
+
+
+def test_a_signal_marks_its_run_as_interrupted(tiny_run: Run, tiny_config: Config, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWriter, "save_state", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config, tmp_path / "run", device="cpu", progress=False, save_interval=0.0)
+    assert open_run(tmp_path / "run").manifest["status"] == "interrupted"
+    assert same(tiny_run, train(tiny_config, tmp_path / "run", device="cpu", progress=False, resume=True))
+
+
+def test_a_run_whose_folder_is_removed_does_not_begin_another(tiny_config: Config, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWriter, "save_state", lambda self, *_, **__: shutil.rmtree(self.path))
+        with pytest.raises(RunError, match="is gone"):
+            train(tiny_config, tmp_path / "run", device="cpu", progress=False, save_interval=0.0)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("settings", [{"lam": -1.0}, {"layers": "fc99"}, {"data": "no-such-data"}, {"model": "lenet6"}])
