@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -109,7 +108,7 @@ def spectral_density(
         float32 and 0.2 in bfloat16 by default.
     state : path, optional
         A folder for unfinished work, saved every ``save_every`` seconds. The same call resumes from it and gives the
-        same result as without the interruption. The folder is removed on success.
+        same result as without the interruption. The folder stays: delete it once the dataset is saved.
     title : str
         Label of the progress bar.
     data_error : {"examples", "groups", "none"}
@@ -207,8 +206,6 @@ def spectral_density(
         )  # fmt: skip
         of_data = sample_examples(forms, data_error, of_half, settings.state, title)
     ds = _dataset(sample, facts, of_data, top_k, ridge, kernel_width, grid)
-    if state is not None:
-        shutil.rmtree(state, ignore_errors=True)
     attributes: dict[str, Any] = {"seed": seed, "device": str(operator.device)}
     if targets is not None:
         attributes |= {"until": targets, "until_reached": sample.method == "exact" or sample.until_reached}

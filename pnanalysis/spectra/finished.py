@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ _SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
 def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..., xr.Dataset]) -> xr.Dataset:
     """The spectrum in a file if there is one, else ``compute(state=folder)``, which is then saved there.
 
+    The folder is removed once the file is safe on the disk.
+
     Names cannot tell whether a user's code or data have changed meanwhile. One product can, so it is compared with that
     of the operator whose spectrum was saved.
     """
@@ -29,6 +32,8 @@ def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..
         before = np.asarray(found.attrs.pop("product", np.nan))
         if np.abs(before - fresh).max() <= _SAME_PRODUCT * fresh[1]:
             return found
-    ds = compute(state=path.with_suffix(""))
+    state = path.with_suffix("")
+    ds = compute(state=state)
     netcdf.save(ds.assign_attrs(product=fresh), path)
+    shutil.rmtree(state, ignore_errors=True)
     return ds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from pathlib import Path
@@ -79,6 +80,29 @@ def test_an_interrupted_spectrum_goes_on_to_the_same_result(tiny_run: Run, tmp_p
     resumed = pn.hessian(tiny_run, **options, state=tmp_path / "state")
     for name in whole:
         np.testing.assert_array_equal(whole[name], resumed[name], err_msg=str(name))
+
+
+def test_a_spectrum_that_cannot_be_saved_is_not_computed_again(tiny_run: Run, tmp_path: Path, monkeypatch) -> None:
+    options = {**SMALL, "checkpoints": ["plain"], "state": tmp_path / "state"}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pnanalysis.spectra.finished.netcdf.save", full)
+        with pytest.raises(OSError, match="No space left"):
+            pn.hessian(tiny_run, **options)
+    products, product = [], pn.HessianOperator.matmat
+
+    def counted(self: pn.HessianOperator, V: torch.Tensor) -> torch.Tensor:
+        products.append(V.shape[1])
+        return product(self, V)
+
+    monkeypatch.setattr(pn.HessianOperator, "matmat", counted)
+    resumed = pn.hessian(tiny_run, **options)
+    assert sum(products) < int(resumed.n_hvp) / 2  # one for each saved state, to check that it is still this operator
+    assert not any((tmp_path / "state").glob("*/"))
+    xr.testing.assert_equal(resumed, pn.hessian(tiny_run, **{**options, "state": None}))
 
 
 def test_finished_spectra_are_kept_while_others_are_under_way(tiny_run: Run, tmp_path: Path, monkeypatch) -> None:

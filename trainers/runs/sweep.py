@@ -7,21 +7,24 @@ whole process is killed, the sweep ends and can be resumed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import joblib
 import torch
+from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.inputs.sources import resolve_device
-from pnanalysis.io.runs import MANIFEST
+from pnanalysis.io.runs import MANIFEST, open_run
+from pnanalysis.io.writer import RunWriter
 from pnanalysis.terminal.progress import progress_bar
 from trainers.recipes import Config
-from trainers.runs.manifest import failure_of
+from trainers.runs.manifest import failure_of, mark_unfinished
 from trainers.runs.strategies import train, train_together
 
 
@@ -118,7 +121,7 @@ def sweep(
         for plan, place in zip(plans, itertools.cycle(devices), strict=False)
     ]
     outcomes: dict[Path, Outcome] = {}
-    with progress_bar(f"{len(calls)} runs", len(calls), progress) as advance:
+    with _interruptions_marked(plans), progress_bar(f"{len(calls)} runs", len(calls), progress) as advance:
         try:
             for outcome in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
                 outcomes[outcome.path] = outcome
@@ -129,6 +132,21 @@ def sweep(
                 "are complete: continue with --resume and fewer --jobs"
             ) from error
     return [outcomes[plan.path] for plan in plans]
+
+
+@contextmanager
+def _interruptions_marked(plans: Sequence[_Plan]) -> Iterator[None]:
+    """Mark runs as interrupted that a signal ends: joblib kills their processes, which then cannot do so themselves."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        get_reusable_executor(kill_workers=True).shutdown(wait=True, kill_workers=True)
+        for plan in plans:
+            with suppress(PnError):
+                manifest = open_run(plan.path).manifest
+                if manifest["status"] == "running":
+                    mark_unfinished(RunWriter(plan.path, manifest), interrupt)
+        raise
 
 
 class _Plan(NamedTuple):
