@@ -125,6 +125,9 @@ _SPECTRUM = {
     "density_se": _var("eigenvalue", "1 / loss", "standard error of the spectral density"),
     "density_probe_se": _var("eigenvalue", "1 / loss", "standard error of the density for the probes", _OPTIONAL),
     "density_data_se": _var("eigenvalue", "1 / loss", "standard error of the density for the examples", _OPTIONAL),
+    "ritz_merged": _var(
+        "probe", "1", "1 for a probe whose space is part of those of the deflated eigenvalues", _OPTIONAL
+    ),
     "deflated_value": _var("component", "loss", "deflated eigenvalue", _OPTIONAL),
     "deflated_residual": _var("component", "loss", "residual bound of the deflated eigenvalue", _OPTIONAL),
     "single_mean": _var("single", "loss", "mean eigenvalue of the complement, from one product", _OPTIONAL),

@@ -20,7 +20,8 @@ are uncorrelated, because each is unbiased given everything before it, so they a
 precision. The first Krylov space counts as a probe too where deflation brings little, as in a spectrum without
 outliers: then nothing is lost against probes alone. The last tenth of the budget goes into probes of a single product
 in the complement of all that is deflated by then, which sharpen the trace and the Frobenius norm
-(:mod:`pnanalysis.spectra.moments`). Given numbers of steps and probes instead, the probes run in lockstep.
+(:mod:`pnanalysis.spectra.moments`). The deflated spaces together give the Ritz values that outliers, edges and bounds
+are read from (:mod:`pnanalysis.spectra.merged`). Given numbers of steps and probes instead, the probes run in lockstep.
 
 References
 ----------
@@ -61,6 +62,7 @@ from pnanalysis.spectra.linear_operator import (
     round_off,
 )
 from pnanalysis.spectra.memory import probes_at_once, vectors_at_once
+from pnanalysis.spectra.merged import Couplings, MergedSpaces
 from pnanalysis.spectra.sample import LanczosCoefficients, SamplingSettings, SpectrumSample
 from pnanalysis.terminal.progress import Advance
 
@@ -121,6 +123,7 @@ class _Sampler:
         self.feed = DataFeed(settings.data, settings.seed)
         self.sample = SpectrumSample(operator.shape[0], "deflated" if settings.deflate else "plain")
         self._next_vector = 1  # random vector 0 is that of the first deflated space
+        self._couplings: Couplings | None = None  # of the spaces that are deflated in turn
         self._bar = advance
         self._text = ""
 
@@ -182,6 +185,8 @@ class _Sampler:
         Each runs in the complement of all before it.
         """
         columns = self._columns(budget)
+        if columns.shape[1] >= min(budget, self.sample.n_parameters):  # else the memory is short
+            self._couplings = Couplings()
         for_probes = budget - n_single_products(budget)
         self._deflate_first(columns, budget, for_probes)
         left = for_probes - self.sample.n_hvp
@@ -329,6 +334,9 @@ class _Sampler:
             self.feed.plain(lanczos)
         if deflated:
             self.feed.deflated(lanczos)
+            if self._couplings is not None:
+                self._couplings.add(lanczos)
+                sample.merged = MergedSpaces(self._couplings.parts, self._couplings.overlaps())
 
     def _is_reached(self) -> bool:
         """Whether all targets are reached; there must be a probe to tell."""

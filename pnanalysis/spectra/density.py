@@ -23,7 +23,7 @@ from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples
 from pnanalysis.spectra.linear_operator import as_operator, round_off
 from pnanalysis.spectra.memory import basis_bytes, human
 from pnanalysis.spectra.moments import moments
-from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, averaged_rule, extremes, ritz
+from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, all_ritz_values, averaged_rule, extremes, ritz
 from pnanalysis.spectra.sample import SamplingSettings, SpectrumSample
 from pnanalysis.spectra.stopping import Until, checked_targets
 from pnanalysis.spectra.summary import effective_rank, summarise
@@ -242,7 +242,7 @@ def _relative_errors(sample: SpectrumSample) -> dict[str, float]:
     measure = SpectralMeasure.from_dataset(ds)
     sums = moments(ds, measure)
     rank = effective_rank(measure, sums.gain)
-    bounds = extremes(ds["ritz_value"].values, ds["ritz_residual"].values)
+    bounds = extremes(*all_ritz_values(ds, own=False))
     pairs = {
         "trace": (sums.trace.se, sums.trace.value),
         "frobenius_norm": (sums.square.se / 2, sums.square.value),
@@ -319,8 +319,15 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         "n_parameters": ((), sample.n_parameters),
         "coupling": ((), float(coupling)),
     }
-    if sample.n_deflated:
-        deflated = np.array([probe.deflated for probe in sample.probes])[:, None] & np.isfinite(value)
+    n_deflated = [probe.deflated for probe in sample.probes]
+    outer = float(np.sqrt(np.sum(couplings**2)))
+    if sample.merged is not None and any(n_deflated):
+        spaces = [(probe.alpha, probe.beta) for probe in sample.probes if probe.deflated]
+        merged_value, merged_residual, outer = sample.merged.eigenvalues(spaces)
+        data["deflated_value"], data["deflated_residual"] = ("component", merged_value), ("component", merged_residual)
+        data["ritz_merged"] = ("probe", np.array(n_deflated, dtype=float))
+    elif any(n_deflated):
+        deflated = np.array(n_deflated)[:, None] & np.isfinite(value)
         order = np.argsort(-value[deflated])
         data["deflated_value"] = ("component", value[deflated][order])
         data["deflated_residual"] = ("component", residual[deflated][order])
@@ -328,7 +335,7 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         alpha, beta = (np.array([getattr(probe, name)[0] for probe in sample.single]) for name in ("alpha", "beta"))
         data["single_mean"] = ("single", alpha)
         data["single_mean_square"] = ("single", alpha**2 + beta**2)
-        data["single_coupling"] = ((), float(np.sqrt(np.sum(couplings**2))))
+        data["single_coupling"] = ((), outer)
         sums = moments(xr.Dataset(data), measure)
         extra = 2 * float(coupling) ** 2
         data["probe_trace"] = ((), measure.total(measure.node).value)

@@ -11,7 +11,7 @@ import xarray as xr
 
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.outliers import Gap
-from pnanalysis.spectra.quadrature import extremes, own_residuals
+from pnanalysis.spectra.quadrature import all_ritz_values, extremes
 
 #: A Ritz value whose residual is below this fraction of it is known well enough for a ratio.
 RESOLVED = 0.01
@@ -30,7 +30,7 @@ def leading(ds: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def lambda_max_and_min(ds: xr.Dataset, slack: float) -> tuple[Estimate, Estimate]:
     """Largest and smallest eigenvalue, with bounds; ``slack`` is the round-off of an eigenvalue."""
-    bounds = extremes(ds["ritz_value"].values, ds["ritz_residual"].values)
+    bounds = extremes(*all_ritz_values(ds, own=False))
     return (
         Estimate(bounds.max_low, low=bounds.max_low - slack, high=bounds.max_high + slack),
         Estimate(bounds.min_high, low=bounds.min_low - slack, high=bounds.min_high + slack),
@@ -43,8 +43,9 @@ def bulk_edge(ds: xr.Dataset, gap: Gap, side: int, slack: float) -> Estimate:
     Without outliers that is the extreme eigenvalue. There is no interval where the residuals reach into the gap, or the
     number of outliers is not certain, and no edge where every Ritz value is an outlier.
     """
-    value, residual = side * ds["ritz_value"].values, own_residuals(ds)
-    inside = value < side * gap.middle  # false for NaN
+    value, residual = all_ritz_values(ds, own=True)
+    value = side * value
+    inside = value < side * gap.middle
     if not inside.any():
         return Estimate(np.nan)
     edge = float(value[inside].max())
@@ -90,7 +91,8 @@ def class_numbers(ds: xr.Dataset, n_classes: int, trace: Estimate, level: float,
     if n_classes < 1 or len(value) <= n_classes or not (residual < RESOLVED * value).all():
         return {name: Estimate(np.nan) for name in ("class_ratio", "class_gap", "class_trace")}
     # an eigenvalue that the steps have passed over hides in the residual of a lower Ritz value
-    all_values, reach = ds["ritz_value"].values, ds["ritz_value"].values + own_residuals(ds)
+    all_values, reach = all_ritz_values(ds, own=True)
+    reach = all_values + reach
     top = [
         Estimate(v, low=v - slack, high=max(float(reach[all_values <= v].max()), v + r) + slack)
         for v, r in zip(value.tolist(), residual.tolist(), strict=True)

@@ -80,6 +80,14 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, list[Ten
     return rest, first
 
 
+def coordinates(basis: Tensor, V: Tensor) -> Tensor:
+    """Of vectors ``(P, k)`` in the columns of a basis ``(P, n)``: ``(n, k)``, summed in float64."""
+    total = _zero(V)
+    for chunk in _chunks(V):
+        total = total + _widened(_coordinates(basis[chunk], V[chunk]))
+    return total
+
+
 def _coordinates(basis: Tensor, V: Tensor) -> Tensor:
     """Of vectors ``(P, k)`` in a basis ``(P, n)`` or in one of each ``(k, P, n)``: ``(n, k)``."""
     if basis.ndim == 2:

@@ -166,6 +166,11 @@ class Lanczos:
     def basis(self) -> torch.Tensor:
         return self._basis[:, :, : self.step]
 
+    @property
+    def following(self) -> torch.Tensor:
+        """The vectors that the next step would start from, ``(P, k)``; zero after a breakdown."""
+        return self._next
+
     def sizes(self) -> list[int]:
         """Dimension of each start vector's Krylov space so far (less than ``step`` after a breakdown)."""
         ends = (self._beta[:, : self.step] == 0).double()

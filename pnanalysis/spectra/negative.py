@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.estimates import Estimate
-from pnanalysis.spectra.quadrature import SpectralMeasure, extremes, gauss_rules, mass_below
+from pnanalysis.spectra.quadrature import SpectralMeasure, all_ritz_values, extremes, gauss_rules, mass_below
 from pnanalysis.spectra.rule_error import with_rule_error
 
 #: Eigenvalues this far below zero, in units of the largest magnitude, count as negative.
@@ -36,7 +36,7 @@ def negative_mass(ds: xr.Dataset, level: float) -> Estimate:
     measure = SpectralMeasure.from_dataset(ds)
     largest = float(np.abs(measure.node).max())
     point = -THRESHOLD * largest
-    bounds = extremes(ds["ritz_value"].values, ds["ritz_residual"].values)
+    bounds = extremes(*all_ritz_values(ds, own=False))
     if bounds.min_low >= point or bounds.max_high < point:
         return Estimate(float(bounds.max_high < point), 0.0)
     is_below = (measure.node < point).astype(float)

@@ -21,7 +21,7 @@ import numpy as np
 import xarray as xr
 from scipy.stats import f as f_distribution
 
-from pnanalysis.spectra.quadrature import SpectralMeasure, own_residuals
+from pnanalysis.spectra.quadrature import SpectralMeasure, all_ritz_values, merged_ritz_values
 
 #: Gaps after each of so many eigenvalues are tested; a p-value is multiplied by their number (Bonferroni).
 MOST_OUTLIERS = 50
@@ -84,6 +84,9 @@ def find_gap(ds: xr.Dataset, side: int, round_off: float) -> Gap:
         return none
     median = _median(measure)
     distance = _ordered(measure, median, side, n_tested + n_spacings + 1)
+    # Ritz values in one space never lie beyond the eigenvalues of their rank
+    merged = -np.sort(-side * (merged_ritz_values(ds)[0] - median))[: len(distance)]
+    distance[: len(merged)] = np.maximum(distance[: len(merged)], merged)
     reach, place = _reaches(ds, median, side)
     best, log_p = none, np.inf
     for k in range(1, n_tested + 1):
@@ -121,15 +124,10 @@ def _ordered(measure: SpectralMeasure, median: float, side: int, n: int) -> np.n
 
 
 def _reaches(ds: xr.Dataset, median: float, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distances from the median of all Ritz values plus their residuals, and without.
-
-    The residuals are those in the space that was left when a probe ran: most of what couples it to the space deflated
-    before belongs to eigenvalues far from this one.
-    """
-    value = ds["ritz_value"].values
-    known = np.isfinite(value)
-    place = side * (value[known] - median)
-    return place + own_residuals(ds)[known], place
+    """Distances from the median of all Ritz values plus their residuals, and without."""
+    value, residual = all_ritz_values(ds, own=True)
+    place = side * (value - median)
+    return place + residual, place
 
 
 def _spacings_after(distance: np.ndarray, k: int, n: int, round_off: float) -> float:

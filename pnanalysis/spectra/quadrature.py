@@ -126,7 +126,7 @@ class Extremes:
 
 
 def extremes(value: np.ndarray, residual: np.ndarray) -> Extremes:
-    """Bounds of the spectrum from Ritz values and residual bounds ``(probe, lanczos)``, padded with NaN.
+    """Bounds of the spectrum from Ritz values and residual bounds of any shape, padded with NaN.
 
     Ritz values lie within the spectrum, and an eigenvalue lies within the residual of each. That there is none beyond
     the outermost holds with high probability for random start vectors, once the residual is small compared with the
@@ -156,6 +156,32 @@ def gauss_rules(ds: xr.Dataset) -> list[RitzPairs]:
     """Each probe's Ritz values, weights and own residuals, without padding."""
     columns = zip(ds["ritz_value"].values, ds["ritz_weight"].values, own_residuals(ds), strict=True)
     return [RitzPairs(*(column[np.isfinite(rule[0])] for column in rule)) for rule in columns]
+
+
+def all_ritz_values(ds: xr.Dataset, own: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ritz values ``(n,)`` of all spaces and their residuals; those of merged spaces are of all these together.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+    own : bool
+        Give spaces that were not merged the residuals of :func:`own_residuals`: most of what couples them to the space
+        deflated before belongs to eigenvalues far from theirs.
+    """
+    value, residual = ds["ritz_value"].values, own_residuals(ds) if own else ds["ritz_residual"].values
+    known = np.isfinite(value)
+    if "ritz_merged" in ds:
+        known &= ds["ritz_merged"].values[:, None] != 1
+    merged_value, merged_residual = merged_ritz_values(ds)
+    return np.append(value[known], merged_value), np.append(residual[known], merged_residual)
+
+
+def merged_ritz_values(ds: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Ritz values ``(n,)`` of all merged spaces together, descending, and their residuals; empty without such."""
+    if "ritz_merged" not in ds or not (ds["ritz_merged"].values == 1).any():
+        return np.empty(0), np.empty(0)
+    known = np.isfinite(ds["deflated_value"].values)
+    return ds["deflated_value"].values[known], ds["deflated_residual"].values[known]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,15 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.estimates import Estimate
-from pnanalysis.spectra.quadrature import RitzPairs, Rule, SpectralMeasure, extremes, gauss_rules, rule_with_node
+from pnanalysis.spectra.quadrature import (
+    RitzPairs,
+    Rule,
+    SpectralMeasure,
+    all_ritz_values,
+    extremes,
+    gauss_rules,
+    rule_with_node,
+)
 
 #: Places of a node, in units of the distance of the two Ritz values about zero, besides zero itself.
 _PLACES = np.linspace(0.04, 0.96, 13)
@@ -57,7 +65,7 @@ def with_rule_error(
     measure = SpectralMeasure.from_dataset(ds)
     found = average(measure)
     rules = gauss_rules(ds)
-    ends = extremes(ds["ritz_value"].values, ds["ritz_residual"].values)
+    ends = extremes(*all_ritz_values(ds, own=False))
     lowest = ends.min_low
     if ends.min_high >= 0 and not as_bound:  # no step has met a negative eigenvalue: only bounds still allow for some
         lowest = 0.0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pnanalysis.spectra.data_feed import Receiver
+from pnanalysis.spectra.merged import MergedSpaces
 from pnanalysis.spectra.stopping import Until
 
 
@@ -79,6 +80,8 @@ class SpectrumSample:
         See :meth:`pnanalysis.spectra.lanczos.Lanczos.skew`; NaN where it was not measured.
     until_reached : bool
         Whether target errors were given and reached.
+    merged : MergedSpaces or None
+        How the deflated spaces are coupled, if that is known.
     """
 
     n_parameters: int
@@ -88,6 +91,7 @@ class SpectrumSample:
     n_hvp: int = 0
     asymmetry: float = np.nan
     until_reached: bool = False
+    merged: MergedSpaces | None = None
 
     @property
     def n_deflated(self) -> int:

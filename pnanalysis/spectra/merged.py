@@ -1,0 +1,95 @@
+"""Eigenvalues of one operator on several Krylov spaces together.
+
+Each space ``V_i`` was built in the orthogonal complement of those before it. The products that built it say how it is
+coupled to the later ones: ``H V_i = V_i T_i + beta_i w_i e' + (earlier spaces)``, where ``w_i`` is the Lanczos vector
+that would have come next and ``e`` the last unit vector. Hence ``V_j' H V_i = beta_i (V_j' w_i) e'`` for ``j > i``, and
+the Rayleigh-Ritz approximation on the sum of all spaces takes inner products with the ``w_i``, but no product of the
+operator. It resolves eigenvalues that two spaces have a part in each.
+
+References
+----------
+Parlett, The Symmetric Eigenvalue Problem (1998), section 11.3 (Rayleigh-Ritz approximations from a subspace).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from pnanalysis.spectra.inner_products import coordinates, inner_products
+from pnanalysis.spectra.lanczos import Lanczos
+
+
+@dataclass
+class Couplings:
+    """How the vectors ``w_i`` lie to the spaces after their own, and to one another.
+
+    Attributes
+    ----------
+    following : list of torch.Tensor
+        ``w_i``, ``(P, 1)`` each; zero after a breakdown.
+    parts : list of ndarray
+        For each space the coordinates of ``w_i`` in all later ones together.
+    """
+
+    following: list[Tensor] = field(default_factory=list)
+    parts: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, lanczos: Lanczos) -> None:
+        """One more space, that of the first start vector."""
+        basis = lanczos.basis[0, :, : lanczos.sizes()[0]]
+        self.parts = [
+            np.append(part, coordinates(basis, vector)[:, 0].double().cpu().numpy())
+            for part, vector in zip(self.parts, self.following, strict=True)
+        ]
+        self.following.append(lanczos.following[:, :1].clone())
+        self.parts.append(np.zeros(0))
+
+    def overlaps(self) -> np.ndarray:
+        """Inner products of what the ``w_i`` have outside all spaces, ``(i, i)``."""
+        n, longest = len(self.parts), max(map(len, self.parts))
+        inside = np.stack([np.pad(part, (longest - len(part), 0)) for part in self.parts])
+        whole = [[float(inner_products(v, w)) for w in self.following] for v in self.following]
+        return np.array(whole).reshape(n, n) - inside @ inside.T
+
+
+@dataclass(frozen=True)
+class MergedSpaces:
+    """What :class:`Couplings` found, without the vectors."""
+
+    parts: list[np.ndarray]
+    overlaps: np.ndarray
+
+    def eigenvalues(self, tridiagonal: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, float]:
+        """Ritz values on the sum of all spaces.
+
+        Parameters
+        ----------
+        tridiagonal : list of (ndarray, ndarray)
+            ``alpha`` and ``beta`` of each space.
+
+        Returns
+        -------
+        value : ndarray
+            Descending.
+        residual : ndarray
+            Bounds on the distance of each to the nearest eigenvalue.
+        coupling : float
+            Frobenius norm of the operator's part between the sum of the spaces and the rest.
+        """
+        ends = np.cumsum([len(alpha) for alpha, _ in tridiagonal])
+        matrix = np.zeros((ends[-1], ends[-1]))
+        last_betas = np.array([beta[-1] for _, beta in tridiagonal])
+        for end, (alpha, beta), part in zip(ends, tridiagonal, self.parts, strict=True):
+            own = slice(end - len(alpha), end)
+            matrix[own, own] = np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1)
+            matrix[end - 1, end:] = matrix[end:, end - 1] = beta[-1] * part
+        value, vector = np.linalg.eigh(matrix)
+        outside = last_betas[:, None] * self.overlaps * last_betas
+        last = vector[ends - 1]
+        squared = np.einsum("in,ij,jn->n", last, outside, last)
+        # what cancels in the overlaps is known to the round-off of a single-precision inner product at best
+        residual = np.sqrt(np.maximum(squared, 0.0))
+        return value[::-1], residual[::-1], float(np.sqrt(max(np.trace(outside), 0.0)))
