@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import shutil
 from collections.abc import Iterable
 from math import isfinite
 from pathlib import Path
@@ -97,6 +98,30 @@ def resolve_dtype(name: Any) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def check_room(path: str | os.PathLike[str], n_bytes: int, what: str, advice: str) -> None:
+    """Refuse work whose files would not fit on the disk; those that are in the folder ``path`` already count as room.
+
+    Raises
+    ------
+    PnError
+    """
+    path = Path(path)
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if existing == path else 0
+    free = shutil.disk_usage(existing).free + written
+    if n_bytes > free:
+        raise PnError(f"{path}: {what} {human(n_bytes)}, the disk has {human(free)} free; {advice}")
+
+
+def human(n_bytes: float) -> str:
+    """Bytes as text: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.3g} GiB"
 
 
 #: Suffixes of the formats that figures are saved in.

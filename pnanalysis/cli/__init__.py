@@ -44,8 +44,8 @@ def pnanalysis(
     """Are these two minima different, and which is better?
 
     Exit status: 0 for success, 2 for an error that you can mend (one line says which), 130 for an interrupt (143 for
-    SIGTERM, 129 for SIGHUP); what was saved by then is intact, and [bold]pnanalysis hessian[/bold] and [bold]pntrain --resume[/bold]
-    continue from it.
+    SIGTERM, 129 for SIGHUP); what was saved by then is intact, and [bold]pnanalysis hessian[/bold] and
+    [bold]pntrain --resume[/bold] continue from it.
     """
 
 

@@ -32,7 +32,11 @@ def hessian(
     ] = None,
     n_probes: Annotated[int | None, typer.Option(help="Random probes.")] = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory limit of the Lanczos basis, such as 500M or 8G.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory limit of the Lanczos basis, such as 500M or 8G; passes of the network add to it.",
+        ),
     ] = None,
     deflate: Annotated[
         bool,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pnanalysis.checks import check_figure, check_writable
-from pnanalysis.errors import PnError
+from pnanalysis.checks import check_figure, check_room, check_writable
+from pnanalysis.errors import PnError, reason
 from pnanalysis.terminal.console import Table, json_option, print_line, print_saved, print_table
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ def figure_file(path: Path | None) -> Path | None:
     """Callback of options for figures: check their path before anything is computed."""
     return None if path is None else check_figure(path)
 
+
+#: Room for a dataset that must be there before any work: most are smaller.
+_DATASET_BYTES = 2**20
 
 Split = Literal["train", "validation", "test"]
 Dtype = Literal["float32", "float64"]
@@ -148,8 +153,7 @@ def sources(
     if not given:
         raise PnError("nothing to analyse: name a run directory, or your own --model, --weights and --data")
     found = [as_source(path, model, data, loss) for path in given]
-    if output is None:
-        destination("new", found[0], None)  # for its check, before anything is computed
+    destination("new", found[0], output)  # for its check, before anything is computed
     return found
 
 
@@ -161,12 +165,16 @@ def destination(kind: str, first: Source, output: Path | None) -> Path:
     PnError
         If nothing can be written there.
     """
+    path = check_writable(_place(kind, first)) if output is None else output
+    check_room(path, _DATASET_BYTES, "a dataset may take", "make room, or give --output on another disk")
+    return path
+
+
+def _place(kind: str, first: Source) -> Path:
+    """Where a dataset is saved by default."""
     from pnanalysis.io.runs import ANALYSIS
 
-    if output is not None:
-        return output
-    folder = first.run.path / ANALYSIS if first.run is not None else Path()
-    return check_writable(folder / f"{kind}.nc")
+    return (first.run.path / ANALYSIS if first.run is not None else Path()) / f"{kind}.nc"
 
 
 def size(text: str | None) -> int | None:
@@ -216,25 +224,49 @@ def deliver(
     tables: Callable[[xr.Dataset], Table | Iterable[Table | str]],
     **drawing: Any,
 ) -> None:
-    """Save a dataset, draw its figure with the arguments ``drawing``, and print its tables and where the files are.
+    """Save a dataset, print its tables, draw its figure with the arguments ``drawing``, and print where the files are.
 
-    It is saved as ``output``, or else at the :func:`destination` in ``first``; not at all if both are ``None``.
+    It is saved as ``output``, or else at its :func:`destination` in ``first``; not at all if both are ``None``.
+
+    Raises
+    ------
+    PnError
+        If it could be saved elsewhere only; the message says where. The tables are printed before.
     """
-    if first is not None:
-        output = destination(str(ds.attrs["kind"]), first, output)
-    if output is not None:
-        from pnanalysis.io.datasets import save
-
-        save(ds, output)
-    if plot is not None:
-        from pnanalysis import plots
-
-        plots.save_figure(plots.plot(ds, **drawing), plot)
+    if output is None and first is not None:
+        output = _place(str(ds.attrs["kind"]), first)
+    failure = None if output is None else _save(ds, output)
     printed = tables(ds)
     for item in [printed] if isinstance(printed, Table) else printed:
         if isinstance(item, Table):
             print_table(item, quiet)
         else:
             print_line(item, quiet)
+    if failure is not None:
+        raise failure
+    if plot is not None:
+        from pnanalysis import plots
+
+        plots.save_figure(plots.plot(ds, **drawing), plot)
     if output is not None or plot is not None:
         print_saved(quiet, output, plot)
+
+
+def _save(ds: xr.Dataset, output: Path) -> PnError | None:
+    """Save a dataset, or keep it in the folder for temporary files and return an error that says so."""
+    from pnanalysis.io.datasets import save
+
+    try:
+        save(ds, output)
+    except OSError as error:
+        kept = Path(tempfile.mkdtemp(prefix="pnanalysis-")) / output.name
+        try:
+            save(ds, kept)
+        except OSError:
+            shutil.rmtree(kept.parent, ignore_errors=True)
+            raise error from None
+        cause = error.strerror or reason(error)
+        return PnError(
+            f"{output}: cannot be written, {cause}; the result is kept in {kept}: make room and move it there"
+        )
+    return None

@@ -44,8 +44,8 @@ from pnanalysis.inputs.batches import first_examples, map_tensors, move
 from pnanalysis.inputs.copies import as_real, in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.inputs.random_states import random_states_kept
+from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.linear_operator import contiguous_columns
-from pnanalysis.spectra.memory import free_bytes
 
 #: Fraction of the free memory for what is kept of each batch between products.
 _CACHE_FRACTION = 0.25

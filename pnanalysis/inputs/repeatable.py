@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from pnanalysis.checks import human
 from pnanalysis.errors import DataError, PnError, reason
 from pnanalysis.inputs.batches import batch_size, fingerprint, map_tensors, tensors
 from pnanalysis.inputs.random_states import random_states, seeded_states, set_random_states
-from pnanalysis.spectra.memory import free_bytes, human
+from pnanalysis.spectra.free_memory import free_bytes
 
 #: Fraction of the free memory that kept batches may fill; a spectrum needs the rest.
 KEPT_FRACTION = 0.5

@@ -13,16 +13,29 @@ from pnanalysis.schema import validate
 
 
 def save(data: xr.Dataset | xr.DataTree, path: str | os.PathLike[str]) -> Path:
-    """Write a dataset, or a tree of them, as compressed NetCDF4, atomically."""
-    path = Path(path)
+    """Write a dataset, or a tree of them, as compressed NetCDF4, atomically.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; the disk may be full.
+    """
+    path, content = Path(path), serialised(data)
     with atomic_path(path) as temporary:
-        if isinstance(data, xr.DataTree):
-            data.to_netcdf(temporary, engine="h5netcdf")
-        else:
-            # HDF5 compresses chunks of arrays: scalars have none, and strings of variable length do not shrink.
-            numeric = [name for name, array in data.variables.items() if array.dtype.kind in "fiu" and array.ndim]
-            data.to_netcdf(temporary, engine="h5netcdf", encoding={name: {"zlib": True} for name in numeric})
+        temporary.write_bytes(content)
     return path
+
+
+def serialised(data: xr.Dataset | xr.DataTree) -> memoryview:
+    """A dataset, or a tree of them, as the bytes of a file.
+
+    Made in memory, because HDF5 does not survive a disk that fills up while it has a file open.
+    """
+    if isinstance(data, xr.DataTree):
+        return memoryview(data.to_netcdf(None, engine="h5netcdf"))
+    # HDF5 compresses chunks of arrays: scalars have none, and strings of variable length do not shrink.
+    numeric = [name for name, array in data.variables.items() if array.dtype.kind in "fiu" and array.ndim]
+    return memoryview(data.to_netcdf(None, engine="h5netcdf", encoding={name: {"zlib": True} for name in numeric}))
 
 
 def load(path: str | os.PathLike[str]) -> xr.Dataset:

@@ -48,7 +48,6 @@ from pnanalysis.spectra.allocation import (
     DeflationGain,
     default_steps,
     n_single_products,
-    shares,
     steps_per_probe,
 )
 from pnanalysis.spectra.data_feed import DataFeed
@@ -63,13 +62,10 @@ from pnanalysis.spectra.linear_operator import (
 )
 from pnanalysis.spectra.memory import probes_at_once, vectors_at_once
 from pnanalysis.spectra.merged import Couplings, MergedSpaces
+from pnanalysis.spectra.plan import check_fits, equal_probes, fewest_columns, is_exact
 from pnanalysis.spectra.sample import LanczosCoefficients, SamplingSettings, SpectrumSample
 from pnanalysis.terminal.progress import Advance
 
-#: Up to this P, a budget that covers all P columns is spent on them, and the spectrum is exact.
-LARGEST_EXACT = 5000
-#: The same where a target error may be reached with fewer products than that.
-LARGEST_EXACT_UNTIL = 100
 #: Single products between two looks at the error that they are to reach.
 SINGLE_PER_CHECK = 8
 #: Eigenvalues whose squares a float64 holds, with those of far smaller ones.
@@ -96,6 +92,7 @@ def sample_spectrum(
     UserWarning
         If the operator has a larger skew part than round-off explains (:data:`SKEW_TOLERANCE`).
     """
+    check_fits(operator.shape[0], settings)
     sample = _Sampler(operator, settings, advance).sampled()
     magnitude = max(float(np.abs(probe.alpha).max()) for probe in sample.probes)
     if magnitude and not SMALLEST_SCALE <= magnitude <= LARGEST_SCALE:
@@ -130,13 +127,10 @@ class _Sampler:
     def sampled(self) -> SpectrumSample:
         """Spend all products, or as many as reach the targets."""
         settings, n_parameters = self.settings, self.sample.n_parameters
-        budget = settings.n_hvp or settings.n_lanczos * settings.n_probes
-        largest = LARGEST_EXACT if settings.until is None else LARGEST_EXACT_UNTIL
-        if settings.deflate and n_parameters <= min(budget, largest):
+        if is_exact(n_parameters, settings):
             return all_columns(self.operator, settings, self.feed, self._advance)
         if not settings.deflate:
-            n_probes = max(round(budget / default_steps(budget, n_parameters)), 1)
-            plan = [settings.n_lanczos] * settings.n_probes if settings.n_hvp is None else shares(budget, n_probes)
+            plan = equal_probes(n_parameters, settings)
             for n_steps in dict.fromkeys(plan):
                 self._probe_in_lockstep(None, plan.count(n_steps), min(n_steps, n_parameters))
                 if self._is_reached():
@@ -147,7 +141,7 @@ class _Sampler:
             if n_steps:
                 self._probe_in_lockstep(basis, settings.n_probes - 1, n_steps)
         else:
-            self._probe_in_turn(budget)
+            self._probe_in_turn(settings.budget)
         return self.sample
 
     def _deflate(self, capacity: int) -> Tensor:
@@ -204,12 +198,7 @@ class _Sampler:
         settings, n_parameters = self.settings, self.sample.n_parameters
         limits = (settings.basis_dtype, settings.basis_device)
         n_columns = vectors_at_once(n_parameters, min(budget, n_parameters), *limits, settings.max_memory_bytes)
-        # the least that makes sense is one probe and as many deflated vectors; probes_at_once raises if it does not fit
-        least = min(2 * default_steps(budget, n_parameters), budget, n_parameters)
-        if n_columns < least:
-            n_columns = least
-            probes_at_once(n_parameters, n_columns, 1, *limits, max_memory_bytes=settings.max_memory_bytes)
-        return empty_columns(n_parameters, n_columns, *limits)
+        return empty_columns(n_parameters, max(n_columns, fewest_columns(n_parameters, budget)), *limits)
 
     def _deflate_first(self, columns: Tensor, budget: int, for_probes: int) -> None:
         """Deflate the Krylov space of a first vector as far as that pays; if it does not, that is the first probe."""

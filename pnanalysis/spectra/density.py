@@ -21,7 +21,7 @@ from pnanalysis.spectra.deflation import sample_spectrum
 from pnanalysis.spectra.density_error import density_with_error
 from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples, sample_examples
 from pnanalysis.spectra.linear_operator import as_operator, round_off
-from pnanalysis.spectra.memory import basis_bytes, human
+from pnanalysis.spectra.memory import basis_bytes, basis_limit, human
 from pnanalysis.spectra.moments import moments
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, all_ritz_values, averaged_rule, extremes, ritz
 from pnanalysis.spectra.sample import SamplingSettings, SpectrumSample
@@ -171,15 +171,16 @@ def spectral_density(
     forms = DataForms(operator, budget, n_classes) if data_error != "none" and is_averaged(operator) else None
     if forms is None and data_error == "groups":
         raise CurvatureError('data_error="groups" needs an operator over examples, such as pnanalysis.HessianOperator')
+    dtype, place = lanczos.basis_dtype(operator, basis_dtype), torch.device(basis_device or operator.device)
     settings = SamplingSettings(
         n_lanczos,
         n_probes,
         n_hvp,
         deflate,
         seed,
-        lanczos.basis_dtype(operator, basis_dtype),
-        torch.device(basis_device or operator.device),
-        max_memory_bytes,
+        dtype,
+        place,
+        basis_limit(operator.shape[0], dtype, place, max_memory_bytes),
         symmetry_tolerance,
         None if state is None else Path(state),
         save_every,

@@ -1,15 +1,17 @@
-"""How much memory a spectrum needs, how much is free, and how many probes fit into it."""
+"""How much memory a spectrum needs, and how many probes fit into what is free."""
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from pnanalysis.checks import human
 from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.free_memory import free_bytes
 
 #: Fraction of the free memory that a basis may fill if no bound is given; the operator needs the rest.
 DEFAULT_FRACTION = 0.6
+#: Vectors of P numbers that an operator holds while it computes a product.
+_OPERATOR_VECTORS = 4
 
 
 def basis_bytes(n_parameters: int, n_lanczos: int, n_probes: int, dtype: torch.dtype, n_deflated: int = 0) -> int:
@@ -21,11 +23,17 @@ def basis_bytes(n_parameters: int, n_lanczos: int, n_probes: int, dtype: torch.d
     return ((n_lanczos + 3) * n_probes + n_deflated) * n_parameters * dtype.itemsize
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free now on a CUDA device, or on the host for any other device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def basis_limit(
+    n_parameters: int, dtype: torch.dtype, device: torch.device, max_memory_bytes: int | None = None
+) -> int:
+    """The most memory for bases: the bound if there is one and what is free allows it, else 60 % of what is free.
+
+    What is free has to hold the operator's own vectors too: its parameters, their gradient, a vector and its product.
+    """
+    free = free_bytes(device)
+    if max_memory_bytes is None:
+        return int(DEFAULT_FRACTION * free)
+    return min(max_memory_bytes, max(free - _OPERATOR_VECTORS * n_parameters * dtype.itemsize, 0))
 
 
 def probes_at_once(
@@ -56,10 +64,11 @@ def probes_at_once(
         limit = int(DEFAULT_FRACTION * free_bytes(device)) + shared
     fitting = (limit - shared) // each
     if fitting < 1:
+        advice = "; in Python, basis_device='cpu' keeps the basis in host memory" if device.type == "cuda" else ""
         raise CurvatureError(
             f"one probe of {n_lanczos} Lanczos steps on {n_parameters:,} parameters needs {human(each + shared)}, "
-            f"the bound is {human(limit)}: lower n_lanczos, raise the memory bound, or keep the basis in host memory "
-            "(basis_device='cpu')"
+            f"the bound is {human(limit)}: lower n_lanczos or n_hvp (--n-lanczos, --n-hvp), or raise max_memory_bytes "
+            f"(--memory){advice}"
         )
     return min(n_probes, int(fitting))
 
@@ -70,12 +79,3 @@ def vectors_at_once(
     """How many of ``n_wanted`` vectors fit in memory with three more to work with; may be 0."""
     limit = int(DEFAULT_FRACTION * free_bytes(device)) if max_memory_bytes is None else max_memory_bytes
     return max(min(n_wanted, limit // (n_parameters * dtype.itemsize) - 3), 0)
-
-
-def human(n_bytes: float) -> str:
-    """Bytes as text: ``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.3g} GiB"

@@ -34,6 +34,11 @@ class SamplingSettings:
     data: Receiver | None = None
     until: Until | None = None
 
+    @property
+    def budget(self) -> int:
+        """The most products."""
+        return self.n_hvp or self.n_lanczos * self.n_probes
+
 
 @dataclass(frozen=True)
 class LanczosCoefficients:

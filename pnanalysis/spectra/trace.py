@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from pnanalysis.checks import human
 from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
+from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.inner_products import inner_products
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, checked_product, random_unit_vectors
-from pnanalysis.spectra.memory import free_bytes, human
 
 #: Vectors that Hutchinson's estimate multiplies at a time, and keeps.
 _PROBES_AT_ONCE = 10

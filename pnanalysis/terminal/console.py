@@ -61,8 +61,8 @@ class Table:
 def run_app(app: typer.Typer) -> None:
     """Run a typer application and exit: status 2 for errors that the user can mend, 128 + signal for an interrupt.
 
-    SIGTERM, which batch systems send before they kill, and SIGHUP, sent when the terminal is closed, are interrupts too.
-    A terminal or reader that has gone stops nothing; output that a full disk refuses is an error at the end.
+    SIGTERM, which batch systems send before they kill, and SIGHUP, when the terminal is closed, are interrupts too. A
+    terminal or reader that has gone stops nothing; output that a full disk refuses is an error at the end.
     """
     try:
         with lasting_streams() as (output, _):

@@ -1,4 +1,4 @@
-"""Standard output and error that may be missing, closed or broken: work goes on, and what is written there is dropped."""
+"""Standard output and error that may be missing, closed or broken: what is written there is dropped."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def lasting_streams() -> Iterator[tuple[LastingStream, LastingStream]]:
     _open_missing()
     before = sys.stdout, sys.stderr
     lasting = LastingStream(sys.stdout), LastingStream(sys.stderr)
-    sys.stdout, sys.stderr = lasting  # type: ignore[assignment]
+    sys.stdout, sys.stderr = lasting
     try:
         yield lasting
     finally:
@@ -90,7 +90,7 @@ def lasting_streams() -> Iterator[tuple[LastingStream, LastingStream]]:
 
 
 def _open_missing() -> None:
-    """Open the standard descriptors that are closed, lest a data file gets their number and messages are written to it."""
+    """Open the standard descriptors that are closed, lest a data file gets their number, and messages with it."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -44,8 +44,8 @@ def check_trainable(model: nn.Module, data: Splits, config: Config) -> None:
     Raises
     ------
     DataError
-        If there are no examples, or numbers that are not finite, or network or loss cannot take the data, or the targets do not suit the loss (see
-        :func:`pnanalysis.evaluation.losses.check_targets`).
+        If there are no examples or numbers that are not finite, network or loss cannot take the data, or the targets
+        do not suit the loss (see :func:`pnanalysis.evaluation.losses.check_targets`).
     TrainingError
         If the loss of a batch is not a single number, or inputs that are not images are to be augmented.
     """

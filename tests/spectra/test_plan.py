@@ -1,0 +1,85 @@
+"""Memory and disk are planned before the first product."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pnanalysis.errors import CurvatureError, PnError
+from pnanalysis.spectra import free_memory
+from pnanalysis.spectra.density import spectral_density
+from pnanalysis.spectra.free_memory import free_bytes
+from pnanalysis.spectra.linear_operator import DiagonalOperator
+
+P = 20_000
+UNIT = P * 8
+
+
+class Untouched(DiagonalOperator):
+    """An operator that must not be asked for a product."""
+
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a product was computed before the plan was checked")
+
+
+@pytest.fixture
+def operator() -> DiagonalOperator:
+    return Untouched(torch.arange(float(P), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("budget", "vectors"),
+    [
+        ({"n_hvp": 200}, 60),
+        ({"n_hvp": 200, "deflate": False}, 30),
+        ({"n_lanczos": 40, "n_probes": 5}, 80),  # the first phase fits, the second does not
+        ({"n_lanczos": 40, "n_probes": 5, "deflate": False}, 40),
+    ],
+)
+def test_a_phase_that_does_not_fit_is_refused_at_once(operator, budget: dict[str, int], vectors: int) -> None:
+    with pytest.raises(CurvatureError, match=r"the bound is .* \(--n-lanczos, --n-hvp\), or raise .* \(--memory\)"):
+        spectral_density(operator, **budget, max_memory_bytes=vectors * UNIT, progress=False)
+
+
+def test_an_exact_spectrum_is_bounded_too() -> None:
+    with pytest.raises(CurvatureError, match="all 1,000 columns of the matrix take 30.5 MiB"):
+        spectral_density(Untouched(torch.ones(1000)), n_hvp=1000, max_memory_bytes=10**6, progress=False)
+
+
+def test_what_is_free_bounds_a_generous_limit(operator, monkeypatch) -> None:
+    monkeypatch.setattr("pnanalysis.spectra.memory.free_bytes", lambda device: 30 * UNIT)
+    with pytest.raises(CurvatureError, match="the bound is 3.97 MiB"):  # 26 vectors: four are the operator's own
+        spectral_density(operator, n_hvp=200, max_memory_bytes=10**12, progress=False)
+
+
+def test_a_disk_too_small_for_unfinished_work_is_refused(operator, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100 * UNIT))
+    with pytest.raises(PnError, match=r"unfinished work may take .* has 15.3 MiB free; .*--n-hvp"):
+        spectral_density(operator, n_hvp=200, state=tmp_path / "state", progress=False)
+
+
+def test_the_least_of_machine_cgroup_and_limit_counts(tmp_path: Path, monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    process, groups = tmp_path / "process", tmp_path / "groups"
+    for folder, limit in ((groups / "job", "3000000"), (groups / "job/step", "max")):
+        folder.mkdir(parents=True)
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text("1000000")
+    process.mkdir()
+    (process / "cgroup").write_text("0::/job/step\n")
+    (process / "statm").write_text("10 5 1")
+    monkeypatch.setattr(free_memory, "_PROCESS", process)
+    monkeypatch.setattr(free_memory, "_CGROUPS", groups)
+    assert free_bytes(cpu) == 2_000_000
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1_000_000, 1_000_000))
+    assert free_bytes(cpu) == 1_000_000 - 10 * resource.getpagesize()
+    (process / "cgroup").write_text("5:cpu,memory:/\n3:cpu:/job\n")
+    (groups / "memory").mkdir()
+    (groups / "memory/memory.limit_in_bytes").write_text("900000")
+    (groups / "memory/memory.usage_in_bytes").write_text("1000000")
+    assert free_bytes(cpu) == 0
