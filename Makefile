@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo
 
-.PHONY: help demo test test-slow test-zoo baselines check notebooks docs bench lock clean
+.PHONY: help demo test test-slow test-faults test-zoo baselines check notebooks docs bench lock clean
 
 help:
 	@echo "make demo       train, analyse and report on handwritten digits (about two minutes)"
 	@echo "make test       run the tests, except the slow ones"
-	@echo "make test-slow  run all tests"
+	@echo "make test-slow  run all tests but those of faults"
+	@echo "make test-faults  kill, interrupt and starve everything that saves, and write docs/reliability.md"
 	@echo "make test-zoo   run every analysis on networks of transformers, timm and others, and list them in the docs"
 	@echo "make check      lint and type-check"
 	@echo "make docs       build the documentation in docs/_build/html"
@@ -33,10 +34,14 @@ demo: $(STAMP)
 # threads. A worker that has run out of tests takes over some of another's (worksteal); until then each runs whole files,
 # and makes their fixtures once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not zoo"
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not zoo and not faults"
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not faults"
+
+# Writes benchmarks/results/faults.json and docs/reliability.md.
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults
 
 # Writes docs/reference/networks.md.
 test-zoo: $(STAMP)

@@ -11,6 +11,7 @@ import xarray as xr
 
 from pnanalysis.io import netcdf
 from pnanalysis.spectra.inner_products import inner_products, norms
+from pnanalysis.spectra.lanczos import warn_unsaved
 from pnanalysis.spectra.linear_operator import LinearOperator, random_unit_vectors
 
 _SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
@@ -19,7 +20,7 @@ _SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
 def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..., xr.Dataset]) -> xr.Dataset:
     """The spectrum in a file if there is one, else ``compute(state=folder)``, which is then saved there.
 
-    The folder is removed once the file is safe on the disk.
+    The folder is removed once the file is safe on the disk. If it cannot be written, there is a warning.
 
     Names cannot tell whether a user's code or data have changed meanwhile. One product can, so it is compared with that
     of the operator whose spectrum was saved.
@@ -31,8 +32,12 @@ def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..
             return found
     state = path.with_suffix("")
     ds = compute(state=state)
-    netcdf.save(ds.assign_attrs(product=_sizes_of_product(operator)), path)
-    shutil.rmtree(state, ignore_errors=True)
+    try:
+        netcdf.save(ds.assign_attrs(product=_sizes_of_product(operator)), path)
+    except OSError as error:  # the caller may find room elsewhere
+        warn_unsaved(path, error)
+    else:
+        shutil.rmtree(state, ignore_errors=True)
     return ds
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -318,10 +319,19 @@ class Lanczos:
         return start, start * self.alpha[probes, 0] + following * self.beta[probes, 0]
 
     def save(self, path: str | Path, label: str = "") -> None:
-        """Write the state (safetensors, atomically) under a label that :meth:`restore` compares."""
+        """Write the state (safetensors, atomically) under a label that :meth:`restore` compares.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; the disk may be full.
+        """
         tensors = {name: tensor.contiguous() for name, tensor in self._state(self.step).items()}
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"label": label, "exponent": str(self._exponent or 0)})
+            try:
+                save_file(tensors, temporary, metadata={"label": label, "exponent": str(self._exponent or 0)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
 
     def restore(self, path: str | Path, label: str = "") -> Lanczos:
         """Resume from a saved state; all further steps are the same as without the interruption.
@@ -399,6 +409,8 @@ def basis_dtype(operator: LinearOperator, wanted: torch.dtype | None = None) -> 
 class Saver:
     """Saves the state of Lanczos iterations at intervals, and restores it.
 
+    A state that cannot be written is warned of and stops nothing.
+
     Parameters
     ----------
     path : path
@@ -421,5 +433,13 @@ class Saver:
     def __call__(self, lanczos: Lanczos, force: bool = False) -> None:
         """Save if the interval has passed, or if forced."""
         if force or time.monotonic() - self._last >= self.every:
-            lanczos.save(self.path, self.label)
+            try:
+                lanczos.save(self.path, self.label)
+            except OSError as error:
+                warn_unsaved(self.path, error)
             self._last = time.monotonic()
+
+
+def warn_unsaved(path: Path, error: OSError) -> None:
+    """Warn that unfinished work is not safe from an interruption."""
+    warnings.warn(f"{path}: cannot be written, {error.strerror or error}; going on without", stacklevel=3)

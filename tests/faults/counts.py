@@ -1,0 +1,54 @@
+"""Counts of faults and of what followed, as JSON, and the table that docs/reliability.md is made from."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "benchmarks/results/faults.json"
+PAGE = ROOT / "docs/reliability.md"
+
+Counts = dict[str, dict[str, int]]
+
+_HEAD = """# Reliability
+
+What was tried, how often, and what happened. `make test-faults` runs all of it and writes this page; `make test` runs
+a few cases of each kind. After every fault the same command was run again. It had to end well, with the same numbers
+bit for bit as without the fault, nothing that had been saved lost, and no temporary files left.
+
+"struck" counts the faults that came while the job was at work; the others came after its end.
+
+"""
+_COLUMNS = ("tried", "struck", "resumed", "identical", "clean")
+
+
+def add(counts: Counts, what: str, **found: bool) -> None:
+    """Count one try."""
+    row = Counter(counts.get(what, {}))
+    row["tried"] += 1
+    row.update({name: int(value) for name, value in found.items()})
+    counts[what] = dict(row)
+
+
+def save(counts: Counts) -> None:
+    """Merge the counts of this session into the file and write the page."""
+    known: Counts = json.loads(FILE.read_text()) if FILE.is_file() else {}
+    known.update(counts)
+    FILE.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    write_page(known)
+
+
+def write_page(counts: Counts) -> None:
+    """The page, from counts."""
+    lines = ["| fault | " + " | ".join(_COLUMNS) + " |", "|---" * (len(_COLUMNS) + 1) + "|"]
+    lines += [
+        f"| {what} | " + " | ".join(str(row.get(column, 0)) for column in _COLUMNS) + " |"
+        for what, row in sorted(counts.items())
+    ]
+    PAGE.write_text(_HEAD + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    write_page(json.loads(FILE.read_text()))

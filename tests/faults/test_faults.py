@@ -1,0 +1,110 @@
+"""Jobs ended at random moments: nothing that was saved is lost, and the same command continues to the same end."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pnanalysis.io.runs import open_run
+from tests.faults.counts import Counts, add
+from tests.faults.jobs import JOBS, Job, Running
+
+
+def tries(many: int, *quick: str) -> Any:
+    """Each job with one try, if it belongs to the quick tests, and with many."""
+    slow = [pytest.param(job, many, id=f"{job.name}-{many}", marks=pytest.mark.faults) for job in JOBS]
+    return [*(pytest.param(job, 1, id=f"{job.name}-1") for job in JOBS if job.name in quick), *slow]
+
+
+_REFERENCES: dict[str, tuple[float, Any]] = {}
+
+
+def reference(job: Job, tmp_path: Path) -> tuple[float, Any]:
+    """How long the job takes when nothing strikes it, and its result."""
+    if job.name not in _REFERENCES:
+        running = Running(job, prepared(job, tmp_path, "reference"))
+        assert running.end() == 0, running.message
+        _REFERENCES[job.name] = time.monotonic() - running.begun, job.result(tmp_path / "reference")
+    return _REFERENCES[job.name]
+
+
+def prepared(job: Job, tmp_path: Path, name: str) -> Path:
+    folder = tmp_path / name
+    folder.mkdir()
+    job.prepare(folder)
+    return folder
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files and unfinished work."""
+    return [str(path) for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith(".unfinished")]
+
+
+def continued(job: Job, folder: Path, expected: Any) -> dict[str, bool]:
+    """Run the same job again, and say how that went."""
+    again = Running(job, folder)
+    assert again.end() == 0, again.message
+    found = {"resumed": True, "identical": job.result(folder) == expected, "clean": not leftovers(folder)}
+    assert found["identical"], folder
+    assert found["clean"], leftovers(folder)
+    return found
+
+
+def strike(job: Job, folder: Path, number: int, seconds: float) -> tuple[bool, Running]:
+    running = Running(job, folder)
+    time.sleep(seconds)
+    struck = running.send(number)
+    running.end()
+    return struck, running
+
+
+@pytest.mark.parametrize(("job", "n"), tries(50, "training", "spectrum", "saving"))
+def test_killed_at_random_moments(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
+    seconds, expected = reference(job, tmp_path)
+    moments = random.Random(f"{job.name} {n}")
+    for k in range(n):
+        folder = prepared(job, tmp_path, f"{k}")
+        struck, _ = strike(job, folder, signal.SIGKILL, moments.uniform(0, seconds))
+        if job.name == "saving" and (folder / "saved.json").is_file():
+            assert job.result(folder), "what was saved is lost"
+        add(counts, f"{job.name}, kill -9", struck=struck, **continued(job, folder, expected))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(("job", "n"), [each for each in tries(10, "training") if each.values[0].name != "saving"])
+def test_interrupted_at_random_moments(job: Job, number: int, n: int, tmp_path: Path, counts: Counts) -> None:
+    seconds, expected = reference(job, tmp_path)
+    moments = random.Random(f"{job.name} {number} {n}")
+    for k in range(n):
+        folder = prepared(job, tmp_path, f"{k}")
+        struck, running = strike(job, folder, number, moments.uniform(0.1, 0.9) * seconds)
+        status = running.end()
+        assert status in (0, 128 + number, -number), running.message  # -number: before or after the command itself
+        if status == 128 + number:
+            assert "interrupted; " in running.message.splitlines()[-1]
+            assert not [name for name in leftovers(folder) if not name.endswith(".unfinished")]
+            if job.name == "training" and (folder / "run/run.json").is_file():
+                assert open_run(folder / "run").manifest["status"] in ("interrupted", "finished")
+        add(counts, f"{job.name}, {signal.Signals(number).name}", struck=struck, **continued(job, folder, expected))
+
+
+@pytest.mark.parametrize(("job", "n"), tries(20, "training", "spectrum"))
+def test_a_disk_that_fills_up(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
+    """No file may grow beyond a random size: some are written, the next one is refused half way."""
+    _, expected = reference(job, tmp_path)
+    sizes = random.Random(f"{job.name} {n}")
+    for k in range(n):
+        folder = prepared(job, tmp_path, f"{k}")
+        running = Running(job, folder, file_bytes=sizes.randrange(2_000, 200_000))
+        status = running.end()
+        assert status >= 0, f"ended by signal {-status}"
+        if job.name != "saving":
+            assert status in (0, 2), running.message
+            assert "Traceback" not in running.message
+        assert not [name for name in leftovers(folder) if not name.endswith(".unfinished")]
+        add(counts, f"{job.name}, full disk", struck=status != 0, **continued(job, folder, expected))
