@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pnanalysis.io import netcdf
 from pnanalysis.io.runs import open_run
 from pnanalysis.terminal.console import print_status
 from pnanalysis.terminal.progress import progress_bar
@@ -88,3 +89,25 @@ def test_a_terminal_that_closes_interrupts(run, tmp_path: Path, monkeypatch) -> 
     assert done.status == 128 + signal.SIGHUP
     assert "--resume" in done.err.splitlines()[-1]
     assert open_run(tmp_path / "net").manifest["status"] == "interrupted"
+
+
+def test_a_result_that_its_disk_refuses_is_kept_elsewhere(run, tiny_run, tmp_path: Path, monkeypatch) -> None:
+    write = Path.write_bytes
+    (tmp_path / "full").mkdir()
+
+    def refused(path: Path, content: bytes) -> int:
+        if path.parent.name == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    done = run("pnanalysis", "saturation", tiny_run.path, "--n", 50, "-o", tmp_path / "full/a.nc")
+    assert done.status == 2
+    assert "saturation" in done.out  # the tables
+    message = done.err.splitlines()[-1]
+    assert "full/a.nc: cannot be written, No space left on device; the result is kept in" in message
+    [kept] = tmp_path.glob("pnanalysis-*/a.nc")
+    assert str(kept) in message
+    assert netcdf.load(kept).attrs["kind"] == "saturation"
+    assert not list((tmp_path / "full").iterdir())

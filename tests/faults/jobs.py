@@ -31,7 +31,7 @@ from trainers.runs import strategies
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__])
 NETWORK = ("tanh7", "--data", "digits", "--model", "tanh7", "--model-option", "input_shape=[1,8,8]",
-           "--model-option", "width=16", "--epochs", "4", "--iterations", "3", "--checkpoint-every", "1")  # fmt: skip
+           "--model-option", "width=16", "--epochs", "3", "--iterations", "2", "--checkpoint-every", "1")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def numbered(k: int) -> xr.Dataset:
 
 def _save_repeatedly(folder: Path) -> None:
     before = json.loads((folder / "saved.json").read_text()) if (folder / "saved.json").is_file() else 0
-    for k in range(before + 1, before + 26):
+    for k in range(before + 1, before + 11):
         netcdf.save(numbered(k), folder / "data.nc")
         with open(folder / "saved.json", "w") as file:  # in place: the job tells what it has been told is safe
             file.write(f"{k:6d}")
@@ -188,7 +188,7 @@ JOBS = (
     ),
     Job(
         "spectrum", prepared_run,
-        command(pnanalysis.cli.main, "hessian", "run", "-c", "plain", "--n-hvp", "60", "--n", "200"),
+        command(pnanalysis.cli.main, "hessian", "run", "-c", "plain", "--n-hvp", "24", "--n", "50"),
         _of_spectrum,
     ),
     Job("saving", _nothing, _save_repeatedly, _of_saving),
