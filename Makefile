@@ -39,7 +39,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "not faults"
 
-# Writes benchmarks/results/faults.json and docs/reliability.md.
+# Writes benchmarks/results/faults.json and docs/reliability.md. TRIES=5: as many of each kind, instead of 10 to 50.
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -16,7 +17,8 @@ from tests.faults.jobs import JOBS, Job, Running
 
 
 def tries(many: int, *quick: str) -> Any:
-    """Each job with one try, if it belongs to the quick tests, and with many."""
+    """Each job with one try, if it belongs to the quick tests, and with many (or as TRIES says)."""
+    many = int(os.environ.get("TRIES", many))
     slow = [pytest.param(job, many, id=f"{job.name}-{many}", marks=pytest.mark.faults) for job in JOBS]
     return [*(pytest.param(job, 1, id=f"{job.name}-1") for job in JOBS if job.name in quick), *slow]
 
