@@ -109,11 +109,13 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     PnError
-        If the path is a folder, lies below a file, or in a folder without write permission.
+        If the path is a folder, pipe or device, lies below a file, or in a folder without write permission.
     """
     path = Path(path)
     if path.is_dir():
         raise PnError(f"{path}: is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise PnError(f"{path}: is a device or pipe, where results cannot be saved; name a file")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     if not existing.is_dir():
         raise PnError(f"{path}: cannot be written, {existing} is a file; choose another place")

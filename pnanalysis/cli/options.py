@@ -161,12 +161,16 @@ def destination(kind: str, first: Source, output: Path | None) -> Path:
     PnError
         If nothing can be written there.
     """
+    from pnanalysis.io.files import check_inside
     from pnanalysis.io.runs import ANALYSIS
 
     if output is not None:
         return output
-    folder = first.run.path / ANALYSIS if first.run is not None else Path()
-    return check_writable(folder / f"{kind}.nc")
+    if first.run is None:
+        return check_writable(Path(f"{kind}.nc"))
+    path = first.run.path / ANALYSIS / f"{kind}.nc"
+    check_inside(path, first.run.path, PnError)
+    return check_writable(path)
 
 
 def size(text: str | None) -> int | None:

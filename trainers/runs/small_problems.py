@@ -13,7 +13,7 @@ import xarray as xr
 
 from pnanalysis import schema
 from pnanalysis.errors import TrainingError
-from pnanalysis.inputs.data import load_data
+from pnanalysis.inputs.data import downloads_allowed, load_data
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
@@ -175,5 +175,6 @@ class _RunRecord:
 def _data_entry(config: Config) -> dict[str, Any]:
     if not config.data:
         return {"name": "", "fingerprint": ""}
-    data = load_data(config.data).in_memory()
+    with downloads_allowed():
+        data = load_data(config.data).in_memory()
     return {"name": config.data, "fingerprint": data.fingerprint}

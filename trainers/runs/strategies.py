@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from pnanalysis.errors import PnError, TrainingError
-from pnanalysis.inputs.data import Splits, load_data
+from pnanalysis.inputs.data import Splits, downloads_allowed, load_data
 from pnanalysis.inputs.models import build_model
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.runs import Run
@@ -214,6 +214,7 @@ def _print_resume_message(session: Session, progress: bool) -> None:
 
 def _load(config: Config, device: torch.device) -> Splits:
     input_shape = getattr(build_model(config.model, config.model_options), "input_shape", None)
-    data = load_data(config.data, input_shape, config.split_seed).in_memory()
+    with downloads_allowed():
+        data = load_data(config.data, input_shape, config.split_seed).in_memory()
     check_tensors(data, config)
     return data.to(device)
