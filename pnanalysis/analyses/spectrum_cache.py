@@ -64,7 +64,7 @@ def saved_spectrum(source: Source, digest: str, n_products: int, data_error: str
     file = None if source.run is None else source.run.path / ANALYSIS / "hessian.nc"
     if not digest or file is None or not file.is_file():
         return None
-    ds = netcdf.load(file, within=source.run.path)
+    ds = netcdf.load(file, within=file.parent.parent)
     if "layer" in ds.coords or "matrix_digest" not in ds.coords:
         return None
     rows = np.flatnonzero(ds.matrix_digest == digest)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from pnanalysis.errors import PnError
 
-
 #: Ends the names of unfinished files, which no pattern for datasets or weights matches.
 PARTIAL = ".partial"
 

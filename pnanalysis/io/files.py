@@ -44,9 +44,7 @@ def open_regular(path: str | os.PathLike[str], error: type[PnError], within: Pat
     return os.fdopen(descriptor, "rb")
 
 
-def read_regular(
-    path: str | os.PathLike[str], limit: int, error: type[PnError], within: Path | None = None
-) -> bytes:
+def read_regular(path: str | os.PathLike[str], limit: int, error: type[PnError], within: Path | None = None) -> bytes:
     """The bytes of a regular file; see :func:`open_regular`.
 
     Raises

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import weakref
 from pathlib import Path
 
 from pnanalysis.errors import RunError
@@ -20,7 +21,7 @@ class Lock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
-        self._descriptor: int | None = None
+        self._held: weakref.finalize[..., Lock] | None = None
 
     def acquire(self) -> None:
         """Take the lock; nothing happens if it is held already, or where the file system has no locks.
@@ -32,7 +33,7 @@ class Lock:
         OSError
             If the file cannot be created.
         """
-        while self._descriptor is None:
+        while self._held is None:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             descriptor = os.open(self.path, flags, 0o666)
             try:
@@ -51,17 +52,23 @@ class Lock:
                 continue
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
-            self._descriptor = descriptor
+            # also when the lock is forgotten, or the process ends
+            self._held = weakref.finalize(self, _release, self.path, descriptor, os.getpid())
 
     def release(self) -> None:
         """Give the lock back, if it is held, and remove its file."""
-        if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._held is not None:
+            self._held()
+            self._held = None
 
     def _is_current(self, descriptor: int) -> bool:
         try:
             return os.path.samestat(os.fstat(descriptor), os.stat(self.path, follow_symlinks=False))
         except FileNotFoundError:
             return False
+
+
+def _release(path: Path, descriptor: int, owner: int) -> None:
+    if os.getpid() == owner:  # and not a copy of this process, such as one that loads data
+        path.unlink(missing_ok=True)
+    os.close(descriptor)

@@ -229,15 +229,7 @@ class Run:
             raise RunError(
                 f"{self.path}: no checkpoint {name!r}; use {', '.join(_ROLES)}, ends, all, iterNN or iterNN/epochNNN"
             )
-        return self._end(int(match[1])) if match[2] is None else self._at(int(match[1]), int(match[2]), path)
-
-
-def _modified(file: Path) -> float:
-    """When a file was written; 0 while another process replaces it."""
-    try:
-        return file.lstat().st_mtime
-    except OSError:
-        return 0.0
+        return self._end(int(match[1])) if match[2] is None else self._at(int(match[1]), int(match[2]))
 
     def _end(self, iteration: int) -> Checkpoint:
         ends = self.manifest["ends"]

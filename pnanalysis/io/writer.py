@@ -65,12 +65,12 @@ class RunWriter:
             self._lock.acquire()
 
     def release(self) -> None:
-        """Let others write."""
+        """Let others write. A writer that is no longer used does so by itself."""
         self._lock.release()
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> RunWriter:
-        """Start a new run.
+        """Start a new run, and lock it.
 
         Raises
         ------
@@ -80,6 +80,8 @@ class RunWriter:
         path = Path(path)
         check_new(path)
         writer = cls(path, {"format": FORMAT, "schema_version": schema.SCHEMA_VERSION, **manifest})
+        writer.lock()
+        check_new(path)  # another process may have begun a run here meanwhile
         writer.update()
         return writer
 

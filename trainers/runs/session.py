@@ -112,9 +112,13 @@ class Session:
         self.error_kind = error_kind(resolve_loss(config.loss), self.train_split.targets)
         # Last of all: everything above may still fail, and must not leave a run directory behind.
         self.writer = _open_writer(config, self, out, resume)
-        self.resume_state = _load_resume_state(self.writer)
-        if self.writer.manifest["ends"] or self.resume_state:
-            self.history = _restored_history(self.history, open_run(out).history)
+        try:
+            self.resume_state = _load_resume_state(self.writer)
+            if self.writer.manifest["ends"] or self.resume_state:
+                self.history = _restored_history(self.history, open_run(out).history)
+        except BaseException:
+            self.writer.release()
+            raise
 
     @property
     def train_split(self) -> Split:
@@ -214,11 +218,15 @@ class Session:
         """Mark the run as finished."""
         self.writer.update(status="finished", ended=now())
         self.writer.drop_state()
+        self.writer.release()
         return open_run(self.writer.path)
 
     def fail(self, error: Exception) -> None:
         """Mark the run as failed."""
-        self.writer.update(status="failed", failure=failure_of(error))
+        try:
+            self.writer.update(status="failed", failure=failure_of(error))
+        finally:
+            self.writer.release()
 
     def dataset(self) -> xr.Dataset:
         """The history so far, with its attributes."""
@@ -305,6 +313,8 @@ def _open_writer(config: Config, session: Session, out: Path, resume: bool) -> R
         recorded = writer.manifest["data"]["fingerprint"]
         if recorded != session.data.fingerprint:
             raise DataError(f"{config.data}: has changed since {out} was begun; resume with the same data")
+        writer.lock()
+        writer.manifest = open_run(out).manifest  # another process may have gone on until it gave the lock back
         writer.update(status="running", failure=None, config=config.to_dict(), layers=session.layers)
         return writer
     data = session.data

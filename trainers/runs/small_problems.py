@@ -109,6 +109,7 @@ class _RunRecord:
         self.saved: xr.Dataset | None = None
         if resume and (out / MANIFEST).is_file():
             self.writer = RunWriter(out, open_run(out).manifest)
+            self.writer.lock()
             check_same(self.writer.manifest["config"], config, out)
             path = self._path(kind)
             self.saved = netcdf.load(path) if path.is_file() else None
@@ -124,6 +125,8 @@ class _RunRecord:
         except Exception as error:
             self.writer.update(status="failed", failure=failure_of(error))
             raise
+        finally:
+            self.writer.release()
 
     def save(self, ds: xr.Dataset) -> None:
         """Save the dataset of the iterations so far."""

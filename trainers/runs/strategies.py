@@ -80,7 +80,10 @@ def train(
     except Exception as error:  # a user's network may raise anything
         session.fail(error)
         raise
-    return session.finish()
+    else:
+        return session.finish()
+    finally:
+        session.writer.release()
 
 
 def train_together(
@@ -148,6 +151,9 @@ def train_together(
         for session in sessions.values():
             session.fail(error)
         raise
+    finally:
+        for session in sessions.values():
+            session.writer.release()
     return [results[k] for k in range(len(configs))]
 
 
