@@ -44,8 +44,6 @@ N_LEADING = 3
 MOST_LEADING = 21
 #: Probes of the rest of the space: one for so many products, within limits.
 PRODUCTS_PER_PROBE, FEWEST_PROBES, MOST_PROBES = 100, 2, 16
-#: See :meth:`DataForms.add_probes`: long enough for a difference of forms in single precision.
-_STEP = 0.03
 #: Numbers whose error by forms is an approximation, see :func:`_effective_influences`.
 NEARLY = ("effective_rank", "effective_dimension")
 #: Largest deviation of the sum of forms from a Ritz value, relative to the largest magnitude, by the products' dtype.
@@ -105,23 +103,12 @@ class DataForms:
         self._leading, self._squares, self.top_vector = forms, value @ forms, vector[:, 0].clone()
 
     def add_probes(self, probe: Tensor, product: Tensor) -> None:
-        """Take probes ``(P, b)`` of the space orthogonal to all leading vectors, and the products with them.
-
-        With ``w`` the product of ``z``, made :data:`_STEP` as long, the forms of ``z + w`` and ``z - w`` differ by
-        four times the form of the pair, and their mean is the form of ``z`` up to that of ``w``, a thousandth. Both are
-        forms of one vector with itself, which take fewer operations than a form of two.
-        """
+        """Take probes ``(P, b)`` of the space orthogonal to all leading vectors, and the products with them."""
         if self._leading is None:
             return
-        size, length = (torch.linalg.vector_norm(V, dim=0) for V in (probe, product))
-        scale = torch.where(length > 0, _STEP * size / length, 0)
-        vectors = torch.cat([probe + scale * product, probe - scale * product], dim=1)
-        forms = self._forms(vectors, vectors)
+        forms = self._forms(torch.cat([probe, probe], dim=1), torch.cat([probe, product], dim=1))
         if forms is not None:
-            plus, minus = forms.reshape(2, probe.shape[1], -1)
-            step = 4 * scale.double().cpu().numpy()[:, None]
-            crossed = np.divide(plus - minus, step, out=np.zeros_like(plus), where=step > 0)
-            self._probes += list(np.stack([(plus + minus) / 2, crossed], axis=1))
+            self._probes += list(forms.reshape(2, probe.shape[1], -1).swapaxes(0, 1))
 
     def _forms(self, U: Tensor, V: Tensor) -> np.ndarray | None:
         """``(k, group)``, or ``None`` from the first failure on."""
