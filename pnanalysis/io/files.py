@@ -79,9 +79,18 @@ def check_inside(path: Path, within: Path, error: type[PnError]) -> None:
         raise error(f"{path}: its folder is a link out of the run; replace it by a folder in the run")
 
 
-def is_regular(path: Path) -> bool:
-    """Whether there is a regular file, itself and not through a link."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except (OSError, ValueError):
-        return False
+def check_tree(folder: Path, error: type[PnError]) -> None:
+    """Refuse a folder with links, pipes or devices anywhere below it.
+
+    Raises
+    ------
+    PnError
+    """
+    for parent, folders, files in os.walk(folder):
+        for item in (Path(parent, name) for name in (*folders, *files)):
+            try:
+                mode = item.lstat().st_mode
+            except FileNotFoundError:  # removed by another process meanwhile
+                continue
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise error(f"{item}: is a link, pipe or device, and only files are read here; remove it")

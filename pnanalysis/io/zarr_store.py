@@ -15,7 +15,7 @@ import xarray as xr
 
 from pnanalysis.errors import SchemaError, reason
 from pnanalysis.io.atomic import atomic_directory
-from pnanalysis.io.files import check_inside, read_regular
+from pnanalysis.io.files import check_inside, check_tree, read_regular
 from pnanalysis.schema import SCHEMAS, validate
 
 SUFFIX = ".zarr"
@@ -94,20 +94,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _check_files(path: Path) -> None:
-    """Refuse links, pipes and devices in a store.
-
-    Raises
-    ------
-    SchemaError
-    """
-    for folder, folders, files in os.walk(path):
-        for name in (*folders, *files):
-            item = Path(folder, name)
-            if not (item.is_dir() or item.is_file()) or item.is_symlink():
-                raise SchemaError(f"{item}: is a link, pipe or device, which a Zarr store must not hold; remove it")
-
-
 def open_store(path: str | os.PathLike[str]) -> xr.Dataset:
     """Open a dataset lazily: variables are read where they are used. Its kind alone is checked.
 
@@ -121,7 +107,7 @@ def open_store(path: str | os.PathLike[str]) -> xr.Dataset:
         raise SchemaError(f"{path}: no such Zarr store")
     if not is_store(path):
         raise SchemaError(f"{path}: not a Zarr store of pnanalysis")
-    _check_files(path)
+    check_tree(path, SchemaError)
     try:
         # chunks=None indexes lazily without Dask
         ds = xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=_FORMAT)

@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from pnanalysis.errors import DataError, ModelError, PnError, RunError, SchemaError
+from pnanalysis.analyses.spectrum_cache import SpectrumCache
+from pnanalysis.errors import CurvatureError, DataError, ModelError, PnError, RunError, SchemaError
 from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import datasets, netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
@@ -137,7 +138,7 @@ def test_a_zarr_store_holds_only_regular_files(tmp_path: Path, name: str) -> Non
     store = datasets.save(history(), tmp_path / "a.zarr")
     chunk = next(path for path in (store / "train_loss").iterdir() if path.name[0] != ".")
     (replaced_by_link if name == "link" else replaced_by_pipe)(chunk, tmp_path / "chunk")
-    with pytest.raises(SchemaError, match="link, pipe or device"):
+    with pytest.raises(SchemaError, match="is a link, pipe or device"):
         datasets.load(store)
 
 
@@ -218,6 +219,17 @@ def test_the_report_embeds_only_what_was_read(own_run: Run, tmp_path: Path) -> N
     (folder / "y.nc").write_bytes(b"private")
     names = [entry["name"] for entry in _downloads(RunDatasets(own_run))]
     assert names == ["own-history.nc"]
+
+
+def test_unfinished_work_is_no_way_out(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "hessian.unfinished").symlink_to(tmp_path / "outside")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/spectrum").symlink_to(tmp_path / "outside")
+    for name in ("hessian.unfinished", "inner"):
+        with pytest.raises(CurvatureError, match="is a link"):
+            SpectrumCache.claim(tmp_path / name, {"seed": 0})
+    assert not list((tmp_path / "outside").iterdir())
 
 
 def test_a_device_is_never_replaced(tmp_path: Path) -> None:

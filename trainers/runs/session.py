@@ -365,7 +365,7 @@ def _restored_history(empty: xr.Dataset, saved: xr.Dataset) -> xr.Dataset:
 
 
 def _portable(spec: str) -> str:
-    """A data set's name with its folder made absolute, so that the run can be analysed from any directory."""
+    """A data set's name with its folder made absolute, as the user has to give it again for analyses."""
     name, _, path = spec.partition(":")
     return f"{name}:{Path(path).expanduser().resolve()}" if name == "imagefolder" and path else spec
 
