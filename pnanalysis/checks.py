@@ -99,6 +99,8 @@ def resolve_dtype(name: Any) -> torch.dtype:
     return dtype
 
 
+_SYSTEM = ("/dev", "/proc", "/sys")
+
 #: Suffixes of the formats that figures are saved in.
 FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
@@ -114,7 +116,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.is_dir():
         raise PnError(f"{path}: is a folder; name a file in it")
-    if path.exists() and not path.is_file():
+    if path.exists() and (not path.is_file() or is_of_system(path)):
         raise PnError(f"{path}: is a device or pipe, where results cannot be saved; name a file")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     if not existing.is_dir():
@@ -122,6 +124,12 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PnError(f"{path}: cannot be written, no permission in {existing}; choose another place")
     return path
+
+
+def is_of_system(path: Path) -> bool:
+    """Whether a path is among the system's devices and streams; these may be links that lead to ordinary files."""
+    folder = path.absolute().parent
+    return any(folder.is_relative_to(root) for root in _SYSTEM) and not folder.is_relative_to("/dev/shm")
 
 
 def check_figure(path: str | os.PathLike[str]) -> Path:

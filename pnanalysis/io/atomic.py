@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pnanalysis.checks import is_of_system
 from pnanalysis.errors import PnError
 
 #: Ends the names of unfinished files, which no pattern for datasets or weights matches.
@@ -61,8 +62,9 @@ def check_replaceable(path: str | os.PathLike[str]) -> Path:
     PnError
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise PnError(f"{path}: is not a regular file, and cannot be replaced by one; name another file")
+    # Streams such as /dev/stdout are links, at times to a file: the link must not be replaced either.
+    if path.exists() and (not path.is_file() or is_of_system(path)):
+        raise PnError(f"{path}: is a device, pipe or folder, which cannot be replaced by a file; name another file")
     return path
 
 

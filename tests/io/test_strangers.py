@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from pnanalysis.analyses.spectrum_cache import SpectrumCache
+from pnanalysis.checks import check_writable
 from pnanalysis.errors import CurvatureError, DataError, ModelError, PnError, RunError, SchemaError
 from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import datasets, netcdf
+from pnanalysis.io.atomic import check_replaceable
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
 from pnanalysis.io.writer import RunWriter
 from tests.io.test_damage import history
@@ -236,6 +238,14 @@ def test_a_device_is_never_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.nc"
     os.mkfifo(pipe)
     for save in (datasets.check_destination, lambda path: netcdf.save(history(), path)):
-        with pytest.raises(PnError, match="device or pipe|not a regular file"):
+        with pytest.raises(PnError, match="device.* pipe|device or pipe"):
             save(pipe)
     assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/null"])
+def test_streams_of_the_system_are_no_files_even_where_they_lead_to_one(path: str) -> None:
+    # only checks, never a save: a mistake here would break the machine
+    for check in (check_replaceable, check_writable):
+        with pytest.raises(PnError, match="device"):
+            check(path)
