@@ -124,6 +124,8 @@ def human(n_bytes: float) -> str:
     return f"{n_bytes:.3g} GiB"
 
 
+_SYSTEM = ("/dev", "/proc", "/sys")
+
 #: Suffixes of the formats that figures are saved in.
 FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
@@ -134,17 +136,25 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     PnError
-        If the path is a folder, lies below a file, or in a folder without write permission.
+        If the path is a folder, pipe or device, lies below a file, or in a folder without write permission.
     """
     path = Path(path)
     if path.is_dir():
         raise PnError(f"{path}: is a folder; name a file in it")
+    if path.exists() and (not path.is_file() or is_of_system(path)):
+        raise PnError(f"{path}: is a device or pipe, where results cannot be saved; name a file")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     if not existing.is_dir():
         raise PnError(f"{path}: cannot be written, {existing} is a file; choose another place")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PnError(f"{path}: cannot be written, no permission in {existing}; choose another place")
     return path
+
+
+def is_of_system(path: Path) -> bool:
+    """Whether a path is among the system's devices and streams; these may be links that lead to ordinary files."""
+    folder = path.absolute().parent
+    return any(folder.is_relative_to(root) for root in _SYSTEM) and not folder.is_relative_to("/dev/shm")
 
 
 def check_figure(path: str | os.PathLike[str]) -> Path:

@@ -66,7 +66,7 @@ def validate(ds: xr.Dataset, kind: str | None = None) -> xr.Dataset:
         If the kind is unknown, a required variable is missing, or a variable has wrong dims or no label or unit.
     """
     kind = kind or ds.attrs.get("kind")
-    if kind not in SCHEMAS:
+    if not isinstance(kind, str) or kind not in SCHEMAS:
         raise SchemaError(f"not a pnanalysis dataset (kind {kind!r}); known kinds: {', '.join(SCHEMAS)}")
     for name, variable in SCHEMAS[kind].items():
         if name not in ds:

@@ -21,6 +21,7 @@ from pnanalysis.inputs.data import LoaderSplit, Split
 from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
 from pnanalysis.io.atomic import atomic_path
+from pnanalysis.io.files import check_tree
 from pnanalysis.io.runs import ANALYSIS
 from pnanalysis.spectra.data_error import DATA_ERRORS
 from pnanalysis.spectra.finished import saved_or_computed
@@ -64,7 +65,7 @@ def saved_spectrum(source: Source, digest: str, n_products: int, data_error: str
     file = None if source.run is None else source.run.path / ANALYSIS / "hessian.nc"
     if not digest or file is None or not file.is_file():
         return None
-    ds = netcdf.load(file)
+    ds = netcdf.load(file, within=file.parent.parent)
     if "layer" in ds.coords or "matrix_digest" not in ds.coords:
         return None
     rows = np.flatnonzero(ds.matrix_digest == digest)
@@ -99,6 +100,9 @@ class SpectrumCache:
             If it holds the unfinished work of an analysis with other settings.
         """
         cache = cls(Path(folder))
+        if cache.folder.is_symlink():
+            raise CurvatureError(f"{folder}: is a link, which is not followed; name the folder itself")
+        check_tree(cache.folder, CurvatureError)
         path, own = cache.folder / "settings.json", json.loads(json.dumps(dict(settings), default=str))
         if path.is_file() and (any(cache.folder.glob("*.nc")) or any(cache.folder.glob("*/*.safetensors"))):
             before = json.loads(path.read_text(encoding="utf-8"))

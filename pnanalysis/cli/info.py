@@ -10,7 +10,7 @@ import typer
 
 from pnanalysis.cli import options
 from pnanalysis.errors import PnError
-from pnanalysis.terminal.console import Cell, Table, make_table, print_table
+from pnanalysis.terminal.console import Cell, Table, make_table, print_line, print_table
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,9 @@ def info(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|FILE", help="A run directory, a saved dataset, or a file of weights.")
     ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with the digest recorded in it, and list the results.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """List the contents of a run directory, a dataset, or a file of weights.
@@ -39,7 +42,12 @@ def info(
       pnanalysis info runs/lenet5
 
       pnanalysis info runs/lenet5/analysis/hessian.nc
+
+      pnanalysis info runs/lenet5 --verify
     """
+    if verify:
+        _verify(path)
+        return
     from pnanalysis.io import datasets
     from pnanalysis.io.runs import open_run
     from pnanalysis.io.weights import INDEX_SUFFIXES, read_state_dicts
@@ -57,6 +65,36 @@ def info(
         tables = iter([make_table(str(path), ["entry", "value"], _of_run(open_run(path)))])
     for table in tables:
         print_table(table)
+
+
+def _verify(path: Path) -> None:
+    """Print what was checked.
+
+    Raises
+    ------
+    PnError
+        If a file is damaged.
+    """
+    from pnanalysis.io import verification
+    from pnanalysis.io.runs import is_run, open_run
+
+    is_of_run = is_run(path) and path.suffix != ".zarr"
+    findings = list(verification.verify(open_run(path))) if is_of_run else [verification.verify_file(path)]
+    names = [str(one.path.relative_to(path)) if is_of_run else str(path) for one in findings]
+    print_table(
+        make_table(
+            f"{path}: files checked", ["file", "result"],
+            [[name, one.text] for name, one in zip(names, findings, strict=True)],
+        )
+    )  # fmt: skip
+    damaged = [name for name, one in zip(names, findings, strict=True) if one.problem]
+    if damaged:
+        raise PnError(
+            f"{path}: {len(damaged)} of {len(findings)} files cannot be read as they were written, such as "
+            f"{damaged[0]}; restore them from a copy, or compute them again"
+        )
+    confirmed = sum(one.is_confirmed for one in findings)
+    print_line(f"{path}: {len(findings)} files read, {confirmed} of them confirmed by their digests")
 
 
 def _of_dataset(path: Path, ds: xr.Dataset) -> Iterator[Table]:
@@ -90,6 +128,6 @@ def _of_run(run: Run) -> list[list[Cell]]:
         ["device", f"{manifest.get('device', '?')} ({manifest.get('device_name', '?')})"],
         ["checkpoints", str(len(run.checkpoints))],
         ["champion", champion],
-        ["analyses", ", ".join(child for child in run.results.children if child != "history") or "none yet"],
+        ["analyses", ", ".join(kind for kind in run.files if kind != "history") or "none yet"],
         ["begun, ended", f"{manifest.get('started')}, {manifest.get('ended')}"],
     ]

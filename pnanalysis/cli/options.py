@@ -165,7 +165,14 @@ def destination(kind: str, first: Source, output: Path | None) -> Path:
     PnError
         If nothing can be written there.
     """
-    path = check_writable(_place(kind, first)) if output is None else output
+    from pnanalysis.io.files import check_inside
+
+    if output is None:
+        path = check_writable(_place(kind, first))
+        if first.run is not None:
+            check_inside(path, first.run.path, PnError)
+    else:
+        path = output
     check_room(path, _DATASET_BYTES, "a dataset may take", "make room, or give --output on another disk")
     return path
 

@@ -16,7 +16,7 @@ from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.loading import WeightNames
 from pnanalysis.io.runs import Checkpoint
 from pnanalysis.io.unpickling import unpickled
-from pnanalysis.io.weights import State, StateDicts, found_in, is_index, shards
+from pnanalysis.io.weights import State, StateDicts, check_digest, found_in, is_index, shards
 
 
 class FlatWeights:
@@ -93,12 +93,12 @@ class FlatWeights:
             for file, names in shards(path).items():
                 if file.suffix != ".safetensors":
                     return self._checkpoint.state_dicts(), {}
-                held, theirs = _placed(file)
+                held, theirs = _placed(file, None)
                 tensors |= {name: held[name] for name in names if name in held}
                 places |= theirs
             return {"": tensors}, places
         if path.suffix == ".safetensors":
-            held, places = _placed(path)
+            held, places = _placed(path, self._checkpoint.run)
             return {"": held}, places
         try:
             return found_in(unpickled(path, mmap=True), path), {}
@@ -155,10 +155,11 @@ class _Place(NamedTuple):
     offset: int
 
 
-def _placed(path: Path) -> tuple[State, dict[str, _Place]]:
+def _placed(path: Path, run: Path | None) -> tuple[State, dict[str, _Place]]:
     """The tensors of a safetensors file, as views that nothing has read, and the places of their real numbers."""
     tensors: State = {}
     places: dict[str, _Place] = {}
+    check_digest(path, run)
     try:
         end = path.stat().st_size
         with safe_open(path, framework="pt") as file:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,24 @@ class Splits:
 
 #: What a user may give as data: see the first lines of this module.
 DataLike = str | Splits | Dataset[Any] | Mapping[str, Any] | Iterable[Any]
+
+
+_MAY_DOWNLOAD: ContextVar[bool] = ContextVar("may download", default=False)
+
+
+@contextmanager
+def downloads_allowed() -> Iterator[None]:
+    """Let data sets be downloaded in the body: trainings do, analyses never, for a manifest names their data."""
+    token = _MAY_DOWNLOAD.set(True)
+    try:
+        yield
+    finally:
+        _MAY_DOWNLOAD.reset(token)
+
+
+def may_download() -> bool:
+    """Whether a data set that is not there may be downloaded, for the factories of data sets to ask."""
+    return _MAY_DOWNLOAD.get()
 
 
 def n_examples(part: Split | LoaderSplit, batches: Iterable[Batch]) -> int:

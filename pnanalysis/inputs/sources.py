@@ -198,6 +198,10 @@ def as_source(
     def make_data() -> Splits:
         if data is None and not _is_registered(data_spec):
             raise DataError(f"{run.path}: was trained on {data_spec or 'no data set'}; give the data with --data")
+        if data is None and ":" in data_spec:
+            raise DataError(
+                f"{run.path}: was trained on {data_spec}; to read from that path, give it again (--data {data_spec})"
+            )
         shape, seed = getattr(source.template, "input_shape", None), manifest["data"].get("split_seed", 0)
         given = data_spec if data is None else data
         splits = load_data(given, shape, seed) if isinstance(given, str) else as_splits(given)

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import platform
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from pnanalysis.checks import is_of_system
+from pnanalysis.errors import PnError
+
+#: Ends the names of unfinished files, which no pattern for datasets or weights matches.
+PARTIAL = ".partial"
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary file name next to ``path``; on success sync that file to disk and rename it to ``path``.
 
-    If the body raises, ``path`` is untouched and the temporary file is removed.
+    If the body raises, ``path`` is untouched and the temporary file is removed. What processes that were killed have
+    left of earlier attempts is removed, too. The file gets the permissions of the one that it replaces, or those that
+    the user's umask allows. A link at ``path`` is replaced, and never followed.
 
     Raises
     ------
+    PnError
+        If there is a folder, pipe or device at ``path``.
     OSError
         If the folder cannot be created or written to (the disk may be full).
     """
-    path = Path(path)
+    path = check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    _remove_leftovers(path)
+    temporary = _unfinished_name(path)
+    mode = path.stat().st_mode & 0o777 if path.is_file() and not path.is_symlink() else None
     try:
+        # unlike mkstemp, this lets the umask decide
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         yield temporary
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
+        if mode is not None:
+            temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -36,6 +52,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+def check_replaceable(path: str | os.PathLike[str]) -> Path:
+    """Refuse a path where there is anything but a regular file, or nothing: devices must not be renamed over.
+
+    Raises
+    ------
+    PnError
+    """
+    path = Path(path)
+    # Streams such as /dev/stdout are links, at times to a file: the link must not be replaced either.
+    if path.exists() and (not path.is_file() or is_of_system(path)):
+        raise PnError(f"{path}: is a device, pipe or folder, which cannot be replaced by a file; name another file")
+    return path
 
 
 @contextmanager
@@ -51,7 +81,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}-"))
+    _remove_leftovers(path)
+    workplace = _unfinished_name(path)
+    workplace.mkdir()
     temporary, replaced = workplace / path.name, workplace / f"{path.name}.replaced"
     try:
         yield temporary
@@ -71,6 +103,38 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
     _sync_directory(path.parent)
+
+
+def _unfinished_name(path: Path) -> Path:
+    """A hidden name next to ``path`` that tells whose it is."""
+    # names of files have at most 255 bytes
+    return path.with_name(f".{path.name[:40]}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what earlier writers of this path on this machine have left, if their processes are gone."""
+    prefix = f".{path.name[:40]}.{_host()}."
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*{PARTIAL}"):
+        owner = leftover.name.removeprefix(prefix).partition(".")[0]
+        if owner.isdecimal() and not _is_alive(int(owner)):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:64]
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _sync_directory(path: Path) -> None:

@@ -36,15 +36,21 @@ def save(data: xr.Dataset | xr.DataTree, path: str | os.PathLike[str]) -> Path:
     return zarr_store.save(data, path)
 
 
-def load(path: str | os.PathLike[str]) -> xr.Dataset:
+def load(path: str | os.PathLike[str], within: Path | None = None) -> xr.Dataset:
     """Read one dataset, a NetCDF4 file or a Zarr store, into memory and check it.
+
+    Parameters
+    ----------
+    path : path
+    within : Path, optional
+        The run to which it belongs, whose links are not followed.
 
     Raises
     ------
     SchemaError
         If there is no such file, it cannot be read, or does not hold a pnanalysis dataset.
     """
-    return zarr_store.load(path) if _is_zarr(path) else netcdf.load(path)
+    return zarr_store.load(path, within) if _is_zarr(path) else netcdf.load(path, within)
 
 
 def check_destination(path: str | os.PathLike[str]) -> Path:

@@ -14,11 +14,10 @@ any moment leaves either the old file or the new one. Opening a run never execut
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pnanalysis import schema
-from pnanalysis.errors import RunError, reason
+from pnanalysis.errors import RunError
 from pnanalysis.io import netcdf, zarr_store
 from pnanalysis.io.datasets import load
+from pnanalysis.io.manifest import read_manifest
 from pnanalysis.io.weights import State, StateDicts, holds_weights, read_state_dicts, sole
 
-FORMAT = "pnanalysis-run"
 MANIFEST, HISTORY, RESUME, CHECKPOINTS, ANALYSIS = (
     "run.json",
     "history.nc",
@@ -55,12 +53,15 @@ class Checkpoint:
     path : pathlib.Path
     iteration, epoch : int
         Both -1 for weights that belong to no run.
+    run : pathlib.Path or None
+        The directory of the run to which it belongs: links do not lead out of it.
     """
 
     name: str
     path: Path
     iteration: int = -1
     epoch: int = -1
+    run: Path | None = field(default=None, compare=False)
 
     @property
     def origin(self) -> str:
@@ -83,7 +84,7 @@ class Checkpoint:
 
     def state_dicts(self) -> StateDicts:
         """Every state dict in the file: see :func:`pnanalysis.io.weights.read_state_dicts`."""
-        return read_state_dicts(self.path)
+        return read_state_dicts(self.path, self.run)
 
 
 class Run:
@@ -161,14 +162,14 @@ class Run:
     def history(self) -> xr.Dataset:
         """Loss, penalty and errors, dims (iteration, epoch)."""
         path = self.path / HISTORY
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise RunError(f"{self.path}: no {HISTORY} yet; train for at least one epoch")
-        return netcdf.load(path)
+        return netcdf.load(path, within=self.path)
 
     @property
     def results(self) -> xr.DataTree:
         """The history and every saved analysis as one tree, a group per kind (history, hessian, saturation...)."""
-        groups = {name: load(file) for name, file in self.files.items()}
+        groups = {name: load(file, within=self.path) for name, file in self.files.items()}
         return xr.DataTree.from_dict(groups, name=self.path.name)
 
     @property
@@ -183,8 +184,8 @@ class Run:
             for file in (self.path / ANALYSIS).glob("[!.]*")  # a killed save leaves a hidden temporary file
             if file.suffix in (".nc", zarr_store.SUFFIX) and file.stem != own.stem
         ]
-        saved.sort(key=lambda file: (file.stem, file.stat().st_mtime))
-        return ({own.stem: own} if own.is_file() else {}) | {file.stem: file for file in saved}
+        saved.sort(key=lambda file: (file.stem, _modified(file)))
+        return ({own.stem: own} if os.path.lexists(own) else {}) | {file.stem: file for file in saved}
 
     def trajectory(self, iteration: int) -> list[Checkpoint]:
         """The checkpoints of one iteration in order, its starting point first."""
@@ -296,24 +297,21 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     if not path.is_dir():
         raise RunError(f"{path}: no such run directory; train one with `pntrain RECIPE --out {path}`")
     file = path / MANIFEST
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise RunError(f"{path}: not a run directory (it holds no {MANIFEST}); name a folder that pntrain has written")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: unreadable ({reason(error)}); restore it or train the run again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise RunError(f"{file}: not a manifest of pnanalysis; name a folder that pntrain has written")
-    if manifest.get("schema_version", 0) > schema.SCHEMA_VERSION:
-        raise RunError(f"{file}: written by a newer version of pnanalysis; upgrade to read it")
-    missing = [key for key in ("id", "recipe", "config", "model", "data", "ends", "champion") if key not in manifest]
-    if missing:
-        raise RunError(f"{file}: damaged, it lacks {', '.join(missing)}; restore it or train the run again")
-    return Run(path, manifest)
+    return Run(path, read_manifest(file))
 
 
 def _find_checkpoints(path: Path) -> Iterator[Checkpoint]:
     for file in (path / CHECKPOINTS).glob("iter*/epoch*.safetensors"):
         match = _CHECKPOINT_FILE.search(file.as_posix())
         if match:
-            yield Checkpoint(f"{file.parent.name}/{file.stem}", file, int(match[1]), int(match[2]))
+            yield Checkpoint(f"{file.parent.name}/{file.stem}", file, int(match[1]), int(match[2]), path)
+
+
+def _modified(file: Path) -> float:
+    """When a file was written; 0 while another process replaces it."""
+    try:
+        return file.lstat().st_mtime
+    except OSError:
+        return 0.0

@@ -13,6 +13,8 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from pnanalysis.errors import ModelError, reason
+from pnanalysis.io.digest import check_entry
+from pnanalysis.io.files import open_regular, read_regular
 from pnanalysis.io.unpickling import Inert, unpickled
 
 State = dict[str, Tensor]
@@ -29,17 +31,20 @@ _IN_FOLDERS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
 )
+_LARGEST_INDEX = 2**27  # bytes
 _MAX_DEPTH = 4  # of state dicts within a checkpoint
 _SAVE_ALONE = "where you trust it, load it and save its state dict alone: torch.save(model.state_dict(), ...)"
 
 
-def read_state_dicts(path: str | os.PathLike[str]) -> StateDicts:
+def read_state_dicts(path: str | os.PathLike[str], within: Path | None = None) -> StateDicts:
     """Read weights: a safetensors file, a file saved by ``torch.save``, or the index of a sharded checkpoint.
 
     Parameters
     ----------
     path : path
         Or a folder that holds one of these: see :func:`weights_file`.
+    within : Path, optional
+        The run to which the file belongs: see :func:`pnanalysis.io.files.open_regular`.
 
     Returns
     -------
@@ -53,7 +58,7 @@ def read_state_dicts(path: str | os.PathLike[str]) -> StateDicts:
         If the file is missing, damaged, or holds no state dict.
     """
     path = weights_file(path)
-    return {"": _merged(path)} if is_index(path) else _read(path)
+    return {"": _merged(path)} if is_index(path) else _read(path, within)
 
 
 def read_weights(path: str | os.PathLike[str]) -> State:
@@ -112,13 +117,15 @@ def shards(path: Path) -> dict[Path, list[str]]:
         If the index is damaged, or names a file outside of its folder.
     """
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = json.loads(read_regular(path, _LARGEST_INDEX, ModelError))["weight_map"]
         found: dict[Path, list[str]] = {}
         for tensor, file in names.items():
             if Path(file).name != file:
                 raise ModelError(f"{path}: names {file!r}, which is not in its own folder")
             found.setdefault(path.with_name(file), []).append(str(tensor))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ModelError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable index of weights ({reason(error)}); copy it again") from error
     for file in found:
         if not file.is_file():
@@ -150,10 +157,12 @@ def is_extra_state(name: str) -> bool:
     return name.rpartition(".")[2] == "_extra_state"
 
 
-def _read(path: Path) -> StateDicts:
+def _read(path: Path, within: Path | None = None) -> StateDicts:
     """The state dicts of one file."""
     if path.suffix == ".safetensors":
-        return {"": _read_safetensors(path)}
+        return {"": _read_safetensors(path, within)}
+    with open_regular(path, ModelError, within):
+        pass  # is a file, and not a pipe that would make its reader wait
     try:
         loaded = unpickled(path)
     except Exception as error:  # the unpickler raises errors of many types on bytes that it cannot read
@@ -192,11 +201,26 @@ def found_in(loaded: Any, path: Path) -> StateDicts:
     raise ModelError(f"{path}: holds no state dict{also}; {_SAVE_ALONE}")
 
 
-def _read_safetensors(path: Path) -> State:
-    raw = path.read_bytes()
+def check_digest(path: Path, within: Path | None = None) -> bool:
+    """Whether a safetensors file holds a digest that confirms its content, without having it in memory.
+
+    Raises
+    ------
+    ModelError
+        If the digest contradicts the content, or the file cannot be read.
+    """
+    with open_regular(path, ModelError, within) as file:
+        return check_entry(file, path, ModelError)
+
+
+def _read_safetensors(path: Path, within: Path | None) -> State:
+    with open_regular(path, ModelError, within) as file:
+        check_entry(file, path, ModelError)
+        file.seek(0)
+        raw = file.read()
     try:
         return load_safetensors(raw)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         # Pickles begin with their protocol, the archives of torch.save with the magic number of zip files.
         is_pickle = raw[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK")
         cause = "it is a pickle, which could run code" if is_pickle else reason(error)

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 import xarray as xr
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as dump_safetensors
 
 from pnanalysis import schema
 from pnanalysis.checks import check_writable
 from pnanalysis.errors import RunError, reason
-from pnanalysis.io import netcdf
+from pnanalysis.io import digest, netcdf
 from pnanalysis.io.atomic import atomic_path
-from pnanalysis.io.runs import CHECKPOINTS, FORMAT, HISTORY, MANIFEST, RESUME
-from pnanalysis.io.weights import State
+from pnanalysis.io.files import check_inside
+from pnanalysis.io.lock import LOCK, Lock
+from pnanalysis.io.manifest import FORMAT
+from pnanalysis.io.runs import CHECKPOINTS, HISTORY, MANIFEST, RESUME
+from pnanalysis.io.weights import State, check_digest
 
 
 def check_new(path: str | os.PathLike[str]) -> None:
@@ -33,8 +35,8 @@ def check_new(path: str | os.PathLike[str]) -> None:
     RunError
     """
     path = Path(path)
-    # Hidden files are what a process left that was killed while it wrote its first one.
-    if path.exists() and (not path.is_dir() or any(not file.name.startswith(".") for file in path.iterdir())):
+    # Hidden files are the lock, and what a process left that was killed while it wrote its first file.
+    if path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
         raise RunError(
             f"{path}: exists already; give another --out, or --resume to continue it"
             if (path / MANIFEST).is_file()
@@ -49,10 +51,27 @@ class RunWriter:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self._lock = Lock(path)
+
+    def lock(self) -> None:
+        """Keep other processes from writing this run, until :meth:`release` or the end of this one.
+
+        Raises
+        ------
+        RunError
+            If another process is writing it, or nothing can be written there.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._explaining_failed_writes(LOCK):
+            self._lock.acquire()
+
+    def release(self) -> None:
+        """Let others write. A writer that is no longer used does so by itself."""
+        self._lock.release()
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> RunWriter:
-        """Start a new run.
+        """Start a new run, and lock it.
 
         Raises
         ------
@@ -61,8 +80,9 @@ class RunWriter:
         """
         path = Path(path)
         check_new(path)
-        path.mkdir(parents=True, exist_ok=True)
         writer = cls(path, {"format": FORMAT, "schema_version": schema.SCHEMA_VERSION, **manifest})
+        writer.lock()
+        check_new(path)  # another process may have begun a run here meanwhile
         writer.update()
         return writer
 
@@ -78,6 +98,7 @@ class RunWriter:
     def save_history(self, history: xr.Dataset) -> None:
         """Write the history dataset."""
         with self._explaining_failed_writes(HISTORY):
+            check_inside(self.path / HISTORY, self.path, RunError)
             netcdf.save(history, self.path / HISTORY)
 
     def save_state(self, tensors: Mapping[str, torch.Tensor], **position: int) -> None:
@@ -93,13 +114,15 @@ class RunWriter:
             If the file is damaged.
         """
         path = self.path / RESUME
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
         try:
+            check_digest(path, self.path)
             with safe_open(path, framework="pt") as file:
-                position = {key: int(value) for key, value in (file.metadata() or {}).items()}
-            return load_safetensors(path.read_bytes()), position
-        except (SafetensorError, ValueError) as error:
+                metadata = file.metadata() or {}
+                position = {key: int(value) for key, value in metadata.items() if key != digest.KEY}
+                return {name: file.get_tensor(name) for name in file.keys()}, position  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             raise RunError(f"{path}: damaged ({reason(error)}); delete it to repeat the iteration") from error
 
     def drop_state(self) -> None:
@@ -107,8 +130,11 @@ class RunWriter:
         (self.path / RESUME).unlink(missing_ok=True)
 
     def _write(self, name: str, content: bytes) -> None:
-        with self._explaining_failed_writes(name), atomic_path(self.path / name) as temporary:
-            temporary.write_bytes(content)
+        path = self.path / name
+        with self._explaining_failed_writes(name):
+            check_inside(path, self.path, RunError)
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(content)
 
     @contextmanager
     def _explaining_failed_writes(self, name: str) -> Iterator[None]:
@@ -133,4 +159,4 @@ def _dump(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None =
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    return dump_safetensors(copies, metadata)
+    return digest.with_entry(dump_safetensors(copies, {**(metadata or {}), digest.KEY: digest.BLANK}))

@@ -15,11 +15,16 @@ import xarray as xr
 
 from pnanalysis.errors import SchemaError, reason
 from pnanalysis.io.atomic import atomic_directory
+from pnanalysis.io.files import check_inside, check_tree, read_regular
 from pnanalysis.schema import SCHEMAS, validate
 
 SUFFIX = ".zarr"
 _FORMAT: Literal[2] = 2
 _CHUNK_BYTES = 2**18
+#: Bytes in memory above which a store is not loaded as a whole, and attempts while others replace it.
+_LARGEST, _ATTEMPTS = 2**34, 5
+#: Bytes of a file of attributes.
+_LARGEST_TEXT = 2**24
 #: Strings of fixed length, of any length, and as objects.
 _STRING_KINDS = "UTO"
 
@@ -38,19 +43,55 @@ def save(ds: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def load(path: str | os.PathLike[str]) -> xr.Dataset:
+def load(path: str | os.PathLike[str], within: Path | None = None) -> xr.Dataset:
     """Read a dataset into memory and check it.
+
+    Parameters
+    ----------
+    path : path
+    within : Path, optional
+        The run to which it belongs, whose links are not followed.
 
     Raises
     ------
     SchemaError
         If there is no such store, or it does not hold a pnanalysis dataset.
     """
+    path = Path(path)
+    if within is not None:
+        check_inside(path, within, SchemaError)
+    for _ in range(_ATTEMPTS):
+        before = _identity(path)
+        try:
+            ds = _loaded(path)
+        except SchemaError:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return ds
+    raise SchemaError(f"{path}: is being replaced by another process again and again; read it when that has ended")
+
+
+def _loaded(path: Path) -> xr.Dataset:
     ds = open_store(path)
     try:
+        if ds.nbytes > _LARGEST:
+            raise SchemaError(f"{path}: its arrays need {ds.nbytes:,} bytes of memory; open it with open_store")
         return validate(ds.load())
-    except (OSError, RuntimeError) as error:  # a chunk that cannot be read or decompressed
+    except SchemaError:
+        raise
+    except Exception as error:  # a chunk that cannot be read or decompressed; of many types
         raise SchemaError(f"{path}: not a readable Zarr store ({reason(error)})") from error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What differs once another store has taken this one's place."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def open_store(path: str | os.PathLike[str]) -> xr.Dataset:
@@ -66,13 +107,14 @@ def open_store(path: str | os.PathLike[str]) -> xr.Dataset:
         raise SchemaError(f"{path}: no such Zarr store")
     if not is_store(path):
         raise SchemaError(f"{path}: not a Zarr store of pnanalysis")
+    check_tree(path, SchemaError)
     try:
         # chunks=None indexes lazily without Dask
         ds = xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=_FORMAT)
         # Appended strings have no fixed length on disk. In memory they get one again, which NumPy finds from objects.
         strings = [name for name, array in ds.variables.items() if array.dtype.kind in _STRING_KINDS]
         return ds.assign({name: ds[name].astype(object).astype(np.str_) for name in strings})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # of many types, depending on what is damaged
         raise SchemaError(f"{path}: not a readable Zarr store ({reason(error)})") from error
 
 
@@ -122,10 +164,11 @@ def append(ds: xr.Dataset, path: str | os.PathLike[str], dim: str) -> Path:
 def is_store(path: Path) -> bool:
     """Whether this directory is a Zarr store that holds a dataset of pnanalysis."""
     try:
-        attrs = json.loads((path / ".zattrs").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        attrs = json.loads(read_regular(path / ".zattrs", _LARGEST_TEXT, SchemaError, within=path))
+    except (ValueError, RecursionError):
         return False
-    return (path / ".zgroup").is_file() and isinstance(attrs, dict) and attrs.get("kind") in SCHEMAS
+    kind = attrs.get("kind") if isinstance(attrs, dict) else None
+    return (path / ".zgroup").is_file() and isinstance(kind, str) and kind in SCHEMAS
 
 
 def check_replaceable(path: str | os.PathLike[str]) -> Path:

@@ -228,7 +228,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path = check_figure(path)
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}[path.suffix.lower()]
     with style(), atomic_path(path) as temporary:
-        figure.savefig(temporary, metadata=metadata)
+        figure.savefig(temporary, format=path.suffix[1:].lower(), metadata=metadata)
     return path
 
 

@@ -51,7 +51,7 @@ class RunDatasets:
             file = self.run.files[kind]
             try:
                 # the run keeps its own history, which the tables use too
-                self._read[kind] = self.run.history if file.name == HISTORY else load(file)
+                self._read[kind] = self.run.history if file.name == HISTORY else load(file, within=self.run.path)
             except SchemaError as error:
                 self._read[kind] = error
         return self._read[kind]

@@ -14,9 +14,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pnanalysis.errors import RunError
+from pnanalysis.io import netcdf, zarr_store
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.runs import Run
-from pnanalysis.report.datasets import Study, studies
+from pnanalysis.report.datasets import RunDatasets, Study, studies
 from pnanalysis.report.figures import pictures
 from pnanalysis.report.interactive import explorers
 from pnanalysis.report.tables import rows, sentences
@@ -67,7 +68,7 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: st
 
 def _section(study: Study) -> dict[str, Any]:
     """What the template shows of one study."""
-    runs = [member.run for member in study if member is not None]
+    members = [member for member in study if member is not None]
     return {
         "name": study.main.name,
         "pictures": [
@@ -75,8 +76,8 @@ def _section(study: Study) -> dict[str, Any]:
             for p in pictures(study)
         ],
         "explorers": list(explorers(study.main)),
-        "runs": [_facts(run) for run in runs],
-        "downloads": [entry for run in runs for entry in _downloads(run)],
+        "runs": [_facts(member.run) for member in members],
+        "downloads": [entry for member in members for entry in _downloads(member)],
     }
 
 
@@ -98,10 +99,13 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _downloads(run: Run) -> list[dict[str, Any]]:
+def _downloads(member: RunDatasets) -> list[dict[str, Any]]:
+    """The datasets as files, written anew from what was read: nothing else can come into the page."""
     found: list[dict[str, Any]] = []
-    for file in filter(Path.is_file, run.files.values()):  # a Zarr store is a folder
-        size = file.stat().st_size
-        data = base64.b64encode(file.read_bytes()).decode() if size <= _DOWNLOAD_LIMIT else ""
-        found.append({"name": f"{run.path.name}-{file.name}", "size": f"{size / 1000:,.0f} kB", "data": data})
+    for kind, ds in member.readable().items():
+        if member.run.files[kind].suffix == zarr_store.SUFFIX:  # a folder
+            continue
+        content = netcdf.to_bytes(ds)
+        data = base64.b64encode(content).decode() if len(content) <= _DOWNLOAD_LIMIT else ""
+        found.append({"name": f"{member.name}-{kind}.nc", "size": f"{len(content) / 1000:,.0f} kB", "data": data})
     return found

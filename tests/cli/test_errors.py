@@ -84,6 +84,14 @@ def test_weights_of_another_architecture_are_refused(run, tmp_path: Path) -> Non
     assert "another architecture" in done.err
 
 
+def test_a_pipe_is_no_output(run, tiny_run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = run("pnanalysis", "history", tiny_run.path, "-o", tmp_path / "pipe")
+    assert done.status == 2
+    assert "device or pipe" in done.err
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_an_output_that_cannot_be_written_is_one_line(run, tiny_run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = run("pnanalysis", "trajectory", tiny_run.path, "-o", tmp_path / "file" / "t.nc")

@@ -31,6 +31,34 @@ def test_info_lists_weights(run, tiny_run: Run) -> None:
     assert {row["tensor"]: row["numbers"] for row in rows} == {name: value.numel() for name, value in state.items()}
 
 
+def test_info_verifies_every_file(run, own_run: Run) -> None:
+    done = run("pnanalysis", "info", own_run.path, "--verify", "--json")
+    assert done.status == 0, done.err
+    rows = json.loads(done.out)["tables"][0]["rows"]
+    n = len(own_run.checkpoints) + 1  # the history
+    assert len(rows) == n
+    assert {row["result"] for row in rows} == {"intact"}
+    file = own_run.champion.path
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 1
+    file.write_bytes(raw)
+    done = run("pnanalysis", "info", own_run.path, "--verify")
+    assert done.status == 2
+    assert f"1 of {n} files cannot be read as they were written, such as {file.relative_to(own_run.path)}" in done.err
+    done = run("pnanalysis", "info", file, "--verify")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+
+
+def test_info_describes_a_run_whose_results_are_damaged_or_unfinished(run, own_run: Run) -> None:
+    folder = own_run.path / "analysis"
+    folder.mkdir(exist_ok=True)
+    (folder / ".hessian.nc.host.1.aa.partial").write_bytes(b"half")
+    (folder / "hessian.nc").write_bytes(b"half")
+    done = run("pnanalysis", "info", own_run.path)
+    assert done.status == 0, done.err
+    assert "hessian" in done.out
+
+
 def test_quiet_prints_nothing(run, own_run: Run) -> None:
     done = run("pnanalysis", "saturation", own_run.path, "--quiet")
     assert (done.status, done.out, done.err) == (0, "", "")

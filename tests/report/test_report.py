@@ -84,9 +84,9 @@ def test_every_dataset_file_is_read_once(copies: list[Run], tmp_path: Path, monk
     read: list[Path] = []
     load = netcdf.load
 
-    def counting(path: Path) -> xr.Dataset:
+    def counting(path: Path, within: Path | None = None) -> xr.Dataset:
         read.append(path)
-        return load(path)
+        return load(path, within)
 
     monkeypatch.setattr(netcdf, "load", counting)
     monkeypatch.setattr("pnanalysis.report.figures._picture", lambda entry, ds, study: Picture(entry.key, "", "", ""))

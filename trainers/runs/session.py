@@ -111,9 +111,13 @@ class Session:
         self.error_kind = error_kind(resolve_loss(config.loss), self.train_split.targets)
         # Last of all: everything above may still fail, and must not leave a run directory behind.
         self.writer = _open_writer(config, self, out, resume)
-        self.resume_state = _load_resume_state(self.writer)
-        if self.writer.manifest["ends"] or self.resume_state:
-            self.history = _restored_history(self.history, open_run(out).history)
+        try:
+            self.resume_state = _load_resume_state(self.writer)
+            if self.writer.manifest["ends"] or self.resume_state:
+                self.history = _restored_history(self.history, open_run(out).history)
+        except BaseException:
+            self.writer.release()
+            raise
 
     @property
     def train_split(self) -> Split:
@@ -213,11 +217,13 @@ class Session:
         """Mark the run as finished."""
         self.writer.update(status="finished", ended=now())
         self.writer.drop_state()
+        self.writer.release()
         return open_run(self.writer.path)
 
     def fail(self, error: BaseException) -> None:
         """Mark the run as failed, diverged or interrupted."""
         mark_unfinished(self.writer, error)
+        self.writer.release()
 
     def dataset(self) -> xr.Dataset:
         """The history so far, with its attributes."""
@@ -304,6 +310,8 @@ def _open_writer(config: Config, session: Session, out: Path, resume: bool) -> R
         recorded = writer.manifest["data"]["fingerprint"]
         if recorded != session.data.fingerprint:
             raise DataError(f"{config.data}: has changed since {out} was begun; resume with the same data")
+        writer.lock()
+        writer.manifest = open_run(out).manifest  # another process may have gone on until it gave the lock back
         writer.update(status="running", failure=None, config=config.to_dict(), layers=session.layers)
         return writer
     data = session.data
@@ -354,7 +362,7 @@ def _restored_history(empty: xr.Dataset, saved: xr.Dataset) -> xr.Dataset:
 
 
 def _portable(spec: str) -> str:
-    """A data set's name with its folder made absolute, so that the run can be analysed from any directory."""
+    """A data set's name with its folder made absolute, as the user has to give it again for analyses."""
     name, _, path = spec.partition(":")
     return f"{name}:{Path(path).expanduser().resolve()}" if name == "imagefolder" and path else spec
 

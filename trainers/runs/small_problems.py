@@ -13,7 +13,7 @@ import xarray as xr
 
 from pnanalysis import schema
 from pnanalysis.errors import TrainingError
-from pnanalysis.inputs.data import load_data
+from pnanalysis.inputs.data import downloads_allowed, load_data
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
@@ -109,6 +109,7 @@ class _RunRecord:
         self.saved: xr.Dataset | None = None
         if resume and (out / MANIFEST).is_file():
             self.writer = RunWriter(out, open_run(out).manifest)
+            self.writer.lock()
             check_same(self.writer.manifest["config"], config, out)
             path = self._path(kind)
             self.saved = netcdf.load(path) if path.is_file() else None
@@ -124,6 +125,8 @@ class _RunRecord:
         except BaseException as error:
             mark_unfinished(self.writer, error)
             raise
+        finally:
+            self.writer.release()
 
     def save(self, ds: xr.Dataset) -> None:
         """Save the dataset of the iterations so far."""
@@ -175,5 +178,6 @@ class _RunRecord:
 def _data_entry(config: Config) -> dict[str, Any]:
     if not config.data:
         return {"name": "", "fingerprint": ""}
-    data = load_data(config.data).in_memory()
+    with downloads_allowed():
+        data = load_data(config.data).in_memory()
     return {"name": config.data, "fingerprint": data.fingerprint}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from pnanalysis.errors import PnError, TrainingError
-from pnanalysis.inputs.data import Splits, load_data
+from pnanalysis.inputs.data import Splits, downloads_allowed, load_data
 from pnanalysis.inputs.models import build_model
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.runs import Run
@@ -82,6 +82,8 @@ def train(
     except BaseException as error:  # a user's network may raise anything, and a signal may arrive at any time
         session.fail(error)
         raise
+    finally:
+        session.writer.release()
 
 
 def train_together(
@@ -149,6 +151,9 @@ def train_together(
         for session in sessions.values():
             session.fail(error)
         raise
+    finally:
+        for session in sessions.values():
+            session.writer.release()
     return [results[k] for k in range(len(configs))]
 
 
@@ -215,6 +220,7 @@ def _print_resume_message(session: Session, progress: bool) -> None:
 
 def _load(config: Config, device: torch.device) -> Splits:
     input_shape = getattr(build_model(config.model, config.model_options), "input_shape", None)
-    data = load_data(config.data, input_shape, config.split_seed).in_memory()
+    with downloads_allowed():
+        data = load_data(config.data, input_shape, config.split_seed).in_memory()
     check_tensors(data, config)
     return data.to(device)

@@ -145,7 +145,10 @@ def _interruptions_marked(plans: Sequence[_Plan]) -> Iterator[None]:
             with suppress(PnError):
                 manifest = open_run(plan.path).manifest
                 if manifest["status"] == "running":
-                    mark_unfinished(RunWriter(plan.path, manifest), interrupt)
+                    writer = RunWriter(plan.path, manifest)
+                    writer.lock()
+                    mark_unfinished(writer, interrupt)
+                    writer.release()
         raise
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pnanalysis.errors import DataError
-from pnanalysis.inputs.data import RawImages, data_directory
+from pnanalysis.inputs.data import RawImages, data_directory, may_download
 from pnanalysis.io.atomic import atomic_path
 from trainers.zoo.kink import kink_data
 
@@ -42,7 +42,9 @@ def digits(path: str | None = None, input_shape: tuple[int, ...] | None = None) 
 
 
 def cifar10(path: str | None = None, input_shape: tuple[int, ...] | None = None) -> RawImages:
-    """CIFAR-10 (Krizhevsky 2009) through torchvision, which downloads it and checks its MD5 sums.
+    """CIFAR-10 (Krizhevsky 2009) through torchvision, which checks its MD5 sums.
+
+    A training downloads it; an analysis does not.
 
     Parameters
     ----------
@@ -58,8 +60,13 @@ def cifar10(path: str | None = None, input_shape: tuple[int, ...] | None = None)
 
     root = path or data_directory()
     try:
-        train, test = (CIFAR10(str(root), train=train, download=True) for train in (True, False))
+        train, test = (CIFAR10(str(root), train=train, download=may_download()) for train in (True, False))
     except (OSError, RuntimeError) as error:
+        if not may_download():
+            raise DataError(
+                f"CIFAR-10 is not in {root}, and analyses download nothing; point PNANALYSIS_DATA to the folder that "
+                "the training used, or give --data cifar10:FOLDER"
+            ) from error
         raise DataError(
             f"CIFAR-10 is not in {root} and cannot be downloaded ({error}); "
             "put cifar-10-batches-py there, or use imagefolder:PATH with a folder of images"

@@ -153,6 +153,20 @@ def test_a_process_killed_hard_resumes_bit_identically(tiny_run: Run, tiny_confi
     assert same(tiny_run, resumed)
 
 
+def test_a_run_that_is_being_trained_is_not_resumed_by_another(tiny_config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(replace(tiny_config, iterations=1), out, device="cpu", progress=False)
+    assert not list(out.glob(".*"))  # no lock is left
+    other = RunWriter(out, open_run(out).manifest)
+    other.lock()
+    before = (out / "run.json").read_bytes()
+    with pytest.raises(RunError, match=f"being written by process {os.getpid()}"):
+        train(replace(tiny_config, iterations=2), out, device="cpu", progress=False, resume=True)
+    assert (out / "run.json").read_bytes() == before
+    other.release()
+    assert len(train(replace(tiny_config, iterations=2), out, device="cpu", progress=False, resume=True).ends) == 2
+
+
 def test_a_finished_run_can_be_made_longer(tiny_run: Run, tiny_config: Config, tmp_path: Path) -> None:
     train(replace(tiny_config, iterations=2), tmp_path / "run", device="cpu", progress=False)
     longer = train(tiny_config, tmp_path / "run", device="cpu", progress=False, resume=True)

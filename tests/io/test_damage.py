@@ -1,0 +1,133 @@
+"""Damage is found: a flipped bit gives the same values or one clear error, never other values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from safetensors.torch import save_file
+
+from pnanalysis import schema
+from pnanalysis.errors import ModelError, PnError, SchemaError
+from pnanalysis.geometry.flat_weights import FlatWeights
+from pnanalysis.io import netcdf
+from pnanalysis.io.runs import Checkpoint
+from pnanalysis.io.verification import verify_file
+from pnanalysis.io.weights import read_weights
+from pnanalysis.io.writer import RunWriter
+
+FLIPS = 40
+
+
+def history(n: int = 5) -> xr.Dataset:
+    rng = np.random.default_rng(0)
+    names = ("train_loss", "penalty", "validation_error", "test_error")
+    series = {name: (("iteration", "epoch"), rng.random((2, n))) for name in names}
+    coords = {"iteration": np.arange(2), "epoch": np.arange(1, n + 1), "label": ("iteration", ["plain", "other"])}
+    return schema.finish(xr.Dataset(series, coords), "history", recipe="none", command="pntrain")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    writer = RunWriter.create(tmp_path / "run", {})
+    writer.save_checkpoint(0, 0, {"weight": torch.randn(6, 4), "n": torch.tensor(3), "half": torch.ones(2).half()})
+    writer.release()
+    return tmp_path / "run/checkpoints/iter00/epoch000.safetensors"
+
+
+def flipped(raw: bytes, bit: int) -> bytes:
+    changed = bytearray(raw)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def random_bits(raw: bytes, n: int = FLIPS) -> list[int]:
+    return np.random.default_rng(1).choice(8 * len(raw), n, replace=False).tolist()
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(checkpoint: Path) -> None:
+    raw, before = checkpoint.read_bytes(), read_weights(checkpoint)
+    messages = []
+    for bit in [*range(8 * 8), *random_bits(raw, 300)]:
+        checkpoint.write_bytes(flipped(raw, bit))
+        try:
+            after = read_weights(checkpoint)
+        except ModelError as error:
+            messages.append(str(error))
+        else:  # the flip is in the digest's own name
+            assert before.keys() == after.keys()
+            assert all(before[name].equal(after[name]) for name in before)
+    assert len(messages) > 300
+    assert all(str(checkpoint) in message for message in messages)
+    checkpoint.write_bytes(raw)
+    assert read_weights(checkpoint).keys() == before.keys()
+
+
+def test_a_flipped_bit_of_a_weight_is_found_where_weights_are_read_in_pieces(checkpoint: Path) -> None:
+    FlatWeights(Checkpoint("a", checkpoint), ["weight"])
+    raw = checkpoint.read_bytes()
+    checkpoint.write_bytes(flipped(raw, 8 * len(raw) - 20))
+    with pytest.raises(ModelError, match="damaged"):
+        FlatWeights(Checkpoint("a", checkpoint), ["weight"])
+
+
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_every_flipped_bit_of_a_dataset_gives_the_same_values_or_one_error(
+    tmp_path: Path, has_digest: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = netcdf.save(history(), tmp_path / "history.nc")
+    raw, before = path.read_bytes(), netcdf.load(path)
+    if not has_digest:
+        raw = raw[: raw.rindex(b"\npnanalysis")]
+    messages = []
+    for bit in random_bits(raw):
+        path.write_bytes(flipped(raw, bit))
+        try:
+            after = netcdf.load(path)
+        except SchemaError as error:
+            messages.append(str(error))
+        else:
+            assert after.identical(before) or not has_digest  # only a digest finds all changes
+    assert len(messages) >= (FLIPS - 2) * has_digest
+    assert all(str(path) in message and "\n" not in message for message in messages)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_flip_in_an_array_is_found_by_the_format_alone(tmp_path: Path) -> None:
+    ds = history(2000)
+    path = netcdf.save(ds, tmp_path / "history.nc")
+    raw = path.read_bytes()
+    raw = raw[: raw.rindex(b"\npnanalysis")]
+    path.write_bytes(flipped(raw, 8 * (len(raw) // 2)))  # most of the file is one of the compressed arrays
+    with pytest.raises(SchemaError, match="not a readable"):
+        netcdf.load(path)
+
+
+def test_files_without_digests_are_read_as_before(tmp_path: Path) -> None:
+    history().to_netcdf(tmp_path / "old.nc", engine="h5netcdf")
+    assert netcdf.load(tmp_path / "old.nc").identical(history().assign_attrs(netcdf.load(tmp_path / "old.nc").attrs))
+    save_file({"a": torch.arange(3)}, tmp_path / "old.safetensors")
+    assert read_weights(tmp_path / "old.safetensors")["a"].tolist() == [0, 1, 2]
+    assert [verify_file(tmp_path / name).text for name in ("old.nc", "old.safetensors")] == [
+        "readable, has no digest"
+    ] * 2
+
+
+def test_other_programs_read_files_with_digests(tmp_path: Path) -> None:
+    netcdf.save(history(), tmp_path / "history.nc")
+    with xr.open_dataset(tmp_path / "history.nc") as ds:
+        assert ds.train_loss.encoding["fletcher32"]
+        xr.testing.assert_equal(ds, netcdf.load(tmp_path / "history.nc"))
+
+
+def test_the_resume_state_is_verified_too(tmp_path: Path) -> None:
+    writer = RunWriter.create(tmp_path / "run", {})
+    writer.save_state({"a": torch.arange(30)}, iteration=1, epoch=2)
+    file = tmp_path / "run/resume.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(flipped(raw, 8 * len(raw) - 1))
+    with pytest.raises(PnError, match="damaged .*; delete it"):
+        writer.load_state()

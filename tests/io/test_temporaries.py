@@ -1,0 +1,109 @@
+"""Unfinished files: never taken for results, removed by the next writer, with the permissions that the user wants."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pnanalysis.errors import RunError
+from pnanalysis.io import netcdf
+from pnanalysis.io.atomic import atomic_directory, atomic_path
+from pnanalysis.io.lock import LOCK, Lock
+from tests.io.test_damage import history
+
+_KILLED = """
+import os, signal, sys
+from pnanalysis.io.atomic import atomic_directory, atomic_path
+with {manager}(sys.argv[1]) as temporary:
+    {write}
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed(manager: str, path: Path) -> None:
+    """Have a process killed while it writes."""
+    write = "temporary.write_text('half')" if manager == "atomic_path" else "temporary.mkdir()"
+    script = _KILLED.format(manager=manager, write=write)
+    assert subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode == -9
+
+
+def test_what_a_kill_leaves_is_no_dataset_and_goes_with_the_next_save(tmp_path: Path) -> None:
+    killed("atomic_path", tmp_path / "history.nc")
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not [*tmp_path.rglob("*.nc"), *tmp_path.rglob("*.safetensors")]
+    netcdf.save(history(), tmp_path / "history.nc")
+    assert [path.name for path in tmp_path.iterdir()] == ["history.nc"]
+
+
+def test_a_killed_folder_goes_with_the_next(tmp_path: Path) -> None:
+    killed("atomic_directory", tmp_path / "a.zarr")
+    with atomic_directory(tmp_path / "a.zarr") as temporary:
+        temporary.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_the_file_of_a_living_writer_stays(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "a.nc") as first:
+        with atomic_path(tmp_path / "a.nc") as second:
+            second.write_text("second")
+        first.write_text("first")
+    assert (tmp_path / "a.nc").read_text() == "first"
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_decides_on_permissions(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        path = netcdf.save(history(), tmp_path / "a.nc")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_file_keeps_its_permissions_when_it_is_replaced(tmp_path: Path) -> None:
+    path = netcdf.save(history(), tmp_path / "a.nc")
+    path.chmod(0o600)
+    netcdf.save(history(), path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "a.nc").symlink_to(tmp_path / "precious")
+    netcdf.save(history(), tmp_path / "a.nc")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not (tmp_path / "a.nc").is_symlink()
+
+
+def test_one_writer_at_a_time_and_the_other_learns_whose_turn_it_is(tmp_path: Path) -> None:
+    first, second = Lock(tmp_path), Lock(tmp_path)
+    first.acquire()
+    with pytest.raises(RunError, match=f"being written by process {os.getpid()} on"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from pnanalysis.io.lock import Lock\n"
+        "lock = Lock(Path(sys.argv[1])); lock.acquire(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False).returncode == -9
+    assert (tmp_path / LOCK).is_file()
+    lock = Lock(tmp_path)
+    lock.acquire()
+    lock.release()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_lock_that_is_forgotten_is_released(tmp_path: Path) -> None:
+    Lock(tmp_path).acquire()
+    Lock(tmp_path).acquire()
