@@ -100,7 +100,7 @@ def class_numbers(ds: xr.Dataset, n_classes: int, trace: Estimate, level: float,
     return {
         "class_ratio": ratio_of_bounds(top[0], top[n_classes - 1]),
         "class_gap": ratio_of_bounds(top[0], top[n_classes]),
-        "class_trace": _share(float(value[:-1].sum()), float(residual[:-1].sum()), trace, level),
+        "class_trace": _share(float(value[:-1].sum()), sum(one.high - one.value for one in top[:-1]), trace, level),
     }
 
 
