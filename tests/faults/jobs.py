@@ -64,7 +64,7 @@ class Running:
             target=_work, args=(job.name, folder, begun, self.output, file_bytes)
         )
         self.process.start()
-        assert begun.wait(60)
+        assert begun.wait(300)
         self.begun = time.monotonic()
 
     def send(self, signal: int) -> bool:
@@ -74,7 +74,7 @@ class Running:
             os.kill(self.process.pid, signal)
         return at_work
 
-    def end(self, timeout: float = 60) -> int:
+    def end(self, timeout: float = 300) -> int:
         """Wait for the end and return the exit status, negative for a signal."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, "the job hangs"
