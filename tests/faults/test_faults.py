@@ -65,7 +65,7 @@ def strike(job: Job, folder: Path, number: int, seconds: float) -> tuple[bool, R
     return struck, running
 
 
-@pytest.mark.parametrize(("job", "n"), tries(50, "training", "spectrum", "saving"))
+@pytest.mark.parametrize(("job", "n"), tries(50, "training", "spectrum"))
 def test_killed_at_random_moments(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
     seconds, expected = reference(job, tmp_path)
     moments = random.Random(f"{job.name} {n}")
@@ -95,7 +95,7 @@ def test_interrupted_at_random_moments(job: Job, number: int, n: int, tmp_path: 
         add(counts, f"{job.name}, {signal.Signals(number).name}", struck=struck, **continued(job, folder, expected))
 
 
-@pytest.mark.parametrize(("job", "n"), tries(20, "training", "spectrum"))
+@pytest.mark.parametrize(("job", "n"), tries(20, "spectrum"))
 def test_a_disk_that_fills_up(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
     """No file may grow beyond a random size: some are written, the next one is refused half way."""
     _, expected = reference(job, tmp_path)
