@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo
 
-.PHONY: help demo test test-slow test-faults test-zoo baselines check notebooks docs bench lock clean
+.PHONY: help demo test test-slow test-faults fuzz test-zoo baselines check notebooks docs bench lock clean
 
 help:
 	@echo "make demo       train, analyse and report on handwritten digits (about two minutes)"
 	@echo "make test       run the tests, except the slow ones"
 	@echo "make test-slow  run all tests but those of faults"
 	@echo "make test-faults  kill, interrupt and starve everything that saves, and write docs/reliability.md"
+	@echo "make fuzz       give damaged and made-up input to every reader (FUZZ=2000: so many of each kind)"
 	@echo "make test-zoo   run every analysis on networks of transformers, timm and others, and list them in the docs"
 	@echo "make check      lint and type-check"
 	@echo "make docs       build the documentation in docs/_build/html"
@@ -42,6 +43,11 @@ test-slow: $(STAMP)
 # Writes benchmarks/results/faults.json and docs/reliability.md. TRIES=5: as many of each kind, instead of 10 to 50.
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults
+
+# Writes benchmarks/results/fuzz.json. Stops at the first input of a kind that ends in another error than ours, and prints it.
+fuzz: FUZZ ?= 2000
+fuzz: $(STAMP)
+	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz
 
 # Writes docs/reference/networks.md.
 test-zoo: $(STAMP)

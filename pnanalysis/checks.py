@@ -18,16 +18,52 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float64")
 
 
+#: The most that a count may be: more examples, steps or bins fit into no memory.
+LARGEST_COUNT = 2**31 - 1
+#: Seeds are stored as whole numbers of 64 bits with a sign, by generators as in files.
+LARGEST_SEED = 2**63 - 1
+#: Of a run: its manifest lists them all.
+MOST_ITERATIONS = 100_000
+
+
 def at_least(least: int, **numbers: Any) -> None:
-    """Check that numbers are whole and not below ``least``; ``None`` stands for a default and passes.
+    """Check that counts are whole, not below ``least`` nor beyond any memory; ``None`` stands for a default and passes.
 
     Raises
     ------
     PnError
     """
     for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not _is_whole(value) or value < least):
-            raise PnError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if value is not None and not _is_whole(value, least):
+            raise PnError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
+        _check_most(LARGEST_COUNT, name, value)
+
+
+def check_seed(least: int = 0, **seeds: Any) -> None:
+    """Check that seeds are whole numbers that generators and files can hold; ``None`` passes.
+
+    Raises
+    ------
+    PnError
+    """
+    for name, value in seeds.items():
+        if value is not None and not _is_whole(value, least):
+            raise PnError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
+        _check_most(LARGEST_SEED, name, value)
+
+
+def _check_most(most: int, name: str, value: Any) -> None:
+    if value is not None and value > most:
+        raise PnError(f"{name} is {shown(value)}; it must be at most {most:,}")
+
+
+def shown(value: Any, length: int = 60) -> str:
+    """A value in a message, shortened: numbers of thousands of digits cannot even be written out."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be written out"
+    return text if len(text) <= length else f"{text[: length // 2]}... ({len(text):,} characters)"
 
 
 def positive(**numbers: Any) -> None:
@@ -39,7 +75,7 @@ def positive(**numbers: Any) -> None:
     """
     for name, value in numbers.items():
         if value is not None and not (_is_finite(value) and float(value) > 0):
-            raise PnError(f"{name} is {value!r}; it must be a number above 0")
+            raise PnError(f"{name} is {shown(value)}; it must be a number above 0")
 
 
 def ascending(name: str, values: Any, n: int) -> None:
@@ -57,10 +93,10 @@ def ascending(name: str, values: Any, n: int) -> None:
         raise PnError(f"{name} is {values!r}; it must be {n} numbers, each minimum below its maximum")
 
 
-def _is_whole(value: Any) -> bool:
-    """Whether the value is an integer of Python, NumPy or torch; floats are not, even if they are whole."""
+def _is_whole(value: Any, least: int) -> bool:
+    """Whether the value is an integer of Python, NumPy or torch, not below the least; whole floats are none."""
     try:
-        return operator.index(value) is not None
+        return not isinstance(value, bool) and operator.index(value) >= least
     except TypeError:
         return False
 
@@ -82,7 +118,7 @@ def one_of(known: Iterable[str], **names: Any) -> None:
     known = list(known)
     for name, value in names.items():
         if value not in known:
-            raise PnError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+            raise PnError(f"unknown {name} {shown(value)}; choose one of {', '.join(known)}")
 
 
 def resolve_dtype(name: Any) -> torch.dtype:

@@ -1,5 +1,16 @@
 """Errors for users: their messages are one sentence that says what is wrong and what to do."""
 
+import re
+
+#: Characters that a terminal obeys instead of showing them, that reverse the text after them, that end a line, or that
+#: stand for bytes of a file name that are no text.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text as it may be shown, with control characters as escapes: names of runs, layers and files may hold any."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 def reason(error: BaseException) -> str:
     """The type and first line of an error that another library or the user's code has raised."""
@@ -7,8 +18,15 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+#: What code of the user's (networks, losses, data sets) may raise; ``exit()`` in it must not end the program as done.
+USER_ERRORS = (Exception, SystemExit)
+
+
 class PnError(ValueError):
     """Any error that the user can mend; command lines print it on one line and exit with status 2."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class RunError(PnError):

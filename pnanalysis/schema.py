@@ -97,11 +97,13 @@ def _storable(value: Any) -> int | float | str | np.number[Any]:
     """A value as NetCDF attributes can hold it."""
     if isinstance(value, bool | np.bool_):
         return int(value)
-    if isinstance(value, int | float | str | np.number):
+    if isinstance(value, str):  # bytes of file names that are no text cannot be stored
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, int | float | np.number):
         return value
     if isinstance(value, Mapping | list | tuple):
         return json.dumps(value, default=str)
-    return str(value)
+    return _storable(str(value))
 
 
 def error_kind(ds: xr.Dataset) -> str:

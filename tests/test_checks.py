@@ -10,15 +10,26 @@ import pytest
 import torch
 
 import pnanalysis as pn
-from pnanalysis.checks import ascending, at_least, one_of, positive, resolve_dtype
+from pnanalysis.checks import (
+    LARGEST_COUNT,
+    LARGEST_SEED,
+    ascending,
+    at_least,
+    check_seed,
+    one_of,
+    positive,
+    resolve_dtype,
+    shown,
+)
 from pnanalysis.errors import PnError
 from pnanalysis.io.runs import Run
 
 NAN = float("nan")
-COUNTS = (0, -3, 2.5, NAN, "many", [1])
+COUNTS = (0, -3, 2.5, NAN, "many", [1], 2**31, 10**30)
 SIZES = (0.0, -1.0, NAN, float("inf"), "wide")
 NAMES = ("nonsense", 3)
-COMMON: dict[str, tuple[Any, ...]] = {"n": COUNTS, "batch_size": COUNTS, "seed": (-1, 0.5, "x"), "device": NAMES[:1]}
+SEEDS = (-1, 0.5, "x", True, 2**63, 2**70)
+COMMON: dict[str, tuple[Any, ...]] = {"n": COUNTS, "batch_size": COUNTS, "seed": SEEDS, "device": NAMES[:1]}
 INVALID: dict[Callable[..., Any], dict[str, tuple[Any, ...]]] = {
     pn.hessian: {
         **COMMON, "dtype": ("float16", "int64", None), "n_lanczos": COUNTS, "n_probes": COUNTS, "n_hvp": (*COUNTS, 3),
@@ -43,7 +54,7 @@ INVALID: dict[Callable[..., Any], dict[str, tuple[Any, ...]]] = {
     pn.functional_distance: {**COMMON, "split": NAMES, "checkpoints": ((), ("nonsense",))},
     pn.gradient_split: {**COMMON, "window": (-1, 0.5, 99), "iterations": ((), (0,), (99,), ("x",)), "split": NAMES},
     pn.trajectory: {
-        "n_components": COUNTS, "n_random": COUNTS, "seed": (-1,), "projections": (("nonsense",),),
+        "n_components": COUNTS, "n_random": COUNTS, "seed": SEEDS, "projections": (("nonsense",),),
         "iterations": ((99,),),
     },
 }  # fmt: skip
@@ -89,3 +100,16 @@ def test_valid_arguments_pass() -> None:
 
 def test_a_single_name_is_one_checkpoint(tiny_run: Run) -> None:
     assert list(tiny_run.select("plain")) == ["plain"]
+
+
+def test_bounds_are_included_and_values_in_messages_are_short() -> None:
+    at_least(1, n=LARGEST_COUNT, batch_size=1, epochs=None)
+    check_seed(seed=LARGEST_SEED, other=0, third=None)
+    check_seed(-LARGEST_SEED, seed=-LARGEST_SEED)
+    with pytest.raises(PnError, match=r"^n is 2147483648; it must be at most 2,147,483,647$"):
+        at_least(1, n=LARGEST_COUNT + 1)
+    with pytest.raises(PnError, match=r"^seed is 9223372036854775808; it must be at most"):
+        check_seed(seed=LARGEST_SEED + 1)
+    assert shown(3) == "3"
+    assert len(shown("x" * 10**6)) < 80
+    assert shown(10**5000) == "a int that cannot be written out"

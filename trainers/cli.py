@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pnanalysis.checks import shown
 from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.estimates import Estimate
 from pnanalysis.terminal.console import (
@@ -223,8 +224,8 @@ def _model_options(entries: list[str] | None) -> dict[str, object] | None:
             if not separator:
                 raise ValueError("no = sign")
             options[name] = json.loads(text)
-        except ValueError as error:
-            raise TrainingError(f"--model-option {entry!r}: write NAME=JSON, such as width=256") from error
+        except (ValueError, RecursionError) as error:
+            raise TrainingError(f"--model-option {shown(entry)}: write NAME=JSON, such as width=256") from error
     return options
 
 

@@ -8,8 +8,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pnanalysis.errors import RunError, TrainingError
+from pnanalysis.checks import LARGEST_SEED, MOST_ITERATIONS, at_least, check_seed
+from pnanalysis.errors import PnError, RunError, TrainingError
 from trainers.choices import CHOICES, check_choice
+
+#: Of all iterations of a run together: its history, which is held in memory and saved again and again, is half a GB.
+_MOST_EPOCHS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,19 @@ class Config:
     def __post_init__(self) -> None:
         for name in CHOICES:
             check_choice(name, getattr(self, name))
-        for name in ("iterations", "epochs", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        try:
+            names = ("iterations", "epochs", "batch_size", "checkpoint_every")
+            at_least(1, **{name: getattr(self, name) for name in names})
+            check_seed(-LARGEST_SEED, seed=self.seed, split_seed=self.split_seed)
+        except PnError as error:
+            raise TrainingError(str(error)) from error
+        if self.iterations > MOST_ITERATIONS:
+            raise TrainingError(f"iterations is {self.iterations:,}; a run has at most {MOST_ITERATIONS:,}")
+        if self.iterations * self.epochs > _MOST_EPOCHS:
+            raise TrainingError(
+                f"iterations x epochs is {self.iterations * self.epochs:,}, and a run keeps the history of at most "
+                f"{_MOST_EPOCHS:,}; lower one of them"
+            )
         for name in ("lam", "weight_decay", "init_std"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):

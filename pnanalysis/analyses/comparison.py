@@ -22,7 +22,7 @@ from pnanalysis.analyses.hessian import SpectrumOptions, data_error_of, has_all,
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
-from pnanalysis.checks import at_least, one_of
+from pnanalysis.checks import at_least, check_seed, one_of
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.disagreement import evaluate
@@ -138,7 +138,7 @@ def compare(
     >>> ds.error_difference.sel(split="test").isel(other=0)  # doctest: +SKIP
     """
     at_least(1, n=n, batch_size=batch_size)
-    at_least(0, seed=seed)
+    check_seed(seed=seed)
     one_of(SPLITS, split=split)
     requested = _SpectrumRequest.of(hessian if isinstance(hessian, Mapping) else {}, seed)
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)

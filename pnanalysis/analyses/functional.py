@@ -14,7 +14,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis import schema
-from pnanalysis.checks import at_least, one_of
+from pnanalysis.checks import at_least, check_seed, one_of
 from pnanalysis.evaluation.cka import CentredKernelAlignment
 from pnanalysis.evaluation.disagreement import FunctionPairs, cka_variables, evaluate
 from pnanalysis.evaluation.losses import loss_on
@@ -91,7 +91,7 @@ def functional_distance(
     (disagreement). For CKA see :class:`pnanalysis.evaluation.cka.CentredKernelAlignment`.
     """
     at_least(1, n=n, batch_size=batch_size)
-    at_least(0, seed=seed)
+    check_seed(seed=seed)
     one_of(SPLITS, split=split)
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)

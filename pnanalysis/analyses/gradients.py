@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from pnanalysis import schema
-from pnanalysis.checks import at_least
+from pnanalysis.checks import at_least, check_seed
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import RunError
 from pnanalysis.evaluation.diagnosis import clear_errors
@@ -79,7 +79,8 @@ def gradient_split(
     Y. Min, "Persistent Neurons", arXiv:2007.01419, eq. 6 to 8.
     """
     at_least(1, n=n, batch_size=batch_size)
-    at_least(0, window=window, seed=seed)
+    at_least(0, window=window)
+    check_seed(seed=seed)
     source = as_source(run)
     config = _check(source)
     assert source.run is not None

@@ -15,7 +15,7 @@ from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests
-from pnanalysis.checks import at_least, one_of, positive, resolve_dtype
+from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
 from pnanalysis.curvature.peers import make_operator
@@ -60,7 +60,7 @@ class SpectrumOptions:
         at_least(1, n_lanczos=self.n_lanczos, n_probes=self.n_probes, draws=self.draws)
         at_least(4, n_hvp=self.n_hvp)
         checked_targets(self.until)
-        at_least(0, seed=self.seed)
+        check_seed(seed=self.seed)
         positive(kernel_width=self.kernel_width)
 
     @classmethod

@@ -14,7 +14,7 @@ from pnanalysis import schema
 from pnanalysis.alignment.weight_matching import Relabelling, check_preserved
 from pnanalysis.alignment.weight_matching import align as match
 from pnanalysis.analyses.trajectory import plane_points
-from pnanalysis.checks import ascending, at_least, one_of, positive, resolve_dtype
+from pnanalysis.checks import ascending, at_least, check_seed, one_of, positive, resolve_dtype
 from pnanalysis.errors import DataError, ModelError, RunError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.geometry.barriers import profiles
@@ -64,7 +64,7 @@ class LandscapeOptions:
             raise ModelError(f"extrapolate is {self.extrapolate}; it must be a fraction of the line from 0 to 100")
         at_least(1, n_steps=self.n_steps, n_bends=self.n_bends, n_restarts=self.n_restarts)
         at_least(2, n_points=self.n_points)
-        at_least(0, seed=self.seed)
+        check_seed(seed=self.seed)
         positive(lr=self.lr)
         resolve_dtype(self.dtype)
 

@@ -23,7 +23,7 @@ from pnanalysis.activations.statistics import (
     to_dataset,
     warn_of_unknown,
 )
-from pnanalysis.checks import ascending, at_least, one_of
+from pnanalysis.checks import ascending, at_least, check_seed, one_of
 from pnanalysis.errors import DataError, ModelError, RunError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import forward
@@ -140,7 +140,8 @@ def saturation(
     Y. Min, "Persistent Neurons", arXiv:2007.01419, fig. 14 and 15.
     """
     at_least(1, n=n, batch_size=batch_size)
-    at_least(0, exact_limit=exact_limit, seed=seed)
+    at_least(0, exact_limit=exact_limit)
+    check_seed(seed=seed)
     one_of(SPLITS, split=split)
     ascending("bin_range", bin_range, 2)
     measures = Measures(tuple(percentiles), bins, saturation_bins, per_unit, exact_limit)

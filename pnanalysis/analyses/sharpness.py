@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
-from pnanalysis.checks import at_least, positive, resolve_dtype
+from pnanalysis.checks import at_least, check_seed, positive, resolve_dtype
 from pnanalysis.errors import ModelError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.diagnosis import clear_errors
@@ -98,7 +99,7 @@ def sharpness(
     _check(radii)
     at_least(2, n_steps=n_steps)
     at_least(1, n_starts=n_starts, n=n, batch_size=batch_size)
-    at_least(0, seed=seed)
+    check_seed(seed=seed)
     torch_dtype = resolve_dtype(dtype)
     selection, torch_device = select(given, checkpoints, model=model, data=data, loss=loss), resolve_device(device)
     found = {}
@@ -183,6 +184,11 @@ def _measure(
         at, *moved = surface.values([state, _moved(state, best), _moved(state, ascents[0][2])], np.eye(3), batches)
         loss, loss_se = mean_and_se(at.loss)
         (rise, rise_se), (one, one_se) = (mean_and_se(there.loss - at.loss) for there in moved)
+        if not isfinite(rise):
+            raise ModelError(
+                f"the loss is not finite everywhere in the {kind} of radius {radius:.4g}; choose a smaller radius, or "
+                'compute in float64 (dtype="float64")'
+            )
         rows.append((rise, rise_se, one, one_se, 100 * rise / (1 + loss)))
     names = ("rise", "rise_se", "one_step", "one_step_se", "relative")
     table = {name: ("neighbourhood", list(column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)}

@@ -17,7 +17,7 @@ from scipy.linalg import eigh
 from torch import nn
 
 from pnanalysis import schema
-from pnanalysis.checks import at_least, one_of
+from pnanalysis.checks import at_least, check_seed, one_of
 from pnanalysis.errors import ModelError, RunError
 from pnanalysis.geometry.gram import layer_grams
 from pnanalysis.geometry.planes import COLLINEAR, plane_coordinates
@@ -115,7 +115,7 @@ def trajectory(
     for name in projections:
         one_of(PROJECTIONS, projection=name)
     at_least(1, n_components=n_components, n_random=n_random)
-    at_least(0, seed=seed)
+    check_seed(seed=seed)
     sources = as_sources(given, model)
     points = [point for source in sources for point in path_points(source, iterations)]
     if len(points) < 3:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pnanalysis.checks import check_figure, check_room, check_writable
+from pnanalysis.checks import check_figure, check_room, check_writable, shown
 from pnanalysis.errors import PnError, reason
 from pnanalysis.terminal.console import Table, json_option, print_line, print_saved, print_table
 
@@ -197,9 +197,12 @@ def size(text: str | None) -> int | None:
     units = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     try:
-        return int(float(number) * (units[unit] if unit else 1))
-    except (ValueError, KeyError) as error:
-        raise PnError(f"--memory {text!r}: write a number and K, M, G or T, such as 8G") from error
+        n_bytes = int(float(number) * (units[unit] if unit else 1))
+        if n_bytes < 1:
+            raise ValueError("not above 0")
+        return n_bytes
+    except (ValueError, OverflowError, KeyError) as error:
+        raise PnError(f"--memory {shown(text)}: write a number and K, M, G or T, such as 8G") from error
 
 
 def targets(texts: list[str] | None) -> dict[str, float] | None:
@@ -218,7 +221,9 @@ def targets(texts: list[str] | None) -> dict[str, float] | None:
         try:
             found[name] = float(number)
         except ValueError as error:
-            raise PnError(f"--until {text!r}: write a quantity and its relative error, such as trace=0.02") from error
+            raise PnError(
+                f"--until {shown(text)}: write a quantity and its relative error, such as trace=0.02"
+            ) from error
     return found
 
 

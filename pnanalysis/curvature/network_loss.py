@@ -15,7 +15,7 @@ from pnanalysis.curvature.parameters import Named, as_given, requiring_grad
 from pnanalysis.curvature.passes import autocast, unchanged
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.forward import WithModel, within_model
-from pnanalysis.evaluation.losses import InspectedLoss, check_targets, loss_on
+from pnanalysis.evaluation.losses import InspectedLoss, check_finite, check_targets, loss_on
 from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
 from pnanalysis.inputs.random_states import random_states_kept, set_seed
 
@@ -112,6 +112,8 @@ class NetworkLoss:
         ------
         DataError
             See :func:`pnanalysis.evaluation.losses.check_targets`.
+        ModelError
+            If the loss is not finite.
         """
         copies: LossArguments = map_tensors(at, torch.clone)
         held = list(tensors(copies))
@@ -119,9 +121,10 @@ class NetworkLoss:
         if self._bound is None:
             outputs = self.outputs(copies, copies.theta)
             check_targets(self.loss_fn, outputs, copies.targets)
-            self.of_outputs(outputs, copies.targets)
+            value = self.of_outputs(outputs, copies.targets)
         else:
-            self(copies, copies.theta)
+            value = self(copies, copies.theta)
+        check_finite(value)
         self.protected = [tensor._version for tensor in held] != before
 
     def in_double(self) -> NetworkLoss:

@@ -148,7 +148,7 @@ def largest_difference(a: Sequence[Tensor], b: Sequence[Tensor], names: Sequence
     sizes = [float(part.double().square().sum()) ** 0.5 for part in b]
     least = _NEGLIGIBLE * sum(size**2 for size in sizes) ** 0.5 or 1.0
     found = [
-        float((one.double() - other.double()).square().sum()) ** 0.5 / max(size, least)
+        float((one.double() - other.double()).square().sum()) ** 0.5 / max(least, size)  # NaN if the least is
         for one, other, size in zip(a, b, sizes, strict=True)
     ]
     worst = max(range(len(found)), key=lambda i: (found[i] != found[i], found[i]))  # NaN is worse than any number

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pnanalysis
-from pnanalysis.errors import DataError, ModelError, PnError, reason
+from pnanalysis.errors import USER_ERRORS, DataError, ModelError, PnError, reason
 from pnanalysis.evaluation.forward import _WRAP, IGNORED, _kind, _shapes, forward, loss_of_model, no_class, not_for
 from pnanalysis.evaluation.losses import known
 from pnanalysis.inputs.batches import first_examples, move
@@ -48,17 +48,22 @@ def clear_errors(
     Raises
     ------
     ModelError
-        Instead of the original error, if torch lacks a derivative that was asked for, or the error is neither that of
-        data nor of a target.
+        Instead of the original error, if torch lacks a derivative that was asked for, the code of a network or loss
+        ends the program, or the error is neither that of data nor of a target.
     DataError
-        If two examples, a batch or a target reproduce it. Errors other than torch's, and those of running out of
-        memory, propagate if nothing reproduces them.
+        If two examples, a batch or a target reproduce it. Errors of running out of memory propagate, and so do those
+        that nothing reproduces and that arose neither in torch nor in the user's code.
     """
     try:
         yield
-    except (PnError, torch.OutOfMemoryError):
+    except (PnError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except SystemExit as ending:
+        raise ModelError(
+            f"{label}: the code of the network or the loss ends the program ({described(ending)}); let it return a "
+            "result, or raise an error"
+        ) from ending
+    except Exception as error:
         operation = _unsupported(error)
         if operation is not None:
             raise ModelError(
@@ -68,8 +73,8 @@ def clear_errors(
         found = None if model is None else _diagnosis(model, batches, loss, error)
         if found is not None:
             raise DataError(f"{label}: {found}") from error
-        if not isinstance(error, RuntimeError | IndexError | ValueError):
-            raise  # a bug, not a network or data that do not fit
+        if not isinstance(error, RuntimeError | IndexError | ValueError) and not _of_user(error):
+            raise  # a bug, or a disk: not a network or data that do not fit
         look = (
             "at the data, and at what the network does" if model is None else "at what they do; they take all the data"
         )
@@ -80,9 +85,23 @@ def clear_errors(
 
 def described(error: BaseException) -> str:
     """Message of an error, and the place where it arose in the code of a network or loss, if it did there."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _of_library(frame.filename)]
+    frames = _user_frames(error)
     place = f", at {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
     return reason(error) + place
+
+
+def _user_frames(error: BaseException, first: int = 0) -> list[traceback.FrameSummary]:
+    """Where an error passed through code that is neither of torch, this package nor Python."""
+    frames = traceback.extract_tb(error.__traceback__)[first:]
+    return [frame for frame in frames if not _of_library(frame.filename)]
+
+
+def _of_user(error: Exception) -> bool:
+    """Whether an error is that of a user's code; those of files may come from libraries that write results.
+
+    The first two frames are of :func:`clear_errors` and of its body.
+    """
+    return not isinstance(error, OSError) and bool(_user_frames(error, 2))
 
 
 def _of_library(filename: str) -> bool:
@@ -102,21 +121,22 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
     try:
         own = next(model.parameters())
         first = move(next(iter(batches)), own.device, own.dtype)
-    except Exception:  # there is nothing to try again
+    except USER_ERRORS:  # there is nothing to try again
         return None
+    failed: BaseException | None
     few = inputs, targets = first_examples(first, 2)
     if loss is not None and takes_model(getattr(loss, "function", loss)):
         return _of_loss_with_model(model, few, loss)
     try:
         outputs = forward(model, inputs)
-    except Exception as own_error:
+    except USER_ERRORS as own_error:
         return f"the network cannot take these data: inputs of {_shapes(inputs)} ({described(own_error)})"
     if loss is None:
         return _failing_batch(model, batches, loss)
     try:
         loss(outputs, targets)
         failed = None
-    except Exception as own_error:
+    except USER_ERRORS as own_error:
         failed = own_error
     if isinstance(failed, PnError):
         return str(failed)
@@ -141,7 +161,7 @@ def _diagnosis(model: nn.Module, batches: Iterable[Any], loss: Loss | None, erro
 def _of_loss_with_model(model: nn.Module, batch: tuple[Any, Any], loss: Loss) -> str | None:
     try:
         loss_of_model(loss, model, *batch)
-    except Exception as error:
+    except USER_ERRORS as error:
         return f"the loss cannot take this network with these data: batches of {_shapes(batch)} ({described(error)})"
     return None
 
@@ -155,7 +175,7 @@ def _failing_batch(model: nn.Module, batches: Iterable[Any], loss: Loss | None) 
             outputs = forward(model, inputs)
             if loss is not None:
                 loss(outputs, targets)
-        except Exception as error:
+        except USER_ERRORS as error:
             return f"the network or the loss cannot take batch {i}: {_shapes((inputs, targets))} ({described(error)})"
     return None
 

@@ -86,7 +86,24 @@ class InspectedLoss:
         self.__name__ = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        return self.function(outputs, targets)
+        value = self.function(outputs, targets)
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            given = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise ModelError(f"the loss {self.__name__} returns a {given}; it must return a tensor of real numbers")
+        return value
+
+
+def check_finite(value: Tensor) -> None:
+    """Refuse a loss that is infinite or not a number where a network stands: nothing can be measured around it.
+
+    Raises
+    ------
+    ModelError
+    """
+    if not bool(value.detach().isfinite().all()):
+        raise ModelError(
+            "the loss of the network is not finite; look at its weights, its data and the loss, or compute in float64"
+        )
 
 
 def loss_on(loss: Loss, device: torch.device, dtype: torch.dtype) -> InspectedLoss:

@@ -19,7 +19,7 @@ from torch.func import vmap
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.batch_pass import BatchPass
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.evaluation.losses import check_mean, example_weights, linearised, loss_on
+from pnanalysis.evaluation.losses import check_finite, check_mean, example_weights, linearised, loss_on
 from pnanalysis.evaluation.randomness import check_repeatable
 from pnanalysis.geometry.batch_norm import normalise_by_batch, norms_with_statistics, reestimate
 from pnanalysis.inputs.batches import map_tensors
@@ -279,7 +279,7 @@ def check_same_function(
     Raises
     ------
     ModelError
-        If it does not, or the network or its loss draws at random.
+        If it does not, the network or its loss draws at random, or the loss is not finite.
     DataError
         If the network cannot take the data.
     """
@@ -289,11 +289,12 @@ def check_same_function(
         inputs, targets = surface.cast(inputs), surface.cast(targets)
         check_repeatable(names[0], network, (inputs, targets), surface.loss)
         with torch.no_grad(), random_states_kept():
-            own, there = (
-                [leaf for leaf in tree_leaves(BatchPass.of(model, surface.loss, inputs, targets, at).outputs)
-                 if isinstance(leaf, Tensor)]
+            passes = [
+                BatchPass.of(model, surface.loss, inputs, targets, at)
                 for model, at in ((network, None), (surface.model, state))
-            )  # fmt: skip
+            ]
+            check_finite(passes[0].value())
+            own, there = ([leaf for leaf in tree_leaves(one.outputs) if isinstance(leaf, Tensor)] for one in passes)
     if len(own) != len(there) or not all(map(_close, own, there)):
         same = "its own copy does" if names[0] == names[1] else f"{names[1]} does"
         raise ModelError(

@@ -9,7 +9,7 @@ batches such as a ``DataLoader``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from pnanalysis.errors import DataError
+from pnanalysis.errors import USER_ERRORS, DataError, PnError
 from pnanalysis.inputs.batches import LABELS, as_pair, as_tensors, batch_size, can_cut, fingerprint, tensors
 from pnanalysis.inputs.registry import DATASETS, describe_error, import_object, resolve
 from pnanalysis.inputs.splits import Batch, DatasetSplit, LoaderSplit, Split
@@ -181,21 +181,19 @@ def load_data(spec: str, input_shape: Sequence[int] | None = None, split_seed: i
             raise
         factory = None
     if factory is None:
-        return as_splits(_made(spec), spec)
-    found = factory(argument or None, shape)
+        found = import_object(spec, DataError)
+        return as_splits(_made(spec, found) if callable(found) else found, spec)
+    found = _made(spec, factory, argument or None, shape)
     return _split(found, spec, shape, split_seed) if isinstance(found, RawImages) else as_splits(found, spec)
 
 
-def _made(spec: str) -> Any:
-    """Data from ``module:factory``; the name may also be that of the data themselves."""
-    factory = import_object(spec, DataError)
-    if not callable(factory):
-        return factory
+def _made(spec: str, factory: Callable[..., Any], *arguments: Any) -> Any:
+    """The data that a factory makes."""
     try:
-        return factory()
-    except DataError:
+        return factory(*arguments)
+    except PnError:
         raise
-    except Exception as error:  # user code may raise anything
+    except USER_ERRORS as error:  # user code may raise anything
         raise DataError(f"data {spec!r} cannot be made: {describe_error(error)}") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pnanalysis.errors import ModelError, PnError
+from pnanalysis.errors import USER_ERRORS, ModelError, PnError
 from pnanalysis.inputs.copies import copied
 from pnanalysis.inputs.registry import MODELS, describe_error, import_object, resolve
 
@@ -71,7 +71,7 @@ def _called(factory: Any, name: str, options: Mapping[str, Any]) -> nn.Module:
         model = factory(**options)
     except PnError:
         raise
-    except Exception as error:  # user code may raise anything
+    except USER_ERRORS as error:  # user code may raise anything
         given = f" with {dict(options)}" if options else ""
         raise ModelError(f"model {name!r} cannot be built{given}: {describe_error(error)}") from error
     if not isinstance(model, nn.Module):

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from pnanalysis.errors import DataError, ModelError, PnError, reason
+from pnanalysis.errors import USER_ERRORS, DataError, ModelError, PnError, reason
 
 MODELS = "pnanalysis.models"
 DATASETS = "pnanalysis.datasets"
@@ -60,7 +60,7 @@ def import_object(spec: str, error: type[PnError] = PnError) -> Any:
         if module_name in sys.modules:
             raise error(f"module {module_name!r} has no {attribute!r}") from cause
         raise error(f"cannot import {module_name!r}: {describe_error(cause)}") from cause
-    except Exception as cause:  # user code may raise anything on import
+    except USER_ERRORS as cause:  # user code may raise anything on import
         raise error(f"cannot import {module_name!r}: {describe_error(cause)}") from cause
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pnanalysis.checks import human
-from pnanalysis.errors import DataError, PnError, reason
+from pnanalysis.errors import USER_ERRORS, DataError, PnError, reason
 from pnanalysis.inputs.batches import batch_size, fingerprint, map_tensors, tensors
 from pnanalysis.inputs.random_states import random_states, seeded_states, set_random_states
 from pnanalysis.spectra.free_memory import free_bytes
@@ -158,7 +158,7 @@ def _undisturbed(loader: Iterable[Any], seed: int, name: str) -> Iterator[Any]:
                 return
             except (PnError, torch.OutOfMemoryError):
                 raise
-            except Exception as error:  # the user's code may raise anything
+            except USER_ERRORS as error:  # the user's code may raise anything
                 raise DataError(f"{name}: batch {n_read} cannot be read ({reason(error)})") from error
             yield batch
             n_read += 1

@@ -57,7 +57,7 @@ def read_regular(path: str | os.PathLike[str], limit: int, error: type[PnError],
         if size > limit:
             raise error(f"{path}: has {size:,} bytes, and a file of this kind at most {limit:,}; it is not one")
         try:
-            return file.read(limit + 1)
+            return file.read(size)  # not more: as much memory is taken as is asked for
         except OSError as failure:
             raise error(f"{path}: cannot be read ({reason(failure)})") from failure
 

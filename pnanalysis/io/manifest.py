@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pnanalysis import schema
+from pnanalysis.checks import MOST_ITERATIONS
 from pnanalysis.errors import RunError, reason
 from pnanalysis.io.files import read_regular
 
@@ -15,7 +16,6 @@ FORMAT = "pnanalysis-run"
 _LARGEST = 2**24  # bytes
 _DEPTH = 16
 _BIGGEST = 2**63
-_MOST_ITERATIONS = 100_000
 
 Check = Callable[[Any], bool]
 
@@ -45,7 +45,7 @@ def _are_texts(value: Any) -> bool:
 
 
 def _are_ends(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= _MOST_ITERATIONS and all(map(_is_count, value))
+    return isinstance(value, list) and len(value) <= MOST_ITERATIONS and all(map(_is_count, value))
 
 
 #: The entries that every manifest has, with what they must be, and those that may be left out. A dot leads into an

@@ -17,7 +17,7 @@ from pnanalysis.plots.landscape import barrier, landscape, sharpness
 from pnanalysis.plots.layer_activations import activation_histogram, saturated_layers
 from pnanalysis.plots.saturation import saturation, saturation_gap
 from pnanalysis.plots.spectrum import layer_spectra, spectral_density
-from pnanalysis.plots.style import new_figure, save_figure, style
+from pnanalysis.plots.style import new_figure, save_figure, style, with_plain_names
 from pnanalysis.plots.trajectory import cosines, trajectories, trajectory, trajectory_layers
 
 #: Figures by name, as ``module:function``; a dataset's kind is the name of its own figure.
@@ -74,10 +74,11 @@ def plot(ds: xr.Dataset, kind: str | None = None, **options: Any) -> Figure:
     draw: Callable[..., Axes | Figure] = getattr(import_module(module), attribute)
     try:
         with style():
-            drawn = draw(ds, **options)
+            given = {key: with_plain_names(it) if isinstance(it, xr.Dataset) else it for key, it in options.items()}
+            drawn = draw(with_plain_names(ds), **given)
     except PnError:
         raise
-    except (KeyError, AttributeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         kind = ds.attrs.get("kind", "foreign")
         raise PnError(f"this {kind} dataset lacks what the figure {name!r} draws") from error
     if isinstance(drawn, Figure):

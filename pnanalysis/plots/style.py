@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
@@ -21,6 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 from PIL import Image
 
 from pnanalysis.checks import check_figure
+from pnanalysis.errors import printable
 from pnanalysis.io.atomic import atomic_path
 
 COLUMN, PAGE = 3.4, 7.0  # width in inches of one column, and of both
@@ -208,6 +210,32 @@ def champion_of(ds: xr.Dataset | xr.DataArray) -> int:
     if own is not None:
         return int(own) if own.ndim == 0 else -1
     return int(ds.attrs.get("champion", -1))
+
+
+def with_plain_names(ds: xr.Dataset) -> xr.Dataset:
+    """The dataset with names as figures may show them: with control characters as escapes, and without formulas."""
+    plain = ds.assign_attrs(_plain_attrs(ds.attrs))
+    for name, array in ds.variables.items():
+        given = array.values.ravel().tolist() if array.dtype.kind in "OU" else []
+        values = [_plain(value) if isinstance(value, str) else value for value in given]
+        if values != given:
+            plain[name] = (array.dims, np.array(values, dtype=object).reshape(array.shape), array.attrs)
+        plain[name].attrs = _plain_attrs(array.attrs)
+    return plain
+
+
+def _plain_attrs(attrs: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {name: _plain(value) if isinstance(value, str) else value for name, value in attrs.items()}
+
+
+def _plain(text: str) -> str:
+    try:
+        names = json.loads(text) if text.startswith("[") else None
+    except (ValueError, RecursionError):
+        names = None
+    if isinstance(names, list):
+        return json.dumps([_plain(name) if isinstance(name, str) else name for name in names])
+    return printable(text).replace("$", r"\$")
 
 
 def label(array: xr.DataArray) -> str:

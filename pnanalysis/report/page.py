@@ -62,7 +62,7 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: st
     )
     path = Path(path)
     with atomic_path(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")  # bytes of names that are no text
     return path
 
 

@@ -43,7 +43,7 @@ N_LEADING = 3
 #: And the most where it is.
 MOST_LEADING = 21
 #: Probes of the rest of the space: one for so many products, within limits.
-PRODUCTS_PER_PROBE, FEWEST_PROBES, MOST_PROBES = 100, 2, 16
+PRODUCTS_PER_PROBE, FEWEST_PROBES, MOST_PROBES = 50, 2, 16
 #: Numbers whose error by forms is an approximation, see :func:`_effective_influences`.
 NEARLY = ("effective_rank", "effective_dimension")
 #: Largest deviation of the sum of forms from a Ritz value, relative to the largest magnitude, by the products' dtype.

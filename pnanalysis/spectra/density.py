@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 
 from pnanalysis import schema
-from pnanalysis.checks import at_least, one_of, positive
+from pnanalysis.checks import at_least, check_seed, one_of, positive
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra import lanczos
 from pnanalysis.spectra.averaged import is_averaged
@@ -162,7 +162,8 @@ def spectral_density(
     (55.0, 10)
     """
     operator = as_operator(operator)
-    at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, seed=seed, top_k=top_k, n_classes=n_classes)
+    at_least(0, n_lanczos=n_lanczos, n_probes=n_probes, n_hvp=n_hvp, top_k=top_k, n_classes=n_classes)
+    check_seed(seed=seed)
     positive(ridge=ridge, kernel_width=kernel_width)
     one_of(DATA_ERRORS, data_error=data_error)
     targets = checked_targets(until)

@@ -388,7 +388,9 @@ def _exponent_of(product: torch.Tensor) -> int:
     if not 0 < largest < math.inf:  # NaN too, which is reported later
         return 0
     exponent = round(math.log2(largest) + math.log2(float(norms(vector / largest))))
-    return exponent if abs(exponent) > LARGEST_EXPONENT else 0
+    # the power itself must be a number of that dtype: near its largest one, the nearest power of two is infinite
+    held = round(math.log2(torch.finfo(product.dtype).max)) - 1
+    return max(-held, min(exponent, held)) if abs(exponent) > LARGEST_EXPONENT else 0
 
 
 def basis_dtype(operator: LinearOperator, wanted: torch.dtype | None = None) -> torch.dtype:

@@ -6,19 +6,20 @@ import json
 import math
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from types import FrameType
 from typing import Any, NoReturn, SupportsFloat
 
-import rich.markup
 import rich.table
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from pnanalysis.errors import PnError, reason
+from pnanalysis.errors import PnError, printable, reason
 from pnanalysis.estimates import Estimate, proportion
 from pnanalysis.terminal.streams import error_stream, lasting_streams
 
@@ -30,6 +31,8 @@ _INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 _json_output: dict[str, Any] | None = None
 #: How to resume this command, printed after an interrupt.
 _interrupt_advice = ""
+#: Of a table that is printed as text.
+_MOST_ROWS = 1000
 
 
 class Percent(float):
@@ -65,13 +68,30 @@ def run_app(app: typer.Typer) -> None:
     terminal or reader that has gone stops nothing; output that a full disk refuses is an error at the end.
     """
     try:
-        with lasting_streams() as (output, _):
+        with lasting_streams() as (output, _), _printable_warnings():
             _run(app)
     except SystemExit as ending:
         if output.lost and not ending.code:
             print_status(f"error: standard output cannot be written ({output.error}); everything else is done")
             sys.exit(2)
         raise
+
+
+@contextmanager
+def _printable_warnings() -> Iterator[None]:
+    """Within the body, messages of warnings are shown with control characters as escapes."""
+    before = warnings.formatwarning
+
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return before(printable(str(message)), category, printable(filename), lineno, line)
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _run(app: typer.Typer) -> NoReturn:
@@ -88,8 +108,12 @@ def _run(app: typer.Typer) -> NoReturn:
         _fail((error.strerror or reason(error)) + (f": {error.filename}" if error.filename else ""))
     except _USAGE_ERROR as error:
         _fail_usage(error)
+    except MemoryError:
+        _fail("there is not enough memory; take smaller batches or fewer examples, or a machine with more of it")
+    except SystemExit as ending:  # typer returns its own
+        _fail(f"code of a network, loss or data set ended the program ({reason(ending)}); what was saved is intact")
     if stopped:
-        print(f"interrupted; {_interrupt_advice}", file=sys.stderr)
+        print_status(f"interrupted; {_interrupt_advice}")
         sys.exit(128 + stopped[0])
     if not status:
         _print_json()
@@ -133,6 +157,7 @@ def _print_json() -> None:
 
 
 def _fail(message: str) -> NoReturn:
+    message = printable(message)
     if _json_output is not None:
         _json_output["error"] = message
     _print_json()
@@ -178,12 +203,18 @@ def make_table(title: str, columns: Mapping[str, str] | Iterable[str], rows: Ite
 
 
 def print_table(table: Table, quiet: bool = False) -> None:
-    """Print a table unless ``quiet``, or collect it with ``--json``. It is not cut where there is no terminal."""
+    """Print a table unless ``quiet``, or collect it with ``--json``. It is not narrowed where there is no terminal.
+
+    Of more rows than anyone reads, and than can be laid out in a second, only the first are printed.
+    """
     if _json_output is not None:
         rows = [dict(zip(table.columns, map(_json_value, row), strict=True)) for row in table.rows]
         _json_output["tables"].append({"title": table.title, "rows": rows})
     elif not quiet:
-        _console().print(_rendered(table), highlight=False, markup=False)
+        shown = replace(table, rows=table.rows[:_MOST_ROWS])
+        _console().print(_rendered(shown), highlight=False, markup=False)
+        if len(table.rows) > _MOST_ROWS:
+            print_line(f"and {len(table.rows) - _MOST_ROWS:,} more rows; --json gives all of them")
 
 
 def print_line(line: str, quiet: bool = False) -> None:
@@ -191,14 +222,14 @@ def print_line(line: str, quiet: bool = False) -> None:
     if _json_output is not None:
         _json_output["notes"].append(line)
     elif not quiet:
-        _console().print(line, highlight=False, soft_wrap=True, markup=False)
+        _console().print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
 
 def print_status(line: str, quiet: bool = False) -> None:
     """Print a line on standard error, about the work rather than its result, unless ``quiet``."""
     if not quiet:
         stream = error_stream()
-        stream.write(f"{line}\n")
+        stream.write(f"{printable(line)}\n")
         stream.flush()
 
 
@@ -212,7 +243,7 @@ def print_saved(quiet: bool, *files: Any) -> None:
 
 
 def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return Console(emoji=False) if sys.stdout.isatty() else Console(width=200, emoji=False)
 
 
 def text(cell: Cell) -> str:
@@ -242,10 +273,15 @@ def _json_value(cell: Cell) -> Any:
 
 
 def _rendered(table: Table) -> rich.table.Table:
-    rendered = rich.table.Table(title=rich.markup.escape(table.title), title_justify="left")
+    rendered = rich.table.Table(title=_shown(table.title), title_justify="left")
     for i, title in enumerate(table.columns.values()):
         is_text = all(isinstance(row[i], str) for row in table.rows)
-        rendered.add_column(rich.markup.escape(title), justify="left" if is_text else "right", overflow="fold")
+        rendered.add_column(_shown(title), justify="left" if is_text else "right", overflow="fold")
     for row in table.rows:
-        rendered.add_row(*(rich.markup.escape(text(cell)) for cell in row))
+        rendered.add_row(*(_shown(text(cell)) for cell in row))
     return rendered
+
+
+def _shown(cell: str) -> Text:
+    """Text as it is: names in it may look like markup or hold control characters."""
+    return Text(printable(cell))

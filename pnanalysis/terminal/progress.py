@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from pnanalysis.errors import printable
 from pnanalysis.terminal.streams import error_stream
 
 
@@ -33,6 +34,15 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:,.3g}/s")
+
+
+class _Words(TextColumn):
+    """Text in which names of layers or recipes occur."""
+
+    def render(self, task: Task) -> Text:
+        shown = super().render(task)
+        shown.plain = printable(shown.plain)
+        return shown
 
 
 @contextmanager
@@ -51,14 +61,14 @@ def progress_bar(description: str, total: float | None, enabled: bool = True) ->
     stream = error_stream()
     console = Console(file=cast("IO[str]", stream))
     columns = (
-        TextColumn("{task.description}"),
+        _Words("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        _Words("{task.fields[text]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not (enabled and stream.isatty())) as bar:
         task = bar.add_task(description, total=total, text="")

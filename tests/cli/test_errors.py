@@ -28,6 +28,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
         (("pntrain", "lenet5", "--data", "imagefolder:/no/such/folder"), "no such folder"),
         (("pntrain", "lenet5", "--device", "gpu"), "not a device"),
         (("pntrain", "lenet5", "--epochs", "many"), "--epochs"),
+        (("pntrain", "lenet5", "--seed", 2**70), "seed is 1180591620717411303424; it must be"),
+        (("pntrain", "lenet5", "--epochs", 10**12), "epochs is 1000000000000; it must be"),
+        (("pntrain", "lenet5", "--batch-size", "1e30"), "--batch-size"),
+        (("pntrain", "lenet5", "--batch-size", 10**30), "batch_size is 1000000000000000000000000000000; it must be"),
+        (("pntrain", "lenet5", "--sweep", "seed=0,1", "--jobs", -5), "jobs is -5; it must be"),
+        (("pntrain", "lenet5", "--sweep", "seed=0:10000000"), "more than 10,000 runs"),
+        (("pntrain", "tanh7", "--model-option", f"width={'[' * 5000}"), "NAME=JSON"),
         (("pnanalysis", "saturation"), "name a run"),
         (("pnanalysis", "saturation", "/no/such/run"), "no such run"),
         (("pnanalysis", "hessian", "--weights", "a.pt"), "--model"),
@@ -154,3 +161,12 @@ def test_what_is_no_store_is_not_overwritten(run, tiny_run: Run, tmp_path: Path)
     assert done.status == 2
     assert "not a Zarr store of pnanalysis; choose another name" in done.err
     assert not list((tmp_path / "notes.zarr").iterdir())
+
+
+@pytest.mark.parametrize("size", ["0", "-5G", "inf", "nan", "nanG", "1e400G", "9" * 400, "many", ""])
+def test_sizes_of_memory_are_numbers_of_bytes(run, tiny_run: Run, size: str) -> None:
+    done = run("pnanalysis", "hessian", tiny_run.path, "--memory", size)
+    assert done.status == 2
+    assert "write a number and K, M, G or T, such as 8G" in done.err
+    assert done.err.count("\n") == 1
+    assert len(done.err) < 200

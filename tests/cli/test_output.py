@@ -12,6 +12,7 @@ import pytest
 from pnanalysis.cli import app
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
+from pnanalysis.terminal.console import make_table, print_table
 from tests.cli.conftest import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -109,3 +110,13 @@ def test_every_command_shows_examples(run, command: str) -> None:
 def test_the_help_is_printed_without_a_command(run) -> None:
     assert "hessian" in run("pnanalysis").out
     assert "RECIPE" in run("pntrain").out
+
+
+def test_tables_of_a_hundred_thousand_rows_are_cut_but_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    table = make_table("tensors", ["name"], [[f"w{i}"] for i in range(100_000)])
+    print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 1010
+    assert "w999 " in lines[-3]
+    assert lines[-1] == "and 99,000 more rows; --json gives all of them"
+    assert len(table.rows) == 100_000

@@ -107,7 +107,7 @@ def test_nan_in_training_is_located_and_loses_nothing(run, tmp_path: Path) -> No
     done = run("pntrain", "tanh7", *TINY, "--lr", 1e38, "--epochs", 2, "--out", tmp_path / "net", "--quiet")
     assert done.status == 2
     assert "epoch 1, step" in done.err
-    assert open_run(tmp_path / "net").manifest["status"] == "failed"
+    assert open_run(tmp_path / "net").manifest["status"] == "diverged"
 
 
 def test_a_sweep_ends_with_a_table_and_reports_failures(run, tmp_path: Path) -> None:

@@ -103,6 +103,34 @@ def _no_classes(folder: Path) -> None:
     (folder / "train").mkdir()
 
 
+def _huge_picture(folder: Path) -> None:
+    """A file of a few bytes, whose header claims 50,000 x 50,000 pixels."""
+    (folder / "train/cat/0.ppm").write_bytes(b"P6\n50000 50000\n255\n" + bytes(100))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_images_are_read_or_are_one_clear_error(folder: Path, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    for suffix in ("png", "jpg", "bmp", "webp", "ppm"):
+        picture = folder / f"train/cat/0.{suffix}"
+        Image.fromarray(generator.integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(picture)
+        raw = np.frombuffer(picture.read_bytes(), np.uint8)
+        for _ in range(20):
+            bad = raw.copy()
+            bad[generator.integers(0, len(bad), 3)] = generator.integers(0, 256, 3)
+            picture.write_bytes(bad[: generator.integers(1, len(bad) + 1)].tobytes())
+            try:
+                assert load_data(f"imagefolder:{folder}", (3, 6, 5)).train.inputs.shape[1:] == (3, 6, 5)
+            except DataError as error:
+                assert str(picture) in str(error)  # noqa: PT017
+        picture.unlink()
+
+
+def test_images_that_would_not_fit_in_memory_are_refused_before_any_is_read(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"8 images of 3 x 1000000 x 1000000 take .*GiB"):
+        load_data(f"imagefolder:{folder}", (3, 10**6, 10**6))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -110,6 +138,11 @@ def _no_classes(folder: Path) -> None:
         (_no_test, "hold no images"),
         (lambda folder: (folder / "train/cat/0.png").write_bytes(b"no image"), "not a readable image"),
         (lambda folder: (folder / "test/cow").mkdir(), "train/ does not have"),
+        (lambda folder: os.mkfifo(folder / "train/cat/9.png"), "not a regular file"),
+        (lambda folder: (folder / "train/cat/9.png").symlink_to("/dev/zero"), "not a regular file"),
+        (lambda folder: (folder / "train/cat/9.png").mkdir(), "not a regular file"),
+        (lambda folder: os.truncate(folder / "train/cat/0.png", 2**40), "bytes"),
+        (_huge_picture, "2500000000 pixels"),
     ],
 )
 def test_a_bad_folder_gives_one_clear_error(folder: Path, damage, message: str) -> None:

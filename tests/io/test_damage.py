@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import xarray as xr
 from safetensors.torch import save_file
 
 from pnanalysis import schema
-from pnanalysis.errors import ModelError, PnError, SchemaError
+from pnanalysis.errors import ModelError, PnError, RunError, SchemaError
 from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.io import netcdf
+from pnanalysis.io.files import read_regular
 from pnanalysis.io.runs import Checkpoint
 from pnanalysis.io.verification import verify_file
 from pnanalysis.io.weights import read_weights
@@ -131,3 +133,13 @@ def test_the_resume_state_is_verified_too(tmp_path: Path) -> None:
     file.write_bytes(flipped(raw, 8 * len(raw) - 1))
     with pytest.raises(PnError, match="damaged .*; delete it"):
         writer.load_state()
+
+
+def test_reading_takes_no_more_memory_than_the_file_has(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"few")
+    tracemalloc.start()
+    try:
+        assert read_regular(tmp_path / "small", 2**30, RunError) == b"few"
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pnanalysis.errors import TrainingError
-from trainers import Config, configure, find_recipe
+from trainers import Config, configure, find_recipe, train
 from trainers.recipes import RECIPES
 
 
@@ -46,3 +47,26 @@ def test_a_config_survives_json(tiny_config: Config) -> None:
 def test_numbers_out_of_range_are_refused(tiny_config: Config, setting: str, value: float) -> None:
     with pytest.raises(TrainingError, match=f"^{setting} is {value}; it must be"):
         replace(tiny_config, **{setting: value})
+
+
+@pytest.mark.parametrize("setting", ["iterations", "epochs", "batch_size", "checkpoint_every", "seed", "split_seed"])
+@pytest.mark.parametrize("value", [2**63, 10**30, 0.5, "many"])
+def test_whole_numbers_have_bounds(tiny_config: Config, setting: str, value: object) -> None:
+    """Numbers that no generator, file or memory holds are refused before anything is drawn, stored or allocated."""
+    with pytest.raises(TrainingError, match=f"^{setting} is .*; it must be"):
+        replace(tiny_config, **{setting: value})
+
+
+def test_the_history_of_a_run_has_a_bound(tiny_config: Config) -> None:
+    replace(tiny_config, iterations=100, epochs=100_000)
+    with pytest.raises(TrainingError, match="history of at most 10,000,000; lower one"):
+        replace(tiny_config, iterations=101, epochs=100_000)
+    with pytest.raises(TrainingError, match="at most 100,000"):
+        replace(tiny_config, iterations=100_001, epochs=1)
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63) + 1, 2**63 - 1])
+def test_seeds_at_the_bounds_train(tiny_config: Config, tmp_path: Path, seed: int) -> None:
+    config = replace(tiny_config, seed=seed, split_seed=seed, iterations=1, epochs=1)
+    run = train(config, tmp_path / "run", device="cpu", progress=False)
+    assert run.manifest["config"]["seed"] == int(run.history.attrs["seed"]) == seed

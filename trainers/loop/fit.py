@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pnanalysis.errors import DivergenceError, TrainingError
+from pnanalysis.checks import at_least
+from pnanalysis.errors import DivergenceError, PnError, TrainingError
 from pnanalysis.evaluation.forward import IGNORED
 from pnanalysis.evaluation.losses import kind_of, known
 from pnanalysis.inputs.data import Split
@@ -342,5 +343,7 @@ def check_options(optimizer: str, augment: Sequence[str], amp: str, batch_size: 
     check_choice("optimizer", optimizer)
     check_choice("augment", augment)
     check_choice("amp", amp)
-    if batch_size < 1 or epochs < 1:
-        raise TrainingError(f"batch size {batch_size} and epochs {epochs} must both be at least 1")
+    try:
+        at_least(1, batch_size=batch_size, epochs=epochs)
+    except PnError as error:
+        raise TrainingError(str(error)) from error

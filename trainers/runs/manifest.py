@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pnanalysis.errors import DivergenceError, PnError, reason
+from pnanalysis.errors import USER_ERRORS, DivergenceError, PnError, reason
 from pnanalysis.io.writer import RunWriter
 from pnanalysis.schema import provenance
 from trainers.recipes import Config
@@ -54,13 +54,13 @@ def mark_unfinished(writer: RunWriter, error: BaseException) -> None:
     """Record why a run did not finish, if the disk allows: ``error`` itself matters more than that."""
     status = "diverged" if isinstance(error, DivergenceError) else "failed"
     with suppress(PnError):
-        if isinstance(error, Exception):
+        if isinstance(error, USER_ERRORS):
             writer.update(status=status, failure=failure_of(error))
         else:  # a signal
             writer.update(status="interrupted", failure=None)
 
 
-def failure_of(error: Exception) -> str:
+def failure_of(error: BaseException) -> str:
     """The error that ended a run, as text for its manifest."""
     return str(error) if isinstance(error, PnError) else reason(error)
 

@@ -7,6 +7,7 @@ whole process is killed, the sweep ends and can be resumed.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,7 @@ import torch
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+from pnanalysis.checks import at_least, shown
 from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.runs import MANIFEST, open_run
@@ -26,6 +28,8 @@ from pnanalysis.terminal.progress import progress_bar
 from trainers.recipes import Config
 from trainers.runs.manifest import failure_of, mark_unfinished
 from trainers.runs.strategies import train, train_together
+
+_MOST_RUNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,17 @@ def parse_sweep(entries: Sequence[str], base: Config) -> dict[str, list[Any]]:
         name, separator, text = entry.partition("=")
         name = name.replace("-", "_")
         if not separator or not text:
-            raise TrainingError(f"--sweep {entry!r}: write NAME=A,B,C or NAME=FIRST:LAST")
+            raise TrainingError(f"--sweep {shown(entry)}: write NAME=A,B,C or NAME=FIRST:LAST")
         if name not in known or not isinstance(known[name], int | float | str | None):
             simple = [key for key, value in known.items() if isinstance(value, int | float | str | None)]
-            raise TrainingError(f"--sweep {entry!r}: no setting {name!r}; there are {', '.join(simple)}")
+            raise TrainingError(f"--sweep {shown(entry)}: no setting {name!r}; there are {', '.join(simple)}")
         grid[name] = [_parse_value(part, known[name], entry) for part in _split_values(text, known[name])]
+        if not grid[name]:
+            raise TrainingError(f"--sweep {shown(entry)}: names no values; FIRST must be below LAST")
         if len(set(grid[name])) < len(grid[name]):
-            raise TrainingError(f"--sweep {entry!r}: a value is listed twice")
+            raise TrainingError(f"--sweep {shown(entry)}: a value is listed twice")
+    if math.prod(map(len, grid.values())) > _MOST_RUNS:
+        raise TrainingError(f"--sweep names more than {_MOST_RUNS:,} runs; make several sweeps of fewer values")
     return grid
 
 
@@ -103,6 +111,7 @@ def sweep(
     TrainingError
         If a process of the sweep is killed, or the runs cannot be trained together.
     """
+    at_least(1, jobs=jobs)
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     plans = [_Plan(replace(base, **settings), settings, out / _folder(settings)) for settings in combinations]
     if together:
@@ -176,7 +185,7 @@ def _train_one(plan: _Plan, device: str, resume: bool, threads: int) -> Outcome:
             train(plan.config, plan.path, device=device, resume=resume, progress=False)
             return Outcome(plan.path, plan.settings, None)
         return Outcome(plan.path, plan.settings, "exists already; continue it with --resume")
-    except Exception as error:  # a user's model may raise anything; it must not stop the other runs
+    except (Exception, SystemExit) as error:  # a user's model may raise anything; it must not stop the other runs
         return Outcome(plan.path, plan.settings, failure_of(error))
     finally:
         torch.set_num_threads(before)
@@ -189,7 +198,7 @@ def _folder(settings: Mapping[str, Any]) -> str:
 def _split_values(text: str, like: Any) -> list[str]:
     first, colon, last = text.partition(":")
     if colon and isinstance(like, int) and first.lstrip("-").isdigit() and last.lstrip("-").isdigit():
-        return [str(i) for i in range(int(first), int(last))]
+        return [str(i) for i in itertools.islice(range(int(first), int(last)), _MOST_RUNS + 1)]
     return text.split(",")
 
 
@@ -203,7 +212,7 @@ def _parse_value(text: str, like: Any, entry: str) -> Any:
     else:
         try:
             return int(text) if isinstance(like, int) else float(text)
-        except ValueError:
+        except ValueError:  # also where there are thousands of digits
             pass
     expected = {bool: "true or false", int: "an integer"}.get(type(like), "a number")
-    raise TrainingError(f"--sweep {entry!r}: {text!r} is not {expected}")
+    raise TrainingError(f"--sweep {shown(entry)}: {shown(text)} is not {expected}")

@@ -16,12 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pnanalysis.errors import DataError
+from pnanalysis.checks import human
+from pnanalysis.errors import DataError, PnError, reason
 from pnanalysis.inputs.data import RawImages, data_directory, may_download
 from pnanalysis.io.atomic import atomic_path
+from pnanalysis.io.files import read_regular
+from pnanalysis.spectra.free_memory import free_bytes
 from trainers.zoo.kink import kink_data
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
+_MOST_BYTES = 256 * 2**20  # of an image file; Pillow bounds its pixels
 _DIGITS_TRAIN = 1197  # of 1,797; the other 600 become validation and test
 
 
@@ -169,7 +173,7 @@ def _content_key(root: Path, files: dict[str, list[tuple[Path, int]]], shape: tu
     for entries in files.values():
         for file, label in entries:
             digest.update(f"\0{file.relative_to(root)}\0{label}\0".encode())
-            digest.update(file.read_bytes())
+            digest.update(_bytes(file))
     return digest.hexdigest()
 
 
@@ -188,6 +192,12 @@ def _shape_of(file: Path) -> tuple[int, int, int]:
 def _decode(files: list[Path], shape: tuple[int, ...]) -> Tensor:
     """uint8 tensor (N, C, H, W)."""
     channels, height, width = shape
+    size = len(files) * channels * height * width
+    if size > (free := free_bytes(torch.device("cpu"))):
+        raise DataError(
+            f"{len(files):,} images of {channels} x {height} x {width} take {human(size)}, and {human(free)} are free; "
+            "name a network that takes smaller images, or leave some out"
+        )
     images = np.empty((len(files), height, width, channels), dtype=np.uint8)
 
     def decode(i: int) -> None:
@@ -204,8 +214,14 @@ def _decode(files: list[Path], shape: tuple[int, ...]) -> Tensor:
 
 def _open(file: Path) -> Image.Image:
     try:
-        image = Image.open(BytesIO(file.read_bytes()))
+        image = Image.open(BytesIO(_bytes(file)))
         image.load()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{file}: not a readable image ({error}); repair or remove it") from error
+    except PnError:
+        raise
+    except Exception as error:  # Pillow's readers raise errors of many types on damaged and on huge pictures
+        raise DataError(f"{file}: not a readable image ({reason(error)}); repair or remove it") from error
     return image
+
+
+def _bytes(file: Path) -> bytes:
+    return read_regular(file, _MOST_BYTES, DataError)

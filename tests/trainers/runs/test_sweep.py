@@ -118,3 +118,23 @@ def test_bad_entries_are_errors(entry: str, says: str) -> None:
 def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no runs"):
         pn.open_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("seed=0:1000000000000", "more than 10,000 runs"),
+        ("seed=5:5", "names no values"),
+        (f"seed={'1' * 5000}", "is not an integer"),
+    ],
+)
+def test_grids_have_bounds(entry: str, message: str) -> None:
+    with pytest.raises(TrainingError, match=message) as refused:
+        parse_sweep([entry], BASE)
+    assert len(str(refused.value)) < 200
+
+
+def test_settings_together_have_a_bound() -> None:
+    parse_sweep(["seed=0:100", "lam=" + ",".join(map(str, range(100)))], BASE)
+    with pytest.raises(TrainingError, match="more than 10,000 runs"):
+        parse_sweep(["seed=0:101", "lam=" + ",".join(map(str, range(100)))], BASE)
