@@ -30,8 +30,8 @@ def _work(rank: int, folder: str) -> None:
     ds = pn.spectral_density(operator, **SPECTRUM)
     found = {"V": V, "product": operator.matmat(V), "trace": float(ds.trace), "lambda_max": float(ds.lambda_max)}
     broken = images(SIZES)
-    broken[1][0][0] = torch.nan  # the second process's only batch
     for_nan = DistributedOperator(pn.HessianOperator(model, cross_entropy, own_share(broken), expected_products=1))
+    broken[1][0][0] = torch.nan  # the second process's only batch, after it was looked at
     try:
         pn.spectral_density(for_nan, **SPECTRUM)
     except CurvatureError as error:

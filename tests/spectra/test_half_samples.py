@@ -86,7 +86,7 @@ def test_interrupted_work_is_taken_up_again(tmp_path, monkeypatch):
         spectrum(operator, tmp_path / "state")
     assert len(list((tmp_path / "state").glob("half-*.nc"))) == 3
     again, expected = spectrum(whole, tmp_path / "state"), spectrum(whole, None)
-    assert not (tmp_path / "state").exists()
+    assert (tmp_path / "state").is_dir()  # until its caller has saved the dataset
     np.testing.assert_array_equal(again.replicate_node, expected.replicate_node)
     np.testing.assert_array_equal(again.effective_rank_se, expected.effective_rank_se)
 
