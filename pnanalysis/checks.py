@@ -33,10 +33,7 @@ def at_least(least: int, **numbers: Any) -> None:
     ------
     PnError
     """
-    for name, value in numbers.items():
-        if value is not None and not _is_whole(value, least):
-            raise PnError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
-        _check_most(LARGEST_COUNT, name, value)
+    _check_whole(least, LARGEST_COUNT, numbers)
 
 
 def check_seed(least: int = 0, **seeds: Any) -> None:
@@ -46,15 +43,17 @@ def check_seed(least: int = 0, **seeds: Any) -> None:
     ------
     PnError
     """
-    for name, value in seeds.items():
-        if value is not None and not _is_whole(value, least):
+    _check_whole(least, LARGEST_SEED, seeds)
+
+
+def _check_whole(least: int, most: int, numbers: dict[str, Any]) -> None:
+    for name, value in numbers.items():
+        if value is None:
+            continue
+        if not _is_whole(value, least):
             raise PnError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
-        _check_most(LARGEST_SEED, name, value)
-
-
-def _check_most(most: int, name: str, value: Any) -> None:
-    if value is not None and value > most:
-        raise PnError(f"{name} is {shown(value)}; it must be at most {most:,}")
+        if value > most:
+            raise PnError(f"{name} is {shown(value)}; it must be at most {most:,}")
 
 
 def shown(value: Any, length: int = 60) -> str:

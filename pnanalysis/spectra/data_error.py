@@ -236,9 +236,14 @@ def moving_pieces(ds: xr.Dataset) -> list[Influence]:
     found = influences(ds)
     if "trace" not in found:
         return []
-    trace, keep = found["trace"], np.isfinite(ds["group_weight"].values)
-    top = [form[keep] for form in ds["top_form"].values if np.isfinite(form[keep]).all()]
-    rest = Influence(trace.weight, trace.form - sum(top), trace.spread)
+    keep = np.isfinite(ds["group_weight"].values)
+    return _pieces(found["trace"], ds["top_form"].values[:, keep])
+
+
+def _pieces(trace: Influence, top: np.ndarray) -> list[Influence]:
+    """See :func:`moving_pieces`; forms ``(leading, group)`` that are not known count among the rest."""
+    top = top[np.isfinite(top).all(axis=1)]
+    rest = Influence(trace.weight, trace.form - top.sum(0), trace.spread)
     return [*(Influence(trace.weight, form, np.zeros_like(form)) for form in top), rest]
 
 
@@ -281,20 +286,16 @@ def _effective_influences(
         for of_trace, of_square in ((trace.form, square.form), (trace.spread, square.spread))
     )
     yield "effective_rank", Influence(trace.weight, form, spread)
-    top = top[np.isfinite(top).all(axis=1)]
-    ridge, zero = float(ds.attrs.get("ridge", 1.0)), np.zeros(len(trace.weight))
-    leading = np.maximum(trace.weight @ top.T, 0)
+    *pieces, rest = _pieces(trace, top)
+    ridge, leading = float(ds.attrs.get("ridge", 1.0)), np.array([max(p.weight @ p.form, 0.0) for p in pieces])
     slope = ridge / (leading + ridge) ** 2
     positive = np.maximum(measure.node, 0)
     # what the effective dimension gains where the rest grows by a unit, relative
     gain = max(float(weight @ (ridge * positive / (positive + ridge) ** 2)) - float(slope @ leading), 0.0)
-    rest = Influence(trace.weight, trace.form - top.sum(0), trace.spread)
-    relative = [Influence(trace.weight, form / size, zero).se for form, size in zip(top, leading, strict=True) if size]
+    relative = [piece.se / size for piece, size in zip(pieces, leading, strict=True) if size]
     scale = gain * float(np.sqrt(np.mean(np.square(relative)))) / rest.se if relative and rest.se > 0 else 0.0
-    yield (
-        "effective_dimension",
-        Influence(trace.weight, slope @ top + scale * rest.form, scale * rest.spread),
-    )
+    form = sum((s * piece.form for s, piece in zip(slope, pieces, strict=True)), scale * rest.form)
+    yield "effective_dimension", Influence(trace.weight, form, scale * rest.spread)
 
 
 def _class_influences(ds: xr.Dataset, trace: Influence, top: np.ndarray) -> Iterator[tuple[str, Influence]]:

@@ -114,9 +114,10 @@ def spectral_density(
     data_error : {"examples", "groups", "none"}
         Whether to estimate the error that the choice of examples causes, for operators over examples
         (:class:`pnanalysis.spectra.averaged.AveragedOperator`); others have none. ``"examples"`` takes the forms of
-        single examples in vectors that are there anyway, for the trace, the Frobenius norm and the extreme eigenvalues
-        (see :mod:`pnanalysis.spectra.data_error`), and a few products on two halves of the examples. ``"groups"`` also
-        takes the spectra of balanced half samples, for all numbers, the density and the distance of two spectra (see
+        single examples in vectors that are there anyway, for the trace, the Frobenius norm, the extreme eigenvalues,
+        the numbers of classes and, nearly, the effective rank and dimension and the distance of two spectra (see
+        :mod:`pnanalysis.spectra.data_error`), and a few products on two halves of the examples. ``"groups"`` also
+        takes the spectra of balanced half samples, for all numbers and the density (see
         :mod:`pnanalysis.spectra.half_samples`): seven times the products of the spectrum itself.
     n_classes : int, optional
         Of a classifier: how far as many of the largest eigenvalues stand out is then part of the summary, with an error

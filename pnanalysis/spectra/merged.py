@@ -32,10 +32,13 @@ class Couplings:
         ``w_i``, ``(P, 1)`` each; zero after a breakdown.
     parts : list of ndarray
         For each space the coordinates of ``w_i`` in all later ones together.
+    products : ndarray
+        Inner products of the ``w_i``.
     """
 
     following: list[Tensor] = field(default_factory=list)
     parts: list[np.ndarray] = field(default_factory=list)
+    products: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
     def add(self, lanczos: Lanczos) -> None:
         """One more space, that of the first start vector."""
@@ -46,13 +49,15 @@ class Couplings:
         ]
         self.following.append(lanczos.following[:, :1].clone())
         self.parts.append(np.zeros(0))
+        new = np.array([float(inner_products(vector, self.following[-1])) for vector in self.following])
+        self.products = np.pad(self.products, (0, 1))
+        self.products[-1] = self.products[:, -1] = new
 
     def overlaps(self) -> np.ndarray:
         """Inner products of what the ``w_i`` have outside all spaces, ``(i, i)``."""
-        n, longest = len(self.parts), max(map(len, self.parts))
+        longest = max(map(len, self.parts))
         inside = np.stack([np.pad(part, (longest - len(part), 0)) for part in self.parts])
-        whole = [[float(inner_products(v, w)) for w in self.following] for v in self.following]
-        return np.array(whole).reshape(n, n) - inside @ inside.T
+        return self.products - inside @ inside.T
 
 
 @dataclass(frozen=True)
