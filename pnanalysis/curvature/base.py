@@ -8,10 +8,10 @@ from copy import copy
 from functools import partial
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pnanalysis.arrays import Array
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch, WeightedBatches, channels_last, has_batch_norm
 from pnanalysis.curvature.example_forms import ExampleForms
@@ -291,7 +291,7 @@ class CurvatureOperator:
     def to_dense(self, chunk: int = 64) -> Tensor:
         """The matrix itself, ``(P, P)``, symmetrised; for small ``P``. Takes ``chunk`` columns at a time."""
         eye = torch.eye(self.n_parameters, dtype=self.dtype, device=self.device)
-        dense = torch.cat([self.matmat(part.T) for part in eye.split(chunk)], dim=1)
+        dense = torch.cat([self.matmat(part.T) for part in torch.split(eye, chunk)], dim=1)
         return (dense + dense.T) / 2
 
     def per_layer(self) -> Iterator[tuple[str, CurvatureOperator]]:
@@ -327,7 +327,7 @@ class CurvatureOperator:
         return self.example_forms(U.to(self.device, self.dtype), V.to(self.device, self.dtype))
 
     @property
-    def group_weights(self) -> np.ndarray:
+    def group_weights(self) -> Array:
         """The factor of each group's matrix in the whole, ``(G,)``."""
         return self.example_forms.weights
 
