@@ -301,7 +301,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
             try:
                 each, weight = (part.detach() for part in self._examples(at, at.theta))
                 break
-            except PnError:
+            except (PnError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 failed = error

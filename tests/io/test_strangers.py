@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from pnanalysis.analyses.spectrum_cache import SpectrumCache
 from pnanalysis.checks import check_writable
@@ -19,6 +21,7 @@ from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import datasets, netcdf
 from pnanalysis.io.atomic import check_replaceable
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
+from pnanalysis.io.weights import read_state_dicts
 from pnanalysis.io.writer import RunWriter
 from tests.io.test_damage import history
 
@@ -249,3 +252,15 @@ def test_streams_of_the_system_are_no_files_even_where_they_lead_to_one(path: st
     for check in (check_replaceable, check_writable):
         with pytest.raises(PnError, match="device"):
             check(path)
+
+
+def test_an_archive_that_grows_beyond_reason_is_not_read(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.pt"
+    torch.save({"weight": torch.zeros(2**23)}, plain)
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    assert read_state_dicts(plain)[""]["weight"].shape == (2**23,)
+    with pytest.raises(ModelError, match=r"bomb\.pt: 33,\d+,\d+ bytes are compressed into it"):
+        read_state_dicts(bomb)
