@@ -35,7 +35,7 @@ import pytest
 from mutants import Mutant, mutants, mutated
 from survivors import table
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/mutation.md"
 TARGETS = ("pnanalysis/spectra", "pnanalysis/curvature", "pnanalysis/io", "trainers/loop/persistence.py")
 #: Packages that a process with a fault imports anew.
