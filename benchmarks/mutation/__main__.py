@@ -155,25 +155,28 @@ def results(
 ) -> Iterator[tuple[Mutant, dict[str, Any]]]:
     """Try faults, several at a time, and give each with what came of it."""
     waiting, running = list(reversed(list(work))), {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            mutant = waiting.pop()
-            report = folder / f"{len(waiting)}"
-            pid = os.fork()
-            if not pid:
-                os.setpgid(0, 0)
-                os._exit(_run(mutant, tests.of(mutant), seconds, report))
-            running[pid] = mutant, report, time.monotonic()
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        for late, (_, _, start) in running.items():
-            if late != pid and time.monotonic() - start > 10 * (seconds + _PATIENCE):
-                os.killpg(late, signal.SIGKILL)
-        if pid not in running:
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                mutant = waiting.pop()
+                report = folder / f"{len(waiting)}"
+                pid = os.fork()
+                if not pid:
+                    os.setpgid(0, 0)
+                    os._exit(_run(mutant, tests.of(mutant), seconds, report))
+                running[pid] = mutant, report, time.monotonic()
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid in running:
+                mutant, report, start = running.pop(pid)
+                test = report.read_text() if report.exists() else ""
+                yield mutant, {"outcome": _outcome(status, report), "test": test}
+            for late, (_, _, start) in running.items():
+                if time.monotonic() - start > 10 * (seconds + _PATIENCE):
+                    os.killpg(late, signal.SIGKILL)
             time.sleep(0.05)
-            continue
-        mutant, report, start = running.pop(pid)
-        test = report.read_text() if report.exists() else ""
-        yield mutant, {"outcome": _outcome(status, report), "test": test, "seconds": time.monotonic() - start}
+    finally:
+        for pid in running:
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _import_packages(targets: Iterable[str]) -> None:
@@ -192,7 +195,7 @@ def _possible(target: str) -> list[Mutant]:
 
 
 def _drawn(possible: list[Mutant], n: int, seed: int) -> list[Mutant]:
-    return random.Random(seed).sample(possible, min(n, len(possible)))
+    return random.Random(seed).sample(possible, len(possible))[:n]  # a larger sample contains the smaller one
 
 
 def _digest(file: str) -> str:
