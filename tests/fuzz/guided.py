@@ -2,8 +2,8 @@
 
     FUZZ=2000 python -m tests.fuzz.guided
 
-Needs ``atheris``. Each reader runs in a process of its own, on ten times as many inputs as each kind of ``make fuzz``; an
-error other than ours ends it and is printed with its input.
+Needs ``atheris``. Each reader runs in a process of its own, on ten times as many inputs as each kind of ``make fuzz``.
+An error other than ours ends it and is printed with its input.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ def _fuzz(reader: str, n: int, scratch: str) -> None:
         try:
             read(raw)
             counts["read"] += 1
-        except PnError as error:
-            assert len(str(error).splitlines()) == 1, error
+        except PnError:
             counts["refused"] += 1
         if counts.total() >= n:
             (Path(scratch) / "counts.json").write_text(json.dumps(dict(sorted(counts.items()))))
