@@ -98,6 +98,12 @@ def combinations(basis: Tensor, coordinates: Tensor) -> Tensor:
     return found
 
 
+def recombine(basis: Tensor, coordinates: Tensor) -> None:
+    """Replace the first vectors of ``(P, n)`` by combinations with the coordinates ``(n, c)``, chunk by chunk."""
+    for chunk in _chunks(basis):
+        basis[chunk, : coordinates.shape[1]] = _combinations(basis[chunk], coordinates)
+
+
 def _coordinates(basis: Tensor, V: Tensor) -> Tensor:
     """Of vectors ``(P, k)`` in a basis ``(P, n)`` or in one of each ``(k, P, n)``: ``(n, k)``."""
     if basis.ndim == 2:
