@@ -16,7 +16,7 @@ from pnanalysis.errors import ModelError, PnError, RunError, SchemaError
 from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.io import netcdf
 from pnanalysis.io.files import read_regular
-from pnanalysis.io.runs import Checkpoint
+from pnanalysis.io.runs import MANIFEST, Checkpoint, open_run
 from pnanalysis.io.verification import verify_file
 from pnanalysis.io.weights import read_weights
 from pnanalysis.io.writer import RunWriter
@@ -133,6 +133,33 @@ def test_the_resume_state_is_verified_too(tmp_path: Path) -> None:
     file.write_bytes(flipped(raw, 8 * len(raw) - 1))
     with pytest.raises(PnError, match="damaged .*; delete it"):
         writer.load_state()
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
+    entries = {"recipe": "tanh7", "config": {"lr": 0.001, "seed": 3}, "model": {"name": "a"}, "data": {"name": "b"}}
+    writer = RunWriter.create(tmp_path / "run", {"id": "c", **entries, "ends": [3, 3], "champion": 1})
+    file = tmp_path / "run" / MANIFEST
+    raw, before = file.read_bytes(), open_run(tmp_path / "run").manifest
+    found = 0
+    for bit in random_bits(raw, 500):
+        file.write_bytes(flipped(raw, bit))
+        try:
+            after = open_run(tmp_path / "run").manifest
+        except RunError as error:
+            found += "SHA-256" in str(error)
+        else:  # white space, or the name of the digest
+            assert {name: after[name] for name in before} == before
+    assert found > 100
+    writer.release()
+
+
+def test_a_manifest_that_was_changed_on_purpose_says_what_to_do(tmp_path: Path) -> None:
+    writer = RunWriter.create(tmp_path / "run", {"id": "c", "recipe": "a"})
+    file = tmp_path / "run" / MANIFEST
+    file.write_text(file.read_text().replace('"a"', '"b"'))
+    with pytest.raises(RunError, match=r"if you have changed it yourself, delete its entry sha256$"):
+        open_run(tmp_path / "run")
+    writer.release()
 
 
 def test_reading_takes_no_more_memory_than_the_file_has(tmp_path: Path) -> None:
