@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from pnanalysis.io.runs import open_run
 from tests.faults.counts import Counts, add
-from tests.faults.jobs import JOBS, Job, Running
+from tests.faults.jobs import JOBS, Condition, Job, Running, full_disk, nothing
 
 
 def tries(many: int, *quick: str) -> Any:
@@ -47,9 +48,9 @@ def leftovers(folder: Path) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith(".unfinished")]
 
 
-def continued(job: Job, folder: Path, expected: Any) -> dict[str, bool]:
+def continued(job: Job, folder: Path, expected: Any, condition: Condition = nothing) -> dict[str, bool]:
     """Run the same job again, and say how that went."""
-    again = Running(job, folder)
+    again = Running(job, folder, condition)
     assert again.end() == 0, again.message
     found = {"resumed": True, "identical": job.result(folder) == expected, "clean": not leftovers(folder)}
     assert found["identical"], folder
@@ -57,8 +58,8 @@ def continued(job: Job, folder: Path, expected: Any) -> dict[str, bool]:
     return found
 
 
-def strike(job: Job, folder: Path, number: int, seconds: float) -> tuple[bool, Running]:
-    running = Running(job, folder)
+def strike(job: Job, folder: Path, number: int, seconds: float, condition: Condition = nothing) -> tuple[bool, Running]:
+    running = Running(job, folder, condition)
     time.sleep(seconds)
     struck = running.send(number)
     running.end()
@@ -102,7 +103,7 @@ def test_a_disk_that_fills_up(job: Job, n: int, tmp_path: Path, counts: Counts) 
     sizes = random.Random(f"{job.name} {n}")
     for k in range(n):
         folder = prepared(job, tmp_path, f"{k}")
-        running = Running(job, folder, file_bytes=sizes.randrange(2_000, 200_000))
+        running = Running(job, folder, partial(full_disk, sizes.randrange(2_000, 200_000)))
         status = running.end()
         assert status >= 0, f"ended by signal {-status}"
         if job.name != "saving":
