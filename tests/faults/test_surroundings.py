@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from pnanalysis.io.lock import is_held
 from pnanalysis.io.runs import open_run
 from tests.faults.counts import Counts, add
 from tests.faults.jobs import BY_NAME, READERS, YEAR, Job, Running, bound_by_permissions, jumping_clock
@@ -77,8 +77,10 @@ def test_a_folder_that_vanishes(job: Job, n: int, tmp_path: Path, counts: Counts
             (folder / name).rename(folder / "elsewhere")
         struck = explained(running)
         if is_there:
-            assert not (folder / name).exists(), [*(folder / name).rglob("*")]
-            (folder / "elsewhere").rename(folder / name)
+            if job.name in ("training", "sweep"):  # an analysis makes the folder of its result where there is none
+                assert not (folder / name).exists(), [*(folder / name).rglob("*")]
+            shutil.copytree(folder / "elsewhere", folder / name, dirs_exist_ok=True)
+            shutil.rmtree(folder / "elsewhere")
         add(counts, f"{job.name}, vanished folder", struck=struck, **continued(job, folder, expected))
 
 
@@ -90,15 +92,16 @@ def test_a_second_writer(job: Job, n: int, tmp_path: Path, counts: Counts) -> No
         folder = prepared(job, tmp_path, f"{k}")
         first = Running(job, folder)
         time.sleep(moments.uniform(0, seconds))
-        is_held_before = any(is_held(lock.parent) for lock in folder.rglob(".lock"))
         second = Running(job, folder, name="-second")
         refused = explained(second)
         if refused:
             assert "being written by process" in second.message
-        assert not explained(first), first.message
-        assert job.result(folder) == expected
+        if job.name != "sweep":  # two sweeps share the runs
+            assert not explained(first), first.message
+            assert job.result(folder) == expected
+        elif explained(first):
+            assert "being written by process" in first.message
         add(counts, f"{job.name}, second writer", struck=refused, **continued(job, folder, expected))
-        assert is_held_before or not refused or job.name == "sweep"
 
 
 @pytest.mark.parametrize(("job", "n"), [each for each in commands(10, "training") if each.values[0].name != "sweep"])
