@@ -26,7 +26,7 @@ import pnanalysis.analyses.hessian
 import pnanalysis.cli
 import trainers.cli
 from pnanalysis import schema
-from pnanalysis.io import netcdf
+from pnanalysis.io import netcdf, zarr_store
 from pnanalysis.io.runs import Run, open_run
 from pnanalysis.spectra import density
 from trainers.runs import strategies
@@ -183,16 +183,16 @@ def _of_report(folder: Path) -> bool:
     return (folder / "report.html").read_text().rstrip().endswith("</html>")
 
 
-def numbered(k: int) -> xr.Dataset:
+def numbered(k: int, n: int = 20_000) -> xr.Dataset:
     """A dataset that says when it was saved, in every number."""
     history = xr.Dataset(
         {
-            name: (("iteration", "epoch"), np.full((1, 20_000), float(k)))
+            name: (("iteration", "epoch"), np.full((1, n), float(k)))
             for name in ("train_loss", "penalty", "train_error", "validation_error", "test_error", "seconds")
         },
-        {"iteration": [0], "epoch": np.arange(20_000)},
+        {"iteration": [k], "epoch": np.arange(n)},
     )
-    return schema.finish(history, "history", seed=k)
+    return schema.finish(history, "history")
 
 
 def _save_repeatedly(folder: Path) -> None:
@@ -210,6 +210,23 @@ def _of_saving(folder: Path) -> bool:
     return bool((values == values[0, 0]).all() and values[0, 0] >= saved)
 
 
+def _append_rows(folder: Path) -> None:
+    store, told = folder / "rows.zarr", folder / "appended.json"
+    begin = len(_of_appending(folder)) if store.exists() else 0
+    assert begin >= (json.loads(told.read_text() or "0") if told.is_file() else 0), "what was appended is lost"
+    for k in range(begin, 8):
+        zarr_store.append(numbered(k, 500), store, "iteration")
+        with open(told, "w") as file:
+            file.write(f"{k + 1:6d}")
+
+
+def _of_appending(folder: Path) -> list[float]:
+    """What is stored, a number for each row."""
+    values = zarr_store.load(folder / "rows.zarr").train_loss.values
+    assert (values == values[:, :1]).all()
+    return [float(value) for value in values[:, 0]]
+
+
 JOBS = (
     Job("training", nothing, command(trainers.cli.main, *NETWORK, "--out", "run", "--resume"), _of_runs),
     Job(
@@ -223,6 +240,7 @@ JOBS = (
         _of_spectrum,
     ),
     Job("saving", nothing, _save_repeatedly, _of_saving),
+    Job("appending", nothing, _append_rows, _of_appending),
     Job("report", prepared_run, command(pnanalysis.cli.main, "report", "run", "-o", "report.html"), _of_report),
 )  # fmt: skip
 #: What reads a run, while another process may be writing it.

@@ -17,14 +17,7 @@ import pytest
 from pnanalysis.io.runs import open_run
 from tests.faults.counts import Counts, add
 from tests.faults.jobs import BY_NAME, READERS, YEAR, Job, Running, bound_by_permissions, jumping_clock
-from tests.faults.test_faults import continued, leftovers, prepared, reference, strike, tries
-
-COMMANDS = ("training", "sweep", "spectrum", "report")
-
-
-def commands(many: int, *quick: str) -> list[object]:
-    """Those tries whose job is a command line."""
-    return [each for each in tries(many, *quick) if each.values[0].name in COMMANDS]
+from tests.faults.test_faults import commands, continued, leftovers, prepared, reference, strike
 
 
 def explained(running: Running) -> bool:
@@ -119,7 +112,7 @@ def test_readers_while_it_is_written(job: Job, n: int, tmp_path: Path, counts: C
         add(counts, f"{job.name}, readers", struck=n_read > 0, **continued(job, folder, expected))
 
 
-@pytest.mark.parametrize(("job", "n"), commands(10, "training"))
+@pytest.mark.parametrize(("job", "n"), commands(10))
 def test_a_clock_that_jumps(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
     """Killed, continued after all times of files have changed, with another time of day at each look."""
     seconds, expected = reference(job, tmp_path)
