@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo
 
-.PHONY: help demo test test-slow test-faults fuzz test-zoo baselines check notebooks docs bench lock clean
+.PHONY: help demo test test-slow test-faults fuzz test-zoo coverage mutation baselines check notebooks docs bench lock clean
 
 help:
 	@echo "make demo       train, analyse and report on handwritten digits (about two minutes)"
@@ -14,6 +14,8 @@ help:
 	@echo "make test-faults  kill, interrupt and starve everything that saves, and write docs/reliability.md"
 	@echo "make fuzz       give damaged and made-up input to every reader (FUZZ=2000: so many of each kind)"
 	@echo "make test-zoo   run every analysis on networks of transformers, timm and others, and list them in the docs"
+	@echo "make coverage   run the tests and say which lines and branches they reach"
+	@echo "make mutation   put small faults into the code, and list those that no test notices (long)"
 	@echo "make check      lint and type-check"
 	@echo "make docs       build the documentation in docs/_build/html"
 	@echo "make notebooks  execute the notebooks into notebooks/executed"
@@ -48,12 +50,29 @@ test-faults: $(STAMP)
 # Writes benchmarks/results/fuzz.json. Stops at the first input of a kind that ends in another error than ours, and prints it.
 fuzz: FUZZ ?= 2000
 fuzz: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fuzz]"
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz
+	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.guided
 
 # Writes docs/reference/networks.md.
 test-zoo: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[zoo]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.page -n auto --dist worksteal
+
+# Subprocesses are measured too, and which tests reach a line is kept for `make mutation`.
+coverage: $(STAMP)
+	@rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/coverage run -m pytest -n auto --dist worksteal \
+		-m "not slow and not zoo and not faults"
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report --skip-covered --sort cover
+
+.coverage:
+	@$(MAKE) coverage
+
+# Writes benchmarks/results/mutation.md and .json, and goes on where it was interrupted. MUTATION="--again": the survivors.
+mutation: $(STAMP) .coverage
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation $(MUTATION)
 
 # Redraws the images that tests compare figures with, and which depend on the matplotlib version named in
 # tests/plots/test_images.py. Review the changed images before you commit them.
@@ -84,5 +103,5 @@ lock: $(STAMP)
 		--custom-compile-command "make lock" $(UPGRADE) --output-file constraints.txt
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist docs/_build docs/_figures .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info \
+	rm -rf $(VENV) $(OUT) build dist docs/_build docs/_figures .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info \
 		notebooks/executed

@@ -24,6 +24,8 @@ LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**63 - 1
 #: Of a run: its manifest lists them all.
 MOST_ITERATIONS = 100_000
+#: Sums of a few squares of larger numbers may overflow.
+_LARGEST = 1e100
 
 
 def at_least(least: int, **numbers: Any) -> None:
@@ -66,15 +68,16 @@ def shown(value: Any, length: int = 60) -> str:
 
 
 def positive(**numbers: Any) -> None:
-    """Check that numbers are finite and above zero; ``None`` stands for a default and passes.
+    """Check that numbers are above zero, and not so large that results overflow; ``None`` is a default and passes.
 
     Raises
     ------
     PnError
     """
     for name, value in numbers.items():
-        if value is not None and not (_is_finite(value) and float(value) > 0):
-            raise PnError(f"{name} is {shown(value)}; it must be a number above 0")
+        if value is not None and not (_is_finite(value) and 0 < float(value) <= _LARGEST):
+            limit = f" and at most {_LARGEST:g}" if _is_finite(value) and float(value) > _LARGEST else ""
+            raise PnError(f"{name} is {shown(value)}; it must be a number above 0{limit}")
 
 
 def ascending(name: str, values: Any, n: int) -> None:

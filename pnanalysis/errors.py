@@ -18,6 +18,17 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+#: What torch's devices and the host say, of which only CUDA and its kin have an error of their own for it.
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the host or a device has no more memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
 #: What code of the user's (networks, losses, data sets) may raise; ``exit()`` in it must not end the program as done.
 USER_ERRORS = (Exception, SystemExit)
 

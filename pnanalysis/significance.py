@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[np.float64]
+from pnanalysis.arrays import Array
 
 #: Chance of any false claim that a comparison allows.
 LEVEL = 0.05

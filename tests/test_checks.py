@@ -110,6 +110,9 @@ def test_bounds_are_included_and_values_in_messages_are_short() -> None:
         at_least(1, n=LARGEST_COUNT + 1)
     with pytest.raises(PnError, match=r"^seed is 9223372036854775808; it must be at most"):
         check_seed(seed=LARGEST_SEED + 1)
+    positive(kernel_width=1e100)
+    with pytest.raises(PnError, match=r"^kernel_width is 1e\+308; it must be a number above 0 and at most 1e\+100$"):
+        positive(kernel_width=1e308)
     assert shown(3) == "3"
     assert len(shown("x" * 10**6)) < 80
     assert shown(10**5000) == "a int that cannot be written out"

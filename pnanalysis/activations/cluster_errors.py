@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Array = NDArray[np.float64]
+from pnanalysis.arrays import Array
 
 
 class ExampleMoments:

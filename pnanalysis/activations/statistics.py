@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pnanalysis.activations.axis_tracker import Known
 from pnanalysis.activations.cluster_errors import CumulativeFractions, ExampleMoments
 from pnanalysis.activations.hooks import Activation
 from pnanalysis.activations.quantile_sketch import QuantileSketch
+from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least
 from pnanalysis.errors import PnError
 
@@ -27,7 +27,6 @@ MARGIN = 0.05  # distance from an asymptote up to which an activation counts as 
 _TABLE_PER_EXAMPLE = 1 << 10  # numbers that CumulativeFractions allocates per example, roughly
 _NUMBERS_AT_A_TIME = 1 << 20  # bounds temporary memory, and keeps it in the cache
 
-Array = NDArray[np.float64]
 Variables = dict[str, tuple[tuple[str, ...], Array | float]]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch import nn
 
 from pnanalysis import schema
@@ -22,6 +21,7 @@ from pnanalysis.analyses.hessian import SpectrumOptions, data_error_of, has_all,
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
+from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.evaluation.diagnosis import clear_errors
@@ -46,8 +46,6 @@ _PERCENTILE = 98.0
 _N_SATURATION = 1000  # examples that activations are measured on
 #: Names of activations that cannot exceed one in size, whose percentiles measure saturation.
 _BOUNDED = {activation.name for activation in ACTIVATIONS.values() if activation.low >= -1 and activation.high <= 1}
-
-Array = NDArray[np.float64]
 
 
 def compare(

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
+from pnanalysis.arrays import Array
 from pnanalysis.kinds import TESTED_SPECTRUM
 from pnanalysis.significance import FEW_DISCORDANT, LEVEL, holm, mcnemar, p_value, p_value_beyond_bounds
 
@@ -22,7 +22,6 @@ METHOD = f"Holm, {LEVEL:.0%}".replace("%", " %")
 ROUND_OFF = 1e-6
 
 _PAIR = ("checkpoint", "other")
-Array = NDArray[np.float64]
 
 
 def with_p_values(ds: xr.Dataset) -> xr.Dataset:

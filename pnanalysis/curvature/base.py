@@ -6,14 +6,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from functools import partial
-from typing import Self
+from typing import Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pnanalysis.arrays import Array
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch, WeightedBatches, channels_last, has_batch_norm
+from pnanalysis.curvature.example_forms import EXAMPLES as EXAMPLE_UNIT
 from pnanalysis.curvature.example_forms import ExampleForms
 from pnanalysis.curvature.example_subset import ExampleSubset
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
@@ -34,6 +35,7 @@ from pnanalysis.curvature.product_check import (
     tolerance,
 )
 from pnanalysis.curvature.regulariser import Regulariser
+from pnanalysis.curvature.smaller_passes import until_it_fits
 from pnanalysis.curvature.traced_products import TracedProducts
 from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
@@ -47,6 +49,7 @@ from pnanalysis.inputs.random_states import random_states_kept
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.linear_operator import contiguous_columns
 
+T = TypeVar("T")
 #: Fraction of the free memory for what is kept of each batch between products.
 _CACHE_FRACTION = 0.25
 #: Tracing takes the time of some tens of products; with fewer to come it is not worth it.
@@ -183,16 +186,10 @@ class CurvatureOperator:
         self._check: ProductCheck | None = None
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._passes = partial(plain_passes, self.device, amp, recurrent)
-        with self._passes(), random_states_kept():  # a network that draws is found out by passes that draw
-            self._read(batches, weight)
-        self._finite = torch.ones(len(self.batches), dtype=torch.bool, device=self.device)
-        # a trace would draw its numbers in another order
-        traced = expected_products >= _FEWEST_PRODUCTS_TO_TRACE and draws is None and self._traceable
-        self._traces = TracedProducts(self) if traced else None
         self._forms: ExampleForms | None = None
-        self._cache: dict[int, Product] = {}
-        self._cached_bytes = 0
-        self._cache_bytes = _CACHE_FRACTION * free_bytes(self.device)
+        self._finite = torch.ones(1, dtype=torch.bool, device=self.device)
+        self._read(batches)
+        self._keep_nothing()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -240,17 +237,9 @@ class CurvatureOperator:
         if V.ndim != 2 or V.shape[0] != self.n_parameters:
             raise CurvatureError(f"matmat takes {self.n_parameters} rows, not shape {tuple(V.shape)}")
         V = contiguous_columns(V.to(self.device, self.dtype))
-        directions = [split_vector(v, self.parameter_shapes) for v in V.T]
-        result = torch.zeros_like(V)  # keeps the layout
-        with self._passes():
-            for i, weight, product in self._products(directions[0]):
-                for direction, into in zip(directions, result.T, strict=True):
-                    part = join_tensors(product(direction)).to(self.dtype)
-                    # a sum is finite only if all terms are; noted on the device, for reading it back would wait for it
-                    self._finite[i] &= part.sum().isfinite()
-                    into.add_(part, alpha=weight)
+        result = self._in_passes_that_fit(lambda: self._sum_of_products(V))
         self._regulariser.add_products(result, V)
-        self.n_hvp += len(directions)
+        self.n_hvp += V.shape[1]
         return result
 
     def product_without_data(self, V: Tensor) -> Tensor:
@@ -276,22 +265,22 @@ class CurvatureOperator:
 
     def loss(self) -> float:
         """The loss over all batches, weight decay and penalty included."""
-        with self._passes():  # with gradients, which some networks compute on the way
-            values = [w * float(self._loss_at_theta(at).detach()) for _, w, at in self._weighted()]
-            return sum(values) + float(self._regulariser.value(self._theta))
+        # with gradients, which some networks compute on the way
+        value = self._in_passes_that_fit(
+            lambda: sum(w * float(self._loss_at_theta(at).detach()) for _, w, at in self._weighted())
+        )
+        with self._passes():
+            return value + float(self._regulariser.value(self._theta))
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, ``(P,)``, weight decay and penalty included."""
-        total = torch.zeros(self.n_parameters, dtype=self.dtype, device=self.device)
-        with self._passes():
-            for _, weight, at in self._weighted():
-                total.add_(join_tensors(self._loss.gradient(at, self._theta)), alpha=weight)
+        total = self._in_passes_that_fit(self._sum_of_gradients)
         return total + self._regulariser.gradient() if self._regulariser else total
 
     def to_dense(self, chunk: int = 64) -> Tensor:
         """The matrix itself, ``(P, P)``, symmetrised; for small ``P``. Takes ``chunk`` columns at a time."""
         eye = torch.eye(self.n_parameters, dtype=self.dtype, device=self.device)
-        dense = torch.cat([self.matmat(part.T) for part in eye.split(chunk)], dim=1)
+        dense = torch.cat([self.matmat(part.T) for part in torch.split(eye, chunk)], dim=1)
         return (dense + dense.T) / 2
 
     def per_layer(self) -> Iterator[tuple[str, CurvatureOperator]]:
@@ -324,10 +313,11 @@ class CurvatureOperator:
         for M in (U, V):
             if M.ndim != 2 or M.shape[0] != self.n_parameters or M.shape != U.shape:
                 raise CurvatureError(f"forms takes two times {self.n_parameters} rows, not shape {tuple(M.shape)}")
-        return self.example_forms(U.to(self.device, self.dtype), V.to(self.device, self.dtype))
+        U, V = (M.to(self.device, self.dtype) for M in (U, V))
+        return self._in_passes_that_fit(lambda: self.example_forms(U, V))
 
     @property
-    def group_weights(self) -> np.ndarray:
+    def group_weights(self) -> Array:
         """The factor of each group's matrix in the whole, ``(G,)``."""
         return self.example_forms.weights
 
@@ -456,6 +446,23 @@ class CurvatureOperator:
 
     # -- products batch by batch --------------------------------------------------------------------------------
 
+    def _sum_of_products(self, V: Tensor) -> Tensor:
+        directions = [split_vector(v, self.parameter_shapes) for v in V.T]
+        result = torch.zeros_like(V)  # keeps the layout
+        for i, weight, product in self._products(directions[0]):
+            for direction, into in zip(directions, result.T, strict=True):
+                part = join_tensors(product(direction)).to(self.dtype)
+                # a sum is finite only if all terms are; noted on the device, for reading it back would wait for it
+                self._finite[i] &= part.sum().isfinite()
+                into.add_(part, alpha=weight)
+        return result
+
+    def _sum_of_gradients(self) -> Tensor:
+        total = torch.zeros(self.n_parameters, dtype=self.dtype, device=self.device)
+        for _, weight, at in self._weighted():
+            total.add_(join_tensors(self._loss.gradient(at, self._theta)), alpha=weight)
+        return total
+
     def _products(self, like: list[Tensor]) -> Iterator[tuple[int, float, Product]]:
         """Each batch's number, its weight, and the product with its matrix; products in the cache need no data."""
         if len(self._cache) == len(self.batches):
@@ -509,14 +516,79 @@ class CurvatureOperator:
 
     # -- reading the data ---------------------------------------------------------------------------------------
 
-    def _read(self, batches: Iterable[Batch], weight: Weight) -> None:
-        """Look at all batches once, and fit the passes over the network to the first."""
-        self.batches = WeightedBatches(batches, self.device, self.dtype, self.micro_batch, self.reduction)
-        weights = self._batch_weights(weight)
-        self.batches.inspect(
-            self._fit_passes, weights, needs_statistics=self.bn_mode == "train" and has_batch_norm(self.model)
-        )
+    def _read(self, batches: Iterable[Batch]) -> None:
+        """Look at all batches once, cut where they do not fit into memory, and fit the passes to the first of them."""
+
+        def look() -> None:
+            self.batches = WeightedBatches(batches, self.device, self.dtype, self.micro_batch, self.reduction)
+            self.batches.inspect(
+                self._fit_passes,
+                self._batch_weights(self.weight),
+                needs_statistics=self.bn_mode == "train" and has_batch_norm(self.model),
+            )
+            if self.batches.n_cut and not self.batches.weighing.separates(self._first_examples, self.batches.reduction):
+                raise CurvatureError(
+                    "the loss of a batch is not made up of the losses of its examples, so that micro-batches would "
+                    "change the result; leave micro_batch out, and take smaller batches if memory does not suffice"
+                )
+
+        with self._passes(), random_states_kept():  # a network that draws is found out by passes that draw
+            until_it_fits(look, self._halve_passes)
         self.reduction = self.batches.reduction
+        self._finite = self._finite.all().repeat(len(self.batches))
+
+    def _in_passes_that_fit(self, compute: Callable[[], T]) -> T:
+        """What is computed from all batches; again, from smaller ones, where a batch does not fit into memory."""
+
+        def halve() -> None:
+            kept = self._cached_bytes
+            if not kept:
+                self._halve_passes()
+                self._read(self.batches.source)
+            self._keep_nothing()
+            if kept:  # try without first
+                self._cache_bytes = 0
+
+        with self._passes():
+            return until_it_fits(compute, halve)
+
+    def _halve_passes(self) -> None:
+        """Let passes take half as many examples from now on, and say so.
+
+        Raises
+        ------
+        CurvatureError
+            If that would change the result.
+        """
+        size = max(self.batches.sizes)
+        reason = (
+            "a pass over a single example takes too much" if size < 2
+            else "the network takes statistics over each batch" if self.bn_mode == "train"
+            else "its random numbers belong to whole batches" if self.draws is not None
+            else "its batches cannot be cut" if not self.batches.can_be_cut
+            else "its error of examples is taken from whole batches" if self._forms and self._forms.unit != EXAMPLE_UNIT
+            else None
+        )  # fmt: skip
+        if reason:
+            raise CurvatureError(
+                f"{size} examples of {self.n_parameters:,} parameters do not fit into the memory of {self.device}, and "
+                f"passes over fewer are not possible, as {reason}; take smaller batches, or a device with more memory"
+            )
+        self.micro_batch = (size + 1) // 2
+        warnings.warn(
+            f"{size} examples at a time do not fit into the memory of {self.device}; going on with {self.micro_batch}",
+            stacklevel=2,
+        )
+
+    def _keep_nothing(self) -> None:
+        """No traces, and nothing that products keep of batches, at the start and after these were cut anew."""
+        # a trace would draw its numbers in another order
+        many = self.expected_products >= _FEWEST_PRODUCTS_TO_TRACE
+        self._traces = TracedProducts(self) if many and self.draws is None and self._traceable else None
+        self._forms = None
+        self._cache: dict[int, Product] = {}
+        self._cached_bytes = 0
+        self._cache_bytes = int(_CACHE_FRACTION * free_bytes(self.device))
 
     def _batch_weights(self, weight: Weight) -> BatchWeights:
         return BatchWeights(
@@ -533,7 +605,7 @@ class CurvatureOperator:
         if self.draws is None:
             self._check_repeatable(self._few)
         if self.bn_mode == "eval" and has_batch_norm(self.model):
-            self._fold_norms(self._arguments(batch))
+            self._fold_norms(self._few)
         if self.device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
             self._try_channels_last(batch)
 
@@ -543,7 +615,7 @@ class CurvatureOperator:
             few = first_examples(batch, EXAMPLES)
             self._loss.try_out(self._arguments(few))
             return few
-        except PnError:
+        except (PnError, torch.OutOfMemoryError):
             raise
         except Exception:
             self._loss.try_out(self._arguments(batch))  # errors of this one are the user's to see

@@ -137,6 +137,22 @@ class BatchWeights:
             return torch.tensor([_counts(part)[self._measured] for part in parts], dtype=torch.float64)
         return torch.ones(n, dtype=torch.float64)
 
+    def separates(self, batch: Any, reduction: str) -> bool:
+        """Whether the loss of a batch is that of its two halves put together; true where that cannot be found out."""
+        n = batch_size(batch)
+        pieces = slice(0, n // 2), slice(n // 2, n)
+        losses = self._of_parts(batch, [cut(batch, piece) for piece in pieces]) if n > 1 and can_cut(batch) else None
+        if losses is None:
+            return True
+        whole, *halves = (float(value.detach()) for value in losses)
+        shares = [1.0, 1.0]
+        if reduction == "mean":
+            weights = self.of_examples(batch)
+            shares = [float(weights[piece].sum() / weights.sum()) for piece in pieces]
+        together = sum(share * value for share, value in zip(shares, halves, strict=True) if share)
+        slack = 10 * self.tolerance * (abs(whole) + sum(map(abs, halves)))
+        return not abs(together) < float("inf") or abs(whole - together) <= slack
+
     def _weight_of(self, batch: Any) -> float:
         if self.weight == "batches":
             return 1.0
@@ -165,6 +181,8 @@ class BatchWeights:
         """What the network returns, if it has a row for each example; else ``None``."""
         try:
             outputs = self.outputs(batch)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # a loss that takes the network may call it in its own way
             return None
         # the loss may be, or depend on, a number that belongs to the whole batch
@@ -177,12 +195,16 @@ class BatchWeights:
         try:
             parts = (rows((outputs, targets), piece) for piece in pieces)
             return [self.of_outputs(outputs, targets), *(self.of_outputs(*part) for part in parts)]
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # the loss asks for outputs of the network's own class
             return None
 
     def _of_parts(self, batch: Any, parts: Sequence[Any] | None) -> list[Tensor] | None:
         try:
             return None if parts is None else [self.evaluate(part) for part in (batch, *parts)]
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # network or loss need batches of one size
             return None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pnanalysis.curvature.batch_weights import BatchWeights
 from pnanalysis.curvature.example_subset import ExampleSubset
 from pnanalysis.errors import CurvatureError
-from pnanalysis.inputs.batches import as_pair, batch_size, cut, map_tensors, move, tensors
+from pnanalysis.inputs.batches import as_pair, batch_size, can_cut, cut, map_tensors, move, tensors
 from pnanalysis.inputs.repeatable import SameBatches
 from pnanalysis.inputs.splits import Batches
 from pnanalysis.torch_internals import BatchNormBase
@@ -46,6 +46,10 @@ class WeightedBatches:
         See :func:`shapes_of`.
     weighing : BatchWeights
         What the weights of batches, and of the examples in each, were found by.
+    n_cut : int
+        Pieces of batches that were cut.
+    can_be_cut : bool
+        Whether all batches can be.
     """
 
     weighing: BatchWeights
@@ -63,6 +67,8 @@ class WeightedBatches:
         self.pairs = source if same else SameBatches(source, prepare=as_pair, device=device)
         self.micro_batch, self.reduction = micro_batch, reduction
         self.channels_last = False
+        self.n_cut = 0
+        self.can_be_cut = True
         self.sizes: list[int] = []
         self.divisors: list[float] = []
         self.shapes: list[Shapes] = []
@@ -71,16 +77,21 @@ class WeightedBatches:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
+        yield from (batch for batch, _ in self._pieces())
+
+    def _pieces(self) -> Iterator[tuple[Batch, float]]:
+        """Batches, or the pieces they are cut into, and the part of its batch's examples that each has."""
         for inputs, targets in self.pairs:
             batch = move(inputs, self.device, self.dtype), move(targets, self.device, self.dtype)
             if self.channels_last:
                 batch = map_tensors(batch, channels_last)
             size = batch_size(batch)
             if self.micro_batch is None or size <= self.micro_batch:
-                yield batch
+                yield batch, 1.0
                 continue
             for start in range(0, size, self.micro_batch):
-                yield cut(batch, slice(start, start + self.micro_batch))
+                stop = min(start + self.micro_batch, size)
+                yield cut(batch, slice(start, stop)), (stop - start) / size
 
     @property
     def weights(self) -> list[float]:
@@ -108,8 +119,12 @@ class WeightedBatches:
         ------
         CurvatureError
         """
-        for index, batch in enumerate(self):
+        shares = []
+        for index, (batch, share) in enumerate(self._pieces()):
             size = batch_size(batch)
+            self.sizes.append(size)
+            self.can_be_cut &= can_cut(batch)
+            shares.append(share)
             if size == 0:
                 raise CurvatureError(f"batch {index} is empty; leave it out")
             if size == 1 and needs_statistics:
@@ -121,12 +136,14 @@ class WeightedBatches:
                 prepare(batch)
             if not weights.add(batch):
                 raise CurvatureError(f"batch {index} has no target that counts in the loss; leave it out")
-            self.sizes.append(size)
             self.shapes.append(shapes_of(batch))
         if not self.sizes:
             raise CurvatureError("there are no batches; was the loader an iterator that is used up?")
+        self.n_cut = sum(share < 1 for share in shares)
         self.weighing = weights
         self.divisors, reduction = weights.finish()
+        if weights.weight == "batches":  # a whole batch weighs 1
+            self.divisors = [divisor * share for divisor, share in zip(self.divisors, shares, strict=True)]
         self.reduction = "sum" if reduction == "sum" else self.reduction
 
 

@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pnanalysis.arrays import Array
 from pnanalysis.curvature.batches import Batch, has_batch_norm
 from pnanalysis.curvature.example_subset import random_parts
 from pnanalysis.curvature.network_loss import LossArguments
@@ -72,7 +73,7 @@ class ExampleForms:
         self.op = op
         self.unit = _unit(op)
         self._of_rows = row_forms(op)
-        self._shares: list[NDArray[np.float64]] = []
+        self._shares: list[Array] = []
         counted, data = [], _Digest()
         for batch in op.batches:
             data.add(batch)
@@ -84,7 +85,7 @@ class ExampleForms:
         self._ends = np.cumsum([0, *sizes])
         self._groups = _groups(int(self._ends[-1]))
         factors = np.concatenate([w * each for w, each in zip(op.batches.weights, self._shares, strict=True)])
-        self.weights = np.bincount(self._groups, factors)
+        self.weights: Array = np.bincount(self._groups, factors).astype(np.float64)  # as it is, but for type checkers
         self.digest = data.digest(f"{len(self.weights)} groups of {self.unit} {'' if self.unit == EXAMPLES else sizes}")
 
     @property
@@ -205,14 +206,14 @@ def _unit(op: CurvatureOperator) -> str:
     return BATCHES
 
 
-def _shares(op: CurvatureOperator, unit: str, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def _shares(op: CurvatureOperator, unit: str, weights: Array) -> Array:
     """The factor of each unit's matrix in that of its batch, given what the examples weigh in the batch's mean."""
     if unit == BATCHES:
         return np.ones(1)
     pieces = _pieces(len(weights), len(weights) if unit == EXAMPLES else -(-_PARTS // len(op.batches)))
     if op.reduction == "sum":
         return np.ones(len(pieces))
-    return np.array([weights[piece].sum() for piece in pieces]) / weights.sum()
+    return np.array([float(weights[piece].sum()) for piece in pieces]) / float(weights.sum())
 
 
 def _pieces(n: int, n_pieces: int) -> list[slice]:

@@ -170,7 +170,8 @@ class GGNOperator(CurvatureOperator):
             there = [output + s * part for output, part in zip(outputs, pushed, strict=True)]
             return self._loss.of_outputs(rebuild(there), at.targets)
 
-        return ((loss(h) - 2 * loss(0.0) + loss(-h)) / h**2).detach()
+        form: Tensor = (loss(h) - 2 * loss(0.0) + loss(-h)) / h**2
+        return form.detach()
 
     def _fit_passes(self, batch: Batch) -> None:
         super()._fit_passes(batch)
@@ -238,7 +239,8 @@ class EmpiricalFisherOperator(CurvatureOperator):
         at_theta = partial(self._losses, at)
         by_v = jvp(at_theta, (at.theta,), (dict(zip(self.names, v, strict=True)),))[1]
         by_u = by_v if u is v else jvp(at_theta, (at.theta,), (dict(zip(self.names, u, strict=True)),))[1]
-        return by_u * by_v * self._weights(at)
+        forms: Tensor = by_u * by_v * self._weights(at)
+        return forms
 
     def _rehearse(self, at: LossArguments) -> object:
         return self._losses(at, at.theta)
@@ -299,7 +301,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
             try:
                 each, weight = (part.detach() for part in self._examples(at, at.theta))
                 break
-            except PnError:
+            except (PnError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 failed = error

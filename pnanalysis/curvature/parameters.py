@@ -97,7 +97,7 @@ def as_given(theta: Named, complex_names: Collection[str]) -> Named:
 
 def split_vector(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """The parts of a flat vector ``(P,)`` in the shapes of the parameters; views where that is safe."""
-    parts = vector.split([prod(shape) for shape in shapes])
+    parts = torch.split(vector, [prod(shape) for shape in shapes])
     # from an odd offset on, torch cannot view pairs of numbers as complex ones, as networks and their derivatives do
     safe = [part.clone() if part.storage_offset() % 2 else part for part in parts]
     return [part.view(shape) for part, shape in zip(safe, shapes, strict=True)]

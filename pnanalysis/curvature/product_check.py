@@ -9,6 +9,7 @@ do not say otherwise, reverse mode is right.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from pnanalysis.errors import CurvatureError, PnError, reason
 
 if TYPE_CHECKING:
-    from pnanalysis.curvature.base import CurvatureOperator, LossArguments
+    from pnanalysis.curvature.base import CurvatureOperator
+    from pnanalysis.curvature.network_loss import LossArguments
 
 #: Largest difference between two ways of computing one product, relative to the product, by the type of the numbers.
 #: In float64 it leaves room for networks that compute parts in float32 (norms, softmax), as some do by design.
@@ -238,7 +240,7 @@ def _both_wrong(op: CurvatureOperator, at: LossArguments, v: list[Tensor], produ
 
 
 def _length(part: Tensor) -> float:
-    return float(part.double().square().sum()) ** 0.5
+    return math.sqrt(float(part.double().square().sum()))
 
 
 def _inner(a: list[Tensor], b: list[Tensor]) -> float:

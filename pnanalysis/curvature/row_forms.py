@@ -177,7 +177,7 @@ def _operations(op: CurvatureOperator) -> float:
         raise
     except Exception:  # a user's network may not run under a counter
         return 0.0
-    return counter.get_total_flops() * op.n_examples / batch_size((few.inputs, few.targets))
+    return float(counter.get_total_flops()) * op.n_examples / batch_size((few.inputs, few.targets))
 
 
 __all__ = ["Direction", "Forms", "MappedForms", "Pair", "TracedForms", "close", "row_forms"]

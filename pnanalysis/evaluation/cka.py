@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pnanalysis.activations.axis_tracker import AxisTracker, FollowAxes
 from pnanalysis.activations.eager import eager
+from pnanalysis.arrays import Array
 from pnanalysis.estimates import ratio
 from pnanalysis.evaluation.forward import prediction
 from pnanalysis.inputs.models import parameter_layers
-
-Array = NDArray[np.float64]
 
 #: The name of a network's output among its layers.
 OUTPUT = "output"

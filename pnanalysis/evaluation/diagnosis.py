@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pnanalysis
-from pnanalysis.errors import USER_ERRORS, DataError, ModelError, PnError, reason
+from pnanalysis.errors import USER_ERRORS, DataError, ModelError, PnError, is_out_of_memory, reason
 from pnanalysis.evaluation.forward import _WRAP, IGNORED, _kind, _shapes, forward, loss_of_model, no_class, not_for
 from pnanalysis.evaluation.losses import known
 from pnanalysis.inputs.batches import first_examples, move
@@ -56,7 +56,7 @@ def clear_errors(
     """
     try:
         yield
-    except (PnError, torch.OutOfMemoryError, MemoryError):
+    except PnError:
         raise
     except SystemExit as ending:
         raise ModelError(
@@ -64,6 +64,8 @@ def clear_errors(
             "result, or raise an error"
         ) from ending
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         operation = _unsupported(error)
         if operation is not None:
             raise ModelError(

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pnanalysis.arrays import Array
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.batch_pass import BatchPass
 from pnanalysis.evaluation.cka import CentredKernelAlignment
@@ -23,9 +23,6 @@ from pnanalysis.inputs.batches import map_tensors
 from pnanalysis.inputs.copies import matching_dtype
 from pnanalysis.significance import share_interval
 from pnanalysis.terminal.progress import Advance
-
-Array = NDArray[np.float64]
-
 
 _ROUND_OFF = 1e-15  # nats: smaller divergences are round-off of double precision
 

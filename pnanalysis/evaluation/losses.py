@@ -18,19 +18,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
+from pnanalysis.arrays import Array
 from pnanalysis.errors import DataError, ModelError, reason
 from pnanalysis.evaluation.forward import IGNORED, no_class, not_for
 from pnanalysis.inputs.batches import leading_size, move, tensors
 from pnanalysis.inputs.copies import copied, in_precision
 from pnanalysis.inputs.models import Loss, takes_model
 from pnanalysis.torch_internals import tree_flatten, tree_unflatten
-
-Array = NDArray[np.float64]
 
 _CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
 _REAL_LOSSES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pnanalysis.arrays import Array
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.batch_pass import BatchPass
 from pnanalysis.evaluation.losses import linearised, log_probabilities, squared_errors
-
-Array = NDArray[np.float64]
 
 
 class Scores:

@@ -7,15 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pnanalysis.arrays import Array
 from pnanalysis.errors import ModelError
 from pnanalysis.estimates import ratio
 from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.models import parameter_layers
-
-Array = NDArray[np.float64]
 
 
 def parameter_distances(networks: Sequence[nn.Module]) -> dict[str, Any]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from pnanalysis.errors import ModelError
+
+#: An archive may hold this many times its own size, and this many bytes in any case.
+_MOST_GROWTH, _SMALL = 4, 2**24
 
 
 def unpickled(path: Path, mmap: bool = False) -> Any:
@@ -18,7 +24,13 @@ def unpickled(path: Path, mmap: bool = False) -> Any:
     path : Path
     mmap : bool
         Map tensors into memory instead of reading them, where the format allows.
+
+    Raises
+    ------
+    ModelError
+        If the file is an archive whose content would take much more memory than its size.
     """
+    _refuse_bombs(path)
     with safe_globals(list(_stand_ins(path))):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -26,6 +38,21 @@ def unpickled(path: Path, mmap: bool = False) -> Any:
             if not mmap:
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # older formats cannot be mapped
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Refuse an archive that grows beyond reason when it is read: ``torch.save`` compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # an older format, or damaged: torch says so
+    most = _MOST_GROWTH * path.stat().st_size + _SMALL
+    if size > most:
+        raise ModelError(
+            f"{path}: {size:,} bytes are compressed into it, which torch.save does not do; it is refused, as it may be "
+            "made to fill the memory"
+        )
 
 
 def _stand_ins(path: Path) -> Iterator[tuple[type, str]]:

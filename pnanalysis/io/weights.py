@@ -165,6 +165,8 @@ def _read(path: Path, within: Path | None = None) -> StateDicts:
         pass  # is a file, and not a pipe that would make its reader wait
     try:
         loaded = unpickled(path)
+    except ModelError:
+        raise
     except Exception as error:  # the unpickler raises errors of many types on bytes that it cannot read
         try:
             return {"": load_safetensors(path.read_bytes())}  # a safetensors file under another suffix

@@ -117,7 +117,7 @@ def open_store(path: str | os.PathLike[str]) -> xr.Dataset:
     attrs = _metadata(path).get(_ATTRIBUTES, {})
     try:
         # chunks=None indexes lazily without Dask
-        ds = xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=_FORMAT)
+        ds: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=_FORMAT)
         # Appended strings have no fixed length on disk. In memory they get one again, which NumPy finds from objects.
         strings = [name for name, array in ds.variables.items() if array.dtype.kind in _STRING_KINDS]
         ds = ds.assign({name: ds[name].astype(object).astype(np.str_) for name in strings})
@@ -282,7 +282,7 @@ def _check_fits(ds: xr.Dataset, stored: xr.Dataset, path: Path, dim: str) -> Non
         if fits and dim in array.dims:
             fits = all(array.sizes[other] == there.sizes[other] for other in array.dims if other != dim)
         elif fits:
-            fits = array.equals(there)
+            fits = xr.DataArray(array).equals(xr.DataArray(there))
         if not fits:
             raise SchemaError(
                 f"{path}: {name!r} of the rows to append does not fit the one stored; "

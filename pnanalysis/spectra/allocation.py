@@ -37,7 +37,7 @@ def default_steps(n_products: int, n_parameters: int) -> int:
     the bulk's masses to ``sqrt(m / (n P))``. The sum of the two is smallest at a multiple of ``(n P)^(1/3)``.
     """
     steps = round(STEPS_FACTOR * (n_products * n_parameters) ** (1 / 3))
-    return max(min(steps, n_products, n_parameters), 1)
+    return int(max(min(steps, n_products, n_parameters), 1))
 
 
 def n_single_products(n_products: int) -> int:

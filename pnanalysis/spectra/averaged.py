@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeGuard
 
-import numpy as np
 import torch
 
+from pnanalysis.arrays import Array
 from pnanalysis.spectra.linear_operator import LinearOperator
 
 
@@ -17,7 +17,7 @@ class AveragedOperator(LinearOperator, Protocol):
     """
 
     @property
-    def group_weights(self) -> np.ndarray:
+    def group_weights(self) -> Array:
         """``w_g``, ``(group,)``."""
         ...
 

@@ -29,6 +29,7 @@ import xarray as xr
 from scipy.stats import t as student_t
 from torch import Tensor
 
+from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.averaged import AveragedOperator
 from pnanalysis.spectra.inner_products import inner_products
@@ -79,9 +80,9 @@ class DataForms:
         self.n_probes = int(np.clip(n_products // PRODUCTS_PER_PROBE, FEWEST_PROBES, MOST_PROBES))
         self.reason = ""
         self.top_vector: Tensor | None = None
-        self._leading: np.ndarray | None = None
-        self._squares: np.ndarray | None = None
-        self._probes: list[np.ndarray] = []  # (2, group) for each: the forms of the trace and of the squares
+        self._leading: Array | None = None
+        self._squares: Array | None = None
+        self._probes: list[Array] = []  # (2, group) for each: the forms of the trace and of the squares
 
     def add_leading(self, value: Any, vector: Tensor) -> None:
         """Take Ritz values ``(t,)`` and their vectors ``(P, t)``: the largest ones, descending, and last the smallest.
@@ -110,13 +111,13 @@ class DataForms:
         if forms is not None:
             self._probes += list(forms.reshape(2, probe.shape[1], -1).swapaxes(0, 1))
 
-    def _forms(self, U: Tensor, V: Tensor) -> np.ndarray | None:
+    def _forms(self, U: Tensor, V: Tensor) -> Array | None:
         """``(k, group)``, or ``None`` from the first failure on."""
         if self.reason:
             return None
         device, dtype = self.operator.device, self.operator.dtype
         try:
-            forms: np.ndarray = self.operator.forms(U.to(device, dtype), V.to(device, dtype)).numpy()
+            forms: Array = self.operator.forms(U.to(device, dtype), V.to(device, dtype)).numpy()
         except CurvatureError as error:
             self.reason = str(error)
             return None
@@ -126,10 +127,10 @@ class DataForms:
             self.reason = "the curvature of an example is not finite"
         return None if self.reason else forms
 
-    def _without_data(self, vector: Tensor) -> np.ndarray:
+    def _without_data(self, vector: Tensor) -> Array:
         """Quadratic forms ``(t,)`` of the part of the matrix that no example has."""
         vector = vector.to(self.operator.device, self.operator.dtype)
-        forms: np.ndarray = inner_products(vector, self.operator.product_without_data(vector)).cpu().numpy()
+        forms: Array = inner_products(vector, self.operator.product_without_data(vector)).cpu().numpy()
         return forms
 
     def dataset(self) -> xr.Dataset:
@@ -179,9 +180,9 @@ class Influence:
         form is exact.
     """
 
-    weight: np.ndarray
-    form: np.ndarray
-    spread: np.ndarray
+    weight: Array
+    form: Array
+    spread: Array
 
     @property
     def variance(self) -> float:
@@ -240,7 +241,7 @@ def moving_pieces(ds: xr.Dataset) -> list[Influence]:
     return _pieces(found["trace"], ds["top_form"].values[:, keep])
 
 
-def _pieces(trace: Influence, top: np.ndarray) -> list[Influence]:
+def _pieces(trace: Influence, top: Array) -> list[Influence]:
     """See :func:`moving_pieces`; forms ``(leading, group)`` that are not known count among the rest."""
     top = top[np.isfinite(top).all(axis=1)]
     rest = Influence(trace.weight, trace.form - top.sum(0), trace.spread)
@@ -250,7 +251,7 @@ def _pieces(trace: Influence, top: np.ndarray) -> list[Influence]:
 def _influences(ds: xr.Dataset) -> Iterator[tuple[str, Influence]]:
     keep = np.isfinite(ds["group_weight"].values)
 
-    def of(name: str) -> np.ndarray:
+    def of(name: str) -> Array:
         return np.asarray(ds[name].values[..., keep])
 
     weight, zero = of("group_weight"), np.zeros(keep.sum())
@@ -268,7 +269,7 @@ def _influences(ds: xr.Dataset) -> Iterator[tuple[str, Influence]]:
 
 
 def _effective_influences(
-    ds: xr.Dataset, trace: Influence, square: Influence, top: np.ndarray
+    ds: xr.Dataset, trace: Influence, square: Influence, top: Array
 ) -> Iterator[tuple[str, Influence]]:
     """For the effective rank and dimension, which are no forms: nearly.
 
@@ -298,7 +299,7 @@ def _effective_influences(
     yield "effective_dimension", Influence(trace.weight, form, scale * rest.spread)
 
 
-def _class_influences(ds: xr.Dataset, trace: Influence, top: np.ndarray) -> Iterator[tuple[str, Influence]]:
+def _class_influences(ds: xr.Dataset, trace: Influence, top: Array) -> Iterator[tuple[str, Influence]]:
     """For the numbers of spectra of classifiers, of ``n_classes`` outputs."""
     n_classes = ds.attrs.get("n_classes", np.nan)
     if not np.isfinite(n_classes):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pnanalysis.arrays import Array
 from pnanalysis.spectra.lanczos import Lanczos
 
 #: Probes that are handed on at a time.
@@ -30,7 +31,7 @@ class Receiver(Protocol):
     n_leading: int
     n_probes: int
 
-    def add_leading(self, value: np.ndarray, vector: Tensor) -> None:
+    def add_leading(self, value: Array, vector: Tensor) -> None:
         """Ritz values ``(t,)`` and orthonormal Ritz vectors ``(P, t)``, descending; the last one is the smallest."""
         ...
 
@@ -58,8 +59,8 @@ class DataFeed:
         self._receiver = receiver
         self._generator = np.random.default_rng([seed, 2**32 - 1])
         self._left = 0 if receiver is None else receiver.n_probes
-        self._leading: tuple[np.ndarray, Tensor] | None = None
-        self._spaces: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
+        self._leading: tuple[Array, Tensor] | None = None
+        self._spaces: list[tuple[Array, Array, Tensor]] = []
 
     @property
     def wanted(self) -> bool:
@@ -92,7 +93,7 @@ class DataFeed:
         """Lanczos on start vectors in the complement of all that has been deflated."""
         self._probes(lanczos, list(range(lanczos.n_probes)))
 
-    def exact(self, value: np.ndarray, vector: Tensor) -> None:
+    def exact(self, value: Array, vector: Tensor) -> None:
         """All eigenvalues ``(P,)``, ascending, and eigenvectors ``(P, P)``."""
         if self._receiver is None:
             return
@@ -101,9 +102,7 @@ class DataFeed:
         while self._left and len(rest[0]):
             self._hand_on(self._receiver, *self._combination(min(self._left, _AT_ONCE), vector))
 
-    def _hand_on_leading(
-        self, receiver: Receiver, value: np.ndarray, vector: np.ndarray, basis: Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _hand_on_leading(self, receiver: Receiver, value: Array, vector: Array, basis: Tensor) -> tuple[Array, Array]:
         """Returns the other Ritz values and the coordinates of their vectors."""
         n = min(receiver.n_leading, len(value) - 1)
         leading = [*range(len(value) - 1, len(value) - 1 - n, -1), 0]
@@ -142,6 +141,6 @@ class DataFeed:
         receiver.add_probes(probe, product)
 
 
-def combinations(basis: Tensor, coordinates: np.ndarray) -> Tensor:
+def combinations(basis: Tensor, coordinates: Array) -> Tensor:
     """Vectors ``(P, c)`` with the given coordinates ``(m, c)`` in a basis ``(P, m)``."""
     return (torch.from_numpy(coordinates).to(basis).T @ basis.T).T

@@ -12,7 +12,8 @@ import torch
 import xarray as xr
 
 from pnanalysis import schema
-from pnanalysis.checks import at_least, check_seed, one_of, positive
+from pnanalysis.arrays import Array
+from pnanalysis.checks import at_least, check_seed, human, one_of, positive
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra import lanczos
 from pnanalysis.spectra.averaged import is_averaged
@@ -21,7 +22,7 @@ from pnanalysis.spectra.deflation import sample_spectrum
 from pnanalysis.spectra.density_error import density_with_error
 from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples, sample_examples
 from pnanalysis.spectra.linear_operator import as_operator, round_off
-from pnanalysis.spectra.memory import basis_bytes, basis_limit, human
+from pnanalysis.spectra.memory import basis_bytes, basis_limit
 from pnanalysis.spectra.moments import moments
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, all_ritz_values, averaged_rule, extremes, ritz
 from pnanalysis.spectra.sample import SamplingSettings, SpectrumSample
@@ -49,7 +50,7 @@ def spectral_density(
     *,
     n_hvp: int | None = None,
     until: Mapping[str, float] | None = None,
-    grid: np.ndarray | None = None,
+    grid: Array | None = None,
     top_k: int = 10,
     ridge: float = 1.0,
     basis_dtype: torch.dtype | None = None,
@@ -262,7 +263,7 @@ def _dataset(
     top_k: int,
     ridge: float,
     kernel_width: float | None,
-    grid: np.ndarray | None,
+    grid: Array | None,
 ) -> xr.Dataset:
     ds = _quadrature_dataset(sample).assign_attrs(facts)
     ds = ds.merge(summarise(ds, top_k=top_k, ridge=ridge)).merge(of_data)
@@ -350,10 +351,10 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
     return xr.Dataset(data)
 
 
-def _average(sample: SpectrumSample, weights: np.ndarray, bounds: Extremes) -> SpectralMeasure:
+def _average(sample: SpectrumSample, weights: Array, bounds: Extremes) -> SpectralMeasure:
     """Average the probes' estimates of the spectrum with weights in proportion to ``weights`` ``(probe,)``."""
     weights = weights / weights.sum() if weights.any() else weights
-    parts: list[tuple[np.ndarray, np.ndarray, int, int]] = []
+    parts: list[tuple[Array, Array, int, int]] = []
     for index, probe in enumerate(sample.probes):
         if probe.deflated:
             # exactly one eigenvalue each, in the estimates of all later probes; in all, if nothing was sampled
@@ -377,7 +378,7 @@ def _average(sample: SpectrumSample, weights: np.ndarray, bounds: Extremes) -> S
     )
 
 
-def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+def _padded(rows: Sequence[Array]) -> Array:
     """Rows of unequal length as one table, filled up with NaN."""
     table = np.full((len(rows), max(len(row) for row in rows)), np.nan)
     for row, values in zip(table, rows, strict=True):
@@ -400,14 +401,14 @@ def default_kernel_width(measure: SpectralMeasure, lambda_min: float, lambda_max
     return float(width if width > 1e-12 * magnitude else magnitude / 500 or 1.0)
 
 
-def default_grid(*datasets: xr.Dataset, n_points: int = N_GRID) -> np.ndarray:
+def default_grid(*datasets: xr.Dataset, n_points: int = N_GRID) -> Array:
     """An even grid over the spectra of one or more datasets, with four kernel widths to spare at both ends."""
     low = min(float((ds.lambda_min - 4 * ds.kernel_width).min()) for ds in datasets)
     high = max(float((ds.lambda_max + 4 * ds.kernel_width).max()) for ds in datasets)
     return np.linspace(low, high, n_points)
 
 
-def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) -> xr.Dataset:
+def smooth(ds: xr.Dataset, grid: Array, kernel_width: float | None = None) -> xr.Dataset:
     """Give the density and its standard error on another grid, or with another kernel.
 
     No products are needed: both follow from the nodes, so that several checkpoints can share one grid. The standard
@@ -436,8 +437,9 @@ def smooth(ds: xr.Dataset, grid: np.ndarray, kernel_width: float | None = None) 
     if grid.ndim != 1 or not (np.diff(grid) > 0).all():
         raise CurvatureError("the grid must be one ascending row of eigenvalues")
 
-    def kernel_at(node: np.ndarray) -> np.ndarray:
-        return np.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+    def kernel_at(node: Array) -> Array:
+        kernel: Array = np.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+        return kernel
 
     density, se = density_with_error(ds, kernel_at(SpectralMeasure.from_dataset(ds).node), grid, width)
     smoothed = ds.drop_dims("eigenvalue", errors="ignore").assign_coords(eigenvalue=("eigenvalue", grid))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
+from pnanalysis.arrays import Array
 from pnanalysis.spectra.quadrature import SpectralMeasure
 
 #: The scatter of the probes' densities is averaged over so many kernel widths.
@@ -15,9 +17,7 @@ SETTLED = 0.25
 _SMALLEST = 1e-9
 
 
-def density_with_error(
-    ds: xr.Dataset, kernel: np.ndarray, grid: np.ndarray, width: float
-) -> tuple[np.ndarray, np.ndarray]:
+def density_with_error(ds: xr.Dataset, kernel: Array, grid: Array, width: float) -> tuple[Array, Array]:
     """Smoothed density and its standard error, ``(eigenvalue,)`` each.
 
     Parameters
@@ -55,7 +55,7 @@ def density_with_error(
     return density, np.sqrt(np.maximum(np.minimum(nearby @ variance, relative), se**2))
 
 
-def _settled(ds: xr.Dataset, measure: SpectralMeasure, tolerance: float) -> np.ndarray:
+def _settled(ds: xr.Dataset, measure: SpectralMeasure, tolerance: float) -> NDArray[np.bool_]:
     """Which nodes are counted Ritz values with residuals below the tolerance, ``(quadrature,)`` of bool."""
     settled = np.zeros(len(measure.node), dtype=bool)
     for index, residual in enumerate(ds["ritz_residual"].values):

@@ -11,6 +11,7 @@ from scipy.stats import t as student_t
 from scipy.stats import wasserstein_distance
 
 from pnanalysis import schema
+from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError
 from pnanalysis.kinds import INTERVALS
 from pnanalysis.spectra.data_error import moving_pieces
@@ -198,7 +199,7 @@ def _probe_noise(a: SpectralMeasure, b: SpectralMeasure) -> float:
     return float(np.sqrt(2 / np.pi) * (np.sqrt(variance) / _mean_root_factor(dof)) @ np.diff(points))
 
 
-def _mean_root_factor(dof: np.ndarray) -> np.ndarray:
+def _mean_root_factor(dof: Array) -> Array:
     """Mean of a normal sample's standard deviation over the true one (the factor c4), by degrees of freedom."""
     # gammaln of larger numbers differ by less than their round-off, and the factor is 1 to six digits
     finite = np.minimum(dof, 1e6)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from pnanalysis.arrays import Array
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.outliers import Gap
 from pnanalysis.spectra.quadrature import all_ritz_values, extremes
@@ -17,7 +18,7 @@ from pnanalysis.spectra.quadrature import all_ritz_values, extremes
 RESOLVED = 0.01
 
 
-def leading(ds: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def leading(ds: xr.Dataset) -> tuple[Array, Array]:
     """The largest Ritz values in one space, descending, and their residual bounds."""
     if "deflated_value" in ds:
         return ds["deflated_value"].values, ds["deflated_residual"].values

@@ -30,7 +30,7 @@ def all_columns(
     n = operator.shape[0]
     eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
     matrix = torch.empty_like(eye)
-    for block in torch.arange(n).split(max(settings.n_probes, 1)):
+    for block in torch.split(torch.arange(n), max(settings.n_probes, 1)):
         matrix[:, block] = checked_product(operator, eye[:, block])
         advance(len(block))
     matrix = matrix.double()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from pnanalysis.arrays import Array
 from pnanalysis.io import netcdf
 from pnanalysis.spectra.inner_products import inner_products, norms
 from pnanalysis.spectra.lanczos import warn_unsaved
@@ -41,7 +42,7 @@ def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..
     return ds
 
 
-def _sizes_of_product(operator: LinearOperator) -> np.ndarray:
+def _sizes_of_product(operator: LinearOperator) -> Array:
     """What tells a product with a random vector from another operator's: its overlap with the vector, its norm."""
     vector = random_unit_vectors(operator, [0], seed=0)
     product = operator.matmat(vector)

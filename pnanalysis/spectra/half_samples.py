@@ -23,6 +23,7 @@ import xarray as xr
 from scipy.linalg import hadamard
 from scipy.stats import t as student_t
 
+from pnanalysis.arrays import Array
 from pnanalysis.kinds import INTERVALS
 from pnanalysis.spectra.averaged import AveragedOperator
 from pnanalysis.spectra.data_error import DataForms
@@ -125,7 +126,7 @@ def half_sample_spectra(
     )
 
 
-def _padded(pairs: Sequence[Sequence[xr.Dataset]], name: str) -> np.ndarray:
+def _padded(pairs: Sequence[Sequence[xr.Dataset]], name: str) -> Array:
     longest = max(half[name].size for pair in pairs for half in pair)
     table = np.full((len(pairs), 2, longest), np.nan)
     for row, pair in zip(table, pairs, strict=True):
@@ -138,10 +139,10 @@ def _padded(pairs: Sequence[Sequence[xr.Dataset]], name: str) -> np.ndarray:
 class Contrasts:
     """Differences ``(replicate, ...)`` of a number, or of several, between halves and their complements."""
 
-    values: np.ndarray
+    values: Array
 
     @property
-    def variance(self) -> np.ndarray:
+    def variance(self) -> Array:
         """Of the number over all the examples, ``(...)``."""
         return np.asarray(np.mean(self.values**2, axis=0) / 4)
 
@@ -179,7 +180,7 @@ def contrasts(ds: xr.Dataset) -> dict[str, Contrasts]:
     }
 
 
-def contrasts_of_means(ds: xr.Dataset, f: Callable[[np.ndarray], np.ndarray]) -> Contrasts:
+def contrasts_of_means(ds: xr.Dataset, f: Callable[[Array], Array]) -> Contrasts:
     """The contrasts of averages over the spectrum.
 
     Parameters
@@ -230,7 +231,7 @@ def distance_between_halves(ds_a: xr.Dataset, ds_b: xr.Dataset, same: bool) -> t
     return float(np.mean(distances)), len(a) if same else len(a) + len(b)
 
 
-def _distributions(ds: xr.Dataset) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+def _distributions(ds: xr.Dataset) -> list[list[tuple[Array, Array]]]:
     """For each replicate and half the ascending nodes, and the mass up to each."""
     pairs = []
     for nodes, weights in zip(ds["replicate_node"].values, ds["replicate_weight"].values, strict=True):
@@ -239,6 +240,7 @@ def _distributions(ds: xr.Dataset) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     return pairs
 
 
-def _quantiles(distribution: tuple[np.ndarray, np.ndarray], levels: np.ndarray) -> np.ndarray:
+def _quantiles(distribution: tuple[Array, Array], levels: Array) -> Array:
     node, cumulative = distribution
-    return node[np.searchsorted(cumulative, levels).clip(max=len(node) - 1)]
+    values: Array = node[np.searchsorted(cumulative, levels).clip(max=len(node) - 1)]
+    return values

@@ -19,12 +19,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.linalg import eigh_tridiagonal
 
+from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError
 from pnanalysis.io import digest
 from pnanalysis.io.atomic import atomic_path
@@ -299,12 +299,12 @@ class Lanczos:
         """Vectors ``(P, c)`` with the given coordinates ``(step, c)`` in one start vector's basis."""
         return (coefficients.to(self._basis).T @ self.basis[probe].T).T
 
-    def coefficients(self) -> tuple[np.ndarray, np.ndarray]:
+    def coefficients(self) -> tuple[Array, Array]:
         """:attr:`alpha` and :attr:`beta` in float64."""
         alpha, beta = (part[:, : self.step].double().cpu().numpy() * self.unit for part in (self._alpha, self._beta))
         return alpha, beta
 
-    def ritz_pairs(self, probe: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def ritz_pairs(self, probe: int = 0) -> tuple[Array, Array]:
         """Ritz values ``(m,)``, ascending, and coordinates ``(m, m)`` of the Ritz vectors in one start vector's basis.
 
         In float64; ``m`` is the dimension of the Krylov space.

@@ -17,6 +17,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 from scipy.sparse.linalg import aslinearoperator
 
+from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError
 
 
@@ -110,7 +111,7 @@ class _FromScipy:
     def matmat(self, V: torch.Tensor) -> torch.Tensor:
         return self._tensor(self.operator.matmat(V.numpy(force=True)))
 
-    def _tensor(self, product: np.ndarray) -> torch.Tensor:
+    def _tensor(self, product: Array) -> torch.Tensor:
         if np.iscomplexobj(product):
             raise CurvatureError(_COMPLEX)
         return torch.from_numpy(np.ascontiguousarray(product)).to(self.dtype)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from pnanalysis.arrays import Array
 from pnanalysis.spectra.inner_products import coordinates, inner_products
 from pnanalysis.spectra.lanczos import Lanczos
 
@@ -37,8 +38,8 @@ class Couplings:
     """
 
     following: list[Tensor] = field(default_factory=list)
-    parts: list[np.ndarray] = field(default_factory=list)
-    products: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    parts: list[Array] = field(default_factory=list)
+    products: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
     def add(self, lanczos: Lanczos) -> None:
         """One more space, that of the first start vector."""
@@ -53,7 +54,7 @@ class Couplings:
         self.products = np.pad(self.products, (0, 1))
         self.products[-1] = self.products[:, -1] = new
 
-    def overlaps(self) -> np.ndarray:
+    def overlaps(self) -> Array:
         """Inner products of what the ``w_i`` have outside all spaces, ``(i, i)``."""
         longest = max(map(len, self.parts))
         inside = np.stack([np.pad(part, (longest - len(part), 0)) for part in self.parts])
@@ -64,10 +65,10 @@ class Couplings:
 class MergedSpaces:
     """What :class:`Couplings` found, without the vectors."""
 
-    parts: list[np.ndarray]
-    overlaps: np.ndarray
+    parts: list[Array]
+    overlaps: Array
 
-    def eigenvalues(self, tridiagonal: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, float]:
+    def eigenvalues(self, tridiagonal: list[tuple[Array, Array]]) -> tuple[Array, Array, float]:
         """Ritz values on the sum of all spaces.
 
         Parameters

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xarray as xr
 
+from pnanalysis.arrays import Array
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.allocation import FEWEST_SINGLE
 from pnanalysis.spectra.quadrature import SpectralMeasure
@@ -65,7 +66,7 @@ def moments(ds: xr.Dataset, measure: SpectralMeasure) -> Moments:
     return Moments(trace, square, of_single, min(max(after / se for after, se in before if se > 0), 1.0))
 
 
-def mean_beside_moments(f: np.ndarray, measure: SpectralMeasure, gain: float) -> Estimate:
+def mean_beside_moments(f: Array, measure: SpectralMeasure, gain: float) -> Estimate:
     """Average of a function over a calibrated measure.
 
     Parameters
@@ -91,7 +92,7 @@ def mean_beside_moments(f: np.ndarray, measure: SpectralMeasure, gain: float) ->
     return _sum(replace(explained, se=gain * explained.se), rest)
 
 
-def _from_single_products(ds: xr.Dataset, alpha: np.ndarray, square: np.ndarray, n_parameters: int) -> Moments:
+def _from_single_products(ds: xr.Dataset, alpha: Array, square: Array, n_parameters: int) -> Moments:
     deflated = _present(ds["deflated_value"]) if "deflated_value" in ds else np.zeros(0)
     n, b = n_parameters - len(deflated), len(alpha)
     # Var[g'Bg] = 2 / (n + 2) * variance of the eigenvalues of B, whose mean square each product tells
@@ -106,7 +107,7 @@ def _from_single_products(ds: xr.Dataset, alpha: np.ndarray, square: np.ndarray,
     return Moments(trace, Estimate(float((deflated**2).sum()) + rest, error, dof=b - 1))
 
 
-def _dof(samples: np.ndarray) -> float:
+def _dof(samples: Array) -> float:
     """Of a chi-square variable with the relative scatter that the mean of such samples has (Satterthwaite)."""
     mean, variance = float(samples.mean()), float(samples.var(ddof=1)) / len(samples)
     return 2 * mean**2 / variance if variance > 0 else np.inf
@@ -126,6 +127,6 @@ def _sum(a: Estimate, b: Estimate) -> Estimate:
     return Estimate(a.value + b.value, total**0.5, dof=total**2 / weighted if weighted > 0 else np.inf)
 
 
-def _present(array: xr.DataArray) -> np.ndarray:
+def _present(array: xr.DataArray) -> Array:
     """Without padding."""
     return np.asarray(array.values[np.isfinite(array.values)])

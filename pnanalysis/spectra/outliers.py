@@ -21,6 +21,7 @@ import numpy as np
 import xarray as xr
 from scipy.stats import f as f_distribution
 
+from pnanalysis.arrays import Array
 from pnanalysis.spectra.quadrature import SpectralMeasure, all_ritz_values, merged_ritz_values
 
 #: Gaps after each of so many eigenvalues are tested; a p-value is multiplied by their number (Bonferroni).
@@ -114,23 +115,23 @@ def _median(measure: SpectralMeasure) -> float:
     return float(measure.node[order][np.searchsorted(cumulative, 0.5).clip(max=len(order) - 1)])
 
 
-def _ordered(measure: SpectralMeasure, median: float, side: int, n: int) -> np.ndarray:
+def _ordered(measure: SpectralMeasure, median: float, side: int, n: int) -> Array:
     """Distances of the outermost eigenvalues from the median, ``(n,)``, descending."""
     order = np.argsort(-side * measure.node)
     cumulative = np.cumsum(measure.weight[order])
     mass = (np.arange(n) + 0.5) / measure.n_parameters
-    node = measure.node[order][np.searchsorted(cumulative, mass).clip(max=len(order) - 1)]
+    node: Array = measure.node[order][np.searchsorted(cumulative, mass).clip(max=len(order) - 1)]
     return np.maximum(side * (node - median), 0.0)
 
 
-def _reaches(ds: xr.Dataset, median: float, side: int) -> tuple[np.ndarray, np.ndarray]:
+def _reaches(ds: xr.Dataset, median: float, side: int) -> tuple[Array, Array]:
     """Distances from the median of all Ritz values plus their residuals, and without."""
     value, residual = all_ritz_values(ds, own=True)
     place = side * (value - median)
     return place + residual, place
 
 
-def _spacings_after(distance: np.ndarray, k: int, n: int, round_off: float) -> float:
+def _spacings_after(distance: Array, k: int, n: int, round_off: float) -> float:
     """Mean of the ``n`` normalised spacings after the ``k``-th.
 
     Round-off hides those of a point at the median. They count as those before, or as one, the mean spacing of a tail

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal, hessenberg
 
+from pnanalysis.arrays import Array
 from pnanalysis.estimates import Estimate
 
 #: Bounds on the factors by which calibration changes weights.
@@ -17,7 +19,7 @@ FACTORS = (0.2, 5.0)
 
 
 #: Nodes and weights of a quadrature rule.
-Rule = tuple[np.ndarray, np.ndarray]
+Rule = tuple[Array, Array]
 
 
 class RitzPairs(NamedTuple):
@@ -27,12 +29,12 @@ class RitzPairs(NamedTuple):
     start vector's spectral measure. An eigenvalue of the operator lies within ``residual`` of each value.
     """
 
-    value: np.ndarray
-    weight: np.ndarray
-    residual: np.ndarray
+    value: Array
+    weight: Array
+    residual: Array
 
 
-def ritz(alpha: np.ndarray, beta: np.ndarray) -> RitzPairs:
+def ritz(alpha: Array, beta: Array) -> RitzPairs:
     """Ritz values, Gauss weights and residual bounds of one tridiagonal matrix.
 
     Parameters
@@ -44,7 +46,7 @@ def ritz(alpha: np.ndarray, beta: np.ndarray) -> RitzPairs:
     return RitzPairs(value, vector[0] ** 2, beta[-1] * np.abs(vector[-1]))
 
 
-def averaged_rule(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def averaged_rule(alpha: Array, beta: Array) -> tuple[Array, Array]:
     """Generalised averaged Gauss rule: ``2 m - 1`` nodes and weights from ``m`` Lanczos steps.
 
     The Jacobi matrix is continued with its own mirror image. The rule has positive weights, is exact wherever the
@@ -67,7 +69,7 @@ def averaged_rule(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.n
     return value, vector[0] ** 2
 
 
-def rule_with_node(point: float, value: np.ndarray, weight: np.ndarray, residual: np.ndarray) -> Rule:
+def rule_with_node(point: float, value: Array, weight: Array, residual: Array) -> Rule:
     """The rule of ``m + 1`` nodes with one at a given point that has all the moments known after ``m`` steps.
 
     Parameters
@@ -97,7 +99,7 @@ def rule_with_node(point: float, value: np.ndarray, weight: np.ndarray, residual
     return node, vector[0] ** 2
 
 
-def mass_below(point: float, value: np.ndarray, weight: np.ndarray, residual: np.ndarray) -> tuple[float, float]:
+def mass_below(point: float, value: Array, weight: Array, residual: Array) -> tuple[float, float]:
     """Mass of a start vector's spectral measure below a point, and half of what its moments leave open.
 
     Halfway between the least and the most that :func:`rule_with_node` says; parameters as there.
@@ -107,7 +109,7 @@ def mass_below(point: float, value: np.ndarray, weight: np.ndarray, residual: np
     return float(mass[:at].sum() + mass[at] / 2), float(mass[at] / 2)
 
 
-def _jacobi_matrix(value: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _jacobi_matrix(value: Array, weight: Array) -> tuple[Array, Array]:
     """Diagonal ``(m,)`` and off-diagonal ``(m - 1,)`` of the tridiagonal matrix with this Gauss rule."""
     bordered = np.diag(np.concatenate([[0.0], value]))
     bordered[0, 1:] = bordered[1:, 0] = np.sqrt(weight)
@@ -125,7 +127,7 @@ class Extremes:
     max_high: float
 
 
-def extremes(value: np.ndarray, residual: np.ndarray) -> Extremes:
+def extremes(value: Array, residual: Array) -> Extremes:
     """Bounds of the spectrum from Ritz values and residual bounds of any shape, padded with NaN.
 
     Ritz values lie within the spectrum, and an eigenvalue lies within the residual of each. That there is none beyond
@@ -142,13 +144,13 @@ def extremes(value: np.ndarray, residual: np.ndarray) -> Extremes:
     )
 
 
-def own_residuals(ds: xr.Dataset) -> np.ndarray:
+def own_residuals(ds: xr.Dataset) -> Array:
     """Residuals ``(probe, lanczos)`` of the Ritz values in the space that was left when their probe ran.
 
     In the whole space, ``ritz_residual``, they also hold the probe's coupling to what was deflated before.
     """
     whole, coupling = ds["ritz_residual"].values, ds["ritz_coupling"].values
-    own: np.ndarray = np.sqrt(np.maximum(whole**2 - coupling[:, None] ** 2, 0.0))
+    own: Array = np.sqrt(np.maximum(whole**2 - coupling[:, None] ** 2, 0.0))
     return own
 
 
@@ -158,7 +160,7 @@ def gauss_rules(ds: xr.Dataset) -> list[RitzPairs]:
     return [RitzPairs(*(column[np.isfinite(rule[0])] for column in rule)) for rule in columns]
 
 
-def all_ritz_values(ds: xr.Dataset, own: bool) -> tuple[np.ndarray, np.ndarray]:
+def all_ritz_values(ds: xr.Dataset, own: bool) -> tuple[Array, Array]:
     """Ritz values ``(n,)`` of all spaces and their residuals; those of merged spaces are of all these together.
 
     Parameters
@@ -176,7 +178,7 @@ def all_ritz_values(ds: xr.Dataset, own: bool) -> tuple[np.ndarray, np.ndarray]:
     return np.append(value[known], merged_value), np.append(residual[known], merged_residual)
 
 
-def merged_ritz_values(ds: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def merged_ritz_values(ds: xr.Dataset) -> tuple[Array, Array]:
     """Ritz values ``(n,)`` of all merged spaces together, descending, and their residuals; empty without such."""
     if "ritz_merged" not in ds or not (ds["ritz_merged"].values == 1).any():
         return np.empty(0), np.empty(0)
@@ -214,10 +216,10 @@ class SpectralMeasure:
     dominates, very large where many contribute.
     """
 
-    node: np.ndarray
-    weight: np.ndarray
-    probe: np.ndarray
-    n_before: np.ndarray
+    node: Array
+    weight: Array
+    probe: NDArray[np.intp]
+    n_before: NDArray[np.intp]
     n_parameters: int
 
     @classmethod
@@ -248,7 +250,7 @@ class SpectralMeasure:
         node, weight, probe, n_before = (np.concatenate(column) for column in zip(*parts, strict=True))
         measure = SpectralMeasure(node, weight, probe, n_before, self.n_parameters)
         # both sets of rules give a probe's first two moments: what they differ by comes from a calibration
-        return measure.calibrated(self.weight @ self.node, self.weight @ self.node**2)
+        return measure.calibrated(float(self.weight @ self.node), float(self.weight @ self.node**2))
 
     def calibrated(self, mean: float, mean_square: float) -> SpectralMeasure:
         """The measure with sampled weights that give it this mean and mean square.
@@ -281,11 +283,11 @@ class SpectralMeasure:
         return replace(self, weight=weights)
 
     @property
-    def sampled(self) -> np.ndarray:
+    def sampled(self) -> NDArray[np.bool_]:
         """Which nodes are sampled, ``(quadrature,)`` of bool."""
         return self.probe > 0
 
-    def mean(self, f: np.ndarray) -> Estimate:
+    def mean(self, f: Array) -> Estimate:
         """Average of a function over the spectrum, given its values ``(quadrature,)`` at the nodes.
 
         The standard error is that of sampling. It does not include the error of the quadrature rule, which is zero
@@ -309,7 +311,7 @@ class SpectralMeasure:
         weighted = float(np.sum(np.square(variances) / np.array(dofs)))  # Satterthwaite's denominator
         return Estimate(value, variance**0.5, dof=variance**2 / weighted if weighted > 0 else np.inf)
 
-    def means(self, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def means(self, f: Array) -> tuple[Array, Array]:
         """Averages and standard errors of many functions: values ``(n, quadrature)`` to ``(n,)`` and ``(n,)``."""
         variance = np.zeros(len(f))
         for stage in self._stages():
@@ -317,12 +319,12 @@ class SpectralMeasure:
             variance += stage.factor * np.maximum(stage.averages(f**2) - centre**2, 0)
         return f @ self.weight, np.sqrt(variance)
 
-    def total(self, f: np.ndarray) -> Estimate:
+    def total(self, f: Array) -> Estimate:
         """Sum of a function over all eigenvalues: ``P`` times :meth:`mean`."""
         mean = self.mean(f)
         return Estimate(self.n_parameters * mean.value, self.n_parameters * mean.se, dof=mean.dof)
 
-    def cumulative_variance(self, points: np.ndarray) -> tuple[np.ndarray, int]:
+    def cumulative_variance(self, points: Array) -> tuple[Array, int]:
         """Sampling variance of the cumulative distribution at some points, from the scatter of the probes.
 
         Parameters
@@ -355,7 +357,7 @@ class SpectralMeasure:
         distributions = steps[:, np.searchsorted(self.node[order], points, side="right")]
         return self._scatter(precision, distributions), len(precision) - 1
 
-    def scatter(self, f: np.ndarray) -> np.ndarray:
+    def scatter(self, f: Array) -> Array:
         """Sampling variances ``(n,)`` of the averages of functions, from the scatter of the probes.
 
         The variance of :meth:`means` comes from the randomness of the nodes' masses alone; this one, of functions that
@@ -370,12 +372,12 @@ class SpectralMeasure:
         return self._scatter(precision, weights @ f.T) if len(precision) > 1 else np.zeros(len(f))
 
     @staticmethod
-    def _scatter(precision: np.ndarray, estimates: np.ndarray) -> np.ndarray:
+    def _scatter(precision: Array, estimates: Array) -> Array:
         """Variance ``(n,)`` of the weighted average of the probes' estimates ``(probe, n)``."""
-        variance: np.ndarray = precision @ (estimates - precision @ estimates) ** 2 / (len(precision) - 1)
+        variance: Array = precision @ (estimates - precision @ estimates) ** 2 / (len(precision) - 1)
         return variance
 
-    def _of_each_probe(self) -> tuple[np.ndarray, np.ndarray]:
+    def _of_each_probe(self) -> tuple[Array, Array]:
         """Each probe's estimate of the whole spectrum: weights of the nodes ``(probe, quadrature)``.
 
         Along with the weights ``(probe,)`` of these estimates in the average.
@@ -439,10 +441,11 @@ class _Stage:
 
     n_before: int
     n_free: int
-    weight: np.ndarray
+    weight: Array
     factor: float
     n_probes: int
 
-    def averages(self, f: np.ndarray) -> np.ndarray:
+    def averages(self, f: Array) -> Array:
         """Averages of functions ``(n, quadrature)`` over the spectrum left at this stage."""
-        return f @ self.weight
+        averages: Array = f @ self.weight
+        return averages

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pnanalysis.arrays import Array
 from pnanalysis.spectra.data_feed import Receiver
 from pnanalysis.spectra.merged import MergedSpaces
 from pnanalysis.spectra.stopping import Until
@@ -56,8 +57,8 @@ class LanczosCoefficients:
         Whether later probes ran in the complement of its Krylov space.
     """
 
-    alpha: np.ndarray
-    beta: np.ndarray
+    alpha: Array
+    beta: Array
     n_before: int = 0
     sampled: bool = True
     deflated: bool = False

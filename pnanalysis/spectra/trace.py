@@ -97,7 +97,7 @@ def _exact(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, i
 def _hutchinson(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
     # For g uniform on the unit sphere, the mean of P g'Hg is the trace; its variance is below that of a Gaussian g.
     samples = []
-    for block in torch.arange(n_hvp).split(_PROBES_AT_ONCE):
+    for block in torch.split(torch.arange(n_hvp), _PROBES_AT_ONCE):
         probes = random_unit_vectors(operator, block.tolist(), seed)
         samples.append(inner_products(probes, _product(operator, probes)))
     return _mean(operator.shape[0] * torch.cat(samples)), n_hvp

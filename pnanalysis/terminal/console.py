@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pnanalysis.errors import PnError, printable, reason
+from pnanalysis.errors import PnError, is_out_of_memory, printable, reason
 from pnanalysis.estimates import Estimate, proportion
 from pnanalysis.terminal.streams import error_stream, lasting_streams
 
@@ -108,7 +108,9 @@ def _run(app: typer.Typer) -> NoReturn:
         _fail((error.strerror or reason(error)) + (f": {error.filename}" if error.filename else ""))
     except _USAGE_ERROR as error:
         _fail_usage(error)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         _fail("there is not enough memory; take smaller batches or fewer examples, or a machine with more of it")
     except SystemExit as ending:  # typer returns its own
         _fail(f"code of a network, loss or data set ended the program ({reason(ending)}); what was saved is intact")

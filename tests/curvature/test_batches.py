@@ -85,3 +85,23 @@ def test_a_loss_that_needs_more_than_two_examples_has_them() -> None:
         HessianOperator(model, wide, batches)
     with pytest.raises(ValueError, match="too few"):
         HessianOperator(model, wide, images((2, 4)))
+
+
+def test_micro_batches_share_the_weight_of_their_batch() -> None:
+    model, (batch,) = NETWORKS["tanh"](), images((12,))
+    batches = [tuple(part[:9] for part in batch), tuple(part[9:] for part in batch)]
+    whole, cut = (
+        HessianOperator(model, cross_entropy, batches, weight="batches", micro_batch=size) for size in (None, 4)
+    )
+    assert relative(cut.to_dense(), whole.to_dense()) < 1e-12
+
+
+def test_micro_batches_are_refused_where_examples_see_each_other() -> None:
+    class Centred(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0))
+
+    (inputs, targets) = torch.randn(12, 5), torch.randint(3, (12,))
+    HessianOperator(Centred(5, 3), cross_entropy, [(inputs, targets)])
+    with pytest.raises(CurvatureError, match="not made up of the losses of its examples"):
+        HessianOperator(Centred(5, 3), cross_entropy, [(inputs, targets)], micro_batch=4)

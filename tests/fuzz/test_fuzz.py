@@ -102,16 +102,16 @@ def dataset() -> xr.Dataset:
     return schema.finish(xr.Dataset(series, coords), "history", recipe="none", command="pntrain")
 
 
+MANIFEST = {
+    "id": "a", "recipe": "tiny", "config": {"epochs": 1}, "ends": [0],
+    "model": {"name": "tanh7", "options": {"width": 4}}, "data": {"name": "digits", "split_seed": 0},
+    "champion": 0, "layers": [["a"]], "loss": "mse",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    writer = RunWriter.create(
-        tmp_path_factory.mktemp("fuzz") / "run",
-        {
-            "id": "a", "recipe": "tiny", "config": {"epochs": 1}, "ends": [0],
-            "model": {"name": "tanh7", "options": {"width": 4}}, "data": {"name": "digits", "split_seed": 0},
-            "champion": 0, "layers": [["a"]], "loss": "mse",
-        },
-    )  # fmt: skip
+    writer = RunWriter.create(tmp_path_factory.mktemp("fuzz") / "run", MANIFEST)
     writer.save_checkpoint(0, 0, {"weight": torch.ones(2)})
     writer.release()
     return writer.path / "run.json"

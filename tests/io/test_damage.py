@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -11,13 +15,14 @@ import torch
 import xarray as xr
 from safetensors.torch import save_file
 
+import pnanalysis as pn
 from pnanalysis import schema
 from pnanalysis.errors import ModelError, PnError, RunError, SchemaError
 from pnanalysis.geometry.flat_weights import FlatWeights
-from pnanalysis.io import netcdf
+from pnanalysis.io import netcdf, zarr_store
 from pnanalysis.io.files import read_regular
-from pnanalysis.io.runs import MANIFEST, Checkpoint, open_run
-from pnanalysis.io.verification import verify_file
+from pnanalysis.io.runs import MANIFEST, Checkpoint, Run, open_run
+from pnanalysis.io.verification import verify, verify_file
 from pnanalysis.io.weights import read_weights
 from pnanalysis.io.writer import RunWriter
 
@@ -170,3 +175,42 @@ def test_reading_takes_no_more_memory_than_the_file_has(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_a_run_is_verified_file_by_file(tiny_run: Run, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run.path, tmp_path / "own")
+    run = open_run(tmp_path / "own")
+    zarr_store.save(pn.trajectory(run, progress=False), run.path / "analysis/trajectory.zarr")
+    found = {finding.path.relative_to(run.path).as_posix(): finding for finding in verify(open_run(run.path))}
+    assert len(found) == len(run.checkpoints) + 2
+    assert found["history.nc"].text == "intact"
+    assert found["analysis/trajectory.zarr"].text == "intact"
+    weights = run.plain.path
+    raw = weights.read_bytes()
+    weights.write_bytes(flipped(raw, 8 * len(raw) - 1))
+    problems = [finding for finding in verify(run) if finding.problem]
+    assert [finding.path for finding in problems] == [weights]
+    assert problems[0].text == problems[0].problem
+    assert str(weights) in problems[0].text
+    assert not problems[0].is_confirmed
+
+
+def test_a_disk_that_fails_while_reading_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(io.BufferedReader):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "file").write_bytes(b"few")
+    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode: Failing(io.FileIO(descriptor)))
+    with pytest.raises(RunError, match=r"file: cannot be read \(.*Input/output error"):
+        read_regular(tmp_path / "file", 10, RunError)
+
+
+@pytest.mark.parametrize(("size", "is_read"), [(10, True), (11, False)])
+def test_a_file_may_be_as_large_as_its_limit(tmp_path: Path, size: int, is_read: bool) -> None:
+    (tmp_path / "file").write_bytes(bytes(size))
+    if is_read:
+        assert read_regular(tmp_path / "file", 10, RunError) == bytes(size)
+    else:
+        with pytest.raises(RunError, match="has 11 bytes, and a file of this kind at most 10"):
+            read_regular(tmp_path / "file", 10, RunError)

@@ -67,6 +67,21 @@ def test_contenders_are_two_different_end_points(tiny_run: Run, champion: int | 
     assert with_champion(tiny_run, champion).contenders == ("plain", second)
 
 
+def test_a_run_says_which_it_is(tiny_run: Run) -> None:
+    assert repr(tiny_run) == f"Run('{tiny_run.path}': tiny, {len(tiny_run.checkpoints)} checkpoints)"
+
+
+@pytest.mark.parametrize(("champion", "other", "name"), [(0, 0, "challenger"), (0, 1, "champion"), (1, 0, "champion")])
+def test_a_plain_champion_gives_way_beside_the_same_network(
+    tiny_run: Run, champion: int, other: int, name: str
+) -> None:
+    run = with_champion(tiny_run, champion)
+    assert run.champion_beside([with_champion(tiny_run, other)]) == name
+    assert run.champion_beside([]) == "champion"
+    run.manifest["strategy"] = "restart"
+    assert run.champion_beside([with_champion(tiny_run, other)]) == "champion"
+
+
 def test_checkpoints_are_equal_to_the_last_bit_or_not_at_all(own_run: Run) -> None:
     assert own_run.plain.equals(own_run.plain)
     assert not own_run.plain.equals(own_run.challenger)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from pnanalysis.analyses.spectrum_cache import SpectrumCache
 from pnanalysis.checks import check_writable
@@ -18,7 +20,9 @@ from pnanalysis.errors import CurvatureError, DataError, ModelError, PnError, Ru
 from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import datasets, netcdf
 from pnanalysis.io.atomic import check_replaceable
+from pnanalysis.io.files import check_inside
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
+from pnanalysis.io.weights import read_state_dicts
 from pnanalysis.io.writer import RunWriter
 from tests.io.test_damage import history
 
@@ -71,6 +75,13 @@ def test_a_folder_that_leads_out_of_the_run_is_neither_read_nor_written(own_run:
     assert sorted(outside.iterdir()) == before
 
 
+def test_links_in_a_circle_lead_out_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "round").symlink_to(tmp_path / "about")
+    (tmp_path / "about").symlink_to(tmp_path / "round")
+    with pytest.raises(RunError, match="its folder is a link out of the run"):
+        check_inside(tmp_path / "round/file", tmp_path, RunError)
+
+
 def test_weights_outside_of_runs_may_be_links(own_run: Run, tmp_path: Path) -> None:
     from pnanalysis.io.weights import read_weights
 
@@ -100,6 +111,24 @@ def write_bomb(file: h5py.File, secret: Path) -> None:
     file.create_dataset("bomb", (2**40,), "f8", chunks=(2**20,), compression="gzip")
 
 
+def write_many_arrays(file: h5py.File, secret: Path) -> None:
+    for i in range(5_001):
+        file.create_dataset(f"{i}", (), "u1")
+
+
+def write_many_attributes(file: h5py.File, secret: Path) -> None:
+    for i in range(1_001):
+        file["train_loss"].attrs[f"{i}"] = 0
+
+
+def write_large_attribute(file: h5py.File, secret: Path) -> None:
+    file.attrs.create("large", np.zeros(2**24 + 1, "u1"))
+
+
+def write_other_filter(file: h5py.File, secret: Path) -> None:
+    file.create_dataset("packed", (8,), "f8", chunks=(8,), compression="lzf")
+
+
 def write_kind(file: h5py.File, secret: Path) -> None:
     file.attrs["kind"] = np.arange(3)
 
@@ -112,6 +141,10 @@ def write_kind(file: h5py.File, secret: Path) -> None:
         (write_external_storage, "lies in another file"),
         (write_virtual, "lies in another file"),
         (write_bomb, "bytes of memory"),
+        (write_many_arrays, "holds 5,0.. arrays, more than any"),
+        (write_many_attributes, "'train_loss' has 1,0.. attributes, more than any"),
+        (write_large_attribute, "has an attribute 'large' that is too large"),
+        (write_other_filter, "'packed' is packed in an unknown way; use zlib"),
         (write_kind, "not a pnanalysis dataset"),
     ],
 )
@@ -249,3 +282,15 @@ def test_streams_of_the_system_are_no_files_even_where_they_lead_to_one(path: st
     for check in (check_replaceable, check_writable):
         with pytest.raises(PnError, match="device"):
             check(path)
+
+
+def test_an_archive_that_grows_beyond_reason_is_not_read(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.pt"
+    torch.save({"weight": torch.zeros(2**23)}, plain)
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    assert read_state_dicts(plain)[""]["weight"].shape == (2**23,)
+    with pytest.raises(ModelError, match=r"bomb\.pt: 33,\d+,\d+ bytes are compressed into it"):
+        read_state_dicts(bomb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -148,3 +149,61 @@ def test_a_run_that_nobody_writes_is_not_running(tmp_path: Path, leaves_a_file: 
 def test_a_lock_that_is_forgotten_is_released(tmp_path: Path) -> None:
     Lock(tmp_path).acquire()
     Lock(tmp_path).acquire()
+
+
+def test_where_the_file_system_has_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock = Lock(tmp_path)
+    lock.acquire()
+    lock.release()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_whose_file_went_meanwhile_is_taken_on_the_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    flock, calls = fcntl.flock, []
+
+    def removed_by_its_owner(descriptor: int, operation: int) -> None:
+        flock(descriptor, operation)
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / LOCK).unlink()
+            if replaced:
+                (tmp_path / LOCK).touch()
+
+    monkeypatch.setattr(fcntl, "flock", removed_by_its_owner)
+    lock = Lock(tmp_path)
+    lock.acquire()
+    assert len(calls) == 2
+    assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    with pytest.raises(RunError, match="is being written by"):
+        Lock(tmp_path).acquire()
+    lock.release()
+
+
+def test_a_lock_that_is_held_is_acquired_once(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    lock.acquire()
+    lock.acquire()
+    lock.release()
+    Lock(tmp_path).acquire()
+
+
+def test_a_copy_of_the_process_leaves_the_lock_to_its_owner(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    lock.acquire()
+    child = os.fork()
+    if not child:
+        lock.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / LOCK).is_file()
+    with pytest.raises(RunError, match="is being written by"):
+        Lock(tmp_path).acquire()
+    lock.release()

@@ -154,6 +154,45 @@ def test_stores_without_checksums_are_read_as_before(paths: xr.Dataset, tmp_path
     assert verify_file(path).text == "readable, has no digest"
 
 
+def test_a_store_that_is_replaced_while_it_is_read_is_read_again(
+    paths: xr.Dataset, tmp_path: Path, monkeypatch
+) -> None:
+    path, loaded = pn.save(paths, tmp_path / "t.zarr"), zarr_store._loaded
+    shorter = iter([paths.isel(checkpoint=slice(3)), paths.isel(checkpoint=slice(2))])
+
+    def replaced(file: Path) -> xr.Dataset:
+        ds = loaded(file)
+        for other in shorter:
+            pn.save(other, file)
+            if other.sizes["checkpoint"] == 2:
+                raise SchemaError("half of one and half of another")
+            break
+        return ds
+
+    monkeypatch.setattr(zarr_store, "_loaded", replaced)
+    assert zarr_store.load(path).sizes["checkpoint"] == 2
+
+
+def test_a_store_that_is_replaced_again_and_again_is_given_up(paths: xr.Dataset, tmp_path: Path, monkeypatch) -> None:
+    path, loaded = pn.save(paths, tmp_path / "t.zarr"), zarr_store._loaded
+
+    def replaced(file: Path) -> xr.Dataset:
+        ds = loaded(file)
+        pn.save(paths, file)
+        return ds
+
+    monkeypatch.setattr(zarr_store, "_loaded", replaced)
+    with pytest.raises(SchemaError, match="is being replaced by another process again and again"):
+        zarr_store.load(path)
+
+
+def test_a_store_that_would_fill_the_memory_is_not_loaded(paths: xr.Dataset, tmp_path: Path, monkeypatch) -> None:
+    path = pn.save(paths, tmp_path / "t.zarr")
+    monkeypatch.setattr(zarr_store, "_LARGEST", paths.nbytes // 2)
+    with pytest.raises(SchemaError, match="bytes of memory; open it with open_store"):
+        zarr_store.load(path)
+
+
 def test_a_tree_is_no_store(tiny_run: Run, tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"ends in \.nc"):
         datasets.save(tiny_run.results, tmp_path / "tree.zarr")

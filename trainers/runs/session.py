@@ -15,13 +15,13 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis import schema
+from pnanalysis.checks import human
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.inputs.data import SPLITS, AnySplit, Split, Splits
 from pnanalysis.inputs.models import build_model, parameter_layers, resolve_loss
 from pnanalysis.io.runs import MANIFEST, Run, best_iteration, open_run
 from pnanalysis.io.writer import RunWriter, check_new
 from pnanalysis.schema import error_name
-from pnanalysis.spectra.memory import human
 from pnanalysis.terminal.console import error_cell, print_status, text
 from trainers.loop.fit import Epoch, error_kind, fit, optimizer_tensors
 from trainers.loop.persistence import PersistentPenalty, choose_layers
