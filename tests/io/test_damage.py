@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 import pnanalysis as pn
 from pnanalysis import schema
-from pnanalysis.errors import ModelError, PnError, RunError, SchemaError
+from pnanalysis.analyses.spectrum_cache import SpectrumCache
+from pnanalysis.errors import CurvatureError, ModelError, PnError, RunError, SchemaError
 from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.io import netcdf, zarr_store
 from pnanalysis.io.files import read_regular
@@ -214,3 +215,13 @@ def test_a_file_may_be_as_large_as_its_limit(tmp_path: Path, size: int, is_read:
     else:
         with pytest.raises(RunError, match="has 11 bytes, and a file of this kind at most 10"):
             read_regular(tmp_path / "file", 10, RunError)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"seed": 1, "sha256": "0"}'])
+def test_damaged_settings_of_unfinished_work_are_one_sentence(tmp_path: Path, damage: str) -> None:
+    SpectrumCache.claim(tmp_path, {"seed": 0})
+    (tmp_path / "a.nc").touch()
+    SpectrumCache.claim(tmp_path, {"seed": 0})
+    (tmp_path / "settings.json").write_text(damage)
+    with pytest.raises(CurvatureError, match=r"settings.json: is damaged.*; delete the folder to start again$"):
+        SpectrumCache.claim(tmp_path, {"seed": 0})
