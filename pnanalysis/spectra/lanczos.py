@@ -27,7 +27,9 @@ from scipy.linalg import eigh_tridiagonal
 
 from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError
+from pnanalysis.io import digest
 from pnanalysis.io.atomic import atomic_path
+from pnanalysis.io.files import open_regular
 from pnanalysis.spectra.inner_products import combinations, inner_products, norms, orthogonalised
 from pnanalysis.spectra.linear_operator import (
     LinearOperator,
@@ -346,7 +348,9 @@ class Lanczos:
         tensors = {name: tensor.contiguous() for name, tensor in self._state(self.step).items()}
         with atomic_path(path) as temporary:
             try:
-                save_file(tensors, temporary, metadata={"label": label, "exponent": str(self._exponent or 0)})
+                metadata = {"label": label, "exponent": str(self._exponent or 0), digest.KEY: digest.BLANK}
+                save_file(tensors, temporary, metadata)
+                digest.sign(temporary)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
 
@@ -358,8 +362,10 @@ class Lanczos:
         Raises
         ------
         CurvatureError
-            If the file cannot be read, or was saved under another label, by other settings or for another operator.
+            If the file is damaged, or was saved under another label, by other settings or for another operator.
         """
+        with open_regular(path, CurvatureError) as opened:
+            digest.check_entry(opened, path, CurvatureError, "delete it to start again")
         try:
             with safe_open(path, "pt") as file:
                 saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
