@@ -17,7 +17,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.ghosts import without_ghosts
 from pnanalysis.spectra.lanczos import Lanczos
 from pnanalysis.spectra.linear_operator import DiagonalOperator, random_unit_vectors
-from pnanalysis.spectra.memory import MODES, Storage, probes_at_once
+from pnanalysis.spectra.memory import MODES, Storage, probes_at_once, vectors_at_once
 from pnanalysis.spectra.quadrature import ritz
 
 CPU = torch.device("cpu")
@@ -171,3 +171,10 @@ def test_peak_memory_at_four_million_parameters(mode: str, most: float) -> None:
     vectors = json.loads(done.stdout.splitlines()[-1])["vectors"]
     assert vectors <= most
     assert vectors >= {"memory": 25, "half": 12, "disk": 0, "none": 0}[mode]
+
+
+@pytest.mark.parametrize(("bound", "n"), [(3, 0), (4, 1), (20, 10)])
+def test_single_vectors_leave_room_to_work_with(bound: int, n: int) -> None:
+    unit = 1000 * 4
+    found = [vectors_at_once(Storage(torch.float32, CPU), 1000, 10, bound * unit + spare) for spare in (0, 999)]
+    assert found == [n, n]

@@ -16,10 +16,11 @@ def symmetric(n: int, seed: int) -> torch.Tensor:
     return (square + square.T) / 2
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.01])
 @pytest.mark.parametrize("sizes", [(7,), (9, 6), (5, 4, 6)])
-def test_equals_the_dense_projection(sizes):
+def test_equals_the_dense_projection(sizes, scale):
     n = 40
-    matrix = symmetric(n, 0)
+    matrix = symmetric(n, 0) * scale
     operator = DenseOperator(matrix)
     couplings, spaces, tridiagonal = Couplings(), torch.zeros(n, 0, dtype=torch.float64), []
     for index, size in enumerate(sizes):
