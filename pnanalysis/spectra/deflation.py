@@ -57,12 +57,12 @@ from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, Lanczos, Saver
 from pnanalysis.spectra.linear_operator import (
     LinearOperator,
     arithmetic,
-    random_unit_vectors,
     round_off,
 )
 from pnanalysis.spectra.memory import probes_at_once, vectors_at_once
 from pnanalysis.spectra.merged import Couplings, MergedSpaces
 from pnanalysis.spectra.plan import check_fits, equal_probes, fewest_columns, is_exact
+from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.sample import LanczosCoefficients, SamplingSettings, SpectrumSample
 from pnanalysis.terminal.progress import Advance
 

@@ -13,7 +13,8 @@ from pnanalysis.arrays import Array
 from pnanalysis.io import netcdf
 from pnanalysis.spectra.inner_products import inner_products, norms
 from pnanalysis.spectra.lanczos import warn_unsaved
-from pnanalysis.spectra.linear_operator import LinearOperator, random_unit_vectors
+from pnanalysis.spectra.linear_operator import LinearOperator
+from pnanalysis.spectra.random_vectors import random_unit_vectors
 
 _SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
 

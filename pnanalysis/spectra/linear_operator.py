@@ -1,4 +1,4 @@
-"""Symmetric linear operators: the protocol, operators made from matrices, and random vectors.
+"""Symmetric linear operators: the protocol, and operators made from matrices.
 
 Vectors are columns. Wherever several vectors cross the boundary of a function or class of this package, they are a
 tensor ``(P, k)``, or ``(..., P, k)`` for several sets of them: start vectors, bases, deflated spaces, Ritz vectors.
@@ -9,7 +9,6 @@ BLAS reads bases row by row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -210,22 +209,6 @@ def checked_product(operator: LinearOperator, V: torch.Tensor) -> torch.Tensor:
     if product.is_complex():
         raise CurvatureError(_COMPLEX)
     return product
-
-
-def random_unit_vectors(operator: LinearOperator, indices: Iterable[int], seed: int) -> torch.Tensor:
-    """Vectors ``(P, k)`` uniform on the unit sphere, on the operator's device and in its dtype.
-
-    Vector ``i`` depends on ``seed`` and ``i`` only, not on the device, the dtype or the other indices: each is drawn on
-    the CPU in float64 from a separate generator.
-    """
-    indices = list(indices)
-    vectors = empty_columns(operator.shape[0], len(indices), operator.dtype, operator.device)
-    for column, index in zip(vectors.T, indices, strict=True):
-        state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))  # seeds must fit in 63 bits
-        vector = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64)
-        column.copy_(vector.div_(torch.linalg.vector_norm(vector)))
-    return vectors
 
 
 def _square(shape: tuple[int, ...]) -> tuple[int, int]:

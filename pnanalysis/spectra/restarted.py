@@ -32,9 +32,9 @@ from pnanalysis.spectra.linear_operator import (
     checked_product,
     contiguous_columns,
     empty_columns,
-    random_unit_vectors,
     round_off,
 )
+from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.terminal.progress import Advance
 
 #: Which eigenvalues: the largest, the smallest (most negative), or those of the largest magnitude.

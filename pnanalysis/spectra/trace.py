@@ -13,8 +13,9 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.inner_products import inner_products
-from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, checked_product, random_unit_vectors
+from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, checked_product
 from pnanalysis.spectra.memory import DEFAULT_FRACTION
+from pnanalysis.spectra.random_vectors import random_unit_vectors
 
 #: Vectors that Hutchinson's estimate multiplies at a time, and keeps.
 _PROBES_AT_ONCE = 10

@@ -14,9 +14,9 @@ from pnanalysis.spectra.linear_operator import (
     DiagonalOperator,
     as_operator,
     contiguous_columns,
-    random_unit_vectors,
 )
 from pnanalysis.spectra.quadrature import ritz
+from pnanalysis.spectra.random_vectors import random_unit_vectors
 
 EPS = np.finfo(np.float64).eps
 SINGLE = torch.finfo(torch.float32).eps

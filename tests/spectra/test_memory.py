@@ -16,9 +16,10 @@ import pnanalysis as pn
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.ghosts import without_ghosts
 from pnanalysis.spectra.lanczos import Lanczos
-from pnanalysis.spectra.linear_operator import DiagonalOperator, random_unit_vectors
+from pnanalysis.spectra.linear_operator import DiagonalOperator
 from pnanalysis.spectra.memory import MODES, Storage, probes_at_once, vectors_at_once
 from pnanalysis.spectra.quadrature import ritz
+from pnanalysis.spectra.random_vectors import random_unit_vectors
 
 CPU = torch.device("cpu")
 

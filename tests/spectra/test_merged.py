@@ -6,9 +6,10 @@ import torch
 
 from pnanalysis import spectral_density
 from pnanalysis.spectra.lanczos import Lanczos
-from pnanalysis.spectra.linear_operator import DenseOperator, random_unit_vectors
+from pnanalysis.spectra.linear_operator import DenseOperator
 from pnanalysis.spectra.merged import Couplings, MergedSpaces
 from pnanalysis.spectra.quadrature import merged_ritz_values
+from pnanalysis.spectra.random_vectors import random_unit_vectors
 
 
 def symmetric(n: int, seed: int) -> torch.Tensor:
