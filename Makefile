@@ -42,9 +42,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "not faults"
 
-# Writes benchmarks/results/faults.json and docs/reliability.md. TRIES=5: as many of each kind, instead of 10 to 50.
+# Writes benchmarks/results/faults.json and docs/reliability.md. TRIES=5: as many of each kind, instead of 10 to 50
+# (about half an hour on two cores).
 test-faults: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults -n 2 --dist worksteal
 
 # Writes benchmarks/results/fuzz.json. Stops at the first input of a kind that ends in another error than ours, and prints it.
 fuzz: FUZZ ?= 2000

@@ -15,17 +15,19 @@ import torch
 import xarray as xr
 from torch import nn
 
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, reason
 from pnanalysis.inputs.batches import fingerprint, tensors
 from pnanalysis.inputs.data import LoaderSplit, Split
 from pnanalysis.inputs.sources import Source
-from pnanalysis.io import netcdf
+from pnanalysis.io import digest, netcdf
 from pnanalysis.io.atomic import atomic_path
-from pnanalysis.io.files import check_tree
+from pnanalysis.io.files import check_tree, read_regular
 from pnanalysis.io.runs import ANALYSIS
 from pnanalysis.spectra.data_error import DATA_ERRORS
 from pnanalysis.spectra.finished import saved_or_computed
 from pnanalysis.spectra.linear_operator import LinearOperator
+
+_LARGEST_SETTINGS = 2**24  # bytes
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -105,7 +107,7 @@ class SpectrumCache:
         check_tree(cache.folder, CurvatureError)
         path, own = cache.folder / "settings.json", json.loads(json.dumps(dict(settings), default=str))
         if path.is_file() and (any(cache.folder.glob("*.nc")) or any(cache.folder.glob("*/*.safetensors"))):
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = _settings_in(path)
             other = [name for name in own if before.get(name) != own[name]]
             if other:
                 raise CurvatureError(
@@ -114,7 +116,8 @@ class SpectrumCache:
                 )
             return cache
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(own, indent=1), encoding="utf-8")
+            signed = {**own, digest.KEY: digest.of_entries(own)}
+            temporary.write_text(json.dumps(signed, indent=1), encoding="utf-8")
         return cache
 
     def of(self, network: nn.Module) -> SpectrumCache:
@@ -128,3 +131,16 @@ class SpectrumCache:
         """
         name = "-".join(part for part in (self.weights[:16], layer.replace("/", "-")) if part)
         return saved_or_computed(self.folder / f"{name}.nc", operator, compute)
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    """The settings that a folder of unfinished work was begun with."""
+    advice = "delete the folder to start again"
+    try:
+        settings = json.loads(read_regular(path, _LARGEST_SETTINGS, CurvatureError))
+    except (ValueError, RecursionError) as error:
+        raise CurvatureError(f"{path}: is damaged ({reason(error)}); {advice}") from error
+    if not isinstance(settings, dict):
+        raise CurvatureError(f"{path}: is damaged, for it holds no settings; {advice}")
+    digest.check_entries(settings, path, CurvatureError, advice)
+    return settings

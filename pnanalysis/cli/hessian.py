@@ -38,6 +38,10 @@ def hessian(
             help="Memory limit of the Lanczos basis, such as 500M or 8G; passes of the network add to it.",
         ),
     ] = None,
+    basis: Annotated[
+        Literal["auto", "memory", "half", "disk", "none"],
+        typer.Option(help="How the basis is kept; by itself the first of these that --memory has room for."),
+    ] = "auto",
     deflate: Annotated[
         bool,
         typer.Option("--deflate/--no-deflate", help="Treat outlying eigenvalues exactly instead of sampling them."),
@@ -106,7 +110,7 @@ def hessian(
     ds = analyse(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
         n_hvp=n_hvp, until=options.targets(until), max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
-        deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
+        basis=basis, deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
         per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, data_error=data_error, device=device,
         seed=seed, progress=not quiet,
     )  # fmt: skip

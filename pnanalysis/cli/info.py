@@ -121,7 +121,7 @@ def _of_run(run: Run) -> list[list[Cell]]:
     champion = run.champion.name if run.ends else "none yet"
     return [
         ["recipe", f"{manifest['recipe']} ({manifest.get('strategy', '?')})"],
-        ["status", f"{manifest.get('status', '?')}, {len(run.ends)} of {config.get('iterations', '?')} iterations"],
+        ["status", f"{run.status}, {len(run.ends)} of {config.get('iterations', '?')} iterations"],
         ["model", manifest["model"]["name"]],
         ["data", f"{manifest['data']['name']} ({manifest['data'].get('fingerprint', '')})"],
         ["seed", str(config.get("seed", "?"))],

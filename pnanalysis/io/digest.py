@@ -1,16 +1,19 @@
 """SHA-256 digests that files carry in themselves: any bit that changes is found when they are read.
 
 Of a NetCDF file the digest follows the content, where readers of HDF5 do not look. Of a safetensors file it is an entry
-of the header, computed with zeros in its own place. Files without one were written by others, or by an older version.
+of the header, computed with zeros in its own place. Of JSON it is an entry of the object, computed over all others.
+Files without one were written by others, or by an older version.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pnanalysis.errors import PnError
 
@@ -20,6 +23,7 @@ _DIGITS = 64
 KEY, BLANK = "sha256", "0" * _DIGITS
 _ENTRY = b'"sha256":"'
 _CHUNK = 2**22
+_AGAIN = "restore it from a copy, or compute it again"
 
 
 def with_trailer(content: bytes | memoryview) -> bytes:
@@ -49,7 +53,19 @@ def with_entry(raw: bytes) -> bytes:
     return b"".join((raw[:place], hashlib.sha256(raw).hexdigest().encode(), raw[place + _DIGITS :]))
 
 
-def check_entry(file: BinaryIO, path: str | os.PathLike[str], error: type[PnError]) -> bool:
+def sign(path: Path) -> None:
+    """Write its digest into a safetensors file that :func:`with_entry` would take. The file is read in pieces."""
+    with open(path, "rb+") as file:
+        length = file.read(8)
+        place = _place(length + file.read(int.from_bytes(length, "little")))
+        assert place is not None, "no place for the digest"
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256")
+        file.seek(place)
+        file.write(digest.hexdigest().encode())
+
+
+def check_entry(file: BinaryIO, path: str | os.PathLike[str], error: type[PnError], advice: str = _AGAIN) -> bool:
     """Whether a safetensors file holds its digest. The file is read in pieces.
 
     Raises
@@ -68,16 +84,36 @@ def check_entry(file: BinaryIO, path: str | os.PathLike[str], error: type[PnErro
         return False
     rest = iter(lambda: file.read(_CHUNK), b"")
     pieces = (header[:place], BLANK.encode(), header[place + _DIGITS :])
-    _compare([*pieces], header[place : place + _DIGITS], path, error, rest)
+    _compare(itertools.chain(pieces, rest), header[place : place + _DIGITS], path, error, advice)
+    return True
+
+
+def of_entries(entries: Mapping[str, Any]) -> str:
+    """The digest of a JSON object, however it is written, over all entries but :data:`KEY`."""
+    others = {name: value for name, value in entries.items() if name != KEY}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def check_entries(
+    entries: Mapping[str, Any], path: str | os.PathLike[str], error: type[PnError], advice: str = _AGAIN
+) -> bool:
+    """Whether a JSON object holds its digest.
+
+    Raises
+    ------
+    PnError
+        If that is the digest of something else.
+    """
+    if KEY not in entries:
+        return False
+    if of_entries(entries) != entries[KEY]:
+        raise _damaged(path, error, advice)
     return True
 
 
 def _place(raw: bytes) -> int | None:
-    """Where the digest is in the header of a safetensors file, whose metadata come first."""
-    length = int.from_bytes(raw[:8], "little")
-    if not raw[8 : 8 + length].startswith(b'{"__metadata__":{'):
-        return None
-    place = raw.find(_ENTRY, 8, raw.find(b"}", 8, 8 + length))
+    """Where the digest is in the header of a safetensors file: only metadata have texts as values."""
+    place = raw.find(_ENTRY, 8, 8 + int.from_bytes(raw[:8], "little"))
     return None if place < 0 else place + len(_ENTRY)
 
 
@@ -86,14 +122,15 @@ def _compare(
     recorded: bytes,
     path: str | os.PathLike[str],
     error: type[PnError],
-    rest: Iterable[bytes] = (),
+    advice: str = _AGAIN,
 ) -> None:
     digest = hashlib.sha256()
-    for source in (pieces, rest):
-        for piece in source:
-            digest.update(piece)
+    for piece in pieces:
+        digest.update(piece)
     if digest.hexdigest().encode() != recorded:
-        raise error(
-            f"{Path(path)}: is damaged, for its content is not what was written (its SHA-256 digest differs); "
-            "restore it from a copy, or compute it again"
-        )
+        raise _damaged(path, error, advice)
+
+
+def _damaged(path: str | os.PathLike[str], error: type[PnError], advice: str) -> PnError:
+    what = "its content is not what was written (its SHA-256 digest differs)"
+    return error(f"{Path(path)}: is damaged, for {what}; {advice}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import time
 import weakref
 from pathlib import Path
 
@@ -39,6 +40,10 @@ class Lock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
+                if not _is_exclusive(descriptor):  # someone was looking: see is_held
+                    os.close(descriptor)
+                    time.sleep(0.01)
+                    continue
                 owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
                 os.close(descriptor)
                 raise RunError(
@@ -66,6 +71,29 @@ class Lock:
             return os.path.samestat(os.fstat(descriptor), os.stat(self.path, follow_symlinks=False))
         except FileNotFoundError:
             return False
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder, as far as that can be told; nothing is written to find out."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:  # another user's
+        return True
+    try:
+        return _is_exclusive(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_exclusive(descriptor: int) -> bool:
+    """Whether another one has this file for itself, by sharing it for a moment."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # also where the file system has no locks, so that nothing is known
+        return True
+    return False
 
 
 def _release(path: Path, descriptor: int, owner: int) -> None:

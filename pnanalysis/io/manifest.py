@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pnanalysis import schema
 from pnanalysis.checks import MOST_ITERATIONS
 from pnanalysis.errors import RunError, reason
+from pnanalysis.io import digest
 from pnanalysis.io.files import read_regular
 
 FORMAT = "pnanalysis-run"
@@ -83,6 +84,12 @@ _OPTIONAL: dict[str, tuple[Check, str]] = {
 }
 
 
+def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """The file of a manifest, with its digest."""
+    entries = json.loads(json.dumps(manifest))  # as it will be read
+    return (json.dumps({**entries, digest.KEY: digest.of_entries(entries)}, indent=2) + "\n").encode()
+
+
 def read_manifest(file: Path) -> dict[str, Any]:
     """Read and check a manifest.
 
@@ -94,8 +101,8 @@ def read_manifest(file: Path) -> dict[str, Any]:
     Raises
     ------
     RunError
-        If it is not a regular file, too large, not JSON, not a manifest, of a newer version, or an entry is missing or
-        is not what it must be.
+        If it is not a regular file, too large, not JSON, not a manifest, of a newer version, not what was written, or
+        an entry is missing or is not what it must be.
     """
     raw = read_regular(file, _LARGEST, RunError, within=file.parent)
     try:
@@ -110,6 +117,10 @@ def read_manifest(file: Path) -> dict[str, Any]:
     if version > schema.SCHEMA_VERSION:
         raise RunError(f"{file}: written by a newer version of pnanalysis; upgrade to read it")
     _check_bounds(manifest, file)
+    digest.check_entries(
+        manifest, file, RunError, "restore it from a copy, or, if you have changed it yourself, delete its entry sha256"
+    )
+    manifest.pop(digest.KEY, None)
     missing = [name for name in _REQUIRED if not _has(manifest, name)]
     if missing:
         raise _damaged(file, f"it lacks {', '.join(missing)}")

@@ -28,6 +28,7 @@ import xarray as xr
 from pnanalysis.errors import RunError
 from pnanalysis.io import netcdf, zarr_store
 from pnanalysis.io.datasets import load
+from pnanalysis.io.lock import is_held
 from pnanalysis.io.manifest import read_manifest
 from pnanalysis.io.weights import State, StateDicts, holds_weights, read_state_dicts, sole
 
@@ -100,6 +101,19 @@ class Run:
     @property
     def id(self) -> str:
         return str(self.manifest["id"])
+
+    @property
+    def status(self) -> str:
+        """How its training goes: running, finished, interrupted, failed or diverged.
+
+        A process that was killed could not say so: where the manifest says running, and no process holds the run's
+        lock, it is interrupted.
+        """
+        status = str(self.manifest.get("status", "?"))
+        if status != "running" or is_held(self.path):
+            return status
+        status = str(read_manifest(self.path / MANIFEST).get("status", "?"))  # it may have ended meanwhile
+        return "interrupted" if status == "running" else status
 
     @cached_property
     def checkpoints(self) -> list[Checkpoint]:

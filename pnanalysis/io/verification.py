@@ -47,7 +47,7 @@ def verify_file(path: Path, within: Path | None = None) -> Finding:
     try:
         if path.suffix == zarr_store.SUFFIX:
             zarr_store.load(path, within)
-            return Finding(path)
+            return Finding(path, zarr_store.is_confirmed(path))
         if path.suffix in datasets.SUFFIXES:
             return Finding(path, netcdf.read(path, within)[1])
         read_state_dicts(path, within)

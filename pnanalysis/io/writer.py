@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +19,11 @@ from pnanalysis.checks import check_writable
 from pnanalysis.errors import RunError, reason
 from pnanalysis.io import digest, netcdf
 from pnanalysis.io.atomic import atomic_path
-from pnanalysis.io.files import check_inside
+from pnanalysis.io.files import check_inside, open_regular
 from pnanalysis.io.lock import LOCK, Lock
-from pnanalysis.io.manifest import FORMAT
+from pnanalysis.io.manifest import FORMAT, dump_manifest
 from pnanalysis.io.runs import CHECKPOINTS, HISTORY, MANIFEST, RESUME
-from pnanalysis.io.weights import State, check_digest
+from pnanalysis.io.weights import State
 
 
 def check_new(path: str | os.PathLike[str]) -> None:
@@ -89,7 +88,7 @@ class RunWriter:
     def update(self, **entries: Any) -> None:
         """Change entries of the manifest and write it."""
         self.manifest.update(entries)
-        self._write(MANIFEST, (json.dumps(self.manifest, indent=2) + "\n").encode())
+        self._write(MANIFEST, dump_manifest(self.manifest))
 
     def save_checkpoint(self, iteration: int, epoch: int, state: Mapping[str, torch.Tensor]) -> None:
         """Write weights and buffers as ``checkpoints/iterNN/epochNNN.safetensors``."""
@@ -117,7 +116,8 @@ class RunWriter:
         if not os.path.lexists(path):
             return None
         try:
-            check_digest(path, self.path)
+            with open_regular(path, RunError, self.path) as opened:
+                digest.check_entry(opened, path, RunError, "delete it to repeat the iteration")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 position = {key: int(value) for key, value in metadata.items() if key != digest.KEY}

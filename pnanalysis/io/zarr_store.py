@@ -1,24 +1,28 @@
 """Datasets as Zarr stores, which are written row by row and read lazily: for long trajectories and large sweeps.
 
-Stores are of Zarr format 2, whose strings and consolidated metadata are part of its specification.
+Stores are of Zarr format 2, whose strings and consolidated metadata are part of its specification. Chunks end in a
+checksum (CRC-32, which all readers of Zarr compare), and the consolidated metadata hold a digest of themselves.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
 from pnanalysis.errors import SchemaError, reason
-from pnanalysis.io.atomic import atomic_directory
+from pnanalysis.io import digest
+from pnanalysis.io.atomic import atomic_directory, atomic_path
 from pnanalysis.io.files import check_inside, check_tree, read_regular
 from pnanalysis.schema import SCHEMAS, validate
 
 SUFFIX = ".zarr"
+_CONSOLIDATED, _ATTRIBUTES, _CHECKSUM = ".zmetadata", ".zattrs", "crc32"
 _FORMAT: Literal[2] = 2
 _CHUNK_BYTES = 2**18
 #: Bytes in memory above which a store is not loaded as a whole, and attempts while others replace it.
@@ -39,7 +43,9 @@ def save(ds: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     """
     path = _check_writing(ds, path)
     with atomic_directory(path) as temporary:
-        ds.drop_encoding().to_zarr(temporary, mode="w", zarr_format=_FORMAT, consolidated=True)
+        ds = ds.drop_encoding()
+        ds.to_zarr(temporary, mode="w", zarr_format=_FORMAT, consolidated=True, encoding=_checked(ds))
+        _sign(temporary)
     return path
 
 
@@ -108,12 +114,14 @@ def open_store(path: str | os.PathLike[str]) -> xr.Dataset:
     if not is_store(path):
         raise SchemaError(f"{path}: not a Zarr store of pnanalysis")
     check_tree(path, SchemaError)
+    attrs = _metadata(path).get(_ATTRIBUTES, {})
     try:
         # chunks=None indexes lazily without Dask
         ds: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=True, zarr_format=_FORMAT)
         # Appended strings have no fixed length on disk. In memory they get one again, which NumPy finds from objects.
         strings = [name for name, array in ds.variables.items() if array.dtype.kind in _STRING_KINDS]
-        return ds.assign({name: ds[name].astype(object).astype(np.str_) for name in strings})
+        ds = ds.assign({name: ds[name].astype(object).astype(np.str_) for name in strings})
+        return ds.assign_attrs({name: attrs[name] for name in ds.attrs if name in attrs})  # those with the digest
     except Exception as error:  # of many types, depending on what is damaged
         raise SchemaError(f"{path}: not a readable Zarr store ({reason(error)})") from error
 
@@ -149,22 +157,35 @@ def append(ds: xr.Dataset, path: str | os.PathLike[str], dim: str) -> Path:
         raise SchemaError(f"nothing to append to {path}: the dataset has no dim {dim!r}")
     ds = _with_objects_for_strings(ds.drop_encoding())
     if not path.exists():
-        encoding = {name: {"chunks": _chunks(array, dim)} for name, array in ds.variables.items() if dim in array.dims}
+        encoding = _checked(ds)
+        for name, array in ds.variables.items():
+            if dim in array.dims:
+                encoding[name]["chunks"] = _chunks(array, dim)
         with atomic_directory(path) as temporary:
             ds.to_zarr(temporary, mode="w", zarr_format=_FORMAT, consolidated=True, encoding=encoding)
+            _sign(temporary)
         return path
     with open_store(path) as stored:
         _check_fits(ds, stored, path, dim)
     _drop_unfinished_rows(path)
     rows = ds.drop_vars([name for name, array in ds.variables.items() if dim not in array.dims])
     rows.to_zarr(path, append_dim=dim, zarr_format=_FORMAT, consolidated=True)
+    _sign(path)
     return path
+
+
+def is_confirmed(path: Path) -> bool:
+    """Whether a store that has been read carries a digest of its metadata, and checksums in all of its chunks."""
+    metadata = _metadata(path)
+    arrays = [entry for name, entry in metadata.items() if name.endswith("/.zarray")]
+    checked = all(any(step["id"] == _CHECKSUM for step in array["filters"] or ()) for array in arrays)
+    return checked and digest.KEY in _consolidated(path)
 
 
 def is_store(path: Path) -> bool:
     """Whether this directory is a Zarr store that holds a dataset of pnanalysis."""
     try:
-        attrs = json.loads(read_regular(path / ".zattrs", _LARGEST_TEXT, SchemaError, within=path))
+        attrs = json.loads(read_regular(path / _ATTRIBUTES, _LARGEST_TEXT, SchemaError, within=path))
     except (ValueError, RecursionError):
         return False
     kind = attrs.get("kind") if isinstance(attrs, dict) else None
@@ -196,6 +217,50 @@ def _with_objects_for_strings(ds: xr.Dataset) -> xr.Dataset:
     """The dataset with strings of any length: later rows may have longer ones than the first."""
     strings = [name for name, array in ds.variables.items() if array.dtype.kind in _STRING_KINDS]
     return ds.assign({name: ds[name].astype(object) for name in strings})
+
+
+def _checked(ds: xr.Dataset) -> dict[Hashable, dict[str, Any]]:
+    """How to pack the variables: compressed, and then with a checksum."""
+    from numcodecs import CRC32, Blosc  # here, because they are slow to import and few commands need them
+    from numcodecs.vlen import VLenUTF8
+
+    packed = [Blosc(cname="lz4"), CRC32()]
+    return {
+        name: {"filters": [VLenUTF8(), *packed] if array.dtype == object else packed, "compressors": None}
+        for name, array in ds.variables.items()
+    }
+
+
+def _sign(path: Path) -> None:
+    """Add their digest to the consolidated metadata."""
+    metadata = _consolidated(path)
+    metadata[digest.KEY] = digest.of_entries(metadata)
+    with atomic_path(path / _CONSOLIDATED) as temporary:
+        temporary.write_text(json.dumps(metadata))
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a store and its arrays, by the names of their files.
+
+    Raises
+    ------
+    SchemaError
+        If they cannot be read, or are not what was written.
+    """
+    consolidated = _consolidated(path)
+    digest.check_entries(consolidated, path / _CONSOLIDATED, SchemaError)
+    metadata = consolidated.get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _consolidated(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_regular(path / _CONSOLIDATED, _LARGEST_TEXT, SchemaError, within=path))
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(f"{path}: not a readable Zarr store ({reason(error)})") from error
+    if not isinstance(found, dict):
+        raise SchemaError(f"{path}: not a readable Zarr store ({_CONSOLIDATED} holds no metadata)")
+    return found
 
 
 def _chunks(array: xr.Variable, dim: str) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ def _facts(run: Run) -> dict[str, Any]:
     manifest = run.manifest
     data = manifest["data"]
     return {
-        "run": f"{run.path.name} ({manifest.get('strategy', '')}, {manifest.get('status', '')})",
+        "run": f"{run.path.name} ({manifest.get('strategy', '')}, {run.status})",
         "id": run.id,
         "command": manifest.get("command", ""),
         "data": f"{data.get('name', '')}, fingerprint {data.get('fingerprint', '')}",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pnanalysis.arrays import Array
+from pnanalysis.spectra.inner_products import combinations
 from pnanalysis.spectra.lanczos import Lanczos
 
 #: Probes that are handed on at a time.
@@ -74,7 +75,7 @@ class DataFeed:
         value, vector = lanczos.ritz_pairs()
         basis = lanczos.basis[0, :, : len(value)]
         if not self._spaces:
-            value, vector = self._hand_on_leading(self._receiver, value, vector, basis)
+            value, vector = self._hand_on_leading(self._receiver, value, vector, basis, lanczos.dtype)
         self._spaces.append((value, vector, basis))
 
     def plain(self, lanczos: Lanczos) -> None:
@@ -83,7 +84,7 @@ class DataFeed:
             return
         if self._leading is None:
             value, vector = lanczos.ritz_pairs()
-            self._hand_on_leading(self._receiver, value, vector, lanczos.basis[0, :, : len(value)])
+            self._hand_on_leading(self._receiver, value, vector, lanczos.basis[0, :, : len(value)], lanczos.dtype)
             # the leading vectors are combinations of the first probe, which is a fair one only by itself
             self._probes(lanczos, list(range(1, lanczos.n_probes)) or [0])
         else:
@@ -97,16 +98,18 @@ class DataFeed:
         """All eigenvalues ``(P,)``, ascending, and eigenvectors ``(P, P)``."""
         if self._receiver is None:
             return
-        rest = self._hand_on_leading(self._receiver, value, np.eye(len(value)), vector)
+        rest = self._hand_on_leading(self._receiver, value, np.eye(len(value)), vector, vector.dtype)
         self._spaces.append((*rest, vector))
         while self._left and len(rest[0]):
             self._hand_on(self._receiver, *self._combination(min(self._left, _AT_ONCE), vector))
 
-    def _hand_on_leading(self, receiver: Receiver, value: Array, vector: Array, basis: Tensor) -> tuple[Array, Array]:
+    def _hand_on_leading(
+        self, receiver: Receiver, value: Array, vector: Array, basis: Tensor, dtype: torch.dtype
+    ) -> tuple[Array, Array]:
         """Returns the other Ritz values and the coordinates of their vectors."""
         n = min(receiver.n_leading, len(value) - 1)
         leading = [*range(len(value) - 1, len(value) - 1 - n, -1), 0]
-        self._leading = value[leading], combinations(basis, vector[:, leading])
+        self._leading = value[leading], _combined(basis, vector[:, leading], dtype)
         receiver.add_leading(*self._leading)
         others = slice(1, len(value) - n)
         return value[others], vector[:, others]
@@ -132,8 +135,8 @@ class DataFeed:
         probe, product = (like.new_zeros(len(like), n) for _ in range(2))
         for value, vector, basis in self._spaces:
             signs = self._generator.choice([-1.0, 1.0], size=(len(value), n))
-            probe += combinations(basis, vector @ signs)
-            product += combinations(basis, vector @ (value[:, None] * signs))
+            probe += _combined(basis, vector @ signs, like.dtype)
+            product += _combined(basis, vector @ (value[:, None] * signs), like.dtype)
         return probe, product
 
     def _hand_on(self, receiver: Receiver, probe: Tensor, product: Tensor) -> None:
@@ -141,6 +144,6 @@ class DataFeed:
         receiver.add_probes(probe, product)
 
 
-def combinations(basis: Tensor, coordinates: Array) -> Tensor:
+def _combined(basis: Tensor, coordinates: Array, dtype: torch.dtype) -> Tensor:
     """Vectors ``(P, c)`` with the given coordinates ``(m, c)`` in a basis ``(P, m)``."""
-    return (torch.from_numpy(coordinates).to(basis).T @ basis.T).T
+    return combinations(basis, torch.from_numpy(coordinates).to(basis.device, dtype))

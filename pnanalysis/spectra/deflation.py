@@ -52,11 +52,11 @@ from pnanalysis.spectra.allocation import (
 )
 from pnanalysis.spectra.data_feed import DataFeed
 from pnanalysis.spectra.exact import all_columns
+from pnanalysis.spectra.ghosts import without_ghosts
 from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, Lanczos, Saver
 from pnanalysis.spectra.linear_operator import (
     LinearOperator,
     arithmetic,
-    empty_columns,
     random_unit_vectors,
     round_off,
 )
@@ -101,7 +101,7 @@ def sample_spectrum(
             f"the eigenvalues of the operator are about {magnitude:.0e}, too {'small' if small else 'large'} for "
             f"float64 to hold their squares; multiply the loss by a {'large' if small else 'small'} number"
         )
-    tolerance = SKEW_TOLERANCE.get(arithmetic(operator), 10 * round_off(operator))
+    tolerance = max(SKEW_TOLERANCE.get(arithmetic(operator), 10 * round_off(operator)), settings.storage.round_off)
     if sample.asymmetry > tolerance:
         warnings.warn(
             f"the operator is not quite symmetric: its skew part changes products by {sample.asymmetry:.1e} of its "
@@ -147,8 +147,7 @@ class _Sampler:
     def _deflate(self, capacity: int) -> Tensor:
         """Deflate the Krylov space of one random vector, ``capacity`` steps of it; returns its basis ``(P, k)``."""
         settings = self.settings
-        limits = (settings.basis_dtype, settings.basis_device, 0, settings.max_memory_bytes)
-        probes_at_once(self.sample.n_parameters, capacity, 1, *limits)
+        probes_at_once(settings.storage, self.sample.n_parameters, capacity, 1, 0, settings.max_memory_bytes)
         lanczos, saver = self._start("deflation", range(1), capacity)
         while lanczos.step < capacity and not _is_exhausted(lanczos):
             lanczos.extend(min(STEPS_PER_CHECK, capacity - lanczos.step), self._advance, saver)
@@ -158,14 +157,9 @@ class _Sampler:
     def _probe_in_lockstep(self, deflated: Tensor | None, n_probes: int, n_steps: int) -> None:
         """Run Lanczos on random vectors, as many at once as fit in memory."""
         settings = self.settings
+        n_parameters, n_deflated = self.sample.n_parameters, self.sample.n_deflated
         at_once = probes_at_once(
-            self.sample.n_parameters,
-            n_steps,
-            n_probes,
-            settings.basis_dtype,
-            settings.basis_device,
-            self.sample.n_deflated,
-            settings.max_memory_bytes,
+            settings.storage, n_parameters, n_steps, n_probes, n_deflated, settings.max_memory_bytes
         )
         for done in range(0, n_probes, at_once):
             vectors = self._vectors(min(at_once, n_probes - done))
@@ -196,9 +190,9 @@ class _Sampler:
     def _columns(self, budget: int) -> Tensor:
         """One block of memory for the deflated vectors and, behind them, the basis of the probe that is running."""
         settings, n_parameters = self.settings, self.sample.n_parameters
-        limits = (settings.basis_dtype, settings.basis_device)
-        n_columns = vectors_at_once(n_parameters, min(budget, n_parameters), *limits, settings.max_memory_bytes)
-        return empty_columns(n_parameters, max(n_columns, fewest_columns(n_parameters, budget)), *limits)
+        wanted = min(budget, n_parameters)
+        n_columns = vectors_at_once(settings.storage, n_parameters, wanted, settings.max_memory_bytes)
+        return settings.storage.columns(n_parameters, max(n_columns, fewest_columns(n_parameters, budget)))
 
     def _deflate_first(self, columns: Tensor, budget: int, for_probes: int) -> None:
         """Deflate the Krylov space of a first vector as far as that pays; if it does not, that is the first probe."""
@@ -279,15 +273,18 @@ class _Sampler:
     ) -> tuple[Lanczos, Saver | None]:
         """Lanczos on random vectors, and what saves it, after it has restored what an unfinished call left."""
         settings = self.settings
+        if storage is None:
+            storage = settings.storage.columns(self.sample.n_parameters, len(vectors) * settings.storage.kept(capacity))
         lanczos = Lanczos(
             self.operator,
             random_unit_vectors(self.operator, vectors, settings.seed),
             capacity,
             deflated,
-            settings.basis_dtype,
-            settings.basis_device,
+            settings.storage.dtype,
+            settings.storage.device,
             settings.symmetry_tolerance,
             storage,
+            reorthogonalise=settings.storage.mode != "none",
         )
         if settings.state is None:
             return lanczos, None
@@ -317,6 +314,8 @@ class _Sampler:
         (sample.single if single else sample.probes).extend(found)
         sample.n_hvp += lanczos.step * lanczos.n_probes
         sample.asymmetry = float(np.fmax(sample.asymmetry, lanczos.skew()))
+        if not lanczos.reorthogonalise:
+            return
         if lanczos.deflated is not None:
             self.feed.probed(lanczos)
         elif not deflated:
@@ -351,4 +350,7 @@ def _is_exhausted(lanczos: Lanczos) -> bool:
 def _coefficients(lanczos: Lanczos) -> list[LanczosCoefficients]:
     """The coefficients of each start vector, without the zeros after a breakdown."""
     alpha, beta = lanczos.coefficients()
-    return [LanczosCoefficients(a[:size], b[:size]) for a, b, size in zip(alpha, beta, lanczos.sizes(), strict=True)]
+    pairs = [(a[:size], b[:size]) for a, b, size in zip(alpha, beta, lanczos.sizes(), strict=True)]
+    if not lanczos.reorthogonalise:
+        pairs = [without_ghosts(*pair, round_off(lanczos.operator)) for pair in pairs]
+    return [LanczosCoefficients(*pair) for pair in pairs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from pnanalysis.spectra.deflation import sample_spectrum
 from pnanalysis.spectra.density_error import density_with_error
 from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples, sample_examples
 from pnanalysis.spectra.linear_operator import as_operator, round_off
-from pnanalysis.spectra.memory import basis_bytes, basis_limit
+from pnanalysis.spectra.memory import MODES, Storage, basis_limit
 from pnanalysis.spectra.moments import moments
+from pnanalysis.spectra.plan import peak_bytes, with_basis_that_fits
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, all_ritz_values, averaged_rule, extremes, ritz
 from pnanalysis.spectra.sample import SamplingSettings, SpectrumSample
 from pnanalysis.spectra.stopping import Until, checked_targets
@@ -55,6 +57,7 @@ def spectral_density(
     ridge: float = 1.0,
     basis_dtype: torch.dtype | None = None,
     basis_device: torch.device | str | None = None,
+    basis: str = "auto",
     max_memory_bytes: int | None = None,
     symmetry_tolerance: float | None = None,
     state: str | Path | None = None,
@@ -101,9 +104,13 @@ def spectral_density(
         Of the Lanczos basis, float32 or float64; the operator's own by default, float32 if that is a half precision.
         ``torch.float64`` makes Lanczos on a float32 operator more accurate, and ``"cpu"`` helps when the device is
         short of memory.
+    basis : {"auto", "memory", "half", "disk", "none"}
+        How the Lanczos basis is kept: see :mod:`pnanalysis.spectra.memory`. ``"auto"`` is the first of these for which
+        there is room; the attribute ``basis`` says which. ``"none"`` takes a few vectors whatever the budget, but
+        deflates nothing, and leaves out the error of the choice of examples.
     max_memory_bytes : int, optional
-        Bound on the memory for the bases (60 % of the free memory by default); probes run in smaller groups to stay
-        within it.
+        Bound on the memory for the bases (60 % of the free memory by default); probes run in smaller groups, and bases
+        are kept in another way, to stay within it.
     symmetry_tolerance : float, optional
         Largest relative difference of ``u.Hv`` and ``v.Hu`` that is not an error: 1e-6 for products in float64, 0.01 in
         float32 and 0.2 in bfloat16 by default.
@@ -168,11 +175,11 @@ def spectral_density(
     check_seed(seed=seed)
     positive(ridge=ridge, kernel_width=kernel_width)
     one_of(DATA_ERRORS, data_error=data_error)
+    one_of(("auto", *MODES), basis=basis)
     targets = checked_targets(until)
     n_lanczos, n_probes, n_hvp = _amounts(operator.shape[0], n_lanczos, n_probes, n_hvp, targets is not None)
     budget = n_hvp or n_lanczos * n_probes
-    forms = DataForms(operator, budget, n_classes) if data_error != "none" and is_averaged(operator) else None
-    if forms is None and data_error == "groups":
+    if data_error == "groups" and not is_averaged(operator):
         raise CurvatureError('data_error="groups" needs an operator over examples, such as pnanalysis.HessianOperator')
     dtype, place = lanczos.basis_dtype(operator, basis_dtype), torch.device(basis_device or operator.device)
     settings = SamplingSettings(
@@ -181,21 +188,26 @@ def spectral_density(
         n_hvp,
         deflate,
         seed,
-        dtype,
-        place,
+        Storage(dtype, place),
         basis_limit(operator.shape[0], dtype, place, max_memory_bytes),
         symmetry_tolerance,
         None if state is None else Path(state),
         save_every,
-        forms,
-        None if targets is None else Until(targets, _relative_errors),
+        until=None if targets is None else Until(targets, _relative_errors),
     )
-    need = basis_bytes(operator.shape[0], *((n_hvp, 1) if n_hvp else (n_lanczos, n_probes)), settings.basis_dtype)
-    with progress_bar(f"{title} ({human(need)} for the basis)", budget, progress) as advance:
+    settings = with_basis_that_fits(operator.shape[0], settings, basis)
+    mode = settings.storage.mode
+    forms = None
+    if data_error != "none" and is_averaged(operator) and mode != "none":
+        forms = DataForms(operator, budget, n_classes)
+        settings = replace(settings, data=forms)
+    kept = {"memory": "", "half": " in half precision", "disk": " and the disk", "none": ", none is kept"}[mode]
+    need = human(peak_bytes(operator.shape[0], settings))
+    with progress_bar(f"{title} ({need} for the basis{kept})", budget, progress) as advance:
         sample = sample_spectrum(operator, settings, advance)
     facts = {
         "dtype": str(operator.dtype).removeprefix("torch."),
-        "round_off": round_off(operator),
+        "round_off": max(round_off(operator), settings.storage.round_off),
         "positive_semidefinite": bool(getattr(operator, "positive_semidefinite", False)),
         **({} if n_classes is None else {"n_classes": n_classes}),
     }
@@ -205,15 +217,15 @@ def spectral_density(
             spectral_density, n_lanczos=n_lanczos, n_probes=n_probes, deflate=deflate, seed=seed,
             n_hvp=None if n_hvp is None else max(sample.n_hvp, 4),
             grid=np.array([0.0, 1.0]), top_k=top_k, ridge=ridge, basis_dtype=basis_dtype, basis_device=basis_device,
-            max_memory_bytes=max_memory_bytes, symmetry_tolerance=symmetry_tolerance, save_every=save_every,
-            progress=progress, data_error="none", n_classes=n_classes,
+            basis=basis, max_memory_bytes=max_memory_bytes, symmetry_tolerance=symmetry_tolerance,
+            save_every=save_every, progress=progress, data_error="none", n_classes=n_classes,
         )  # fmt: skip
         of_data = sample_examples(forms, data_error, of_half, settings.state, title)
     ds = _dataset(sample, facts, of_data, top_k, ridge, kernel_width, grid)
-    attributes: dict[str, Any] = {"seed": seed, "device": str(operator.device)}
+    attributes: dict[str, Any] = {"seed": seed, "device": str(operator.device), "basis": mode}
     if targets is not None:
         attributes |= {"until": targets, "until_reached": sample.method == "exact" or sample.until_reached}
-    return schema.finish(with_data_errors(ds), "spectral_density", deflate=deflate, **attributes, **ds.attrs)
+    return schema.finish(with_data_errors(ds), "spectral_density", deflate=settings.deflate, **attributes, **ds.attrs)
 
 
 def _amounts(

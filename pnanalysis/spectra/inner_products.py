@@ -44,8 +44,8 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, list[Ten
     V : torch.Tensor
         ``(P, k)``; not changed.
     bases : sequence of torch.Tensor
-        Orthonormal columns, in the dtype and on the device of ``V``: ``(P, n)`` for a space that all vectors are
-        projected off, ``(k, P, n)`` for a space of each vector. The spaces are orthogonal to one another.
+        Orthonormal columns on the device of ``V``, in its dtype or a half precision: ``(P, n)`` for a space that all
+        vectors are projected off, ``(k, P, n)`` for a space of each vector. The spaces are orthogonal to one another.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, list[Ten
     for sweep in range(3):
         totals = [_zero(V) for _ in bases]
         for chunk in _chunks(V):
-            piece, parts = (V if sweep < 2 else rest)[chunk], [basis[..., chunk, :] for basis in bases]
+            piece, parts = (V if sweep < 2 else rest)[chunk], [basis[..., chunk, :].to(V.dtype) for basis in bases]
             for part, known in zip(parts, coordinates, strict=False):  # none in the first sweep
                 piece = piece - _combinations(part, known)
             if sweep > 0:
@@ -84,8 +84,24 @@ def coordinates(basis: Tensor, V: Tensor) -> Tensor:
     """Of vectors ``(P, k)`` in the columns of a basis ``(P, n)``: ``(n, k)``, summed in float64."""
     total = _zero(V)
     for chunk in _chunks(V):
-        total = total + _widened(_coordinates(basis[chunk], V[chunk]))
+        total = total + _widened(_coordinates(basis[chunk].to(V.dtype), V[chunk]))
     return total
+
+
+def combinations(basis: Tensor, coordinates: Tensor) -> Tensor:
+    """Vectors ``(P, c)`` with the given coordinates ``(n, c)`` in a basis ``(P, n)``; in the dtype of the former."""
+    if basis.dtype == coordinates.dtype:
+        return _combinations(basis, coordinates)
+    found = empty_columns(len(basis), coordinates.shape[1], coordinates.dtype, basis.device)
+    for chunk in _chunks(basis):
+        found[chunk] = _combinations(basis[chunk].to(coordinates.dtype), coordinates)
+    return found
+
+
+def recombine(basis: Tensor, coordinates: Tensor) -> None:
+    """Replace the first vectors of ``(P, n)`` by combinations with the coordinates ``(n, c)``, chunk by chunk."""
+    for chunk in _chunks(basis):
+        basis[chunk, : coordinates.shape[1]] = _combinations(basis[chunk], coordinates)
 
 
 def _coordinates(basis: Tensor, V: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,10 @@ from scipy.linalg import eigh_tridiagonal
 
 from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError
+from pnanalysis.io import digest
 from pnanalysis.io.atomic import atomic_path
-from pnanalysis.spectra.inner_products import inner_products, norms, orthogonalised
+from pnanalysis.io.files import open_regular
+from pnanalysis.spectra.inner_products import combinations, inner_products, norms, orthogonalised
 from pnanalysis.spectra.linear_operator import (
     LinearOperator,
     arithmetic,
@@ -75,8 +78,11 @@ class Lanczos:
     symmetry_tolerance : float, optional
         See :meth:`asymmetry`. Default: :data:`SYMMETRY_TOLERANCE` of the arithmetic of the products.
     storage : torch.Tensor, optional
-        Where to keep the basis: ``(P, k * capacity)`` of ``dtype`` on ``device``, from
-        :func:`pnanalysis.spectra.linear_operator.empty_columns`.
+        Where to keep the basis: ``(P, k * capacity)`` on ``device``, with contiguous columns. In half precision, the
+        vectors are rounded before products are taken of them.
+    reorthogonalise : bool
+        ``False`` keeps the last two vectors only (``storage`` has two per start vector) and orthogonalises against
+        those: see :mod:`pnanalysis.spectra.ghosts`.
 
     Attributes
     ----------
@@ -111,6 +117,7 @@ class Lanczos:
         device: torch.device | str | None = None,
         symmetry_tolerance: float | None = None,
         storage: torch.Tensor | None = None,
+        reorthogonalise: bool = True,
     ) -> None:
         n_parameters = operator.shape[0]
         self.operator = operator
@@ -126,19 +133,21 @@ class Lanczos:
                 f"{'parameters' if self.deflated is None else 'directions that are not deflated'}"
             )
         k = start.shape[1]
+        self.reorthogonalise = reorthogonalise
+        n_kept = self.capacity if reorthogonalise else min(2, self.capacity)
         if storage is None:
-            storage = empty_columns(n_parameters, k * self.capacity, self.dtype, self.device)
-        self._basis = storage.T.view(k, self.capacity, n_parameters).mT
-        self._alpha = self._basis.new_zeros(k, self.capacity)
-        self._beta = self._basis.new_zeros(k, self.capacity)
-        self._norm = self._basis.new_zeros(k)  # largest |H q| so far: a lower bound of the operator's norm
-        self._mirror = self._basis.new_zeros(k)  # q0 . (H q1), see asymmetry
-        self._skew = self._basis.new_zeros(k)  # sum of squared q_i . (H q_j), i < j - 1, see skew
+            storage = empty_columns(n_parameters, k * n_kept, self.dtype, self.device)
+        self._basis = storage.T.view(k, n_kept, n_parameters).mT
+        zeros = partial(torch.zeros, dtype=self.dtype, device=self.device)
+        self._alpha, self._beta = zeros(k, self.capacity), zeros(k, self.capacity)
+        self._norm = zeros(k)  # largest |H q| so far: a lower bound of the operator's norm
+        self._mirror = zeros(k)  # q0 . (H q1), see asymmetry
+        self._skew = zeros(k)  # sum of squared q_i . (H q_j), i < j - 1, see skew
         self._exponent: int | None = None  # all products are in units of two to this power; known from the first one
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.step = 0
-        vectors, _ = self._orthogonalise(start.to(self._basis), 0)
-        self._next = vectors.div_(norms(vectors).to(self.dtype))
+        vectors, _ = self._orthogonalise(start.to(self.device, self.dtype), 0)
+        self._next = self._rounded(vectors.div_(norms(vectors).to(self.dtype)))
 
     @property
     def n_probes(self) -> int:
@@ -165,6 +174,8 @@ class Lanczos:
 
     @property
     def basis(self) -> torch.Tensor:
+        if not self.reorthogonalise:
+            raise CurvatureError("no basis is kept without reorthogonalisation")
         return self._basis[:, :, : self.step]
 
     @property
@@ -235,7 +246,7 @@ class Lanczos:
         sizes = torch.tensor(self.sizes(), dtype=torch.float64)
         pairs = float(((sizes - 1) * (sizes - 2) / 2).clamp_min(0).sum())
         norm = float(self._norm.max())
-        if pairs == 0 or norm == 0 or self.deflated is not None:
+        if pairs == 0 or norm == 0 or self.deflated is not None or not self.reorthogonalise:
             return float("nan")
         return float((self.operator.shape[0] * self._skew.double().sum() / pairs).sqrt()) / 2 / norm
 
@@ -259,7 +270,7 @@ class Lanczos:
         # Interrupted at any line, this leaves the state as it was: nothing beyond `step` counts, and what is replaced
         # changes together at the end.
         j = self.step
-        self._basis[:, :, j] = self._next.T
+        self._basis[:, :, self._place(j)] = self._next.T
         product = self._product(self._next)
         self._alpha[:, j] = inner_products(product, self._next)
         if j == 1:
@@ -270,16 +281,16 @@ class Lanczos:
         vectors, coordinates = self._orthogonalise(product, j + 1)
         skew = self._skew + coordinates[: max(j - 1, 0)].square().sum(0)
         beta = norms(vectors).to(self.dtype)
-        alive = beta > BREAKDOWN[self.operator.dtype] * self._norm
+        alive = beta > max(BREAKDOWN[self.operator.dtype], BREAKDOWN[self._basis.dtype]) * self._norm
         self._beta[:, j] = torch.where(alive, beta, 0)
         # zero after a breakdown or NaN (which spares the later batches); a mask and not a branch, which would wait for
         # the device
-        following = vectors.div_(beta).masked_fill_(~alive, 0)
+        following = self._rounded(vectors.div_(beta).masked_fill_(~alive, 0))
         self._next, self._skew, self.step = following, skew, j + 1
 
     def _product(self, V: torch.Tensor) -> torch.Tensor:
         """Products with vectors ``(P, k)``, in :attr:`unit`, in the basis's dtype and on its device."""
-        product = contiguous_columns(checked_product(self.operator, V).to(self._basis))
+        product = contiguous_columns(checked_product(self.operator, V).to(self.device, self.dtype))
         if self._exponent is None:
             self._exponent = _exponent_of(product)
         return product / self.unit if self._exponent else product
@@ -293,9 +304,17 @@ class Lanczos:
         rest, coordinates = orthogonalised(vectors, [*spaces, self._basis[:, :, :n_columns]])
         return rest, coordinates[-1]
 
+    def _rounded(self, vectors: torch.Tensor) -> torch.Tensor:
+        """What is left of vectors once they are stored."""
+        return vectors.to(self._basis.dtype).to(self.dtype)
+
+    def _place(self, step: int) -> int:
+        """The column of the basis for the vector of a step."""
+        return step if self.reorthogonalise else step % 2
+
     def ritz_vectors(self, coefficients: torch.Tensor, probe: int = 0) -> torch.Tensor:
         """Vectors ``(P, c)`` with the given coordinates ``(step, c)`` in one start vector's basis."""
-        return (coefficients.to(self._basis).T @ self.basis[probe].T).T
+        return combinations(self.basis[probe], coefficients.to(self.device, self.dtype))
 
     def coefficients(self) -> tuple[Array, Array]:
         """:attr:`alpha` and :attr:`beta` in float64."""
@@ -314,8 +333,8 @@ class Lanczos:
 
     def first_products(self, probes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised start vectors ``(P, c)`` of some probes, and their products with the (compressed) operator."""
-        start = self._basis[probes, :, 0].T
-        following = self._next[:, probes] if self.step == 1 else self._basis[probes, :, 1].T
+        start = self._basis[probes, :, 0].T.to(self.dtype)
+        following = self._next[:, probes] if self.step == 1 else self._basis[probes, :, 1].T.to(self.dtype)
         return start, start * self.alpha[probes, 0] + following * self.beta[probes, 0]
 
     def save(self, path: str | Path, label: str = "") -> None:
@@ -329,7 +348,9 @@ class Lanczos:
         tensors = {name: tensor.contiguous() for name, tensor in self._state(self.step).items()}
         with atomic_path(path) as temporary:
             try:
-                save_file(tensors, temporary, metadata={"label": label, "exponent": str(self._exponent or 0)})
+                metadata = {"label": label, "exponent": str(self._exponent or 0), digest.KEY: digest.BLANK}
+                save_file(tensors, temporary, metadata)
+                digest.sign(temporary)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
 
@@ -341,8 +362,10 @@ class Lanczos:
         Raises
         ------
         CurvatureError
-            If the file cannot be read, or was saved under another label, by other settings or for another operator.
+            If the file is damaged, or was saved under another label, by other settings or for another operator.
         """
+        with open_regular(path, CurvatureError) as opened:
+            digest.check_entry(opened, path, CurvatureError, "delete it to start again")
         try:
             with safe_open(path, "pt") as file:
                 saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -363,7 +386,7 @@ class Lanczos:
     def _state(self, step: int) -> dict[str, torch.Tensor]:
         # vectors as rows, in the order in which they lie in memory: nothing is copied to be written
         return {
-            "basis": self._basis[:, :, :step].mT,
+            "basis": self._basis[:, :, :step].mT,  # at most as many as are kept
             "alpha": self._alpha[:, :step],
             "beta": self._beta[:, :step],
             "next": self._next.T,
@@ -374,9 +397,10 @@ class Lanczos:
 
     def _check_operator(self, path: str | Path) -> None:
         if self.step:
-            first = self._basis[:, :, 0].T
-            alpha = inner_products(self._product(first), first)
-            gap = (alpha - self._alpha[:, 0]).abs() / self._norm.clamp_min(torch.finfo(self.dtype).tiny)
+            known = 0 if self.reorthogonalise else self.step - 1
+            vector = self._basis[:, :, self._place(known)].T.to(self.dtype)
+            alpha = inner_products(self._product(vector), vector)
+            gap = (alpha - self._alpha[:, known]).abs() / self._norm.clamp_min(torch.finfo(self.dtype).tiny)
             if float(gap.max()) > 1e-3:
                 raise CurvatureError(f"{path} was saved for another operator: delete it to start again")
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
 from pnanalysis.checks import check_room, human
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.allocation import default_steps, shares
-from pnanalysis.spectra.memory import basis_bytes, probes_at_once
+from pnanalysis.spectra.memory import MODES, probes_at_once, vectors_at_once
 from pnanalysis.spectra.sample import SamplingSettings
 
 #: Up to this P, a budget that covers all P columns is spent on them, and the spectrum is exact.
@@ -36,6 +40,34 @@ def fewest_columns(n_parameters: int, budget: int) -> int:
     return min(2 * default_steps(budget, n_parameters), budget, n_parameters)
 
 
+def with_basis_that_fits(n_parameters: int, settings: SamplingSettings, mode: str) -> SamplingSettings:
+    """The settings with a basis that is kept as ``mode`` says; with ``"auto"``, the first way for which there is room.
+
+    Nothing is deflated where no basis is kept.
+
+    Raises
+    ------
+    CurvatureError
+        If the memory bound is too small for any phase of sampling.
+    PnError
+        If the disk cannot hold the unfinished work.
+    """
+    on_gpu = settings.storage.device.type != "cpu"
+    candidates = [each for each in MODES if each != "disk" or not on_gpu] if mode == "auto" else [mode]
+    if mode == "disk" and on_gpu:
+        raise CurvatureError("a basis on the disk is mapped into host memory: give basis_device='cpu' with it")
+    for each in candidates:
+        storage = replace(settings.storage, mode=each, folder=settings.state)
+        found = replace(settings, storage=storage, deflate=settings.deflate and each != "none")
+        try:
+            check_fits(n_parameters, found)
+            return found
+        except CurvatureError:
+            if each == candidates[-1]:
+                raise
+    raise AssertionError("there is a last candidate")
+
+
 def check_fits(n_parameters: int, settings: SamplingSettings) -> None:
     """Refuse what any phase of sampling would have no room for.
 
@@ -47,16 +79,38 @@ def check_fits(n_parameters: int, settings: SamplingSettings) -> None:
         If the disk cannot hold the unfinished work.
     """
     _check_memory(n_parameters, settings)
-    if settings.state is not None and not is_exact(n_parameters, settings):
+    if is_exact(n_parameters, settings):
+        return
+    n_vectors, storage = settings.storage.kept(settings.budget), settings.storage
+    if settings.state is not None:
         check_room(
-            settings.state, basis_bytes(n_parameters, settings.budget, 1, settings.basis_dtype),
-            "the unfinished work may take",
+            settings.state, storage.vectors_bytes(n_parameters, n_vectors), "the unfinished work may take",
             "make room, save elsewhere (--output), or spend fewer products (--n-hvp)",
+        )  # fmt: skip
+    if storage.mode == "disk":
+        check_room(
+            (storage.folder or Path(tempfile.gettempdir())) / "basis", storage.vectors_bytes(n_parameters, n_vectors),
+            "takes", "make room, or spend fewer products (--n-hvp)",
         )  # fmt: skip
 
 
+def peak_bytes(n_parameters: int, settings: SamplingSettings) -> int:
+    """Memory that bases take at most, within the bound; the operator's own comes on top."""
+    if is_exact(n_parameters, settings):
+        return _EXACT_MATRICES * n_parameters**2 * torch.float64.itemsize
+    storage, bound = settings.storage, settings.max_memory_bytes
+    phases = _phases(n_parameters, settings)
+    if settings.n_hvp is None or not settings.deflate:
+        n_steps, n_deflated = phases[-1]
+        n_probes = settings.n_probes if settings.n_hvp is None else len(equal_probes(n_parameters, settings))
+        at_once = probes_at_once(storage, n_parameters, n_steps, n_probes, n_deflated, bound)
+        return storage.needed(n_parameters, n_steps, at_once, n_deflated)
+    n_columns = vectors_at_once(storage, n_parameters, min(settings.budget, n_parameters), bound)
+    return storage.needed(n_parameters, max(n_columns, fewest_columns(n_parameters, settings.budget)), 1)
+
+
 def _check_memory(n_parameters: int, settings: SamplingSettings) -> None:
-    dtype, bound = settings.basis_dtype, settings.max_memory_bytes
+    bound = settings.max_memory_bytes
     if is_exact(n_parameters, settings):
         need = _EXACT_MATRICES * n_parameters**2 * torch.float64.itemsize
         if bound is not None and need > bound:
@@ -65,13 +119,15 @@ def _check_memory(n_parameters: int, settings: SamplingSettings) -> None:
                 "give fewer products than parameters (n_hvp, --n-hvp), or raise max_memory_bytes (--memory)"
             )
         return
-    phases: list[tuple[int, int]] = []  # steps of a probe, and vectors that are deflated by then
+    for n_steps, n_deflated in _phases(n_parameters, settings):
+        probes_at_once(settings.storage, n_parameters, n_steps, 1, n_deflated, bound)
+
+
+def _phases(n_parameters: int, settings: SamplingSettings) -> list[tuple[int, int]]:
+    """Steps of a probe, and vectors that are deflated by then, in each phase."""
     if not settings.deflate:
-        phases += [(min(max(equal_probes(n_parameters, settings)), n_parameters), 0)]
-    elif settings.n_hvp is None and settings.n_probes > 1:
+        return [(min(max(equal_probes(n_parameters, settings)), n_parameters), 0)]
+    if settings.n_hvp is None and settings.n_probes > 1:
         n_steps = settings.n_lanczos
-        phases += [(n_steps, 0), (max(min(n_steps, n_parameters - n_steps), 1), n_steps)]
-    else:
-        phases += [(fewest_columns(n_parameters, settings.budget), 0)]
-    for n_steps, n_deflated in phases:
-        probes_at_once(n_parameters, n_steps, 1, dtype, settings.basis_device, n_deflated, bound)
+        return [(n_steps, 0), (max(min(n_steps, n_parameters - n_steps), 1), n_steps)]
+    return [(fewest_columns(n_parameters, settings.budget), 0)]

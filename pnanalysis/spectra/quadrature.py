@@ -90,7 +90,7 @@ def rule_with_node(point: float, value: Array, weight: Array, residual: Array) -
     Akhiezer, The Classical Moment Problem (1965), section 2.5. Golub, Some modified matrix eigenvalue problems, SIAM
     Review 15 (1973), for the rule with a given node.
     """
-    alpha, beta = _jacobi_matrix(value, weight)
+    alpha, beta = jacobi_matrix(value, weight)
     distance = value - point
     smallest = np.finfo(float).eps * (np.abs(value).max() or 1.0)
     distance = np.where(np.abs(distance) < smallest, smallest, distance)
@@ -109,7 +109,7 @@ def mass_below(point: float, value: Array, weight: Array, residual: Array) -> tu
     return float(mass[:at].sum() + mass[at] / 2), float(mass[at] / 2)
 
 
-def _jacobi_matrix(value: Array, weight: Array) -> tuple[Array, Array]:
+def jacobi_matrix(value: Array, weight: Array) -> tuple[Array, Array]:
     """Diagonal ``(m,)`` and off-diagonal ``(m - 1,)`` of the tridiagonal matrix with this Gauss rule."""
     bordered = np.diag(np.concatenate([[0.0], value]))
     bordered[0, 1:] = bordered[1:, 0] = np.sqrt(weight)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pnanalysis.arrays import Array
 from pnanalysis.spectra.data_feed import Receiver
+from pnanalysis.spectra.memory import Storage
 from pnanalysis.spectra.merged import MergedSpaces
 from pnanalysis.spectra.stopping import Until
 
@@ -26,8 +26,7 @@ class SamplingSettings:
     n_hvp: int | None
     deflate: bool
     seed: int
-    basis_dtype: torch.dtype
-    basis_device: torch.device
+    storage: Storage
     max_memory_bytes: int | None = None
     symmetry_tolerance: float | None = None
     state: Path | None = None

@@ -14,6 +14,7 @@ from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.inner_products import inner_products
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, checked_product, random_unit_vectors
+from pnanalysis.spectra.memory import DEFAULT_FRACTION
 
 #: Vectors that Hutchinson's estimate multiplies at a time, and keeps.
 _PROBES_AT_ONCE = 10
@@ -37,7 +38,9 @@ class TraceEstimate(Estimate):
     method: str = ""
 
 
-def trace_estimate(operator: Any, method: str = "xtrace", n_hvp: int = 100, seed: int = 0) -> TraceEstimate:
+def trace_estimate(
+    operator: Any, method: str = "xtrace", n_hvp: int = 100, seed: int = 0, max_memory_bytes: int | None = None
+) -> TraceEstimate:
     """Estimate the trace of a symmetric operator.
 
     Parameters
@@ -54,6 +57,10 @@ def trace_estimate(operator: Any, method: str = "xtrace", n_hvp: int = 100, seed
         diagonal.
     seed : int
         Seed of the random vectors, which are the same on every device.
+    max_memory_bytes : int, optional
+        Bound on the vectors that Hutch++ and XTrace keep, 60 % of the free memory by default. Where they take more, the
+        products are divided among several independent estimates, whose mean is less accurate than one of all products
+        would be.
 
     Returns
     -------
@@ -66,7 +73,7 @@ def trace_estimate(operator: Any, method: str = "xtrace", n_hvp: int = 100, seed
     ------
     CurvatureError
         If the method is unknown, the budget too small for it, a product not finite, or the vectors that Hutch++ and
-        XTrace keep do not fit in memory.
+        XTrace keep do not fit in memory for the fewest products.
 
     Notes
     -----
@@ -84,17 +91,22 @@ def trace_estimate(operator: Any, method: str = "xtrace", n_hvp: int = 100, seed
     estimator, fewest = _METHODS[method]
     if n_hvp < fewest:
         raise CurvatureError(f"n_hvp is {n_hvp}; {method} takes at least {fewest} products")
-    estimate, spent = (_exact if n_hvp >= operator.shape[0] else estimator)(operator, n_hvp, seed)
+    if n_hvp >= operator.shape[0]:
+        estimate, spent = _exact(operator), operator.shape[0]
+    else:
+        each = n_hvp if method == "hutchinson" else _at_once(operator, n_hvp, fewest, max_memory_bytes)
+        found = [estimator(operator, each, seed, first) for first in range(0, n_hvp - each + 1, each)]
+        estimate, spent = _mean_of([one for one, _ in found]), sum(n for _, n in found)
     low, high = estimate.interval()
     return TraceEstimate(estimate.value, estimate.se, low, high, dof=estimate.dof, n_hvp=spent, method=method)
 
 
-def _exact(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
+def _exact(operator: LinearOperator) -> Estimate:
     eye = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
-    return Estimate(float(_product(operator, eye).diagonal().double().sum()), 0.0), operator.shape[0]
+    return Estimate(float(_product(operator, eye).diagonal().double().sum()), 0.0)
 
 
-def _hutchinson(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
+def _hutchinson(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> tuple[Estimate, int]:
     # For g uniform on the unit sphere, the mean of P g'Hg is the trace; its variance is below that of a Gaussian g.
     samples = []
     for block in torch.split(torch.arange(n_hvp), _PROBES_AT_ONCE):
@@ -103,11 +115,10 @@ def _hutchinson(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estima
     return _mean(operator.shape[0] * torch.cat(samples)), n_hvp
 
 
-def _hutch_plus_plus(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
-    _check_memory(operator, n_hvp)
+def _hutch_plus_plus(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> tuple[Estimate, int]:
     n_sketch = n_hvp // 3
     n_probes = n_hvp - 2 * n_sketch
-    vectors = random_unit_vectors(operator, range(n_sketch + n_probes), seed).double()
+    vectors = random_unit_vectors(operator, range(first, first + n_sketch + n_probes), seed).double()
     basis, _ = torch.linalg.qr(_product(operator, vectors[:, :n_sketch]).double())
     within = float(inner_products(basis, _product(operator, basis)).sum())
     probes = vectors[:, n_sketch:]
@@ -118,12 +129,11 @@ def _hutch_plus_plus(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[E
     return Estimate(within + rest.value, rest.se, dof=rest.dof), 2 * n_sketch + n_probes
 
 
-def _xtrace(operator: LinearOperator, n_hvp: int, seed: int) -> tuple[Estimate, int]:
+def _xtrace(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> tuple[Estimate, int]:
     """XTrace of Epperly, Tropp and Webber: all leave-one-out estimates from a single QR factorisation."""
-    _check_memory(operator, n_hvp)
     m = n_hvp // 2
     n_parameters = operator.shape[0]
-    probes = random_unit_vectors(operator, range(m), seed).double() * n_parameters**0.5
+    probes = random_unit_vectors(operator, range(first, first + m), seed).double() * n_parameters**0.5
     basis, triangle = torch.linalg.qr(_product(operator, probes).double())
     image = _product(operator, basis).double()
     core = basis.T @ image
@@ -160,17 +170,28 @@ def _product(operator: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
     return product
 
 
-def _check_memory(operator: LinearOperator, n_hvp: int) -> None:
-    need = _VECTORS_PER_PRODUCT * n_hvp * operator.shape[0] * torch.float64.itemsize
-    free = free_bytes(operator.device)
-    if need > free:
+def _mean_of(estimates: list[Estimate]) -> Estimate:
+    """Of independent estimates with as many vectors each."""
+    n = len(estimates)
+    squares = sum(one.se**2 for one in estimates)
+    return Estimate(sum(one.value for one in estimates) / n, squares**0.5 / n, dof=sum(one.dof for one in estimates))
+
+
+def _at_once(operator: LinearOperator, n_hvp: int, fewest: int, max_memory_bytes: int | None) -> int:
+    """Products of each estimate, of which there are as many as it takes for the vectors of each to fit into memory."""
+    limit = int(DEFAULT_FRACTION * free_bytes(operator.device)) if max_memory_bytes is None else max_memory_bytes
+    each = _VECTORS_PER_PRODUCT * operator.shape[0] * torch.float64.itemsize
+    fitting = min(limit // each, n_hvp)
+    if fitting < fewest:
         raise CurvatureError(
-            f"{n_hvp} products for {operator.shape[0]:,} parameters take {human(need)} of vectors in float64, and "
-            f"{human(free)} are free: lower n_hvp, or give method='hutchinson', which keeps {_PROBES_AT_ONCE} vectors"
+            f"{fewest} products for {operator.shape[0]:,} parameters take {human(fewest * each)} of vectors in "
+            f"float64, the bound is {human(limit)}: give method='hutchinson', which keeps {_PROBES_AT_ONCE} vectors"
         )
+    n_groups = min(-(-n_hvp // fitting), n_hvp // fewest)
+    return min(n_hvp // n_groups, fitting)
 
 
-_Estimator = Callable[[LinearOperator, int, int], tuple[Estimate, int]]
+_Estimator = Callable[[LinearOperator, int, int, int], tuple[Estimate, int]]
 #: By method: the estimator and the fewest products it takes.
 _METHODS: dict[str, tuple[_Estimator, int]] = {
     "xtrace": (_xtrace, 4),

@@ -298,7 +298,7 @@ def test_a_run_and_its_control_load_the_data_once(tiny_run: Run, control: Run, o
     chosen = compared([tiny_run, control])
     Examples(chosen, torch.device("cpu"))
     assert chosen[0].source.data is chosen[1].source.data
-    manifest = json.loads((own_run.path / MANIFEST).read_text())
+    manifest = open_run(own_run.path).manifest
     manifest["data"]["split_seed"] = 5
     (own_run.path / MANIFEST).write_text(json.dumps(manifest))
     others = as_sources([tiny_run, open_run(own_run.path)])
@@ -364,7 +364,7 @@ def test_identical_functions_with_more_layers(tmp_path: Path) -> None:
 def test_bad_input_is_one_clear_sentence(tiny_run: Run, own_run: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="at least two checkpoints, there is only plain"):
         pn.compare(tiny_run, checkpoints=["plain"])
-    manifest = json.loads((own_run.path / MANIFEST).read_text())
+    manifest = open_run(own_run.path).manifest
     manifest["data"]["split_seed"] = 5
     (own_run.path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="different validation and test halves"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,12 @@ What was tried, how often, and what happened. `make test-faults` runs all of it 
 a few cases of each kind. After every fault the same command was run again. It had to end well, with the same numbers
 bit for bit as without the fault, nothing that had been saved lost, and no temporary files left.
 
-"struck" counts the faults that came while the job was at work; the others came after its end.
+"struck" counts the faults that came while the job was at work; the others came after its end. Where a folder is gone or
+read-only, or a disk is full, a job that cannot go on has to say so in one sentence and end with exit status 2. So does
+a second writer of a run, while the first is not disturbed; two commands may work on one spectrum, and two sweeps share
+their runs. Readers (`info`, with and without `--verify`, `history`, `saturation`, `report`) are started one after the
+other while a run is written. Clocks jump by up to a year each time they are read, and so do the times of files before a
+killed job is continued.
 
 """
 _COLUMNS = ("tried", "struck", "resumed", "identical", "clean")
@@ -34,10 +40,13 @@ def add(counts: Counts, what: str, **found: bool) -> None:
 
 def save(counts: Counts) -> None:
     """Merge the counts of this session into the file and write the page."""
-    known: Counts = json.loads(FILE.read_text()) if FILE.is_file() else {}
-    known.update(counts)
-    FILE.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
-    write_page(known)
+    with open(FILE, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # tests may run in several processes
+        file.seek(0)
+        known: Counts = {**json.loads(file.read() or "{}"), **counts}
+        file.truncate(0)
+        file.write(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+        write_page(known)
 
 
 def write_page(counts: Counts) -> None:

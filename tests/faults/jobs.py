@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,15 +26,47 @@ import pnanalysis.analyses.hessian
 import pnanalysis.cli
 import trainers.cli
 from pnanalysis import schema
-from pnanalysis.io import netcdf
+from pnanalysis.io import netcdf, zarr_store
 from pnanalysis.io.runs import Run, open_run
 from pnanalysis.spectra import density
 from trainers.runs import strategies
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__])
+YEAR = 365 * 24 * 3600.0
 NETWORK = ("tanh7", "--data", "digits", "--model", "tanh7", "--model-option", "input_shape=[1,8,8]",
            "--model-option", "width=16", "--epochs", "3", "--iterations", "2", "--checkpoint-every", "1")  # fmt: skip
+
+
+#: What a job's own process does before its work.
+Condition = Callable[[], None]
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+def full_disk(file_bytes: int) -> None:
+    """Have this process refused whatever makes a file larger than that."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+
+
+def bound_by_permissions() -> None:
+    """Give up the superuser's right to write where nobody may."""
+    version, itself = 0x20080522, 0
+    header, none = (ctypes.c_uint32 * 2)(version, itself), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None, use_errno=True).capset(header, none) == 0, os.strerror(ctypes.get_errno())
+
+
+def jumping_clock(seed: int) -> None:
+    """Have the time of day jump by up to a year, forwards and backwards, whenever it is asked for."""
+    jumps, clock = random.Random(seed), time.time
+
+    def now() -> float:
+        return clock() + jumps.uniform(-YEAR, YEAR)
+
+    time.time = now
+    time.time_ns = lambda: int(now() * 1e9)
 
 
 @dataclass(frozen=True)
@@ -57,11 +92,11 @@ class Job:
 class Running:
     """A job at work in a process of its own."""
 
-    def __init__(self, job: Job, folder: Path, file_bytes: int | None = None) -> None:
-        self.output = folder.with_name(f"{folder.name}.err")
+    def __init__(self, job: Job, folder: Path, condition: Condition = nothing, name: str = "") -> None:
+        self.output = folder.with_name(f"{folder.name}{name}.err")
         begun = _FORKS.Event()
         self.process: ForkServerProcess = _FORKS.Process(
-            target=_work, args=(job.name, folder, begun, self.output, file_bytes)
+            target=_work, args=(job.name, folder, begun, self.output, condition)
         )
         self.process.start()
         assert begun.wait(300)
@@ -86,17 +121,17 @@ class Running:
         return self.output.read_text()
 
 
-def _work(name: str, folder: Path, begun: Any, output: Path, file_bytes: int | None) -> None:
+def _work(name: str, folder: Path, begun: Any, output: Path, condition: Condition) -> None:
     # As on a terminal's command line, but for the intervals between saves: every epoch, and every product.
     strategies.train.__kwdefaults__["save_interval"] = 0.0  # type: ignore[index]
     density.spectral_density.__kwdefaults__["save_every"] = 0.0  # type: ignore[index]
     torch.set_num_threads(1)
     os.chdir(folder)
+    tempfile.tempdir = str(folder.parent)
     errors = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(errors, 2)
     os.dup2(errors, 1)
-    if file_bytes is not None:  # writing beyond is an error, as on a disk that is full
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    condition()
     begun.set()
     BY_NAME[name].work(folder)
 
@@ -109,10 +144,6 @@ def command(main: Callable[[], None], *arguments: str) -> Callable[[Path], None]
         main()
 
     return work
-
-
-def _nothing(folder: Path) -> None:
-    pass
 
 
 def prepared_run(folder: Path) -> None:
@@ -152,16 +183,16 @@ def _of_report(folder: Path) -> bool:
     return (folder / "report.html").read_text().rstrip().endswith("</html>")
 
 
-def numbered(k: int) -> xr.Dataset:
+def numbered(k: int, n: int = 20_000) -> xr.Dataset:
     """A dataset that says when it was saved, in every number."""
     history = xr.Dataset(
         {
-            name: (("iteration", "epoch"), np.full((1, 20_000), float(k)))
+            name: (("iteration", "epoch"), np.full((1, n), float(k)))
             for name in ("train_loss", "penalty", "train_error", "validation_error", "test_error", "seconds")
         },
-        {"iteration": [0], "epoch": np.arange(20_000)},
+        {"iteration": [k], "epoch": np.arange(n)},
     )
-    return schema.finish(history, "history", seed=k)
+    return schema.finish(history, "history")
 
 
 def _save_repeatedly(folder: Path) -> None:
@@ -179,10 +210,27 @@ def _of_saving(folder: Path) -> bool:
     return bool((values == values[0, 0]).all() and values[0, 0] >= saved)
 
 
+def _append_rows(folder: Path) -> None:
+    store, told = folder / "rows.zarr", folder / "appended.json"
+    begin = len(_of_appending(folder)) if store.exists() else 0
+    assert begin >= (json.loads(told.read_text() or "0") if told.is_file() else 0), "what was appended is lost"
+    for k in range(begin, 8):
+        zarr_store.append(numbered(k, 500), store, "iteration")
+        with open(told, "w") as file:
+            file.write(f"{k + 1:6d}")
+
+
+def _of_appending(folder: Path) -> list[float]:
+    """What is stored, a number for each row."""
+    values = zarr_store.load(folder / "rows.zarr").train_loss.values
+    assert (values == values[:, :1]).all()
+    return [float(value) for value in values[:, 0]]
+
+
 JOBS = (
-    Job("training", _nothing, command(trainers.cli.main, *NETWORK, "--out", "run", "--resume"), _of_runs),
+    Job("training", nothing, command(trainers.cli.main, *NETWORK, "--out", "run", "--resume"), _of_runs),
     Job(
-        "sweep", _nothing,
+        "sweep", nothing,
         command(trainers.cli.main, *NETWORK, "--sweep", "seed=0:2", "--jobs", "1", "--out", "sweep", "--resume"),
         _of_runs,
     ),
@@ -191,7 +239,19 @@ JOBS = (
         command(pnanalysis.cli.main, "hessian", "run", "-c", "plain", "--n-hvp", "24", "--n", "50"),
         _of_spectrum,
     ),
-    Job("saving", _nothing, _save_repeatedly, _of_saving),
+    Job("saving", nothing, _save_repeatedly, _of_saving),
+    Job("appending", nothing, _append_rows, _of_appending),
     Job("report", prepared_run, command(pnanalysis.cli.main, "report", "run", "-o", "report.html"), _of_report),
 )  # fmt: skip
-BY_NAME = {job.name: job for job in JOBS}
+#: What reads a run, while another process may be writing it.
+READERS = (
+    Job("info", nothing, command(pnanalysis.cli.main, "info", "run"), nothing),
+    Job("verify", nothing, command(pnanalysis.cli.main, "info", "run", "--verify"), nothing),
+    Job("history", nothing, command(pnanalysis.cli.main, "history", "run", "-o", "history.nc"), nothing),
+    Job(
+        "saturation", nothing,
+        command(pnanalysis.cli.main, "saturation", "run", "--n", "50", "-o", "saturation.nc"), nothing,
+    ),
+    Job("page", nothing, command(pnanalysis.cli.main, "report", "run", "-o", "page.html"), nothing),
+)  # fmt: skip
+BY_NAME = {job.name: job for job in (*JOBS, *READERS)}

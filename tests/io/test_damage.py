@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 import pnanalysis as pn
 from pnanalysis import schema
-from pnanalysis.errors import ModelError, PnError, RunError, SchemaError
+from pnanalysis.analyses.spectrum_cache import SpectrumCache
+from pnanalysis.errors import CurvatureError, ModelError, PnError, RunError, SchemaError
 from pnanalysis.geometry.flat_weights import FlatWeights
 from pnanalysis.io import netcdf, zarr_store
 from pnanalysis.io.files import read_regular
-from pnanalysis.io.runs import Checkpoint, Run, open_run
+from pnanalysis.io.runs import MANIFEST, Checkpoint, Run, open_run
 from pnanalysis.io.verification import verify, verify_file
 from pnanalysis.io.weights import read_weights
 from pnanalysis.io.writer import RunWriter
@@ -140,6 +141,33 @@ def test_the_resume_state_is_verified_too(tmp_path: Path) -> None:
         writer.load_state()
 
 
+def test_every_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
+    entries = {"recipe": "tanh7", "config": {"lr": 0.001, "seed": 3}, "model": {"name": "a"}, "data": {"name": "b"}}
+    writer = RunWriter.create(tmp_path / "run", {"id": "c", **entries, "ends": [3, 3], "champion": 1})
+    file = tmp_path / "run" / MANIFEST
+    raw, before = file.read_bytes(), open_run(tmp_path / "run").manifest
+    found = 0
+    for bit in random_bits(raw, 500):
+        file.write_bytes(flipped(raw, bit))
+        try:
+            after = open_run(tmp_path / "run").manifest
+        except RunError as error:
+            found += "SHA-256" in str(error)
+        else:  # white space, or the name of the digest
+            assert {name: after[name] for name in before} == before
+    assert found > 100
+    writer.release()
+
+
+def test_a_manifest_that_was_changed_on_purpose_says_what_to_do(tmp_path: Path) -> None:
+    writer = RunWriter.create(tmp_path / "run", {"id": "c", "recipe": "a"})
+    file = tmp_path / "run" / MANIFEST
+    file.write_text(file.read_text().replace('"a"', '"b"'))
+    with pytest.raises(RunError, match=r"if you have changed it yourself, delete its entry sha256$"):
+        open_run(tmp_path / "run")
+    writer.release()
+
+
 def test_reading_takes_no_more_memory_than_the_file_has(tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(b"few")
     tracemalloc.start()
@@ -157,7 +185,7 @@ def test_a_run_is_verified_file_by_file(tiny_run: Run, tmp_path: Path) -> None:
     found = {finding.path.relative_to(run.path).as_posix(): finding for finding in verify(open_run(run.path))}
     assert len(found) == len(run.checkpoints) + 2
     assert found["history.nc"].text == "intact"
-    assert found["analysis/trajectory.zarr"].text == "readable, has no digest"
+    assert found["analysis/trajectory.zarr"].text == "intact"
     weights = run.plain.path
     raw = weights.read_bytes()
     weights.write_bytes(flipped(raw, 8 * len(raw) - 1))
@@ -187,3 +215,13 @@ def test_a_file_may_be_as_large_as_its_limit(tmp_path: Path, size: int, is_read:
     else:
         with pytest.raises(RunError, match="has 11 bytes, and a file of this kind at most 10"):
             read_regular(tmp_path / "file", 10, RunError)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"seed": 1, "sha256": "0"}'])
+def test_damaged_settings_of_unfinished_work_are_one_sentence(tmp_path: Path, damage: str) -> None:
+    SpectrumCache.claim(tmp_path, {"seed": 0})
+    (tmp_path / "a.nc").touch()
+    SpectrumCache.claim(tmp_path, {"seed": 0})
+    (tmp_path / "settings.json").write_text(damage)
+    with pytest.raises(CurvatureError, match=r"settings.json: is damaged.*; delete the folder to start again$"):
+        SpectrumCache.claim(tmp_path, {"seed": 0})

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ import pytest
 from pnanalysis.errors import RunError
 from pnanalysis.io import netcdf
 from pnanalysis.io.atomic import atomic_directory, atomic_path
-from pnanalysis.io.lock import LOCK, Lock
+from pnanalysis.io.lock import LOCK, Lock, is_held
+from pnanalysis.io.runs import open_run
+from pnanalysis.io.writer import RunWriter
 from tests.io.test_damage import history
 
 _KILLED = """
@@ -104,6 +107,43 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     lock.acquire()
     lock.release()
     assert not (tmp_path / LOCK).exists()
+
+
+def test_looking_at_a_lock_neither_disturbs_its_owner_nor_takes_it(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    assert not is_held(tmp_path)
+    lock.acquire()
+    assert is_held(tmp_path)
+    assert is_held(tmp_path)
+    lock.release()
+    assert not is_held(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_whoever_looks_keeps_no_writer_out(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    looking = os.open(tmp_path / LOCK, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    writer = threading.Thread(target=Lock(tmp_path).acquire)
+    writer.start()
+    writer.join(0.1)
+    assert writer.is_alive(), "it waits, for the other only looks"
+    os.close(looking)
+    writer.join(30)
+    assert not writer.is_alive()
+
+
+@pytest.mark.parametrize(("leaves_a_file", "recorded"), [(True, "running"), (False, "running"), (False, "failed")])
+def test_a_run_that_nobody_writes_is_not_running(tmp_path: Path, leaves_a_file: bool, recorded: str) -> None:
+    entries = {"id": "a", "recipe": "b", "config": {}, "model": {"name": "c"}, "data": {"name": "d"}, "ends": []}
+    writer = RunWriter.create(tmp_path / "run", {**entries, "champion": None, "status": recorded})
+    assert open_run(tmp_path / "run").status == recorded
+    writer.release()
+    if leaves_a_file:  # as a kill does
+        (tmp_path / "run" / LOCK).touch()
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert open_run(tmp_path / "run").status == ("interrupted" if recorded == "running" else recorded)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
 def test_a_lock_that_is_forgotten_is_released(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pnanalysis.errors import RunError, SchemaError
 from pnanalysis.io import collection, datasets, netcdf, zarr_store
 from pnanalysis.io.collection import collect_runs, open_runs
 from pnanalysis.io.runs import ANALYSIS, Run, open_run
+from pnanalysis.io.verification import verify_file
+from tests.io.test_damage import flipped
 from trainers import Config, train
 
 
@@ -95,6 +98,60 @@ def test_a_missing_or_damaged_store_is_one_sentence(paths: xr.Dataset, tmp_path:
     (path / ".zmetadata").write_text("{")
     with pytest.raises(SchemaError, match="not a readable Zarr store"):
         pn.load(path)
+
+
+@pytest.mark.parametrize("appended", [False, True])
+def test_every_flipped_bit_of_a_store_is_found(paths: xr.Dataset, tmp_path: Path, appended: bool) -> None:
+    path, n_found = tmp_path / "t.zarr", 0
+    for row in rows(paths) if appended else ():
+        zarr_store.append(row, path, "checkpoint")
+    if not appended:
+        pn.save(paths, path)
+    assert verify_file(path).text == "intact"
+    before = pn.load(path)
+    for file in sorted(path.rglob("*")):
+        raw = file.read_bytes() if file.is_file() else b""
+        for bit in range(0, 8 * len(raw), max(1, len(raw) // 2 * 8 - 3)):
+            file.write_bytes(flipped(raw, bit))
+            try:
+                after = pn.load(path)
+            except SchemaError:
+                n_found += 1
+            else:  # a file that the consolidated metadata replace, or padding
+                assert after.identical(before), file
+        if raw:
+            file.write_bytes(raw)
+    assert n_found > len(paths.variables)
+    assert pn.load(path).identical(before)
+
+
+def test_a_flipped_bit_of_the_attributes_is_found(paths: xr.Dataset, tmp_path: Path) -> None:
+    path = pn.save(paths, tmp_path / "t.zarr")
+    file = path / ".zmetadata"
+    file.write_text(file.read_text().replace('"kind": "trajectory"', '"kind": "trajectorx"', 1))
+    with pytest.raises(SchemaError, match="SHA-256"):
+        pn.load(path)
+
+
+def test_a_disk_that_fills_up_leaves_the_store_before(paths: xr.Dataset, tmp_path: Path) -> None:
+    path = pn.save(paths.isel(checkpoint=slice(3)), tmp_path / "t.zarr")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (10, 100, 300, 1000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                pn.save(paths, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert pn.load(path).identical(paths.isel(checkpoint=slice(3)))
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_stores_without_checksums_are_read_as_before(paths: xr.Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "t.zarr"
+    paths.to_zarr(path, zarr_format=2, consolidated=True)
+    assert pn.load(path).identical(paths)
+    assert verify_file(path).text == "readable, has no digest"
 
 
 def test_a_store_that_is_replaced_while_it_is_read_is_read_again(

@@ -435,7 +435,7 @@ def test_each_of_several_runs_shows_its_own_champion(tiny_run: Run, tmp_path: Pa
     runs = []
     for name, champion in (("a", 1), ("b", 2)):
         shutil.copytree(tiny_run.path, tmp_path / name)
-        manifest = json.loads((tmp_path / name / MANIFEST).read_text())
+        manifest = pn.open_run(tmp_path / name).manifest
         (tmp_path / name / MANIFEST).write_text(json.dumps(manifest | {"champion": champion}))
         runs.append(pn.open_run(tmp_path / name))
     labels = [

@@ -44,7 +44,7 @@ def copies_of(pair: list[Run], folder: Path) -> list[Run]:
     """Copies of the pair whose champion is iteration 2."""
     for run in pair:
         shutil.copytree(run.path, folder / run.path.name)
-    manifest = json.loads((folder / "partial" / MANIFEST).read_text())
+    manifest = open_run(folder / "partial").manifest
     (folder / "partial" / MANIFEST).write_text(json.dumps(manifest | {"champion": 2}))
     return [open_run(folder / run.path.name) for run in pair]
 

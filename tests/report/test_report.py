@@ -176,7 +176,7 @@ def test_numbers_are_printed_with_their_errors() -> None:
 def test_names_are_escaped(tiny_config: Config, tmp_path: Path) -> None:
     hostile = tmp_path / "<script>alert('x')<|script>"
     train(replace(tiny_config, iterations=1, epochs=1), hostile, device="cpu", progress=False)
-    manifest = json.loads((hostile / MANIFEST).read_text())
+    manifest = open_run(hostile).manifest
     manifest["command"] = "</details><img src=x onerror=alert(1)>"
     (hostile / MANIFEST).write_text(json.dumps(manifest))
     text = write_report([open_run(hostile)], tmp_path / "r.html", title="<b>bold</b>").read_text()

@@ -8,6 +8,7 @@ import torch
 
 from pnanalysis.spectra.deflation import sample_spectrum
 from pnanalysis.spectra.linear_operator import DenseOperator
+from pnanalysis.spectra.memory import Storage
 from pnanalysis.spectra.sample import SamplingSettings
 
 WAYS = {
@@ -58,7 +59,7 @@ def sample(way: str, recorder: Recorder | None = None, seed: int = 0) -> Countin
     cpu = torch.device("cpu")
     sample_spectrum(
         operator,
-        SamplingSettings(seed=seed, basis_dtype=torch.float64, basis_device=cpu, data=recorder, **options),
+        SamplingSettings(seed=seed, storage=Storage(torch.float64, cpu), data=recorder, **options),
     )
     return operator
 

@@ -202,6 +202,18 @@ def test_foreign_state_is_refused(tmp_path):
         run_on(matrix, 10).restore(path, "a")
 
 
+def test_a_flipped_bit_of_a_state_is_found(tmp_path):
+    path = tmp_path / "state.safetensors"
+    run_on(symmetric(50), 10).extend(5).save(path, "until {'trace': 0.1}")
+    raw = path.read_bytes()
+    for place in np.linspace(8, len(raw) - 1, 30).astype(int):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        with pytest.raises(CurvatureError, match=r"damaged.*; delete it to start again$"):
+            run_on(symmetric(50), 10).restore(path, "until {'trace': 0.1}")
+    path.write_bytes(raw)
+    assert run_on(symmetric(50), 10).restore(path, "until {'trace': 0.1}").step == 5
+
+
 def test_asymmetry_is_reported_with_its_size():
     matrix = symmetric(100)
     matrix = matrix + 0.5 * torch.triu(matrix, 1)

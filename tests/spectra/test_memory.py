@@ -1,32 +1,180 @@
-"""Memory for Lanczos bases."""
+"""Memory for Lanczos bases: counted, bounded, and kept in several ways, all of which give the same spectrum."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from scipy.stats import wasserstein_distance
 
+import pnanalysis as pn
 from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.memory import basis_bytes, probes_at_once, vectors_at_once
+from pnanalysis.spectra.ghosts import without_ghosts
+from pnanalysis.spectra.lanczos import Lanczos
+from pnanalysis.spectra.linear_operator import DiagonalOperator, random_unit_vectors
+from pnanalysis.spectra.memory import MODES, Storage, probes_at_once, vectors_at_once
+from pnanalysis.spectra.quadrature import ritz
+
+CPU = torch.device("cpu")
 
 
-def test_memory_bound_groups_probes_or_refuses():
+def test_memory_bound_groups_probes_or_refuses() -> None:
     unit = 1000 * 8
-    assert basis_bytes(1000, 20, 3, torch.float64, 5) == (23 * 3 + 5) * unit
-    sizes = {
-        "n_parameters": 1000,
-        "n_lanczos": 20,
-        "n_probes": 9,
-        "dtype": torch.float64,
-        "device": torch.device("cpu"),
-    }
-    assert probes_at_once(**sizes, n_deflated=5, max_memory_bytes=(2 * 23 + 5) * unit) == 2
-    assert probes_at_once(**sizes) == 9
-    with pytest.raises(CurvatureError, match=r"needs 180 KiB, the bound is 179 KiB: lower n_lanczos"):
-        probes_at_once(**sizes, max_memory_bytes=23 * unit - 1000)
+    storage = Storage(torch.float64, CPU)
+    assert storage.needed(1000, 20, 3, 5) == (23 * 3 + 5) * unit
+    sizes = (storage, 1000, 20, 9)
+    assert probes_at_once(*sizes, n_deflated=5, max_memory_bytes=(2 * 23 + 5) * unit) == 2
+    assert probes_at_once(*sizes) == 9
+    with pytest.raises(
+        CurvatureError, match=r"needs 180 KiB, the bound is 179 KiB: lower n_lanczos.*--basis half or --basis disk"
+    ):
+        probes_at_once(*sizes, max_memory_bytes=23 * unit - 1000)
 
 
-@pytest.mark.parametrize(("bound", "n"), [(3, 0), (4, 1), (9, 6), (50, 10), (1, 0)])
-def test_vectors_fit_beside_three_to_work_with(bound: int, n: int) -> None:
+def test_memory_of_other_ways_to_keep_a_basis() -> None:
+    half, disk, none = (Storage(torch.float32, CPU, mode) for mode in ("half", "disk", "none"))
+    assert half.needed(1000, 20, 1) == 20 * 2000 + 3 * 4000
+    assert disk.needed(1000, 20, 2, 7) == 2 * 3 * 4000
+    assert none.needed(1000, 20, 2) == 2 * 5 * 4000
+    assert half.columns(10, 3).dtype == torch.float16
+
+
+def decaying(n: int = 4000) -> np.ndarray:
+    """Ten outliers above a bulk that reaches below zero."""
+    rng = np.random.default_rng(0)
+    return np.r_[rng.standard_normal(n - 10) * 0.1, np.geomspace(2, 30, 10)]
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("options", [{"n_hvp": 120}, {"n_lanczos": 40, "n_probes": 3}])
+def test_every_way_gives_the_spectrum(mode: str, options: dict[str, int]) -> None:
+    eigenvalues = decaying()
+    op = DiagonalOperator(torch.from_numpy(eigenvalues).float())
+    plain = {"deflate": False} if mode == "none" else {}
+    expected = pn.spectral_density(op, **options, **plain, basis="memory", progress=False)
+    found = pn.spectral_density(op, **options, basis=mode, progress=False)
+    assert found.attrs["basis"] == mode
+    assert found.attrs["deflate"] == expected.attrs["deflate"] == (mode != "none")
+    # what is rounded to float16 moves eigenvalues by far less than probes scatter
+    tolerance = {"half": 1e-3, "disk": 0.0, "none": 1e-3}[mode]
+    scale = float(expected.lambda_max)
+    for name in ("trace", "frobenius_norm", "lambda_max", "lambda_min"):
+        assert abs(float(found[name]) - float(expected[name])) <= tolerance * scale, name
+    assert float(found.lambda_max) == pytest.approx(30, rel=1e-3)
+    assert int(found.n_outliers) == int(expected.n_outliers)
+    distance = wasserstein_distance(found.node, expected.node, found.weight, expected.weight)
+    assert distance <= 2 * tolerance * scale
+
+
+@pytest.mark.parametrize("mode", ["half", "disk"])
+def test_an_interrupted_spectrum_goes_on_in_the_same_way(mode: str, tmp_path: Path) -> None:
+    class Stopping(DiagonalOperator):
+        left = 50
+
+        def matmat(self, V: torch.Tensor) -> torch.Tensor:
+            self.left -= V.shape[1]
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().matmat(V)
+
+    values = torch.from_numpy(decaying()).float()
+    options = {"n_hvp": 80, "basis": mode, "progress": False}
+    expected = pn.spectral_density(DiagonalOperator(values), **options)
+    with pytest.raises(KeyboardInterrupt):
+        pn.spectral_density(Stopping(values), **options, state=tmp_path / "state", save_every=0.0)
+    resumed = pn.spectral_density(DiagonalOperator(values), **options, state=tmp_path / "state")
+    assert np.array_equal(resumed.node, expected.node)
+    assert not list(tmp_path.rglob(".basis-*"))
+
+
+def test_without_reorthogonalisation_ghosts_appear_and_are_merged() -> None:
+    eigenvalues = decaying(2000)
+    op = DiagonalOperator(torch.from_numpy(eigenvalues).float())
+    start = random_unit_vectors(op, [1], 0)
+    full = Lanczos(op, start, 120).extend(120)
+    short = Lanczos(op, start, 120, reorthogonalise=False).extend(120)
+    alpha, beta = (part[0] for part in short.coefficients())
+    value, _, _ = ritz(alpha, beta)
+    largest = np.sort(value)[::-1]
+    assert largest[0] - largest[1] < 1e-4  # 30 is there twice
+    merged = without_ghosts(alpha, beta, 1e-6)
+    value, weight, residual = ritz(*merged)
+    np.testing.assert_allclose(np.sort(value)[:-11:-1], np.sort(eigenvalues)[:-11:-1], rtol=1e-4)
+    assert len(value) < 120
+    assert residual[-1] < 1e-2
+    exact_value, exact_weight, _ = ritz(*(part[0] for part in full.coefficients()))
+    assert wasserstein_distance(value, exact_value, weight, exact_weight) < 1e-3 * 30
+    # moments are those of the start vector
+    assert weight @ value == pytest.approx(float(alpha[0]), rel=1e-5)
+
+
+def test_a_matrix_without_ghosts_is_left_alone() -> None:
+    alpha, beta = np.array([1.0, 2.0, 3.0]), np.array([0.5, 0.4, 0.3])
+    assert without_ghosts(alpha, beta, 1e-6)[0] is alpha
+
+
+def test_a_basis_that_is_not_kept_cannot_be_read() -> None:
+    lanczos = Lanczos(DiagonalOperator(torch.ones(10)), torch.ones(10, 1), 5, reorthogonalise=False)
+    with pytest.raises(CurvatureError, match="no basis is kept"):
+        _ = lanczos.basis
+
+
+def test_the_first_way_that_fits_is_taken() -> None:
+    op = DiagonalOperator(torch.from_numpy(decaying()).float())
+    for mode, bound in (("memory", 200 * 16000), ("half", 48 * 16000), ("disk", 10 * 16000)):
+        ds = pn.spectral_density(op, n_hvp=200, max_memory_bytes=bound, progress=False)
+        assert ds.attrs["basis"] == mode
+    with pytest.raises(CurvatureError, match="needs"):
+        pn.spectral_density(op, n_hvp=200, basis="memory", max_memory_bytes=10 * 16000, progress=False)
+
+
+def test_a_basis_on_the_disk_needs_host_memory() -> None:
+    op = DiagonalOperator(torch.ones(20, device="meta"))
+    with pytest.raises(CurvatureError, match="basis_device='cpu'"):
+        pn.spectral_density(op, n_hvp=10, basis="disk", progress=False)
+
+
+PEAK = """
+import json, resource, sys, torch
+import pnanalysis as pn
+from pnanalysis.spectra.linear_operator import DiagonalOperator
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+class Watching(DiagonalOperator):
+    peak = 0
+    def matmat(self, V):
+        product = super().matmat(V)
+        Watching.peak = max(Watching.peak, anonymous())
+        return product
+
+n = 4_000_000
+op = Watching(torch.linspace(0, 1, n))
+warm = pn.spectral_density(DiagonalOperator(torch.ones(50)), n_hvp=20, progress=False)
+before = anonymous()
+pn.spectral_density(op, n_hvp=30, basis=sys.argv[1], progress=False)
+print(json.dumps({"vectors": (Watching.peak - before) / (4 * n)}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("mode", "most"), [("memory", 30 + 9), ("half", 15 + 9), ("disk", 12), ("none", 2 + 9)])
+def test_peak_memory_at_four_million_parameters(mode: str, most: float) -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK, mode], capture_output=True, text=True, check=True)
+    vectors = json.loads(done.stdout.splitlines()[-1])["vectors"]
+    assert vectors <= most
+    assert vectors >= {"memory": 25, "half": 12, "disk": 0, "none": 0}[mode]
+
+
+@pytest.mark.parametrize(("bound", "n"), [(3, 0), (4, 1), (20, 10)])
+def test_single_vectors_leave_room_to_work_with(bound: int, n: int) -> None:
     unit = 1000 * 4
-    found = [vectors_at_once(1000, 10, torch.float32, torch.device("cpu"), bound * unit + spare) for spare in (0, 999)]
+    found = [vectors_at_once(Storage(torch.float32, CPU), 1000, 10, bound * unit + spare) for spare in (0, 999)]
     assert found == [n, n]

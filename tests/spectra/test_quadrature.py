@@ -9,6 +9,7 @@ from scipy.stats import wasserstein_distance
 
 from pnanalysis.spectra import deflation
 from pnanalysis.spectra.linear_operator import DiagonalOperator
+from pnanalysis.spectra.memory import Storage
 from pnanalysis.spectra.quadrature import SpectralMeasure, averaged_rule, ritz
 from tests.spectra.known_spectra import spectrum, spiked
 
@@ -53,7 +54,7 @@ def test_averaged_rule_is_exact_for_polynomials_and_finer_than_gauss():
     eigenvalues = np.linspace(-1, 1, 500)
     probe = deflation.sample_spectrum(
         diagonal(eigenvalues),
-        deflation.SamplingSettings(12, 1, None, False, 0, torch.float64, torch.device("cpu")),
+        deflation.SamplingSettings(12, 1, None, False, 0, Storage(torch.float64, torch.device("cpu"))),
     ).probes[0]
     value, weight, _ = ritz(probe.alpha, probe.beta)
     node, fraction = averaged_rule(probe.alpha, probe.beta)

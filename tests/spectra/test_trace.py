@@ -131,3 +131,17 @@ def test_too_little_memory_is_refused_before_any_product(monkeypatch):
             trace_estimate(operator, method, 30)
     assert operator.products == 0
     trace_estimate(operator, "hutchinson", 30)
+
+
+@pytest.mark.parametrize("method", ["xtrace", "hutch++"])
+def test_vectors_that_do_not_fit_are_taken_in_groups(method):
+    eigenvalues = np.geomspace(1e-3, 1, 600)
+    bound = 12 * 3 * 600 * 8  # 12 products
+    assert trace_estimate(dense(eigenvalues), method, 60, max_memory_bytes=bound).n_hvp == 60
+    errors = [
+        trace_estimate(dense(eigenvalues), method, 60, seed, bound).value - eigenvalues.sum() for seed in range(40)
+    ]
+    stated = np.sqrt(
+        np.mean([trace_estimate(dense(eigenvalues), method, 60, seed, bound).se ** 2 for seed in range(40)])
+    )
+    assert 0.7 < stated / np.sqrt(np.mean(np.square(errors))) < 1.4  # 3.3 standard errors of a ratio from 40

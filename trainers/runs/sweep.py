@@ -19,7 +19,7 @@ import torch
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from pnanalysis.checks import at_least, shown
+from pnanalysis.checks import at_least, check_writable, shown
 from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.runs import MANIFEST, open_run
@@ -130,6 +130,8 @@ def sweep(
         for plan, place in zip(plans, itertools.cycle(devices), strict=False)
     ]
     outcomes: dict[Path, Outcome] = {}
+    check_writable(out / MANIFEST)
+    out.mkdir(parents=True, exist_ok=True)
     with _interruptions_marked(plans), progress_bar(f"{len(calls)} runs", len(calls), progress) as advance:
         try:
             for outcome in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
@@ -181,6 +183,8 @@ def _train_one(plan: _Plan, device: str, resume: bool, threads: int) -> Outcome:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # else every process would start as many threads as there are cores
     try:
+        if not plan.path.parent.is_dir():  # not to be made again, without the other runs
+            return Outcome(plan.path, plan.settings, "the folder of the sweep is gone; put it back")
         if resume or not (plan.path / MANIFEST).exists():
             train(plan.config, plan.path, device=device, resume=resume, progress=False)
             return Outcome(plan.path, plan.settings, None)

@@ -1,0 +1,210 @@
+r"""A few extreme eigenpairs in a fixed number of vectors: Lanczos with thick restarts.
+
+When the basis is full, the best Ritz vectors replace it and Lanczos goes on from them. In the basis of ``k`` kept Ritz
+vectors and those that follow, the operator is diagonal on the former, tridiagonal on the latter, and couples the two by
+one row, whose entries are the residuals of the kept Ritz values. What has been found is never lost, and a product costs
+as much as in ordinary Lanczos. Every vector is orthogonalised against all others twice, so that no eigenvalue is found
+more often than it is there. (Of an eigenvalue that is there twice, a single start vector may miss one.)
+
+References
+----------
+Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix Anal. Appl. 22
+(2000).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pnanalysis.arrays import Array
+from pnanalysis.checks import at_least, check_seed, one_of
+from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.inner_products import combinations, norms, orthogonalised, recombine
+from pnanalysis.spectra.lanczos import BREAKDOWN, basis_dtype
+from pnanalysis.spectra.linear_operator import (
+    LinearOperator,
+    as_operator,
+    checked_product,
+    contiguous_columns,
+    empty_columns,
+    random_unit_vectors,
+    round_off,
+)
+from pnanalysis.terminal.progress import Advance
+
+#: Which eigenvalues: the largest, the smallest (most negative), or those of the largest magnitude.
+WHICH = ("largest", "smallest", "magnitude")
+
+
+@dataclass(frozen=True)
+class EigenPairs:
+    """Approximate eigenpairs, the wanted end of the spectrum first.
+
+    Attributes
+    ----------
+    value : ndarray
+        Ritz values ``(k,)``.
+    residual : ndarray
+        ``|H v - value v|``, ``(k,)``: an eigenvalue lies within it of each value.
+    vector : torch.Tensor
+        Orthonormal Ritz vectors ``(P, k)``.
+    n_hvp : int
+        Products spent.
+    converged : bool
+        Whether all residuals are within the tolerance.
+    """
+
+    value: Array
+    residual: Array
+    vector: Tensor
+    n_hvp: int
+    converged: bool
+
+
+def extreme_pairs(
+    operator: Any,
+    k: int = 10,
+    which: str = "largest",
+    *,
+    n_vectors: int | None = None,
+    tolerance: float = 1e-3,
+    max_hvp: int = 1000,
+    seed: int = 0,
+    start: Tensor | None = None,
+    advance: Advance | None = None,
+) -> EigenPairs:
+    """The ``k`` eigenpairs at one end of the spectrum of a symmetric operator.
+
+    Parameters
+    ----------
+    operator : LinearOperator or matrix
+        Anything :func:`pnanalysis.as_operator` takes.
+    k : int
+    which : {"largest", "smallest", "magnitude"}
+    n_vectors : int, optional
+        Vectors in memory, more than ``k``; the larger their number, the fewer the products. Default: ``2 k + 10``.
+    tolerance : float
+        Stop when all residuals are below this fraction of the largest magnitude found. Round-off of the products bounds
+        what can be reached.
+    max_hvp : int
+        Stop after so many products in any case.
+    seed : int
+        Of the random start vector.
+    start : torch.Tensor, optional
+        Vectors ``(P, s)`` whose sum is started from instead: those of a similar operator (a warm start).
+    advance : callable, optional
+        Called with the products of each step.
+
+    Returns
+    -------
+    EigenPairs
+
+    Raises
+    ------
+    CurvatureError
+        If ``k`` or ``n_vectors`` does not fit P, or a product is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> pairs = extreme_pairs(np.diag(np.arange(100.0)), k=2)
+    >>> pairs.value.round(3)
+    array([99., 98.])
+    """
+    operator = as_operator(operator)
+    n_parameters = operator.shape[0]
+    at_least(1, k=k, max_hvp=max_hvp, n_vectors=n_vectors)
+    check_seed(seed=seed)
+    one_of(WHICH, which=which)
+    n_vectors = min(2 * k + 10, n_parameters) if n_vectors is None else n_vectors
+    if not k < n_vectors <= n_parameters and not k == n_vectors == n_parameters:
+        raise CurvatureError(
+            f"k is {k} and n_vectors {n_vectors} for {n_parameters:,} parameters; give k < n_vectors <= parameters"
+        )
+    solver = _Restarted(operator, k, which, n_vectors, tolerance)
+    solver.begin(random_unit_vectors(operator, [0], seed) if start is None else start.sum(1, keepdim=True))
+    while True:
+        while solver.size < n_vectors and not solver.is_invariant:
+            solver.step()
+            if advance is not None:
+                advance(1)
+        found = solver.pairs()
+        if found.converged or solver.is_invariant or solver.n_hvp + n_vectors - k > max(max_hvp, n_vectors):
+            return found
+        solver.restart()
+
+
+class _Restarted:
+    """The basis, the operator on it, and the vector that comes next."""
+
+    def __init__(self, operator: LinearOperator, k: int, which: str, n_vectors: int, tolerance: float) -> None:
+        self.operator, self.k, self.which = operator, k, which
+        self.tolerance = max(tolerance, round_off(operator))
+        self.dtype = basis_dtype(operator)
+        self.basis = empty_columns(operator.shape[0], n_vectors, self.dtype, operator.device)
+        self.matrix = np.zeros((n_vectors, n_vectors))
+        self.size, self.n_hvp, self.beta = 0, 0, 0.0
+        self.following: Tensor = self.basis[:, :0]
+        self.is_invariant = False
+
+    def begin(self, vector: Tensor) -> None:
+        """Start from one vector ``(P, 1)``."""
+        vector = vector.to(self.basis)
+        self.following = vector / norms(vector).to(self.dtype)
+
+    def step(self) -> None:
+        """Add the next vector to the basis, with one product."""
+        j = self.size
+        self.basis[:, j] = self.following[:, 0]
+        product = contiguous_columns(checked_product(self.operator, self.following).to(self.basis))
+        self.n_hvp += 1
+        rest, (coordinates,) = orthogonalised(product, [self.basis[:, : j + 1]])
+        length = float(norms(rest))
+        if not np.isfinite(length):
+            raise CurvatureError(
+                "a product of the operator held NaN or infinite values; check the weights and the data"
+            )
+        self.matrix[j, j] = float(coordinates[j])
+        self.size, self.beta = j + 1, length
+        scale = max(np.abs(self.matrix).max(), float(norms(product)))
+        if length <= BREAKDOWN[self.operator.dtype] * scale or self.size == self.operator.shape[0]:
+            self.is_invariant, self.beta = True, 0.0
+            return
+        self.following = rest / length
+        if self.size < len(self.matrix):
+            self.matrix[j, j + 1] = self.matrix[j + 1, j] = length
+
+    def pairs(self) -> EigenPairs:
+        """The wanted Ritz pairs."""
+        value, vector, residual = self._ritz()
+        k = min(self.k, self.size)
+        scale = float(np.abs(value).max()) or 1.0
+        vectors = combinations(self.basis[:, : self.size], torch.from_numpy(vector[:, :k].copy()).to(self.basis))
+        converged = bool((residual[:k] <= self.tolerance * scale).all()) or self.is_invariant
+        return EigenPairs(value[:k], residual[:k], vectors, self.n_hvp, converged)
+
+    def restart(self) -> None:
+        """Replace the basis by the best Ritz vectors: the wanted ones, and half of the others to speed up the rest."""
+        value, vector, _ = self._ritz()
+        n_kept = min(self.k + (self.size - self.k) // 2, self.size - 1)
+        recombine(self.basis[:, : self.size], torch.from_numpy(vector[:, :n_kept].copy()).to(self.basis))
+        signed = self.beta * vector[-1, :n_kept]
+        self.matrix[:] = 0
+        self.matrix[np.arange(n_kept), np.arange(n_kept)] = value[:n_kept]
+        self.matrix[:n_kept, n_kept] = self.matrix[n_kept, :n_kept] = signed
+        self.size = n_kept
+
+    def _ritz(self) -> tuple[Array, Array, Array]:
+        """Ritz values, coordinates of their vectors in the basis, and residuals; the wanted ones first."""
+        value, vector = np.linalg.eigh(self.matrix[: self.size, : self.size])
+        key = {"largest": -value, "smallest": value, "magnitude": -np.abs(value)}[self.which]
+        order = np.argsort(key, kind="stable")
+        return value[order], vector[:, order], self.beta * np.abs(vector[-1, order])
+
+
+__all__ = ["WHICH", "EigenPairs", "extreme_pairs"]
