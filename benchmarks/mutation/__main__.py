@@ -62,7 +62,8 @@ class Tests:
 
     def of(self, mutant: Mutant) -> list[str]:
         """Node ids, the most specific ones first, and the test file named after the module."""
-        names = {name for name in self._by_line.get(mutant.file, {}).get(mutant.line, []) if name}
+        reaching = self._by_line.get(mutant.file, {}).get(mutant.line, [])
+        names = {name for name in reaching if name.startswith("tests.")}  # and not Hypothesis, which runs some of them
         ids = [_node_id(name) for name in sorted(names, key=lambda name: (self._lines[name], name))]
         own = f"{_folder(mutant.file)}/test_{Path(mutant.file).name}"
         if (ROOT / own).is_file():
@@ -147,6 +148,8 @@ def _outcome(status: int, report: Path) -> str:
     code = os.WEXITSTATUS(status)
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         return "untested"
+    if code == pytest.ExitCode.USAGE_ERROR:
+        raise RuntimeError("pytest does not find the tests that `make coverage` has seen; run that again")
     return "survived" if code == 0 else "noticed" if report.exists() else "cannot be imported"
 
 
