@@ -363,6 +363,18 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
     return xr.Dataset(data)
 
 
+def _two_within(mean: float, deviation: float, bounds: Extremes) -> tuple[Array, Array]:
+    """The two nodes with this mean and deviation, one at the nearer bound, the other within both."""
+    down, up = mean - bounds.min_low, bounds.max_high - mean
+    if deviation == 0 or min(down, up) <= 0 or deviation**2 > down * up:  # no measure within the bounds has these
+        return np.array([mean]), np.array([1.0])
+    near = -down if down < up else up
+    far = -(deviation**2) / near
+    node, weight = np.array([near, far]), np.array([-far, near]) / (near - far)
+    order = np.argsort(node)
+    return mean + node[order], weight[order]
+
+
 def _average(sample: SpectrumSample, weights: Array, bounds: Extremes) -> SpectralMeasure:
     """Average the probes' estimates of the spectrum with weights in proportion to ``weights`` ``(probe,)``."""
     weights = weights / weights.sum() if weights.any() else weights
@@ -375,10 +387,12 @@ def _average(sample: SpectrumSample, weights: Array, bounds: Extremes) -> Spectr
             parts.append((value, np.full(len(value), later / sample.n_parameters), -index, probe.n_before))
         if probe.sampled:
             node, fraction = averaged_rule(probe.alpha, probe.beta)
-            # nodes outside the spectrum's bounds: take the Gauss rule, whose nodes never are. Not after a single
-            # step, when the Gauss rule would be one node and not know the variance.
-            if len(probe.alpha) > 1 and (node[0] < bounds.min_low or node[-1] > bounds.max_high):
+            # Nodes outside the spectrum's bounds: take the Gauss rule, whose nodes never are. After a single step that
+            # is one node, which does not know the variance: then two nodes of these moments within the bounds.
+            if node[0] < bounds.min_low or node[-1] > bounds.max_high:
                 node, fraction, _ = ritz(probe.alpha, probe.beta)
+                if len(probe.alpha) == 1:
+                    node, fraction = _two_within(probe.alpha[0], probe.beta[0], bounds)
             mass = weights[index] * (1 - probe.n_before / sample.n_parameters)
             parts.append((node, mass * fraction, index + 1, probe.n_before))
     return SpectralMeasure(

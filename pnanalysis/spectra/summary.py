@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from pnanalysis.arrays import Array
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.ends import bulk_edge, class_numbers, lambda_max_and_min, leading, ratio_of_bounds
 from pnanalysis.spectra.moments import mean_beside_moments, moments
 from pnanalysis.spectra.negative import negative_curvature, negative_mass
 from pnanalysis.spectra.outliers import find_gap
-from pnanalysis.spectra.quadrature import SpectralMeasure
+from pnanalysis.spectra.quadrature import SpectralMeasure, gain_by_merging
 from pnanalysis.spectra.rule_error import with_rule_error
 
 #: Two-sided level of every interval.
@@ -86,8 +87,8 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
         "lambda_min": bottom,
         "negative_mass": Estimate(0.0, 0.0) if semidefinite else negative_mass(ds, LEVEL),
         "negative_curvature": Estimate(0.0, 0.0) if semidefinite else negative_curvature(ds, LEVEL, slack),
-        "effective_rank": with_rule_error(ds, partial(effective_rank, gain=sums.gain), LEVEL),
-        "effective_dimension": with_rule_error(ds, partial(_effective_dimension, ridge, sums.gain), LEVEL),
+        "effective_rank": _rank_with_interval(ds, measure, sums.gain),
+        "effective_dimension": _dimension_with_interval(ds, ridge, sums.gain),
     }
     counts: dict[str, float] = {}
     for side, suffix, edge in ((1, "", "bulk_edge_high"), (-1, "_negative", "bulk_edge_low")):
@@ -111,13 +112,27 @@ def _stored(name: str, estimate: Estimate) -> dict[str, float]:
     return data if math.isnan(estimate.se) else data | {f"{name}_se": estimate.se}
 
 
-def effective_rank(measure: SpectralMeasure, gain: float = 1.0) -> Estimate:
+def _rank_with_interval(ds: xr.Dataset, measure: SpectralMeasure, gain: float) -> Estimate:
+    """The effective rank, with what couples the deflated spaces in its value and in its interval."""
+    more = gain_by_merging(ds, np.abs) / measure.n_parameters
+    changed = effective_rank(measure, gain, more).value - effective_rank(measure, gain).value
+    return with_rule_error(ds, partial(effective_rank, gain=gain, more=more), LEVEL, more=abs(changed))
+
+
+def _dimension_with_interval(ds: xr.Dataset, ridge: float, gain: float) -> Estimate:
+    """The effective dimension, likewise."""
+    more = gain_by_merging(ds, partial(_in_dimension, ridge))
+    return with_rule_error(ds, partial(_effective_dimension, ridge, gain, more), LEVEL, more=abs(more))
+
+
+def effective_rank(measure: SpectralMeasure, gain: float = 1.0, more: float = 0.0) -> Estimate:
     """Ratio of two averages, with its error by linearisation, which takes their correlation into account.
 
-    ``gain`` is that of the moments (:func:`pnanalysis.spectra.moments.mean_beside_moments`).
+    ``gain`` is that of the moments (:func:`pnanalysis.spectra.moments.mean_beside_moments`), and ``more`` what is to be
+    added to the mean magnitude.
     """
     absolute, square = np.abs(measure.node), measure.node**2
-    first, second = float(absolute @ measure.weight), float(square @ measure.weight)
+    first, second = float(absolute @ measure.weight) + more, float(square @ measure.weight)
     if second == 0:
         return Estimate(0.0, 0.0)
     value = measure.n_parameters * first**2 / second
@@ -125,7 +140,12 @@ def effective_rank(measure: SpectralMeasure, gain: float = 1.0) -> Estimate:
     return Estimate(value, slope.se, dof=slope.dof)
 
 
-def _effective_dimension(ridge: float, gain: float, measure: SpectralMeasure) -> Estimate:
-    positive, n = np.maximum(measure.node, 0), measure.n_parameters
-    mean = mean_beside_moments(positive / (positive + ridge), measure, gain)
-    return Estimate(n * mean.value, n * mean.se, dof=mean.dof)
+def _effective_dimension(ridge: float, gain: float, more: float, measure: SpectralMeasure) -> Estimate:
+    mean, n = mean_beside_moments(_in_dimension(ridge, measure.node), measure, gain), measure.n_parameters
+    return Estimate(n * mean.value + more, n * mean.se, dof=mean.dof)
+
+
+def _in_dimension(ridge: float, eigenvalue: Array) -> Array:
+    """The part of eigenvalues in the effective dimension."""
+    positive = np.maximum(eigenvalue, 0)
+    return positive / (positive + ridge)
