@@ -191,7 +191,9 @@ class Influence:
         if n < FEWEST_GROUPS:
             return np.nan
         form, spread = (values - self.weight @ values / total for values in (self.form, self.spread))
-        return max(n / (n - 1) * float(self.weight**2 @ (form**2 - spread**2)), 0.0)
+        squares, noise = (float(self.weight**2 @ values**2) for values in (form, spread))
+        # all groups see the same few probes, whose noise is known badly: more than half is never taken for noise
+        return n / (n - 1) * max(squares - noise, squares / 2)
 
     @property
     def se(self) -> float:
