@@ -130,6 +130,8 @@ _SPECTRUM = {
     ),
     "deflated_value": _var("component", "loss", "deflated eigenvalue", _OPTIONAL),
     "deflated_residual": _var("component", "loss", "residual bound of the deflated eigenvalue", _OPTIONAL),
+    "coupled_node": _var("coupled", "loss", "Ritz value of coupled or of single deflated spaces", _OPTIONAL),
+    "coupled_weight": _var("coupled", "1", "eigenvalues that the coupling adds there", _OPTIONAL),
     "single_mean": _var("single", "loss", "mean eigenvalue of the complement, from one product", _OPTIONAL),
     "single_mean_square": _var("single", "loss^2", "mean square eigenvalue of it, from the same product", _OPTIONAL),
     "probe_trace": _var("", "loss", "trace by the probes of many steps alone", _OPTIONAL),

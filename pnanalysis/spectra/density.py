@@ -24,7 +24,7 @@ from pnanalysis.spectra.density_error import density_with_error
 from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples, sample_examples
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, round_off
 from pnanalysis.spectra.memory import MODES, Storage, basis_limit
-from pnanalysis.spectra.moments import moments
+from pnanalysis.spectra.moments import coupling_left, moments
 from pnanalysis.spectra.plan import peak_bytes, with_basis_that_fits
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, all_ritz_values, averaged_rule, extremes, ritz
 from pnanalysis.spectra.sample import SamplingSettings, SpectrumSample
@@ -348,6 +348,12 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         merged_value, merged_residual, outer = sample.merged.eigenvalues(spaces)
         data["deflated_value"], data["deflated_residual"] = ("component", merged_value), ("component", merged_residual)
         data["ritz_merged"] = ("probe", np.array(n_deflated, dtype=float))
+        before = np.array([sum(n_deflated[:index]) for index in range(len(n_deflated))])
+        counted = np.bincount(before, weights, minlength=sum(n_deflated) + 1).astype(float)
+        if not weights.any():  # then all of them count
+            counted[-1] = 1.0
+        node, gain = sample.merged.correction(spaces, counted)
+        data["coupled_node"], data["coupled_weight"] = ("coupled", node), ("coupled", gain)
     elif any(n_deflated):
         deflated = np.array(n_deflated)[:, None] & np.isfinite(value)
         order = np.argsort(-value[deflated])
@@ -474,6 +480,11 @@ def smooth(ds: xr.Dataset, grid: Array, kernel_width: float | None = None) -> xr
         return kernel
 
     density, se = density_with_error(ds, kernel_at(SpectralMeasure.from_dataset(ds).node), grid, width)
+    if "coupled_node" in ds:
+        n_parameters, known = float(ds["n_parameters"]), np.isfinite(ds["coupled_node"].values)
+        gain = kernel_at(ds["coupled_node"].values[known]) @ ds["coupled_weight"].values[known] / n_parameters
+        density = np.maximum(density + gain, 0.0)
+        se = np.hypot(se, np.abs(gain) * coupling_left(ds))
     smoothed = ds.drop_dims("eigenvalue", errors="ignore").assign_coords(eigenvalue=("eigenvalue", grid))
     smoothed["density"] = ("eigenvalue", density, _labels("density"))
     if has_half_samples(ds):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from pnanalysis.arrays import Array
@@ -99,3 +100,36 @@ class MergedSpaces:
         # what cancels in the overlaps is known to the round-off of a single-precision inner product at best
         residual = np.sqrt(np.maximum(squared, 0.0))
         return value[::-1], residual[::-1], float(np.sqrt(max(np.trace(outside), 0.0)))
+
+    def correction(self, tridiagonal: list[tuple[Array, Array]], fractions: Array) -> tuple[Array, Array]:
+        """What the coupling of the spaces to one another changes in an average of estimates, as a signed measure.
+
+        An estimate that counts the Ritz values of the first ``k`` spaces, each by itself, and samples the rest of the
+        space misses what couples these spaces to one another and to the later ones. For a function's sum over the
+        spectrum that is the sum over the Ritz values of all spaces together, less those of the first ``k`` each by
+        itself and of the later ones together.
+
+        Parameters
+        ----------
+        tridiagonal : list of (ndarray, ndarray)
+            ``alpha`` and ``beta`` of each of ``K`` spaces.
+        fractions : ndarray
+            ``(K + 1,)``: of the average, that of estimates with ``k`` spaces.
+
+        Returns
+        -------
+        node, weight : ndarray
+            Weights are in eigenvalues, and add up to zero.
+        """
+        together = [
+            MergedSpaces(self.parts[k:], self.overlaps[k:, k:]).eigenvalues(tridiagonal[k:])[0]
+            for k in range(len(tridiagonal))
+        ]
+        single: list[Array] = [eigh_tridiagonal(a, b[:-1], eigvals_only=True) for a, b in tridiagonal]
+        pieces = [(together[0], float(fractions[1:].sum()))]
+        pieces += [(value, -float(fractions[k + 1 :].sum())) for k, value in enumerate(single)]
+        pieces += [(value, -float(fractions[k])) for k, value in enumerate(together) if k]
+        return (
+            np.concatenate([value for value, _ in pieces]),
+            np.concatenate([np.full(len(value), weight) for value, weight in pieces]),
+        )

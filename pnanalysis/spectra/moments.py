@@ -18,7 +18,7 @@ import xarray as xr
 from pnanalysis.arrays import Array
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.allocation import FEWEST_SINGLE
-from pnanalysis.spectra.quadrature import SpectralMeasure
+from pnanalysis.spectra.quadrature import SpectralMeasure, coupling_of
 
 
 @dataclass(frozen=True)
@@ -130,3 +130,12 @@ def _sum(a: Estimate, b: Estimate) -> Estimate:
 def _present(array: xr.DataArray) -> Array:
     """Without padding."""
     return np.asarray(array.values[np.isfinite(array.values)])
+
+
+def coupling_left(ds: xr.Dataset) -> float:
+    """How much of what couples the deflated spaces, in squares, is not that to one another: 0 to 1."""
+    measure = SpectralMeasure.from_dataset(ds)
+    sums = moments(ds, measure)
+    known = coupling_of(ds, np.square)
+    whole = sums.square.value - measure.n_parameters * float(measure.node**2 @ measure.weight)
+    return float(np.clip(1 - known / whole, 0.0, 1.0)) if whole > known > 0 else float(known <= 0 < whole)

@@ -7,8 +7,16 @@ from dataclasses import replace
 import numpy as np
 import xarray as xr
 
+from pnanalysis.arrays import Array
 from pnanalysis.estimates import Estimate
-from pnanalysis.spectra.quadrature import SpectralMeasure, all_ritz_values, extremes, gauss_rules, mass_below
+from pnanalysis.spectra.quadrature import (
+    SpectralMeasure,
+    all_ritz_values,
+    coupling_of,
+    extremes,
+    gauss_rules,
+    mass_below,
+)
 from pnanalysis.spectra.rule_error import with_rule_error
 
 #: Eigenvalues this far below zero, in units of the largest magnitude, count as negative.
@@ -46,6 +54,8 @@ def negative_mass(ds: xr.Dataset, level: float) -> Estimate:
         if mass > 0:
             below, uncertainty = mass_below(point, *rule)
             value, left_open = value + mass * below, left_open + mass * uncertainty
+    coupled = coupling_of(ds, lambda node: (node < point).astype(float)) / measure.n_parameters
+    value = float(np.clip(value + coupled, 0.0, 1.0))
     sampling = measure.mean(is_below)
     low, high = sampling.interval(level)
     n_couplings = np.count_nonzero(np.unique(ds["ritz_coupling"].values))
@@ -69,13 +79,17 @@ def negative_curvature(ds: xr.Dataset, level: float, round_off: float = 0.0) -> 
         Negative nodes of at most this magnitude count as zero.
     """
 
+    def negative_part(node: Array) -> Array:
+        return np.where(node < -round_off, np.abs(node), 0.0)
+
+    coupled = [coupling_of(ds, f) / int(ds["n_parameters"]) for f in (negative_part, np.abs)]
+
     def share(measure: SpectralMeasure) -> Estimate:
-        magnitude = np.abs(measure.node)
-        negative = np.where(measure.node < -round_off, magnitude, 0.0)
-        total = float(magnitude @ measure.weight)
-        if total == 0:
+        magnitude, negative = np.abs(measure.node), negative_part(measure.node)
+        total = float(magnitude @ measure.weight) + coupled[1]
+        if total <= 0:
             return Estimate(0.0, 0.0)
-        value = float(negative @ measure.weight) / total
+        value = min(max((float(negative @ measure.weight) + coupled[0]) / total, 0.0), 1.0)
         slope = measure.mean((negative - value * magnitude) / total)  # of the ratio of two correlated averages
         return Estimate(value, slope.se, dof=slope.dof)
 

@@ -186,16 +186,14 @@ def merged_ritz_values(ds: xr.Dataset) -> tuple[Array, Array]:
     return ds["deflated_value"].values[known], ds["deflated_residual"].values[known]
 
 
-def gain_by_merging(ds: xr.Dataset, f: Callable[[Array], Array]) -> float:
-    """By how much a sum over the Ritz values of merged spaces changes when these are taken together; 0 without any.
+def coupling_of(ds: xr.Dataset, f: Callable[[Array], Array]) -> float:
+    """What the coupling of deflated spaces adds to the sum of a function over the spectrum; 0 where it is not known.
 
-    Apart, spaces give the trace, but other sums only up to what couples them.
+    See :meth:`pnanalysis.spectra.merged.MergedSpaces.correction`.
     """
-    together, _ = merged_ritz_values(ds)
-    if not len(together):
+    if "coupled_node" not in ds:
         return 0.0
-    apart = ds["ritz_value"].values[ds["ritz_merged"].values == 1]
-    return float(f(together).sum() - f(apart[np.isfinite(apart)]).sum())
+    return float(np.nansum(ds["coupled_weight"].values * f(ds["coupled_node"].values)))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import xarray as xr
 from pnanalysis.arrays import Array
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.ends import bulk_edge, class_numbers, lambda_max_and_min, leading, ratio_of_bounds
-from pnanalysis.spectra.moments import mean_beside_moments, moments
+from pnanalysis.spectra.moments import coupling_left, mean_beside_moments, moments
 from pnanalysis.spectra.negative import negative_curvature, negative_mass
 from pnanalysis.spectra.outliers import find_gap
-from pnanalysis.spectra.quadrature import SpectralMeasure, gain_by_merging
+from pnanalysis.spectra.quadrature import SpectralMeasure, coupling_of
 from pnanalysis.spectra.rule_error import with_rule_error
 
 #: Two-sided level of every interval.
@@ -113,26 +113,28 @@ def _stored(name: str, estimate: Estimate) -> dict[str, float]:
 
 
 def _rank_with_interval(ds: xr.Dataset, measure: SpectralMeasure, gain: float) -> Estimate:
-    """The effective rank, with what couples the deflated spaces in its value and in its interval."""
-    more = gain_by_merging(ds, np.abs) / measure.n_parameters
-    changed = effective_rank(measure, gain, more).value - effective_rank(measure, gain).value
-    return with_rule_error(ds, partial(effective_rank, gain=gain, more=more), LEVEL, more=abs(changed))
+    """With what couples the deflated spaces to one another; what else couples them is part of the interval."""
+    coupled = tuple(coupling_of(ds, f) / measure.n_parameters for f in (np.abs, np.square))
+    changed = effective_rank(measure, gain, coupled).value - effective_rank(measure, gain).value
+    unknown = abs(changed) * coupling_left(ds)
+    return with_rule_error(ds, partial(effective_rank, gain=gain, coupled=coupled), LEVEL, more=unknown)
 
 
 def _dimension_with_interval(ds: xr.Dataset, ridge: float, gain: float) -> Estimate:
-    """The effective dimension, likewise."""
-    more = gain_by_merging(ds, partial(_in_dimension, ridge))
-    return with_rule_error(ds, partial(_effective_dimension, ridge, gain, more), LEVEL, more=abs(more))
+    """Likewise."""
+    coupled = coupling_of(ds, partial(_in_dimension, ridge))
+    unknown = abs(coupled) * coupling_left(ds)
+    return with_rule_error(ds, partial(_effective_dimension, ridge, gain, coupled), LEVEL, more=unknown)
 
 
-def effective_rank(measure: SpectralMeasure, gain: float = 1.0, more: float = 0.0) -> Estimate:
+def effective_rank(measure: SpectralMeasure, gain: float = 1.0, coupled: tuple[float, ...] = (0.0, 0.0)) -> Estimate:
     """Ratio of two averages, with its error by linearisation, which takes their correlation into account.
 
-    ``gain`` is that of the moments (:func:`pnanalysis.spectra.moments.mean_beside_moments`), and ``more`` what is to be
-    added to the mean magnitude.
+    ``gain`` is that of the moments (:func:`pnanalysis.spectra.moments.mean_beside_moments`), and ``coupled`` what is to
+    be added to the mean magnitude and the mean square.
     """
     absolute, square = np.abs(measure.node), measure.node**2
-    first, second = float(absolute @ measure.weight) + more, float(square @ measure.weight)
+    first, second = (float(f @ measure.weight) + more for f, more in zip((absolute, square), coupled, strict=True))
     if second == 0:
         return Estimate(0.0, 0.0)
     value = measure.n_parameters * first**2 / second
@@ -140,9 +142,9 @@ def effective_rank(measure: SpectralMeasure, gain: float = 1.0, more: float = 0.
     return Estimate(value, slope.se, dof=slope.dof)
 
 
-def _effective_dimension(ridge: float, gain: float, more: float, measure: SpectralMeasure) -> Estimate:
+def _effective_dimension(ridge: float, gain: float, coupled: float, measure: SpectralMeasure) -> Estimate:
     mean, n = mean_beside_moments(_in_dimension(ridge, measure.node), measure, gain), measure.n_parameters
-    return Estimate(n * mean.value + more, n * mean.se, dof=mean.dof)
+    return Estimate(n * mean.value + coupled, n * mean.se, dof=mean.dof)
 
 
 def _in_dimension(ridge: float, eigenvalue: Array) -> Array:
