@@ -86,13 +86,9 @@ class MergedSpaces:
         coupling : float
             Frobenius norm of the operator's part between the sum of the spaces and the rest.
         """
+        matrix = self._matrix(tridiagonal)
         ends = np.cumsum([len(alpha) for alpha, _ in tridiagonal])
-        matrix = np.zeros((ends[-1], ends[-1]))
         last_betas = np.array([beta[-1] for _, beta in tridiagonal])
-        for end, (alpha, beta), part in zip(ends, tridiagonal, self.parts, strict=True):
-            own = slice(end - len(alpha), end)
-            matrix[own, own] = np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1)
-            matrix[end - 1, end:] = matrix[end:, end - 1] = beta[-1] * part
         value, vector = np.linalg.eigh(matrix)
         outside = last_betas[:, None] * self.overlaps * last_betas
         last = vector[ends - 1]
@@ -121,9 +117,10 @@ class MergedSpaces:
         node, weight : ndarray
             Weights are in eigenvalues, and add up to zero.
         """
+        matrix, starts = self._matrix(tridiagonal), np.cumsum([0, *(len(alpha) for alpha, _ in tridiagonal)])
         together = [
-            MergedSpaces(self.parts[k:], self.overlaps[k:, k:]).eigenvalues(tridiagonal[k:])[0]
-            for k in range(len(tridiagonal))
+            np.linalg.eigvalsh(matrix[start:, start:]) if fraction or not k else np.empty(0)
+            for k, (start, fraction) in enumerate(zip(starts[:-1], fractions[:-1], strict=True))
         ]
         single: list[Array] = [eigh_tridiagonal(a, b[:-1], eigvals_only=True) for a, b in tridiagonal]
         pieces = [(together[0], float(fractions[1:].sum()))]
@@ -133,3 +130,13 @@ class MergedSpaces:
             np.concatenate([value for value, _ in pieces]),
             np.concatenate([np.full(len(value), weight) for value, weight in pieces]),
         )
+
+    def _matrix(self, tridiagonal: list[tuple[Array, Array]]) -> Array:
+        """The operator on the sum of all spaces."""
+        ends = np.cumsum([len(alpha) for alpha, _ in tridiagonal])
+        matrix = np.zeros((ends[-1], ends[-1]))
+        for end, (alpha, beta), part in zip(ends, tridiagonal, self.parts, strict=True):
+            own = slice(end - len(alpha), end)
+            matrix[own, own] = np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1)
+            matrix[end - 1, end:] = matrix[end:, end - 1] = beta[-1] * part
+        return matrix
