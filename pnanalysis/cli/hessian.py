@@ -78,6 +78,7 @@ def hessian(
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
+    tokens: options.Tokens = None,
     loss: options.LossName = None,
     output: options.Output = None,
     plot: options.Plot = None,
@@ -102,7 +103,7 @@ def hessian(
     """
     from pnanalysis.analyses.hessian import hessian as analyse
 
-    given = options.sources(runs, model, weights, data, loss, output)
+    given = options.sources(runs, model, weights, data, loss, output, tokens)
     unfinished = options.destination("hessian", given[0], output).with_suffix(".unfinished")
     if any(unfinished.glob("*/*.safetensors")) or any(unfinished.glob("*.nc")):
         print_status(f"continuing from what is saved in {unfinished}", quiet)
