@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests
 from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
+from pnanalysis.curvature.distributed import DistributedOperator, OwnExamples, first_process_first
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
@@ -53,6 +55,7 @@ class SpectrumOptions:
     draws: int | None = None
     lanczos_options: Mapping[str, Any] = field(default_factory=dict)
     data_error: str = "examples"
+    distributed: bool = False
 
     def __post_init__(self) -> None:
         resolve_dtype(self.dtype)
@@ -62,6 +65,8 @@ class SpectrumOptions:
         checked_targets(self.until)
         check_seed(seed=self.seed)
         positive(kernel_width=self.kernel_width)
+        if self.distributed and (self.engine != "native" or self.draws is not None):
+            raise CurvatureError("several processes take the native engine and a network that does not draw")
 
     @classmethod
     def from_keywords(cls, **options: Any) -> SpectrumOptions:
@@ -131,6 +136,7 @@ def hessian(
     seed: int = 0,
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
+    distributed: bool = False,
     **lanczos_options: Any,
 ) -> xr.Dataset:
     """The spectral density at each checkpoint, on one common grid and with one kernel width per layer.
@@ -189,6 +195,9 @@ def hessian(
     state : path, optional
         Folder for unfinished work, from which an interrupted call with the same arguments resumes. It holds a file
         for each finished spectrum and a subfolder for the one in progress, and can be removed once the call returns.
+    distributed : bool
+        Divide the examples among the processes of the default ``torch.distributed`` group, all of which make this call;
+        the first one writes the unfinished work. See :mod:`pnanalysis.curvature.distributed`.
     **lanczos_options
         Passed to :func:`pnanalysis.spectral_density`.
 
@@ -224,13 +233,14 @@ def hessian(
     at_least(1, n=n, batch_size=batch_size)
     options = SpectrumOptions(
         operator, engine, n_lanczos, n_probes, n_hvp, until, deflate, kernel_width, params, per_layer, bn_mode, dtype,
-        amp, seed, weight, draws, lanczos_options, data_error,
+        amp, seed, weight, draws, lanczos_options, data_error, distributed,
     )  # fmt: skip
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
     selection.check_weights()
     settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
-    cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection))
+    with first_process_first() if distributed else nullcontext():
+        cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection))
     found: dict[tuple[str, object], dict[str, tuple[xr.Dataset, str]]] = {}
     for source in selection.sources:
         part = selection.split(source, split, n, seed, torch_device)
@@ -293,11 +303,14 @@ def network_spectra(
     """
     spectra = {}
     with clear_errors(label, network, batches, loss):
+        own = OwnExamples(batches, whole=options.bn_mode == "train") if options.distributed else batches
         whole = make_operator(
-            options.engine, options.operator, network, loss, batches,
+            options.engine, options.operator, network, loss, own,
             params=options.params, bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device,
             amp=options.amp, expected_products=options.n_products, weight=options.weight, draws=options.draws,
         )  # fmt: skip
+        if options.distributed and isinstance(whole, CurvatureOperator):
+            whole = DistributedOperator(whole)
         for layer, op in _blocks(whole, options.per_layer):
             compute = partial(
                 _spectrum, op, options.steps(op.shape[0]), options.n_probes, n_hvp=options.n_hvp, until=options.until,
@@ -312,6 +325,9 @@ def _spectrum(op: LinearOperator, *arguments: Any, **options: Any) -> xr.Dataset
     """The spectral density, with how its products were computed."""
     options.setdefault("n_classes", getattr(op, "n_classes", None))
     ds = spectral_density(op, *arguments, **options)
+    if isinstance(op, DistributedOperator):
+        ds = ds.assign_attrs(n_processes=op.n_processes)
+        op = op.operator
     if not isinstance(op, CurvatureOperator):
         return ds
     if op.draws is not None and op.draws > 1:
@@ -396,7 +412,7 @@ def _blocks(whole: LinearOperator, per_layer: bool) -> Iterator[tuple[str, Linea
     """The operator itself, under no name, or its diagonal blocks by layer."""
     if not per_layer:
         yield "", whole
-    elif isinstance(whole, CurvatureOperator):
+    elif isinstance(whole, CurvatureOperator | DistributedOperator):
         yield from whole.per_layer()
     else:
         raise CurvatureError("only the native engine computes one layer at a time; leave engine out, or per_layer")

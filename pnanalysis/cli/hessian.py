@@ -99,10 +99,14 @@ def hessian(
 
       pnanalysis hessian runs/lenet5 --until trace=0.02
 
+      torchrun --nproc-per-node 4 -m -- pnanalysis hessian runs/resnet18
+
       pnanalysis hessian --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make --loss mse
     """
     from pnanalysis.analyses.hessian import hessian as analyse
 
+    together = options.join_processes(device)
+    quiet = quiet or not together.is_first
     given = options.sources(runs, model, weights, data, loss, output, tokens)
     unfinished = options.destination("hessian", given[0], output).with_suffix(".unfinished")
     if any(unfinished.glob("*/*.safetensors")) or any(unfinished.glob("*.nc")):
@@ -112,9 +116,11 @@ def hessian(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
         n_hvp=n_hvp, until=options.targets(until), max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
         basis=basis, deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
-        per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, data_error=data_error, device=device,
-        seed=seed, progress=not quiet,
+        per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, data_error=data_error,
+        device=together.device, seed=seed, progress=not quiet, distributed=together.several,
     )  # fmt: skip
+    if not together.is_first:
+        return
     drawing = {"kind": "layer_spectra"} if per_layer else {}
     options.deliver(ds, given[0], output, plot, quiet, _tables, **drawing)
     shutil.rmtree(unfinished, ignore_errors=True)

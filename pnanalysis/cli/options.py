@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -250,6 +251,30 @@ def targets(texts: list[str] | None) -> dict[str, float] | None:
                 f"--until {shown(text)}: write a quantity and its relative error, such as trace=0.02"
             ) from error
     return found
+
+
+class Together(NamedTuple):
+    """Whether this process is one of several, whether it is the one that writes and prints, and its device."""
+
+    several: bool
+    is_first: bool
+    device: str
+
+
+def join_processes(device: str) -> Together:
+    """Join the other processes of ``torchrun``, where it has started this one.
+
+    Raises
+    ------
+    PnError
+        If there are fewer CUDA devices than processes on this machine.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return Together(False, True, device)
+    from pnanalysis.curvature.distributed import join
+    from pnanalysis.inputs.sources import resolve_device
+
+    return Together(True, os.environ["RANK"] == "0", str(join(resolve_device(device))))
 
 
 def deliver(

@@ -22,7 +22,7 @@ from pnanalysis.spectra.data_error import DATA_ERRORS, DataForms
 from pnanalysis.spectra.deflation import sample_spectrum
 from pnanalysis.spectra.density_error import density_with_error
 from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples, sample_examples
-from pnanalysis.spectra.linear_operator import as_operator, round_off
+from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, round_off
 from pnanalysis.spectra.memory import MODES, Storage, basis_limit
 from pnanalysis.spectra.moments import moments
 from pnanalysis.spectra.plan import peak_bytes, with_basis_that_fits
@@ -189,7 +189,7 @@ def spectral_density(
         deflate,
         seed,
         Storage(dtype, place),
-        basis_limit(operator.shape[0], dtype, place, max_memory_bytes),
+        _limit(operator, dtype, place, max_memory_bytes),
         symmetry_tolerance,
         None if state is None else Path(state),
         save_every,
@@ -226,6 +226,12 @@ def spectral_density(
     if targets is not None:
         attributes |= {"until": targets, "until_reached": sample.method == "exact" or sample.until_reached}
     return schema.finish(with_data_errors(ds), "spectral_density", deflate=settings.deflate, **attributes, **ds.attrs)
+
+
+def _limit(operator: LinearOperator, dtype: torch.dtype, device: torch.device, max_memory_bytes: int | None) -> int:
+    """The most memory for bases; the least of several processes, which must keep them in the same way."""
+    limit = basis_limit(operator.shape[0], dtype, device, max_memory_bytes)
+    return int(operator.agreed(limit)) if hasattr(operator, "agreed") else limit
 
 
 def _amounts(

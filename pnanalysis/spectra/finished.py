@@ -34,8 +34,11 @@ def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..
             return found
     state = path.with_suffix("")
     ds = compute(state=state)
+    product = _sizes_of_product(operator)
+    if not getattr(operator, "is_first", True):  # of several processes, one writes
+        return ds
     try:
-        netcdf.save(ds.assign_attrs(product=_sizes_of_product(operator)), path)
+        netcdf.save(ds.assign_attrs(product=product), path)
     except OSError as error:  # the caller may find room elsewhere
         warn_unsaved(path, error)
     else:

@@ -458,7 +458,8 @@ class Saver:
 
     def __call__(self, lanczos: Lanczos, force: bool = False) -> None:
         """Save if the interval has passed, or if forced."""
-        if force or time.monotonic() - self._last >= self.every:
+        writes = getattr(lanczos.operator, "is_first", True)  # of several processes, one
+        if writes and (force or time.monotonic() - self._last >= self.every):
             try:
                 lanczos.save(self.path, self.label)
             except OSError as error:

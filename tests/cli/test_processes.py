@@ -1,0 +1,95 @@
+"""``torchrun ... -m pnanalysis hessian``: several processes give what one gives, and end together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pnanalysis.io import netcdf
+from pnanalysis.io.runs import Run
+
+OPTIONS = ["-c", "plain", "--n", "101", "--batch-size", "40", "--n-hvp", "24", "--device", "cpu"]
+
+
+def launched(n: int, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pnanalysis", "hessian"]
+    if n > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+        # without the dashes, torchrun takes --n for the beginning of one of its own options
+        command = [sys.executable, *launcher, "-m", "--", "pnanalysis", "hessian"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "n_processes"),
+    [
+        ("float32", 1e-5, 2),
+        pytest.param("float64", 1e-10, 3, marks=pytest.mark.slow),
+        pytest.param("float64", 1e-10, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_processes_agree_with_one(
+    tiny_run: Run, tmp_path: Path, dtype: str, tolerance: float, n_processes: int
+) -> None:
+    found = {}
+    for n in (1, n_processes):
+        done = launched(n, str(tiny_run.path), *OPTIONS, "--dtype", dtype, "-o", str(tmp_path / f"{n}.nc"))
+        assert done.returncode == 0, done.stderr
+        found[n] = netcdf.load(tmp_path / f"{n}.nc").squeeze()
+        assert done.stdout.count("hessian over 101 examples") == 1  # one of them prints
+    one, many = found[1], found[n_processes]
+    assert many.attrs["n_processes"] == n_processes
+    assert many.attrs["n"] == one.attrs["n"] == 101
+    scale = float(one.lambda_max)
+    for name in ("trace", "lambda_max", "lambda_min", "frobenius_norm", "trace_se", "lambda_max_data_se"):
+        assert abs(float(many[name]) - float(one[name])) <= 10 * tolerance * scale, name
+    np.testing.assert_allclose(many.ritz_value, one.ritz_value, atol=10 * tolerance * scale)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_process_that_dies_ends_the_others_with_a_sentence(tiny_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "dying.py").write_text(
+        "import os, torch\n"
+        "calls = 0\n"
+        "def loss(outputs, targets):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if os.environ.get('RANK') == '1' and calls > 20:\n"
+        "        os._exit(7)\n"
+        "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
+    )
+    arguments = [str(tiny_run.path), *OPTIONS, "--loss", "dying:loss", "-o", str(tmp_path / "x.nc")]
+    done = launched(2, *arguments, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode != 0
+    assert not (tmp_path / "x.nc").exists()
+    assert "run the same command again" in done.stderr  # the other process saves and says so
+
+
+@pytest.mark.slow
+def test_an_interrupted_job_goes_on(tiny_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "stopping.py").write_text(
+        "import os, signal, torch\n"
+        "calls = 0\n"
+        "def loss(outputs, targets):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if os.environ.get('STOP') and calls == 60:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
+    )
+    here = {"PYTHONPATH": str(tmp_path)}
+    arguments = [str(tiny_run.path), *OPTIONS, "--loss", "stopping:loss", "--amp", "no"]
+    expected = launched(2, *arguments, "-o", str(tmp_path / "whole.nc"), env=here)
+    assert expected.returncode == 0, expected.stderr
+    stopped = launched(2, *arguments, "-o", str(tmp_path / "a.nc"), env=here | {"STOP": "1"})
+    assert stopped.returncode != 0
+    resumed = launched(2, *arguments, "-o", str(tmp_path / "a.nc"), env=here)
+    assert resumed.returncode == 0, resumed.stderr
+    whole, again = (netcdf.load(tmp_path / name) for name in ("whole.nc", "a.nc"))
+    np.testing.assert_allclose(again.ritz_value, whole.ritz_value, rtol=1e-6)
