@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pnanalysis.errors import DataError, ModelError, PnError, reason
 from pnanalysis.io.files import read_regular
+from pnanalysis.io.weights import is_index, shards
 
 #: What stands before a folder where a model is named.
 PREFIX = "hf:"
@@ -124,6 +125,9 @@ def _checked_config(folder: Path) -> dict[str, Any]:
         )
     if not any((folder / name).is_file() for name in _SAFETENSORS):
         raise ModelError(f"{folder}: holds no safetensors ({' or '.join(_SAFETENSORS)}); save it by save_pretrained")
+    for path in (folder / name for name in _SAFETENSORS):
+        if path.is_file() and is_index(path):
+            shards(path)  # for its checks: all are there, and none is elsewhere
     return config
 
 

@@ -66,6 +66,16 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
         build_model(folder(tmp_path, weights="pytorch_model.bin"))
 
 
+@pytest.mark.parametrize(
+    ("shard", "message"), [("../model.safetensors", "own folder"), ("gone.safetensors", "missing")]
+)
+def test_shards_elsewhere_or_missing_are_refused(tmp_path: Path, shard: str, message: str) -> None:
+    name = folder(tmp_path, weights="model.safetensors.index.json")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": shard}}))
+    with pytest.raises(ModelError, match=message):
+        build_model(name)
+
+
 def test_without_transformers_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModelError, match="pip install 'transformers"):
