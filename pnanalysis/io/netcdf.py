@@ -36,10 +36,15 @@ def save(data: xr.Dataset | xr.DataTree, path: str | os.PathLike[str]) -> Path:
     OSError
         If it cannot be written; the disk may be full.
     """
-    path, content = Path(path), with_trailer(_serialised(data))
+    path, content = Path(path), as_bytes(data)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     return path
+
+
+def as_bytes(data: xr.Dataset | xr.DataTree) -> bytes:
+    """What :func:`save` writes."""
+    return with_trailer(_serialised(data))
 
 
 def load(path: str | os.PathLike[str], within: Path | None = None) -> xr.Dataset:

@@ -96,9 +96,7 @@ class RunWriter:
 
     def save_history(self, history: xr.Dataset) -> None:
         """Write the history dataset."""
-        with self._explaining_failed_writes(HISTORY):
-            check_inside(self.path / HISTORY, self.path, RunError)
-            netcdf.save(history, self.path / HISTORY)
+        self._write(HISTORY, netcdf.as_bytes(history))
 
     def save_state(self, tensors: Mapping[str, torch.Tensor], **position: int) -> None:
         """Write what is needed to resume from here: tensors, and integers such as iteration and epoch."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pnanalysis.checks import check_room, human
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.spectra.allocation import default_steps, shares
 from pnanalysis.spectra.memory import MODES, probes_at_once, vectors_at_once
 from pnanalysis.spectra.sample import SamplingSettings
@@ -51,7 +52,15 @@ def with_basis_that_fits(n_parameters: int, settings: SamplingSettings, mode: st
         If the memory bound is too small for any phase of sampling.
     PnError
         If the disk cannot hold the unfinished work.
+
+    Warns
+    -----
+    UserWarning
+        If there is room for none, and ``mode`` does not say so.
     """
+    if is_exact(n_parameters, settings):
+        check_fits(n_parameters, settings)
+        return settings
     on_gpu = settings.storage.device.type != "cpu"
     candidates = [each for each in MODES if each != "disk" or not on_gpu] if mode == "auto" else [mode]
     if mode == "disk" and on_gpu:
@@ -61,10 +70,17 @@ def with_basis_that_fits(n_parameters: int, settings: SamplingSettings, mode: st
         found = replace(settings, storage=storage, deflate=settings.deflate and each != "none")
         try:
             check_fits(n_parameters, found)
-            return found
         except CurvatureError:
             if each == candidates[-1]:
                 raise
+            continue
+        if each == "none" != mode:
+            warnings.warn(
+                "no basis fits into memory or on the disk: none is kept and nothing is deflated, which makes errors "
+                "larger; raise max_memory_bytes (--memory), or lower n_hvp (--n-hvp)",
+                stacklevel=3,
+            )
+        return found
     raise AssertionError("there is a last candidate")
 
 
@@ -88,10 +104,14 @@ def check_fits(n_parameters: int, settings: SamplingSettings) -> None:
             "make room, save elsewhere (--output), or spend fewer products (--n-hvp)",
         )  # fmt: skip
     if storage.mode == "disk":
-        check_room(
-            (storage.folder or Path(tempfile.gettempdir())) / "basis", storage.vectors_bytes(n_parameters, n_vectors),
-            "takes", "make room, or spend fewer products (--n-hvp)",
-        )  # fmt: skip
+        place = (storage.folder or Path(tempfile.gettempdir())) / "basis"
+        try:
+            check_room(
+                place, storage.vectors_bytes(n_parameters, n_vectors), "takes",
+                "make room, or spend fewer products (--n-hvp)",
+            )  # fmt: skip
+        except PnError as error:
+            raise CurvatureError(str(error)) from error
 
 
 def peak_bytes(n_parameters: int, settings: SamplingSettings) -> int:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,15 @@ def test_a_command_whose_streams_are_closed_writes_no_message_into_its_files(tmp
     assert file.read_text() == "data"
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP as a terminal's programs have it: what runs under nohup ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
 def test_a_terminal_that_closes_interrupts(run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("trainers.runs.session.fit", lambda *_, **__: signal.raise_signal(signal.SIGHUP))
     done = run(*COMMAND, "--out", tmp_path / "net")

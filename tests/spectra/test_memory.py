@@ -13,7 +13,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 import pnanalysis as pn
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.spectra.ghosts import without_ghosts
 from pnanalysis.spectra.lanczos import Lanczos
 from pnanalysis.spectra.linear_operator import DiagonalOperator
@@ -67,7 +67,8 @@ def test_every_way_gives_the_spectrum(mode: str, options: dict[str, int]) -> Non
     for name in ("trace", "frobenius_norm", "lambda_max", "lambda_min"):
         assert abs(float(found[name]) - float(expected[name])) <= tolerance * scale, name
     assert float(found.lambda_max) == pytest.approx(30, rel=1e-3)
-    assert int(found.n_outliers) == int(expected.n_outliers)
+    if mode != "none":  # where plain probes see a gap is a matter of chance
+        assert int(found.n_outliers) == int(expected.n_outliers)
     distance = wasserstein_distance(found.node, expected.node, found.weight, expected.weight)
     assert distance <= 2 * tolerance * scale
 
@@ -132,6 +133,17 @@ def test_the_first_way_that_fits_is_taken() -> None:
         assert ds.attrs["basis"] == mode
     with pytest.raises(CurvatureError, match="needs"):
         pn.spectral_density(op, n_hvp=200, basis="memory", max_memory_bytes=10 * 16000, progress=False)
+
+
+def test_no_room_at_all_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, n_bytes: int, what: str, advice: str) -> None:
+        raise PnError("the disk is full")
+
+    monkeypatch.setattr("pnanalysis.spectra.plan.check_room", full)
+    op = DiagonalOperator(torch.from_numpy(decaying()).float())
+    with pytest.warns(UserWarning, match="none is kept and nothing is deflated"):
+        ds = pn.spectral_density(op, n_hvp=200, max_memory_bytes=10 * 16000, progress=False)
+    assert ds.attrs["basis"] == "none"
 
 
 def test_a_basis_on_the_disk_needs_host_memory() -> None:

@@ -41,8 +41,8 @@ def operator() -> DiagonalOperator:
     ],
 )
 def test_a_phase_that_does_not_fit_is_refused_at_once(operator, budget: dict[str, int], vectors: int) -> None:
-    with pytest.raises(CurvatureError, match=r"the bound is .* \(--n-lanczos, --n-hvp\), or raise .* \(--memory\)"):
-        spectral_density(operator, **budget, max_memory_bytes=vectors * UNIT, progress=False)
+    with pytest.raises(CurvatureError, match=r"the bound is .* \(--n-lanczos, --n-hvp\), raise .* \(--memory\)"):
+        spectral_density(operator, **budget, max_memory_bytes=vectors * UNIT, basis="memory", progress=False)
 
 
 def test_an_exact_spectrum_is_bounded_too() -> None:
@@ -53,7 +53,7 @@ def test_an_exact_spectrum_is_bounded_too() -> None:
 def test_what_is_free_bounds_a_generous_limit(operator, monkeypatch) -> None:
     monkeypatch.setattr("pnanalysis.spectra.memory.free_bytes", lambda device: 30 * UNIT)
     with pytest.raises(CurvatureError, match="the bound is 3.97 MiB"):  # 26 vectors: four are the operator's own
-        spectral_density(operator, n_hvp=200, max_memory_bytes=10**12, progress=False)
+        spectral_density(operator, n_hvp=200, max_memory_bytes=10**12, basis="memory", progress=False)
 
 
 def test_a_disk_too_small_for_unfinished_work_is_refused(operator, tmp_path: Path, monkeypatch) -> None:

@@ -142,6 +142,8 @@ def sweep(
                 f"a process of the sweep was killed, perhaps for lack of memory; {len(outcomes)} of {len(calls)} runs "
                 "are complete: continue with --resume and fewer --jobs"
             ) from error
+    with suppress(OSError):  # of runs that could not begin, nothing stays
+        out.rmdir()
     return [outcomes[plan.path] for plan in plans]
 
 
