@@ -15,6 +15,7 @@ from .curvature.operators import GGNOperator as GGNOperator
 from .curvature.operators import HessianOperator as HessianOperator
 from .errors import PnError as PnError
 from .inputs.networks import open_files as open_files
+from .inputs.text import load_text as load_text
 from .io.collection import open_runs as open_runs
 from .io.datasets import load as load
 from .io.datasets import save as save
@@ -41,6 +42,7 @@ __all__ = [
     "history",
     "landscape",
     "load",
+    "load_text",
     "open_files",
     "open_run",
     "open_runs",

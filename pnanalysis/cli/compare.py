@@ -38,6 +38,7 @@ def compare(
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
+    tokens: options.Tokens = None,
     loss: options.LossName = None,
     output: options.Output = None,
     plot: options.Plot = None,
@@ -65,7 +66,7 @@ def compare(
     """
     from pnanalysis.analyses.comparison import compare as analyse
 
-    given = options.sources(runs, model, weights, data, loss, output)
+    given = options.sources(runs, model, weights, data, loss, output, tokens)
     spectra = {"n": n_hessian, "data_error": data_error, "until": options.targets(until)}
     spectra |= {} if n_hvp is None else {"n_hvp": n_hvp}
     ds = analyse(

@@ -78,6 +78,7 @@ def hessian(
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
+    tokens: options.Tokens = None,
     loss: options.LossName = None,
     output: options.Output = None,
     plot: options.Plot = None,
@@ -106,7 +107,7 @@ def hessian(
 
     together = options.join_processes(device)
     quiet = quiet or not together.is_first
-    given = options.sources(runs, model, weights, data, loss, output)
+    given = options.sources(runs, model, weights, data, loss, output, tokens)
     unfinished = options.destination("hessian", given[0], output).with_suffix(".unfinished")
     if any(unfinished.glob("*/*.safetensors")) or any(unfinished.glob("*.nc")):
         print_status(f"continuing from what is saved in {unfinished}", quiet)

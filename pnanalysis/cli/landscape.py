@@ -65,6 +65,7 @@ def landscape(
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
+    tokens: options.Tokens = None,
     loss: options.LossName = None,
     output: options.Output = None,
     plot: options.Plot = None,
@@ -87,7 +88,7 @@ def landscape(
     """
     from pnanalysis.analyses.landscape import landscape as analyse
 
-    given = options.sources(runs, model, weights, data, loss, output)
+    given = options.sources(runs, model, weights, data, loss, output, tokens)
     ds = analyse(
         *given, checkpoints=checkpoint, view=view, align=align, n_points=points, extrapolate=extrapolate, span=span,
         curve=curve, n_bends=bends, n_steps=steps, lr=lr, n_restarts=restarts, bn=bn, splits=split, n=n,

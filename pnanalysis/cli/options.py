@@ -18,6 +18,7 @@ from pnanalysis.terminal.console import Table, json_option, print_line, print_sa
 if TYPE_CHECKING:
     import xarray as xr
 
+    from pnanalysis.inputs.data import TextFile
     from pnanalysis.inputs.sources import Source
 
 
@@ -59,7 +60,9 @@ Checkpoints = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME|MODULE:FACTORY", rich_help_panel=_INPUT, help="Your own model, built by a call without arguments."
+        metavar="NAME|MODULE:FACTORY|hf:DIR",
+        rich_help_panel=_INPUT,
+        help="Your own model, built by a call without arguments, or a folder that save_pretrained wrote.",
     ),
 ]
 Weights = Annotated[
@@ -73,9 +76,15 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="SPEC", rich_help_panel=_INPUT,
-        help="digits, cifar10, imagefolder:PATH or module:factory; by default what the run was trained on.",
+        help="digits, cifar10, imagefolder:PATH, text:FILE or module:factory; by default what the run was trained on.",
     ),
 ]  # fmt: skip
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=_INPUT, help="Tokens in each example of text:FILE; 256 by default.", show_default=False
+    ),
+]
 LossName = Annotated[
     str | None,
     typer.Option(
@@ -134,6 +143,7 @@ def sources(
     data: str | None,
     loss: str | None,
     output: Path | None,
+    tokens: int | None = None,
 ) -> list[Source]:
     """The runs, or the model with its files of weights, that the command line names.
 
@@ -142,20 +152,35 @@ def sources(
     PnError
         If neither is named, weights are given without a model, or the result could not be saved.
     """
+    from pnanalysis.inputs.hugging_face import folder_of
     from pnanalysis.inputs.networks import open_files
+    from pnanalysis.inputs.selection import as_sources
     from pnanalysis.inputs.sources import as_source
     from pnanalysis.io.runs import is_run
 
     given = list(paths or [])
+    described = _data(data, tokens)
+    if model is None and any(folder_of(path) is not None for path in given):
+        return as_sources(given, None, described, loss)
     if model is not None and (weights or not given or not is_run(given[0])):
-        return [open_files(model, [*(weights or []), *given], data, loss or "cross_entropy")]
+        return [open_files(model, [*(weights or []), *given], described, loss or "cross_entropy")]
     if weights:
         raise PnError("--weights needs --model: a registered name or module:factory")
     if not given:
         raise PnError("nothing to analyse: name a run directory, or your own --model, --weights and --data")
-    found = [as_source(path, model, data, loss) for path in given]
+    found = [as_source(path, model, described, loss) for path in given]
     destination("new", found[0], output)  # for its check, before anything is computed
     return found
+
+
+def _data(spec: str | None, tokens: int | None) -> str | TextFile | None:
+    """The data that ``--data`` and ``--tokens`` name."""
+    from pnanalysis.inputs.data import text_file
+
+    found = text_file(spec, tokens)
+    if found is None and tokens is not None:
+        raise PnError("--tokens is for --data text:FILE; leave it out")
+    return found or spec
 
 
 def destination(kind: str, first: Source, output: Path | None) -> Path:

@@ -32,6 +32,7 @@ def saturation(
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
+    tokens: options.Tokens = None,
     output: options.Output = None,
     plot: options.Plot = None,
     device: options.Device = "auto",
@@ -51,7 +52,7 @@ def saturation(
     """
     from pnanalysis.analyses.saturation import saturation as analyse
 
-    given = options.sources(runs, model, weights, data, None, output)
+    given = options.sources(runs, model, weights, data, None, output, tokens)
     ds = analyse(
         *given, checkpoints=checkpoint or ["all"], split=split, n=n, bins=bins, saturation_bins=saturation_bins,
         per_unit=per_unit, device=device, seed=seed, progress=not quiet,

@@ -42,6 +42,7 @@ def sharpness(
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
+    tokens: options.Tokens = None,
     loss: options.LossName = None,
     output: options.Output = None,
     plot: options.Plot = None,
@@ -61,7 +62,7 @@ def sharpness(
     from pnanalysis.analyses.sharpness import sharpness as analyse
 
     radii = _radii(radius)
-    given = options.sources(runs, model, weights, data, loss, output)
+    given = options.sources(runs, model, weights, data, loss, output, tokens)
     ds = analyse(
         *given, checkpoints=checkpoint, radii=radii, n_steps=steps, n_starts=starts, split=split, n=n,
         batch_size=batch_size, dtype=dtype, device=device, seed=seed, progress=not quiet,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pnanalysis.arrays import Array
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch, WeightedBatches, channels_last, has_batch_norm
+from pnanalysis.curvature.blocks import Block
 from pnanalysis.curvature.example_forms import EXAMPLES as EXAMPLE_UNIT
 from pnanalysis.curvature.example_forms import ExampleForms
 from pnanalysis.curvature.example_subset import ExampleSubset
@@ -117,7 +118,7 @@ class CurvatureOperator:
     Attributes
     ----------
     names : list of str
-        The chosen parameters, in the order in which their entries follow each other in a vector.
+        The chosen parameters, or parts of them, in the order in which their entries follow each other in a vector.
     n_hvp : int
         Products so far.
 
@@ -162,8 +163,10 @@ class CurvatureOperator:
         if micro_batch is not None and bn_mode == "train":
             raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
         wrapped, model = model, unwrapped(model)
-        self.names = select_unwrapped(wrapped, params)
-        first = model.get_parameter(self.names[0])
+        selected = select_unwrapped(wrapped, params)
+        self.names = [one.label if isinstance(one, Block) else one for one in selected]
+        self._blocks = {one.label: one for one in selected if isinstance(one, Block)}
+        first = model.get_parameter(self._parameter_of(self.names[0]))
         self.dtype = dtype or first.real.dtype
         self.device = torch.device(device) if device is not None else first.device
         self.model = in_precision(prepared_copy(model, bn_mode), self.dtype).to(self.device)
@@ -173,15 +176,16 @@ class CurvatureOperator:
         self.expected_products, self.weight, self.draws = expected_products, weight, draws
         self.n_hvp = 0
         parameters, others = dict(self.model.named_parameters()), dict(self.model.named_buffers())
-        chosen = {name: parameters.pop(name).detach() for name in self.names}
+        parts = {label: block.of(parameters[block.parameter]) for label, block in self._blocks.items()}
+        chosen = {name: (parts[name] if name in parts else parameters.pop(name)).detach() for name in self.names}
         self._theta: Named = {name: as_real(tensor) for name, tensor in chosen.items()}
         self._others: Named = {**{name: p.detach() for name, p in parameters.items()}, **others}
         self.parameter_shapes = [tensor.shape for tensor in self._theta.values()]
         self.n_parameters = sum(tensor.numel() for tensor in self._theta.values())
         complex_names = [name for name, tensor in chosen.items() if tensor.is_complex()]
-        self._loss = NetworkLoss(self.model, self.loss_fn, self.device, self.dtype, amp, complex_names)
+        self._loss = NetworkLoss(self.model, self.loss_fn, self.device, self.dtype, amp, complex_names, self._blocks)
         self._regulariser = Regulariser(
-            self.model, self._theta, self._others, weight_decay, penalty, self._loss.complex_names
+            self.model, self._theta, self._others, weight_decay, penalty, self._loss.complex_names, self._blocks
         )
         self._check: ProductCheck | None = None
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
@@ -286,7 +290,8 @@ class CurvatureOperator:
     def per_layer(self) -> Iterator[tuple[str, CurvatureOperator]]:
         """The diagonal blocks: pairs of a layer's name and the operator on its parameters."""
         for layer, own in parameter_layers(self.model):
-            names = [name for name, _ in own if name in self.names]
+            held = {name for name, _ in own}
+            names = [name for name in self.names if self._parameter_of(name) in held]
             if names:
                 yield layer, self._again(self.batches.source, names, self.expected_products)
 
@@ -361,6 +366,10 @@ class CurvatureOperator:
         refilled = self.example_forms.cuts_batches and self.weight != "batches"  # then each weighs 1, whatever is left
         subset = ExampleSubset(whole.pairs, chosen, max(whole.sizes) if refilled else None)
         return self._again(subset, self.names, expected_products)
+
+    def _parameter_of(self, name: str) -> str:
+        """The parameter that a name of :attr:`names` belongs to: itself, or the whole of which it is a part."""
+        return self._blocks[name].parameter if name in self._blocks else name
 
     def _again(self, batches: Iterable[Batch], names: list[str], expected_products: int) -> Self:
         """The same operator over other batches or parameters."""

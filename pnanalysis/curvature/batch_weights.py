@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.evaluation.forward import IGNORED
 from pnanalysis.evaluation.losses import InspectedLoss, example_weights, known
-from pnanalysis.inputs.batches import batch_size, can_cut, cut, rows, tensors
+from pnanalysis.inputs.batches import IGNORED, batch_size, can_cut, cut, rows, tensors
 
 #: ``weight(inputs, targets)``, or what batches weigh by.
 Weight = Callable[[Any, Any], Any] | str | None

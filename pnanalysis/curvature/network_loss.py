@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pnanalysis.curvature.blocks import Block, assembled
 from pnanalysis.curvature.parameters import Named, as_given, requiring_grad
 from pnanalysis.curvature.passes import autocast, unchanged
 from pnanalysis.errors import CurvatureError
@@ -42,6 +43,8 @@ class NetworkLoss:
     amp : {"no", "tf32", "bf16"}
     complex_names : collection of str
         The chosen parameters that are complex: they are given as real tensors with a last dim of two.
+    blocks : mapping of str to Block, optional
+        The chosen parts of parameters, by their labels.
 
     Attributes
     ----------
@@ -53,10 +56,10 @@ class NetworkLoss:
 
     def __init__(
         self, model: nn.Module, loss_fn: InspectedLoss, device: torch.device, dtype: torch.dtype, amp: str,
-        complex_names: Collection[str] = (),
+        complex_names: Collection[str] = (), blocks: Mapping[str, Block] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.loss_fn, self.device, self.dtype, self.amp = model, loss_fn, device, dtype, amp
-        self.complex_names = frozenset(complex_names)
+        self.complex_names, self.blocks = frozenset(complex_names), blocks or {}
         self.protected = False
         self.seed: int | None = None
         self._bound = WithModel(model, loss_fn) if loss_fn.takes_model else None
@@ -137,7 +140,7 @@ class NetworkLoss:
 
     def _arguments(self, given: Any, at: LossArguments, theta: Named) -> tuple[Any, Named]:
         """What a pass is given, and the network's state; copies where it writes into them."""
-        state = {**at.others, **as_given(theta, self.complex_names)}
+        state = assembled({**at.others, **as_given(theta, self.complex_names)}, self.blocks)
         if not self.protected:
             return given, state
         copies: tuple[Any, Named] = map_tensors((given, state), torch.clone)

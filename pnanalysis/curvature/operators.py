@@ -14,6 +14,7 @@ from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
+from pnanalysis.curvature.output_curvature import OutputCurvature, closed_form
 from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
 from pnanalysis.curvature.passes import forward_twice
 from pnanalysis.curvature.product_check import moved, tolerance
@@ -55,7 +56,7 @@ class HessianOperator(CurvatureOperator):
         return list(slope.values())
 
     def _row_forms(self, at: LossArguments, u: list[Tensor], v: list[Tensor]) -> Tensor:
-        at_theta, of_outputs = _as_functions(self._loss, at)
+        at_theta, of_outputs, _ = _as_functions(self._loss, at)
         along_u, along_v = (dict(zip(self.names, w, strict=True)) for w in (u, v))
 
         def pushed(theta: Named) -> Any:
@@ -105,23 +106,26 @@ class GGNOperator(CurvatureOperator):
         return known(self.loss_fn) is not None and self._regulariser.penalty is None
 
     def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
-        at_theta, of_outputs = _as_functions(self._loss, at)
+        at_theta, of_outputs, rebuild = _as_functions(self._loss, at)
         outputs, pushed = jvp(at_theta, (at.theta,), (dict(zip(self.names, v, strict=True)),))[:2]
-        curved = jvp(grad(of_outputs), (outputs,), (pushed,))[1]
+        known_form = self._closed_form(at, rebuild(outputs))
+        curved = [known_form(*pushed)] if known_form else jvp(grad(of_outputs), (outputs,), (pushed,))[1]
         pulled = vjp(at_theta, at.theta)[1](curved)[0]
         return list(pulled.values())
 
     def _row_forms(self, at: LossArguments, u: list[Tensor], v: list[Tensor]) -> Tensor:
-        at_theta, of_outputs = _as_functions(self._loss, at)
+        at_theta, of_outputs, rebuild = _as_functions(self._loss, at)
         outputs, by_v = jvp(at_theta, (at.theta,), (dict(zip(self.names, v, strict=True)),))[:2]
         by_u = by_v if u is v else jvp(at_theta, (at.theta,), (dict(zip(self.names, u, strict=True)),))[1]
-        curved = _curved(of_outputs, outputs, by_v)
+        known_form = self._closed_form(at, rebuild(outputs))
+        curved = [known_form(*by_v)] if known_form else _curved(of_outputs, outputs, by_v)
         return _by_row(by_u, curved, batch_size((at.inputs, at.targets)))
 
     def _direct(self, at: LossArguments) -> Product:
         theta = requiring_grad(at.theta)
         leaves = list(theta.values())
-        outputs, cuts, slope = self._cut(at, theta)
+        outputs, rebuild = _tensors_of(self._loss.outputs(at, theta))
+        curvature = self._curvature(at, outputs, rebuild)
         live = [i for i, output in enumerate(outputs) if output.requires_grad]
         if not live:
             return lambda v: [torch.zeros_like(leaf) for leaf in leaves]
@@ -131,20 +135,35 @@ class GGNOperator(CurvatureOperator):
 
         def product(v: Any) -> list[Tensor]:
             pushed = dict(zip(live, pullback(pulled, cotangents, v), strict=True))
-            curved = pullback(slope, cuts, [pushed.get(i, torch.zeros_like(cut)) for i, cut in enumerate(cuts)])
+            curved = curvature([pushed.get(i, torch.zeros_like(output)) for i, output in enumerate(outputs)])
             back = [curved[i] for i in live]
             return list(torch.autograd.grad(ends, leaves, back, retain_graph=True, materialize_grads=True))
 
         return product
 
-    def _cut(self, at: LossArguments, theta: Named) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The outputs, the same as leaves of a graph of their own, and the slope of the loss there."""
-        outputs, rebuild = _tensors_of(self._loss.outputs(at, theta))
+    def _curvature(
+        self, at: LossArguments, outputs: list[Tensor], rebuild: Callable[[list[Tensor]], Any]
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """The product with the Hessian of the loss in the space of outputs."""
+        known_form = self._closed_form(at, rebuild(outputs))
+        if known_form is not None:
+            return lambda along: [known_form(*along)]
+        cuts, slope = self._cut(at, outputs, rebuild)
+        return partial(pullback, slope, cuts)
+
+    def _closed_form(self, at: LossArguments, outputs: Any) -> OutputCurvature | None:
+        """The same, where it is known and the network returns a single tensor."""
+        return closed_form(self._loss.loss_fn, outputs, at.targets)
+
+    def _cut(
+        self, at: LossArguments, outputs: list[Tensor], rebuild: Callable[[list[Tensor]], Any]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs as leaves of a graph of their own, and the slope of the loss there."""
         cuts = [output.detach().requires_grad_() for output in outputs]
         loss = self._loss.of_outputs(rebuild(cuts), at.targets)
         if not cuts or not loss.requires_grad:
-            return outputs, cuts, [torch.zeros_like(cut) for cut in cuts]
-        return outputs, cuts, list(torch.autograd.grad(loss, cuts, create_graph=True, materialize_grads=True))
+            return cuts, [torch.zeros_like(cut) for cut in cuts]
+        return cuts, list(torch.autograd.grad(loss, cuts, create_graph=True, materialize_grads=True))
 
     def _by_differences(
         self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
@@ -175,7 +194,8 @@ class GGNOperator(CurvatureOperator):
 
     def _fit_passes(self, batch: Batch) -> None:
         super()._fit_passes(batch)
-        outputs, _, slope = self._cut(self._few, self._few.theta)
+        outputs, rebuild = _tensors_of(self._loss.outputs(self._few, self._few.theta))
+        _, slope = self._cut(self._few, outputs, rebuild)
         used = [output for output, part in zip(outputs, slope, strict=True) if bool((part != 0).any())]
         if used and all(output.ndim == 0 for output in used):
             raise CurvatureError(
@@ -319,8 +339,12 @@ class EmpiricalFisherOperator(CurvatureOperator):
             self.reduction = "sum"
 
 
-def _as_functions(loss: NetworkLoss, at: LossArguments) -> tuple[Callable[[Named], Any], Callable[[Any], Tensor]]:
-    """The network's floating-point outputs as a function of the parameters, and the loss as one of these outputs."""
+def _as_functions(
+    loss: NetworkLoss, at: LossArguments
+) -> tuple[Callable[[Named], Any], Callable[[Any], Tensor], Callable[[list[Tensor]], Any]]:
+    """The network's floating-point outputs as a function of the parameters, the loss as one of these outputs, and how
+    the network returns them.
+    """
     rebuild = _tensors_of(loss.outputs(at, at.theta))[1]
 
     def at_theta(theta: Named) -> list[Tensor]:
@@ -329,7 +353,7 @@ def _as_functions(loss: NetworkLoss, at: LossArguments) -> tuple[Callable[[Named
     def of_outputs(outputs: list[Tensor]) -> Tensor:
         return loss.of_outputs(rebuild(outputs), at.targets)
 
-    return at_theta, of_outputs
+    return at_theta, of_outputs, rebuild
 
 
 def _tensors_of(outputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:

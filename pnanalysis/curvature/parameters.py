@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pnanalysis.curvature.blocks import Block, block_of, check_disjoint, split_selection
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.models import parameter_layers
@@ -27,26 +28,49 @@ def select_parameters(model: nn.Module, selection: Selection = None) -> list[str
     model : Module
     selection : None, str, Parameter or sequence of these
         ``None`` takes every trainable parameter. A string names a layer (all parameters below that module), a
-        parameter, or is a pattern with ``*`` and ``?`` over these names.
+        parameter, or is a pattern with ``*`` and ``?`` over these names. In brackets behind it may stand a part of the
+        outputs of these layers (the first dim of parameters; the second of the weights of ``Conv1D`` in transformers):
+        ``[q]``, ``[k]``, ``[v]`` of a layer that computes queries, keys and values one after the other; ``[3/8]``, the
+        fourth of eight equal parts (heads, experts); ``[0:64]``, a range; or parts of parts, ``[q.3/12]``. With
+        ``in.`` before it, ``[in.3/12]``, it is a part of the inputs.
 
     Raises
     ------
     CurvatureError
-        If the selection is empty or matches nothing (the message lists the layers), or a chosen parameter is frozen,
-        uninitialised (lazy), or not of a floating-point or complex type.
+        If the selection is empty or matches nothing (the message lists the layers), a chosen parameter is frozen,
+        uninitialised (lazy), or not of a floating-point or complex type, or has no such part.
+    """
+    return [block.label if isinstance(block, Block) else block for block in select_blocks(model, selection)]
+
+
+def select_blocks(model: nn.Module, selection: Selection = None) -> list[str | Block]:
+    """The chosen parameters, in the model's order: the names of whole ones, and parts of others.
+
+    Raises
+    ------
+    CurvatureError
+        See :func:`select_parameters`.
     """
     parameters = dict(model.named_parameters())
+    parts: dict[str, Block] = {}
     if selection is None:
         chosen = {name for name, parameter in parameters.items() if parameter.requires_grad}
     else:
         chosen = set()
         for wanted in [selection] if isinstance(selection, str | nn.Parameter) else selection:
-            found = {name for name, parameter in parameters.items() if _matches(name, parameter, wanted)}
+            layer, part = split_selection(wanted) if isinstance(wanted, str) else (wanted, "")
+            found = {name for name, parameter in parameters.items() if _matches(name, parameter, layer)}
             if not found:
                 label = wanted if isinstance(wanted, str) else f"a parameter of shape {tuple(wanted.shape)}"
                 layers = ", ".join(layer for layer, _ in parameter_layers(model))
                 raise CurvatureError(f"{label!r} matches no parameter; the layers are {layers}")
+            if part:
+                blocks = [block_of(model, name, part) for name in found]
+                parts |= {block.label: block for block in blocks if block is not None}
+                found = set()
             chosen |= found
+    check_disjoint(list(parts.values()), chosen)
+    chosen |= {block.parameter for block in parts.values()}
     if not chosen:
         raise CurvatureError("no parameters chosen: the model has none that are trainable, or the selection is empty")
     for name in sorted(chosen):
@@ -56,11 +80,16 @@ def select_parameters(model: nn.Module, selection: Selection = None) -> list[str
             raise CurvatureError(f"parameter {name!r} holds {parameters[name].dtype}, not floating-point numbers")
         if not parameters[name].requires_grad:
             raise CurvatureError(f"parameter {name!r} is frozen; call requires_grad_() on it or choose others")
-    return [name for name in parameters if name in chosen]
+    order = list(parameters)
+    whole = [name for name in order if name in chosen - {block.parameter for block in parts.values()}]
+    return sorted(
+        [*whole, *parts.values()],
+        key=lambda one: (order.index(one.parameter), one.start) if isinstance(one, Block) else (order.index(one), 0),
+    )
 
 
-def select_unwrapped(model: nn.Module, selection: Selection = None) -> list[str]:
-    """As :func:`select_parameters`, of the network inside wrappers; the selection may name them with or without these.
+def select_unwrapped(model: nn.Module, selection: Selection = None) -> list[str | Block]:
+    """As :func:`select_blocks`, of the network inside wrappers; the selection may name them with or without these.
 
     Raises
     ------
@@ -68,13 +97,17 @@ def select_unwrapped(model: nn.Module, selection: Selection = None) -> list[str]
     """
     inner = unwrapped(model)
     try:
-        return select_parameters(inner, selection)
+        return select_blocks(inner, selection)
     except CurvatureError:
         if inner is model or selection is None:
             raise
     held = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in inner.named_parameters()}
-    return [names[id(held[name])] for name in select_parameters(model, selection)]
+    found: list[str | Block] = []
+    for one in select_blocks(model, selection):
+        name = names[id(held[one.parameter if isinstance(one, Block) else one])]
+        found.append(one.renamed(name) if isinstance(one, Block) else name)
+    return found
 
 
 def _matches(name: str, parameter: nn.Parameter, wanted: str | nn.Parameter) -> bool:

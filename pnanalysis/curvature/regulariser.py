@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pnanalysis.curvature.blocks import Block, assembled
 from pnanalysis.curvature.parameters import Named, as_given, join_tensors, pullback, requiring_grad, split_vector
 from pnanalysis.evaluation.forward import WithModel, within_model
 
@@ -25,6 +26,8 @@ class Regulariser:
         The chosen parameters, and the other parameters and buffers.
     complex_names : collection of str
         The chosen parameters that are complex: see :func:`pnanalysis.inputs.copies.as_real`.
+    blocks : mapping of str to Block, optional
+        The chosen parts of parameters, by their labels.
     """
 
     def __init__(
@@ -35,8 +38,9 @@ class Regulariser:
         weight_decay: float = 0.0,
         penalty: Penalty | None = None,
         complex_names: Collection[str] = (),
+        blocks: Mapping[str, Block] | None = None,
     ) -> None:
-        self.complex_names = complex_names
+        self.complex_names, self.blocks = complex_names, blocks or {}
         self.weight_decay, self.penalty = weight_decay, penalty
         self._caller = None if penalty is None else WithModel(model, penalty)
         self._theta, self._others = theta, others
@@ -76,6 +80,6 @@ class Regulariser:
         """The penalty, seeing the model with ``theta`` in it."""
         if self._caller is None:
             return 0.0
-        state = within_model({**self._others, **as_given(theta, self.complex_names)})
+        state = within_model(assembled({**self._others, **as_given(theta, self.complex_names)}, self.blocks))
         value: Tensor = functional_call(self._caller, state, ())
         return value

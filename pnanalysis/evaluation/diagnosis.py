@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import pnanalysis
 from pnanalysis.errors import USER_ERRORS, DataError, ModelError, PnError, is_out_of_memory, reason
-from pnanalysis.evaluation.forward import _WRAP, IGNORED, _kind, _shapes, forward, loss_of_model, no_class, not_for
+from pnanalysis.evaluation.forward import _WRAP, _kind, _shapes, forward, loss_of_model, no_class, not_for
 from pnanalysis.evaluation.losses import known
-from pnanalysis.inputs.batches import first_examples, move
+from pnanalysis.inputs.batches import IGNORED, first_examples, move
 from pnanalysis.inputs.models import Loss, takes_model
 
 #: How torch words that an operation lacks a derivative or a vectorised form; the group names the operation.

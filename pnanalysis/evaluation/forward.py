@@ -13,14 +13,12 @@ from torch.func import functional_call
 
 from pnanalysis.activations.eager import without_fast_path
 from pnanalysis.errors import ModelError
-from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
+from pnanalysis.inputs.batches import IGNORED, as_arguments, map_tensors, tensors
 from pnanalysis.inputs.models import Loss
 from pnanalysis.torch_internals import tree_map_only, without_checkpointing
 
 #: Entries of an output that hold the prediction: in Hugging Face's models, and in torchvision's segmentation models.
 PREDICTIONS = ("logits", "out")
-#: The target that torch's cross-entropy ignores by default.
-IGNORED = -100
 _WRAP = "wrap the network in a module that returns its logits, or give a loss that takes what it returns"
 
 

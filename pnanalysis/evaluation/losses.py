@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from pnanalysis.arrays import Array
 from pnanalysis.errors import DataError, ModelError, reason
-from pnanalysis.evaluation.forward import IGNORED, no_class, not_for
-from pnanalysis.inputs.batches import leading_size, move, tensors
+from pnanalysis.evaluation.forward import no_class, not_for
+from pnanalysis.inputs.batches import IGNORED, leading_size, move, tensors
 from pnanalysis.inputs.copies import copied, in_precision
 from pnanalysis.inputs.models import Loss, takes_model
 from pnanalysis.torch_internals import tree_flatten, tree_unflatten

@@ -17,6 +17,8 @@ from pnanalysis.inputs.copies import matching_dtype, unwrapped
 
 #: Entries of a mapping that hold the targets, the first that there is.
 LABELS = ("labels", "label", "targets", "target", "y")
+#: The target that torch's cross-entropy ignores by default.
+IGNORED = -100
 _FORMS = (
     "give pairs (inputs, targets), tuples (input, ..., input, targets), or mappings with the targets under one of "
     + ", ".join(LABELS)

@@ -40,6 +40,25 @@ class RawImages:
     classes: tuple[str, ...]
 
 
+#: What stands before a file of text where data are named.
+TEXT = "text:"
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file, which is read once it is known by which network: see :func:`pnanalysis.inputs.text.load_text`.
+
+    Attributes
+    ----------
+    path : Path
+    tokens : int
+        Length of examples.
+    """
+
+    path: Path
+    tokens: int = 256
+
+
 AnySplit = Split | LoaderSplit | DatasetSplit
 
 
@@ -129,7 +148,7 @@ class Splits:
 
 
 #: What a user may give as data: see the first lines of this module.
-DataLike = str | Splits | Dataset[Any] | Mapping[str, Any] | Iterable[Any]
+DataLike = str | TextFile | Splits | Dataset[Any] | Mapping[str, Any] | Iterable[Any]
 
 
 _MAY_DOWNLOAD: ContextVar[bool] = ContextVar("may download", default=False)
@@ -148,6 +167,15 @@ def downloads_allowed() -> Iterator[None]:
 def may_download() -> bool:
     """Whether a data set that is not there may be downloaded, for the factories of data sets to ask."""
     return _MAY_DOWNLOAD.get()
+
+
+def text_file(data: Any, tokens: int | None = None) -> TextFile | None:
+    """The text file that ``text:FILE`` names; ``None`` for all other data."""
+    if isinstance(data, TextFile):
+        return data
+    if not isinstance(data, str) or not data.startswith(TEXT):
+        return None
+    return TextFile(Path(data.removeprefix(TEXT)), TextFile.tokens if tokens is None else tokens)
 
 
 def n_examples(part: Split | LoaderSplit, batches: Iterable[Batch]) -> int:

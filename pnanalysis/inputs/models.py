@@ -11,11 +11,12 @@ from torch import nn
 
 from pnanalysis.errors import USER_ERRORS, ModelError, PnError
 from pnanalysis.inputs.copies import copied
+from pnanalysis.inputs.hugging_face import folder_of, pretrained
 from pnanalysis.inputs.registry import MODELS, describe_error, import_object, resolve
 
 #: ``loss(outputs, targets)``, or ``loss(model, (inputs, targets))`` where the first parameter is named ``model``.
 Loss = Callable[[Any, Any], torch.Tensor]
-#: A registered name or ``module:factory``, an instance, or a callable that returns one.
+#: A registered name, ``module:factory`` or ``hf:DIR``, an instance, or a callable that returns one.
 ModelLike = str | nn.Module | Callable[[], nn.Module]
 
 
@@ -50,7 +51,8 @@ def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Modul
     Parameters
     ----------
     spec : str
-        A name in the entry-point group ``pnanalysis.models``, or ``module:factory`` (code that the caller trusts).
+        A name in the entry-point group ``pnanalysis.models``, ``module:factory`` (code that the caller trusts), or
+        ``hf:DIR`` (see :func:`pnanalysis.inputs.hugging_face.pretrained`).
     options : mapping, optional
         Keyword arguments of the factory.
 
@@ -59,6 +61,9 @@ def build_model(spec: str, options: Mapping[str, Any] | None = None) -> nn.Modul
     ModelError
         If the name is unknown, the factory cannot be imported, raises, or does not return a module.
     """
+    folder = folder_of(spec)
+    if folder is not None:
+        return pretrained(folder)
     factory = import_object(spec, ModelError) if ":" in spec else resolve(MODELS, spec)
     if isinstance(factory, nn.Module):
         return factory

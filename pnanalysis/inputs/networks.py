@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pnanalysis.errors import DataError, ModelError
-from pnanalysis.inputs.data import DataLike, Splits, as_splits, load_data
+from pnanalysis.inputs.data import DataLike, Splits
+from pnanalysis.inputs.hugging_face import folder_of, pretrained
 from pnanalysis.inputs.models import Loss, ModelLike, new_model, resolve_loss
 from pnanalysis.inputs.sources import AnyCheckpoint, MemoryCheckpoint, PathLike, Source, name_of
 from pnanalysis.io.runs import Checkpoint
@@ -31,9 +32,9 @@ def open_files(
     Parameters
     ----------
     model : str, Module or callable
-        Registered name, ``module:factory``, an instance, or a callable that returns one.
+        Registered name, ``module:factory``, ``hf:DIR``, an instance, or a callable that returns one.
     weights : sequence of paths
-        See :func:`pnanalysis.io.weights.read_state_dicts`.
+        See :func:`pnanalysis.io.weights.read_state_dicts`. None are needed for ``hf:DIR``, whose folder holds them.
     data, loss
         See :func:`as_sources`.
     label : str
@@ -43,6 +44,8 @@ def open_files(
     ModelError
         If there are no weight files, or one is missing.
     """
+    if not weights and folder_of(model) is not None:  # its folder holds them
+        return source_of_networks([(None, model)], None, data, loss, str(model) if label == "model" else label)
     if not weights:
         raise ModelError("no weights given: name at least one file of weights")
     label = label if label != "model" or not isinstance(model, str) else model
@@ -68,9 +71,7 @@ def source_of_networks(
     def make_data() -> Splits:
         if data is None:
             raise DataError("no data given: name a data set with --data (data=... in Python)")
-        if not isinstance(data, str):
-            return as_splits(data)
-        return load_data(data, getattr(source.template, "input_shape", None))
+        return source.splits_of(data)
 
     kinds = ", ".join(dict.fromkeys(type(network).__name__ for network in held))
     source = Source(
@@ -93,6 +94,7 @@ def _names(networks: Sequence[tuple[str | None, Any]]) -> list[str]:
         If two were given the same name, or one file twice.
     """
     paths = [item.path if isinstance(item, Checkpoint) else item for _, item in networks]
+    paths = [folder_of(path) or path for path in paths]
     files = [Path(path) for (name, _), path in zip(networks, paths, strict=True) if name is None and is_path(path)]
     twice = [path for i, path in enumerate(files) if path in files[:i]]
     if twice:
@@ -134,6 +136,9 @@ def _as_checkpoint(item: Any, name: str) -> AnyCheckpoint:
         return MemoryCheckpoint(name, state=item)
     if isinstance(item, Checkpoint):
         return replace(item, name=name)
+    folder = folder_of(item)
+    if folder is not None:
+        return MemoryCheckpoint(name, network=pretrained(folder))
     if is_path(item):
         return Checkpoint(name, weights_file(item))
     raise ModelError(

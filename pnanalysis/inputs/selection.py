@@ -14,6 +14,7 @@ from torch import nn
 from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.inputs.copies import copied
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split, Splits
+from pnanalysis.inputs.hugging_face import folder_of
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.networks import check_no_mixed_state, is_path, is_weights, source_of_networks
 from pnanalysis.inputs.sources import AnyCheckpoint, Source, as_source
@@ -267,7 +268,7 @@ def as_sources(
     for name, item in items:
         if isinstance(item, Source):
             sources.append(item if name is None else replace(item, label=name))
-        elif isinstance(item, Run) or (is_path(item) and (model is None or is_run(Path(item)))):
+        elif isinstance(item, Run) or (is_path(item) and not folder_of(item) and (model is None or is_run(Path(item)))):
             if is_path(item) and Path(item).exists() and not is_run(Path(item)):
                 what = "a file" if Path(item).is_file() else "a folder of weights"
                 raise ModelError(f"{item}: is {what}; weights need the network they belong to, model=...")

@@ -14,10 +14,11 @@ from torch import nn
 
 from pnanalysis.errors import DataError, ModelError
 from pnanalysis.inputs.copies import copied, in_precision, unwrapped
-from pnanalysis.inputs.data import DataLike, LoaderSplit, Split, Splits, as_splits, load_data
+from pnanalysis.inputs.data import DataLike, LoaderSplit, Split, Splits, as_splits, load_data, text_file
 from pnanalysis.inputs.loading import check_finite, check_has_values, load_weights
 from pnanalysis.inputs.models import LOSSES, Loss, ModelLike, new_model, resolve_loss
 from pnanalysis.inputs.registry import DATASETS, registered
+from pnanalysis.inputs.text import splits_for
 from pnanalysis.io.runs import Checkpoint, Run, open_run
 from pnanalysis.io.weights import StateDicts, state_dicts
 
@@ -108,6 +109,15 @@ class Source:
     def template(self) -> nn.Module:
         """The network as its factory builds it. Built once; analyses work on copies."""
         return self.make_model()
+
+    def splits_of(self, data: DataLike, split_seed: int = 0) -> Splits:
+        """Data of any form for the network: in the shape that it takes, and text by its tokenizer."""
+        text = text_file(data)
+        if text is not None:
+            return splits_for(self.template, text)
+        if isinstance(data, str):
+            return load_data(data, getattr(self.template, "input_shape", None), split_seed)
+        return as_splits(data)
 
     def select(self, names: Iterable[str] | None) -> dict[str, AnyCheckpoint]:
         """Checkpoints by name: see :meth:`pnanalysis.io.runs.Run.select`; without a run, by the names they were given.
@@ -202,9 +212,7 @@ def as_source(
             raise DataError(
                 f"{run.path}: was trained on {data_spec}; to read from that path, give it again (--data {data_spec})"
             )
-        shape, seed = getattr(source.template, "input_shape", None), manifest["data"].get("split_seed", 0)
-        given = data_spec if data is None else data
-        splits = load_data(given, shape, seed) if isinstance(given, str) else as_splits(given)
+        splits = source.splits_of(data_spec if data is None else data, manifest["data"].get("split_seed", 0))
         recorded = manifest["data"].get("fingerprint")
         if data is None and recorded and splits.fingerprint != recorded:
             raise DataError(
