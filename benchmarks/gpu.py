@@ -455,24 +455,25 @@ def _shown(key: str, value: Any) -> str:
 
 def draw(found: dict[str, Any], output: Path) -> None:
     """Products of all packages in units of the gradient, as bars."""
-    import matplotlib.pyplot as plt
-    import numpy as np
+    from pnanalysis.plots import save_figure
+    from pnanalysis.plots.style import COLOURS, new_figure, style
 
     rows = [row for row in found["stages"].get("products", []) if "gradients" in row]
     if not rows:
         return
     names, packages = (list(dict.fromkeys(row[key] for row in rows)) for key in ("what", "package"))
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     width = 0.8 / len(packages)
-    for i, package in enumerate(packages):
-        own = {row["what"]: row["gradients"] for row in rows if row["package"] == package}
-        heights = [own.get(name, np.nan) for name in names]
-        axes.bar(np.arange(len(names)) + (i - len(packages) / 2 + 0.5) * width, heights, width, label=package)
-    axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names])
-    axes.set_ylabel("Hessian product / gradient")
-    axes.legend(frameon=False)
-    figure.savefig(output.with_suffix(".png"), dpi=150)
-    plt.close(figure)
+    with style():
+        figure = new_figure(7.0, 3.2)
+        axes = figure.add_subplot()
+        for i, package in enumerate(packages):
+            own = {row["what"]: row["gradients"] for row in rows if row["package"] == package}
+            places = [at + (i - len(packages) / 2 + 0.5) * width for at in range(len(names))]
+            axes.bar(places, [own.get(name, 0.0) for name in names], width, color=COLOURS[i], label=package)
+        axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names])
+        axes.set_ylabel("Hessian product / gradient")
+        axes.legend()
+        save_figure(figure, output.with_suffix(".png"))
 
 
 def main() -> None:
