@@ -19,7 +19,7 @@ def reason(error: BaseException) -> str:
 
 
 #: What torch's devices and the host say, of which only CUDA and its kin have an error of their own for it.
-_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|_ALLOC_FAILED", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -62,6 +62,10 @@ class DivergenceError(TrainingError):
 
 class CurvatureError(PnError):
     """A curvature operator or a spectral estimate is ill-defined for the given input."""
+
+
+class ProcessLost(CurvatureError):
+    """Another of several processes that compute together has ended, or does not answer."""
 
 
 class SchemaError(PnError):

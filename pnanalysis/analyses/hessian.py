@@ -239,6 +239,7 @@ def hessian(
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
     selection.check_weights()
     settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
+    settings["distributed"] = None  # the unfinished work of several processes is that of one, too
     with first_process_first() if distributed else nullcontext():
         cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection))
     found: dict[tuple[str, object], dict[str, tuple[xr.Dataset, str]]] = {}
@@ -303,7 +304,9 @@ def network_spectra(
     """
     spectra = {}
     with clear_errors(label, network, batches, loss):
-        own = OwnExamples(batches, whole=options.bn_mode == "train") if options.distributed else batches
+        own = batches
+        if options.distributed:  # statistics and weights of whole batches are not those of their parts
+            own = OwnExamples(batches, whole=options.bn_mode == "train" or options.weight == "batches")
         whole = make_operator(
             options.engine, options.operator, network, loss, own,
             params=options.params, bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device,

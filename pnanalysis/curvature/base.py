@@ -335,8 +335,7 @@ class CurvatureOperator:
     def example_forms(self) -> ExampleForms:
         """What :meth:`forms` is computed by. Made when it is first asked for, by one pass over the data."""
         if self._forms is None:
-            with self._passes():
-                self._forms = ExampleForms(self)
+            self._forms = self._in_passes_that_fit(lambda: ExampleForms(self))
         return self._forms
 
     def subset(self, parts: Iterable[int], n_parts: int, seed: int = 0, expected_products: int = 1000) -> Self:
@@ -569,7 +568,7 @@ class CurvatureOperator:
         CurvatureError
             If that would change the result.
         """
-        size = max(self.batches.sizes)
+        size = max(self.batches.sizes, default=1)
         reason = (
             "a pass over a single example takes too much" if size < 2
             else "the network takes statistics over each batch" if self.bn_mode == "train"

@@ -121,6 +121,11 @@ class BatchWeights:
                 )
         return first, "mean"
 
+    @property
+    def counts_examples(self) -> bool:
+        """Whether it is known what parts of batches weigh: told, of torch's own losses, or measured: their examples."""
+        return not self.measures or (self._alive is not None and "examples" in self._alive)
+
     def of_examples(self, batch: Any) -> Tensor:
         """What each example of a batch weighs in the batch's mean, relative to the others, ``(n,)``.
 
@@ -148,8 +153,9 @@ class BatchWeights:
         if reduction == "mean":
             weights = self.of_examples(batch)
             shares = [float(weights[piece].sum() / weights.sum()) for piece in pieces]
-        together = sum(share * value for share, value in zip(shares, halves, strict=True) if share)
-        slack = 10 * self.tolerance * (abs(whole) + sum(map(abs, halves)))
+        counted = [(share, value) for share, value in zip(shares, halves, strict=True) if share]  # else 0 / 0
+        together = sum(share * value for share, value in counted)
+        slack = 10 * self.tolerance * (abs(whole) + sum(abs(value) for _, value in counted))
         return not abs(together) < float("inf") or abs(whole - together) <= slack
 
     def _weight_of(self, batch: Any) -> float:

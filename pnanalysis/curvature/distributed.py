@@ -20,7 +20,7 @@ from torch import Tensor
 from pnanalysis.arrays import Array
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batches import Batch
-from pnanalysis.errors import CurvatureError, PnError
+from pnanalysis.errors import CurvatureError, PnError, ProcessLost
 from pnanalysis.inputs.batches import as_pair, batch_size, can_cut, cut
 from pnanalysis.spectra.linear_operator import contiguous_columns
 
@@ -108,13 +108,19 @@ class DistributedOperator:
         sizes = self._from_all((operator.divisor, operator.shape[0], operator.reduction))
         if len({size[1:] for size in sizes}) > 1:
             raise CurvatureError(f"the processes differ in their parameters or losses: {[size[1:] for size in sizes]}")
+        self._without_errors(self._from_all(self._or_error(self._check_parts)))
         self._is_mean = operator.reduction == "mean"
         self._fraction = operator.divisor / sum(size[0] for size in sizes) if self._is_mean else 1.0
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.operator, name)
+    @property
+    def n_classes(self) -> int | None:
+        """Number of classes of a classifier."""
+        return self.operator.n_classes
+
+    @property
+    def positive_semidefinite(self) -> bool:
+        """Whether no eigenvalue is negative."""
+        return bool(getattr(self.operator, "positive_semidefinite", False))
 
     @property
     def n_examples(self) -> int:
@@ -137,6 +143,29 @@ class DistributedOperator:
             result = result - (self.n_processes - 1) * self.product_without_data(V)
         return result
 
+    def to_dense(self, chunk: int = 64) -> Tensor:
+        """The matrix itself, ``(P, P)``, symmetrised; for small ``P``."""
+        eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        dense = torch.cat([self.matmat(part.T) for part in torch.split(eye, chunk)], dim=1)
+        return (dense + dense.T) / 2
+
+    def gradient(self) -> Tensor:
+        """Gradient of the loss over the data of all processes, ``(P,)``."""
+        return self._mean(self.operator.gradient())
+
+    def loss(self) -> float:
+        """The loss over the data of all processes."""
+        return float(self._mean(torch.tensor([self.operator.loss()], dtype=torch.float64, device=self.device)))
+
+    def _mean(self, own: Tensor) -> Tensor:
+        """Of what each process has of the loss or its gradient."""
+        if not self._is_mean:
+            raise CurvatureError("loss and gradient of several processes are those of a mean; take reduction='mean'")
+        result = own * self._fraction
+        with _clear_errors():
+            dist.all_reduce(result, group=self.group)
+        return result
+
     def product_without_data(self, V: Tensor) -> Tensor:
         """Multiply the part that no example has, of weight decay and penalty, with vectors ``(P, k)``."""
         return self.operator.product_without_data(V)
@@ -144,12 +173,14 @@ class DistributedOperator:
     @property
     def group_weights(self) -> Array:
         """The factor of each group's matrix in the whole, ``(G,)``; those of the first process come first."""
-        return np.concatenate(self._from_all(self.operator.group_weights * self._fraction))
+        found = self._from_all(self._or_error(lambda: self.operator.group_weights * self._fraction))
+        return np.concatenate(self._without_errors(found))
 
     @property
     def group_digest(self) -> str:
         """Equal where all processes have the same examples in the same order."""
-        return " ".join(self._from_all(self.operator.group_digest))
+        found = self._from_all(self._or_error(lambda: [self.operator.group_digest]))
+        return " ".join(digest for (digest,) in self._without_errors(found))
 
     def forms(self, U: Tensor, V: Tensor) -> Tensor:
         """``u_j' H_g v_j`` for all groups of examples of all processes, ``(k, G)``, float64, on the CPU.
@@ -187,6 +218,27 @@ class DistributedOperator:
         CurvatureError
         """
         self._without_errors(self._from_all(self._or_error(self.operator.check_finite)))
+
+    def _check_parts(self) -> None:
+        """Refuse data whose loss is not made up of those of the parts that the processes have.
+
+        Raises
+        ------
+        CurvatureError
+        """
+        weighing = self.operator.batches.weighing
+        known_to_add = weighing.counts_examples or self.operator.reduction == "sum"
+        if not known_to_add:
+            raise CurvatureError(
+                "the loss is not a mean over examples, as far as is known, so that several processes cannot tell what "
+                "their parts weigh; say so with weight='examples' (--weight), or a function weight(inputs, targets)"
+            )
+        cut = isinstance(self.operator.batches.source, OwnExamples) and not self.operator.batches.source.whole
+        if cut and not weighing.separates(self.operator._first_examples, self.operator.reduction):
+            raise CurvatureError(
+                "the loss of a batch is not made up of the losses of its examples, so that it cannot be divided among "
+                "processes; divide whole batches (OwnExamples(batches, whole=True)), or use one process"
+            )
 
     def _from_all(self, own: Any) -> list[Any]:
         found: list[Any] = [None] * self.n_processes
@@ -241,9 +293,11 @@ def first_process_first() -> Iterator[None]:
     together = dist.is_available() and dist.is_initialized()
     if together and dist.get_rank() > 0:
         dist.barrier()
-    yield
-    if together and dist.get_rank() == 0:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if together and dist.get_rank() == 0:
+            dist.barrier()
 
 
 @contextmanager
@@ -252,7 +306,7 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise CurvatureError(
+        raise ProcessLost(
             f"another process has ended, or does not answer ({str(error).splitlines()[0][:100]}); its own message says "
             "why; run the same command again to go on from what is saved"
         ) from error

@@ -53,8 +53,9 @@ from pnanalysis.spectra.allocation import (
 from pnanalysis.spectra.data_feed import DataFeed
 from pnanalysis.spectra.exact import all_columns
 from pnanalysis.spectra.ghosts import without_ghosts
-from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, Lanczos, Saver
+from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, SYMMETRY_TOLERANCE, Lanczos, Saver
 from pnanalysis.spectra.linear_operator import (
+    ROUND_OFF,
     LinearOperator,
     arithmetic,
     round_off,
@@ -272,7 +273,7 @@ class _Sampler:
         self, name: str, vectors: range, capacity: int, deflated: Tensor | None = None, storage: Tensor | None = None
     ) -> tuple[Lanczos, Saver | None]:
         """Lanczos on random vectors, and what saves it, after it has restored what an unfinished call left."""
-        settings = self.settings
+        settings, of_products = self.settings, arithmetic(self.operator)
         if storage is None:
             storage = settings.storage.columns(self.sample.n_parameters, len(vectors) * settings.storage.kept(capacity))
         lanczos = Lanczos(
@@ -282,7 +283,7 @@ class _Sampler:
             deflated,
             settings.storage.dtype,
             settings.storage.device,
-            settings.symmetry_tolerance,
+            settings.symmetry_tolerance or max(SYMMETRY_TOLERANCE[of_products], settings.storage.round_off),
             storage,
             reorthogonalise=settings.storage.mode != "none",
         )
@@ -352,5 +353,6 @@ def _coefficients(lanczos: Lanczos) -> list[LanczosCoefficients]:
     alpha, beta = lanczos.coefficients()
     pairs = [(a[:size], b[:size]) for a, b, size in zip(alpha, beta, lanczos.sizes(), strict=True)]
     if not lanczos.reorthogonalise:
-        pairs = [without_ghosts(*pair, round_off(lanczos.operator)) for pair in pairs]
+        own = ROUND_OFF[str(lanczos.dtype).removeprefix("torch.")]
+        pairs = [without_ghosts(*pair, own) for pair in pairs]
     return [LanczosCoefficients(*pair) for pair in pairs]

@@ -208,6 +208,7 @@ def spectral_density(
     facts = {
         "dtype": str(operator.dtype).removeprefix("torch."),
         "round_off": max(round_off(operator), settings.storage.round_off),
+        **({"basis_round_off": settings.storage.round_off} if settings.storage.round_off else {}),
         "positive_semidefinite": bool(getattr(operator, "positive_semidefinite", False)),
         **({} if n_classes is None else {"n_classes": n_classes}),
     }

@@ -18,9 +18,13 @@ Paige, Accuracy and effectiveness of the Lanczos algorithm for the symmetric eig
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pnanalysis.arrays import Array
 from pnanalysis.spectra.quadrature import jacobi_matrix, ritz
+
+#: Of a Ritz value that is no eigenvalue's: far below what a random vector has of any, about ``1 / P``.
+_NO_WEIGHT = 1e-14
 
 
 def without_ghosts(alpha: Array, beta: Array, round_off: float) -> tuple[Array, Array]:
@@ -31,8 +35,8 @@ def without_ghosts(alpha: Array, beta: Array, round_off: float) -> tuple[Array, 
     alpha, beta : ndarray
         ``(m,)`` each, from Lanczos without reorthogonalisation.
     round_off : float
-        Of a product, relative to the norm of the operator. Copies lie within ten times that of each other; a Ritz value
-        of less weight than its square is no eigenvalue's.
+        Of the vectors and their sums, relative to the norm of the operator. Copies lie within three times that of each
+        other, and one of them has converged: what else lies as close may be two eigenvalues.
 
     Returns
     -------
@@ -40,14 +44,27 @@ def without_ghosts(alpha: Array, beta: Array, round_off: float) -> tuple[Array, 
         ``(k,)`` each, ``k <= m``. The residuals of Ritz values that have no copies keep their sum of squares.
     """
     value, weight, residual = ritz(alpha, beta)
-    starts = np.flatnonzero(np.diff(value, prepend=-np.inf) > 10 * round_off * np.abs(value).max())
-    total = np.add.reduceat(weight, starts)
-    real = total > round_off**2
-    if real.all() and len(starts) == len(value):
+    near = 3 * round_off * np.abs(value).max()
+    on_its_way = (residual > near) & (weight < _NO_WEIGHT)
+    value, weight, residual = value[~on_its_way], weight[~on_its_way], residual[~on_its_way]
+    starts = _starts(value, residual, near)
+    if not on_its_way.any() and len(starts) == len(value):
         return alpha, beta
-    centre = np.add.reduceat(weight * value, starts)[real] / total[real]
-    alone = (np.diff(np.append(starts, len(value))) == 1)[real]
-    merged_alpha, inner = jacobi_matrix(centre, total[real] / total[real].sum())
+    total = np.add.reduceat(weight, starts)
+    middle = np.add.reduceat(weight * value, starts) / np.maximum(total, np.finfo(float).tiny)
+    centre = np.where(total > 0, middle, value[starts])
+    alone = np.diff(np.append(starts, len(value))) == 1
+    merged_alpha, inner = jacobi_matrix(centre, total / total.sum())
     _, _, unscaled = ritz(merged_alpha, np.append(inner, 1.0))
-    own, found = np.linalg.norm(residual[starts[real][alone]]), np.linalg.norm(unscaled[alone])
+    own, found = np.linalg.norm(residual[starts[alone]]), np.linalg.norm(unscaled[alone])
     return merged_alpha, np.append(inner, own / found if found > 0 else 0.0)
+
+
+def _starts(value: Array, residual: Array, near: float) -> NDArray[np.intp]:
+    """Where clusters of copies begin among ascending Ritz values; none is wider than ``near``."""
+    starts = [0]
+    for i in range(1, len(value)):
+        cluster = slice(starts[-1], i + 1)
+        if value[i] - value[starts[-1]] > near or residual[cluster].min() > near:
+            starts.append(i)
+    return np.array(starts)

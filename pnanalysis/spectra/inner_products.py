@@ -19,6 +19,8 @@ from pnanalysis.spectra.linear_operator import empty_columns
 _CPU_CHUNK = 2**16
 #: On other devices, where the sums within a chunk are pairwise and each chunk costs the start of a few kernels.
 _DEVICE_CHUNK = 2**22
+#: Numbers of a basis in half precision that are copied at a time, and entries of a chunk in any case.
+_MOST_COPIED, _SMALLEST_CHUNK = 2**24, 2**12
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, list[Ten
     first: list[Tensor] = []
     for sweep in range(3):
         totals = [_zero(V) for _ in bases]
-        for chunk in _chunks(V):
+        for chunk in _chunks(V, bases):
             piece, parts = (V if sweep < 2 else rest)[chunk], [basis[..., chunk, :].to(V.dtype) for basis in bases]
             for part, known in zip(parts, coordinates, strict=False):  # none in the first sweep
                 piece = piece - _combinations(part, known)
@@ -83,7 +85,7 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, list[Ten
 def coordinates(basis: Tensor, V: Tensor) -> Tensor:
     """Of vectors ``(P, k)`` in the columns of a basis ``(P, n)``: ``(n, k)``, summed in float64."""
     total = _zero(V)
-    for chunk in _chunks(V):
+    for chunk in _chunks(V, [basis]):
         total = total + _widened(_coordinates(basis[chunk].to(V.dtype), V[chunk]))
     return total
 
@@ -93,14 +95,14 @@ def combinations(basis: Tensor, coordinates: Tensor) -> Tensor:
     if basis.dtype == coordinates.dtype:
         return _combinations(basis, coordinates)
     found = empty_columns(len(basis), coordinates.shape[1], coordinates.dtype, basis.device)
-    for chunk in _chunks(basis):
+    for chunk in _chunks(found, [basis]):
         found[chunk] = _combinations(basis[chunk].to(coordinates.dtype), coordinates)
     return found
 
 
 def recombine(basis: Tensor, coordinates: Tensor) -> None:
     """Replace the first vectors of ``(P, n)`` by combinations with the coordinates ``(n, c)``, chunk by chunk."""
-    for chunk in _chunks(basis):
+    for chunk in _chunks(basis, [basis]):
         basis[chunk, : coordinates.shape[1]] = _combinations(basis[chunk], coordinates)
 
 
@@ -118,8 +120,12 @@ def _combinations(basis: Tensor, coordinates: Tensor) -> Tensor:
     return torch.bmm(coordinates.mT[:, None], basis.mT)[:, 0].mT
 
 
-def _chunks(V: Tensor) -> list[slice]:
+def _chunks(V: Tensor, bases: Sequence[Tensor] = ()) -> list[slice]:
+    """Of the entries of vectors; smaller where a chunk of the bases has to be copied, in another precision."""
     size = _CPU_CHUNK if V.device.type == "cpu" else _DEVICE_CHUNK
+    copied = max((basis.shape[-1] for basis in bases if basis.dtype != V.dtype), default=0)
+    if copied:
+        size = max(min(size, _MOST_COPIED // copied), _SMALLEST_CHUNK)
     return [slice(begin, begin + size) for begin in range(0, V.shape[-2], size)]
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from scipy.linalg import eigh_tridiagonal
 
 from pnanalysis.arrays import Array
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, ProcessLost
 from pnanalysis.io import digest
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.files import open_regular
@@ -143,6 +143,10 @@ class Lanczos:
         self._norm = zeros(k)  # largest |H q| so far: a lower bound of the operator's norm
         self._mirror = zeros(k)  # q0 . (H q1), see asymmetry
         self._skew = zeros(k)  # sum of squared q_i . (H q_j), i < j - 1, see skew
+        # without reorthogonalisation a space never ends, and finds again what it has found
+        self._breakdown = (
+            max(BREAKDOWN[operator.dtype], BREAKDOWN[self.dtype]) if reorthogonalise else torch.finfo(self.dtype).eps
+        )
         self._exponent: int | None = None  # all products are in units of two to this power; known from the first one
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.step = 0
@@ -216,7 +220,7 @@ class Lanczos:
                     self._check()
                 if saver is not None:
                     saver(self)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ProcessLost):
             if saver is not None and self.step:
                 saver(self, force=True)
             raise
@@ -281,7 +285,7 @@ class Lanczos:
         vectors, coordinates = self._orthogonalise(product, j + 1)
         skew = self._skew + coordinates[: max(j - 1, 0)].square().sum(0)
         beta = norms(vectors).to(self.dtype)
-        alive = beta > max(BREAKDOWN[self.operator.dtype], BREAKDOWN[self._basis.dtype]) * self._norm
+        alive = beta > self._breakdown * self._norm
         self._beta[:, j] = torch.where(alive, beta, 0)
         # zero after a breakdown or NaN (which spares the later batches); a mask and not a branch, which would wait for
         # the device

@@ -86,7 +86,7 @@ class Storage:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".basis-", dir=folder)
         try:
-            os.truncate(handle, n * n_parameters * self.dtype.itemsize)
+            _reserve(handle, n * n_parameters * self.dtype.itemsize)
             kept = torch.from_file(name, shared=True, size=n * n_parameters, dtype=self.dtype)
         except (OSError, RuntimeError) as error:
             raise CurvatureError(f"{folder}: no room for a basis on the disk ({error}); give another folder") from error
@@ -123,6 +123,8 @@ def basis_limit(
     What is free has to hold the operator's own vectors too: its parameters, their gradient, a vector and its product.
     """
     free = free_bytes(device)
+    if device.type == "cpu":  # which the processes of torchrun share
+        free //= max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if max_memory_bytes is None:
         return int(DEFAULT_FRACTION * free)
     return min(max_memory_bytes, max(free - _OPERATOR_VECTORS * n_parameters * dtype.itemsize, 0))
@@ -173,6 +175,14 @@ def vectors_at_once(storage: Storage, n_parameters: int, n_wanted: int, max_memo
     limit = int(DEFAULT_FRACTION * free_bytes(storage.device)) if max_memory_bytes is None else max_memory_bytes
     left = limit - storage.needed(n_parameters, 0, 1)
     return max(min(n_wanted, left // storage.vectors_bytes(n_parameters, 1)), 0)
+
+
+def _reserve(handle: int, n_bytes: int) -> None:
+    """Make a file as long as it will be, on the disk where the system can: a full disk is then found out here."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, n_bytes)
+    else:
+        os.truncate(handle, n_bytes)
 
 
 def _on_gpu(storage: Storage) -> bool:

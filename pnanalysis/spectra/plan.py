@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from pnanalysis.checks import check_room, human
 from pnanalysis.errors import CurvatureError, PnError
+from pnanalysis.io.atomic import atomic_path
 from pnanalysis.spectra.allocation import default_steps, shares
 from pnanalysis.spectra.memory import MODES, probes_at_once, vectors_at_once
 from pnanalysis.spectra.sample import SamplingSettings
@@ -21,6 +23,8 @@ LARGEST_EXACT = 5000
 LARGEST_EXACT_UNTIL = 100
 #: Matrices in float64 that an exact spectrum takes.
 _EXACT_MATRICES = 4
+#: A file in the folder of unfinished work.
+_MODE = "basis"
 
 
 def is_exact(n_parameters: int, settings: SamplingSettings) -> bool:
@@ -61,6 +65,8 @@ def with_basis_that_fits(n_parameters: int, settings: SamplingSettings, mode: st
     if is_exact(n_parameters, settings):
         check_fits(n_parameters, settings)
         return settings
+    if mode == "auto":
+        mode, settings = _as_before(settings)
     on_gpu = settings.storage.device.type != "cpu"
     candidates = [each for each in MODES if each != "disk" or not on_gpu] if mode == "auto" else [mode]
     if mode == "disk" and on_gpu:
@@ -70,7 +76,7 @@ def with_basis_that_fits(n_parameters: int, settings: SamplingSettings, mode: st
         found = replace(settings, storage=storage, deflate=settings.deflate and each != "none")
         try:
             check_fits(n_parameters, found)
-        except CurvatureError:
+        except PnError:
             if each == candidates[-1]:
                 raise
             continue
@@ -80,8 +86,26 @@ def with_basis_that_fits(n_parameters: int, settings: SamplingSettings, mode: st
                 "larger; raise max_memory_bytes (--memory), or lower n_hvp (--n-hvp)",
                 stacklevel=3,
             )
+        _note_mode(found)
         return found
     raise AssertionError("there is a last candidate")
+
+
+def _as_before(settings: SamplingSettings) -> tuple[str, SamplingSettings]:
+    """How the basis of unfinished work is kept and within which bound, which what is free now must not change."""
+    if settings.state is not None and any(settings.state.glob("*.safetensors")):
+        with suppress(OSError, ValueError):
+            mode, bound = (settings.state / _MODE).read_text(encoding="ascii", errors="replace").split()
+            if mode in MODES:
+                return mode, replace(settings, max_memory_bytes=int(bound))
+    return "auto", settings
+
+
+def _note_mode(settings: SamplingSettings) -> None:
+    """Keep both for a later call; where they cannot be written, nothing else of the work can."""
+    if settings.state is not None:
+        with suppress(OSError), atomic_path(settings.state / _MODE) as temporary:
+            temporary.write_text(f"{settings.storage.mode} {settings.max_memory_bytes}", encoding="ascii")
 
 
 def check_fits(n_parameters: int, settings: SamplingSettings) -> None:
@@ -99,8 +123,9 @@ def check_fits(n_parameters: int, settings: SamplingSettings) -> None:
         return
     n_vectors, storage = settings.storage.kept(settings.budget), settings.storage
     if settings.state is not None:
+        copies = 2 if storage.mode == "disk" else 1  # the basis itself, and what is saved of it
         check_room(
-            settings.state, storage.vectors_bytes(n_parameters, n_vectors), "the unfinished work may take",
+            settings.state, copies * storage.vectors_bytes(n_parameters, n_vectors), "the unfinished work may take",
             "make room, save elsewhere (--output), or spend fewer products (--n-hvp)",
         )  # fmt: skip
     if storage.mode == "disk":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -79,10 +80,11 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
     slack = relative * largest
     semidefinite = bool(ds.attrs.get("positive_semidefinite", False))
     sums = moments(ds, measure)
+    norm, stored = sums.frobenius_norm.value, float(ds.attrs.get("basis_round_off", 0.0))
     top, bottom = lambda_max_and_min(ds, slack)
     found = {
-        "trace": sums.trace,
-        "frobenius_norm": sums.frobenius_norm,
+        "trace": _rounded(sums.trace, stored * norm),
+        "frobenius_norm": _rounded(sums.frobenius_norm, stored * norm),
         "lambda_max": top,
         "lambda_min": bottom,
         "negative_mass": Estimate(0.0, 0.0) if semidefinite else negative_mass(ds, LEVEL),
@@ -101,6 +103,11 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
     data: dict[str, Any] = {key: number for name, one in found.items() for key, number in _stored(name, one).items()}
     data |= counts | {"top_value": ("top", value[:top_k]), "top_residual": ("top", residual[:top_k])}
     return xr.Dataset({name: value if isinstance(value, tuple) else ((), value) for name, value in data.items()})
+
+
+def _rounded(estimate: Estimate, error: float) -> Estimate:
+    """With what rounding the vectors of the basis may change as a part of the standard error."""
+    return replace(estimate, se=math.hypot(estimate.se, error)) if error else estimate
 
 
 def _stored(name: str, estimate: Estimate) -> dict[str, float]:

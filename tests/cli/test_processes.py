@@ -64,7 +64,16 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(tiny_run: Run, tmp_
         "        os._exit(7)\n"
         "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
     )
-    arguments = [str(tiny_run.path), *OPTIONS, "--loss", "dying:loss", "-o", str(tmp_path / "x.nc")]
+    arguments = [
+        str(tiny_run.path),
+        *OPTIONS,
+        "--loss",
+        "dying:loss",
+        "--weight",
+        "examples",
+        "-o",
+        str(tmp_path / "x.nc"),
+    ]
     done = launched(2, *arguments, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode != 0
     assert not (tmp_path / "x.nc").exists()
@@ -84,7 +93,7 @@ def test_an_interrupted_job_goes_on(tiny_run: Run, tmp_path: Path) -> None:
         "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
     )
     here = {"PYTHONPATH": str(tmp_path)}
-    arguments = [str(tiny_run.path), *OPTIONS, "--loss", "stopping:loss", "--amp", "no"]
+    arguments = [str(tiny_run.path), *OPTIONS, "--loss", "stopping:loss", "--weight", "examples"]
     expected = launched(2, *arguments, "-o", str(tmp_path / "whole.nc"), env=here)
     assert expected.returncode == 0, expected.stderr
     stopped = launched(2, *arguments, "-o", str(tmp_path / "a.nc"), env=here | {"STOP": "1"})

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch.nn.functional import cross_entropy
 
 import pnanalysis as pn
-from pnanalysis.curvature.distributed import DistributedOperator, own_share
+from pnanalysis.curvature.distributed import DistributedOperator, OwnExamples, own_share
 from pnanalysis.errors import CurvatureError
 from tests.curvature.conftest import NETWORKS, images
 
@@ -58,3 +58,54 @@ def test_without_a_group_it_says_what_to_do() -> None:
     local = pn.HessianOperator(NETWORKS["linear"](), cross_entropy, images(), expected_products=1)
     with pytest.raises(CurvatureError, match="init_process_group"):
         DistributedOperator(local)
+
+
+def _masked_mean(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    kept = (targets != -100).float()
+    each = torch.nn.functional.cross_entropy(outputs, targets.clamp_min(0), reduction="none")
+    return (each * kept).sum() / kept.sum()
+
+
+def _centred(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(outputs - outputs.mean(0), targets)
+
+
+def _refused(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    (inputs, targets) = images((12,))[0]
+    targets = targets.clone()
+    targets[:5] = -100
+    found = {}
+    for name, loss, own, weight in (
+        ("masked", _masked_mean, targets, None),
+        ("centred", _centred, images((12,))[0][1], "examples"),
+        ("known", cross_entropy, targets, None),
+    ):
+        batches = OwnExamples([(inputs, own)])
+        local = pn.HessianOperator(NETWORKS["tanh"](), loss, batches, weight=weight, expected_products=1)
+        try:
+            operator = DistributedOperator(local)
+            found[name] = ""
+            found["dense"], found["gradient"] = operator.to_dense(), operator.gradient()
+            found["loss"] = torch.tensor(operator.loss(), dtype=torch.float64)
+        except CurvatureError as error:
+            found[name] = str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_losses_that_cannot_be_divided_are_refused_by_all(tmp_path: Path) -> None:
+    mp.spawn(_refused, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert "cannot tell what their parts weigh" in found["masked"]
+        assert "not made up of the losses of its examples" in found["centred"]
+        assert found["known"] == ""
+    (inputs, targets) = images((12,))[0]
+    targets = targets.clone()
+    targets[:5] = -100
+    whole = pn.HessianOperator(NETWORKS["tanh"](), cross_entropy, [(inputs, targets)], expected_products=1)
+    torch.testing.assert_close(found["dense"], whole.to_dense(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found["gradient"], whole.gradient(), rtol=1e-10, atol=1e-12)
+    assert float(found["loss"]) == pytest.approx(whole.loss(), rel=1e-10)

@@ -115,6 +115,24 @@ def test_without_reorthogonalisation_ghosts_appear_and_are_merged() -> None:
     assert weight @ value == pytest.approx(float(alpha[0]), rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["half", "none"])
+def test_a_bulk_far_below_the_outliers_stays_a_bulk(mode: str) -> None:
+    rng = np.random.default_rng(0)
+    eigenvalues = np.r_[rng.uniform(0, 0.2, 19_990), np.linspace(200, 1000, 10)]
+    op = DiagonalOperator(torch.from_numpy(eigenvalues).float())
+    ds = pn.spectral_density(op, n_hvp=200, basis=mode, ridge=0.01, progress=False)
+    true = float((eigenvalues / (eigenvalues + 0.01)).sum())
+    assert abs(float(ds.effective_dimension) - true) < 3 * float(ds.effective_dimension_se)
+    bulk = ds.node < 1
+    assert float(ds.weight[bulk] @ ds.node[bulk]) == pytest.approx(0.1, rel=0.02)
+    assert int(bulk.sum()) > 30
+
+
+def test_half_precision_of_a_basis_is_no_asymmetry_of_the_operator() -> None:
+    op = DiagonalOperator(torch.from_numpy(decaying()))  # float64, whose products are symmetric to 1e-6
+    assert int(pn.spectral_density(op, n_hvp=60, basis="half", progress=False).n_outliers) == 10
+
+
 def test_a_matrix_without_ghosts_is_left_alone() -> None:
     alpha, beta = np.array([1.0, 2.0, 3.0]), np.array([0.5, 0.4, 0.3])
     assert without_ghosts(alpha, beta, 1e-6)[0] is alpha

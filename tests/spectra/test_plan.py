@@ -60,7 +60,26 @@ def test_a_disk_too_small_for_unfinished_work_is_refused(operator, tmp_path: Pat
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100 * UNIT))
     with pytest.raises(PnError, match=r"unfinished work may take .* has 15.3 MiB free; .*--n-hvp"):
-        spectral_density(operator, n_hvp=200, state=tmp_path / "state", progress=False)
+        spectral_density(operator, n_hvp=200, basis="memory", state=tmp_path / "state", progress=False)
+
+
+def test_unfinished_work_goes_on_as_it_began_whatever_is_free_now(tmp_path: Path) -> None:
+    values = torch.linspace(0, 1, 3000)
+
+    class Stopping(DiagonalOperator):
+        left = 50
+
+        def matmat(self, V: torch.Tensor) -> torch.Tensor:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().matmat(V)
+
+    options = {"n_hvp": 100, "progress": False, "state": tmp_path / "state"}
+    with pytest.raises(KeyboardInterrupt):
+        spectral_density(Stopping(values), **options, max_memory_bytes=40 * 12_000)
+    resumed = spectral_density(DiagonalOperator(values), **options, max_memory_bytes=200 * 12_000)
+    assert resumed.attrs["basis"] == "half"
 
 
 def test_the_least_of_machine_cgroup_and_limit_counts(tmp_path: Path, monkeypatch) -> None:
