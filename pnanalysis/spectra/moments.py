@@ -20,6 +20,9 @@ from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.allocation import FEWEST_SINGLE
 from pnanalysis.spectra.quadrature import SpectralMeasure, coupling_of
 
+#: Beyond that, little is coupled together, and says little about the rest.
+_MOST_LEFT = 3.0
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -133,9 +136,8 @@ def _present(array: xr.DataArray) -> Array:
 
 
 def coupling_left(ds: xr.Dataset) -> float:
-    """How much of what couples the deflated spaces, in squares, is not that to one another: 0 to 1."""
+    """What couples the deflated spaces to the rest of the space, in squares, relative to what couples them together."""
     measure = SpectralMeasure.from_dataset(ds)
-    sums = moments(ds, measure)
     known = coupling_of(ds, np.square)
-    whole = sums.square.value - measure.n_parameters * float(measure.node**2 @ measure.weight)
-    return float(np.clip(1 - known / whole, 0.0, 1.0)) if whole > known > 0 else float(known <= 0 < whole)
+    whole = moments(ds, measure).square.value - measure.n_parameters * float(measure.node**2 @ measure.weight)
+    return float(np.clip((whole - known) / known, 0.0, _MOST_LEFT)) if known > 0 else 0.0

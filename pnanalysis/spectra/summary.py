@@ -13,7 +13,7 @@ import xarray as xr
 from pnanalysis.arrays import Array
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.ends import bulk_edge, class_numbers, lambda_max_and_min, leading, ratio_of_bounds
-from pnanalysis.spectra.moments import coupling_left, mean_beside_moments, moments
+from pnanalysis.spectra.moments import Moments, coupling_left, mean_beside_moments, moments
 from pnanalysis.spectra.negative import negative_curvature, negative_mass
 from pnanalysis.spectra.outliers import find_gap
 from pnanalysis.spectra.quadrature import SpectralMeasure, coupling_of
@@ -89,8 +89,8 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
         "lambda_min": bottom,
         "negative_mass": Estimate(0.0, 0.0) if semidefinite else negative_mass(ds, LEVEL),
         "negative_curvature": Estimate(0.0, 0.0) if semidefinite else negative_curvature(ds, LEVEL, slack),
-        "effective_rank": _rank_with_interval(ds, measure, sums.gain),
-        "effective_dimension": _dimension_with_interval(ds, ridge, sums.gain),
+        "effective_rank": _rank_with_interval(ds, measure, sums, relative),
+        "effective_dimension": _dimension_with_interval(ds, ridge, sums.gain, relative),
     }
     counts: dict[str, float] = {}
     for side, suffix, edge in ((1, "", "bulk_edge_high"), (-1, "_negative", "bulk_edge_low")):
@@ -119,18 +119,26 @@ def _stored(name: str, estimate: Estimate) -> dict[str, float]:
     return data if math.isnan(estimate.se) else data | {f"{name}_se": estimate.se}
 
 
-def _rank_with_interval(ds: xr.Dataset, measure: SpectralMeasure, gain: float) -> Estimate:
-    """With what couples the deflated spaces to one another; what else couples them is part of the interval."""
-    coupled = tuple(coupling_of(ds, f) / measure.n_parameters for f in (np.abs, np.square))
-    changed = effective_rank(measure, gain, coupled).value - effective_rank(measure, gain).value
-    unknown = abs(changed) * coupling_left(ds)
-    return with_rule_error(ds, partial(effective_rank, gain=gain, coupled=coupled), LEVEL, more=unknown)
+def _rank_with_interval(ds: xr.Dataset, measure: SpectralMeasure, sums: Moments, round_off: float) -> Estimate:
+    """With what couples the deflated spaces to one another; what else couples them is part of the interval.
+
+    In sums of squares all of it is known, in those of magnitudes where no eigenvalue is negative.
+    """
+    n = measure.n_parameters
+    coupled = [coupling_of(ds, f) / n for f in (np.abs, np.square)]
+    whole = [coupled[0], sums.square.value / n - float(measure.node**2 @ measure.weight)]
+    if not (measure.node < -round_off * np.abs(measure.node).max()).any():
+        coupled = whole
+    value, with_all = (effective_rank(measure, sums.gain, tuple(each)).value for each in (coupled, whole))
+    estimate = partial(effective_rank, gain=sums.gain, coupled=tuple(coupled))
+    return with_rule_error(ds, estimate, LEVEL, more=abs(value - with_all) + round_off * value)
 
 
-def _dimension_with_interval(ds: xr.Dataset, ridge: float, gain: float) -> Estimate:
+def _dimension_with_interval(ds: xr.Dataset, ridge: float, gain: float, round_off: float) -> Estimate:
     """Likewise."""
     coupled = coupling_of(ds, partial(_in_dimension, ridge))
-    unknown = abs(coupled) * coupling_left(ds)
+    # each eigenvalue's part is at most one
+    unknown = abs(coupled) * coupling_left(ds) + round_off * float(ds["n_parameters"])
     return with_rule_error(ds, partial(_effective_dimension, ridge, gain, coupled), LEVEL, more=unknown)
 
 
