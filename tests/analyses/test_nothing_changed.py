@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pnanalysis as pn
+import pnanalysis.curvature.distributed
 
 
 class Eventful(nn.Module):
