@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.special  # noqa: F401  (adds a filter of warnings when it is imported)
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pnanalysis as pn
-import pnanalysis.curvature.distributed
 
 
 class Eventful(nn.Module):
