@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.special  # noqa: F401  (adds a filter of warnings when it is imported)
+import scipy.sparse
+import scipy.sparse.linalg
+import scipy.special  # noqa: F401
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
