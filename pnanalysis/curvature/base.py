@@ -48,7 +48,7 @@ from pnanalysis.inputs.copies import as_real, in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.inputs.random_states import random_states_kept
 from pnanalysis.spectra.free_memory import free_bytes
-from pnanalysis.spectra.linear_operator import contiguous_columns
+from pnanalysis.spectra.linear_operator import contiguous_columns, dense_matrix
 
 T = TypeVar("T")
 #: Fraction of the free memory for what is kept of each batch between products.
@@ -283,9 +283,7 @@ class CurvatureOperator:
 
     def to_dense(self, chunk: int = 64) -> Tensor:
         """The matrix itself, ``(P, P)``, symmetrised; for small ``P``. Takes ``chunk`` columns at a time."""
-        eye = torch.eye(self.n_parameters, dtype=self.dtype, device=self.device)
-        dense = torch.cat([self.matmat(part.T) for part in torch.split(eye, chunk)], dim=1)
-        return (dense + dense.T) / 2
+        return dense_matrix(self, chunk)
 
     def per_layer(self) -> Iterator[tuple[str, CurvatureOperator]]:
         """The diagonal blocks: pairs of a layer's name and the operator on its parameters."""

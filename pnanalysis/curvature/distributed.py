@@ -22,7 +22,7 @@ from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.errors import CurvatureError, PnError, ProcessLost
 from pnanalysis.inputs.batches import as_pair, batch_size, can_cut, cut
-from pnanalysis.spectra.linear_operator import contiguous_columns
+from pnanalysis.spectra.linear_operator import contiguous_columns, dense_matrix
 
 T = TypeVar("T")
 #: A process that does not answer for so long has died, or hangs.
@@ -145,9 +145,7 @@ class DistributedOperator:
 
     def to_dense(self, chunk: int = 64) -> Tensor:
         """The matrix itself, ``(P, P)``, symmetrised; for small ``P``."""
-        eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-        dense = torch.cat([self.matmat(part.T) for part in torch.split(eye, chunk)], dim=1)
-        return (dense + dense.T) / 2
+        return dense_matrix(self, chunk)
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over the data of all processes, ``(P,)``."""
@@ -261,11 +259,6 @@ class DistributedOperator:
         return found
 
 
-def is_torchrun() -> bool:
-    """Whether this process is one of several that ``torchrun`` has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 def join(device: torch.device) -> torch.device:
     """Join the group of the processes that ``torchrun`` has started; returns the device of this one.
 
@@ -316,4 +309,4 @@ def _rank(group: Any) -> int:
     return dist.get_rank(group)
 
 
-__all__ = ["DistributedOperator", "OwnExamples", "first_process_first", "is_torchrun", "join", "own_share"]
+__all__ = ["DistributedOperator", "OwnExamples", "first_process_first", "join", "own_share"]

@@ -353,7 +353,7 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         counted = np.bincount(before, weights, minlength=sum(n_deflated) + 1).astype(float)
         if not weights.any():  # then all of them count
             counted[-1] = 1.0
-        node, gain = sample.merged.correction(spaces, counted)
+        node, gain = sample.merged.correction(spaces, merged_value, counted)
         data["coupled_node"], data["coupled_weight"] = ("coupled", node), ("coupled", gain)
     elif any(n_deflated):
         deflated = np.array(n_deflated)[:, None] & np.isfinite(value)
@@ -480,12 +480,13 @@ def smooth(ds: xr.Dataset, grid: Array, kernel_width: float | None = None) -> xr
         kernel: Array = np.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) / (width * np.sqrt(2 * np.pi))
         return kernel
 
-    density, se = density_with_error(ds, kernel_at(SpectralMeasure.from_dataset(ds).node), grid, width)
+    measure = SpectralMeasure.from_dataset(ds)
+    density, se = density_with_error(ds, kernel_at(measure.node), grid, width)
     if "coupled_node" in ds:
         n_parameters, known = float(ds["n_parameters"]), np.isfinite(ds["coupled_node"].values)
         gain = kernel_at(ds["coupled_node"].values[known]) @ ds["coupled_weight"].values[known] / n_parameters
         density = np.maximum(density + gain, 0.0)
-        se = np.hypot(se, np.abs(gain) * coupling_left(ds))
+        se = np.hypot(se, np.abs(gain) * coupling_left(ds, measure, moments(ds, measure)))
     smoothed = ds.drop_dims("eigenvalue", errors="ignore").assign_coords(eigenvalue=("eigenvalue", grid))
     smoothed["density"] = ("eigenvalue", density, _labels("density"))
     if has_half_samples(ds):

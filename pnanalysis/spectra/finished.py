@@ -13,7 +13,7 @@ from pnanalysis.arrays import Array
 from pnanalysis.io import netcdf
 from pnanalysis.spectra.inner_products import inner_products, norms
 from pnanalysis.spectra.lanczos import warn_unsaved
-from pnanalysis.spectra.linear_operator import LinearOperator
+from pnanalysis.spectra.linear_operator import LinearOperator, writes_files
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 
 _SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
@@ -35,7 +35,7 @@ def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..
     state = path.with_suffix("")
     ds = compute(state=state)
     product = _sizes_of_product(operator)
-    if not getattr(operator, "is_first", True):  # of several processes, one writes
+    if not writes_files(operator):
         return ds
     try:
         netcdf.save(ds.assign_attrs(product=product), path)

@@ -37,6 +37,7 @@ from pnanalysis.spectra.linear_operator import (
     checked_product,
     contiguous_columns,
     empty_columns,
+    writes_files,
 )
 
 #: Steps between two checks that all products were finite. Reading the flag waits for the device, which otherwise
@@ -462,8 +463,7 @@ class Saver:
 
     def __call__(self, lanczos: Lanczos, force: bool = False) -> None:
         """Save if the interval has passed, or if forced."""
-        writes = getattr(lanczos.operator, "is_first", True)  # of several processes, one
-        if writes and (force or time.monotonic() - self._last >= self.every):
+        if writes_files(lanczos.operator) and (force or time.monotonic() - self._last >= self.every):
             try:
                 lanczos.save(self.path, self.label)
             except OSError as error:

@@ -211,6 +211,18 @@ def checked_product(operator: LinearOperator, V: torch.Tensor) -> torch.Tensor:
     return product
 
 
+def dense_matrix(operator: LinearOperator, chunk: int) -> torch.Tensor:
+    """The matrix of an operator, ``(P, P)``, symmetrised; from ``chunk`` products at a time."""
+    eye = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
+    dense = torch.cat([operator.matmat(part.T) for part in torch.split(eye, chunk)], dim=1)
+    return (dense + dense.T) / 2
+
+
+def writes_files(operator: LinearOperator) -> bool:
+    """Whether this process saves what is computed: of several that share an operator, the first one."""
+    return bool(getattr(operator, "is_first", True))
+
+
 def _square(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise CurvatureError(f"an operator must be square and not empty, this one has shape {shape}")

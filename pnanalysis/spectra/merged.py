@@ -97,7 +97,7 @@ class MergedSpaces:
         residual = np.sqrt(np.maximum(squared, 0.0))
         return value[::-1], residual[::-1], float(np.sqrt(max(np.trace(outside), 0.0)))
 
-    def correction(self, tridiagonal: list[tuple[Array, Array]], fractions: Array) -> tuple[Array, Array]:
+    def correction(self, tridiagonal: list[tuple[Array, Array]], whole: Array, fractions: Array) -> tuple[Array, Array]:
         """What the coupling of the spaces to one another changes in an average of estimates, as a signed measure.
 
         An estimate that counts the Ritz values of the first ``k`` spaces, each by itself, and samples the rest of the
@@ -109,6 +109,8 @@ class MergedSpaces:
         ----------
         tridiagonal : list of (ndarray, ndarray)
             ``alpha`` and ``beta`` of each of ``K`` spaces.
+        whole : ndarray
+            Ritz values of all spaces together: see :meth:`eigenvalues`.
         fractions : ndarray
             ``(K + 1,)``: of the average, that of estimates with ``k`` spaces.
 
@@ -118,14 +120,15 @@ class MergedSpaces:
             Weights are in eigenvalues, and add up to zero.
         """
         matrix, starts = self._matrix(tridiagonal), np.cumsum([0, *(len(alpha) for alpha, _ in tridiagonal)])
-        together = [
-            np.linalg.eigvalsh(matrix[start:, start:]) if fraction or not k else np.empty(0)
-            for k, (start, fraction) in enumerate(zip(starts[:-1], fractions[:-1], strict=True))
+        later = [
+            (np.linalg.eigvalsh(matrix[start:, start:]).astype(np.float64), -float(fraction))
+            for start, fraction in zip(starts[1:-1], fractions[1:-1], strict=True)
+            if fraction
         ]
         single: list[Array] = [eigh_tridiagonal(a, b[:-1], eigvals_only=True) for a, b in tridiagonal]
-        pieces = [(together[0], float(fractions[1:].sum()))]
+        pieces = [(whole, float(fractions[1:].sum()))]
         pieces += [(value, -float(fractions[k + 1 :].sum())) for k, value in enumerate(single)]
-        pieces += [(value, -float(fractions[k])) for k, value in enumerate(together) if k]
+        pieces += later
         return (
             np.concatenate([value for value, _ in pieces]),
             np.concatenate([np.full(len(value), weight) for value, weight in pieces]),

@@ -135,9 +135,8 @@ def _present(array: xr.DataArray) -> Array:
     return np.asarray(array.values[np.isfinite(array.values)])
 
 
-def coupling_left(ds: xr.Dataset) -> float:
+def coupling_left(ds: xr.Dataset, measure: SpectralMeasure, sums: Moments) -> float:
     """What couples the deflated spaces to the rest of the space, in squares, relative to what couples them together."""
-    measure = SpectralMeasure.from_dataset(ds)
     known = coupling_of(ds, np.square)
-    whole = moments(ds, measure).square.value - measure.n_parameters * float(measure.node**2 @ measure.weight)
+    whole = sums.square.value - measure.n_parameters * float(measure.node**2 @ measure.weight)
     return float(np.clip((whole - known) / known, 0.0, _MOST_LEFT)) if known > 0 else 0.0

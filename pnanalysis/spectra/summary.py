@@ -66,7 +66,8 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
 
         The intervals of ``negative_curvature``, ``negative_mass``, ``effective_rank`` and ``effective_dimension``
         include, besides the sampling error, what the quadrature leaves open: all of it in the first two, which makes
-        them bounds.
+        them bounds. What couples the deflated spaces to one another is part of their values, and what couples them to
+        the rest of the intervals of the latter two.
 
     References
     ----------
@@ -90,7 +91,7 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
         "negative_mass": Estimate(0.0, 0.0) if semidefinite else negative_mass(ds, LEVEL),
         "negative_curvature": Estimate(0.0, 0.0) if semidefinite else negative_curvature(ds, LEVEL, slack),
         "effective_rank": _rank_with_interval(ds, measure, sums, relative),
-        "effective_dimension": _dimension_with_interval(ds, ridge, sums.gain, relative),
+        "effective_dimension": _dimension_with_interval(ds, measure, ridge, sums, relative),
     }
     counts: dict[str, float] = {}
     for side, suffix, edge in ((1, "", "bulk_edge_high"), (-1, "_negative", "bulk_edge_low")):
@@ -134,12 +135,14 @@ def _rank_with_interval(ds: xr.Dataset, measure: SpectralMeasure, sums: Moments,
     return with_rule_error(ds, estimate, LEVEL, more=abs(value - with_all) + round_off * value)
 
 
-def _dimension_with_interval(ds: xr.Dataset, ridge: float, gain: float, round_off: float) -> Estimate:
-    """Likewise."""
+def _dimension_with_interval(
+    ds: xr.Dataset, measure: SpectralMeasure, ridge: float, sums: Moments, round_off: float
+) -> Estimate:
+    """Likewise, but that what else couples the spaces is judged by sums of squares."""
     coupled = coupling_of(ds, partial(_in_dimension, ridge))
     # each eigenvalue's part is at most one
-    unknown = abs(coupled) * coupling_left(ds) + round_off * float(ds["n_parameters"])
-    return with_rule_error(ds, partial(_effective_dimension, ridge, gain, coupled), LEVEL, more=unknown)
+    unknown = abs(coupled) * coupling_left(ds, measure, sums) + round_off * measure.n_parameters
+    return with_rule_error(ds, partial(_effective_dimension, ridge, sums.gain, coupled), LEVEL, more=unknown)
 
 
 def effective_rank(measure: SpectralMeasure, gain: float = 1.0, coupled: tuple[float, ...] = (0.0, 0.0)) -> Estimate:

@@ -16,6 +16,20 @@ from pnanalysis.io.runs import Run
 OPTIONS = ["-c", "plain", "--n", "101", "--batch-size", "40", "--n-hvp", "24", "--device", "cpu"]
 
 
+def own_loss(folder: Path, at_call: str) -> list[str]:
+    """Options for a cross-entropy of one's own that does something at a certain call."""
+    (folder / "own.py").write_text(
+        "import os, signal, torch\n"
+        "calls = 0\n"
+        "def loss(outputs, targets):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        f"    {at_call}\n"
+        "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
+    )
+    return ["--loss", "own:loss", "--weight", "examples"]
+
+
 def launched(n: int, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pnanalysis", "hessian"]
     if n > 1:
@@ -54,26 +68,8 @@ def test_processes_agree_with_one(
 
 
 def test_a_process_that_dies_ends_the_others_with_a_sentence(tiny_run: Run, tmp_path: Path) -> None:
-    (tmp_path / "dying.py").write_text(
-        "import os, torch\n"
-        "calls = 0\n"
-        "def loss(outputs, targets):\n"
-        "    global calls\n"
-        "    calls += 1\n"
-        "    if os.environ.get('RANK') == '1' and calls > 20:\n"
-        "        os._exit(7)\n"
-        "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
-    )
-    arguments = [
-        str(tiny_run.path),
-        *OPTIONS,
-        "--loss",
-        "dying:loss",
-        "--weight",
-        "examples",
-        "-o",
-        str(tmp_path / "x.nc"),
-    ]
+    dying = own_loss(tmp_path, "if os.environ.get('RANK') == '1' and calls > 20: os._exit(7)")
+    arguments = [str(tiny_run.path), *OPTIONS, *dying, "-o", str(tmp_path / "x.nc")]
     done = launched(2, *arguments, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode != 0
     assert not (tmp_path / "x.nc").exists()
@@ -82,18 +78,9 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(tiny_run: Run, tmp_
 
 @pytest.mark.slow
 def test_an_interrupted_job_goes_on(tiny_run: Run, tmp_path: Path) -> None:
-    (tmp_path / "stopping.py").write_text(
-        "import os, signal, torch\n"
-        "calls = 0\n"
-        "def loss(outputs, targets):\n"
-        "    global calls\n"
-        "    calls += 1\n"
-        "    if os.environ.get('STOP') and calls == 60:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return torch.nn.functional.cross_entropy(outputs, targets)\n"
-    )
+    stopping = own_loss(tmp_path, "if os.environ.get('STOP') and calls == 60: os.kill(os.getpid(), signal.SIGTERM)")
     here = {"PYTHONPATH": str(tmp_path)}
-    arguments = [str(tiny_run.path), *OPTIONS, "--loss", "stopping:loss", "--weight", "examples"]
+    arguments = [str(tiny_run.path), *OPTIONS, *stopping]
     expected = launched(2, *arguments, "-o", str(tmp_path / "whole.nc"), env=here)
     assert expected.returncode == 0, expected.stderr
     stopped = launched(2, *arguments, "-o", str(tmp_path / "a.nc"), env=here | {"STOP": "1"})

@@ -6,9 +6,10 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -78,13 +79,28 @@ def strike(job: Job, folder: Path, number: int, seconds: float, condition: Condi
     return struck, running
 
 
+class Attempt(NamedTuple):
+    """A folder in which a job is to be struck, how long the job takes, what its result must be, and chance."""
+
+    number: int
+    folder: Path
+    seconds: float
+    expected: Any
+    chance: random.Random
+
+
+def attempts(job: Job, n: int, tmp_path: Path, what: object = "") -> Iterator[Attempt]:
+    """``n`` of them; chance is the same in every call for the same job, ``n`` and ``what``."""
+    seconds, expected = reference(job, tmp_path)
+    chance = random.Random(" ".join(filter(None, (job.name, str(what), str(n)))))
+    for k in range(n):
+        yield Attempt(k, prepared(job, tmp_path, f"{k}"), seconds, expected, chance)
+
+
 @pytest.mark.parametrize(("job", "n"), tries(50, "training", "spectrum"))
 def test_killed_at_random_moments(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
-    seconds, expected = reference(job, tmp_path)
-    moments = random.Random(f"{job.name} {n}")
-    for k in range(n):
-        folder = prepared(job, tmp_path, f"{k}")
-        struck, _ = strike(job, folder, signal.SIGKILL, moments.uniform(0, seconds))
+    for _, folder, seconds, expected, chance in attempts(job, n, tmp_path):
+        struck, _ = strike(job, folder, signal.SIGKILL, chance.uniform(0, seconds))
         if job.name == "saving" and (folder / "saved.json").is_file():
             assert job.result(folder), "what was saved is lost"
         add(counts, f"{job.name}, kill -9", struck=struck, **continued(job, folder, expected))
@@ -93,11 +109,8 @@ def test_killed_at_random_moments(job: Job, n: int, tmp_path: Path, counts: Coun
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize(("job", "n"), commands(10, "training"))
 def test_interrupted_at_random_moments(job: Job, number: int, n: int, tmp_path: Path, counts: Counts) -> None:
-    seconds, expected = reference(job, tmp_path)
-    moments = random.Random(f"{job.name} {number} {n}")
-    for k in range(n):
-        folder = prepared(job, tmp_path, f"{k}")
-        struck, running = strike(job, folder, number, moments.uniform(0.1, 0.9) * seconds)
+    for _, folder, seconds, expected, chance in attempts(job, n, tmp_path, number):
+        struck, running = strike(job, folder, number, chance.uniform(0.1, 0.9) * seconds)
         status = running.end()
         assert status in (0, 128 + number, -number), running.message  # -number: before or after the command itself
         if status == 128 + number:
@@ -111,11 +124,8 @@ def test_interrupted_at_random_moments(job: Job, number: int, n: int, tmp_path: 
 @pytest.mark.parametrize(("job", "n"), tries(20, "spectrum"))
 def test_a_disk_that_fills_up(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
     """No file may grow beyond a random size: some are written, the next one is refused half way."""
-    _, expected = reference(job, tmp_path)
-    sizes = random.Random(f"{job.name} {n}")
-    for k in range(n):
-        folder = prepared(job, tmp_path, f"{k}")
-        running = Running(job, folder, partial(full_disk, sizes.randrange(2_000, 200_000)))
+    for _, folder, _, expected, chance in attempts(job, n, tmp_path):
+        running = Running(job, folder, partial(full_disk, chance.randrange(2_000, 200_000)))
         status = running.end()
         assert status >= 0, f"ended by signal {-status}"
         if job.name in COMMANDS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import time
@@ -17,7 +16,7 @@ import pytest
 from pnanalysis.io.runs import open_run
 from tests.faults.counts import Counts, add
 from tests.faults.jobs import BY_NAME, READERS, YEAR, Job, Running, bound_by_permissions, jumping_clock
-from tests.faults.test_faults import commands, continued, leftovers, prepared, reference, strike
+from tests.faults.test_faults import attempts, commands, continued, leftovers, prepared, strike
 
 
 def explained(running: Running) -> bool:
@@ -45,12 +44,9 @@ def read_only(folder: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize(("job", "n"), commands(10, "training"))
 def test_a_folder_that_becomes_read_only(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
-    seconds, expected = reference(job, tmp_path)
-    moments = random.Random(f"{job.name} {n}")
-    for k in range(n):
-        folder = prepared(job, tmp_path, f"{k}")
+    for _, folder, seconds, expected, chance in attempts(job, n, tmp_path):
         running = Running(job, folder, bound_by_permissions)
-        time.sleep(moments.uniform(0, seconds))
+        time.sleep(chance.uniform(0, seconds))
         with read_only(folder):
             struck = explained(running)
         add(counts, f"{job.name}, read-only folder", struck=struck, **continued(job, folder, expected))
@@ -58,13 +54,10 @@ def test_a_folder_that_becomes_read_only(job: Job, n: int, tmp_path: Path, count
 
 @pytest.mark.parametrize(("job", "n"), commands(10, "training"))
 def test_a_folder_that_vanishes(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
-    seconds, expected = reference(job, tmp_path)
-    moments = random.Random(f"{job.name} {n}")
     name = "sweep" if job.name == "sweep" else "run"
-    for k in range(n):
-        folder = prepared(job, tmp_path, f"{k}")
+    for _, folder, seconds, expected, chance in attempts(job, n, tmp_path):
         running = Running(job, folder)
-        time.sleep(moments.uniform(0, seconds))
+        time.sleep(chance.uniform(0, seconds))
         is_there = (folder / name).is_dir()
         if is_there:
             (folder / name).rename(folder / "elsewhere")
@@ -79,12 +72,9 @@ def test_a_folder_that_vanishes(job: Job, n: int, tmp_path: Path, counts: Counts
 
 @pytest.mark.parametrize(("job", "n"), [each for each in commands(10, "training") if each.values[0].name != "report"])
 def test_a_second_writer(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
-    seconds, expected = reference(job, tmp_path)
-    moments = random.Random(f"{job.name} {n}")
-    for k in range(n):
-        folder = prepared(job, tmp_path, f"{k}")
+    for _, folder, seconds, expected, chance in attempts(job, n, tmp_path):
         first = Running(job, folder)
-        time.sleep(moments.uniform(0, seconds))
+        time.sleep(chance.uniform(0, seconds))
         second = Running(job, folder, name="-second")
         refused = explained(second)
         if refused:
@@ -99,9 +89,7 @@ def test_a_second_writer(job: Job, n: int, tmp_path: Path, counts: Counts) -> No
 
 @pytest.mark.parametrize(("job", "n"), [each for each in commands(10, "training") if each.values[0].name != "sweep"])
 def test_readers_while_it_is_written(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
-    _, expected = reference(job, tmp_path)
-    for k in range(n):
-        folder = prepared(job, tmp_path, f"{k}")
+    for k, folder, _, expected, _ in attempts(job, n, tmp_path):
         writer, n_read = Running(job, folder), 0
         while writer.process.exitcode is None:
             reader = Running(READERS[(k + n_read) % len(READERS)], folder, name="-reader")
@@ -115,14 +103,11 @@ def test_readers_while_it_is_written(job: Job, n: int, tmp_path: Path, counts: C
 @pytest.mark.parametrize(("job", "n"), commands(10))
 def test_a_clock_that_jumps(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
     """Killed, continued after all times of files have changed, with another time of day at each look."""
-    seconds, expected = reference(job, tmp_path)
-    moments = random.Random(f"{job.name} {n}")
-    for k in range(n):
-        folder = prepared(job, tmp_path, f"{k}")
+    for k, folder, seconds, expected, chance in attempts(job, n, tmp_path):
         clock = partial(jumping_clock, k)
-        struck, _ = strike(job, folder, signal.SIGKILL, moments.uniform(0, seconds), clock)
+        struck, _ = strike(job, folder, signal.SIGKILL, chance.uniform(0, seconds), clock)
         for path in folder.rglob("*"):
-            moved = time.time() + moments.uniform(-YEAR, YEAR)
+            moved = time.time() + chance.uniform(-YEAR, YEAR)
             os.utime(path, (moved, moved))
         add(counts, f"{job.name}, clock jumps", struck=struck, **continued(job, folder, expected, clock))
 
