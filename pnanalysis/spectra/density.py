@@ -317,7 +317,15 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
     # in the whole space, a Ritz pair of the complement is also off by the couplings to what was deflated before
     before = np.sqrt(np.cumsum(couplings**2) - couplings**2)
     residual = np.hypot(residual, before[:, None])
-    bounds = extremes(value, residual)
+    data: dict[str, Any] = {
+        "ritz_value": (("probe", "lanczos"), value),
+        "ritz_weight": (("probe", "lanczos"), weight),
+        "ritz_residual": (("probe", "lanczos"), residual),
+        "ritz_coupling": ("probe", before),
+    }
+    deflated, outer = _deflated(sample, value, residual)
+    data |= deflated
+    bounds = extremes(*all_ritz_values(xr.Dataset(data), own=False))
     weights = np.array([float(probe.sampled) for probe in sample.probes])
     measure = _average(sample, weights, bounds)
     # the precision of a probe depends on what was left of the spectrum when it ran, which takes an estimate of it:
@@ -328,38 +336,18 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         measure = _average(sample, weights, bounds)
     weights = weights / weights.sum() if weights.any() else weights
     coupling = np.sqrt(sum(weight * np.sum(couplings[:i] ** 2) for i, weight in enumerate(weights)))
-    data: dict[str, Any] = {
+    data |= {
         "node": ("quadrature", measure.node),
         "weight": ("quadrature", measure.weight),
         "sampled": ("quadrature", measure.sampled.astype(float)),
         "node_run": ("quadrature", measure.probe.astype(float)),
         "node_n_before": ("quadrature", measure.n_before.astype(float)),
-        "ritz_value": (("probe", "lanczos"), value),
-        "ritz_weight": (("probe", "lanczos"), weight),
-        "ritz_residual": (("probe", "lanczos"), residual),
-        "ritz_coupling": ("probe", before),
         "probe_weight": ("probe", weights),
         "n_parameters": ((), sample.n_parameters),
         "coupling": ((), float(coupling)),
     }
-    n_deflated = [probe.deflated for probe in sample.probes]
-    outer = float(np.sqrt(np.sum(couplings**2)))
-    if sample.merged is not None and any(n_deflated):
-        spaces = [(probe.alpha, probe.beta) for probe in sample.probes if probe.deflated]
-        merged_value, merged_residual, outer = sample.merged.eigenvalues(spaces)
-        data["deflated_value"], data["deflated_residual"] = ("component", merged_value), ("component", merged_residual)
-        data["ritz_merged"] = ("probe", np.array(n_deflated, dtype=float))
-        before = np.array([sum(n_deflated[:index]) for index in range(len(n_deflated))])
-        counted = np.bincount(before, weights, minlength=sum(n_deflated) + 1).astype(float)
-        if not weights.any():  # then all of them count
-            counted[-1] = 1.0
-        node, gain = sample.merged.correction(spaces, merged_value, counted)
-        data["coupled_node"], data["coupled_weight"] = ("coupled", node), ("coupled", gain)
-    elif any(n_deflated):
-        deflated = np.array(n_deflated)[:, None] & np.isfinite(value)
-        order = np.argsort(-value[deflated])
-        data["deflated_value"] = ("component", value[deflated][order])
-        data["deflated_residual"] = ("component", residual[deflated][order])
+    if "ritz_merged" in data:
+        data["coupled_node"], data["coupled_weight"] = _coupled(sample, data["deflated_value"][1], weights)
     if sample.single:
         alpha, beta = (np.array([getattr(probe, name)[0] for probe in sample.single]) for name in ("alpha", "beta"))
         data["single_mean"] = ("single", alpha)
@@ -374,6 +362,39 @@ def _quadrature_dataset(sample: SpectrumSample) -> xr.Dataset:
         measure = measure.calibrated(sums.trace.value / n, (sums.square.value - extra) / n)
         data["weight"] = ("quadrature", measure.weight)
     return xr.Dataset(data)
+
+
+def _deflated(sample: SpectrumSample, value: Array, residual: Array) -> tuple[dict[str, Any], float]:
+    """Ritz values of what was deflated, together where their couplings are known, and how it is coupled to the rest."""
+    is_deflated = np.array([probe.deflated for probe in sample.probes])
+    if sample.merged is not None and is_deflated.any():
+        merged_value, merged_residual, outer = sample.merged.eigenvalues(_spaces(sample))
+        return {
+            "deflated_value": ("component", merged_value),
+            "deflated_residual": ("component", merged_residual),
+            "ritz_merged": ("probe", is_deflated.astype(float)),
+        }, outer
+    own = is_deflated[:, None] & np.isfinite(value)
+    order = np.argsort(-value[own])
+    columns = {"deflated_value": value[own][order], "deflated_residual": residual[own][order]}
+    outer = float(np.sqrt(sum(float(probe.beta[-1]) ** 2 for probe in sample.probes if probe.deflated)))
+    return {name: ("component", column) for name, column in columns.items() if is_deflated.any()}, outer
+
+
+def _coupled(sample: SpectrumSample, whole: Array, weights: Array) -> tuple[tuple[str, Array], tuple[str, Array]]:
+    """What the coupling of the deflated spaces adds to the average of the probes' estimates with ``weights``."""
+    assert sample.merged is not None
+    n_before = np.cumsum([0, *(probe.deflated for probe in sample.probes)])
+    fractions = np.bincount(n_before[:-1], weights, minlength=int(n_before[-1]) + 1).astype(float)
+    if not weights.any():  # nothing was sampled: then all spaces count
+        fractions[-1] = 1.0
+    node, gain = sample.merged.correction(_spaces(sample), whole, fractions)
+    return ("coupled", node), ("coupled", gain)
+
+
+def _spaces(sample: SpectrumSample) -> list[tuple[Array, Array]]:
+    """``alpha`` and ``beta`` of each deflated space."""
+    return [(probe.alpha, probe.beta) for probe in sample.probes if probe.deflated]
 
 
 def _two_within(mean: float, deviation: float, bounds: Extremes) -> tuple[Array, Array]:

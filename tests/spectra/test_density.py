@@ -59,6 +59,8 @@ def spikes(*values: float, n: int = 12) -> np.ndarray:
 @example(spikes(2**-23), {"n_hvp": 9}, 0)
 @example(spikes(-1.0, 1.0, 2.0, 4.0, n=17), {"n_hvp": 9}, 0)
 @example(spikes(-1.0, 1.0, 2.0, 3.0, n=14), {"n_hvp": 9}, 0)
+@example(np.bincount([0, 2, 11, 24], [1.0, 2.0, 3.0, 4.0], 30), {"n_hvp": 9}, 1)
+@example(np.bincount([0, 1, 2, 23], [2.0, 4.0, 1.0, 3.0], 24), {"n_hvp": 9}, 1)
 @settings(max_examples=40, deadline=None)
 def test_weights_sum_to_one_and_nodes_lie_within_the_bounds(eigenvalues, budget, seed):
     ds = spectral_density(diagonal(eigenvalues), seed=seed, **budget, **QUIET)
