@@ -17,7 +17,7 @@ from torch import nn
 from pnanalysis import schema
 from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests
 from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
-from pnanalysis.curvature.base import CurvatureOperator
+from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
 from pnanalysis.curvature.distributed import DistributedOperator, OwnExamples, first_process_first
 from pnanalysis.curvature.peers import make_operator
@@ -53,6 +53,7 @@ class SpectrumOptions:
     seed: int = 0
     weight: Weight = None
     draws: int | None = None
+    method: str = "exact"
     lanczos_options: Mapping[str, Any] = field(default_factory=dict)
     data_error: str = "examples"
     distributed: bool = False
@@ -60,6 +61,7 @@ class SpectrumOptions:
     def __post_init__(self) -> None:
         resolve_dtype(self.dtype)
         one_of(DATA_ERRORS, data_error=self.data_error)
+        one_of(METHODS, method=self.method)
         at_least(1, n_lanczos=self.n_lanczos, n_probes=self.n_probes, draws=self.draws)
         at_least(4, n_hvp=self.n_hvp)
         checked_targets(self.until)
@@ -88,7 +90,7 @@ class SpectrumOptions:
 
     def matrix_settings(self) -> dict[str, Any]:
         """Those that say which matrix it is, rather than what is spent on it."""
-        names = ("operator", "params", "bn_mode", "dtype", "amp", "draws")
+        names = ("operator", "params", "bn_mode", "dtype", "amp", "draws", "method")
         return {name: getattr(self, name) for name in names} | {"weight": self.weight_name}
 
     @property
@@ -131,6 +133,7 @@ def hessian(
     amp: str = "no",
     weight: Weight = None,
     draws: int | None = None,
+    method: str = "exact",
     data_error: str = "examples",
     device: str | None = "cpu",
     seed: int = 0,
@@ -185,6 +188,9 @@ def hessian(
     draws : int, optional
         For networks that draw random numbers in eval mode, which are refused by default: the mean over this many
         draws. The error of the trace then includes their scatter; those of other numbers do not.
+    method : {"exact", "finite_difference"}
+        Differences of gradients in place of exact products, for networks that torch cannot differentiate twice: see
+        :mod:`pnanalysis.curvature.finite_differences`. Their error is the dataset's ``hvp_difference``.
     data_error : {"examples", "groups", "none"}
         Whether errors include that of the choice of examples: for the trace, the Frobenius norm and the extreme
         eigenvalues (``"examples"``, for which a tenth more time is typical), or for all numbers, the density and the
@@ -233,7 +239,7 @@ def hessian(
     at_least(1, n=n, batch_size=batch_size)
     options = SpectrumOptions(
         operator, engine, n_lanczos, n_probes, n_hvp, until, deflate, kernel_width, params, per_layer, bn_mode, dtype,
-        amp, seed, weight, draws, lanczos_options, data_error, distributed,
+        amp, seed, weight, draws, method, lanczos_options, data_error, distributed,
     )  # fmt: skip
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
@@ -311,6 +317,7 @@ def network_spectra(
             options.engine, options.operator, network, loss, own,
             params=options.params, bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device,
             amp=options.amp, expected_products=options.n_products, weight=options.weight, draws=options.draws,
+            method=options.method,
         )  # fmt: skip
         if options.distributed and isinstance(whole, CurvatureOperator):
             whole = DistributedOperator(whole)

@@ -71,6 +71,10 @@ def hessian(
     draws: Annotated[
         int | None, typer.Option(help="Average over random draws of a network that draws in eval mode.")
     ] = None,
+    method: Annotated[
+        Literal["exact", "finite_difference"],
+        typer.Option(help="Exact products, or differences of gradients where torch has no second derivative."),
+    ] = "exact",
     data_error: options.DataError = "examples",
     engine: Annotated[
         Literal["native", "pyhessian", "curvlinops"], typer.Option(help="Implementation of the products.")
@@ -116,7 +120,7 @@ def hessian(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
         n_hvp=n_hvp, until=options.targets(until), max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
         basis=basis, deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
-        per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, data_error=data_error,
+        per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, method=method, data_error=data_error,
         device=together.device, seed=seed, progress=not quiet, distributed=together.several,
     )  # fmt: skip
     if not together.is_first:

@@ -18,6 +18,7 @@ from pnanalysis.curvature.blocks import Block
 from pnanalysis.curvature.example_forms import EXAMPLES as EXAMPLE_UNIT
 from pnanalysis.curvature.example_forms import ExampleForms
 from pnanalysis.curvature.example_subset import ExampleSubset
+from pnanalysis.curvature.finite_differences import FiniteDifferences, fitted
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.parameters import (
     Named,
@@ -48,9 +49,11 @@ from pnanalysis.inputs.copies import as_real, in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.inputs.random_states import random_states_kept
 from pnanalysis.spectra.free_memory import free_bytes
-from pnanalysis.spectra.linear_operator import contiguous_columns, dense_matrix
+from pnanalysis.spectra.linear_operator import ROUND_OFF, contiguous_columns, dense_matrix
 
 T = TypeVar("T")
+#: How products may be computed.
+METHODS = ("exact", "finite_difference")
 #: Fraction of the free memory for what is kept of each batch between products.
 _CACHE_FRACTION = 0.25
 #: Tracing takes the time of some tens of products; with fewer to come it is not worth it.
@@ -104,6 +107,9 @@ class CurvatureOperator:
     amp : {"no", "tf32", "bf16"}
         Passes over the network in full precision, in TensorFloat-32 (on CUDA), or in bfloat16 under autocast.
         Sums over batches stay in ``dtype``.
+    method : {"exact", "finite_difference"}
+        Exact products, or for the Hessian differences of the gradient, which need no second derivative: see
+        :mod:`pnanalysis.curvature.finite_differences`. :attr:`differences` then says how far they are off.
     expected_products : int
         Roughly how many products are to come. Below 30 the network is not traced (see
         :mod:`pnanalysis.curvature.tracing`).
@@ -150,11 +156,13 @@ class CurvatureOperator:
         expected_products: int = 1000,
         weight: Weight = None,
         draws: int | None = None,
+        method: str = "exact",
     ) -> None:
         for name, value, choices in (
             ("bn_mode", bn_mode, ("eval", "train")),
             ("reduction", reduction, ("mean", "sum")),
             ("amp", amp, PRECISIONS),
+            ("method", method, METHODS),
         ):
             if value not in choices:
                 raise CurvatureError(f"{name} is {value!r}; it must be {' or '.join(choices)}")
@@ -174,6 +182,9 @@ class CurvatureOperator:
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
         self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
         self.expected_products, self.weight, self.draws = expected_products, weight, draws
+        self.by_differences = method == "finite_difference"
+        if self.by_differences and not self._differences_are_derivatives:
+            raise CurvatureError("finite differences of the gradient give products of the Hessian only")
         self.n_hvp = 0
         parameters, others = dict(self.model.named_parameters()), dict(self.model.named_buffers())
         parts = {label: block.of(parameters[block.parameter]) for label, block in self._blocks.items()}
@@ -189,7 +200,8 @@ class CurvatureOperator:
         )
         self._check: ProductCheck | None = None
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
-        self._passes = partial(plain_passes, self.device, amp, recurrent)
+        self._passes = partial(plain_passes, self.device, amp, recurrent, twice=not self.by_differences)
+        self._differences: FiniteDifferences | None = None
         self._forms: ExampleForms | None = None
         self._finite = torch.ones(1, dtype=torch.bool, device=self.device)
         self._read(batches)
@@ -375,6 +387,7 @@ class CurvatureOperator:
             bn_mode=self.bn_mode, reduction=self.reduction, weight=self.weight, weight_decay=self.weight_decay,
             penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
             expected_products=expected_products, draws=self.draws,
+            method="finite_difference" if self.by_differences else "exact",
         )  # fmt: skip
 
     def trace_of_draws(self, n_probes: int = 10, seed: int = 0) -> Tensor:
@@ -403,6 +416,8 @@ class CurvatureOperator:
         CurvatureError
             If they cannot be computed, or every way is wrong.
         """
+        if self._check is None and self.by_differences:
+            self._check = ProductCheck(False, False, self.differences.difference)
         if self._check is None:
             with self._passes():
                 self._draw(0, 0)
@@ -412,8 +427,27 @@ class CurvatureOperator:
         return self._check
 
     @property
+    def differences(self) -> FiniteDifferences:
+        """Step and error of finite differences, where products are computed by these; fitted on the first batch."""
+        if self._differences is None:
+            with self._passes():
+                _, _, at = next(self._weighted())
+                self._differences = fitted(self, at, self._few)
+        return self._differences
+
+    @property
+    def round_off(self) -> float:
+        """Error of the products relative to the norm of the matrix."""
+        own = ROUND_OFF[self.arithmetic]
+        return max(own, self.differences.round_off) if self.by_differences else own
+
+    @property
     def method(self) -> str:
-        """``traced``, ``forward mode`` or ``reverse mode``: how most products have been computed so far."""
+        """``traced``, ``forward mode``, ``reverse mode`` or ``finite differences``: how most products so far were
+        computed.
+        """
+        if self.by_differences:
+            return "finite differences"
         if self._traces is not None and self._traces.n_programs:
             return "traced"
         return "reverse mode" if self.product_check.reverse else "forward mode"
@@ -504,6 +538,8 @@ class CurvatureOperator:
         return self._untraced(at), 0  # its graph holds all activations, which are too large to keep
 
     def _untraced(self, at: LossArguments) -> Product:
+        if self.by_differences:
+            return lambda v: self.differences.product(self, at, list(v))
         if self.product_check.reverse:
             return self._direct(at)
         return lambda v: self._product(at, list(v))
@@ -590,7 +626,8 @@ class CurvatureOperator:
         """No traces, and nothing that products keep of batches, at the start and after these were cut anew."""
         # a trace would draw its numbers in another order
         many = self.expected_products >= _FEWEST_PRODUCTS_TO_TRACE
-        self._traces = TracedProducts(self) if many and self.draws is None and self._traceable else None
+        traceable = self._traceable and self.draws is None and not self.by_differences
+        self._traces = TracedProducts(self) if many and traceable else None
         self._forms = None
         self._cache: dict[int, Product] = {}
         self._cached_bytes = 0

@@ -32,12 +32,13 @@ def autocast(device: torch.device, amp: str) -> Iterator[None]:
 
 
 @contextmanager
-def plain_passes(device: torch.device, amp: str, recurrent: bool = False) -> Iterator[None]:
+def plain_passes(device: torch.device, amp: str, recurrent: bool = False, twice: bool = True) -> Iterator[None]:
     """Passes as written, in eager mode and in the precision ``amp``, by implementations that have second derivatives.
 
     All settings belong to the whole process, and are restored at the end. ``amp="tf32"`` multiplies in
     TensorFloat-32 on CUDA; everything else in full float32, where torch's own default is TensorFloat-32 in
-    convolutions. ``recurrent`` says that the network has recurrent layers, whose cuDNN kernels differentiate once only.
+    convolutions. ``recurrent`` says that the network has recurrent layers, whose cuDNN kernels differentiate once only,
+    as fused kernels for attention do; with ``twice=False`` that is enough, and they remain.
     """
     backends: Any = torch.backends
     cudnn = backends.cudnn
@@ -47,9 +48,10 @@ def plain_passes(device: torch.device, amp: str, recurrent: bool = False) -> Ite
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")  # torch's own use of it
         for backend in (backends.cuda.matmul, cudnn.conv, cudnn.rnn):
             stack.enter_context(_setting(backend, "fp32_precision", precision))
-        if recurrent and device.type == "cuda":
+        if twice and recurrent and device.type == "cuda":
             stack.enter_context(_setting(cudnn, "enabled", False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the other kernels for attention differentiate once only
+        if twice:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(eager())
         yield
 

@@ -157,7 +157,7 @@ def largest_difference(a: Sequence[Tensor], b: Sequence[Tensor], names: Sequence
     return (found[worst] if found[worst] == found[worst] else torch.inf), names[worst]
 
 
-def moved(theta: dict[str, Tensor], v: list[Tensor], step: float) -> dict[str, Tensor]:
+def moved(theta: dict[str, Tensor], v: list[Tensor], step: float | Tensor) -> dict[str, Tensor]:
     """The parameters, a step along a vector away."""
     return {name: tensor + step * part for (name, tensor), part in zip(theta.items(), v, strict=True)}
 
@@ -253,17 +253,19 @@ def _steps(at: LossArguments) -> list[float]:
 
 
 def _impossible(op: CurvatureOperator, error: Exception | None) -> CurvatureError:
+    others = ", or take method='finite_difference'" if op._differences_are_derivatives else ""
     return CurvatureError(
         f"{type(op).__name__} cannot be computed for this network and loss: {reason(error) if error else ''}; "
-        "choose params below that part, or write it by functions that can be differentiated twice"
+        f"choose params below that part, or write it by functions that can be differentiated twice{others}"
     )
 
 
 def _wrong(op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]) -> CurvatureError:
     gap, part = min(_gap(op, at, v, product, step) for step in _steps(at))
     where = f", most at {op.names[part]!r}" if op._differences_are_derivatives else ""
+    others = "; or take method='finite_difference'" if op._differences_are_derivatives else ""
     return CurvatureError(
         f"torch's derivatives of this network and loss are wrong: products of {type(op).__name__} differ from finite "
         f"differences by {gap:.2g}, relative to their size{where}; look for functions without a derivative at some "
-        "example (a norm or a square root at zero, say), or with a wrong one, and rewrite them"
+        f"example (a norm or a square root at zero, say), or with a wrong one, and rewrite them{others}"
     )

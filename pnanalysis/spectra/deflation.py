@@ -102,7 +102,8 @@ def sample_spectrum(
             f"the eigenvalues of the operator are about {magnitude:.0e}, too {'small' if small else 'large'} for "
             f"float64 to hold their squares; multiply the loss by a {'large' if small else 'small'} number"
         )
-    tolerance = max(SKEW_TOLERANCE.get(arithmetic(operator), 10 * round_off(operator)), settings.storage.round_off)
+    own = round_off(operator)
+    tolerance = max(SKEW_TOLERANCE.get(arithmetic(operator), 10 * own), own, settings.storage.round_off)
     if sample.asymmetry > tolerance:
         warnings.warn(
             f"the operator is not quite symmetric: its skew part changes products by {sample.asymmetry:.1e} of its "

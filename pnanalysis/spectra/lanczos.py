@@ -37,6 +37,7 @@ from pnanalysis.spectra.linear_operator import (
     checked_product,
     contiguous_columns,
     empty_columns,
+    round_off,
     writes_files,
 )
 
@@ -126,7 +127,8 @@ class Lanczos:
         self.deflated = deflated
         self.dtype = basis_dtype(operator, dtype)
         self.device = torch.device(device or operator.device)
-        self.symmetry_tolerance = symmetry_tolerance or SYMMETRY_TOLERANCE[arithmetic(operator)]
+        explained = max(SYMMETRY_TOLERANCE[arithmetic(operator)], 10 * round_off(operator))
+        self.symmetry_tolerance = symmetry_tolerance or explained
         n_free = n_parameters - self.n_deflated
         if not 1 <= self.capacity <= n_free:
             raise CurvatureError(

@@ -26,7 +26,8 @@ class LinearOperator(Protocol):
 
     Anything with these five members will do; no base class is needed. ``shape`` is ``(P, P)``; ``device`` and
     ``dtype`` are those of the vectors that the products take and return. An attribute ``arithmetic``, a key of
-    :data:`ROUND_OFF`, may say that the products are less precise than their ``dtype``.
+    :data:`ROUND_OFF`, may say that the products are less precise than their ``dtype``; an attribute ``round_off``, how
+    far they are off relative to the norm.
     """
 
     @property
@@ -175,7 +176,7 @@ def arithmetic(operator: LinearOperator) -> str:
 
 def round_off(operator: LinearOperator) -> float:
     """Relative error of the products, and so of the largest eigenvalues, that the arithmetic causes."""
-    return ROUND_OFF[arithmetic(operator)]
+    return float(getattr(operator, "round_off", ROUND_OFF[arithmetic(operator)]))
 
 
 def contiguous_columns(V: torch.Tensor) -> torch.Tensor:
