@@ -19,7 +19,7 @@ from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests
 from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
 from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
-from pnanalysis.curvature.distributed import DistributedOperator, OwnExamples, first_process_first
+from pnanalysis.curvature.distributed import DistributedOperator, OwnExamples, first_process_first, is_first_process
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
@@ -247,20 +247,25 @@ def hessian(
     settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
     settings["distributed"] = None  # the unfinished work of several processes is that of one, too
     with first_process_first() if distributed else nullcontext():
-        cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection))
+        writes = not distributed or is_first_process()
+        cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection), writes)
     found: dict[tuple[str, object], dict[str, tuple[xr.Dataset, str]]] = {}
-    for source in selection.sources:
-        part = selection.split(source, split, n, seed, torch_device)
-        batches = part.batches(batch_size)
-        digest_of = matrix_digests(source, options.matrix_settings(), part)
-        for item in selection.distinct(source):
-            network = selection.network(item, torch_device)
-            digest = digest_of(network)
-            spectra = network_spectra(
-                network, source.loss, batches, options, label=item.label, device=torch_device, progress=progress,
-                cache=None if cache is None else cache.of(network),
-            )  # fmt: skip
-            found[item.key] = {layer: (ds, digest) for layer, ds in spectra.items()}
+    try:
+        for source in selection.sources:
+            part = selection.split(source, split, n, seed, torch_device)
+            batches = part.batches(batch_size)
+            digest_of = matrix_digests(source, options.matrix_settings(), part)
+            for item in selection.distinct(source):
+                network = selection.network(item, torch_device)
+                digest = digest_of(network)
+                spectra = network_spectra(
+                    network, source.loss, batches, options, label=item.label, device=torch_device, progress=progress,
+                    cache=None if cache is None else cache.of(network),
+                )  # fmt: skip
+                found[item.key] = {layer: (ds, digest) for layer, ds in spectra.items()}
+    finally:
+        if cache is not None:
+            cache.release()
     rows = [
         Row(f"{item.label}:{layer}" if layer else item.label, layer, item, ds, digest)
         for item in selection

@@ -22,6 +22,7 @@ from pnanalysis.inputs.sources import Source
 from pnanalysis.io import digest, netcdf
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.files import check_tree, read_regular
+from pnanalysis.io.lock import Lock
 from pnanalysis.io.runs import ANALYSIS
 from pnanalysis.spectra.data_error import DATA_ERRORS
 from pnanalysis.spectra.finished import saved_or_computed
@@ -91,34 +92,60 @@ class SpectrumCache:
 
     folder: Path
     weights: str = ""
+    _lock: Lock | None = None
 
     @classmethod
-    def claim(cls, folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> SpectrumCache:
-        """The folder for an analysis with these settings.
+    def claim(cls, folder: str | os.PathLike[str], settings: Mapping[str, Any], writes: bool = True) -> SpectrumCache:
+        """The folder for an analysis with these settings, until :meth:`release`.
+
+        Parameters
+        ----------
+        folder : path
+        settings : mapping
+        writes : bool
+            Whether this process writes into it, and nobody else is to: of several that work together, the first one.
 
         Raises
         ------
         CurvatureError
             If it holds the unfinished work of an analysis with other settings.
+        RunError
+            If another process is at work on it.
         """
-        cache = cls(Path(folder))
+        cache = cls(Path(folder), _lock=Lock(Path(folder)) if writes else None)
         if cache.folder.is_symlink():
             raise CurvatureError(f"{folder}: is a link, which is not followed; name the folder itself")
         check_tree(cache.folder, CurvatureError)
-        path, own = cache.folder / "settings.json", json.loads(json.dumps(dict(settings), default=str))
-        if path.is_file() and (any(cache.folder.glob("*.nc")) or any(cache.folder.glob("*/*.safetensors"))):
+        if cache._lock is not None:
+            cache.folder.mkdir(parents=True, exist_ok=True)
+            cache._lock.acquire()
+        try:
+            cache._begin(json.loads(json.dumps(dict(settings), default=str)))
+        except BaseException:
+            cache.release()
+            raise
+        return cache
+
+    def _begin(self, own: dict[str, Any]) -> None:
+        """Note the settings, or see that unfinished work was begun with the same ones."""
+        path = self.folder / "settings.json"
+        if path.is_file() and (any(self.folder.glob("*.nc")) or any(self.folder.glob("*/*.safetensors"))):
             before = _settings_in(path)
             other = [name for name in own if before.get(name) != own[name]]
             if other:
                 raise CurvatureError(
-                    f"{folder}: holds unfinished work with {other[0]} {before.get(other[0])!r}, not {own[other[0]]!r}; "
-                    "finish that first with the same settings, or delete the folder"
+                    f"{self.folder}: holds unfinished work with {other[0]} {before.get(other[0])!r}, not "
+                    f"{own[other[0]]!r}; finish that first with the same settings, or delete the folder"
                 )
-            return cache
+            return
         with atomic_path(path) as temporary:
             signed = {**own, digest.KEY: digest.of_entries(own)}
             temporary.write_text(json.dumps(signed, indent=1), encoding="utf-8")
-        return cache
+
+    def release(self) -> None:
+        """Let others work in the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     def of(self, network: nn.Module) -> SpectrumCache:
         """The same folder, for the spectra of one network."""

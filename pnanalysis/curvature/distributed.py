@@ -281,6 +281,11 @@ def join(device: torch.device) -> torch.device:
     return device
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first one of the default group, or there is no group."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 @contextmanager
 def first_process_first() -> Iterator[None]:
     """Run the body in the first process of the group before it runs in the others; at once where there is no group."""
@@ -310,4 +315,4 @@ def _rank(group: Any) -> int:
     return dist.get_rank(group)
 
 
-__all__ = ["DistributedOperator", "OwnExamples", "first_process_first", "join", "own_share"]
+__all__ = ["DistributedOperator", "OwnExamples", "first_process_first", "is_first_process", "join", "own_share"]

@@ -14,7 +14,7 @@ import xarray as xr
 from torch import nn
 
 import pnanalysis as pn
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, RunError
 from pnanalysis.inputs.data import load_data
 from pnanalysis.inputs.models import build_model, parameter_layers
 from pnanalysis.inputs.sources import as_source
@@ -126,6 +126,21 @@ def test_finished_spectra_are_kept_while_others_are_under_way(tiny_run: Run, tmp
     assert resumed.attrs.keys() == whole.attrs.keys()
     with pytest.raises(CurvatureError, match="unfinished work with seed 0, not 1"):
         pn.hessian(tiny_run, **{**options, "seed": 1})
+
+
+def test_two_calls_do_not_share_their_unfinished_work(tiny_run: Run, tmp_path: Path, monkeypatch) -> None:
+    options = {**SMALL, "checkpoints": ["plain"], "state": tmp_path / "state"}
+
+    def another(*_: object, **__: object) -> xr.Dataset:
+        with pytest.raises(RunError, match="state: is being written by process"):
+            pn.hessian(tiny_run, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["pnanalysis.analyses.hessian"], "spectral_density", another)
+    with pytest.raises(KeyboardInterrupt):
+        pn.hessian(tiny_run, **options)
+    monkeypatch.undo()
+    pn.hessian(tiny_run, **options)  # the lock went with the call
 
 
 def test_a_finished_spectrum_of_code_that_has_changed_is_computed_anew(tmp_path: Path) -> None:
