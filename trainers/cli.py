@@ -66,6 +66,12 @@ def pntrain(
     together: Annotated[
         bool, typer.Option("--together", help="Train the runs of a sweep, or run and control, as one batched program.")
     ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="local|dask:ADDRESS", help="Where the runs of a sweep are trained: here, or on a cluster."
+        ),
+    ] = "local",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted or shorter run.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of initial points, batch order and augmentation.")] = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto uses CUDA if it is available.")] = "auto",
@@ -157,6 +163,8 @@ def pntrain(
       pntrain lenet5 --sweep lam=1e-3,1e-2 --sweep seed=0:5 --out runs/sweep
 
       pntrain lenet5 --sweep strategy=partial,restart --sweep seed=0:10 --together --device cuda --out runs/study
+
+      pntrain resnet18 --sweep seed=0:16 --engine dask:tcp://node1:8786 --out /shared/runs
     """
     chosen = find_recipe("lenet5" if recipe == "custom" else recipe)
     if recipe == "custom" and model is None:
@@ -182,8 +190,9 @@ def pntrain(
             raise TrainingError("--control applies to a single run; in a sweep use --sweep strategy=partial,restart")
         grid = parse_sweep(sweep, config)
         outcomes = run_sweep(
-            config, grid, out, jobs=jobs, device=device, resume=resume, progress=not quiet, together=together
-        )
+            config, grid, out, jobs=jobs, device=device, resume=resume, progress=not quiet, together=together,
+            engine=engine,
+        )  # fmt: skip
         _report_sweep(outcomes, quiet)
         return
     configs, outs = [config], [out]

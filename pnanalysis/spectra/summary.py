@@ -138,10 +138,10 @@ def _rank_with_interval(ds: xr.Dataset, measure: SpectralMeasure, sums: Moments,
 def _dimension_with_interval(
     ds: xr.Dataset, measure: SpectralMeasure, ridge: float, sums: Moments, round_off: float
 ) -> Estimate:
-    """Likewise, but that what else couples the spaces is judged by sums of squares."""
-    coupled = coupling_of(ds, partial(_in_dimension, ridge))
+    """Likewise, but what else couples the spaces is judged by sums of squares, and all of it counts as an error."""
+    coupled = coupling_of(ds, partial(_in_dimension, ridge)) * (1 + coupling_left(ds, measure, sums))
     # each eigenvalue's part is at most one
-    unknown = abs(coupled) * coupling_left(ds, measure, sums) + round_off * measure.n_parameters
+    unknown = abs(coupled) + round_off * measure.n_parameters
     return with_rule_error(ds, partial(_effective_dimension, ridge, sums.gain, coupled), LEVEL, more=unknown)
 
 

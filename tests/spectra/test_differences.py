@@ -102,6 +102,14 @@ def test_what_examples_do_to_both_spectra_cancels(data_error):
         assert paired.wasserstein1_noise < 0.5 * independent.wasserstein1_noise
 
 
+@pytest.mark.parametrize("first", ["examples", "none"])
+def test_without_the_error_of_one_spectrum_that_of_the_difference_is_of_probes_alone(first):
+    second = "none" if first == "examples" else "examples"
+    difference = compare_spectra(over_examples(64, 0, data_error=first), over_examples(64, 1, data_error=second))
+    assert not any(name.endswith("_data_se") for name in difference)
+    assert float(difference.trace_se) > 0
+
+
 def test_the_error_of_a_difference_is_the_total_of_its_parts():
     difference = compare_spectra(over_examples(64, 0), over_examples(64, 1, probes=1))
     trace, probe, data = (float(difference[f"trace{end}"]) for end in ("", "_probe_se", "_data_se"))

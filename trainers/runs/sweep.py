@@ -1,7 +1,7 @@
 """Grids of runs: every combination of some settings, each a resumable run, several at a time.
 
-Runs are independent processes on one machine, started through joblib. A run that fails does not stop the others; if a
-whole process is killed, the sweep ends and can be resumed.
+Runs are independent processes on one machine, started through joblib, or calls on a Dask cluster. A run that fails does
+not stop the others; if a whole process is killed, the sweep ends and can be resumed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +26,12 @@ from pnanalysis.io.runs import MANIFEST, open_run
 from pnanalysis.io.writer import RunWriter
 from pnanalysis.terminal.progress import progress_bar
 from trainers.recipes import Config
+from trainers.runs.cluster import on_cluster
 from trainers.runs.manifest import failure_of, mark_unfinished
 from trainers.runs.strategies import train, train_together
 
 _MOST_RUNS = 10_000
+_EXISTS = "exists already; continue it with --resume"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def sweep(
     resume: bool = False,
     progress: bool = True,
     together: bool = False,
+    engine: str = "local",
 ) -> list[Outcome]:
     """Train every combination of the grid, in ``OUT/NAME=VALUE,NAME=VALUE``.
 
@@ -100,6 +103,9 @@ def sweep(
         Train all runs as one batched program in this process, instead of one process per run. Intended for small
         networks, which leave a GPU idle when trained alone; on a CPU separate processes take about half the time
         (LeNet-5). Only settings that :func:`trainers.runs.strategies.train_together` lets differ can then be swept.
+    engine : str
+        ``local``, processes of this machine; or ``dask:ADDRESS``, the workers of a Dask cluster, which must see ``out``
+        as a folder of their own. The device is then one of a worker's, and ``jobs`` is up to the cluster.
 
     Returns
     -------
@@ -109,9 +115,17 @@ def sweep(
     Raises
     ------
     TrainingError
-        If a process of the sweep is killed, or the runs cannot be trained together.
+        If a process of the sweep is killed, the runs cannot be trained together, or there is no such engine.
     """
     at_least(1, jobs=jobs)
+    name, _, address = engine.partition(":")
+    if name not in ("local", "dask") or (name == "dask") != bool(address):
+        raise TrainingError(f"--engine {shown(engine)}: give local, or dask:ADDRESS with the address of a scheduler")
+    if address and (together or jobs):
+        raise TrainingError(
+            "on a cluster, runs are calls of their own, as many at a time as it has threads: leave out "
+            f"--{'together' if together else 'jobs'}"
+        )
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     plans = [_Plan(replace(base, **settings), settings, out / _folder(settings)) for settings in combinations]
     if together:
@@ -121,6 +135,27 @@ def sweep(
             Outcome(plan.path, plan.settings, str(result) if isinstance(result, PnError) else None)
             for plan, result in zip(plans, results, strict=True)
         ]
+    trained = _on_cluster(address, plans, device, resume) if address else _on_this_machine(plans, device, resume, jobs)
+    outcomes: dict[Path, Outcome] = {}
+    check_writable(out / MANIFEST)
+    out.mkdir(parents=True, exist_ok=True)
+    marked = nullcontext() if address else _interruptions_marked(plans)  # on a cluster, they go on
+    with marked, progress_bar(f"{len(plans)} runs", len(plans), progress) as advance:
+        try:
+            for outcome in trained:
+                outcomes[outcome.path] = outcome
+                advance(1)
+        except TerminatedWorkerError as error:
+            raise TrainingError(
+                f"a process of the sweep was killed, perhaps for lack of memory; {len(outcomes)} of {len(plans)} runs "
+                "are complete: continue with --resume and fewer --jobs"
+            ) from error
+    with suppress(OSError):  # of runs that could not begin, nothing stays
+        out.rmdir()
+    return [outcomes[plan.path] for plan in plans]
+
+
+def _on_this_machine(plans: Sequence[_Plan], device: str, resume: bool, jobs: int | None) -> Iterator[Outcome]:
     devices = _available_devices(device)
     jobs = max(min(jobs or len(devices), len(plans)), 1)
     # No more threads than this process may use: OMP_NUM_THREADS and torch.set_num_threads hold for its runs, too.
@@ -129,22 +164,17 @@ def sweep(
         joblib.delayed(_train_one)(plan, place, resume, threads)
         for plan, place in zip(plans, itertools.cycle(devices), strict=False)
     ]
-    outcomes: dict[Path, Outcome] = {}
-    check_writable(out / MANIFEST)
-    out.mkdir(parents=True, exist_ok=True)
-    with _interruptions_marked(plans), progress_bar(f"{len(calls)} runs", len(calls), progress) as advance:
-        try:
-            for outcome in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
-                outcomes[outcome.path] = outcome
-                advance(1)
-        except TerminatedWorkerError as error:
-            raise TrainingError(
-                f"a process of the sweep was killed, perhaps for lack of memory; {len(outcomes)} of {len(calls)} runs "
-                "are complete: continue with --resume and fewer --jobs"
-            ) from error
-    with suppress(OSError):  # of runs that could not begin, nothing stays
-        out.rmdir()
-    return [outcomes[plan.path] for plan in plans]
+    yield from joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+
+
+def _on_cluster(address: str, plans: Sequence[_Plan], device: str, resume: bool) -> Iterator[Outcome]:
+    begun = [] if resume else [plan for plan in plans if (plan.path / MANIFEST).exists()]
+    yield from (Outcome(plan.path, plan.settings, _EXISTS) for plan in begun)
+    # a run whose worker dies is resumed by another one
+    calls = [(plan._replace(path=plan.path.resolve()), device, True) for plan in plans if plan not in begun]
+    paths = {plan.path.resolve(): plan.path for plan in plans}
+    for outcome in on_cluster(address, _train_one, calls):
+        yield replace(outcome, path=paths[outcome.path])
 
 
 @contextmanager
@@ -181,16 +211,17 @@ def _available_devices(device: str) -> list[str]:
     return [str(chosen)] * joblib.cpu_count()
 
 
-def _train_one(plan: _Plan, device: str, resume: bool, threads: int) -> Outcome:
+def _train_one(plan: _Plan, device: str, resume: bool, threads: int | None = None) -> Outcome:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)  # else every process would start as many threads as there are cores
+    if threads:  # else every process would start as many threads as there are cores
+        torch.set_num_threads(threads)
     try:
         if not plan.path.parent.is_dir():  # not to be made again, without the other runs
-            return Outcome(plan.path, plan.settings, "the folder of the sweep is gone; put it back")
+            return Outcome(plan.path, plan.settings, f"there is no folder {plan.path.parent}; put it back")
         if resume or not (plan.path / MANIFEST).exists():
             train(plan.config, plan.path, device=device, resume=resume, progress=False)
             return Outcome(plan.path, plan.settings, None)
-        return Outcome(plan.path, plan.settings, "exists already; continue it with --resume")
+        return Outcome(plan.path, plan.settings, _EXISTS)
     except (Exception, SystemExit) as error:  # a user's model may raise anything; it must not stop the other runs
         return Outcome(plan.path, plan.settings, failure_of(error))
     finally:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
+import distributed
 import numpy as np
 import pytest
 import torch
 
 import pnanalysis as pn
+import trainers.runs.cluster
 import trainers.runs.sweep
 from pnanalysis.errors import RunError, TrainingError
 from tests.conftest import TINY
 from trainers import Config
+from trainers.runs.cluster import on_cluster
 from trainers.runs.sweep import parse_sweep, sweep
 
 BASE = Config(recipe="grid", **TINY, iterations=2, epochs=1, checkpoint_every=1)
@@ -67,6 +72,64 @@ def test_several_processes_give_the_same_runs(two_seeds: Path, tmp_path: Path) -
     sweep(BASE, {"seed": [0, 1]}, tmp_path, **{**QUIET, "jobs": 2})
     one, two = pn.open_runs(two_seeds), pn.open_runs(tmp_path)
     np.testing.assert_allclose(one.train_loss, two.train_loss, rtol=1e-4)  # thread counts differ
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Address of a Dask cluster with two workers on this machine."""
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.CRITICAL}
+    with distributed.LocalCluster(**options) as local:
+        yield f"dask:{local.scheduler_address}"
+
+
+def test_a_cluster_gives_the_same_runs(two_seeds: Path, cluster: str, tmp_path: Path) -> None:
+    options = {**QUIET, "jobs": None, "engine": cluster}
+    outcomes = sweep(BASE, {"seed": [0, 1]}, tmp_path, **options)
+    assert [(outcome.path, outcome.failure) for outcome in outcomes] == [
+        (tmp_path / "seed=0", None), (tmp_path / "seed=1", None)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(pn.open_runs(two_seeds).train_loss, pn.open_runs(tmp_path).train_loss)
+    again, longer = sweep(BASE, {"seed": [0, 2]}, tmp_path, **options)
+    assert again.failure == "exists already; continue it with --resume"
+    assert longer.failure is None
+    assert [outcome.failure for outcome in sweep(BASE, {"seed": [0]}, tmp_path, **options, resume=True)] == [None]
+
+
+def _dies_at_first(marker: Path) -> str:
+    """Dies, but not where there is a marker, which it leaves if there is a folder for it."""
+    if not marker.exists():
+        if marker.parent.is_dir():
+            marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+
+def test_a_call_whose_worker_dies_is_made_again(cluster: str, tmp_path: Path) -> None:
+    address = cluster.partition(":")[2]
+    assert list(on_cluster(address, _dies_at_first, [(tmp_path / "marker",)])) == ["done"]
+
+
+def test_a_call_that_kills_every_worker_ends_the_sweep(cluster: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="has cost several workers of the cluster their life"):
+        list(on_cluster(cluster.partition(":")[2], _dies_at_first, [(tmp_path / "no folder" / "marker",)]))
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "says"),
+    [
+        ("slurm", {}, "--engine 'slurm': give local, or dask:ADDRESS"),
+        ("dask", {}, "--engine 'dask': give local, or dask:ADDRESS"),
+        ("dask:tcp://127.0.0.1:1", {}, "there is no Dask scheduler at tcp://127.0.0.1:1"),
+        ("dask:tcp://127.0.0.1:1", {"jobs": 2}, "leave out --jobs"),
+        ("dask:nowhere.json", {}, "nowhere.json: no such file"),
+    ],
+)
+def test_engines_that_there_are_not(
+    engine: str, options: dict[str, int], says: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(trainers.runs.cluster, "_TIMEOUT", 1)
+    with pytest.raises(TrainingError, match=says):
+        sweep(BASE, {"seed": [0]}, tmp_path, device="cpu", progress=False, engine=engine, **options)
 
 
 def test_runs_use_no_more_threads_than_the_process_may(tmp_path: Path, monkeypatch) -> None:
