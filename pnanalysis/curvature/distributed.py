@@ -109,7 +109,8 @@ class DistributedOperator:
         if len({size[1:] for size in sizes}) > 1:
             raise CurvatureError(f"the processes differ in their parameters or losses: {[size[1:] for size in sizes]}")
         self._without_errors(self._from_all(self._or_error(self._check_parts)))
-        self.round_off = max(self._from_all(operator.round_off))
+        # finite differences are fitted for it, or cannot be
+        self.round_off = max(self._without_errors(self._from_all(self._or_error(lambda: operator.round_off))))
         self._is_mean = operator.reduction == "mean"
         self._fraction = operator.divisor / sum(size[0] for size in sizes) if self._is_mean else 1.0
 
