@@ -507,7 +507,8 @@ def smooth(ds: xr.Dataset, grid: Array, kernel_width: float | None = None) -> xr
         n_parameters, known = float(ds["n_parameters"]), np.isfinite(ds["coupled_node"].values)
         gain = kernel_at(ds["coupled_node"].values[known]) @ ds["coupled_weight"].values[known] / n_parameters
         density = np.maximum(density + gain, 0.0)
-        se = np.hypot(se, np.abs(gain) * coupling_left(ds, measure, moments(ds, measure)))
+        # what couples the spaces to the rest is of about this size, too, and of an unknown form
+        se = np.hypot(se, np.abs(gain) * (1 + coupling_left(ds, measure, moments(ds, measure))))
     smoothed = ds.drop_dims("eigenvalue", errors="ignore").assign_coords(eigenvalue=("eigenvalue", grid))
     smoothed["density"] = ("eigenvalue", density, _labels("density"))
     if has_half_samples(ds):
