@@ -21,10 +21,9 @@ bit for bit as without the fault, nothing that had been saved lost, and no tempo
 
 "struck" counts the faults that came while the job was at work; the others came after its end. Where a folder is gone or
 read-only, or a disk is full, a job that cannot go on has to say so in one sentence and end with exit status 2. So does
-a second writer of a run, while the first is not disturbed; two commands may work on one spectrum, and two sweeps share
-their runs. Readers (`info`, with and without `--verify`, `history`, `saturation`, `report`) are started one after the
-other while a run is written. Clocks jump by up to a year each time they are read, and so do the times of files before a
-killed job is continued.
+a second writer of a run or spectrum, while the first is not disturbed; two sweeps share their runs. Readers (`info`,
+with and without `--verify`, `history`, `saturation`, `report`) are started one after the other while a run is written.
+Clocks jump by up to a year each time they are read, and so do the times of files before a killed job is continued.
 
 """
 _COLUMNS = ("tried", "struck", "resumed", "identical", "clean")
