@@ -25,6 +25,9 @@ from pnanalysis.spectra.quadrature import jacobi_matrix, ritz
 
 #: Of a Ritz value that is no eigenvalue's: far below what a random vector has of any, about ``1 / P``.
 _NO_WEIGHT = 1e-14
+#: Copies that are closer than this fraction of their residuals have a common eigenvector with a far smaller one. Without
+#: copies, residuals are of the size of the distances, times 0.1 for a thousand steps.
+_CLOSE = 0.02
 
 
 def without_ghosts(alpha: Array, beta: Array, round_off: float) -> tuple[Array, Array]:
@@ -36,7 +39,7 @@ def without_ghosts(alpha: Array, beta: Array, round_off: float) -> tuple[Array, 
         ``(m,)`` each, from Lanczos without reorthogonalisation.
     round_off : float
         Of the vectors and their sums, relative to the norm of the operator. Copies lie within three times that of each
-        other, and one of them has converged: what else lies as close may be two eigenvalues.
+        other, and one of them has converged, or all together: what else lies as close may be two eigenvalues.
 
     Returns
     -------
@@ -64,7 +67,8 @@ def _starts(value: Array, residual: Array, near: float) -> NDArray[np.intp]:
     """Where clusters of copies begin among ascending Ritz values; none is wider than ``near``."""
     starts = [0]
     for i in range(1, len(value)):
-        cluster = slice(starts[-1], i + 1)
-        if value[i] - value[starts[-1]] > near or residual[cluster].min() > near:
+        converged = residual[starts[-1] : i + 1].min() <= near
+        together = value[i] - value[i - 1] <= _CLOSE * residual[i - 1 : i + 1].min()
+        if value[i] - value[starts[-1]] > near or not (converged or together):
             starts.append(i)
     return np.array(starts)

@@ -247,13 +247,15 @@ class Lanczos:
         """Size of the operator's skew part: ``|S q|`` for random ``q`` (rms), relative to the largest ``|H q|``.
 
         Where ``H`` is symmetric, its product with a basis vector is orthogonal to all earlier ones but the last; what
-        is found along them instead is ``2 q_i . (S q_j)``, or round-off. NaN for fewer than three steps, and in the
-        complement of deflated vectors, where products may be nothing but round-off.
+        is found along them instead is ``2 q_i . (S q_j)``, or round-off. NaN for fewer than three steps, in the
+        complement of deflated vectors, where products may be nothing but round-off, and for a basis in half precision,
+        whose own round-off is of the same kind.
         """
         sizes = torch.tensor(self.sizes(), dtype=torch.float64)
         pairs = float(((sizes - 1) * (sizes - 2) / 2).clamp_min(0).sum())
         norm = float(self._norm.max())
-        if pairs == 0 or norm == 0 or self.deflated is not None or not self.reorthogonalise:
+        coarse = self._basis.dtype == torch.float16
+        if pairs == 0 or norm == 0 or self.deflated is not None or coarse or not self.reorthogonalise:
             return float("nan")
         return float((self.operator.shape[0] * self._skew.double().sum() / pairs).sqrt()) / 2 / norm
 

@@ -147,12 +147,13 @@ def _spacings_after(distance: Array, k: int, n: int, round_off: float) -> float:
 def _counted(ds: xr.Dataset, measure: SpectralMeasure, gap: Gap, side: int) -> Gap:
     """A gap with the number of eigenvalues beyond it.
 
-    The mass there is a whole number of eigenvalues but for its error. Ritz values in orthogonal spaces stand for
-    different ones: unless the mass contradicts it, as many are there.
+    The mass there is a whole number of eigenvalues but for its error. Ritz values in orthogonal spaces, or in one space,
+    stand for different ones: unless the mass contradicts it, as many are there.
     """
     beyond = side * (measure.node - gap.middle) > 0
     mass = measure.total(beyond.astype(float))
-    found = int((side * (ds["deflated_value"].values - gap.middle) > 0).sum()) if "deflated_value" in ds else 0
+    spaces = ds["deflated_value"].values[None] if "deflated_value" in ds else ds["ritz_value"].values
+    found = int((side * (spaces - gap.middle) > 0).sum(axis=1).max())
     if not found or abs(found - mass.value) > 0.5 + 2 * mass.se:
         return replace(gap, n_outliers=max(round(mass.value), 1), is_counted=False)
     return replace(gap, n_outliers=found, is_counted=abs(found - mass.value) + 2 * mass.se <= 0.5)

@@ -115,6 +115,38 @@ def test_without_reorthogonalisation_ghosts_appear_and_are_merged() -> None:
     assert weight @ value == pytest.approx(float(alpha[0]), rel=1e-5)
 
 
+@pytest.mark.parametrize("n_steps", [40, 60, 90])
+def test_copies_that_share_an_eigenvector_are_merged(n_steps: int) -> None:
+    """Each of them has a large residual, and they lie within round-off of one another."""
+    spikes = [3.0, 4.0, 6.0, 8.0, 10.0]
+    eigenvalues = np.r_[np.linspace(-1, 1, 300_000), spikes].astype(np.float32)
+    for seed in range(3):
+        ds = pn.spectral_density(
+            DiagonalOperator(torch.from_numpy(eigenvalues)), n_lanczos=n_steps, n_probes=1, basis="none", seed=seed,
+            progress=False,
+        )  # fmt: skip
+        ritz_value = ds.ritz_value.values[0]
+        np.testing.assert_allclose(np.sort(ritz_value[ritz_value > 1.5]), spikes, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_ten_million_eigenvalues(mode: str) -> None:
+    """A semicircle and five outliers, whose sums, ends and number are found in every way to keep the basis."""
+    n, x = 10_000_000, np.linspace(-1, 1, 200_001)
+    cumulative = 0.5 + (x * np.sqrt(1 - x * x) + np.arcsin(x)) / np.pi
+    bulk = np.interp((np.arange(n - 5) + 0.5) / (n - 5), cumulative, x)
+    eigenvalues = np.r_[bulk, 3.0, 4.0, 6.0, 8.0, 10.0].astype(np.float32)
+    ds = pn.spectral_density(DiagonalOperator(torch.from_numpy(eigenvalues)), n_hvp=60, basis=mode, progress=False)
+    double = eigenvalues.astype(np.float64)
+    assert abs(float(ds.trace) - double.sum()) < 4 * float(ds.trace_se)
+    assert abs(float(ds.frobenius_norm) - np.linalg.norm(double)) < 4 * float(ds.frobenius_norm_se)
+    assert float(ds.lambda_max_low) <= 10 <= float(ds.lambda_max_high)
+    assert int(ds.n_outliers) == 5
+    # nodes of a probe of m steps lie about 2 / m apart
+    assert wasserstein_distance(ds.node, double[::1000], ds.weight) < 2 / 40
+
+
 @pytest.mark.parametrize("mode", ["half", "none"])
 def test_a_bulk_far_below_the_outliers_stays_a_bulk(mode: str) -> None:
     rng = np.random.default_rng(0)
