@@ -185,6 +185,8 @@ def pntrain(
 
     out = out or Path("runs") / config.recipe
     when_interrupted(f"resume with: {_resume_command(sys.argv)}")
+    if engine != "local" and not sweep:
+        raise TrainingError("--engine says where the runs of a sweep are trained; give --sweep NAME=A,B, too")
     if sweep:
         if control:
             raise TrainingError("--control applies to a single run; in a sweep use --sweep strategy=partial,restart")

@@ -90,8 +90,9 @@ class SpectrumOptions:
 
     def matrix_settings(self) -> dict[str, Any]:
         """Those that say which matrix it is, rather than what is spent on it."""
-        names = ("operator", "params", "bn_mode", "dtype", "amp", "draws", "method")
-        return {name: getattr(self, name) for name in names} | {"weight": self.weight_name}
+        names = ("operator", "params", "bn_mode", "dtype", "amp", "draws")
+        method = {} if self.method == "exact" else {"method": self.method}
+        return {name: getattr(self, name) for name in names} | {"weight": self.weight_name} | method
 
     @property
     def weight_name(self) -> str:
@@ -345,6 +346,8 @@ def _spectrum(op: LinearOperator, *arguments: Any, **options: Any) -> xr.Dataset
         op = op.operator
     if not isinstance(op, CurvatureOperator):
         return ds
+    if op.by_differences:
+        op.differences.check()
     if op.draws is not None and op.draws > 1:
         scatter = float(op.trace_of_draws().std()) / op.draws**0.5
         for name in {"trace_se", "trace_probe_se"} & set(ds):

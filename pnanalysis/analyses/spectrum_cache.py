@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from pnanalysis.errors import CurvatureError, reason
+from pnanalysis.errors import CurvatureError, RunError, reason
 from pnanalysis.inputs.batches import fingerprint, tensors
 from pnanalysis.inputs.data import LoaderSplit, Split
 from pnanalysis.inputs.sources import Source
@@ -29,6 +31,8 @@ from pnanalysis.spectra.finished import saved_or_computed
 from pnanalysis.spectra.linear_operator import LinearOperator
 
 _LARGEST_SETTINGS = 2**24  # bytes
+#: What settings were before they could be chosen.
+_NEWER = {"method": "exact"}
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -103,14 +107,15 @@ class SpectrumCache:
         folder : path
         settings : mapping
         writes : bool
-            Whether this process writes into it, and nobody else is to: of several that work together, the first one.
+            Whether this process writes to the folder, and keeps others from doing so. Of several that share a job, the
+            first one does.
 
         Raises
         ------
         CurvatureError
             If it holds the unfinished work of an analysis with other settings.
         RunError
-            If another process is at work on it.
+            If another call is at work on it.
         """
         cache = cls(Path(folder), _lock=Lock(Path(folder)) if writes else None)
         if cache.folder.is_symlink():
@@ -131,12 +136,14 @@ class SpectrumCache:
         path = self.folder / "settings.json"
         if path.is_file() and (any(self.folder.glob("*.nc")) or any(self.folder.glob("*/*.safetensors"))):
             before = _settings_in(path)
-            other = [name for name in own if before.get(name) != own[name]]
+            other = [name for name in own if before.get(name, _NEWER.get(name)) != own[name]]
             if other:
                 raise CurvatureError(
                     f"{self.folder}: holds unfinished work with {other[0]} {before.get(other[0])!r}, not "
                     f"{own[other[0]]!r}; finish that first with the same settings, or delete the folder"
                 )
+            return
+        if self._lock is None:  # the process that writes does
             return
         with atomic_path(path) as temporary:
             signed = {**own, digest.KEY: digest.of_entries(own)}
@@ -158,6 +165,15 @@ class SpectrumCache:
         """
         name = "-".join(part for part in (self.weights[:16], layer.replace("/", "-")) if part)
         return saved_or_computed(self.folder / f"{name}.nc", operator, compute)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove a folder of unfinished work, unless another call has begun to work on it."""
+    lock = Lock(folder)
+    with suppress(RunError, OSError):
+        lock.acquire()
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 
 def _settings_in(path: Path) -> dict[str, Any]:

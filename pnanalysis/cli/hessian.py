@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -108,6 +107,7 @@ def hessian(
       pnanalysis hessian --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make --loss mse
     """
     from pnanalysis.analyses.hessian import hessian as analyse
+    from pnanalysis.analyses.spectrum_cache import remove_unfinished
 
     together = options.join_processes(device)
     quiet = quiet or not together.is_first
@@ -127,7 +127,7 @@ def hessian(
         return
     drawing = {"kind": "layer_spectra"} if per_layer else {}
     options.deliver(ds, given[0], output, plot, quiet, _tables, **drawing)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove_unfinished(unfinished)
 
 
 def _tables(ds: xr.Dataset) -> Iterator[Table | str]:

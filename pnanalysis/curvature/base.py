@@ -18,7 +18,7 @@ from pnanalysis.curvature.blocks import Block
 from pnanalysis.curvature.example_forms import EXAMPLES as EXAMPLE_UNIT
 from pnanalysis.curvature.example_forms import ExampleForms
 from pnanalysis.curvature.example_subset import ExampleSubset
-from pnanalysis.curvature.finite_differences import FiniteDifferences, fitted
+from pnanalysis.curvature.finite_differences import FiniteDifferences
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.parameters import (
     Named,
@@ -416,8 +416,8 @@ class CurvatureOperator:
         CurvatureError
             If they cannot be computed, or every way is wrong.
         """
-        if self._check is None and self.by_differences:
-            self._check = ProductCheck(False, False, self.differences.difference)
+        if self.by_differences:
+            return ProductCheck(False, False, self.differences.difference)
         if self._check is None:
             with self._passes():
                 self._draw(0, 0)
@@ -428,16 +428,14 @@ class CurvatureOperator:
 
     @property
     def differences(self) -> FiniteDifferences:
-        """Step and error of finite differences, where products are computed by these; fitted on the first batch."""
+        """Step and errors of finite differences, where products are computed by these; fitted when first asked for."""
         if self._differences is None:
-            with self._passes():
-                _, _, at = next(self._weighted())
-                self._differences = fitted(self, at, self._few)
+            self._differences = self._in_passes_that_fit(lambda: FiniteDifferences(self))
         return self._differences
 
     @property
     def round_off(self) -> float:
-        """Error of the products relative to the norm of the matrix."""
+        """Error of the products so far, relative to the norm of the matrix."""
         own = ROUND_OFF[self.arithmetic]
         return max(own, self.differences.round_off) if self.by_differences else own
 
@@ -487,6 +485,8 @@ class CurvatureOperator:
     # -- products batch by batch --------------------------------------------------------------------------------
 
     def _sum_of_products(self, V: Tensor) -> Tensor:
+        if self.by_differences:
+            return contiguous_columns(torch.stack([self.differences.product_of_all(self, v) for v in V.T], dim=1))
         directions = [split_vector(v, self.parameter_shapes) for v in V.T]
         result = torch.zeros_like(V)  # keeps the layout
         for i, weight, product in self._products(directions[0]):

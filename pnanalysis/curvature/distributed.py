@@ -104,6 +104,7 @@ class DistributedOperator:
         self.operator, self.group = operator, group
         self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
         self.arithmetic, self.is_first = operator.arithmetic, _rank(group) == 0
+        self.by_differences = operator.by_differences
         self.n_processes = dist.get_world_size(group)
         sizes = self._from_all((operator.divisor, operator.shape[0], operator.reduction))
         if len({size[1:] for size in sizes}) > 1:
@@ -250,7 +251,7 @@ class DistributedOperator:
         """What is computed, or a text with the error."""
         try:
             return compute()
-        except PnError as error:
+        except (PnError, torch.OutOfMemoryError) as error:
             return f"process {_rank(self.group)}: {error}"
 
     @staticmethod

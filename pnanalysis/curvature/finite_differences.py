@@ -1,24 +1,27 @@
 r"""Hessian products by finite differences of the gradient, where torch has no second derivative or it takes too much.
 
-The central difference :math:`(g(\theta + h v) - g(\theta - h v)) / 2h`, for a ``v`` of length 1, is off by
-:math:`h^2/6` times the third derivative, and by the round-off of the gradient over :math:`h`. The step that balances
-the two is searched on the first batch, along a random vector and along one that products have turned towards the
-leading eigenvectors, which is where third derivatives are largest. Neighbouring steps, 4 times as long and as short,
-show both errors: a step of :math:`4h` has 16 times the first error, and a step of :math:`h/4` four times the second.
+A product along a ``v`` of length 1 is the central difference :math:`(g(\theta + h v) - g(\theta - h v)) / 2h`. Half of
+what the differences ahead, :math:`(g(\theta + h v) - g(\theta)) / h`, and behind differ by is taken for its error: it
+holds the round-off of the gradient, which grows as the step gets shorter, jumps of the gradient between the two points
+(ReLU), and for smooth losses far more than the error of a central difference. It costs no further pass and is measured
+for every product, over all data. The step is the one for which it is smallest on the first batch, along a random
+vector, one that products have turned towards the leading eigenvectors, and a unit vector.
 
-Where the gradient jumps (ReLU), a difference also counts the jumps that lie between its two points, to which the second
-derivative is blind: few in double precision, where steps are short, and more in single precision. The two are compared
-on a few examples where torch has both, and what they differ by counts as an error.
+What it cannot show are jumps of the same size on either side. Where torch has second derivatives, products are
+therefore compared with exact ones on a few examples, and any difference that these errors do not explain counts as an
+error, too.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pnanalysis.curvature.parameters import join_tensors, split_vector
+from pnanalysis.curvature.passes import plain_passes
 from pnanalysis.curvature.product_check import check_products, moved, random_direction
 from pnanalysis.errors import CurvatureError
 
@@ -26,159 +29,187 @@ if TYPE_CHECKING:
     from pnanalysis.curvature.base import CurvatureOperator
     from pnanalysis.curvature.network_loss import LossArguments
 
-#: Factor between steps that are tried.
-_FACTOR = 4.0
-#: Steps that are tried: the one expected, and so many shorter and longer ones. Where the shortest is the best, a jump
-#: of the gradient may lie within all others, and the search goes on; far longer ones leave the minimum.
-_SHORTER, _LONGER = 2, 1
-#: How many shorter ones there are at most.
-_SHORTEST = 7
+#: Factor between steps that are tried, and how far the search goes from the one expected.
+_FACTOR, _FARTHEST = 4.0, 12
+#: The longest step, as a part of the norm of the chosen parameters or, for a few small ones, of all parameters.
+_OF_CHOSEN, _OF_ALL = 0.3, 0.1
 #: Products by which a random vector is turned towards the leading eigenvectors.
 _TURNS = 3
-#: With a larger error no digit of a product is right.
-_USELESS = 0.5
+#: With a larger error, relative to the norm, hardly a digit of a product is right.
+_USELESS = 0.3
+#: Errors that two products of the same vector may be apart.
+_EXPLAINED = 3.0
 
 
-class FiniteDifferences(NamedTuple):
-    """How far to step, and what the products are then worth.
-
-    Attributes
-    ----------
-    step : float
-        Length of the step in the space of the parameters.
-    difference : float
-        Error of a product relative to its size, the larger one of two directions: what is estimated from other steps,
-        or the difference from exact products if that is larger.
-    round_off : float
-        The error relative to the norm of the matrix.
-    from_exact : float
-        Difference from the second derivative on a few examples, relative to its size; NaN where torch has none.
-    """
-
-    step: float
-    difference: float
-    round_off: float
-    from_exact: float
-
-    def product(self, op: CurvatureOperator, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
-        """The Hessian of one batch times a vector of any length."""
-        return _central(op, at, v, self.step)
-
-
-def fitted(op: CurvatureOperator, at: LossArguments, few: LossArguments) -> FiniteDifferences:
-    """Choose the step on one batch, and estimate the errors.
+class FiniteDifferences:
+    """Products by differences, and what they are worth.
 
     Parameters
     ----------
     op : CurvatureOperator
-    at, few : LossArguments
-        A batch, and a few of its examples for the comparison with exact products.
+        Whose step is fitted to its first batch, and whose errors are then measured on all data along four vectors.
+
+    Attributes
+    ----------
+    step : float
+        Its length in the space of the parameters.
+    unexplained : float
+        Difference from exact products on a few examples that their errors do not explain, relative to the norm; NaN
+        where torch has none.
 
     Raises
     ------
     CurvatureError
         If no step gives products that mean anything.
     """
-    size = math.sqrt(sum(float(t.double().square().sum()) for t in at.theta.values())) or 1.0
-    expected = size * _noise(op) ** (1 / 3)
-    random = random_direction(at.theta)
-    leading = random
-    for _ in range(_TURNS):
-        turned = _central(op, at, leading, expected)
-        length = _length(turned)
-        if not length > 0:  # a loss that is linear in the parameters, or is not finite
-            break
-        leading = [part / length for part in turned]
-    ladder = _Ladder(op, at, [random, leading], expected)
-    best = ladder.best()
-    norm = max(ladder.sizes(best))
-    errors, sizes = ladder.errors(best), ladder.sizes(best)
-    if not all(math.isfinite(number) for number in (*errors, norm)):
-        raise CurvatureError("differences of gradients are not finite; look at the loss and its data")
-    difference = max(error / size for error, size in zip(errors, sizes, strict=True) if size) if norm else 0.0
-    round_off = max(errors) / norm if norm else 0.0
-    from_exact, jumps = _from_exact(op, few, [random, leading], ladder.step(best))
-    round_off, difference = max(round_off, jumps), max(difference, from_exact if from_exact == from_exact else 0.0)
-    if round_off > _USELESS:
-        raise CurvatureError(
-            f"finite differences of this gradient are wrong by {round_off:.0%} at the best step; use exact products, "
-            "or dtype float64"
+
+    def __init__(self, op: CurvatureOperator) -> None:
+        _, _, at = next(op._weighted())
+        other = "" if op.dtype == torch.float64 and op.amp == "no" else "compute in float64, or "
+        self._advice = f"{other}take exact products"
+        self._here = op._sum_of_gradients()
+        # the largest so far of an error, a product of a vector of length 1, and an error relative to its product
+        self._error, self._norm, self._relative = torch.zeros(3, dtype=torch.float64, device=op.device)
+        size = _length(list(at.theta.values())) or 1.0
+        self.step, self.unexplained = size * math.sqrt(_noise(op)), math.nan
+        random = random_direction(at.theta)
+        leading = self._turned(op, at, random)
+        directions = [random, leading, _unit_vector(leading)]
+        others = [tensor for tensor in at.others.values() if tensor.is_floating_point()]
+        longest = max(_OF_CHOSEN * size, _OF_ALL * math.hypot(size, _length(others)))
+        self.step = _best_step(op, at, directions, self.step, longest)
+        for v in (random, leading, _unit_vector(leading), _unit_vector(random)):
+            self.product_of_all(op, join_tensors(v))
+        self.unexplained = self._from_exact(op, op._few, [random, self._turned(op, at, random)])
+        self.check()
+
+    def check(self) -> None:
+        """Refuse products that mean nothing.
+
+        Raises
+        ------
+        CurvatureError
+            If their errors are not small compared with the norm of the matrix, or they are not finite.
+        """
+        if not bool(torch.isfinite(self._error + self._norm)):
+            raise CurvatureError("differences of gradients are not finite; look at the loss and its data")
+        if self.round_off > _USELESS:
+            raise CurvatureError(
+                f"finite differences of this gradient are wrong by {self.round_off:.0%} of the norm of the matrix; "
+                f"{self._advice}"
+            )
+
+    @property
+    def difference(self) -> float:
+        """Largest error of the products so far, relative to their size."""
+        return float(self._relative)
+
+    @property
+    def round_off(self) -> float:
+        """Largest error of the products so far, relative to the norm of the matrix."""
+        own = float(self._error / self._norm) if float(self._norm) > 0 else 0.0
+        return max(own, self.unexplained) if self.unexplained > 0 else own
+
+    def product(self, op: CurvatureOperator, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        """The Hessian of one batch times a vector of any length."""
+        unit, length = _normalised(v)
+        ahead, behind = (op._loss.gradient(at, moved(at.theta, unit, s)) for s in (self.step, -self.step))
+        scale = length / (2 * self.step)
+        return [(one - other).detach() * scale for one, other in zip(ahead, behind, strict=True)]
+
+    def product_of_all(self, op: CurvatureOperator, v: Tensor) -> Tensor:
+        """The Hessian of the data times a vector ``(P,)``, whose error is noted; without waiting for the device."""
+        unit, length = _normalised(split_vector(v, op.parameter_shapes))
+        ahead, behind = torch.zeros_like(self._here), torch.zeros_like(self._here)
+        for i, weight, at in op._weighted():
+            for step, into in ((self.step, ahead), (-self.step, behind)):
+                part = join_tensors(op._loss.gradient(at, moved(at.theta, unit, step))).to(op.dtype)
+                op._finite[i] &= part.sum().isfinite()
+                into.add_(part, alpha=weight)
+        difference = ahead - behind
+        norm, error = (
+            torch.linalg.vector_norm(part, dtype=torch.float64) / (2 * self.step)
+            for part in (difference, ahead.add_(behind).sub_(self._here, alpha=2))
         )
-    return FiniteDifferences(ladder.step(best), difference, round_off, from_exact)
+        self._norm, self._error = torch.maximum(self._norm, norm), torch.maximum(self._error, error)
+        self._relative = torch.maximum(self._relative, torch.where(norm > 0, error / norm, 0.0))
+        return difference.mul_(length / (2 * self.step))
 
-
-class _Ladder:
-    """Products along some directions at steps that differ by a factor, of which two at a time are in memory."""
-
-    def __init__(
-        self, op: CurvatureOperator, at: LossArguments, directions: list[list[Tensor]], expected: float
-    ) -> None:
-        self.op, self.at, self.directions, self.expected = op, at, directions, expected
-        self._products: dict[int, list[list[Tensor]]] = {}
-        self._sizes: dict[int, list[float]] = {}
-        self._gaps: dict[int, list[float]] = {}
-
-    def step(self, rung: int) -> float:
-        """Length of the step: the expected one at 0."""
-        return self.expected * _FACTOR**rung
-
-    def best(self) -> int:
-        """The rung with the smallest error; the shortest of equal ones."""
-        for low in range(-_SHORTER, -_SHORTEST - 1, -1):
-            best = min(range(low, _LONGER + 1), key=lambda rung: (max(self.errors(rung)), rung))
-            if best > low:
+    def _turned(self, op: CurvatureOperator, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        """A vector closer to the leading eigenvectors of a batch."""
+        for _ in range(_TURNS):
+            turned = self.product(op, at, v)
+            if not 0 < _length(turned) < math.inf:  # a loss that is linear in the parameters, for example
                 break
-        return best
+            v = _normalised(turned)[0]
+        return v
 
-    def errors(self, rung: int) -> list[float]:
-        """Estimated error along each direction: that of the step's length, and that of round-off."""
-        pairs = zip(self._from_next(rung), self._from_next(rung - 1), strict=True)
-        found = [longer / (_FACTOR**2 - 1) + shorter / math.hypot(1, _FACTOR) for longer, shorter in pairs]
-        return [error if math.isfinite(error) else math.inf for error in found]
-
-    def sizes(self, rung: int) -> list[float]:
-        """Lengths of the products."""
-        return self._sizes[rung]
-
-    def _from_next(self, rung: int) -> list[float]:
-        """How far the products at this step are from those at the next longer one."""
-        if rung not in self._gaps:
-            pairs = zip(self._at(rung), self._at(rung + 1), strict=True)
-            self._gaps[rung] = [_distance(one, other) for one, other in pairs]
-        return self._gaps[rung]
-
-    def _at(self, rung: int) -> list[list[Tensor]]:
-        if rung not in self._products:
-            found = [_central(self.op, self.at, v, self.step(rung)) for v in self.directions]
-            self._products = {near: held for near, held in self._products.items() if abs(near - rung) == 1}
-            self._products[rung], self._sizes[rung] = found, [_length(product) for product in found]
-        return self._products[rung]
+    def _from_exact(self, op: CurvatureOperator, few: LossArguments, directions: list[list[Tensor]]) -> float:
+        gaps, norms = [], []
+        try:
+            with plain_passes(op.device, op.amp, True):  # and not the fused kernels that differentiate once
+                reverse, here = check_products(op, few).reverse, op._loss.gradient(few, few.theta)
+                # torch leaves out of a derivative, without a word, what passes a function that is differentiable once
+                exact = op._direct(few) if reverse else lambda v: op._product(few, v)
+                for v in directions:
+                    product, (size, error) = exact(v), _size_and_error(op, few, here, v, self.step)
+                    gaps.append(max(_distance(product, self.product(op, few, v)) - _EXPLAINED * error, 0.0))
+                    norms.append(max(size, _length(product)))
+        except Exception:  # torch lacks the derivative, or there is no memory for it
+            return math.nan
+        return max(gaps) / max(norms) if max(norms) > 0 else 0.0
 
 
-def _central(op: CurvatureOperator, at: LossArguments, v: list[Tensor], step: float) -> list[Tensor]:
-    """The central difference of the gradient along ``v``, times its length; without waiting for the device."""
-    length = torch.stack([part.double().square().sum() for part in v]).sum().sqrt()
-    unit = torch.where(length > 0, step / length, 0.0).to(v[0].dtype)
-    ahead, behind = (op._loss.gradient(at, moved(at.theta, v, s)) for s in (unit, -unit))
-    scale = (length / (2 * step)).to(v[0].dtype)
-    return [(one - other).detach() * scale for one, other in zip(ahead, behind, strict=True)]
+def _best_step(
+    op: CurvatureOperator, at: LossArguments, directions: list[list[Tensor]], expected: float, longest: float
+) -> float:
+    """The step with the smallest error on one batch, relative to the largest product."""
+    here = op._loss.gradient(at, at.theta)
+    known: dict[int, float] = {}
+
+    def error(rung: int) -> float:
+        step = expected * _FACTOR**rung
+        if rung not in known and (rung <= 0 or step <= longest):
+            sizes, errors = zip(*(_size_and_error(op, at, here, v, step) for v in directions), strict=True)
+            # steps that are too short to change anything in a half precision of the network's own give zeros
+            known[rung] = max(errors) / max(sizes) if max(sizes) > 0 else math.inf
+        return found if (found := known.get(rung, math.inf)) == found else math.inf
+
+    low, high = -1, 1
+    while True:
+        best = min(range(low, high + 1), key=lambda rung: (error(rung), abs(rung)))
+        if max(-low, high) >= _FARTHEST or (low < best < high and error(best) < _USELESS):
+            return expected * _FACTOR**best
+        if low < best < high or error(best) == math.inf:
+            low, high = low - 1, high + 1
+        else:
+            low, high = (low - 1, high) if best == low else (low, high + 1)
 
 
-def _from_exact(
-    op: CurvatureOperator, few: LossArguments, directions: list[list[Tensor]], step: float
+def _size_and_error(
+    op: CurvatureOperator, at: LossArguments, here: list[Tensor], v: list[Tensor], step: float
 ) -> tuple[float, float]:
-    """Largest difference from exact products, relative to each product and to the largest; NaN and 0 without any."""
-    try:
-        # torch leaves out of a second derivative, without a word, what passes a function that is differentiable once
-        product = op._direct(few) if check_products(op, few).reverse else lambda v: op._product(few, v)
-        exact = [[part.detach() for part in product(v)] for v in directions]
-    except (CurvatureError, torch.OutOfMemoryError):
-        return math.nan, 0.0
-    sizes = [_length(one) for one in exact]
-    gaps = [_distance(one, _central(op, few, v, step)) for one, v in zip(exact, directions, strict=True)]
-    if not max(sizes):
-        return 0.0, 0.0
-    return max(gap / size for gap, size in zip(gaps, sizes, strict=True) if size), max(gaps) / max(sizes)
+    """Length of the product of one batch with a vector of length 1, and of its error."""
+    ahead, behind = (op._loss.gradient(at, moved(at.theta, v, s)) for s in (step, -step))
+    middle = [(one.double() + other.double()) / 2 for one, other in zip(ahead, behind, strict=True)]
+    return _distance(ahead, behind) / (2 * step), _distance(middle, here) / step
+
+
+def _unit_vector(v: list[Tensor]) -> list[Tensor]:
+    """Along the largest coordinate of a vector."""
+    shapes, flat = [part.shape for part in v], join_tensors(v)
+    unit = torch.zeros_like(flat)
+    unit[flat.abs().argmax()] = 1
+    return split_vector(unit, shapes)
+
+
+def _normalised(v: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """A vector of length 1, zero if it is zero, and its length; squares neither overflow nor underflow."""
+    largest = torch.stack([part.abs().amax() for part in v]).amax()
+    scaled = [part / torch.where(largest > 0, largest, 1) for part in v]
+    length = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in scaled]).square().sum().sqrt()
+    length = length.to(largest.dtype)
+    return [part / torch.where(length > 0, length, 1) for part in scaled], largest * length
 
 
 def _noise(op: CurvatureOperator) -> float:
@@ -187,11 +218,11 @@ def _noise(op: CurvatureOperator) -> float:
 
 
 def _length(parts: list[Tensor]) -> float:
-    return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
+    return math.sqrt(sum(float(part.detach().double().square().sum()) for part in parts))
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
-    return math.sqrt(sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True)))
+    return _length([x.detach().double() - y.detach().double() for x, y in zip(a, b, strict=True)])
 
 
-__all__ = ["FiniteDifferences", "fitted"]
+__all__ = ["FiniteDifferences"]

@@ -29,9 +29,9 @@ from pnanalysis.torch_internals import tree_flatten, tree_map_only, tree_unflatt
 class HessianOperator(CurvatureOperator):
     """The Hessian of the mean loss with respect to the chosen parameters, as an operator ``(P, P)``.
 
-    Products are exact (no finite differences); see :class:`pnanalysis.curvature.base.CurvatureOperator` for the
-    parameters, attributes and methods. What the network or the loss computes under ``torch.no_grad()`` counts as
-    constant, as it does for the gradient.
+    Products are exact unless ``method="finite_difference"``; see :class:`pnanalysis.curvature.base.CurvatureOperator`
+    for the parameters, attributes and methods. What the network or the loss computes under ``torch.no_grad()`` counts
+    as constant, as it does for the gradient.
 
     Examples
     --------

@@ -38,7 +38,7 @@ def plain_passes(device: torch.device, amp: str, recurrent: bool = False, twice:
     All settings belong to the whole process, and are restored at the end. ``amp="tf32"`` multiplies in
     TensorFloat-32 on CUDA; everything else in full float32, where torch's own default is TensorFloat-32 in
     convolutions. ``recurrent`` says that the network has recurrent layers, whose cuDNN kernels differentiate once only,
-    as fused kernels for attention do; with ``twice=False`` that is enough, and they remain.
+    and not in eval mode. Fused kernels for attention, which differentiate once, remain with ``twice=False``.
     """
     backends: Any = torch.backends
     cudnn = backends.cudnn
@@ -48,7 +48,7 @@ def plain_passes(device: torch.device, amp: str, recurrent: bool = False, twice:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")  # torch's own use of it
         for backend in (backends.cuda.matmul, cudnn.conv, cudnn.rnn):
             stack.enter_context(_setting(backend, "fp32_precision", precision))
-        if twice and recurrent and device.type == "cuda":
+        if recurrent and device.type == "cuda":
             stack.enter_context(_setting(cudnn, "enabled", False))
         if twice:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 from pnanalysis.errors import RunError
@@ -98,5 +99,6 @@ def _is_exclusive(descriptor: int) -> bool:
 
 def _release(path: Path, descriptor: int, owner: int) -> None:
     if os.getpid() == owner:  # and not a copy of this process, such as one that loads data
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be read-only by now; without its lock the file means nothing
+            path.unlink(missing_ok=True)
     os.close(descriptor)

@@ -9,8 +9,8 @@ import torch
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.data_feed import DataFeed
-from pnanalysis.spectra.lanczos import SYMMETRY_TOLERANCE
-from pnanalysis.spectra.linear_operator import LinearOperator, arithmetic, checked_product
+from pnanalysis.spectra.lanczos import largest_asymmetry
+from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, not_symmetric
 from pnanalysis.spectra.sample import LanczosCoefficients, SamplingSettings, SpectrumSample
 
 #: Keeps ratios of zeros finite.
@@ -40,11 +40,8 @@ def all_columns(
     scaled = matrix / largest  # squares of its entries do not underflow
     skew = float(torch.linalg.matrix_norm(scaled - scaled.T)) / 2
     relative = skew / (float(torch.linalg.matrix_norm(scaled)) + _TINY)
-    if relative > (settings.symmetry_tolerance or SYMMETRY_TOLERANCE[arithmetic(operator)]):
-        raise CurvatureError(
-            f"the operator is not symmetric: its skew part has {relative:.1%} of its norm; every product must use the "
-            "same data, with nothing random in the model (dropout, augmentation)"
-        )
+    if relative > (settings.symmetry_tolerance or largest_asymmetry(operator)):
+        raise not_symmetric(operator, f"its skew part has {relative:.1%} of its norm")
     matrix = (matrix + matrix.T) / 2
     if feed.wanted:
         values, vectors = torch.linalg.eigh(matrix)

@@ -25,8 +25,8 @@ from pnanalysis.spectra.quadrature import jacobi_matrix, ritz
 
 #: Of a Ritz value that is no eigenvalue's: far below what a random vector has of any, about ``1 / P``.
 _NO_WEIGHT = 1e-14
-#: Copies that are closer than this fraction of their residuals have a common eigenvector with a far smaller one. Without
-#: copies, residuals are of the size of the distances, times 0.1 for a thousand steps.
+#: Copies that are closer than this fraction of their residuals have a common eigenvector with a far smaller one.
+#: Without copies, distances are of the size of residuals, or a tenth of that for a thousand steps.
 _CLOSE = 0.02
 
 

@@ -37,6 +37,7 @@ from pnanalysis.spectra.linear_operator import (
     checked_product,
     contiguous_columns,
     empty_columns,
+    not_symmetric,
     round_off,
     writes_files,
 )
@@ -54,9 +55,16 @@ BREAKDOWN = {
 }
 #: Largest relative difference of u.Hv and v.Hu that round-off in the products may explain, by their arithmetic.
 SYMMETRY_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "float16": 0.1, "bfloat16": 0.2}
+#: Where an operator says itself that its products are not precise, up to this.
+_MOST_ASYMMETRY = 0.2
 #: Products whose norm is further from 1 than this power of two, either way, are scaled by a power of two, which rounds
 #: nothing: sums of their squares in single precision stay away from overflow and underflow.
 LARGEST_EXPONENT = 30
+
+
+def largest_asymmetry(operator: LinearOperator) -> float:
+    """Relative difference of u.Hv and v.Hu that the products of an operator may have."""
+    return max(SYMMETRY_TOLERANCE[arithmetic(operator)], min(10 * round_off(operator), _MOST_ASYMMETRY))
 
 
 class Lanczos:
@@ -127,8 +135,7 @@ class Lanczos:
         self.deflated = deflated
         self.dtype = basis_dtype(operator, dtype)
         self.device = torch.device(device or operator.device)
-        explained = max(SYMMETRY_TOLERANCE[arithmetic(operator)], 10 * round_off(operator))
-        self.symmetry_tolerance = symmetry_tolerance or explained
+        self.symmetry_tolerance = symmetry_tolerance or largest_asymmetry(operator)
         n_free = n_parameters - self.n_deflated
         if not 1 <= self.capacity <= n_free:
             raise CurvatureError(
@@ -268,11 +275,8 @@ class Lanczos:
                 "check the weights, the data and the dtype"
             )
         if self.asymmetry() > self.symmetry_tolerance:
-            raise CurvatureError(
-                f"the operator is not symmetric: u.Hv and v.Hu differ by {self.asymmetry():.1%} of |Hu| for two "
-                "probe vectors; every product must use the same data, with nothing random in the model (dropout, "
-                "augmentation)"
-            )
+            found = f"u.Hv and v.Hu differ by {self.asymmetry():.1%} of |Hu| for two probe vectors"
+            raise not_symmetric(self.operator, found)
 
     def _advance(self) -> None:
         """One step."""

@@ -27,7 +27,7 @@ class LinearOperator(Protocol):
     Anything with these five members will do; no base class is needed. ``shape`` is ``(P, P)``; ``device`` and
     ``dtype`` are those of the vectors that the products take and return. An attribute ``arithmetic``, a key of
     :data:`ROUND_OFF`, may say that the products are less precise than their ``dtype``; an attribute ``round_off``, how
-    far they are off relative to the norm.
+    far they are off relative to the norm, and ``by_differences``, that this is no mere round-off.
     """
 
     @property
@@ -177,6 +177,14 @@ def arithmetic(operator: LinearOperator) -> str:
 def round_off(operator: LinearOperator) -> float:
     """Relative error of the products, and so of the largest eigenvalues, that the arithmetic causes."""
     return float(getattr(operator, "round_off", ROUND_OFF[arithmetic(operator)]))
+
+
+def not_symmetric(operator: LinearOperator, found: str) -> CurvatureError:
+    """The error for an operator that is not symmetric, with the likely reason."""
+    advice = "every product must use the same data, with nothing random in the model (dropout, augmentation)"
+    if getattr(operator, "by_differences", False):
+        advice = "finite differences are too coarse here: compute in float64, or take exact products"
+    return CurvatureError(f"the operator is not symmetric: {found}; {advice}")
 
 
 def contiguous_columns(V: torch.Tensor) -> torch.Tensor:

@@ -147,8 +147,8 @@ def _spacings_after(distance: Array, k: int, n: int, round_off: float) -> float:
 def _counted(ds: xr.Dataset, measure: SpectralMeasure, gap: Gap, side: int) -> Gap:
     """A gap with the number of eigenvalues beyond it.
 
-    The mass there is a whole number of eigenvalues but for its error. Ritz values in orthogonal spaces, or in one space,
-    stand for different ones: unless the mass contradicts it, as many are there.
+    The mass there is a whole number of eigenvalues but for its error. Ritz values in orthogonal spaces, or in one
+    space, stand for different ones: unless the mass contradicts it, as many are there.
     """
     beyond = side * (measure.node - gap.middle) > 0
     mass = measure.total(beyond.astype(float))

@@ -66,8 +66,8 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
 
         The intervals of ``negative_curvature``, ``negative_mass``, ``effective_rank`` and ``effective_dimension``
         include, besides the sampling error, what the quadrature leaves open: all of it in the first two, which makes
-        them bounds. What couples the deflated spaces to one another is part of their values, and what couples them to
-        the rest of the intervals of the latter two.
+        them bounds. The values include what couples the deflated spaces to one another. What couples these spaces to
+        the rest of the space is included in the intervals of ``effective_rank`` and ``effective_dimension``.
 
     References
     ----------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,23 +51,79 @@ def test_in_double_precision_they_are_the_hessian(name: str) -> None:
     assert op.method == "finite differences"
 
 
+def spectral_error(op: HessianOperator, exact: Tensor) -> float:
+    """Of all products, relative to the norm of the matrix."""
+    return float(torch.linalg.matrix_norm(op.to_dense().double() - exact, 2) / torch.linalg.matrix_norm(exact, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["tanh", "conv", "layernorm", "relu"])
 def test_the_stated_error_is_the_one_that_is_made(name: str, dtype: torch.dtype) -> None:
-    """In the spectral norm, the largest over all vectors, of which the operator tried two."""
     model = NETWORKS[name]()
-    exact, op = dense_hessian(model, images()), by_differences(model, dtype=dtype)
-    error = torch.linalg.matrix_norm(op.to_dense().double() - exact, 2) / torch.linalg.matrix_norm(exact, 2)
-    assert error < 4 * op.round_off
-    assert op.round_off < (1e-2 if dtype == torch.float32 else 1e-7)
+    op = by_differences(model, dtype=dtype)
+    assert spectral_error(op, dense_hessian(model, images())) < 2 * op.round_off
+    assert op.round_off < (1e-2 if dtype == torch.float32 else 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_errors_are_those_of_all_data_and_of_every_product(
+    activation: type[nn.Module], dtype: torch.dtype, seed: int
+) -> None:
+    """Of batches that differ in scale from the first, and of unit vectors, which cross kinks that others do not."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), activation(), nn.Linear(8, 3))
+    inputs, targets = torch.randn(400, 6), torch.randint(3, (400,))
+    scales = (0.1, 10.0) if seed % 2 else (1.0, 1.0)
+    data = [
+        (scale * inputs[half], targets[half]) for scale, half in zip(scales, (slice(200), slice(200, 400)), strict=True)
+    ]
+    exact = HessianOperator(model, cross_entropy, data, dtype=torch.float64).to_dense()
+    op = HessianOperator(model, cross_entropy, data, dtype=dtype, method="finite_difference")
+    if (activation, dtype) == (nn.ReLU, torch.float32):
+        # jumps within the steps of single precision are part of the error, or too many
+        with suppress(CurvatureError):
+            assert spectral_error(op, exact) < 2 * op.round_off
+    else:
+        assert spectral_error(op, exact) < 2 * op.round_off < (2e-2 if dtype == torch.float32 else 1e-6)
 
 
 def test_passes_in_bfloat16_state_a_large_error() -> None:
     model = NETWORKS["tanh"]()
-    exact, op = dense_hessian(model, images()), by_differences(model, dtype=torch.float32, amp="bf16")
-    assert 1e-3 < op.round_off < 0.5
-    error = torch.linalg.matrix_norm(op.to_dense().double() - exact, 2) / torch.linalg.matrix_norm(exact, 2)
-    assert error < 4 * op.round_off
+    op = by_differences(model, dtype=torch.float32, amp="bf16")
+    assert 1e-3 < op.round_off < 0.3
+    assert spectral_error(op, dense_hessian(model, images())) < 2 * op.round_off
+
+
+class HalfInside(nn.Module):
+    """Rounds its weights to bfloat16 itself, so that short steps change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = (nn.Parameter(torch.randn(shape) / 6) for shape in ((36, 8), (8, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1).bfloat16() @ self.inner.bfloat16()).to(x.dtype).tanh() @ self.outer
+
+
+def test_half_precision_within_a_network_is_no_flat_loss() -> None:
+    torch.manual_seed(0)
+    model = HalfInside()
+    op = by_differences(model, dtype=torch.float32)
+    assert op.differences.step > 1e-3
+    assert 1e-3 < op.round_off < 0.3
+    full = nn.Sequential(nn.Flatten(), nn.Linear(36, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False)).double()
+    for layer, weight in zip((full[1], full[3]), (model.inner, model.outer), strict=True):
+        layer.weight.data = weight.detach().T.double().contiguous()
+    assert abs(float(op.to_dense().trace()) / float(dense_hessian(full, images()).trace()) - 1) < 0.3
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-3])
+def test_steps_do_not_shrink_with_small_parameters(size: float) -> None:
+    model = NETWORKS["tanh"]()
+    nn.init.constant_(model[3].bias, size)
+    assert by_differences(model, params="3.bias", dtype=torch.float32).round_off < 1e-3
 
 
 def test_networks_without_a_second_derivative() -> None:
@@ -76,8 +134,8 @@ def test_networks_without_a_second_derivative() -> None:
         HessianOperator(once, cross_entropy, images()).to_dense()
     op = by_differences(once)
     assert relative(op.to_dense(), dense_hessian(twice, images())) < 1e-7
-    assert op.differences.from_exact != op.differences.from_exact  # there is nothing to compare with
-    assert 0 < op.differences.difference < 1e-6
+    assert op.differences.unexplained != op.differences.unexplained  # there is nothing to compare with
+    assert 0 < op.differences.difference < 1e-4
 
 
 def test_products_are_linear_in_the_length_of_the_vector() -> None:
@@ -96,7 +154,7 @@ def test_a_loss_that_is_linear_in_the_parameters_has_no_curvature() -> None:
 
 def test_gradients_that_are_mere_round_off_are_refused() -> None:
     class Coarse(nn.Module):
-        """Slopes jump wherever a number that grows by 1e6 times the parameters has a new last digit."""
+        """Its slope changes at random with every digit of the parameters."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -107,7 +165,7 @@ def test_gradients_that_are_mere_round_off_are_refused() -> None:
             return z * (1 + (1e9 * z.detach()).sin())
 
     op = HessianOperator(Coarse(), cross_entropy, images(), dtype=torch.float32, method="finite_difference")
-    with pytest.raises(CurvatureError, match="finite differences of this gradient are wrong by"):
+    with pytest.raises(CurvatureError, match=r"wrong by \d+% of the norm of the matrix; compute in float64"):
         op.to_dense()
 
 
@@ -134,3 +192,35 @@ def test_spectra_of_a_network_without_second_derivatives() -> None:
         assert ds[name].item() == pytest.approx(exact[name].item(), rel=0.01), name
     # of 32 parts of the data in place of 200 examples: the scatter of a scatter over 32 is 13 %
     assert ds.trace_data_se.item() == pytest.approx(exact.trace_data_se.item(), rel=0.5)
+    every = {**options, "n_hvp": 200, "data_error": "none"}  # of probes there is no error then
+    ds, exact = pn.hessian(net, method="finite_difference", **every), pn.hessian(nn.Sequential(*layers), **every)
+    for name in ("trace", "frobenius_norm", "lambda_max", "lambda_min"):
+        assert ds[f"{name}_low"].item() < exact[name].item() < ds[f"{name}_high"].item(), name
+
+
+def test_products_of_other_options() -> None:
+    """Draws, micro-batches, parts of parameters and single layers: as the exact ones."""
+    model = NETWORKS["conv"]()
+    for options in ({"micro_batch": 2}, {"draws": 2}, {"params": "0.weight"}, {"weight_decay": 0.1}):
+        exact = HessianOperator(model, cross_entropy, images(), **options).to_dense()
+        assert relative(by_differences(model, **options).to_dense(), exact) < 1e-6, options
+    layers = dict(by_differences(model).per_layer())
+    assert {op.method for op in layers.values()} == {"finite differences"}
+
+
+def test_memory_that_does_not_suffice_while_the_step_is_chosen() -> None:
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.n_passes = NETWORKS["tanh"](), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Large.n_passes = getattr(Large, "n_passes", 0) + 1
+            if Large.n_passes > 12 and len(x) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self.net(x)
+
+    op = HessianOperator(Large(), cross_entropy, images(), method="finite_difference")
+    with pytest.warns(UserWarning, match="going on with 3"):
+        assert op.round_off < 1e-6
+    assert relative(op.to_dense(), dense_hessian(NETWORKS["tanh"](), images())) < 1e-6

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,10 +13,12 @@ from pnanalysis.errors import TrainingError, reason
 T = TypeVar("T")
 #: Seconds to wait for the scheduler.
 _TIMEOUT = 30
+#: In a worker with several threads.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def on_cluster(address: str, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> Iterator[T]:
-    """Results of a function of this package's, as they come; as many calls are made at a time as there are threads.
+    """Results of a function, as they come: one call at a time in each worker, since they share its random state.
 
     A call whose worker dies is made again by another one. If the caller is interrupted, calls that have not begun are
     withdrawn; Dask cannot stop the others.
@@ -24,13 +28,14 @@ def on_cluster(address: str, function: Callable[..., T], calls: Sequence[tuple[A
     address : str
         Of the scheduler, such as ``tcp://node1:8786``, or the path of its ``--scheduler-file``.
     function : callable
+        Of a module that the workers can import.
     calls : sequence of tuple
         Arguments of each call.
 
     Raises
     ------
     TrainingError
-        If Dask is not installed, there is no scheduler at the address, or a call has cost several workers their life.
+        If Dask is not installed, there is no scheduler at the address, or the cluster or a call fails.
     """
     try:
         from distributed import Client, KilledWorker, as_completed
@@ -42,7 +47,7 @@ def on_cluster(address: str, function: Callable[..., T], calls: Sequence[tuple[A
     place = {"scheduler_file": address} if is_file else {"address": address}
     try:
         client = Client(**place, timeout=_TIMEOUT)
-    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+    except Exception as error:  # of many kinds, by what is wrong with the address
         raise TrainingError(f"there is no Dask scheduler at {address} ({reason(error)})") from error
     with client:
         futures = [client.submit(_called, function, arguments, pure=False) for arguments in calls]
@@ -51,16 +56,19 @@ def on_cluster(address: str, function: Callable[..., T], calls: Sequence[tuple[A
                 yield future.result()
         except KilledWorker as error:
             raise TrainingError(
-                "a call has cost several workers of the cluster their life, perhaps for lack of memory; continue with "
-                "--resume and workers with more of it"
+                "a run has killed several workers of the cluster, perhaps for lack of memory; continue with --resume "
+                "and workers with more of it"
             ) from error
+        except Exception as error:
+            raise TrainingError(f"the cluster has failed ({reason(error)}); continue with --resume") from error
         finally:
-            client.cancel(futures)
+            with suppress(Exception):  # the scheduler may be gone
+                client.cancel(futures)
 
 
 def _called(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     """In a worker, where xarray would lock its files through the scheduler, which does not know those in memory."""
     import dask
 
-    with dask.config.set(scheduler="threads"):
+    with _ONE_AT_A_TIME, dask.config.set(scheduler="threads"):
         return function(*arguments)

@@ -105,7 +105,7 @@ def sweep(
         (LeNet-5). Only settings that :func:`trainers.runs.strategies.train_together` lets differ can then be swept.
     engine : str
         ``local``, processes of this machine; or ``dask:ADDRESS``, the workers of a Dask cluster, which must see ``out``
-        as a folder of their own. The device is then one of a worker's, and ``jobs`` is up to the cluster.
+        at the same path. The device is then one of the worker's, and ``jobs`` is up to the cluster.
 
     Returns
     -------
@@ -168,11 +168,12 @@ def _on_this_machine(plans: Sequence[_Plan], device: str, resume: bool, jobs: in
 
 
 def _on_cluster(address: str, plans: Sequence[_Plan], device: str, resume: bool) -> Iterator[Outcome]:
-    begun = [] if resume else [plan for plan in plans if (plan.path / MANIFEST).exists()]
-    yield from (Outcome(plan.path, plan.settings, _EXISTS) for plan in begun)
-    # a run whose worker dies is resumed by another one
-    calls = [(plan._replace(path=plan.path.resolve()), device, True) for plan in plans if plan not in begun]
-    paths = {plan.path.resolve(): plan.path for plan in plans}
+    calls, paths = [], {plan.path.resolve(): plan.path for plan in plans}
+    for plan in plans:
+        if not resume and (plan.path / MANIFEST).exists():
+            yield Outcome(plan.path, plan.settings, _EXISTS)
+        else:  # a run whose worker dies is resumed by another one
+            calls.append((plan._replace(path=plan.path.resolve()), device, True))
     for outcome in on_cluster(address, _train_one, calls):
         yield replace(outcome, path=paths[outcome.path])
 

@@ -76,20 +76,22 @@ def test_several_processes_give_the_same_runs(two_seeds: Path, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Address of a Dask cluster with two workers on this machine."""
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.CRITICAL}
+    """Address of a Dask cluster on this machine, with two workers that have more threads than they should."""
+    options = {"n_workers": 2, "threads_per_worker": 2, "dashboard_address": None, "silence_logs": logging.CRITICAL}
     with distributed.LocalCluster(**options) as local:
         yield f"dask:{local.scheduler_address}"
 
 
 def test_a_cluster_gives_the_same_runs(two_seeds: Path, cluster: str, tmp_path: Path) -> None:
     options = {**QUIET, "jobs": None, "engine": cluster}
-    outcomes = sweep(BASE, {"seed": [0, 1]}, tmp_path, **options)
+    outcomes = sweep(BASE, {"seed": [0, 1, 2, 3]}, tmp_path, **options)
     assert [(outcome.path, outcome.failure) for outcome in outcomes] == [
-        (tmp_path / "seed=0", None), (tmp_path / "seed=1", None)
-    ]  # fmt: skip
-    np.testing.assert_array_equal(pn.open_runs(two_seeds).train_loss, pn.open_runs(tmp_path).train_loss)
-    again, longer = sweep(BASE, {"seed": [0, 2]}, tmp_path, **options)
+        (tmp_path / f"seed={seed}", None) for seed in range(4)
+    ]
+    for seed in (0, 1):
+        losses = [pn.open_run(folder / f"seed={seed}").history.train_loss for folder in (two_seeds, tmp_path)]
+        np.testing.assert_array_equal(*losses)
+    again, longer = sweep(BASE, {"seed": [0, 4]}, tmp_path, **options)
     assert again.failure == "exists already; continue it with --resume"
     assert longer.failure is None
     assert [outcome.failure for outcome in sweep(BASE, {"seed": [0]}, tmp_path, **options, resume=True)] == [None]
@@ -109,8 +111,13 @@ def test_a_call_whose_worker_dies_is_made_again(cluster: str, tmp_path: Path) ->
     assert list(on_cluster(address, _dies_at_first, [(tmp_path / "marker",)])) == ["done"]
 
 
+def test_what_fails_on_a_worker_is_one_error(cluster: str) -> None:
+    with pytest.raises(TrainingError, match=r"the cluster has failed .*invalid literal.*--resume"):
+        list(on_cluster(cluster.partition(":")[2], int, [("x",)]))
+
+
 def test_a_call_that_kills_every_worker_ends_the_sweep(cluster: str, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="has cost several workers of the cluster their life"):
+    with pytest.raises(TrainingError, match="has killed several workers of the cluster"):
         list(on_cluster(cluster.partition(":")[2], _dies_at_first, [(tmp_path / "no folder" / "marker",)]))
 
 
@@ -121,6 +128,7 @@ def test_a_call_that_kills_every_worker_ends_the_sweep(cluster: str, tmp_path: P
         ("dask", {}, "--engine 'dask': give local, or dask:ADDRESS"),
         ("dask:tcp://127.0.0.1:1", {}, "there is no Dask scheduler at tcp://127.0.0.1:1"),
         ("dask:tcp://127.0.0.1:1", {"jobs": 2}, "leave out --jobs"),
+        ("dask:nonsense://here", {}, "there is no Dask scheduler at nonsense://here"),
         ("dask:nowhere.json", {}, "nowhere.json: no such file"),
     ],
 )
