@@ -14,6 +14,8 @@ from pnanalysis.errors import ModelError
 
 #: An archive may hold this many times its own size, and this many bytes in any case.
 _MOST_GROWTH, _SMALL = 4, 2**24
+#: More parts than any network has; torch takes about 0.1 ms for each.
+_MOST_ENTRIES = 100_000
 
 
 def unpickled(path: Path, mmap: bool = False) -> Any:
@@ -28,7 +30,7 @@ def unpickled(path: Path, mmap: bool = False) -> Any:
     Raises
     ------
     ModelError
-        If the file is an archive whose content would take much more memory than its size.
+        If the file is an archive of too many parts, or whose content would take much more memory than its size.
     """
     _refuse_bombs(path)
     with safe_globals(list(_stand_ins(path))):
@@ -44,10 +46,15 @@ def _refuse_bombs(path: Path) -> None:
     """Refuse an archive that grows beyond reason when it is read: ``torch.save`` compresses nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return  # an older format, or damaged: torch says so
-    most = _MOST_GROWTH * path.stat().st_size + _SMALL
+    if len(entries) > _MOST_ENTRIES:
+        raise ModelError(
+            f"{path}: holds {len(entries):,} parts, more than the {_MOST_ENTRIES:,} that are read from such a file; "
+            "save the weights as safetensors"
+        )
+    size, most = sum(entry.file_size for entry in entries), _MOST_GROWTH * path.stat().st_size + _SMALL
     if size > most:
         raise ModelError(
             f"{path}: {size:,} bytes are compressed into it, which torch.save does not do; it is refused, as it may be "

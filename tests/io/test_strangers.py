@@ -294,3 +294,12 @@ def test_an_archive_that_grows_beyond_reason_is_not_read(tmp_path: Path) -> None
     assert read_state_dicts(plain)[""]["weight"].shape == (2**23,)
     with pytest.raises(ModelError, match=r"bomb\.pt: 33,\d+,\d+ bytes are compressed into it"):
         read_state_dicts(bomb)
+
+
+def test_an_archive_of_too_many_parts_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "many.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(100_001):
+            archive.writestr(f"many/data/{i}", b"")
+    with pytest.raises(ModelError, match=r"many\.pt: holds 100,001 parts, more than the 100,000"):
+        read_state_dicts(path)
