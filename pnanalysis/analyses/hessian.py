@@ -371,7 +371,7 @@ def products_of(spectra: Iterable[xr.Dataset]) -> dict[str, Any]:
     attrs = [ds.attrs for ds in spectra]
     largest = {
         name: float(np.fmax.reduce([one[name] for one in attrs if name in one]))
-        for name in ("hvp_difference", "asymmetry")
+        for name in ("hvp_difference", "asymmetry", "round_off", "basis_round_off")
         if any(name in one for one in attrs)
     }
     methods = ", ".join(dict.fromkeys(one["hvp_method"] for one in attrs if "hvp_method" in one))

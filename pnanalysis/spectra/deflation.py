@@ -103,7 +103,9 @@ def sample_spectrum(
             f"float64 to hold their squares; multiply the loss by a {'large' if small else 'small'} number"
         )
     own = round_off(operator)
-    tolerance = max(SKEW_TOLERANCE.get(arithmetic(operator), 10 * own), own, settings.storage.round_off)
+    tolerance = max(SKEW_TOLERANCE.get(arithmetic(operator), 0), settings.storage.round_off)
+    if arithmetic(operator) not in SKEW_TOLERANCE or getattr(operator, "by_differences", False):
+        tolerance = max(tolerance, 10 * own)
     if sample.asymmetry > tolerance:
         warnings.warn(
             f"the operator is not quite symmetric: its skew part changes products by {sample.asymmetry:.1e} of its "

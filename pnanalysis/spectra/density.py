@@ -205,11 +205,13 @@ def spectral_density(
     need = human(peak_bytes(operator.shape[0], settings))
     with progress_bar(f"{title} ({need} for the basis{kept})", budget, progress) as advance:
         sample = sample_spectrum(operator, settings, advance)
-    of_sums = max(settings.storage.round_off, round_off(operator) if getattr(operator, "by_differences", False) else 0)
+    by_differences = bool(getattr(operator, "by_differences", False))
+    of_sums = max(settings.storage.round_off, round_off(operator) if by_differences else 0)
     facts = {
         "dtype": str(operator.dtype).removeprefix("torch."),
         "round_off": max(round_off(operator), settings.storage.round_off),
         **({"basis_round_off": of_sums} if of_sums else {}),
+        **({"finite_differences": True} if by_differences else {}),
         "positive_semidefinite": bool(getattr(operator, "positive_semidefinite", False)),
         **({} if n_classes is None else {"n_classes": n_classes}),
     }

@@ -67,7 +67,8 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
         The intervals of ``negative_curvature``, ``negative_mass``, ``effective_rank`` and ``effective_dimension``
         include, besides the sampling error, what the quadrature leaves open: all of it in the first two, which makes
         them bounds. The values include what couples the deflated spaces to one another. What couples these spaces to
-        the rest of the space is included in the intervals of ``effective_rank`` and ``effective_dimension``.
+        the rest of the space is included in the intervals of ``effective_rank`` and ``effective_dimension``. All four
+        are NaN where products are finite differences, whose errors are as large as most eigenvalues.
 
     References
     ----------
@@ -93,6 +94,9 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
         "effective_rank": _rank_with_interval(ds, measure, sums, relative),
         "effective_dimension": _dimension_with_interval(ds, measure, ridge, sums, relative),
     }
+    if ds.attrs.get("finite_differences"):  # most of these sums is of eigenvalues that are smaller than the error
+        names = "negative_mass", "negative_curvature", "effective_rank", "effective_dimension"
+        found |= dict.fromkeys(names, Estimate(np.nan))
     counts: dict[str, float] = {}
     for side, suffix, edge in ((1, "", "bulk_edge_high"), (-1, "_negative", "bulk_edge_low")):
         gap = find_gap(ds, side, max(relative, ROUND_OFF) * largest)
