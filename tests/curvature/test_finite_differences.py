@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -190,10 +191,9 @@ def test_spectra_of_a_network_without_second_derivatives() -> None:
     assert ds.lambda_max_low.item() <= exact.lambda_max.item() <= ds.lambda_max_high.item()
     for name in ("trace", "trace_probe_se", "frobenius_norm", "lambda_max"):
         assert ds[name].item() == pytest.approx(exact[name].item(), rel=0.01), name
-    # what most small eigenvalues add up to is less certain than it may look
-    assert (
-        ds[["negative_curvature", "negative_mass", "effective_rank", "effective_dimension"]].isnull().to_array().all()
-    )
+    # sums over many eigenvalues that are smaller than the error
+    for name in ("negative_curvature", "negative_mass", "effective_rank", "effective_dimension"):
+        assert np.isnan(ds[name].item()), name
     # of 32 parts of the data in place of 200 examples: the scatter of a scatter over 32 is 13 %
     assert ds.trace_data_se.item() == pytest.approx(exact.trace_data_se.item(), rel=0.5)
     every = {**options, "n_hvp": 200, "data_error": "none"}  # of probes there is no error then
