@@ -67,8 +67,8 @@ class SpectrumOptions:
         checked_targets(self.until)
         check_seed(seed=self.seed)
         positive(kernel_width=self.kernel_width)
-        if self.distributed and (self.engine != "native" or self.draws is not None):
-            raise CurvatureError("several processes take the native engine and a network that does not draw")
+        if self.distributed and (self.engine != "native" or self.draws is not None or self.method != "exact"):
+            raise CurvatureError("several processes take the native engine, exact products and no draws")
 
     @classmethod
     def from_keywords(cls, **options: Any) -> SpectrumOptions:
@@ -191,7 +191,8 @@ def hessian(
         draws. The error of the trace then includes their scatter; those of other numbers do not.
     method : {"exact", "finite_difference"}
         Differences of gradients in place of exact products, for networks that torch cannot differentiate twice: see
-        :mod:`pnanalysis.curvature.finite_differences`. Their error is the dataset's ``hvp_difference``.
+        :mod:`pnanalysis.curvature.finite_differences`. Their largest error, relative to the norm, is the dataset's
+        attribute ``round_off``, which intervals include.
     data_error : {"examples", "groups", "none"}
         Whether errors include that of the choice of examples: for the trace, the Frobenius norm and the extreme
         eigenvalues (``"examples"``, for which a tenth more time is typical), or for all numbers, the density and the

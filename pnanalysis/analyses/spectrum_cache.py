@@ -122,8 +122,11 @@ class SpectrumCache:
             raise CurvatureError(f"{folder}: is a link, which is not followed; name the folder itself")
         check_tree(cache.folder, CurvatureError)
         if cache._lock is not None:
-            cache.folder.mkdir(parents=True, exist_ok=True)
-            cache._lock.acquire()
+            try:
+                cache.folder.mkdir(parents=True, exist_ok=True)
+                cache._lock.acquire()
+            except OSError as error:
+                raise CurvatureError(f"{folder}: no folder for unfinished work ({reason(error)})") from error
         try:
             cache._begin(json.loads(json.dumps(dict(settings), default=str)))
         except BaseException:
@@ -172,8 +175,10 @@ def remove_unfinished(folder: Path) -> None:
     lock = Lock(folder)
     with suppress(RunError, OSError):
         lock.acquire()
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            lock.release()
 
 
 def _settings_in(path: Path) -> dict[str, Any]:

@@ -206,6 +206,8 @@ class CurvatureOperator:
         self._finite = torch.ones(1, dtype=torch.bool, device=self.device)
         self._read(batches)
         self._keep_nothing()
+        if self.by_differences:
+            _ = self.differences  # before anything loops over batches and draws
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -243,7 +245,7 @@ class CurvatureOperator:
         """Multiply the matrix with ``k`` vectors, ``(P, k)`` to ``(P, k)``.
 
         Cheaper than ``k`` calls of :meth:`matvec`: each batch is read, and its passes over the network that do not
-        depend on the vectors are computed, once for all ``k``.
+        depend on the vectors are computed, once for all ``k``; finite differences have no such passes.
 
         Raises
         ------

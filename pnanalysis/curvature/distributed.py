@@ -101,17 +101,16 @@ class DistributedOperator:
     def __init__(self, operator: CurvatureOperator, group: Any = None) -> None:
         if not dist.is_initialized():
             raise CurvatureError("there is no process group; call torch.distributed.init_process_group first")
+        if operator.by_differences:
+            raise CurvatureError("several processes take exact products, not finite differences")
         self.operator, self.group = operator, group
         self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
         self.arithmetic, self.is_first = operator.arithmetic, _rank(group) == 0
-        self.by_differences = operator.by_differences
         self.n_processes = dist.get_world_size(group)
         sizes = self._from_all((operator.divisor, operator.shape[0], operator.reduction))
         if len({size[1:] for size in sizes}) > 1:
             raise CurvatureError(f"the processes differ in their parameters or losses: {[size[1:] for size in sizes]}")
         self._without_errors(self._from_all(self._or_error(self._check_parts)))
-        # finite differences are fitted for it, or cannot be
-        self.round_off = max(self._without_errors(self._from_all(self._or_error(lambda: operator.round_off))))
         self._is_mean = operator.reduction == "mean"
         self._fraction = operator.divisor / sum(size[0] for size in sizes) if self._is_mean else 1.0
 

@@ -3,9 +3,10 @@ r"""Hessian products by finite differences of the gradient, where torch has no s
 A product along a ``v`` of length 1 is the central difference :math:`(g(\theta + h v) - g(\theta - h v)) / 2h`. Half of
 what the differences ahead, :math:`(g(\theta + h v) - g(\theta)) / h`, and behind differ by is taken for its error: it
 holds the round-off of the gradient, which grows as the step gets shorter, jumps of the gradient between the two points
-(ReLU), and for smooth losses far more than the error of a central difference. It costs no further pass and is measured
-for every product, over all data. The step is the one for which it is smallest on the first batch, along a random
-vector, one that products have turned towards the leading eigenvectors, and a unit vector.
+(ReLU), and for smooth losses far more than the error of a central difference. To it comes how far the rounding of
+:math:`\theta \pm h v`, which is alike on both sides, turns the direction. It takes no further pass and is measured for
+every product, over all data. The step is the one for which it is smallest on the first batch, along a random vector,
+one that products have turned towards the leading eigenvectors, and a unit vector.
 
 What it cannot show are jumps of the same size on either side. Where torch has second derivatives, products are
 therefore compared with exact ones on a few examples, and any difference that these errors do not explain counts as an
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pnanalysis.curvature.parameters import join_tensors, split_vector
+from pnanalysis.curvature.parameters import Named, join_tensors, split_vector
 from pnanalysis.curvature.passes import plain_passes
 from pnanalysis.curvature.product_check import check_products, moved, random_direction
 from pnanalysis.errors import CurvatureError
@@ -55,7 +56,7 @@ class FiniteDifferences:
         Its length in the space of the parameters.
     unexplained : float
         Difference from exact products on a few examples that their errors do not explain, relative to the norm; NaN
-        where torch has none.
+        where torch has no exact ones.
 
     Raises
     ------
@@ -68,14 +69,14 @@ class FiniteDifferences:
         other = "" if op.dtype == torch.float64 and op.amp == "no" else "compute in float64, or "
         self._advice = f"{other}take exact products"
         self._here = op._sum_of_gradients()
-        # the largest so far of an error, a product of a vector of length 1, and an error relative to its product
-        self._error, self._norm, self._relative = torch.zeros(3, dtype=torch.float64, device=op.device)
+        # the largest so far of an error, a product of a unit vector, an error relative to its product, and a turn
+        self._error, self._norm, self._relative, self._turn = torch.zeros(4, dtype=torch.float64, device=op.device)
         size = _length(list(at.theta.values())) or 1.0
         self.step, self.unexplained = size * math.sqrt(_noise(op)), math.nan
         random = random_direction(at.theta)
         leading = self._turned(op, at, random)
         directions = [random, leading, _unit_vector(leading)]
-        others = [tensor for tensor in at.others.values() if tensor.is_floating_point()]
+        others = [p.detach() for p in op.model.parameters() if p.is_floating_point()]
         longest = max(_OF_CHOSEN * size, _OF_ALL * math.hypot(size, _length(others)))
         self.step = _best_step(op, at, directions, self.step, longest)
         for v in (random, leading, _unit_vector(leading), _unit_vector(random)):
@@ -107,7 +108,7 @@ class FiniteDifferences:
     @property
     def round_off(self) -> float:
         """Largest error of the products so far, relative to the norm of the matrix."""
-        own = float(self._error / self._norm) if float(self._norm) > 0 else 0.0
+        own = float(self._error / self._norm + self._turn) if float(self._norm) > 0 else 0.0
         return max(own, self.unexplained) if self.unexplained > 0 else own
 
     def product(self, op: CurvatureOperator, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
@@ -122,8 +123,10 @@ class FiniteDifferences:
         unit, length = _normalised(split_vector(v, op.parameter_shapes))
         ahead, behind = torch.zeros_like(self._here), torch.zeros_like(self._here)
         for i, weight, at in op._weighted():
-            for step, into in ((self.step, ahead), (-self.step, behind)):
-                part = join_tensors(op._loss.gradient(at, moved(at.theta, unit, step))).to(op.dtype)
+            there, back = moved(at.theta, unit, self.step), moved(at.theta, unit, -self.step)
+            turn = _turn(there, back, unit, self.step)
+            for place, into in ((there, ahead), (back, behind)):
+                part = join_tensors(op._loss.gradient(at, place)).to(op.dtype)
                 op._finite[i] &= part.sum().isfinite()
                 into.add_(part, alpha=weight)
         difference = ahead - behind
@@ -132,6 +135,8 @@ class FiniteDifferences:
             for part in (difference, ahead.add_(behind).sub_(self._here, alpha=2))
         )
         self._norm, self._error = torch.maximum(self._norm, norm), torch.maximum(self._error, error)
+        self._turn = torch.maximum(self._turn, turn)
+        error = error + turn * self._norm
         self._relative = torch.maximum(self._relative, torch.where(norm > 0, error / norm, 0.0))
         return difference.mul_(length / (2 * self.step))
 
@@ -148,12 +153,17 @@ class FiniteDifferences:
         gaps, norms = [], []
         try:
             with plain_passes(op.device, op.amp, True):  # and not the fused kernels that differentiate once
-                reverse, here = check_products(op, few).reverse, op._loss.gradient(few, few.theta)
+                check, here = check_products(op, few), op._loss.gradient(few, few.theta)
+                if math.isnan(check.difference):  # it could not be confirmed
+                    return math.nan
                 # torch leaves out of a derivative, without a word, what passes a function that is differentiable once
-                exact = op._direct(few) if reverse else lambda v: op._product(few, v)
+                exact = op._direct(few) if check.reverse else lambda v: op._product(few, v)
                 for v in directions:
                     product, (size, error) = exact(v), _size_and_error(op, few, here, v, self.step)
-                    gaps.append(max(_distance(product, self.product(op, few, v)) - _EXPLAINED * error, 0.0))
+                    gap = _distance(product, self.product(op, few, v))
+                    if not math.isfinite(gap + error):
+                        return math.inf
+                    gaps.append(max(gap - _EXPLAINED * error, 0.0))
                     norms.append(max(size, _length(product)))
         except Exception:  # torch lacks the derivative, or there is no memory for it
             return math.nan
@@ -172,8 +182,8 @@ def _best_step(
         if rung not in known and (rung <= 0 or step <= longest):
             sizes, errors = zip(*(_size_and_error(op, at, here, v, step) for v in directions), strict=True)
             # steps that are too short to change anything in a half precision of the network's own give zeros
-            known[rung] = max(errors) / max(sizes) if max(sizes) > 0 else math.inf
-        return found if (found := known.get(rung, math.inf)) == found else math.inf
+            known[rung] = max(errors) / max(sizes) if max(sizes) > 0 and math.isfinite(sum(errors)) else math.inf
+        return known.get(rung, math.inf)
 
     low, high = -1, 1
     while True:
@@ -190,9 +200,20 @@ def _size_and_error(
     op: CurvatureOperator, at: LossArguments, here: list[Tensor], v: list[Tensor], step: float
 ) -> tuple[float, float]:
     """Length of the product of one batch with a vector of length 1, and of its error."""
-    ahead, behind = (op._loss.gradient(at, moved(at.theta, v, s)) for s in (step, -step))
+    there, back = moved(at.theta, v, step), moved(at.theta, v, -step)
+    ahead, behind = op._loss.gradient(at, there), op._loss.gradient(at, back)
     middle = [(one.double() + other.double()) / 2 for one, other in zip(ahead, behind, strict=True)]
-    return _distance(ahead, behind) / (2 * step), _distance(middle, here) / step
+    size = _distance(ahead, behind) / (2 * step)
+    return size, _distance(middle, here) / step + float(_turn(there, back, v, step)) * size
+
+
+def _turn(ahead: Named, behind: Named, v: list[Tensor], step: float) -> Tensor:
+    """How far the difference of two places, which are rounded, is from ``2 step v``, relative to it."""
+    squares = [
+        torch.linalg.vector_norm((one - other) / (2 * step) - part, dtype=torch.float64).square()
+        for one, other, part in zip(ahead.values(), behind.values(), v, strict=True)
+    ]
+    return torch.stack(squares).sum().sqrt()
 
 
 def _unit_vector(v: list[Tensor]) -> list[Tensor]:

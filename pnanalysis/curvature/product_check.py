@@ -202,24 +202,34 @@ def _from_differences(op: CurvatureOperator, at: LossArguments, v: list[Tensor],
     """How far a product is from finite differences, relative to the product; the best of several steps.
 
     Differences ahead and behind differ from one another where kinks (of ReLU) lie between them. What that gap explains
-    does not count.
+    does not count; but where it is as large as the product it explains anything, and other steps say more.
     """
-    return min((_gap(op, at, v, product, step)[0] for step in _steps(at)), default=torch.inf)
+    return _best_gap(op, at, v, product)[1]
+
+
+def _best_gap(
+    op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]
+) -> tuple[bool, float, int]:
+    """The smallest gap of the steps that say something; see :func:`_gap`."""
+    return min(_gap(op, at, v, product, step) for step in _steps(at))
 
 
 def _gap(
     op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
-) -> tuple[float, int]:
-    """The largest relative gap of any part of the product that kinks do not explain, and which part that is."""
+) -> tuple[bool, float, int]:
+    """Whether kinks would explain anything, the largest relative gap of any part of the product that they do not, and
+    which part that is.
+    """
     ahead, behind, ours = op._by_differences(at, v, product, step)
     sizes = [_length(part) for part in ours]
     least = _NEGLIGIBLE * sum(size**2 for size in sizes) ** 0.5
-    found = []
+    found, says_nothing = [], False
     for a, b, own, size in zip(ahead, behind, ours, sizes, strict=True):
+        says_nothing |= _length(a - b) > max(size, least)
         unexplained = max(_length((a + b) / 2 - own) - _length(a - b), 0.0)
         found.append(unexplained / max(size, _length(a), least, torch.finfo(torch.float64).tiny))
     worst = max(range(len(found)), key=lambda i: (found[i] != found[i], found[i]))
-    return (found[worst] if found[worst] == found[worst] else torch.inf), worst
+    return says_nothing, (found[worst] if found[worst] == found[worst] else torch.inf), worst
 
 
 def _both_wrong(op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]) -> bool:
@@ -261,7 +271,7 @@ def _impossible(op: CurvatureOperator, error: Exception | None) -> CurvatureErro
 
 
 def _wrong(op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]) -> CurvatureError:
-    gap, part = min(_gap(op, at, v, product, step) for step in _steps(at))
+    _, gap, part = _best_gap(op, at, v, product)
     where = f", most at {op.names[part]!r}" if op._differences_are_derivatives else ""
     others = "; or take method='finite_difference'" if op._differences_are_derivatives else ""
     return CurvatureError(

@@ -100,5 +100,6 @@ def _is_exclusive(descriptor: int) -> bool:
 def _release(path: Path, descriptor: int, owner: int) -> None:
     if os.getpid() == owner:  # and not a copy of this process, such as one that loads data
         with suppress(OSError):  # the folder may be read-only by now; without its lock the file means nothing
-            path.unlink(missing_ok=True)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False)):  # and not another one's
+                path.unlink()
     os.close(descriptor)

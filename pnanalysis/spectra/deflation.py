@@ -53,7 +53,7 @@ from pnanalysis.spectra.allocation import (
 from pnanalysis.spectra.data_feed import DataFeed
 from pnanalysis.spectra.exact import all_columns
 from pnanalysis.spectra.ghosts import without_ghosts
-from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, SYMMETRY_TOLERANCE, Lanczos, Saver
+from pnanalysis.spectra.lanczos import STEPS_PER_CHECK, Lanczos, Saver, largest_asymmetry
 from pnanalysis.spectra.linear_operator import (
     ROUND_OFF,
     LinearOperator,
@@ -276,7 +276,7 @@ class _Sampler:
         self, name: str, vectors: range, capacity: int, deflated: Tensor | None = None, storage: Tensor | None = None
     ) -> tuple[Lanczos, Saver | None]:
         """Lanczos on random vectors, and what saves it, after it has restored what an unfinished call left."""
-        settings, of_products = self.settings, arithmetic(self.operator)
+        settings = self.settings
         if storage is None:
             storage = settings.storage.columns(self.sample.n_parameters, len(vectors) * settings.storage.kept(capacity))
         lanczos = Lanczos(
@@ -286,7 +286,7 @@ class _Sampler:
             deflated,
             settings.storage.dtype,
             settings.storage.device,
-            settings.symmetry_tolerance or max(SYMMETRY_TOLERANCE[of_products], settings.storage.round_off),
+            settings.symmetry_tolerance or max(largest_asymmetry(self.operator), settings.storage.round_off),
             storage,
             reorthogonalise=settings.storage.mode != "none",
         )

@@ -33,6 +33,8 @@ from pnanalysis.spectra.summary import effective_rank, summarise
 from pnanalysis.spectra.total_error import with_data_errors
 from pnanalysis.terminal.progress import progress_bar
 
+#: Errors of finite differences that several products together may change an eigenvalue by.
+_SEVERAL = 3.0
 #: Points of the grid that a density is given on.
 N_GRID = 1024
 #: Products where neither a budget nor numbers of steps and probes are given.
@@ -179,6 +181,10 @@ def spectral_density(
     targets = checked_targets(until)
     n_lanczos, n_probes, n_hvp = _amounts(operator.shape[0], n_lanczos, n_probes, n_hvp, targets is not None)
     budget = n_hvp or n_lanczos * n_probes
+    if getattr(operator, "by_differences", False) and "effective_rank" in (targets or {}):
+        raise CurvatureError(
+            "finite differences do not give the effective rank; take another target, or exact products"
+        )
     if data_error == "groups" and not is_averaged(operator):
         raise CurvatureError('data_error="groups" needs an operator over examples, such as pnanalysis.HessianOperator')
     dtype, place = lanczos.basis_dtype(operator, basis_dtype), torch.device(basis_device or operator.device)
@@ -206,10 +212,11 @@ def spectral_density(
     with progress_bar(f"{title} ({need} for the basis{kept})", budget, progress) as advance:
         sample = sample_spectrum(operator, settings, advance)
     by_differences = bool(getattr(operator, "by_differences", False))
-    of_sums = max(settings.storage.round_off, round_off(operator) if by_differences else 0)
+    own = round_off(operator)
+    of_sums = max(settings.storage.round_off, own if by_differences else 0)
     facts = {
         "dtype": str(operator.dtype).removeprefix("torch."),
-        "round_off": max(round_off(operator), settings.storage.round_off),
+        "round_off": max(_SEVERAL * own if by_differences else own, settings.storage.round_off),
         **({"basis_round_off": of_sums} if of_sums else {}),
         **({"finite_differences": True} if by_differences else {}),
         "positive_semidefinite": bool(getattr(operator, "positive_semidefinite", False)),
@@ -512,6 +519,9 @@ def smooth(ds: xr.Dataset, grid: Array, kernel_width: float | None = None) -> xr
         density = np.maximum(density + gain, 0.0)
         # what couples the spaces to the rest is of about this size, too, and of an unknown form
         se = np.hypot(se, np.abs(gain) * (1 + coupling_left(ds, measure, moments(ds, measure))))
+    if ds.attrs.get("finite_differences"):  # whose errors move eigenvalues
+        moved = float(ds.attrs["round_off"]) * float(np.abs(measure.node).max())
+        se = np.hypot(se, moved * np.abs(np.gradient(density, grid))) if len(grid) > 1 else se
     smoothed = ds.drop_dims("eigenvalue", errors="ignore").assign_coords(eigenvalue=("eigenvalue", grid))
     smoothed["density"] = ("eigenvalue", density, _labels("density"))
     if has_half_samples(ds):

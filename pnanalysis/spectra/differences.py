@@ -171,6 +171,13 @@ def _distance(ds_a: xr.Dataset, ds_b: xr.Dataset, same: bool) -> tuple[dict[str,
         se += float(np.sqrt(np.pi / 2)) * data_noise * float(student_t.ppf(0.975, dof)) / NORMAL_95
     elif (data_se := _distance_by_forms(ds_a, ds_b, same)) is not None:
         noise, covers, se = noise + data_se / float(np.sqrt(np.pi / 2)), "probes and examples", se + data_se
+    # finite differences move eigenvalues of both by up to their errors
+    off = sum(
+        float(ds.attrs["round_off"]) * float(np.abs(measure.node).max())
+        for ds, measure in ((ds_a, a), (ds_b, b))
+        if ds.attrs.get("finite_differences")
+    )
+    noise, se = noise + off, se + off
     return {
         "wasserstein1": float(wasserstein_distance(a.node, b.node, a.weight, b.weight)),
         "wasserstein1_noise": noise,

@@ -12,11 +12,9 @@ import xarray as xr
 from pnanalysis.arrays import Array
 from pnanalysis.io import netcdf
 from pnanalysis.spectra.inner_products import inner_products, norms
-from pnanalysis.spectra.lanczos import warn_unsaved
-from pnanalysis.spectra.linear_operator import LinearOperator, writes_files
+from pnanalysis.spectra.lanczos import SAME_PRODUCT, warn_unsaved
+from pnanalysis.spectra.linear_operator import LinearOperator, round_off, writes_files
 from pnanalysis.spectra.random_vectors import random_unit_vectors
-
-_SAME_PRODUCT = 1e-3  # relative deviation of a product that round-off explains
 
 
 def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..., xr.Dataset]) -> xr.Dataset:
@@ -30,7 +28,7 @@ def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..
     if path.is_file():
         found, product = netcdf.load(path), _sizes_of_product(operator)
         before = np.asarray(found.attrs.pop("product", np.nan))
-        if np.abs(before - product).max() <= _SAME_PRODUCT * product[1]:
+        if np.abs(before - product).max() <= max(SAME_PRODUCT, 10 * round_off(operator)) * product[1]:
             return found
     state = path.with_suffix("")
     ds = compute(state=state)

@@ -55,6 +55,8 @@ BREAKDOWN = {
 }
 #: Largest relative difference of u.Hv and v.Hu that round-off in the products may explain, by their arithmetic.
 SYMMETRY_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "float16": 0.1, "bfloat16": 0.2}
+#: Relative difference of a product from an earlier one that round-off may explain.
+SAME_PRODUCT = 1e-3
 #: Where an operator says itself that its products are not precise, up to this.
 _MOST_ASYMMETRY = 0.2
 #: Products whose norm is further from 1 than this power of two, either way, are scaled by a power of two, which rounds
@@ -64,6 +66,8 @@ LARGEST_EXPONENT = 30
 
 def largest_asymmetry(operator: LinearOperator) -> float:
     """Relative difference of u.Hv and v.Hu that the products of an operator may have."""
+    if getattr(operator, "by_differences", False):  # whose errors are known, and are relative to the norm
+        return math.inf
     return max(SYMMETRY_TOLERANCE[arithmetic(operator)], min(10 * round_off(operator), _MOST_ASYMMETRY))
 
 
@@ -414,7 +418,7 @@ class Lanczos:
             vector = self._basis[:, :, self._place(known)].T.to(self.dtype)
             alpha = inner_products(self._product(vector), vector)
             gap = (alpha - self._alpha[:, known]).abs() / self._norm.clamp_min(torch.finfo(self.dtype).tiny)
-            if float(gap.max()) > 1e-3:
+            if float(gap.max()) > max(SAME_PRODUCT, 10 * round_off(self.operator)):
                 raise CurvatureError(f"{path} was saved for another operator: delete it to start again")
 
 

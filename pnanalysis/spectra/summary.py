@@ -86,7 +86,7 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
     top, bottom = lambda_max_and_min(ds, slack)
     found = {
         "trace": _rounded(sums.trace, stored * norm),
-        "frobenius_norm": _rounded(sums.frobenius_norm, stored * norm),
+        "frobenius_norm": _without_noise(_rounded(sums.frobenius_norm, stored * norm), ds, slack),
         "lambda_max": top,
         "lambda_min": bottom,
         "negative_mass": Estimate(0.0, 0.0) if semidefinite else negative_mass(ds, LEVEL),
@@ -113,6 +113,14 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
 def _rounded(estimate: Estimate, error: float) -> Estimate:
     """With what rounding the vectors of the basis may change as a part of the standard error."""
     return replace(estimate, se=math.hypot(estimate.se, error)) if error else estimate
+
+
+def _without_noise(norm: Estimate, ds: xr.Dataset, error: float) -> Estimate:
+    """With the norm that is left if all products by finite differences are off by their error, independently."""
+    if not ds.attrs.get("finite_differences"):
+        return norm
+    low, high = norm.interval(LEVEL)
+    return replace(norm, low=math.sqrt(max(low**2 - int(ds["n_parameters"]) * error**2, 0.0)), high=high)
 
 
 def _stored(name: str, estimate: Estimate) -> dict[str, float]:

@@ -29,9 +29,6 @@ def _work(rank: int, folder: str) -> None:
     V = torch.randn(operator.shape[0], 2).double()
     ds = pn.spectral_density(operator, **SPECTRUM)
     found = {"V": V, "product": operator.matmat(V), "trace": float(ds.trace), "lambda_max": float(ds.lambda_max)}
-    by_differences = pn.HessianOperator(model, cross_entropy, own_share(images(SIZES)), method="finite_difference")
-    differences = DistributedOperator(by_differences)
-    found |= {"differences": differences.matmat(V), "round_off": differences.round_off}
     broken = images(SIZES)
     for_nan = DistributedOperator(pn.HessianOperator(model, cross_entropy, own_share(broken), expected_products=1))
     broken[1][0][0] = torch.nan  # the second process's only batch, after it was looked at
@@ -49,8 +46,6 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     whole = pn.HessianOperator(NETWORKS["conv"](), cross_entropy, images(SIZES), weight_decay=0.1, expected_products=1)
     torch.testing.assert_close(first["product"], whole.matmat(first["V"]), rtol=1e-10, atol=1e-12)
     assert torch.equal(first["product"], second["product"])
-    assert first["round_off"] == second["round_off"] > 0
-    torch.testing.assert_close(first["differences"], first["product"] - 0.1 * first["V"], rtol=1e-6, atol=1e-6)
     assert first["trace"] == second["trace"]
     alone = pn.spectral_density(whole, **SPECTRUM)
     assert first["trace"] == pytest.approx(float(alone.trace), rel=1e-9)

@@ -50,8 +50,9 @@ def on_cluster(address: str, function: Callable[..., T], calls: Sequence[tuple[A
     except Exception as error:  # of many kinds, by what is wrong with the address
         raise TrainingError(f"there is no Dask scheduler at {address} ({reason(error)})") from error
     with client:
-        futures = [client.submit(_called, function, arguments, pure=False) for arguments in calls]
+        futures = []
         try:
+            futures += [client.submit(_called, function, arguments, pure=False) for arguments in calls]
             for future in as_completed(futures):
                 yield future.result()
         except KilledWorker as error:

@@ -123,7 +123,7 @@ def sweep(
         raise TrainingError(f"--engine {shown(engine)}: give local, or dask:ADDRESS with the address of a scheduler")
     if address and (together or jobs):
         raise TrainingError(
-            "on a cluster, runs are calls of their own, as many at a time as it has threads: leave out "
+            "on a cluster, runs are calls of their own, as many at a time as it has workers: leave out "
             f"--{'together' if together else 'jobs'}"
         )
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
