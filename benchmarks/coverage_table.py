@@ -54,9 +54,8 @@ def _budgets(selected: dict[tuple[str, str], Any]) -> list[str]:
 def _intervals(results: Results, baseline: Results) -> Iterator[str]:
     now, before = _select(results, "intervals"), _select(baseline, "intervals")
     budgets = _budgets(now)
-    repetitions = ", ".join(
-        f"{budget}: {max(cell['n'] for (_, b), cell in now.items() if b == budget)}" for budget in budgets
-    )
+    counts = {budget: sorted({cell["n"] for (_, b), cell in now.items() if b == budget}) for budget in budgets}
+    repetitions = ", ".join(f"{budget}: {' to '.join(map(str, n[:: len(n) - 1 or 1]))}" for budget, n in counts.items())
     yield f"## Error of probes, {len({subject for subject, _ in now})} spectra (repetitions by products: {repetitions})"
     yield ""
     for budget in budgets:
