@@ -20,12 +20,14 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], within: Path | None = None) -> Iterator[Path]:
     """Yield a temporary file name next to ``path``; on success sync that file to disk and rename it to ``path``.
 
     If the body raises, ``path`` is untouched and the temporary file is removed. What processes that were killed have
     left of earlier attempts is removed, too. The file gets the permissions of the one that it replaces, or those that
     the user's umask allows. A link at ``path`` is replaced, and never followed.
+
+    Folders on the way to ``path`` are made; not ``within`` or those above it, if that is given.
 
     Raises
     ------
@@ -35,7 +37,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         If the folder cannot be created or written to (the disk may be full).
     """
     path = check_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if within is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        for folder in reversed([each for each in path.parents if each.is_relative_to(within) and each != within]):
+            folder.mkdir(exist_ok=True)
     _remove_leftovers(path)
     temporary = _unfinished_name(path)
     mode = path.stat().st_mode & 0o777 if path.is_file() and not path.is_symlink() else None

@@ -131,17 +131,20 @@ class RunWriter:
         path = self.path / name
         with self._explaining_failed_writes(name):
             check_inside(path, self.path, RunError)
-            with atomic_path(path) as temporary:
+            with atomic_path(path, within=self.path) as temporary:
                 temporary.write_bytes(content)
 
     @contextmanager
     def _explaining_failed_writes(self, name: str) -> Iterator[None]:
         """Turn what the operating system raises in the body into a sentence that says how to continue."""
+        gone = RunError(f"{self.path}: the folder of the run is gone; put it back and continue with --resume")
         if not self.path.is_dir():  # not to be made again, without what was in it
-            raise RunError(f"{self.path}: the folder of the run is gone; put it back and continue with --resume")
+            raise gone
         try:
             yield
         except OSError as error:
+            if not self.path.is_dir():
+                raise gone from error
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             cause = "the disk is full" if is_full else error.strerror or reason(error)
             advice = "make room" if is_full else "mend that"

@@ -207,3 +207,18 @@ def test_a_copy_of_the_process_leaves_the_lock_to_its_owner(tmp_path: Path) -> N
     with pytest.raises(RunError, match="is being written by"):
         Lock(tmp_path).acquire()
     lock.release()
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoints/iter00/epoch001.safetensors"])
+def test_a_folder_that_vanishes_while_it_is_written_is_not_made_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = RunWriter.create(tmp_path / "run", {})
+
+    def vanish(*_: object) -> None:
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr("pnanalysis.io.writer.check_inside", vanish)
+    with pytest.raises(RunError, match="the folder of the run is gone; put it back"):
+        writer._write(name, b"")
+    assert not (tmp_path / "run").exists()
