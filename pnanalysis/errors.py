@@ -64,6 +64,10 @@ class CurvatureError(PnError):
     """A curvature operator or a spectral estimate is ill-defined for the given input."""
 
 
+class Indivisible(CurvatureError):
+    """The examples of an operator cannot be divided into as many parts."""
+
+
 class ProcessLost(CurvatureError):
     """Another of several processes that compute together has ended, or does not answer."""
 

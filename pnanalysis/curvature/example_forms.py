@@ -38,7 +38,7 @@ from pnanalysis.curvature.parameters import split_vector
 from pnanalysis.curvature.product_check import in_double, random_direction, tolerance
 from pnanalysis.curvature.row_forms import Direction, Forms, Pair, close, row_forms
 from pnanalysis.curvature.tracing import Product
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, Indivisible
 from pnanalysis.inputs.batches import can_cut, contents, cut, tensors
 
 if TYPE_CHECKING:
@@ -117,13 +117,13 @@ class ExampleForms:
 
         Raises
         ------
-        CurvatureError
+        Indivisible
             If there are fewer examples, or batches where these cannot be cut, than parts.
         """
         sizes = self.op.batches.sizes
         n, what = (sum(sizes), "examples") if self.cuts_batches else (len(sizes), "batches, which cannot be cut")
         if not 1 <= n_parts <= n or not set(parts) <= set(range(n_parts)) or not parts:
-            raise CurvatureError(f"cannot take the parts {sorted(parts)} of {n_parts} parts of {n} {what}")
+            raise Indivisible(f"cannot take the parts {sorted(parts)} of {n_parts} parts of {n} {what}")
         found = np.isin(random_parts(n, n_parts, seed), list(parts))
         return found & self._counted if self.cuts_batches else np.repeat(found, sizes)
 

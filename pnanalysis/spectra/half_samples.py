@@ -13,6 +13,7 @@ P. J. McCarthy, Pseudo-replication: half samples, Review of the International St
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from scipy.linalg import hadamard
 from scipy.stats import t as student_t
 
 from pnanalysis.arrays import Array
+from pnanalysis.errors import Indivisible
 from pnanalysis.kinds import INTERVALS
 from pnanalysis.spectra.averaged import AveragedOperator
 from pnanalysis.spectra.data_error import DataForms
@@ -67,7 +69,8 @@ def sample_examples(
     ds, n_hvp = forms.dataset(), 0.0
     found = "none" if forms.reason else "examples"
     if forms.top_vector is not None:
-        ds["lambda_max_half"], n_hvp = lambda_max_of_halves(forms.operator, forms.top_vector)
+        with suppress(Indivisible):  # the nodes of a single graph, for example
+            ds["lambda_max_half"], n_hvp = lambda_max_of_halves(forms.operator, forms.top_vector)
     if data_error == "groups":
         spectra = half_sample_spectra(forms.operator, of_half, state, title)
         ds, found, n_hvp = ds.merge(spectra), "groups", n_hvp + spectra.attrs["n_hvp_data"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, Indivisible
 from pnanalysis.spectra.density import smooth, spectral_density
 from pnanalysis.spectra.half_samples import (
     Contrasts,
@@ -99,6 +99,21 @@ def test_largest_eigenvalue_over_halves():
     assert n_products == 4  # of half the cost, on each of two halves
     assert found == pytest.approx(np.mean(halves), rel=1e-2)
     assert found <= np.mean(halves) + 1e-12  # Ritz values lie within the spectrum
+
+
+def test_examples_that_cannot_be_divided_have_no_halves(monkeypatch):
+    """As the nodes of one graph, which have forms of their own but no networks of their own."""
+    operator = Population(60, rank=2).draw(64, 0)
+
+    def subset(*_: object, **__: object) -> None:
+        raise Indivisible("cannot take the parts")
+
+    monkeypatch.setattr(operator, "subset", subset)
+    ds = spectral_density(operator, n_hvp=20, **QUIET)
+    assert float(ds.trace_data_se) > 0
+    assert "lambda_max_half" not in ds
+    with pytest.raises(Indivisible):
+        spectral_density(operator, n_hvp=20, data_error="groups", **QUIET)
 
 
 def test_groups_are_refused_without_examples():
