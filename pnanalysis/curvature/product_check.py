@@ -32,6 +32,8 @@ _DIFFERENCES_TOLERANCE = 1e-4
 _AGREED = 1e-3
 #: Steps of finite differences, relative to the parameters. Kinks (of ReLU) lie in the way of few of them.
 _STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+#: Beyond this norm of all parameters, steps of the size for a norm of 1 are tried, too.
+_LARGE = 100.0
 #: Examples to check on.
 EXAMPLES = 8
 #: Parameters beyond which the check is not made in float64, to save memory.
@@ -259,7 +261,9 @@ def _inner(a: list[Tensor], b: list[Tensor]) -> float:
 
 def _steps(at: LossArguments) -> list[float]:
     size = sum(float(t.square().sum()) for t in at.theta.values()) ** 0.5
-    return [step * max(size, 1.0) for step in _STEPS]
+    # a few large parameters are no measure for the others
+    scales = [max(size, 1.0), *([1.0] if size > _LARGE else [])]
+    return [step * scale for scale in scales for step in _STEPS]
 
 
 def _impossible(op: CurvatureOperator, error: Exception | None) -> CurvatureError:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
 
@@ -193,6 +194,39 @@ def test_derivatives_that_are_wrong_in_every_mode_are_refused() -> None:
     model = Rewritten(WronglyDifferentiated.apply).double()
     with pytest.raises(CurvatureError, match="derivatives .* are wrong: .* differ from finite differences .* most at"):
         HessianOperator(model, cross_entropy, BATCHES).to_dense()
+
+
+class TanhOnce(torch.autograd.Function):
+    """Differentiable once: of its second derivative torch gives zero, without a word, beside that of other parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return slope * (1 - y**2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+def test_missing_derivatives_are_found_whatever_the_size_of_parameters(offset: float) -> None:
+    class Offset(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(36, 8), nn.Linear(8, 3)
+            self.inner.bias.data += offset
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(TanhOnce.apply(self.inner(x.flatten(1)) - offset))
+
+    torch.manual_seed(0)
+    op = HessianOperator(Offset().double(), cross_entropy, BATCHES)
+    with pytest.raises(CurvatureError, match=r"torch's derivatives .* are wrong.*method='finite_difference'"):
+        op.to_dense()
 
 
 def test_a_norm_at_zero_is_refused() -> None:
