@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 import pnanalysis as pn
@@ -16,32 +15,16 @@ from pnanalysis.curvature.operators import GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.differences import compare_spectra
 from pnanalysis.spectra.linear_operator import DiagonalOperator
-from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative
+from tests.curvature.conftest import NETWORKS, TanhOnce, dense_hessian, images, relative
 
 
 def by_differences(model: nn.Module, **options: object) -> HessianOperator:
     return HessianOperator(model, cross_entropy, images(), method="finite_difference", **options)
 
 
-class _Tanh(torch.autograd.Function):
-    """As fused kernels do, it differentiates once only."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        y = x.tanh()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: object, slope: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return slope * (1 - y**2)
-
-
 class OnceDifferentiable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return _Tanh.apply(x)
+        return TanhOnce.apply(x)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -182,7 +165,7 @@ class Offset(nn.Module):
         self.inner.bias.data += offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.outer(_Tanh.apply(self.inner(x.flatten(1)) - self.offset))
+        return self.outer(TanhOnce.apply(self.inner(x.flatten(1)) - self.offset))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e4])

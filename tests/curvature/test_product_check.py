@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
 
 from pnanalysis.curvature import passes
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError
-from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative
+from tests.curvature.conftest import NETWORKS, TanhOnce, dense_hessian, images, relative
 
 BATCHES = images((6, 4))
 
@@ -194,22 +193,6 @@ def test_derivatives_that_are_wrong_in_every_mode_are_refused() -> None:
     model = Rewritten(WronglyDifferentiated.apply).double()
     with pytest.raises(CurvatureError, match="derivatives .* are wrong: .* differ from finite differences .* most at"):
         HessianOperator(model, cross_entropy, BATCHES).to_dense()
-
-
-class TanhOnce(torch.autograd.Function):
-    """Differentiable once: of its second derivative torch gives zero, without a word, beside that of other parts."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.tanh()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return slope * (1 - y**2)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
