@@ -60,7 +60,6 @@ class RunWriter:
         RunError
             If another process is writing it, or nothing can be written there.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         with self._explaining_failed_writes(LOCK):
             self._lock.acquire()
 
@@ -69,8 +68,8 @@ class RunWriter:
         self._lock.release()
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> RunWriter:
-        """Start a new run, and lock it.
+    def create(cls, path: str | os.PathLike[str], manifest: Mapping[str, Any], parents: bool = True) -> RunWriter:
+        """Start a new run, and lock it; ``parents`` says whether to make the folders above it, too.
 
         Raises
         ------
@@ -80,6 +79,10 @@ class RunWriter:
         path = Path(path)
         check_new(path)
         writer = cls(path, {"format": FORMAT, "schema_version": schema.SCHEMA_VERSION, **manifest})
+        try:
+            path.mkdir(parents=parents, exist_ok=True)
+        except FileNotFoundError as error:
+            raise RunError(f"{path.parent}: this folder is gone; put it back and continue with --resume") from error
         writer.lock()
         check_new(path)  # another process may have begun a run here meanwhile
         writer.update()

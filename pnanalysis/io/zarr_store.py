@@ -121,7 +121,9 @@ def open_store(path: str | os.PathLike[str]) -> xr.Dataset:
         # Appended strings have no fixed length on disk. In memory they get one again, which NumPy finds from objects.
         strings = [name for name, array in ds.variables.items() if array.dtype.kind in _STRING_KINDS]
         ds = ds.assign({name: ds[name].astype(object).astype(np.str_) for name in strings})
-        return ds.assign_attrs({name: attrs[name] for name in ds.attrs if name in attrs})  # those with the digest
+        if attrs:  # those with the digest, by their names there; xarray has taken "coordinates" for itself
+            ds.attrs = {name: value for name, value in attrs.items() if name != "coordinates"}
+        return ds
     except Exception as error:  # of many types, depending on what is damaged
         raise SchemaError(f"{path}: not a readable Zarr store ({reason(error)})") from error
 
@@ -294,7 +296,7 @@ def _drop_unfinished_rows(path: Path) -> None:
     """Cut arrays back to the lengths in the consolidated metadata: a killed append leaves some of them longer."""
     import zarr  # here, because it is slow to import and few commands append
 
-    for leftover in path.glob("*.partial"):  # zarr's temporary files, which it would take for foreign objects
+    for leftover in path.rglob("*.partial"):  # zarr's temporary files, which it would take for foreign objects
         leftover.unlink()
     finished = zarr.open_group(path, mode="r", zarr_format=_FORMAT, use_consolidated=True)
     present = zarr.open_group(path, mode="r+", zarr_format=_FORMAT, use_consolidated=False)

@@ -196,7 +196,7 @@ def numbered(k: int, n: int = 20_000) -> xr.Dataset:
 
 
 def _save_repeatedly(folder: Path) -> None:
-    before = json.loads((folder / "saved.json").read_text()) if (folder / "saved.json").is_file() else 0
+    before = int((folder / "saved.json").read_text() or 0) if (folder / "saved.json").is_file() else 0
     for k in range(before + 1, before + 11):
         netcdf.save(numbered(k), folder / "data.nc")
         with open(folder / "saved.json", "w") as file:  # in place: the job tells what it has been told is safe

@@ -222,3 +222,10 @@ def test_a_folder_that_vanishes_while_it_is_written_is_not_made_again(
     with pytest.raises(RunError, match="the folder of the run is gone; put it back"):
         writer._write(name, b"")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_begun_in_a_folder_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="sweep: this folder is gone; put it back"):
+        RunWriter.create(tmp_path / "sweep" / "run", {}, parents=False)
+    assert not (tmp_path / "sweep").exists()
+    RunWriter.create(tmp_path / "sweep" / "run", {}).release()

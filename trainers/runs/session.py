@@ -99,8 +99,9 @@ class Session:
     """
 
     def __init__(
-        self, config: Config, data: Splits, device: torch.device, out: Path, resume: bool, save_interval: float
-    ) -> None:
+        self, config: Config, data: Splits, device: torch.device, out: Path, resume: bool, save_interval: float,
+        parents: bool = True,
+    ) -> None:  # fmt: skip
         self.config, self.data, self.device, self.save_interval = config, data, device, save_interval
         initial = self.initial_model(0)
         self.layer_names = [name for name, _ in parameter_layers(initial)]
@@ -110,7 +111,7 @@ class Session:
         check_trainable(initial.to(device), data, config)
         self.error_kind = error_kind(resolve_loss(config.loss), self.train_split.targets)
         # Last of all: everything above may still fail, and must not leave a run directory behind.
-        self.writer = _open_writer(config, self, out, resume)
+        self.writer = _open_writer(config, self, out, resume, parents)
         try:
             self.resume_state = _load_resume_state(self.writer)
             if self.writer.manifest["ends"] or self.resume_state:
@@ -303,7 +304,7 @@ def _load_resume_state(writer: RunWriter) -> _ResumeState | None:
     return _ResumeState(model, optimizer, position["iteration"], position["epoch"])
 
 
-def _open_writer(config: Config, session: Session, out: Path, resume: bool) -> RunWriter:
+def _open_writer(config: Config, session: Session, out: Path, resume: bool, parents: bool) -> RunWriter:
     if resume and (out / MANIFEST).is_file():
         writer = RunWriter(out, open_run(out).manifest)
         check_same(writer.manifest["config"], config, out)
@@ -328,7 +329,7 @@ def _open_writer(config: Config, session: Session, out: Path, resume: bool) -> R
         layer_names=session.layer_names,
         layers=session.layers,
     )
-    return RunWriter.create(out, description)
+    return RunWriter.create(out, description, parents)
 
 
 def _check_disk(config: Config, model: nn.Module, out: Path) -> None:

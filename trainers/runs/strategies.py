@@ -73,7 +73,9 @@ def train(
         return SMALL_PROBLEMS[recipe.problem](config, Path(out), device, resume, progress)
     torch_device = resolve_device(device)
     check_settings(config, Path(out), resume)
-    session = Session(config, _load(config, torch_device), torch_device, Path(out), resume, save_interval)
+    parents = not Path(out).parent.is_dir()  # a folder that is gone once the data are read is not made again
+    data = _load(config, torch_device)
+    session = Session(config, data, torch_device, Path(out), resume, save_interval, parents)
     _print_resume_message(session, progress)
     try:
         with progress_bar(f"{config.recipe}/{config.strategy}", session.n_to_see(), progress) as advance:
