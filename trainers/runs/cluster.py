@@ -13,6 +13,7 @@ from pnanalysis.errors import TrainingError, reason
 T = TypeVar("T")
 #: Seconds to wait for the scheduler.
 _TIMEOUT = 30
+_SCHEMES = ("tcp", "tls", "ws", "wss")
 #: In a worker with several threads.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -44,6 +45,9 @@ def on_cluster(address: str, function: Callable[..., T], calls: Sequence[tuple[A
     is_file = address.endswith(".json")
     if is_file and not Path(address).is_file():  # Dask would wait for it
         raise TrainingError(f"{address}: no such file; a Dask scheduler writes it where --scheduler-file says")
+    scheme, separator, _ = address.partition("://")
+    if separator and scheme not in _SCHEMES:  # Dask's own threads would say so, again and again
+        raise TrainingError(f"there is no Dask scheduler at {address}: it must begin with {'://, '.join(_SCHEMES)}://")
     place = {"scheduler_file": address} if is_file else {"address": address}
     try:
         client = Client(**place, timeout=_TIMEOUT)
