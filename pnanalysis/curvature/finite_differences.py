@@ -121,10 +121,10 @@ class FiniteDifferences:
     def product_of_all(self, op: CurvatureOperator, v: Tensor) -> Tensor:
         """The Hessian of the data times a vector ``(P,)``, whose error is noted; without waiting for the device."""
         unit, length = _normalised(split_vector(v, op.parameter_shapes))
+        there, back = moved(op._theta, unit, self.step), moved(op._theta, unit, -self.step)
+        turn = _turn(there, back, unit, self.step)
         ahead, behind = torch.zeros_like(self._here), torch.zeros_like(self._here)
         for i, weight, at in op._weighted():
-            there, back = moved(at.theta, unit, self.step), moved(at.theta, unit, -self.step)
-            turn = _turn(there, back, unit, self.step)
             for place, into in ((there, ahead), (back, behind)):
                 part = join_tensors(op._loss.gradient(at, place)).to(op.dtype)
                 op._finite[i] &= part.sum().isfinite()
