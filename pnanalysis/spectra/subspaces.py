@@ -112,7 +112,7 @@ def overlap(V: Tensor, W: Tensor) -> float:
     if V.ndim != 2 or W.ndim != 2 or len(V) != len(W) or not (V.shape[1] and W.shape[1]):
         raise CurvatureError(f"spaces of the shapes {tuple(V.shape)} and {tuple(W.shape)} have no overlap; give (P, k)")
     cosines = coordinates(V, W.to(V))
-    return float(cosines.square().sum()) / min(V.shape[1], W.shape[1])
+    return min(float(cosines.square().sum()) / min(V.shape[1], W.shape[1]), 1.0)  # beyond it lies round-off
 
 
 def chance_overlap(n_parameters: int, a: int, b: int) -> tuple[float, float]:
