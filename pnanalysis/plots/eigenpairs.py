@@ -25,6 +25,8 @@ from pnanalysis.plots.style import (
 
 #: Checkpoints that have panels of their own; the figure says so where there are more.
 _MOST = 3
+#: Eigenvalues of parts of the Gauss-Newton matrix.
+_PREDICTIONS = {"class_value": "of class means alone", "cross_value": "of means of pairs of classes"}
 _LEVELS = {
     "class": (BLUE, "class means"),
     "cross": (SKY, "pairs of classes"),
@@ -87,10 +89,13 @@ def _values(ds: xr.Dataset, ax: Axes) -> None:
         ax.plot(x[done], at.value[done], marker, color=colour, ls="", label=name or "eigenvalue")
         if not done.all():
             ax.plot(x[~done], at.value[~done], marker, color=colour, mfc="white", ls="", label="not converged")
-        if "class_value" in ds:
-            predicted = at.class_value.values[: len(x)]
-            text = "of the class means" if i == k - 1 else None
-            ax.plot(x[: len(predicted)], predicted, color=colour, ls=DASHES[1], lw=0.8, marker="_", label=text)
+    for j, (variable, text) in enumerate(_PREDICTIONS.items(), start=1):
+        for i in range(k if variable in ds else 0):
+            predicted = ds[variable].isel(checkpoint=i).values[: ds.sizes["pair"]]
+            ax.plot(
+                ds.pair.values[: len(predicted)], predicted, color=COLOURS[i % len(COLOURS)], ls=DASHES[2 * j - 1],
+                lw=0.8, label=text if i == 0 else None,
+            )  # fmt: skip
     ax.axhline(0, color="#bbbbbb", lw=0.6, zorder=0)
     integer_axis(ax, ds.pair.values)
     ax.set_xlabel("eigenpair")
@@ -118,8 +123,8 @@ def _overlap(ds: xr.Dataset, ax: Axes) -> None:
     ax.set_xticks(middles, names, **tilted(names, 1.8))
     ax.tick_params(length=0)
     chance = float(np.nanmean(ds.overlap_chance))
-    diagonal = "; diagonal: halves of examples" if "overlap_halves" in ds else ""
-    ax.set_title(f"overlap of spaces (chance {chance:.2g}){diagonal}", loc="left", fontsize=6)
+    diagonal = "\ndiagonal: over halves of the examples" if "overlap_halves" in ds else ""
+    ax.set_title(f"overlap of spaces, by chance {chance:.2g}{diagonal}", loc="left", fontsize=7)
     ax.set_label("overlap")
 
 
@@ -132,10 +137,10 @@ def _directions(ds: xr.Dataset, ax: Axes) -> None:
         ax.plot(places + 0.1, 100 * ds.update_top, "s", color=BLUE, mfc="white", label="last update")
     ax.plot(places, 100 * ds.top_chance, "_", color="black", ms=14, label="random vector")
     ax.set_xlim(-0.6, places[-1] + 0.6)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.45 * ax.get_ylim()[1])  # room for the legend
     ax.set_xticks(places, names, **tilted(names, 1.8))
     ax.set_ylabel(f"part in the top {ds.attrs.get('n_top', 'k')} [%]")
-    ax.set_title("bars: 95 %, other examples", loc="left", fontsize=7)
+    ax.set_title("gradient and update,\nbars: 95 % for the examples", loc="left", fontsize=7)
     ax.legend(fontsize=6)
     ax.set_label("directions")
 
@@ -174,7 +179,8 @@ def _levels(ds: xr.Dataset, figure: SubFigure) -> None:
             ax.bar(at.pair, height, 0.8, below, color=colour, label=text)
             below = below + height
         ax.plot(at.pair, 100 * at.class_part, "D", color="black", mfc="white", label="vector in span of class means")
-        integer_axis(ax, at.pair.values)
+        step = -(-at.sizes["pair"] // 12)
+        ax.set_xticks(at.pair.values[::step])
         ax.set_xlabel("eigenpair")
         ax.set_title(name or "Gauss-Newton curvature", loc="left", fontsize=7)
         ax.set_label(f"levels {name}")
