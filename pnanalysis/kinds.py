@@ -182,7 +182,7 @@ _FUNCTIONAL = {
 
 _OVERLAP = {
     "overlap": _var("checkpoint other", "1", "overlap of the spaces of eigenvectors (mean squared cosine)", _OPTIONAL),
-    "overlap_halves": _var("checkpoint other", "1", "overlap of spaces over different halves of the examples", _OPTIONAL),
+    "overlap_halves": _var("checkpoint other", "1", "overlap of spaces over different halves of examples", _OPTIONAL),
     "overlap_halves_spread": _var("checkpoint other", "1", "half the difference of the two ways round", _OPTIONAL),
     "overlap_chance": _var("checkpoint other", "1", "overlap expected of random spaces", _OPTIONAL),
     "overlap_chance_sd": _var("checkpoint other", "1", "standard deviation of the overlap of random spaces", _OPTIONAL),

@@ -228,7 +228,7 @@ def network_eigenpairs(
 
 
 def previous_state(item: SelectedCheckpoint) -> Mapping[str, Tensor] | None:
-    """The state of the checkpoint that was stored before this one in the same training; ``None`` where there is none."""
+    """The state of the checkpoint that was stored before this one in its training; ``None`` where there is none."""
     run, checkpoint = item.source.run, item.checkpoint
     if run is None or not isinstance(checkpoint, Checkpoint):
         return None

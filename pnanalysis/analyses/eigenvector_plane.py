@@ -78,7 +78,6 @@ def eigenvector_plane(
         If the dataset has no vectors, is of other weights, or has fewer pairs.
     """
     if eigenpairs is None:
-        # one more than the plane needs: what separates the last from the rest is then known
         options = EigenpairOptions(k=max(pairs), dtype=dtype, seed=seed, data_error="none", classes=False)
         with progress_bar(f"{label}: eigenvectors", None, progress) as advance:
             found = network_eigenpairs(
@@ -113,7 +112,7 @@ def _of_network(ds: xr.Dataset, network: nn.Module, label: str) -> xr.Dataset:
     own = np.flatnonzero(ds["weights_digest"].values == weights_digest(network))
     if not len(own):
         raise ModelError(
-            f"these eigenpairs are of {', '.join(map(str, ds.checkpoint.values))}, whose weights are not those of {label}"
+            f"these eigenpairs are of {', '.join(map(str, ds.checkpoint.values))}, and none has the weights of {label}"
         )
     return ds.isel(checkpoint=int(own[0]))
 
@@ -125,7 +124,7 @@ def _as_state(vector: np.ndarray, tensors: Sequence[tuple[str, str, int]], like:
     for name, _, n in tensors:
         if name not in state:
             raise ModelError(
-                f"{name!r} is a part of a parameter, or of another network; a plane needs eigenvectors of whole parameters"
+                f"{name!r} is a part of a parameter, or of another network; a plane needs whole parameters"
             )
         into = as_real(state[name])  # a view
         into.copy_(torch.from_numpy(np.ascontiguousarray(vector[begin : begin + n])).view(into.shape))

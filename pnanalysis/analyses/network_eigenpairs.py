@@ -189,12 +189,11 @@ def _half_pairs(
             half = operator.subset([part], 2, seed=options.seed)
         except Indivisible:  # a single graph, for example
             return (), np.empty(0), 0
-        found.append(
-            verified_pairs(
-                half, len(pairs.value), options.which, tolerance=max(options.tolerance, _HALF_TOLERANCE),
-                max_hvp=options.max_hvp, seed=options.seed, start=pairs.vector, advance=advance,
-            )  # fmt: skip
-        )
+        one = verified_pairs(
+            half, len(pairs.value), options.which, tolerance=max(options.tolerance, _HALF_TOLERANCE),
+            max_hvp=options.max_hvp, seed=options.seed, start=pairs.vector, advance=advance,
+        )  # fmt: skip
+        found.append(one)
     n_hvp = sum(one.n_hvp for one in found) // 2  # each over half of the examples
     return tuple(one.vector for one in found), np.stack([one.value for one in found]), n_hvp
 
@@ -251,8 +250,9 @@ def _with_classes(ds: xr.Dataset, operator: CurvatureOperator, V: Tensor) -> tup
         return ds, str(error)
     whole = found.level_form.sum(0)
     n = operator.shape[0]
+    part = np.divide(found.level_form, whole, out=np.zeros(found.level_form.shape), where=whole > 0)
     ds = ds.assign(
-        level_part=(("level", "pair"), np.divide(found.level_form, whole, out=np.zeros((4, len(whole))), where=whole > 0)),
+        level_part=(("level", "pair"), part),
         ggn_value=("pair", whole), class_part=("pair", found.class_part), cross_part=("pair", found.cross_part),
         class_value=("class", found.class_value), class_chance=found.class_rank / n,
     )  # fmt: skip

@@ -34,7 +34,7 @@ def compare(
     n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
     data_error: options.DataError = "examples",
     eigenpairs: Annotated[
-        bool, typer.Option("--eigenpairs/--no-eigenpairs", help="Compare the spaces of the top 10 Hessian eigenvectors.")
+        bool, typer.Option("--eigenpairs/--no-eigenpairs", help="Compare the spaces of the top Hessian eigenvectors.")
     ] = False,
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 256,

@@ -107,7 +107,8 @@ def landscape(
     ds = analyse(
         *given, checkpoints=checkpoint, view=view, align=align, n_points=points, extrapolate=extrapolate, span=span,
         curve=curve, n_bends=bends, n_steps=steps, lr=lr, n_restarts=restarts, bn=bn,
-        eigenpairs=None if eigenpairs is None else load(eigenpairs), pairs=pairs, splits=split, n=n, batch_size=batch_size, dtype=dtype, device=device, seed=seed, progress=not quiet,
+        eigenpairs=None if eigenpairs is None else load(eigenpairs), pairs=pairs, splits=split, n=n,
+        batch_size=batch_size, dtype=dtype, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     drawing = _paths(given, quiet) if view == "plane" and plot is not None and checkpoint is None else {}
     table = _barriers if ds.attrs["kind"] == "barrier" else _extremes

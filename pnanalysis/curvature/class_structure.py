@@ -1,13 +1,13 @@
 r"""What the outliers of a classifier's Gauss-Newton matrix are made of: means over classes of its examples' gradients.
 
-For cross-entropy, let :math:`g_{ic'}` be the gradient of the loss of example :math:`i` if its label were :math:`c'`, and
-:math:`p_{ic'}` the probability that the network gives that label. The Gauss-Newton matrix is a second moment,
+For cross-entropy, let :math:`g_{ic'}` be the gradient of the loss of example :math:`i` if its label were :math:`c'`,
+and :math:`p_{ic'}` the probability that the network gives that label. The Gauss-Newton matrix is a second moment,
 
 .. math:: G = \sum_i \omega_i \sum_{c'} p_{ic'}\, g_{ic'}\, g_{ic'}^\top ,
 
-with :math:`\omega_i` the example's weight in the loss. An analysis of variance divides it into four parts. With the means
-:math:`\delta_{cc'}` over the examples of class :math:`c` and :math:`\delta_c` over :math:`c' \ne c`, all weighted by
-:math:`w_{ic'} = \omega_i p_{ic'}`,
+with :math:`\omega_i` the example's weight in the loss. An analysis of variance divides it into four parts. With the
+means :math:`\delta_{cc'}` over the examples of class :math:`c` and :math:`\delta_c` over :math:`c' \ne c`, all
+weighted by :math:`w_{ic'} = \omega_i p_{ic'}`,
 
 .. math::
     G = \underbrace{\sum_c w_c \delta_c \delta_c^\top}_{\text{class}}
@@ -191,7 +191,7 @@ class _Sums:
                 outputs = self.op._loss.outputs(at, at.theta)
             _, targets, weight = self._positions(at, outputs)
             single = at.targets.ndim == 1 and can_cut((at.inputs, at.targets))
-            for c in targets[weight > 0].unique().tolist():
+            for c in torch.unique(targets[weight > 0]).tolist():
                 chosen = (targets == c) & (weight > 0)
                 if single:
                     inputs, labels = rows((at.inputs, at.targets), chosen)

@@ -40,6 +40,7 @@ from pnanalysis.terminal.progress import Advance
 
 #: Which eigenvalues: the largest, the smallest (most negative), or those of the largest magnitude.
 WHICH = ("largest", "smallest", "magnitude")
+NOT_FINITE = "a product of the operator held NaN or infinite values; check the weights and the data"
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,7 @@ class _Restarted:
         rest, (coordinates,) = orthogonalised(product, [self.basis[:, : j + 1]])
         length = float(norms(rest))
         if not np.isfinite(length):
-            raise CurvatureError(
-                "a product of the operator held NaN or infinite values; check the weights and the data"
-            )
+            raise CurvatureError(NOT_FINITE)
         self.matrix[j, j] = float(coordinates[j])
         self.size, self.beta = j + 1, length
         scale = max(np.abs(self.matrix).max(), float(norms(product)))

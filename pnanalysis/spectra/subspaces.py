@@ -1,13 +1,13 @@
 r"""Spaces of eigenvectors: how well they are known, how far two of them coincide, and how much of a vector they hold.
 
-Let :math:`V` hold orthonormal vectors, :math:`\Theta` their Ritz values and :math:`R = HV - V\Theta` the residuals. Then
+Let :math:`V` hold orthonormal vectors, :math:`\Theta` their Ritz values and :math:`R = HV - V\Theta` the residuals.
 
-- an eigenvalue lies within :math:`|r_i|` of each Ritz value, and as many eigenvalues as there are Ritz values lie, one to
-  one, within :math:`\lVert R \rVert_2` of them (Kahan);
-- the angle between :math:`v_i` and its eigenvector has :math:`\sin\angle \le |r_i| / \delta_i`, where :math:`\delta_i` is
-  the distance of :math:`\theta_i` from all other eigenvalues (Davis and Kahan). For the space of several vectors it is
-  :math:`\lVert R_c \rVert_2 / \delta_c`, with the distance of their Ritz values from all eigenvalues that do not belong to
-  them: in a cluster, the space is known although its vectors are not.
+- An eigenvalue lies within :math:`|r_i|` of each Ritz value, and as many eigenvalues as there are Ritz values lie, one
+  to one, within :math:`\lVert R \rVert_2` of them (Kahan).
+- The angle between :math:`v_i` and its eigenvector has :math:`\sin\angle \le |r_i| / \delta_i`, where
+  :math:`\delta_i` is the distance of :math:`\theta_i` from all other eigenvalues (Davis and Kahan). For the space of
+  several vectors it is :math:`\lVert R_c \rVert_2 / \delta_c`, with the distance of their Ritz values from all
+  eigenvalues that do not belong to them: in a cluster, the space is known although its vectors are not.
 
 The other eigenvalues are taken to be where their own Ritz values and bounds say.
 
@@ -19,10 +19,12 @@ B. N. Parlett, The Symmetric Eigenvalue Problem (1998), ch. 11.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pnanalysis.arrays import Array
@@ -47,7 +49,7 @@ class AngleBounds(NamedTuple):
     """
 
     vector: Array
-    cluster: Array
+    cluster: NDArray[np.int64]
     space: Array
 
 
@@ -78,7 +80,7 @@ def angle_bounds(
     vector = _ratio(residual, np.minimum(between.min(1), to_rest) if k else to_rest)
     order = np.argsort(value)
     cluster = np.zeros(k, dtype=np.int64)
-    for before, at in zip(order[:-1], order[1:], strict=True):
+    for before, at in pairwise(order):
         loose = _ratio(max(residual[before], residual[at]), between[before, at]) > _LOOSE
         cluster[at] = cluster[before] + (not loose)
     names = {name: i for i, name in enumerate(dict.fromkeys(cluster.tolist()))}  # numbered in the order of the pairs

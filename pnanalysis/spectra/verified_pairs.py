@@ -1,9 +1,9 @@
 """A few extreme eigenpairs that have been checked: with residuals of their own, and none left out.
 
-Lanczos from one start vector finds one vector of each eigenspace: of an eigenvalue that is there twice, it may miss one.
-So a random vector of the orthogonal complement of what has been found is started from, until that complement holds
-nothing more. Then the matrix is multiplied with the vectors once more. The Rayleigh quotients of these products give the
-values, and their residuals, which are compared with those that Lanczos tells.
+Lanczos from one start vector finds one vector of each eigenspace: of an eigenvalue that is there twice, it may miss
+one. So a search starts from a random vector in the orthogonal complement of what has been found, until it finds nothing
+more. The matrix is also multiplied with the vectors once more: these products give the values and their residuals, and
+are compared with what Lanczos tells.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pnanalysis.arrays import Array
@@ -31,7 +32,7 @@ from pnanalysis.spectra.linear_operator import (
     round_off,
 )
 from pnanalysis.spectra.random_vectors import random_unit_vectors
-from pnanalysis.spectra.restarted import WHICH, EigenPairs, extreme_pairs, wanted_first
+from pnanalysis.spectra.restarted import NOT_FINITE, WHICH, EigenPairs, extreme_pairs, wanted_first
 from pnanalysis.spectra.subspaces import AngleBounds, angle_bounds
 from pnanalysis.terminal.progress import Advance
 
@@ -71,7 +72,7 @@ class VerifiedPairs:
     value: Array
     residual: Array
     vector: Tensor
-    converged: Array
+    converged: NDArray[np.bool_]
     noise: float
     angles: AngleBounds
     rest: tuple[float, float] | None
@@ -167,7 +168,7 @@ def verified_pairs(
         else:
             rest, complete = (float(more.value[0]), float(more.residual[0])), True
     if found.size > k:
-        rest = max_wanted(rest, (float(found.value[k]), float(found.residuals()[0][k])), which)
+        rest = _more_wanted(rest, (float(found.value[k]), float(found.residuals()[0][k])), which)
     return _verified(found.first(k), rest, complete, accuracy, which)
 
 
@@ -195,7 +196,7 @@ class _Found:
 
     def __init__(self, operator: LinearOperator, pairs: EigenPairs, which: str, advance: Advance | None) -> None:
         self.operator, self.which, self.advance = operator, which, advance
-        self.vector, self.n_hvp, self.scale = pairs.vector, pairs.n_hvp, pairs.scale
+        self.value, self.vector, self.n_hvp, self.scale = pairs.value, pairs.vector, pairs.n_hvp, pairs.scale
         self.product = self._times(self.vector)
         self._check(pairs)
         self._rotate()
@@ -249,7 +250,7 @@ class _Found:
         if self.advance is not None:
             self.advance(vectors.shape[1])
         if not bool(torch.isfinite(norms(product)).all()):
-            raise CurvatureError("a product of the operator held NaN or infinite values; check the weights and the data")
+            raise CurvatureError(NOT_FINITE)
         return product
 
     def _check(self, pairs: EigenPairs) -> None:
@@ -278,9 +279,7 @@ def _is_beyond(value: float, last: float, which: str, accuracy: float) -> bool:
     return bool(ahead > accuracy)
 
 
-def max_wanted(
-    one: tuple[float, float] | None, other: tuple[float, float], which: str
-) -> tuple[float, float]:  # fmt: skip
+def _more_wanted(one: tuple[float, float] | None, other: tuple[float, float], which: str) -> tuple[float, float]:
     """Of two Ritz values with residuals the one that is wanted more."""
     return other if one is None or wanted_first(np.array([other[0], one[0]]), which)[0] == 0 else one
 
