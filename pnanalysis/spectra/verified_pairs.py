@@ -9,7 +9,7 @@ are compared with what Lanczos tells.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,9 @@ def verified_pairs(
         if complete or found.n_hvp >= max_hvp + k:
             break
         more = found.search(max(k - found.size, 1), round_, seed, tolerance, max_hvp)
+        if not len(more.value):  # nothing but round-off of zero
+            rest, complete = (0.0, round_off(operator) * found.scale), found.size >= k
+            continue
         missed = found.size < k or _is_beyond(more.value[0], found.value[k - 1], which, accuracy)
         if missed:
             found.add(more.vector)
@@ -173,10 +176,13 @@ def verified_pairs(
 
 
 class _Complement:
-    """An operator between the vectors orthogonal to some others: ``(1 - VV') H (1 - VV')``."""
+    """An operator between the vectors orthogonal to some others, which round-off brings back: ``QHQ + s (1 - Q)``.
 
-    def __init__(self, operator: LinearOperator, V: Tensor) -> None:
-        self.operator, self.V = operator, V
+    ``Q`` is ``1 - VV'``, and ``s`` an eigenvalue that nobody wants.
+    """
+
+    def __init__(self, operator: LinearOperator, V: Tensor, unwanted: float) -> None:
+        self.operator, self.V, self.unwanted = operator, V, unwanted
         self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
         self.arithmetic, self.round_off = arithmetic(operator), round_off(operator)
 
@@ -188,7 +194,8 @@ class _Complement:
         return self.matmat(v[:, None])[:, 0]
 
     def matmat(self, V: Tensor) -> Tensor:
-        return self.off(checked_product(self.operator, self.off(V)))
+        inside = self.off(V)
+        return self.off(checked_product(self.operator, inside)) + self.unwanted * (V - inside)
 
 
 class _Found:
@@ -207,7 +214,8 @@ class _Found:
 
     def search(self, k: int, index: int, seed: int, tolerance: float, max_hvp: int) -> EigenPairs:
         """The most wanted pairs of the orthogonal complement, from a random vector in it."""
-        complement = _Complement(self.operator, self.vector)
+        unwanted = {"largest": -self.scale, "smallest": self.scale, "magnitude": 0.0}[self.which]
+        complement = _Complement(self.operator, self.vector, unwanted)
         start = complement.off(random_unit_vectors(self.operator, [index], seed))
         k, n_vectors = min(k, self.operator.shape[0] - self.size), min(k + _N_SEARCH, self.operator.shape[0])
         last = float(self.value[-1])
@@ -223,6 +231,13 @@ class _Found:
             sign = {"largest": 1, "smallest": -1, "magnitude": np.sign(more.value[0])}[self.which]
             if k == 1 and not _is_beyond(float(more.value[0]) + sign * away, last, self.which, 0.0):
                 break
+        # a space that is exhausted goes on with round-off, which may lie among what was found
+        genuine = (norms(complement.off(more.vector)) > 0.5).cpu()
+        if not genuine.all():
+            kept = np.flatnonzero(genuine.numpy())
+            more = replace(
+                more, value=more.value[kept], residual=more.residual[kept], vector=more.vector[:, genuine.to(start.device)]
+            )
         return more
 
     def add(self, vectors: Tensor) -> None:
