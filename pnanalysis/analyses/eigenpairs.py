@@ -219,7 +219,7 @@ def network_eigenpairs(
         op: LinearOperator = make_operator(
             "native", options.operator, network, loss, batches, params=options.params, bn_mode=options.bn_mode,
             dtype=resolve_dtype(options.dtype), device=device, amp=options.amp, weight=options.weight,
-            draws=options.draws, method=options.method,
+            draws=options.draws, method=options.method, expected_products=options.n_products,
         )  # fmt: skip
         update = None
         if previous is not None and isinstance(op, CurvatureOperator):

@@ -31,6 +31,8 @@ from pnanalysis.terminal.progress import Advance
 DATA_ERRORS = ("none", "examples", "halves")
 #: Groups of examples whose gradients are compared.
 _GROUPS = FEWEST_GROUPS
+#: To expect.
+_PRODUCTS_PER_PAIR = 12
 #: Residuals over half of the examples, whose matrix differs more than that from the whole.
 _HALF_TOLERANCE = 1e-3
 
@@ -64,6 +66,11 @@ class EigenpairOptions:
         positive(tolerance=self.tolerance)
         check_seed(seed=self.seed)
         resolve_dtype(self.dtype)
+
+    @property
+    def n_products(self) -> int:
+        """Roughly how many products are to come: Lanczos takes some ten for each pair."""
+        return min(self.max_hvp, _PRODUCTS_PER_PAIR * self.k)
 
 
 class Found(NamedTuple):
@@ -186,7 +193,8 @@ def _half_pairs(
     found = []
     for part in (0, 1):
         try:
-            half = operator.subset([part], 2, seed=options.seed)
+            products = min(options.n_products, operator.shape[0])
+            half = operator.subset([part], 2, seed=options.seed, expected_products=products)
         except Indivisible:  # a single graph, for example
             return (), np.empty(0), 0
         one = verified_pairs(

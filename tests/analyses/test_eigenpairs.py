@@ -48,8 +48,11 @@ def bowl(values: Tensor, theta: Tensor) -> tuple[nn.Module, Any]:
     return Bowl(theta), [(x, torch.zeros(len(values), dtype=theta.dtype))]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    [(name, "hessian") for name in ("linear", "tanh", "conv", "maxpool", "batchnorm", "layernorm")]
+    + [("tanh", "ggn"), ("conv", "ggn"), ("tanh", "fisher")],
+)
 def test_pairs_are_those_of_the_dense_matrix(network: str, kind: str) -> None:
     loss: Callable[..., Any] = squared_error if network == "linear" else F.cross_entropy
     model, batches = NETWORKS[network](), images((20, 12))
@@ -98,9 +101,9 @@ def test_gradient_descent_on_a_bowl_leaves_the_top_space() -> None:
     for steps in (0, 40):
         model, data = bowl(values, theta * (1 - 0.5 * values) ** steps)
         ds = pn.eigenpairs(model, data=data, loss="mse", dtype="float64", k=3, n=None, data_error="none", **QUIET)
-        parts.append(float(ds.gradient_top))
+        parts.append(float(ds.gradient_top[0]))
     assert parts[0] > 0.9999
-    assert parts[1] < 1e-6
+    assert parts[1] < 1e-4
 
 
 def test_a_linear_network_with_squared_loss() -> None:
@@ -174,7 +177,7 @@ def test_the_largest_agrees_with_pyhessian() -> None:
 
 
 def test_a_run_with_updates_overlaps_and_classes(tiny_run: Run, tmp_path: Path) -> None:
-    ds = pn.eigenpairs(tiny_run, checkpoints=["plain", "iter01", "start"], k=4, n=200, **QUIET)
+    ds = pn.eigenpairs(tiny_run, checkpoints=["plain", "iter01", "start"], k=2, n=200, **QUIET)
     assert ds.checkpoint.values.tolist() == ["plain", "iter01", "start"]
     assert np.isnan(ds.update_top.sel(checkpoint="start"))  # nothing comes before it
     before, after = (tiny_run.select([f"iter00/epoch{i:03d}"]).popitem()[1].load() for i in (3, 4))
@@ -185,10 +188,10 @@ def test_a_run_with_updates_overlaps_and_classes(tiny_run: Run, tmp_path: Path) 
     assert float(ds.update_norm[0]) == pytest.approx(np.linalg.norm(update), rel=1e-5)
     np.testing.assert_allclose(np.diag(ds.overlap), 1, atol=1e-5)
     v, w = (ds.vector.sel(checkpoint=name).values.astype(float) for name in ("plain", "iter01"))
-    expected = np.square(v @ w.T).sum() / 4
+    expected = np.square(v @ w.T).sum() / 2
     assert float(ds.overlap.sel(checkpoint="plain", other="iter01")) == pytest.approx(expected, abs=1e-4)
     np.testing.assert_array_equal(ds.overlap, ds.overlap.T)
-    assert float(ds.overlap_chance[0, 1]) == 4 / int(ds.n_parameters[0])
+    assert float(ds.overlap_chance[0, 1]) == 2 / int(ds.n_parameters[0])
     assert ((np.diag(ds.overlap_halves) > 0.2) & (np.diag(ds.overlap_halves) <= 1)).all()
     np.testing.assert_allclose(ds.level_part.sum("level"), 1, atol=1e-9)
     assert (ds.cross_part >= ds.class_part - 1e-6).all()
@@ -201,7 +204,7 @@ def test_a_run_with_updates_overlaps_and_classes(tiny_run: Run, tmp_path: Path) 
 
 def test_the_gauss_newton_curvature_of_its_own_pairs_is_the_eigenvalue() -> None:
     ds = pn.eigenpairs(
-        NETWORKS["tanh"](), data=images((30,)), loss=F.cross_entropy, operator="ggn", dtype="float64", k=3, **QUIET
+        NETWORKS["tanh"](), data=images((30,)), loss=F.cross_entropy, operator="ggn", dtype="float64", k=2, **QUIET
     )
     np.testing.assert_allclose(ds.ggn_value, ds.value, rtol=1e-6)
     regression = pn.eigenpairs(NETWORKS["tanh"](), data=images((30,)), loss=squared_error, dtype="float64", k=2, **QUIET)
@@ -212,7 +215,7 @@ def test_halves_of_the_examples() -> None:
     batches = images((24, 16))
     options: dict[str, Any] = {"loss": F.cross_entropy, "dtype": "float64", "k": 2, "n": None} | QUIET
     ds = pn.eigenpairs(NETWORKS["tanh"](), data=batches, **options).squeeze("checkpoint")
-    op = HessianOperator(NETWORKS["tanh"](), F.cross_entropy, batches)
+    op = HessianOperator(NETWORKS["tanh"](), F.cross_entropy, batches, expected_products=1)
     for part in (0, 1):
         np.testing.assert_allclose(ds.value_half[part], dense(op.subset([part], 2))[0][:2], rtol=1e-4)
     without = pn.eigenpairs(NETWORKS["tanh"](), data=batches, data_error="examples", **options)
@@ -222,7 +225,7 @@ def test_halves_of_the_examples() -> None:
 def test_networks_of_different_sizes_side_by_side(tmp_path: Path) -> None:
     nets = {"small": nn.Linear(3, 2), "large": nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), "tiny": Bias()}
     data = [(torch.randn(30, 3), torch.randint(0, 2, (30,)))]
-    ds = pn.eigenpairs(nets, data=data, loss=F.cross_entropy, k=6, data_error="none", **QUIET)
+    ds = pn.eigenpairs(nets, data=data, loss=F.cross_entropy, k=6, data_error="none", max_hvp=29, **QUIET)
     assert ds.value.sel(checkpoint="tiny").notnull().sum() == 2
     assert np.isnan(ds.overlap.sel(checkpoint="small", other="large"))
     again = pn.load(pn.save(ds, tmp_path / "several.nc"))
@@ -267,7 +270,7 @@ def test_a_plane_along_eigenvectors_has_their_curvature() -> None:
     torch.manual_seed(0)
     net, data = NETWORKS["tanh"](), images((40,))
     options: dict[str, Any] = {"data": data, "loss": F.cross_entropy, "dtype": "float64"} | QUIET
-    pairs = pn.eigenpairs(net, k=3, n=None, **options)
+    pairs = pn.eigenpairs(net, k=3, n=None, data_error="none", classes=False, **options)
     gradient = HessianOperator(net, F.cross_entropy, data).gradient().numpy()
     for given in (pairs, None):
         ds = pn.landscape(net, view="eigenvectors", eigenpairs=given, pairs=(1, 3), n_points=3, n=None,
@@ -278,7 +281,8 @@ def test_a_plane_along_eigenvectors_has_their_curvature() -> None:
             slope = abs(gradient @ pairs.vector.values[0, i])
             assert abs(along[2] - along[0]) / 2e-3 == pytest.approx(slope, rel=1e-3, abs=1e-7)
     default = pn.landscape(net, view="eigenvectors", eigenpairs=pairs, n_points=3, **options)
-    half = (2 / float(pairs.value[0, 0] * pairs.value[0, 1]) ** 0.5) ** 0.5
+    norm = float(torch.cat([p.detach().flatten() for p in net.parameters()]).norm())
+    half = min((2 / float(pairs.value[0, 0] * pairs.value[0, 1]) ** 0.5) ** 0.5, norm / 2)
     assert float(default.x[-1]) == pytest.approx(half)
 
 
@@ -311,8 +315,8 @@ def test_compare_has_overlaps_on_request() -> None:
     nets = {"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)}
     data = {name: (torch.randn(60, 4), torch.randint(0, 3, (60,))) for name in ("train", "test")}
     options: dict[str, Any] = {"loss": F.cross_entropy, "hessian": False, "cka": False, "saturation": False} | QUIET
-    ds = pn.compare(nets, data=data, eigenpairs={"k": 3, "n": None}, **options)
-    alone = pn.eigenpairs(nets, data=data, loss=F.cross_entropy, k=3, n=None, **QUIET)
+    ds = pn.compare(nets, data=data, eigenpairs={"k": 2, "n": None}, **options)
+    alone = pn.eigenpairs(nets, data=data, loss=F.cross_entropy, k=2, n=None, **QUIET)
     np.testing.assert_allclose(ds.overlap, alone.overlap, atol=1e-5)
     assert "overlap" not in pn.compare(nets, data=data, **options)
     with pytest.raises(PnError, match="no option 'kay'"):
