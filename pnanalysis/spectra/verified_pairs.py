@@ -236,7 +236,10 @@ class _Found:
         if not genuine.all():
             kept = np.flatnonzero(genuine.numpy())
             more = replace(
-                more, value=more.value[kept], residual=more.residual[kept], vector=more.vector[:, genuine.to(start.device)]
+                more,
+                value=more.value[kept],
+                residual=more.residual[kept],
+                vector=more.vector[:, genuine.to(start.device)],
             )
         return more
 

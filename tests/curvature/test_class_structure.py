@@ -34,7 +34,7 @@ def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def parts_by_definition(model: nn.Module, x: Tensor, y: Tensor, omega: Tensor) -> dict[str, Tensor]:
     """The four matrices of the paper, dense."""
     g, p = gradients(model, x)
-    n, C, P = g.shape
+    _n, C, P = g.shape
     w = omega[:, None] * p
     zero = torch.zeros(P, P, dtype=g.dtype)
     parts = {level: zero.clone() for level in LEVELS}

@@ -50,7 +50,7 @@ SPECTRA = {
     "all the same": np.full(40, 2.5),
     "zero": np.zeros(30),
     "rank one": np.concatenate([np.zeros(49), [3.0]]),
-    "negative": -np.linspace(1, 50, 60) ** 2,
+    "negative": -(np.linspace(1, 50, 60) ** 2),
 }
 
 
@@ -62,7 +62,8 @@ def test_pairs_are_those_of_the_dense_matrix_and_bounds_hold(spectrum: str, whic
     matrix, q = rotated(values)
     pairs = verified_pairs(torch.from_numpy(matrix).to(dtype), k, which)
     scale = np.abs(values).max()
-    assert pairs.converged.all() and pairs.complete
+    assert pairs.converged.all()
+    assert pairs.complete
     found = np.sort(pairs.value if which != "magnitude" else np.abs(pairs.value))
     expected = np.sort(wanted(values, which, k) if which != "magnitude" else np.abs(wanted(values, which, k)))
     np.testing.assert_allclose(found, expected, atol=1e-4 * scale)  # the tolerance
@@ -107,17 +108,19 @@ def test_one_parameter_and_more_pairs_than_parameters() -> None:
     pairs = verified_pairs(np.array([[-2.0]]), 10)
     assert pairs.value.tolist() == [-2.0]
     assert pairs.angles.vector.tolist() == [0.0]
-    assert pairs.rest is None and pairs.complete
+    assert pairs.rest is None
+    assert pairs.complete
     np.testing.assert_allclose(verified_pairs(np.diag([1.0, 3, 2]), 10).value, [3, 2, 1], atol=1e-12)
 
 
 def test_what_has_not_converged_is_said_and_bounds_hold() -> None:
     values = np.sort(np.random.default_rng(0).standard_normal(400))
-    matrix, q = rotated(values)
+    matrix, _q = rotated(values)
     with pytest.warns(UserWarning, match="have not converged after") as warned:
         pairs = verified_pairs(matrix, 8, max_hvp=30)
     assert any("left out" in str(one.message) for one in warned)
-    assert not pairs.converged.all() and not pairs.complete
+    assert not pairs.converged.all()
+    assert not pairs.complete
     away = np.abs(values[:, None] - pairs.value).min(0)
     assert (away <= pairs.bound).all()
 
