@@ -100,6 +100,9 @@ _SPECTRUM_SCALARS |= {
     if f"{name}{end}" not in _SPECTRUM_SCALARS
 }
 
+#: By kind, what is stored beside the dataset and read where it is used: see :mod:`pnanalysis.io.beside`.
+LAZY = {"eigenpairs": "vector"}
+
 #: What may follow a name: the value itself, its errors, and its 95 % interval.
 ERROR_ENDS = ("", "_se", "_probe_se", "_data_se", "_low", "_high")
 #: Quantities of a spectrum that a comparison lists.
@@ -177,7 +180,16 @@ _FUNCTIONAL = {
     **_with_se("cka", "checkpoint other layer", "1", "linear centred kernel alignment (CKA)", _OPTIONAL),
 }
 
+_OVERLAP = {
+    "overlap": _var("checkpoint other", "1", "overlap of the spaces of eigenvectors (mean squared cosine)", _OPTIONAL),
+    "overlap_halves": _var("checkpoint other", "1", "overlap of spaces over different halves of examples", _OPTIONAL),
+    "overlap_halves_spread": _var("checkpoint other", "1", "half the difference of the two ways round", _OPTIONAL),
+    "overlap_chance": _var("checkpoint other", "1", "overlap expected of random spaces", _OPTIONAL),
+    "overlap_chance_sd": _var("checkpoint other", "1", "standard deviation of the overlap of random spaces", _OPTIONAL),
+}
+
 _COMPARISON = {
+    **_OVERLAP,
     **_with_se("loss", "checkpoint split", "nat", "loss"),
     **_with_se("loss_difference", "checkpoint other split", "nat", "difference in loss"),
     **_with_se("error", "checkpoint split", "1", "error"),
@@ -225,6 +237,42 @@ _COMPARISON = {
     "saturation": _var("checkpoint activation", "1", "98th percentile of the absolute activation", _OPTIONAL),
 }
 
+_EIGENPAIRS = {
+    "value": _var("pair", "loss", "eigenvalue"),
+    "residual": _var("pair", "loss", "residual norm of the eigenpair"),
+    "value_bound": _var("pair", "loss", "distance within which an eigenvalue lies"),
+    "value_data_se": _var("pair", "loss", "standard error of the eigenvalue for the choice of examples", _OPTIONAL),
+    **_with_ends("value", "pair", "loss", "eigenvalue"),
+    "value_half": _var("half pair", "loss", "eigenvalue over half of the examples", _OPTIONAL),
+    "converged": _var("pair", "1", "whether the residual is within the tolerance"),
+    "sin_theta": _var("pair", "1", "bound of the sine of the angle to the eigenvector"),
+    "cluster": _var("pair", "1", "number of the cluster of eigenvalues that the pair belongs to"),
+    "space_sin_theta": _var("pair", "1", "bound of the sine of the largest angle to the space of the cluster"),
+    "participation": _var("pair", "1", "inverse participation ratio of the eigenvector"),
+    "layer_part": _var("pair layer", "1", "part of the eigenvector's squared length in the layer", _OPTIONAL),
+    "layer_share": _var("layer", "1", "part of the parameters that are in the layer", _OPTIONAL),
+    "gradient_part": _var("pair", "1", "part of the gradient's squared length along the eigenvector", _OPTIONAL),
+    **_with_se("gradient_top", "", "1", "part of the gradient's squared length in the top space", _OPTIONAL),
+    "gradient_norm": _var("", "loss", "norm of the gradient", _OPTIONAL),
+    "gradient_noise": _var("", "loss", "norm that the choice of examples alone gives the gradient", _OPTIONAL),
+    "update_part": _var("pair", "1", "part of the last update's squared length along the eigenvector", _OPTIONAL),
+    "update_top": _var("", "1", "part of the last update's squared length in the top space", _OPTIONAL),
+    "update_norm": _var("", "1", "norm of the last update", _OPTIONAL),
+    "top_chance": _var("", "1", "part of a random vector's squared length in the top space", _OPTIONAL),
+    "level_part": _var("level pair", "1", "part of the Gauss-Newton curvature along the eigenvector", _OPTIONAL),
+    "ggn_value": _var("pair", "loss", "Gauss-Newton curvature along the eigenvector", _OPTIONAL),
+    "class_part": _var("pair", "1", "part of the eigenvector in the span of the class means", _OPTIONAL),
+    "cross_part": _var("pair", "1", "part of the eigenvector in the span of the means of pairs of classes", _OPTIONAL),
+    "class_value": _var("class", "loss", "eigenvalue of the matrix of the class means", _OPTIONAL),
+    "cross_value": _var("class_pair", "loss", "eigenvalue of the matrix of the means of pairs of classes", _OPTIONAL),
+    "class_chance": _var("", "1", "part of a random vector in the span of the class means", _OPTIONAL),
+    "cross_chance": _var("", "1", "part of a random vector in the span of the means of pairs", _OPTIONAL),
+    "n_parameters": _var("", "1", "number of parameters"),
+    "n_hvp": _var("", "1", "products with the matrix"),
+    **_OVERLAP,
+    "vector": _var("pair parameter", "1", "eigenvector of unit length", _OPTIONAL),
+}
+
 SCHEMAS: dict[str, dict[str, Variable]] = {
     "history": {
         "train_loss": _var("iteration epoch", "nat", "training loss"),
@@ -237,6 +285,8 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
     "spectral_density": _SPECTRUM,
     "hessian": _SPECTRUM,
     "spectrum_comparison": _SPECTRUM_COMPARISON,
+    "eigenpairs": _EIGENPAIRS,
+    "eigenvectors": {"vector": _var("pair parameter", "1", "eigenvector of unit length")},
     "functional": _FUNCTIONAL,
     "comparison": _COMPARISON,
     "saturation": {

@@ -16,6 +16,7 @@ from torch import nn
 from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.activations.statistics import Measures, common_range
+from pnanalysis.analyses.compared_spaces import EigenpairRequest
 from pnanalysis.analyses.functional import compare_functions
 from pnanalysis.analyses.hessian import SpectrumOptions, data_error_of, has_all, network_spectra
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
@@ -57,6 +58,7 @@ def compare(
     n: int | None = None,
     split: str = "test",
     hessian: bool | Mapping[str, Any] = True,
+    eigenpairs: bool | Mapping[str, Any] = False,
     cka: bool = True,
     saturation: bool = True,
     batch_size: int = 256,
@@ -84,6 +86,9 @@ def compare(
         Hessian spectra of the training loss; a mapping holds options of :func:`pnanalysis.hessian` that replace
         :data:`HESSIAN`. Spectra saved with a run are used if they are of the same weights, examples and settings, with
         at least as many products.
+    eigenpairs : bool or mapping
+        Overlaps of the spaces of the largest eigenvectors of the Hessian; a mapping holds options of
+        :func:`pnanalysis.eigenpairs` that replace :data:`EIGENPAIRS`.
     cka, saturation : bool
         Whether to compare layers and activations.
     batch_size : int
@@ -104,6 +109,7 @@ def compare(
           ``distance_from_start``: in parameters, NaN between architectures;
         - what :func:`pnanalysis.functional_distance` gives;
         - numbers of the Hessian spectrum, and ``wasserstein1`` between spectra with the value expected from noise;
+        - ``overlap`` of the spaces of eigenvectors, with chance and ceiling: see :func:`pnanalysis.eigenpairs`;
         - ``saturation``: 98th percentile of the absolute activations, on 1,000 examples of ``split``; a coordinate
           ``bounded`` tells in which layers these cannot exceed one.
 
@@ -138,6 +144,7 @@ def compare(
     at_least(1, n=n, batch_size=batch_size)
     check_seed(seed=seed)
     one_of(SPLITS, split=split)
+    pairs = EigenpairRequest.of(eigenpairs if isinstance(eigenpairs, Mapping) else {}, seed)
     requested = _SpectrumRequest.of(hessian if isinstance(hessian, Mapping) else {}, seed)
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
@@ -169,6 +176,8 @@ def compare(
             network.cpu()  # room for the spectra: each network comes back for its own
         spectra = _spectra(selection, networks, requested, torch_device, progress)
         found.append(spectra)
+    if eigenpairs:
+        found.append(pairs.overlaps(selection, networks, torch_device, progress))
     if saturation:
         found.append(_saturation(selection, networks, split, torch_device, seed, progress))
     ds = xr.merge([xr.Dataset(distances, {"layer": own_layers}).reindex(layer=layers), *found], compat="no_conflicts")

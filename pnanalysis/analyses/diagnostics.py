@@ -100,6 +100,10 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
         yield _row_of_each(ds, name, title + " (these examples)" * is_less, percent=True)
     yield _row_of_pairs(ds, "wasserstein1", "W1 distance of spectra")
     yield _row_of_pairs(ds, "wasserstein1_noise", "  expected from noise alone")
+    yield _row_of_pairs(ds, "overlap", "overlap of top eigenvectors")
+    yield _row_of_pairs(ds, "overlap_halves", "  over different examples")
+    yield _row_of_ceilings(ds)
+    yield _row_of_pairs(ds, "overlap_chance", "  expected by chance")
     if "saturation" in ds and "bounded" in ds.coords and bool(ds.bounded.any()):
         mean = ds.saturation.isel(activation=ds.bounded.values.astype(bool)).mean("activation")
         averaged = ds.drop_vars("saturation").assign(saturation=mean)
@@ -147,6 +151,15 @@ def _row_of_pairs(ds: xr.Dataset, key: str, title: str, percent: bool = False) -
     """A quantity that each checkpoint after the first has together with the first."""
     name = key.partition(":")[0]
     return Diagnostic(key, title, [], _against_first(ds, name) if name in ds else [], percent)
+
+
+def _row_of_ceilings(ds: xr.Dataset) -> Diagnostic:
+    """What the spaces of a network have in common with themselves over different examples: the lower of two."""
+    key, title, name = "overlap_ceiling", "  of a network with itself", "overlap_halves"
+    if name not in ds:
+        return Diagnostic(key, title, [], [])
+    own = [float(ds[name].isel(checkpoint=i, other=i)) for i in range(ds.sizes["checkpoint"])]
+    return Diagnostic(key, title, [], [Estimate(min(own[0], one)) for one in own[1:]])
 
 
 def _against_first(ds: xr.Dataset, name: str) -> list[Estimate]:

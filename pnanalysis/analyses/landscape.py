@@ -13,6 +13,7 @@ from torch import nn
 from pnanalysis import schema
 from pnanalysis.alignment.weight_matching import Relabelling, check_preserved
 from pnanalysis.alignment.weight_matching import align as match
+from pnanalysis.analyses.eigenvector_plane import eigenvector_plane
 from pnanalysis.analyses.trajectory import plane_points
 from pnanalysis.checks import ascending, at_least, check_seed, one_of, positive, resolve_dtype
 from pnanalysis.errors import DataError, ModelError, RunError
@@ -20,7 +21,7 @@ from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.geometry.barriers import profiles
 from pnanalysis.geometry.curves import CURVES, train_curve
 from pnanalysis.geometry.loss_surface import BATCH_NORM, LossSurface, check_same_function
-from pnanalysis.geometry.planes import plane_through_three, random_plane
+from pnanalysis.geometry.planes import plane_along, plane_through_three, random_plane
 from pnanalysis.inputs.batches import first_examples
 from pnanalysis.inputs.data import DataLike, LoaderSplit, Split
 from pnanalysis.inputs.examples import check_same_data, check_same_loss
@@ -30,7 +31,9 @@ from pnanalysis.inputs.sources import AnyCheckpoint, Source, resolve_device
 from pnanalysis.io.runs import Run
 from pnanalysis.io.weights import State
 
-VIEWS = ("line", "curve", "plane", "random")
+VIEWS = ("line", "curve", "plane", "random", "eigenvectors")
+#: Those that are planes.
+_PLANES = ("plane", "random", "eigenvectors")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class LandscapeOptions:
     bn: str = "reestimate"
     dtype: str = "float32"
     seed: int = 0
+    pairs: Sequence[int] = (1, 2)
 
     def __post_init__(self) -> None:
         one_of(VIEWS, view=self.view)
@@ -57,13 +61,16 @@ class LandscapeOptions:
         one_of(CURVES, curve=self.curve)
         if self.align and self.view not in ("line", "curve"):
             raise ModelError("only lines and curves are aligned: a relabelled network lies on another plane")
-        if self.span is not None and self.view not in ("plane", "random"):
+        if self.span is not None and self.view not in _PLANES:
             raise ModelError("only planes have a span; a line is extended with extrapolate")
         ascending("span", self.span, 4)
         if not isinstance(self.extrapolate, Real) or not 0 <= self.extrapolate < 100:
             raise ModelError(f"extrapolate is {self.extrapolate}; it must be a fraction of the line from 0 to 100")
         at_least(1, n_steps=self.n_steps, n_bends=self.n_bends, n_restarts=self.n_restarts)
         at_least(2, n_points=self.n_points)
+        if len(self.pairs) != 2 or self.pairs[0] == self.pairs[1]:
+            raise ModelError(f"pairs is {self.pairs}; a plane needs the numbers of two different eigenpairs, from 1 on")
+        at_least(1, **dict(zip(("first pair", "second pair"), self.pairs, strict=True)))
         check_seed(seed=self.seed)
         positive(lr=self.lr)
         resolve_dtype(self.dtype)
@@ -71,7 +78,7 @@ class LandscapeOptions:
     @property
     def kind(self) -> str:
         """Of the dataset."""
-        return "landscape" if self.view in ("plane", "random") else "barrier"
+        return "landscape" if self.view in _PLANES else "barrier"
 
 
 def landscape(
@@ -91,6 +98,8 @@ def landscape(
     lr: float = 3e-3,
     n_restarts: int = 5,
     bn: str = "reestimate",
+    eigenpairs: xr.Dataset | None = None,
+    pairs: Sequence[int] = (1, 2),
     splits: Sequence[str] | None = None,
     n: int | None = 2048,
     batch_size: int = 512,
@@ -99,7 +108,7 @@ def landscape(
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    r"""Loss and error between two minima, on a plane through three, or on a random plane around one.
+    r"""Loss and error between two minima, on a plane through three, or on a plane around one.
 
     Parameters
     ----------
@@ -109,9 +118,9 @@ def landscape(
     checkpoints : sequence of str, optional
         See :meth:`pnanalysis.io.runs.Run.select`; of several runs as ``RUN/NAME``. By default a line leads from plain
         to champion of a run, from one run's champion to the other's, or between two networks; a plane is that of
-        :func:`pnanalysis.trajectory` through start, plain end and champion; a random plane is around the champion.
-    view : {"line", "curve", "plane", "random"}
-        ``curve`` is the line and a trained curve of low loss.
+        :func:`pnanalysis.trajectory` through start, plain end and champion; others are around the champion.
+    view : {"line", "curve", "plane", "random", "eigenvectors"}
+        ``curve`` is the line and a trained curve of low loss; ``eigenvectors`` the plane along two of the Hessian.
     align : bool
         Add to a line or curve the line to the second network with its hidden units relabelled
         (:func:`pnanalysis.alignment.weight_matching.align`).
@@ -121,7 +130,8 @@ def landscape(
         Extend a line beyond both ends by this fraction of its length.
     span : four floats, optional
         ``x_min, x_max, y_min, y_max``; by default a quarter more on each side than the three points span (no side
-        less than half the other), or -1 to 1 for random planes.
+        less than half the other), or -1 to 1 for random planes; along eigenvectors as far as the quadratic part of
+        the loss rises by about 1, and at most half the norm of the weights.
     curve, n_bends, n_steps, lr
         See :func:`pnanalysis.geometry.curves.train_curve`; trained on the whole training split.
     n_restarts : int
@@ -129,6 +139,11 @@ def landscape(
     bn : {"reestimate", "interpolate"}
         Running statistics of batch normalisation: estimated again at each point from the ``n`` training examples, or
         combined like parameters.
+    eigenpairs : xarray.Dataset, optional
+        Of :func:`pnanalysis.eigenpairs`, with vectors, of the same weights; by default the largest are computed, on the
+        same training examples.
+    pairs : two ints
+        Numbers of the eigenpairs along x and y, from 1 on.
     splits : sequence of str, optional
         By default train and test (or validation); for planes, train only.
     n : int or None
@@ -169,8 +184,9 @@ def landscape(
     H. Li et al., arXiv:1712.09913. K. Jordan et al., "REPAIR", arXiv:2211.08403.
     """
     options = LandscapeOptions(
-        view, align, n_points, extrapolate, span, curve, n_bends, n_steps, lr, n_restarts, bn, dtype, seed
-    )
+        view, align, n_points, extrapolate, span, curve, n_bends, n_steps, lr, n_restarts, bn, dtype, seed,
+        tuple(pairs),
+    )  # fmt: skip
     at_least(1, n=n, batch_size=batch_size)
     sources = as_sources(given, model, data, loss)
     points = _choose(sources, checkpoints, view)
@@ -190,7 +206,7 @@ def landscape(
         {name: part.batches(batch_size) for name, part in parts.items()},
         options, splits=splits, label=first.label,
         curve_data=first.split("train", None, seed, torch_device) if view == "curve" else None,
-        progress=progress,
+        eigenpairs=eigenpairs, progress=progress,
     )  # fmt: skip
     if view == "plane":
         settings["plane_points"] = [item.origin for item in points]
@@ -208,6 +224,7 @@ def network_landscape(
     *,
     splits: Sequence[str] = ("train",),
     curve_data: Split | LoaderSplit | None = None,
+    eigenpairs: xr.Dataset | None = None,
     label: str = "network",
     progress: bool = True,
 ) -> tuple[xr.Dataset, dict[str, Any]]:
@@ -226,6 +243,8 @@ def network_landscape(
         Those to evaluate.
     curve_data : Split or LoaderSplit
         What a curve is trained on.
+    eigenpairs : xarray.Dataset, optional
+        See :func:`landscape`.
     label : str
         What the networks are called in messages.
     progress : bool
@@ -257,6 +276,16 @@ def network_landscape(
             ds = random_plane(
                 surface, states[0], names[0], evaluated, options.span, options.n_points or 21, options.seed, progress
             )
+        elif options.view == "eigenvectors":
+            plane = eigenvector_plane(
+                first, states[0], loss, batches["train"], options.pairs, eigenpairs, dtype=options.dtype,
+                seed=options.seed, label=names[0], progress=progress,
+            )  # fmt: skip
+            ds = plane_along(
+                surface, states[0], names[0], evaluated, plane.directions, plane.axes, "parameter units",
+                options.span or plane.span, options.n_points or 21, progress,
+            )  # fmt: skip
+            settings |= {"pairs": options.pairs, "eigenvalues": plane.values}
         else:
             paths, chosen = _paths(surface, states, batches["train"], options, curve_data, progress)
             settings |= chosen
@@ -294,7 +323,7 @@ def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> Se
     """The checkpoints a view needs, by the names they go by; all different."""
     if not sources:
         raise nothing_given()
-    needed = {"plane": 3, "random": 1}.get(view, 2)
+    needed = {"plane": 3, "random": 1, "eigenvectors": 1}.get(view, 2)
     if names is None and view == "plane":
         found = plane_points(*sources)
         chosen = [
@@ -324,7 +353,7 @@ def _choose(sources: list[Source], names: Sequence[str] | None, view: str) -> Se
 
 def _default(run: Run, view: str) -> Sequence[str]:
     """Two ends to join; around one point, the champion."""
-    return ["champion"] if view == "random" else run.contenders
+    return ["champion"] if view in ("random", "eigenvectors") else run.contenders
 
 
 def _of_several(sources: list[Source], names: Sequence[str] | None) -> list[SelectedCheckpoint]:

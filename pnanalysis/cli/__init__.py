@@ -9,6 +9,7 @@ import typer
 from pnanalysis.cli import (
     compare,
     demo,
+    eigenpairs,
     gradients,
     hessian,
     history,
@@ -29,7 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, compare, hessian, saturation, trajectory, landscape, sharpness, gradients, history, plot, report, info,
+    demo, compare, hessian, eigenpairs, saturation, trajectory, landscape, sharpness, gradients, history, plot, report,
+    info,
 )  # fmt: skip
 for command in COMMANDS:
     command.register(app)

@@ -33,6 +33,9 @@ def compare(
     until: options.Until = None,
     n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
     data_error: options.DataError = "examples",
+    eigenpairs: Annotated[
+        bool, typer.Option("--eigenpairs/--no-eigenpairs", help="Compare the spaces of the top Hessian eigenvectors.")
+    ] = False,
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 256,
     model: options.Model = None,
@@ -71,7 +74,7 @@ def compare(
     spectra |= {} if n_hvp is None else {"n_hvp": n_hvp}
     ds = analyse(
         *given, checkpoints=checkpoint, n=n, split=split, cka=cka,
-        hessian=spectra if hessian else False,
+        hessian=spectra if hessian else False, eigenpairs={"n": n_hessian} if eigenpairs else False,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -24,8 +25,11 @@ def register(app: typer.Typer) -> None:
 def landscape(
     runs: options.Paths = None,
     view: Annotated[
-        Literal["line", "curve", "plane", "random"],
-        typer.Option(help="line, line and trained curve, plane through three points, or random plane around one."),
+        Literal["line", "curve", "plane", "random", "eigenvectors"],
+        typer.Option(
+            help="line, line and trained curve, plane through three points, or plane around one: random, or along "
+            "eigenvectors of the Hessian."
+        ),
     ] = "line",
     align: Annotated[
         bool,
@@ -52,6 +56,14 @@ def landscape(
         Literal["reestimate", "interpolate"],
         typer.Option(help="How batch-normalisation statistics are obtained between the ends."),
     ] = "reestimate",
+    eigenpairs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.nc|zarr",
+            help="Eigenpairs of the same weights, as pnanalysis eigenpairs saves them; computed by default.",
+        ),
+    ] = None,
+    pairs: Annotated[tuple[int, int], typer.Option(help="Which two of them span the plane, from 1 on.")] = (1, 2),
     split: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,14 +96,18 @@ def landscape(
 
       pnanalysis landscape runs/lenet5 --view plane --plot plane.pdf
 
+      pnanalysis landscape runs/lenet5 --view eigenvectors -c plain
+
       pnanalysis landscape --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
     from pnanalysis.analyses.landscape import landscape as analyse
+    from pnanalysis.io.datasets import load
 
     given = options.sources(runs, model, weights, data, loss, output, tokens)
     ds = analyse(
         *given, checkpoints=checkpoint, view=view, align=align, n_points=points, extrapolate=extrapolate, span=span,
-        curve=curve, n_bends=bends, n_steps=steps, lr=lr, n_restarts=restarts, bn=bn, splits=split, n=n,
+        curve=curve, n_bends=bends, n_steps=steps, lr=lr, n_restarts=restarts, bn=bn,
+        eigenpairs=None if eigenpairs is None else load(eigenpairs), pairs=pairs, splits=split, n=n,
         batch_size=batch_size, dtype=dtype, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     drawing = _paths(given, quiet) if view == "plane" and plot is not None and checkpoint is None else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from functools import partial
 from typing import Self, TypeVar
@@ -306,6 +306,34 @@ class CurvatureOperator:
             names = [name for name in self.names if self._parameter_of(name) in held]
             if names:
                 yield layer, self._again(self.batches.source, names, self.expected_products)
+
+    @property
+    def tensors(self) -> list[tuple[str, str, int]]:
+        """Name, layer and length of what follows each other in a vector: the parameters, or parts, of :attr:`names`."""
+        layer_of = {name: layer for layer, own in parameter_layers(self.model) for name, _ in own}
+        return [
+            (name, layer_of.get(self._parameter_of(name), name), shape.numel())
+            for name, shape in zip(self.names, self.parameter_shapes, strict=True)
+        ]
+
+    def vector_of(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The chosen parameters, ``(P,)``, of another state of the same network.
+
+        Raises
+        ------
+        CurvatureError
+            If it lacks one, or has it in another shape.
+        """
+        parts = []
+        for name, shape in zip(self.names, self.parameter_shapes, strict=True):
+            found = state.get(self._parameter_of(name))
+            part = None if found is None else as_real(found.detach())
+            if part is not None and name in self._blocks:
+                part = self._blocks[name].of(part)
+            if part is None or part.shape != shape:
+                raise CurvatureError(f"{name!r} is not there, or of another shape, in the other state of the network")
+            parts.append(part.to(self.device, self.dtype))
+        return join_tensors(parts)
 
     def forms(self, U: Tensor, V: Tensor) -> Tensor:
         r"""The forms :math:`u_j^\top H_g v_j` of the matrices of groups of examples, without the regulariser.

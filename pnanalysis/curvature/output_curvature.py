@@ -34,6 +34,27 @@ def closed_form(loss: InspectedLoss, outputs: object, targets: object) -> Output
     outputs : Tensor, shape (N, C, ...)
     targets : Tensor of integers, shape (N, ...)
     """
+    positions = class_positions(loss, outputs, targets)
+    if positions is None or not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        return None
+    logits, _, weights = positions
+    shape = targets.shape
+
+    def product(u: Tensor) -> Tensor:
+        pieces = max(1, _AT_ONCE // logits.shape[1])
+        parts = zip(*(torch.split(tensor, pieces) for tensor in (logits, _by_position(u), weights)), strict=True)
+        each = [_times(*part) for part in parts]
+        curved = each[0] if len(each) == 1 else torch.cat(each)
+        return curved.view(shape + curved.shape[1:]).movedim(-1, 1)
+
+    return product
+
+
+def class_positions(loss: InspectedLoss, outputs: object, targets: object) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Logits ``(positions, C)``, targets ``(positions,)`` and weights ``(positions, 1)`` of torch's cross-entropy.
+
+    The weights are what the positions weigh in the mean over the batch. ``None`` for other losses and targets.
+    """
     found = known(loss)
     if found is None or found.function is not F.cross_entropy:
         return None
@@ -41,16 +62,7 @@ def closed_form(loss: InspectedLoss, outputs: object, targets: object) -> Output
         return None
     if targets.is_floating_point() or outputs.ndim < 2 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
         return None
-    logits, weights = _by_position(outputs.detach()), _weights(found, targets, outputs)
-
-    def product(u: Tensor) -> Tensor:
-        pieces = max(1, _AT_ONCE // logits.shape[1])
-        parts = zip(*(torch.split(tensor, pieces) for tensor in (logits, _by_position(u), weights)), strict=True)
-        each = [_times(*part) for part in parts]
-        curved = each[0] if len(each) == 1 else torch.cat(each)
-        return curved.view(targets.shape + curved.shape[1:]).movedim(-1, 1)
-
-    return product
+    return _by_position(outputs.detach()), targets.flatten(), _weights(found, targets, outputs)
 
 
 def _times(logits: Tensor, u: Tensor, weight: Tensor) -> Tensor:

@@ -79,12 +79,25 @@ def random_plane(
     See :func:`pnanalysis.geometry.directions.random_directions`; parameters as for :func:`plane_through_three`.
     """
     directions = random_directions(state, surface.parameter_names, seed)
-    x, y = _grid_axes((-1.0, 1.0, -1.0, 1.0) if span is None else span, n_points)
+    names = ("first random direction", "second random direction")
+    span = (-1.0, 1.0, -1.0, 1.0) if span is None else span
+    return plane_along(surface, state, name, batches, directions, names, "filter norms", span, n_points, progress)
+
+
+def plane_along(
+    surface: LossSurface, state: State, name: str, batches: Mapping[str, Any], directions: Sequence[State],
+    axes: Sequence[str], units: str, span: Sequence[float], n_points: int = 21, progress: bool = True,
+) -> xr.Dataset:  # fmt: skip
+    """Loss and error on the plane through a state along two directions, in the form of the state.
+
+    ``axes`` and ``units`` label the coordinates; other parameters as for :func:`plane_through_three`.
+    """
+    x, y = _grid_axes(span, n_points)
     first, second = _grid_points(x, y)
     weights = np.stack([np.ones_like(first), first, second], axis=1)
     ds = _on_grid(surface, [state, *directions], weights, x, y, batches, progress)
-    ds.x.attrs |= {"long_name": "first random direction", "units": "filter norms"}
-    ds.y.attrs |= {"long_name": "second random direction", "units": "filter norms"}
+    for coordinate, axis in zip((ds.x, ds.y), axes, strict=True):
+        coordinate.attrs |= {"long_name": axis, "units": units}
     return ds.assign(point_position=(("point", "component"), np.zeros((1, 2)))).assign_coords(point=[name])
 
 

@@ -60,7 +60,7 @@ def open_runs(directory: str | os.PathLike[str], kind: str = "history") -> xr.Da
     places = [{name: values[i] for name, values in settings.items()} for i in range(len(found))]
     if not settings or len({tuple(place.values()) for place in places}) < len(places):
         places = [{"run": run.path.name} for run, _ in found]
-    parts = _padded([datasets.load(file, within=run.path) for run, file in found])
+    parts = _padded([datasets.load(file, within=run.path, large=False) for run, file in found])
     parts = [_placed(ds, place) for ds, place in zip(parts, places, strict=True)]
     return xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop_conflicts")
 
@@ -102,12 +102,12 @@ def collect_runs(directory: str | os.PathLike[str], kind: str, path: str | os.Pa
     # Every dataset is read twice: the first time to learn the shape that all rows must have.
     frame = _Frame()
     for run, file in found:
-        frame.widen(datasets.load(file, within=run.path))
+        frame.widen(datasets.load(file, within=run.path, large=False))
     with atomic_directory(path) as temporary:
         # An append takes about as long for one row as for many, so several runs are appended at once.
         for begin in range(0, len(found), _BATCH):
             batch = slice(begin, begin + _BATCH)
-            parts = [frame.fill(datasets.load(file, within=run.path)) for run, file in found[batch]]
+            parts = [frame.fill(datasets.load(file, within=run.path, large=False)) for run, file in found[batch]]
             dim = _free_name(parts[0], "run")
             coords = {_free_name(parts[0], name): (dim, np.array(values)[batch]) for name, values in settings.items()}
             rows = [_placed(ds, {"run": run.path.name}) for ds, (run, _) in zip(parts, found[batch], strict=True)]

@@ -9,7 +9,7 @@ import xarray as xr
 
 from pnanalysis.checks import check_writable
 from pnanalysis.errors import SchemaError
-from pnanalysis.io import netcdf, zarr_store
+from pnanalysis.io import beside, netcdf, zarr_store
 
 #: Suffixes that datasets are recognised by.
 SUFFIXES = (".nc", ".h5", ".hdf5", zarr_store.SUFFIX)
@@ -17,6 +17,8 @@ SUFFIXES = (".nc", ".h5", ".hdf5", zarr_store.SUFFIX)
 
 def save(data: xr.Dataset | xr.DataTree, path: str | os.PathLike[str]) -> Path:
     """Write a dataset atomically: as a Zarr store if the path ends in ``.zarr``, else as compressed NetCDF4.
+
+    Eigenvectors go beside it: see :mod:`pnanalysis.io.beside`.
 
     Parameters
     ----------
@@ -29,28 +31,37 @@ def save(data: xr.Dataset | xr.DataTree, path: str | os.PathLike[str]) -> Path:
     SchemaError
         If there is anything but a dataset of pnanalysis where a Zarr store is to be written, or for a tree.
     """
-    if not _is_zarr(path):
-        return netcdf.save(data, path)
+    path = Path(path)
     if isinstance(data, xr.DataTree):
-        raise SchemaError(f"{path}: a tree of datasets is saved as NetCDF4; choose a name that ends in .nc")
-    return zarr_store.save(data, path)
+        if _is_zarr(path):
+            raise SchemaError(f"{path}: a tree of datasets is saved as NetCDF4; choose a name that ends in .nc")
+        return netcdf.save(data, path)
+    rest = beside.split_off(data, path)
+    saved = zarr_store.save(rest, path) if _is_zarr(path) else netcdf.save(rest, path)
+    beside.remove_others(path, rest)
+    return saved
 
 
-def load(path: str | os.PathLike[str], within: Path | None = None) -> xr.Dataset:
+def load(path: str | os.PathLike[str], within: Path | None = None, *, large: bool = True) -> xr.Dataset:
     """Read one dataset, a NetCDF4 file or a Zarr store, into memory and check it.
+
+    Eigenvectors, which are stored beside their dataset, are read where they are used.
 
     Parameters
     ----------
     path : path
     within : Path, optional
         The run to which it belongs, whose links are not followed.
+    large : bool
+        Whether to open what is stored beside the dataset.
 
     Raises
     ------
     SchemaError
         If there is no such file, it cannot be read, or does not hold a pnanalysis dataset.
     """
-    return zarr_store.load(path, within) if _is_zarr(path) else netcdf.load(path, within)
+    ds = zarr_store.load(path, within) if _is_zarr(path) else netcdf.load(path, within)
+    return beside.attach(ds, Path(path), within) if large else ds
 
 
 def check_destination(path: str | os.PathLike[str]) -> Path:

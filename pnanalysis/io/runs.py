@@ -183,7 +183,7 @@ class Run:
     @property
     def results(self) -> xr.DataTree:
         """The history and every saved analysis as one tree, a group per kind (history, hessian, saturation...)."""
-        groups = {name: load(file, within=self.path) for name, file in self.files.items()}
+        groups = {name: load(file, within=self.path, large=False) for name, file in self.files.items()}
         return xr.DataTree.from_dict(groups, name=self.path.name)
 
     @property

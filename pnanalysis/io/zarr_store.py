@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +33,12 @@ _LARGEST_TEXT = 2**24
 _STRING_KINDS = "UTO"
 
 
-def save(ds: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+def save(
+    ds: xr.Dataset, path: str | os.PathLike[str], chunks: Mapping[Hashable, tuple[int, ...]] | None = None
+) -> Path:
     """Write a dataset as a Zarr store, atomically. A dataset of pnanalysis that is there already is replaced.
+
+    ``chunks`` are the sizes of the pieces of some variables, all of which are written.
 
     Raises
     ------
@@ -44,7 +48,13 @@ def save(ds: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     path = _check_writing(ds, path)
     with atomic_directory(path) as temporary:
         ds = ds.drop_encoding()
-        ds.to_zarr(temporary, mode="w", zarr_format=_FORMAT, consolidated=True, encoding=_checked(ds))
+        encoding = _checked(ds)
+        for name, sizes in (chunks or {}).items():
+            encoding[name]["chunks"] = sizes
+        empty = True if chunks else None  # those of NaN alone, too
+        ds.to_zarr(
+            temporary, mode="w", zarr_format=_FORMAT, consolidated=True, encoding=encoding, write_empty_chunks=empty
+        )
         _sign(temporary)
     return path
 

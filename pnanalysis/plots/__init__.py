@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from pnanalysis.errors import PnError
 from pnanalysis.plots.comparison import comparison
+from pnanalysis.plots.eigenpairs import eigenpairs
 from pnanalysis.plots.history import errors, history
 from pnanalysis.plots.landscape import barrier, landscape, sharpness
 from pnanalysis.plots.layer_activations import activation_histogram, saturated_layers
@@ -26,6 +27,7 @@ FIGURES: dict[str, str] = {
     "errors": "pnanalysis.plots.history:errors",
     "hessian": "pnanalysis.plots.spectrum:spectral_density",
     "spectral_density": "pnanalysis.plots.spectrum:spectral_density",
+    "eigenpairs": "pnanalysis.plots.eigenpairs:eigenpairs",
     "layer_spectra": "pnanalysis.plots.spectrum:layer_spectra",
     "saturation": "pnanalysis.plots.saturation:saturation",
     "saturation_gap": "pnanalysis.plots.saturation:saturation_gap",
@@ -94,6 +96,7 @@ __all__ = [
     "barrier",
     "comparison",
     "cosines",
+    "eigenpairs",
     "errors",
     "history",
     "landscape",

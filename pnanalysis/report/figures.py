@@ -123,6 +123,17 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
             shown_if=lambda ds: not _has_layers(ds),
         ),
     ),
+    "eigenpairs": (
+        Entry(
+            "eigenpairs",
+            "Eigenpairs",
+            "Eigenvalues at one end of the spectrum, with 95 % intervals that include the choice of examples; the "
+            "overlap of the eigenvectors' spaces, with that over two halves of the examples on the diagonal; the parts "
+            "of the gradient and of the last update in the top space; and the part of each eigenvector in each layer, "
+            "with the layer's part of all parameters in the last column. For classifiers, what the curvature is made "
+            "of: means of classes, of pairs of classes, and the scatter about them.",
+        ),
+    ),
     "saturation": (
         Entry(
             "saturation",

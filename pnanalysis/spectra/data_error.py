@@ -103,6 +103,12 @@ class DataForms:
             return
         self._leading, self._squares, self.top_vector = forms, value @ forms, vector[:, 0].clone()
 
+    @property
+    def leading_influences(self) -> list[Influence]:
+        """What each group adds to each of the values that :meth:`add_leading` was given; empty without forms."""
+        leading, weight = self._leading, self.operator.group_weights
+        return [] if leading is None else [Influence(weight, form, np.zeros_like(form)) for form in leading]
+
     def add_probes(self, probe: Tensor, product: Tensor) -> None:
         """Take probes ``(P, b)`` of the space orthogonal to all leading vectors, and the products with them."""
         if self._leading is None:

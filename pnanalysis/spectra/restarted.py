@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pnanalysis.arrays import Array
@@ -39,6 +40,7 @@ from pnanalysis.terminal.progress import Advance
 
 #: Which eigenvalues: the largest, the smallest (most negative), or those of the largest magnitude.
 WHICH = ("largest", "smallest", "magnitude")
+NOT_FINITE = "a product of the operator held NaN or infinite values; check the weights and the data"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class EigenPairs:
         Products spent.
     converged : bool
         Whether all residuals are within the tolerance.
+    scale : float
+        Largest magnitude of any Ritz value, those of the other end included.
     """
 
     value: Array
@@ -64,6 +68,7 @@ class EigenPairs:
     vector: Tensor
     n_hvp: int
     converged: bool
+    scale: float = np.nan
 
 
 def extreme_pairs(
@@ -166,9 +171,7 @@ class _Restarted:
         rest, (coordinates,) = orthogonalised(product, [self.basis[:, : j + 1]])
         length = float(norms(rest))
         if not np.isfinite(length):
-            raise CurvatureError(
-                "a product of the operator held NaN or infinite values; check the weights and the data"
-            )
+            raise CurvatureError(NOT_FINITE)
         self.matrix[j, j] = float(coordinates[j])
         self.size, self.beta = j + 1, length
         scale = max(np.abs(self.matrix).max(), float(norms(product)))
@@ -183,10 +186,10 @@ class _Restarted:
         """The wanted Ritz pairs."""
         value, vector, residual = self._ritz()
         k = min(self.k, self.size)
-        scale = float(np.abs(value).max()) or 1.0
+        largest = float(np.abs(value).max())
         vectors = combinations(self.basis[:, : self.size], torch.from_numpy(vector[:, :k].copy()).to(self.basis))
-        converged = bool((residual[:k] <= self.tolerance * scale).all()) or self.is_invariant
-        return EigenPairs(value[:k], residual[:k], vectors, self.n_hvp, converged)
+        converged = bool((residual[:k] <= self.tolerance * (largest or 1.0)).all()) or self.is_invariant
+        return EigenPairs(value[:k], residual[:k], vectors, self.n_hvp, converged, largest)
 
     def restart(self) -> None:
         """Replace the basis by the best Ritz vectors: the wanted ones, and half of the others to speed up the rest."""
@@ -202,9 +205,14 @@ class _Restarted:
     def _ritz(self) -> tuple[Array, Array, Array]:
         """Ritz values, coordinates of their vectors in the basis, and residuals; the wanted ones first."""
         value, vector = np.linalg.eigh(self.matrix[: self.size, : self.size])
-        key = {"largest": -value, "smallest": value, "magnitude": -np.abs(value)}[self.which]
-        order = np.argsort(key, kind="stable")
+        order = wanted_first(value, self.which)
         return value[order], vector[:, order], self.beta * np.abs(vector[-1, order])
 
 
-__all__ = ["WHICH", "EigenPairs", "extreme_pairs"]
+def wanted_first(value: Array, which: str) -> NDArray[np.intp]:
+    """The order that puts eigenvalues ``(n,)`` with the wanted ones first; see :data:`WHICH`."""
+    key = {"largest": -value, "smallest": value, "magnitude": -np.abs(value)}[which]
+    return np.argsort(key, kind="stable")
+
+
+__all__ = ["WHICH", "EigenPairs", "extreme_pairs", "wanted_first"]

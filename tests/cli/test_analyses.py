@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pnanalysis.io import netcdf
+from pnanalysis.io import datasets, netcdf
 from pnanalysis.io.runs import Run
 from pnanalysis.spectra.differences import compare_spectra
 
@@ -70,6 +70,31 @@ def test_hessian_of_layers_is_drawn_by_layer(run, tiny_run: Run, tmp_path: Path)
     assert done.status == 0, done.err
     assert netcdf.load(tmp_path / "h.nc").layer.values.tolist() == ["fc1", "fc7"]
     assert (tmp_path / "h.svg").is_file()
+
+
+def test_eigenpairs_are_saved_with_vectors_drawn_reported_and_span_a_plane(run, own_run: Run, tmp_path: Path) -> None:
+    few = ("-k", 2, "--n", 80, "--device", "cpu")
+    done = run(
+        "pnanalysis", "eigenpairs", own_run.path, "-c", "plain", "-c", "iter01", *few, "--plot", tmp_path / "e.svg"
+    )
+    assert done.status == 0, done.err
+    assert "overlap of the spaces" in done.out
+    assert "part in the top 2 eigenvectors" in done.out
+    assert (tmp_path / "e.svg").is_file()
+    file = own_run.path / "analysis" / "eigenpairs.nc"
+    found = datasets.load(file)
+    assert found.vector.sizes == {"checkpoint": 2, "pair": 2, "parameter": int(found.n_parameters[0])}
+    assert set(own_run.files) == {"history", "eigenpairs"}
+    plane = ("--view", "eigenvectors", "-c", "iter01", "--eigenpairs", file, "--n", 80, "--points", 3)
+    done = run("pnanalysis", "landscape", own_run.path, *plane, "-o", tmp_path / "plane.nc")
+    assert done.status == 0, done.err
+    assert run("pnanalysis", "report", own_run.path, "-o", tmp_path / "r.html").status == 0
+    assert "Eigenvalues at one end of the spectrum" in (tmp_path / "r.html").read_text()
+    smallest = ("--which", "smallest", "--data-error", "none", "--no-vectors", "--json", "-o", tmp_path / "s.nc")
+    done = run("pnanalysis", "eigenpairs", own_run.path, "-c", "plain", *few, *smallest)
+    assert done.status == 0, done.err
+    assert "vector" not in datasets.load(tmp_path / "s.nc")
+    assert (datasets.load(tmp_path / "s.nc").value < 0).all()
 
 
 def test_custom_weights_go_through_every_analysis(run, tmp_path: Path, own_run: Run, monkeypatch) -> None:

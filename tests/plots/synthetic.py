@@ -81,6 +81,33 @@ def layer_spectra() -> xr.Dataset:
     return xr.concat([spectra(), narrow], dim="checkpoint").assign_coords(checkpoint=names, layer=layers)
 
 
+def eigenpairs() -> xr.Dataset:
+    """Two networks with outliers that class means nearly predict; the last pair of the second has not converged."""
+    k, layers = 6, ["conv1", "conv2", "fc1", "fc2"]
+    value = np.array([[9.0, 6, 4, 2.5, 1, 0.8], [7.0, 5, 4.5, 2, 1.1, 0.7]])
+    part = np.abs(noise(2, k, 4, seed=1)) + 0.1
+    level = np.abs(noise(2, 4, k, seed=2)) + 0.2
+    pair, square = ("checkpoint", "pair"), ("checkpoint", "other")
+    variables = {
+        "value": (pair, value), "value_low": (pair, 0.85 * value), "value_high": (pair, 1.15 * value),
+        "value_data_se": (pair, 0.07 * value), "converged": (pair, np.array([[1] * k, [1] * (k - 1) + [0]])),
+        "layer_part": ((*pair, "layer"), part / part.sum(-1, keepdims=True)),
+        "layer_share": (("checkpoint", "layer"), np.array([[0.1, 0.2, 0.6, 0.1]] * 2)),
+        "level_part": (("checkpoint", "level", "pair"), level / level.sum(1, keepdims=True)),
+        "class_part": (pair, np.linspace(0.9, 0.1, 2 * k).reshape(2, k)),
+        "class_value": (("checkpoint", "class"), 0.8 * value[:, :4]),
+        "cross_value": (("checkpoint", "class_pair"), 0.9 * value),
+        "gradient_top": ("checkpoint", [0.6, 0.4]), "gradient_top_se": ("checkpoint", [0.05, 0.08]),
+        "update_top": ("checkpoint", [0.1, 0.05]), "top_chance": ("checkpoint", [0.01, 0.01]),
+        "overlap": (square, np.array([[1, 0.45], [0.45, 1]])),
+        "overlap_halves": (square, np.array([[0.8, 0.4], [0.4, 0.7]])),
+        "overlap_chance": (square, np.full((2, 2), 0.01)),
+    }  # fmt: skip
+    names = ["plain", "champion"]
+    coords = {"checkpoint": names, "other": names, "pair": np.arange(1, k + 1), "layer": layers}
+    return dataset("eigenpairs", coords | {"level": ["class", "cross", "within", "same"]}, variables, n_top=4)
+
+
 def saturation() -> xr.Dataset:
     """Percentiles of |a| that approach one, faster in later layers; iterations 1 and 3 are equal."""
     epochs = np.arange(7)
@@ -325,6 +352,7 @@ PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
     "hessian_symlog": ("hessian", spectra, {"symlog": True}),
     "hessian_examples": ("hessian", spectra_of_examples, {}),
     "layer_spectra": ("layer_spectra", layer_spectra, {}),
+    "eigenpairs": ("eigenpairs", eigenpairs, {}),
     "saturation": ("saturation", saturation, {}),
     "saturation_of_files": ("saturation", saturation_of_files, {}),
     "saturation_gap": ("saturation_gap", saturation, {}),

@@ -1,0 +1,71 @@
+"""The spaces of the largest eigenvectors of several networks, for a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import nn
+
+from pnanalysis.analyses.eigenpairs import network_eigenpairs
+from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, overlaps
+from pnanalysis.checks import at_least, one_of
+from pnanalysis.errors import PnError
+from pnanalysis.inputs.data import SPLITS
+from pnanalysis.inputs.selection import Selection
+from pnanalysis.terminal.progress import progress_bar
+
+#: Options of :func:`pnanalysis.eigenpairs` where none are given.
+EIGENPAIRS = {"n": 1024, "k": 10, "classes": False}
+
+
+@dataclass(frozen=True)
+class EigenpairRequest:
+    """The spaces to compare: examples, and options of :func:`pnanalysis.eigenpairs`."""
+
+    split: str
+    n: int | None
+    batch_size: int
+    options: EigenpairOptions
+
+    @classmethod
+    def of(cls, requested: Mapping[str, Any], seed: int) -> EigenpairRequest:
+        """From keyword arguments that replace :data:`EIGENPAIRS`, checked before any work begins.
+
+        Raises
+        ------
+        PnError
+        """
+        options = {"seed": seed, **EIGENPAIRS, **requested}
+        split, n = str(options.pop("split", "train")), options.pop("n")
+        batch_size = options.pop("batch_size", 512)
+        one_of(SPLITS, split=split)
+        at_least(1, n=n, batch_size=batch_size)
+        known = {entry.name for entry in fields(EigenpairOptions)}
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise PnError(
+                f"compare takes no option {unknown[0]!r} for its eigenpairs; there are {', '.join(sorted(known))}"
+            )
+        return cls(split, n, batch_size, EigenpairOptions(**options))
+
+    def overlaps(
+        self, selection: Selection, networks: Mapping[str, nn.Module], device: torch.device, progress: bool
+    ) -> xr.Dataset:
+        """Overlaps of all pairs of networks, dims ``checkpoint`` and ``other``."""
+        found: dict[object, Found] = {}
+        for source in selection.sources:
+            part = selection.split(source, self.split, self.n, self.options.seed, device)
+            batches = part.batches(self.batch_size)
+            for item in selection.distinct(source):
+                network = networks[item.label].to(device)
+                with progress_bar(f"{item.label}: eigenvectors", None, progress) as advance:
+                    found[item.key] = network_eigenpairs(
+                        network, source.loss, batches, self.options, label=item.label, device=device, advance=advance
+                    )
+                network.cpu()
+        ds = xr.Dataset(overlaps([found[item.key] for item in selection]))
+        return ds.assign_attrs(n_pairs=self.options.k)

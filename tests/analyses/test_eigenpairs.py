@@ -1,0 +1,353 @@
+"""Eigenpairs as data: closed forms, dense matrices, other packages, runs, files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from scipy import sparse
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pnanalysis as pn
+from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from pnanalysis.errors import CurvatureError, ModelError, PnError
+from pnanalysis.io.runs import Run
+from tests.curvature.conftest import NETWORKS, images, squared_error
+
+QUIET: dict[str, Any] = {"progress": False}
+KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
+
+
+def dense(op: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and eigenvectors, the largest first."""
+    value, vector = np.linalg.eigh(op.to_dense().numpy())
+    return value[::-1], vector[:, ::-1]
+
+
+class Bowl(nn.Module):
+    """A network whose loss over its data is a quadratic bowl with given axes."""
+
+    def __init__(self, theta: Tensor) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(theta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.theta
+
+
+def bowl(values: Tensor, theta: Tensor) -> tuple[nn.Module, Any]:
+    """Loss ``sum_i values_i theta_i^2 / 2``: its gradient and eigenpairs are known."""
+    x = torch.diag((values * len(values) / 2).sqrt())
+    return Bowl(theta), [(x, torch.zeros(len(values), dtype=theta.dtype))]
+
+
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    [(name, "hessian") for name in ("linear", "tanh", "conv", "maxpool", "batchnorm", "layernorm")]
+    + [("tanh", "ggn"), ("conv", "ggn"), ("tanh", "fisher")],
+)
+def test_pairs_are_those_of_the_dense_matrix(network: str, kind: str) -> None:
+    loss: Callable[..., Any] = squared_error if network == "linear" else F.cross_entropy
+    model, batches = NETWORKS[network](), images((20, 12))
+    ds = pn.eigenpairs(
+        model, data=batches, loss=loss, operator=kind, dtype="float64", k=5, tolerance=1e-8, n=None, data_error="none",
+        classes=False, **QUIET,
+    ).squeeze("checkpoint")  # fmt: skip
+    op = KINDS[kind](model, loss, batches)
+    value, vector = dense(op)
+    np.testing.assert_allclose(ds.value, value[:5], atol=1e-7 * value[0])
+    product = op.matmat(torch.from_numpy(ds.vector.values.T.copy())).numpy()
+    np.testing.assert_allclose(np.linalg.norm(product - ds.vector.values.T * ds.value.values, axis=0), ds.residual,
+                               atol=1e-9 * value[0])  # fmt: skip
+    for i in range(5):
+        alone = np.abs(np.delete(value, i) - value[i]).min() > 1e-3 * value[0]
+        if alone:
+            assert abs(vector[:, i] @ ds.vector.values[i]) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
+def test_a_quadratic_bowl_with_known_axes(which: str) -> None:
+    values = torch.tensor([5.0, 0.1, 2.0, 0.5, 3.0], dtype=torch.float64)
+    theta = torch.tensor([0.1, 4.0, 1.0, -2.0, 0.3], dtype=torch.float64)
+    model, data = bowl(values, theta)
+    ds = pn.eigenpairs(model, data=data, loss="mse", dtype="float64", k=2, which=which, n=None, **QUIET)
+    ds = ds.squeeze("checkpoint")
+    expected = [1, 3] if which == "smallest" else [0, 4]
+    np.testing.assert_allclose(ds.value, values[expected], rtol=1e-10)
+    np.testing.assert_allclose(np.abs(ds.vector), np.eye(5)[expected], atol=1e-7)
+    np.testing.assert_allclose(ds.participation, 1, atol=1e-6)
+    if which == "largest":  # the gradient is values * theta: Gur-Ari et al. on a quadratic
+        slopes = (values * theta).square()
+        np.testing.assert_allclose(ds.gradient_part, slopes[expected] / slopes.sum(), atol=1e-7)
+        assert float(ds.gradient_top) == pytest.approx(float(slopes[expected].sum() / slopes.sum()), abs=1e-7)
+        assert float(ds.gradient_norm) == pytest.approx(float(slopes.sum().sqrt()))
+        assert float(ds.top_chance) == 2 / 5
+    else:
+        assert "gradient_top" not in ds
+
+
+def test_gradient_descent_on_a_bowl_leaves_the_top_space() -> None:
+    """After many steps only flat directions are left; at the start the gradient is where the curvature is."""
+    values = torch.cat([torch.full((3,), 1.0), torch.full((20,), 1e-3)]).double()
+    theta = torch.ones(23, dtype=torch.float64)
+    parts = []
+    for steps in (0, 40):
+        model, data = bowl(values, theta * (1 - 0.5 * values) ** steps)
+        ds = pn.eigenpairs(model, data=data, loss="mse", dtype="float64", k=3, n=None, data_error="none", **QUIET)
+        parts.append(float(ds.gradient_top[0]))
+    assert parts[0] > 0.9999
+    assert parts[1] < 1e-4
+
+
+def test_a_linear_network_with_squared_loss() -> None:
+    """The Hessian is the second moment of the inputs for each output, so that every eigenvalue is there C times."""
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 6).double() * torch.tensor([4.0, 3, 2, 1, 0.5, 0.1]), torch.randn(60, 3).double()
+    model = nn.Linear(6, 3, bias=False).double()
+    ds = pn.eigenpairs(model, data=[(x, y)], loss="mse", dtype="float64", k=6, n=None, **QUIET).squeeze("checkpoint")
+    moment = np.linalg.eigvalsh((2 * x.T @ x / (60 * 3)).numpy())[::-1]
+    np.testing.assert_allclose(ds.value, np.repeat(moment[:2], 3), rtol=1e-6)
+    assert ds.cluster.values.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (ds.space_sin_theta < 1e-3).all()
+    assert (ds.sin_theta > 0.5).any()
+    forms = (x @ torch.linalg.eigh(x.T @ x)[1][:, -1]).square() * 2 / 3  # of the largest, for every example
+    assert float(ds.value_data_se[0]) == pytest.approx(float(forms.std() / 60**0.5), rel=1e-6)
+
+
+def test_the_error_for_the_examples_is_the_scatter_over_samples() -> None:
+    """Of the largest eigenvalue of a second moment, over 300 samples."""
+    generator = np.random.default_rng(0)
+    scale, values, errors = np.array([3.0, 1.0, 0.5, 0.2]), [], []
+    model = nn.Linear(4, 1, bias=False).double()
+    for _ in range(300):
+        x = generator.standard_normal((200, 4)) * scale
+        values.append(np.linalg.eigvalsh(2 * x.T @ x / 200)[-1])
+    for i in range(5):
+        x = torch.from_numpy(generator.standard_normal((200, 4)) * scale)
+        op = HessianOperator(model, F.mse_loss, [(x, torch.zeros(200, 1).double())])
+        errors.append(float(pn.eigenpairs(op, k=1, data_error="examples", seed=i, **QUIET).value_data_se[0]))
+    # a standard deviation of 300 is known to 4 %, and that of each error is about 15 %
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.2)
+
+
+def test_an_operator_has_layers_and_a_matrix_has_none() -> None:
+    op = GGNOperator(NETWORKS["conv"](), F.cross_entropy, images((9, 7)))
+    ds = pn.eigenpairs(op, k=3, **QUIET)
+    assert ds.layer.values.tolist() == ["0", "2", "4"]
+    np.testing.assert_allclose(ds.layer_part.sum("layer"), 1, atol=1e-12)
+    np.testing.assert_allclose(ds.layer_share.sum(), 1)
+    sizes = [n for _, _, n in json.loads(ds.tensors.item())]
+    assert sum(sizes) == op.shape[0] == ds.sizes["parameter"]
+    own = np.split(ds.vector.values.astype(float) ** 2, np.cumsum(sizes)[:-1], axis=1)
+    np.testing.assert_allclose(ds.layer_part[:, 0], own[0].sum(1) + own[1].sum(1), atol=1e-6)
+    for matrix in (np.diag([3.0, 1, 0]), torch.diag(torch.tensor([3.0, 1, 0])), sparse.diags_array([3.0, 1, 0])):
+        bare = pn.eigenpairs(matrix, k=2, **QUIET)
+        np.testing.assert_allclose(bare.value, [3, 1], atol=1e-6)
+        assert "layer_part" not in bare
+        assert bare.attrs["data_error"] == "none"
+
+
+def test_one_parameter_rank_one_and_zero() -> None:
+    assert pn.eigenpairs(np.array([[4.0]]), **QUIET).value.values.tolist() == [4.0]
+    v = np.arange(1.0, 9)
+    found = pn.eigenpairs(np.outer(v, v), k=3, **QUIET)
+    np.testing.assert_allclose(found.value, [v @ v, 0, 0], atol=1e-10)
+    zero = pn.eigenpairs(np.zeros((6, 6)), k=10, **QUIET)
+    assert zero.sizes["pair"] == 6
+    assert (zero.value == 0).all()
+    constant = pn.eigenpairs(  # a loss that depends on no parameter
+        nn.Linear(2, 1), data=[(torch.randn(9, 2), torch.zeros(9, 1))], loss=lambda o, t: (0 * o).mean(), k=2,
+        weight="examples", **QUIET,
+    )  # fmt: skip
+    assert (constant.value == 0).all()
+    assert np.isnan(constant.gradient_top).all()
+
+
+def test_the_largest_agrees_with_pyhessian() -> None:
+    pyhessian = pytest.importorskip("pyhessian")
+    model, (x, y) = NETWORKS["conv"](), images((40,))[0]
+    theirs, _ = pyhessian.hessian(model, F.cross_entropy, data=(x, y), cuda=False).eigenvalues(
+        maxIter=2000, tol=1e-12, top_n=2
+    )
+    ds = pn.eigenpairs(model, data=[(x, y)], loss=F.cross_entropy, dtype="float64", which="magnitude", k=2, **QUIET)
+    np.testing.assert_allclose(ds.value[0], theirs, rtol=1e-4)
+
+
+def test_a_run_with_updates_overlaps_and_classes(tiny_run: Run, tmp_path: Path) -> None:
+    ds = pn.eigenpairs(tiny_run, checkpoints=["plain", "iter01", "start"], k=2, n=200, **QUIET)
+    assert ds.checkpoint.values.tolist() == ["plain", "iter01", "start"]
+    assert np.isnan(ds.update_top.sel(checkpoint="start"))  # nothing comes before it
+    before, after = (tiny_run.select([f"iter00/epoch{i:03d}"]).popitem()[1].load() for i in (3, 4))
+    names = [name for name, _, _ in json.loads(str(ds.tensors[0].item()))]
+    update = torch.cat([(after[name] - before[name]).reshape(-1) for name in names]).double().numpy()
+    cosines = (ds.vector[0].values @ update) ** 2 / (update @ update)
+    np.testing.assert_allclose(ds.update_part[0], cosines, rtol=1e-3, atol=1e-8)
+    assert float(ds.update_norm[0]) == pytest.approx(np.linalg.norm(update), rel=1e-5)
+    np.testing.assert_allclose(np.diag(ds.overlap), 1, atol=1e-5)
+    v, w = (ds.vector.sel(checkpoint=name).values.astype(float) for name in ("plain", "iter01"))
+    expected = np.square(v @ w.T).sum() / 2
+    assert float(ds.overlap.sel(checkpoint="plain", other="iter01")) == pytest.approx(expected, abs=1e-4)
+    np.testing.assert_array_equal(ds.overlap, ds.overlap.T)
+    assert float(ds.overlap_chance[0, 1]) == 2 / int(ds.n_parameters[0])
+    assert ((np.diag(ds.overlap_halves) > 0.2) & (np.diag(ds.overlap_halves) <= 1)).all()
+    np.testing.assert_allclose(ds.level_part.sum("level"), 1, atol=1e-9)
+    assert (ds.cross_part >= ds.class_part - 1e-6).all()
+    assert ds.class_value.shape == (3, 10)
+    assert ds.cross_value.shape == (3, 90)
+    assert (ds.value_low < ds.value).all()
+    assert (ds.value < ds.value_high).all()
+    again = pn.load(pn.save(ds, tmp_path / "eigenpairs.nc"))
+    xr.testing.assert_identical(again.load().drop_attrs(deep=False), ds.drop_attrs(deep=False))
+    pn.validate(again)
+
+
+def test_the_gauss_newton_curvature_of_its_own_pairs_is_the_eigenvalue() -> None:
+    ds = pn.eigenpairs(
+        NETWORKS["tanh"](), data=images((30,)), loss=F.cross_entropy, operator="ggn", dtype="float64", k=2, **QUIET
+    )
+    np.testing.assert_allclose(ds.ggn_value, ds.value, rtol=1e-6)
+    regression = pn.eigenpairs(
+        NETWORKS["tanh"](), data=images((30,)), loss=squared_error, dtype="float64", k=2, **QUIET
+    )
+    assert "level_part" not in regression
+    assert "cross_entropy" in regression.attrs["class_note"]
+
+
+def test_halves_of_the_examples() -> None:
+    batches = images((24, 16))
+    options: dict[str, Any] = {"loss": F.cross_entropy, "dtype": "float64", "k": 2, "n": None} | QUIET
+    ds = pn.eigenpairs(NETWORKS["tanh"](), data=batches, **options).squeeze("checkpoint")
+    op = HessianOperator(NETWORKS["tanh"](), F.cross_entropy, batches, expected_products=1)
+    for part in (0, 1):
+        np.testing.assert_allclose(ds.value_half[part], dense(op.subset([part], 2))[0][:2], rtol=1e-4)
+    without = pn.eigenpairs(NETWORKS["tanh"](), data=batches, data_error="examples", **options)
+    assert "value_half" not in without
+    assert without.attrs["data_error"] == "examples"
+
+
+def test_networks_of_different_sizes_side_by_side(tmp_path: Path) -> None:
+    nets = {
+        "small": nn.Linear(3, 2),
+        "large": nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+        "tiny": Bias(),
+    }
+    data = [(torch.randn(30, 3), torch.randint(0, 2, (30,)))]
+    ds = pn.eigenpairs(nets, data=data, loss=F.cross_entropy, k=6, data_error="none", max_hvp=29, **QUIET)
+    assert ds.value.sel(checkpoint="tiny").notnull().sum() == 2
+    assert np.isnan(ds.overlap.sel(checkpoint="small", other="large"))
+    again = pn.load(pn.save(ds, tmp_path / "several.nc"))
+    np.testing.assert_array_equal(again.vector, ds.vector)
+
+
+class Bias(nn.Module):
+    """Two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([0.1, -0.2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand(len(x), 2)
+
+
+def test_what_has_not_converged_is_marked() -> None:
+    values = np.random.default_rng(0).standard_normal(300)
+    with pytest.warns(UserWarning, match="not converged"):
+        ds = pn.eigenpairs(np.diag(values), k=8, max_hvp=28, **QUIET)
+    assert (ds.converged == 0).any()
+    assert ds.attrs["complete"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k is 0"),
+        ({"which": "top"}, "unknown which 'top'"),
+        ({"operator": "kfac"}, "unknown operator"),
+        ({"data_error": "groups"}, "unknown data_error"),
+        ({"tolerance": 0}, "tolerance is 0"),
+        ({"loss": F.cross_entropy}, "leave model, data and loss out"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PnError, match=message):
+        pn.eigenpairs(np.eye(3), **options, **QUIET)
+
+
+def test_a_plane_along_eigenvectors_has_their_curvature() -> None:
+    torch.manual_seed(0)
+    net, data = NETWORKS["tanh"](), images((40,))
+    options: dict[str, Any] = {"data": data, "loss": F.cross_entropy, "dtype": "float64"} | QUIET
+    pairs = pn.eigenpairs(net, k=3, n=None, data_error="none", classes=False, **options)
+    gradient = HessianOperator(net, F.cross_entropy, data).gradient().numpy()
+    for given in (pairs, None):
+        ds = pn.landscape(net, view="eigenvectors", eigenpairs=given, pairs=(1, 3), n_points=3, n=None,
+                          span=(-1e-3, 1e-3, -1e-3, 1e-3), **options)  # fmt: skip
+        loss = ds.loss.squeeze("split").values
+        for along, i in ((loss[1], 0), (loss[:, 1], 2)):
+            assert (along[0] - 2 * along[1] + along[2]) / 1e-6 == pytest.approx(float(pairs.value[0, i]), rel=1e-3)
+            slope = abs(gradient @ pairs.vector.values[0, i])
+            assert abs(along[2] - along[0]) / 2e-3 == pytest.approx(slope, rel=1e-3, abs=1e-7)
+    default = pn.landscape(net, view="eigenvectors", eigenpairs=pairs, n_points=3, **options)
+    norm = float(torch.cat([p.detach().flatten() for p in net.parameters()]).norm())
+    half = min((2 / float(pairs.value[0, 0] * pairs.value[0, 1]) ** 0.5) ** 0.5, norm / 2)
+    assert float(default.x[-1]) == pytest.approx(half)
+
+
+def test_planes_refuse_eigenpairs_that_do_not_fit() -> None:
+    net, data = nn.Linear(3, 2), [(torch.randn(20, 3), torch.randint(0, 2, (20,)))]
+    options: dict[str, Any] = {"data": data, "loss": F.cross_entropy} | QUIET
+
+    def plane(ds: Any, **more: Any) -> xr.Dataset:
+        return pn.landscape(net, view="eigenvectors", eigenpairs=ds, n_points=3, **options, **more)
+
+    own = pn.eigenpairs(net, k=2, **options)
+    with pytest.raises(ModelError, match="none has the weights of"):
+        plane(pn.eigenpairs(nn.Linear(3, 2), k=2, **options))
+    with pytest.raises(ModelError, match="have no vectors"):
+        plane(own.drop_vars("vector"))
+    with pytest.raises(ModelError, match="no eigenpair 7; there are 2"):
+        plane(own, pairs=(1, 7))
+    with pytest.raises(ModelError, match="two different eigenpairs"):
+        plane(own, pairs=(2, 2))
+    with pytest.raises(ModelError, match=r"is no dataset of pnanalysis\.eigenpairs"):
+        plane(xr.Dataset())
+    with pytest.raises(PnError, match="not of unit length"):
+        plane(own.assign(vector=own.vector * np.nan))
+    with pytest.raises(ModelError, match="a part of a parameter"):
+        plane(pn.eigenpairs(net, k=2, params="weight[0:1]", **options))
+
+
+def test_compare_has_overlaps_on_request() -> None:
+    torch.manual_seed(0)
+    nets = {"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)}
+    data = {name: (torch.randn(60, 4), torch.randint(0, 3, (60,))) for name in ("train", "test")}
+    options: dict[str, Any] = {"loss": F.cross_entropy, "hessian": False, "cka": False, "saturation": False} | QUIET
+    ds = pn.compare(nets, data=data, eigenpairs={"k": 2, "n": None}, **options)
+    alone = pn.eigenpairs(nets, data=data, loss=F.cross_entropy, k=2, n=None, **QUIET)
+    np.testing.assert_allclose(ds.overlap, alone.overlap, atol=1e-5)
+    assert "overlap" not in pn.compare(nets, data=data, **options)
+    with pytest.raises(PnError, match="no option 'kay'"):
+        pn.compare(nets, data=data, eigenpairs={"kay": 3}, **options)
+
+
+def test_a_loss_with_the_network_in_it_has_no_classes_but_pairs() -> None:
+    def residual(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    ds = pn.eigenpairs(nn.Linear(3, 1), data=[(torch.randn(20, 3), torch.randn(20, 1))], loss=residual, k=2,
+                       weight="examples", **QUIET)  # fmt: skip
+    assert "class_part" not in ds
+    assert (ds.value > 0).all()
+
+
+def test_an_operator_that_is_not_symmetric_is_refused() -> None:
+    with pytest.raises(CurvatureError, match="not symmetric"):
+        pn.eigenpairs(np.triu(np.random.default_rng(0).standard_normal((50, 50))), **QUIET)
