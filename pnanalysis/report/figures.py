@@ -195,7 +195,8 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
             "learning_coefficient",
             "Local learning coefficient",
             "Estimates with 95 % intervals, beside those of a Gaussian with the Hessian of the minimum; on the right, "
-            "means of pieces of each chain, with a line where burn-in ends. Chains that have not converged give no estimate.",
+            "means of pieces of each chain, with a line where burn-in ends. Chains that have not converged give no "
+            "estimate.",
         ),
     ),
     "gradients": (
