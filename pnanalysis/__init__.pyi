@@ -7,6 +7,7 @@ from .analyses.gradients import gradient_split as gradient_split
 from .analyses.hessian import hessian as hessian
 from .analyses.history import history as history
 from .analyses.landscape import landscape as landscape
+from .analyses.learning_coefficient import learning_coefficient as learning_coefficient
 from .analyses.saturation import saturation as saturation
 from .analyses.sharpness import sharpness as sharpness
 from .analyses.trajectory import trajectory as trajectory
@@ -43,6 +44,7 @@ __all__ = [
     "hessian",
     "history",
     "landscape",
+    "learning_coefficient",
     "load",
     "load_text",
     "open_files",

@@ -15,6 +15,7 @@ from pnanalysis.cli import (
     history,
     info,
     landscape,
+    learning_coefficient,
     plot,
     report,
     saturation,
@@ -30,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, compare, hessian, eigenpairs, saturation, trajectory, landscape, sharpness, gradients, history, plot, report,
-    info,
+    demo, compare, hessian, eigenpairs, saturation, trajectory, landscape, sharpness, learning_coefficient, gradients,
+    history, plot, report, info,
 )  # fmt: skip
 for command in COMMANDS:
     command.register(app)

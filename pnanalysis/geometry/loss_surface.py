@@ -179,7 +179,7 @@ class LossSurface:
                 for k in range(len(rows)):
                     batch_inputs = (self.cast(inputs) for inputs, _ in self.bn_batches)
                     reestimate(self.model, self.norms, _point(points, k), batch_inputs)  # in place: points are views
-            for k, values in enumerate(self._example_values(points, len(rows), batches)):
+            for k, values in enumerate(self.example_values(points, len(rows), batches)):
                 yield values
                 if advance is not None:
                     advance(text=f"point {begin + k + 1}")
@@ -212,8 +212,15 @@ class LossSurface:
                 weight_sum += weight
         return loss_sum / weight_sum, {name: part / weight_sum for name, part in zip(theta, gradient, strict=True)}
 
-    def _example_values(self, points: State, n_points: int, batches: Iterable[Any]) -> Iterator[ExampleValues]:
-        """Values of all examples at each of some stacked points, in one pass over the data."""
+    @torch.no_grad()
+    def example_values(self, points: State, n_points: int, batches: Iterable[Any]) -> Iterator[ExampleValues]:
+        """Losses and errors of all examples at each of some stacked points, in one pass over the data.
+
+        Raises
+        ------
+        ModelError
+            If the loss is not a mean over examples.
+        """
         by_point: list[list[_BatchValues]] = [[] for _ in range(n_points)]
         for inputs, targets in batches:
             found = self._batch_values(points, n_points, self.cast(inputs), self.cast(targets))

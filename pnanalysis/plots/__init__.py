@@ -41,6 +41,7 @@ FIGURES: dict[str, str] = {
     "barrier": "pnanalysis.plots.landscape:barrier",
     "landscape": "pnanalysis.plots.landscape:landscape",
     "sharpness": "pnanalysis.plots.landscape:sharpness",
+    "learning_coefficient": "pnanalysis.plots.learning_coefficient:learning_coefficient",
     "gradients": "pnanalysis.plots.gradients:gradients",
     "comparison": "pnanalysis.plots.comparison:comparison",
     "functional": "pnanalysis.plots.comparison:functional",

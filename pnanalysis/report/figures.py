@@ -201,6 +201,15 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
             "The largest rise of the loss found in small neighbourhoods of the minima; bars show one standard error.",
         ),
     ),
+    "learning_coefficient": (
+        Entry(
+            "learning_coefficient",
+            "Local learning coefficient",
+            "Estimates with 95 % intervals, beside those of a Gaussian with the Hessian of the minimum; on the right, "
+            "means of pieces of each chain, with a line where burn-in ends. Chains that have not converged give no "
+            "estimate.",
+        ),
+    ),
     "gradients": (
         Entry(
             "gradients",

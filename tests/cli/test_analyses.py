@@ -194,3 +194,15 @@ def test_landscapes_are_saved_drawn_and_reported(run, own_run: Run, tmp_path: Pa
     assert run("pnanalysis", "report", own_run.path, "-o", tmp_path / "r.html").status == 0
     page = (tmp_path / "r.html").read_text()
     assert all(title in page for title in ("Loss between minima", "Loss on a plane", "Sharpness"))
+
+
+def test_learning_coefficients_of_one_and_of_several_settings(run, own_run: Run, tmp_path: Path) -> None:
+    small = ("--n", 50, "--chains", 3, "--draws", 12, "--burn-in", 4, "-c", "plain")
+    done = run("pnanalysis", "learning-coefficient", own_run.path, *small, "--plot", tmp_path / "one.png")
+    assert done.status == 0, done.err
+    assert "no" in done.out  # so few draws do not converge
+    assert netcdf.load(own_run.path / "analysis" / "learning_coefficient.nc").excess.sizes["draw"] == 16
+    several = ("--localization", 10, "--localization", 100, "--step-size", 1e-4, "-o", tmp_path / "c.nc")
+    done = run("pnanalysis", "learning-coefficient", own_run.path, *small, *several, "--plot", tmp_path / "c.svg")
+    assert done.status == 0, done.err
+    assert netcdf.load(tmp_path / "c.nc").learning_coefficient.dims == ("checkpoint", "localization")

@@ -226,6 +226,31 @@ def sharpness() -> xr.Dataset:
     return dataset("sharpness", {"checkpoint": names, "neighbourhood": ["ball", "adaptive", "box"]}, variables)
 
 
+def learning_coefficients(localization: list[float] | None = None) -> xr.Dataset:
+    """Of three checkpoints, the last of which has not converged; over step sizes, too, if localizations are given."""
+    names, steps = ["plain", "iter01", "network-of-friday"], np.array([1e-4, 3e-4, 1e-3])
+    shape, dims = (3,), ("checkpoint",)
+    if localization:
+        shape, dims = (3, len(localization), 3), ("checkpoint", "localization", "step_size")
+    value = 8 + noise(*shape)
+    value[2] = np.nan
+    excess = (8 + noise(*shape, 2, 60).cumsum(-1) / 20) * (1 - np.exp(-np.arange(60) / 8)) / 200
+    own = {
+        "learning_coefficient": value,
+        "learning_coefficient_low": value - 0.8,
+        "learning_coefficient_high": value + 0.9,
+    }
+    scalars = own | {
+        "learning_coefficient_se": 0 * value + 0.4, "gaussian": np.full(shape, 8.5), "nbeta": np.full(shape, 200.0),
+        "converged": np.isfinite(value) * 1.0, "epsilon": np.broadcast_to(steps if localization else 1e-3, shape),
+    }  # fmt: skip
+    variables = {name: (dims, number) for name, number in scalars.items()}
+    variables["excess"] = ((*dims, "chain", "draw"), excess)
+    variables["burn_in"] = ("checkpoint", [20, 20, 20])
+    coords = {"checkpoint": names} | ({"localization": localization} if localization else {})
+    return dataset("learning_coefficient", coords, variables)
+
+
 def comparison() -> xr.Dataset:
     """Three checkpoints: one has a significantly different loss, none a different error; one interval reaches zero."""
     k, pair = 3, ("checkpoint", "other")
@@ -366,6 +391,12 @@ PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
     "barrier": ("barrier", barrier, {}),
     "landscape": ("landscape", landscape, {"trajectory": trajectory}),
     "sharpness": ("sharpness", sharpness, {}),
+    "learning_coefficient": ("learning_coefficient", learning_coefficients, {}),
+    "learning_coefficient_calibration": (
+        "learning_coefficient",
+        lambda: learning_coefficients([10.0, 100.0]),
+        {},
+    ),
     "gradients": ("gradients", gradients, {}),
     "gradients_one_epoch": ("gradients", lambda: gradients(EPOCHS[:1]), {}),
     "comparison": ("comparison", comparison, {}),

@@ -219,10 +219,14 @@ def test_a_diverged_iteration_is_never_the_champion(tiny_run: Run) -> None:
 
 
 def test_a_signal_marks_its_run_as_interrupted(tiny_run: Run, tiny_config: Config, tmp_path: Path, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(RunWriter, "save_state", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny_config, tmp_path / "run", device="cpu", progress=False, save_interval=0.0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have their background jobs ignore it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(RunWriter, "save_state", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                train(tiny_config, tmp_path / "run", device="cpu", progress=False, save_interval=0.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert open_run(tmp_path / "run").manifest["status"] == "interrupted"
     assert same(tiny_run, train(tiny_config, tmp_path / "run", device="cpu", progress=False, resume=True))
 

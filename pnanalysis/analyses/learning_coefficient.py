@@ -1,0 +1,361 @@
+"""The local learning coefficient: how singular a minimum is, by the volume of low loss around it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from pnanalysis import schema
+from pnanalysis.checks import at_least, check_seed, positive, resolve_dtype
+from pnanalysis.curvature.operators import HessianOperator
+from pnanalysis.curvature.parameters import Selection as Parameters
+from pnanalysis.curvature.parameters import select_parameters
+from pnanalysis.errors import CurvatureError, ModelError
+from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.geometry.loss_surface import LossSurface, check_same_function
+from pnanalysis.inputs.batches import leading_size
+from pnanalysis.inputs.data import DataLike
+from pnanalysis.inputs.models import Loss, ModelLike, device_of
+from pnanalysis.inputs.selection import Given, select
+from pnanalysis.inputs.sources import resolve_device
+from pnanalysis.sampling.langevin import SAMPLERS, Posterior, Stiff
+from pnanalysis.sampling.local_learning import Plan, sample, with_steps_that_hold
+from pnanalysis.sampling.stacked_gradients import StackedGradients
+from pnanalysis.spectra.density import spectral_density
+from pnanalysis.spectra.free_memory import free_bytes
+from pnanalysis.spectra.restarted import extreme_pairs
+from pnanalysis.spectra.summary import summarise
+from pnanalysis.terminal.progress import progress_bar
+
+#: Burn-in and draws where they are chosen here: in relaxations of the flattest directions, and in steps at least.
+_RELAXATIONS, _FEWEST = (2, 4), (100, 400)
+#: Both together, at most.
+_MOST_STEPS = 20_000
+#: Step sizes that are chosen here, times the largest curvature that chains meet; 4 is where they diverge. With the
+#: noise of batches longer steps spread the draws.
+_COURANT = {"full": 1.0, "minibatch": 0.25, "sgld": 0.05}
+#: Directions that count as stiff, the relative residual of their eigenvalues, and products spent on them at most, and
+#: on the Gaussian estimate.
+_STIFF, _TOLERANCE, _PRODUCTS = 10, 1e-2, 80
+DATA_ERRORS = ("examples", "none")
+
+
+@dataclass(frozen=True)
+class ChainOptions:
+    """How to sample; see :func:`learning_coefficient`.
+
+    ``step_sizes`` and ``localizations`` are those of a grid; a step size of ``None`` is chosen.
+    """
+
+    n_chains: int = 4
+    n_draws: int | None = None
+    burn_in: int | None = None
+    step_sizes: tuple[float | None, ...] = (None,)
+    localizations: tuple[float, ...] = (100.0,)
+    beta: float | None = None
+    sampler: str = "full"
+    params: Parameters = None
+    data_error: str = "examples"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(2, n_chains=self.n_chains)
+        at_least(8, n_draws=self.n_draws)
+        at_least(0, burn_in=self.burn_in)
+        check_seed(seed=self.seed)
+        positive(localization=min(self.localizations, default=0.0), beta=1.0 if self.beta is None else self.beta)
+        if not self.step_sizes:
+            raise ModelError("no step size is named; leave step_size out to have one chosen")
+        positive(step_size=min((step for step in self.step_sizes if step is not None), default=1.0))
+        for name, value, choices in (
+            ("sampler", self.sampler, SAMPLERS), ("data_error", self.data_error, DATA_ERRORS),
+        ):  # fmt: skip
+            if value not in choices:
+                raise ModelError(f"{name} is {value!r}; it must be {' or '.join(choices)}")
+
+
+def learning_coefficient(
+    *given: Given,
+    model: ModelLike | None = None,
+    data: DataLike | None = None,
+    loss: str | Loss | None = None,
+    checkpoints: Sequence[str] | None = None,
+    n_chains: int = 4,
+    n_draws: int | None = None,
+    burn_in: int | None = None,
+    step_size: float | Sequence[float] | None = None,
+    localization: float | Sequence[float] = 100.0,
+    beta: float | None = None,
+    sampler: str = "full",
+    params: Parameters = None,
+    split: str = "train",
+    n: int | None = 2048,
+    batch_size: int = 256,
+    data_error: str = "examples",
+    dtype: str = "float32",
+    device: str | None = "cpu",
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    r"""The local learning coefficient of each checkpoint, with what shows whether its chains have converged.
+
+    Parameters
+    ----------
+    *given, model, data, loss
+        See :func:`pnanalysis.hessian`.
+    checkpoints : sequence of str, optional
+        See :meth:`pnanalysis.io.runs.Run.select`; by default plain and champion of runs, and all other networks.
+    n_chains : int
+        Langevin chains, all from the checkpoint; they share their passes over the network.
+    n_draws, burn_in : int, optional
+        Steps of each chain that count, and those before that do not. By default four and two times what the flattest
+        directions need to relax, :math:`2/(\varepsilon\gamma)` steps, at least 400 and 100, and no more than 20,000
+        in all.
+    step_size : float or sequence of float, optional
+        :math:`\varepsilon`; by default the inverse of the largest curvature of the potential that chains meet,
+        :math:`n\beta\lambda + \gamma`, apart from the ten stiffest directions at the checkpoint; a quarter of that with
+        single batches, and a twentieth of the inverse of the largest curvature there is with ``"sgld"``. Several give
+        a calibration, along a dim ``step_size``.
+    localization : float or sequence of float
+        :math:`\gamma`, in units of one over squared parameters: how strongly chains are held near the checkpoint.
+        Coefficients are compared at one value. Several give a calibration, along a dim ``localization``.
+    beta : float, optional
+        Inverse temperature; by default :math:`1/\log n`.
+    sampler : {"full", "minibatch", "sgld"}
+        Gradients of all examples, or of one batch a step, which costs less and spreads the draws by its noise;
+        ``"sgld"`` is that of Lau et al. See :mod:`pnanalysis.sampling.langevin`.
+    params : optional
+        Parameters that move, as for :class:`pnanalysis.HessianOperator`; all trainable ones by default. The
+        coefficient is then one of these with the others fixed [2]_.
+    split, n, batch_size, dtype, device
+        As for :func:`pnanalysis.landscape`. ``n`` examples make the posterior.
+    data_error : {"examples", "none"}
+        Whether the error includes that of the choice of examples, for which all of them are evaluated at 25 draws of
+        each chain.
+    seed : int
+        Of examples and noise.
+    progress : bool
+
+    Returns
+    -------
+    xarray.Dataset
+        Kind ``learning_coefficient``, dim ``checkpoint``. ``learning_coefficient`` is
+        :math:`\hat\lambda = n\beta\,(\langle L\rangle - L(w^*))`, NaN where the chains have not converged;
+        ``learning_coefficient_chain_se`` and ``_data_se`` are its standard errors for the length of the chains and
+        for the choice of examples at this checkpoint, ``_se``, ``_low`` and ``_high`` are of both. ``gaussian`` is
+        what :math:`\hat\lambda` would be if the loss were its second-order expansion,
+        :math:`\tfrac12\sum_i h_i/(h_i + \gamma/n\beta)` over the positive eigenvalues of the Hessian: a
+        :math:`\hat\lambda` far from it means that the minimum is not quadratic at this temperature. ``rhat`` (of the
+        loss), ``distance_rhat`` and ``effective_draws`` say whether the chains have converged, and ``converged`` (0 or
+        1) that they have: R-hats below 1.05 and 1.1, and 100 effective draws. ``excess`` and ``distance`` ``(chain,
+        draw)`` are the loss above that of the checkpoint and the distance from it, burn-in included.
+
+    Raises
+    ------
+    ModelError
+        If an option is invalid, or the chains leave the region where the loss is finite.
+
+    Notes
+    -----
+    For a quadratic minimum of :math:`d` parameters, :math:`\hat\lambda` tends to :math:`d/2` as :math:`n` grows, and to
+    less where parameters are redundant [1]_. A negative value means that the checkpoint is no minimum: chains find
+    lower losses nearby.
+
+    The error of examples is that of the infinitesimal jackknife: of how :math:`\hat\lambda` changes with the weight of
+    each example, which is a covariance under the posterior. Products of independent chains keep noise from adding to
+    it.
+
+    References
+    ----------
+    .. [1] E. Lau, Z. Furman, G. Wang, D. Murfet, S. Wei, "The Local Learning Coefficient: A Singularity-Aware
+       Complexity Measure", AISTATS 2025, arXiv:2308.12108.
+    .. [2] G. Wang, J. Hoogland, S. van Wingerden, Z. Furman, D. Murfet, "Differentiation and Specialization of
+       Attention Heads via the Refined Local Learning Coefficient", ICLR 2025, arXiv:2410.02984.
+
+    R. Giordano, T. Broderick, "The Bayesian Infinitesimal Jackknife for Variance", arXiv:2305.06466.
+
+    Examples
+    --------
+    >>> import torch
+    >>> net = torch.nn.Linear(3, 1)
+    >>> data = torch.randn(50, 3), torch.randn(50, 1)
+    >>> ds = learning_coefficient(net, data=data, loss="mse", n_draws=200, burn_in=50, progress=False)
+    >>> sorted(ds.excess.sizes)
+    ['chain', 'checkpoint', 'draw']
+    """
+    at_least(2, n=n, batch_size=batch_size)
+    options = ChainOptions(
+        n_chains, n_draws, burn_in, _as_tuple(step_size), _as_tuple(localization), beta, sampler, params, data_error,
+        seed,
+    )  # fmt: skip
+    torch_dtype = resolve_dtype(dtype)
+    selection, torch_device = select(given, checkpoints, model=model, data=data, loss=loss), resolve_device(device)
+    found = {}
+    for source in selection.sources:
+        batches = selection.split(source, split, n, seed, torch_device).batches(batch_size)
+        for item in selection.distinct(source):
+            found[item.key] = network_learning_coefficient(
+                selection.network(item, torch_device, torch_dtype), source.loss, batches, options,
+                dtype=torch_dtype, label=item.label, progress=progress,
+            )  # fmt: skip
+    ds = xr.concat([found[item.key] for item in selection], dim="checkpoint", join="outer").assign_coords(
+        checkpoint=selection.labels,
+        iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
+        epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),
+    )
+    asked = {"step_size": step_size, "localization": localization}
+    single = [dim for dim, value in asked.items() if not isinstance(value, Sequence)]
+    return schema.finish(
+        ds.squeeze(single), "learning_coefficient", **selection.sources[0].dataset_attrs(), n_chains=n_chains,
+        sampler=sampler, params=params, split=split, n=n, batch_size=batch_size, data_error=data_error, seed=seed,
+        device=str(torch_device), dtype=dtype,
+    )  # fmt: skip
+
+
+def network_learning_coefficient(
+    network: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    options: ChainOptions,
+    *,
+    dtype: torch.dtype = torch.float32,
+    label: str = "network",
+    progress: bool = False,
+) -> xr.Dataset:
+    """The same of one network over batches in memory, with dims ``localization`` and ``step_size`` always.
+
+    Parameters
+    ----------
+    network : Module
+        Stays as it is.
+    loss : callable
+        ``loss(outputs, targets)``, averaged over the batch.
+    batches : re-iterable of (inputs, targets)
+        On the network's device.
+    options : ChainOptions
+    dtype : torch.dtype
+    label : str
+        What the network is called in messages.
+    progress : bool
+    """
+    device = device_of(network, label)
+    surface = LossSurface(network, loss, device, dtype)
+    state = surface.anchor(network.state_dict(), label)
+    check_same_function(surface, state, network, batches, (label, label))
+    with clear_errors(label, surface.model, batches, surface.loss):
+        names = select_parameters(surface.model, options.params)
+        parts = [name for name in names if name not in state]
+        if parts:
+            raise ModelError(f"{parts[0]} is a part of a parameter; chains move whole parameters, so name these")
+        gradients = StackedGradients(surface, state, names)
+        n_examples = sum(leading_size(targets, inputs) for inputs, targets in batches)
+        nbeta = n_examples * (options.beta or 1 / math.log(max(n_examples, 2)))
+        op = _hessian(network, loss, batches, options, dtype, device)
+        stiff = None if op is None else _stiff(op, options)
+        grid = _grid(options, nbeta, stiff, label)
+        burn_in, n_draws = _lengths(grid, options)
+        scaled = None if options.sampler == "sgld" else stiff
+        _check_memory(len(grid) * options.n_chains * len(gradients.centre) * dtype.itemsize, device)
+        plan = Plan(
+            grid, options.n_chains, burn_in, n_draws, options.sampler, scaled, options.seed,
+            options.data_error == "examples",
+        )  # fmt: skip
+        plan = with_steps_that_hold(gradients, batches, plan)
+        burn_in, n_draws = _lengths(plan.posteriors, options)
+        plan = replace(plan, burn_in=burn_in, n_draws=n_draws)
+        with progress_bar(f"chains of {label}", burn_in + n_draws, progress) as advance:
+            found = sample(gradients, batches, plan, advance)
+    rows = iter(found.isel(posterior=i) for i in range(len(grid)))
+    table = [xr.concat([next(rows) for _ in options.step_sizes], "step_size") for _ in options.localizations]
+    ds = xr.concat(table, "localization").assign_coords(localization=list(options.localizations))
+    spectrum = None if op is None else _spectrum(op, options.seed)
+    gaussian = [_gaussian(spectrum, gamma / nbeta) for gamma in options.localizations]
+    columns = {name: ("localization", [one[name] for one in gaussian]) for name in gaussian[0]}
+    return ds.assign(columns).assign(loss=found.loss, burn_in=burn_in)
+
+
+def _hessian(
+    network: nn.Module, loss: Loss, batches: Iterable[Any], options: ChainOptions, dtype: torch.dtype,
+    device: torch.device,
+) -> HessianOperator | None:  # fmt: skip
+    """The Hessian; ``None``, with a warning, where torch cannot differentiate twice."""
+    try:
+        op = HessianOperator(
+            network, loss, batches, params=options.params, dtype=dtype, device=device, expected_products=_PRODUCTS
+        )
+        _ = op.product_check
+    except CurvatureError as error:
+        warnings.warn(f"no curvature to choose steps by or to compare with: {error}", stacklevel=2)
+        return None
+    return op
+
+
+def _stiff(op: HessianOperator, options: ChainOptions) -> Stiff:
+    """The directions of the largest curvature."""
+    k = min(_STIFF, (op.shape[0] - 1) // 2)
+    pairs = extreme_pairs(op, k + 1, tolerance=_TOLERANCE, max_hvp=_PRODUCTS, seed=options.seed)
+    last = len(pairs.value) - 1  # fewer where the rank is lower
+    return Stiff(np.append(pairs.value[:last], pairs.value[last] + pairs.residual[last]), pairs.vector[:, :last])
+
+
+def _grid(options: ChainOptions, nbeta: float, stiff: Stiff | None, label: str) -> list[Posterior]:
+    """A posterior for each localization and step size."""
+    if stiff is None and None in options.step_sizes:
+        raise ModelError(f"{label}: it has no Hessian to choose a step size by; give step_size")
+
+    def posterior(gamma: float, step: float | None) -> Posterior:
+        if step is not None:
+            return Posterior(nbeta, gamma, step)
+        assert stiff is not None
+        value, courant = float(stiff.value[0]) if options.sampler == "sgld" else stiff.rest, _COURANT[options.sampler]
+        return Posterior(nbeta, gamma, courant / (nbeta * max(value, 0.0) + gamma), courant)
+
+    return [posterior(gamma, step) for gamma, step in product(options.localizations, options.step_sizes)]
+
+
+def _spectrum(op: HessianOperator, seed: int) -> xr.Dataset:
+    return spectral_density(op, n_hvp=_PRODUCTS, seed=seed, data_error="none", progress=False)
+
+
+def _gaussian(spectrum: xr.Dataset | None, ridge: float) -> dict[str, float]:
+    """The coefficient of the second-order expansion of the loss, with its 95 % interval; NaN without a Gaussian."""
+    names = {end: f"gaussian{end}" for end in ("", "_low", "_high")}
+    if spectrum is None or not float(spectrum.lambda_min) > -ridge:
+        return dict.fromkeys(names.values(), math.nan)
+    found = summarise(spectrum, ridge=ridge)
+    return {name: float(found[f"effective_dimension{end}"]) / 2 for end, name in names.items()}
+
+
+def _lengths(grid: Sequence[Posterior], options: ChainOptions) -> tuple[int, int]:
+    """Burn-in and draws: what is asked for, or multiples of the slowest relaxation."""
+    slowest = max(2 / (one.step_size * one.localization) for one in grid)
+    burn_in = options.burn_in
+    if burn_in is None:
+        burn_in = int(min(max(_RELAXATIONS[0] * slowest, _FEWEST[0]), _MOST_STEPS / 4))
+    n_draws = options.n_draws
+    if n_draws is None:
+        n_draws = int(min(max(_RELAXATIONS[1] * slowest, _FEWEST[1]), _MOST_STEPS - burn_in))
+    return burn_in, max(n_draws, 8)
+
+
+def _check_memory(n_bytes: int, device: torch.device) -> None:
+    """Refuse chains that do not fit: a step holds positions, two noises, a gradient and what is added to it."""
+    needed, free = 6 * n_bytes, free_bytes(device)
+    if needed > free:
+        raise ModelError(
+            f"these chains need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; take fewer chains, "
+            "settings or parameters (params)"
+        )
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)

@@ -1,0 +1,240 @@
+"""The local learning coefficient: closed forms, singular networks of known coefficient, errors, and refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+import pnanalysis as pn
+from pnanalysis.errors import ModelError, PnError
+
+N = 60
+QUIET: dict[str, Any] = {"progress": False, "dtype": "float64"}
+
+
+def regression(seed: int = 0, n: int = N) -> tuple[nn.Module, tuple[Tensor, Tensor], Tensor]:
+    """A linear model at its least squares, its data, and its design matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 0.6, 0.3])
+    y = x.sum(1, keepdim=True) + torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    design = torch.cat([x, torch.ones(n, 1, dtype=torch.float64)], 1)
+    network = nn.Linear(3, 1).double()
+    solution = torch.linalg.lstsq(design, y).solution[:, 0]
+    with torch.no_grad():
+        network.weight.copy_(solution[:3])
+        network.bias.copy_(solution[3:])
+    return network, (x, y), design
+
+
+def gaussian(design: Tensor, nbeta: float, gamma: float) -> float:
+    h = torch.linalg.eigvalsh(2 * design.T @ design / len(design))
+    return float((h / (h + gamma / nbeta)).sum() / 2)
+
+
+@pytest.mark.parametrize("sampler", ["full", "minibatch"])
+def test_a_linear_model_has_that_of_its_gaussian(sampler: str) -> None:
+    network, data, design = regression()
+    ds = pn.learning_coefficient(
+        network, data=data, loss="mse", localization=5.0, sampler=sampler, batch_size=20, n_chains=16, n_draws=800,
+        data_error="none", **QUIET,
+    ).squeeze("checkpoint")  # fmt: skip
+    assert float(ds.nbeta) == pytest.approx(N / math.log(N))
+    exact = gaussian(design, float(ds.nbeta), 5.0)
+    assert float(ds.gaussian) == pytest.approx(exact, rel=1e-6)
+    assert float(ds.converged) == 1
+    assert abs(float(ds.learning_coefficient) - exact) < 4 * float(ds.learning_coefficient_chain_se) < 0.3
+    assert float(ds.loss) == pytest.approx(nn.functional.mse_loss(network(data[0]), data[1]).item())
+
+
+def test_error_of_examples_is_the_infinitesimal_jackknife() -> None:
+    network, data, design = regression()
+    residual = (network(data[0]) - data[1]).detach()[:, 0]
+    nbeta, gamma = N / math.log(N), 20.0
+
+    def exact(weights: Tensor) -> Tensor:
+        """Mean excess of the weighted loss in its Gaussian posterior around the same point."""
+        h = 2 * (design.T * weights) @ design / N
+        slope = 2 * (design.T @ (weights * residual)) / N
+        precision = nbeta * h + gamma * torch.eye(4, dtype=torch.float64)
+        mean = -torch.linalg.solve(precision, nbeta * slope)
+        return nbeta * (torch.trace(torch.linalg.solve(precision, h)) / 2 + mean @ h @ mean / 2 + slope @ mean)
+
+    influence = torch.func.grad(exact)(torch.ones(N, dtype=torch.float64))
+    expected = float(influence.std() * math.sqrt(N))
+    ds = pn.learning_coefficient(
+        network, data=data, loss="mse", localization=gamma, batch_size=N, n_chains=32, n_draws=500, **QUIET
+    ).squeeze("checkpoint")
+    assert float(ds.learning_coefficient_data_se) == pytest.approx(expected, rel=0.25)
+    total = math.hypot(float(ds.learning_coefficient_data_se), float(ds.learning_coefficient_chain_se))
+    assert float(ds.learning_coefficient_se) == pytest.approx(total)
+    assert float(ds.learning_coefficient_high - ds.learning_coefficient) == pytest.approx(1.96 * total, rel=1e-3)
+
+
+def low_rank() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A linear network 5 -> 3 -> 4 at a target of rank one.
+
+    Its coefficient is 7 of multiplicity 2 (M. Aoyagi, S. Watanabe, "Stochastic complexities of reduced rank regression
+    in Bayesian estimation", Neural Networks 18 (2005) 924, case 1); half the number of parameters is 13.5.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, u, v = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((100, 5), (4, 1), (1, 5)))
+    network = nn.Sequential(nn.Linear(5, 3, bias=False), nn.Linear(3, 4, bias=False)).double()
+    with torch.no_grad():
+        for layer in network:
+            layer.weight.zero_()
+        network[0].weight[:1] = v / v.norm()
+        network[1].weight[:, :1] = u / u.norm()
+    return network, (x, network(x).detach())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:part of the computation:UserWarning")
+def test_a_singular_network_has_its_known_coefficient() -> None:
+    network, data = low_rank()
+    nbeta = 1e4
+    ds = pn.learning_coefficient(
+        network, data=data, loss="mse", localization=1.0, beta=nbeta / 100, batch_size=100, n_chains=32, burn_in=1500,
+        n_draws=1500, data_error="none", **QUIET,
+    ).squeeze("checkpoint")  # fmt: skip
+    # of volume V(loss < c) ~ c^7 log(1/c), the mean is 7 - 1 / log(n beta); the prior's width takes a little more
+    mean = float(ds.nbeta * ds.excess.isel(draw=slice(1500, None)).mean())
+    assert 0.94 * (7 - 1 / math.log(nbeta)) < mean < 7
+    assert float(ds.gaussian) == pytest.approx(4, abs=0.1)  # its Hessian has rank 8
+    # chains have not been everywhere along its flat directions, and there is no estimate to quote
+    assert float(ds.converged) == 0
+    assert np.isnan(ds.learning_coefficient)
+
+
+def test_several_settings_share_their_chains_and_make_dims() -> None:
+    network, data, design = regression()
+    steps = [0.01, 0.02]
+    ds = pn.learning_coefficient(
+        {"a": network, "b": network}, data=data, loss="mse", localization=[20.0, 50.0], step_size=steps, batch_size=N,
+        n_chains=8, n_draws=800, burn_in=300, data_error="none", **QUIET,
+    )  # fmt: skip
+    assert ds.learning_coefficient.dims == ("checkpoint", "localization", "step_size")
+    np.testing.assert_allclose(ds.epsilon.sel(checkpoint="a"), [steps, steps])
+    for gamma in (20.0, 50.0):
+        one = ds.sel(checkpoint="a", localization=gamma)
+        exact = gaussian(design, float(one.nbeta.values.flat[0]), gamma)
+        assert (abs(one.learning_coefficient - exact) < 4 * one.learning_coefficient_chain_se).all()
+    xr.testing.assert_equal(ds.sel(checkpoint="a", drop=True), ds.sel(checkpoint="b", drop=True))
+
+
+def test_some_parameters_move_and_others_stay() -> None:
+    network, data, design = regression()
+    ds = pn.learning_coefficient(
+        network, data=data, loss="mse", params="bias", localization=5.0, n_chains=8, n_draws=600, batch_size=N,
+        data_error="none", **QUIET,
+    ).squeeze("checkpoint")  # fmt: skip
+    exact = gaussian(design[:, 3:], float(ds.nbeta), 5.0)
+    assert float(ds.gaussian) == pytest.approx(exact, rel=1e-6)
+    assert abs(float(ds.learning_coefficient) - exact) < 4 * float(ds.learning_coefficient_chain_se)
+
+
+class Branching(nn.Linear):
+    """Cannot be vectorised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out * 1.0 if float(out.sum()) > 0 else out
+
+
+def test_networks_that_cannot_be_vectorised_give_the_same() -> None:
+    network, data, _ = regression()
+    other = Branching(3, 1).double()
+    other.load_state_dict(network.state_dict())
+    options = {"data": data, "loss": "mse", "n_draws": 20, "burn_in": 5, "batch_size": 25, "step_size": 0.01, **QUIET}
+    one, two = pn.learning_coefficient(network, **options), pn.learning_coefficient(other, **options)
+    np.testing.assert_allclose(one.excess, two.excess, rtol=1e-9, atol=1e-12)
+
+
+def test_steps_that_diverge_give_no_number() -> None:
+    network, data, _ = regression()
+    ds = pn.learning_coefficient(network, data=data, loss="mse", step_size=10.0, n_draws=400, **QUIET)
+    assert ds.converged.item() == 0
+    assert np.isnan(ds.learning_coefficient).all()
+
+
+def test_chains_that_are_too_short_give_no_number() -> None:
+    network, data, _ = regression()
+    ds = pn.learning_coefficient(network, data=data, loss="mse", localization=0.1, n_draws=20, burn_in=0, **QUIET)
+    assert ds.converged.item() == 0
+    assert np.isnan(ds.learning_coefficient_high).all()
+    assert np.isfinite(ds.excess).all()
+
+
+def test_ignored_targets_do_not_count() -> None:
+    torch.manual_seed(0)
+    network, x, y = nn.Linear(4, 3), torch.randn(40, 4), torch.randint(3, (40,))
+    loss = nn.CrossEntropyLoss(ignore_index=-1)
+    counts = torch.arange(40) % 4 > 0
+    options = {"loss": loss, "beta": 0.5, "n_draws": 30, "burn_in": 0, "step_size": 0.01, "data_error": "none", **QUIET}
+    data = x, torch.where(counts, y, torch.tensor(-1))
+    part = pn.learning_coefficient(network, data=data, batch_size=7, **options)  # as many ignored as there are
+    whole = pn.learning_coefficient(
+        network, data=(x[counts], y[counts]), batch_size=30, **options | {"beta": 0.5 * 40 / 30}
+    )
+    assert part.nbeta.item() == whole.nbeta.item()
+    np.testing.assert_allclose(part.excess, whole.excess, rtol=1e-5, atol=1e-9)
+
+
+def test_a_run_is_analysed_like_its_networks(tiny_run: pn.Run) -> None:
+    options = {"n": 100, "n_draws": 12, "burn_in": 4, "n_chains": 3, "progress": False}
+    ds = pn.learning_coefficient(tiny_run, checkpoints=("plain",), **options)
+    assert ds.attrs["kind"] == "learning_coefficient"
+    assert ds.checkpoint.values.tolist() == ["plain"]
+    xr.testing.assert_equal(ds, pn.learning_coefficient(tiny_run, checkpoints=("plain",), **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "hmc"}, "full or minibatch or sgld"),
+        ({"data_error": "groups"}, "examples or none"),
+        ({"n_chains": 1}, "n_chains is 1"),
+        ({"localization": 0.0}, "localization"),
+        ({"localization": []}, "localization"),
+        ({"step_size": -1.0}, "step_size"),
+        ({"beta": 0.0}, "beta"),
+        ({"params": "nowhere"}, "nowhere"),
+        ({"n_draws": 3}, "n_draws is 3"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
+)
+def test_bad_options_are_one_sentence(options: dict[str, Any], message: str) -> None:
+    network, data, _ = regression()
+    with pytest.raises(PnError, match=message):
+        pn.learning_coefficient(network, data=data, loss="mse", **QUIET | options)
+
+
+def test_without_a_hessian_a_step_size_is_asked_for() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(super().forward(x))
+
+    x, y = torch.randn(30, 2), torch.randn(30, 1)
+    options = {"data": (x, y), "loss": "mse", "n_draws": 20, "burn_in": 5, "progress": False}
+    with pytest.warns(UserWarning, match="no curvature"), pytest.raises(ModelError, match="give step_size"):
+        pn.learning_coefficient(Net(2, 1), **options)
+    with pytest.warns(UserWarning, match="no curvature"):
+        ds = pn.learning_coefficient(Net(2, 1), step_size=0.001, **options)
+    assert np.isfinite(ds.excess).all()
+    assert np.isnan(ds.gaussian).all()

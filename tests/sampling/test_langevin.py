@@ -1,0 +1,188 @@
+"""Chains in potentials whose moments are known: quadratic ones exactly, singular ones by numerical integration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from pnanalysis.geometry.loss_surface import LossSurface
+from pnanalysis.sampling.langevin import Chains, Posterior, Stiff
+from pnanalysis.sampling.local_learning import Plan
+from pnanalysis.sampling.local_learning import sample as sample_all
+from pnanalysis.sampling.stacked_gradients import StackedGradients
+
+
+class Potential(nn.Module):
+    """A loss that is a function of the parameters alone; each row of the inputs gives it another weight."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0] * self.function(self.w)
+
+
+def mean_output(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.mean()
+
+
+def of(function: Callable[[Tensor], Tensor], size: int, at_once: int = 32) -> StackedGradients:
+    network = Potential(function, size)
+    surface = LossSurface(network, mean_output, dtype=torch.float64, at_once=at_once)
+    return StackedGradients(surface, surface.anchor(network.state_dict()), ["w"])
+
+
+def batches(*weights: float) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.full((2, 1), w, dtype=torch.float64), torch.zeros(2)) for w in weights]
+
+
+CURVATURES = torch.tensor([9.0, 4.0, 1.0, 0.0], dtype=torch.float64)
+
+
+def quadratic(w: Tensor) -> Tensor:
+    return (CURVATURES * w.square()).sum() / 2
+
+
+def expected(posterior: Posterior, sampler: str) -> float:
+    """Mean excess of the quadratic loss, times ``n beta``, under the chains themselves."""
+    stiffness = posterior.nbeta * CURVATURES + posterior.localization
+    variance = 1 / stiffness if sampler != "sgld" else 1 / (stiffness * (1 - posterior.step_size * stiffness / 4))
+    return float(posterior.nbeta * (CURVATURES * variance).sum() / 2)
+
+
+def plan(posterior: Posterior, sampler: str = "full", stiff: Stiff | None = None, **options: int) -> Plan:
+    sizes = {"n_chains": 200, "burn_in": 100, "n_draws": 200, "seed": 0} | options
+    return Plan([posterior], sampler=sampler, stiff=stiff, with_examples=False, **sizes)
+
+
+def sample(*arguments: Any) -> xr.Dataset:
+    return sample_all(*arguments).squeeze("posterior")
+
+
+def mean_and_se(ds: xr.Dataset, n_draws: int = 200) -> tuple[float, float]:
+    """Mean excess of the last draws times ``n beta``, and its error by the scatter of independent chains."""
+    means = float(ds.nbeta) * ds.excess.values[:, -n_draws:].mean(axis=1)
+    return means.mean(), means.std(ddof=1) / math.sqrt(len(means))
+
+
+@pytest.mark.parametrize("sampler", ["full", "sgld"])
+@pytest.mark.parametrize("at_once", [1, 32])
+def test_moments_of_a_quadratic_are_those_of_the_scheme(sampler: str, at_once: int) -> None:
+    posterior = Posterior(nbeta=10.0, localization=5.0, step_size=0.02)  # 1.9 of 4 in the steepest direction
+    n_chains = 200 if at_once > 1 else 16
+    ds = sample(of(quadratic, 4, at_once), batches(1.0), plan(posterior, sampler, n_chains=n_chains))
+    mean, se = mean_and_se(ds)
+    assert abs(mean - expected(posterior, sampler)) < 4 * se < 0.25
+    # the plain scheme is off by more than that
+    assert abs(expected(posterior, "sgld") - expected(posterior, "full")) > 0.4
+
+
+def test_standard_errors_of_chains_hold() -> None:
+    posterior = Posterior(nbeta=10.0, localization=5.0, step_size=0.02)
+    sizes = {"n_chains": 8, "burn_in": 100, "n_draws": 800, "seed": 0}
+    several = Plan([posterior] * 24, sampler="full", stiff=None, with_examples=False, **sizes)
+    ds = sample_all(of(quadratic, 4), batches(1.0), several)
+    assert (ds.converged == 1).all()
+    z = (ds.learning_coefficient - expected(posterior, "full")) / ds.learning_coefficient_chain_se
+    # 24 squares of normal numbers lie between 10 and 43 with probability 0.98
+    assert 10 < np.square(z).sum() < 43
+
+
+def test_shorter_steps_along_stiff_directions_leave_the_distribution_as_it_is() -> None:
+    posterior = Posterior(nbeta=10.0, localization=5.0, step_size=0.06)  # beyond 4 / 95 without them
+    stiff = Stiff(np.array([9.0, 4.0, 1.0]), torch.eye(4, dtype=torch.float64)[:, :2])
+    ds = sample(of(quadratic, 4), batches(1.0), plan(posterior, stiff=stiff))
+    mean, se = mean_and_se(ds)
+    assert abs(mean - expected(posterior, "full")) < 4 * se < 0.2
+    unstable = sample(of(quadratic, 4), batches(1.0), plan(posterior))
+    assert float(unstable.converged) == 0
+    assert np.isnan(unstable.learning_coefficient)
+
+
+def test_control_variates_take_the_noise_of_batches_away() -> None:
+    """Batches of one quadratic each, about other minima: their mean is the quadratic, their gradients differ."""
+    shifts = torch.tensor([3.0, -3.0], dtype=torch.float64)
+
+    class Shifted(Potential):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 0] * self.w.sum() + quadratic(self.w)
+
+    network = Shifted(quadratic, 4)
+    surface = LossSurface(network, mean_output, dtype=torch.float64, at_once=8)
+    gradients = StackedGradients(surface, surface.anchor(network.state_dict()), ["w"])
+    data = batches(*shifts.tolist())
+    posterior = Posterior(nbeta=10.0, localization=5.0, step_size=0.01)
+    found = {name: sample(gradients, data, plan(posterior, name)) for name in ("minibatch", "sgld")}
+    (mean, se), (plain, plain_se) = (mean_and_se(found[name]) for name in ("minibatch", "sgld"))
+    assert abs(mean - expected(posterior, "minibatch")) < 4 * se < 0.2
+    assert plain - 4 * plain_se > 1.5 * expected(posterior, "sgld")
+
+
+SINGULAR = {
+    "x^4": (lambda w: w.pow(4).sum(), 1, 1 / 4),
+    "x^2 y^2": (lambda w: w.square().prod(), 2, 1 / 2),
+    "x^2 + y^4": (lambda w: w[0] ** 2 + w[1] ** 4, 2, 3 / 4),
+}
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+def test_singular_potentials(name: str) -> None:
+    function, size, _ = SINGULAR[name]
+    posterior = Posterior(nbeta=200.0, localization=2.0, step_size=0.0)
+    axis = np.linspace(-4, 4, 1601)
+    grid = torch.from_numpy(np.stack(np.meshgrid(*[axis] * size)).reshape(size, -1))
+    loss = torch.vmap(function, in_dims=1)(grid)
+    log_density = -posterior.nbeta * loss - posterior.localization / 2 * grid.square().sum(0)
+    exact = posterior.nbeta * float((torch.softmax(log_density, 0) * loss).sum())
+    step = 2e-3 if name == "x^2 + y^4" else 4e-3
+    sizes = {"n_chains": 400, "burn_in": 500, "n_draws": 500}
+    ds = sample(of(function, size), batches(1.0), plan(Posterior(200.0, 2.0, step), **sizes))
+    mean, se = mean_and_se(ds, 500)
+    assert 4 * se < 0.05
+    assert mean == pytest.approx(exact, abs=4 * se + 0.01)  # 0.01: the scheme's own error where curvature varies
+
+
+def test_more_data_bring_the_coefficient_to_that_of_the_singularity() -> None:
+    """The exact integrals, which the test above compares chains with, tend to the known coefficients."""
+    for function, size, known in SINGULAR.values():
+        axis = np.linspace(-1.5, 1.5, 3001 if size == 1 else 1501)
+        grid = torch.from_numpy(np.stack(np.meshgrid(*[axis] * size)).reshape(size, -1))
+        loss = torch.vmap(function, in_dims=1)(grid)
+        off = []
+        for nbeta in (1e2, 1e4):
+            weight = torch.softmax(-nbeta * loss - grid.square().sum(0) / 2, 0)
+            off.append(abs(nbeta * float((weight * loss).sum()) - known))
+        assert off[1] < off[0]
+
+
+def test_noise_is_normal_and_depends_on_seed_and_step_only() -> None:
+    posteriors = [Posterior(1.0, 1.0, 0.1)] * 3
+    one, other = (Chains(of(quadratic, 4), batches(1.0), posteriors, seed=seed) for seed in (0, 1))
+    draws = torch.stack([one._noise(step, torch.zeros(3, 4, dtype=torch.float64)) for step in range(4000)])
+    flat = draws.reshape(4000, -1)
+    assert float((flat.T @ flat / 4000 - torch.eye(12)).abs().max()) < 5 / math.sqrt(4000)
+    assert float((flat[1:].T @ flat[:-1] / 4000).abs().max()) < 5 / math.sqrt(4000)
+    assert torch.equal(draws[7], one._noise(7, draws[0]))
+    assert not torch.equal(draws[7], other._noise(7, draws[0]))
+
+
+def test_batches_of_unequal_weight_count_by_their_examples() -> None:
+    data = [*batches(2.0), (torch.full((6, 1), 1.0, dtype=torch.float64), torch.zeros(6))]
+    chains = Chains(of(quadratic, 4), data, [Posterior(1.0, 1.0, 0.1)])
+    point = torch.full((1, 4), 0.5, dtype=torch.float64)
+    excess, slope = chains._whole(point)
+    assert float(excess) == pytest.approx(1.25 * float(quadratic(point[0])))
+    torch.testing.assert_close(slope[0], 1.25 * CURVATURES * point[0])
+    single = Chains(of(quadratic, 4), data, [Posterior(1.0, 1.0, 0.1)], "minibatch")._single()
+    parts = [single(point) for _ in data]
+    torch.testing.assert_close(sum(part[1] for part in parts) / 2, slope)
+    assert sum(float(part[0]) for part in parts) / 2 == pytest.approx(float(excess))
