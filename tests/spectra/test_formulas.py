@@ -74,8 +74,12 @@ class Skewed(DiagonalOperator):
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 0.5), (torch.float64, 1e-3)])
 def test_matrices_that_are_not_symmetric_are_refused(dtype: torch.dtype, size: float) -> None:
-    with pytest.raises(CurvatureError, match="symmetric"):
-        spectral_density(Skewed(size, dtype), n_hvp=40, progress=False)
+    operator = Skewed(size, dtype)
+    with pytest.raises(CurvatureError, match="not symmetric.*every product must use the same data"):
+        spectral_density(operator, n_hvp=40, progress=False)
+    operator.by_differences = True
+    with pytest.raises(CurvatureError, match="not symmetric.*finite differences are too coarse"):
+        spectral_density(operator, n_hvp=40, progress=False)
 
 
 @pytest.mark.parametrize("by_differences", [True, False])
