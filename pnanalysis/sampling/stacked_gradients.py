@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 
 from pnanalysis.evaluation.batch_pass import BatchPass
 from pnanalysis.geometry.loss_surface import LossSurface
@@ -41,7 +41,7 @@ class StackedGradients:
         self._shapes = [as_real(state[name]).shape for name in self.names]
         self._complex = {name for name in self.names if state[name].is_complex()}
         self._vectorised: bool | None = None if surface.at_once > 1 else False
-        self._function = vmap(grad_and_value(self._loss), in_dims=(0, None, None))
+        self._losses = vmap(self._loss, in_dims=(0, None, None))
 
     @property
     def centre(self) -> Tensor:
@@ -76,10 +76,13 @@ class StackedGradients:
         return bool(error < _ROUND_OFF) and bool((losses[-1] - loss).abs() <= _ROUND_OFF * loss.abs().clamp_min(1e-30))
 
     def _at_once(self, points: Tensor, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        with warnings.catch_warnings():
+        theta = {name: part.detach().requires_grad_() for name, part in self._parameters(points).items()}
+        with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore", UserWarning)  # vmap names operations that it repeats in a loop
-            gradients, losses = self._function(self._parameters(points), inputs, targets)
-        return losses, torch.cat([as_real(gradients[name]).flatten(1) for name in self.names], dim=1)
+            losses = self._losses(theta, inputs, targets)
+            # no parameter belongs to two points, so that the gradient of the sum holds that of each
+            parts = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
+        return losses.detach(), torch.cat([as_real(part).flatten(1) for part in parts], dim=1)
 
     def _at_one(self, point: Tensor, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         theta = {name: part[0].detach().requires_grad_() for name, part in self._parameters(point[None]).items()}

@@ -102,3 +102,18 @@ def test_the_least_of_machine_cgroup_and_limit_counts(tmp_path: Path, monkeypatc
     (groups / "memory/memory.limit_in_bytes").write_text("900000")
     (groups / "memory/memory.usage_in_bytes").write_text("1000000")
     assert free_bytes(cpu) == 0
+
+
+def test_a_basis_on_the_disk_is_there_twice_where_unfinished_work_is_saved(
+    operator, tmp_path: Path, monkeypatch
+) -> None:
+    asked: dict[str, int] = {}
+    for basis in ("memory", "disk"):
+
+        def note(path: Path, n_bytes: int, *_: str, basis: str = basis) -> None:
+            asked.setdefault(basis, n_bytes)  # then comes the room for the basis alone
+
+        monkeypatch.setattr("pnanalysis.spectra.plan.check_room", note)
+        with pytest.raises(AssertionError, match="a product was computed"):
+            spectral_density(operator, n_hvp=50, basis=basis, state=tmp_path / basis, progress=False)
+    assert asked["disk"] == 2 * asked["memory"] > 0
