@@ -38,7 +38,7 @@ from pnanalysis.spectra.inner_products import orthogonalised
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scaling.md"
 #: name: (model, examples, products)
-NETWORKS = {"LeNet-5": ("lenet5", 2040, 12), "ResNet-18": ("resnet18", 24, 5)}
+NETWORKS = {"LeNet-5": ("lenet5", 2040, 12), "ResNet-18": ("resnet18", 24, 4)}
 SMALL = {"LeNet-5": ("lenet5", 48, 2)}
 PROCESSES = (1, 2, 3, 4)
 #: Numbers in vectors that are exchanged alone; the larger are about those of the networks.
