@@ -48,13 +48,13 @@ class Everything(nn.Module):
         return outputs
 
 
-#: network: image size, examples, batch size; the last batches are smaller, down to a single example
+#: network: image size, examples, batch size; last batches are smaller, of one example where the network allows it
 CASES: dict[str, tuple[Callable[..., nn.Module], int, int, int]] = {
     "everything": (Everything, 8, 41, 10),
     "tanh7": (models.tanh7, 8, 43, 8),
     "lenet5": (models.lenet5, 16, 43, 8),
-    "resnet18": (models.resnet18, 8, 22, 7),
-    "alexnet": (models.alexnet, 16, 22, 7),
+    "resnet18": (models.resnet18, 8, 23, 7),
+    "alexnet": (models.alexnet, 16, 23, 7),
 }
 FAST = ("everything", "tanh7", "lenet5")
 
