@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -165,6 +166,8 @@ def pntrain(
       pntrain lenet5 --sweep strategy=partial,restart --sweep seed=0:10 --together --device cuda --out runs/study
 
       pntrain resnet18 --sweep seed=0:16 --engine dask:tcp://node1:8786 --out /shared/runs
+
+      torchrun --nproc-per-node 4 -m -- trainers resnet18 --data imagefolder:cifar --device cuda
     """
     chosen = find_recipe("lenet5" if recipe == "custom" else recipe)
     if recipe == "custom" and model is None:
@@ -179,12 +182,18 @@ def pntrain(
         model_options=_model_options(model_option), data=data, loss=loss, seed=seed, split_seed=split_seed,
         checkpoint_every=checkpoint_every, amp=amp, compile=compile,
     )  # fmt: skip
+    from pnanalysis.cli.options import join_processes
+    from trainers.loop.processes import FailedElsewhere
     from trainers.runs.strategies import train, train_together
     from trainers.runs.sweep import parse_sweep
     from trainers.runs.sweep import sweep as run_sweep
 
     out = out or Path("runs") / config.recipe
-    when_interrupted(f"resume with: {_resume_command(sys.argv)}")
+    processes = join_processes(device)
+    when_interrupted(f"resume with: {_resume_command(sys.argv, processes.several)}")
+    if processes.several and (sweep or together):
+        raise TrainingError("torchrun divides the batches of one training; leave out --sweep and --together")
+    quiet = quiet or not processes.is_first
     if engine != "local" and not sweep:
         raise TrainingError("--engine says where the runs of a sweep are trained; give --sweep NAME=A,B, too")
     if sweep:
@@ -204,10 +213,18 @@ def pntrain(
     if together:
         runs = train_together(configs, outs, device=device, resume=resume, progress=not quiet)
     else:
-        runs = [
-            train(each, path, device=device, resume=resume, progress=not quiet)
-            for each, path in zip(configs, outs, strict=True)
-        ]
+        try:
+            runs = [
+                train(
+                    each, path, device=processes.device, resume=resume, progress=not quiet,
+                    distributed=processes.several,
+                )
+                for each, path in zip(configs, outs, strict=True)
+            ]  # fmt: skip
+        except FailedElsewhere as error:  # which is said there
+            raise typer.Exit(2) from error
+    if not processes.is_first:
+        return
     for run in runs:
         if isinstance(run, PnError):
             raise run
@@ -219,9 +236,13 @@ def configure_restart(config: Config) -> Config:
     return replace(config, strategy="restart")
 
 
-def _resume_command(arguments: list[str]) -> str:
+def _resume_command(arguments: list[str], several: bool = False) -> str:
     """The command that continues where this one stops."""
     command = ["pntrain", *arguments[1:]]
+    if several:
+        command[:1] = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "--", "trainers"]
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # further options say where the machines meet
+            command[1:1] = ["--nnodes", os.environ["GROUP_WORLD_SIZE"], "..."]
     return shlex.join(command if "--resume" in command else [*command, "--resume"])
 
 

@@ -161,6 +161,13 @@ def _table(columns: list[str], rows: list[list[str]]) -> Iterator[str]:
     yield ""
 
 
+def cost_model() -> Iterator[str]:
+    """What spectra cost on 1 to 512 GPUs, by ``benchmarks/cost_model.py``."""
+    from benchmarks.cost_model import table
+
+    return table()
+
+
 PARTS: dict[str, Callable[..., Iterator[str]]] = {
     "command-line": command_line,
     "kinds": kinds,
@@ -169,4 +176,5 @@ PARTS: dict[str, Callable[..., Iterator[str]]] = {
     "figures": figures,
     "documented": documented,
     "errors": errors,
+    "cost-model": cost_model,
 }

@@ -126,6 +126,7 @@ def _of_run(run: Run) -> list[list[Cell]]:
         ["data", f"{manifest['data']['name']} ({manifest['data'].get('fingerprint', '')})"],
         ["seed", str(config.get("seed", "?"))],
         ["device", f"{manifest.get('device', '?')} ({manifest.get('device_name', '?')})"],
+        ["processes", str(manifest.get("n_processes", 1))],
         ["checkpoints", str(len(run.checkpoints))],
         ["champion", champion],
         ["analyses", ", ".join(kind for kind in run.files if kind != "history") or "none yet"],

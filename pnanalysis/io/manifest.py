@@ -72,6 +72,7 @@ _OPTIONAL: dict[str, tuple[Check, str]] = {
     "status": (_is_text, "text"),
     "device": (_is_text, "text"),
     "device_name": (_is_text, "text"),
+    "n_processes": (_is_count, "a number of processes"),
     "layer_names": (_are_texts, "a list of texts"),
     "layers": (lambda value: isinstance(value, list) and all(map(_are_texts, value)), "a list of lists of texts"),
     "seeds": (_is_object, "an object"),

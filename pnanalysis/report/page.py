@@ -92,6 +92,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "seed": manifest["config"].get("seed", ""),
         "repelled layers": ", ".join(sorted({name for layers in manifest.get("layers", []) for name in layers})),
         "device": f"{manifest.get('device', '')} ({manifest.get('device_name', '')})",
+        "processes": manifest.get("n_processes", 1),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
         "revision": manifest.get("git_revision") or "",
         "trained": f"{manifest.get('started', '')} to {manifest.get('ended', '')} UTC",

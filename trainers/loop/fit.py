@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.loading import first_not_finite
 from pnanalysis.inputs.models import Loss, resolve_loss
 from trainers.choices import check_choice
+from trainers.loop.processes import OneProcess, Part, SeveralProcesses
 from trainers.seeds import derive_seed
 
 _CROP_PADDING = 4
@@ -63,6 +65,7 @@ def fit(
     optimizer_state: Mapping[str, Tensor] | None = None,
     on_epoch: OnEpoch | None = None,
     on_batch: Callable[[int], None] | None = None,
+    distributed: bool = False,
 ) -> list[Epoch]:
     """Train ``model`` in place; data must be on the model's device.
 
@@ -96,6 +99,10 @@ def fit(
         ``on_epoch(record, model, optimizer)`` after each epoch.
     on_batch : callable, optional
         ``on_batch(n_examples)`` after each step, for progress.
+    distributed : bool
+        Divide the examples of each batch among the processes of the default ``torch.distributed`` group, all of which
+        make this call with the same arguments. Batch normalisation and dropout see the whole batch, so that weights and
+        records are those of one process to round-off. ``on_epoch`` is called in the first process only.
 
     Returns
     -------
@@ -107,7 +114,14 @@ def fit(
         If the loss or, at the end of an epoch, a weight is not finite; the message says where. ``on_epoch`` is not
         called for such an epoch.
     TrainingError
-        If an option is unknown.
+        If an option is unknown, or batches cannot be divided among the processes.
+    ProcessLost
+        If another process has ended.
+
+    Notes
+    -----
+    Several processes wait for each other at every step, for one sum of the gradients and two small messages for each
+    layer of batch normalisation. Noise that is drawn anywhere but in torch's dropout layers is each process's own.
     """
     split = train if isinstance(train, Split) else Split(*train)
     check_options(optimizer, augment, amp, batch_size, epochs)
@@ -118,36 +132,54 @@ def fit(
         load_optimizer_tensors(optim, optimizer_state)
     network: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
     device = split.inputs.device
+    processes = SeveralProcesses(device) if distributed else OneProcess()
+    processes.check_divisible(model, split, loss_fn, batch_size)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     records = []
     for epoch in range(start_epoch + 1, epochs + 1):
         begun = time.perf_counter()
-        torch.manual_seed(derive_seed(seed, "noise", epoch))  # dropout draws from torch's global generator
+        processes.prepare_epoch(model, seed, epoch)
         order, generator = batch_order(len(split), seed, epoch, device)
         model.train()
         sums = EpochSums(-(-len(split) // batch_size), device)
-        for step, index in enumerate(order.split(batch_size)):
-            inputs, targets = split.take(index)
-            inputs = augment_batch(inputs, augment, generator)
-            with autocast(device, amp):
-                outputs = network(inputs)
-                value = loss_fn(outputs, targets)
-            # Outside autocast: the penalty is computed in the precision of the parameters.
-            term = penalty() if penalty is not None else None
-            optim.zero_grad(set_to_none=True)
-            (value if term is None else value + term).backward()
-            optim.step()
-            sums.add(step, len(index), value, term, sum_of_errors(outputs.detach(), targets))
-            if on_batch is not None:
-                on_batch(len(index))
-        means = sums.means(epoch, len(split))
-        check_weights(model, epoch)
-        validation_error = evaluate_error(network, validation, amp, loss_fn)
-        test_error = evaluate_error(network, test, amp, loss_fn)
+        with processes.joined(model):
+            for step, index in enumerate(order.split(batch_size)):
+                part = processes.part_of(len(index))
+                inputs, targets = split.take(index[part.rows])
+                inputs = augment_batch(inputs, augment, generator, part)
+                with autocast(device, amp):
+                    outputs = network(inputs)
+                    value = loss_fn(outputs, targets)
+                # Outside autocast: the penalty is computed in the precision of the parameters.
+                term = penalty() if penalty is not None else None
+                optim.zero_grad(set_to_none=True)
+                processes.backward(part, value, term, trainable)
+                optim.step()
+                errors = sum_of_errors(outputs.detach(), targets)
+                sums.add(step, len(index), part.share(value), term, errors if part.counts else 0 * errors)
+                if on_batch is not None:
+                    on_batch(len(index))
+        processes.add_up(sums.losses, sums.errors)
+        means = processes.from_first(partial(_checked_means, sums, model, epoch, len(split)))
+        validation_error = evaluate_error(network, validation, amp, loss_fn, processes)
+        test_error = evaluate_error(network, test, amp, loss_fn, processes)
         record = Epoch(epoch, *means, validation_error, test_error, time.perf_counter() - begun)
         records.append(record)
         if on_epoch is not None:
-            on_epoch(record, model, optim)
+            processes.from_first(partial(_reported, on_epoch, record, model, optim))
     return records
+
+
+def _reported(on_epoch: OnEpoch, record: Epoch, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Call ``on_epoch``, whatever it may return."""
+    on_epoch(record, model, optimizer)
+
+
+def _checked_means(sums: EpochSums, model: nn.Module, epoch: int, n: int) -> EpochMeans:
+    """The means of an epoch, if they and the weights at its end are finite."""
+    means = sums.means(epoch, n)
+    check_weights(model, epoch)
+    return means
 
 
 def check_weights(model: nn.Module, epoch: int) -> None:
@@ -163,16 +195,28 @@ def check_weights(model: nn.Module, epoch: int) -> None:
 
 
 @torch.no_grad()
-def evaluate_error(model: nn.Module, split: Split | None, amp: str = "no", loss: Loss | None = None) -> float:
-    """The mean error over a split, counted as by :func:`error_counter`; NaN without a split."""
+def evaluate_error(
+    model: nn.Module,
+    split: Split | None,
+    amp: str = "no",
+    loss: Loss | None = None,
+    processes: OneProcess | None = None,
+) -> float:
+    """The mean error over a split, counted as by :func:`error_counter`; NaN without a split.
+
+    Several processes take batches in turn.
+    """
     if split is None:
         return float("nan")
+    processes = processes or OneProcess()
     model.eval()
     sum_of_errors, total = error_counter(loss), torch.zeros((), dtype=torch.float64, device=split.inputs.device)
-    for inputs, targets in split.batches(EVALUATION_BATCH):
+    for start in range(processes.rank * EVALUATION_BATCH, len(split), processes.n * EVALUATION_BATCH):
+        inputs, targets = split.take(slice(start, start + EVALUATION_BATCH))
         with autocast(inputs.device, amp):
             outputs = model(inputs)
         total += sum_of_errors(outputs, targets)
+    processes.add_up(total)
     return float(total) / len(split)
 
 
@@ -212,20 +256,27 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def augment_batch(inputs: Tensor, augment: Sequence[str], generator: torch.Generator) -> Tensor:
-    """Random crops and flips of images (N, C, H, W), drawn on the CPU so that they are the same on every device."""
+def augment_batch(
+    inputs: Tensor, augment: Sequence[str], generator: torch.Generator, part: Part | None = None
+) -> Tensor:
+    """Random crops and flips of images (N, C, H, W), drawn on the CPU so that they are the same on every device.
+
+    If the images are a part of a batch, they are changed as they would be in the whole.
+    """
+    part = part or Part(slice(0, len(inputs)), len(inputs))
     if "crop" in augment:
-        inputs = _random_crop(inputs, generator)
+        shifts = torch.randint(2 * _CROP_PADDING + 1, (2, part.size), generator=generator)
+        inputs = _crop(inputs, shifts[:, part.rows].to(inputs.device))
     if "flip" in augment:
-        flips = torch.rand(len(inputs), generator=generator).lt(0.5).to(inputs.device)
+        flips = torch.rand(part.size, generator=generator)[part.rows].lt(0.5).to(inputs.device)
         inputs = torch.where(flips[:, None, None, None], inputs.flip(-1), inputs)
     return inputs
 
 
-def _random_crop(inputs: Tensor, generator: torch.Generator) -> Tensor:
+def _crop(inputs: Tensor, shifts: Tensor) -> Tensor:
+    """Images of the same size, cut out of padded ones at ``shifts``, (2, N)."""
     n, _, height, width = inputs.shape
     padded = nn.functional.pad(inputs, [_CROP_PADDING] * 4, mode="reflect")
-    shifts = torch.randint(2 * _CROP_PADDING + 1, (2, n), generator=generator).to(inputs.device)
     rows = shifts[0][:, None] + torch.arange(height, device=inputs.device)
     columns = shifts[1][:, None] + torch.arange(width, device=inputs.device)
     examples = torch.arange(n, device=inputs.device)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pnanalysis.errors import USER_ERRORS, DivergenceError, PnError, reason
+from pnanalysis.errors import USER_ERRORS, DivergenceError, PnError, ProcessLost, reason
 from pnanalysis.io.writer import RunWriter
 from pnanalysis.schema import provenance
 from trainers.recipes import Config
@@ -54,9 +54,9 @@ def mark_unfinished(writer: RunWriter, error: BaseException) -> None:
     """Record why a run did not finish, if the disk allows: ``error`` itself matters more than that."""
     status = "diverged" if isinstance(error, DivergenceError) else "failed"
     with suppress(PnError):
-        if isinstance(error, USER_ERRORS):
+        if isinstance(error, USER_ERRORS) and not isinstance(error, ProcessLost):
             writer.update(status=status, failure=failure_of(error))
-        else:  # a signal
+        else:  # a signal, to this process or to one that it trains with
             writer.update(status="interrupted", failure=None)
 
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,13 @@ from pnanalysis.errors import DataError, RunError
 from pnanalysis.inputs.data import SPLITS, AnySplit, Split, Splits
 from pnanalysis.inputs.models import build_model, parameter_layers, resolve_loss
 from pnanalysis.io.runs import MANIFEST, Run, best_iteration, open_run
+from pnanalysis.io.weights import State
 from pnanalysis.io.writer import RunWriter, check_new
 from pnanalysis.schema import error_name
 from pnanalysis.terminal.console import error_cell, print_status, text
 from trainers.loop.fit import Epoch, error_kind, fit, optimizer_tensors
 from trainers.loop.persistence import PersistentPenalty, choose_layers
+from trainers.loop.processes import OneProcess
 from trainers.recipes import Config, check_same
 from trainers.runs.manifest import describe, mark_unfinished, now
 from trainers.runs.preflight import check_trainable
@@ -91,6 +94,8 @@ class _ResumeState(NamedTuple):
 class Session:
     """A run in training: the fits of one configuration on one device, into one directory.
 
+    Of several processes, the first one reads and writes the directory, and tells the others what they need from it.
+
     Raises
     ------
     PnError
@@ -100,25 +105,44 @@ class Session:
 
     def __init__(
         self, config: Config, data: Splits, device: torch.device, out: Path, resume: bool, save_interval: float,
-        parents: bool = True,
+        parents: bool = True, processes: OneProcess | None = None,
     ) -> None:  # fmt: skip
         self.config, self.data, self.device, self.save_interval = config, data, device, save_interval
+        self.out, self.processes = out, processes or OneProcess()
         initial = self.initial_model(0)
         self.layer_names = [name for name, _ in parameter_layers(initial)]
         self.layers = [draw_layers(config, i, self.layer_names) for i in range(config.iterations)]
         self.history = _empty_history(config)
-        _check_disk(config, initial, out)
-        check_trainable(initial.to(device), data, config)
+        self.processes.from_first(lambda: _check_disk(config, initial, out))
+        self.processes.from_first(lambda: check_trainable(initial.to(device), data, config))
+        self._check_same_data()
         self.error_kind = error_kind(resolve_loss(config.loss), self.train_split.targets)
         # Last of all: everything above may still fail, and must not leave a run directory behind.
-        self.writer = _open_writer(config, self, out, resume, parents)
+        self._writer: RunWriter | None = None
+        self.iteration, self.resume_state = self.processes.from_first(lambda: self._open(resume, parents))
+
+    def _open(self, resume: bool, parents: bool) -> tuple[int, _ResumeState | None]:
+        """Open the run directory; returns the next iteration and what it is resumed from."""
+        self._writer = _open_writer(self.config, self, self.out, resume, parents)
         try:
-            self.resume_state = _load_resume_state(self.writer)
-            if self.writer.manifest["ends"] or self.resume_state:
-                self.history = _restored_history(self.history, open_run(out).history)
+            ends, state = self.writer.manifest["ends"], _load_resume_state(self.writer)
+            if ends or state:
+                self.history = _restored_history(self.history, open_run(self.out).history)
         except BaseException:
-            self.writer.release()
+            self.release()
             raise
+        return len(ends), state
+
+    def _check_same_data(self) -> None:
+        expected = self.processes.from_first(lambda: self.data.fingerprint)
+        if self.data.fingerprint != expected:
+            raise DataError(f"{self.config.data}: differs between processes; give all of them the same files")
+
+    @property
+    def writer(self) -> RunWriter:
+        """Of the run directory, in the first process."""
+        assert self._writer is not None
+        return self._writer
 
     @property
     def train_split(self) -> Split:
@@ -126,20 +150,15 @@ class Session:
         assert isinstance(self.data.train, Split)  # loaders are refused when the data are loaded
         return self.data.train
 
-    @property
-    def iteration(self) -> int:
-        """The next iteration to train."""
-        return len(self.writer.manifest["ends"])
-
     def resume_message(self) -> str:
         """Where an interrupted run resumes; empty for a new one."""
         if not (self.iteration or self.resume_state):
             return ""
         if self.iteration == self.config.iterations:
-            return f"{self.writer.path}: is complete"
+            return f"{self.out}: is complete"
         state = self.resume_state
         done = f", after epoch {state.epoch} of {self.config.epochs}" if state and self._is_current(state) else ""
-        return f"{self.writer.path}: resuming {self._numbered(self.iteration)}{done}"
+        return f"{self.out}: resuming {self._numbered(self.iteration)}{done}"
 
     def n_to_see(self) -> int:
         """How many examples the rest of the run will see, each counted once per epoch."""
@@ -162,7 +181,7 @@ class Session:
             fit(
                 ready.model, **self.fit_options(), seed=ready.seed, penalty=ready.penalty,
                 start_epoch=ready.start_epoch, optimizer_state=ready.optimizer_state,
-                on_epoch=ready.recorder.on_epoch, on_batch=ready.recorder.on_batch,
+                on_epoch=ready.recorder.on_epoch, on_batch=ready.recorder.on_batch, distributed=self.processes.n > 1,
             )  # fmt: skip
             self.end_iteration()
             if verbose:
@@ -173,7 +192,7 @@ class Session:
         config, iteration = self.config, self.iteration
         model = self.initial_model(iteration)
         if iteration == 0 or config.strategy == "restart":
-            self.writer.save_checkpoint(iteration, 0, model.state_dict())
+            self.processes.from_first(lambda: self.writer.save_checkpoint(iteration, 0, model.state_dict()))
         start_epoch, optimizer_state = 0, None
         state = self.resume_state
         if state is not None and self._is_current(state):
@@ -201,12 +220,19 @@ class Session:
         penalty = PersistentPenalty(
             model, self.config.lam, self.layers[iteration], form=self.config.penalty, origin=origin
         )
-        for end in open_run(self.writer.path).ends:
-            penalty.add(end.load())
+        for k in range(iteration):
+            penalty.add(self.processes.from_first(partial(self._end, k)))
         return penalty
+
+    def _end(self, iteration: int) -> State:
+        return open_run(self.out).ends[iteration].load()
 
     def end_iteration(self) -> None:
         """Record that the current iteration is finished."""
+        self.processes.from_first(self._save_end)
+        self.iteration += 1
+
+    def _save_end(self) -> None:
         # The history is saved on both sides of the manifest: before, so that an iteration which the manifest counts as
         # finished has its history whenever the process is killed; after, because it names the champion.
         self.writer.save_history(self.dataset())
@@ -216,15 +242,24 @@ class Session:
 
     def finish(self) -> Run:
         """Mark the run as finished."""
+        self.processes.from_first(self._save_finished)
+        return open_run(self.out)
+
+    def _save_finished(self) -> None:
         self.writer.update(status="finished", ended=now())
         self.writer.drop_state()
-        self.writer.release()
-        return open_run(self.writer.path)
+        self.release()
 
     def fail(self, error: BaseException) -> None:
         """Mark the run as failed, diverged or interrupted."""
-        mark_unfinished(self.writer, error)
-        self.writer.release()
+        if self._writer is not None:
+            mark_unfinished(self._writer, error)
+        self.release()
+
+    def release(self) -> None:
+        """Let others write the run directory."""
+        if self._writer is not None:
+            self._writer.release()
 
     def dataset(self) -> xr.Dataset:
         """The history so far, with its attributes."""
@@ -265,7 +300,7 @@ class _Recorder:
     """Writes one iteration's history, checkpoints and resume states as its epochs end, and reports progress."""
 
     def __init__(self, session: Session, iteration: int, advance: Callable[..., None]) -> None:
-        self.session, self.writer, self.iteration, self.advance = session, session.writer, iteration, advance
+        self.session, self.iteration, self.advance = session, iteration, advance
         self.text = f"iteration {iteration}"
         self.saved = self.shown = time.monotonic()
         self.pending = 0
@@ -278,16 +313,16 @@ class _Recorder:
             self.shown, self.pending = time.monotonic(), 0
 
     def on_epoch(self, record: Epoch, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        session, epoch = self.session, record.epoch
+        session, writer, epoch = self.session, self.session.writer, record.epoch
         for name in _SERIES:
             session.history[name][self.iteration, epoch - 1] = getattr(record, name)
         if epoch % session.config.checkpoint_every == 0 or epoch == session.config.epochs:
-            self.writer.save_checkpoint(self.iteration, epoch, model.state_dict())
+            writer.save_checkpoint(self.iteration, epoch, model.state_dict())
         if time.monotonic() - self.saved >= session.save_interval and epoch < session.config.epochs:
-            self.writer.save_history(session.dataset())
+            writer.save_history(session.dataset())
             tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
             tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer).items()}
-            self.writer.save_state(tensors, iteration=self.iteration, epoch=epoch)
+            writer.save_state(tensors, iteration=self.iteration, epoch=epoch)
             self.saved = time.monotonic()
         self.text = (
             f"iteration {self.iteration} epoch {epoch}: loss {record.train_loss:.3f}, "
@@ -313,7 +348,10 @@ def _open_writer(config: Config, session: Session, out: Path, resume: bool, pare
             raise DataError(f"{config.data}: has changed since {out} was begun; resume with the same data")
         writer.lock()
         writer.manifest = open_run(out).manifest  # another process may have gone on until it gave the lock back
-        writer.update(status="running", failure=None, config=config.to_dict(), layers=session.layers)
+        n_processes = session.processes.n
+        writer.update(
+            status="running", failure=None, config=config.to_dict(), layers=session.layers, n_processes=n_processes
+        )
         return writer
     data = session.data
     description = describe(
@@ -328,6 +366,7 @@ def _open_writer(config: Config, session: Session, out: Path, resume: bool, pare
         },
         layer_names=session.layer_names,
         layers=session.layers,
+        n_processes=session.processes.n,
     )
     return RunWriter.create(out, description, parents)
 

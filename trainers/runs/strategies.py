@@ -23,6 +23,7 @@ from pnanalysis.terminal.console import print_status
 from pnanalysis.terminal.progress import progress_bar
 from pnanalysis.terminal.streams import error_stream
 from trainers.loop.batched_fit import SingleFit, fit_together
+from trainers.loop.processes import OneProcess, SeveralProcesses
 from trainers.recipes import RECIPES, Config
 from trainers.runs.preflight import check_tensors
 from trainers.runs.session import PreparedIteration, Session, check_settings
@@ -39,6 +40,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     save_interval: float = _SAVE_INTERVAL,
+    distributed: bool = False,
 ) -> Run:
     """Train a configuration into a run directory.
 
@@ -57,6 +59,9 @@ def train(
         Show a bar on a terminal, or print a line per iteration elsewhere.
     save_interval : float
         Shortest time between two resume states, in seconds.
+    distributed : bool
+        Divide the examples of each batch among the processes of the default ``torch.distributed`` group, all of which
+        make this call: see :func:`trainers.fit`. All must see the data and the folder ``out``; the first one writes.
 
     Returns
     -------
@@ -70,12 +75,16 @@ def train(
     """
     recipe = RECIPES.get(config.recipe)
     if recipe is not None and recipe.problem != "images":
+        if distributed:
+            raise TrainingError(f"{config.recipe} is trained in one process; run pntrain without torchrun")
         return SMALL_PROBLEMS[recipe.problem](config, Path(out), device, resume, progress)
     torch_device = resolve_device(device)
-    check_settings(config, Path(out), resume)
+    processes = SeveralProcesses(torch_device) if distributed else OneProcess()
+    progress = progress and processes.is_first
+    processes.from_first(lambda: check_settings(config, Path(out), resume))
     parents = not Path(out).parent.is_dir()  # a folder that is gone once the data are read is not made again
-    data = _load(config, torch_device)
-    session = Session(config, data, torch_device, Path(out), resume, save_interval, parents)
+    data = processes.first_before_others(lambda: _load(config, torch_device))
+    session = Session(config, data, torch_device, Path(out), resume, save_interval, parents, processes)
     _print_resume_message(session, progress)
     try:
         with progress_bar(f"{config.recipe}/{config.strategy}", session.n_to_see(), progress) as advance:
@@ -85,7 +94,7 @@ def train(
         session.fail(error)
         raise
     finally:
-        session.writer.release()
+        session.release()
 
 
 def train_together(
@@ -155,7 +164,7 @@ def train_together(
         raise
     finally:
         for session in sessions.values():
-            session.writer.release()
+            session.release()
     return [results[k] for k in range(len(configs))]
 
 
