@@ -176,6 +176,11 @@ class CurvatureOperator:
         if micro_batch is not None and bn_mode == "train":
             raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
         wrapped, model = model, unwrapped(model)
+        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+            raise CurvatureError(
+                "the network is sharded among processes (DTensor), and is not put together here; take "
+                "pnanalysis.curvature.fully_sharded.FullyShardedHessian"
+            )
         selected = select_unwrapped(wrapped, params)
         self.names = [one.label if isinstance(one, Block) else one for one in selected]
         self._blocks = {one.label: one for one in selected if isinstance(one, Block)}

@@ -96,6 +96,7 @@ class FullyShardedHessian:
         weight_decay: float = 0.0,
     ) -> None:
         self.model, self.weight_decay = model, weight_decay
+        self._reshard()
         self.names = select_parameters(model, params)
         self._parameters: list[DTensor] = [_sharded(model, name) for name in self.names]
         first = self._parameters[0]
@@ -209,11 +210,20 @@ class FullyShardedHessian:
                 _copy(self._local, place)
             yield
         finally:
+            self._reshard()
             _copy(self._local, kept)
             for module, training in modes:
                 module.training = training
             for parameter, slope in slopes:
                 parameter.grad = slope
+
+    def _reshard(self) -> None:
+        """Let go of whole parameters that passes have kept, for they would be used again instead of the shards."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _own_part(self) -> Part:
         """Where the rows of this process lie in a whole vector."""
