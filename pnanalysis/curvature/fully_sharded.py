@@ -111,7 +111,9 @@ class FullyShardedHessian:
         self.shape = n_parameters, n_parameters
         self.part = self._own_part()
         self.is_first, self.n_processes = self.processes.is_first, self.processes.n
-        place = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else self.device
+        place = (
+            torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else self.device
+        )
         self.loss_fn = loss_on(loss_fn, place, self.dtype)
         self.batches = self.processes.by_all(lambda: self._read(batches, place, weight))
         self._divisors = self.processes.gathered(self.batches.divisors)
@@ -273,7 +275,9 @@ class _ShardGradients:
         """
         op = self.op
         gradient = op.sum_of_gradients(op._local)
-        squares = [torch.stack([part.double().square().sum() for part in parts]).sum() for parts in (gradient, self.theta)]
+        squares = [
+            torch.stack([part.double().square().sum() for part in parts]).sum() for parts in (gradient, self.theta)
+        ]
         slope, size = (float(self.add(square)) ** 0.5 for square in squares)
         if not slope > 0:
             return

@@ -170,9 +170,7 @@ def _covers(files: list[_File], part: Part) -> bool:
     return sum(length for file in files for _, _, length in _overlaps(part.ranges, file.ranges)) == part.length
 
 
-def _overlaps(
-    ours: tuple[tuple[int, int], ...], theirs: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[int, int, int]]:
+def _overlaps(ours: tuple[tuple[int, int], ...], theirs: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, int]]:
     """Entries that two parts share: places in the one and in the other, and how many follow each other there."""
     at = 0
     for begin, end in ours:
