@@ -1,4 +1,4 @@
-"""Worker processes that tests start once and use for several groups: starting one takes longer than what it computes."""
+"""Worker processes that tests start once and use for several groups: starting takes longer than what they compute."""
 
 from __future__ import annotations
 

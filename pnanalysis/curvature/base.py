@@ -116,7 +116,7 @@ class CurvatureOperator:
         :mod:`pnanalysis.curvature.tracing`).
     is_part : bool
         These batches are one process's part of the data (see
-        :class:`pnanalysis.curvature.distributed.DistributedOperator`): finite differences are then fitted to all of them.
+        :class:`pnanalysis.curvature.distributed.DistributedOperator`): finite differences are then fitted to all.
 
     Notes
     -----

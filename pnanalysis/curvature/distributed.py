@@ -2,8 +2,8 @@
 
 The processes are those of a ``torch.distributed`` group, as ``torchrun`` starts them. Each reads all batches and takes
 its part of each. Whole vectors are those of the first process (:class:`DistributedOperator`), or each process holds a
-part of every vector (:class:`ShardedOperator`): bases then take that part of the memory. What is done next is decided by
-the first process in both cases, so that processes on unlike machines stay together.
+part of every vector (:class:`ShardedOperator`): bases then take that part of the memory. What is done next is decided
+by the first process in both cases, so that processes on unlike machines stay together.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class DistributedOperator:
 
     Each process builds its own operator over its own batches and wraps it; every process then calls the same
     products (or :func:`pnanalysis.spectral_density` with the same seed) and gets the same results. A product costs
-    one broadcast of the vectors and one sum of the results, ``P`` numbers per vector each; by finite differences, the sum
-    of two gradients, whose errors are those of the gradient of all data.
+    one broadcast of the vectors and one sum of the results, ``P`` numbers per vector each; by finite differences, two
+    sums of gradients, and errors are those of the gradient of all data.
 
     Parameters
     ----------
@@ -165,7 +165,9 @@ class DistributedOperator:
     @property
     def group_weights(self) -> Array:
         """The factor of each group's matrix in the whole, ``(G,)``; those of the first process come first."""
-        own = self.processes.by_all(lambda: [] if self._is_idle else self.operator.group_weights * self._fraction)
+        own: Array = self.processes.by_all(
+            lambda: np.zeros(0) if self._is_idle else self.operator.group_weights * self._fraction
+        )
         return np.concatenate(self.processes.gathered(own))
 
     @property
@@ -242,8 +244,9 @@ class ShardedOperator(DistributedOperator):
     """The same matrix, of whose vectors each process holds a part: bases take ``1 / n_processes`` of the memory.
 
     Products and all other methods take this process's entries ``(p, k)`` of vectors and return those of the results
-    (:attr:`part` says which), except :meth:`to_dense` and :meth:`gradient`. A product costs one gathering of the vectors
-    and one scattering of the sum, ``P`` numbers per vector each, and takes three whole vectors of memory meanwhile.
+    (:attr:`part` says which), except :meth:`to_dense` and :meth:`gradient`. A product costs one gathering of the
+    vectors and one scattering of the sum, ``P`` numbers per vector each, and takes three whole vectors of memory
+    meanwhile.
 
     Attributes
     ----------

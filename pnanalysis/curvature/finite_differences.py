@@ -46,8 +46,8 @@ class FiniteDifferences:
     Parameters
     ----------
     gradients : Gradients
-        To whose first batch the step is fitted, and whose errors are then measured on all data along four vectors. Where
-        several processes share them, all have the same step, and errors are those of the sum over all processes.
+        To whose first batch the step is fitted, and whose errors are then measured on all data along four vectors.
+        Where several processes share them, all have the same step, and errors are those of the sum over all processes.
 
     Attributes
     ----------
@@ -240,7 +240,8 @@ def moved(theta: list[Tensor], v: list[Tensor], step: float) -> list[Tensor]:
 
 
 def _sum_of_squares(part: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(part, dtype=torch.float64).square()
+    length: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
+    return length.square()
 
 
 __all__ = ["FiniteDifferences", "moved"]

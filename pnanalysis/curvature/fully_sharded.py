@@ -1,13 +1,14 @@
 """The Hessian of a network that ``torch.distributed.fsdp.fully_shard`` has sharded, by finite differences.
 
-Each process holds its shard of parameters, directions, gradients and basis vectors; whole layers exist only within passes
-over the network, as in training. Second derivatives do not pass through the hooks that gather and scatter there, so that
-products are differences of gradients (:mod:`pnanalysis.curvature.finite_differences`), with errors that are measured and
-stated.
+Each process holds its shard of parameters, directions, gradients and basis vectors; whole layers exist only within
+passes over the network, as in training. Second derivatives do not pass through the hooks that gather and scatter there,
+so that products are differences of gradients (:mod:`pnanalysis.curvature.finite_differences`), with errors that are
+measured and stated.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-#: Steps along the gradient over which the loss is compared with it, relative to the parameters, and the largest relative
-#: difference that curvature may explain.
+#: Steps along the gradient over which the loss is compared with it, relative to the parameters, and the largest
+#: relative difference that curvature may explain.
 _STEPS, _TOLERANCE = (1e-2, 1e-3, 1e-4), 0.05
 
 
@@ -70,8 +71,8 @@ class FullyShardedHessian:
     Raises
     ------
     CurvatureError
-        If there is no process group, parameters are not sharded in this way, it is not known what batches weigh, no step
-        gives products that mean anything, or gradients are not those of the mean loss.
+        If there is no process group, parameters are not sharded in this way, it is not known what batches weigh, no
+        step gives products that mean anything, or gradients are not those of the mean loss.
 
     Examples
     --------
@@ -249,8 +250,8 @@ class FullyShardedHessian:
         weights = BatchWeights(self.loss_fn, weight, self.dtype, no_pass, no_pass, no_pass)
         if weights.measures:
             raise CurvatureError(
-                "it is not known what batches weigh in a loss of your own; give weight='examples', weight='batches', or "
-                "a function weight(inputs, targets)"
+                "it is not known what batches weigh in a loss of your own; give weight='examples', weight='batches', "
+                "or a function weight(inputs, targets)"
             )
         read = WeightedBatches(batches, device, self.dtype, None, "mean")
         read.inspect(lambda _: None, weights, needs_statistics=False)
@@ -278,7 +279,7 @@ class _ShardGradients:
         squares = [
             torch.stack([part.double().square().sum() for part in parts]).sum() for parts in (gradient, self.theta)
         ]
-        slope, size = (float(self.add(square)) ** 0.5 for square in squares)
+        slope, size = (math.sqrt(float(self.add(square))) for square in squares)
         if not slope > 0:
             return
         unit, gaps = [part / slope for part in gradient], []
@@ -312,7 +313,7 @@ class _ShardGradients:
     def others_length(self) -> float:
         local = [getattr(p, "to_local", lambda p=p: p)().detach() for p in self.op.model.parameters()]
         squares = torch.stack([tensor.double().square().sum() for tensor in local if tensor.is_floating_point()]).sum()
-        return float(self.add(squares)) ** 0.5
+        return math.sqrt(float(self.add(squares)))
 
     def unexplained(self, differences: FiniteDifferences, random: list[Tensor]) -> float:
         return float("nan")  # there are no exact products
@@ -346,8 +347,8 @@ def _sharded(model: nn.Module, name: str) -> DTensor:
         raise CurvatureError(f"parameter {name!r} is not sharded; call fully_shard(model) last, on the whole network")
     if parameter.placements != (Shard(0),):
         raise CurvatureError(
-            f"parameter {name!r} is placed by {parameter.placements}; the Hessian takes parameters that are sharded along "
-            "their first dim, over a mesh with one dim"
+            f"parameter {name!r} is placed by {parameter.placements}; the Hessian takes parameters that are sharded "
+            "along their first dim, over a mesh with one dim"
         )
     if parameter.is_complex():
         raise CurvatureError(f"parameter {name!r} is complex, and the Hessian of sharded networks takes real ones")

@@ -42,7 +42,9 @@ class Gradients(Protocol):
     theta: list[Tensor]
     noise: float
     advice: str
-    processes: Alone
+
+    @property
+    def processes(self) -> Alone: ...
 
     def of_first(self, place: list[Tensor]) -> list[Tensor]:
         """Gradient of the first batch."""

@@ -58,7 +58,8 @@ class Processes(Alone):
     def by_first(self, compute: Callable[[], T]) -> T:
         found = self.decided(_outcome(compute) if self.is_first else None)
         assert found is not None
-        return _without_error(found)
+        result: T = _without_error(found)
+        return result
 
     def by_all(self, compute: Callable[[], T]) -> T:
         own = _outcome(compute)
@@ -67,7 +68,8 @@ class Processes(Alone):
             if error is not None:
                 kind, text = error
                 raise kind(f"process {rank}: {text}")
-        return _without_error(own)
+        result: T = _without_error(own)
+        return result
 
     def least(self, number: float) -> float:
         return min(self.gathered(number))

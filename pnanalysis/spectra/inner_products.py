@@ -86,7 +86,7 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor], add: Add = ALONE.add) -> 
                     total + _widened(_coordinates(part, piece)) for total, part in zip(totals, parts, strict=True)
                 ]
         if bases and sweep < 2:
-            coordinates = list(add(torch.cat(totals)).to(V.dtype).split([len(total) for total in totals]))
+            coordinates = list(torch.split(add(torch.cat(totals)).to(V.dtype), [len(total) for total in totals]))
         first = first or coordinates
     return rest, first
 

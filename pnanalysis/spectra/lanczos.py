@@ -114,8 +114,8 @@ class Lanczos:
     Notes
     -----
     Of an operator whose vectors several processes hold in parts (:mod:`pnanalysis.spectra.sharing`), all vectors here
-    are this process's part, and ``P`` is how many entries that has; coefficients and what follows from them are equal in
-    all processes.
+    are this process's part, and ``P`` is how many entries that has; coefficients and what follows from them are equal
+    in all processes.
 
     When the Krylov space of a start vector is exhausted (beta falls to roundoff), its later basis vectors, alpha
     and beta are zero: :meth:`sizes` gives the number of columns that count. Values are read back from the device

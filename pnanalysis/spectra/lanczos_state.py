@@ -1,4 +1,4 @@
-"""States of Lanczos iterations in files: written by one process or a part by each of several, read by as many as there are.
+"""States of Lanczos iterations in files: written by one process, or a part by each of several, and read by any number.
 
 Processes that hold a part of each vector write a file each, ``NAME.0-of-4.safetensors`` and so on, next to where one
 process would write ``NAME.safetensors``. An interruption may leave them a few steps apart. Vectors are only added, so

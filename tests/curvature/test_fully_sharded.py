@@ -65,9 +65,9 @@ def _sharded() -> dict[str, Any]:
     single = FullyShardedHessian(sharded(Tiny(torch.float32)), cross_entropy, own)
     some = single.matmat(random_unit_vectors(single, range(4), 1))
     found = {
-        "dense": op.to_dense(), "part": part.to_dense(), "single": single.part.whole(some, op.shape[0]), "loss": op.loss(),
-        "gradient": op.part.whole(op.gradient()[:, None], op.shape[0])[:, 0], "errors": (op.round_off, single.round_off),
-        "n": op.n_examples, "lengths": (op.part.length, op.part.largest),
+        "dense": op.to_dense(), "part": part.to_dense(), "single": single.part.whole(some, op.shape[0]),
+        "gradient": op.part.whole(op.gradient()[:, None], op.shape[0])[:, 0], "loss": op.loss(),
+        "errors": (op.round_off, single.round_off), "n": op.n_examples, "lengths": (op.part.length, op.part.largest),
     }  # fmt: skip
     ds = pn.spectral_density(op, **SPECTRUM)
     found |= {name: float(ds[name]) for name in ("trace", "lambda_max", "lambda_min", "frobenius_norm")}
