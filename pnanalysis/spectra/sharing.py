@@ -2,8 +2,8 @@
 
 Processes on unlike machines round differently, have other amounts of free memory and other clocks. Whatever decides
 what is computed next is therefore asked of the first process and sent to all: :class:`Alone` is what one process by
-itself does instead. An operator that is shared has the attribute ``processes``; one whose vectors are divided among them
-also has ``part``, takes and returns the entries that this process holds, and keeps the whole size in ``shape``.
+itself does instead. An operator that is shared has the attribute ``processes``; one whose vectors are divided among
+them also has ``part``, takes and returns the entries that this process holds, and keeps the whole size in ``shape``.
 """
 
 from __future__ import annotations
