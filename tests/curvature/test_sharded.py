@@ -20,6 +20,7 @@ from pnanalysis.spectra.lanczos_state import save_state
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.restarted import extreme_pairs
 from pnanalysis.spectra.trace import trace_estimate
+from pnanalysis.spectra.verified_pairs import verified_pairs
 from tests.curvature.conftest import NETWORKS, images, relative
 from tests.processes import Workers
 
@@ -184,6 +185,8 @@ def _refused(folder: Path) -> str:
     with pytest.raises(CurvatureError) as memory:
         pn.spectral_density(op, n_hvp=40, basis="memory", max_memory_bytes=without_basis, progress=False)
     rank = torch.distributed.get_rank()
+    with pytest.raises(CurvatureError, match="whole vectors"):
+        verified_pairs(op, 1)
     with pytest.raises(CurvatureError) as raised:
         op.processes.by_all(lambda: op.operator.subset([0], 10**6) if rank == 1 else None)
     assert type(raised.value) is Indivisible
