@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.processes import Workers
 
 if TYPE_CHECKING:
     from pnanalysis.io.runs import Run
@@ -46,3 +49,11 @@ def own_run(tiny_config: Config, tmp_path: Path) -> Run:
     from trainers import train
 
     return train(replace(tiny_config, iterations=2, epochs=1), tmp_path / "own", device="cpu", progress=False)
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Four processes that wait to be the ranks of a group."""
+    started = Workers(4, tmp_path_factory.mktemp("groups"))
+    yield started
+    started.stop()

@@ -19,7 +19,13 @@ from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests
 from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
 from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
-from pnanalysis.curvature.distributed import DistributedOperator, OwnExamples, first_process_first, is_first_process
+from pnanalysis.curvature.distributed import (
+    DistributedOperator,
+    OwnExamples,
+    first_process_first,
+    is_first_process,
+    shared_operator,
+)
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
@@ -57,6 +63,7 @@ class SpectrumOptions:
     lanczos_options: Mapping[str, Any] = field(default_factory=dict)
     data_error: str = "examples"
     distributed: bool = False
+    shard_basis: bool = False
 
     def __post_init__(self) -> None:
         resolve_dtype(self.dtype)
@@ -67,8 +74,8 @@ class SpectrumOptions:
         checked_targets(self.until)
         check_seed(seed=self.seed)
         positive(kernel_width=self.kernel_width)
-        if self.distributed and (self.engine != "native" or self.draws is not None or self.method != "exact"):
-            raise CurvatureError("several processes take the native engine, exact products and no draws")
+        if self.distributed and (self.engine != "native" or self.draws is not None):
+            raise CurvatureError("several processes take the native engine and no draws")
 
     @classmethod
     def from_keywords(cls, **options: Any) -> SpectrumOptions:
@@ -141,6 +148,7 @@ def hessian(
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
     distributed: bool = False,
+    shard_basis: bool = False,
     **lanczos_options: Any,
 ) -> xr.Dataset:
     """The spectral density at each checkpoint, on one common grid and with one kernel width per layer.
@@ -205,7 +213,10 @@ def hessian(
         for each finished spectrum and a subfolder for the one in progress, and can be removed once the call returns.
     distributed : bool
         Divide the examples among the processes of the default ``torch.distributed`` group, all of which make this call;
-        the first one writes the unfinished work. See :mod:`pnanalysis.curvature.distributed`.
+        the first one decides and writes the unfinished work. See :mod:`pnanalysis.curvature.distributed`.
+    shard_basis : bool
+        Divide the entries of every vector of the basis among these processes, too: each keeps its part in memory, and
+        writes its part of the unfinished work. Without ``distributed``, it has no effect.
     **lanczos_options
         Passed to :func:`pnanalysis.spectral_density`.
 
@@ -242,12 +253,13 @@ def hessian(
     options = SpectrumOptions(
         operator, engine, n_lanczos, n_probes, n_hvp, until, deflate, kernel_width, params, per_layer, bn_mode, dtype,
         amp, seed, weight, draws, method, lanczos_options, data_error, distributed,
+        shard_basis,
     )  # fmt: skip
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
     selection.check_weights()
     settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
-    settings["distributed"] = None  # the unfinished work of several processes is that of one, too
+    settings["distributed"] = settings["shard_basis"] = None  # the unfinished work of several is that of one, too
     with first_process_first() if distributed else nullcontext():
         writes = not distributed or is_first_process()
         cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection), writes)
@@ -324,10 +336,10 @@ def network_spectra(
             options.engine, options.operator, network, loss, own,
             params=options.params, bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device,
             amp=options.amp, expected_products=options.n_products, weight=options.weight, draws=options.draws,
-            method=options.method,
+            method=options.method, **({"is_part": True} if options.distributed else {}),
         )  # fmt: skip
         if options.distributed and isinstance(whole, CurvatureOperator):
-            whole = DistributedOperator(whole)
+            whole = shared_operator(whole, options.shard_basis)
         for layer, op in _blocks(whole, options.per_layer):
             compute = partial(
                 _spectrum, op, options.steps(op.shape[0]), options.n_probes, n_hvp=options.n_hvp, until=options.until,

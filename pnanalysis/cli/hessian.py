@@ -41,6 +41,10 @@ def hessian(
         Literal["auto", "memory", "half", "disk", "none"],
         typer.Option(help="How the basis is kept; by itself the first of these that --memory has room for."),
     ] = "auto",
+    shard_basis: Annotated[
+        bool,
+        typer.Option("--shard-basis", help="Divide the vectors of the basis among the processes of torchrun."),
+    ] = False,
     deflate: Annotated[
         bool,
         typer.Option("--deflate/--no-deflate", help="Treat outlying eigenvalues exactly instead of sampling them."),
@@ -102,7 +106,7 @@ def hessian(
 
       pnanalysis hessian runs/lenet5 --until trace=0.02
 
-      torchrun --nproc-per-node 4 -m -- pnanalysis hessian runs/resnet18
+      torchrun --nproc-per-node 4 -m -- pnanalysis hessian runs/resnet18 --shard-basis
 
       pnanalysis hessian --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make --loss mse
     """
@@ -122,6 +126,7 @@ def hessian(
         basis=basis, deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
         per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, method=method, data_error=data_error,
         device=together.device, seed=seed, progress=not quiet, distributed=together.several,
+        shard_basis=shard_basis,
     )  # fmt: skip
     if not together.is_first:
         return

@@ -271,7 +271,7 @@ def join_processes(device: str) -> Together:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return Together(False, True, device)
-    from pnanalysis.curvature.distributed import join
+    from pnanalysis.curvature.processes import join
     from pnanalysis.inputs.sources import resolve_device
 
     return Together(True, os.environ["RANK"] == "0", str(join(resolve_device(device))))

@@ -19,6 +19,7 @@ from pnanalysis.curvature.example_forms import EXAMPLES as EXAMPLE_UNIT
 from pnanalysis.curvature.example_forms import ExampleForms
 from pnanalysis.curvature.example_subset import ExampleSubset
 from pnanalysis.curvature.finite_differences import FiniteDifferences
+from pnanalysis.curvature.gradients import OperatorGradients
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.parameters import (
     Named,
@@ -113,6 +114,9 @@ class CurvatureOperator:
     expected_products : int
         Roughly how many products are to come. Below 30 the network is not traced (see
         :mod:`pnanalysis.curvature.tracing`).
+    is_part : bool
+        These batches are one process's part of the data (see
+        :class:`pnanalysis.curvature.distributed.DistributedOperator`): finite differences are then fitted to all.
 
     Notes
     -----
@@ -157,6 +161,7 @@ class CurvatureOperator:
         weight: Weight = None,
         draws: int | None = None,
         method: str = "exact",
+        is_part: bool = False,
     ) -> None:
         for name, value, choices in (
             ("bn_mode", bn_mode, ("eval", "train")),
@@ -171,6 +176,11 @@ class CurvatureOperator:
         if micro_batch is not None and bn_mode == "train":
             raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
         wrapped, model = model, unwrapped(model)
+        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+            raise CurvatureError(
+                "the network is sharded among processes (DTensor), and is not put together here; take "
+                "pnanalysis.curvature.fully_sharded.FullyShardedHessian"
+            )
         selected = select_unwrapped(wrapped, params)
         self.names = [one.label if isinstance(one, Block) else one for one in selected]
         self._blocks = {one.label: one for one in selected if isinstance(one, Block)}
@@ -182,7 +192,7 @@ class CurvatureOperator:
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
         self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
         self.expected_products, self.weight, self.draws = expected_products, weight, draws
-        self.by_differences = method == "finite_difference"
+        self.by_differences, self.is_part = method == "finite_difference", is_part
         if self.by_differences and not self._differences_are_derivatives:
             raise CurvatureError("finite differences of the gradient give products of the Hessian only")
         self.n_hvp = 0
@@ -206,7 +216,7 @@ class CurvatureOperator:
         self._finite = torch.ones(1, dtype=torch.bool, device=self.device)
         self._read(batches)
         self._keep_nothing()
-        if self.by_differences:
+        if self.by_differences and not is_part:
             _ = self.differences  # before anything loops over batches and draws
 
     @property
@@ -255,7 +265,10 @@ class CurvatureOperator:
         if V.ndim != 2 or V.shape[0] != self.n_parameters:
             raise CurvatureError(f"matmat takes {self.n_parameters} rows, not shape {tuple(V.shape)}")
         V = contiguous_columns(V.to(self.device, self.dtype))
-        result = self._in_passes_that_fit(lambda: self._sum_of_products(V))
+        if self.by_differences:
+            result = self.differences.products(V)
+        else:
+            result = self._in_passes_that_fit(lambda: self._sum_of_products(V))
         self._regulariser.add_products(result, V)
         self.n_hvp += V.shape[1]
         return result
@@ -417,7 +430,7 @@ class CurvatureOperator:
             bn_mode=self.bn_mode, reduction=self.reduction, weight=self.weight, weight_decay=self.weight_decay,
             penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
             expected_products=expected_products, draws=self.draws,
-            method="finite_difference" if self.by_differences else "exact",
+            method="finite_difference" if self.by_differences else "exact", is_part=self.is_part,
         )  # fmt: skip
 
     def trace_of_draws(self, n_probes: int = 10, seed: int = 0) -> Tensor:
@@ -460,8 +473,12 @@ class CurvatureOperator:
     def differences(self) -> FiniteDifferences:
         """Step and errors of finite differences, where products are computed by these; fitted when first asked for."""
         if self._differences is None:
-            self._differences = self._in_passes_that_fit(lambda: FiniteDifferences(self))
+            self._differences = FiniteDifferences(OperatorGradients(self))
         return self._differences
+
+    @differences.setter
+    def differences(self, fitted: FiniteDifferences) -> None:
+        self._differences = fitted
 
     @property
     def round_off(self) -> float:
@@ -515,8 +532,6 @@ class CurvatureOperator:
     # -- products batch by batch --------------------------------------------------------------------------------
 
     def _sum_of_products(self, V: Tensor) -> Tensor:
-        if self.by_differences:
-            return contiguous_columns(torch.stack([self.differences.product_of_all(self, v) for v in V.T], dim=1))
         directions = [split_vector(v, self.parameter_shapes) for v in V.T]
         result = torch.zeros_like(V)  # keeps the layout
         for i, weight, product in self._products(directions[0]):

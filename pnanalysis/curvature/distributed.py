@@ -1,16 +1,16 @@
 """One operator over the data of several processes, each of which has a part of the examples.
 
 The processes are those of a ``torch.distributed`` group, as ``torchrun`` starts them. Each reads all batches and takes
-its part of each; all do the same Lanczos arithmetic, with vectors and sums of products that are equal in all of them.
+its part of each. Whole vectors are those of the first process (:class:`DistributedOperator`), or each process holds a
+part of every vector (:class:`ShardedOperator`): bases then take that part of the memory. What is done next is decided
+by the first process in both cases, so that processes on unlike machines stay together.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,48 +19,13 @@ from torch import Tensor
 
 from pnanalysis.arrays import Array
 from pnanalysis.curvature.base import CurvatureOperator
-from pnanalysis.curvature.batches import Batch
-from pnanalysis.errors import CurvatureError, PnError, ProcessLost
-from pnanalysis.inputs.batches import as_pair, batch_size, can_cut, cut
+from pnanalysis.curvature.finite_differences import FiniteDifferences
+from pnanalysis.curvature.gradients import OperatorGradients
+from pnanalysis.curvature.own_examples import OwnExamples, own_share
+from pnanalysis.curvature.processes import Processes, clear_errors, first_process_first, is_first_process, join
+from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.linear_operator import contiguous_columns, dense_matrix
-
-T = TypeVar("T")
-#: A process that does not answer for so long has died, or hangs.
-TIMEOUT = timedelta(minutes=30)
-
-
-def own_share(batches: Sequence[T], group: Any = None) -> Sequence[T]:
-    """This process's part of the batches: every ``world_size``-th one, from its rank on."""
-    return batches[_rank(group) :: dist.get_world_size(group)]
-
-
-class OwnExamples:
-    """This process's part of the examples of each batch; of batches that cannot be cut, every ``world_size``-th.
-
-    Parameters
-    ----------
-    batches : re-iterable of batches
-        The same in every process.
-    whole : bool
-        Cut none.
-    group : ProcessGroup, optional
-    """
-
-    def __init__(self, batches: Iterable[Batch], whole: bool = False, group: Any = None) -> None:
-        self.batches, self.whole = batches, whole
-        self.rank, self.n = _rank(group), dist.get_world_size(group)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for i, each in enumerate(self.batches):
-            batch = as_pair(each)
-            size = batch_size(batch)
-            if self.whole or size < self.n or not can_cut(batch):
-                if i % self.n == self.rank:
-                    yield batch
-                continue
-            # the first processes of one batch are the last of the next, so that all have equally many
-            place = self.rank if i % 2 == 0 else self.n - 1 - self.rank
-            yield cut(batch, slice(place * size // self.n, (place + 1) * size // self.n))
+from pnanalysis.spectra.sharing import Part
 
 
 class DistributedOperator:
@@ -68,18 +33,24 @@ class DistributedOperator:
 
     Each process builds its own operator over its own batches and wraps it; every process then calls the same
     products (or :func:`pnanalysis.spectral_density` with the same seed) and gets the same results. A product costs
-    one broadcast of the vectors and one sum of the results, ``P`` numbers per vector each.
+    one broadcast of the vectors and one sum of the results, ``P`` numbers per vector each; by finite differences, two
+    sums of gradients, and errors are those of the gradient of all data.
 
     Parameters
     ----------
     operator : CurvatureOperator
         Over this process's batches. Processes may have different numbers of examples, by which they count. Weight decay
-        and penalty must be the same in every process; they count once.
+        and penalty must be the same in every process; they count once. Give it ``is_part=True`` with finite
+        differences.
     group : ProcessGroup, optional
         The default group if omitted.
+    is_idle : bool, optional
+        Whether the examples of this process do not count; known of :class:`OwnExamples`.
 
     Attributes
     ----------
+    processes : Processes
+        Those of the group.
     is_first : bool
         Whether this is the process that writes files and prints.
     n_processes : int
@@ -98,26 +69,28 @@ class DistributedOperator:
         ds = pn.spectral_density(DistributedOperator(local))
     """
 
-    def __init__(self, operator: CurvatureOperator, group: Any = None) -> None:
-        if not dist.is_initialized():
-            raise CurvatureError("there is no process group; call torch.distributed.init_process_group first")
-        if operator.by_differences:
-            raise CurvatureError("several processes take exact products, not finite differences")
+    def __init__(self, operator: CurvatureOperator, group: Any = None, *, is_idle: bool | None = None) -> None:
+        self.processes = Processes(group)
         self.operator, self.group = operator, group
         self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
-        self.arithmetic, self.is_first = operator.arithmetic, _rank(group) == 0
-        self.n_processes = dist.get_world_size(group)
-        sizes = self._from_all((operator.divisor, operator.shape[0], operator.reduction))
+        self.arithmetic, self.by_differences = operator.arithmetic, operator.by_differences
+        self.is_first, self.n_processes = self.processes.is_first, self.processes.n
+        source = operator.batches.source
+        self._is_idle = isinstance(source, OwnExamples) and source.is_idle if is_idle is None else is_idle
+        own = (0.0 if self._is_idle else operator.divisor, operator.shape[0], operator.reduction)
+        sizes = self.processes.gathered(own)
         if len({size[1:] for size in sizes}) > 1:
             raise CurvatureError(f"the processes differ in their parameters or losses: {[size[1:] for size in sizes]}")
-        self._without_errors(self._from_all(self._or_error(self._check_parts)))
+        self.processes.by_all(self._check_parts)
         self._is_mean = operator.reduction == "mean"
-        self._fraction = operator.divisor / sum(size[0] for size in sizes) if self._is_mean else 1.0
+        self._fraction = own[0] / sum(size[0] for size in sizes) if self._is_mean else float(not self._is_idle)
+        if self.by_differences:
+            operator.differences = FiniteDifferences(OperatorGradients(operator, self.processes, self._sum))
 
     @property
     def n_classes(self) -> int | None:
         """Number of classes of a classifier."""
-        return self.operator.n_classes
+        return self.processes.decided(self.operator.n_classes)
 
     @property
     def positive_semidefinite(self) -> bool:
@@ -125,9 +98,14 @@ class DistributedOperator:
         return bool(getattr(self.operator, "positive_semidefinite", False))
 
     @property
+    def round_off(self) -> float:
+        """Error of the products so far, relative to the norm of the matrix."""
+        return self.operator.round_off
+
+    @property
     def n_examples(self) -> int:
         """Number of examples in all processes."""
-        return int(sum(self._from_all(self.operator.n_examples)))
+        return sum(self.processes.gathered(0 if self._is_idle else self.operator.n_examples))
 
     def matvec(self, v: Tensor) -> Tensor:
         """Product with one vector: ``(P,)`` to ``(P,)``."""
@@ -135,14 +113,28 @@ class DistributedOperator:
 
     def matmat(self, V: Tensor) -> Tensor:
         """Products with ``k`` vectors, those of the group's first process: ``(P, k)`` to ``(P, k)``."""
-        V = contiguous_columns(V.to(self.device, self.dtype, copy=True))  # the broadcast writes into it
-        with _clear_errors():
-            dist.broadcast(V.T, group=self.group, group_src=0)  # torch.distributed takes contiguous tensors only
-        result = contiguous_columns(self.operator.matmat(V) * self._fraction)
-        with _clear_errors():
+        V = self._of_first(V)
+        if self.by_differences:  # which add up gradients
+            return self.operator.matmat(V)
+        result = self._own_products(V)
+        with clear_errors():
             dist.all_reduce(result.T, group=self.group)
-        if not self._is_mean:  # each process has added what no example has
-            result = result - (self.n_processes - 1) * self.product_without_data(V)
+        return result
+
+    def _of_first(self, V: Tensor) -> Tensor:
+        """The first process's vectors, in all."""
+        V = contiguous_columns(V.to(self.device, self.dtype, copy=True))  # the broadcast writes into it
+        with clear_errors():
+            dist.broadcast(V.T, group=self.group, group_src=0)  # torch.distributed takes contiguous tensors only
+        return V
+
+    def _own_products(self, V: Tensor) -> Tensor:
+        """What this process adds to the products."""
+        if self._is_idle:
+            return torch.zeros_like(V)
+        result = contiguous_columns(self.operator.matmat(V) * self._fraction)
+        if not self._is_mean and not self.is_first:  # what no example has counts once
+            result -= self.operator.product_without_data(V)
         return result
 
     def to_dense(self, chunk: int = 64) -> Tensor:
@@ -161,10 +153,10 @@ class DistributedOperator:
         """Of what each process has of the loss or its gradient."""
         if not self._is_mean:
             raise CurvatureError("loss and gradient of several processes are those of a mean; take reduction='mean'")
-        result = own * self._fraction
-        with _clear_errors():
-            dist.all_reduce(result, group=self.group)
-        return result
+        return self._sum(own)
+
+    def _sum(self, own: Tensor) -> Tensor:
+        return self.processes.add(own * self._fraction)
 
     def product_without_data(self, V: Tensor) -> Tensor:
         """Multiply the part that no example has, of weight decay and penalty, with vectors ``(P, k)``."""
@@ -173,42 +165,49 @@ class DistributedOperator:
     @property
     def group_weights(self) -> Array:
         """The factor of each group's matrix in the whole, ``(G,)``; those of the first process come first."""
-        found = self._from_all(self._or_error(lambda: self.operator.group_weights * self._fraction))
-        return np.concatenate(self._without_errors(found))
+        own: Array = self.processes.by_all(
+            lambda: np.zeros(0) if self._is_idle else self.operator.group_weights * self._fraction
+        )
+        return np.concatenate(self.processes.gathered(own))
 
     @property
     def group_digest(self) -> str:
         """Equal where all processes have the same examples in the same order."""
-        found = self._from_all(self._or_error(lambda: [self.operator.group_digest]))
-        return " ".join(digest for (digest,) in self._without_errors(found))
+        return " ".join(self.processes.gathered(self.processes.by_all(lambda: self.operator.group_digest)))
 
     def forms(self, U: Tensor, V: Tensor) -> Tensor:
         """``u_j' H_g v_j`` for all groups of examples of all processes, ``(k, G)``, float64, on the CPU.
+
+        The vectors are those of the first process.
 
         Raises
         ------
         CurvatureError
             In every process, if those of any cannot be had.
         """
-        found = self._from_all(self._or_error(lambda: self.operator.forms(U, V).numpy()))
-        return torch.from_numpy(np.concatenate(self._without_errors(found), axis=1))
+        return self._forms(self._of_first(U), self._of_first(V))
 
-    def subset(
-        self, parts: Iterable[int], n_parts: int, seed: int = 0, expected_products: int = 1000
-    ) -> DistributedOperator:
+    def _forms(self, U: Tensor, V: Tensor) -> Tensor:
+        own = self.processes.by_all(
+            lambda: np.zeros((U.shape[1], 0)) if self._is_idle else self.operator.forms(U, V).numpy()
+        )
+        return torch.from_numpy(np.concatenate(self.processes.gathered(own), axis=1))
+
+    def subset(self, parts: Iterable[int], n_parts: int, seed: int = 0, expected_products: int = 1000) -> Self:
         """The same matrix over some of the examples of each process: those in these parts of a random partition."""
-        made = self._or_error(lambda: self.operator.subset(parts, n_parts, seed, expected_products))
-        self._without_errors(self._from_all(made if isinstance(made, str) else None))
-        return DistributedOperator(made, self.group)
+        parts = list(parts)
 
-    def per_layer(self) -> Iterator[tuple[str, DistributedOperator]]:
+        def make() -> CurvatureOperator:
+            if self._is_idle:
+                return copy(self.operator)
+            return self.operator.subset(parts, n_parts, seed, expected_products)
+
+        return type(self)(self.processes.by_all(make), self.group, is_idle=self._is_idle)
+
+    def per_layer(self) -> Iterator[tuple[str, Self]]:
         """The diagonal blocks: pairs of a layer's name and the operator on its parameters."""
         for layer, block in self.operator.per_layer():
-            yield layer, DistributedOperator(block, self.group)
-
-    def agreed(self, number: float) -> float:
-        """The least of a number that processes may differ in, such as free memory."""
-        return float(min(self._from_all(number)))
+            yield layer, type(self)(block, self.group)
 
     def check_finite(self) -> None:
         """Raise on every process if a product of any was not finite.
@@ -217,7 +216,7 @@ class DistributedOperator:
         ------
         CurvatureError
         """
-        self._without_errors(self._from_all(self._or_error(self.operator.check_finite)))
+        self.processes.by_all(self.operator.check_finite)
 
     def _check_parts(self) -> None:
         """Refuse data whose loss is not made up of those of the parts that the processes have.
@@ -240,80 +239,80 @@ class DistributedOperator:
                 "processes; divide whole batches (OwnExamples(batches, whole=True)), or use one process"
             )
 
-    def _from_all(self, own: Any) -> list[Any]:
-        found: list[Any] = [None] * self.n_processes
-        with _clear_errors():
-            dist.all_gather_object(found, own, self.group)
-        return found
 
-    def _or_error(self, compute: Callable[[], Any]) -> Any:
-        """What is computed, or a text with the error."""
-        try:
-            return compute()
-        except (PnError, torch.OutOfMemoryError) as error:
-            return f"process {_rank(self.group)}: {error}"
+class ShardedOperator(DistributedOperator):
+    """The same matrix, of whose vectors each process holds a part: bases take ``1 / n_processes`` of the memory.
 
-    @staticmethod
-    def _without_errors(found: list[Any]) -> list[Any]:
-        for each in found:
-            if isinstance(each, str):
-                raise CurvatureError(each)
-        return found
+    Products and all other methods take this process's entries ``(p, k)`` of vectors and return those of the results
+    (:attr:`part` says which), except :meth:`to_dense` and :meth:`gradient`. A product costs one gathering of the
+    vectors and one scattering of the sum, ``P`` numbers per vector each, and takes three whole vectors of memory
+    meanwhile.
 
-
-def join(device: torch.device) -> torch.device:
-    """Join the group of the processes that ``torchrun`` has started; returns the device of this one.
-
-    Raises
-    ------
-    CurvatureError
-        If there are more processes than CUDA devices on this machine.
+    Attributes
+    ----------
+    part : Part
     """
-    if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise CurvatureError(
-                f"there are {torch.cuda.device_count()} CUDA devices for more processes; lower --nproc-per-node"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    return device
+
+    def __init__(self, operator: CurvatureOperator, group: Any = None, *, is_idle: bool | None = None) -> None:
+        super().__init__(operator, group, is_idle=is_idle)
+        n, n_processes = self.shape[0], self.n_processes
+        self._chunk = -(-n // n_processes)
+        begin = min(self.processes.rank * self._chunk, n)
+        self.part = Part(((begin, min(begin + self._chunk, n)),), self.processes, self._chunk, n_whole=3)
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Products with ``k`` vectors, ``(p, k)`` to ``(p, k)``."""
+        whole = self._whole(V)
+        if self.by_differences:
+            return contiguous_columns(self.part.of(self.operator.matmat(whole)))
+        own = self._own_products(whole)
+        del whole
+        return self._scattered(own)
+
+    def product_without_data(self, V: Tensor) -> Tensor:
+        """Multiply the part that no example has, of weight decay and penalty, with vectors ``(p, k)``."""
+        return self.part.of(super().product_without_data(self._whole(V)))
+
+    def forms(self, U: Tensor, V: Tensor) -> Tensor:
+        """``u_j' H_g v_j`` of vectors ``(p, k)`` for all groups of examples, ``(k, G)``, float64, on the CPU."""
+        return self._forms(self._whole(U), self._whole(V))
+
+    def _whole(self, V: Tensor) -> Tensor:
+        """Whole vectors ``(P, k)``, put together of the entries of all processes."""
+        V, n = V.to(self.device, self.dtype), self.shape[0]
+        columns = []
+        for v in V.T:
+            own = v.contiguous() if len(v) == self._chunk else torch.cat([v, v.new_zeros(self._chunk - len(v))])
+            gathered = v.new_empty(self._chunk * self.n_processes)
+            with clear_errors():
+                dist.all_gather_into_tensor(gathered, own, group=self.group)
+            columns.append(gathered[:n])
+        return columns[0][:, None] if len(columns) == 1 else contiguous_columns(torch.stack(columns, dim=1))
+
+    def _scattered(self, own: Tensor) -> Tensor:
+        """This process's entries ``(p, k)`` of the sum of whole vectors ``(P, k)`` over all processes."""
+        columns, n_all = [], self._chunk * self.n_processes
+        for v in own.T:
+            padded = v.contiguous() if len(v) == n_all else torch.cat([v, v.new_zeros(n_all - len(v))])
+            summed = v.new_empty(self._chunk)
+            with clear_errors():
+                dist.reduce_scatter_tensor(summed, padded, group=self.group)
+            columns.append(summed[: self.part.length])
+        return contiguous_columns(torch.stack(columns, dim=1))
 
 
-def is_first_process() -> bool:
-    """Whether this process is the first one of the default group, or there is no group."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+def shared_operator(operator: CurvatureOperator, shard_basis: bool = False, group: Any = None) -> DistributedOperator:
+    """An operator over the data of all processes, with whole vectors or a part of each in every process."""
+    return ShardedOperator(operator, group) if shard_basis else DistributedOperator(operator, group)
 
 
-@contextmanager
-def first_process_first() -> Iterator[None]:
-    """Run the body in the first process of the group before it runs in the others; at once where there is no group."""
-    together = dist.is_available() and dist.is_initialized()
-    if together and dist.get_rank() > 0:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if together and dist.get_rank() == 0:
-            dist.barrier()
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """One sentence where another process has died."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ProcessLost(
-            f"another process has ended, or does not answer ({str(error).splitlines()[0][:100]}); its own message says "
-            "why; run the same command again to go on from what is saved"
-        ) from error
-
-
-def _rank(group: Any) -> int:
-    return dist.get_rank(group)
-
-
-__all__ = ["DistributedOperator", "OwnExamples", "first_process_first", "is_first_process", "join", "own_share"]
+__all__ = [
+    "DistributedOperator",
+    "OwnExamples",
+    "ShardedOperator",
+    "first_process_first",
+    "is_first_process",
+    "join",
+    "own_share",
+    "shared_operator",
+]

@@ -30,10 +30,11 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from pnanalysis.arrays import Array
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, ProcessLost
 from pnanalysis.spectra.averaged import AveragedOperator
 from pnanalysis.spectra.inner_products import inner_products
 from pnanalysis.spectra.quadrature import SpectralMeasure
+from pnanalysis.spectra.sharing import part_of, processes_of
 
 #: What the option ``data_error`` may be: each includes what is before it.
 DATA_ERRORS = ("none", "examples", "groups")
@@ -95,7 +96,8 @@ class DataForms:
             return
         expected = value - self._without_data(vector)
         deviation = np.abs(forms @ self.operator.group_weights - expected).max()
-        if not deviation <= _TOLERANCE[self.operator.dtype] * np.abs(value).max():
+        adds_up = bool(deviation <= _TOLERANCE[self.operator.dtype] * np.abs(value).max())
+        if not processes_of(self.operator).decided(adds_up):
             self.reason = (
                 f"the curvatures of single examples add up to eigenvalues that are off by "
                 f"{deviation / np.abs(value).max():.1%} of the largest"
@@ -124,6 +126,8 @@ class DataForms:
         device, dtype = self.operator.device, self.operator.dtype
         try:
             forms: Array = self.operator.forms(U.to(device, dtype), V.to(device, dtype)).numpy()
+        except ProcessLost:
+            raise
         except CurvatureError as error:
             self.reason = str(error)
             return None
@@ -136,7 +140,8 @@ class DataForms:
     def _without_data(self, vector: Tensor) -> Array:
         """Quadratic forms ``(t,)`` of the part of the matrix that no example has."""
         vector = vector.to(self.operator.device, self.operator.dtype)
-        forms: Array = inner_products(vector, self.operator.product_without_data(vector)).cpu().numpy()
+        add = part_of(self.operator).add
+        forms: Array = inner_products(vector, self.operator.product_without_data(vector), add).cpu().numpy()
         return forms
 
     def dataset(self) -> xr.Dataset:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from pnanalysis.arrays import Array
-from pnanalysis.spectra.inner_products import combinations
+from pnanalysis.spectra.inner_products import combinations, coordinates
 from pnanalysis.spectra.lanczos import Lanczos
+from pnanalysis.spectra.linear_operator import LinearOperator
+from pnanalysis.spectra.sharing import part_of
 
 #: Probes that are handed on at a time.
 _AT_ONCE = 5
@@ -50,14 +52,16 @@ class DataFeed:
 
     Parameters
     ----------
+    operator : LinearOperator
+        Whose spectrum is sampled.
     receiver : Receiver or None
         Without one, nothing is done.
     seed : int
         Of the random combinations.
     """
 
-    def __init__(self, receiver: Receiver | None, seed: int) -> None:
-        self._receiver = receiver
+    def __init__(self, operator: LinearOperator, receiver: Receiver | None, seed: int) -> None:
+        self._receiver, self._n_parameters, self._part = receiver, operator.shape[0], part_of(operator)
         self._generator = np.random.default_rng([seed, 2**32 - 1])
         self._left = 0 if receiver is None else receiver.n_probes
         self._leading: tuple[Array, Tensor] | None = None
@@ -95,9 +99,10 @@ class DataFeed:
         self._probes(lanczos, list(range(lanczos.n_probes)))
 
     def exact(self, value: Array, vector: Tensor) -> None:
-        """All eigenvalues ``(P,)``, ascending, and eigenvectors ``(P, P)``."""
+        """All eigenvalues ``(P,)``, ascending, and eigenvectors ``(P, P)``, whole ones."""
         if self._receiver is None:
             return
+        vector = self._part.of(vector)
         rest = self._hand_on_leading(self._receiver, value, np.eye(len(value)), vector, vector.dtype)
         self._spaces.append((*rest, vector))
         while self._left and len(rest[0]):
@@ -121,11 +126,11 @@ class DataFeed:
         for begin in range(0, len(columns), _AT_ONCE):
             some = columns[begin : begin + _AT_ONCE]
             start, product = lanczos.first_products(some)
-            scale = (len(start) - lanczos.n_deflated) ** 0.5
+            scale = (self._n_parameters - lanczos.n_deflated) ** 0.5
             probe, image = self._combination(len(some), start)
             if self._leading is not None and not self._spaces:  # not deflated: what lies along them is taken off
                 value, vector = self._leading
-                along = vector.T @ start
+                along = coordinates(vector, start, self._part.add).to(start.dtype)
                 start = start - vector @ along
                 product = product - vector @ (torch.from_numpy(value).to(along)[:, None] * along)
             self._hand_on(self._receiver, probe + scale * start, image + scale * product)

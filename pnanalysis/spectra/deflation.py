@@ -65,6 +65,7 @@ from pnanalysis.spectra.merged import Couplings, MergedSpaces
 from pnanalysis.spectra.plan import check_fits, equal_probes, fewest_columns, is_exact
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.sample import LanczosCoefficients, SamplingSettings, SpectrumSample
+from pnanalysis.spectra.sharing import processes_of
 from pnanalysis.terminal.progress import Advance
 
 #: Single products between two looks at the error that they are to reach.
@@ -93,7 +94,7 @@ def sample_spectrum(
     UserWarning
         If the operator has a larger skew part than round-off explains (:data:`SKEW_TOLERANCE`).
     """
-    check_fits(operator.shape[0], settings)
+    processes_of(operator).by_all(lambda: check_fits(operator.shape[0], settings))
     sample = _Sampler(operator, settings, advance).sampled()
     magnitude = max(float(np.abs(probe.alpha).max()) for probe in sample.probes)
     if magnitude and not SMALLEST_SCALE <= magnitude <= LARGEST_SCALE:
@@ -121,7 +122,8 @@ class _Sampler:
     def __init__(self, operator: LinearOperator, settings: SamplingSettings, advance: Advance | None) -> None:
         self.operator = operator
         self.settings = settings
-        self.feed = DataFeed(settings.data, settings.seed)
+        self.decided = processes_of(operator).decided
+        self.feed = DataFeed(operator, settings.data, settings.seed)
         self.sample = SpectrumSample(operator.shape[0], "deflated" if settings.deflate else "plain")
         self._next_vector = 1  # random vector 0 is that of the first deflated space
         self._couplings: Couplings | None = None  # of the spaces that are deflated in turn
@@ -220,7 +222,8 @@ class _Sampler:
         if not _is_exhausted(lanczos):
             lanczos.extend(max(decision - lanczos.step, 0), self._advance, saver)
         gain = DeflationGain.of(_coefficients(lanczos)[0].first(decision), n_parameters)
-        is_probe = until is None and not _is_exhausted(lanczos) and not gain.pays(budget - decision, budget)
+        pays = self.decided(gain.pays(budget - decision, budget))
+        is_probe = until is None and not _is_exhausted(lanczos) and not pays
         if is_probe:
             lanczos.extend(max(as_probe - lanczos.step, 0), self._advance, saver)
         self._finish(lanczos, saver, sampled=is_probe, deflated=True)
@@ -228,7 +231,8 @@ class _Sampler:
     def _is_deflated_enough(self, coefficients: LanczosCoefficients, budget: int) -> bool:
         gain, step = DeflationGain.of(coefficients, self.sample.n_parameters), len(coefficients.alpha)
         until = self.settings.until
-        return gain.is_enough(budget - step) or (until is not None and until.is_within_reach(coefficients, gain))
+        within_reach = until is not None and until.is_within_reach(coefficients, gain)
+        return self.decided(gain.is_enough(budget - step) or within_reach)
 
     def _probe_behind(self, columns: Tensor, n_steps: int, left: int) -> int:
         """Run one probe in the complement of all that is deflated, and deflate it too if others follow and fit.
@@ -338,7 +342,7 @@ class _Sampler:
         errors = until.errors_of(self.sample)
         self._text = until.text(errors)
         self._advance(0)
-        self.sample.until_reached = until.is_reached(errors)
+        self.sample.until_reached = self.decided(until.is_reached(errors))
         return self.sample.until_reached
 
     def _advance(self, n_products: float) -> None:

@@ -28,6 +28,7 @@ from pnanalysis.spectra.moments import coupling_left, moments
 from pnanalysis.spectra.plan import peak_bytes, with_basis_that_fits
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, all_ritz_values, averaged_rule, extremes, ritz
 from pnanalysis.spectra.sample import SamplingSettings, SpectrumSample
+from pnanalysis.spectra.sharing import part_of, processes_of
 from pnanalysis.spectra.stopping import Until, checked_targets
 from pnanalysis.spectra.summary import effective_rank, summarise
 from pnanalysis.spectra.total_error import with_data_errors
@@ -188,20 +189,21 @@ def spectral_density(
     if data_error == "groups" and not is_averaged(operator):
         raise CurvatureError('data_error="groups" needs an operator over examples, such as pnanalysis.HessianOperator')
     dtype, place = lanczos.basis_dtype(operator, basis_dtype), torch.device(basis_device or operator.device)
+    part, processes = part_of(operator), processes_of(operator)
     settings = SamplingSettings(
         n_lanczos,
         n_probes,
         n_hvp,
         deflate,
         seed,
-        Storage(dtype, place),
+        Storage(dtype, place, part=None if part.is_all else part),
         _limit(operator, dtype, place, max_memory_bytes),
         symmetry_tolerance,
         None if state is None else Path(state),
         save_every,
         until=None if targets is None else Until(targets, _relative_errors),
     )
-    settings = with_basis_that_fits(operator.shape[0], settings, basis)
+    settings = with_basis_that_fits(operator.shape[0], settings, basis, processes)
     mode = settings.storage.mode
     forms = None
     if data_error != "none" and is_averaged(operator) and mode != "none":
@@ -209,6 +211,8 @@ def spectral_density(
         settings = replace(settings, data=forms)
     kept = {"memory": "", "half": " in half precision", "disk": " and the disk", "none": ", none is kept"}[mode]
     need = human(peak_bytes(operator.shape[0], settings))
+    if not part.is_all:
+        kept += f", in each of {part.processes.n} processes"
     with progress_bar(f"{title} ({need} for the basis{kept})", budget, progress) as advance:
         sample = sample_spectrum(operator, settings, advance)
     by_differences = bool(getattr(operator, "by_differences", False))
@@ -241,8 +245,9 @@ def spectral_density(
 
 def _limit(operator: LinearOperator, dtype: torch.dtype, device: torch.device, max_memory_bytes: int | None) -> int:
     """The most memory for bases; the least of several processes, which must keep them in the same way."""
-    limit = basis_limit(operator.shape[0], dtype, device, max_memory_bytes)
-    return int(operator.agreed(limit)) if hasattr(operator, "agreed") else limit
+    part = part_of(operator)
+    n_held = operator.shape[0] if part.is_all or part.n_whole else part.largest
+    return int(processes_of(operator).least(basis_limit(n_held, dtype, device, max_memory_bytes)))
 
 
 def _amounts(

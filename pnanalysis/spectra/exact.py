@@ -10,8 +10,9 @@ import torch
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.data_feed import DataFeed
 from pnanalysis.spectra.lanczos import largest_asymmetry
-from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, not_symmetric
+from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, contiguous_columns, not_symmetric
 from pnanalysis.spectra.sample import LanczosCoefficients, SamplingSettings, SpectrumSample
+from pnanalysis.spectra.sharing import part_of, processes_of
 
 #: Keeps ratios of zeros finite.
 _TINY = 1e-300
@@ -27,11 +28,12 @@ def all_columns(
     CurvatureError
         If a product is not finite, or the operator is not symmetric.
     """
-    n = operator.shape[0]
+    n, part, processes = operator.shape[0], part_of(operator), processes_of(operator)
     eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
     matrix = torch.empty_like(eye)
     for block in torch.split(torch.arange(n), max(settings.n_probes, 1)):
-        matrix[:, block] = checked_product(operator, eye[:, block])
+        product = checked_product(operator, contiguous_columns(part.of(eye[:, block])))
+        matrix[:, block] = part.whole(product, n)
         advance(len(block))
     matrix = matrix.double()
     if not bool(torch.isfinite(matrix).all()):
@@ -40,11 +42,12 @@ def all_columns(
     scaled = matrix / largest  # squares of its entries do not underflow
     skew = float(torch.linalg.matrix_norm(scaled - scaled.T)) / 2
     relative = skew / (float(torch.linalg.matrix_norm(scaled)) + _TINY)
-    if relative > (settings.symmetry_tolerance or largest_asymmetry(operator)):
+    if processes.decided(relative > (settings.symmetry_tolerance or largest_asymmetry(operator))):
         raise not_symmetric(operator, f"its skew part has {relative:.1%} of its norm")
     matrix = (matrix + matrix.T) / 2
     if feed.wanted:
         values, vectors = torch.linalg.eigh(matrix)
+        processes.send(vectors)  # whose signs may differ between machines
         feed.exact(values.cpu().numpy(), vectors)
     else:
         values = torch.linalg.eigvalsh(matrix)

@@ -13,8 +13,9 @@ from pnanalysis.arrays import Array
 from pnanalysis.io import netcdf
 from pnanalysis.spectra.inner_products import inner_products, norms
 from pnanalysis.spectra.lanczos import SAME_PRODUCT, warn_unsaved
-from pnanalysis.spectra.linear_operator import LinearOperator, round_off, writes_files
+from pnanalysis.spectra.linear_operator import LinearOperator, round_off
 from pnanalysis.spectra.random_vectors import random_unit_vectors
+from pnanalysis.spectra.sharing import part_of, processes_of
 
 
 def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..., xr.Dataset]) -> xr.Dataset:
@@ -25,15 +26,18 @@ def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..
     Names cannot tell whether a user's code or data have changed meanwhile. One product can, so it is compared with that
     of the operator whose spectrum was saved.
     """
-    if path.is_file():
-        found, product = netcdf.load(path), _sizes_of_product(operator)
+    processes = processes_of(operator)
+    found = processes.by_first(lambda: netcdf.load(path) if path.is_file() else None)
+    if found is not None:
+        product = _sizes_of_product(operator)
         before = np.asarray(found.attrs.pop("product", np.nan))
-        if np.abs(before - product).max() <= max(SAME_PRODUCT, 10 * round_off(operator)) * product[1]:
+        tolerance = max(SAME_PRODUCT, 10 * round_off(operator)) * product[1]
+        if processes.decided(bool(np.abs(before - product).max() <= tolerance)):
             return found
     state = path.with_suffix("")
     ds = compute(state=state)
     product = _sizes_of_product(operator)
-    if not writes_files(operator):
+    if not processes.is_first:
         return ds
     try:
         netcdf.save(ds.assign_attrs(product=product), path)
@@ -48,4 +52,5 @@ def _sizes_of_product(operator: LinearOperator) -> Array:
     """What tells a product with a random vector from another operator's: its overlap with the vector, its norm."""
     vector = random_unit_vectors(operator, [0], seed=0)
     product = operator.matmat(vector)
-    return np.array([float(inner_products(vector, product)), float(norms(product))])
+    add = part_of(operator).add
+    return np.array([float(inner_products(vector, product, add)), float(norms(product, add))])

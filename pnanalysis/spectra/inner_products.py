@@ -3,16 +3,22 @@
 In float32 on a CPU, ``torch.linalg.vector_norm`` and matrix products add terms one after the other (a few at a time).
 Their sums are off by 4e-4 at 1e7 entries and by 1e-2 at 1e8: the running sum grows until it rounds off a part of each
 term. Here vectors are cut into chunks, and float64 adds up the chunks. Working memory is a few chunks.
+
+Where several processes hold a part of each vector, ``add`` makes their sums those over all entries (see
+:mod:`pnanalysis.spectra.sharing`). Combinations of vectors need none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pnanalysis.spectra.linear_operator import empty_columns
+from pnanalysis.spectra.sharing import ALONE
+
+Add = Callable[[Tensor], Tensor]
 
 #: Entries of a chunk on a CPU: small enough for its second reading to come from the cache, and for float32 to lose no
 #: more than 1e-5 within it (see :func:`orthogonalised`; other sums lose nothing).
@@ -23,22 +29,22 @@ _DEVICE_CHUNK = 2**22
 _MOST_COPIED, _SMALLEST_CHUNK = 2**24, 2**12
 
 
-def inner_products(a: Tensor, b: Tensor) -> Tensor:
+def inner_products(a: Tensor, b: Tensor, add: Add = ALONE.add) -> Tensor:
     """Inner products of each column of ``a`` with that of ``b``: ``(..., P, k)`` to ``(..., k)``, float64."""
-    total = _zero(a)
+    total = _zeros(a, *a.shape[:-2], a.shape[-1])
     for chunk in _chunks(a):
         ours = _widened(a[..., chunk, :].mT)
         theirs = ours if b is a else _widened(b[..., chunk, :].mT)
         total = total + (ours[..., None, :] @ theirs[..., None])[..., 0, 0]  # faster than vecdot: no temporary
-    return total
+    return add(total)
 
 
-def norms(V: Tensor) -> Tensor:
+def norms(V: Tensor, add: Add = ALONE.add) -> Tensor:
     """Euclidean norm of each column: ``(..., P, k)`` to ``(..., k)``, float64."""
-    return inner_products(V, V).sqrt()
+    return inner_products(V, V, add).sqrt()
 
 
-def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def orthogonalised(V: Tensor, bases: Sequence[Tensor], add: Add = ALONE.add) -> tuple[Tensor, list[Tensor]]:
     """Vectors ``(P, k)`` less their projections onto spaces: two passes of classical Gram-Schmidt.
 
     Parameters
@@ -48,6 +54,8 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, list[Ten
     bases : sequence of torch.Tensor
         Orthonormal columns on the device of ``V``, in its dtype or a half precision: ``(P, n)`` for a space that all
         vectors are projected off, ``(k, P, n)`` for a space of each vector. The spaces are orthogonal to one another.
+    add : callable
+        See above; called twice.
 
     Returns
     -------
@@ -66,7 +74,7 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, list[Ten
     coordinates: list[Tensor] = []
     first: list[Tensor] = []
     for sweep in range(3):
-        totals = [_zero(V) for _ in bases]
+        totals = [_zeros(V, basis.shape[-1], V.shape[1]) for basis in bases]
         for chunk in _chunks(V, bases):
             piece, parts = (V if sweep < 2 else rest)[chunk], [basis[..., chunk, :].to(V.dtype) for basis in bases]
             for part, known in zip(parts, coordinates, strict=False):  # none in the first sweep
@@ -77,17 +85,18 @@ def orthogonalised(V: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, list[Ten
                 totals = [
                     total + _widened(_coordinates(part, piece)) for total, part in zip(totals, parts, strict=True)
                 ]
-        coordinates = [total.to(V.dtype) for total in totals]
+        if bases and sweep < 2:
+            coordinates = list(torch.split(add(torch.cat(totals)).to(V.dtype), [len(total) for total in totals]))
         first = first or coordinates
     return rest, first
 
 
-def coordinates(basis: Tensor, V: Tensor) -> Tensor:
+def coordinates(basis: Tensor, V: Tensor, add: Add = ALONE.add) -> Tensor:
     """Of vectors ``(P, k)`` in the columns of a basis ``(P, n)``: ``(n, k)``, summed in float64."""
-    total = _zero(V)
+    total = _zeros(V, basis.shape[1], V.shape[1])
     for chunk in _chunks(V, [basis]):
         total = total + _widened(_coordinates(basis[chunk].to(V.dtype), V[chunk]))
-    return total
+    return add(total)
 
 
 def combinations(basis: Tensor, coordinates: Tensor) -> Tensor:
@@ -133,8 +142,8 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(_wide(tensor))
 
 
-def _zero(like: Tensor) -> Tensor:
-    return like.new_zeros((), dtype=_wide(like))
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    return like.new_zeros(shape, dtype=_wide(like))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -20,17 +20,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from scipy.linalg import eigh_tridiagonal
 
 from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError, ProcessLost
-from pnanalysis.io import digest
-from pnanalysis.io.atomic import atomic_path
-from pnanalysis.io.files import open_regular
 from pnanalysis.spectra.inner_products import combinations, inner_products, norms, orthogonalised
+from pnanalysis.spectra.lanczos_state import restore_state, save_state
 from pnanalysis.spectra.linear_operator import (
     LinearOperator,
     arithmetic,
@@ -39,8 +36,8 @@ from pnanalysis.spectra.linear_operator import (
     empty_columns,
     not_symmetric,
     round_off,
-    writes_files,
 )
+from pnanalysis.spectra.sharing import Part, part_of, processes_of
 
 #: Steps between two checks that all products were finite. Reading the flag waits for the device, which otherwise
 #: computes ahead.
@@ -116,6 +113,10 @@ class Lanczos:
 
     Notes
     -----
+    Of an operator whose vectors several processes hold in parts (:mod:`pnanalysis.spectra.sharing`), all vectors here
+    are this process's part, and ``P`` is how many entries that has; coefficients and what follows from them are equal
+    in all processes.
+
     When the Krylov space of a start vector is exhausted (beta falls to roundoff), its later basis vectors, alpha
     and beta are zero: :meth:`sizes` gives the number of columns that count. Values are read back from the device
     only for one flag in sixteen steps.
@@ -135,6 +136,7 @@ class Lanczos:
     ) -> None:
         n_parameters = operator.shape[0]
         self.operator = operator
+        self.processes, self.part = processes_of(operator), part_of(operator)
         self.capacity = capacity
         self.deflated = deflated
         self.dtype = basis_dtype(operator, dtype)
@@ -150,8 +152,8 @@ class Lanczos:
         self.reorthogonalise = reorthogonalise
         n_kept = self.capacity if reorthogonalise else min(2, self.capacity)
         if storage is None:
-            storage = empty_columns(n_parameters, k * n_kept, self.dtype, self.device)
-        self._basis = storage.T.view(k, n_kept, n_parameters).mT
+            storage = empty_columns(self.part.length, k * n_kept, self.dtype, self.device)
+        self._basis = storage.T.view(k, n_kept, self.part.length).mT
         zeros = partial(torch.zeros, dtype=self.dtype, device=self.device)
         self._alpha, self._beta = zeros(k, self.capacity), zeros(k, self.capacity)
         self._norm = zeros(k)  # largest |H q| so far: a lower bound of the operator's norm
@@ -161,11 +163,11 @@ class Lanczos:
         self._breakdown = (
             max(BREAKDOWN[operator.dtype], BREAKDOWN[self.dtype]) if reorthogonalise else torch.finfo(self.dtype).eps
         )
-        self._exponent: int | None = None  # all products are in units of two to this power; known from the first one
+        self.exponent: int | None = None  # all products are in units of two to this power; known from the first one
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.step = 0
         vectors, _ = self._orthogonalise(start.to(self.device, self.dtype), 0)
-        self._next = self._rounded(vectors.div_(norms(vectors).to(self.dtype)))
+        self._next = self._rounded(vectors.div_(self._norms(vectors)))
 
     @property
     def n_probes(self) -> int:
@@ -188,7 +190,7 @@ class Lanczos:
     @property
     def unit(self) -> float:
         """What products are measured in: a power of two, 1 unless they are very large or very small."""
-        return 2.0 ** (self._exponent or 0)
+        return 2.0 ** (self.exponent or 0)
 
     @property
     def basis(self) -> torch.Tensor:
@@ -205,7 +207,7 @@ class Lanczos:
         """Dimension of each start vector's Krylov space so far (less than ``step`` after a breakdown)."""
         ends = (self._beta[:, : self.step] == 0).double()
         ended = ends.cumsum(1) - ends
-        return [int(size) for size in (ended == 0).sum(1).tolist()]
+        return self.processes.decided([int(size) for size in (ended == 0).sum(1).tolist()])
 
     def extend(
         self, n_steps: int, advance: Callable[[float], None] | None = None, saver: Saver | None = None
@@ -236,7 +238,7 @@ class Lanczos:
                     saver(self)
         except (KeyboardInterrupt, ProcessLost):
             if saver is not None and self.step:
-                saver(self, force=True)
+                saver.interrupted(self)
             raise
         self._check()
         return self
@@ -271,15 +273,16 @@ class Lanczos:
         return float((self.operator.shape[0] * self._skew.double().sum() / pairs).sqrt()) / 2 / norm
 
     def _check(self) -> None:
-        if not bool(self._finite):
+        if not self.processes.decided(bool(self._finite)):
             if hasattr(self.operator, "check_finite"):
                 self.operator.check_finite()  # names the batch
             raise CurvatureError(
                 f"a product of the operator held NaN or infinite values (by Lanczos step {self.step}); "
                 "check the weights, the data and the dtype"
             )
-        if self.asymmetry() > self.symmetry_tolerance:
-            found = f"u.Hv and v.Hu differ by {self.asymmetry():.1%} of |Hu| for two probe vectors"
+        asymmetry = self.asymmetry()
+        if self.processes.decided(asymmetry > self.symmetry_tolerance):
+            found = f"u.Hv and v.Hu differ by {asymmetry:.1%} of |Hu| for two probe vectors"
             raise not_symmetric(self.operator, found)
 
     def _advance(self) -> None:
@@ -287,17 +290,17 @@ class Lanczos:
         # Interrupted at any line, this leaves the state as it was: nothing beyond `step` counts, and what is replaced
         # changes together at the end.
         j = self.step
-        self._basis[:, :, self._place(j)] = self._next.T
+        self._basis[:, :, self.place(j)] = self._next.T
         product = self._product(self._next)
-        self._alpha[:, j] = inner_products(product, self._next)
+        self._alpha[:, j] = inner_products(product, self._next, self.part.add)
         if j == 1:
-            self._mirror.copy_(inner_products(product, self._basis[:, :, 0].T))
-        norm = norms(product).to(self.dtype)
+            self._mirror.copy_(inner_products(product, self._basis[:, :, 0].T, self.part.add))
+        norm = self._norms(product)
         self._finite &= torch.isfinite(norm).all()  # as all entries are then
         self._norm = torch.maximum(self._norm, norm)
         vectors, coordinates = self._orthogonalise(product, j + 1)
         skew = self._skew + coordinates[: max(j - 1, 0)].square().sum(0)
-        beta = norms(vectors).to(self.dtype)
+        beta = self._norms(vectors)
         alive = beta > self._breakdown * self._norm
         self._beta[:, j] = torch.where(alive, beta, 0)
         # zero after a breakdown or NaN (which spares the later batches); a mask and not a branch, which would wait for
@@ -308,9 +311,12 @@ class Lanczos:
     def _product(self, V: torch.Tensor) -> torch.Tensor:
         """Products with vectors ``(P, k)``, in :attr:`unit`, in the basis's dtype and on its device."""
         product = contiguous_columns(checked_product(self.operator, V).to(self.device, self.dtype))
-        if self._exponent is None:
-            self._exponent = _exponent_of(product)
-        return product / self.unit if self._exponent else product
+        if self.exponent is None:
+            self.exponent = self.processes.decided(_exponent_of(product, self.part))
+        return product / self.unit if self.exponent else product
+
+    def _norms(self, vectors: torch.Tensor) -> torch.Tensor:
+        return norms(vectors, self.part.add).to(self.dtype)
 
     def _orthogonalise(self, vectors: torch.Tensor, n_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Project vectors ``(P, k)`` off the deflated ones and the first ``n_columns`` of the basis.
@@ -318,25 +324,29 @@ class Lanczos:
         Also returns their coordinates in that basis, ``(n_columns, k)``.
         """
         spaces = [] if self.deflated is None else [self.deflated]
-        rest, coordinates = orthogonalised(vectors, [*spaces, self._basis[:, :, :n_columns]])
+        rest, coordinates = orthogonalised(vectors, [*spaces, self._basis[:, :, :n_columns]], self.part.add)
         return rest, coordinates[-1]
 
     def _rounded(self, vectors: torch.Tensor) -> torch.Tensor:
         """What is left of vectors once they are stored."""
         return vectors.to(self._basis.dtype).to(self.dtype)
 
-    def _place(self, step: int) -> int:
+    def place(self, step: int) -> int:
         """The column of the basis for the vector of a step."""
         return step if self.reorthogonalise else step % 2
+
+    def n_kept(self, step: int) -> int:
+        """How many vectors are kept after so many steps."""
+        return min(step, self._basis.shape[2])
 
     def ritz_vectors(self, coefficients: torch.Tensor, probe: int = 0) -> torch.Tensor:
         """Vectors ``(P, c)`` with the given coordinates ``(step, c)`` in one start vector's basis."""
         return combinations(self.basis[probe], coefficients.to(self.device, self.dtype))
 
     def coefficients(self) -> tuple[Array, Array]:
-        """:attr:`alpha` and :attr:`beta` in float64."""
+        """:attr:`alpha` and :attr:`beta` in float64; those of the first process, in all that share the operator."""
         alpha, beta = (part[:, : self.step].double().cpu().numpy() * self.unit for part in (self._alpha, self._beta))
-        return alpha, beta
+        return self.processes.decided((alpha, beta))
 
     def ritz_pairs(self, probe: int = 0) -> tuple[Array, Array]:
         """Ritz values ``(m,)``, ascending, and coordinates ``(m, m)`` of the Ritz vectors in one start vector's basis.
@@ -345,8 +355,8 @@ class Lanczos:
         """
         size = self.sizes()[probe]
         alpha, beta = (part[probe, :size] for part in self.coefficients())
-        value, vector = eigh_tridiagonal(alpha, beta[:-1])
-        return value, vector
+        # signs of eigenvectors, and bases of those of equal values, may differ between machines
+        return self.processes.decided(tuple(eigh_tridiagonal(alpha, beta[:-1])))
 
     def first_products(self, probes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised start vectors ``(P, c)`` of some probes, and their products with the (compressed) operator."""
@@ -362,17 +372,10 @@ class Lanczos:
         OSError
             If it cannot be written; the disk may be full.
         """
-        tensors = {name: tensor.contiguous() for name, tensor in self._state(self.step).items()}
-        with atomic_path(path) as temporary:
-            try:
-                metadata = {"label": label, "exponent": str(self._exponent or 0), digest.KEY: digest.BLANK}
-                save_file(tensors, temporary, metadata)
-                digest.sign(temporary)
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+        save_state(self, Path(path), label)
 
     def restore(self, path: str | Path, label: str = "") -> Lanczos:
-        """Resume from a saved state; all further steps are the same as without the interruption.
+        """Resume from a saved state, if there is one; all further steps are the same as without the interruption.
 
         One product is spent to check that the operator is still the same.
 
@@ -381,26 +384,12 @@ class Lanczos:
         CurvatureError
             If the file is damaged, or was saved under another label, by other settings or for another operator.
         """
-        with open_regular(path, CurvatureError) as opened:
-            digest.check_entry(opened, path, CurvatureError, "delete it to start again")
-        try:
-            with safe_open(path, "pt") as file:
-                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-            step, known_label = saved["alpha"].shape[1], metadata.get("label")
-            self._exponent = int(metadata.get("exponent", "0"))
-            saved.setdefault("skew", torch.full_like(self._skew, torch.nan, device="cpu"))  # of an older state
-            for name, tensor in self._state(step).items():
-                if known_label != label or saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
-                    raise KeyError(name)
-                tensor.copy_(saved[name])
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise CurvatureError(f"{path} is not the saved state of this spectrum: delete it to start again") from error
-        self.step = step
-        self._check_operator(path)
+        if restore_state(self, Path(path), label):
+            self._check_operator(path)
         return self
 
-    def _state(self, step: int) -> dict[str, torch.Tensor]:
+    def state(self, step: int) -> dict[str, torch.Tensor]:
+        """All that the steps after the first ``step`` depend on."""
         # vectors as rows, in the order in which they lie in memory: nothing is copied to be written
         return {
             "basis": self._basis[:, :, :step].mT,  # at most as many as are kept
@@ -415,20 +404,22 @@ class Lanczos:
     def _check_operator(self, path: str | Path) -> None:
         if self.step:
             known = 0 if self.reorthogonalise else self.step - 1
-            vector = self._basis[:, :, self._place(known)].T.to(self.dtype)
-            alpha = inner_products(self._product(vector), vector)
+            vector = self._basis[:, :, self.place(known)].T.to(self.dtype)
+            alpha = inner_products(self._product(vector), vector, self.part.add)
             gap = (alpha - self._alpha[:, known]).abs() / self._norm.clamp_min(torch.finfo(self.dtype).tiny)
-            if float(gap.max()) > max(SAME_PRODUCT, 10 * round_off(self.operator)):
+            tolerance = max(SAME_PRODUCT, 10 * round_off(self.operator))
+            if self.processes.decided(float(gap.max()) > tolerance):
                 raise CurvatureError(f"{path} was saved for another operator: delete it to start again")
 
 
-def _exponent_of(product: torch.Tensor) -> int:
+def _exponent_of(product: torch.Tensor, part: Part) -> int:
     """Of the power of two next to the norm of the first vector, if that is far from 1; 0 otherwise."""
     vector = product[:, :1]
-    largest = float(vector.abs().max())
+    own = float(vector.abs().max()) if len(vector) else 0.0
+    largest = float(np.max(part.processes.gathered(own)))
     if not 0 < largest < math.inf:  # NaN too, which is reported later
         return 0
-    exponent = round(math.log2(largest) + math.log2(float(norms(vector / largest))))
+    exponent = round(math.log2(largest) + math.log2(float(norms(vector / largest, part.add))))
     # the power itself must be a number of that dtype: near its largest one, the nearest power of two is infinite
     held = round(math.log2(torch.finfo(product.dtype).max)) - 1
     return max(-held, min(exponent, held)) if abs(exponent) > LARGEST_EXPONENT else 0
@@ -471,16 +462,31 @@ class Saver:
 
     def resume(self, lanczos: Lanczos) -> Lanczos:
         """Restore the saved state, if there is one."""
-        return lanczos.restore(self.path, self.label) if self.path.is_file() else lanczos
+        return lanczos.restore(self.path, self.label)
 
     def __call__(self, lanczos: Lanczos, force: bool = False) -> None:
         """Save if the interval has passed, or if forced."""
-        if writes_files(lanczos.operator) and (force or time.monotonic() - self._last >= self.every):
-            try:
-                lanczos.save(self.path, self.label)
-            except OSError as error:
-                warn_unsaved(self.path, error)
-            self._last = time.monotonic()
+        due = force or time.monotonic() - self._last >= self.every
+        if lanczos.part.is_all:
+            due = due and lanczos.processes.is_first
+        elif not force:
+            due = lanczos.processes.decided(due)  # all save, or none
+        if due:
+            self._save(lanczos)
+
+    def interrupted(self, lanczos: Lanczos) -> None:
+        """Save what there is, without a word to other processes, which may be gone."""
+        if lanczos.part.is_all:
+            self(lanczos, force=True)
+        elif lanczos.reorthogonalise:  # else parts of different steps do not fit together, and the saved ones do
+            self._save(lanczos, alone=True)
+
+    def _save(self, lanczos: Lanczos, alone: bool = False) -> None:
+        try:
+            save_state(lanczos, self.path, self.label, alone)
+        except OSError as error:
+            warn_unsaved(self.path, error)
+        self._last = time.monotonic()
 
 
 def warn_unsaved(path: Path, error: OSError) -> None:

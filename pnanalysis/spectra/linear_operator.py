@@ -18,6 +18,7 @@ from scipy.sparse.linalg import aslinearoperator
 
 from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.sharing import part_of
 
 
 @runtime_checkable
@@ -27,7 +28,8 @@ class LinearOperator(Protocol):
     Anything with these five members will do; no base class is needed. ``shape`` is ``(P, P)``; ``device`` and
     ``dtype`` are those of the vectors that the products take and return. An attribute ``arithmetic``, a key of
     :data:`ROUND_OFF`, may say that the products are less precise than their ``dtype``; an attribute ``round_off``, how
-    far they are off relative to the norm, and ``by_differences``, that this is no mere round-off.
+    far they are off relative to the norm, and ``by_differences``, that this is no mere round-off. For ``processes`` and
+    ``part`` of operators that several processes share see :mod:`pnanalysis.spectra.sharing`.
     """
 
     @property
@@ -222,14 +224,11 @@ def checked_product(operator: LinearOperator, V: torch.Tensor) -> torch.Tensor:
 
 def dense_matrix(operator: LinearOperator, chunk: int) -> torch.Tensor:
     """The matrix of an operator, ``(P, P)``, symmetrised; from ``chunk`` products at a time."""
-    eye = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
-    dense = torch.cat([operator.matmat(part.T) for part in torch.split(eye, chunk)], dim=1)
+    part, n = part_of(operator), operator.shape[0]
+    eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
+    columns = [operator.matmat(contiguous_columns(part.of(some.T))) for some in torch.split(eye, chunk)]
+    dense = torch.cat([part.whole(some, n) for some in columns], dim=1)
     return (dense + dense.T) / 2
-
-
-def writes_files(operator: LinearOperator) -> bool:
-    """Whether this process saves what is computed: of several that share an operator, the first one."""
-    return bool(getattr(operator, "is_first", True))
 
 
 def _square(shape: tuple[int, ...]) -> tuple[int, int]:

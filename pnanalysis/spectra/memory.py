@@ -28,6 +28,7 @@ from pnanalysis.checks import human
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.linear_operator import ROUND_OFF, empty_columns
+from pnanalysis.spectra.sharing import Part
 
 #: In the order in which they are tried: from the most accurate and fastest to what fits anywhere.
 MODES = ("memory", "half", "disk", "none")
@@ -51,12 +52,16 @@ class Storage:
     mode : {"memory", "half", "disk", "none"}
     folder : Path, optional
         For the file of ``"disk"``; the system's for temporary files by default.
+    part : Part, optional
+        The entries of each vector that this process holds, where several divide vectors among them. Memory is then that
+        of the process that holds most, and includes the whole vectors that products put together.
     """
 
     dtype: torch.dtype
     device: torch.device
     mode: str = "memory"
     folder: Path | None = None
+    part: Part | None = None
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -80,6 +85,8 @@ class Storage:
         CurvatureError
             If there is no such file.
         """
+        if self.part is not None:
+            n_parameters = self.part.length
         if self.mode != "disk":
             return empty_columns(n_parameters, n, self.stored_dtype, self.device)
         folder = self.folder or Path(tempfile.gettempdir())
@@ -100,8 +107,9 @@ class Storage:
         return min(n_lanczos, 2) if self.mode == "none" else n_lanczos
 
     def vectors_bytes(self, n_parameters: int, n: int) -> int:
-        """Bytes of ``n`` vectors that are kept."""
-        return n * n_parameters * self.stored_dtype.itemsize
+        """Bytes of ``n`` vectors that are kept, or of their part."""
+        n_held = n_parameters if self.part is None else self.part.largest
+        return n * n_held * self.stored_dtype.itemsize
 
     def needed(self, n_parameters: int, n_lanczos: int, n_probes: int, n_deflated: int = 0) -> int:
         """Bytes of memory for bases of ``n_probes`` probes, and for ``n_deflated`` vectors that they share.
@@ -109,25 +117,27 @@ class Storage:
         Three more vectors for each probe are the current one, its product and the work space of Gram-Schmidt. The
         operator's own memory comes on top.
         """
-        working = n_probes * _WORKING_VECTORS * n_parameters * self.dtype.itemsize
+        entries = _WORKING_VECTORS * n_parameters
+        if self.part is not None:
+            entries = _WORKING_VECTORS * self.part.largest + self.part.n_whole * n_parameters
+        working = n_probes * entries * self.dtype.itemsize
         if self.mode == "disk":
             return working
         return working + self.vectors_bytes(n_parameters, n_probes * self.kept(n_lanczos) + n_deflated)
 
 
-def basis_limit(
-    n_parameters: int, dtype: torch.dtype, device: torch.device, max_memory_bytes: int | None = None
-) -> int:
+def basis_limit(n_held: int, dtype: torch.dtype, device: torch.device, max_memory_bytes: int | None = None) -> int:
     """The most memory for bases: the bound if there is one and what is free allows it, else 60 % of what is free.
 
-    What is free has to hold the operator's own vectors too: its parameters, their gradient, a vector and its product.
+    What is free has to hold the operator's own vectors too, of ``n_held`` numbers each: its parameters, their gradient,
+    a vector and its product.
     """
     free = free_bytes(device)
     if device.type == "cpu":  # which the processes of torchrun share
         free //= max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if max_memory_bytes is None:
         return int(DEFAULT_FRACTION * free)
-    return min(max_memory_bytes, max(free - _OPERATOR_VECTORS * n_parameters * dtype.itemsize, 0))
+    return min(max_memory_bytes, max(free - _OPERATOR_VECTORS * n_held * dtype.itemsize, 0))
 
 
 def probes_at_once(

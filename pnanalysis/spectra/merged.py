@@ -46,12 +46,13 @@ class Couplings:
         """One more space, that of the first start vector."""
         basis = lanczos.basis[0, :, : lanczos.sizes()[0]]
         self.parts = [
-            np.append(part, coordinates(basis, vector)[:, 0].double().cpu().numpy())
+            np.append(part, coordinates(basis, vector, lanczos.part.add)[:, 0].double().cpu().numpy())
             for part, vector in zip(self.parts, self.following, strict=True)
         ]
         self.following.append(lanczos.following[:, :1].clone())
         self.parts.append(np.zeros(0))
-        new = np.array([float(inner_products(vector, self.following[-1])) for vector in self.following])
+        add = lanczos.part.add
+        new = np.array([float(inner_products(vector, self.following[-1], add)) for vector in self.following])
         self.products = np.pad(self.products, (0, 1))
         self.products[-1] = self.products[:, -1] = new
 

@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from pnanalysis.io.atomic import atomic_path
 from pnanalysis.spectra.allocation import default_steps, shares
 from pnanalysis.spectra.memory import MODES, probes_at_once, vectors_at_once
 from pnanalysis.spectra.sample import SamplingSettings
+from pnanalysis.spectra.sharing import ALONE, Alone
 
 #: Up to this P, a budget that covers all P columns is spent on them, and the spectrum is exact.
 LARGEST_EXACT = 5000
@@ -45,10 +47,12 @@ def fewest_columns(n_parameters: int, budget: int) -> int:
     return min(2 * default_steps(budget, n_parameters), budget, n_parameters)
 
 
-def with_basis_that_fits(n_parameters: int, settings: SamplingSettings, mode: str) -> SamplingSettings:
+def with_basis_that_fits(
+    n_parameters: int, settings: SamplingSettings, mode: str, processes: Alone = ALONE
+) -> SamplingSettings:
     """The settings with a basis that is kept as ``mode`` says; with ``"auto"``, the first way for which there is room.
 
-    Nothing is deflated where no basis is kept.
+    Nothing is deflated where no basis is kept. Several processes keep it in the same way, for which all have room.
 
     Raises
     ------
@@ -63,10 +67,11 @@ def with_basis_that_fits(n_parameters: int, settings: SamplingSettings, mode: st
         If there is room for none, and ``mode`` does not say so.
     """
     if is_exact(n_parameters, settings):
-        check_fits(n_parameters, settings)
+        processes.by_all(lambda: check_fits(n_parameters, settings))
         return settings
     if mode == "auto":
-        mode, settings = _as_before(settings)
+        mode, bound = processes.by_first(lambda: _as_before(settings))
+        settings = replace(settings, max_memory_bytes=bound)
     on_gpu = settings.storage.device.type != "cpu"
     candidates = [each for each in MODES if each != "disk" or not on_gpu] if mode == "auto" else [mode]
     if mode == "disk" and on_gpu:
@@ -75,30 +80,31 @@ def with_basis_that_fits(n_parameters: int, settings: SamplingSettings, mode: st
         storage = replace(settings.storage, mode=each, folder=settings.state)
         found = replace(settings, storage=storage, deflate=settings.deflate and each != "none")
         try:
-            check_fits(n_parameters, found)
+            processes.by_all(partial(check_fits, n_parameters, found))
         except PnError:
             if each == candidates[-1]:
                 raise
             continue
-        if each == "none" != mode:
+        if each == "none" != mode and processes.is_first:
             warnings.warn(
                 "no basis fits into memory or on the disk: none is kept and nothing is deflated, which makes errors "
                 "larger; raise max_memory_bytes (--memory), or lower n_hvp (--n-hvp)",
                 stacklevel=3,
             )
-        _note_mode(found)
+        if processes.is_first:
+            _note_mode(found)
         return found
     raise AssertionError("there is a last candidate")
 
 
-def _as_before(settings: SamplingSettings) -> tuple[str, SamplingSettings]:
+def _as_before(settings: SamplingSettings) -> tuple[str, int | None]:
     """How the basis of unfinished work is kept and within which bound, which what is free now must not change."""
     if settings.state is not None and any(settings.state.glob("*.safetensors")):
         with suppress(OSError, ValueError):
             mode, bound = (settings.state / _MODE).read_text(encoding="ascii", errors="replace").split()
             if mode in MODES:
-                return mode, replace(settings, max_memory_bytes=int(bound))
-    return "auto", settings
+                return mode, int(bound)
+    return "auto", settings.max_memory_bytes
 
 
 def _note_mode(settings: SamplingSettings) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns
+from pnanalysis.spectra.sharing import Part, part_of
 
 #: Pairs of entries that are drawn at a time.
 _CHUNK = 2**19
@@ -31,28 +32,30 @@ _STEP, _FIRST, _SECOND = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58
 def random_unit_vectors(operator: LinearOperator, indices: Iterable[int], seed: int) -> Tensor:
     """Vectors ``(P, k)`` uniform on the unit sphere, on the operator's device and in its dtype.
 
-    Vector ``i`` depends on ``seed`` and ``i`` only, not on the device, the dtype or the other indices.
+    Vector ``i`` depends on ``seed`` and ``i`` only, not on the device, the dtype or the other indices. Of operators
+    whose vectors several processes hold in parts, the part of this one.
     """
-    indices = list(indices)
-    vectors = empty_columns(operator.shape[0], len(indices), operator.dtype, operator.device)
+    indices, part = list(indices), part_of(operator)
+    vectors = empty_columns(part.length, len(indices), operator.dtype, operator.device)
     for column, index in zip(vectors.T, indices, strict=True):
         key = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
-        _fill_on_sphere(column, key)
+        _fill_on_sphere(column, key, part, operator.shape[0])
     return vectors
 
 
-def _fill_on_sphere(column: Tensor, key: int) -> None:
+def _fill_on_sphere(column: Tensor, key: int, part: Part, n_parameters: int) -> None:
     wide = torch.float32 if column.device.type == "mps" else torch.float64  # Metal has no float64
-    length = len(column)
     # numbers are far from the bounds of half precision once they are divided by about the norm
-    scale, squares = length**-0.5, torch.zeros((), dtype=wide, device=column.device)
-    for begin in range(0, length, 2 * _CHUNK):
-        end = min(begin + 2 * _CHUNK, length)
-        pairs = torch.arange(begin // 2, (end + 1) // 2, device=column.device)
-        numbers = normal_pairs(pairs, key, wide).flatten()[: end - begin]
-        squares += numbers @ numbers
-        column[begin:end] = numbers * scale
-    column.div_(squares.sqrt().mul_(scale).to(column.dtype))
+    scale, squares, at = n_parameters**-0.5, torch.zeros((), dtype=wide, device=column.device), 0
+    for begin, end in part.ranges:
+        for first in range(begin - begin % 2, end, 2 * _CHUNK):
+            last = min(first + 2 * _CHUNK, end)
+            pairs = torch.arange(first // 2, (last + 1) // 2, device=column.device)
+            numbers = normal_pairs(pairs, key, wide).flatten()[max(begin - first, 0) : last - first]
+            squares += numbers @ numbers
+            column[at : at + len(numbers)] = numbers * scale
+            at += len(numbers)
+    column.div_(part.add(squares).sqrt().mul_(scale).to(column.dtype))
 
 
 def normal_pairs(counters: Tensor, key: int, dtype: torch.dtype) -> Tensor:

@@ -36,6 +36,7 @@ from pnanalysis.spectra.linear_operator import (
     round_off,
 )
 from pnanalysis.spectra.random_vectors import random_unit_vectors
+from pnanalysis.spectra.sharing import part_of, processes_of
 from pnanalysis.terminal.progress import Advance
 
 #: Which eigenvalues: the largest, the smallest (most negative), or those of the largest magnitude.
@@ -54,7 +55,7 @@ class EigenPairs:
     residual : ndarray
         ``|H v - value v|``, ``(k,)``: an eigenvalue lies within it of each value.
     vector : torch.Tensor
-        Orthonormal Ritz vectors ``(P, k)``.
+        Orthonormal Ritz vectors ``(P, k)``, or this process's part of them.
     n_hvp : int
         Products spent.
     converged : bool
@@ -151,7 +152,8 @@ class _Restarted:
         self.operator, self.k, self.which = operator, k, which
         self.tolerance = max(tolerance, round_off(operator))
         self.dtype = basis_dtype(operator)
-        self.basis = empty_columns(operator.shape[0], n_vectors, self.dtype, operator.device)
+        self.add, self.decided = part_of(operator).add, processes_of(operator).decided
+        self.basis = empty_columns(part_of(operator).length, n_vectors, self.dtype, operator.device)
         self.matrix = np.zeros((n_vectors, n_vectors))
         self.size, self.n_hvp, self.beta = 0, 0, 0.0
         self.following: Tensor = self.basis[:, :0]
@@ -160,7 +162,7 @@ class _Restarted:
     def begin(self, vector: Tensor) -> None:
         """Start from one vector ``(P, 1)``."""
         vector = vector.to(self.basis)
-        self.following = vector / norms(vector).to(self.dtype)
+        self.following = vector / norms(vector, self.add).to(self.dtype)
 
     def step(self) -> None:
         """Add the next vector to the basis, with one product."""
@@ -168,13 +170,14 @@ class _Restarted:
         self.basis[:, j] = self.following[:, 0]
         product = contiguous_columns(checked_product(self.operator, self.following).to(self.basis))
         self.n_hvp += 1
-        rest, (coordinates,) = orthogonalised(product, [self.basis[:, : j + 1]])
-        length = float(norms(rest))
+        rest, (coordinates,) = orthogonalised(product, [self.basis[:, : j + 1]], self.add)
+        lengths = [float(norms(vectors, self.add)) for vectors in (rest, product)]
+        length, size, alpha = self.decided((*lengths, float(coordinates[j])))
         if not np.isfinite(length):
             raise CurvatureError(NOT_FINITE)
-        self.matrix[j, j] = float(coordinates[j])
+        self.matrix[j, j] = alpha
         self.size, self.beta = j + 1, length
-        scale = max(np.abs(self.matrix).max(), float(norms(product)))
+        scale = max(np.abs(self.matrix).max(), size)
         if length <= BREAKDOWN[self.operator.dtype] * scale or self.size == self.operator.shape[0]:
             self.is_invariant, self.beta = True, 0.0
             return
@@ -189,7 +192,7 @@ class _Restarted:
         largest = float(np.abs(value).max())
         vectors = combinations(self.basis[:, : self.size], torch.from_numpy(vector[:, :k].copy()).to(self.basis))
         converged = bool((residual[:k] <= self.tolerance * (largest or 1.0)).all()) or self.is_invariant
-        return EigenPairs(value[:k], residual[:k], vectors, self.n_hvp, converged, largest)
+        return EigenPairs(value[:k], residual[:k], vectors, self.n_hvp, self.decided(converged), largest)
 
     def restart(self) -> None:
         """Replace the basis by the best Ritz vectors: the wanted ones, and half of the others to speed up the rest."""
@@ -204,7 +207,8 @@ class _Restarted:
 
     def _ritz(self) -> tuple[Array, Array, Array]:
         """Ritz values, coordinates of their vectors in the basis, and residuals; the wanted ones first."""
-        value, vector = np.linalg.eigh(self.matrix[: self.size, : self.size])
+        # signs of eigenvectors may differ between machines
+        value, vector = self.decided(tuple(np.linalg.eigh(self.matrix[: self.size, : self.size])))
         order = wanted_first(value, self.which)
         return value[order], vector[:, order], self.beta * np.abs(vector[-1, order])
 

@@ -16,6 +16,7 @@ from pnanalysis.spectra.inner_products import inner_products
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, checked_product
 from pnanalysis.spectra.memory import DEFAULT_FRACTION
 from pnanalysis.spectra.random_vectors import random_unit_vectors
+from pnanalysis.spectra.sharing import part_of, processes_of
 
 #: Vectors that Hutchinson's estimate multiplies at a time, and keeps.
 _PROBES_AT_ONCE = 10
@@ -92,6 +93,8 @@ def trace_estimate(
     estimator, fewest = _METHODS[method]
     if n_hvp < fewest:
         raise CurvatureError(f"n_hvp is {n_hvp}; {method} takes at least {fewest} products")
+    if not part_of(operator).is_all and method != "hutchinson":
+        raise CurvatureError(f"{method} takes whole vectors, which processes divide here; give method='hutchinson'")
     if n_hvp >= operator.shape[0]:
         estimate, spent = _exact(operator), operator.shape[0]
     else:
@@ -104,7 +107,8 @@ def trace_estimate(
 
 def _exact(operator: LinearOperator) -> Estimate:
     eye = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
-    return Estimate(float(_product(operator, eye).diagonal().double().sum()), 0.0)
+    part = part_of(operator)
+    return Estimate(float(part.add((part.of(eye) * _product(operator, part.of(eye))).double().sum())), 0.0)
 
 
 def _hutchinson(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> tuple[Estimate, int]:
@@ -112,7 +116,7 @@ def _hutchinson(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> 
     samples = []
     for block in torch.split(torch.arange(n_hvp), _PROBES_AT_ONCE):
         probes = random_unit_vectors(operator, block.tolist(), seed)
-        samples.append(inner_products(probes, _product(operator, probes)))
+        samples.append(inner_products(probes, _product(operator, probes), part_of(operator).add))
     return _mean(operator.shape[0] * torch.cat(samples)), n_hvp
 
 
@@ -166,7 +170,7 @@ def _mean(samples: torch.Tensor) -> Estimate:
 def _product(operator: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
     """Products ``(P, k)``, in the operator's dtype and finite."""
     product = checked_product(operator, vectors)
-    if not bool(torch.isfinite(product).all()):
+    if not all(part_of(operator).processes.gathered(bool(torch.isfinite(product).all()))):
         raise CurvatureError("a product of the operator held NaN or infinite values; check the weights and the data")
     return product
 
@@ -181,6 +185,7 @@ def _mean_of(estimates: list[Estimate]) -> Estimate:
 def _at_once(operator: LinearOperator, n_hvp: int, fewest: int, max_memory_bytes: int | None) -> int:
     """Products of each estimate, of which there are as many as it takes for the vectors of each to fit into memory."""
     limit = int(DEFAULT_FRACTION * free_bytes(operator.device)) if max_memory_bytes is None else max_memory_bytes
+    limit = int(processes_of(operator).least(limit))
     each = _VECTORS_PER_PRODUCT * operator.shape[0] * torch.float64.itemsize
     fitting = min(limit // each, n_hvp)
     if fitting < fewest:

@@ -33,6 +33,7 @@ from pnanalysis.spectra.linear_operator import (
 )
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.restarted import NOT_FINITE, WHICH, EigenPairs, extreme_pairs, wanted_first
+from pnanalysis.spectra.sharing import part_of
 from pnanalysis.spectra.subspaces import AngleBounds, angle_bounds
 from pnanalysis.terminal.progress import Advance
 
@@ -127,7 +128,7 @@ def verified_pairs(
     Raises
     ------
     CurvatureError
-        If a product is not finite, or the operator is not symmetric.
+        If a product is not finite, the operator is not symmetric, or processes divide its vectors among them.
 
     Warns
     -----
@@ -142,6 +143,10 @@ def verified_pairs(
     (array([3., 3.]), array([0, 0]))
     """
     operator = as_operator(operator)
+    if not part_of(operator).is_all:
+        raise CurvatureError(
+            "verified pairs take whole vectors, which processes divide here; take a DistributedOperator"
+        )
     at_least(1, k=k, max_hvp=max_hvp)
     check_seed(seed=seed)
     one_of(WHICH, which=which)

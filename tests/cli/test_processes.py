@@ -41,35 +41,37 @@ def launched(n: int, *arguments: str, env: dict[str, str] | None = None) -> subp
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "n_processes"),
+    ("dtype", "tolerance", "n_processes", "options"),
     [
-        ("float32", 1e-5, 2),
-        pytest.param("float64", 1e-10, 3, marks=pytest.mark.slow),
-        pytest.param("float64", 1e-10, 4, marks=pytest.mark.slow),
+        ("float32", 1e-5, 2, ["--shard-basis"]),
+        pytest.param("float32", 1e-5, 2, [], marks=pytest.mark.slow),
+        pytest.param("float64", 1e-10, 3, ["--shard-basis"], marks=pytest.mark.slow),
+        pytest.param("float64", 1e-10, 4, [], marks=pytest.mark.slow),
+        pytest.param("float64", 1e-10, 4, ["--shard-basis", "--per-layer"], marks=pytest.mark.slow),
     ],
 )
 def test_processes_agree_with_one(
-    tiny_run: Run, tmp_path: Path, dtype: str, tolerance: float, n_processes: int
+    tiny_run: Run, tmp_path: Path, dtype: str, tolerance: float, n_processes: int, options: list[str]
 ) -> None:
     found = {}
     for n in (1, n_processes):
-        done = launched(n, str(tiny_run.path), *OPTIONS, "--dtype", dtype, "-o", str(tmp_path / f"{n}.nc"))
+        done = launched(n, str(tiny_run.path), *OPTIONS, "--dtype", dtype, *options, "-o", str(tmp_path / f"{n}.nc"))
         assert done.returncode == 0, done.stderr
         found[n] = netcdf.load(tmp_path / f"{n}.nc").squeeze()
         assert done.stdout.count("hessian over 101 examples") == 1  # one of them prints
     one, many = found[1], found[n_processes]
     assert many.attrs["n_processes"] == n_processes
     assert many.attrs["n"] == one.attrs["n"] == 101
-    scale = float(one.lambda_max)
+    scale = float(one.lambda_max.max())
     for name in ("trace", "lambda_max", "lambda_min", "frobenius_norm", "trace_se", "lambda_max_data_se"):
-        assert abs(float(many[name]) - float(one[name])) <= 10 * tolerance * scale, name
+        assert float(np.abs(many[name].values - one[name].values).max()) <= 10 * tolerance * scale, name
     np.testing.assert_allclose(many.ritz_value, one.ritz_value, atol=10 * tolerance * scale)
     assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_a_process_that_dies_ends_the_others_with_a_sentence(tiny_run: Run, tmp_path: Path) -> None:
     dying = own_loss(tmp_path, "if os.environ.get('RANK') == '1' and calls > 20: os._exit(7)")
-    arguments = [str(tiny_run.path), *OPTIONS, *dying, "-o", str(tmp_path / "x.nc")]
+    arguments = [str(tiny_run.path), *OPTIONS, *dying, "--shard-basis", "-o", str(tmp_path / "x.nc")]
     done = launched(2, *arguments, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode != 0
     assert not (tmp_path / "x.nc").exists()
@@ -77,15 +79,18 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(tiny_run: Run, tmp_
 
 
 @pytest.mark.slow
-def test_an_interrupted_job_goes_on(tiny_run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("options", "n_later"), [([], 2), (["--shard-basis"], 3)])
+def test_an_interrupted_job_goes_on(tiny_run: Run, tmp_path: Path, options: list[str], n_later: int) -> None:
     stopping = own_loss(tmp_path, "if os.environ.get('STOP') and calls == 60: os.kill(os.getpid(), signal.SIGTERM)")
     here = {"PYTHONPATH": str(tmp_path)}
-    arguments = [str(tiny_run.path), *OPTIONS, *stopping]
+    arguments = [str(tiny_run.path), *OPTIONS, *stopping, *options]
     expected = launched(2, *arguments, "-o", str(tmp_path / "whole.nc"), env=here)
     assert expected.returncode == 0, expected.stderr
     stopped = launched(2, *arguments, "-o", str(tmp_path / "a.nc"), env=here | {"STOP": "1"})
     assert stopped.returncode != 0
-    resumed = launched(2, *arguments, "-o", str(tmp_path / "a.nc"), env=here)
+    assert list(tmp_path.glob("a.unfinished/*/*.safetensors"))
+    resumed = launched(n_later, *arguments, "-o", str(tmp_path / "a.nc"), env=here)
     assert resumed.returncode == 0, resumed.stderr
     whole, again = (netcdf.load(tmp_path / name) for name in ("whole.nc", "a.nc"))
-    np.testing.assert_allclose(again.ritz_value, whole.ritz_value, rtol=1e-6)
+    scale = float(whole.lambda_max.max())
+    np.testing.assert_allclose(again.ritz_value, whole.ritz_value, rtol=1e-6, atol=1e-5 * scale)

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.functional import cross_entropy
 
 import pnanalysis as pn
 from pnanalysis.curvature.distributed import DistributedOperator, OwnExamples, own_share
 from pnanalysis.errors import CurvatureError
 from tests.curvature.conftest import NETWORKS, images
+from tests.processes import Workers
 
 SIZES = (5, 3, 4)  # one process gets nine examples, the other three
 SPECTRUM = {"n_lanczos": 12, "n_probes": 3, "progress": False}
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def _work() -> dict[str, Any]:
     model = NETWORKS["conv"]()
     local = pn.HessianOperator(model, cross_entropy, own_share(images(SIZES)), weight_decay=0.1, expected_products=1)
     operator = DistributedOperator(local)
-    torch.manual_seed(rank)  # the first process's vectors are the ones that count
+    torch.manual_seed(torch.distributed.get_rank())  # the first process's vectors are the ones that count
     V = torch.randn(operator.shape[0], 2).double()
     ds = pn.spectral_density(operator, **SPECTRUM)
     found = {"V": V, "product": operator.matmat(V), "trace": float(ds.trace), "lambda_max": float(ds.lambda_max)}
@@ -36,13 +33,11 @@ def _work(rank: int, folder: str) -> None:
         pn.spectral_density(for_nan, **SPECTRUM)
     except CurvatureError as error:
         found["error"] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
-def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    mp.spawn(_work, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_two_processes_agree_with_one(workers: Workers) -> None:
+    first, second = workers.run(2, _work)
     whole = pn.HessianOperator(NETWORKS["conv"](), cross_entropy, images(SIZES), weight_decay=0.1, expected_products=1)
     torch.testing.assert_close(first["product"], whole.matmat(first["V"]), rtol=1e-10, atol=1e-12)
     assert torch.equal(first["product"], second["product"])
@@ -70,9 +65,7 @@ def _centred(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return cross_entropy(outputs - outputs.mean(0), targets)
 
 
-def _refused(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def _refused() -> dict[str, Any]:
     (inputs, targets) = images((12,))[0]
     targets = targets.clone()
     targets[:5] = -100
@@ -91,14 +84,11 @@ def _refused(rank: int, folder: str) -> None:
             found["loss"] = torch.tensor(operator.loss(), dtype=torch.float64)
         except CurvatureError as error:
             found[name] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
-def test_losses_that_cannot_be_divided_are_refused_by_all(tmp_path: Path) -> None:
-    mp.spawn(_refused, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+def test_losses_that_cannot_be_divided_are_refused_by_all(workers: Workers) -> None:
+    for found in workers.run(2, _refused):
         assert "cannot tell what their parts weigh" in found["masked"]
         assert "not made up of the losses of its examples" in found["centred"]
         assert found["known"] == ""

@@ -1,0 +1,122 @@
+"""The Hessian of a network sharded by FSDP, against the same network in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy, mse_loss
+
+import pnanalysis as pn
+from pnanalysis.curvature.fully_sharded import FullyShardedHessian
+from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.random_vectors import random_unit_vectors
+from tests.curvature.conftest import relative
+from tests.processes import Workers
+
+SPECTRUM: dict[str, Any] = {"n_hvp": 30, "progress": False, "data_error": "none"}
+
+
+class Tiny(nn.Module):
+    """A language model with one block, embeddings that are sharded with the root, and five tokens."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.places = nn.Embedding(5, 2), nn.Parameter(torch.randn(4, 2) / 2)
+        self.block = nn.TransformerEncoderLayer(2, 1, 3, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(2, 5)
+        self.to(dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.block(self.tokens(tokens) + self.places)).mT
+
+
+def texts() -> list[tuple[Tensor, Tensor]]:
+    """Batches of unequal size, with targets that do not count."""
+    torch.manual_seed(1)
+    batches = [torch.randint(5, (n, 5)) for n in (4, 2, 1)]
+    pairs = [(tokens[:, :-1], tokens[:, 1:].clone()) for tokens in batches]
+    pairs[1][1][:, :2] = -100
+    return pairs
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    fully_shard(model.block)
+    return fully_shard(model)
+
+
+def whole(dtype: torch.dtype = torch.float64, **options: Any) -> pn.HessianOperator:
+    return pn.HessianOperator(Tiny(dtype), cross_entropy, texts(), **options)
+
+
+def _sharded() -> dict[str, Any]:
+    rank = torch.distributed.get_rank()
+    own = texts()[:2] if rank == 0 else texts()[2:]  # two batches here, one there
+    model = sharded(Tiny())
+    before = [parameter.to_local().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        model(own[0][0])  # leaves the parameters of the root whole, which must not be used again
+    op = FullyShardedHessian(model, cross_entropy, own, weight_decay=0.1)
+    part = FullyShardedHessian(model, cross_entropy, own, params="block.linear1")
+    single = FullyShardedHessian(sharded(Tiny(torch.float32)), cross_entropy, own)
+    some = single.matmat(random_unit_vectors(single, range(4), 1))
+    found = {
+        "dense": op.to_dense(), "part": part.to_dense(), "single": single.part.whole(some, op.shape[0]),
+        "gradient": op.part.whole(op.gradient()[:, None], op.shape[0])[:, 0], "loss": op.loss(),
+        "errors": (op.round_off, single.round_off), "n": op.n_examples, "lengths": (op.part.length, op.part.largest),
+    }  # fmt: skip
+    ds = pn.spectral_density(op, **SPECTRUM)
+    found |= {name: float(ds[name]) for name in ("trace", "lambda_max", "lambda_min", "frobenius_norm")}
+    after = [parameter.to_local() for parameter in model.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, wrong in {
+        "plain": lambda: FullyShardedHessian(Tiny(), cross_entropy, own),
+        "own loss": lambda: FullyShardedHessian(model, lambda o, t: cross_entropy(o, t), own),
+        "copied": lambda: pn.HessianOperator(model, cross_entropy, own),
+        "factor": lambda: _with_a_factor(own),
+        "float targets": lambda: FullyShardedHessian(model, mse_loss, []),
+    }.items():
+        with pytest.raises(CurvatureError) as raised:
+            wrong()
+        found[name] = str(raised.value)
+    return found
+
+
+def _with_a_factor(own: list[tuple[Tensor, Tensor]]) -> FullyShardedHessian:
+    model = sharded(Tiny())
+    for module in (model.block, model):
+        module.set_gradient_divide_factor(6.0)  # in place of the number of processes
+    return FullyShardedHessian(model, cross_entropy, own)
+
+
+def test_each_process_has_its_shard_and_together_they_have_the_hessian(workers: Workers) -> None:
+    answers = workers.run(2, _sharded)
+    op = whole(weight_decay=0.1)
+    expected, dense = pn.spectral_density(op, **SPECTRUM), op.to_dense()
+    exact = whole().matmat(random_unit_vectors(whole(), range(4), 1))
+    norm = float(torch.linalg.matrix_norm(dense, 2))
+    for found in answers:
+        double, single = found["errors"]
+        assert relative(found["dense"], dense) < 2 * double < 1e-5
+        assert relative(found["part"], whole(params="block.linear1").to_dense()) < 1e-5
+        assert float((found["single"] - exact).norm(dim=0).max() / norm) < 2 * single < 0.1
+        torch.testing.assert_close(found["gradient"], op.gradient(), rtol=1e-10, atol=1e-12)
+        assert found["loss"] == pytest.approx(op.loss(), rel=1e-12)
+        assert found["n"] == 7
+        scale = float(expected.lambda_max)
+        for name in ("trace", "lambda_max", "lambda_min", "frobenius_norm"):
+            # the same probes see the same matrix, up to the errors of differences
+            assert found[name] == pytest.approx(float(expected[name]), abs=100 * double * scale), name
+        assert found["lengths"][0] <= found["lengths"][1] < 0.6 * op.shape[0]
+        assert "not sharded" in found["plain"]
+        assert "weight='examples'" in found["own loss"]
+        assert "FullyShardedHessian" in found["copied"]
+        assert "3.00 times" in found["factor"]
+        assert "no batches" in found["float targets"]
+    assert sum(found["lengths"][0] for found in answers) == op.shape[0]

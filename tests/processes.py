@@ -1,0 +1,64 @@
+"""Worker processes that tests start once and use for several groups: starting takes longer than what they compute."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+class Workers:
+    """Up to ``n`` processes that run functions as the ranks of a new group each time."""
+
+    def __init__(self, n: int, folder: Path) -> None:
+        self.n, self.folder, self._n_groups = n, folder, 0
+        context = multiprocessing.get_context("spawn")
+        self._ends: list[Connection] = []
+        self._processes = []
+        for rank in range(n):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            self._ends.append(ours)
+            self._processes.append(process)
+
+    def run(self, n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What a function (of a module, for it is found by its name) returns in each of ``n`` ranks."""
+        self._n_groups += 1
+        meeting = self.folder / f"meeting-{self._n_groups}"
+        for end in self._ends[:n]:
+            end.send((n, meeting, function, arguments))
+        answers = [end.recv() for end in self._ends[:n]]
+        failed = [text for text, _ in answers if text]
+        assert not failed, "\n".join(failed)
+        return [result for _, result in answers]
+
+    def stop(self) -> None:
+        for end, process in zip(self._ends, self._processes, strict=True):
+            end.send(None)
+            process.join(timeout=20)
+
+
+def _serve(rank: int, end: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while (job := end.recv()) is not None:
+        n, meeting, function, arguments = job
+        try:
+            # a mistake in a test must not wait for half an hour
+            dist.init_process_group(
+                "gloo", init_method=f"file://{meeting}", rank=rank, world_size=n, timeout=timedelta(seconds=100)
+            )
+            answer = "", function(*arguments)
+        except BaseException:
+            answer = f"process {rank}: {traceback.format_exc()}", None
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        end.send(answer)
