@@ -157,7 +157,7 @@ class FiniteDifferences:
                 if math.isnan(check.difference):  # it could not be confirmed
                     return math.nan
                 # torch leaves out of a derivative, without a word, what passes a function that is differentiable once
-                exact = op._direct(few) if check.reverse else lambda v: op._product(few, v)
+                exact = op._reverse_mode(few) if check.reverse else lambda v: op._forward_mode(few, v)
                 for v in directions:
                     product, (size, error) = exact(v), _size_and_error(op, few, here, v, self.step)
                     gap = _distance(product, self.product(op, few, v))
