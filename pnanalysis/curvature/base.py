@@ -36,6 +36,7 @@ from pnanalysis.curvature.product_check import (
     largest_difference,
     tolerance,
 )
+from pnanalysis.curvature.programs import Program
 from pnanalysis.curvature.recomputed import recomputable_blocks
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.smaller_passes import until_it_fits
@@ -176,6 +177,8 @@ class CurvatureOperator:
                 raise CurvatureError(f"{name} is {value!r}; it must be {' or '.join(choices)}")
         if draws is not None and draws < 1:
             raise CurvatureError(f"draws is {draws}; it must be at least 1")
+        if compile and (checkpoint_activations or draws is not None or method != "exact"):
+            raise CurvatureError("compile is for traced products, without checkpoint_activations, draws or differences")
         if checkpoint_activations and draws is not None:
             raise CurvatureError("checkpoint_activations would draw other random numbers the second time; drop draws")
         if micro_batch is not None and bn_mode == "train":
@@ -541,8 +544,9 @@ class CurvatureOperator:
         directions = [split_vector(v, self.parameter_shapes) for v in V.T]
         result = torch.zeros_like(V)  # keeps the layout
         for i, weight, product in self._products(directions[0]):
-            for direction, into in zip(directions, result.T, strict=True):
-                part = join_tensors(product(direction)).to(self.dtype)
+            found = product.of_many(directions) if isinstance(product, Program) else map(product, directions)
+            for one, into in zip(found, result.T, strict=True):
+                part = join_tensors(one).to(self.dtype)
                 # a sum is finite only if all terms are; noted on the device, for reading it back would wait for it
                 self._finite[i] &= part.sum().isfinite()
                 into.add_(part, alpha=weight)
@@ -684,7 +688,7 @@ class CurvatureOperator:
     def _keep_nothing(self) -> None:
         """No traces, and nothing that products keep of batches, at the start and after these were cut anew."""
         # a trace would draw its numbers in another order
-        many = self.expected_products >= _FEWEST_PRODUCTS_TO_TRACE
+        many = self.expected_products >= _FEWEST_PRODUCTS_TO_TRACE or self.compile
         traceable = self._traceable and self.draws is None and not self.by_differences
         traceable &= not self.checkpoint_activations  # a traced program keeps all activations
         self._traces = TracedProducts(self) if many and traceable else None
@@ -729,13 +733,19 @@ class CurvatureOperator:
 
     @property
     def n_classes(self) -> int | None:
-        """Number of classes of a classifier; ``None`` for other targets, and where the loss calls the network."""
+        """Number of classes of a classifier; ``None`` for other targets, and where the loss calls the network.
+
+        ``None``, too, where the number says nothing about how many eigenvalues stand out: for networks that predict a
+        class at each of many positions, such as language models, and for fewer examples than classes.
+        """
         if self.loss_fn.takes_model:
             return None
         at = self._few
         outputs = prediction(self._loss.outputs(at, at.theta))
         scores = None if outputs is None else class_scores(outputs, at.targets, self.loss_fn)
-        return None if scores is None else int(scores.shape[1])
+        if scores is None or scores.ndim > 2 or scores.shape[1] > self.n_examples:
+            return None
+        return int(scores.shape[1])
 
     @property
     def _few(self) -> LossArguments:
