@@ -66,7 +66,9 @@ class SecondProgram:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # the compiler of torch, or the one that it calls
-                raise CurvatureError(f"torch.compile fails on the product ({reason(error)}); leave out compile") from error
+                raise CurvatureError(
+                    f"torch.compile fails on the product ({reason(error)}); leave out compile"
+                ) from error
 
     def of_many(self, kept: Sequence[Any], directions: Sequence[Direction]) -> Iterator[list[Tensor]]:
         """The products with many vectors, one after the other."""

@@ -194,7 +194,9 @@ class _Recomputed(torch.autograd.Function):
         ctx.segment, ctx.derivatives = segment, derivatives
         segment.tensors = []
         ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*(value for value in values if not (value.is_floating_point() or value.is_complex())))
+        ctx.mark_non_differentiable(
+            *(value for value in values if not (value.is_floating_point() or value.is_complex()))
+        )
         return tuple(values)
 
     @staticmethod

@@ -107,9 +107,7 @@ class Linearisation:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if isinstance(t, Tensor)}
         return Program(second, kept), sum(storages.values())
 
-    def _trace(
-        self, leaves: list[Any], spec: TreeSpec, like: Sequence[Tensor]
-    ) -> tuple[fx.GraphModule, SecondProgram]:
+    def _trace(self, leaves: list[Any], spec: TreeSpec, like: Sequence[Tensor]) -> tuple[fx.GraphModule, SecondProgram]:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         def function_of_tensors(*arguments: Tensor) -> list[Tensor]:
