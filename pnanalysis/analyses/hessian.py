@@ -349,7 +349,10 @@ def network_spectra(
 
 def _spectrum(op: LinearOperator, *arguments: Any, **options: Any) -> xr.Dataset:
     """The spectral density, with how its products were computed."""
-    options.setdefault("n_classes", getattr(op, "n_classes", None))
+    n_classes = getattr(op, "n_classes", None)
+    # fewer examples than classes do not have that many eigenvalues
+    if n_classes is not None and n_classes <= getattr(op, "n_examples", n_classes):
+        options.setdefault("n_classes", n_classes)
     ds = spectral_density(op, *arguments, **options)
     if isinstance(op, DistributedOperator):
         ds = ds.assign_attrs(n_processes=op.n_processes)

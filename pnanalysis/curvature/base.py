@@ -488,8 +488,9 @@ class CurvatureOperator:
 
     @property
     def method(self) -> str:
-        """``traced``, ``forward mode``, ``reverse mode``, ``recomputed activations`` or ``finite differences``: how most
-        products so far were computed.
+        """How most products so far were computed.
+
+        ``traced``, ``forward mode``, ``reverse mode``, ``recomputed activations`` or ``finite differences``.
         """
         if self.by_differences:
             return "finite differences"
@@ -735,17 +736,15 @@ class CurvatureOperator:
     def n_classes(self) -> int | None:
         """Number of classes of a classifier; ``None`` for other targets, and where the loss calls the network.
 
-        ``None``, too, where the number says nothing about how many eigenvalues stand out: for networks that predict a
-        class at each of many positions, such as language models, and for fewer examples than classes.
+        ``None``, too, for networks that predict a class at each of many positions, such as language models: the number
+        then says nothing about how many eigenvalues stand out.
         """
         if self.loss_fn.takes_model:
             return None
         at = self._few
         outputs = prediction(self._loss.outputs(at, at.theta))
         scores = None if outputs is None else class_scores(outputs, at.targets, self.loss_fn)
-        if scores is None or scores.ndim > 2 or scores.shape[1] > self.n_examples:
-            return None
-        return int(scores.shape[1])
+        return None if scores is None or scores.ndim > 2 else int(scores.shape[1])
 
     @property
     def _few(self) -> LossArguments:

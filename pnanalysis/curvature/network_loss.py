@@ -176,9 +176,9 @@ class NetworkLoss:
     def _pass(self) -> Iterator[None]:
         note = None if self._checkpointed is None else self._checkpointed.append
         setting = partial(autocast, self.device, self.amp)
-        with setting(note), unchanged(self.model), self._drawing():
-            with recomputing(self.model, self.recomputed, setting):
-                yield
+        blocks = recomputing(self.model, self.recomputed, setting)
+        with setting(note), unchanged(self.model), self._drawing(), blocks:
+            yield
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """Running the program of a traced product: once for each vector, for many vectors at a time, or compiled.
 
 Small operations take less time than calling them does. Where that is so, many vectors share a call by ``torch.vmap``;
-where operations are large, their results for many vectors no longer fit into the caches of the processor, and one vector
-after the other is faster. A size that is read off the program decides, so that round-off does not depend on timings.
+where operations are large, their results for many vectors no longer fit into the caches of the processor, and one
+vector after the other is faster. A size that is read off the program decides, so that round-off does not depend on
+timings.
 """
 
 from __future__ import annotations

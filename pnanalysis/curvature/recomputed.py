@@ -3,8 +3,8 @@ r"""Activation checkpointing: blocks of a network whose activations are computed
 Of each block only the inputs are kept. When the backward pass reaches it, the block is run again. For products, the
 inputs carry their derivatives along the vector with them (forward mode), and so does all that the backward pass
 computes, so that one backward pass gives the product: nothing is differentiated twice, and no graph of the gradient is
-kept. ``torch.utils.checkpoint`` can do neither: its second run sees the module's own parameters in place of those that a
-functional call puts there, and a graph of the gradient keeps all activations that were recomputed.
+kept. ``torch.utils.checkpoint`` can do neither: its second run sees the module's own parameters in place of those that
+a functional call puts there, and a graph of the gradient keeps all activations that were recomputed.
 
 References
 ----------
