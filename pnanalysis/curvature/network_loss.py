@@ -156,7 +156,8 @@ class NetworkLoss:
 
     def checkpointed_by(self, at: LossArguments) -> list[Any]:
         """What the network itself passes to ``torch.utils.checkpoint``."""
-        self._checkpointed = found = []
+        found: list[Any] = []
+        self._checkpointed = found
         try:
             with torch.no_grad():
                 self(at, at.theta)

@@ -34,6 +34,9 @@ from pnanalysis.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 if TYPE_CHECKING:
     from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 
+#: Makes a tensor with a derivative, and takes one apart into value and derivative; torch has no types for them.
+_make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
+_unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
 _HERE = object()
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 #: In which precision, and by which functions, passes run.
@@ -132,12 +135,12 @@ def recomputing(model: nn.Module, names: Sequence[str], setting: Setting) -> Ite
 def dual(theta: Named, v: Sequence[Tensor]) -> Named:
     """Parameters that require gradients and have ``v`` for their derivatives, in the current dual level."""
     parts = zip(theta.items(), v, strict=True)
-    return {name: forward_ad.make_dual(tensor.detach().requires_grad_(), part) for (name, tensor), part in parts}
+    return {name: _make_dual(tensor.detach().requires_grad_(), part) for (name, tensor), part in parts}
 
 
 def tangents(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The derivatives that tensors have; zeros where they have none."""
-    pairs = [forward_ad.unpack_dual(tensor) for tensor in tensors]
+    pairs = [_unpack_dual(tensor) for tensor in tensors]
     return [torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in pairs]
 
 
@@ -147,7 +150,7 @@ def _run(block: nn.Module, forward: Callable[..., Any], setting: Setting, *argum
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in segment.tensors):
         return forward(*arguments, **keywords)
     with torch.no_grad():  # which forward mode sees through
-        outputs = [forward_ad.unpack_dual(output) for output in segment(segment.tensors)]
+        outputs = [_unpack_dual(output) for output in segment(segment.tensors)]
     values = [value.detach() for value, _ in outputs]
     return segment.in_place_of(_Recomputed.apply(segment, values, [t for _, t in outputs], *segment.tensors))
 
@@ -166,6 +169,7 @@ class _Segment:
         self._setting = setting
         state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
         own, self._rest, self._spec = _apart(given)
+        self._returned: tuple[list[Any], TreeSpec] = self._rest, self._spec
         self._names, self.tensors = list(state), [*state.values(), *own]
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -176,7 +180,8 @@ class _Segment:
         state = within_model(dict(zip(self._names, tensors[:n], strict=True)))
         with self._setting(), unchanged(self._bound.model):
             outputs = functional_call(self._bound, state, (arguments, keywords))
-        found, *self._returned = _apart(outputs)
+        found, rest, spec = _apart(outputs)
+        self._returned = rest, spec
         return found
 
     def in_place_of(self, outputs: Sequence[Tensor]) -> Any:
@@ -220,9 +225,9 @@ class _Recomputed(torch.autograd.Function):
 
 def _leaf(tensor: Tensor, needed: bool) -> Tensor:
     """A tensor and its derivative, at the start of a new graph."""
-    value, derivative = forward_ad.unpack_dual(tensor)
+    value, derivative = _unpack_dual(tensor)
     value = value.detach().requires_grad_(needed)
-    return value if derivative is None else forward_ad.make_dual(value, derivative)
+    return value if derivative is None else _make_dual(value, derivative)
 
 
 def _apart(nest: Any) -> tuple[list[Tensor], list[Any], TreeSpec]:
