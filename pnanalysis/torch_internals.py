@@ -7,7 +7,7 @@ behaviour that the project depends on: run it before raising the upper bound on 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,17 +55,32 @@ UNSAFE_VIEW = _operation("_unsafe_view")
 
 
 @contextmanager
-def without_checkpointing() -> Iterator[None]:
+def without_checkpointing(note: Callable[[Any], object] | None = None) -> Iterator[None]:
     """Within the body, ``torch.utils.checkpoint`` runs what it is given and keeps the activations.
+
+    ``note`` is called with each function that it is given.
 
     Its second run, in the backward pass, would see the parameters of the module itself, and not those that a
     functional call puts in their place; its reentrant form has no second derivative.
     """
     module, before = torch.utils.checkpoint, {}
+
+    class RunDirectly:
+        @staticmethod
+        def apply(function: Any, preserve_rng_state: bool, *arguments: Any) -> Any:
+            if note is not None:
+                note(function)
+            return function(*arguments)
+
+    def without_second_run(function: Any, *arguments: Any, **keywords: Any) -> Iterator[None]:
+        if note is not None:
+            note(function)
+        yield
+
     for name, replacement in (
-        ("CheckpointFunction", _RunDirectly),
-        ("_checkpoint_without_reentrant_generator", _without_second_run),
-        ("_checkpoint_without_reentrant_generator_impl", _without_second_run),  # its name since torch 2.15
+        ("CheckpointFunction", RunDirectly),
+        ("_checkpoint_without_reentrant_generator", without_second_run),
+        ("_checkpoint_without_reentrant_generator_impl", without_second_run),  # its name since torch 2.15
     ):
         if hasattr(module, name):
             before[name] = getattr(module, name)
@@ -75,16 +90,6 @@ def without_checkpointing() -> Iterator[None]:
     finally:
         for name, original in before.items():
             setattr(module, name, original)
-
-
-class _RunDirectly:
-    @staticmethod
-    def apply(function: Any, preserve_rng_state: bool, *arguments: Any) -> Any:
-        return function(*arguments)
-
-
-def _without_second_run(*arguments: Any, **keywords: Any) -> Iterator[None]:
-    yield
 
 
 def writes_into_argument(target: Any) -> bool:

@@ -64,6 +64,8 @@ class SpectrumOptions:
     data_error: str = "examples"
     distributed: bool = False
     shard_basis: bool = False
+    checkpoint_activations: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         resolve_dtype(self.dtype)
@@ -142,6 +144,8 @@ def hessian(
     weight: Weight = None,
     draws: int | None = None,
     method: str = "exact",
+    checkpoint_activations: bool = False,
+    compile: bool = False,
     data_error: str = "examples",
     device: str | None = "cpu",
     seed: int = 0,
@@ -201,6 +205,10 @@ def hessian(
         Differences of gradients in place of exact products, for networks that torch cannot differentiate twice: see
         :mod:`pnanalysis.curvature.finite_differences`. Their largest error, relative to the norm, is the dataset's
         attribute ``round_off``, which intervals include.
+    checkpoint_activations : bool
+        Compute the activations of the network's blocks again instead of keeping them: less memory, more time.
+    compile : bool
+        Compile the products by ``torch.compile``.
     data_error : {"examples", "groups", "none"}
         Whether errors include that of the choice of examples: for the trace, the Frobenius norm and the extreme
         eigenvalues (``"examples"``, for which a tenth more time is typical), or for all numbers, the density and the
@@ -252,14 +260,15 @@ def hessian(
     at_least(1, n=n, batch_size=batch_size)
     options = SpectrumOptions(
         operator, engine, n_lanczos, n_probes, n_hvp, until, deflate, kernel_width, params, per_layer, bn_mode, dtype,
-        amp, seed, weight, draws, method, lanczos_options, data_error, distributed,
-        shard_basis,
+        amp, seed, weight, draws, method, lanczos_options, data_error, distributed, shard_basis,
+        checkpoint_activations, compile,
     )  # fmt: skip
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
     selection.check_weights()
     settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
-    settings["distributed"] = settings["shard_basis"] = None  # the unfinished work of several is that of one, too
+    # the unfinished work of several processes is that of one, too, and that of compiled products that of others
+    settings |= dict.fromkeys(("distributed", "shard_basis", "checkpoint_activations", "compile"))
     with first_process_first() if distributed else nullcontext():
         writes = not distributed or is_first_process()
         cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection), writes)
@@ -336,7 +345,8 @@ def network_spectra(
             options.engine, options.operator, network, loss, own,
             params=options.params, bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device,
             amp=options.amp, expected_products=options.n_products, weight=options.weight, draws=options.draws,
-            method=options.method, **({"is_part": True} if options.distributed else {}),
+            method=options.method, checkpoint_activations=options.checkpoint_activations, compile=options.compile,
+            **({"is_part": True} if options.distributed else {}),
         )  # fmt: skip
         if options.distributed and isinstance(whole, CurvatureOperator):
             whole = shared_operator(whole, options.shard_basis)
@@ -352,7 +362,10 @@ def network_spectra(
 
 def _spectrum(op: LinearOperator, *arguments: Any, **options: Any) -> xr.Dataset:
     """The spectral density, with how its products were computed."""
-    options.setdefault("n_classes", getattr(op, "n_classes", None))
+    n_classes = getattr(op, "n_classes", None)
+    # fewer examples than classes do not have that many eigenvalues
+    if n_classes is not None and n_classes <= getattr(op, "n_examples", n_classes):
+        options.setdefault("n_classes", n_classes)
     ds = spectral_density(op, *arguments, **options)
     if isinstance(op, DistributedOperator):
         ds = ds.assign_attrs(n_processes=op.n_processes)

@@ -34,6 +34,7 @@ def gradients(
     ] = 2048,
     model: options.Model = None,
     data: options.Data = None,
+    tokens: options.Tokens = None,
     loss: options.LossName = None,
     output: options.Output = None,
     plot: options.Plot = None,
@@ -51,7 +52,7 @@ def gradients(
     from pnanalysis.analyses.gradients import gradient_split
     from pnanalysis.inputs.sources import as_source
 
-    source = as_source(run, model, data, loss)
+    source = as_source(run, model, options.data_of(data, tokens), loss)
     ds = gradient_split(
         source, iterations=iteration, window=window, split=split, n=n, device=device, seed=seed, progress=not quiet
     )

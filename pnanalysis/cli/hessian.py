@@ -78,6 +78,11 @@ def hessian(
         Literal["exact", "finite_difference"],
         typer.Option(help="Exact products, or differences of gradients where torch has no second derivative."),
     ] = "exact",
+    checkpoint_activations: Annotated[
+        bool,
+        typer.Option("--checkpoint-activations", help="Compute activations of blocks twice instead of keeping them."),
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the products by torch.compile.")] = False,
     data_error: options.DataError = "examples",
     engine: Annotated[
         Literal["native", "pyhessian", "curvlinops"], typer.Option(help="Implementation of the products.")
@@ -125,6 +130,7 @@ def hessian(
         n_hvp=n_hvp, until=options.targets(until), max_memory_bytes=options.size(memory), state=unfinished, amp=amp,
         basis=basis, deflate=deflate, kernel_width=kernel_width, split=split, n=n, batch_size=batch_size, params=params,
         per_layer=per_layer, bn_mode=bn, dtype=dtype, weight=weight, draws=draws, method=method, data_error=data_error,
+        checkpoint_activations=checkpoint_activations, compile=compile,
         device=together.device, seed=seed, progress=not quiet, distributed=together.several,
         shard_basis=shard_basis,
     )  # fmt: skip

@@ -159,7 +159,7 @@ def sources(
     from pnanalysis.io.runs import is_run
 
     given = list(paths or [])
-    described = _data(data, tokens)
+    described = data_of(data, tokens)
     if model is None and any(folder_of(path) is not None for path in given):
         return as_sources(given, None, described, loss)
     if model is not None and (weights or not given or not is_run(given[0])):
@@ -173,8 +173,14 @@ def sources(
     return found
 
 
-def _data(spec: str | None, tokens: int | None) -> str | TextFile | None:
-    """The data that ``--data`` and ``--tokens`` name."""
+def data_of(spec: str | None, tokens: int | None) -> str | TextFile | None:
+    """The data that ``--data`` and ``--tokens`` name.
+
+    Raises
+    ------
+    PnError
+        If the tokens are not those of a text.
+    """
     from pnanalysis.inputs.data import text_file
 
     found = text_file(spec, tokens)

@@ -33,6 +33,7 @@ def trajectory(
     model: options.Model = None,
     weights: options.Weights = None,
     data: options.Data = None,
+    tokens: options.Tokens = None,
     output: options.Output = None,
     plot: options.Plot = None,
     seed: Annotated[int, typer.Option(help="Seed of the random planes.")] = 0,
@@ -52,7 +53,7 @@ def trajectory(
     from pnanalysis.analyses.trajectory import DEFAULT_PROJECTIONS
     from pnanalysis.analyses.trajectory import trajectory as analyse
 
-    given = options.sources(runs, model, weights, data, None, output)
+    given = options.sources(runs, model, weights, data, None, output, tokens)
     ds = analyse(
         *given, iterations=iteration, projections=projection or DEFAULT_PROJECTIONS, n_components=components,
         n_random=random_planes, per_layer=per_layer, seed=seed, progress=not quiet,

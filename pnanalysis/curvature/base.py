@@ -37,6 +37,8 @@ from pnanalysis.curvature.product_check import (
     largest_difference,
     tolerance,
 )
+from pnanalysis.curvature.programs import Program
+from pnanalysis.curvature.recomputed import recomputable_blocks
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.smaller_passes import until_it_fits
 from pnanalysis.curvature.traced_products import TracedProducts
@@ -117,6 +119,11 @@ class CurvatureOperator:
     is_part : bool
         These batches are one process's part of the data (see
         :class:`pnanalysis.curvature.distributed.DistributedOperator`): finite differences are then fitted to all.
+    checkpoint_activations : bool
+        Compute the activations of the network's blocks again in the backward pass instead of keeping them: less memory,
+        more time. See :func:`pnanalysis.curvature.recomputed.blocks_of` for what a block is.
+    compile : bool
+        Compile traced programs by ``torch.compile``: see :mod:`pnanalysis.curvature.tracing`.
 
     Notes
     -----
@@ -162,6 +169,8 @@ class CurvatureOperator:
         draws: int | None = None,
         method: str = "exact",
         is_part: bool = False,
+        checkpoint_activations: bool = False,
+        compile: bool = False,
     ) -> None:
         for name, value, choices in (
             ("bn_mode", bn_mode, ("eval", "train")),
@@ -173,6 +182,10 @@ class CurvatureOperator:
                 raise CurvatureError(f"{name} is {value!r}; it must be {' or '.join(choices)}")
         if draws is not None and draws < 1:
             raise CurvatureError(f"draws is {draws}; it must be at least 1")
+        if compile and (checkpoint_activations or draws is not None or method != "exact"):
+            raise CurvatureError("compile is for traced products, without checkpoint_activations, draws or differences")
+        if checkpoint_activations and draws is not None:
+            raise CurvatureError("checkpoint_activations would draw other random numbers the second time; drop draws")
         if micro_batch is not None and bn_mode == "train":
             raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
         wrapped, model = model, unwrapped(model)
@@ -192,6 +205,7 @@ class CurvatureOperator:
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
         self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
         self.expected_products, self.weight, self.draws = expected_products, weight, draws
+        self.checkpoint_activations, self.compile = checkpoint_activations, compile
         self.by_differences, self.is_part = method == "finite_difference", is_part
         if self.by_differences and not self._differences_are_derivatives:
             raise CurvatureError("finite differences of the gradient give products of the Hessian only")
@@ -431,6 +445,7 @@ class CurvatureOperator:
             penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
             expected_products=expected_products, draws=self.draws,
             method="finite_difference" if self.by_differences else "exact", is_part=self.is_part,
+            checkpoint_activations=self.checkpoint_activations, compile=self.compile,
         )  # fmt: skip
 
     def trace_of_draws(self, n_probes: int = 10, seed: int = 0) -> Tensor:
@@ -467,6 +482,8 @@ class CurvatureOperator:
                 self._check = check_products(self, self._few)
             if self._check.note:
                 warnings.warn(self._check.note, stacklevel=2)
+            if self.checkpoint_activations and not self._check.forward:
+                warnings.warn("products are computed by reverse mode alone, which keeps all activations", stacklevel=2)
         return self._check
 
     @property
@@ -488,14 +505,18 @@ class CurvatureOperator:
 
     @property
     def method(self) -> str:
-        """``traced``, ``forward mode``, ``reverse mode`` or ``finite differences``: how most products so far were
-        computed.
+        """How most products so far were computed.
+
+        ``traced``, ``forward mode``, ``reverse mode``, ``recomputed activations`` or ``finite differences``.
         """
         if self.by_differences:
             return "finite differences"
         if self._traces is not None and self._traces.n_programs:
             return "traced"
-        return "reverse mode" if self.product_check.reverse else "forward mode"
+        check = self.product_check
+        if check.forward and self.checkpoint_activations:
+            return "recomputed activations"
+        return "reverse mode" if check.reverse else "forward mode"
 
     #: Whether a trace of the product has a size that does not depend on the number of examples.
     _traceable = True
@@ -510,6 +531,10 @@ class CurvatureOperator:
 
     def _direct(self, at: LossArguments) -> Product:
         """The same product by differentiating a recorded graph twice: no trace, but more work per product."""
+        raise NotImplementedError
+
+    def _recomputed_product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        """The same product by forward mode and one backward pass, in which blocks are recomputed."""
         raise NotImplementedError
 
     def _row_forms(self, at: LossArguments, u: list[Tensor], v: list[Tensor]) -> Tensor:
@@ -535,8 +560,9 @@ class CurvatureOperator:
         directions = [split_vector(v, self.parameter_shapes) for v in V.T]
         result = torch.zeros_like(V)  # keeps the layout
         for i, weight, product in self._products(directions[0]):
-            for direction, into in zip(directions, result.T, strict=True):
-                part = join_tensors(product(direction)).to(self.dtype)
+            found = product.of_many(directions) if isinstance(product, Program) else map(product, directions)
+            for one, into in zip(found, result.T, strict=True):
+                part = join_tensors(one).to(self.dtype)
                 # a sum is finite only if all terms are; noted on the device, for reading it back would wait for it
                 self._finite[i] &= part.sum().isfinite()
                 into.add_(part, alpha=weight)
@@ -585,9 +611,17 @@ class CurvatureOperator:
     def _untraced(self, at: LossArguments) -> Product:
         if self.by_differences:
             return lambda v: self.differences.product(self, at, list(v))
-        if self.product_check.reverse:
+        check = self.product_check
+        if check.reverse and not (check.forward and self.checkpoint_activations):
+            return self._reverse_mode(at)
+        return lambda v: self._forward_mode(at, list(v))
+
+    def _forward_mode(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        return (self._recomputed_product if self.checkpoint_activations else self._product)(at, v)
+
+    def _reverse_mode(self, at: LossArguments) -> Product:
+        with self._loss.keeping_activations():
             return self._direct(at)
-        return lambda v: self._product(at, list(v))
 
     def _arguments(self, batch: Batch) -> LossArguments:
         return LossArguments(self._theta, self._others, *batch)
@@ -670,8 +704,9 @@ class CurvatureOperator:
     def _keep_nothing(self) -> None:
         """No traces, and nothing that products keep of batches, at the start and after these were cut anew."""
         # a trace would draw its numbers in another order
-        many = self.expected_products >= _FEWEST_PRODUCTS_TO_TRACE
+        many = self.expected_products >= _FEWEST_PRODUCTS_TO_TRACE or self.compile
         traceable = self._traceable and self.draws is None and not self.by_differences
+        traceable &= not self.checkpoint_activations  # a traced program keeps all activations
         self._traces = TracedProducts(self) if many and traceable else None
         self._forms = None
         self._cache: dict[int, Product] = {}
@@ -696,11 +731,14 @@ class CurvatureOperator:
             self._fold_norms(self._few)
         if self.device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
             self._try_channels_last(batch)
+        if self.checkpoint_activations:
+            self._loss.recomputed = recomputable_blocks(self._loss, self._few, self.names)
 
     def _tried(self, batch: Batch) -> Batch:
         """A few examples of a batch that network and loss have been tried on; all where they need more."""
         try:
-            few = first_examples(batch, EXAMPLES)
+            # the check keeps all activations
+            few = first_examples(batch, 1 if self.checkpoint_activations else EXAMPLES)
             self._loss.try_out(self._arguments(few))
             return few
         except (PnError, torch.OutOfMemoryError):
@@ -711,13 +749,17 @@ class CurvatureOperator:
 
     @property
     def n_classes(self) -> int | None:
-        """Number of classes of a classifier; ``None`` for other targets, and where the loss calls the network."""
+        """Number of classes of a classifier; ``None`` for other targets, and where the loss calls the network.
+
+        ``None``, too, for networks that predict a class at each of many positions, such as language models: the number
+        then says nothing about how many eigenvalues stand out.
+        """
         if self.loss_fn.takes_model:
             return None
         at = self._few
         outputs = prediction(self._loss.outputs(at, at.theta))
         scores = None if outputs is None else class_scores(outputs, at.targets, self.loss_fn)
-        return None if scores is None else int(scores.shape[1])
+        return None if scores is None or scores.ndim > 2 else int(scores.shape[1])
 
     @property
     def _few(self) -> LossArguments:

@@ -157,7 +157,7 @@ class OperatorGradients:
                 if math.isnan(check.difference):  # it could not be confirmed
                     return math.nan
                 # torch leaves out of a derivative, without a word, what passes a function that is differentiable once
-                exact = op._direct(few) if check.reverse else lambda v: op._product(few, v)
+                exact = op._reverse_mode(few) if check.reverse else lambda v: op._forward_mode(few, v)
                 for v in (random, differences.turned(random)):
                     product, places = exact(v), (self._moved(v, s) for s in (differences.step, -differences.step))
                     ahead, behind = (op._loss.gradient(few, place) for place in places)

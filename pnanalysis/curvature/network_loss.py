@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.func import functional_call
 from pnanalysis.curvature.blocks import Block, assembled
 from pnanalysis.curvature.parameters import Named, as_given, requiring_grad
 from pnanalysis.curvature.passes import autocast, unchanged
+from pnanalysis.curvature.recomputed import recomputing
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.forward import WithModel, within_model
 from pnanalysis.evaluation.losses import InspectedLoss, check_finite, check_targets, loss_on
@@ -52,6 +54,9 @@ class NetworkLoss:
         Whether passes work on copies of their arguments, because the network writes into them.
     seed : int or None
         Of the random numbers that network and loss draw in every pass; ``None`` where they draw none.
+    recomputed : list of str
+        Modules whose activations are not kept: see :mod:`pnanalysis.curvature.recomputed`. What is differentiated twice
+        has to be computed in :meth:`keeping_activations`.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class NetworkLoss:
         self.complex_names, self.blocks = frozenset(complex_names), blocks or {}
         self.protected = False
         self.seed: int | None = None
+        self.recomputed: list[str] = []
+        self._checkpointed: list[Any] | None = None
         self._bound = WithModel(model, loss_fn) if loss_fn.takes_model else None
 
     def outputs(self, at: LossArguments, theta: Named) -> Any:
@@ -138,6 +145,26 @@ class NetworkLoss:
         twin._bound = WithModel(self.model, twin.loss_fn) if twin.loss_fn.takes_model else None
         return twin
 
+    @contextmanager
+    def keeping_activations(self) -> Iterator[None]:
+        """Within the body, passes keep all activations."""
+        before, self.recomputed = self.recomputed, []
+        try:
+            yield
+        finally:
+            self.recomputed = before
+
+    def checkpointed_by(self, at: LossArguments) -> list[Any]:
+        """What the network itself passes to ``torch.utils.checkpoint``."""
+        found: list[Any] = []
+        self._checkpointed = found
+        try:
+            with torch.no_grad():
+                self(at, at.theta)
+        finally:
+            self._checkpointed = None
+        return found
+
     def _arguments(self, given: Any, at: LossArguments, theta: Named) -> tuple[Any, Named]:
         """What a pass is given, and the network's state; copies where it writes into them."""
         state = assembled({**at.others, **as_given(theta, self.complex_names)}, self.blocks)
@@ -148,7 +175,10 @@ class NetworkLoss:
 
     @contextmanager
     def _pass(self) -> Iterator[None]:
-        with autocast(self.device, self.amp), unchanged(self.model), self._drawing():
+        note = None if self._checkpointed is None else self._checkpointed.append
+        setting = partial(autocast, self.device, self.amp)
+        blocks = recomputing(self.model, self.recomputed, setting)
+        with setting(note), unchanged(self.model), self._drawing(), blocks:
             yield
 
     @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 from pnanalysis.curvature.base import CurvatureOperator
@@ -18,6 +19,7 @@ from pnanalysis.curvature.output_curvature import OutputCurvature, closed_form
 from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
 from pnanalysis.curvature.passes import forward_twice
 from pnanalysis.curvature.product_check import moved, tolerance
+from pnanalysis.curvature.recomputed import dual, tangents
 from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError, PnError, reason
 from pnanalysis.evaluation.losses import example_losses, example_weights, known
@@ -54,6 +56,14 @@ class HessianOperator(CurvatureOperator):
         direction = dict(zip(self.names, v, strict=True))
         slope: Named = jvp(grad(partial(self._loss, at)), (theta,), (direction,))[1]
         return list(slope.values())
+
+    def _recomputed_product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        with forward_ad.dual_level():
+            theta = dual(at.theta, v)
+            loss = self._loss(at, theta)
+            if not loss.requires_grad:
+                return [torch.zeros_like(part) for part in v]
+            return tangents(torch.autograd.grad(loss, list(theta.values()), materialize_grads=True))
 
     def _row_forms(self, at: LossArguments, u: list[Tensor], v: list[Tensor]) -> Tensor:
         at_theta, of_outputs, _ = _as_functions(self._loss, at)
@@ -136,10 +146,16 @@ class GGNOperator(CurvatureOperator):
         def product(v: Any) -> list[Tensor]:
             pushed = dict(zip(live, pullback(pulled, cotangents, v), strict=True))
             curved = curvature([pushed.get(i, torch.zeros_like(output)) for i, output in enumerate(outputs)])
-            back = [curved[i] for i in live]
-            return list(torch.autograd.grad(ends, leaves, back, retain_graph=True, materialize_grads=True))
+            return pullback(outputs, leaves, curved)
 
         return product
+
+    def _recomputed_product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        with forward_ad.dual_level(), torch.no_grad():
+            pushed = tangents(_tensors_of(self._loss.outputs(at, dual(at.theta, v)))[0])
+        theta = requiring_grad(at.theta)
+        outputs, rebuild = _tensors_of(self._loss.outputs(at, theta))
+        return pullback(outputs, list(theta.values()), self._curvature(at, outputs, rebuild)(pushed), keep=False)
 
     def _curvature(
         self, at: LossArguments, outputs: list[Tensor], rebuild: Callable[[list[Tensor]], Any]
@@ -254,6 +270,12 @@ class EmpiricalFisherOperator(CurvatureOperator):
             )
 
         return product
+
+    def _recomputed_product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        with forward_ad.dual_level(), torch.no_grad():
+            (slopes,) = tangents([self._losses(at, dual(at.theta, v))])
+        theta = requiring_grad(at.theta)
+        return pullback([self._losses(at, theta)], list(theta.values()), [slopes * self._weights(at)], keep=False)
 
     def _row_forms(self, at: LossArguments, u: list[Tensor], v: list[Tensor]) -> Tensor:
         at_theta = partial(self._losses, at)

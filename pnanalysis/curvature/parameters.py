@@ -141,15 +141,20 @@ def join_tensors(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def pullback(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """Vector-Jacobian product on a recorded graph, which is kept; zeros where the outputs do not depend on an input."""
+def pullback(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], keep: bool = True
+) -> list[Tensor]:
+    """Vector-Jacobian product on a recorded graph; zeros where the outputs do not depend on an input.
+
+    ``keep`` says whether the graph is to be used again.
+    """
     # autograd.grad refuses outputs without a graph (a gradient that is constant), whose part of the result is zero
     pairs = [(out, cotangent) for out, cotangent in zip(outputs, cotangents, strict=True) if out.requires_grad]
     if not pairs:
         return [torch.zeros_like(tensor) for tensor in inputs]
     differentiable, their_cotangents = zip(*pairs, strict=True)
     return list(
-        torch.autograd.grad(differentiable, list(inputs), their_cotangents, retain_graph=True, materialize_grads=True)
+        torch.autograd.grad(differentiable, list(inputs), their_cotangents, retain_graph=keep, materialize_grads=True)
     )
 
 

@@ -21,12 +21,15 @@ PRECISIONS = ("no", "tf32", "bf16")
 
 
 @contextmanager
-def autocast(device: torch.device, amp: str) -> Iterator[None]:
-    """Forward passes in bfloat16 with ``amp="bf16"``, of functions that have a second derivative."""
+def autocast(device: torch.device, amp: str, note: Callable[[Any], object] | None = None) -> Iterator[None]:
+    """Forward passes in bfloat16 with ``amp="bf16"``, of functions that have a second derivative.
+
+    ``note`` is called with what the network passes to ``torch.utils.checkpoint``, which keeps all activations here.
+    """
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"),
         _Rewriting(_REWRITTEN),
-        without_checkpointing(),
+        without_checkpointing(note),
     ):
         yield
 

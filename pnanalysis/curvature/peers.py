@@ -48,11 +48,11 @@ def make_operator(
     whole = native.names == [name for name, _ in model.named_parameters()]
     # the peers see the loss of the data alone: what is added to it would be missing from their products
     own = native.draws is not None or native.weight is not None or native.loss_fn.takes_model
-    own = own or native.by_differences
+    own = own or native.by_differences or native.checkpoint_activations or native.compile
     if not whole or native.bn_mode != "eval" or native.penalty or native.weight_decay or own:
         raise CurvatureError(
             f"{engine} takes all parameters, bn_mode='eval', a loss(outputs, targets), no penalty, no weight decay, no "
-            "weight, no draws and no finite differences; use the native engine"
+            "weight, no draws, no finite differences, no compile and no checkpoint_activations; use the native engine"
         )
     if engine == "pyhessian":
         if kind != "hessian":

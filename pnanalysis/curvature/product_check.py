@@ -80,8 +80,8 @@ def check_products(op: CurvatureOperator, at: LossArguments) -> ProductCheck:
     op, at, v = in_double(op, at, v) or (op, at, v)
     if not bool(op._loss_at_theta(at).detach().isfinite()):
         return ProductCheck(True, True, torch.nan)  # products will not be finite, and say so
-    forward, no_forward = _attempt(lambda: op._product(at, v))
-    reverse, no_reverse = _attempt(lambda: op._direct(at)(v))
+    forward, no_forward = _attempt(lambda: op._forward_mode(at, v))
+    reverse, no_reverse = _attempt(lambda: op._reverse_mode(at)(v))
     if forward is not None and reverse is not None:
         difference, where = largest_difference(forward, reverse, op.names)
         if difference <= tolerance(op.dtype, op.amp):

@@ -37,7 +37,7 @@ class TracedProducts:
 
     def __init__(self, op: CurvatureOperator) -> None:
         self.op = op
-        self._linearisation = Linearisation(self._product, op._rehearse)
+        self._linearisation = Linearisation(self._product, op._rehearse, op.compile)
         self._counts = Counter(op.batches.shapes)
         self._always = {shapes for shapes, _ in self._counts.most_common(_ALWAYS)}
         self._verified: set[Shapes] = set()
@@ -56,8 +56,10 @@ class TracedProducts:
                 self._seconds_to_trace = time.perf_counter() - start
                 self._verify(at, product)
                 self._verified.add(shapes)
-        except Untraceable:
+        except Untraceable as error:
             self._failed = True  # the next batch would fail the same way
+            if self.op.compile:
+                warnings.warn(f"products are not compiled, as they cannot be traced: {error}", stacklevel=2)
             return None
         return product, n_bytes
 

@@ -13,11 +13,13 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from pnanalysis.curvature.programs import Program, SecondProgram
+from pnanalysis.inputs.hugging_face import masks_without_values
 from pnanalysis.torch_internals import (
     CONVERSION,
     UNSAFE_VIEW,
@@ -57,16 +59,22 @@ class Linearisation:
         ``function(fixed, v)``: ``fixed`` any nest of tensors, ``v`` a list of tensors; returns a list of tensors.
     rehearsal : callable
         ``rehearsal(fixed)`` runs the same user code without torch.func's transforms.
+    compile : bool
+        Whether ``torch.compile`` compiles the second program.
     """
 
     def __init__(
-        self, function: Callable[[Any, list[Tensor]], list[Tensor]], rehearsal: Callable[[Any], object]
+        self,
+        function: Callable[[Any, list[Tensor]], list[Tensor]],
+        rehearsal: Callable[[Any], object],
+        compile: bool = False,
     ) -> None:
         self.function = function
         self.rehearsal = rehearsal
-        self._programs: dict[Any, tuple[fx.GraphModule, fx.GraphModule]] = {}
+        self.compile = compile
+        self._programs: dict[Any, tuple[fx.GraphModule, SecondProgram]] = {}
 
-    def at(self, fixed: Any, like: Sequence[Tensor]) -> tuple[Product, int]:
+    def at(self, fixed: Any, like: Sequence[Tensor]) -> tuple[Program, int]:
         """Run the first program at ``fixed``.
 
         Parameters
@@ -77,7 +85,7 @@ class Linearisation:
 
         Returns
         -------
-        product : callable
+        product : Program
             ``v -> function(fixed, v)``.
         n_bytes : int
             Memory that ``product`` keeps alive.
@@ -97,16 +105,9 @@ class Linearisation:
             kept: tuple[Any, ...] = first(*tensors)
         # several results may be views of one storage: count each storage once
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if isinstance(t, Tensor)}
+        return Program(second, kept), sum(storages.values())
 
-        def product(v: Sequence[Tensor]) -> list[Tensor]:
-            with torch.no_grad():
-                return cast("list[Tensor]", list(second(*kept, *v)))
-
-        return product, sum(storages.values())
-
-    def _trace(
-        self, leaves: list[Any], spec: TreeSpec, like: Sequence[Tensor]
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def _trace(self, leaves: list[Any], spec: TreeSpec, like: Sequence[Tensor]) -> tuple[fx.GraphModule, SecondProgram]:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         def function_of_tensors(*arguments: Tensor) -> list[Tensor]:
@@ -117,7 +118,7 @@ class Linearisation:
         # code that cannot be traced is mostly found out here, sooner and without a transform
         rehearse(self.rehearsal, tree_unflatten(leaves, spec))
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), masks_without_values():
                 warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit.script
                 # a trace that fails within a transform leaves the state of its thread in disorder: autograd is off
                 with ThreadPoolExecutor(1) as pool:
@@ -125,7 +126,8 @@ class Linearisation:
         except Exception as error:  # a user's model may raise anything while it is traced
             raise Untraceable(f"{type(error).__name__}: {error}") from error
         simplify(traced.graph)
-        return _split(traced, len(tensors))
+        first, second = _split(traced, len(tensors))
+        return first, SecondProgram(second, self.compile)
 
 
 def rehearse(function: Callable[[Any], object], fixed: Any) -> None:
@@ -139,7 +141,7 @@ def rehearse(function: Callable[[Any], object], fixed: Any) -> None:
     if FakeTensorMode is None:
         raise Untraceable("this version of torch has no fake tensors where they are looked for")
     try:
-        with FakeTensorMode() as mode:
+        with FakeTensorMode() as mode, masks_without_values():
             function(tree_map_only(Tensor, mode.from_tensor, fixed))
     except Exception as error:  # a user's model may raise anything on tensors without values
         raise Untraceable(f"{type(error).__name__}: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +99,24 @@ def encoded(folder: Path, text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         except Exception as error:  # the same as above
             raise DataError(f"{folder}: its tokenizer cannot be used ({reason(error)}); save it again") from error
+
+
+@contextmanager
+def masks_without_values() -> Iterator[None]:
+    """Within the body, transformers builds attention masks that do not depend on values of tensors.
+
+    It does so by itself where it notices a tracer, but does not notice those that work below torch.func's transforms.
+    """
+    module: Any = sys.modules.get("transformers.masking_utils")
+    before = getattr(module, "is_tracing", None)
+    if before is None:  # not in use, or arranged in another way
+        yield
+        return
+    module.is_tracing = lambda tensor=None: True
+    try:
+        yield
+    finally:
+        module.is_tracing = before
 
 
 def _logits(network: nn.Module, arguments: Any, outputs: Any) -> Tensor:

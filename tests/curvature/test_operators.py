@@ -183,3 +183,11 @@ def test_vectors_of_the_wrong_shape_are_refused() -> None:
         op.matvec(torch.zeros(2, 2).double())
     with pytest.raises(CurvatureError, match="111 rows"):
         op.matmat(torch.zeros(2, 2).double())
+
+
+def test_classes_are_counted_where_each_example_has_one() -> None:
+    x, y = images((6,))[0]
+    assert HessianOperator(NETWORKS["tanh"](), cross_entropy, [(x, y)]).n_classes == 3
+    words = torch.nn.Sequential(torch.nn.Embedding(5, 5), torch.nn.Linear(5, 4)).double()
+    tokens = torch.randint(4, (9, 5))
+    assert HessianOperator(words, cross_entropy, [(tokens, tokens[:, :4])]).n_classes is None

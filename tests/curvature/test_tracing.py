@@ -71,7 +71,7 @@ def program_of(function, fixed: Tensor, v: Tensor) -> tuple[Tensor, int]:
     line = Linearisation(lambda fixed, v: [function(fixed, v[0])], lambda fixed: None)
     result = line.at(fixed, [v])[0]([v])[0]
     ((_, second),) = line._programs.values()
-    return result, sum(node.target == torch.ops.aten.mm.default for node in second.graph.nodes)
+    return result, sum(node.target == torch.ops.aten.mm.default for node in second.program.graph.nodes)
 
 
 def test_what_is_equal_is_computed_once() -> None:
