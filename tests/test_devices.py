@@ -60,7 +60,7 @@ def test_a_network_that_mixes_devices_is_found_out() -> None:
 def test_lanczos_stays_on_its_device_and_waits_for_nothing(
     mode: str, n_deflated: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanczos, "_exponent_of", lambda product: 0)  # reads the first product back, once
+    monkeypatch.setattr(lanczos, "_exponent_of", lambda *_: 0)  # reads the first product back, once
     with FakeTensorMode():
         op = DiagonalOperator(torch.ones(1000, device=CUDA))
         start = random_unit_vectors(op, [0, 1], 0)

@@ -246,6 +246,7 @@ class Session:
         return open_run(self.out)
 
     def _save_finished(self) -> None:
+        self.writer.save_history(self.dataset())  # once more: a run may have been killed before the last time
         self.writer.update(status="finished", ended=now())
         self.writer.drop_state()
         self.release()
