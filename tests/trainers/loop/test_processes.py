@@ -48,21 +48,13 @@ class Everything(nn.Module):
         return outputs
 
 
-<<<<<<< HEAD
-#: network: image size, examples, batch size; last batches are smaller, of one example where the network allows it
-=======
 #: network: image size, examples, batch size. Last batches are smaller, down to one example, except ResNet-18's: where
 #: batch normalisation sees two values of a channel only, it amplifies round-off a millionfold, in one process, too.
->>>>>>> ddp
 CASES: dict[str, tuple[Callable[..., nn.Module], int, int, int]] = {
     "everything": (Everything, 8, 41, 10),
     "tanh7": (models.tanh7, 8, 43, 8),
     "lenet5": (models.lenet5, 16, 43, 8),
-<<<<<<< HEAD
-    "resnet18": (models.resnet18, 8, 23, 7),
-=======
     "resnet18": (models.resnet18, 8, 21, 7),
->>>>>>> ddp
     "alexnet": (models.alexnet, 16, 23, 7),
 }
 FAST = ("everything", "tanh7", "lenet5")
