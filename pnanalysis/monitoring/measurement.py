@@ -166,7 +166,7 @@ class _Tracked:
         self._last = found.vector
         value = np.where(residual <= 2 * wanted.tolerance * found.scale, found.value, np.nan)
         short = k - len(value)  # an invariant space of fewer dimensions was found
-        return (np.pad(one, (0, short), constant_values=np.nan) for one in (value, residual))  # type: ignore[return-value]
+        return np.pad(value, (0, short), constant_values=np.nan), np.pad(residual, (0, short), constant_values=np.nan)
 
     def _start(self, operator: LinearOperator) -> Tensor | None:
         if self._last is None:

@@ -77,7 +77,7 @@ def test_adams_momentum_is_corrected_for_its_start_in_the_preconditioner(n_steps
 )
 @pytest.mark.parametrize("ratio", [0.97, 1.03])
 def test_steps_on_a_parabola_are_unstable_beyond_the_threshold(make: Make, ratio: float) -> None:
-    parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    parameter = nn.Parameter(torch.full((1,), 1e-9, dtype=torch.float64))  # second moments hardly see such gradients
     optimizer = make([parameter])
     if not isinstance(optimizer, torch.optim.SGD):  # second moments that stay as they are
         parameter.grad = torch.zeros(1, dtype=torch.float64)
@@ -89,14 +89,12 @@ def test_steps_on_a_parabola_are_unstable_beyond_the_threshold(make: Make, ratio
     assert found.inverse is not None
     curvature = ratio * found.threshold / float(found.inverse["w"]) - found.decay["w"]
     largest = []
-    for _ in range(6):
+    for _ in range(3):
         largest.append(0.0)
-        for _ in range(200):
+        for _ in range(25):
             parameter.grad = curvature * parameter.detach()
             optimizer.step()
             largest[-1] = max(largest[-1], abs(float(parameter.detach())))
-            if isinstance(optimizer, torch.optim.Adam):
-                optimizer.state[parameter]["exp_avg_sq"].fill_(4.0)
     assert (largest[-1] > 2 * largest[0]) == (ratio > 1)
 
 
