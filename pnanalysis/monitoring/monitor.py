@@ -140,7 +140,8 @@ class CurvatureMonitor:
         self._seconds: list[float] = []
         self._hooks = ExitStack()
         self._read_by: Reader = preconditioner or read_preconditioner
-        self._said = False
+        self._said: set[str] = set()
+        self._n_failed = 0
         self._attrs = {
             "optimizer": type(self.optimizer).__name__, "model": type(unwrapped(model)).__name__, "every": every,
             "max_cost": max_cost, "seed": seed, "top": top, "trace_probes": trace_probes, "tolerance": tolerance,
@@ -223,6 +224,7 @@ class CurvatureMonitor:
         cost = self.cost
         return schema.finish(
             ds, "curvature_monitor", **self._attrs, cost=cost if np.isfinite(cost) else None,
+            n_failed=self._n_failed or None,
             training_seconds=self._cost.training,
         )  # fmt: skip
 
@@ -236,8 +238,8 @@ class CurvatureMonitor:
             try:
                 self.measure()
             except Exception as error:  # of a network that has diverged, a full disk, a sink: training goes on
-                said = str(error) if isinstance(error, PnError) else reason(error)
-                warnings.warn(f"curvature after step {self.step}: {said}", stacklevel=2)
+                self._n_failed += 1
+                self._warn(str(error) if isinstance(error, PnError) else reason(error), f"step {self.step}: ")
 
     def _reading(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
@@ -246,10 +248,14 @@ class CurvatureMonitor:
         try:
             return self._read_by(optimizer, parameters)
         except ModelError as error:
-            if not self._said:
-                warnings.warn(f"no threshold and no preconditioned Hessian: {error}", stacklevel=2)
-            self._said = True
+            self._warn(f"no threshold and no preconditioned Hessian: {error}")
             return None
+
+    def _warn(self, text: str, where: str = "") -> None:
+        """Say it once, however often it happens."""
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"curvature monitor: {where}{text}", stacklevel=2)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from pnanalysis.errors import ModelError, PnError
 from pnanalysis.monitoring.measurement import Wanted, _Tracked
 from pnanalysis.monitoring.preconditioners import Preconditioner, read_preconditioner
 
+#: Too few products for a trace of the network to pay.
+FEW: dict[str, Any] = {"expected_products": 10}
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
@@ -76,7 +78,7 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
         assert one == other, where
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["momentum", "adam"])
 def test_training_is_the_same_bit_by_bit(name: str) -> None:
     """Dropout, batch normalisation, a loader that shuffles by its own generator, which is also the monitor's data."""
     kind, settings = OPTIMIZERS[name]
@@ -90,7 +92,7 @@ def test_training_is_the_same_bit_by_bit(name: str) -> None:
             torch.utils.data.TensorDataset(*data()), batch_size=20, shuffle=True,
             generator=torch.Generator().manual_seed(1),
         )  # fmt: skip
-        monitor = pn.CurvatureMonitor(model, optimizer, loader, every=2) if watched else None
+        monitor = pn.CurvatureMonitor(model, optimizer, loader, every=2, **FEW) if watched else None
         if monitor:
             monitor.__enter__()
         for _ in range(2):
@@ -104,20 +106,20 @@ def test_training_is_the_same_bit_by_bit(name: str) -> None:
     assert_same(*states)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["momentum", "adam", "adamw", "rmsprop"])
 def test_numbers_are_those_of_the_dense_matrices(name: str) -> None:
     kind, settings = OPTIMIZERS[name]
     x, y = data(dtype=torch.float64)
     model = network(torch.float64)
     optimizer = kind(model.parameters(), **settings)
-    options: dict[str, Any] = {"every": 3, "top": 3, "tolerance": 1e-7, "batch_size": 20, "trace_probes": 1000}
+    options: dict[str, Any] = {"every": 3, "top": 3, "tolerance": 1e-7, "batch_size": 20, "trace_probes": 1000, **FEW}
     with pn.CurvatureMonitor(model, optimizer, (x, y), **options) as monitor:
         for i in range(1, 7):
             step(model, optimizer, x[: 10 * i], y[: 10 * i])
             if i % 3:
                 continue
             ds = monitor.dataset().sel(step=i)
-            operator = pn.HessianOperator(model, F.cross_entropy, [(x, y)])
+            operator = pn.HessianOperator(model, F.cross_entropy, [(x, y)], **FEW)
             dense = operator.to_dense()
             values = torch.linalg.eigvalsh(dense).flip(0)
             np.testing.assert_allclose(ds.eigenvalue, values[:3], rtol=1e-9)
@@ -128,14 +130,14 @@ def test_numbers_are_those_of_the_dense_matrices(name: str) -> None:
             assert found.inverse is not None
             inverse = torch.cat([found.inverse[key].flatten() for key in operator.names])
             decay = 0.0 if name == "adamw" else settings.get("weight_decay", 0.0)
-            expected = torch.linalg.eigvals(inverse[:, None] * (dense + decay * torch.eye(len(dense)))).real.max()
+            expected = torch.linalg.eigvals(inverse[:, None] * (dense + decay * torch.eye(len(dense)).to(dense))).real.max()
             assert float(ds.preconditioned_lambda_max) == pytest.approx(float(expected), rel=1e-9)
             assert float(ds.threshold) == found.threshold
             model.eval()
             loss = F.cross_entropy(model(x), y)
             gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
             model.train()
-            assert float(ds.loss) == pytest.approx(float(loss))
+            assert float(ds.loss) == pytest.approx(float(loss.detach()))
             assert float(ds.gradient_norm) == pytest.approx(float(gradient.norm()))
             assert float(ds.residual.max()) <= 2e-7 * float(values.abs().max())
 
@@ -187,7 +189,7 @@ def test_measurements_are_saved_and_given_to_sinks(tmp_path: Path) -> None:
     table, seen = tmp_path / "curvature.csv", []
     sinks = [table, lambda at, numbers: seen.append((at, dict(numbers)))]
     with pn.CurvatureMonitor(
-        model, optimizer, data(), every=1, path=tmp_path / "curvature.nc", sinks=sinks, max_cost=1e6
+        model, optimizer, data(), every=1, path=tmp_path / "curvature.nc", sinks=sinks, max_cost=1e6, **FEW
     ) as monitor:
         step(model, optimizer, *data())
         assert pn.load(tmp_path / "curvature.nc").sizes["step"] == 2
@@ -201,7 +203,7 @@ def test_measurements_are_saved_and_given_to_sinks(tmp_path: Path) -> None:
         for name in ("lambda_max", "trace", "threshold", "preconditioned_lambda_max"):
             expected = float(ds[name][i])
             assert [float(rows[i][name]), numbers[name]] == pytest.approx([expected] * 2, nan_ok=True)
-    assert pn.load(monitor.save(tmp_path / "again.zarr")).identical(monitor.dataset()) or True
+    assert pn.load(monitor.save(tmp_path / "again.zarr")).equals(monitor.dataset())
     with pytest.raises(PnError, match="csv"):
         pn.CurvatureMonitor(model, optimizer, data(), sinks=[tmp_path / "x.txt"])
 
@@ -209,7 +211,7 @@ def test_measurements_are_saved_and_given_to_sinks(tmp_path: Path) -> None:
 def test_without_a_number_of_steps_the_cost_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = pn.CurvatureMonitor(model, optimizer, data())
+    monitor = pn.CurvatureMonitor(model, optimizer, data(), **FEW)
     clock = [0.0]
     monkeypatch.setattr(monitor._cost, "clock", lambda: clock[0])
     monitor._cost.measuring = monitor._cost._total = 0.0
@@ -229,24 +231,28 @@ def test_without_a_number_of_steps_the_cost_is_capped(monkeypatch: pytest.Monkey
     assert ds.attrs["training_seconds"] == pytest.approx(100)
 
 
+@pytest.mark.filterwarnings("error")
 def test_training_goes_on_where_nothing_can_be_measured() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pn.CurvatureMonitor(model, optimizer, data(), every=1) as monitor:
+    with pn.CurvatureMonitor(model, optimizer, data(), every=1, **FEW) as monitor:
         with torch.no_grad():
             model[0].weight.fill_(float("nan"))
-        with pytest.warns(UserWarning, match="curvature after step 1"):
+        with pytest.warns(UserWarning, match="step 1: "):
             step(model, optimizer, *data())
-    assert monitor.dataset().step.values.tolist() == [0]
+        step(model, optimizer, *data())  # said once: warnings are errors here
+    ds = monitor.dataset()
+    assert ds.step.values.tolist() == [0]
+    assert ds.attrs["n_failed"] == 2
     with pytest.raises(PnError):  # before training, it is an error
-        pn.CurvatureMonitor(model, optimizer, data(), every=1).__enter__()
+        pn.CurvatureMonitor(model, optimizer, data(), every=1, **FEW).__enter__()
 
 
 def test_an_optimizer_that_is_not_known_has_no_threshold_unless_it_is_given() -> None:
     model = network()
     optimizer = torch.optim.Adamax(model.parameters(), lr=0.01)
     with pytest.warns(UserWarning, match="preconditioner of Adamax"):
-        with pn.CurvatureMonitor(model, optimizer, data(), every=1) as monitor:
+        with pn.CurvatureMonitor(model, optimizer, data(), every=1, **FEW) as monitor:
             step(model, optimizer, *data())
     assert "threshold" not in monitor.dataset()
     assert bool(monitor.dataset().lambda_max.notnull().all())
@@ -255,7 +261,7 @@ def test_an_optimizer_that_is_not_known_has_no_threshold_unless_it_is_given() ->
         inverse = {name: torch.full_like(p.detach(), 2.0) for name, p in parameters.items()}
         return Preconditioner(inverse, dict.fromkeys(inverse, 0.0), 0.01, 42.0)
 
-    with pn.CurvatureMonitor(model, optimizer, data(), every=1, preconditioner=own) as monitor:
+    with pn.CurvatureMonitor(model, optimizer, data(), every=1, preconditioner=own, **FEW) as monitor:
         step(model, optimizer, *data())
     ds = monitor.dataset()
     assert float(ds.threshold[1]) == 42
@@ -266,11 +272,11 @@ def test_part_of_the_parameters_and_a_wrapped_network() -> None:
     model = network()
     wrapped = nn.DataParallel(model)
     optimizer = torch.optim.Adam(model.parameters())
-    with pn.CurvatureMonitor(wrapped, optimizer, data(), every=1, params=["4"], trace_probes=0) as monitor:
+    with pn.CurvatureMonitor(wrapped, optimizer, data(), every=1, params=["4"], trace_probes=0, **FEW) as monitor:
         step(model, optimizer, *data())
     ds = monitor.dataset()
     assert "trace" not in ds
-    dense = pn.HessianOperator(model, F.cross_entropy, [data()], params=["4"]).to_dense()
+    dense = pn.HessianOperator(model, F.cross_entropy, [data()], params=["4"], **FEW).to_dense()
     assert float(ds.lambda_max[1]) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-3)
 
 
@@ -287,14 +293,14 @@ def test_part_of_the_parameters_and_a_wrapped_network() -> None:
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     model = network()
     with pytest.raises(PnError, match=message):
-        pn.CurvatureMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1), data(), **options)
+        pn.CurvatureMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1), data(), **FEW, **options)
 
 
 def test_without_a_measurement_there_is_no_dataset() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ModelError, match="nothing has been measured"):
-        pn.CurvatureMonitor(model, optimizer, data()).dataset()
+        pn.CurvatureMonitor(model, optimizer, data(), **FEW).dataset()
     with pytest.raises(ModelError, match="is no torch.optim.Optimizer"):
         pn.CurvatureMonitor(model, model, data())  # type: ignore[arg-type]
 
