@@ -373,7 +373,8 @@ class CurvatureOperator:
 
     def release(self) -> None:
         """Give back the memory of what is kept between products at the same weights."""
-        self._cache, self._cached_bytes = {}, 0
+        self._cache.clear()
+        self._cached_bytes = 0
         self._forms = self._differences = None
         self._finite.fill_(True)
         self._regulariser.forget()

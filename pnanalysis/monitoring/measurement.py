@@ -17,7 +17,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.models import Loss
 from pnanalysis.monitoring.noise_scale import noise_scale
-from pnanalysis.monitoring.preconditioners import Preconditioner, PreconditionedOperator, read_preconditioner
+from pnanalysis.monitoring.preconditioners import PreconditionedOperator, Preconditioner, read_preconditioner
 from pnanalysis.spectra.inner_products import norms
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator
 from pnanalysis.spectra.random_vectors import random_unit_vectors
@@ -117,8 +117,8 @@ class Measurement:
             return {}
         record: Record = {"learning_rate": found.learning_rate, "threshold": found.threshold}
         if found.constant:
-            decay = next(iter(found.decay.values()))
-            return record | {"preconditioned_lambda_max": lambda_max + decay, "preconditioned_residual": residual}
+            moved = lambda_max + next(iter(found.decay.values()))
+            return record | {"preconditioned_lambda_max": moved, "preconditioned_residual": residual}
         if found.inverse is None:  # before the first step
             return record
         inverse = self.operator.vector_of(found.inverse)

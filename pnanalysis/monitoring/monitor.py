@@ -22,6 +22,7 @@ from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.data import DataLike, as_splits
 from pnanalysis.inputs.models import Loss, resolve_loss
 from pnanalysis.inputs.random_states import random_states_kept
+from pnanalysis.inputs.splits import Split
 from pnanalysis.io.datasets import check_destination, save
 from pnanalysis.kinds import SCHEMAS
 from pnanalysis.monitoring.cost import CostCap
@@ -61,7 +62,7 @@ class CurvatureMonitor:
     n : int or None
         Examples to measure on, drawn by ``seed``; of a loader, the leading batches. All if ``None``.
     batch_size : int
-        Examples per pass, where the data are not batches already. The gradient noise scale needs several batches.
+        Most examples per pass, where the data are not batches already. The gradient noise scale needs several batches.
     top : int
         How many eigenvalues of the Hessian.
     trace_probes : int
@@ -142,7 +143,7 @@ class CurvatureMonitor:
         self._read_by: Reader = preconditioner or read_preconditioner
         self._said: set[str] = set()
         self._n_failed = 0
-        self._attrs = {
+        self._attrs: dict[str, Any] = {
             "optimizer": type(self.optimizer).__name__, "model": type(unwrapped(model)).__name__, "every": every,
             "max_cost": max_cost, "seed": seed, "top": top, "trace_probes": trace_probes, "tolerance": tolerance,
             "max_hvp": max_hvp, "trace_se_covers": "probes",
@@ -152,9 +153,10 @@ class CurvatureMonitor:
         self._cost = CostCap(max_cost, device)
         with self._cost.measured(), _untouched():
             part = as_splits(data).examples("train", n, seed, device, options["dtype"])
+            size = _even(len(part), batch_size) if isinstance(part, Split) else batch_size
             wanted = Wanted(top, trace_probes, tolerance, max_hvp, seed)
             self._measurement = Measurement(
-                model, resolve_loss(loss), part.batches(batch_size), wanted, self._reading, **options
+                model, resolve_loss(loss), part.batches(size), wanted, self._reading, **options
             )
         operator = self._measurement.operator
         self._attrs |= {"n": operator.n_examples, "device": str(device), "dtype": str(operator.dtype).split(".")[-1]}
@@ -266,9 +268,13 @@ def _untouched() -> Iterator[None]:
 
 
 #: The scalars of a measurement, in the order of the dataset.
-_SCALARS = tuple(
-    name for name, one in SCHEMAS["curvature_monitor"].items() if not one.dims and name != "seconds"
-)
+_SCALARS = tuple(name for name, one in SCHEMAS["curvature_monitor"].items() if not one.dims and name != "seconds")
+
+
+def _even(n: int, batch_size: int) -> int:
+    """At most the size given, and such that all batches are equal if that takes no more than twice as many."""
+    fewest = -(-n // batch_size)
+    return -(-n // next((k for k in range(fewest, 2 * fewest + 1) if n % k == 0), fewest))
 
 
 def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -280,7 +286,11 @@ def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         If there is none.
     """
     inner = optimizer
-    while inner is not None and type(inner).__module__.partition(".")[0] in ("accelerate", "lightning", "pytorch_lightning"):
+    while inner is not None and type(inner).__module__.partition(".")[0] in (
+        "accelerate",
+        "lightning",
+        "pytorch_lightning",
+    ):
         inner = getattr(inner, "optimizer", None)
     if not isinstance(inner, torch.optim.Optimizer):
         raise ModelError(f"a {type(optimizer).__name__} is no torch.optim.Optimizer, whose steps can be watched")

@@ -63,7 +63,7 @@ class TensorBoardSink:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise PnError("TensorBoard is not installed: pip install tensorboard") from error
-            writer = SummaryWriter(str(writer))  # type: ignore[no-untyped-call]
+            writer = SummaryWriter(str(writer))
         self.writer = writer
 
     def __call__(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -101,9 +101,13 @@ def as_sink(given: Any) -> Sink:
     """
     if isinstance(given, str | os.PathLike):
         if Path(given).suffix.lower() != ".csv":
-            raise PnError(f"{os.fspath(given)}: a path among the sinks is that of a .csv file; the dataset is saved by path=")
+            raise PnError(
+                f"{os.fspath(given)}: a path among the sinks is that of a .csv file; the dataset is saved by path="
+            )
         return CSVSink(given)
     if callable(given):
         sink: Sink = given
         return sink
-    raise PnError(f"a {type(given).__name__} is no sink; give a function of step and numbers, or the path of a CSV file")
+    raise PnError(
+        f"a {type(given).__name__} is no sink; give a function of step and numbers, or the path of a CSV file"
+    )

@@ -9,7 +9,19 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pnanalysis.plots.style import BLACK, BLUE, COLOURS, DASHES, GREEN, MARKERS, PAGE, VERMILION, few, log_axis, new_figure
+from pnanalysis.plots.style import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREEN,
+    MARKERS,
+    PAGE,
+    VERMILION,
+    few,
+    log_axis,
+    new_figure,
+)
 
 
 def curvature_monitor(ds: xr.Dataset) -> Figure:

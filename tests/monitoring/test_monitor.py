@@ -130,7 +130,9 @@ def test_numbers_are_those_of_the_dense_matrices(name: str) -> None:
             assert found.inverse is not None
             inverse = torch.cat([found.inverse[key].flatten() for key in operator.names])
             decay = 0.0 if name == "adamw" else settings.get("weight_decay", 0.0)
-            expected = torch.linalg.eigvals(inverse[:, None] * (dense + decay * torch.eye(len(dense)).to(dense))).real.max()
+            expected = torch.linalg.eigvals(
+                inverse[:, None] * (dense + decay * torch.eye(len(dense)).to(dense))
+            ).real.max()
             assert float(ds.preconditioned_lambda_max) == pytest.approx(float(expected), rel=1e-9)
             assert float(ds.threshold) == found.threshold
             model.eval()
