@@ -76,8 +76,8 @@ class Measurement:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, batches: Iterable[Batch], wanted: Wanted, read: Reader = read_preconditioner,
-        **options: Any,
+        self, model: nn.Module, loss: Loss, batches: Iterable[Batch], wanted: Wanted,
+        read: Reader = read_preconditioner, **options: Any,
     ) -> None:  # fmt: skip
         self.model, self.wanted, self.read = model, wanted, read
         self.operator = HessianOperator(model, loss, batches, **options)

@@ -2,8 +2,8 @@ r"""The gradient noise scale: the batch size at which the noise of a batch's gra
 
 For batches of :math:`b_i` examples with gradients :math:`g_i` and mean :math:`\bar g` over all :math:`N`, unbiased
 estimates are :math:`\mathrm{tr}\,\Sigma = \sum_i b_i |g_i - \bar g|^2 / (K - 1)` and
-:math:`|G|^2 = |\bar g|^2 - \mathrm{tr}\,\Sigma / N`, whose ratio is the scale. For batches of one size they are those of
-McCandlish et al., arXiv 1812.06162, appendix A.1.
+:math:`|G|^2 = |\bar g|^2 - \mathrm{tr}\,\Sigma / N`, whose ratio is the scale. For batches of one size they are those
+of McCandlish et al., arXiv 1812.06162, appendix A.1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where measurements go besides the dataset: CSV, TensorBoard, Weights & Biases, or any function of step and numbers."""
+"""Where measurements go besides the dataset: CSV, TensorBoard, Weights & Biases, or any function."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import pnanalysis as pn
 from pnanalysis.errors import ModelError, PnError
+from pnanalysis.inputs.random_states import random_states
 from pnanalysis.monitoring.measurement import Wanted, _Tracked
 from pnanalysis.monitoring.preconditioners import Preconditioner, read_preconditioner
 
@@ -55,7 +56,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return {
         "weights": model.state_dict(), "gradients": [p.grad for p in model.parameters()],
         "modes": [module.training for module in model.modules()], "optimizer": optimizer.state_dict(),
-        "torch": torch.get_rng_state(), "numpy": np.random.get_state()[1].tolist(), "python": random.getstate(),
+        "torch": torch.get_rng_state(), "numpy and python": random_states()[1:3],
         "attributes": [sorted(vars(module)) for module in model.modules()],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
         "modes of torch": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -74,6 +75,8 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
             assert_same(*pair, f"{where}/{i}")
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
+    elif isinstance(one, np.ndarray):
+        assert np.array_equal(one, other), where
     else:
         assert one == other, where
 
@@ -130,9 +133,8 @@ def test_numbers_are_those_of_the_dense_matrices(name: str) -> None:
             assert found.inverse is not None
             inverse = torch.cat([found.inverse[key].flatten() for key in operator.names])
             decay = 0.0 if name == "adamw" else settings.get("weight_decay", 0.0)
-            expected = torch.linalg.eigvals(
-                inverse[:, None] * (dense + decay * torch.eye(len(dense)).to(dense))
-            ).real.max()
+            seen = dense + decay * torch.eye(len(dense)).to(dense)
+            expected = torch.linalg.eigvals(inverse[:, None] * (seen)).real.max()
             assert float(ds.preconditioned_lambda_max) == pytest.approx(float(expected), rel=1e-9)
             assert float(ds.threshold) == found.threshold
             model.eval()
@@ -253,9 +255,11 @@ def test_training_goes_on_where_nothing_can_be_measured() -> None:
 def test_an_optimizer_that_is_not_known_has_no_threshold_unless_it_is_given() -> None:
     model = network()
     optimizer = torch.optim.Adamax(model.parameters(), lr=0.01)
-    with pytest.warns(UserWarning, match="preconditioner of Adamax"):
-        with pn.CurvatureMonitor(model, optimizer, data(), every=1, **FEW) as monitor:
-            step(model, optimizer, *data())
+    with (
+        pytest.warns(UserWarning, match="preconditioner of Adamax"),
+        pn.CurvatureMonitor(model, optimizer, data(), every=1, **FEW) as monitor,
+    ):
+        step(model, optimizer, *data())
     assert "threshold" not in monitor.dataset()
     assert bool(monitor.dataset().lambda_max.notnull().all())
 
