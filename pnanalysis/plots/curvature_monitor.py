@@ -57,7 +57,9 @@ def _stability(ds: xr.Dataset, ax: Axes) -> None:
     threshold = ds.threshold.where(np.isfinite(ds.threshold))  # infinite where the learning rate is 0
     ax.plot(ds.step, threshold, color=BLACK, linestyle="--", linewidth=0.9, label="stability threshold")
     adaptive = ds.attrs.get("optimizer") != "SGD"
-    ax.set_ylabel("$\\lambda_{\\max}$ of the " + ("preconditioned Hessian [loss]" if adaptive else "Hessian [loss]"))
+    ax.set_ylabel(
+        "preconditioned $\\lambda_{\\max}$ [loss]" if adaptive else "$\\lambda_{\\max}$ of the Hessian [loss]"
+    )
     ax.set_ylim(bottom=min(0.0, 1.1 * float(ds.preconditioned_lambda_max.min())))
     ax.legend(loc="lower right")
 
