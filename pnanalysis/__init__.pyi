@@ -24,12 +24,14 @@ from .io.datasets import save as save
 from .io.runs import Checkpoint as Checkpoint
 from .io.runs import Run as Run
 from .io.runs import open_run as open_run
+from .monitoring.monitor import CurvatureMonitor as CurvatureMonitor
 from .schema import validate as validate
 from .spectra.density import spectral_density as spectral_density
 from .spectra.linear_operator import as_operator as as_operator
 
 __all__ = [
     "Checkpoint",
+    "CurvatureMonitor",
     "EmpiricalFisherOperator",
     "GGNOperator",
     "HessianOperator",

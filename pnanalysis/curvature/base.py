@@ -362,6 +362,50 @@ class CurvatureOperator:
             parts.append(part.to(self.device, self.dtype))
         return join_tensors(parts)
 
+    def batch_gradients(self) -> Iterator[Tensor]:
+        """The gradient of the loss of each batch, ``(P,)``, without weight decay and penalty.
+
+        The batches are those that a pass takes, of :attr:`batches`: pieces of the given ones where these are cut.
+        """
+        for _, _, at in self._weighted():
+            yield join_tensors(self._loss.gradient(at, self._theta))
+
+    def take_weights(self, model: nn.Module) -> None:
+        """Move to the weights and buffers that the network has now; data, checks and traced programs stay.
+
+        Parameters
+        ----------
+        model : Module
+            The network that the operator was made of, or another of the same layers.
+
+        Raises
+        ------
+        CurvatureError
+            If it lacks a parameter or buffer, or has it in another shape.
+        """
+        self.release()
+        model = unwrapped(model)
+        for mine, label in [(self._theta, label) for label in self._theta] + [(self._others, o) for o in self._others]:
+            owner, _, leaf = self._parameter_of(label).rpartition(".")
+            try:
+                found = getattr(model.get_submodule(owner), leaf).detach()
+            except AttributeError:
+                found = None
+            if found is not None:
+                found = self._blocks[label].of(found) if label in self._blocks else found
+                found = as_real(found) if mine is self._theta else found
+            if found is None or found.shape != mine[label].shape:
+                raise CurvatureError(f"{label!r} is not there, or of another shape, in the network given")
+            mine[label].copy_(found)
+
+    def release(self) -> None:
+        """Give back the memory of what is kept between products at the same weights."""
+        self._cache.clear()
+        self._cached_bytes = 0
+        self._forms = self._differences = None
+        self._finite.fill_(True)
+        self._regulariser.forget()
+
     def forms(self, U: Tensor, V: Tensor) -> Tensor:
         r"""The forms :math:`u_j^\top H_g v_j` of the matrices of groups of examples, without the regulariser.
 

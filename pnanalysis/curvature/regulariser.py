@@ -76,6 +76,10 @@ class Regulariser:
         for v, into in zip(V.T, result.T, strict=True):
             into.add_(join_tensors(pullback(*self._slope, split_vector(v, shapes))))
 
+    def forget(self) -> None:
+        """Drop what is kept between products: the parameters have changed."""
+        self._slope = None
+
     def _penalised(self, theta: Named) -> Tensor | float:
         """The penalty, seeing the model with ``theta`` in it."""
         if self._caller is None:

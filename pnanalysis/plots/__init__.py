@@ -42,6 +42,7 @@ FIGURES: dict[str, str] = {
     "landscape": "pnanalysis.plots.landscape:landscape",
     "sharpness": "pnanalysis.plots.landscape:sharpness",
     "learning_coefficient": "pnanalysis.plots.learning_coefficient:learning_coefficient",
+    "curvature_monitor": "pnanalysis.plots.curvature_monitor:curvature_monitor",
     "gradients": "pnanalysis.plots.gradients:gradients",
     "comparison": "pnanalysis.plots.comparison:comparison",
     "functional": "pnanalysis.plots.comparison:functional",

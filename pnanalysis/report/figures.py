@@ -210,6 +210,15 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
             "estimate.",
         ),
     ),
+    "curvature_monitor": (
+        Entry(
+            "curvature_monitor",
+            "Curvature along training",
+            "The largest eigenvalue of the Hessian that the optimizer sees, preconditioned where it is adaptive, "
+            "beside the threshold above which its steps are unstable; the largest eigenvalues of the Hessian itself, "
+            "loss, and norm of the gradient.",
+        ),
+    ),
     "gradients": (
         Entry(
             "gradients",

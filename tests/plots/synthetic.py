@@ -354,6 +354,18 @@ def restarts() -> xr.Dataset:
     return ds.assign_coords(seed=("member", np.arange(12)), iteration=[0]).assign_attrs(strategy="restart")
 
 
+def curvature_along_training() -> xr.Dataset:
+    """An eigenvalue that rises to its threshold and stays there."""
+    step = np.arange(0, 300, 10)
+    top = 40 * np.tanh(step / 80) + 0.8 * noise(len(step)) * (step > 150)
+    values = top[:, None] * np.array([1.0, 0.6])
+    names = ("lambda_max", "preconditioned_lambda_max", "threshold", "loss", "gradient_norm")
+    numbers = (top, top, np.full(len(step), 40.0), np.exp(-step / 90) + 0.01, 0.5 * np.exp(-step / 60) + 0.02)
+    variables: dict[str, Any] = {name: ("step", one) for name, one in zip(names, numbers, strict=True)}
+    variables["eigenvalue"] = (("step", "pair"), values)
+    return dataset("curvature_monitor", {"step": step, "pair": [1, 2]}, variables, optimizer="SGD")
+
+
 def escape() -> xr.Dataset:
     """Probabilities that rise at three speeds."""
     iteration = np.arange(8)
@@ -397,6 +409,7 @@ PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
         lambda: learning_coefficients([10.0, 100.0]),
         {},
     ),
+    "curvature_monitor": ("curvature_monitor", curvature_along_training, {}),
     "gradients": ("gradients", gradients, {}),
     "gradients_one_epoch": ("gradients", lambda: gradients(EPOCHS[:1]), {}),
     "comparison": ("comparison", comparison, {}),

@@ -1,0 +1,1 @@
+"""Curvature of the loss while a network trains, beside the stability threshold of its optimizer."""

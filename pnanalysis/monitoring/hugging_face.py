@@ -1,0 +1,64 @@
+"""The curvature monitor as a callback of the Trainer of transformers, which has to be installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from pnanalysis.errors import ModelError
+from pnanalysis.inputs.data import DataLike
+from pnanalysis.inputs.models import Loss
+from pnanalysis.monitoring.monitor import CurvatureMonitor
+
+
+def own_loss(model: nn.Module, batch: tuple[Any, Any]) -> Tensor:
+    """The loss that a model of transformers computes from a batch with labels."""
+    loss: Tensor = model(**batch[0]).loss
+    return loss
+
+
+class CurvatureCallback(TrainerCallback):  # type: ignore[misc]  # Any, where transformers is not installed
+    """Record curvature while a ``transformers.Trainer`` trains: see :class:`pnanalysis.CurvatureMonitor`.
+
+    Only the first process measures.
+
+    Parameters
+    ----------
+    data
+        Batches with labels, such as a list of mappings, or ``trainer.get_train_dataloader()``.
+    loss : str or callable
+        That of the model by default.
+    **options
+        Of :class:`pnanalysis.CurvatureMonitor`.
+    """
+
+    def __init__(self, data: DataLike, loss: str | Loss = own_loss, **options: Any) -> None:
+        self.data, self.loss, self.options = data, loss, options
+        self.monitor: CurvatureMonitor | None = None
+
+    def dataset(self) -> xr.Dataset:
+        """All measurements of the last training.
+
+        Raises
+        ------
+        ModelError
+            If there are none.
+        """
+        if self.monitor is None:
+            raise ModelError("nothing has been measured: no training has begun with this callback in this process")
+        return self.monitor.dataset()
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: torch.optim.Optimizer, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.monitor = CurvatureMonitor(model, optimizer, self.data, self.loss, **self.options)
+            self.monitor.__enter__()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.__exit__(None, None, None)

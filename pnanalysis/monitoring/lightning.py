@@ -1,0 +1,75 @@
+"""The curvature monitor as a callback of PyTorch Lightning, which has to be installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import xarray as xr
+from torch import nn
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    from pytorch_lightning import Callback
+
+from pnanalysis.errors import ModelError
+from pnanalysis.inputs.data import DataLike
+from pnanalysis.inputs.models import Loss
+from pnanalysis.monitoring.monitor import CurvatureMonitor
+
+
+class CurvatureCallback(Callback):  # type: ignore[misc]  # Any, where Lightning is not installed
+    """Record curvature while a ``lightning.Trainer`` fits: see :class:`pnanalysis.CurvatureMonitor`.
+
+    Only the first process measures. Of several optimizers the first is watched.
+
+    Parameters
+    ----------
+    data, loss
+        As for :class:`pnanalysis.CurvatureMonitor`.
+    network : callable, optional
+        The network of a module, ``lambda module: module.network``; the module itself by default.
+    **options
+        Of :class:`pnanalysis.CurvatureMonitor`.
+    """
+
+    def __init__(
+        self,
+        data: DataLike,
+        loss: str | Loss = "cross_entropy",
+        *,
+        network: Callable[[nn.Module], nn.Module] | None = None,
+        **options: Any,
+    ) -> None:
+        self.data, self.loss, self.network, self.options = data, loss, network, options
+        self.monitor: CurvatureMonitor | None = None
+
+    def dataset(self) -> xr.Dataset:
+        """All measurements of the last fit.
+
+        Raises
+        ------
+        ModelError
+            If there are none.
+        """
+        if self.monitor is None:
+            raise ModelError("nothing has been measured: no fit has begun with this callback in this process")
+        return self.monitor.dataset()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        network = pl_module if self.network is None else self.network(pl_module)
+        self.monitor = CurvatureMonitor(network, trainer.optimizers[0], self.data, self.loss, **self.options)
+        self.monitor.__enter__()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.monitor is not None:
+            self.monitor.__exit__(None, None, None)

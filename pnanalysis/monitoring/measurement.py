@@ -1,0 +1,176 @@
+"""One measurement along training: extreme eigenvalues from where the last ones were, trace, gradients, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pnanalysis.arrays import Array
+from pnanalysis.curvature.batches import Batch
+from pnanalysis.curvature.operators import HessianOperator
+from pnanalysis.errors import CurvatureError
+from pnanalysis.inputs.copies import unwrapped
+from pnanalysis.inputs.models import Loss
+from pnanalysis.monitoring.noise_scale import noise_scale
+from pnanalysis.monitoring.preconditioners import PreconditionedOperator, Preconditioner, read_preconditioner
+from pnanalysis.spectra.inner_products import norms
+from pnanalysis.spectra.linear_operator import LinearOperator, as_operator
+from pnanalysis.spectra.random_vectors import random_unit_vectors
+from pnanalysis.spectra.restarted import extreme_pairs
+from pnanalysis.spectra.trace import trace_estimate
+
+#: A measured number, or several.
+Record = dict[str, float | Array]
+#: A function of the optimizer and the parameters by name, in place of :func:`read_preconditioner`.
+Reader = Callable[[torch.optim.Optimizer, Mapping[str, nn.Parameter]], Preconditioner | None]
+
+#: Length of the random part of a start vector, relative to that of the last eigenvectors. It finds eigenvalues that
+#: have come to the top since, of which these have no part.
+_RANDOM = 0.2
+#: Vectors of the Lanczos basis beyond two for each eigenvalue: from a good start, few products suffice.
+_FURTHER = 6
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure, and how well.
+
+    Attributes
+    ----------
+    top : int
+        Eigenvalues of the Hessian.
+    trace_probes : int
+        Products for the trace; none if 0.
+    tolerance : float
+        Largest residual of an eigenvalue, relative to the largest magnitude.
+    max_hvp : int
+        Products for the eigenvalues of one matrix.
+    seed : int
+    """
+
+    top: int = 1
+    trace_probes: int = 8
+    tolerance: float = 0.01
+    max_hvp: int = 200
+    seed: int = 0
+
+
+class Measurement:
+    """Measures a network again and again, on the same data.
+
+    Parameters
+    ----------
+    model : Module
+    loss : callable
+    batches : re-iterable of (inputs, targets)
+    wanted : Wanted
+    read : callable
+        See :data:`Reader`.
+    **options
+        Of :class:`pnanalysis.HessianOperator`.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, batches: Iterable[Batch], wanted: Wanted,
+        read: Reader = read_preconditioner, **options: Any,
+    ) -> None:  # fmt: skip
+        self.model, self.wanted, self.read = model, wanted, read
+        self.operator = HessianOperator(model, loss, batches, **options)
+        if wanted.top >= self.operator.n_parameters:
+            raise CurvatureError(
+                f"top is {wanted.top}, but there are only {self.operator.n_parameters} parameters; ask for fewer"
+            )
+        self._hessian, self._preconditioned = _Tracked(wanted), _Tracked(wanted)
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> Record:
+        """Measure at the weights that the network has now.
+
+        Raises
+        ------
+        CurvatureError
+            If the loss or a product is not finite.
+        """
+        op, wanted = self.operator, self.wanted
+        op.take_weights(self.model)
+        before = op.n_hvp
+        try:
+            values, residuals = self._hessian.pairs(op, wanted.top)
+            record: Record = {"eigenvalue": values, "residual": residuals, "lambda_max": values[0]}
+            record |= self._stability(optimizer, values[0], residuals[0])
+            if wanted.trace_probes:
+                trace = trace_estimate(op, "hutchinson", wanted.trace_probes, seed=wanted.seed)
+                record |= {"trace": trace.value, "trace_se": trace.se}
+            record |= self._gradients()
+            return record | {"loss": op.loss(), "n_hvp": float(op.n_hvp - before)}
+        finally:
+            op.release()
+
+    def _stability(self, optimizer: torch.optim.Optimizer, lambda_max: float, residual: float) -> Record:
+        """The largest eigenvalue of the preconditioned Hessian beside its threshold."""
+        found = self.read(optimizer, dict(unwrapped(self.model).named_parameters()))
+        if found is None:
+            return {}
+        record: Record = {"learning_rate": found.learning_rate, "threshold": found.threshold}
+        if found.constant:
+            moved = lambda_max + next(iter(found.decay.values()))
+            return record | {"preconditioned_lambda_max": moved, "preconditioned_residual": residual}
+        if found.inverse is None:  # before the first step
+            return record
+        inverse = self.operator.vector_of(found.inverse)
+        decay = self.operator.vector_of(
+            {name: torch.full_like(tensor, found.decay[name]) for name, tensor in found.inverse.items()}
+        )
+        values, residuals = self._preconditioned.pairs(PreconditionedOperator(self.operator, inverse, decay), 1)
+        return record | {"preconditioned_lambda_max": values[0], "preconditioned_residual": residuals[0]}
+
+    def _gradients(self) -> Record:
+        """Norm of the gradient over all data, and the noise scale from those of batches."""
+        op = self.operator
+        gradient = op.gradient().double()
+        record: Record = {"gradient_norm": float(gradient.norm())}
+        sizes, weights = np.array(op.batches.sizes, dtype=float), np.array(op.batches.weights)
+        if len(sizes) < 2 or not np.allclose(weights, sizes / sizes.sum()):
+            return record | {"gradient_noise_scale": np.nan, "gradient_noise_scale_se": np.nan}
+        mean = torch.zeros_like(gradient)
+        for size, one in zip(sizes, op.batch_gradients(), strict=True):
+            mean.add_(one.double(), alpha=size / sizes.sum())
+        products = [(float(one.double() @ one.double()), float(one.double() @ mean)) for one in op.batch_gradients()]
+        squares, along = np.array(products).T
+        noise = noise_scale(sizes, squares, along, float(mean @ mean))
+        return record | {"gradient_noise_scale": noise.value, "gradient_noise_scale_se": noise.se}
+
+
+class _Tracked:
+    """The largest eigenvalues of a matrix that changes slowly."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+        self._last: Tensor | None = None
+
+    def pairs(self, operator: Any, k: int) -> tuple[Array, Array]:
+        """The ``k`` largest eigenvalues, NaN where they have not converged, and the residuals of all."""
+        operator, wanted = as_operator(operator), self.wanted
+        n_vectors = min(2 * k + _FURTHER, operator.shape[0])
+        found = extreme_pairs(
+            operator, k, n_vectors=n_vectors, tolerance=wanted.tolerance, max_hvp=wanted.max_hvp, seed=wanted.seed,
+            start=self._start(operator),
+        )  # fmt: skip
+        # by products of their own: the recurrence would not notice if products were not those of one symmetric matrix
+        rest = operator.matmat(found.vector) - found.vector * torch.from_numpy(found.value).to(found.vector)
+        residual = norms(rest).cpu().numpy().astype(float)
+        self._last = found.vector
+        value = np.where(residual <= 2 * wanted.tolerance * found.scale, found.value, np.nan)
+        short = k - len(value)  # an invariant space of fewer dimensions was found
+        return np.pad(value, (0, short), constant_values=np.nan), np.pad(residual, (0, short), constant_values=np.nan)
+
+    def _start(self, operator: LinearOperator) -> Tensor | None:
+        if self._last is None:
+            return None
+        random = random_unit_vectors(operator, [0], self.wanted.seed)
+        last = self._last.to(random)
+        return torch.cat([last, random * (_RANDOM * last.shape[1] ** 0.5)], dim=1)

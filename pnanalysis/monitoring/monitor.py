@@ -1,0 +1,303 @@
+"""Curvature while a network trains: sharpness beside the stability threshold of the optimizer, in any training loop."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from pnanalysis import schema
+from pnanalysis.checks import at_least, check_seed, positive
+from pnanalysis.errors import ModelError, PnError, reason
+from pnanalysis.inputs.copies import unwrapped
+from pnanalysis.inputs.data import DataLike, as_splits
+from pnanalysis.inputs.models import Loss, resolve_loss
+from pnanalysis.inputs.random_states import random_states_kept
+from pnanalysis.inputs.splits import Split
+from pnanalysis.io.datasets import check_destination, save
+from pnanalysis.kinds import SCHEMAS
+from pnanalysis.monitoring.cost import CostCap
+from pnanalysis.monitoring.measurement import Measurement, Reader, Record, Wanted
+from pnanalysis.monitoring.preconditioners import Preconditioner, read_preconditioner
+from pnanalysis.monitoring.sinks import as_sink
+
+#: Cost where neither a cap nor a number of steps is given.
+DEFAULT_COST = 0.05
+
+
+class CurvatureMonitor:
+    """Record curvature along a training: sharpness beside the threshold at which the optimizer's steps are unstable.
+
+    Measurements are made right after a step of the optimizer, on a copy of the network. Weights, gradients, modes of
+    modules, random numbers and the optimizer's state stay as they are, so that training is the same with and without
+    a monitor. An error in the first measurement is raised; later ones, of a network that has diverged for example, are
+    warned of, and training goes on.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network that is trained; compiled and wrapped ones too.
+    optimizer : torch.optim.Optimizer
+        What trains it. The preconditioners of SGD, Adam, AdamW, RMSprop and Adagrad are known.
+    data : (inputs, targets), DataLoader, Dataset, list of batches or mapping of splits
+        What to measure on: the training data, for the edge of stability. Read once, at the start.
+    loss : str or callable
+        As for :class:`pnanalysis.HessianOperator`, or the name of a loss.
+    every : int, optional
+        Steps from one measurement to the next (``len(loader)`` for one per epoch), the first before the first step.
+        By default as often as ``max_cost`` allows.
+    max_cost : float, optional
+        The most time that measurements may take, relative to training: measurements are put off until they are within
+        it. 0.05 if ``every`` is not given, else no cap. The first measurement, before any training, is paid for by
+        what follows.
+    n : int or None
+        Examples to measure on, drawn by ``seed``; of a loader, the leading batches. All if ``None``.
+    batch_size : int
+        Most examples per pass, where the data are not batches already. The gradient noise scale needs several batches.
+    top : int
+        How many eigenvalues of the Hessian.
+    trace_probes : int
+        Products for the trace; 0 for no trace.
+    tolerance : float
+        Largest residual of an eigenvalue relative to the largest magnitude; others are NaN.
+    max_hvp : int
+        The most products for the eigenvalues of one matrix.
+    path : path, optional
+        Save the dataset there after each measurement.
+    sinks : sequence
+        Functions of the step and a mapping of numbers, or paths of CSV files; see :mod:`pnanalysis.monitoring.sinks`
+        for TensorBoard and Weights & Biases.
+    preconditioner : callable, optional
+        For other optimizers: a function of the optimizer and the parameters by name that returns a
+        :class:`pnanalysis.monitoring.preconditioners.Preconditioner`.
+    seed : int
+    **options
+        Passed to :class:`pnanalysis.HessianOperator`: ``params``, ``bn_mode``, ``dtype``, ``weight_decay``...
+
+    Raises
+    ------
+    PnError
+        If an argument is out of range, the data or the loss do not fit the network, or it has no such parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x, y = torch.randn(64, 4), torch.randn(64, 1)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with CurvatureMonitor(model, optimizer, (x, y), loss="mse", every=10) as monitor:
+    ...     for _ in range(20):
+    ...         optimizer.zero_grad()
+    ...         torch.nn.functional.mse_loss(model(x), y).backward()
+    ...         optimizer.step()
+    >>> ds = monitor.dataset()
+    >>> ds.step.values.tolist(), ds.threshold.values.tolist()
+    ([0, 10, 20], [20.0, 20.0, 20.0])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: DataLike,
+        loss: str | Loss = "cross_entropy",
+        *,
+        every: int | None = None,
+        max_cost: float | None = None,
+        n: int | None = 1000,
+        batch_size: int = 250,
+        top: int = 1,
+        trace_probes: int = 8,
+        tolerance: float = 0.01,
+        max_hvp: int = 200,
+        path: str | os.PathLike[str] | None = None,
+        sinks: Sequence[Any] = (),
+        preconditioner: Reader | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        at_least(1, every=every, n=n, batch_size=batch_size, top=top, max_hvp=max_hvp)
+        positive(max_cost=max_cost, tolerance=tolerance)
+        check_seed(seed=seed)
+        if trace_probes:
+            at_least(2, trace_probes=trace_probes)
+        if every is None and max_cost is None:
+            max_cost = DEFAULT_COST
+        self.model, self.optimizer = model, _inner_optimizer(optimizer)
+        self.every, self.step = every or 1, 0
+        self.path = None if path is None else check_destination(path)
+        self._sinks = [as_sink(one) for one in sinks]
+        self._records: list[Record] = []
+        self._steps: list[int] = []
+        self._seconds: list[float] = []
+        self._hooks = ExitStack()
+        self._read_by: Reader = preconditioner or read_preconditioner
+        self._said: set[str] = set()
+        self._n_failed = 0
+        self._attrs: dict[str, Any] = {
+            "optimizer": type(self.optimizer).__name__, "model": type(unwrapped(model)).__name__, "every": every,
+            "max_cost": max_cost, "seed": seed, "top": top, "trace_probes": trace_probes, "tolerance": tolerance,
+            "max_hvp": max_hvp, "trace_se_covers": "probes",
+        }  # fmt: skip
+        options.setdefault("dtype", _precision(model))
+        device = torch.device(options.get("device") or next(unwrapped(model).parameters()).device)
+        self._cost = CostCap(max_cost, device)
+        with self._cost.measured(), _untouched():
+            part = as_splits(data).examples("train", n, seed, device, options["dtype"])
+            size = _even(len(part), batch_size) if isinstance(part, Split) else batch_size
+            wanted = Wanted(top, trace_probes, tolerance, max_hvp, seed)
+            self._measurement = Measurement(
+                model, resolve_loss(loss), part.batches(size), wanted, self._reading, **options
+            )
+        operator = self._measurement.operator
+        self._attrs |= {"n": operator.n_examples, "device": str(device), "dtype": str(operator.dtype).split(".")[-1]}
+
+    def __enter__(self) -> CurvatureMonitor:
+        self._hooks.callback(self.optimizer.register_step_post_hook(self._after_step).remove)
+        if not self._steps:
+            self.measure()
+        self._cost.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.close()
+        self._cost.stop()
+        if self.path is not None and self._steps:
+            self.save(self.path)  # with the cost of the whole training
+
+    @property
+    def cost(self) -> float:
+        """Time of measurements so far relative to that of training."""
+        return self._cost.cost
+
+    def measure(self) -> None:
+        """Measure now, whatever the cost; once for each step.
+
+        Raises
+        ------
+        PnError
+            If the loss or a product is not finite.
+        """
+        if self._steps and self._steps[-1] == self.step:
+            return
+        with self._cost.measured(), _untouched():
+            record = self._measurement(self.optimizer)
+        self._records.append(record)
+        self._steps.append(self.step)
+        self._seconds.append(self._cost.last)
+        with self._cost.measured(continued=True):
+            for sink in self._sinks:
+                sink(self.step, {name: float(record.get(name, np.nan)) for name in _SCALARS})
+            if self.path is not None:
+                self.save(self.path)
+
+    def dataset(self) -> xr.Dataset:
+        """All measurements so far: kind ``curvature_monitor``, along ``step`` (of the optimizer, from 0).
+
+        Raises
+        ------
+        ModelError
+            If there are none.
+        """
+        if not self._steps:
+            raise ModelError(
+                "nothing has been measured: the optimizer made no step within the monitor's `with`, or the training "
+                "was too short for max_cost"
+            )
+        ds = xr.Dataset(coords={"step": self._steps, "pair": np.arange(1, self._attrs["top"] + 1)})
+        for name in SCHEMAS["curvature_monitor"]:
+            if name == "seconds":
+                ds[name] = "step", self._seconds
+            elif name in ("eigenvalue", "residual"):
+                ds[name] = ("step", "pair"), np.stack([record[name] for record in self._records])
+            elif any(name in record for record in self._records):
+                ds[name] = "step", [float(record.get(name, np.nan)) for record in self._records]
+        cost = self.cost
+        return schema.finish(
+            ds, "curvature_monitor", **self._attrs, cost=cost if np.isfinite(cost) else None,
+            n_failed=self._n_failed or None,
+            training_seconds=self._cost.training,
+        )  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write :meth:`dataset` as NetCDF4, or as Zarr if the path ends in ``.zarr``."""
+        return save(self.dataset(), path)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.step += 1
+        if self.step % self.every == 0 and self._cost.affordable():
+            try:
+                self.measure()
+            except Exception as error:  # of a network that has diverged, a full disk, a sink: training goes on
+                self._n_failed += 1
+                self._warn(str(error) if isinstance(error, PnError) else reason(error), f"step {self.step}: ")
+
+    def _reading(
+        self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    ) -> Preconditioner | None:
+        """The preconditioner, if it is known; if not, that is said once."""
+        try:
+            return self._read_by(optimizer, parameters)
+        except ModelError as error:
+            self._warn(f"no threshold and no preconditioned Hessian: {error}")
+            return None
+
+    def _warn(self, text: str, where: str = "") -> None:
+        """Say it once, however often it happens."""
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"curvature monitor: {where}{text}", stacklevel=2)
+
+
+@contextmanager
+def _untouched() -> Iterator[None]:
+    """Random numbers and torch's modes are left as the user has them; in the body, gradients can be computed."""
+    with random_states_kept(), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+#: The scalars of a measurement, in the order of the dataset.
+_SCALARS = tuple(name for name, one in SCHEMAS["curvature_monitor"].items() if not one.dims and name != "seconds")
+
+
+def _even(n: int, batch_size: int) -> int:
+    """At most the size given, and such that all batches are equal if that takes no more than twice as many."""
+    fewest = -(-n // batch_size)
+    return -(-n // next((k for k in range(fewest, 2 * fewest + 1) if n % k == 0), fewest))
+
+
+def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside the wrappers of Accelerate and Lightning.
+
+    Raises
+    ------
+    ModelError
+        If there is none.
+    """
+    inner = optimizer
+    while inner is not None and type(inner).__module__.partition(".")[0] in (
+        "accelerate",
+        "lightning",
+        "pytorch_lightning",
+    ):
+        inner = getattr(inner, "optimizer", None)
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise ModelError(f"a {type(optimizer).__name__} is no torch.optim.Optimizer, whose steps can be watched")
+    return inner
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """That of the parameters, but at least single."""
+    found = [p.real.dtype for p in unwrapped(model).parameters() if p.is_floating_point() or p.is_complex()]
+    return torch.promote_types(found[0], torch.float32) if found else torch.float32

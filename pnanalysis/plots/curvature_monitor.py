@@ -1,0 +1,78 @@
+"""Curvature along training beside the threshold at which the optimizer's steps are unstable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pnanalysis.plots.style import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREEN,
+    MARKERS,
+    PAGE,
+    VERMILION,
+    few,
+    log_axis,
+    new_figure,
+)
+
+
+def curvature_monitor(ds: xr.Dataset) -> Figure:
+    """The largest eigenvalue that the optimizer sees with its threshold, those of the Hessian, loss and gradient.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        Kind ``curvature_monitor``.
+    """
+    figure = new_figure(PAGE, 4.0)
+    (stability, spectrum), (loss, gradient) = figure.subplots(2, 2, sharex=True)
+    _stability(ds, stability)
+    _curves(ds, ds.eigenvalue, spectrum)
+    spectrum.set_ylabel("eigenvalues [loss]")
+    for ax, name, colour in ((loss, "loss", BLUE), (gradient, "gradient_norm", GREEN)):
+        ax.plot(ds.step, ds[name], color=colour, **_marks(ds))
+        ax.set_ylabel({"loss": "loss", "gradient_norm": "norm of the gradient"}[name])
+        ax.set_xlabel("step of the optimizer")
+        found = ds[name].values[np.isfinite(ds[name].values)]
+        if len(found) and found.min() > 0:
+            log_axis(ax, float(found.min()), float(found.max()))
+    return figure
+
+
+def _stability(ds: xr.Dataset, ax: Axes) -> None:
+    """The preconditioned eigenvalue and its threshold; that of the Hessian where there is none."""
+    if "preconditioned_lambda_max" not in ds or not bool(ds.preconditioned_lambda_max.notnull().any()):
+        ax.plot(ds.step, ds.lambda_max, color=VERMILION, **_marks(ds))
+        ax.set_ylabel("$\\lambda_{\\max}$ of the Hessian [loss]")
+        return
+    ax.plot(ds.step, ds.preconditioned_lambda_max, color=VERMILION, label="largest eigenvalue", **_marks(ds))
+    threshold = ds.threshold.where(np.isfinite(ds.threshold))  # infinite where the learning rate is 0
+    ax.plot(ds.step, threshold, color=BLACK, linestyle="--", linewidth=0.9, label="stability threshold")
+    adaptive = ds.attrs.get("optimizer") != "SGD"
+    ax.set_ylabel(
+        "preconditioned $\\lambda_{\\max}$ [loss]" if adaptive else "$\\lambda_{\\max}$ of the Hessian [loss]"
+    )
+    ax.set_ylim(bottom=min(0.0, 1.1 * float(ds.preconditioned_lambda_max.min())))
+    ax.legend(loc="lower right")
+
+
+def _curves(ds: xr.Dataset, values: xr.DataArray, ax: Axes) -> None:
+    for i, pair in enumerate(ds.pair.values):
+        looks: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        looks["marker"] = few(ds.sizes["step"]) and MARKERS[i % len(MARKERS)]
+        ax.plot(ds.step, values.sel(pair=pair), label=f"{pair}", **looks)
+    if ds.sizes["pair"] > 1:
+        ax.legend(title="rank", ncols=min(ds.sizes["pair"], 5))
+
+
+def _marks(ds: xr.Dataset) -> dict[str, Any]:
+    """A marker for each point where there are few."""
+    return {"marker": few(ds.sizes["step"])}

@@ -1,0 +1,93 @@
+"""The monitor as a callback: the same numbers as in a plain loop, and the same training as without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+FEW: dict[str, Any] = {"expected_products": 10, "trace_probes": 2}
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(48, 3, generator=generator), torch.randint(2, (48,), generator=generator)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_lightning(inner: bool, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    from pnanalysis.monitoring.lightning import CurvatureCallback
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.1), nn.Linear(4, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network(x)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    modules = []
+    callback = CurvatureCallback(data(), every=2, network=(lambda m: m.network) if inner else None, **FEW)
+    for callbacks in ([], [callback]):
+        module = Classifier()
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=callbacks, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=16, shuffle=True))
+        modules.append(module)
+    for mine, other in zip(*(module.parameters() for module in modules), strict=True):
+        assert torch.equal(mine, other)
+    ds = callback.dataset()
+    assert ds.step.values.tolist() == [0, 2, 4, 6]
+    assert ds.attrs["optimizer"] == "Adam"
+    assert np.isfinite(ds.preconditioned_lambda_max[1:]).all()
+    with torch.no_grad():
+        loss = F.cross_entropy(modules[1].eval()(data()[0]), data()[1])
+    assert float(ds.loss[-1]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from pnanalysis.monitoring.hugging_face import CurvatureCallback
+
+    tokens = torch.randint(5, 20, (16, 6), generator=torch.Generator().manual_seed(0))
+    examples = [{"input_ids": t, "attention_mask": torch.ones_like(t), "labels": t[0] % 2} for t in tokens]
+    batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+    settings = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=2, per_device_train_batch_size=8, report_to=[], save_strategy="no", seed=0,
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    callback, models = CurvatureCallback([batch], every=2, **FEW), []
+    for callbacks in ([], [callback]):
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+            max_position_embeddings=8,
+        )  # fmt: skip
+        model = transformers.BertForSequenceClassification(config)
+        transformers.Trainer(model, settings, train_dataset=examples, callbacks=callbacks).train()
+        models.append(model)
+    for mine, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(mine, other)
+    ds = callback.dataset()
+    assert ds.step.values.tolist() == [0, 2, 4]
+    assert ds.attrs["optimizer"] == "AdamW"
+    assert np.isfinite(ds.preconditioned_lambda_max[1:]).all()
+    with torch.no_grad():
+        assert float(ds.loss[-1]) == pytest.approx(float(models[1].eval()(**batch).loss), rel=1e-5)
