@@ -317,6 +317,18 @@ class CurvatureOperator:
         with self._passes():
             return value + float(self._regulariser.value(self._theta))
 
+    def loss_at(self, offset: Tensor) -> float:
+        """The same at the chosen parameters plus an offset ``(P,)``."""
+        parts = split_vector(offset.to(self.device, self.dtype), self.parameter_shapes)
+        theta = {name: self._theta[name] + part for name, part in zip(self.names, parts, strict=True)}
+
+        def compute() -> float:
+            return sum(weight * float(self._loss(at, theta).detach()) for _, weight, at in self._weighted())
+
+        value = self._in_passes_that_fit(compute)
+        with self._passes():
+            return value + float(self._regulariser.value(theta))
+
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, ``(P,)``, weight decay and penalty included."""
         total = self._in_passes_that_fit(self._sum_of_gradients)

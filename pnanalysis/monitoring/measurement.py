@@ -16,6 +16,7 @@ from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.models import Loss
+from pnanalysis.monitoring.critical_sharpness import critical_scale
 from pnanalysis.monitoring.noise_scale import noise_scale
 from pnanalysis.monitoring.preconditioners import PreconditionedOperator, Preconditioner, read_preconditioner
 from pnanalysis.spectra.inner_products import norms
@@ -87,8 +88,14 @@ class Measurement:
             )
         self._hessian, self._preconditioned = _Tracked(wanted), _Tracked(wanted)
 
-    def __call__(self, optimizer: torch.optim.Optimizer) -> Record:
+    def __call__(self, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor] | None = None) -> Record:
         """Measure at the weights that the network has now.
+
+        Parameters
+        ----------
+        optimizer : Optimizer
+        before : mapping of str to Tensor, optional
+            The parameters before its last step, for the critical sharpness.
 
         Raises
         ------
@@ -97,7 +104,7 @@ class Measurement:
         """
         op, wanted = self.operator, self.wanted
         op.take_weights(self.model)
-        before = op.n_hvp
+        n_before = op.n_hvp
         try:
             values, residuals = self._hessian.pairs(op, wanted.top)
             record: Record = {"eigenvalue": values, "residual": residuals, "lambda_max": values[0]}
@@ -106,7 +113,9 @@ class Measurement:
                 trace = trace_estimate(op, "hutchinson", wanted.trace_probes, seed=wanted.seed)
                 record |= {"trace": trace.value, "trace_se": trace.se}
             record |= self._gradients()
-            return record | {"loss": op.loss(), "n_hvp": float(op.n_hvp - before)}
+            if before is not None:
+                record |= self._critical(optimizer, before)
+            return record | {"loss": op.loss(), "n_hvp": float(op.n_hvp - n_before)}
         finally:
             op.release()
 
@@ -127,6 +136,19 @@ class Measurement:
         )
         values, residuals = self._preconditioned.pairs(PreconditionedOperator(self.operator, inverse, decay), 1)
         return record | {"preconditioned_lambda_max": values[0], "preconditioned_residual": residuals[0]}
+
+    def _critical(self, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor]) -> Record:
+        """The critical sharpness of the last step, and an interval that it is in."""
+        op = self.operator
+        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        back = op.vector_of(before) - op.vector_of(dict(unwrapped(self.model).named_parameters()))
+        moved = rate > 0 and bool(back.any())
+        low, high = critical_scale(lambda scale: op.loss_at((1 - scale) * back)) if moved else (np.nan, np.nan)
+        return {
+            "critical_sharpness": 2 / (rate * (low * high) ** 0.5) if moved else np.nan,
+            "critical_sharpness_low": 2 / (rate * high) if moved else np.nan,
+            "critical_sharpness_high": 2 / (rate * low) if moved else np.nan,
+        }
 
     def _gradients(self) -> Record:
         """Norm of the gradient over all data, and the noise scale from those of batches."""

@@ -143,6 +143,7 @@ class CurvatureMonitor:
         self._read_by: Reader = preconditioner or read_preconditioner
         self._said: set[str] = set()
         self._n_failed = 0
+        self._before: dict[str, torch.Tensor] | None = None  # parameters before the step that is under way
         self._attrs: dict[str, Any] = {
             "optimizer": type(self.optimizer).__name__, "model": type(unwrapped(model)).__name__, "every": every,
             "max_cost": max_cost, "seed": seed, "top": top, "trace_probes": trace_probes, "tolerance": tolerance,
@@ -162,6 +163,7 @@ class CurvatureMonitor:
         self._attrs |= {"n": operator.n_examples, "device": str(device), "dtype": str(operator.dtype).split(".")[-1]}
 
     def __enter__(self) -> CurvatureMonitor:
+        self._hooks.callback(self.optimizer.register_step_pre_hook(self._before_step).remove)
         self._hooks.callback(self.optimizer.register_step_post_hook(self._after_step).remove)
         if not self._steps:
             self.measure()
@@ -192,7 +194,7 @@ class CurvatureMonitor:
         if self._steps and self._steps[-1] == self.step:
             return
         with self._cost.measured(), _untouched():
-            record = self._measurement(self.optimizer)
+            record = self._measurement(self.optimizer, self._before)
         self._records.append(record)
         self._steps.append(self.step)
         self._seconds.append(self._cost.last)
@@ -234,6 +236,11 @@ class CurvatureMonitor:
         """Write :meth:`dataset` as NetCDF4, or as Zarr if the path ends in ``.zarr``."""
         return save(self.dataset(), path)
 
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (self.step + 1) % self.every == 0 and self._cost.affordable():
+            parameters = unwrapped(self.model).named_parameters()
+            self._before = {name: parameter.detach().clone() for name, parameter in parameters}
+
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.step += 1
         if self.step % self.every == 0 and self._cost.affordable():
@@ -242,6 +249,7 @@ class CurvatureMonitor:
             except Exception as error:  # of a network that has diverged, a full disk, a sink: training goes on
                 self._n_failed += 1
                 self._warn(str(error) if isinstance(error, PnError) else reason(error), f"step {self.step}: ")
+        self._before = None
 
     def _reading(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]

@@ -1,0 +1,46 @@
+"""Critical sharpness of quadratic losses is the curvature along the gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pnanalysis as pn
+from pnanalysis.monitoring.critical_sharpness import critical_scale
+
+
+@pytest.mark.parametrize("place", [0.013, 0.7, 1.0, 3.3, 900.0])
+def test_the_place_is_in_the_interval(place: float) -> None:
+    low, high = critical_scale(lambda s: 5 + s * (s - place))
+    assert low <= place * (1 + 1e-12)
+    assert place <= high <= 1.05 * low
+
+
+def test_a_loss_that_always_or_never_rises_has_none() -> None:
+    assert np.isnan(critical_scale(lambda s: s)).all()
+    assert np.isnan(critical_scale(lambda s: -s)).all()
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.4])
+def test_gradient_descent_on_a_quadratic_loss(rate: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(40, k, dtype=torch.float64, generator=generator) for k in (5, 2))
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2, bias=False).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    options = {"every": 1, "expected_products": 10, "batch_size": 40}
+    hessian = pn.HessianOperator(model, F.mse_loss, [(x, y)], expected_products=10).to_dense()
+    with pn.CurvatureMonitor(model, optimizer, (x, y), F.mse_loss, **options) as monitor:
+        for step in (1, 2):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            g = model.weight.grad.flatten().clone()
+            optimizer.step()
+            ds = monitor.dataset().sel(step=step)
+            exact = float(g @ hessian @ g / (g @ g))
+            assert float(ds.critical_sharpness_low) <= exact <= float(ds.critical_sharpness_high)
+            assert float(ds.critical_sharpness_high / ds.critical_sharpness_low) <= 1.05
+            assert float(ds.critical_sharpness) == pytest.approx(exact, rel=0.03)
