@@ -21,7 +21,7 @@ def own_loss(model: nn.Module, batch: tuple[Any, Any]) -> Tensor:
     return loss
 
 
-class CurvatureCallback(TrainerCallback):  # type: ignore[misc]  # Any, where transformers is not installed
+class CurvatureCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]  # Any, where transformers is not installed
     """Record curvature while a ``transformers.Trainer`` trains: see :class:`pnanalysis.CurvatureMonitor`.
 
     Only the first process measures.
@@ -52,7 +52,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]  # Any, where tr
             raise ModelError("nothing has been measured: no training has begun with this callback in this process")
         return self.monitor.dataset()
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override, unused-ignore]
         self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: torch.optim.Optimizer, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:

@@ -11,7 +11,7 @@ from torch import nn
 try:
     from lightning.pytorch import Callback
 except ImportError:
-    from pytorch_lightning import Callback
+    from pytorch_lightning import Callback  # type: ignore[assignment, unused-ignore]
 
 from pnanalysis.errors import ModelError
 from pnanalysis.inputs.data import DataLike
@@ -19,7 +19,7 @@ from pnanalysis.inputs.models import Loss
 from pnanalysis.monitoring.monitor import CurvatureMonitor
 
 
-class CurvatureCallback(Callback):  # type: ignore[misc]  # Any, where Lightning is not installed
+class CurvatureCallback(Callback):  # type: ignore[misc, unused-ignore]  # Any, where Lightning is not installed
     """Record curvature while a ``lightning.Trainer`` fits: see :class:`pnanalysis.CurvatureMonitor`.
 
     Only the first process measures. Of several optimizers the first is watched.
