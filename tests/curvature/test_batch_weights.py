@@ -150,3 +150,12 @@ def test_a_loss_of_whole_batches_is_refused_unless_they_are_weighed() -> None:
 def test_weights_that_are_none_are_refused(weight: Any) -> None:
     with pytest.raises(CurvatureError, match="weight"):
         HessianOperator(network(), tokens_loss, [(TOKENS, LABELS)] * 2, weight=weight)
+
+
+def test_any_positive_weight_is_taken() -> None:
+    batches = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(2)]
+    weights = {id(targets): weight for (_, targets), weight in zip(batches, (0.25, 0.75), strict=True)}
+    model, loss = nn.Linear(3, 2), nn.CrossEntropyLoss()
+    op = HessianOperator(model, loss, batches, weight=lambda inputs, targets: weights[id(targets)])
+    one, other = (HessianOperator(model, loss, [batch]).to_dense() for batch in batches)
+    torch.testing.assert_close(op.to_dense(), 0.25 * one + 0.75 * other)

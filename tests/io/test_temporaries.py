@@ -229,3 +229,24 @@ def test_a_run_is_not_begun_in_a_folder_that_is_gone(tmp_path: Path) -> None:
         RunWriter.create(tmp_path / "sweep" / "run", {}, parents=False)
     assert not (tmp_path / "sweep").exists()
     RunWriter.create(tmp_path / "sweep" / "run", {}).release()
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "long.zarr"
+    folder.mkdir()
+    (folder / "old").write_text("kept")
+    replace = os.replace
+
+    def fails(source: object, target: object) -> None:
+        if (
+            Path(str(source)).name == "long.zarr" and Path(str(source)).parent != tmp_path
+        ):  # the new one, into its place
+            raise OSError("no room")
+        replace(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="no room"), atomic_directory(folder) as new:
+        new.mkdir()
+        (new / "new").write_text("never")
+    assert [path.name for path in tmp_path.iterdir()] == ["long.zarr"]
+    assert (folder / "old").read_text() == "kept"
