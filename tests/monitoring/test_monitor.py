@@ -187,6 +187,19 @@ def test_a_warm_start_saves_products() -> None:
     assert counts[1] < counts[0]
 
 
+def test_single_batches_have_eigenvalues_of_their_own() -> None:
+    (x, y), model = data(dtype=torch.float64), network(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"every": 1, "batch_size": 20, "batches": True, "tolerance": 1e-6, "trace_probes": 0}
+    with pn.CurvatureMonitor(model, optimizer, (x, y), n=None, **options, **FEW) as monitor:
+        step(model, optimizer, x, y)
+    ds = monitor.dataset().sel(step=1)
+    parts = [(x[i : i + 20], y[i : i + 20]) for i in (0, 20, 40)]
+    dense = [pn.HessianOperator(model, F.cross_entropy, [part], **FEW).to_dense() for part in parts]
+    np.testing.assert_allclose(ds.batch_lambda_max, [torch.linalg.eigvalsh(one)[-1] for one in dense], rtol=1e-9)
+    assert len(pn.plots.plot(monitor.dataset()).axes) == 4
+
+
 def test_measurements_are_saved_and_given_to_sinks(tmp_path: Path) -> None:
     model = network()
     optimizer = torch.optim.Adam(model.parameters())
