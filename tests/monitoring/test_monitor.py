@@ -104,7 +104,8 @@ def test_training_is_the_same_bit_by_bit(name: str) -> None:
         if monitor:
             monitor.__exit__(None, None, None)
             assert monitor.dataset().step.values.tolist() == [0, 2, 4, 6]
-        assert not (optimizer._optimizer_step_post_hooks or optimizer._optimizer_step_pre_hooks)
+        assert not optimizer._optimizer_step_post_hooks
+        assert not optimizer._optimizer_step_pre_hooks
         states.append(copy.deepcopy(state_of(model, optimizer)))
     assert_same(*states)
 
