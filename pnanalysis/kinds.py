@@ -367,6 +367,7 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "threshold": _var("", "loss", "largest eigenvalue at which steps are stable", _OPTIONAL),
         "learning_rate": _var("", "1", "learning rate", _OPTIONAL),
         **_with_se("trace", "", "loss", "trace of the Hessian", _OPTIONAL),
+        "batch_lambda_max": _var("batch", "loss", "largest eigenvalue of the Hessian of a single batch", _OPTIONAL),
         "critical_sharpness": _var("", "loss", "critical sharpness along the last step", _OPTIONAL),
         "critical_sharpness_low": _var("", "loss", "lower end of the interval that it is in", _OPTIONAL),
         "critical_sharpness_high": _var("", "loss", "upper end of the interval that it is in", _OPTIONAL),

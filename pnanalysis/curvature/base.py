@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.arrays import Array
+from pnanalysis.curvature.batch_matrix import BatchMatrix
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch, WeightedBatches, channels_last, has_batch_norm
 from pnanalysis.curvature.blocks import Block
@@ -381,6 +382,15 @@ class CurvatureOperator:
         """
         for _, _, at in self._weighted():
             yield join_tensors(self._loss.gradient(at, self._theta))
+
+    def batch_matrices(self) -> Iterator[BatchMatrix]:
+        """The matrix of the loss of each batch, without weight decay and penalty; to be used before the next is taken.
+
+        The batches are those of :meth:`batch_gradients`.
+        """
+        with self._passes():
+            for _, _, product in self._products([torch.zeros_like(theta) for theta in self._theta.values()]):
+                yield BatchMatrix(product, self.parameter_shapes, self.device, self.dtype)
 
     def take_weights(self, model: nn.Module) -> None:
         """Move to the weights and buffers that the network has now; data, checks and traced programs stay.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import xarray as xr
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -21,7 +20,7 @@ def own_loss(model: nn.Module, batch: tuple[Any, Any]) -> Tensor:
     return loss
 
 
-class CurvatureCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]  # Any, where transformers is not installed
+class CurvatureCallback(TrainerCallback):
     """Record curvature while a ``transformers.Trainer`` trains: see :class:`pnanalysis.CurvatureMonitor`.
 
     Only the first process measures.
@@ -52,11 +51,9 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]  
             raise ModelError("nothing has been measured: no training has begun with this callback in this process")
         return self.monitor.dataset()
 
-    def on_train_begin(  # type: ignore[override, unused-ignore]
-        self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: torch.optim.Optimizer, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.monitor = CurvatureMonitor(model, optimizer, self.data, self.loss, **self.options)
+            self.monitor = CurvatureMonitor(kwargs["model"], kwargs["optimizer"], self.data, self.loss, **self.options)
             self.monitor.__enter__()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import xarray as xr
 from torch import nn
-
-try:
-    from lightning.pytorch import Callback
-except ImportError:
-    from pytorch_lightning import Callback  # type: ignore[assignment, unused-ignore]
 
 from pnanalysis.errors import ModelError
 from pnanalysis.inputs.data import DataLike
 from pnanalysis.inputs.models import Loss
 from pnanalysis.monitoring.monitor import CurvatureMonitor
 
+#: Of the package that is installed; a Trainer takes those of its own only.
+Callback: Any = import_module("lightning.pytorch" if find_spec("lightning") else "pytorch_lightning").Callback
 
-class CurvatureCallback(Callback):  # type: ignore[misc, unused-ignore]  # Any, where Lightning is not installed
+
+class CurvatureCallback(Callback):
     """Record curvature while a ``lightning.Trainer`` fits: see :class:`pnanalysis.CurvatureMonitor`.
 
     Only the first process measures. Of several optimizers the first is watched.

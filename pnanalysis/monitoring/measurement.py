@@ -52,6 +52,8 @@ class Wanted:
     max_hvp : int
         Products for the eigenvalues of one matrix.
     seed : int
+    batches : bool
+        Whether to find the largest eigenvalue of each batch, too.
     """
 
     top: int = 1
@@ -59,6 +61,7 @@ class Wanted:
     tolerance: float = 0.01
     max_hvp: int = 200
     seed: int = 0
+    batches: bool = False
 
 
 class Measurement:
@@ -87,6 +90,7 @@ class Measurement:
                 f"top is {wanted.top}, but there are only {self.operator.n_parameters} parameters; ask for fewer"
             )
         self._hessian, self._preconditioned = _Tracked(wanted), _Tracked(wanted)
+        self._by_batch: dict[int, _Tracked] = {}
 
     def __call__(self, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor] | None = None) -> Record:
         """Measure at the weights that the network has now.
@@ -113,9 +117,11 @@ class Measurement:
                 trace = trace_estimate(op, "hutchinson", wanted.trace_probes, seed=wanted.seed)
                 record |= {"trace": trace.value, "trace_se": trace.se}
             record |= self._gradients()
+            each = self._batches() if wanted.batches else ()
+            record |= {"batch_lambda_max": np.array([value for value, _ in each])} if wanted.batches else {}
             if before is not None:
                 record |= self._critical(optimizer, before)
-            return record | {"loss": op.loss(), "n_hvp": float(op.n_hvp - n_before)}
+            return record | {"loss": op.loss(), "n_hvp": op.n_hvp - n_before + sum(n for _, n in each)}
         finally:
             op.release()
 
@@ -136,6 +142,14 @@ class Measurement:
         )
         values, residuals = self._preconditioned.pairs(PreconditionedOperator(self.operator, inverse, decay), 1)
         return record | {"preconditioned_lambda_max": values[0], "preconditioned_residual": residuals[0]}
+
+    def _batches(self) -> list[tuple[float, float]]:
+        """The largest eigenvalue of each batch, and its products, as parts of one over all data."""
+        found = []
+        for i, matrix in enumerate(self.operator.batch_matrices()):
+            tracked = self._by_batch.setdefault(i, _Tracked(self.wanted))
+            found.append((float(tracked.pairs(matrix, 1)[0][0]), matrix))
+        return [(value, matrix.n_hvp / len(found)) for value, matrix in found]
 
     def _critical(self, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor]) -> Record:
         """The critical sharpness of the last step, and an interval that it is in."""

@@ -67,6 +67,8 @@ class CurvatureMonitor:
         How many eigenvalues of the Hessian.
     trace_probes : int
         Products for the trace; 0 for no trace.
+    batches : bool
+        Whether to find the largest eigenvalue of each batch, too, which keeps an eigenvector for each.
     tolerance : float
         Largest residual of an eigenvalue relative to the largest magnitude; others are NaN.
     max_hvp : int
@@ -117,6 +119,7 @@ class CurvatureMonitor:
         batch_size: int = 250,
         top: int = 1,
         trace_probes: int = 8,
+        batches: bool = False,
         tolerance: float = 0.01,
         max_hvp: int = 200,
         path: str | os.PathLike[str] | None = None,
@@ -155,7 +158,7 @@ class CurvatureMonitor:
         with self._cost.measured(), _untouched():
             part = as_splits(data).examples("train", n, seed, device, options["dtype"])
             size = _even(len(part), batch_size) if isinstance(part, Split) else batch_size
-            wanted = Wanted(top, trace_probes, tolerance, max_hvp, seed)
+            wanted = Wanted(top, trace_probes, tolerance, max_hvp, seed, batches)
             self._measurement = Measurement(
                 model, resolve_loss(loss), part.batches(size), wanted, self._reading, **options
             )
@@ -221,6 +224,13 @@ class CurvatureMonitor:
         for name in SCHEMAS["curvature_monitor"]:
             if name == "seconds":
                 ds[name] = "step", self._seconds
+            elif name == "batch_lambda_max" and name in self._records[0]:
+                rows = [np.atleast_1d(record[name]) for record in self._records]
+                most = max(map(len, rows))  # batches are cut where memory has become short
+                ds[name] = (
+                    ("step", "batch"),
+                    np.stack([np.pad(r, (0, most - len(r)), constant_values=np.nan) for r in rows]),
+                )
             elif name in ("eigenvalue", "residual"):
                 ds[name] = ("step", "pair"), np.stack([record[name] for record in self._records])
             elif any(name in record for record in self._records):

@@ -17,6 +17,7 @@ from pnanalysis.plots.style import (
     GREEN,
     MARKERS,
     PAGE,
+    QUIET,
     VERMILION,
     few,
     log_axis,
@@ -36,6 +37,13 @@ def curvature_monitor(ds: xr.Dataset) -> Figure:
     (stability, spectrum), (loss, gradient) = figure.subplots(2, 2, sharex=True)
     _stability(ds, stability)
     _curves(ds, ds.eigenvalue, spectrum)
+    if "batch_lambda_max" in ds:
+        low, middle, high = ds.batch_lambda_max.quantile([0.1, 0.5, 0.9], "batch").transpose("quantile", ...).values
+        spectrum.fill_between(
+            ds.step, low, high, color=QUIET, alpha=0.35, linewidth=0, label="single batches, 10 to 90 %"
+        )
+        spectrum.plot(ds.step, middle, color=QUIET, linewidth=0.8)
+        spectrum.legend()
     spectrum.set_ylabel("eigenvalues [loss]")
     for ax, name, colour in ((loss, "loss", BLUE), (gradient, "gradient_norm", GREEN)):
         ax.plot(ds.step, ds[name], color=colour, **_marks(ds))

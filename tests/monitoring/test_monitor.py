@@ -105,6 +105,7 @@ def test_training_is_the_same_bit_by_bit(name: str) -> None:
             monitor.__exit__(None, None, None)
             assert monitor.dataset().step.values.tolist() == [0, 2, 4, 6]
         assert not optimizer._optimizer_step_post_hooks
+        assert not optimizer._optimizer_step_pre_hooks
         states.append(copy.deepcopy(state_of(model, optimizer)))
     assert_same(*states)
 
@@ -185,6 +186,19 @@ def test_a_warm_start_saves_products() -> None:
         found = tracked.pairs(Counting(), 2)[0]
         np.testing.assert_allclose(found, torch.linalg.eigvalsh(matrix).flip(0)[:2], rtol=1e-5)
     assert counts[1] < counts[0]
+
+
+def test_single_batches_have_eigenvalues_of_their_own() -> None:
+    (x, y), model = data(dtype=torch.float64), network(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"every": 1, "batch_size": 20, "batches": True, "tolerance": 1e-6, "trace_probes": 0}
+    with pn.CurvatureMonitor(model, optimizer, (x, y), n=None, **options, **FEW) as monitor:
+        step(model, optimizer, x, y)
+    ds = monitor.dataset().sel(step=1)
+    parts = [(x[i : i + 20], y[i : i + 20]) for i in (0, 20, 40)]
+    dense = [pn.HessianOperator(model, F.cross_entropy, [part], **FEW).to_dense() for part in parts]
+    np.testing.assert_allclose(ds.batch_lambda_max, [torch.linalg.eigvalsh(one)[-1] for one in dense], rtol=1e-9)
+    assert len(pn.plots.plot(monitor.dataset()).axes) == 4
 
 
 def test_measurements_are_saved_and_given_to_sinks(tmp_path: Path) -> None:
