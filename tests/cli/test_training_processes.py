@@ -40,6 +40,7 @@ def started(folder: Path, *arguments: str, env: dict[str, str] | None = None) ->
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
     job = started(tmp_path, "--epochs", "200", "--out", "run", env={"DIE": "1"})
     _, errors = job.communicate(timeout=120)

@@ -98,7 +98,7 @@ def alone() -> dict[torch.dtype, Any]:
     }
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_agree_with_one(workers: Workers, alone: dict[torch.dtype, Any], n: int) -> None:
     answers = workers.run(n, _spectra)
     n_parameters = make_operator(torch.float64, shares=False).shape[0]

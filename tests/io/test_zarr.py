@@ -100,7 +100,7 @@ def test_a_missing_or_damaged_store_is_one_sentence(paths: xr.Dataset, tmp_path:
         pn.load(path)
 
 
-@pytest.mark.parametrize("appended", [False, True])
+@pytest.mark.parametrize("appended", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_flipped_bit_of_a_store_is_found(paths: xr.Dataset, tmp_path: Path, appended: bool) -> None:
     path, n_found = tmp_path / "t.zarr", 0
     for row in rows(paths) if appended else ():
