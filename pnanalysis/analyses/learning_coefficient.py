@@ -139,7 +139,7 @@ def learning_coefficient(
     split, n, batch_size, dtype, device
         As for :func:`pnanalysis.landscape`. ``n`` examples make the posterior.
     data_error : {"examples", "none"}
-        Whether the error includes that of the choice of examples, for which all of them are evaluated at 25 draws of
+        Whether the error includes that of the choice of examples, for which all of them are evaluated at 100 draws of
         each chain.
     seed : int
         Of examples and noise.
@@ -207,7 +207,9 @@ def learning_coefficient(
                 selection.network(item, torch_device, torch_dtype), source.loss, batches, options,
                 dtype=torch_dtype, label=item.label, progress=progress,
             )  # fmt: skip
-    ds = xr.concat([found[item.key] for item in selection], dim="checkpoint", join="outer").assign_coords(
+    longest = max(ds.sizes["draw"] for ds in found.values())  # shorter chains are filled up with NaN
+    padded = [found[item.key].pad(draw=(0, longest - found[item.key].sizes["draw"])) for item in selection]
+    ds = xr.concat(padded, dim="checkpoint").assign_coords(
         checkpoint=selection.labels,
         iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
         epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),

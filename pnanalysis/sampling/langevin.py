@@ -194,6 +194,11 @@ class Chains:
             return leading_size(targets, inputs)
         return float(example_weights(loss, targets).sum())
 
+    @property
+    def n_batches(self) -> int:
+        """How many steps a pass over the data takes with single batches."""
+        return len(self._factors)
+
     def draws(self, n_steps: int) -> Iterator[Draw]:
         """All chains before each of some steps."""
         points = self._centre.repeat(len(self._nbeta), 1)

@@ -92,7 +92,7 @@ def sample(
     shape = (len(plan.posteriors), plan.n_chains, n_steps)
     traces = excess.cpu().numpy().reshape(shape), distance.cpu().numpy().reshape(shape)
     parts = [
-        _estimate(one, plan, excess, distance, full.influences[i : i + 1])
+        _estimate(one, plan, excess, distance, full.influences[i : i + 1], chains.n_batches)
         for i, (one, excess, distance) in enumerate(zip(plan.posteriors, *traces, strict=True))
     ]
     full.check(chains.loss, parts)
@@ -139,11 +139,13 @@ def _ends(chains: Chains, n_steps: int, n_chains: int) -> tuple[Tensor, list[boo
 
 
 def _estimate(
-    one: Posterior, plan: Plan, excess: Array, distance: Array, influences: Sequence[Influence]
-) -> xr.Dataset:
+    one: Posterior, plan: Plan, excess: Array, distance: Array, influences: Sequence[Influence], n_batches: int
+) -> xr.Dataset:  # fmt: skip
     """What the chains of one posterior say."""
     drawn, far = excess[:, plan.burn_in :], distance[:, plan.burn_in :]
     finite = bool((np.abs(drawn) < _LARGEST).all() and (far < _LARGEST).all())  # False for NaN, too
+    if plan.sampler != "full":  # means of whole passes: the noise of batches would hide how slowly chains move
+        drawn, far = (_means(each, n_batches) for each in (drawn, far))
     effective = effective_sample_size(drawn) if finite else 0.0
     rhat, distance_rhat = (rank_normalised_rhat(each) if finite else math.nan for each in (drawn, far))
     converged = finite and rhat < RHAT and distance_rhat < DISTANCE_RHAT and effective >= LEAST_DRAWS
@@ -163,6 +165,12 @@ def _estimate(
         "epsilon": one.step_size, "nbeta": one.nbeta,
     }  # fmt: skip
     return xr.Dataset(found | {"excess": (("chain", "draw"), excess), "distance": (("chain", "draw"), distance)})
+
+
+def _means(draws: Array, n_batches: int) -> Array:
+    """Means of draws over whole passes of the batches; as they are where that leaves too few."""
+    n = draws.shape[1] // n_batches
+    return draws[:, : n * n_batches].reshape(len(draws), n, n_batches).mean(axis=2) if n >= 8 else draws
 
 
 class _FullDraws:

@@ -238,3 +238,18 @@ def test_without_a_hessian_a_step_size_is_asked_for() -> None:
         ds = pn.learning_coefficient(Net(2, 1), step_size=0.001, **options)
     assert np.isfinite(ds.excess).all()
     assert np.isnan(ds.gaussian).all()
+
+
+def test_chains_of_several_networks_may_differ_in_length() -> None:
+    network, data, _ = regression()
+    steep = nn.Linear(3, 1).double()
+    with torch.no_grad():
+        for mine, other in zip(steep.parameters(), network.parameters(), strict=True):
+            mine.copy_(other)
+    options = {"loss": "mse", "localization": 3.0, "data_error": "none", "n_draws": None, **QUIET}
+    ds = pn.learning_coefficient(
+        {"a": network, "b": nn.Sequential(steep, nn.Linear(1, 1).double())}, data=data, **options
+    )
+    counts = ds.excess.isel(chain=0).notnull().sum("draw")
+    assert int(counts.max()) == ds.sizes["draw"]
+    assert (counts > 400).all()
