@@ -5,8 +5,8 @@ the most specific ones first, until one fails. ``make coverage`` says which test
 module is imported or a fixture is made are left to the test file named after the module. A fault is *noticed* if a test
 fails or runs out of time, and has *survived* if all of them pass, or as many as fit into ``--seconds``.
 
-Results are kept in a JSON file, and faults that have been tried are not tried again unless their module has changed, or
-``--again`` asks for the survivors. An entry's ``why``, written by hand, explains why a survivor does no harm.
+Results are kept in a JSON file, and faults that have been tried are not tried again unless their function has changed,
+or ``--again`` asks for the survivors. An entry's ``why``, written by hand, explains why a survivor does no harm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import importlib.util
 import io
 import json
 import os
-import random
 import resource
 import signal
 import sys
@@ -198,12 +197,8 @@ def _possible(target: str) -> list[Mutant]:
 
 
 def _drawn(possible: list[Mutant], n: int, seed: int) -> list[Mutant]:
-    return random.Random(seed).sample(possible, len(possible))[:n]  # a larger sample contains the smaller one
-
-
-def _digest(file: str) -> str:
-    path = ROOT / file
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+    """The first of a random order that stays the same for functions that have not changed."""
+    return sorted(possible, key=lambda mutant: hashlib.sha256(f"{seed} {mutant.key}".encode()).digest())[:n]
 
 
 def main() -> None:
@@ -222,13 +217,16 @@ def main() -> None:
     data.read()
     possible = {target: _possible(target) for target in options.targets}
     sample = [mutant for target in possible for mutant in _drawn(possible[target], options.sample, options.seed)]
-    sources = {mutant.file: _digest(mutant.file) for mutant in sample}
+    present = {mutant.key: mutant for target in {*TARGETS, *possible} for mutant in _possible(target)}
 
     store = options.output.with_suffix(".json")
     kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
-    kept = {key: result for key, result in kept.items() if result["source"] == _digest(key.partition(":")[0])}
+    kept = {key: result for key, result in kept.items() if key in present and result["source"] == present[key].source}
+    for key, result in kept.items():
+        result["line"] = present[key].line
     retried = ("survived", "untested") if options.again else ()
-    work = [mutant for mutant in sample if mutant.key not in kept or kept[mutant.key]["outcome"] in retried]
+    work = [present[key] for key, result in kept.items() if result["outcome"] in retried]
+    work += [mutant for mutant in sample if mutant.key not in kept]
 
     _import_packages(options.targets)
     folder = options.output.parent / f".mutation-{os.getpid()}"
@@ -236,9 +234,11 @@ def main() -> None:
     try:
         for done, (mutant, result) in enumerate(results(work, Tests(data), options.jobs, options.seconds, folder), 1):
             why = kept.get(mutant.key, {}).get("why", "")
-            fault = {"kind": mutant.kind, "was": mutant.was, "now": mutant.now, "source": sources[mutant.file]}
+            fault = {"kind": mutant.kind, "was": mutant.was, "now": mutant.now}
+            fault |= {"line": mutant.line, "source": mutant.source}
             kept[mutant.key] = {**fault, **result, "why": why}
-            print(f"{done}/{len(work)} {result['outcome']}: {mutant.key}: {mutant.was} -> {mutant.now}", flush=True)
+            where = f"{mutant.file}:{mutant.line}"
+            print(f"{done}/{len(work)} {result['outcome']}: {where} {mutant.was} -> {mutant.now}", flush=True)
             store.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     finally:
         for file in folder.iterdir():
