@@ -195,6 +195,29 @@ def test_derivatives_that_are_wrong_in_every_mode_are_refused() -> None:
         HessianOperator(model, cross_entropy, BATCHES).to_dense()
 
 
+class SineByReverseMode(torch.autograd.Function):
+    """Has no forward mode, as most functions of users."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
+def test_where_only_reverse_mode_works_it_is_compared_with_differences(operator: Any) -> None:
+    torch.manual_seed(0)
+    model = Rewritten(SineByReverseMode.apply).double()
+    op = operator(model, cross_entropy, BATCHES)
+    model.function = torch.sin
+    assert relative(op.to_dense(), operator(model, cross_entropy, BATCHES).to_dense()) < 1e-12
+    assert op.product_check.difference < 1e-6
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
 def test_missing_derivatives_are_found_whatever_the_size_of_parameters(offset: float) -> None:
     class Offset(nn.Module):
