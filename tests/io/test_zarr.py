@@ -155,6 +155,14 @@ def test_stores_without_checksums_are_read_as_before(paths: xr.Dataset, tmp_path
     assert verify_file(path).text == "readable, has no digest"
 
 
+def test_a_digest_of_the_metadata_does_not_vouch_for_chunks(paths: xr.Dataset, tmp_path: Path) -> None:
+    encoding = zarr_store._checked(paths)
+    encoding["iteration"]["filters"].pop()  # packed without a checksum
+    paths.to_zarr(tmp_path / "t.zarr", zarr_format=2, consolidated=True, encoding=encoding)
+    zarr_store._sign(tmp_path / "t.zarr")
+    assert verify_file(tmp_path / "t.zarr").text == "readable, has no digest"
+
+
 def test_a_store_that_is_replaced_while_it_is_read_is_read_again(
     paths: xr.Dataset, tmp_path: Path, monkeypatch
 ) -> None:
