@@ -170,6 +170,8 @@ def results(
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid in running:
                 mutant, report, start = running.pop(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)  # workers that its tests have started
                 test = report.read_text() if report.exists() else ""
                 yield mutant, {"outcome": _outcome(status, report), "test": test}
             for late, (_, _, start) in running.items():

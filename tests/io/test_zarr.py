@@ -202,6 +202,14 @@ def test_a_store_that_would_fill_the_memory_is_not_loaded(paths: xr.Dataset, tmp
         zarr_store.load(path)
 
 
+def test_a_store_may_be_replaced_by_what_is_still_to_be_computed(paths: xr.Dataset, tmp_path: Path) -> None:
+    path = pn.save(paths, tmp_path / "t.zarr")
+    assert datasets.check_destination(path) == path
+    (tmp_path / "other.zarr").mkdir()
+    with pytest.raises(SchemaError, match="other.zarr"):
+        datasets.check_destination(tmp_path / "other.zarr")
+
+
 def test_a_tree_is_no_store(tiny_run: Run, tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"ends in \.nc"):
         datasets.save(tiny_run.results, tmp_path / "tree.zarr")
@@ -219,6 +227,8 @@ def test_rows_appended_one_by_one_are_the_whole(
     loaded = pn.load(tmp_path / "t.zarr")
     assert loaded.identical(ds)
     assert types(loaded) == types(ds)
+    # as many rows share a chunk as fit into it, so that files do not become as many as rows
+    assert zarr.open_group(tmp_path / "t.zarr", mode="r")["iteration"].chunks == (max(1, chunk_bytes // 8),)
 
 
 def test_a_store_is_read_lazily(paths: xr.Dataset, tmp_path: Path) -> None:

@@ -209,3 +209,7 @@ def test_long_layers_keep_their_digits(form: str) -> None:
     torch.testing.assert_close(
         gradients[0].double(), gradients[1], rtol=1e-5, atol=1e-6 * float(gradients[1].abs().max())
     )
+
+
+def test_scripts_that_name_no_strength_go_on_with_the_same_one() -> None:
+    assert PersistentPenalty(network()).lam == 0.01
