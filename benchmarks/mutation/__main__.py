@@ -1,7 +1,7 @@
 """Mutation testing: which of a random sample of small faults in the code do its tests notice?
 
 Each fault is put into one module in memory, in a process of its own, which runs the tests that reach the fault's line,
-the most specific ones first, until one fails. ``make coverage`` says which tests those are; lines that run while a
+the fastest ones first, until one fails. ``make coverage`` says which tests those are; lines that run while a
 module is imported or a fixture is made are left to the test file named after the module. A fault is *noticed* if a test
 fails or runs out of time, and has *survived* if all of them pass, or as many as fit into ``--seconds``.
 
@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any
+from xml.etree import ElementTree
 
 import coverage
 import pytest
@@ -45,30 +46,37 @@ _MOST_TESTS = 40
 
 
 class Tests:
-    """Which tests reach a line, by what ``make coverage`` has stored."""
+    """Which tests reach a line, by what ``make coverage`` has stored, and how long they take."""
 
-    def __init__(self, data: coverage.CoverageData) -> None:
+    def __init__(self, data: coverage.CoverageData, seconds: dict[str, float]) -> None:
         self._by_line = {
             Path(file).resolve().relative_to(ROOT).as_posix(): data.contexts_by_lineno(file)
             for file in data.measured_files()
         }
-        lines: dict[str, int] = defaultdict(int)
-        for file in self._by_line.values():
-            for names in file.values():
-                for name in names:
-                    lines[name] += 1
-        self._lines = lines  # the fewer lines a test reaches, the more specific it is, and mostly the faster
+        self._seconds = seconds
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Node ids, the most specific ones first, and the test file named after the module."""
+        """Node ids, the fastest ones first, and the test file named after the module, whose tests come early."""
         reaching = self._by_line.get(mutant.file, {}).get(mutant.line, [])
         names = {name for name in reaching if name.startswith("tests.")}  # and not Hypothesis, which runs some of them
-        ids = [_node_id(name) for name in sorted(names, key=lambda name: (self._lines[name], name))]
         own = f"{_folder(mutant.file)}/test_{Path(mutant.file).name}"
+
+        def place(name: str) -> tuple[float, str]:
+            return self._seconds.get(name, 0.0) / (10 if _node_id(name).startswith(own) else 1), name
+
+        ids = [_node_id(name) for name in sorted(names, key=place)][:_MOST_TESTS]
         if (ROOT / own).is_file():
-            ids = [i for i in ids if i.startswith(own)] + [i for i in ids if not i.startswith(own)]
-            return [*ids[:_MOST_TESTS], own]
-        return ids[:_MOST_TESTS] or [_folder(mutant.file)]
+            return [*ids, own]
+        return ids or [_folder(mutant.file)]
+
+
+def _seconds_of_tests(report: Path) -> dict[str, float]:
+    """How long tests took, those with parameters all together, by a report of pytest in the form of JUnit."""
+    seconds: dict[str, float] = defaultdict(float)
+    if report.is_file():
+        for case in ElementTree.parse(report).iter("testcase"):
+            seconds[f"{case.get('classname')}.{case.get('name', '').partition('[')[0]}"] += float(case.get("time", 0))
+    return seconds
 
 
 def _folder(target: str) -> str:
@@ -212,6 +220,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="try survivors again, for instance after new tests")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="folders and modules")
     parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage", help="what `make coverage` stored")
+    parser.add_argument("--times", type=Path, default=ROOT / ".test-times.xml", help="what `make coverage` stored, too")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
 
@@ -231,10 +240,11 @@ def main() -> None:
     work += [mutant for mutant in sample if mutant.key not in kept]
 
     _import_packages(options.targets)
+    tests = Tests(data, _seconds_of_tests(options.times))
     folder = options.output.parent / f".mutation-{os.getpid()}"
     folder.mkdir()
     try:
-        for done, (mutant, result) in enumerate(results(work, Tests(data), options.jobs, options.seconds, folder), 1):
+        for done, (mutant, result) in enumerate(results(work, tests, options.jobs, options.seconds, folder), 1):
             why = kept.get(mutant.key, {}).get("why", "")
             fault = {"kind": mutant.kind, "was": mutant.was, "now": mutant.now}
             fault |= {"line": mutant.line, "source": mutant.source}

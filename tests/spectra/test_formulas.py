@@ -18,7 +18,7 @@ from pnanalysis.estimates import Estimate
 from pnanalysis.spectra import inner_products
 from pnanalysis.spectra.data_error import Influence, _effective_influences
 from pnanalysis.spectra.density import spectral_density
-from pnanalysis.spectra.differences import _mean_root_factor, _probe_noise, compare_spectra
+from pnanalysis.spectra.differences import _distance, _mean_root_factor, _probe_noise, compare_spectra
 from pnanalysis.spectra.ends import _share, class_numbers
 from pnanalysis.spectra.half_samples import distance_between_halves, sample_examples
 from pnanalysis.spectra.linear_operator import DiagonalOperator, not_symmetric
@@ -27,6 +27,8 @@ from pnanalysis.spectra.moments import Moments
 from pnanalysis.spectra.quadrature import SpectralMeasure, ritz
 from pnanalysis.spectra.rule_error import _rule
 from pnanalysis.spectra.summary import _without_noise
+from pnanalysis.spectra.total_error import _interval
+from tests.spectra.known_spectra import spectrum, spiked
 from tests.spectra.test_differences import over_examples
 
 
@@ -58,6 +60,16 @@ def test_error_of_a_distance_adds_that_of_probes_and_examples() -> None:
     # a normal number of standard deviation s has a mean magnitude of s sqrt(2 / pi)
     expected = (probes + examples * student_t.ppf(0.975, dof) / 1.96) * math.sqrt(math.pi / 2)
     assert float(found.wasserstein1_se) == pytest.approx(expected)
+
+
+def test_distances_of_spectra_by_finite_differences_have_the_errors_of_both() -> None:
+    a, b = (spectrum(spiked(40), seed, n_lanczos=6, n_probes=2, deflate=False) for seed in (0, 1))
+    exact, _ = _distance(a, b, same=False)
+    off = {"finite_differences": 1, "round_off": 1e-3}
+    found, _ = _distance(a.assign_attrs(off), b.assign_attrs(off), same=False)
+    more = 1e-3 * float(np.abs(a.node).max() + np.abs(b.node).max())
+    for name in ("wasserstein1_noise", "wasserstein1_se"):
+        assert found[name] == pytest.approx(exact[name] + more, rel=1e-12)
 
 
 def test_a_norm_by_finite_differences_may_be_all_noise() -> None:
@@ -170,6 +182,15 @@ def test_chunks_of_bases_in_another_precision_are_of_bounded_size() -> None:
     assert all(400 * (chunk.stop - chunk.start) <= inner_products._MOST_COPIED for chunk in chunks)
     assert (chunks[0].start, chunks[-1].stop >= 300_000) == (0, True)
     assert all(one.stop == other.start for one, other in itertools.pairwise(chunks))
+
+
+def test_errors_of_examples_widen_intervals() -> None:
+    found = _interval("trace", 10.0, (1.0, 2.0), 3.0, statistical=True)
+    assert found == pytest.approx({"trace_low": 10 - math.hypot(1, 3), "trace_high": 10 + math.hypot(2, 3)})
+    found = _interval("trace", 10.0, (1.0, 2.0), 3.0, statistical=False)
+    assert found == {"trace_low": 6, "trace_high": 15}
+    found = _interval("negative_mass", 0.5, (0.1, 0.1), 0.7, statistical=False)
+    assert found == {"negative_mass_low": 0, "negative_mass_high": 1}  # a part of the whole
 
 
 def test_without_leading_vectors_no_product_is_made_for_halves() -> None:
