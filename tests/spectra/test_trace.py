@@ -155,4 +155,4 @@ def test_whole_vectors_are_not_to_be_had_where_processes_divide_them(method):
     operator = DiagonalOperator(torch.ones(50))
     operator.part = Part(((0, 50),), SimpleNamespace(n=2), 50)
     with pytest.raises(CurvatureError, match=r"processes divide here; give method='hutchinson'"):
-        trace_estimate(operator, 20, method=method)
+        trace_estimate(operator, method, n_hvp=20)
