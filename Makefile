@@ -47,12 +47,14 @@ test-slow: $(STAMP)
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults -n 2 --dist worksteal
 
-# Writes benchmarks/results/fuzz.json. Stops at the first input of a kind that ends in another error than ours, and prints it.
+# Writes benchmarks/results/fuzz.json and docs/reliability.md. Stops at the first input of a kind that ends in another error
+# than ours, and prints it.
 fuzz: FUZZ ?= 2000
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fuzz]"
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.guided
+	$(BIN)/python -m tests.faults.counts
 
 # Writes docs/reference/networks.md.
 test-zoo: $(STAMP)
