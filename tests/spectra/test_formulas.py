@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 import xarray as xr
 from scipy.stats import t as student_t
 
-from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra import inner_products
 from pnanalysis.spectra.data_error import Influence, _effective_influences
@@ -21,9 +19,8 @@ from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.differences import _distance, _mean_root_factor, _probe_noise, compare_spectra
 from pnanalysis.spectra.ends import _share, class_numbers
 from pnanalysis.spectra.half_samples import distance_between_halves, sample_examples
-from pnanalysis.spectra.linear_operator import DiagonalOperator, not_symmetric
 from pnanalysis.spectra.merged import MergedSpaces
-from pnanalysis.spectra.moments import Moments
+from pnanalysis.spectra.moments import Moments, moments
 from pnanalysis.spectra.quadrature import SpectralMeasure, ritz
 from pnanalysis.spectra.rule_error import _rule
 from pnanalysis.spectra.summary import _without_noise
@@ -36,6 +33,13 @@ def test_error_of_a_root_is_half_that_of_the_square_over_the_root() -> None:
     norm = Moments(Estimate(1.0, 0.1), Estimate(9.0, 0.6, dof=7)).frobenius_norm
     assert (norm.value, norm.se, norm.dof) == pytest.approx((3.0, 0.1, 7))
     assert Moments(Estimate(0.0), Estimate(-1e-20, 0.6)).frobenius_norm.se == 0
+
+
+def test_what_couples_the_deflated_space_counts_twice_in_the_sum_of_squares() -> None:
+    ds = spectrum(spiked(40), n_lanczos=6, n_probes=2, deflate=False)
+    measure = SpectralMeasure.from_dataset(ds)
+    without, coupled = (moments(ds.assign(coupling=coupling), measure).square.value for coupling in (0.0, 3.0))
+    assert coupled - without == pytest.approx(2 * 3.0**2)
 
 
 def test_a_part_of_the_trace_has_the_relative_error_of_the_trace() -> None:
@@ -77,36 +81,6 @@ def test_a_norm_by_finite_differences_may_be_all_noise() -> None:
     norm = _without_noise(Estimate(2.0, 0.1), ds, 0.15)
     assert norm.low == pytest.approx(math.sqrt((2 - 1.96 * 0.1) ** 2 - 100 * 0.15**2), rel=1e-3)
     assert _without_noise(Estimate(0.5, 0.1), ds, 0.15).low == 0  # 100 errors of 0.15 have a norm of 1.5
-
-
-class Skewed(DiagonalOperator):
-    """Products that are off by a small skew matrix."""
-
-    def __init__(self, size: float, dtype: torch.dtype) -> None:
-        super().__init__(torch.linspace(-1, 1, 400, dtype=dtype))
-        self.size = size
-
-    def matmat(self, V: torch.Tensor) -> torch.Tensor:
-        return super().matmat(V) + self.size * (V.roll(1, 0) - V.roll(-1, 0)) / 2
-
-
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 0.5), (torch.float64, 1e-3)])
-def test_matrices_that_are_not_symmetric_are_refused(dtype: torch.dtype, size: float) -> None:
-    operator = Skewed(size, dtype)
-    with pytest.raises(CurvatureError, match="not symmetric.*every product must use the same data"):
-        spectral_density(operator, n_hvp=40, progress=False)
-    operator.by_differences = True
-    assert "finite differences are too coarse" in str(not_symmetric(operator, "of some kind"))
-
-
-@pytest.mark.parametrize("by_differences", [True, False])
-def test_differences_are_as_skew_as_their_own_error_says(by_differences: bool) -> None:
-    operator = Skewed(1e-3, torch.float32)
-    operator.by_differences, operator.round_off = by_differences, 1e-3
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        spectral_density(operator, n_hvp=40, progress=False)
-    assert any("not quite symmetric" in str(one.message) for one in caught) == (not by_differences)
 
 
 def three_values(n_probes: int) -> SpectralMeasure:
