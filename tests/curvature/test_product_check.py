@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from pnanalysis.curvature import passes
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from pnanalysis.curvature.product_check import random_direction
 from pnanalysis.errors import CurvatureError
 from tests.curvature.conftest import NETWORKS, TanhOnce, dense_hessian, images, relative
 
@@ -300,6 +301,15 @@ def test_ordinary_networks_pass_without_a_word(operator: Any) -> None:
             op.matvec(torch.ones(op.shape[0]))
         assert op.method == "traced"
         assert op.product_check.difference < 1e-10
+
+
+def test_directions_are_of_length_one_and_leave_the_random_state() -> None:
+    state = torch.get_rng_state()
+    theta = {"weight": torch.zeros(30, 4).double(), "bias": torch.zeros(4)}
+    v = random_direction(theta, seed=3)
+    assert [(part.shape, part.dtype) for part in v] == [(t.shape, t.dtype) for t in theta.values()]
+    assert sum(float(part.double().square().sum()) for part in v) == pytest.approx(1, rel=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_settings_of_the_process_are_restored() -> None:
