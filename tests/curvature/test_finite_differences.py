@@ -37,6 +37,16 @@ def test_in_double_precision_they_are_the_hessian(name: str) -> None:
     assert op.method == "finite differences"
 
 
+def test_the_stated_error_is_no_less_than_what_others_have_found() -> None:
+    op = by_differences(NETWORKS["tanh"]())
+    own = op.round_off
+    assert own < 1e-6
+    op.differences.unexplained = 0.03
+    assert op.round_off == 0.03
+    op.differences.unexplained = own / 2
+    assert op.round_off == own
+
+
 def spectral_error(op: HessianOperator, exact: Tensor) -> float:
     """Of all products, relative to the norm of the matrix."""
     return float(torch.linalg.matrix_norm(op.to_dense().double() - exact, 2) / torch.linalg.matrix_norm(exact, 2))
