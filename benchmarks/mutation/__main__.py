@@ -1,9 +1,10 @@
 """Mutation testing: which of a random sample of small faults in the code do its tests notice?
 
-Each fault is put into one module in memory, in a process of its own, which runs the tests that reach the fault's line,
-the fastest ones first, until one fails. ``make coverage`` says which tests those are; lines that run while a
-module is imported or a fixture is made are left to the test file named after the module. A fault is *noticed* if a test
-fails or runs out of time, and has *survived* if all of them pass, or as many as fit into ``--seconds``.
+Each fault is put into one module in memory, in a process of its own and in those that it starts. It runs the tests that
+reach the fault's line, the fastest ones first, until one fails. ``make coverage`` says which tests those are; lines
+that run while a module is imported or a fixture is made are left to the test file named after the module. A fault is
+*noticed* if a test fails or runs out of time, and has *survived* if all of them pass, or as many as fit into
+``--seconds``.
 
 Results are kept in a JSON file, and faults that have been tried are not tried again unless their function has changed,
 or ``--again`` asks for the survivors. An entry's ``why``, written by hand, explains why a survivor does no harm.
@@ -14,10 +15,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.machinery
-import importlib.util
 import io
 import json
+import math
 import os
 import resource
 import signal
@@ -26,16 +26,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import CodeType
 from typing import Any
 from xml.etree import ElementTree
 
 import coverage
 import pytest
-from mutants import Mutant, mutants, mutated
+from faulty import ROOT, load_with_fault
+from mutants import Mutant, mutants
 from survivors import table
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/mutation.md"
 TARGETS = ("pnanalysis/spectra", "pnanalysis/curvature", "pnanalysis/io", "trainers/loop/persistence.py")
 #: Packages that a process with a fault imports anew.
@@ -62,7 +61,7 @@ class Tests:
         own = f"{_folder(mutant.file)}/test_{Path(mutant.file).name}"
 
         def place(name: str) -> tuple[float, str]:
-            return self._seconds.get(name, 0.0) / (10 if _node_id(name).startswith(own) else 1), name
+            return self._seconds.get(name, math.inf) / (10 if _node_id(name).startswith(own) else 1), name
 
         ids = [_node_id(name) for name in sorted(names, key=place)][:_MOST_TESTS]
         if (ROOT / own).is_file():
@@ -91,30 +90,6 @@ def _node_id(context: str) -> str:
     return f"{module.replace('.', '/')}.py::{function}"
 
 
-class _Faulty(importlib.machinery.SourceFileLoader):
-    """Loads a module with a fault in it."""
-
-    def __init__(self, name: str, mutant: Mutant) -> None:
-        super().__init__(name, str(ROOT / mutant.file))
-        self.mutant = mutant
-
-    def get_code(self, fullname: str) -> CodeType:
-        return compile(mutated(Path(self.path).read_text(), self.mutant.index), self.path, "exec")
-
-
-class _Finder:
-    """Finds the one module that has a fault."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        self.name = mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        self.loader = _Faulty(self.name, mutant)
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
-            return None
-        return importlib.util.spec_from_file_location(name, self.loader.path, loader=self.loader)
-
-
 class _Reporter:
     """Writes which test failed, and stops when the time for one fault is up."""
 
@@ -141,7 +116,7 @@ def _run(mutant: Mutant | None, tests: list[str], seconds: float, report: Path) 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if mutant:
-        sys.meta_path.insert(0, _Finder(mutant))
+        load_with_fault(mutant.file, mutant.index)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
     marks = ["-m", "not slow and not zoo and not faults"]
     status = pytest.main([*options, *marks, *tests], plugins=[_Reporter(report, seconds)])
