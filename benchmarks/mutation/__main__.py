@@ -118,6 +118,7 @@ def _run(mutant: Mutant | None, tests: list[str], seconds: float, report: Path) 
     if mutant:
         load_with_fault(mutant.file, mutant.index)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
+    options.append("--keep-duplicates")  # else tests that are named would run with the rest of their file, at the end
     marks = ["-m", "not slow and not zoo and not faults"]
     status = pytest.main([*options, *marks, *tests], plugins=[_Reporter(report, seconds)])
     stopped = status == pytest.ExitCode.INTERRUPTED and time.process_time() > seconds and not report.exists()
