@@ -74,7 +74,8 @@ coverage: $(STAMP)
 .coverage:
 	@$(MAKE) coverage
 
-# Writes benchmarks/results/mutation.md and .json, and goes on where it was interrupted. MUTATION="--again": the survivors.
+# Writes benchmarks/results/mutation.md and .json, and goes on where it was interrupted. MUTATION="--again": survivors that
+# nothing explains.
 mutation: $(STAMP) .coverage
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation $(MUTATION)
 

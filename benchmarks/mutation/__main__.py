@@ -7,7 +7,8 @@ that run while a module is imported or a fixture is made are left to the test fi
 ``--seconds``.
 
 Results are kept in a JSON file, and faults that have been tried are not tried again unless their function has changed,
-or ``--again`` asks for the survivors. An entry's ``why``, written by hand, explains why a survivor does no harm.
+or ``--again`` asks for the survivors that nothing explains. An entry's ``why``, written by hand, explains why a
+survivor does no harm.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--seconds", type=float, default=60, help="of computing for one fault")
-    parser.add_argument("--again", action="store_true", help="try survivors again, for instance after new tests")
+    parser.add_argument("--again", action="store_true", help="try unexplained survivors again, after new tests")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="folders and modules")
     parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage", help="what `make coverage` stored")
     parser.add_argument("--times", type=Path, default=ROOT / ".test-times.xml", help="what `make coverage` stored, too")
@@ -212,7 +213,7 @@ def main() -> None:
     for key, result in kept.items():
         result["line"] = present[key].line
     retried = ("survived", "untested") if options.again else ()
-    work = [present[key] for key, result in kept.items() if result["outcome"] in retried]
+    work = [present[key] for key, result in kept.items() if result["outcome"] in retried and not result["why"]]
     work += [mutant for mutant in sample if mutant.key not in kept]
 
     _import_packages(options.targets)
