@@ -47,31 +47,35 @@ test-slow: $(STAMP)
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults -n 2 --dist worksteal
 
-# Writes benchmarks/results/fuzz.json. Stops at the first input of a kind that ends in another error than ours, and prints it.
+# Writes benchmarks/results/fuzz.json and docs/reliability.md. Stops at the first input of a kind that ends in another error
+# than ours, and prints it.
 fuzz: FUZZ ?= 2000
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fuzz]"
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.guided
+	$(BIN)/python -m tests.faults.counts
 
 # Writes docs/reference/networks.md.
 test-zoo: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[zoo]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.page -n auto --dist worksteal
 
-# Subprocesses are measured too, and which tests reach a line is kept for `make mutation`. Takes about half an hour. What
-# fails is shown and does not end it: measuring adds warnings and files of its own, and those of killed processes are damaged.
+# Subprocesses are measured too. Which tests reach a line, and how long they take, is kept for `make mutation`. Takes about
+# half an hour. What fails is shown and does not end it: measuring adds warnings and files of its own, and those of killed
+# processes are damaged.
 coverage: $(STAMP)
 	@rm -f .coverage .coverage.*
 	-OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 $(BIN)/coverage run -m pytest -n auto --dist worksteal \
-		-m "not slow and not zoo and not faults"
+		--junitxml=.test-times.xml -m "not slow and not zoo and not faults"
 	-@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --skip-covered --sort cover
 
 .coverage:
 	@$(MAKE) coverage
 
-# Writes benchmarks/results/mutation.md and .json, and goes on where it was interrupted. MUTATION="--again": the survivors.
+# Writes benchmarks/results/mutation.md and .json, and goes on where it was interrupted. MUTATION="--again": survivors that
+# nothing explains.
 mutation: $(STAMP) .coverage
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation $(MUTATION)
 
@@ -104,5 +108,5 @@ lock: $(STAMP)
 		--custom-compile-command "make lock" $(UPGRADE) --output-file constraints.txt
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist docs/_build docs/_figures .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info \
-		notebooks/executed
+	rm -rf $(VENV) $(OUT) build dist docs/_build docs/_figures .coverage .coverage.* .test-times.xml .pytest_cache .mypy_cache .ruff_cache \
+		.hypothesis *.egg-info notebooks/executed

@@ -1,12 +1,14 @@
 """Mutation testing: which of a random sample of small faults in the code do its tests notice?
 
-Each fault is put into one module in memory, in a process of its own, which runs the tests that reach the fault's line,
-the most specific ones first, until one fails. ``make coverage`` says which tests those are; lines that run while a
-module is imported or a fixture is made are left to the test file named after the module. A fault is *noticed* if a test
-fails or runs out of time, and has *survived* if all of them pass, or as many as fit into ``--seconds``.
+Each fault is put into one module in memory, in a process of its own and in those that it starts. It runs the tests that
+reach the fault's line, the fastest ones first, until one fails. ``make coverage`` says which tests those are; lines
+that run while a module is imported or a fixture is made are left to the test file named after the module. A fault is
+*noticed* if a test fails or runs out of time, and has *survived* if all of them pass, or as many as fit into
+``--seconds``.
 
-Results are kept in a JSON file, and faults that have been tried are not tried again unless their module has changed, or
-``--again`` asks for the survivors. An entry's ``why``, written by hand, explains why a survivor does no harm.
+Results are kept in a JSON file, and faults that have been tried are not tried again unless their function has changed,
+or ``--again`` asks for the survivors that nothing explains. An entry's ``why``, written by hand, explains why a
+survivor does no harm.
 """
 
 from __future__ import annotations
@@ -14,12 +16,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.machinery
-import importlib.util
 import io
 import json
+import math
 import os
-import random
 import resource
 import signal
 import sys
@@ -27,15 +27,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import CodeType
 from typing import Any
+from xml.etree import ElementTree
 
 import coverage
 import pytest
-from mutants import Mutant, mutants, mutated
+from faulty import ROOT, load_with_fault
+from mutants import Mutant, mutants
 from survivors import table
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/mutation.md"
 TARGETS = ("pnanalysis/spectra", "pnanalysis/curvature", "pnanalysis/io", "trainers/loop/persistence.py")
 #: Packages that a process with a fault imports anew.
@@ -46,30 +46,37 @@ _MOST_TESTS = 40
 
 
 class Tests:
-    """Which tests reach a line, by what ``make coverage`` has stored."""
+    """Which tests reach a line, by what ``make coverage`` has stored, and how long they take."""
 
-    def __init__(self, data: coverage.CoverageData) -> None:
+    def __init__(self, data: coverage.CoverageData, seconds: dict[str, float]) -> None:
         self._by_line = {
             Path(file).resolve().relative_to(ROOT).as_posix(): data.contexts_by_lineno(file)
             for file in data.measured_files()
         }
-        lines: dict[str, int] = defaultdict(int)
-        for file in self._by_line.values():
-            for names in file.values():
-                for name in names:
-                    lines[name] += 1
-        self._lines = lines  # the fewer lines a test reaches, the more specific it is, and mostly the faster
+        self._seconds = seconds
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Node ids, the most specific ones first, and the test file named after the module."""
+        """Node ids, the fastest ones first, and the test file named after the module, whose tests come early."""
         reaching = self._by_line.get(mutant.file, {}).get(mutant.line, [])
         names = {name for name in reaching if name.startswith("tests.")}  # and not Hypothesis, which runs some of them
-        ids = [_node_id(name) for name in sorted(names, key=lambda name: (self._lines[name], name))]
         own = f"{_folder(mutant.file)}/test_{Path(mutant.file).name}"
+
+        def place(name: str) -> tuple[float, str]:
+            return self._seconds.get(name, math.inf) / (10 if _node_id(name).startswith(own) else 1), name
+
+        ids = [_node_id(name) for name in sorted(names, key=place)][:_MOST_TESTS]
         if (ROOT / own).is_file():
-            ids = [i for i in ids if i.startswith(own)] + [i for i in ids if not i.startswith(own)]
-            return [*ids[:_MOST_TESTS], own]
-        return ids[:_MOST_TESTS] or [_folder(mutant.file)]
+            return [*ids, own]
+        return ids or [_folder(mutant.file)]
+
+
+def _seconds_of_tests(report: Path) -> dict[str, float]:
+    """How long tests took, those with parameters all together, by a report of pytest in the form of JUnit."""
+    seconds: dict[str, float] = defaultdict(float)
+    if report.is_file():
+        for case in ElementTree.parse(report).iter("testcase"):
+            seconds[f"{case.get('classname')}.{case.get('name', '').partition('[')[0]}"] += float(case.get("time", 0))
+    return seconds
 
 
 def _folder(target: str) -> str:
@@ -82,30 +89,6 @@ def _node_id(context: str) -> str:
     """The node id of a test that ran as ``tests.io.test_runs.test_name``."""
     module, _, function = context.rpartition(".")
     return f"{module.replace('.', '/')}.py::{function}"
-
-
-class _Faulty(importlib.machinery.SourceFileLoader):
-    """Loads a module with a fault in it."""
-
-    def __init__(self, name: str, mutant: Mutant) -> None:
-        super().__init__(name, str(ROOT / mutant.file))
-        self.mutant = mutant
-
-    def get_code(self, fullname: str) -> CodeType:
-        return compile(mutated(Path(self.path).read_text(), self.mutant.index), self.path, "exec")
-
-
-class _Finder:
-    """Finds the one module that has a fault."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        self.name = mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        self.loader = _Faulty(self.name, mutant)
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
-            return None
-        return importlib.util.spec_from_file_location(name, self.loader.path, loader=self.loader)
 
 
 class _Reporter:
@@ -134,8 +117,9 @@ def _run(mutant: Mutant | None, tests: list[str], seconds: float, report: Path) 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if mutant:
-        sys.meta_path.insert(0, _Finder(mutant))
+        load_with_fault(mutant.file, mutant.index)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
+    options.append("--keep-duplicates")  # else tests that are named would run with the rest of their file, at the end
     marks = ["-m", "not slow and not zoo and not faults"]
     status = pytest.main([*options, *marks, *tests], plugins=[_Reporter(report, seconds)])
     stopped = status == pytest.ExitCode.INTERRUPTED and time.process_time() > seconds and not report.exists()
@@ -171,6 +155,8 @@ def results(
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid in running:
                 mutant, report, start = running.pop(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)  # workers that its tests have started
                 test = report.read_text() if report.exists() else ""
                 yield mutant, {"outcome": _outcome(status, report), "test": test}
             for late, (_, _, start) in running.items():
@@ -198,12 +184,8 @@ def _possible(target: str) -> list[Mutant]:
 
 
 def _drawn(possible: list[Mutant], n: int, seed: int) -> list[Mutant]:
-    return random.Random(seed).sample(possible, len(possible))[:n]  # a larger sample contains the smaller one
-
-
-def _digest(file: str) -> str:
-    path = ROOT / file
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+    """The first of a random order that stays the same for functions that have not changed."""
+    return sorted(possible, key=lambda mutant: hashlib.sha256(f"{seed} {mutant.key}".encode()).digest())[:n]
 
 
 def main() -> None:
@@ -212,9 +194,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--seconds", type=float, default=60, help="of computing for one fault")
-    parser.add_argument("--again", action="store_true", help="try survivors again, for instance after new tests")
+    parser.add_argument("--again", action="store_true", help="try unexplained survivors again, after new tests")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="folders and modules")
     parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage", help="what `make coverage` stored")
+    parser.add_argument("--times", type=Path, default=ROOT / ".test-times.xml", help="what `make coverage` stored, too")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
 
@@ -222,23 +205,29 @@ def main() -> None:
     data.read()
     possible = {target: _possible(target) for target in options.targets}
     sample = [mutant for target in possible for mutant in _drawn(possible[target], options.sample, options.seed)]
-    sources = {mutant.file: _digest(mutant.file) for mutant in sample}
+    present = {mutant.key: mutant for target in {*TARGETS, *possible} for mutant in _possible(target)}
 
     store = options.output.with_suffix(".json")
     kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
-    kept = {key: result for key, result in kept.items() if result["source"] == _digest(key.partition(":")[0])}
+    kept = {key: result for key, result in kept.items() if key in present and result["source"] == present[key].source}
+    for key, result in kept.items():
+        result["line"] = present[key].line
     retried = ("survived", "untested") if options.again else ()
-    work = [mutant for mutant in sample if mutant.key not in kept or kept[mutant.key]["outcome"] in retried]
+    work = [present[key] for key, result in kept.items() if result["outcome"] in retried and not result["why"]]
+    work += [mutant for mutant in sample if mutant.key not in kept]
 
     _import_packages(options.targets)
+    tests = Tests(data, _seconds_of_tests(options.times))
     folder = options.output.parent / f".mutation-{os.getpid()}"
     folder.mkdir()
     try:
-        for done, (mutant, result) in enumerate(results(work, Tests(data), options.jobs, options.seconds, folder), 1):
+        for done, (mutant, result) in enumerate(results(work, tests, options.jobs, options.seconds, folder), 1):
             why = kept.get(mutant.key, {}).get("why", "")
-            fault = {"kind": mutant.kind, "was": mutant.was, "now": mutant.now, "source": sources[mutant.file]}
+            fault = {"kind": mutant.kind, "was": mutant.was, "now": mutant.now}
+            fault |= {"line": mutant.line, "source": mutant.source}
             kept[mutant.key] = {**fault, **result, "why": why}
-            print(f"{done}/{len(work)} {result['outcome']}: {mutant.key}: {mutant.was} -> {mutant.now}", flush=True)
+            where = f"{mutant.file}:{mutant.line}"
+            print(f"{done}/{len(work)} {result['outcome']}: {where} {mutant.was} -> {mutant.now}", flush=True)
             store.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     finally:
         for file in folder.iterdir():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -46,21 +49,31 @@ class Mutant:
     kind: str
     was: str
     now: str
+    #: The function or method, or the class or module outside of its functions; the fault's number in it; its digest.
+    scope: str
+    number: int
+    source: str
 
     @property
     def key(self) -> str:
-        """What tells it from all others, as long as its module stays the same."""
-        return f"{self.file}:{self.line} {self.index} {self.kind}"
+        """What tells it from all others, as long as its function stays the same."""
+        return f"{self.file}:{self.scope} {self.number}"
 
 
 def mutants(root: Path, file: Path) -> list[Mutant]:
     """All mutants of a file below ``root``, in the order of its nodes."""
     tree = ast.parse(file.read_text())
     name = file.relative_to(root).as_posix()
-    return [
-        Mutant(name, node.lineno, index, kind, _short(node), _short(changed) if changed else "(removed)")
-        for index, (node, kind, changed) in enumerate(_changes(tree))
-    ]
+    scopes = {id(node): scope for node, scope in _scopes(tree, Scope("", _digest(tree)))}
+    numbers: Counter[str] = Counter()
+    found = []
+    for index, (node, kind, changed) in enumerate(_changes(tree)):
+        scope = scopes[id(node)]
+        now = _short(changed) if changed else "(removed)"
+        number = numbers[scope.name]
+        found.append(Mutant(name, node.lineno, index, kind, _short(node), now, scope.name, number, scope.digest))
+        numbers[scope.name] += 1
+    return found
 
 
 def mutated(source: str, index: int) -> ast.Module:
@@ -79,6 +92,42 @@ class _Replacer(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> ast.AST:
         return self.new if node is self.old else self.generic_visit(node)
+
+
+class Scope(NamedTuple):
+    """A function, or what a class or module has beside functions and classes."""
+
+    name: str
+    digest: str
+
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _scopes(node: ast.AST, scope: Scope) -> Iterator[tuple[ast.AST, Scope]]:
+    """All nodes below, each with its scope; functions in functions belong to the outer one."""
+    if isinstance(node, _FUNCTIONS):
+        yield from ((below, scope) for below in ast.walk(node))
+        return
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, (*_FUNCTIONS, ast.ClassDef))
+        inner = Scope(f"{scope.name}.{child.name}".removeprefix("."), _digest(child)) if named else scope
+        yield child, inner
+        yield from _scopes(child, inner)
+
+
+def _digest(node: ast.AST) -> str:
+    """The same for the same code, whatever its comments, docstring and place."""
+    body = [child for child in node.body if not _is_docstring(child)]
+    if not isinstance(node, _FUNCTIONS):
+        body = [
+            child for child in body if not isinstance(child, (*_FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom))
+        ]
+    return hashlib.sha256(ast.unparse(_with(node, body=body)).encode()).hexdigest()[:16]
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[ast.AST, str, ast.AST | None]]:

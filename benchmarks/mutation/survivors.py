@@ -32,7 +32,7 @@ def table(results: dict[str, Any]) -> list[str]:
     lines += ["", "## Survivors", "", "| where | was | became | why it does no harm |", "|---|---|---|---|"]
     for key, result in sorted(results.items()):
         if result["outcome"] in _LOST:
-            where = key.split()[0].removeprefix("pnanalysis/")
+            where = f"{key.partition(':')[0].removeprefix('pnanalysis/')}:{result['line']}"
             lines.append(f"| {where} | {_code(result['was'])} | {_code(result['now'])} | {result['why']} |")
     return lines
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pnanalysis.curvature.batch_weights import _counts
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import CurvatureError
 
@@ -159,3 +160,18 @@ def test_any_positive_weight_is_taken() -> None:
     op = HessianOperator(model, loss, batches, weight=lambda inputs, targets: weights[id(targets)])
     one, other = (HessianOperator(model, loss, [batch]).to_dense() for batch in batches)
     torch.testing.assert_close(op.to_dense(), 0.25 * one + 0.75 * other)
+
+
+def test_what_is_counted_in_a_batch() -> None:
+    targets = (torch.tensor([1, -100, 0]), torch.tensor([[0.5, 2.0], [0.0, 3.0], [1.0, 4.0]]), torch.tensor(7))
+    assert _counts((torch.randn(3, 2), targets)) == {
+        "examples": 3,
+        "elements of the targets (1)": 3,
+        "targets (1) that are not -100": 2,
+        "targets (1) that are not 0": 2,
+        "shifted targets (1) that are not -100": 0,
+        "shifted targets (1) that are not 0": 0,
+        "elements of the targets (2)": 6,
+        "sum of the targets (2)": 10.5,
+        "sum of the shifted targets (2)": 9,
+    }

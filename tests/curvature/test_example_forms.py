@@ -71,6 +71,25 @@ def test_forms_of_examples_are_those_of_their_dense_matrices(
     np.testing.assert_allclose(op.group_weights, np.full(8, 1 / 8), rtol=1e-12)
 
 
+def test_forms_that_cannot_be_traced_are_computed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_forms, "_OPERATIONS_TO_TRACE", 0)
+    op, untraced = (GGNOperator(NETWORKS["conv"](), cross_entropy, images(), expected_products=n) for n in (1000, 1))
+    U, V = directions(op.shape[0])
+    rows = row_forms.TracedForms(op)
+    n_tried = 0
+
+    def refuse(*_: object) -> None:
+        nonlocal n_tried
+        n_tried += 1
+        raise row_forms.Untraceable("no")
+
+    for linearisation in rows._linearisations.values():
+        linearisation.at = refuse
+    op.example_forms._of_rows = rows
+    assert relative(op.forms(U, V), untraced.forms(U, V)) < 1e-12
+    assert n_tried == 1  # the other batches would fail the same way
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_weighted_forms_add_up_to_products(name: str, kind) -> None:

@@ -32,9 +32,19 @@ def test_in_double_precision_they_are_the_hessian(name: str) -> None:
     """Kinks of ReLU included: no jump lies within the short steps of double precision."""
     model = NETWORKS[name]()
     op = by_differences(model)
-    assert op.differences.round_off < 1e-7
+    assert op.differences.round_off < 1e-6
     assert relative(op.to_dense(), dense_hessian(model, images())) < 1e-7
     assert op.method == "finite differences"
+
+
+def test_the_stated_error_is_no_less_than_what_others_have_found() -> None:
+    op = by_differences(NETWORKS["tanh"]())
+    own = op.round_off
+    assert own < 1e-6
+    op.differences.unexplained = 0.03
+    assert op.round_off == 0.03
+    op.differences.unexplained = own / 2
+    assert op.round_off == own
 
 
 def spectral_error(op: HessianOperator, exact: Tensor) -> float:

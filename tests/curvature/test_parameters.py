@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pnanalysis.curvature.operators import HessianOperator
+from pnanalysis.curvature.parameters import split_vector
 from pnanalysis.errors import CurvatureError
 from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative
 
@@ -30,3 +31,11 @@ def test_frozen_parameters_are_left_out_or_refused() -> None:
         HessianOperator(model, cross_entropy, images(), params="0")
     with pytest.raises(CurvatureError, match="none that are trainable"):
         HessianOperator(model.requires_grad_(False), cross_entropy, images())
+
+
+def test_parts_of_vectors_can_be_read_as_complex_numbers_wherever_they_begin() -> None:
+    vector = torch.arange(13.0)
+    parts = split_vector(vector, [torch.Size([2]), torch.Size([1]), torch.Size([3, 2]), torch.Size([4])])
+    assert torch.equal(torch.cat([part.flatten() for part in parts]), vector)
+    assert torch.view_as_complex(parts[2]).tolist() == [3 + 4j, 5 + 6j, 7 + 8j]
+    assert parts[1].data_ptr() == vector[2:].data_ptr()  # where that is safe, nothing is copied

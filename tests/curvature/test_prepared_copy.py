@@ -58,3 +58,24 @@ def test_batch_normalisation_behind_a_shared_convolution_is_not_folded() -> None
     prepared = prepared_copy(model, "eval")
     assert not fold_norms(prepared)
     assert torch.equal(prepared(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("shared", ["convolution", "normalisation"])
+def test_layers_that_are_called_twice_are_not_folded(shared: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(1, 1, 1) for _ in range(2))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(1) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            convs, norms = self.convs, self.norms
+            last = (convs[0], norms[1]) if shared == "convolution" else (convs[1], norms[0])
+            return last[1](last[0](norms[0](convs[0](x)).relu()))
+
+    model = Twice().eval()
+    nn.init.constant_(model.norms[1].running_mean, 0.5)
+    inputs = torch.randn(2, 1, 3, 3)
+    prepared = prepared_copy(model, "eval")
+    assert not fold_norms(prepared)
+    assert torch.equal(prepared(inputs), model(inputs))

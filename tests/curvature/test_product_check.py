@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from pnanalysis.curvature import passes
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from pnanalysis.curvature.product_check import random_direction
 from pnanalysis.errors import CurvatureError
 from tests.curvature.conftest import NETWORKS, TanhOnce, dense_hessian, images, relative
 
@@ -195,6 +196,29 @@ def test_derivatives_that_are_wrong_in_every_mode_are_refused() -> None:
         HessianOperator(model, cross_entropy, BATCHES).to_dense()
 
 
+class SineByReverseMode(torch.autograd.Function):
+    """Has no forward mode, as most functions of users."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
+def test_where_only_reverse_mode_works_it_is_compared_with_differences(operator: Any) -> None:
+    torch.manual_seed(0)
+    model = Rewritten(SineByReverseMode.apply).double()
+    op = operator(model, cross_entropy, BATCHES)
+    model.function = torch.sin
+    assert relative(op.to_dense(), operator(model, cross_entropy, BATCHES).to_dense()) < 1e-12
+    assert op.product_check.difference < 1e-6
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
 def test_missing_derivatives_are_found_whatever_the_size_of_parameters(offset: float) -> None:
     class Offset(nn.Module):
@@ -277,6 +301,15 @@ def test_ordinary_networks_pass_without_a_word(operator: Any) -> None:
             op.matvec(torch.ones(op.shape[0]))
         assert op.method == "traced"
         assert op.product_check.difference < 1e-10
+
+
+def test_directions_are_of_length_one_and_leave_the_random_state() -> None:
+    state = torch.get_rng_state()
+    theta = {"weight": torch.zeros(30, 4).double(), "bias": torch.zeros(4)}
+    v = random_direction(theta, seed=3)
+    assert [(part.shape, part.dtype) for part in v] == [(t.shape, t.dtype) for t in theta.values()]
+    assert sum(float(part.double().square().sum()) for part in v) == pytest.approx(1, rel=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_settings_of_the_process_are_restored() -> None:

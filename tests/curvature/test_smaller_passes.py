@@ -92,6 +92,17 @@ def test_what_is_kept_of_batches_is_given_up_first(batches, limit) -> None:
     assert op._cached_bytes == 0
 
 
+def test_no_more_is_kept_of_batches_than_fits(batches) -> None:
+    batches = [batches[0]] * 3
+    op = HessianOperator(hungry(), cross_entropy, batches, expected_products=1000)
+    expected = op.to_dense()
+    each = op._cached_bytes // 3
+    op._keep_nothing()
+    op._cache_bytes = 5 * each // 2
+    torch.testing.assert_close(op.to_dense(), expected, rtol=1e-12, atol=0)
+    assert (len(op._cache), op._cached_bytes) == (2, 2 * each)
+
+
 def test_batches_too_large_from_the_start(batches, limit) -> None:
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(outputs, targets)  # what batches weigh then is measured, by passes over whole ones

@@ -53,6 +53,7 @@ def _fuzz(reader: str, n: int, scratch: str) -> None:
     read, first = _reader(reader, inputs, Path(scratch))
     (corpus := Path(scratch) / "corpus").mkdir()
     (corpus / "sound").write_bytes(first)
+    read(first)  # from where it starts, a reader has to get to its end
     counts: Counter[str] = Counter()
 
     def one(raw: bytes) -> None:
@@ -77,7 +78,6 @@ def _reader(reader: str, inputs: Any, scratch: Path) -> tuple[Callable[[bytes], 
 
     from pnanalysis.io import netcdf
     from pnanalysis.io.weights import read_weights
-    from pnanalysis.io.writer import RunWriter
 
     def of_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
         file = scratch / name
@@ -89,15 +89,12 @@ def _reader(reader: str, inputs: Any, scratch: Path) -> tuple[Callable[[bytes], 
         return write_and_read
 
     if reader == "manifest":
-        writer = RunWriter.create(scratch / "run", inputs.MANIFEST)
-        writer.save_checkpoint(0, 0, {"weight": torch.ones(2)})
-        writer.release()
-        return of_file("run/run.json", inputs.opened), (scratch / "run/run.json").read_bytes()
+        return of_file("run/run.json", inputs.opened), inputs.undigested_manifest(scratch / "run").read_bytes()
     if reader == "safetensors":
         return of_file("fuzz.safetensors", read_weights), inputs.WEIGHTS
     buffer = io.BytesIO()
     if reader == "torch.save":
-        torch.save({"weight": torch.ones(3, 2), "epoch": 3}, buffer)
+        torch.save({"weight": torch.ones(3, 2), "bias": torch.zeros(3)}, buffer)
         return of_file("fuzz.pt", read_weights), buffer.getvalue()
     inputs.dataset().to_netcdf(buffer, engine="h5netcdf")
     return of_file("fuzz.nc", netcdf.load), buffer.getvalue()

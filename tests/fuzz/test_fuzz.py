@@ -31,7 +31,7 @@ import trainers.cli
 from pnanalysis import schema
 from pnanalysis.errors import PnError
 from pnanalysis.inputs.data import load_data
-from pnanalysis.io import netcdf, zarr_store
+from pnanalysis.io import digest, netcdf, zarr_store
 from pnanalysis.io.runs import open_run
 from pnanalysis.io.weights import read_weights
 from pnanalysis.io.writer import RunWriter
@@ -111,10 +111,19 @@ MANIFEST = {
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    writer = RunWriter.create(tmp_path_factory.mktemp("fuzz") / "run", MANIFEST)
+    return undigested_manifest(tmp_path_factory.mktemp("fuzz") / "run")
+
+
+def undigested_manifest(run: Path) -> Path:
+    """That of a new run, without a digest, which would tell all changes."""
+    writer = RunWriter.create(run, MANIFEST)
     writer.save_checkpoint(0, 0, {"weight": torch.ones(2)})
     writer.release()
-    return writer.path / "run.json"
+    file = run / "run.json"
+    entries = json.loads(file.read_text())
+    del entries[digest.KEY]
+    file.write_text(json.dumps(entries))
+    return file
 
 
 def opened(file: Path) -> None:

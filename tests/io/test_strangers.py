@@ -20,7 +20,7 @@ from pnanalysis.errors import CurvatureError, DataError, ModelError, PnError, Ru
 from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import datasets, netcdf
 from pnanalysis.io.atomic import check_replaceable
-from pnanalysis.io.files import check_inside
+from pnanalysis.io.files import check_inside, open_regular
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
 from pnanalysis.io.weights import read_state_dicts
 from pnanalysis.io.writer import RunWriter
@@ -303,3 +303,13 @@ def test_an_archive_of_too_many_parts_is_refused_at_once(tmp_path: Path) -> None
             archive.writestr(f"many/data/{i}", b"")
     with pytest.raises(ModelError, match=r"many\.pt: holds 100,001 parts, more than the 100,000"):
         read_state_dicts(path)
+
+
+def test_refused_files_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, open_descriptor = [], os.open
+    monkeypatch.setattr(os, "open", lambda *arguments: opened.append(open_descriptor(*arguments)) or opened[-1])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RunError, match="not a regular file"):
+        open_regular(tmp_path / "pipe", RunError)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[-1])

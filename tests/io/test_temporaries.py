@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pnanalysis.errors import RunError
-from pnanalysis.io import netcdf
+from pnanalysis.io import atomic, netcdf
 from pnanalysis.io.atomic import atomic_directory, atomic_path
 from pnanalysis.io.lock import LOCK, Lock, is_held
 from pnanalysis.io.runs import open_run
@@ -253,3 +253,15 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
         replaced()
     assert [path.name for path in tmp_path.iterdir()] == ["long.zarr"]
     assert (folder / "old").read_text() == "kept"
+
+
+def test_what_another_users_process_is_writing_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_another_user(process: int, signal: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    unfinished = atomic._unfinished_name(tmp_path / "file")
+    unfinished.touch()
+    monkeypatch.setattr(os, "kill", of_another_user)
+    with atomic_path(tmp_path / "file") as temporary:
+        temporary.touch()
+    assert sorted(tmp_path.iterdir()) == [unfinished, tmp_path / "file"]

@@ -155,6 +155,14 @@ def test_stores_without_checksums_are_read_as_before(paths: xr.Dataset, tmp_path
     assert verify_file(path).text == "readable, has no digest"
 
 
+def test_a_digest_of_the_metadata_does_not_vouch_for_chunks(paths: xr.Dataset, tmp_path: Path) -> None:
+    encoding = zarr_store._checked(paths)
+    encoding["iteration"]["filters"].pop()  # packed without a checksum
+    paths.to_zarr(tmp_path / "t.zarr", zarr_format=2, consolidated=True, encoding=encoding)
+    zarr_store._sign(tmp_path / "t.zarr")
+    assert verify_file(tmp_path / "t.zarr").text == "readable, has no digest"
+
+
 def test_a_store_that_is_replaced_while_it_is_read_is_read_again(
     paths: xr.Dataset, tmp_path: Path, monkeypatch
 ) -> None:
@@ -194,6 +202,14 @@ def test_a_store_that_would_fill_the_memory_is_not_loaded(paths: xr.Dataset, tmp
         zarr_store.load(path)
 
 
+def test_a_store_may_be_replaced_by_what_is_still_to_be_computed(paths: xr.Dataset, tmp_path: Path) -> None:
+    path = pn.save(paths, tmp_path / "t.zarr")
+    assert datasets.check_destination(path) == path
+    (tmp_path / "other.zarr").mkdir()
+    with pytest.raises(SchemaError, match="other.zarr"):
+        datasets.check_destination(tmp_path / "other.zarr")
+
+
 def test_a_tree_is_no_store(tiny_run: Run, tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"ends in \.nc"):
         datasets.save(tiny_run.results, tmp_path / "tree.zarr")
@@ -211,6 +227,13 @@ def test_rows_appended_one_by_one_are_the_whole(
     loaded = pn.load(tmp_path / "t.zarr")
     assert loaded.identical(ds)
     assert types(loaded) == types(ds)
+
+
+def test_as_many_rows_share_a_chunk_as_fit(paths: xr.Dataset, tmp_path: Path) -> None:
+    """So that files do not become as many as rows."""
+    zarr_store.append(rows(paths)[0], tmp_path / "t.zarr", "checkpoint")
+    chunks = zarr.open_group(tmp_path / "t.zarr", mode="r")["iteration"].chunks
+    assert chunks == (zarr_store._CHUNK_BYTES // paths.iteration.dtype.itemsize,)
 
 
 def test_a_store_is_read_lazily(paths: xr.Dataset, tmp_path: Path) -> None:

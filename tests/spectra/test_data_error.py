@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, ProcessLost
 from pnanalysis.spectra.data_error import FEWEST_GROUPS, DataForms, Influence, influences
 from pnanalysis.spectra.density import spectral_density
 from tests.spectra.averaged_operators import Population, SyntheticAverage
@@ -167,6 +167,16 @@ def test_forms_that_cannot_be_had_are_left_out_with_the_reason():
     few = Population(60).draw(FEWEST_GROUPS - 1, 0)
     with pytest.warns(UserWarning, match="7 groups of examples, fewer than 8"):
         spectrum(few, n_hvp=30)
+
+
+def test_a_lost_process_ends_a_spectrum_rather_than_its_forms_alone():
+    class Losing(SyntheticAverage):
+        def forms(self, U, V):
+            raise ProcessLost("process 1 is gone")
+
+    operator = Population(60).draw(N, 0)
+    with pytest.raises(ProcessLost, match="process 1 is gone"):
+        spectrum(Losing(operator.factors, operator.coefficients, operator.group_weights), n_hvp=30)
 
 
 def test_half_precision_forms_pass_the_check_within_its_round_off():

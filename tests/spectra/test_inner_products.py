@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pnanalysis.spectra.inner_products import inner_products, norms, orthogonalised
+from pnanalysis.spectra.inner_products import combinations, inner_products, norms, orthogonalised
 from pnanalysis.spectra.linear_operator import empty_columns
 
 SINGLE = torch.finfo(torch.float32).eps
@@ -60,3 +60,10 @@ def test_without_a_space_vectors_are_copied():
     rest, _ = orthogonalised(V, [])
     assert torch.equal(rest, V)
     assert rest.data_ptr() != V.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_combinations_are_in_the_precision_of_their_coordinates(dtype):
+    basis, coordinates = columns(70_000, 3, dtype), torch.randn(3, 2, dtype=torch.float64)
+    found = combinations(basis, coordinates)
+    torch.testing.assert_close(found, basis.double() @ coordinates, rtol=1e-13, atol=1e-13)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pnanalysis.errors import CurvatureError
+from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.lanczos import Lanczos, Saver
 from pnanalysis.spectra.linear_operator import (
     DenseOperator,
     DiagonalOperator,
     as_operator,
     contiguous_columns,
+    not_symmetric,
 )
 from pnanalysis.spectra.quadrature import ritz
 from pnanalysis.spectra.random_vectors import random_unit_vectors
@@ -311,3 +315,33 @@ def test_operators_may_return_the_vectors_they_were_given(in_place):
     plain = Lanczos(DiagonalOperator(truth), start, 6).extend(6)
     torch.testing.assert_close(reused.alpha, plain.alpha)
     torch.testing.assert_close(reused.basis, plain.basis)
+
+
+class Skewed(DiagonalOperator):
+    """Products that are off by a small skew matrix."""
+
+    def __init__(self, size: float, dtype: torch.dtype) -> None:
+        super().__init__(torch.linspace(-1, 1, 400, dtype=dtype))
+        self.size = size
+
+    def matmat(self, V: torch.Tensor) -> torch.Tensor:
+        return super().matmat(V) + self.size * (V.roll(1, 0) - V.roll(-1, 0)) / 2
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 0.5), (torch.float64, 1e-3)])
+def test_matrices_that_are_not_symmetric_are_refused(dtype: torch.dtype, size: float) -> None:
+    operator = Skewed(size, dtype)
+    with pytest.raises(CurvatureError, match="not symmetric.*every product must use the same data"):
+        spectral_density(operator, n_hvp=40, progress=False)
+    operator.by_differences = True
+    assert "finite differences are too coarse" in str(not_symmetric(operator, "of some kind"))
+
+
+@pytest.mark.parametrize("by_differences", [True, False])
+def test_differences_are_as_skew_as_their_own_error_says(by_differences: bool) -> None:
+    operator = Skewed(1e-3, torch.float32)
+    operator.by_differences, operator.round_off = by_differences, 1e-3
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        spectral_density(operator, n_hvp=40, progress=False)
+    assert any("not quite symmetric" in str(one.message) for one in caught) == (not by_differences)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +196,20 @@ def test_no_room_at_all_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="none is kept and nothing is deflated"):
         ds = pn.spectral_density(op, n_hvp=200, max_memory_bytes=10 * 16000, progress=False)
     assert ds.attrs["basis"] == "none"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="files are not reserved on this system")
+def test_a_full_disk_is_found_before_a_basis_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing into a mapped file without blocks of its own would end in a bus error."""
+
+    def full(handle: int, offset: int, length: int) -> None:
+        assert (offset, length) == (0, 4 * 1000 * 8)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CurvatureError, match="no room for a basis on the disk .*No space left.*another folder"):
+        Storage(torch.float64, CPU, "disk", tmp_path).columns(1000, 4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_basis_on_the_disk_needs_host_memory() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.linear_operator import DiagonalOperator, as_operator
+from pnanalysis.spectra.sharing import Part
 from pnanalysis.spectra.trace import trace_estimate
 
 METHODS = ["xtrace", "hutch++", "hutchinson"]
@@ -145,3 +148,11 @@ def test_vectors_that_do_not_fit_are_taken_in_groups(method):
         np.mean([trace_estimate(dense(eigenvalues), method, 60, seed, bound).se ** 2 for seed in range(40)])
     )
     assert 0.7 < stated / np.sqrt(np.mean(np.square(errors))) < 1.4  # 3.3 standard errors of a ratio from 40
+
+
+@pytest.mark.parametrize("method", ["hutch++", "xtrace"])
+def test_whole_vectors_are_not_to_be_had_where_processes_divide_them(method):
+    operator = DiagonalOperator(torch.ones(50))
+    operator.part = Part(((0, 50),), SimpleNamespace(n=2), 50)
+    with pytest.raises(CurvatureError, match=r"processes divide here; give method='hutchinson'"):
+        trace_estimate(operator, method, n_hvp=20)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.linear_operator import DenseOperator, DiagonalOperator
-from pnanalysis.spectra.restarted import WHICH
-from pnanalysis.spectra.verified_pairs import VerifiedPairs, verified_pairs
+from pnanalysis.spectra.restarted import WHICH, extreme_pairs
+from pnanalysis.spectra.verified_pairs import VerifiedPairs, _Found, verified_pairs
 
 
 def rotated(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -153,3 +155,12 @@ def test_products_are_counted() -> None:
     seen = []
     pairs = verified_pairs(rotated(SPECTRA["outliers"])[0], 4, advance=lambda steps=1, text="": seen.append(steps))
     assert sum(seen) == pairs.n_hvp
+
+
+def test_an_eigenvalue_that_was_passed_over_is_found_as_precisely_as_the_others() -> None:
+    operator = DiagonalOperator(torch.cat([torch.linspace(0, 0.5, 199), torch.tensor([0.51])]).double())
+    both = extreme_pairs(operator, 2, "largest", tolerance=1e-9)
+    second = replace(both, value=both.value[1:], residual=both.residual[1:], vector=both.vector[:, 1:])
+    missed = _Found(operator, second, "largest", None).search(1, 1, 0, tolerance=1e-9, max_hvp=1000)
+    assert missed.value[0] == pytest.approx(0.51)
+    assert missed.residual[0] <= 1e-9 * 0.51

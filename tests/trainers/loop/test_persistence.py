@@ -31,7 +31,9 @@ def by_the_formula(model: nn.Module, ends: list[nn.Module], lam: float, layers: 
     return lam * total
 
 
-@pytest.mark.parametrize(("layers", "positions"), [("all", [0, 1, 3]), ("3", [3]), (0, [0]), (["0", "3"], [0, 3])])
+@pytest.mark.parametrize(
+    ("layers", "positions"), [("all", [0, 1, 3]), ("3", [3]), (0, [0]), (["0", "3"], [0, 3]), ([-1, -3], [0, 3])]
+)
 @pytest.mark.parametrize("n_ends", [1, 5])
 def test_value_follows_the_formula(layers: object, positions: list[int], n_ends: int) -> None:
     model, ends = network(), [network(seed) for seed in range(1, n_ends + 1)]
@@ -209,3 +211,7 @@ def test_long_layers_keep_their_digits(form: str) -> None:
     torch.testing.assert_close(
         gradients[0].double(), gradients[1], rtol=1e-5, atol=1e-6 * float(gradients[1].abs().max())
     )
+
+
+def test_scripts_that_name_no_strength_go_on_with_the_same_one() -> None:
+    assert PersistentPenalty(network()).lam == 0.01
