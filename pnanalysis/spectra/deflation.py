@@ -60,7 +60,7 @@ from pnanalysis.spectra.linear_operator import (
     arithmetic,
     round_off,
 )
-from pnanalysis.spectra.memory import probes_at_once, vectors_at_once
+from pnanalysis.spectra.memory import probes_at_once, singles_at_once, vectors_at_once
 from pnanalysis.spectra.merged import Couplings, MergedSpaces
 from pnanalysis.spectra.plan import check_fits, equal_probes, fewest_columns, is_exact
 from pnanalysis.spectra.random_vectors import random_unit_vectors
@@ -255,13 +255,14 @@ class _Sampler:
         return n_steps
 
     def _single_products(self, columns: Tensor, budget: int) -> None:
-        """Spend what is left on probes of a single product, as many at once as the memory for one basis allows."""
-        n_before = self.sample.n_deflated
+        """Spend what is left on probes of a single product, several at once where their vectors are short."""
+        settings, n_before = self.settings, self.sample.n_deflated
         deflated, behind = columns[:, :n_before], columns[:, n_before:]
-        at_once = min(max((behind.shape[1] + 3) // 4, 1), behind.shape[1], self.sample.n_free)
+        few = singles_at_once(settings.storage, self.sample.n_parameters)
+        at_once = min(max((behind.shape[1] + 3) // 4, 1), few, behind.shape[1], self.sample.n_free)
         if at_once < 1 or budget - self.sample.n_hvp < FEWEST_SINGLE:
             return
-        if self.settings.until is not None:
+        if settings.until is not None:
             at_once = min(at_once, SINGLE_PER_CHECK)
         while self.sample.n_hvp < budget and not self._is_reached():
             vectors = self._vectors(min(at_once, budget - self.sample.n_hvp))
@@ -270,6 +271,7 @@ class _Sampler:
             )
             lanczos.extend(1 - lanczos.step, self._advance, saver)
             self._finish(lanczos, saver, single=True)
+            del lanczos, saver  # and their vectors, before the next ones are drawn
 
     def _vectors(self, n: int) -> range:
         """The next random vectors."""

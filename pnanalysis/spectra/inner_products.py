@@ -25,8 +25,9 @@ Add = Callable[[Tensor], Tensor]
 _CPU_CHUNK = 2**16
 #: On other devices, where the sums within a chunk are pairwise and each chunk costs the start of a few kernels.
 _DEVICE_CHUNK = 2**22
-#: Numbers of a basis in half precision that are copied at a time, and entries of a chunk in any case.
-_MOST_COPIED, _SMALLEST_CHUNK = 2**24, 2**12
+#: Numbers of a basis that are copied at a time, and entries of a chunk in any case. On a CPU, matrix products of several
+#: start vectors copy what they multiply; elsewhere only a basis in another precision is copied.
+_MOST_COPIED, _MOST_COPIED_ON_DEVICE, _SMALLEST_CHUNK = 2**21, 2**24, 2**12
 
 
 def inner_products(a: Tensor, b: Tensor, add: Add = ALONE.add) -> Tensor:
@@ -130,11 +131,12 @@ def _combinations(basis: Tensor, coordinates: Tensor) -> Tensor:
 
 
 def _chunks(V: Tensor, bases: Sequence[Tensor] = ()) -> list[slice]:
-    """Of the entries of vectors; smaller where a chunk of the bases has to be copied, in another precision."""
-    size = _CPU_CHUNK if V.device.type == "cpu" else _DEVICE_CHUNK
-    copied = max((basis.shape[-1] for basis in bases if basis.dtype != V.dtype), default=0)
+    """Of the entries of vectors; smaller where a chunk of the bases is copied."""
+    on_cpu = V.device.type == "cpu"
+    size, most = (_CPU_CHUNK, _MOST_COPIED) if on_cpu else (_DEVICE_CHUNK, _MOST_COPIED_ON_DEVICE)
+    copied = max((basis.shape[-1] for basis in bases if on_cpu or basis.dtype != V.dtype), default=0)
     if copied:
-        size = max(min(size, _MOST_COPIED // copied), _SMALLEST_CHUNK)
+        size = max(min(size, most // copied), _SMALLEST_CHUNK)
     return [slice(begin, begin + size) for begin in range(0, V.shape[-2], size)]
 
 

@@ -299,6 +299,7 @@ class Lanczos:
         self._finite &= torch.isfinite(norm).all()  # as all entries are then
         self._norm = torch.maximum(self._norm, norm)
         vectors, coordinates = self._orthogonalise(product, j + 1)
+        del product  # as large as all that is worked with below
         skew = self._skew + coordinates[: max(j - 1, 0)].square().sum(0)
         beta = self._norms(vectors)
         alive = beta > self._breakdown * self._norm

@@ -36,8 +36,10 @@ MODES = ("memory", "half", "disk", "none")
 DEFAULT_FRACTION = 0.6
 #: Vectors of P numbers that an operator holds while it computes a product.
 _OPERATOR_VECTORS = 4
-#: The current vector, its product and the work space of Gram-Schmidt.
-_WORKING_VECTORS = 3
+#: The current vector, its product, the work space of Gram-Schmidt and the next vector.
+_WORKING_VECTORS = 4
+#: Bytes that probes of a single product may take together: little beside what a spectrum needs in any case.
+_SINGLES = 2**26
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ class Storage:
     def needed(self, n_parameters: int, n_lanczos: int, n_probes: int, n_deflated: int = 0) -> int:
         """Bytes of memory for bases of ``n_probes`` probes, and for ``n_deflated`` vectors that they share.
 
-        Three more vectors for each probe are the current one, its product and the work space of Gram-Schmidt. The
-        operator's own memory comes on top.
+        Four more vectors for each probe are the current one, its product, the work space of Gram-Schmidt and the next
+        one. The operator's own memory comes on top.
         """
         entries = _WORKING_VECTORS * n_parameters
         if self.part is not None:
@@ -185,6 +187,11 @@ def vectors_at_once(storage: Storage, n_parameters: int, n_wanted: int, max_memo
     limit = int(DEFAULT_FRACTION * free_bytes(storage.device)) if max_memory_bytes is None else max_memory_bytes
     left = limit - storage.needed(n_parameters, 0, 1)
     return max(min(n_wanted, left // storage.vectors_bytes(n_parameters, 1)), 0)
+
+
+def singles_at_once(storage: Storage, n_parameters: int) -> int:
+    """How many probes of a single product run together: one where vectors are long, as its working space is counted."""
+    return max(_SINGLES // storage.needed(n_parameters, 0, 1), 1)
 
 
 def _reserve(handle: int, n_bytes: int) -> None:

@@ -24,7 +24,7 @@ from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns
 from pnanalysis.spectra.sharing import Part, part_of
 
 #: Pairs of entries that are drawn at a time.
-_CHUNK = 2**19
+_CHUNK = 2**17
 #: Of SplitMix64, as signed numbers of 64 bits.
 _STEP, _FIRST, _SECOND = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 

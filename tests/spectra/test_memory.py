@@ -29,21 +29,21 @@ CPU = torch.device("cpu")
 def test_memory_bound_groups_probes_or_refuses() -> None:
     unit = 1000 * 8
     storage = Storage(torch.float64, CPU)
-    assert storage.needed(1000, 20, 3, 5) == (23 * 3 + 5) * unit
+    assert storage.needed(1000, 20, 3, 5) == (24 * 3 + 5) * unit
     sizes = (storage, 1000, 20, 9)
-    assert probes_at_once(*sizes, n_deflated=5, max_memory_bytes=(2 * 23 + 5) * unit) == 2
+    assert probes_at_once(*sizes, n_deflated=5, max_memory_bytes=(2 * 24 + 5) * unit) == 2
     assert probes_at_once(*sizes) == 9
     with pytest.raises(
-        CurvatureError, match=r"needs 180 KiB, the bound is 179 KiB: lower n_lanczos.*--basis half or --basis disk"
+        CurvatureError, match=r"needs 188 KiB, the bound is 187 KiB: lower n_lanczos.*--basis half or --basis disk"
     ):
-        probes_at_once(*sizes, max_memory_bytes=23 * unit - 1000)
+        probes_at_once(*sizes, max_memory_bytes=24 * unit - 1000)
 
 
 def test_memory_of_other_ways_to_keep_a_basis() -> None:
     half, disk, none = (Storage(torch.float32, CPU, mode) for mode in ("half", "disk", "none"))
-    assert half.needed(1000, 20, 1) == 20 * 2000 + 3 * 4000
-    assert disk.needed(1000, 20, 2, 7) == 2 * 3 * 4000
-    assert none.needed(1000, 20, 2) == 2 * 5 * 4000
+    assert half.needed(1000, 20, 1) == 20 * 2000 + 4 * 4000
+    assert disk.needed(1000, 20, 2, 7) == 2 * 4 * 4000
+    assert none.needed(1000, 20, 2) == 2 * 6 * 4000
     assert half.columns(10, 3).dtype == torch.float16
 
 
@@ -219,40 +219,55 @@ def test_a_basis_on_the_disk_needs_host_memory() -> None:
 
 
 PEAK = """
-import json, resource, sys, torch
+import json, re, sys, threading, time, torch
 import pnanalysis as pn
+from pnanalysis.spectra import density, plan
 from pnanalysis.spectra.linear_operator import DiagonalOperator
 
 def anonymous():
     with open("/proc/self/status") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
 
-class Watching(DiagonalOperator):
-    peak = 0
-    def matmat(self, V):
-        product = super().matmat(V)
-        Watching.peak = max(Watching.peak, anonymous())
-        return product
+peak, said, over = 0, [], threading.Event()
 
+def watch():
+    global peak
+    while not over.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.0005)
+
+def noted(*arguments):
+    said.append(plan.peak_bytes(*arguments))
+    return said[-1]
+
+density.peak_bytes = noted
 n = 4_000_000
-op = Watching(torch.linspace(0, 1, n))
-warm = pn.spectral_density(DiagonalOperator(torch.ones(50)), n_hvp=20, progress=False)
+op = DiagonalOperator(torch.linspace(0, 1, n))
+pn.spectral_density(DiagonalOperator(torch.ones(50)), n_hvp=20, progress=False)
 before = anonymous()
+watching = threading.Thread(target=watch)
+watching.start()
 pn.spectral_density(op, n_hvp=30, basis=sys.argv[1], progress=False)
-print(json.dumps({"vectors": (Watching.peak - before) / (4 * n)}))
+over.set()
+watching.join()
+print(json.dumps({"vectors": (peak - before) / (4 * n), "said": said[-1] / (4 * n)}))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("mode", "most"), [("memory", 30 + 9), ("half", 15 + 9), ("disk", 12), ("none", 2 + 9)])
-def test_peak_memory_at_four_million_parameters(mode: str, most: float) -> None:
-    done = subprocess.run([sys.executable, "-c", PEAK, mode], capture_output=True, text=True, check=True)
-    vectors = json.loads(done.stdout.splitlines()[-1])["vectors"]
-    assert vectors <= most
-    assert vectors >= {"memory": 25, "half": 12, "disk": 0, "none": 0}[mode]
+@pytest.mark.parametrize("mode", ["memory", "half", "disk", "none"])
+def test_peak_memory_is_what_was_said_at_four_million_parameters(mode: str) -> None:
+    # arrays of a megabyte and more are given back at once, so that the peak is that of what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, mode], capture_output=True, text=True, check=True, env=environment
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["said"] == {"memory": 30 + 4, "half": 15 + 4, "disk": 4, "none": 2 + 4}[mode]
+    assert found["vectors"] == pytest.approx(found["said"], rel=0.1)
 
 
-@pytest.mark.parametrize(("bound", "n"), [(3, 0), (4, 1), (20, 10)])
+@pytest.mark.parametrize(("bound", "n"), [(4, 0), (5, 1), (20, 10)])
 def test_single_vectors_leave_room_to_work_with(bound: int, n: int) -> None:
     unit = 1000 * 4
     found = [vectors_at_once(Storage(torch.float32, CPU), 1000, 10, bound * unit + spare) for spare in (0, 999)]
