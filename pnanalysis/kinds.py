@@ -378,11 +378,32 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "seconds": _var("", "s", "time of the measurement"),
     },
     "sharpness": {
-        **_with_se("loss", "checkpoint", "nat", "loss"),
-        **_with_se("rise", "checkpoint neighbourhood", "nat", "largest rise of the loss found"),
-        **_with_se("one_step", "checkpoint neighbourhood", "nat", "rise of the loss after one step to the boundary"),
-        "relative": _var("checkpoint neighbourhood", "%", "largest rise of the loss found, relative to 1 + loss"),
-        "radius": _var("neighbourhood", "1", "radius of the neighbourhood"),
+        **_with_se("loss", "", "nat", "loss"),
+        **_with_se("rise", "neighbourhood", "nat", "largest rise of the loss found", _OPTIONAL),
+        **_with_se("one_step", "neighbourhood", "nat", "rise of the loss after one step to the boundary", _OPTIONAL),
+        "relative": _var("neighbourhood", "%", "largest rise of the loss found, relative to 1 + loss", _OPTIONAL),
+        "rise_start": _var("neighbourhood start", "nat", "rise of the loss that each ascent found", _OPTIONAL),
+        "rise_quadratic": _var("neighbourhood", "nat", "largest rise of its second-order expansion found", _OPTIONAL),
+        "radius": _var("neighbourhood", "1", "radius of the neighbourhood", _OPTIONAL),
+        **_with_se("average", "neighbourhood", "nat", "mean rise of the loss", _OPTIONAL),
+        "average_direction_se": _var(
+            "neighbourhood", "nat", "standard error of the mean rise for the choice of directions", _OPTIONAL
+        ),
+        "average_data_se": _var(
+            "neighbourhood", "nat", "standard error of the mean rise for the choice of examples", _OPTIONAL
+        ),
+        **_with_ends("average", "neighbourhood", "nat", "mean rise of the loss"),
+        **_with_se("average_quadratic", "neighbourhood", "nat", "mean rise of its second-order expansion", _OPTIONAL),
+        "average_radius": _var("neighbourhood", "1", "radius of the average case", _OPTIONAL),
+        **_with_se("relative_flatness", "", "nat", "relative flatness", _OPTIONAL),
+        "relative_flatness_probe_se": _var(
+            "", "nat", "standard error of the relative flatness for the choice of probes", _OPTIONAL
+        ),
+        "relative_flatness_data_se": _var(
+            "", "nat", "standard error of the relative flatness for the choice of examples", _OPTIONAL
+        ),
+        **_with_ends("relative_flatness", "", "nat", "relative flatness"),
+        "flatness_layer": _var("", "1", "layer of the relative flatness", _OPTIONAL),
     },
     "gradients": {
         "inner_product": _var("layer epoch end", "1", "inner product with the end point over its squared norm"),
