@@ -51,7 +51,7 @@ class SharpnessOptions:
     average_radii: Mapping[str, Any] | None = None
     measures: tuple[str, ...] = MEASURES
     method: str = "frank-wolfe"
-    n_steps: int = 20
+    n_steps: int = 10
     n_starts: int = 2
     group: int | None = None
     n_directions: int = 16

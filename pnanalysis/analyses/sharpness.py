@@ -32,7 +32,7 @@ def sharpness(
     average_radii: Mapping[str, float | Sequence[float]] | None = None,
     measures: Sequence[str] = MEASURES,
     method: str = "frank-wolfe",
-    n_steps: int = 20,
+    n_steps: int = 10,
     n_starts: int = 2,
     group: int | None = None,
     n_directions: int = 16,

@@ -26,15 +26,17 @@ from torch import Tensor, nn
 from pnanalysis.arrays import Array
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.curvature.parameters import Selection, select_parameters
-from pnanalysis.errors import ModelError
+from pnanalysis.errors import CurvatureError, ModelError
 from pnanalysis.estimates import Estimate
 from pnanalysis.perturbation.neighbourhoods import gaussian
 from pnanalysis.spectra.data_error import Influence
 
 #: Random directions, and the most of which all are taken instead.
-N_PROBES = 32
+N_PROBES = 64
 #: Stream of random numbers.
 _PROBES = 3
+#: Deviation of the sum of forms, relative to the sizes of a vector and its product.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,27 @@ def relative_flatness(op: HessianOperator, weight: Tensor, seed: int = 0, n_prob
     spanned = left * sizes  # (d, r): rows have the same inner products
     n_random = spanned.shape[1] * matrix.shape[1]
     is_exact = n_random <= n_probes
-    forms, whole = [], []
+    forms = []
     for i in range(n_random if is_exact else n_probes):
         v = (spanned @ _probe(i, spanned.shape[1], matrix.shape[1], is_exact, seed, op.device)).reshape(-1)
         v = v.to(op.dtype)[:, None]
         forms.append(op.forms(v, v)[0].numpy())
-        whole.append(float(v[:, 0].double() @ op.matvec(v[:, 0]).double()))
-    return _estimate(np.array(forms), np.array(whole), np.asarray(op.group_weights), is_exact)
+        if i == 0:
+            _check(op, v[:, 0], float(op.group_weights @ forms[0]))
+    return _estimate(np.array(forms), np.asarray(op.group_weights), is_exact)
+
+
+def _check(op: HessianOperator, v: Tensor, form: float) -> None:
+    """See that the forms of single examples add up to that of the whole.
+
+    Raises
+    ------
+    CurvatureError
+    """
+    product = op.matvec(v).double()
+    whole, size = float(v.double() @ product), float(v.double().norm() * product.norm())
+    if abs(form - whole) > _TOLERANCE[op.dtype] * size:
+        raise CurvatureError(f"the curvatures of single examples add up to {form:.6g}, not to {whole:.6g}")
 
 
 def _probe(i: int, r: int, m: int, is_exact: bool, seed: int, device: torch.device) -> Tensor:
@@ -115,16 +131,17 @@ def _probe(i: int, r: int, m: int, is_exact: bool, seed: int, device: torch.devi
     return torch.where(signs == 0, 1.0, signs).double().reshape(r, m)
 
 
-def _estimate(forms: Array, whole: Array, weights: Array, is_exact: bool) -> RelativeFlatness:
-    """From forms ``(probe, group)`` of single examples and ``(probe,)`` of all."""
+def _estimate(forms: Array, weights: Array, is_exact: bool) -> RelativeFlatness:
+    """From forms ``(probe, group)`` of single examples."""
+    of_probes = forms @ weights
     if is_exact:
         influence = Influence(weights, forms.sum(0), np.zeros(forms.shape[1]))
-        value, probe_se = float(whole.sum()), 0.0
+        value, probe_se = float(of_probes.sum()), 0.0
     else:
         first, second = forms[::2].mean(0), forms[1::2].mean(0)
         influence = Influence(weights, forms.mean(0), (first - second) / 2)
-        value, probe_se = float(whole.mean()), float(whole.std(ddof=1) / math.sqrt(len(whole)))
+        value, probe_se = float(of_probes.mean()), float(of_probes.std(ddof=1) / math.sqrt(len(forms)))
     data_se = influence.se
     se = math.hypot(probe_se, data_se) if math.isfinite(data_se) else probe_se
-    parts = probe_se**4 / max(len(whole) - 1, 1) + (data_se**4 / influence.dof if math.isfinite(data_se) else 0.0)
+    parts = probe_se**4 / max(len(forms) - 1, 1) + (data_se**4 / influence.dof if math.isfinite(data_se) else 0.0)
     return RelativeFlatness(value, se, probe_se, data_se, se**4 / parts if parts else math.inf, influence)

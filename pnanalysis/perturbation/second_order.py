@@ -3,8 +3,8 @@ r"""What sharpness would be if the loss were its second-order expansion, from pr
 In a ball that is scaled by :math:`c`, the largest rise is that of a trust-region problem with the gradient
 :math:`c \odot g` and the matrix :math:`C H C`, where :math:`C` has :math:`c` on its diagonal. It is solved exactly in a
 Krylov space of the gradient and a random vector, which gives a lower bound that converges as largest eigenvalues do.
-The mean rise over directions of opposite signs is :math:`\tfrac12 \delta^\top H \delta`, by the very directions of the average case: the
-two agree as radii go to zero, without any noise.
+The mean rise over directions of opposite signs is :math:`\tfrac12 \delta^\top H \delta`, by the very directions of
+the average case: the two agree as radii go to zero, without any noise.
 
 References
 ----------

@@ -29,7 +29,7 @@ class WorstCase:
 
     radii: Radii
     method: str = "frank-wolfe"
-    n_steps: int = 20
+    n_steps: int = 10
     n_starts: int = 2
     group: int | None = None
     seed: int = 0
