@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from pnanalysis.errors import PnError
 from pnanalysis.plots.comparison import comparison
+from pnanalysis.plots.correlation import correlation
 from pnanalysis.plots.eigenpairs import eigenpairs
 from pnanalysis.plots.history import errors, history
 from pnanalysis.plots.landscape import barrier, landscape
@@ -43,6 +44,7 @@ FIGURES: dict[str, str] = {
     "landscape": "pnanalysis.plots.landscape:landscape",
     "sharpness": "pnanalysis.plots.sharpness:sharpness",
     "learning_coefficient": "pnanalysis.plots.learning_coefficient:learning_coefficient",
+    "correlation": "pnanalysis.plots.correlation:correlation",
     "curvature_monitor": "pnanalysis.plots.curvature_monitor:curvature_monitor",
     "gradients": "pnanalysis.plots.gradients:gradients",
     "comparison": "pnanalysis.plots.comparison:comparison",
@@ -98,6 +100,7 @@ __all__ = [
     "activation_histogram",
     "barrier",
     "comparison",
+    "correlation",
     "cosines",
     "eigenpairs",
     "errors",
