@@ -237,6 +237,20 @@ _COMPARISON = {
     "saturation": _var("checkpoint activation", "1", "98th percentile of the absolute activation", _OPTIONAL),
 }
 
+#: Numbers of sharpness that a comparison lists, and whose differences are tested.
+COMPARED_SHARPNESS = {
+    "worst_rise": ("nat", "largest rise of the loss found"),
+    "mean_rise": ("nat", "mean rise of the loss"),
+    "relative_flatness": ("nat", "relative flatness"),
+}
+for _name, (_units, _long_name) in COMPARED_SHARPNESS.items():
+    _difference = f"difference in {_long_name}"
+    _COMPARISON |= {
+        **_with_se(_name, "checkpoint", _units, _long_name, _OPTIONAL),
+        **_with_se(f"{_name}_difference", "checkpoint other", _units, _difference, _OPTIONAL),
+        **_with_p(f"{_name}_difference", "checkpoint other", _difference),
+    }
+
 _EIGENPAIRS = {
     "value": _var("pair", "loss", "eigenvalue"),
     "residual": _var("pair", "loss", "residual norm of the eigenpair"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,8 +41,8 @@ def correlate(
             "--diagnostic",
             "-d",
             metavar="NAME",
-            help="A diagnostic, or the kind of dataset that it is in (hessian, sharpness...); may be repeated. All that "
-            "are stored by default.",
+            help="A diagnostic, or the kind of dataset that it is in (hessian, sharpness...); may be repeated. "
+            "By default all that are stored.",
         ),
     ] = None,
     checkpoint: Annotated[
@@ -53,8 +53,12 @@ def correlate(
         typer.Option(metavar="SETTING", help="Settings that are looked at one at a time; all but seed by default."),
     ] = None,
     compute: Annotated[
-        list[Literal["hessian", "sharpness", "saturation", "learning_coefficient"]] | None,
-        typer.Option(help="Run this analysis first on each run that lacks it, and save it there; may be repeated."),
+        list[str] | None,
+        typer.Option(
+            metavar="ANALYSIS",
+            help="Run hessian, sharpness, saturation or learning_coefficient first on each run that lacks it, and save "
+            "it there; may be repeated.",
+        ),
     ] = None,
     bootstrap: Annotated[int, typer.Option(help="Resamples of the runs.")] = 2000,
     data: options.Data = None,

@@ -38,8 +38,8 @@ def sharpness(
         list[str] | None, typer.Option(metavar=_RADII, help="The same in the average case; may be repeated.")
     ] = None,
     measure: Annotated[
-        list[Literal["worst", "average", "flatness"]] | None,
-        typer.Option(help="What to measure, all by default; may be repeated."),
+        list[str] | None,
+        typer.Option(metavar="worst|average|flatness", help="What to measure, all by default; may be repeated."),
     ] = None,
     method: Annotated[
         Literal["frank-wolfe", "gradient", "apgd"], typer.Option(help="How to look for the worst case.")
