@@ -169,7 +169,7 @@ def correlate(
     )  # fmt: skip
     ds["tau_p"] = ("diagnostic", holm(ds.tau_p_single.values))
     ds["target"].attrs["long_name"] = target.replace("_", " ")
-    coords = {f"{name}_setting": ("run", _column(values)) for name, values in table.settings.items()}
+    coords: dict[str, Any] = {f"{name}_setting": ("run", _column(values)) for name, values in table.settings.items()}
     ds = ds.assign_coords(
         diagnostic=chosen, run=table.runs, axis=own_axes, source=("diagnostic", [table.kind[name] for name in chosen]),
         **coords,

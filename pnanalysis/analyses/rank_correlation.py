@@ -114,8 +114,8 @@ def tau_with_errors(
         size = min(_REPLICATES_AT_ONCE, n_bootstrap - begin)
         drawn = [signs(v + se * rng.standard_normal((size, n))) for v, se in zip((x, y), errors, strict=True)]
         counts = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
-        resampled.append(kendall_tau(*drawn, counts))
-        redrawn.append(kendall_tau(*drawn))
+        resampled.append(kendall_tau(drawn[0], drawn[1], counts))
+        redrawn.append(kendall_tau(drawn[0], drawn[1]))
     replicates = np.concatenate(resampled)
     replicates, again = replicates[np.isfinite(replicates)], np.concatenate(redrawn)
     low = high = se = math.nan

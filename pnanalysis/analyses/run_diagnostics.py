@@ -126,7 +126,8 @@ def _numbers(ds: xr.Dataset, kind: str, name: str) -> Iterator[tuple[str, Number
     if f"{name}_se" not in ds and f"{name}_low" in ds:
         se = (ds[f"{name}_high"] - ds[f"{name}_low"]) / (2 * _Z95)
     if "layer" in value.dims:
-        value, se = value.mean("layer"), np.sqrt((se**2).sum("layer", skipna=False)) / value.notnull().sum("layer")
+        se = (se**2).sum("layer", skipna=False) ** 0.5 / value.notnull().sum("layer")
+        value = value.mean("layer")
     radius = {"rise": "radius", "average": "average_radius"}.get(name)
     for place in np.ndindex(*value.shape):
         at = dict(zip(value.dims, place, strict=True))

@@ -78,7 +78,8 @@ def compare(
     spectra |= {} if n_hvp is None else {"n_hvp": n_hvp}
     ds = analyse(
         *given, checkpoints=checkpoint, n=n, split=split, cka=cka,
-        hessian=spectra if hessian else False, eigenpairs={"n": n_hessian} if eigenpairs else False, sharpness={"n": n_hessian} if sharpness else False,
+        hessian=spectra if hessian else False, eigenpairs={"n": n_hessian} if eigenpairs else False,
+        sharpness={"n": n_hessian} if sharpness else False,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)

@@ -88,13 +88,12 @@ def worst_case(
             found.append(_of_group(gradients, [group], how, part))
             weights.append(weight)
             sizes.append(size)
-    share, size = (np.array(values) / sum(values) for values in (weights, sizes))
+    share = np.array(weights) / sum(weights)
     # the plain mean over all examples is to be that of groups by their weights
+    factors = share / (np.array(sizes) / sum(sizes))
     return Rises(
-        *(
-            np.concatenate([f * getattr(one, name) for f, one in zip(share / size, found, strict=True)], axis=2)
-            for name in ("found", "first")
-        ),
+        np.concatenate([f * one.found for f, one in zip(factors, found, strict=True)], axis=2),
+        np.concatenate([f * one.first for f, one in zip(factors, found, strict=True)], axis=2),
         np.tensordot(share, np.stack([one.start for one in found]), 1),
     )
 

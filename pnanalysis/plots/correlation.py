@@ -32,7 +32,7 @@ def correlation(ds: xr.Dataset) -> Figure:
     order = np.argsort(-np.abs(np.nan_to_num(ds.tau.values)), kind="stable")[:_MOST]
     ds = ds.isel(diagnostic=order)
     figure = new_figure(PAGE, max(0.9 + _LINE * len(order), 3.9))
-    left, right = figure.subfigures(1, 2, width_ratios=[1.9, 1])
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.9, 1])[0]
     ax = left.subplots()
     _forest(ax, ds)
     n = min(_SCATTERS, len(order))

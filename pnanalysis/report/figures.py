@@ -198,9 +198,9 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             "sharpness",
             "Sharpness",
-            "The largest rise of the loss found in neighbourhoods of the minima, and its mean rise over random directions "
-            "there; bands and bars show one standard error, dotted lines what the second-order expansion of the loss "
-            "gives. Below, the relative flatness of a layer with 95 % intervals.",
+            "The largest rise of the loss found in neighbourhoods of the minima, and its mean rise over random "
+            "directions there; bands and bars show one standard error, dotted lines what the second-order expansion of "
+            "the loss gives. Below, the relative flatness of a layer with 95 % intervals.",
         ),
     ),
     "learning_coefficient": (
@@ -216,8 +216,8 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             "correlation",
             "Correlation with generalisation",
-            "Kendall's rank correlation of each diagnostic with the target over the runs of a sweep, with 95 % intervals; "
-            "full markers are significant after Holm's step-down for all of them. On the right, the runs.",
+            "Kendall's rank correlation of each diagnostic with the target over the runs of a sweep, with 95 % "
+            "intervals; full markers are significant after Holm's step-down for all of them. On the right, the runs.",
         ),
     ),
     "curvature_monitor": (
