@@ -172,7 +172,7 @@ def _check_points(n_steps: int) -> set[int]:
     at, before = 0.22, 0.0
     found = set()
     while at <= 1:
-        found.add(math.ceil(at * n_steps))
+        found.add(math.ceil(round(at * n_steps, 6)))
         at, before = at + max(at - before - 0.03, 0.06), at
     return found
 
