@@ -106,29 +106,34 @@ def tau_with_errors(
     from scipy.stats import kendalltau, norm  # here, so that command lines start without SciPy
 
     n, rng = len(x), np.random.default_rng(seed)
-    errors = [np.nan_to_num(np.zeros(n) if se is None else se) for se in (x_se, y_se)]
-    value = float(kendall_tau(signs(x), signs(y)))
-    edge = 1 - _EDGE / math.comb(n, 2)
+    errors = [np.zeros(n) if se is None else np.nan_to_num(se) for se in (x_se, y_se)]
+    of_x, of_y = signs(x), signs(y)
+    value = float(kendall_tau(of_x, of_y))
     resampled, redrawn = [], []
+    has_errors = any(one.any() for one in errors)
     for begin in range(0, n_bootstrap, _REPLICATES_AT_ONCE):
         size = min(_REPLICATES_AT_ONCE, n_bootstrap - begin)
-        drawn = [signs(v + se * rng.standard_normal((size, n))) for v, se in zip((x, y), errors, strict=True)]
         counts = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
-        resampled.append(kendall_tau(drawn[0], drawn[1], counts))
-        redrawn.append(kendall_tau(drawn[0], drawn[1]))
-    replicates = np.concatenate(resampled)
-    replicates, again = replicates[np.isfinite(replicates)], np.concatenate(redrawn)
-    low = high = se = math.nan
-    if len(replicates) > n_bootstrap / 2:
-        spread = float(np.arctanh(np.clip(replicates, -edge, edge)).std(ddof=1))
-        spread = max(spread, math.sqrt(_FIELLER / max(n - 4, 1)))
-        middle, half = math.atanh(min(max(value, -edge), edge)), float(norm.ppf(0.975)) * spread
-        low, high, se = math.tanh(middle - half), math.tanh(middle + half), spread * (1 - math.tanh(middle) ** 2)
-    noise = any(one.any() for one in errors)
-    return Tau(
-        value, se, low, high, float(kendalltau(x, y).pvalue), float(np.nanstd(again)) if noise else 0.0,
-        float(np.nanmean(again)) - value if noise else 0.0,
-    )  # fmt: skip
+        resampled.append(kendall_tau(of_x, of_y, counts))
+        if has_errors:
+            drawn = [v + se * rng.standard_normal((size, n)) for v, se in zip((x, y), errors, strict=True)]
+            redrawn.append(kendall_tau(signs(drawn[0]), signs(drawn[1])))
+    again = np.concatenate(redrawn) if redrawn else np.array([value])
+    edge = 1 - _EDGE / math.comb(n, 2)
+    spread = max(_spread(np.concatenate(resampled), edge), math.sqrt(_FIELLER / max(n - 4, 1)))
+    # numbers that are drawn again scatter about less of a correlation, so that their scatter is added by itself
+    spread = math.hypot(spread, _spread(again, edge))
+    middle = math.atanh(min(max(value, -edge), edge))
+    low, high = (math.tanh(middle + side * float(norm.ppf(0.975)) * spread) for side in (-1, 1))
+    se = spread * (1 - math.tanh(middle) ** 2)
+    p = float(kendalltau(x, y).pvalue)
+    return Tau(value, se, low, high, p, float(np.nanstd(again)), float(np.nanmean(again)) - value)
+
+
+def _spread(taus: Array, edge: float) -> float:
+    """Standard deviation on the scale of the inverse hyperbolic tangent; 0 for fewer than two numbers."""
+    known = taus[np.isfinite(taus)]
+    return float(np.arctanh(np.clip(known, -edge, edge)).std(ddof=1)) if len(known) > 1 else 0.0
 
 
 def granulated(
