@@ -129,7 +129,7 @@ def correlate(
     the diagnostic and the target makes a correlation without either causing the other, which ``psi`` and
     ``information`` look behind.
 
-    The interval is that of a normal distribution on the scale of the inverse hyperbolic tangent. Its variance is the sum
+    The interval is that of a normal distribution on the scale of the inverse hyperbolic tangent. Its variance is a sum
     of those of taus of resampled runs, and of taus of the same runs with numbers drawn again with their errors. It is
     on the safe side, for resampled runs hold their errors already.
 
