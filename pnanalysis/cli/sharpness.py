@@ -130,7 +130,6 @@ def _radii(texts: list[str] | None, option: str) -> dict[str, float | list[float
 
 
 def _tables(ds: xr.Dataset) -> Iterator[Table]:
-    ds = ds if "radius_index" in ds.dims else ds.expand_dims("radius_index")
     if "rise" in ds:
         yield _table(ds, "rise", "radius", "largest rise of the loss found")
     if "average" in ds:
@@ -150,6 +149,9 @@ def _tables(ds: xr.Dataset) -> Iterator[Table]:
 def _table(ds: xr.Dataset, name: str, radius: str, title: str) -> Table:
     """A row for each checkpoint and neighbourhood, a column for each radius."""
     rows = []
+    if "radius_index" not in ds.dims:
+        names = (name, f"{name}_se", radius)
+        ds = ds.assign({one: ds[one].expand_dims("radius_index") for one in names})
     sizes = ds[radius].transpose("radius_index", "neighbourhood").values
     for checkpoint in ds.checkpoint.values:
         for k, kind in enumerate(ds.neighbourhood.values):
