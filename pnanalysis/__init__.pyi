@@ -1,6 +1,7 @@
 from . import plots as plots
 from .activations.monitor import SaturationMonitor as SaturationMonitor
 from .analyses.comparison import compare as compare
+from .analyses.correlation import correlate as correlate
 from .analyses.eigenpairs import eigenpairs as eigenpairs
 from .analyses.functional import functional_distance as functional_distance
 from .analyses.gradients import gradient_split as gradient_split
@@ -40,6 +41,7 @@ __all__ = [
     "SaturationMonitor",
     "as_operator",
     "compare",
+    "correlate",
     "eigenpairs",
     "functional_distance",
     "gradient_split",

@@ -237,6 +237,20 @@ _COMPARISON = {
     "saturation": _var("checkpoint activation", "1", "98th percentile of the absolute activation", _OPTIONAL),
 }
 
+#: Numbers of sharpness that a comparison lists, and whose differences are tested.
+COMPARED_SHARPNESS = {
+    "worst_rise": ("nat", "largest rise of the loss found"),
+    "mean_rise": ("nat", "mean rise of the loss"),
+    "relative_flatness": ("nat", "relative flatness"),
+}
+for _name, (_units, _long_name) in COMPARED_SHARPNESS.items():
+    _difference = f"difference in {_long_name}"
+    _COMPARISON |= {
+        **_with_se(_name, "checkpoint", _units, _long_name, _OPTIONAL),
+        **_with_se(f"{_name}_difference", "checkpoint other", _units, _difference, _OPTIONAL),
+        **_with_p(f"{_name}_difference", "checkpoint other", _difference),
+    }
+
 _EIGENPAIRS = {
     "value": _var("pair", "loss", "eigenvalue"),
     "residual": _var("pair", "loss", "residual norm of the eigenpair"),
@@ -378,11 +392,49 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "seconds": _var("", "s", "time of the measurement"),
     },
     "sharpness": {
-        **_with_se("loss", "checkpoint", "nat", "loss"),
-        **_with_se("rise", "checkpoint neighbourhood", "nat", "largest rise of the loss found"),
-        **_with_se("one_step", "checkpoint neighbourhood", "nat", "rise of the loss after one step to the boundary"),
-        "relative": _var("checkpoint neighbourhood", "%", "largest rise of the loss found, relative to 1 + loss"),
-        "radius": _var("neighbourhood", "1", "radius of the neighbourhood"),
+        **_with_se("loss", "", "nat", "loss"),
+        **_with_se("rise", "neighbourhood", "nat", "largest rise of the loss found", _OPTIONAL),
+        **_with_se("one_step", "neighbourhood", "nat", "rise of the loss after one step to the boundary", _OPTIONAL),
+        "relative": _var("neighbourhood", "%", "largest rise of the loss found, relative to 1 + loss", _OPTIONAL),
+        "rise_start": _var("neighbourhood start", "nat", "rise of the loss that each ascent found", _OPTIONAL),
+        "rise_quadratic": _var("neighbourhood", "nat", "largest rise of its second-order expansion found", _OPTIONAL),
+        "radius": _var("neighbourhood", "1", "radius of the neighbourhood", _OPTIONAL),
+        **_with_se("average", "neighbourhood", "nat", "mean rise of the loss", _OPTIONAL),
+        "average_direction_se": _var(
+            "neighbourhood", "nat", "standard error of the mean rise for the choice of directions", _OPTIONAL
+        ),
+        "average_data_se": _var(
+            "neighbourhood", "nat", "standard error of the mean rise for the choice of examples", _OPTIONAL
+        ),
+        **_with_ends("average", "neighbourhood", "nat", "mean rise of the loss"),
+        **_with_se("average_quadratic", "neighbourhood", "nat", "mean rise of its second-order expansion", _OPTIONAL),
+        "average_radius": _var("neighbourhood", "1", "radius of the average case", _OPTIONAL),
+        **_with_se("relative_flatness", "", "nat", "relative flatness", _OPTIONAL),
+        "relative_flatness_probe_se": _var(
+            "", "nat", "standard error of the relative flatness for the choice of probes", _OPTIONAL
+        ),
+        "relative_flatness_data_se": _var(
+            "", "nat", "standard error of the relative flatness for the choice of examples", _OPTIONAL
+        ),
+        **_with_ends("relative_flatness", "", "nat", "relative flatness"),
+        "flatness_layer": _var("", "1", "layer of the relative flatness", _OPTIONAL),
+    },
+    "correlation": {
+        **_with_se("tau", "", "1", "Kendall rank correlation (tau-b)"),
+        **_with_ends("tau", "", "1", "Kendall rank correlation (tau-b)"),
+        "tau_p": _var("", "1", "p-value of no correlation (adjusted by Holm's step-down)"),
+        "tau_p_single": _var("", "1", "p-value of no correlation, by itself"),
+        "tau_noise_se": _var("", "1", "part of the standard error from the errors of the numbers"),
+        "tau_shift": _var("", "1", "change of the rank correlation if the numbers had their errors once more"),
+        **_with_ends("psi", "", "1", "rank correlation among runs that differ in one setting"),
+        "psi": _var("", "1", "rank correlation among runs that differ in one setting"),
+        "psi_axis": _var("axis", "1", "rank correlation among runs that differ in this setting"),
+        "information": _var("", "1", "conditional mutual information of signs, relative to the entropy"),
+        "n_runs": _var("", "1", "number of runs"),
+        "value": _var("run", "1", "diagnostic"),
+        "value_se": _var("run", "1", "standard error of the diagnostic"),
+        "target": _var("run", "1", "target"),
+        "target_se": _var("run", "1", "standard error of the target"),
     },
     "gradients": {
         "inner_product": _var("layer epoch end", "1", "inner product with the end point over its squared norm"),

@@ -27,7 +27,10 @@ __all__ = ["COMPARED_SPECTRUM", "SCHEMAS", "SCHEMA_VERSION", "finish", "provenan
 SCHEMA_VERSION = 1
 
 #: Dims that may stand in front of any variable: several checkpoints, runs or iterations side by side.
-STACKING_DIMS = ("run", "checkpoint", "iteration", "epoch", "step", "layer", "localization", "step_size")
+STACKING_DIMS = (
+    "run", "checkpoint", "iteration", "epoch", "step", "layer", "localization", "step_size", "radius_index",
+    "diagnostic",
+)  # fmt: skip
 
 
 def stamp(ds: xr.Dataset, kind: str, **attrs: Any) -> xr.Dataset:

@@ -16,6 +16,7 @@ from torch import nn
 from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.activations.statistics import Measures, common_range
+from pnanalysis.analyses.compared_sharpness import SharpnessRequest
 from pnanalysis.analyses.compared_spaces import EigenpairRequest
 from pnanalysis.analyses.functional import compare_functions
 from pnanalysis.analyses.hessian import SpectrumOptions, data_error_of, has_all, network_spectra
@@ -59,6 +60,7 @@ def compare(
     split: str = "test",
     hessian: bool | Mapping[str, Any] = True,
     eigenpairs: bool | Mapping[str, Any] = False,
+    sharpness: bool | Mapping[str, Any] = False,
     cka: bool = True,
     saturation: bool = True,
     batch_size: int = 256,
@@ -89,6 +91,9 @@ def compare(
     eigenpairs : bool or mapping
         Overlaps of the spaces of the largest eigenvectors of the Hessian; a mapping holds options of
         :func:`pnanalysis.eigenpairs` that replace :data:`EIGENPAIRS`.
+    sharpness : bool or mapping
+        Largest and mean rise of the training loss in one neighbourhood, and relative flatness; a mapping holds options
+        of :func:`pnanalysis.sharpness` that replace :data:`SHARPNESS`.
     cka, saturation : bool
         Whether to compare layers and activations.
     batch_size : int
@@ -109,6 +114,8 @@ def compare(
           ``distance_from_start``: in parameters, NaN between architectures;
         - what :func:`pnanalysis.functional_distance` gives;
         - numbers of the Hessian spectrum, and ``wasserstein1`` between spectra with the value expected from noise;
+        - ``worst_rise``, ``mean_rise``, ``relative_flatness``: see :func:`pnanalysis.sharpness`; their differences are
+          paired;
         - ``overlap`` of the spaces of eigenvectors, with chance and ceiling: see :func:`pnanalysis.eigenpairs`;
         - ``saturation``: 98th percentile of the absolute activations, on 1,000 examples of ``split``; a coordinate
           ``bounded`` tells in which layers these cannot exceed one.
@@ -145,6 +152,7 @@ def compare(
     check_seed(seed=seed)
     one_of(SPLITS, split=split)
     pairs = EigenpairRequest.of(eigenpairs if isinstance(eigenpairs, Mapping) else {}, seed)
+    sharp = SharpnessRequest.of(sharpness if isinstance(sharpness, Mapping) else {}, seed)
     requested = _SpectrumRequest.of(hessian if isinstance(hessian, Mapping) else {}, seed)
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
@@ -178,6 +186,10 @@ def compare(
         found.append(spectra)
     if eigenpairs:
         found.append(pairs.overlaps(selection, networks, torch_device, progress))
+    rises = xr.Dataset()
+    if sharpness:
+        rises = sharp.differences(selection, networks, torch_device, progress)
+        found.append(rises)
     if saturation:
         found.append(_saturation(selection, networks, split, torch_device, seed, progress))
     ds = xr.merge([xr.Dataset(distances, {"layer": own_layers}).reindex(layer=layers), *found], compat="no_conflicts")
@@ -186,7 +198,7 @@ def compare(
         description=("checkpoint", [item.description for item in selection]),
     )  # fmt: skip
     ds = ds.transpose("checkpoint", "other", "split", "layer", "activation", missing_dims="ignore")
-    ds = ds.assign_attrs(spectra.attrs | ({} if classes is None else {"classes": classes}))
+    ds = ds.assign_attrs(spectra.attrs | rises.attrs | ({} if classes is None else {"classes": classes}))
     return schema.finish(
         with_p_values(ds), "comparison",
         **selection[0].source.dataset_attrs(), note=selection.note, function_split=split, n=n,

@@ -100,6 +100,11 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
         yield _row_of_each(ds, name, title + " (these examples)" * is_less, percent=True)
     yield _row_of_pairs(ds, "wasserstein1", "W1 distance of spectra")
     yield _row_of_pairs(ds, "wasserstein1_noise", "  expected from noise alone")
+    kind = ds.attrs.get("sharpness_neighbourhood", "")
+    for name, title in (("worst_rise", "largest rise"), ("mean_rise", "mean rise")):
+        radius = ds.attrs.get("sharpness_radius" if name == "worst_rise" else "sharpness_average_radius", math.nan)
+        yield _row_of_each(ds, name, f"{title} ({kind} {float(radius):.3g})")
+    yield _row_of_each(ds, "relative_flatness", "relative flatness")
     yield _row_of_pairs(ds, "overlap", "overlap of top eigenvectors")
     yield _row_of_pairs(ds, "overlap_halves", "  over different examples")
     yield _row_of_ceilings(ds)

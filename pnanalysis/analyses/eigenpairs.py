@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pnanalysis import schema
 from pnanalysis.analyses.hessian import has_all
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, matrix_eigenpairs, overlaps
-from pnanalysis.analyses.spectrum_cache import weights_digest
+from pnanalysis.analyses.work_folder import weights_digest
 from pnanalysis.checks import at_least, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pnanalysis.analyses.eigenpairs import network_eigenpairs
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions
-from pnanalysis.analyses.spectrum_cache import weights_digest
+from pnanalysis.analyses.work_folder import weights_digest
 from pnanalysis.errors import ModelError
 from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.models import Loss

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.arrays import Array
-from pnanalysis.kinds import TESTED_SPECTRUM
+from pnanalysis.kinds import COMPARED_SHARPNESS, TESTED_SPECTRUM
 from pnanalysis.significance import FEW_DISCORDANT, LEVEL, holm, mcnemar, p_value, p_value_beyond_bounds
 
 #: How significance is decided, as an attribute of a comparison.
@@ -87,6 +87,10 @@ def _tests(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
                 floor = np.maximum(floor, _larger(ds, "lambda_max"))
             value, se, low, high = (_values(ds, f"{name}_difference{end}") for end in ("", "_se", "_low", "_high"))
             yield f"{name}_difference", p_value(value, se, low, high, floor=round_off * floor)
+    for name in COMPARED_SHARPNESS:
+        if f"{name}_difference" in ds:
+            difference, se = (_values(ds, f"{name}_difference{end}") for end in ("", "_se"))
+            yield f"{name}_difference", p_value(difference, se, floor=ROUND_OFF * _larger(ds, name))
     if "wasserstein1" in ds:
         distance, noise, se = (_values(ds, f"wasserstein1{end}") for end in ("", "_noise", "_se"))
         floor = np.maximum(round_off * _larger(ds, "lambda_max"), noise)

@@ -8,6 +8,7 @@ import typer
 
 from pnanalysis.cli import (
     compare,
+    correlate,
     demo,
     eigenpairs,
     gradients,
@@ -31,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, compare, hessian, eigenpairs, saturation, trajectory, landscape, sharpness, learning_coefficient, gradients,
-    history, plot, report, info,
+    demo, compare, hessian, eigenpairs, saturation, trajectory, landscape, sharpness, learning_coefficient,
+    correlate, gradients, history, plot, report, info,
 )  # fmt: skip
 for command in COMMANDS:
     command.register(app)
@@ -47,8 +48,8 @@ def pnanalysis(
     """Are these two minima different, and which is better?
 
     Exit status: 0 for success, 2 for an error that you can mend (one line says which), 130 for an interrupt (143 for
-    SIGTERM, 129 for SIGHUP); what was saved by then is intact, and [bold]pnanalysis hessian[/bold] and
-    [bold]pntrain --resume[/bold] continue from it.
+    SIGTERM, 129 for SIGHUP); what was saved by then is intact, and [bold]pnanalysis hessian[/bold],
+    [bold]pnanalysis sharpness[/bold] and [bold]pntrain --resume[/bold] continue from it.
     """
 
 

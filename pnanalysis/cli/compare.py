@@ -36,6 +36,10 @@ def compare(
     eigenpairs: Annotated[
         bool, typer.Option("--eigenpairs/--no-eigenpairs", help="Compare the spaces of the top Hessian eigenvectors.")
     ] = False,
+    sharpness: Annotated[
+        bool,
+        typer.Option("--sharpness/--no-sharpness", help="Compare rises of the loss nearby, and relative flatness."),
+    ] = False,
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 256,
     model: options.Model = None,
@@ -75,6 +79,7 @@ def compare(
     ds = analyse(
         *given, checkpoints=checkpoint, n=n, split=split, cka=cka,
         hessian=spectra if hessian else False, eigenpairs={"n": n_hessian} if eigenpairs else False,
+        sharpness={"n": n_hessian} if sharpness else False,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)

@@ -116,7 +116,7 @@ def hessian(
       pnanalysis hessian --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make --loss mse
     """
     from pnanalysis.analyses.hessian import hessian as analyse
-    from pnanalysis.analyses.spectrum_cache import remove_unfinished
+    from pnanalysis.analyses.work_folder import remove_unfinished
 
     together = options.join_processes(device)
     quiet = quiet or not together.is_first

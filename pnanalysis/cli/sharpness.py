@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pnanalysis.cli import options
 from pnanalysis.errors import PnError
 from pnanalysis.estimates import Estimate
-from pnanalysis.terminal.console import Table, make_table
+from pnanalysis.terminal.console import Table, make_table, print_status, when_interrupted
 
 if TYPE_CHECKING:
     import xarray as xr
+
+_RADII = "NAME=RADIUS[,RADIUS]"
 
 
 def register(app: typer.Typer) -> None:
@@ -26,15 +29,40 @@ def sharpness(
     radius: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=RADIUS",
-            help="Neighbourhood (ball, adaptive or box) and its radius; may be repeated. All three by default.",
+            metavar=_RADII,
+            help="Neighbourhood (ball, adaptive, filter, box, linf or adaptive-linf) and its radii in the worst case; "
+            "may be repeated. Three radii of the first four by default.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Gradient steps per ascent.")] = 20,
+    average_radius: Annotated[
+        list[str] | None, typer.Option(metavar=_RADII, help="The same in the average case; may be repeated.")
+    ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="worst|average|flatness", help="What to measure, all by default; may be repeated."),
+    ] = None,
+    method: Annotated[
+        Literal["frank-wolfe", "gradient", "apgd"], typer.Option(help="How to look for the worst case.")
+    ] = "frank-wolfe",
+    steps: Annotated[int, typer.Option(help="Gradient steps per ascent.")] = 10,
     starts: Annotated[
         int,
         typer.Option(help="Ascents: the first from the checkpoint, the others from random points of the border."),
     ] = 2,
+    group: Annotated[
+        int | None, typer.Option(help="Look for a worst case of each so many examples (m-sharpness), not of all.")
+    ] = None,
+    directions: Annotated[int, typer.Option(help="Random directions of the average case.")] = 16,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer of the relative flatness; by default the last with a weight matrix.")
+    ] = None,
+    normalize_logits: Annotated[
+        bool, typer.Option("--normalize-logits", help="Divide the logits of each example by their norm.")
+    ] = False,
+    second_order: Annotated[
+        bool,
+        typer.Option("--second-order/--no-second-order", help="Compare with the second-order expansion of the loss."),
+    ] = True,
     split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[int, typer.Option("--n", help="Examples, drawn at random by --seed.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 512,
@@ -51,43 +79,86 @@ def sharpness(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """How far the loss rises in small neighbourhoods of minima (SAM, ASAM and Keskar's measure).
+    """How far the loss rises near minima: worst and average case (SAM, ASAM, Keskar's measure), relative flatness.
+
+    Called again after an interruption, it continues with what is not finished.
 
     [bold]Examples[/bold]
 
       pnanalysis sharpness runs/lenet5
 
-      pnanalysis sharpness runs/lenet5 -c ends --radius ball=0.1 --radius box=5e-4 --plot sharpness.pdf
+      pnanalysis sharpness runs/lenet5 -c ends --radius ball=0.05,0.1 --radius box=5e-4,1e-3 --plot sharpness.pdf
+
+      pnanalysis sharpness runs/lenet5 --measure worst --method apgd --group 128 --normalize-logits
     """
+    from pnanalysis.analyses.network_sharpness import MEASURES
     from pnanalysis.analyses.sharpness import sharpness as analyse
+    from pnanalysis.analyses.work_folder import remove_unfinished
 
-    radii = _radii(radius)
+    radii, average_radii = _radii(radius, "--radius"), _radii(average_radius, "--average-radius")
     given = options.sources(runs, model, weights, data, loss, output, tokens)
+    unfinished = options.destination("sharpness", given[0], output).with_suffix(".unfinished")
+    if any(unfinished.glob("*.nc")):
+        print_status(f"continuing from what is saved in {unfinished}", quiet)
+    when_interrupted("run the same command again to continue")
     ds = analyse(
-        *given, checkpoints=checkpoint, radii=radii, n_steps=steps, n_starts=starts, split=split, n=n,
-        batch_size=batch_size, dtype=dtype, device=device, seed=seed, progress=not quiet,
+        *given, checkpoints=checkpoint, radii=radii, average_radii=average_radii, measures=measure or MEASURES,
+        method=method, n_steps=steps, n_starts=starts, group=group, n_directions=directions, layer=layer,
+        normalize_logits=normalize_logits, second_order=second_order, split=split, n=n, batch_size=batch_size,
+        dtype=dtype, device=device, seed=seed, progress=not quiet, state=unfinished,
     )  # fmt: skip
-    options.deliver(ds, given[0], output, plot, quiet, _table)
+    options.deliver(ds, given[0], output, plot, quiet, _tables)
+    remove_unfinished(unfinished)
 
 
-def _radii(texts: list[str] | None) -> dict[str, float] | None:
-    from pnanalysis.analyses.sharpness import RADII
+def _radii(texts: list[str] | None, option: str) -> dict[str, float | list[float]] | None:
+    from pnanalysis.perturbation.neighbourhoods import KINDS
 
-    radii: dict[str, float] = {}
+    radii: dict[str, float | list[float]] = {}
     for text in texts or ():
-        name, _, number = text.partition("=")
+        name, _, numbers = text.partition("=")
         try:
-            radii[name] = float(number) if number else RADII[name]
+            kind = KINDS[name]
+            values = [float(number) for number in numbers.split(",")] if numbers else []
         except (ValueError, KeyError) as error:
-            raise PnError(f"--radius {text}: write {'|'.join(RADII)}=RADIUS, such as ball=0.05") from error
+            raise PnError(
+                f"{option} {text}: write {'|'.join(KINDS)}=RADIUS or several, such as ball=0.05 or ball=0.05,0.1"
+            ) from error
+        chosen = kind.radius if option == "--radius" else kind.average_radius
+        radii[name] = values if len(values) > 1 else values[0] if values else chosen
     return radii or None
 
 
-def _table(ds: xr.Dataset) -> Table:
+def _tables(ds: xr.Dataset) -> Iterator[Table]:
+    if "rise" in ds:
+        yield _table(ds, "rise", "radius", "largest rise of the loss found")
+    if "average" in ds:
+        yield _table(ds, "average", "average_radius", "mean rise of the loss")
+    if "relative_flatness" in ds:
+        rows = []
+        for name in ds.checkpoint.values:
+            at = ds.sel(checkpoint=name)
+            value = Estimate(
+                float(at.relative_flatness), float(at.relative_flatness_se),
+                data_se=float(at.relative_flatness_data_se),
+            )  # fmt: skip
+            rows.append([str(name), str(at.flatness_layer.item()), value])
+        yield make_table("relative flatness", ["checkpoint", "layer", "relative flatness"], rows)
+
+
+def _table(ds: xr.Dataset, name: str, radius: str, title: str) -> Table:
+    """A row for each checkpoint and neighbourhood, a column for each radius."""
     rows = []
-    for name in ds.checkpoint.values:
-        at = ds.sel(checkpoint=name)
-        rises = [Estimate(float(rise), float(se)) for rise, se in zip(at.rise, at.rise_se, strict=True)]
-        rows.append([str(name), Estimate(float(at.loss), float(at.loss_se)), *rises])
-    columns = [f"{kind} {float(r):g}" for kind, r in zip(ds.neighbourhood.values, ds.radius, strict=True)]
-    return make_table("largest rise of the loss", ["checkpoint", "loss", *columns], rows)
+    if "radius_index" not in ds.dims:
+        names = (name, f"{name}_se", radius)
+        ds = ds.assign({one: ds[one].expand_dims("radius_index") for one in names})
+    sizes = ds[radius].transpose("radius_index", "neighbourhood").values
+    for checkpoint in ds.checkpoint.values:
+        for k, kind in enumerate(ds.neighbourhood.values):
+            at = ds.sel(checkpoint=checkpoint, neighbourhood=kind).transpose("radius_index", ...)
+            cells = []
+            for value, se, size in zip(at[name].values, at[f"{name}_se"].values, sizes[:, k], strict=True):
+                cells.append(f"{Estimate(float(value), float(se)).text()} at {size:.3g}")
+            rows.append([str(checkpoint), f"{float(at.loss):.4g}", str(kind), *cells])
+    columns = [f"radius {i + 1}" for i in range(ds.sizes["radius_index"])]
+    return make_table(title, ["checkpoint", "loss", "neighbourhood", *columns], rows)

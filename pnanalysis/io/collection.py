@@ -56,7 +56,7 @@ def open_runs(directory: str | os.PathLike[str], kind: str = "history") -> xr.Da
     if zarr_store.is_store(directory):
         return zarr_store.open_store(directory)
     found = _find(directory, kind)
-    settings = _differing_settings(run for run, _ in found)
+    settings = differing_settings(run for run, _ in found)
     places = [{name: values[i] for name, values in settings.items()} for i in range(len(found))]
     if not settings or len({tuple(place.values()) for place in places}) < len(places):
         places = [{"run": run.path.name} for run, _ in found]
@@ -98,7 +98,7 @@ def collect_runs(directory: str | os.PathLike[str], kind: str, path: str | os.Pa
     """
     path = zarr_store.check_replaceable(path)
     found = _find(Path(directory), kind)
-    settings = _differing_settings(run for run, _ in found)
+    settings = differing_settings(run for run, _ in found)
     # Every dataset is read twice: the first time to learn the shape that all rows must have.
     frame = _Frame()
     for run, file in found:
@@ -127,7 +127,7 @@ def _find(directory: Path, kind: str) -> list[tuple[Run, Path]]:
     return found
 
 
-def _differing_settings(runs: Iterable[Run]) -> dict[str, list[int | float | str]]:
+def differing_settings(runs: Iterable[Run]) -> dict[str, list[int | float | str]]:
     """The settings in which runs differ, with the value of each run."""
     configs = [run.manifest["config"] for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)

@@ -12,11 +12,13 @@ from matplotlib.figure import Figure
 
 from pnanalysis.errors import PnError
 from pnanalysis.plots.comparison import comparison
+from pnanalysis.plots.correlation import correlation
 from pnanalysis.plots.eigenpairs import eigenpairs
 from pnanalysis.plots.history import errors, history
-from pnanalysis.plots.landscape import barrier, landscape, sharpness
+from pnanalysis.plots.landscape import barrier, landscape
 from pnanalysis.plots.layer_activations import activation_histogram, saturated_layers
 from pnanalysis.plots.saturation import saturation, saturation_gap
+from pnanalysis.plots.sharpness import sharpness
 from pnanalysis.plots.spectrum import layer_spectra, spectral_density
 from pnanalysis.plots.style import new_figure, save_figure, style, with_plain_names
 from pnanalysis.plots.trajectory import cosines, trajectories, trajectory, trajectory_layers
@@ -40,8 +42,9 @@ FIGURES: dict[str, str] = {
     "pca": "pnanalysis.plots.trajectory:principal_components",
     "barrier": "pnanalysis.plots.landscape:barrier",
     "landscape": "pnanalysis.plots.landscape:landscape",
-    "sharpness": "pnanalysis.plots.landscape:sharpness",
+    "sharpness": "pnanalysis.plots.sharpness:sharpness",
     "learning_coefficient": "pnanalysis.plots.learning_coefficient:learning_coefficient",
+    "correlation": "pnanalysis.plots.correlation:correlation",
     "curvature_monitor": "pnanalysis.plots.curvature_monitor:curvature_monitor",
     "gradients": "pnanalysis.plots.gradients:gradients",
     "comparison": "pnanalysis.plots.comparison:comparison",
@@ -97,6 +100,7 @@ __all__ = [
     "activation_histogram",
     "barrier",
     "comparison",
+    "correlation",
     "cosines",
     "eigenpairs",
     "errors",

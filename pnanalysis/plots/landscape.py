@@ -1,4 +1,4 @@
-"""The loss between and around minima: profiles along paths, contours on planes, sharpness."""
+"""The loss between and around minima: profiles along paths, contours on planes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from pnanalysis.analyses.diagnostics import short_names
 from pnanalysis.errors import PnError
 from pnanalysis.estimates import Estimate
 from pnanalysis.plots.style import (
@@ -27,11 +26,9 @@ from pnanalysis.plots.style import (
     RESTART,
     SKY,
     label,
-    legend_above,
     new_figure,
     others,
     own_axes,
-    tilted,
 )
 from pnanalysis.plots.trajectory import at_layer
 
@@ -121,31 +118,6 @@ def same_plane(ds: xr.Dataset, trajectory: xr.Dataset | None) -> bool:
     """Whether trajectories have coordinates on the landscape's plane, one spanned by the same points."""
     points = ds.attrs.get("plane_points")
     return trajectory is not None and points is not None and points == trajectory.attrs.get("plane_points")
-
-
-def sharpness(ds: xr.Dataset) -> Figure:
-    """Largest rise of the loss, one panel per neighbourhood; hollow markers are the rise after one step.
-
-    Bars are one standard error to either side.
-    """
-    places, names = np.arange(ds.sizes["checkpoint"]), short_names(ds)
-    rotation = tilted(names, PAGE / ds.sizes["neighbourhood"] - 0.5)
-    figure = new_figure(PAGE, 2.2 + (0.035 * max(map(len, names)) if rotation else 0))
-    panels = figure.subplots(1, ds.sizes["neighbourhood"], squeeze=False)[0]
-    for ax, kind in zip(panels, ds.neighbourhood.values, strict=True):
-        at = ds.sel(neighbourhood=kind)
-        ax.errorbar(places, at.rise, at.rise_se, fmt="o", color=CHAMPION, capsize=2, label="largest found")
-        ax.errorbar(places + 0.1, at.one_step, at.one_step_se, fmt="s", color=PLAIN, mfc="white", capsize=2,
-                    label="one step")  # fmt: skip
-        ax.set_xticks(places, names, **rotation)
-        ax.set_xlim(-0.5, places[-1] + 0.6)
-        ax.margins(y=0.1)
-        ax.set_ylim(bottom=0 if float(at.one_step.min()) >= 0 else None)
-        ax.set_title(f"{kind}, radius {float(at.radius):g}", loc="left")
-    panels[0].set_ylabel("rise of the loss [nat]")
-    legend_above(figure, *panels[0].get_legend_handles_labels())
-    figure.suptitle("bars: ± 1 standard error", x=0.01, ha="left", fontsize=7)
-    return figure
 
 
 def _contours(ds: xr.Dataset, values: NDArray[np.float64], name: str, ax: Axes) -> None:

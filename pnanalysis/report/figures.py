@@ -198,7 +198,9 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             "sharpness",
             "Sharpness",
-            "The largest rise of the loss found in small neighbourhoods of the minima; bars show one standard error.",
+            "The largest rise of the loss found in neighbourhoods of the minima, and its mean rise over random "
+            "directions there; bands and bars show one standard error, dotted lines what the second-order expansion of "
+            "the loss gives. Below, the relative flatness of a layer with 95 % intervals.",
         ),
     ),
     "learning_coefficient": (
@@ -208,6 +210,14 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
             "Estimates with 95 % intervals, beside those of a Gaussian with the Hessian of the minimum; on the right, "
             "means of pieces of each chain, with a line where burn-in ends. Chains that have not converged give no "
             "estimate.",
+        ),
+    ),
+    "correlation": (
+        Entry(
+            "correlation",
+            "Correlation with generalisation",
+            "Kendall's rank correlation of each diagnostic with the target over the runs of a sweep, with 95 % "
+            "intervals; full markers are significant after Holm's step-down for all of them. On the right, the runs.",
         ),
     ),
     "curvature_monitor": (

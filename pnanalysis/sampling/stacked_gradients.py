@@ -37,7 +37,7 @@ class StackedGradients:
 
     def __init__(self, surface: LossSurface, state: State, names: Sequence[str]) -> None:
         self.surface, self.names = surface, list(names)
-        self._state = state
+        self.state = state
         self._shapes = [as_real(state[name]).shape for name in self.names]
         self._complex = {name for name in self.names if state[name].is_complex()}
         self._vectorised: bool | None = None if surface.at_once > 1 else False
@@ -46,12 +46,12 @@ class StackedGradients:
     @property
     def centre(self) -> Tensor:
         """The point of the state itself, ``(P,)``."""
-        return torch.cat([as_real(self._state[name]).flatten() for name in self.names])
+        return torch.cat([as_real(self.state[name]).flatten() for name in self.names])
 
     def states(self, points: Tensor) -> State:
         """All tensors of the network at some points ``(k, P)``, stacked."""
         k = len(points)
-        stacked = {name: tensor.expand(k, *tensor.shape) for name, tensor in self._state.items()}
+        stacked = {name: tensor.expand(k, *tensor.shape) for name, tensor in self.state.items()}
         return stacked | self._parameters(points)
 
     def __call__(self, points: Tensor, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ class StackedGradients:
 
     def _loss(self, theta: State, inputs: Any, targets: Any) -> Tensor:
         surface = self.surface
-        state = {**self._state, **theta}
+        state = {**self.state, **theta}
         return BatchPass.of(surface.model, surface.loss, inputs, targets, state, predict=False).value()
 
     def _parameters(self, points: Tensor) -> State:

@@ -54,7 +54,9 @@ ANALYSES: dict[str, Callable[..., xr.Dataset]] = {
     "saturation": lambda *given, loss=None, **k: pn.saturation(*given, **k),
     "trajectory": lambda *given, loss=None, data=None, **k: pn.trajectory(*given, **k),
     "plane": lambda *given, **k: pn.landscape(*given, view="plane", n_points=3, **k),
-    "sharpness": lambda *given, **k: pn.sharpness(*given, n_steps=3, n_starts=1, **k),
+    "sharpness": lambda *given, **k: pn.sharpness(
+        *given, n_steps=3, measures=("worst", "average"), second_order=False, n_starts=1, **k
+    ),
     "functional_distance": pn.functional_distance,
     "compare": lambda *given, **k: pn.compare(*given, hessian=HESSIAN, **k),
 }
@@ -97,7 +99,15 @@ def test_loaders_and_losses_of_ones_own(nets: dict[str, nn.Module]) -> None:
     with torch.no_grad():
         expected = [float(F.cross_entropy(net(X), Y)) for net in (nets["a"], nets["b"])]
     np.testing.assert_allclose(ds.loss.sel(split="train"), expected, rtol=1e-6)
-    twice = pn.sharpness(nets["a"], data=loader, loss=lambda o, t: 2 * F.cross_entropy(o, t), n_steps=2, progress=False)
+    twice = pn.sharpness(
+        nets["a"],
+        data=loader,
+        loss=lambda o, t: 2 * F.cross_entropy(o, t),
+        n_steps=2,
+        measures=("worst", "average"),
+        second_order=False,
+        progress=False,
+    )
     assert float(twice.loss[0]) == pytest.approx(2 * expected[0], rel=1e-5)
 
 
@@ -124,9 +134,27 @@ def test_architectures_may_differ_where_functions_are_compared(nets: dict[str, n
 
 
 def test_runs_files_and_networks_stand_in_the_same_place(tiny_run: Run, tmp_path: Path) -> None:
-    ds = pn.sharpness({"mine": tiny_run}, checkpoints=["plain"], n=50, n_steps=2, n_starts=1, progress=False)
+    ds = pn.sharpness(
+        {"mine": tiny_run},
+        checkpoints=["plain"],
+        n=50,
+        n_steps=2,
+        measures=("worst", "average"),
+        second_order=False,
+        n_starts=1,
+        progress=False,
+    )
     assert ds.checkpoint.values.tolist() == ["plain"]
-    by_path = pn.sharpness(str(tiny_run.path), checkpoints=["plain"], n=50, n_steps=2, n_starts=1, progress=False)
+    by_path = pn.sharpness(
+        str(tiny_run.path),
+        checkpoints=["plain"],
+        n=50,
+        n_steps=2,
+        measures=("worst", "average"),
+        second_order=False,
+        n_starts=1,
+        progress=False,
+    )
     xr.testing.assert_equal(ds, by_path)
     labels = [source.label for source in as_sources([{"mine": tiny_run}, [tiny_run.path, network(0)]])]
     assert labels == ["mine", "tiny", "networks"]

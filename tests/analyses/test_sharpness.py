@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import nn
 
+from pnanalysis.analyses import network_sharpness
 from pnanalysis.analyses.sharpness import RADII, sharpness
-from pnanalysis.errors import ModelError, RunError
+from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.inputs.networks import open_files
 from pnanalysis.inputs.sources import Source
 from pnanalysis.io import netcdf
@@ -137,3 +139,217 @@ def test_bad_input_is_one_clear_sentence(tiny_run: Run, options: dict, message: 
 def test_no_run_is_refused() -> None:
     with pytest.raises(RunError, match="name a run"):
         sharpness()
+
+
+def least_squares() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """A linear network near the least squared error, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 2.0, 1.0, 0.5])
+    network = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        network.weight.copy_(torch.tensor([[0.5, -1.0, 2.0, 0.3]]))
+    noise = 0.1 * torch.randn(60, 1, generator=generator, dtype=torch.float64)
+    return network, (x, network(x).detach() + noise)
+
+
+def test_averages_of_a_quadratic_are_its_trace_and_their_second_order_value() -> None:
+    network, data = least_squares()
+    radii = {"ball": [0.05, 0.2], "adaptive": [0.1, 0.3], "linf": [0.1, 0.2], "adaptive-linf": [0.2, 0.4]}
+    ds = sharpness(
+        network, data=data, loss="mse", average_radii=radii, measures="average", n_directions=200, dtype="float64",
+        progress=False,
+    ).squeeze("checkpoint")  # fmt: skip
+    np.testing.assert_allclose(ds.average, ds.average_quadratic, rtol=1e-9)
+    curvature = 2 * data[0].square().mean(0).numpy()
+    w = network.weight.detach().abs().numpy()[0]
+    for kind, sizes in radii.items():
+        scale = w if kind.startswith("adaptive") else np.ones(4)
+        spread = 1 / 3 if kind.endswith("linf") else 1.0  # variance of uniform numbers
+        expected = np.array(sizes) ** 2 / 2 * spread * (scale**2 * curvature).sum()
+        at = ds.sel(neighbourhood=kind)
+        assert (np.abs(at.average - expected) < 4 * at.average_direction_se).all()
+    # the rise of an example along a pair of directions is the mean of (x'd)^2
+    total = np.hypot(ds.average_direction_se, ds.average_data_se)
+    assert (ds.average_se <= total * (1 + 1e-12)).all()
+    assert (ds.average_low < ds.average).all()
+    assert (ds.average_high > ds.average).all()
+
+
+def test_the_error_of_a_largest_rise_is_the_infinitesimal_jackknife() -> None:
+    network, (x, _) = least_squares()
+    targets = network(x).detach()  # at the minimum the largest rise is rho^2 / 2 times the top eigenvalue
+    ds = sharpness(
+        network, data=(x, targets), loss="mse", radii={"ball": 0.3}, measures="worst", n_steps=60, dtype="float64",
+        progress=False,
+    )  # fmt: skip
+
+    def exact(weights: torch.Tensor) -> torch.Tensor:
+        return 0.3**2 * torch.linalg.eigvalsh((x.T * weights) @ x / 60)[-1]
+
+    influence = torch.func.grad(exact)(torch.ones(60, dtype=torch.float64)) * 60
+    assert ds.rise.item() == pytest.approx(float(exact(torch.ones(60, dtype=torch.float64))), rel=1e-9)
+    assert ds.rise_se.item() == pytest.approx(float(influence.std() / 60**0.5), rel=1e-6)
+    assert ds.rise_quadratic.item() == pytest.approx(ds.rise.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["frank-wolfe", "apgd"])
+def test_each_group_has_a_worst_case_of_its_own(method: str) -> None:
+    network, (x, y) = least_squares()
+    options = {"data": (x, y), "loss": "mse", "measures": "worst", "dtype": "float64", "progress": False,
+               "n_steps": 40, "method": method}  # fmt: skip
+    alone = sharpness(network, radii={"ball": 0.1}, group=1, **options)
+    residual = (network(x) - y).detach().abs()[:, 0]
+    each = (residual + 0.1 * x.norm(dim=1)) ** 2 - residual**2
+    assert alone.rise.item() == pytest.approx(float(each.mean()), rel=1e-6)
+    assert alone.rise_se.item() == pytest.approx(float(each.std() / 60**0.5), rel=1e-6)
+    whole, grouped = (sharpness(network, radii={"ball": 0.1}, group=group, **options) for group in (None, 60))
+    np.testing.assert_allclose(whole.rise, grouped.rise, rtol=1e-12)
+    assert alone.rise.item() > float(whole.rise.item())
+
+
+def test_groups_weigh_as_their_examples_do() -> None:
+    torch.manual_seed(0)
+    network, x, y = nn.Linear(4, 3).double(), torch.randn(30, 4).double(), torch.arange(30) % 3
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 2.0]))
+    options = {"data": (x, y), "loss": loss, "measures": "worst", "radii": {"ball": 0.1}, "dtype": "float64",
+               "progress": False}  # fmt: skip
+    found = sharpness(network, group=10, batch_size=30, **options)
+    weights = loss.weight.double()[y]
+    parts = [
+        float(sharpness(network, batch_size=10, **{**options, "data": (x[i : i + 10], y[i : i + 10])}).rise.item())
+        for i in (0, 10, 20)
+    ]
+    # examples are drawn in their order where all are taken
+    expected = sum(r * float(weights[i : i + 10].sum()) for i, r in zip((0, 10, 20), parts, strict=True))
+    assert found.rise.item() == pytest.approx(expected / float(weights.sum()), rel=1e-6)
+
+
+def relu_network(factor: float = 1.0, last: float = 1.0) -> nn.Module:
+    """A ReLU network whose layers are rescaled so that it computes the same, its outputs times ``last``."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        network[0].weight *= factor
+        network[0].bias *= factor
+        network[2].weight *= last / factor
+        network[2].bias *= last
+    return network
+
+
+CLASSES = (torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).double(), torch.arange(50) % 3)
+
+
+def test_rescaling_layers_changes_no_adaptive_filterwise_or_relative_measure() -> None:
+    kinds = ["ball", "adaptive", "filter", "adaptive-linf"]
+    ds = sharpness(
+        {"a": relu_network(), "b": relu_network(4.0)}, data=CLASSES, average_radii=dict.fromkeys(kinds, 0.1),
+        dtype="float64", n_starts=1, progress=False,
+    )  # fmt: skip
+    for name in ("rise", "average", "rise_quadratic", "average_quadratic"):
+        same = ds[name].sel(neighbourhood=["adaptive", "filter", "adaptive-linf"]).dropna("neighbourhood")
+        np.testing.assert_allclose(same.sel(checkpoint="a"), same.sel(checkpoint="b"), rtol=1e-9)
+        ball = ds[name].sel(neighbourhood="ball")
+        assert abs(float(ball.sel(checkpoint="a") / ball.sel(checkpoint="b")) - 1) > 0.05
+    a, b = ds.relative_flatness.values
+    assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_with_normalised_logits_the_scale_of_the_last_layer_does_not_matter() -> None:
+    nets = {"a": relu_network(), "b": relu_network(last=10.0)}
+    options = {"data": CLASSES, "radii": {"adaptive": 0.3}, "dtype": "float64", "progress": False}
+    plain, normalised = (sharpness(nets, normalize_logits=flag, **options) for flag in (False, True))
+    for name in ("loss", "rise", "average", "relative_flatness"):
+        a, b = normalised[name].values.ravel()
+        assert a == pytest.approx(b, rel=1e-9)
+        a, b = plain[name].values.ravel()
+        assert abs(a / b - 1) > 0.05
+    logits = relu_network()(CLASSES[0]).detach()
+    logits = logits - logits.mean(1, keepdim=True)
+    expected = nn.functional.cross_entropy(logits / logits.norm(dim=1, keepdim=True), CLASSES[1])
+    assert float(normalised.loss[0]) == pytest.approx(float(expected), rel=1e-12)
+    assert normalised.attrs["normalize_logits"] == 1
+
+
+def test_rises_grow_with_the_radius_and_all_methods_agree() -> None:
+    radii = {"ball": [0.05, 0.2, 0.8], "filter": [0.1, 0.4, 1.6], "box": [0.003, 0.01, 0.03]}
+    found = [
+        sharpness(relu_network(), data=CLASSES, radii=radii, measures="worst", method=method, n_steps=50, n_starts=3,
+                  second_order=False, dtype="float64", progress=False)
+        for method in ("frank-wolfe", "apgd")
+    ]  # fmt: skip
+    np.testing.assert_allclose(found[0].rise, found[1].rise, rtol=2e-2)
+    for ds in found:
+        assert (ds.rise.diff("radius_index") > 0).all()
+        assert (ds.rise_start.max("start") <= ds.rise * (1 + 1e-9)).all()
+        assert ds.radius.values.tolist() == np.array(list(radii.values())).T.tolist()
+
+
+def test_finished_parts_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, folder = relu_network(), tmp_path / "sharpness.unfinished"
+    options = {"data": CLASSES, "radii": {"ball": 0.1}, "progress": False}
+    whole = sharpness(network, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(network_sharpness, "average_case", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sharpness(network, state=folder, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(network_sharpness, "worst_case", lambda *_: pytest.fail("it had been finished"))
+        resumed = sharpness(network, state=folder, **options)
+    xr.testing.assert_equal(whole, resumed)
+    with pytest.raises(PnError, match="holds unfinished work with n_steps 10, not 3"):
+        sharpness(network, state=folder, n_steps=3, **options)
+    other = (CLASSES[0] + 1, CLASSES[1])  # other data, which settings do not name: nothing is taken over
+    assert not sharpness(network, state=folder, **{**options, "data": other}).equals(resumed)
+
+
+def test_networks_without_second_derivatives_have_the_rest(recwarn: pytest.WarningsRecorder) -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return grad
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            return Once.apply(super().forward(x))
+
+    ds = sharpness(Net(4, 3).double(), data=CLASSES, radii={"ball": 0.1}, progress=False)
+    assert np.isfinite(ds.rise).all()
+    assert np.isfinite(ds.average).all()
+    assert ds.rise_quadratic.isnull().all()
+    assert ds.relative_flatness.isnull().all()
+    assert any("no relative flatness" in str(one.message) for one in recwarn)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"radii": {"ball": [0.1, 0.2], "box": 0.1}}, "numbers of radii differ"),
+        ({"radii": {"ball": 0.1}, "average_radii": {"box": 0.1}}, "average radii name box"),
+        ({"radii": {"ball": 0.1}, "average_radii": {"ball": [0.1, 0.2]}}, "as many of both"),
+        ({"measures": ()}, "no measure"),
+        ({"measures": ("best",)}, "unknown measure"),
+        ({"method": "newton"}, "unknown method"),
+        ({"group": 0}, "group is 0"),
+        ({"n_directions": 1}, "n_directions is 1"),
+        ({"layer": "nowhere"}, "nowhere"),
+        ({"radii": {"ball": 1e30}}, "not finite everywhere"),
+    ],
+)
+def test_bad_options_are_one_clear_sentence(options: dict, message: str) -> None:
+    with pytest.raises(PnError, match=message):
+        sharpness(relu_network(), data=CLASSES, progress=False, **options)
+
+
+def test_what_has_no_logits_or_filters_is_refused() -> None:
+    network, data = least_squares()
+    with pytest.raises(PnError, match="no logits"):
+        sharpness(network, data=data, loss="mse", normalize_logits=True, progress=False)
+    with pytest.raises(PnError, match="no parameter has filters"):
+        sharpness(
+            nn.BatchNorm1d(4).double(), data=(data[0], data[0]), loss="mse", radii={"filter": 0.1}, progress=False
+        )

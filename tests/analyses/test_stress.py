@@ -68,7 +68,16 @@ def hessian(model: nn.Module, data: Any = (X, Y), loss: Any = None, **options: A
 
 
 def sharpness(model: nn.Module, data: Any = (X, Y), loss: Any = None) -> xr.Dataset:
-    return pn.sharpness(model, data=data, loss=loss, n_steps=2, n_starts=1, progress=False)
+    return pn.sharpness(
+        model,
+        data=data,
+        loss=loss,
+        n_steps=2,
+        measures=("worst", "average"),
+        second_order=False,
+        n_starts=1,
+        progress=False,
+    )
 
 
 def landscape(model: nn.Module, data: Any = (X, Y), loss: Any = None) -> xr.Dataset:
@@ -219,7 +228,16 @@ def test_a_rise_that_overflows_is_an_error_and_not_nan() -> None:
         return F.cross_entropy(outputs, targets) * 2e38
 
     with pytest.raises(PnError, match="choose a smaller radius"):
-        pn.sharpness(network(), data=(X, Y), loss=nearly_all, radii={"ball": 50.0}, n_steps=2, progress=False)
+        pn.sharpness(
+            network(),
+            data=(X, Y),
+            loss=nearly_all,
+            radii={"ball": 50.0},
+            n_steps=2,
+            measures=("worst", "average"),
+            second_order=False,
+            progress=False,
+        )
 
 
 def test_a_network_that_exits_ends_a_command_with_an_error(tmp_path: Path) -> None:

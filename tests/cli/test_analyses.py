@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from pnanalysis.io import datasets, netcdf
 from pnanalysis.io.runs import Run
 from pnanalysis.spectra.differences import compare_spectra
+from trainers import Config, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -189,11 +191,43 @@ def test_landscapes_are_saved_drawn_and_reported(run, own_run: Run, tmp_path: Pa
     assert "path of plain" in (tmp_path / "p.svg").read_text()
     done = run("pnanalysis", "sharpness", own_run.path, "--n", 50, "--steps", 3, "--radius", "ball=0.1", "-q")
     assert done.status == 0, done.err
+    assert not (own_run.path / "analysis" / "sharpness.unfinished").exists()
     assert set(own_run.results.children) == {"history", "barrier", "landscape", "sharpness"}
     assert netcdf.load(own_run.path / "analysis" / "sharpness.nc").radius.values.tolist() == [0.1]
     assert run("pnanalysis", "report", own_run.path, "-o", tmp_path / "r.html").status == 0
     page = (tmp_path / "r.html").read_text()
     assert all(title in page for title in ("Loss between minima", "Loss on a plane", "Sharpness"))
+
+
+def test_sharpness_over_radii_and_a_comparison_of_it(run, own_run: Run, tmp_path: Path) -> None:
+    small = ("--n", 50, "--steps", 2, "--starts", 1, "--directions", 2, "-c", "ends")
+    radii = ("--radius", "adaptive=0.2,0.4", "--radius", "filter=0.2,0.4", "--average-radius", "filter=0.05,0.1")
+    done = run("pnanalysis", "sharpness", own_run.path, *small, *radii, "--plot", tmp_path / "s.svg")
+    assert done.status == 0, done.err
+    assert all(text in done.out for text in ("largest rise of the loss found", "mean rise", "relative flatness"))
+    ds = netcdf.load(own_run.path / "analysis" / "sharpness.nc")
+    assert ds.average_radius.sel(neighbourhood="filter").values.tolist() == [0.05, 0.1]
+    assert "standard deviation" in (tmp_path / "s.svg").read_text()
+    options = ("--no-hessian", "--no-cka", "--sharpness", "--n-hessian", 50, "--n", 50, "-c", "ends")
+    done = run("pnanalysis", "compare", own_run.path, *options, "-o", tmp_path / "c.nc", "--plot", tmp_path / "c.svg")
+    assert done.status == 0, done.err
+    assert all(text in done.out for text in ("largest rise", "mean rise", "relative flatness"))
+    found = netcdf.load(tmp_path / "c.nc")
+    assert (found.worst_rise_difference_se.values[0, 1], found.worst_rise_difference_se.values[0, 0]) > (0, 0)
+    assert {"worst_rise_difference_p", "mean_rise_difference_p", "relative_flatness_difference_p"} <= set(found)
+
+
+def test_correlate_saves_its_table_with_the_sweep(run, tiny_config: Config, tmp_path: Path) -> None:
+    for seed in range(4):
+        train(replace(tiny_config, iterations=1, epochs=1, seed=seed), tmp_path / f"{seed}", progress=False)
+    done = run("pnanalysis", "correlate", tmp_path, "--bootstrap", 50, "--plot", tmp_path / "t.png")
+    assert done.status == 0, done.err
+    assert "train_loss" in done.out
+    assert "would pass by chance" in done.out
+    assert netcdf.load(tmp_path / "correlation.nc").sizes["run"] == 4
+    done = run("pnanalysis", "correlate", *sorted(tmp_path.glob("[0-2]")), "-o", tmp_path / "few.nc")
+    assert done.status == 2
+    assert "there are 3 runs" in done.err
 
 
 def test_learning_coefficients_of_one_and_of_several_settings(run, own_run: Run, tmp_path: Path) -> None:

@@ -47,7 +47,15 @@ def test_an_error_in_the_loss_names_its_line() -> None:
         return F.cross_entropy(outputs.logits, targets)
 
     with pytest.raises(DataError, match=r"the loss cannot take these data: .*'logits'.* at test_diagnosis.py, line"):
-        pn.sharpness(Fussy(), data=(X, Y), loss=loss, n_steps=2, progress=False)
+        pn.sharpness(
+            Fussy(),
+            data=(X, Y),
+            loss=loss,
+            n_steps=2,
+            measures=("worst", "average"),
+            second_order=False,
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize(

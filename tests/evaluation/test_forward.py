@@ -27,7 +27,9 @@ ANALYSES: dict[str, Callable[[Source], Any]] = {
     "functional_distance": lambda source: pn.functional_distance(source, split="train", progress=False),
     "landscape": lambda source: pn.landscape(source, n_points=3, progress=False),
     "curve": lambda source: pn.landscape(source, view="curve", n_points=3, n_steps=3, progress=False),
-    "sharpness": lambda source: pn.sharpness(source, n_steps=2, progress=False),
+    "sharpness": lambda source: pn.sharpness(
+        source, n_steps=2, measures=("worst", "average"), second_order=False, progress=False
+    ),
     "saturation": lambda source: pn.saturation(source, split="train", progress=False),
 }
 

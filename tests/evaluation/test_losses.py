@@ -81,7 +81,15 @@ def test_weighted_means_are_those_of_all_data_at_once(tmp_path: Path, loss) -> N
     line = pn.landscape(source, n_points=2, batch_size=7, progress=False)
     np.testing.assert_allclose(line.loss.values.ravel(), expected, rtol=1e-5)
     np.testing.assert_allclose(line.loss_se.values.ravel(), ds.loss_se.sel(split="train"), rtol=1e-4)
-    there = pn.sharpness(source, radii={"ball": 0.1}, n_steps=3, batch_size=7, progress=False)
+    there = pn.sharpness(
+        source,
+        radii={"ball": 0.1},
+        n_steps=3,
+        measures=("worst", "average"),
+        second_order=False,
+        batch_size=7,
+        progress=False,
+    )
     np.testing.assert_allclose(there.loss, expected, rtol=1e-5)
 
 
@@ -281,7 +289,7 @@ def test_what_torch_computes_but_nobody_means_is_refused_in_silence(
         lambda: pn.hessian(source, progress=False),
         lambda: pn.compare(source, split="train", hessian=False, saturation=False, progress=False),
         lambda: pn.landscape(source, n_points=3, progress=False),
-        lambda: pn.sharpness(source, n_steps=2, progress=False),
+        lambda: pn.sharpness(source, n_steps=2, measures=("worst", "average"), second_order=False, progress=False),
     ):
         with pytest.raises(DataError, match=says) as raised:
             analysis()

@@ -69,7 +69,9 @@ ANALYSES = {
     "random plane": lambda nets, loss: pn.landscape(
         nets[0], data=(X, Y), loss=loss, view="random", n_points=3, progress=False
     ),
-    "sharpness": lambda nets, loss: pn.sharpness(nets, data=(X, Y), loss=loss, n_steps=2, progress=False),
+    "sharpness": lambda nets, loss: pn.sharpness(
+        nets, data=(X, Y), loss=loss, n_steps=2, measures=("worst", "average"), second_order=False, progress=False
+    ),
 }
 
 

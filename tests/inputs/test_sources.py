@@ -47,7 +47,18 @@ class Tied(nn.Module):
 
 def test_runs_of_one_name_are_kept_apart(namesakes: list[Run]) -> None:
     quiet = {"n": 50, "progress": False}
-    assert pn.sharpness(*namesakes, checkpoints=["plain"], n_steps=2, n_starts=1, **quiet).sizes["checkpoint"] == 2
+    assert (
+        pn.sharpness(
+            *namesakes,
+            checkpoints=["plain"],
+            n_steps=2,
+            measures=("worst", "average"),
+            second_order=False,
+            n_starts=1,
+            **quiet,
+        ).sizes["checkpoint"]
+        == 2
+    )
     assert pn.saturation(*namesakes, checkpoints=["ends"], **quiet).run.values.tolist() == ["run#1", "run#2"]
     ds = pn.trajectory(*namesakes, progress=False)
     alone = pn.trajectory(namesakes[0], progress=False)

@@ -226,6 +226,41 @@ def sharpness() -> xr.Dataset:
     return dataset("sharpness", {"checkpoint": names, "neighbourhood": ["ball", "adaptive", "box"]}, variables)
 
 
+def sharpness_over_radii() -> xr.Dataset:
+    """Rises of two checkpoints over three radii of two neighbourhoods, and relative flatness."""
+    radius, average = np.array([[0.025, 0.0005], [0.05, 0.001], [0.1, 0.002]]), np.array([[0.01], [0.02], [0.04]])
+    dims = ("checkpoint", "radius_index", "neighbourhood")
+    rise = np.array([1.0, 3.0])[:, None, None] * (radius / radius[0]) ** 2 * [0.01, 0.002]
+    mean = np.array([2.0, 1.0])[:, None, None] * (average / average[0]) ** 2 * [0.001, 0.003]
+    variables = {
+        "rise": (dims, rise), "rise_se": (dims, 0.1 * rise), "rise_quadratic": (dims, rise * [0.8, np.nan]),
+        "average": (dims, mean), "average_se": (dims, 0.15 * mean), "average_quadratic": (dims, 0.9 * mean),
+        "radius": (dims[1:], radius), "average_radius": (dims[1:], np.broadcast_to(average, (3, 2))),
+        "relative_flatness": ("checkpoint", [12.0, 30.0]), "relative_flatness_low": ("checkpoint", [10.0, 25.0]),
+        "relative_flatness_high": ("checkpoint", [14.0, 35.0]),
+    }  # fmt: skip
+    return dataset("sharpness", {"checkpoint": ["plain", "champion"], "neighbourhood": ["ball", "box"]}, variables)
+
+
+def correlation() -> xr.Dataset:
+    """Five diagnostics of twelve runs of a grid, one of them significant."""
+    tau = np.array([0.3, -0.8, 0.1, -0.4, 0.05])
+    lr = np.repeat([0.01, 0.1], 6)
+    target = 0.1 + 0.02 * np.arange(12) + 0.3 * lr
+    value = tau[:, None] * target + 0.01 * noise(5, 12)
+    value[2] = 10.0 ** (2 * np.abs(noise(12, seed=1)))
+    variables = {
+        "tau": ("diagnostic", tau), "tau_low": ("diagnostic", tau - 0.2), "tau_high": ("diagnostic", tau + 0.15),
+        "tau_p": ("diagnostic", [0.5, 0.01, 1.0, 0.2, 1.0]), "psi": ("diagnostic", 0.7 * tau),
+        "n_runs": ("diagnostic", np.full(5, 12.0)), "value": (("diagnostic", "run"), value),
+        "value_se": (("diagnostic", "run"), np.full((5, 12), 0.004)), "target": ("run", target),
+        "target_se": ("run", np.full(12, 0.01)),
+    }  # fmt: skip
+    names = ["lambda_max", "rise adaptive 0.5", "trace", "average ball 0.01", "relative_flatness"]
+    coords = {"diagnostic": names, "run": [f"run {i}" for i in range(12)], "axis": ["lr"], "lr_setting": ("run", lr)}
+    return dataset("correlation", coords, variables, target_name="test_error")
+
+
 def learning_coefficients(localization: list[float] | None = None) -> xr.Dataset:
     """Of three checkpoints, the last of which has not converged; over step sizes, too, if localizations are given."""
     names, steps = ["plain", "iter01", "network-of-friday"], np.array([1e-4, 3e-4, 1e-3])
@@ -403,6 +438,8 @@ PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
     "barrier": ("barrier", barrier, {}),
     "landscape": ("landscape", landscape, {"trajectory": trajectory}),
     "sharpness": ("sharpness", sharpness, {}),
+    "sharpness_over_radii": ("sharpness", sharpness_over_radii, {}),
+    "correlation": ("correlation", correlation, {}),
     "learning_coefficient": ("learning_coefficient", learning_coefficients, {}),
     "learning_coefficient_calibration": (
         "learning_coefficient",

@@ -322,13 +322,30 @@ def test_planes_carry_their_points_and_the_trajectories_of_the_same_plane(tiny_r
 
 
 def test_sharpness_has_a_panel_per_neighbourhood(tiny_run: Run) -> None:
-    ds = pn.sharpness(tiny_run, checkpoints=["ends"], n=100, n_steps=3, n_starts=1, progress=False)
+    options = {"checkpoints": ["ends"], "n": 100, "n_steps": 3, "n_starts": 1, "n_directions": 2, "progress": False}
+    ds = pn.sharpness(tiny_run, radii={"ball": 0.05, "box": 0.001}, measures="worst", second_order=False, **options)
     figure = plots.plot(ds)
-    assert [ax.get_title(loc="left") for ax in figure.axes] == [
-        "ball, radius 0.05", "adaptive, radius 0.5", "box, radius 0.001",
-    ]  # fmt: skip
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["ball, radius 0.05", "box, radius 0.001"]
     found = next(c for c in figure.axes[0].containers if c.get_label() == "largest found")
     np.testing.assert_array_equal(found.lines[0].get_ydata(), ds.rise.sel(neighbourhood="ball"))
+    several = pn.sharpness(
+        tiny_run, radii={"ball": [0.05, 0.1]}, measures=("worst", "average"), second_order=False, **options
+    )
+    upper, lower = plots.plot(several).axes
+    for ax, name, radius in ((upper, "rise", "radius"), (lower, "average", "average_radius")):
+        np.testing.assert_array_equal(ax.lines[0].get_xdata(), several[radius].squeeze("neighbourhood"))
+        np.testing.assert_array_equal(ax.lines[0].get_ydata(), several[name].isel(checkpoint=0, neighbourhood=0))
+
+
+def test_correlations_are_drawn_strongest_first() -> None:
+    ds = synthetic.correlation()
+    forest, *scatters = plots.plot(ds).axes
+    order = np.argsort(-np.abs(ds.tau.values), kind="stable")
+    assert [text.get_text() for text in forest.get_yticklabels()] == [
+        str(name).replace("_", " ") for name in ds.diagnostic.values[order]
+    ]
+    assert len(scatters) == 3
+    assert scatters[0].get_title(loc="left").startswith(str(ds.diagnostic.values[order[0]]).replace("_", " "))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])

@@ -88,10 +88,21 @@ def sharpness(entry: Entry) -> None:
     network, batches = entry.network(), entry.batches()
     with unchanged(batches, network):
         ds = pn.sharpness(
-            network, data=batches, loss=entry.loss, n_steps=2, n_starts=1, dtype="float64", progress=False
+            network,
+            data=batches,
+            loss=entry.loss,
+            measures=("worst", "average"),
+            n_steps=2,
+            n_starts=1,
+            n_directions=2,
+            second_order=False,
+            radii={"ball": 0.05, "adaptive": 0.5, "box": 1e-3},
+            dtype="float64",
+            progress=False,
         )
     close(ds.loss.squeeze(), loss_of(entry))
     assert (ds.rise >= 0).all()
+    assert np.isfinite(ds.average).all()
 
 
 def saturation(entry: Entry) -> None:

@@ -1,0 +1,139 @@
+"""Sharpness of several networks, with the paired errors of differences, for a comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from pnanalysis.analyses.network_sharpness import NetworkSharpness, SharpnessOptions, network_sharpness
+from pnanalysis.checks import at_least, one_of
+from pnanalysis.errors import PnError
+from pnanalysis.estimates import mean_and_se
+from pnanalysis.inputs.data import SPLITS
+from pnanalysis.inputs.selection import Selection
+from pnanalysis.terminal.progress import progress_bar
+
+#: Options of :func:`pnanalysis.sharpness` where none are given.
+SHARPNESS: dict[str, Any] = {"n": 1024, "radii": {"adaptive": 0.5}, "second_order": False}
+
+
+@dataclass(frozen=True)
+class SharpnessRequest:
+    """The sharpness to compare: examples, and options of :func:`pnanalysis.sharpness` with one neighbourhood."""
+
+    split: str
+    n: int | None
+    batch_size: int
+    options: SharpnessOptions
+
+    @classmethod
+    def of(cls, requested: Mapping[str, Any], seed: int) -> SharpnessRequest:
+        """From keyword arguments that replace :data:`SHARPNESS`, checked before any work begins.
+
+        Raises
+        ------
+        PnError
+        """
+        options = {"seed": seed, **SHARPNESS, **requested}
+        split, n = str(options.pop("split", "train")), options.pop("n")
+        batch_size = options.pop("batch_size", 512)
+        one_of(SPLITS, split=split)
+        at_least(1, n=n, batch_size=batch_size)
+        known = {entry.name for entry in fields(SharpnessOptions) if entry.init}
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise PnError(
+                f"compare takes no option {unknown[0]!r} for its sharpness; there are {', '.join(sorted(known))}"
+            )
+        if "measures" in options:
+            options["measures"] = tuple(options["measures"])
+        made = SharpnessOptions(**options)
+        if len(made.worst) > 1 or made.worst_case.n_radii > 1:
+            raise PnError("compare takes the sharpness of one neighbourhood with one radius, such as adaptive: 0.5")
+        return cls(split, n, batch_size, made)
+
+    def differences(
+        self, selection: Selection, networks: Mapping[str, nn.Module], device: torch.device, progress: bool
+    ) -> xr.Dataset:
+        """Numbers along ``checkpoint``, and the differences of all pairs along ``other``."""
+        found: dict[object, NetworkSharpness] = {}
+        total = len(selection.distinct()) * self.options.n_steps_in_all
+        with progress_bar("sharpness", total, progress) as advance:
+            for source in selection.sources:
+                batches = selection.split(source, self.split, self.n, self.options.seed, device).batches(
+                    self.batch_size
+                )
+                for item in selection.distinct(source):
+                    network = networks[item.label].to(device)
+                    found[item.key] = network_sharpness(
+                        network, source.loss, batches, self.options, label=item.label, advance=advance
+                    )
+                    network.cpu()
+        every = [found[item.key] for item in selection]
+        variables: dict[str, Any] = {}
+        for name, (value, error) in {
+            "worst_rise": (_worst, _worst_difference),
+            "mean_rise": (_mean, _mean_difference),
+            "relative_flatness": (_flat, _flat_difference),
+        }.items():
+            numbers = np.array([value(one) for one in every])
+            if np.isnan(numbers).all():
+                continue
+            errors = [[(0.0, 0.0) if a is b else error(a, b) for b in every] for a in every]
+            difference, se = np.moveaxis(np.array(errors), -1, 0)
+            pair = ("checkpoint", "other")
+            variables |= {
+                name: ("checkpoint", numbers[:, 0]), f"{name}_se": ("checkpoint", numbers[:, 1]),
+                f"{name}_difference": (pair, difference), f"{name}_difference_se": (pair, se),
+            }  # fmt: skip
+        (kind, radii), (_, means) = (next(iter(of.items())) for of in (self.options.worst, self.options.average))
+        return xr.Dataset(variables).assign_attrs(
+            sharpness_neighbourhood=kind, sharpness_radius=radii[0], sharpness_average_radius=means[0]
+        )
+
+
+def _worst(one: NetworkSharpness) -> tuple[float, float]:
+    return (math.nan, math.nan) if one.rises is None else mean_and_se(one.rises.found[0, 0])
+
+
+def _worst_difference(a: NetworkSharpness, b: NetworkSharpness) -> tuple[float, float]:
+    assert a.rises is not None
+    assert b.rises is not None
+    first, second = a.rises.found[0, 0], b.rises.found[0, 0]
+    return mean_and_se(first - second) if len(first) == len(second) else (first.mean() - second.mean(), math.nan)
+
+
+def _mean(one: NetworkSharpness) -> tuple[float, float]:
+    if one.averages is None:
+        return math.nan, math.nan
+    return float(one.averages.mean[0, 0]), float(one.averages.errors()[0][0, 0])
+
+
+def _mean_difference(a: NetworkSharpness, b: NetworkSharpness) -> tuple[float, float]:
+    assert a.averages is not None
+    assert b.averages is not None
+    if a.averages.by_example.shape != b.averages.by_example.shape:
+        return _mean(a)[0] - _mean(b)[0], math.hypot(_mean(a)[1], _mean(b)[1])
+    change = a.averages.minus(b.averages)
+    return float(change.mean[0, 0]), float(change.errors()[0][0, 0])
+
+
+def _flat(one: NetworkSharpness) -> tuple[float, float]:
+    return (math.nan, math.nan) if one.flatness is None else (one.flatness.value, one.flatness.se)
+
+
+def _flat_difference(a: NetworkSharpness, b: NetworkSharpness) -> tuple[float, float]:
+    one, other = a.flatness, b.flatness
+    if one is None or other is None:
+        return math.nan, math.nan
+    data_se = math.hypot(one.data_se, other.data_se)
+    if len(one.influence.weight) == len(other.influence.weight):
+        data_se = one.influence.minus(other.influence).se
+    return one.value - other.value, math.hypot(one.probe_se, other.probe_se, data_se)

@@ -1,0 +1,317 @@
+"""All measures of sharpness of one network, as a dataset."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from pnanalysis import schema
+from pnanalysis.analyses.work_folder import WorkFolder
+from pnanalysis.arrays import Array
+from pnanalysis.checks import at_least, check_seed, one_of, resolve_dtype
+from pnanalysis.curvature.operators import HessianOperator
+from pnanalysis.errors import ModelError, PnError
+from pnanalysis.estimates import mean_and_se
+from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.evaluation.normalised_logits import with_normalised_logits
+from pnanalysis.geometry.loss_surface import LossSurface, check_same_function
+from pnanalysis.inputs.models import Loss, device_of
+from pnanalysis.perturbation.ascent import METHODS
+from pnanalysis.perturbation.average_case import Crossed, average_case
+from pnanalysis.perturbation.neighbourhoods import KINDS as NEIGHBOURHOODS
+from pnanalysis.perturbation.neighbourhoods import around, checked_radii, scale_of
+from pnanalysis.perturbation.relative_flatness import RelativeFlatness, last_weight, relative_flatness, weight_of
+from pnanalysis.perturbation.second_order import half_forms, largest_rises
+from pnanalysis.perturbation.worst_case import Radii, Rises, WorstCase, example_losses, worst_case
+from pnanalysis.sampling.stacked_gradients import StackedGradients
+from pnanalysis.terminal.progress import Advance
+
+#: What can be measured.
+MEASURES = ("worst", "average", "flatness")
+#: Neighbourhoods where none are named, and how many radii of each.
+RADII = {name: NEIGHBOURHOODS[name].radius for name in ("ball", "adaptive", "filter", "box")}
+N_RADII = 3
+#: Relative to the larger of the loss and one: how far the loss of batches may be from that of the examples.
+_SAME_LOSS = 1e-3
+
+
+@dataclass(frozen=True)
+class SharpnessOptions:
+    """What to measure, and how; see :func:`pnanalysis.sharpness`."""
+
+    radii: Mapping[str, Any] | None = None
+    average_radii: Mapping[str, Any] | None = None
+    measures: tuple[str, ...] = MEASURES
+    method: str = "frank-wolfe"
+    n_steps: int = 10
+    n_starts: int = 2
+    group: int | None = None
+    n_directions: int = 16
+    layer: str | None = None
+    normalize_logits: bool = False
+    second_order: bool = True
+    dtype: str = "float32"
+    seed: int = 0
+    worst: Radii = field(init=False, repr=False)
+    average: Radii = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.measures:
+            raise PnError(f"no measure is named; there are {', '.join(MEASURES)}")
+        for measure in self.measures:
+            one_of(MEASURES, measure=measure)
+        one_of(METHODS, method=self.method)
+        at_least(2, n_steps=self.n_steps, n_directions=self.n_directions)
+        at_least(1, n_starts=self.n_starts, group=self.group)
+        check_seed(seed=self.seed)
+        resolve_dtype(self.dtype)
+        worst, average = _both(self.radii, self.average_radii)
+        object.__setattr__(self, "worst", worst)
+        object.__setattr__(self, "average", average)
+
+    @property
+    def worst_case(self) -> WorstCase:
+        """How to look for the worst case."""
+        return WorstCase(self.worst, self.method, self.n_steps, self.n_starts, self.group, self.seed)
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether each neighbourhood was given a single radius, so that there is no dim for them."""
+        given = [*(self.radii or {}).values(), *(self.average_radii or {}).values()]
+        return bool(given) and not any(np.ndim(one) for one in given)
+
+    @property
+    def n_steps_in_all(self) -> int:
+        """Gradients, and points of the average case, for a progress bar."""
+        worst = self.worst_case.n_gradients if "worst" in self.measures else 0
+        points = sum(map(len, self.average.values())) * self.n_directions if "average" in self.measures else 0
+        return worst + points
+
+
+def _both(radii: Mapping[str, Any] | None, average: Mapping[str, Any] | None) -> tuple[Radii, Radii]:
+    """Radii of the worst and the average case, as many of each, in the same neighbourhoods.
+
+    Raises
+    ------
+    ModelError
+    """
+    if radii is None and average is None:
+        worst: Radii = {name: around(radius, N_RADII) for name, radius in RADII.items()}
+    else:
+        worst = {} if radii is None else checked_radii(radii)
+    means = {} if average is None else checked_radii(average, "average radius")
+    names = list(worst or means)
+    if set(means) - set(names):
+        raise ModelError(f"average radii name {min(set(means) - set(names))}, radii do not; name the same ones in both")
+    n = len(next(iter((worst or means).values())))
+    worst = {name: worst.get(name, around(NEIGHBOURHOODS[name].radius, n)) for name in names}
+    means = {name: means.get(name, around(NEIGHBOURHOODS[name].average_radius, n)) for name in names}
+    counts = {len(values) for values in means.values()}
+    if counts != {n}:
+        raise ModelError(f"there are {n} radii and {max(counts)} average radii; give as many of both")
+    return worst, means
+
+
+@dataclass
+class NetworkSharpness:
+    """Measures of one network, and the samples that they are means of.
+
+    Attributes
+    ----------
+    ds : xarray.Dataset
+        Dims ``radius_index`` and ``neighbourhood``.
+    rises : Rises or None
+    averages : Crossed or None
+    flatness : RelativeFlatness or None
+    """
+
+    ds: xr.Dataset
+    rises: Rises | None = None
+    averages: Crossed | None = None
+    flatness: RelativeFlatness | None = None
+
+
+def network_sharpness(
+    network: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    options: SharpnessOptions,
+    *,
+    label: str = "network",
+    advance: Advance | None = None,
+    cache: WorkFolder | None = None,
+) -> NetworkSharpness:
+    """Measures of one network over batches in memory.
+
+    Parameters
+    ----------
+    network : Module
+        Stays as it is.
+    loss : callable
+        ``loss(outputs, targets)``, averaged over the batch.
+    batches : re-iterable of (inputs, targets)
+        On the network's device.
+    options : SharpnessOptions
+    label : str
+        What the network is called in messages.
+    advance : callable, optional
+        Called for every gradient, and every pair of points of the average case.
+    cache : WorkFolder, optional
+        Keeps each finished part.
+    """
+    device, dtype = device_of(network, label), resolve_dtype(options.dtype)
+    if options.normalize_logits:
+        network = with_normalised_logits(network, loss, label)
+    surface = LossSurface(network, loss, device, dtype)
+    state = surface.anchor(network.state_dict(), label)
+    check_same_function(surface, state, network, batches, (label, label))
+    with clear_errors(label, surface.model, batches, surface.loss):
+        at = _Place(network, loss, batches, options, label, StackedGradients(surface, state, surface.parameter_names))
+        return at.measured(advance, cache)
+
+
+@dataclass
+class _Place:
+    """A network where it stands, and what is measured there."""
+
+    network: nn.Module
+    loss: Loss
+    batches: Iterable[Any]
+    options: SharpnessOptions
+    label: str
+    gradients: StackedGradients
+
+    def measured(self, advance: Advance | None, cache: WorkFolder | None) -> NetworkSharpness:
+        (here,) = example_losses(self.gradients, self.gradients.centre[None], self.batches)
+        mean, se = mean_and_se(here)
+        base = xr.Dataset({"loss": mean, "loss_se": se})
+        found = NetworkSharpness(base)
+        parts: dict[str, Callable[[], xr.Dataset]] = {}
+        if "worst" in self.options.measures:
+            parts["worst"] = lambda: self._worst(found, mean, advance)
+        if "average" in self.options.measures:
+            parts["average"] = lambda: self._average(found, advance)
+        if "flatness" in self.options.measures:
+            parts["flatness"] = lambda: self._flatness(found)
+        for name, compute in parts.items():
+
+            def finished(compute: Callable[[], xr.Dataset] = compute) -> xr.Dataset:
+                return schema.finish(base.assign(compute()), "sharpness")
+
+            part = finished() if cache is None else cache.part(name, mean, finished)
+            found.ds = found.ds.assign({key: part[key] for key in part.data_vars})
+        found.ds = found.ds.assign_coords(neighbourhood=list(self.options.worst))
+        if self.options.is_scalar:
+            found.ds = found.ds.squeeze("radius_index") if "radius_index" in found.ds.dims else found.ds
+        return found
+
+    def _worst(self, found: NetworkSharpness, loss: float, advance: Advance | None) -> xr.Dataset:
+        options = self.options
+        rises = found.rises = worst_case(self.gradients, self.batches, options.worst_case, advance)
+        rise, one = _mean_and_se(rises.found), _mean_and_se(rises.first)
+        table = {
+            "rise": rise[0], "rise_se": rise[1], "one_step": one[0], "one_step_se": one[1],
+            "relative": 100 * rise[0] / (1 + loss), "radius": np.array(list(options.worst.values())),
+        }  # fmt: skip
+        if options.second_order:
+            table["rise_quadratic"] = self._each(
+                lambda op, kind, scale: largest_rises(
+                    op, self._gradient, kind, scale, options.worst[kind], options.seed
+                ),
+                np.full(rise[0].shape, np.nan),
+            )
+        ds = _table(table)
+        return ds.assign(rise_start=(("radius_index", "neighbourhood", "start"), rises.start.swapaxes(0, 1)))
+
+    def _average(self, found: NetworkSharpness, advance: Advance | None) -> xr.Dataset:
+        options = self.options
+        averages = found.averages = average_case(
+            self.gradients, self.batches, options.average, options.n_directions, options.seed, advance
+        )
+        se, direction_se, data_se, _ = averages.errors()
+        low, high = averages.interval()
+        radii = np.array(list(options.average.values()))
+        table = {
+            "average": averages.mean, "average_se": se, "average_direction_se": direction_se,
+            "average_data_se": data_se, "average_low": low, "average_high": high, "average_radius": radii,
+        }  # fmt: skip
+        if options.second_order:
+            forms = self._each(
+                lambda op, kind, scale: half_forms(op, kind, scale, options.n_directions, options.seed),
+                np.full((len(radii), options.n_directions), np.nan),
+            )
+            table["average_quadratic"] = radii**2 * forms.mean(1)[:, None]
+            table["average_quadratic_se"] = radii**2 * forms.std(1, ddof=1)[:, None] / options.n_directions**0.5
+        return _table(table)
+
+    def _each(self, measure: Callable[..., Array], unknown: Array) -> Array:
+        """A number of the Hessian in each neighbourhood, or ``unknown`` where there is no Hessian."""
+        if self._hessian is None:
+            return unknown
+        scales = {kind: scale_of(kind, self.gradients.state, self.gradients.names) for kind in self.options.worst}
+        return np.stack([measure(self._hessian, kind, scale) for kind, scale in scales.items()])
+
+    @cached_property
+    def _hessian(self) -> HessianOperator | None:
+        return self._operator("no second-order values to compare with")
+
+    @cached_property
+    def _gradient(self) -> torch.Tensor:
+        assert self._hessian is not None
+        return self._hessian.gradient()
+
+    def _operator(self, without: str, layer: str | None = None) -> HessianOperator | None:
+        """The Hessian, or a warning that says what there is not."""
+        try:
+            op = HessianOperator(
+                self.network, self.loss, self.batches, params=layer, dtype=self.gradients.centre.dtype,
+                device=self.gradients.centre.device, expected_products=100,
+            )  # fmt: skip
+            _ = op.product_check
+            (here,) = example_losses(self.gradients, self.gradients.centre[None], self.batches)
+            if abs(op.loss() - here.mean()) > _SAME_LOSS * max(abs(here.mean()), 1.0):
+                raise ModelError("the loss of its batches is not the mean over their examples")
+        except PnError as error:
+            warnings.warn(f"{self.label}: {without}: {error}", stacklevel=2)
+            return None
+        return op
+
+    def _flatness(self, found: NetworkSharpness) -> xr.Dataset:
+        network, layer = self.network, self.options.layer
+        name = last_weight(network) if layer is None else weight_of(network, layer)
+        without = "no relative flatness"
+        op = None
+        if name is None:
+            warnings.warn(f"{self.label}: {without}: it has no trainable weight matrix", stacklevel=2)
+        else:
+            op = self._operator(without, name)
+        values = dict.fromkeys(("", "_se", "_probe_se", "_data_se", "_low", "_high"), np.nan)
+        if op is not None and name is not None:
+            try:
+                flat = found.flatness = relative_flatness(op, network.get_parameter(name), self.options.seed)
+                low, high = flat.interval()
+                values = {"": flat.value, "_se": flat.se, "_probe_se": flat.probe_se, "_data_se": flat.data_se,
+                          "_low": low, "_high": high}  # fmt: skip
+            except PnError as error:
+                warnings.warn(f"{self.label}: {without}: {error}", stacklevel=2)
+        ds = xr.Dataset({f"relative_flatness{end}": float(value) for end, value in values.items()})
+        return ds.assign(flatness_layer=name or "")
+
+
+def _mean_and_se(values: Array) -> tuple[Array, Array]:
+    """Of each row ``(..., N)``."""
+    pairs = np.array([mean_and_se(row) for row in values.reshape(-1, values.shape[-1])])
+    return pairs[:, 0].reshape(values.shape[:-1]), pairs[:, 1].reshape(values.shape[:-1])
+
+
+def _table(columns: Mapping[str, Array]) -> xr.Dataset:
+    """Numbers ``(kind, radius)`` as variables."""
+    return xr.Dataset({name: (("radius_index", "neighbourhood"), values.T) for name, values in columns.items()})

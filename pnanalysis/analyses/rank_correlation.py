@@ -1,0 +1,217 @@
+r"""Rank correlations of several numbers with one target over runs: Kendall's tau, by settings, and with errors.
+
+All are sums over pairs of runs of signs of differences. Resampled runs count as often as they are drawn, so that with
+counts ``w`` and signs ``A`` and ``B`` of all pairs,
+
+.. math:: \tau_b = w^\top (A \circ B) w \big/ \sqrt{(w^\top A^2 w)(w^\top B^2 w)}.
+
+References
+----------
+M. G. Kendall, "The treatment of ties in ranking problems", Biometrika 33 (1945): tau-b. Y. Jiang et al., "Fantastic
+Generalization Measures and Where to Find Them", ICLR 2020, arXiv:1912.02178: the granulated coefficient and the
+normalised conditional mutual information. B. Efron, "Bootstrap methods: another look at the jackknife", Annals of
+Statistics 7 (1979). E. C. Fieller, H. O. Hartley and E. S. Pearson, "Tests for rank correlation coefficients I",
+Biometrika 44 (1957): intervals on the scale of the inverse hyperbolic tangent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pnanalysis.arrays import Array
+
+#: Pairs out of order, as a tie counts half, at the largest tau on the scale of the inverse hyperbolic tangent.
+_EDGE = 1.0
+#: Variance on that scale times the number of runs less four, of normal numbers: less is never believed, as where all
+#: pairs are in order, and stay so however runs are resampled.
+_FIELLER = 0.437
+_REPLICATES_AT_ONCE = 64
+
+
+class Tau(NamedTuple):
+    """Kendall's tau-b with errors.
+
+    Attributes
+    ----------
+    value, se, low, high : float
+        With the standard error and the ends of the 95 % interval over runs like these.
+    p : float
+        Two-sided, of no correlation.
+    noise_se : float
+        The part of the standard error that the errors of the numbers would cause with the runs as they are.
+    shift : float
+        How much tau would change, on average, if the numbers had these errors once more: about as much as it is
+        already too near zero.
+    """
+
+    value: float
+    se: float
+    low: float
+    high: float
+    p: float
+    noise_se: float
+    shift: float
+
+
+class Granulated(NamedTuple):
+    """Jiang et al.'s coefficient with errors, and its part of each setting.
+
+    Attributes
+    ----------
+    value, low, high : float
+    of_axis : ndarray, shape (axis,)
+    """
+
+    value: float
+    low: float
+    high: float
+    of_axis: Array
+
+
+def signs(values: Array) -> Array:
+    """Signs of differences of all pairs, ``(..., n, n)`` from ``(..., n)``."""
+    return np.sign(values[..., :, None] - values[..., None, :])
+
+
+def kendall_tau(a: Array, b: Array, counts: Array | None = None) -> Array:
+    """Tau-b from :func:`signs` ``(..., n, n)``, of runs that count ``counts`` ``(..., n)`` times; NaN of constants."""
+    weights = np.ones(a.shape[-1]) if counts is None else counts
+
+    def summed(pairs: Array) -> Array:
+        found: Array = ((pairs @ weights[..., :, None])[..., 0] * weights).sum(-1)
+        return found
+
+    size = np.sqrt(summed(a * a) * summed(b * b))
+    return np.divide(summed(a * b), size, out=np.full(np.shape(size), np.nan), where=size > 0)
+
+
+def tau_with_errors(
+    x: Array, y: Array, x_se: Array | None = None, y_se: Array | None = None, n_bootstrap: int = 2000, seed: int = 0
+) -> Tau:
+    """Tau-b of two numbers of runs, with errors by resampling runs and drawing from the numbers' own errors.
+
+    Parameters
+    ----------
+    x, y : ndarray, shape (n,)
+    x_se, y_se : ndarray, shape (n,), optional
+        Their standard errors, taken as independent; NaN for none.
+    n_bootstrap, seed : int
+    """
+    from scipy.stats import kendalltau, norm  # here, so that command lines start without SciPy
+
+    n, rng = len(x), np.random.default_rng(seed)
+    errors = [np.zeros(n) if se is None else np.nan_to_num(se) for se in (x_se, y_se)]
+    of_x, of_y = signs(x), signs(y)
+    value = float(kendall_tau(of_x, of_y))
+    resampled, redrawn = [], []
+    has_errors = any(one.any() for one in errors)
+    for begin in range(0, n_bootstrap, _REPLICATES_AT_ONCE):
+        size = min(_REPLICATES_AT_ONCE, n_bootstrap - begin)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
+        resampled.append(kendall_tau(of_x, of_y, counts))
+        if has_errors:
+            drawn = [v + se * rng.standard_normal((size, n)) for v, se in zip((x, y), errors, strict=True)]
+            redrawn.append(kendall_tau(signs(drawn[0]), signs(drawn[1])))
+    again = np.concatenate(redrawn) if redrawn else np.array([value])
+    edge = 1 - _EDGE / math.comb(n, 2)
+    spread = max(_spread(np.concatenate(resampled), edge), math.sqrt(_FIELLER / max(n - 4, 1)))
+    # numbers that are drawn again scatter about less of a correlation, so that their scatter is added by itself
+    spread = math.hypot(spread, _spread(again, edge))
+    middle = math.atanh(min(max(value, -edge), edge))
+    low, high = (math.tanh(middle + side * float(norm.ppf(0.975)) * spread) for side in (-1, 1))
+    se = spread * (1 - math.tanh(middle) ** 2)
+    p = float(kendalltau(x, y).pvalue)
+    return Tau(value, se, low, high, p, float(np.nanstd(again)), float(np.nanmean(again)) - value)
+
+
+def _spread(taus: Array, edge: float) -> float:
+    """Standard deviation on the scale of the inverse hyperbolic tangent; 0 for fewer than two numbers."""
+    known = taus[np.isfinite(taus)]
+    return float(np.arctanh(np.clip(known, -edge, edge)).std(ddof=1)) if len(known) > 1 else 0.0
+
+
+def granulated(
+    x: Array, y: Array, settings: Mapping[str, Sequence[object]], axes: Sequence[str], n_bootstrap: int = 2000,
+    seed: int = 0,
+) -> Granulated:  # fmt: skip
+    """Tau among runs that differ in one setting only, averaged over their groups, then over the settings.
+
+    Parameters
+    ----------
+    x, y : ndarray, shape (n,)
+    settings : mapping of str to sequence
+        The value of each run. Runs that are compared agree in all but one.
+    axes : sequence of str
+        The settings that count.
+    n_bootstrap, seed : int
+        Runs are resampled; the interval is that of percentiles.
+    """
+    agree = signs(x) * signs(y)
+    groups = [_groups(settings, axis) for axis in axes]
+    counts = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=n_bootstrap)
+    of_axis = np.array([_mean_tau(agree, own, np.ones((1, len(x))))[0] for own in groups])
+    replicates = np.array([_mean_tau(agree, own, counts.astype(float)) for own in groups])
+    known = np.isfinite(of_axis)
+    if not known.any():
+        return Granulated(math.nan, math.nan, math.nan, of_axis)
+    with np.errstate(invalid="ignore"):
+        shares = np.isfinite(replicates)
+        means = np.where(shares, replicates, 0.0).sum(0) / np.maximum(shares.sum(0), 1)
+    means = means[shares.any(0)]
+    low, high = np.quantile(means, [0.025, 0.975]) if len(means) > n_bootstrap / 2 else (math.nan, math.nan)
+    return Granulated(float(of_axis[known].mean()), float(low), float(high), of_axis)
+
+
+def conditional_information(x: Array, y: Array, settings: Mapping[str, Sequence[object]], axes: Sequence[str]) -> float:
+    """What the sign of a difference in ``x`` tells about that in ``y``, beyond what up to two settings tell.
+
+    For each set of at most two of the axes, the mutual information of the two signs over pairs of runs, given both
+    runs' values of these settings, relative to the entropy of the sign in ``y``; the smallest of these is taken. It is
+    between 0 and 1, and an estimate by frequencies, too large where few pairs share their settings.
+    """
+    first, second = np.nonzero(~np.eye(len(x), dtype=bool))
+    of_x, of_y = (np.sign(v[first] - v[second]).astype(int) for v in (x, y))
+    coded = {axis: np.unique([str(v) for v in settings[axis]], return_inverse=True)[1] for axis in axes}
+    found = []
+    for size in range(3):
+        for chosen in combinations(axes, size):
+            keys = [coded[axis][index] for axis in chosen for index in (first, second)]
+            given = np.unique(np.stack(keys), axis=1, return_inverse=True)[1].ravel() if keys else np.zeros_like(of_x)
+            entropy = _entropy(of_y, given) - _entropy(given)
+            if entropy > 1e-12:
+                information = entropy - (_entropy(of_y, of_x, given) - _entropy(of_x, given))
+                found.append(max(information, 0.0) / entropy)
+    return min(found, default=math.nan)
+
+
+def _groups(settings: Mapping[str, Sequence[object]], axis: str) -> list[NDArray[np.intp]]:
+    """Indices of runs that agree in all settings but one, in which they differ."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for i in range(len(settings[axis])):
+        found.setdefault(tuple(str(v[i]) for name, v in settings.items() if name != axis), []).append(i)
+    groups = [np.array(own) for own in found.values()]
+    return [own for own in groups if len({str(settings[axis][i]) for i in own}) > 1]
+
+
+def _mean_tau(agree: Array, groups: Sequence[NDArray[np.intp]], counts: Array) -> Array:
+    """The mean over groups of the mean agreement of their pairs, for each row of counts; NaN where there is no pair."""
+    total, n = np.zeros(len(counts)), np.zeros(len(counts))
+    for own in groups:
+        w, pairs = counts[:, own], agree[np.ix_(own, own)]
+        n_pairs = w.sum(1) ** 2 - (w**2).sum(1)
+        tau = np.divide(((w @ pairs) * w).sum(1), n_pairs, out=np.zeros(len(w)), where=n_pairs > 0)
+        total, n = total + tau, n + (n_pairs > 0)
+    return np.divide(total, n, out=np.full(len(counts), np.nan), where=n > 0)
+
+
+def _entropy(*codes: NDArray[np.int_]) -> float:
+    """Of the joint frequencies of some numbers, in nats."""
+    _, counts = np.unique(np.stack(codes), axis=1, return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

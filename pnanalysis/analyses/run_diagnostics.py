@@ -1,0 +1,149 @@
+"""The numbers that are stored with a run about one of its checkpoints: history and analyses, with their errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from pnanalysis.errors import SchemaError
+from pnanalysis.io.datasets import load
+from pnanalysis.io.runs import Checkpoint, Run
+from pnanalysis.schema import error_kind
+from pnanalysis.significance import share_interval
+
+#: Numbers by kind of dataset. Those that have a layer are averaged over layers, and so are their errors.
+STORED: dict[str, tuple[str, ...]] = {
+    "hessian": (
+        "lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank", "negative_curvature", "n_outliers",
+        "gap_ratio", "class_ratio",
+    ),
+    "sharpness": ("rise", "average", "relative_flatness"),
+    "learning_coefficient": ("learning_coefficient", "gaussian"),
+    "saturation": ("saturation_measure", "saturated_share", "dead_units"),
+    "trajectory": ("distance_from_start", "path_length"),
+    "eigenpairs": ("gradient_norm", "gradient_top"),
+}  # fmt: skip
+_HISTORY = ("train_loss", "train_error", "validation_error", "test_error")
+_Z95 = 1.959963984540054
+#: The difference of two errors, a target of its own.
+GAP = "generalization_gap"
+
+
+class Number(NamedTuple):
+    """A number of a checkpoint.
+
+    Attributes
+    ----------
+    kind : str
+        Of the dataset it is from.
+    value, se : float
+        ``se`` is NaN where it is not known.
+    is_main : bool
+        Whether it counts where nothing is chosen: of numbers at several radii, that in the middle.
+    """
+
+    kind: str
+    value: float
+    se: float
+    is_main: bool = True
+
+
+def run_diagnostics(run: Run, checkpoint: Checkpoint) -> tuple[dict[str, Number], list[str]]:
+    """Numbers by name, and what could not be read, in sentences."""
+    found = dict(_of_history(run.history, checkpoint))
+    problems = []
+    for kind, names in STORED.items():
+        if kind not in run.files:
+            continue
+        try:
+            ds = load(run.files[kind], within=run.path, large=False)
+        except SchemaError as error:
+            problems.append(str(error))
+            continue
+        row = _row(ds, run, checkpoint)
+        if row is not None:
+            for name in names:
+                found |= dict(_numbers(row, kind, name))
+    return found, problems
+
+
+def _of_history(history: xr.Dataset, checkpoint: Checkpoint) -> Iterator[tuple[str, Number]]:
+    if checkpoint.iteration not in history.iteration.values or checkpoint.epoch not in history.epoch.values:
+        return
+    at = history.sel(iteration=checkpoint.iteration, epoch=checkpoint.epoch)
+    errors: dict[str, Number] = {}
+    for name in _HISTORY:
+        if name in at and np.isfinite(float(at[name])):
+            value, se = float(at[name]), math.nan
+            n = history.attrs.get(f"n_{name.removesuffix('_error')}")
+            if name.endswith("_error") and n and error_kind(history) == "share":
+                # of Wilson's interval, which holds where there are no mistakes at all
+                low, high = share_interval(value, math.sqrt(value * (1 - value) / float(n)), float(n))
+                se = float(high - low) / (2 * _Z95)
+            errors[name] = Number("history", value, se)
+    yield from errors.items()
+    if {"train_error", "test_error"} <= errors.keys():
+        train, test = errors["train_error"], errors["test_error"]
+        yield GAP, Number("history", test.value - train.value, test.se)
+
+
+def _row(ds: xr.Dataset, run: Run, checkpoint: Checkpoint) -> xr.Dataset | None:
+    """What a dataset says of a checkpoint of a run; ``None`` if nothing."""
+    if "run" in ds.dims and "checkpoint" not in ds.dims:  # several runs, of which one is this
+        if run.path.name not in ds.run.values:
+            return None
+        ds = ds.sel(run=run.path.name)
+    if {"iteration", "epoch"} <= set(ds.dims):
+        places = {"iteration": checkpoint.iteration, "epoch": checkpoint.epoch}
+        there = all(value in ds[name].values for name, value in places.items())
+        return ds.sel(places) if there else None
+    if "checkpoint" not in ds.dims or not {"iteration", "epoch"} <= set(ds.coords):
+        return None
+    same = (ds.iteration.values == checkpoint.iteration) & (ds.epoch.values == checkpoint.epoch)
+    labels = [str(name) for name in ds.checkpoint.values]
+    prefixes = [name.rpartition("/")[0].split("/")[0] for name in labels]
+    prefixed = [bool(prefix) and not prefix.startswith("iter") for prefix in prefixes]
+    if any(prefixed):  # an analysis of several runs puts their names in front
+        same &= np.array([prefix == run.path.name for prefix in prefixes])
+    if "run" in ds.coords and ds.run.dims == ("checkpoint",):
+        same &= ds.run.values == run.path.name
+    if "layer" in ds.coords and ds.layer.dims == ("checkpoint",):  # a row for each layer
+        return None
+    rows = np.flatnonzero(same)
+    return ds.isel(checkpoint=int(rows[0])) if len(rows) else None
+
+
+def _numbers(ds: xr.Dataset, kind: str, name: str) -> Iterator[tuple[str, Number]]:
+    """A variable as numbers, one for each place along its dims."""
+    if name not in ds:
+        return
+    value = ds[name].astype(float)
+    se = ds.get(f"{name}_se", xr.full_like(value, np.nan))
+    if f"{name}_se" not in ds and f"{name}_low" in ds:
+        se = (ds[f"{name}_high"] - ds[f"{name}_low"]) / (2 * _Z95)
+    if "layer" in value.dims:
+        se = (se**2).sum("layer", skipna=False) ** 0.5 / value.notnull().sum("layer")
+        value = value.mean("layer")
+    radius = {"rise": "radius", "average": "average_radius"}.get(name)
+    for place in np.ndindex(*value.shape):
+        at = dict(zip(value.dims, place, strict=True))
+        one = float(value.isel(at))
+        if math.isfinite(one):
+            is_main = at.get("radius_index", 0) == value.sizes.get("radius_index", 1) // 2
+            yield _label(ds, name, radius, at), Number(kind, one, float(se.isel(at)), is_main)
+
+
+def _label(ds: xr.Dataset, name: str, radius: str | None, at: dict[object, int]) -> str:
+    """The name of a number, with where along dims it is: ``rise ball 0.05``."""
+    parts = [name]
+    if "neighbourhood" in at or "neighbourhood" in ds[name].dims:
+        parts.append(str(ds.neighbourhood.values[at["neighbourhood"]]))
+    if radius is not None and radius in ds:
+        own = {dim: index for dim, index in at.items() if dim in ds[radius].dims}
+        parts.append(f"{float(ds[radius].isel(own)):.3g}")
+    parts += [f"{dim} {index}" for dim, index in at.items() if dim not in ("neighbourhood", "radius_index")]
+    return " ".join(parts)

@@ -1,0 +1,1 @@
+"""How the loss answers to perturbations of the weights: the worst, the average, and to second order."""

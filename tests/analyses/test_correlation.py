@@ -1,0 +1,194 @@
+"""Rank correlations: exact values, errors that cover, coefficients by hand, and tables from runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import kendalltau
+
+import pnanalysis as pn
+from pnanalysis.analyses.rank_correlation import (
+    conditional_information,
+    granulated,
+    kendall_tau,
+    signs,
+    tau_with_errors,
+)
+from pnanalysis.errors import PnError, RunError
+from tests.conftest import TINY
+from trainers import Config
+from trainers.runs.sweep import sweep
+
+QUIET = {"progress": False, "n_bootstrap": 200}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n", [4, 9, 30])
+def test_tau_is_that_of_scipy_ties_included(n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(0, 6, n).astype(float), rng.normal(size=n).round(1)
+    assert float(kendall_tau(signs(x), signs(y))) == pytest.approx(kendalltau(x, y).statistic, rel=1e-12)
+    found = tau_with_errors(x, y, n_bootstrap=50)
+    assert found.p == kendalltau(x, y).pvalue
+    index = rng.integers(0, n, n)
+    counts = np.bincount(index, minlength=n).astype(float)
+    expected = kendalltau(x[index], y[index]).statistic
+    np.testing.assert_allclose(kendall_tau(signs(x), signs(y), counts), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "r"), [(8, 0.0), (12, 0.8), (30, 0.5)])
+def test_intervals_cover_the_tau_of_a_gaussian_copula(n: int, r: float) -> None:
+    rng, tau, trials = np.random.default_rng(0), 2 / np.pi * np.arcsin(r), 150
+    inside = 0
+    for seed in range(trials):
+        x, e = rng.normal(size=(2, n))
+        found = tau_with_errors(x, r * x + (1 - r * r) ** 0.5 * e, n_bootstrap=150, seed=seed)
+        inside += found.low <= tau <= found.high
+    assert inside >= 0.91 * trials  # the binomial error of 0.95 is 0.018
+
+
+def test_errors_of_the_numbers_widen_the_interval_and_their_shift_points_to_zero() -> None:
+    rng = np.random.default_rng(0)
+    x = np.arange(15.0)
+    y = x + rng.normal(size=15)
+    exact = tau_with_errors(x, y)
+    noisy = tau_with_errors(x, y, np.full(15, 4.0), np.full(15, np.nan))
+    assert noisy.value == exact.value > 0.7
+    assert (exact.noise_se, exact.shift) == (0.0, 0.0)
+    assert noisy.noise_se > 0.05
+    assert -0.5 < noisy.shift < -0.1
+    assert noisy.high - noisy.low > exact.high - exact.low
+    assert noisy.low < noisy.value < noisy.high
+
+
+def test_a_perfect_order_of_few_runs_still_has_an_interval() -> None:
+    found = tau_with_errors(np.arange(5.0), np.arange(5.0))
+    assert found.value == 1
+    assert 0 < found.low < 0.9
+    assert found.se > 0
+
+
+#: A grid in which the target follows lr, and the diagnostic follows the target within lr but not across it.
+GRID = {"lr": [1, 1, 2, 2], "width": [8, 16, 8, 16]}
+X, Y = np.array([3.0, 4.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0, 4.0])
+
+
+def test_tau_of_one_setting_at_a_time_by_hand() -> None:
+    assert float(kendall_tau(signs(X), signs(Y))) == pytest.approx(-1 / 3)
+    found = granulated(X, Y, GRID, ["lr", "width"], n_bootstrap=100)
+    np.testing.assert_allclose(found.of_axis, [-1.0, 1.0])
+    assert found.value == 0
+    assert granulated(X, Y, GRID, ["width"], n_bootstrap=100).value == 1
+    repeated = {**GRID, "seed": [0, 0, 0, 1]}  # the last run differs from each other in two settings
+    np.testing.assert_allclose(granulated(X, Y, repeated, ["lr", "width"], n_bootstrap=100).of_axis, [-1.0, 1.0])
+    assert np.isnan(granulated(X, Y, {}, [], n_bootstrap=100).value)
+
+
+def test_information_is_all_nothing_or_what_a_setting_knows() -> None:
+    rng = np.random.default_rng(0)
+    settings = {"lr": [1, 1, 1, 1, 2, 2, 2, 2] * 4}
+    y = np.array(settings["lr"]) * 10 + rng.normal(size=32)
+    assert conditional_information(y**3, y, settings, ["lr"]) == pytest.approx(1.0)
+    assert conditional_information(rng.normal(size=32), y, settings, ["lr"]) < 0.05
+    by_setting = np.array(settings["lr"]) * 10 + rng.normal(size=32)  # goes with the target by the setting alone
+    assert conditional_information(by_setting, y, {}, []) > 0.1
+    assert conditional_information(by_setting, y, settings, ["lr"]) < 0.05
+
+
+def test_a_table_of_networks_in_memory() -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"lr": np.repeat([0.1, 0.2, 0.3, 0.4], 3), "width": [8, 16, 32] * 4})
+    frame["test_error"] = frame.lr + rng.normal(scale=0.01, size=12)
+    frame["sharpness"] = frame.test_error + rng.normal(scale=0.02, size=12)
+    frame["sharpness_se"] = 0.01
+    frame["noise"] = rng.normal(size=12)
+    frame.loc[3, "noise"] = np.nan
+    frame["constant"] = 1.0
+    ds = pn.correlate(frame, axes=["lr", "width"], **QUIET)
+    assert ds.diagnostic.values.tolist() == ["sharpness", "noise"]
+    assert ds.n_runs.values.tolist() == [12, 11]
+    expected = kendalltau(frame.sharpness, frame.test_error).statistic
+    assert float(ds.tau.sel(diagnostic="sharpness")) == pytest.approx(expected, rel=1e-12)
+    assert float(ds.tau_p.sel(diagnostic="sharpness")) == 2 * float(ds.tau_p_single.sel(diagnostic="sharpness"))
+    assert float(ds.tau_noise_se.sel(diagnostic="sharpness")) > 0
+    assert ds.axis.values.tolist() == ["lr", "width"]
+    assert ds.lr_setting.values.tolist() == frame.lr.tolist()
+
+
+BASE = Config(recipe="grid", **TINY, iterations=1, epochs=1, checkpoint_every=1)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four runs over two learning rates and two seeds, with a dataset of two of them."""
+    out = tmp_path_factory.mktemp("correlated")
+    options = {"jobs": 1, "device": "cpu", "progress": False}
+    assert not any(one.failure for one in sweep(BASE, {"lr": [0.003, 0.03], "seed": [0, 1]}, out, **options))
+    return out
+
+
+def test_runs_of_a_folder_with_what_is_stored_and_what_is_asked_for(grid: Path) -> None:
+    ds = pn.correlate(grid, **QUIET)
+    assert ds.diagnostic.values.tolist() == ["train_loss", "train_error"]
+    assert ds.run.values.tolist() == sorted(path.name for path in grid.iterdir() if path.is_dir())
+    assert ds.axis.values.tolist() == ["lr"]
+    histories = [pn.open_run(grid / name).history for name in ds.run.values]
+    np.testing.assert_array_equal(ds.target, [float(one.test_error[0, -1]) for one in histories])
+    assert (ds.target_se > 0).all()
+    with pytest.raises(RunError, match="have different values of 'saturation'"):
+        pn.correlate(grid, diagnostics=["saturation"], **QUIET)
+    more = pn.correlate(grid, compute=["saturation"], diagnostics=["saturation"], target="train_loss", **QUIET)
+    assert set(more.source.values) == {"saturation"}
+    one = pn.open_run(grid / more.run.values[2]).results["saturation"].saturation_measure
+    expected = float(one.sel(iteration=0, epoch=1).mean("layer"))
+    assert float(more.value.sel(diagnostic="saturation_measure")[2]) == pytest.approx(expected, rel=1e-12)
+    gap = pn.correlate(grid, target="generalization_gap", **QUIET)
+    last = histories[0].isel(iteration=0, epoch=-1)
+    assert float(gap.target[0]) == pytest.approx(float(last.test_error - last.train_error))
+
+
+def test_rises_count_at_one_radius_unless_they_are_asked_for(grid: Path) -> None:
+    for path in sorted(grid.glob("*/run.json")):
+        run = pn.open_run(path.parent)
+        ds = pn.sharpness(run, checkpoints=["plain"], n=64, n_steps=2, n_directions=2, second_order=False,
+                          radii={"ball": [0.1, 0.2, 0.4]}, progress=False)  # fmt: skip
+        pn.save(ds, run.path / "analysis" / "sharpness.nc")
+    ds = pn.correlate(grid, **QUIET)
+    assert {"rise ball 0.2", "average ball 0.01", "relative_flatness"} <= set(ds.diagnostic.values)
+    assert "rise ball 0.1" not in ds.diagnostic
+    chosen = pn.correlate(grid, diagnostics=["rise ball"], **QUIET)
+    assert chosen.diagnostic.values.tolist() == ["rise ball 0.1", "rise ball 0.2", "rise ball 0.4"]
+    assert (chosen.value_se > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "beauty"}, "no run has stored beauty"),
+        ({"axes": ["depth"]}, "do not differ in 'depth'"),
+        ({"compute": ["landscape"]}, "unknown compute"),
+        ({"n_bootstrap": 2}, "n_bootstrap is 2"),
+        ({"checkpoint": "middle"}, "no checkpoint 'middle'"),
+    ],
+)
+def test_bad_options_are_one_sentence(grid: Path, change: dict, message: str) -> None:
+    with pytest.raises(PnError, match=message):
+        pn.correlate(grid, **{**QUIET, **change})
+
+
+def test_too_few_runs_or_a_constant_target_are_refused(grid: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there are 2 runs that have finished, and fewer than 4"):
+        pn.correlate(*sorted(grid.glob("lr=0.003*")), **QUIET)
+    with pytest.raises(RunError, match="holds no runs"):
+        pn.correlate(tmp_path, **QUIET)
+    frame = pd.DataFrame({"test_error": [0.1] * 5, "a": [1.0, 2.0, 3.0, 4.0, 5.0]})
+    with pytest.raises(RunError, match="test_error is 0.1 in all 5 runs"):
+        pn.correlate(frame, **QUIET)
+    with pytest.raises(RunError, match="no diagnostics to correlate"):
+        pn.correlate(pd.DataFrame({"test_error": [0.1, 0.2, 0.3, 0.4]}), **QUIET)
+    with pytest.raises(RunError, match="a Linear is no run"):
+        pn.correlate(torch.nn.Linear(2, 2), **QUIET)
