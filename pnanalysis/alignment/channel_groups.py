@@ -1,33 +1,46 @@
-"""Groups of interchangeable channels, merged by union-find whenever two turn out to be the same."""
+"""Groups of interchangeable channels: which entries of which tensors each channel owns, and which groups lie in it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
 
-from pnanalysis.errors import ModelError
+import numpy as np
+from numpy.typing import NDArray
+
+from pnanalysis.alignment.factors import EACH, JOINT, NONE, Cell, Factors
+from pnanalysis.alignment.labelled import Axis, Labels
+
+#: Instances of one group inside others (a group of channels in each head) beyond which they are made one.
+_MAX_INSTANCES = 65536
+_SIGNS = {EACH: "each", JOINT: "joint", NONE: "none"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TensorAxis:
-    """An axis of a parameter or buffer that is indexed by the channels of a group.
+    """An axis of a parameter or buffer, or several, that the channels of a group index.
 
     Attributes
     ----------
     tensor : str
-    dim : int
-    repeat : int
-        Consecutive entries per channel (after flattening, one for each pixel).
+    dims : tuple of int
+        The axes, flattened to one in this order.
+    index : ndarray of int, shape (size, entries)
+        Places along them that each channel owns: several where channels are flattened with pixels, or packed.
     signed : bool
         Whether entries change sign with their channel, as a weight does and a running variance does not.
     """
 
     tensor: str
-    dim: int
-    repeat: int
+    dims: tuple[int, ...]
+    index: NDArray[np.intp]
     signed: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Interchangeable channels, and every axis of every tensor that they index.
 
@@ -36,115 +49,256 @@ class ChannelGroup:
     size : int
         Number of channels.
     axes : tuple of TensorAxis
-    odd : bool
-        Whether the sign of each channel may be flipped as well, since all functions applied to it are odd.
+    signs : {"each", "joint", "none"}
+        Whether the sign of each channel may be flipped as well, since all functions applied to it are odd; or that of
+        all channels at once, as before a normalisation that subtracts their mean.
+    kind : str
+        What the channels are: ``units``, ``stream`` (of residual connections), ``heads``, ``query-key`` or ``value``
+        (channels within a head), ``blocks`` (of a grouped convolution or normalisation).
+    inner : tuple of tuple of int
+        For each channel, the numbers of the groups that lie in it, such as those of the channels of a head; their
+        channels may be permuted in each on its own. Empty where there are none.
     """
 
     size: int
     axes: tuple[TensorAxis, ...]
-    odd: bool
+    signs: str
+    kind: str = "units"
+    inner: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def odd(self) -> bool:
+        """Whether the sign of each channel may be flipped."""
+        return self.signs == "each"
 
 
-@dataclass(frozen=True)
-class Channels:
-    """The channels of a value in the network: their group, and where they lie in the value.
-
-    Attributes
-    ----------
-    group : int or None
-        ``None`` for channels that may not be permuted, such as those of the input.
-    dim : int
-    repeat : int
-        Consecutive entries per channel.
-    """
-
-    group: int | None
-    dim: int
-    repeat: int = 1
-
-
-class ChannelGroups:
-    """Opens groups, records which axes of which tensors they index, and merges them.
+def groups_of(
+    labels: Labels, values: Iterable[Sequence[Axis]], aliases: Mapping[str, Sequence[str]]
+) -> list[ChannelGroup]:
+    """The groups of channels that may be permuted, from what is known of all tensors.
 
     Parameters
     ----------
-    canonical : dict
-        Every name of a tensor to the first name of the same tensor, so that tied weights are one.
+    labels : Labels
+    values : iterable of axes
+        Of every tensor in the network.
+    aliases : mapping of str to sequence of str
+        All names of each parameter or buffer, by the first one.
     """
+    return _Extraction(labels, list(values), aliases).groups()
 
-    def __init__(self, canonical: dict[str, str]) -> None:
-        self.canonical = canonical
-        self._parent: list[int] = []
-        self._size: list[int] = []
-        self._fixed: list[bool] = []
-        self._even: list[bool] = []
-        self._bound: dict[tuple[str, int], tuple[Channels, bool]] = {}  # (tensor, dim) to its channels, and signed
+
+class _Unit(NamedTuple):
+    """Terminals that are permuted together, as one index; mostly one."""
+
+    terminals: tuple[int, ...]
+    size: int
+
+
+@dataclass
+class _Place:
+    """Where a unit lies in a part of a tensor: the axes, and the parts (cells) with the same axes."""
+
+    tensor: str
+    dims: tuple[int, ...]
+    shape: tuple[int, ...]
+    cells: list[Cell] = field(default_factory=list)
+
+
+class _Extraction:
+    """Finds out which terminals depend on which others, and where their elements are in the tensors."""
+
+    def __init__(self, labels: Labels, values: list[Sequence[Axis]], aliases: Mapping[str, Sequence[str]]) -> None:
+        self.labels, self.factors, self.aliases = labels, labels.factors, aliases
+        self.values = values
+        while True:
+            self._read()
+            if not self._fix_repeated():
+                break
+
+    def _read(self) -> None:
+        """All cells of all tensors; where a terminal occurs says what it may depend on."""
+        axes = {tuple(tuple(atom.factor for atom in axis) for axis in value) for value in self.values}
+        sources = [(name, value) for name, value in self.labels.sources.items()]
+        for _ in range(2):  # a first pass may make members of families the same
+            self.cells = {
+                name: self.factors.cells([[atom.factor for atom in axis] for axis in value.axes])
+                for name, value in sources
+            }
+            sets = {
+                frozenset(entry[0] for entry in cell.entries)
+                for own in axes
+                for cell in self.factors.cells(own)
+            } | {frozenset(entry[0] for entry in cell.entries) for cells in self.cells.values() for cell in cells}
+        self.occurrences: dict[int, set[frozenset[int]]] = {}
+        for found in sets:
+            for terminal in found:
+                self.occurrences.setdefault(terminal, set()).add(found)
+        self.units = self._units()
+        self.outer = {
+            unit: [
+                other
+                for other in self.units
+                if other is not unit and self._within(unit, other) and not (self._within(other, unit))
+            ]
+            + [other for other in self.fixed if self._within(unit, other)]
+            for unit in self.units
+        }
+
+    def _units(self) -> list[_Unit]:
+        """Terminals that may be permuted; those that only ever occur together are one unit."""
+        size = self.factors.size
+        free = [t for t in sorted(self.occurrences) if not self.factors[t].fixed]
+        self.fixed = [_Unit((t,), size(t)) for t in sorted(self.occurrences) if self.factors[t].fixed]
+        together: dict[frozenset[frozenset[int]], list[int]] = {}
+        for terminal in free:
+            together.setdefault(frozenset(self.occurrences[terminal]), []).append(terminal)
+        return [_Unit(tuple(own), prod(map(size, own))) for own in together.values()]
+
+    def _within(self, unit: _Unit, other: _Unit) -> bool:
+        """Whether a unit only occurs along with another, and so may be permuted differently for each of its elements."""
+        return self.occurrences[unit.terminals[0]] <= self.occurrences[other.terminals[0]]
+
+    def _fix_repeated(self) -> bool:
+        """Fix terminals that occur twice along one axis, as in a flattened outer product; whether there were any."""
+        found = False
+        for cells in self.cells.values():
+            for cell in cells:
+                seen: set[tuple[int, int]] = set()
+                for terminal, dim, _ in cell.entries:
+                    if (terminal, dim) in seen and not self.factors[terminal].fixed:
+                        self.factors.fix(terminal)
+                        found = True
+                    seen.add((terminal, dim))
+        return found
 
     def groups(self) -> list[ChannelGroup]:
-        """The groups that may be permuted."""
-        axes: dict[int, list[TensorAxis]] = {}
-        for (tensor, dim), (channels, signed) in self._bound.items():
-            root = self._root(channels.group)
-            if root is not None and not self._fixed[root] and self._size[root] > 1:
-                axes.setdefault(root, []).append(TensorAxis(tensor, dim, channels.repeat, signed))
-        return [ChannelGroup(self._size[root], tuple(own), not self._even[root]) for root, own in axes.items()]
+        """Outer groups first, and in the order of the network otherwise."""
+        placed = {unit: self._places(unit) for unit in self.units}
+        first = {name: k for k, name in enumerate(self.labels.sources)}
+        units = sorted(
+            (unit for unit in self.units if placed[unit]),
+            key=lambda unit: (min(first[place.tensor] for place in placed[unit]), len(self.outer[unit])),
+        )
+        units.sort(key=lambda unit: len([o for o in self.outer[unit] if o in placed]))
+        instances: list[tuple[_Unit, dict[_Unit, int], tuple[TensorAxis, ...]]] = []
+        for unit in units:
+            instances += self._instances(unit, placed[unit])
+        inner = [self._inner(unit, context, instances) for unit, context, _ in instances]
+        return [
+            ChannelGroup(unit.size, axes, self._signs(unit), self._kind(unit, bool(inside)), inside)
+            for (unit, _, axes), inside in zip(instances, inner, strict=True)
+        ]
 
-    def open(self, size: int, dim: int) -> Channels:
-        """A new group, in a value that carries it along ``dim``."""
-        self._parent.append(len(self._parent))
-        self._size.append(size)
-        self._fixed.append(False)
-        self._even.append(False)
-        return Channels(self._parent[-1], dim)
+    def _signs(self, unit: _Unit) -> str:
+        level = min(self.factors[terminal].signs for terminal in unit.terminals)
+        return _SIGNS[NONE if level == JOINT and len(unit.terminals) > 1 else level]
 
-    def bind(self, tensor: str, dim: int, channels: Channels, signed: bool = True) -> None:
-        """Record that these channels index an axis of a tensor; if others do so too, their groups are merged."""
-        key = (self.canonical[tensor], dim)
-        if key in self._bound:
-            self.unify(self._bound[key][0], channels)
-        else:
-            self._bound[key] = (channels, signed)
+    def _kind(self, unit: _Unit, has_inner: bool) -> str:
+        marks = set().union(*(self.factors[terminal].marks for terminal in unit.terminals))
+        if "heads" in marks:
+            return "heads"
+        if "pairs" in marks and self.outer[unit]:
+            return "query-key"
+        if any("heads" in self.factors[t].marks for other in self.outer[unit] for t in other.terminals):
+            return "value"
+        return "blocks" if has_inner else "stream" if "stream" in marks else "units"
 
-    def unify(self, a: Channels, b: Channels, node: str = "") -> Channels:
-        """Merge the groups of two values whose channels are the same.
+    def _inner(
+        self, unit: _Unit, context: dict[_Unit, int], instances: list[tuple[_Unit, dict[_Unit, int], Any]]
+    ) -> tuple[tuple[int, ...], ...]:
+        """For each element of a unit, the instances of others that lie in it."""
+        inside: list[list[int]] = [[] for _ in range(unit.size)]
+        for number, (_, other, _) in enumerate(instances):
+            if unit in other and all(other.get(key) == at for key, at in context.items()):
+                inside[other[unit]].append(number)
+        return tuple(map(tuple, inside)) if any(inside) else ()
 
-        With ``node``, the operation that combines the two values, they must lie along the same dim too.
-        """
-        first, second = self._root(a.group), self._root(b.group)
-        if first is None or second is None:  # what equals channels that are fixed is fixed
-            self.fix(a)
-            self.fix(b)
-            return a if second is None else b
-        if (self._size[first], a.repeat) != (self._size[second], b.repeat) or (node and a.dim != b.dim):
-            raise cannot_follow("a combination of values whose channels are laid out differently", node)
-        self._parent[second] = first
-        self._fixed[first] |= self._fixed[second]
-        self._even[first] |= self._even[second]
-        return a
+    def _places(self, unit: _Unit) -> list[_Place]:
+        """Where a unit lies in tensors: once for every axis of each that it indexes."""
+        places: dict[tuple[str, tuple[int, ...]], _Place] = {}
+        for name, cells in self.cells.items():
+            if name not in self.labels.signed:
+                continue
+            shape = self.labels.shape(self.labels.sources[name])
+            for cell in cells:
+                for dims in self._axes_in(unit, cell):
+                    place = places.setdefault((name, dims), _Place(name, dims, shape))
+                    place.cells.append(cell)
+        return list(places.values())
 
-    def fix(self, channels: Channels | None) -> None:
-        """Forbid to permute these channels."""
-        root = self._root(channels.group) if channels is not None else None
-        if root is not None:
-            self._fixed[root] = True
+    def _axes_in(self, unit: _Unit, cell: Cell) -> list[tuple[int, ...]]:
+        """Axes of a cell that a unit and what it depends on lie along: one set for each time that it occurs."""
+        dims = {terminal: [] for terminal in unit.terminals}  # type: dict[int, list[int]]
+        for terminal, dim, _ in cell.entries:
+            if terminal in dims:
+                dims[terminal].append(dim)
+        times = len(dims[unit.terminals[0]])
+        outer = {t for other in self.outer[unit] for t in other.terminals}
+        if times == 0:
+            return []
+        if len(unit.terminals) > 1:
+            own = {dim for found in dims.values() for dim in found}
+            return [tuple(sorted(own | {dim for t, dim, _ in cell.entries if t in outer}))]
+        found = []
+        for own_dim in dims[unit.terminals[0]]:
+            here = {t for t, dim, _ in cell.entries if dim == own_dim}
+            found.append(
+                tuple(sorted({own_dim} | {dim for t, dim, _ in cell.entries if t in outer and t not in here}))
+            )
+        return found
 
-    def mark_even(self, channels: Channels) -> Channels:
-        """Forbid to flip the signs of these channels."""
-        root = self._root(channels.group)
-        if root is not None:
-            self._even[root] = True
-        return channels
+    def _instances(
+        self, unit: _Unit, places: list[_Place]
+    ) -> list[tuple[_Unit, dict[_Unit, int], tuple[TensorAxis, ...]]]:
+        """A group for each element of all units that a unit depends on."""
+        outer = self.outer[unit]
+        if prod(other.size for other in outer) > _MAX_INSTANCES:
+            outer = []
+        found = []
+        for at in product(*(range(other.size) for other in outer)):
+            context = dict(zip(outer, at, strict=True))
+            axes = [self._axis(unit, context, place) for place in places]
+            named = [
+                TensorAxis(name, axis.dims, axis.index, axis.signed)
+                for axis in axes
+                if axis is not None
+                for name in self.aliases.get(axis.tensor, [axis.tensor])
+            ]
+            if named:
+                found.append((unit, context, tuple(named)))
+        return found
 
-    def _root(self, group: int | None) -> int | None:
-        """The group that stands for all those merged with this one."""
-        while group is not None and self._parent[group] != group:
-            group = self._parent[group]
-        return group
+    def _axis(self, unit: _Unit, context: dict[_Unit, int], place: _Place) -> TensorAxis | None:
+        """Places of a unit's elements along the flattened axes, for given elements of others."""
+        shape = [place.shape[dim] for dim in place.dims]
+        steps = {dim: prod(shape[k + 1 :]) for k, dim in enumerate(place.dims)}
+        chosen = {t: i for other, at in context.items() for t, i in _digits(other, at, self.factors)}
+        blocks = []
+        for cell in place.cells:
+            own = np.zeros(unit.size, dtype=np.intp)
+            rest = np.full(1, sum(cell.offsets[dim] * steps[dim] for dim in place.dims), dtype=np.intp)
+            elements = _all_digits(unit, self.factors)
+            for terminal, dim, stride in cell.entries:
+                if dim not in steps:
+                    continue
+                step = stride * steps[dim]
+                if terminal in elements:
+                    own += elements[terminal] * step
+                elif terminal in chosen:
+                    rest = rest + chosen[terminal] * step
+                else:
+                    rest = (rest[:, None] + np.arange(self.factors.size(terminal)) * step).reshape(-1)
+            blocks.append(own[:, None] + rest)
+        index = np.concatenate(blocks, axis=1)
+        return TensorAxis(place.tensor, place.dims, index, self.labels.signed[place.tensor])
 
 
-def cannot_follow(what: str, node: str = "") -> ModelError:
-    """The error for an operation whose effect on channels is unknown; ``node`` is its name in the traced graph."""
-    place = f" ({node})" if node else ""
-    return ModelError(
-        f"this network cannot be aligned: its channels cannot be followed through {what}{place}; compare it unaligned"
-    )
+def _digits(unit: _Unit, at: int, factors: Factors) -> list[tuple[int, int]]:
+    """An element of a unit as one of each of its terminals."""
+    return [(terminal, int(all_of[at])) for terminal, all_of in _all_digits(unit, factors).items()]
+
+
+def _all_digits(unit: _Unit, factors: Factors) -> dict[int, NDArray[np.intp]]:
+    digits = np.unravel_index(np.arange(unit.size), [factors.size(terminal) for terminal in unit.terminals])
+    return dict(zip(unit.terminals, digits, strict=True))

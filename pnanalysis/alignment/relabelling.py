@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -16,7 +17,11 @@ from pnanalysis.io.weights import State
 
 @dataclass(frozen=True)
 class Relabelling:
-    """A permutation of each group's channels, and signs: channel i becomes ``sign[i]`` times the old ``order[i]``."""
+    """A permutation of each group's channels, and signs: channel i becomes ``sign[i]`` times the old ``order[i]``.
+
+    Groups are relabelled in their order, outer ones first: the channels of a head are those of the head that has
+    moved to its place.
+    """
 
     groups: list[ChannelGroup]
     orders: list[NDArray[np.intp]]
@@ -32,30 +37,65 @@ class Relabelling:
         """Every group in a random order, and with random signs where a group allows them."""
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(group.size) for group in groups]
-        flips = [rng.choice([-1.0, 1.0], g.size) if g.odd and signs else np.ones(g.size) for g in groups]
+        n_signs = [{"each": g.size, "joint": 1, "none": 0}[g.signs if signs else "none"] for g in groups]
+        flips = [np.ones(g.size) * (rng.choice([-1.0, 1.0], n) if n else 1) for g, n in zip(groups, n_signs, strict=True)]
         return cls(groups, orders, flips)
+
+    @property
+    def moved(self) -> list[int]:
+        """Number of channels of each group whose place or sign changes."""
+        return [
+            int(np.sum((order != np.arange(len(order))) | (sign < 0)))
+            for order, sign in zip(self.orders, self.signs, strict=True)
+        ]
 
     @property
     def n_moved(self) -> int:
         """Number of channels whose place or sign changes."""
-        return sum(
-            int(np.sum((order != np.arange(len(order))) | (sign < 0)))
-            for order, sign in zip(self.orders, self.signs, strict=True)
-        )
+        return sum(self.moved)
 
     def apply(self, state: Mapping[str, Tensor]) -> State:
         """A copy of the state with relabelled channels; tensors that no group indexes are shared with it."""
         relabelled = dict(state)
         for k, group in enumerate(self.groups):
             for axis in group.axes:
-                relabelled[axis.tensor] = self.apply_to_axis(relabelled[axis.tensor], k, axis)
+                if axis.tensor in relabelled:  # tied weights may be given by one of their names
+                    relabelled[axis.tensor] = self.apply_to_axis(relabelled[axis.tensor], k, axis)
         return relabelled
+
+    def is_identity(self, k: int) -> bool:
+        """Whether the channels of group ``k`` stay as they are."""
+        return bool((self.orders[k] == np.arange(len(self.orders[k]))).all() and (self.signs[k] > 0).all())
 
     def apply_to_axis(self, tensor: Tensor, k: int, axis: TensorAxis) -> Tensor:
         """A copy of a tensor with one axis, indexed by group ``k``, in the new order and with the new signs."""
-        index = self.orders[k][:, None] * axis.repeat + np.arange(axis.repeat)
-        relabelled = tensor.index_select(axis.dim, torch.as_tensor(index.reshape(-1), device=tensor.device))
+        if self.is_identity(k):
+            return tensor
+        rows = flattened(tensor, axis.dims)
+        channels = rows[as_index(axis.index[self.orders[k]], tensor)]
         if axis.signed and (self.signs[k] < 0).any():
-            signs = torch.as_tensor(self.signs[k].repeat(axis.repeat), device=tensor.device, dtype=tensor.dtype)
-            relabelled *= signs.view(-1, *[1] * (tensor.ndim - 1 - axis.dim))
-        return relabelled
+            signs = torch.as_tensor(self.signs[k].repeat(axis.index.shape[1]), device=tensor.device)
+            channels *= signs.to(tensor.dtype).view(-1, *[1] * (rows.ndim - 1))
+        if axis.index.size == len(rows):
+            relabelled = torch.empty_like(rows)
+        else:
+            relabelled = rows.clone()
+        relabelled[as_index(axis.index, tensor)] = channels
+        return restored(relabelled, axis.dims, tensor.shape)
+
+
+def flattened(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The tensor with some axes in front, as one."""
+    moved = tensor.movedim(dims, tuple(range(len(dims))))
+    return moved.reshape(prod(tensor.shape[dim] for dim in dims), *moved.shape[len(dims) :])
+
+
+def restored(rows: Tensor, dims: tuple[int, ...], shape: torch.Size) -> Tensor:
+    """Undo :func:`flattened`."""
+    rows = rows.reshape(*(shape[dim] for dim in dims), *rows.shape[1:])
+    return rows.movedim(tuple(range(len(dims))), dims).contiguous()
+
+
+def as_index(index: NDArray[np.intp], tensor: Tensor) -> Tensor:
+    """Places along an axis, one after the other, where the tensor is."""
+    return torch.as_tensor(index.reshape(-1), device=tensor.device)
