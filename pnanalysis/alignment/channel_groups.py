@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -185,10 +185,11 @@ class _Extraction:
         for unit in units:
             instances += self._instances(unit, placed[unit])
         inner = [self._inner(unit, context, instances) for unit, context, _ in instances]
-        return [
+        groups = [
             ChannelGroup(unit.size, axes, self._signs(unit), self._kind(unit, bool(inside)), inside)
             for (unit, _, axes), inside in zip(instances, inner, strict=True)
         ]
+        return [replace(g, signs="none") if _signs_are_inner(g, groups) else g for g in groups]
 
     def _signs(self, unit: _Unit) -> str:
         level = min(self.factors[terminal].signs for terminal in unit.terminals)
@@ -228,25 +229,26 @@ class _Extraction:
         return list(places.values())
 
     def _axes_in(self, unit: _Unit, cell: Cell) -> list[tuple[int, ...]]:
-        """Axes of a cell that a unit and what it depends on lie along: one set for each time that it occurs."""
-        dims = {terminal: [] for terminal in unit.terminals}  # type: dict[int, list[int]]
+        """Axes of a cell that a unit and those related to it lie along: one set for each time that it occurs."""
+        dims: dict[int, list[int]] = {terminal: [] for terminal in unit.terminals}
         for terminal, dim, _ in cell.entries:
             if terminal in dims:
                 dims[terminal].append(dim)
-        times = len(dims[unit.terminals[0]])
-        outer = {t for other in self.outer[unit] for t in other.terminals}
-        if times == 0:
-            return []
+        related = {terminal for other in self._related(unit) for terminal in other.terminals}
         if len(unit.terminals) > 1:
             own = {dim for found in dims.values() for dim in found}
-            return [tuple(sorted(own | {dim for t, dim, _ in cell.entries if t in outer}))]
+            return [tuple(sorted(own | {dim for t, dim, _ in cell.entries if t in related}))] if own else []
         found = []
         for own_dim in dims[unit.terminals[0]]:
             here = {t for t, dim, _ in cell.entries if dim == own_dim}
-            found.append(
-                tuple(sorted({own_dim} | {dim for t, dim, _ in cell.entries if t in outer and t not in here}))
-            )
+            elsewhere = {dim for t, dim, _ in cell.entries if t in related and t not in here}
+            found.append(tuple(sorted({own_dim} | elsewhere)))
         return found
+
+    def _related(self, unit: _Unit) -> list[_Unit]:
+        """Units that one depends on, those that depend on it, and those that depend on the same ones."""
+        outer = {*self.outer[unit], unit}
+        return [*self.outer[unit], *(other for other in self.units if outer & set(self.outer[other]))]
 
     def _instances(
         self, unit: _Unit, places: list[_Place]
@@ -292,6 +294,20 @@ class _Extraction:
             blocks.append(own[:, None] + rest)
         index = np.concatenate(blocks, axis=1)
         return TensorAxis(place.tensor, place.dims, index, self.labels.signed[place.tensor])
+
+
+def _signs_are_inner(group: ChannelGroup, groups: Sequence[ChannelGroup]) -> bool:
+    """Whether flips of the groups within a channel amount to all that a flip of the channel does."""
+    if not group.inner or group.signs == "none":
+        return False
+    flipped = {
+        (axis.tensor, place)
+        for number in group.inner[0]
+        if groups[number].signs == "each"
+        for axis in groups[number].axes
+        for place in axis.index.reshape(-1).tolist()
+    }
+    return all((axis.tensor, place) in flipped for axis in group.axes if axis.signed for place in axis.index[0].tolist())
 
 
 def _digits(unit: _Unit, at: int, factors: Factors) -> list[tuple[int, int]]:

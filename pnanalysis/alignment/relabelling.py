@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -56,32 +56,40 @@ class Relabelling:
 
     def apply(self, state: Mapping[str, Tensor]) -> State:
         """A copy of the state with relabelled channels; tensors that no group indexes are shared with it."""
-        relabelled = dict(state)
+        by_tensor: dict[str, list[tuple[int, TensorAxis]]] = {}
         for k, group in enumerate(self.groups):
             for axis in group.axes:
-                if axis.tensor in relabelled:  # tied weights may be given by one of their names
-                    relabelled[axis.tensor] = self.apply_to_axis(relabelled[axis.tensor], k, axis)
-        return relabelled
+                if axis.tensor in state:  # tied weights may be given by one of their names
+                    by_tensor.setdefault(axis.tensor, []).append((k, axis))
+        return {**state, **{name: self.apply_to_tensor(state[name], axes) for name, axes in by_tensor.items()}}
+
+    def apply_to_tensor(self, tensor: Tensor, axes: Sequence[tuple[int, TensorAxis]]) -> Tensor:
+        """A tensor with some of its axes, and the groups that index them, relabelled; the same one if none changes."""
+        moving = [(k, axis) for k, axis in axes if not self.is_identity(k)]
+        for dims in dict.fromkeys(axis.dims for _, axis in moving):
+            tensor = self._apply_along(tensor, dims, [(k, axis) for k, axis in moving if axis.dims == dims])
+        return tensor
 
     def is_identity(self, k: int) -> bool:
         """Whether the channels of group ``k`` stay as they are."""
         return bool((self.orders[k] == np.arange(len(self.orders[k]))).all() and (self.signs[k] > 0).all())
 
-    def apply_to_axis(self, tensor: Tensor, k: int, axis: TensorAxis) -> Tensor:
-        """A copy of a tensor with one axis, indexed by group ``k``, in the new order and with the new signs."""
-        if self.is_identity(k):
-            return tensor
-        rows = flattened(tensor, axis.dims)
-        channels = rows[as_index(axis.index[self.orders[k]], tensor)]
-        if axis.signed and (self.signs[k] < 0).any():
-            signs = torch.as_tensor(self.signs[k].repeat(axis.index.shape[1]), device=tensor.device)
-            channels *= signs.to(tensor.dtype).view(-1, *[1] * (rows.ndim - 1))
-        if axis.index.size == len(rows):
-            relabelled = torch.empty_like(rows)
-        else:
-            relabelled = rows.clone()
-        relabelled[as_index(axis.index, tensor)] = channels
-        return restored(relabelled, axis.dims, tensor.shape)
+    def _apply_along(
+        self, tensor: Tensor, dims: tuple[int, ...], axes: Sequence[tuple[int, TensorAxis]]
+    ) -> Tensor:
+        """All relabellings along the same axes at once."""
+        rows = flattened(tensor, dims)
+        places, signs = np.arange(len(rows)), np.ones(len(rows))
+        for k, axis in axes:
+            own, sources = axis.index, axis.index[self.orders[k]]
+            places[own], signs[own] = places[sources], signs[sources]
+            if axis.signed:
+                signs[own] *= self.signs[k][:, None]
+        relabelled = rows[torch.as_tensor(places, device=tensor.device)]
+        if (signs < 0).any():
+            factors = torch.as_tensor(signs, device=tensor.device).to(tensor.dtype)
+            relabelled *= factors.view(-1, *[1] * (rows.ndim - 1))
+        return restored(relabelled, dims, tensor.shape)
 
 
 def flattened(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -95,7 +103,3 @@ def restored(rows: Tensor, dims: tuple[int, ...], shape: torch.Size) -> Tensor:
     rows = rows.reshape(*(shape[dim] for dim in dims), *rows.shape[1:])
     return rows.movedim(tuple(range(len(dims))), dims).contiguous()
 
-
-def as_index(index: NDArray[np.intp], tensor: Tensor) -> Tensor:
-    """Places along an axis, one after the other, where the tensor is."""
-    return torch.as_tensor(index.reshape(-1), device=tensor.device)

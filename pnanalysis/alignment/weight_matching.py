@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import chain
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +14,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from pnanalysis.alignment.channel_groups import ChannelGroup, TensorAxis
+from pnanalysis.alignment.interior import Inside, Interior, assign
 from pnanalysis.alignment.permutation_symmetries import find_groups
-from pnanalysis.alignment.relabelling import Relabelling
+from pnanalysis.alignment.relabelling import Relabelling, flattened
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.copies import as_real, copied, in_precision
@@ -93,10 +96,14 @@ def align(
     rng = np.random.default_rng(seed)
     # The identity is a candidate, too: a descent from a random start may end farther away than the state is.
     best, similarity = Relabelling.identity(groups), _inner(reference, state, names)
+    matching = _Matching(groups, names, reference, state, signs)
     with progress_bar("aligning", n_restarts, progress) as advance:
         for restart in range(max(n_restarts, 1)):
-            matching = _Matching(groups, names, reference, state, signs)
-            found = _descend(matching, rng if restart else None, advance)
+            start = _anchored(matching) if restart == 0 else Relabelling.identity(groups)
+            if restart > 1:
+                for k in filter(matching.is_quadratic, matching.visited):
+                    start.orders[k] = rng.permutation(groups[k].size)
+            found = _descend(matching, start, rng if restart > 1 else None, advance)
             new_similarity = _inner(reference, found.apply(state), names)
             if new_similarity > similarity:
                 best, similarity = found, new_similarity
@@ -137,15 +144,6 @@ def check_preserved(model: nn.Module, before: Mapping[str, Tensor], after: Mappi
     return deviation
 
 
-class _Assignment(NamedTuple):
-    """An order and signs of one group's channels, and what they gain."""
-
-    order: NDArray[np.intp]
-    signs: NDArray[np.float64]
-    gain: float
-    scale: float  # the largest similarity, for comparison with the gain
-
-
 class _Matching:
     """Similarities between the channels of a reference and those of a state, for coordinate descent."""
 
@@ -157,20 +155,40 @@ class _Matching:
         state: Mapping[str, Tensor],
         signs: bool,
     ) -> None:
-        self.groups, self.reference, self.state, self.signs = groups, reference, state, signs
+        self.groups, self.reference, self.state = groups, reference, state
+        self.signs = [group.signs if signs else "none" for group in groups]
         # Only parameters count: running statistics follow from them, and have units of their own.
         self.axes = [[axis for axis in group.axes if axis.tensor in names] for group in groups]
         self.by_tensor: dict[str, list[tuple[int, TensorAxis]]] = {}
         for k, axes in enumerate(self.axes):
             for axis in axes:
                 self.by_tensor.setdefault(axis.tensor, []).append((k, axis))
+        #: Groups inside others are matched along with them.
+        self.within = [set(chain(*group.inner)) for group in groups]
+        self.visited = sorted(set(range(len(groups))) - set().union(*self.within))
+
+    def rows(self, k: int, axis: TensorAxis, current: Relabelling) -> tuple[Tensor, Tensor]:
+        """The channels of group k along one axis, in the reference and in the state, each flattened to rows of entries.
+
+        The other axes of the state are relabelled as in ``current``; this one, and those of groups within, are not.
+        """
+        others = [
+            (j, other)
+            for j, other in self.by_tensor[axis.tensor]
+            if not ((j == k and other.dims == axis.dims) or j in self.within[k])
+        ]
+        theirs = current.apply_to_tensor(self.state[axis.tensor], others)
+        places = torch.as_tensor(axis.index.reshape(-1), device=theirs.device)
+        ours, theirs = (
+            flattened(tensor, axis.dims)[places].reshape(*axis.index.shape, -1)
+            for tensor in (as_real(self.reference[axis.tensor]), as_real(theirs))
+        )
+        return ours, theirs
 
     def similarity(
         self, k: int, current: Relabelling, axes: Sequence[TensorAxis]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Inner products between channel i of the reference and channel j of the state, in group k.
-
-        The other axes of each tensor are relabelled as in ``current``.
 
         Returns
         -------
@@ -180,20 +198,31 @@ class _Matching:
         size = self.groups[k].size
         signed, unsigned = np.zeros((size, size)), np.zeros((size, size))
         for axis in axes:
-            theirs = self.state[axis.tensor]
-            for j, other in self.by_tensor[axis.tensor]:
-                if (j, other.dim) != (k, axis.dim):
-                    theirs = current.apply_to_axis(theirs, j, other)
-            a, b = (
-                as_real(tensor).movedim(axis.dim, 0).reshape(size, axis.repeat, -1).flatten(1)
-                for tensor in (self.reference[axis.tensor], theirs)
-            )
+            a, b = (rows.flatten(1) for rows in self.rows(k, axis, current))
             products = (a @ b.T).double().cpu().numpy()
             if axis.signed:
                 signed += products
             else:
                 unsigned += products
         return signed, unsigned
+
+    def beside(self, k: int, known: set[int]) -> list[TensorAxis]:
+        """Axes of group k in tensors that no other groups index but known ones."""
+        free = known | self.within[k]
+        return [
+            axis
+            for axis in self.axes[k]
+            if all(
+                j in free or (j == k and other is axis) for j, other in self.by_tensor[axis.tensor]
+            )
+        ]
+
+    def n_entries(self, k: int, axes: Sequence[TensorAxis]) -> int:
+        """Number of weights along some axes of group k."""
+        return sum(
+            self.state[axis.tensor].numel() * axis.index.size // prod(self.state[axis.tensor].shape[d] for d in axis.dims)
+            for axis in axes
+        )
 
     def is_quadratic(self, k: int) -> bool:
         """Whether group k indexes two axes of one tensor."""
@@ -204,30 +233,27 @@ class _Matching:
         """Inner product over all tensors that group k indexes."""
         total = 0.0
         for name in {axis.tensor for axis in self.axes[k]}:
-            theirs = self.state[name]
-            for j, axis in self.by_tensor[name]:
-                theirs = current.apply_to_axis(theirs, j, axis)
+            theirs = current.apply_to_tensor(self.state[name], self.by_tensor[name])
             total += float((as_real(self.reference[name]).double() * as_real(theirs).double()).sum())
         return total
 
     def neighbours(self, k: int) -> set[int]:
-        """Groups that share a tensor with group k, and so have similarities that depend on its order."""
+        """Visited groups that share a tensor with group k, and so have similarities that depend on its order."""
         shared = [self.by_tensor[axis.tensor] for axis in self.axes[k]]
-        return {j for indexed in shared for j, _ in indexed if len(indexed) > 1}
+        return {j for indexed in shared for j, _ in indexed if len(indexed) > 1} & set(self.visited)
 
 
-def _descend(matching: _Matching, rng: np.random.Generator | None, advance: Advance) -> Relabelling:
-    """Coordinate descent from the identity; in the order of the network, or in a new random order in each sweep."""
-    current, n = Relabelling.identity(matching.groups), len(matching.groups)
-    if rng is not None:
-        for k in filter(matching.is_quadratic, range(n)):
-            current.orders[k] = rng.permutation(matching.groups[k].size)
-    pending = set(range(n))  # groups that may still improve
+def _descend(
+    matching: _Matching, start: Relabelling, rng: np.random.Generator | None, advance: Advance
+) -> Relabelling:
+    """Coordinate descent; in the order of the network, or in a new random order in each sweep."""
+    current, visited = start, matching.visited
+    pending = set(visited)  # groups that may still improve
     for _ in range(_MAX_SWEEPS):
-        for k in range(n) if rng is None else rng.permutation(n).tolist():
+        for k in visited if rng is None else rng.permutation(visited).tolist():
             if k in pending:
                 pending.discard(k)
-                advance(0, text=f"{len(pending) + 1} of {n} groups may improve")
+                advance(0, text=f"{len(pending) + 1} of {len(visited)} groups may improve")
                 if _improve(matching, current, k):
                     pending |= matching.neighbours(k)
         if not pending:
@@ -237,10 +263,15 @@ def _descend(matching: _Matching, rng: np.random.Generator | None, advance: Adva
 
 def _improve(matching: _Matching, current: Relabelling, k: int) -> bool:
     """Give group k its best order and signs, with all others held fixed; whether that is an improvement."""
+    if matching.within[k]:
+        return _improve_nested(matching, current, k)
     if matching.is_quadratic(k):
         return _improve_quadratic(matching, current, k)
-    best = _assign(matching, current, k, matching.axes[k])
-    if best.gain <= _ROUND_OFF * best.scale:
+    signed, unsigned = matching.similarity(k, current, matching.axes[k])
+    best = assign(signed, unsigned, matching.signs[k])
+    before = float(np.sum(current.signs[k] * signed[best.rows, current.orders[k]]))
+    before += float(np.sum(unsigned[best.rows, current.orders[k]]))
+    if best.value - before <= _ROUND_OFF * best.scale:
         return False
     current.orders[k], current.signs[k] = best.order, best.signs
     return True
@@ -252,32 +283,86 @@ def _improve_quadratic(matching: _Matching, current: Relabelling, k: int) -> boo
     They match both axes with the other one held fixed, or only the tensors of which the group indexes one axis.
     """
     before = similarity = matching.total_similarity(k, current)
-    best = current.orders[k], current.signs[k]
+    best = current
     axes = matching.axes[k]
     single = [axis for axis in axes if sum(other.tensor == axis.tensor for other in axes) == 1]
     for matched in (axes, single):
-        candidate = _assign(matching, current, k, matched)
+        candidate = assign(*matching.similarity(k, current, matched), matching.signs[k])
         trial = Relabelling(current.groups, list(current.orders), list(current.signs))
         trial.orders[k], trial.signs[k] = candidate.order, candidate.signs
         # The gain of the assignment is that of a linear problem, which this is not: compare the similarity itself.
         new_similarity = matching.total_similarity(k, trial)
         if new_similarity > max(similarity, before + _ROUND_OFF * candidate.scale):
-            best, similarity = (candidate.order, candidate.signs), new_similarity
-    current.orders[k], current.signs[k] = best
+            best, similarity = trial, new_similarity
+    current.orders[k], current.signs[k] = best.orders[k], best.signs[k]
     return similarity > before
 
 
-def _assign(matching: _Matching, current: Relabelling, k: int, axes: Sequence[TensorAxis]) -> _Assignment:
-    """The best order and signs of group k for these axes."""
-    signed, unsigned = matching.similarity(k, current, axes)
-    flips = matching.signs and matching.groups[k].odd
-    # Where signs are free, each pair of channels takes the better one: the assignment is still a linear problem.
-    score = np.abs(signed) + unsigned if flips else signed + unsigned
-    rows, order = linear_sum_assignment(score, maximize=True)
-    old = current.orders[k]
-    before = float(np.sum(current.signs[k] * signed[rows, old] + unsigned[rows, old]))
-    signs = np.where(signed[rows, order] < 0, -1.0, 1.0) if flips else current.signs[k]
-    return _Assignment(order, signs, float(score[rows, order].sum()) - before, float(np.abs(score).max()))
+def _improve_nested(matching: _Matching, current: Relabelling, k: int) -> bool:
+    """:func:`_improve` for a group whose channels hold groups of their own, such as heads."""
+    trial, scale = _nested(matching, current, k, matching.axes[k])
+    before, after = (matching.total_similarity(k, relabelling) for relabelling in (current, trial))
+    if after - before <= _ROUND_OFF * max(scale, abs(before)):
+        return False
+    _take_over(current, trial)
+    return True
+
+
+def _nested(
+    matching: _Matching, current: Relabelling, k: int, considered: Sequence[TensorAxis]
+) -> tuple[Relabelling, float]:
+    """The best order of a group whose channels hold groups of their own, and of these; the largest similarity.
+
+    Each pair of a channel of the reference and one of the state is matched inside first; what that attains is the
+    similarity of the pair.
+    """
+    axes = [(axis, *matching.rows(k, axis, current)) for axis in considered]
+    interior = Interior(matching.groups, matching.signs, k, considered)
+    size = matching.groups[k].size
+    values = np.zeros((size, size))
+    found: list[list[Inside]] = []
+    for i in range(size):
+        products = [  # of all entries of channel i with all of every channel j
+            torch.tensordot(ours[i], theirs, ([1], [2])).permute(1, 0, 2).double().cpu().numpy()
+            for _, ours, theirs in axes
+        ]
+        found.append([interior.match([part[j] for part in products]) for j in range(size)])
+        values[i] = [inside.value for inside in found[-1]]
+    order = linear_sum_assignment(values, maximize=True)[1]
+    trial = Relabelling(current.groups, list(current.orders), list(current.signs))
+    trial.orders[k] = order
+    trial.signs[k] = np.array([found[i][j].sign for i, j in enumerate(order)])
+    for i, j in enumerate(order):
+        inside = found[i][j]
+        for number, own, signs in zip(matching.groups[k].inner[i], inside.orders, inside.signs, strict=True):
+            trial.orders[number], trial.signs[number] = own, signs
+    return trial, float(np.abs(values).max())
+
+
+def _take_over(current: Relabelling, other: Relabelling) -> None:
+    current.orders[:], current.signs[:] = other.orders, other.signs
+
+
+def _anchored(matching: _Matching) -> Relabelling:
+    """A start for the descent: groups one after another, each by weights whose other axes are in order already.
+
+    First comes the group with the largest part of its weights beside inputs, outputs and biases alone. Of two networks
+    that differ in the order of their channels only, that finds the order, where weights whose other axes are in
+    disorder would have a say, too.
+    """
+    current, known = Relabelling.identity(matching.groups), set[int]()
+    while remaining := [k for k in matching.visited if k not in known]:
+        anchored = {k: matching.beside(k, known) for k in remaining}
+        share = {k: matching.n_entries(k, axes) / matching.n_entries(k, matching.axes[k]) for k, axes in anchored.items()}
+        k = max(remaining, key=lambda number: share[number])
+        axes = anchored[k] or matching.axes[k]
+        if matching.within[k]:
+            _take_over(current, _nested(matching, current, k, axes)[0])
+        else:
+            found = assign(*matching.similarity(k, current, axes), matching.signs[k])
+            current.orders[k], current.signs[k] = found.order, found.signs
+        known |= {k, *matching.within[k]}
+    return current
 
 
 def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: set[str]) -> float:
