@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pnanalysis.alignment.factors import EACH, JOINT, NONE, Cell, Factors
-from pnanalysis.alignment.labelled import Axis, Labels
+from pnanalysis.alignment.labelled import Labelled, Labels
 
 #: Instances of one group inside others (a group of channels in each head) beyond which they are made one.
 _MAX_INSTANCES = 65536
@@ -54,7 +54,7 @@ class ChannelGroup:
         all channels at once, as before a normalisation that subtracts their mean.
     kind : str
         What the channels are: ``units``, ``stream`` (of residual connections), ``heads``, ``query-key`` or ``value``
-        (channels within a head), ``blocks`` (of a grouped convolution or normalisation).
+        (channels within a head), ``tokens`` (that are parameters), ``blocks`` (of a grouped convolution).
     inner : tuple of tuple of int
         For each channel, the numbers of the groups that lie in it, such as those of the channels of a head; their
         channels may be permuted in each on its own. Empty where there are none.
@@ -73,15 +73,15 @@ class ChannelGroup:
 
 
 def groups_of(
-    labels: Labels, values: Iterable[Sequence[Axis]], aliases: Mapping[str, Sequence[str]]
+    labels: Labels, values: Iterable[Labelled], aliases: Mapping[str, Sequence[str]]
 ) -> list[ChannelGroup]:
     """The groups of channels that may be permuted, from what is known of all tensors.
 
     Parameters
     ----------
     labels : Labels
-    values : iterable of axes
-        Of every tensor in the network.
+    values : iterable of Labelled
+        Every tensor in the network.
     aliases : mapping of str to sequence of str
         All names of each parameter or buffer, by the first one.
     """
@@ -108,7 +108,7 @@ class _Place:
 class _Extraction:
     """Finds out which terminals depend on which others, and where their elements are in the tensors."""
 
-    def __init__(self, labels: Labels, values: list[Sequence[Axis]], aliases: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, labels: Labels, values: list[Labelled], aliases: Mapping[str, Sequence[str]]) -> None:
         self.labels, self.factors, self.aliases = labels, labels.factors, aliases
         self.values = values
         while True:
@@ -118,18 +118,17 @@ class _Extraction:
 
     def _read(self) -> None:
         """All cells of all tensors; where a terminal occurs says what it may depend on."""
-        axes = {tuple(tuple(atom.factor for atom in axis) for axis in value) for value in self.values}
+        computed = (value.axes for value in self.values if value.tensor is None and 0 not in self.labels.shape(value))
+        axes = {tuple(tuple(atom.factor for atom in axis) for axis in own) for own in computed}
         sources = [(name, value) for name, value in self.labels.sources.items()]
         for _ in range(2):  # a first pass may make members of families the same
             self.cells = {
                 name: self.factors.cells([[atom.factor for atom in axis] for axis in value.axes])
                 for name, value in sources
             }
-            sets = {
-                frozenset(entry[0] for entry in cell.entries)
-                for own in axes
-                for cell in self.factors.cells(own)
-            } | {frozenset(entry[0] for entry in cell.entries) for cells in self.cells.values() for cell in cells}
+            sets = {cell.terminals for own in axes for cell in self.factors.cells(own)}
+            self.computed = set().union(*sets)
+            sets |= {cell.terminals for cells in self.cells.values() for cell in cells}
         self.occurrences: dict[int, set[frozenset[int]]] = {}
         for found in sets:
             for terminal in found:
@@ -174,10 +173,10 @@ class _Extraction:
 
     def groups(self) -> list[ChannelGroup]:
         """Outer groups first, and in the order of the network otherwise."""
-        placed = {unit: self._places(unit) for unit in self.units}
+        placed = {unit: self._places(unit) for unit in self.units if self._is_used(unit)}
         first = {name: k for k, name in enumerate(self.labels.sources)}
         units = sorted(
-            (unit for unit in self.units if placed[unit]),
+            (unit for unit, places in placed.items() if places),
             key=lambda unit: (min(first[place.tensor] for place in placed[unit]), len(self.outer[unit])),
         )
         units.sort(key=lambda unit: len([o for o in self.outer[unit] if o in placed]))
@@ -191,6 +190,11 @@ class _Extraction:
         ]
         return [replace(g, signs="none") if _signs_are_inner(g, groups) else g for g in groups]
 
+    def _is_used(self, unit: _Unit) -> bool:
+        """Whether anything depends on a unit; rows of a parameter that are always cut off belong to nothing."""
+        sources = [name for name, cells in self.cells.items() if any(unit.terminals[0] in c.terminals for c in cells)]
+        return len(sources) > 1 or bool(self.computed & set(unit.terminals))
+
     def _signs(self, unit: _Unit) -> str:
         level = min(self.factors[terminal].signs for terminal in unit.terminals)
         return _SIGNS[NONE if level == JOINT and len(unit.terminals) > 1 else level]
@@ -199,7 +203,9 @@ class _Extraction:
         marks = set().union(*(self.factors[terminal].marks for terminal in unit.terminals))
         if "heads" in marks:
             return "heads"
-        if "pairs" in marks and self.outer[unit]:
+        if "tokens" in marks:
+            return "tokens"
+        if "pairs" in marks:
             return "query-key"
         if any("heads" in self.factors[t].marks for other in self.outer[unit] for t in other.terminals):
             return "value"

@@ -383,3 +383,8 @@ class Cell:
 
     offsets: tuple[int, ...]
     entries: tuple[tuple[int, int, int], ...]
+
+    @property
+    def terminals(self) -> frozenset[int]:
+        """Those that it is a product of."""
+        return frozenset(entry[0] for entry in self.entries)

@@ -67,7 +67,7 @@ class Labels:
         return Labelled(tuple(self.fixed_axis(size, wild=wild) for size in shape))
 
     def fixed_axis(self, size: int, *, wild: bool = False) -> Axis:
-        return (Atom(self.factors.new(size, fixed=True, wild=wild), False),) if size > 1 else ()
+        return (Atom(self.factors.new(size, fixed=True, wild=wild), False),) if size != 1 else ()
 
     def shape(self, value: Labelled) -> tuple[int, ...]:
         sizes = []
@@ -86,7 +86,7 @@ class Labels:
         if value.tensor is None:
             return value
         if value.tensor in self.buffers and value.tensor not in self.signed:
-            self.fix(value)  # only those of batch normalisation, which are settled there, follow the channels
+            self.fix(self.sources[value.tensor])  # only those of batch normalisation, which are settled there, follow the channels
         signed = self.signed.setdefault(value.tensor, signed)
         return Labelled(
             tuple(

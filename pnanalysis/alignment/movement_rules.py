@@ -211,15 +211,18 @@ def cat(call: Call) -> Result:
 
 def _concatenate(call: Call, values: Sequence[Labelled], dim: int) -> Result:
     labels, factors = call.labels, call.labels.factors
-    if any(len(value.axes) != len(call.shape) for value in values):
+    values = [value for value in values if 0 not in labels.shape(value)]  # torch ignores them, whatever their shape
+    if not values or any(len(value.axes) != len(call.shape) for value in values):
         return None
     values = [labels.settle(value, True) for value in values]
     parts, signs = [], []
     for value in values:
         atoms = labels.expanded(value.axes[dim])
         merged = [atom for atom in atoms if factors.size(atom.factor) > 1]
-        signs.append({bool(atom.signed) for atom in merged} or {False})
-        if len(merged) == 1:
+        signs.append({bool(atom.signed) for atom in merged if factors[atom.factor].signs})
+        if any(factors[atom.factor].wild for atom in merged):  # a constant beside channels is no channel
+            parts.append(factors.new(prod(factors.size(atom.factor) for atom in merged), fixed=True))
+        elif len(merged) == 1:
             parts.append(merged[0].factor)
         elif not merged:
             parts.append(factors.new(1))

@@ -33,17 +33,19 @@ def pointwise(call: Call) -> Result:
         neutral = kind == "sum" and not (call["other"] or 0)
         result = value if neutral else labels.elementwise([value], "other")
         return result if len(call.results) == 1 else (result, None)
+    free = [_free_factors(labels, value) for value in values if value.tensor is None]
     result = labels.elementwise(values, kind)
     if len(call.results) > 1:
         return result, None
-    if kind == "sum" and sum(value.tensor is None and _is_free(labels, value) for value in values) > 1:
+    if kind == "sum" and len(free) > 1 and all(free) and free[0] != free[1]:  # written by two different layers
         for axis in result.axes:
             labels.mark(axis, "stream")
     return result
 
 
-def _is_free(labels: Labels, value: Labelled) -> bool:
-    return any(not labels.factors[atom.factor].fixed for atom in value.atoms)
+def _free_factors(labels: Labels, value: Labelled) -> set[int]:
+    factors = labels.factors
+    return {leaf for a in value.atoms for leaf in factors.expand(a.factor) if not factors[leaf].fixed}
 
 
 def where(call: Call) -> Result:
@@ -120,6 +122,7 @@ _ORDERED = {"argmax", "argmin", "max", "min", "median", "mode"}
 
 def softmax(call: Call) -> Labelled:
     value = call.labels.settle(call.source, False)
+    call.labels.mark(value.axes[call.dim()], "tokens")
     call.labels.limit(value.atoms)
     return call.labels.unsigned(value)
 
@@ -176,6 +179,7 @@ def attention(call: Call) -> Result:
     labels.limit(weights.atoms)
     weights = labels.unsigned(weights)
     labels.contract(weights.axes[3], value.axes[2])
+    labels.mark(value.axes[2], "tokens")
     batch = [labels.multiply_axis(a, b) for a, b in zip(weights.axes[:2], value.axes[:2], strict=True)]
     labels.mark(batch[1], "heads")
     return Labelled((*batch, weights.axes[2], value.axes[3])), Labelled(weights.axes[:3])
@@ -271,15 +275,15 @@ def batch_norm(call: Call) -> tuple[Labelled | None, ...]:
 
 def _scaled(call: Call, value: Labelled, dims: Sequence[int]) -> Labelled:
     """Multiply by a weight and add a bias, which lie along some axes."""
-    labels, axes = call.labels, list(value.axes)
-    for name, signed in (("weight", False), ("bias", True)):
+    kinds: tuple[tuple[str, Combination], ...] = (("weight", "product"), ("bias", "sum"))
+    for name, kind in kinds:
         if call[name] is None:
             continue
-        parameter = labels.settle(call[name], signed)
-        combine = labels.add_axis if signed else labels.multiply_axis
-        for dim, own in zip(dims, parameter.axes, strict=True):
-            axes[dim] = combine(axes[dim], own)
-    return Labelled(tuple(axes))
+        parameter = call.labels.settle(call[name], kind == "sum")
+        placed = dict(zip(dims, parameter.axes, strict=True))
+        own = Labelled(tuple(placed.get(k, ()) for k in range(len(value.axes))))
+        value = call.labels.elementwise([value, own], kind)
+    return value
 
 
 #: By name of the operation in torch's library of tensor operations (aten).

@@ -27,7 +27,7 @@ from pnanalysis.errors import ModelError, reason
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.batches import tensors
 from pnanalysis.inputs.hugging_face import masks_without_values
-from pnanalysis.torch_internals import is_elementwise, make_fx, tree_flatten, tree_unflatten
+from pnanalysis.torch_internals import is_elementwise, make_fx, tree_flatten, tree_unflatten, writes_into_argument
 
 
 class Symmetries(NamedTuple):
@@ -78,7 +78,7 @@ def find_symmetries(model: nn.Module, inputs: Any) -> Symmetries:
         aliases.setdefault(first, []).append(name)
     labels = Labels({name for name, _ in model.named_buffers()})
     followed = _follow(traced, names, labels)
-    groups = groups_of(labels, [value.axes for value in followed.values], aliases)
+    groups = groups_of(labels, followed.values, aliases)
     if not groups:
         through = f": they go through {', '.join(followed.unknown)}" if followed.unknown else ""
         raise ModelError(
@@ -103,16 +103,22 @@ def _trace(model: nn.Module, inputs: Any) -> tuple[fx.Graph, list[str]]:
             raise ModelError("it returns no tensors")
         return found
 
-    def record() -> fx.GraphModule:
+    def record(function: Callable[..., Any]) -> fx.Graph:
         with torch.no_grad(), warnings.catch_warnings(), masks_without_values():
             warnings.simplefilter("ignore")
-            plain = torch.func.functionalize(run, remove="mutations")
-            traced = make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)(*state.values(), *given)
-            return cast("fx.GraphModule", traced)
+            traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*state.values(), *given)
+        return cast("fx.GraphModule", traced).graph
+
+    def record_without_writes() -> fx.Graph:
+        graph = record(run)
+        if any(writes_into_argument(node.target) for node in graph.nodes):
+            # What is written in place shows in every view of it: have it recorded as new tensors.
+            return record(torch.func.functionalize(run, remove="mutations"))
+        return graph
 
     try:
         with ThreadPoolExecutor(1) as pool:  # a trace that fails leaves the state of its thread in disorder
-            return pool.submit(record).result().graph, list(state)
+            return pool.submit(record_without_writes).result(), list(state)
     except Exception as error:  # a user's forward may raise anything on tensors without values
         raise ModelError(
             f"{type(model).__name__} cannot be aligned: its operations cannot be recorded ({reason(error)}); "
@@ -200,10 +206,9 @@ def _left_alone(node: fx.Node, labels: Labels, values: dict[fx.Node, Any], unkno
     """Fix all that enters an operation; what it returns has no channels."""
     entering = labelled_in([values.get(source) for source in node.all_input_nodes])
     name = getattr(getattr(node.target, "_schema", None), "name", str(node.target)).split("::")[-1]
+    entering = [labels.settle(value, True) for value in entering]  # what buffers hold is fixed thereby
     if labels.fix(*entering) and node.target is not operator.getitem:
         unknown[name] = None
-    for value in entering:
-        labels.settle(value, True)
     results = node.meta.get("val")
     if isinstance(results, tuple | list):
         return tuple(labels.constant(part.shape) if isinstance(part, Tensor) else None for part in results)
