@@ -72,9 +72,7 @@ class ChannelGroup:
         return self.signs == "each"
 
 
-def groups_of(
-    labels: Labels, values: Iterable[Labelled], aliases: Mapping[str, Sequence[str]]
-) -> list[ChannelGroup]:
+def groups_of(labels: Labels, values: Iterable[Labelled], aliases: Mapping[str, Sequence[str]]) -> list[ChannelGroup]:
     """The groups of channels that may be permuted, from what is known of all tensors.
 
     Parameters
@@ -155,7 +153,7 @@ class _Extraction:
         return [_Unit(tuple(own), prod(map(size, own))) for own in together.values()]
 
     def _within(self, unit: _Unit, other: _Unit) -> bool:
-        """Whether a unit only occurs along with another, and so may be permuted differently for each of its elements."""
+        """Whether a unit only occurs along with another, and so may be permuted for each of its elements anew."""
         return self.occurrences[unit.terminals[0]] <= self.occurrences[other.terminals[0]]
 
     def _fix_repeated(self) -> bool:
@@ -313,7 +311,9 @@ def _signs_are_inner(group: ChannelGroup, groups: Sequence[ChannelGroup]) -> boo
         for axis in groups[number].axes
         for place in axis.index.reshape(-1).tolist()
     }
-    return all((axis.tensor, place) in flipped for axis in group.axes if axis.signed for place in axis.index[0].tolist())
+    return all(
+        (axis.tensor, place) in flipped for axis in group.axes if axis.signed for place in axis.index[0].tolist()
+    )
 
 
 def _digits(unit: _Unit, at: int, factors: Factors) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 
 #: How freely signs may be flipped: for each element, for all elements at once, or not at all.
@@ -112,9 +113,7 @@ class Factors:
         own = self[factor]
         if own.size % outer or own.sum is not None or own.product is not None:
             return None
-        first, second = (
-            self._child(factor, size, (*own.path, k)) for k, size in enumerate((outer, own.size // outer))
-        )
+        first, second = (self._child(factor, size, (*own.path, k)) for k, size in enumerate((outer, own.size // outer)))
         if own.family is not None:
             owner, members = own.family
             halves = [self.split_any(member, outer) for member in members]
@@ -290,7 +289,7 @@ class Factors:
             return [(family, inside)]
         if own.sum is None:
             cuts = sorted({0, start, stop, own.size})
-            lengths = [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+            lengths = [b - a for a, b in pairwise(cuts)]
             own.sum = [self._child(factor, length, (*own.path, k)) for k, length in enumerate(lengths)]
         found: list[tuple[int, list[int]]] = []
         offset = 0

@@ -85,9 +85,7 @@ class Interior:
         Its axes that count.
     """
 
-    def __init__(
-        self, groups: list[ChannelGroup], signs: Sequence[str], k: int, axes: Sequence[TensorAxis]
-    ) -> None:
+    def __init__(self, groups: list[ChannelGroup], signs: Sequence[str], k: int, axes: Sequence[TensorAxis]) -> None:
         outer = groups[k]
         self.axes = list(axes)
         self.members = [groups[number] for number in outer.inner[0]]

@@ -86,7 +86,9 @@ class Labels:
         if value.tensor is None:
             return value
         if value.tensor in self.buffers and value.tensor not in self.signed:
-            self.fix(self.sources[value.tensor])  # only those of batch normalisation, which are settled there, follow the channels
+            self.fix(
+                self.sources[value.tensor]
+            )  # only those of batch normalisation, which are settled there, follow the channels
         signed = self.signed.setdefault(value.tensor, signed)
         return Labelled(
             tuple(

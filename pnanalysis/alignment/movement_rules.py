@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -171,7 +172,7 @@ def slice_(call: Call) -> Result:
     start, stop = call["start"] or 0, size if call["end"] is None else call["end"]
     start, stop = (min(max(at + size if at < 0 else at, 0), size) for at in (start, stop))
     if stop <= start:
-        return None
+        return call.labels.constant(call.shape)
     if step != 1:
         return _without(call, [dim])
     return part(call, call.source, dim, start, stop)
@@ -272,7 +273,7 @@ def index(call: Call) -> Result:
     """Rows picked by tensors of indices."""
     value, indices = call.source, call["indices"]
     used = [k for k, chosen in enumerate(indices) if chosen is not None]
-    if any(b - a != 1 for a, b in zip(used[:-1], used[1:], strict=True)):
+    if any(b - a != 1 for a, b in pairwise(used)):
         return None
     call.labels.fix_axes([value.axes[k] for k in used])
     picked = call.labels.elementwise([indices[k] for k in used], "other").axes

@@ -75,9 +75,7 @@ def overwritten(call: Call) -> Labelled:
         source = call.labels.settle(values[1], True)
         axes = ((),) * (len(call.shape) - len(source.axes)) + source.axes
         return Labelled(
-            tuple(
-                axis or call.labels.fixed_axis(size, wild=True) for axis, size in zip(axes, call.shape, strict=True)
-            )
+            tuple(axis or call.labels.fixed_axis(size, wild=True) for axis, size in zip(axes, call.shape, strict=True))
         )
     return call.labels.constant(call.shape, wild=True)
 
@@ -122,7 +120,8 @@ _ORDERED = {"argmax", "argmin", "max", "min", "median", "mode"}
 
 def softmax(call: Call) -> Labelled:
     value = call.labels.settle(call.source, False)
-    call.labels.mark(value.axes[call.dim()], "tokens")
+    for axis in (value.axes[call.dim()], *value.axes[-2:-1]):  # of scores: keys, and queries
+        call.labels.mark(axis, "tokens")
     call.labels.limit(value.atoms)
     return call.labels.unsigned(value)
 
@@ -179,7 +178,8 @@ def attention(call: Call) -> Result:
     labels.limit(weights.atoms)
     weights = labels.unsigned(weights)
     labels.contract(weights.axes[3], value.axes[2])
-    labels.mark(value.axes[2], "tokens")
+    for axis in weights.axes[2:]:
+        labels.mark(axis, "tokens")
     batch = [labels.multiply_axis(a, b) for a, b in zip(weights.axes[:2], value.axes[:2], strict=True)]
     labels.mark(batch[1], "heads")
     return Labelled((*batch, weights.axes[2], value.axes[3])), Labelled(weights.axes[:3])

@@ -107,7 +107,7 @@ def _trace(model: nn.Module, inputs: Any) -> tuple[fx.Graph, list[str]]:
         with torch.no_grad(), warnings.catch_warnings(), masks_without_values():
             warnings.simplefilter("ignore")
             traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*state.values(), *given)
-        return cast("fx.GraphModule", traced).graph
+        return traced.graph
 
     def record_without_writes() -> fx.Graph:
         graph = record(run)
@@ -156,7 +156,7 @@ def _follow(graph: fx.Graph, names: list[str], labels: Labels) -> _Followed:
             value = node.meta.get("val", getattr(graph.owning_module, str(node.target), None))
             values[node] = labels.constant(getattr(value, "shape", ()))
         elif node.op == "output":
-            labels.fix(*labelled_in(fx.node.map_arg(node.args, values.get)))  # type: ignore[arg-type]
+            labels.fix(*labelled_in(fx.node.map_arg(node.args, values.get)))
         elif node.target is operator.getitem:
             source, at = node.args
             values[node] = _entry(values.get(source), at)
@@ -182,8 +182,9 @@ def _apply(node: fx.Node, labels: Labels, values: dict[fx.Node, Any], unknown: d
     name = schema.name.split("::")[-1].rstrip("_")
     rule = RULES.get(name) or (pointwise if is_elementwise(node.target) else None)
     if rule is not None:
-        bound = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False))
-        arguments = {key: fx.node.map_arg(value, values.get) for key, value in {**bound, **node.kwargs}.items()}  # type: ignore[arg-type]
+        bound = {argument.name: argument.default_value for argument in schema.arguments}
+        bound |= dict(zip(bound, node.args, strict=False))
+        arguments = {key: fx.node.map_arg(value, values.get) for key, value in {**bound, **node.kwargs}.items()}
         given = [source.meta.get("val") for source in node.all_input_nodes]
         found = rule(Call(labels, name, arguments, listed, given))
         if _fits(found, listed, labels):

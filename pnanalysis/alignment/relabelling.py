@@ -21,11 +21,19 @@ class Relabelling:
 
     Groups are relabelled in their order, outer ones first: the channels of a head are those of the head that has
     moved to its place.
+
+    Attributes
+    ----------
+    groups : list of ChannelGroup
+    orders, signs : list of ndarray
+    not_followed : tuple of str
+        Operations of the network through which channels could not be followed, and so were left in their places.
     """
 
     groups: list[ChannelGroup]
     orders: list[NDArray[np.intp]]
     signs: list[NDArray[np.float64]]
+    not_followed: tuple[str, ...] = ()
 
     @classmethod
     def identity(cls, groups: list[ChannelGroup]) -> Relabelling:
@@ -38,7 +46,9 @@ class Relabelling:
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(group.size) for group in groups]
         n_signs = [{"each": g.size, "joint": 1, "none": 0}[g.signs if signs else "none"] for g in groups]
-        flips = [np.ones(g.size) * (rng.choice([-1.0, 1.0], n) if n else 1) for g, n in zip(groups, n_signs, strict=True)]
+        flips = [
+            np.ones(g.size) * (rng.choice([-1.0, 1.0], n) if n else 1) for g, n in zip(groups, n_signs, strict=True)
+        ]
         return cls(groups, orders, flips)
 
     @property
@@ -53,6 +63,17 @@ class Relabelling:
     def n_moved(self) -> int:
         """Number of channels whose place or sign changes."""
         return sum(self.moved)
+
+    def summary(self) -> list[dict[str, str | int]]:
+        """Groups by kind and size: how many there are, how their signs were free, and how many channels moved."""
+        found: dict[tuple[str, int, str], dict[str, str | int]] = {}
+        for group, moved in zip(self.groups, self.moved, strict=True):
+            key = (group.kind, group.size, group.signs)
+            entry = found.setdefault(
+                key, {"kind": group.kind, "size": group.size, "signs": group.signs, "groups": 0, "moved": 0}
+            )
+            entry["groups"], entry["moved"] = int(entry["groups"]) + 1, int(entry["moved"]) + moved
+        return list(found.values())
 
     def apply(self, state: Mapping[str, Tensor]) -> State:
         """A copy of the state with relabelled channels; tensors that no group indexes are shared with it."""
@@ -74,9 +95,7 @@ class Relabelling:
         """Whether the channels of group ``k`` stay as they are."""
         return bool((self.orders[k] == np.arange(len(self.orders[k]))).all() and (self.signs[k] > 0).all())
 
-    def _apply_along(
-        self, tensor: Tensor, dims: tuple[int, ...], axes: Sequence[tuple[int, TensorAxis]]
-    ) -> Tensor:
+    def _apply_along(self, tensor: Tensor, dims: tuple[int, ...], axes: Sequence[tuple[int, TensorAxis]]) -> Tensor:
         """All relabellings along the same axes at once."""
         rows = flattened(tensor, dims)
         places, signs = np.arange(len(rows)), np.ones(len(rows))
@@ -102,4 +121,3 @@ def restored(rows: Tensor, dims: tuple[int, ...], shape: torch.Size) -> Tensor:
     """Undo :func:`flattened`."""
     rows = rows.reshape(*(shape[dim] for dim in dims), *rows.shape[1:])
     return rows.movedim(tuple(range(len(dims))), dims).contiguous()
-

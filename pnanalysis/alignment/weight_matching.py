@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from math import prod
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from pnanalysis.alignment.channel_groups import ChannelGroup, TensorAxis
 from pnanalysis.alignment.interior import Inside, Interior, assign
-from pnanalysis.alignment.permutation_symmetries import find_groups
+from pnanalysis.alignment.permutation_symmetries import find_symmetries
 from pnanalysis.alignment.relabelling import Relabelling, flattened
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
@@ -93,7 +94,7 @@ def align(
     arXiv:2209.04836, algorithm 1. Signs: H. Sussmann, "Uniqueness of the weights for minimal feedforward nets with a
     given input-output map", Neural Networks 5 (1992).
     """
-    groups = find_groups(model, inputs)
+    groups, not_followed = find_symmetries(model, inputs)
     names = {name for name, _ in model.named_parameters()}
     rng = np.random.default_rng(seed)
     # The identity is a candidate, too: a descent from a random start may end farther away than the state is.
@@ -110,7 +111,7 @@ def align(
             if new_similarity > similarity:
                 best, similarity = found, new_similarity
             advance(text=f"similarity {similarity:.5g}")
-    return best
+    return replace(best, not_followed=not_followed)
 
 
 @torch.no_grad()
@@ -134,7 +135,9 @@ def check_preserved(model: nn.Module, before: Mapping[str, Tensor], after: Mappi
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     first, second = (
-        tree_leaves(forward(network, tree_map(to_double, inputs), {n: to_double(t) for n, t in state.items() if n in held}))
+        tree_leaves(
+            forward(network, tree_map(to_double, inputs), {n: to_double(t) for n, t in state.items() if n in held})
+        )
         for state in (before, after)
     )
     deviation = max(
@@ -215,15 +218,15 @@ class _Matching:
         return [
             axis
             for axis in self.axes[k]
-            if all(
-                j in free or (j == k and other is axis) for j, other in self.by_tensor[axis.tensor]
-            )
+            if all(j in free or (j == k and other is axis) for j, other in self.by_tensor[axis.tensor])
         ]
 
     def n_entries(self, k: int, axes: Sequence[TensorAxis]) -> int:
         """Number of weights along some axes of group k."""
         return sum(
-            self.state[axis.tensor].numel() * axis.index.size // prod(self.state[axis.tensor].shape[d] for d in axis.dims)
+            self.state[axis.tensor].numel()
+            * axis.index.size
+            // prod(self.state[axis.tensor].shape[d] for d in axis.dims)
             for axis in axes
         )
 
@@ -246,9 +249,7 @@ class _Matching:
         return {j for indexed in shared for j, _ in indexed if len(indexed) > 1} & set(self.visited)
 
 
-def _descend(
-    matching: _Matching, start: Relabelling, rng: np.random.Generator | None, advance: Advance
-) -> Relabelling:
+def _descend(matching: _Matching, start: Relabelling, rng: np.random.Generator | None, advance: Advance) -> Relabelling:
     """Coordinate descent; in the order of the network, or in a new random order in each sweep."""
     current, visited = start, matching.visited
     pending = set(visited)  # groups that may still improve
@@ -356,7 +357,9 @@ def _anchored(matching: _Matching) -> Relabelling:
     current, known = Relabelling.identity(matching.groups), set[int]()
     while remaining := [k for k in matching.visited if k not in known]:
         anchored = {k: matching.beside(k, known) for k in remaining}
-        share = {k: matching.n_entries(k, axes) / matching.n_entries(k, matching.axes[k]) for k, axes in anchored.items()}
+        share = {
+            k: matching.n_entries(k, axes) / matching.n_entries(k, matching.axes[k]) for k, axes in anchored.items()
+        }
         k = max(remaining, key=lambda number: share[number])
         axes = anchored[k] or matching.axes[k]
         if matching.within[k]:

@@ -304,7 +304,12 @@ def _paths(
     if options.align:
         relabelling = _relabelling(surface, states, batches, options.n_restarts, options.seed, progress)
         paths["aligned"] = ([states[0], relabelling.apply(states[1])], "line")
-        settings = {"n_relabelled": relabelling.n_moved, "n_restarts": options.n_restarts}
+        settings = {
+            "n_relabelled": relabelling.n_moved,
+            "relabelled": relabelling.summary(),
+            "not_followed": relabelling.not_followed or None,
+            "n_restarts": options.n_restarts,
+        }
     if options.view == "curve":
         if curve_data is None:
             raise DataError("a curve is trained: give the examples to train it on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -122,7 +123,7 @@ def _paths(given: list[Source], quiet: bool) -> dict[str, Any]:
     return {"trajectory": trajectory(*given, progress=not quiet)}
 
 
-def _barriers(ds: xr.Dataset) -> Table:
+def _barriers(ds: xr.Dataset) -> list[Table | str]:
     rows = []
     for path in ds.path.values:
         for split in ds.split.values:
@@ -142,7 +143,27 @@ def _barriers(ds: xr.Dataset) -> Table:
         "distance of the ends": "distance between ends",
         "length": "length",
     }
-    return make_table("barriers", columns, rows)
+    return [make_table("barriers", columns, rows), *_aligned(ds)]
+
+
+def _aligned(ds: xr.Dataset) -> list[Table | str]:
+    """What alignment could move, and what it moved."""
+    if "relabelled" not in ds.attrs:
+        return []
+    kinds = [(kind["kind"], kind["groups"], kind["size"], kind["signs"], kind["moved"])
+             for kind in json_module.loads(ds.attrs["relabelled"])]  # fmt: skip
+    columns = {
+        "kind": "channels",
+        "groups": "groups",
+        "size": "channels in each",
+        "signs": "signs",
+        "moved": "moved or flipped",
+    }
+    found: list[Table | str] = [make_table("aligned", columns, kinds)]
+    if "not_followed" in ds.attrs:
+        operations = ", ".join(json_module.loads(ds.attrs["not_followed"]))
+        found.append(f"channels could not be followed through {operations}, and were left in their places there")
+    return found
 
 
 def _extremes(ds: xr.Dataset) -> Table:

@@ -168,7 +168,7 @@ def stream_state(seed: int) -> dict[str, Tensor]:
 def test_a_group_on_both_axes_of_a_weight_never_loses_and_the_search_ends() -> None:
     model, inputs = Stream().eval(), torch.randn(4, 3)
     (group,) = groups = find_groups(model, inputs)
-    assert sorted(axis.dim for axis in group.axes if axis.tensor == "mix.weight") == [0, 1]
+    assert sorted(axis.dims for axis in group.axes if axis.tensor == "mix.weight") == [(0,), (1,)]
     for seed in range(20):
         a, b = stream_state(2 * seed), stream_state(2 * seed + 1)
         matching = _Matching(groups, set(a), a, b, signs=False)
