@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pnanalysis.alignment.factors import EACH, JOINT, NONE, Cell, Factors
+from pnanalysis.alignment.factors import EACH, JOINT, NONE, ROTATIONS, Cell, Factors
 from pnanalysis.alignment.labelled import Labelled, Labels
 
 #: Instances of one group inside others (a group of channels in each head) beyond which they are made one.
 _MAX_INSTANCES = 65536
-_SIGNS = {EACH: "each", JOINT: "joint", NONE: "none"}
+_SIGNS = {ROTATIONS: "each", EACH: "each", JOINT: "joint", NONE: "none"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,9 @@ class ChannelGroup:
     inner : tuple of tuple of int
         For each channel, the numbers of the groups that lie in it, such as those of the channels of a head; their
         channels may be permuted in each on its own. Empty where there are none.
+    linear : bool
+        Whether the channels may be rotated, by any orthogonal matrix, since they only enter linear maps and products
+        of two of them.
     """
 
     size: int
@@ -65,6 +68,7 @@ class ChannelGroup:
     signs: str
     kind: str = "units"
     inner: tuple[tuple[int, ...], ...] = ()
+    linear: bool = False
 
     @property
     def odd(self) -> bool:
@@ -183,7 +187,10 @@ class _Extraction:
             instances += self._instances(unit, placed[unit])
         inner = [self._inner(unit, context, instances) for unit, context, _ in instances]
         groups = [
-            ChannelGroup(unit.size, axes, self._signs(unit), self._kind(unit, bool(inside)), inside)
+            ChannelGroup(
+                unit.size, axes, self._signs(unit), self._kind(unit, bool(inside)), inside,
+                not inside and self._is_linear(unit, axes),
+            )  # fmt: skip
             for (unit, _, axes), inside in zip(instances, inner, strict=True)
         ]
         return [replace(g, signs="none") if _signs_are_inner(g, groups) else g for g in groups]
@@ -196,6 +203,10 @@ class _Extraction:
     def _signs(self, unit: _Unit) -> str:
         level = min(self.factors[terminal].signs for terminal in unit.terminals)
         return _SIGNS[NONE if level == JOINT and len(unit.terminals) > 1 else level]
+
+    def _is_linear(self, unit: _Unit, axes: Sequence[TensorAxis]) -> bool:
+        rotated = all(self.factors[terminal].signs == ROTATIONS for terminal in unit.terminals)
+        return rotated and all(axis.signed for axis in axes)
 
     def _kind(self, unit: _Unit, has_inner: bool) -> str:
         marks = set().union(*(self.factors[terminal].marks for terminal in unit.terminals))

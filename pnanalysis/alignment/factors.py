@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 
-#: How freely signs may be flipped: for each element, for all elements at once, or not at all.
-EACH, JOINT, NONE = 2, 1, 0
+#: What else than permuting the elements is allowed: any rotation, flips of the sign of each, of all at once, or nothing.
+ROTATIONS, EACH, JOINT, NONE = 3, 2, 1, 0
 
 
 @dataclass
@@ -25,7 +25,7 @@ class _Factor:
     size: int
     fixed: bool = False  # may not be permuted
     wild: bool = False  # of an axis along which a tensor is constant: any permutation will do
-    signs: int = EACH
+    signs: int = ROTATIONS
     product: list[int] | None = None
     sum: list[int] | None = None
     # Of a factor that lies inside a sum: another set for each part of that sum.
@@ -48,7 +48,7 @@ class Factors:
 
     def new(self, size: int, *, fixed: bool = False, wild: bool = False) -> int:
         number = len(self._all)
-        self._all.append(_Factor(size, fixed, wild, NONE if fixed else EACH, origin=number))
+        self._all.append(_Factor(size, fixed, wild, NONE if fixed else ROTATIONS, origin=number))
         self._parent.append(number)
         return number
 
@@ -80,7 +80,7 @@ class Factors:
             self.fix(part)
 
     def limit_signs(self, factor: int, level: int) -> None:
-        """Allow no more flips of signs than ``level``; flips of a whole factor are none of its parts'."""
+        """Allow no more than ``level``; flips of the sign of a whole factor are none of its parts'."""
         own = self[factor]
         own.signs = min(own.signs, level)
         for part in self._parts(factor):

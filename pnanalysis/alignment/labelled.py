@@ -120,8 +120,14 @@ class Labels:
             if atom.signed is not False:
                 self.factors.limit_signs(atom.factor, level)
 
+    def scale(self, atoms: Sequence[Atom]) -> None:
+        """Elements of these factors are treated one by one, not by a linear map: they may not be rotated."""
+        for atom in atoms:
+            self.factors.limit_signs(atom.factor, EACH)
+
     def unsigned(self, value: Labelled) -> Labelled:
         """The tensor's image under an even function."""
+        self.scale([atom for atom in value.atoms if atom.signed is not False])
         return Labelled(tuple(tuple(Atom(a.factor, False) for a in axis) for axis in value.axes))
 
     def mark(self, axis: Sequence[Atom], mark: str) -> None:
@@ -161,7 +167,12 @@ class Labels:
 
     def multiply_axis(self, a: Axis, b: Axis) -> Axis:
         """An axis of a product of tensors, in which both are taken element by element; length 1 is broadcast."""
-        return a or b if not a or not b else self.pair(a, b, lambda x, y: x != y)
+        if not a or not b:
+            return a or b
+        result = self.pair(a, b, lambda x, y: x != y)
+        if not any(self.factors[atom.factor].wild for atom in (*a, *b)):
+            self.scale(result)
+        return result
 
     def add_axis(self, a: Axis, b: Axis) -> Axis:
         """An axis of a sum of tensors, of which both have all elements."""

@@ -11,6 +11,7 @@ from pnanalysis.alignment.movement_rules import MOVEMENTS, Call, Result, Rule, p
 # neither: the sign of what enters them must stay.
 _ODD = {"tanh", "neg", "erf", "erfinv", "sin", "sinh", "asinh", "atan", "atanh", "asin", "tan", "sgn", "sign",
         "reciprocal", "round", "trunc", "softsign", "_conj_physical", "conj_physical"}  # fmt: skip
+_LINEAR = {"neg", "_conj_physical", "conj_physical"}
 _EVEN = {"abs", "square", "cos", "cosh"}
 _SUMS = {"add", "sub", "rsub"}
 _PRODUCTS = {"mul", "div", "true_divide"}
@@ -20,10 +21,14 @@ def pointwise(call: Call) -> Result:
     """Any function of single elements of its arguments."""
     name, values, labels = call.name, call.values, call.labels
     if name in _ODD and len(values) == 1:
+        if name not in _LINEAR:
+            labels.scale(values[0].atoms)
         return values[0]
     if len(values) == 1 and (name in _EVEN or (name == "pow" and _exponent(call) == 0)):
         return labels.unsigned(labels.settle(values[0], False))
     if len(values) == 1 and (name in _PRODUCTS or (name == "pow" and _exponent(call) == 1)):
+        if name == "pow" and call["exponent"] != 1:
+            labels.scale(values[0].atoms)
         return values[0] if call["rounding_mode"] is None else labels.elementwise(values, "other")
     kind: Combination = "sum" if name in _SUMS else "product" if name in _PRODUCTS else "other"
     if call["rounding_mode"] is not None:
@@ -250,8 +255,9 @@ def layer_norm(call: Call) -> tuple[Labelled, None, None]:
 
 
 def rms_norm(call: Call) -> tuple[Labelled, None]:
-    value = call.labels.settle(call["input"], True)
+    labels, value = call.labels, call.labels.settle(call["input"], True)
     n = len(call["normalized_shape"])
+    labels.scale([atom for axis in value.axes[-n:] for atom in axis])
     return _scaled(call, value, range(len(value.axes) - n, len(value.axes))), None
 
 
@@ -260,6 +266,7 @@ def group_norm(call: Call) -> tuple[Labelled, None, None]:
     groups, channels = call["group"], labels.shape(value)[1]
     outer, inner = labels.regrouped([value.axes[1]], [groups, channels // groups])
     labels.normalise([inner])
+    labels.scale(outer)
     value = value.with_axes([value.axes[0], outer + inner, *value.axes[2:]])
     return _scaled(call, value, [1]), None, None
 
@@ -267,6 +274,7 @@ def group_norm(call: Call) -> tuple[Labelled, None, None]:
 def batch_norm(call: Call) -> tuple[Labelled | None, ...]:
     labels, value = call.labels, call.labels.settle(call["input"], True)
     axes = list(value.axes)
+    labels.scale(axes[1])
     for name, signed in (("running_mean", True), ("running_var", False)):
         if call[name] is not None:
             axes[1] = labels.multiply_axis(axes[1], labels.unsigned(labels.claim(call[name], signed)).axes[0])

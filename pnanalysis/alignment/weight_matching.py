@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from pnanalysis.alignment.channel_groups import ChannelGroup, TensorAxis
 from pnanalysis.alignment.interior import Inside, Interior, assign
 from pnanalysis.alignment.permutation_symmetries import find_symmetries
-from pnanalysis.alignment.relabelling import Relabelling, flattened
+from pnanalysis.alignment.relabelling import Change, Relabelling, flattened
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
-from pnanalysis.inputs.copies import as_real, copied, in_precision
+from pnanalysis.inputs.copies import as_real, copied, in_precision, matching_dtype
 from pnanalysis.terminal.progress import Advance, progress_bar
 from pnanalysis.torch_internals import tree_leaves, tree_map
 
@@ -40,16 +40,18 @@ def align(
     inputs: Any,
     *,
     signs: bool = True,
+    rotations: bool = True,
     n_restarts: int = 5,
     seed: int = 0,
     progress: bool = False,
 ) -> Relabelling:
     r"""The relabelling of ``state`` that brings its weights closest to those of ``reference``: weight matching.
 
-    Searches the permutations (and signs) :math:`\pi` of hidden channels for the one that maximises the similarity
-    :math:`\langle\theta_A, \pi(\theta_B)\rangle`, and so minimises the distance. With all groups but one held fixed,
-    the best permutation of that one solves a linear assignment problem, except for groups that index both axes of one
-    weight. This coordinate descent visits the groups in order, or in random orders, until none improves.
+    Searches the permutations (signs, rotations) :math:`\pi` of hidden channels for the one that maximises the
+    similarity :math:`\langle\theta_A, \pi(\theta_B)\rangle`, and so minimises the distance. With all groups but one
+    held fixed, the best permutation of that one solves a linear assignment problem, except for groups that index both
+    axes of one weight, and the best rotation an orthogonal Procrustes problem. This coordinate descent visits the
+    groups in order, or in random orders, until none improves.
 
     Parameters
     ----------
@@ -61,9 +63,12 @@ def align(
         A few examples, to trace the network with.
     signs : bool
         Also flip the signs of channels where all functions they pass through are odd (tanh networks).
+    rotations : bool
+        Also rotate channels that only enter linear maps and products of two of them (within heads of attention).
     n_restarts : int
-        Number of coordinate descents, the first in the order of the network, the others in orders drawn with
-        ``seed``; the best result counts.
+        Number of coordinate descents. The first begins with the groups matched one after another, each by weights
+        whose other axes are matched already; the second with all as it is; the others, too, but they take the groups
+        in orders drawn with ``seed``. The best result counts.
     seed : int
     progress : bool
 
@@ -82,6 +87,10 @@ def align(
     The descent ends in a local optimum. Networks that coincide afterwards are the same up to relabelling; networks
     that do not may still be.
 
+    *Heads.* A permutation of heads moves all channels of each, and those within a head may be permuted in any way,
+    too. Each pair of heads is matched inside first, queries with keys and values with outputs; the similarities that
+    the pairs attain are those of the assignment problem between heads.
+
     *Both axes of one weight.* Where a layer maps a residual stream onto itself, :math:`x + W x`, one permutation
     :math:`P` acts on both sides of its weight, and :math:`\langle W_A, P W_B P^\top\rangle` is a quadratic assignment
     problem, for which no efficient method is known. Two candidates are then tried: each axis matched with the other
@@ -92,26 +101,42 @@ def align(
     ----------
     S. Ainsworth, J. Hayase, S. Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
     arXiv:2209.04836, algorithm 1. Signs: H. Sussmann, "Uniqueness of the weights for minimal feedforward nets with a
-    given input-output map", Neural Networks 5 (1992).
+    given input-output map", Neural Networks 5 (1992). Heads: N. Verma, M. Elbayad, "Merging Text Transformer Models from
+    Different Initializations", arXiv:2403.00986. Rotations: A. Theus et al., "Generalized Linear Mode Connectivity for
+    Transformers", arXiv:2506.22712.
     """
     groups, not_followed = find_symmetries(model, inputs)
     names = {name for name, _ in model.named_parameters()}
     rng = np.random.default_rng(seed)
     # The identity is a candidate, too: a descent from a random start may end farther away than the state is.
     best, similarity = Relabelling.identity(groups), _inner(reference, state, names)
-    matching = _Matching(groups, names, reference, state, signs)
+    matching = _Matching(groups, names, reference, state, [_freedom(group, signs, rotations) for group in groups])
     with progress_bar("aligning", n_restarts, progress) as advance:
         for restart in range(max(n_restarts, 1)):
             start = _anchored(matching) if restart == 0 else Relabelling.identity(groups)
             if restart > 1:
-                for k in filter(matching.is_quadratic, matching.visited):
-                    start.orders[k] = rng.permutation(groups[k].size)
+                quadratic = filter(matching.is_quadratic, matching.visited)
+                start = start.with_changes(
+                    {k: Change(rng.permutation(groups[k].size), np.ones(groups[k].size)) for k in quadratic}
+                )
             found = _descend(matching, start, rng if restart > 1 else None, advance)
             new_similarity = _inner(reference, found.apply(state), names)
             if new_similarity > similarity:
                 best, similarity = found, new_similarity
             advance(text=f"similarity {similarity:.5g}")
     return replace(best, not_followed=not_followed)
+
+
+def _freedom(group: ChannelGroup, signs: bool, rotations: bool) -> str:
+    """What is free in a group besides the order of its channels."""
+    return "rotations" if rotations and group.linear else group.signs if signs else "none"
+
+
+@torch.no_grad()
+def check_relabelling(model: nn.Module, state: Mapping[str, Tensor], relabelling: Relabelling, inputs: Any) -> float:
+    """:func:`check_preserved` for a state and its relabelling, which is done in float64 for the purpose."""
+    exact = {name: _to_double(tensor) for name, tensor in state.items()}
+    return check_preserved(model, exact, relabelling.apply(exact), inputs)
 
 
 @torch.no_grad()
@@ -131,12 +156,9 @@ def check_preserved(model: nn.Module, before: Mapping[str, Tensor], after: Mappi
     network = in_precision(copied(model), torch.float64).eval()
     held = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}  # tied weights once
 
-    def to_double(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
     first, second = (
         tree_leaves(
-            forward(network, tree_map(to_double, inputs), {n: to_double(t) for n, t in state.items() if n in held})
+            forward(network, tree_map(_to_double, inputs), {n: _to_double(t) for n, t in state.items() if n in held})
         )
         for state in (before, after)
     )
@@ -150,6 +172,10 @@ def check_preserved(model: nn.Module, before: Mapping[str, Tensor], after: Mappi
     return deviation
 
 
+def _to_double(value: Any) -> Any:
+    return value.to(matching_dtype(value, torch.float64)) if isinstance(value, Tensor) else value
+
+
 class _Matching:
     """Similarities between the channels of a reference and those of a state, for coordinate descent."""
 
@@ -159,10 +185,10 @@ class _Matching:
         names: set[str],
         reference: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
-        signs: bool,
+        freedoms: Sequence[str],
     ) -> None:
         self.groups, self.reference, self.state = groups, reference, state
-        self.signs = [group.signs if signs else "none" for group in groups]
+        self.freedoms = list(freedoms)
         # Only parameters count: running statistics follow from them, and have units of their own.
         self.axes = [[axis for axis in group.axes if axis.tensor in names] for group in groups]
         self.by_tensor: dict[str, list[tuple[int, TensorAxis]]] = {}
@@ -172,6 +198,8 @@ class _Matching:
         #: Groups inside others are matched along with them.
         self.within = [set(chain(*group.inner)) for group in groups]
         self.visited = sorted(set(range(len(groups))) - set().union(*self.within))
+        for k in filter(self.is_quadratic, range(len(groups))):  # whose best rotation is not known in closed form
+            self.freedoms[k] = groups[k].signs if self.freedoms[k] == "rotations" else self.freedoms[k]
 
     def rows(self, k: int, axis: TensorAxis, current: Relabelling) -> tuple[Tensor, Tensor]:
         """The channels of group k along one axis, in the reference and in the state, each flattened to rows of entries.
@@ -249,67 +277,63 @@ class _Matching:
         return {j for indexed in shared for j, _ in indexed if len(indexed) > 1} & set(self.visited)
 
 
-def _descend(matching: _Matching, start: Relabelling, rng: np.random.Generator | None, advance: Advance) -> Relabelling:
+def _descend(
+    matching: _Matching, current: Relabelling, rng: np.random.Generator | None, advance: Advance
+) -> Relabelling:
     """Coordinate descent; in the order of the network, or in a new random order in each sweep."""
-    current, visited = start, matching.visited
+    visited = matching.visited
     pending = set(visited)  # groups that may still improve
     for _ in range(_MAX_SWEEPS):
         for k in visited if rng is None else rng.permutation(visited).tolist():
             if k in pending:
                 pending.discard(k)
                 advance(0, text=f"{len(pending) + 1} of {len(visited)} groups may improve")
-                if _improve(matching, current, k):
+                improved = _improved(matching, current, k)
+                if improved is not None:
+                    current = improved
                     pending |= matching.neighbours(k)
         if not pending:
             break
     return current
 
 
-def _improve(matching: _Matching, current: Relabelling, k: int) -> bool:
-    """Give group k its best order and signs, with all others held fixed; whether that is an improvement."""
+def _improved(matching: _Matching, current: Relabelling, k: int) -> Relabelling | None:
+    """The relabelling with the best change of group k, all others held fixed; ``None`` if that is no improvement."""
     if matching.within[k]:
-        return _improve_nested(matching, current, k)
+        return _improved_nested(matching, current, k)
     if matching.is_quadratic(k):
-        return _improve_quadratic(matching, current, k)
+        return _improved_quadratic(matching, current, k)
     signed, unsigned = matching.similarity(k, current, matching.axes[k])
-    best = assign(signed, unsigned, matching.signs[k])
-    before = float(np.sum(current.signs[k] * signed[best.rows, current.orders[k]]))
-    before += float(np.sum(unsigned[best.rows, current.orders[k]]))
-    if best.value - before <= _ROUND_OFF * best.scale:
-        return False
-    current.orders[k], current.signs[k] = best.order, best.signs
-    return True
+    best = assign(signed, unsigned, matching.freedoms[k])
+    if best.value - current.changes[k].value(signed, unsigned) <= _ROUND_OFF * best.scale:
+        return None
+    return current.with_changes({k: best.change})
 
 
-def _improve_quadratic(matching: _Matching, current: Relabelling, k: int) -> bool:
-    """:func:`_improve` for a group that indexes both axes of a weight: the better of two candidates, if either gains.
+def _improved_quadratic(matching: _Matching, current: Relabelling, k: int) -> Relabelling | None:
+    """:func:`_improved` for a group that indexes both axes of a weight: the better of two candidates, if either gains.
 
     They match both axes with the other one held fixed, or only the tensors of which the group indexes one axis.
     """
     before = similarity = matching.total_similarity(k, current)
-    best = current
+    best: Relabelling | None = None
     axes = matching.axes[k]
     single = [axis for axis in axes if sum(other.tensor == axis.tensor for other in axes) == 1]
     for matched in (axes, single):
-        candidate = assign(*matching.similarity(k, current, matched), matching.signs[k])
-        trial = Relabelling(current.groups, list(current.orders), list(current.signs))
-        trial.orders[k], trial.signs[k] = candidate.order, candidate.signs
+        candidate = assign(*matching.similarity(k, current, matched), matching.freedoms[k])
+        trial = current.with_changes({k: candidate.change})
         # The gain of the assignment is that of a linear problem, which this is not: compare the similarity itself.
         new_similarity = matching.total_similarity(k, trial)
         if new_similarity > max(similarity, before + _ROUND_OFF * candidate.scale):
             best, similarity = trial, new_similarity
-    current.orders[k], current.signs[k] = best.orders[k], best.signs[k]
-    return similarity > before
+    return best
 
 
-def _improve_nested(matching: _Matching, current: Relabelling, k: int) -> bool:
-    """:func:`_improve` for a group whose channels hold groups of their own, such as heads."""
+def _improved_nested(matching: _Matching, current: Relabelling, k: int) -> Relabelling | None:
+    """:func:`_improved` for a group whose channels hold groups of their own, such as heads."""
     trial, scale = _nested(matching, current, k, matching.axes[k])
     before, after = (matching.total_similarity(k, relabelling) for relabelling in (current, trial))
-    if after - before <= _ROUND_OFF * max(scale, abs(before)):
-        return False
-    _take_over(current, trial)
-    return True
+    return trial if after - before > _ROUND_OFF * max(scale, abs(before)) else None
 
 
 def _nested(
@@ -320,31 +344,24 @@ def _nested(
     Each pair of a channel of the reference and one of the state is matched inside first; what that attains is the
     similarity of the pair.
     """
-    axes = [(axis, *matching.rows(k, axis, current)) for axis in considered]
-    interior = Interior(matching.groups, matching.signs, k, considered)
+    rows = [matching.rows(k, axis, current) for axis in considered]
+    interior = Interior(matching.groups, matching.freedoms, k, considered)
     size = matching.groups[k].size
     values = np.zeros((size, size))
     found: list[list[Inside]] = []
     for i in range(size):
         products = [  # of all entries of channel i with all of every channel j
             torch.tensordot(ours[i], theirs, ([1], [2])).permute(1, 0, 2).double().cpu().numpy()
-            for _, ours, theirs in axes
+            for ours, theirs in rows
         ]
         found.append([interior.match([part[j] for part in products]) for j in range(size)])
         values[i] = [inside.value for inside in found[-1]]
     order = linear_sum_assignment(values, maximize=True)[1]
-    trial = Relabelling(current.groups, list(current.orders), list(current.signs))
-    trial.orders[k] = order
-    trial.signs[k] = np.array([found[i][j].sign for i, j in enumerate(order)])
-    for i, j in enumerate(order):
-        inside = found[i][j]
-        for number, own, signs in zip(matching.groups[k].inner[i], inside.orders, inside.signs, strict=True):
-            trial.orders[number], trial.signs[number] = own, signs
-    return trial, float(np.abs(values).max())
-
-
-def _take_over(current: Relabelling, other: Relabelling) -> None:
-    current.orders[:], current.signs[:] = other.orders, other.signs
+    chosen = [found[i][j] for i, j in enumerate(order)]
+    changes = {k: Change(order, np.array([inside.sign for inside in chosen]))}
+    for numbers, inside in zip(matching.groups[k].inner, chosen, strict=True):
+        changes |= dict(zip(numbers, inside.changes, strict=True))
+    return current.with_changes(changes), float(np.abs(values).max())
 
 
 def _anchored(matching: _Matching) -> Relabelling:
@@ -357,16 +374,14 @@ def _anchored(matching: _Matching) -> Relabelling:
     current, known = Relabelling.identity(matching.groups), set[int]()
     while remaining := [k for k in matching.visited if k not in known]:
         anchored = {k: matching.beside(k, known) for k in remaining}
-        share = {
-            k: matching.n_entries(k, axes) / matching.n_entries(k, matching.axes[k]) for k, axes in anchored.items()
-        }
+        share = {k: matching.n_entries(k, own) / matching.n_entries(k, matching.axes[k]) for k, own in anchored.items()}
         k = max(remaining, key=lambda number: share[number])
         axes = anchored[k] or matching.axes[k]
         if matching.within[k]:
-            _take_over(current, _nested(matching, current, k, axes)[0])
+            current = _nested(matching, current, k, axes)[0]
         else:
-            found = assign(*matching.similarity(k, current, axes), matching.signs[k])
-            current.orders[k], current.signs[k] = found.order, found.signs
+            found = assign(*matching.similarity(k, current, axes), matching.freedoms[k])
+            current = current.with_changes({k: found.change})
         known |= {k, *matching.within[k]}
     return current
 

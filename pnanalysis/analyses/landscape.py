@@ -11,7 +11,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis import schema
-from pnanalysis.alignment.weight_matching import Relabelling, check_preserved
+from pnanalysis.alignment.weight_matching import Relabelling, check_relabelling
 from pnanalysis.alignment.weight_matching import align as match
 from pnanalysis.analyses.eigenvector_plane import eigenvector_plane
 from pnanalysis.analyses.trajectory import plane_points
@@ -391,5 +391,5 @@ def _relabelling(
     """The relabelling that brings the second state nearest to the first, checked on a few examples."""
     few = surface.cast(first_examples(next(iter(batches)), 4)[0])
     found = match(surface.model, states[0], states[1], few, n_restarts=n_restarts, seed=seed, progress=progress)
-    check_preserved(surface.model, states[1], found.apply(states[1]), few)
+    check_relabelling(surface.model, states[1], found, few)
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from pnanalysis.alignment.interior import Interior
 from pnanalysis.alignment.permutation_symmetries import find_groups, find_symmetries
-from pnanalysis.alignment.relabelling import Relabelling
-from pnanalysis.alignment.weight_matching import _improve, _Matching, align, check_preserved
+from pnanalysis.alignment.relabelling import Change, Relabelling
+from pnanalysis.alignment.weight_matching import _freedom, _improved, _Matching, align, check_preserved
 from pnanalysis.errors import ModelError
 from tests.alignment.architectures import ARCHITECTURES, FusedBlock, made
 
@@ -34,19 +33,20 @@ def test_groups_preserve_the_function_and_are_recovered(name: str) -> None:
     assert counts == {(kind, size, signs): n for kind, size, signs, n in ARCHITECTURES[name].groups}
     whole = Relabelling.random(groups, seed=1)
     for kind in {group.kind for group in groups}:  # each kind alone: an error in one could hide behind another
-        identity = Relabelling.identity(groups)
-        alone = replace(
-            identity,
-            orders=[(whole if g.kind == kind else identity).orders[k] for k, g in enumerate(groups)],
-            signs=[(whole if g.kind == kind else identity).signs[k] for k, g in enumerate(groups)],
+        alone = Relabelling.identity(groups).with_changes(
+            {k: whole.changes[k] for k, group in enumerate(groups) if group.kind == kind}
         )
         moved = alone.apply(state)
         assert any(not torch.equal(moved[n], state[n]) for n in state)
         assert check_preserved(model, state, moved, inputs) < 1e-13
     shuffled = whole.apply(state)
     assert check_preserved(model, state, shuffled, inputs) < 1e-13
-    back = align(model, state, shuffled, inputs, n_restarts=2).apply(shuffled)
+    back = align(model, state, shuffled, inputs, rotations=False, n_restarts=2).apply(shuffled)
     assert all(torch.equal(back[n], state[n]) for n in state)  # moves and flips of signs round nothing
+    turned = Relabelling.random(groups, seed=2, rotations=True).apply(state)
+    assert check_preserved(model, state, turned, inputs) < 1e-13
+    back = align(model, state, turned, inputs, n_restarts=2).apply(turned)
+    assert all(torch.allclose(back[n], state[n], rtol=0, atol=1e-13) for n in state)
 
 
 def test_no_larger_relabelling_would_do() -> None:
@@ -55,8 +55,9 @@ def test_no_larger_relabelling_would_do() -> None:
     groups, state = find_groups(model, inputs), state_of(model)
     for kind in ("units", "stream"):
         (k,) = (k for k, group in enumerate(groups) if group.kind == kind)
-        wrong = Relabelling.identity(groups)
-        wrong.signs[k][0] = -1
+        flip = np.ones(groups[k].size)
+        flip[0] = -1
+        wrong = Relabelling.identity(groups).with_changes({k: Change(np.arange(groups[k].size), flip)})
         with pytest.raises(ModelError, match="changed what the network computes"):
             check_preserved(model, state, wrong.apply(state), inputs)
     heads = next(group for group in groups if group.kind == "heads")
@@ -100,13 +101,15 @@ def test_heads_are_matched_as_by_trying_all_orders() -> None:
     model, inputs = TwoHeads().eval(), torch.randn(2, 4, 3)
     groups = find_groups(model, inputs)
     orders = [[np.array(order) for order in permutations(range(group.size))] for group in groups]
-    trials = [Relabelling(groups, list(chosen), Relabelling.identity(groups).signs) for chosen in product(*orders)]
+    trials = [
+        Relabelling(groups, [Change(order, np.ones(len(order))) for order in chosen]) for chosen in product(*orders)
+    ]
     assert len(trials) == 2**5
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         a, b = ({n: torch.randn(t.shape, generator=generator) for n, t in state_of(model).items()} for _ in range(2))
         best = max(sum(float((a[n] * moved[n]).sum()) for n in a) for moved in (t.apply(b) for t in trials))
-        found = align(model, a, b, inputs, signs=False).apply(b)
+        found = align(model, a, b, inputs, signs=False, rotations=False).apply(b)
         assert sum(float((a[n] * found[n]).sum()) for n in a) == pytest.approx(best, rel=1e-5)
 
 
@@ -120,22 +123,24 @@ def test_the_inside_of_heads_is_matched_as_by_trying_all_orders_and_signs() -> N
     generator = np.random.default_rng(0)
     products = [generator.normal(size=(axis.index.shape[1],) * 2) for axis in axes]
     flips = [np.array(signs) for signs in product((-1.0, 1.0), repeat=2)]
-    every = [(np.array(order), signs) for order in permutations(range(2)) for signs in flips]
-    best = max(interior._total(products, 1.0, [one[0], two[0]], [one[1], two[1]]) for one, two in product(every, every))
+    every = [Change(np.array(order), signs) for order in permutations(range(2)) for signs in flips]
+    best = max(interior.total(products, 1.0, changes) for changes in product(every, every))
     assert interior.match(products).value == pytest.approx(best, rel=1e-12)
 
 
+@pytest.mark.parametrize("rotations", [False, True])
 @pytest.mark.parametrize("name", ["fused", "rotary", "partly rotary", "sloped"])
-def test_no_step_loses(name: str) -> None:
+def test_no_step_loses(name: str, rotations: bool) -> None:
     model, inputs = made(name)
     a = state_of(model)
     generator = torch.Generator().manual_seed(1)
     b = {n: torch.randn(t.shape, generator=generator).to(t.dtype) if t.is_floating_point() else t for n, t in a.items()}
     groups = find_groups(model, inputs)
-    matching = _Matching(groups, {n for n, _ in model.named_parameters()}, a, b, signs=True)
+    freedoms = [_freedom(group, signs=True, rotations=rotations) for group in groups]
+    matching = _Matching(groups, {n for n, _ in model.named_parameters()}, a, b, freedoms)
     current, before = Relabelling.identity(groups), -np.inf
     for k in matching.visited * 3:
-        _improve(matching, current, k)
+        current = _improved(matching, current, k) or current
         after = sum(float((a[n] * moved).sum()) for n, moved in current.apply(b).items())
         assert after >= before - 1e-9 * abs(before)
         before = after
