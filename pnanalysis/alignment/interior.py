@@ -84,9 +84,7 @@ class Interior:
         Its axes that count.
     """
 
-    def __init__(
-        self, groups: list[ChannelGroup], freedoms: Sequence[str], k: int, axes: Sequence[TensorAxis]
-    ) -> None:
+    def __init__(self, groups: list[ChannelGroup], freedoms: Sequence[str], k: int, axes: Sequence[TensorAxis]) -> None:
         outer = groups[k]
         self.axes = list(axes)
         self.members = [groups[number] for number in outer.inner[0]]
@@ -94,7 +92,9 @@ class Interior:
         self.flips = (1.0, -1.0) if freedoms[k] == "each" else (1.0,)
         self.slots = [self._slots(member) for member in self.members]
         # Groups that share entries, as query heads of one group and channels of each do, depend on each other.
-        touched = [(slot.axis, place) for own in self.slots for slot in own for place in slot.index.reshape(-1).tolist()]
+        touched = [
+            (slot.axis, place) for own in self.slots for slot in own for place in slot.index.reshape(-1).tolist()
+        ]
         self.coupled = len(set(touched)) < len(touched)
 
     def _slots(self, member: ChannelGroup) -> list[_Slot]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pnanalysis.alignment.calls import Call, Result, Rule
 from pnanalysis.alignment.labelled import Axis, Combination, Labelled, Labels
-from pnanalysis.alignment.movement_rules import MOVEMENTS, Call, Result, Rule, part
+from pnanalysis.alignment.movement_rules import MOVEMENTS, part
 
 # Functions of single elements by what they do to signs: f(-x) = -f(x), and f(-x) = f(x). All others are called
 # neither: the sign of what enters them must stay.

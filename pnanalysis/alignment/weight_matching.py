@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
-from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from pnanalysis.alignment.channel_groups import ChannelGroup, TensorAxis
 from pnanalysis.alignment.interior import Inside, Interior, assign
 from pnanalysis.alignment.permutation_symmetries import find_symmetries
-from pnanalysis.alignment.relabelling import Change, Relabelling, flattened
+from pnanalysis.alignment.relabelling import Change, Relabelling
+from pnanalysis.alignment.similarities import Similarities
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.copies import as_real, copied, in_precision, matching_dtype
@@ -110,7 +108,7 @@ def align(
     rng = np.random.default_rng(seed)
     # The identity is a candidate, too: a descent from a random start may end farther away than the state is.
     best, similarity = Relabelling.identity(groups), _inner(reference, state, names)
-    matching = _Matching(groups, names, reference, state, [_freedom(group, signs, rotations) for group in groups])
+    matching = Similarities(groups, names, reference, state, [_freedom(group, signs, rotations) for group in groups])
     with progress_bar("aligning", n_restarts, progress) as advance:
         for restart in range(max(n_restarts, 1)):
             start = _anchored(matching) if restart == 0 else Relabelling.identity(groups)
@@ -176,109 +174,8 @@ def _to_double(value: Any) -> Any:
     return value.to(matching_dtype(value, torch.float64)) if isinstance(value, Tensor) else value
 
 
-class _Matching:
-    """Similarities between the channels of a reference and those of a state, for coordinate descent."""
-
-    def __init__(
-        self,
-        groups: list[ChannelGroup],
-        names: set[str],
-        reference: Mapping[str, Tensor],
-        state: Mapping[str, Tensor],
-        freedoms: Sequence[str],
-    ) -> None:
-        self.groups, self.reference, self.state = groups, reference, state
-        self.freedoms = list(freedoms)
-        # Only parameters count: running statistics follow from them, and have units of their own.
-        self.axes = [[axis for axis in group.axes if axis.tensor in names] for group in groups]
-        self.by_tensor: dict[str, list[tuple[int, TensorAxis]]] = {}
-        for k, axes in enumerate(self.axes):
-            for axis in axes:
-                self.by_tensor.setdefault(axis.tensor, []).append((k, axis))
-        #: Groups inside others are matched along with them.
-        self.within = [set(chain(*group.inner)) for group in groups]
-        self.visited = sorted(set(range(len(groups))) - set().union(*self.within))
-        for k in filter(self.is_quadratic, range(len(groups))):  # whose best rotation is not known in closed form
-            self.freedoms[k] = groups[k].signs if self.freedoms[k] == "rotations" else self.freedoms[k]
-
-    def rows(self, k: int, axis: TensorAxis, current: Relabelling) -> tuple[Tensor, Tensor]:
-        """The channels of group k along one axis, in the reference and in the state, each flattened to rows of entries.
-
-        The other axes of the state are relabelled as in ``current``; this one, and those of groups within, are not.
-        """
-        others = [
-            (j, other)
-            for j, other in self.by_tensor[axis.tensor]
-            if not ((j == k and other.dims == axis.dims) or j in self.within[k])
-        ]
-        theirs = current.apply_to_tensor(self.state[axis.tensor], others)
-        places = torch.as_tensor(axis.index.reshape(-1), device=theirs.device)
-        ours, theirs = (
-            flattened(tensor, axis.dims)[places].reshape(*axis.index.shape, -1)
-            for tensor in (as_real(self.reference[axis.tensor]), as_real(theirs))
-        )
-        return ours, theirs
-
-    def similarity(
-        self, k: int, current: Relabelling, axes: Sequence[TensorAxis]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Inner products between channel i of the reference and channel j of the state, in group k.
-
-        Returns
-        -------
-        signed, unsigned : ndarray, shape (size, size)
-            Over the tensors whose entries change sign with their channel, and over the others.
-        """
-        size = self.groups[k].size
-        signed, unsigned = np.zeros((size, size)), np.zeros((size, size))
-        for axis in axes:
-            a, b = (rows.flatten(1) for rows in self.rows(k, axis, current))
-            products = (a @ b.T).double().cpu().numpy()
-            if axis.signed:
-                signed += products
-            else:
-                unsigned += products
-        return signed, unsigned
-
-    def beside(self, k: int, known: set[int]) -> list[TensorAxis]:
-        """Axes of group k in tensors that no other groups index but known ones."""
-        free = known | self.within[k]
-        return [
-            axis
-            for axis in self.axes[k]
-            if all(j in free or (j == k and other is axis) for j, other in self.by_tensor[axis.tensor])
-        ]
-
-    def n_entries(self, k: int, axes: Sequence[TensorAxis]) -> int:
-        """Number of weights along some axes of group k."""
-        return sum(
-            self.state[axis.tensor].numel()
-            * axis.index.size
-            // prod(self.state[axis.tensor].shape[d] for d in axis.dims)
-            for axis in axes
-        )
-
-    def is_quadratic(self, k: int) -> bool:
-        """Whether group k indexes two axes of one tensor."""
-        tensors = [axis.tensor for axis in self.axes[k]]
-        return len(set(tensors)) < len(tensors)
-
-    def total_similarity(self, k: int, current: Relabelling) -> float:
-        """Inner product over all tensors that group k indexes."""
-        total = 0.0
-        for name in {axis.tensor for axis in self.axes[k]}:
-            theirs = current.apply_to_tensor(self.state[name], self.by_tensor[name])
-            total += float((as_real(self.reference[name]).double() * as_real(theirs).double()).sum())
-        return total
-
-    def neighbours(self, k: int) -> set[int]:
-        """Visited groups that share a tensor with group k, and so have similarities that depend on its order."""
-        shared = [self.by_tensor[axis.tensor] for axis in self.axes[k]]
-        return {j for indexed in shared for j, _ in indexed if len(indexed) > 1} & set(self.visited)
-
-
 def _descend(
-    matching: _Matching, current: Relabelling, rng: np.random.Generator | None, advance: Advance
+    matching: Similarities, current: Relabelling, rng: np.random.Generator | None, advance: Advance
 ) -> Relabelling:
     """Coordinate descent; in the order of the network, or in a new random order in each sweep."""
     visited = matching.visited
@@ -297,7 +194,7 @@ def _descend(
     return current
 
 
-def _improved(matching: _Matching, current: Relabelling, k: int) -> Relabelling | None:
+def _improved(matching: Similarities, current: Relabelling, k: int) -> Relabelling | None:
     """The relabelling with the best change of group k, all others held fixed; ``None`` if that is no improvement."""
     if matching.within[k]:
         return _improved_nested(matching, current, k)
@@ -310,7 +207,7 @@ def _improved(matching: _Matching, current: Relabelling, k: int) -> Relabelling 
     return current.with_changes({k: best.change})
 
 
-def _improved_quadratic(matching: _Matching, current: Relabelling, k: int) -> Relabelling | None:
+def _improved_quadratic(matching: Similarities, current: Relabelling, k: int) -> Relabelling | None:
     """:func:`_improved` for a group that indexes both axes of a weight: the better of two candidates, if either gains.
 
     They match both axes with the other one held fixed, or only the tensors of which the group indexes one axis.
@@ -329,7 +226,7 @@ def _improved_quadratic(matching: _Matching, current: Relabelling, k: int) -> Re
     return best
 
 
-def _improved_nested(matching: _Matching, current: Relabelling, k: int) -> Relabelling | None:
+def _improved_nested(matching: Similarities, current: Relabelling, k: int) -> Relabelling | None:
     """:func:`_improved` for a group whose channels hold groups of their own, such as heads."""
     trial, scale = _nested(matching, current, k, matching.axes[k])
     before, after = (matching.total_similarity(k, relabelling) for relabelling in (current, trial))
@@ -337,7 +234,7 @@ def _improved_nested(matching: _Matching, current: Relabelling, k: int) -> Relab
 
 
 def _nested(
-    matching: _Matching, current: Relabelling, k: int, considered: Sequence[TensorAxis]
+    matching: Similarities, current: Relabelling, k: int, considered: Sequence[TensorAxis]
 ) -> tuple[Relabelling, float]:
     """The best order of a group whose channels hold groups of their own, and of these; the largest similarity.
 
@@ -364,7 +261,7 @@ def _nested(
     return current.with_changes(changes), float(np.abs(values).max())
 
 
-def _anchored(matching: _Matching) -> Relabelling:
+def _anchored(matching: Similarities) -> Relabelling:
     """A start for the descent: groups one after another, each by weights whose other axes are in order already.
 
     First comes the group with the largest part of its weights beside inputs, outputs and biases alone. Of two networks

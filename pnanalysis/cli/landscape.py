@@ -53,6 +53,14 @@ def landscape(
     steps: Annotated[int, typer.Option(help="Minibatches in the training of the curve.")] = 1000,
     lr: Annotated[float, typer.Option(help="Largest learning rate of that training (Adam).")] = 3e-3,
     restarts: Annotated[int, typer.Option(help="Restarts of the weight matching for --align.")] = 5,
+    rotations: Annotated[
+        bool,
+        typer.Option(
+            "--rotations/--permutations",
+            help="Whether --align may also rotate channels within heads of attention, and others that only enter linear "
+            "maps.",
+        ),
+    ] = True,
     bn: Annotated[
         Literal["reestimate", "interpolate"],
         typer.Option(help="How batch-normalisation statistics are obtained between the ends."),
@@ -107,7 +115,7 @@ def landscape(
     given = options.sources(runs, model, weights, data, loss, output, tokens)
     ds = analyse(
         *given, checkpoints=checkpoint, view=view, align=align, n_points=points, extrapolate=extrapolate, span=span,
-        curve=curve, n_bends=bends, n_steps=steps, lr=lr, n_restarts=restarts, bn=bn,
+        curve=curve, n_bends=bends, n_steps=steps, lr=lr, n_restarts=restarts, rotations=rotations, bn=bn,
         eigenpairs=None if eigenpairs is None else load(eigenpairs), pairs=pairs, splits=split, n=n,
         batch_size=batch_size, dtype=dtype, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip

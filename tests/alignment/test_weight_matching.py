@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from pnanalysis.alignment.permutation_symmetries import find_groups
 from pnanalysis.alignment.relabelling import Change, Relabelling
-from pnanalysis.alignment.weight_matching import _improved, _Matching, align, check_preserved
+from pnanalysis.alignment.similarities import Similarities
+from pnanalysis.alignment.weight_matching import _improved, align, check_preserved
 from pnanalysis.errors import ModelError
 from pnanalysis.geometry.distances import state_distance
 from trainers.zoo.models import lenet5, tanh7
@@ -171,7 +172,7 @@ def test_a_group_on_both_axes_of_a_weight_never_loses_and_the_search_ends() -> N
     assert sorted(axis.dims for axis in group.axes if axis.tensor == "mix.weight") == [(0,), (1,)]
     for seed in range(20):
         a, b = stream_state(2 * seed), stream_state(2 * seed + 1)
-        matching = _Matching(groups, set(a), a, b, ["none"])
+        matching = Similarities(groups, set(a), a, b, ["none"])
         current, before = Relabelling.identity(groups), state_distance(a, b, list(a))
         steps = 0
         while (better := _improved(matching, current, 0)) is not None:
