@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 
-#: What else than permuting the elements is allowed: any rotation, flips of the sign of each, of all at once, or nothing.
+#: What is allowed besides permuting: any rotation, flips of the sign of each element, of all at once, or nothing.
 ROTATIONS, EACH, JOINT, NONE = 3, 2, 1, 0
 
 

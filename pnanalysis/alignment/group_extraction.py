@@ -139,7 +139,7 @@ class _Extraction:
                 self._kind(unit, bool(inside)),
                 inside,
                 not inside and self._is_linear(unit, axes),
-            )  # fmt: skip
+            )
             for (unit, _, axes), inside in zip(instances, inner, strict=True)
         ]
         return [replace(g, signs="none") if _signs_are_inner(g, groups) else g for g in groups]

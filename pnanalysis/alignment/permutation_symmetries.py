@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
+from pnanalysis.alignment.calls import Call, Result, labelled_in
 from pnanalysis.alignment.channel_groups import ChannelGroup
 from pnanalysis.alignment.group_extraction import groups_of
 from pnanalysis.alignment.labelled import Labelled, Labels
-from pnanalysis.alignment.calls import Call, Result, labelled_in
 from pnanalysis.alignment.operation_rules import RULES, pointwise
 from pnanalysis.errors import ModelError, reason
 from pnanalysis.evaluation.forward import forward

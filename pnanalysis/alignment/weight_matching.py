@@ -99,9 +99,10 @@ def align(
     ----------
     S. Ainsworth, J. Hayase, S. Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
     arXiv:2209.04836, algorithm 1. Signs: H. Sussmann, "Uniqueness of the weights for minimal feedforward nets with a
-    given input-output map", Neural Networks 5 (1992). Heads: N. Verma, M. Elbayad, "Merging Text Transformer Models from
-    Different Initializations", arXiv:2403.00986. Rotations: A. Theus et al., "Generalized Linear Mode Connectivity for
-    Transformers", arXiv:2506.22712.
+    given input-output map", Neural Networks 5 (1992). Heads: N. Verma, M. Elbayad, "Merging Text Transformer Models
+    from Different Initializations", arXiv:2403.00986; M. Imfeld et al., "Transformer Fusion with Optimal Transport",
+    arXiv:2310.05719. Rotations: A. Theus et al., "Generalized Linear Mode Connectivity for Transformers",
+    arXiv:2506.22712.
     """
     groups, not_followed = find_symmetries(model, inputs)
     names = {name for name, _ in model.named_parameters()}

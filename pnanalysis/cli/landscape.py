@@ -57,8 +57,7 @@ def landscape(
         bool,
         typer.Option(
             "--rotations/--permutations",
-            help="Whether --align may also rotate channels within heads of attention, and others that only enter linear "
-            "maps.",
+            help="Whether --align may also rotate channels within heads, and others that only enter linear maps.",
         ),
     ] = True,
     bn: Annotated[
