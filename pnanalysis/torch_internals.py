@@ -98,6 +98,20 @@ def writes_into_argument(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
+#: Functions of single elements that torch does not tag as such.
+_ELEMENTWISE = {"hardswish", "_prelu_kernel", "log_sigmoid_forward", "prelu", "clip", "softsign"}
+
+
+def is_elementwise(target: Any) -> bool:
+    """Whether the target of a traced node is a function of single elements of its arguments, with broadcasting."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target._schema.name.split("::")[-1].rstrip("_")
+    # an operation in place is tagged only sometimes: see that of the same name which is not
+    plain = getattr(getattr(torch.ops.aten, name, None), target._overloadname, target)
+    return name in _ELEMENTWISE or any(torch.Tag.pointwise in operation.tags for operation in (target, plain))
+
+
 def returns_view(target: Any) -> bool:
     """Whether the target of a traced node returns a tensor that may share memory with an argument."""
     if target == UNSAFE_VIEW:
@@ -160,6 +174,7 @@ __all__ = [
     "TreeSpec",
     "compiler_is_loaded",
     "convolve",
+    "is_elementwise",
     "is_view_of",
     "is_vmapped",
     "make_fx",

@@ -255,3 +255,11 @@ def test_checkpointing_can_be_left_out(reentrant: bool) -> None:
     assert len(calls) == 1, "torch.utils.checkpoint no longer goes through these functions"
     torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False).sum().backward()
     assert len(calls) == 3
+
+
+def test_functions_of_single_elements_are_told_from_others() -> None:
+    aten = torch.ops.aten
+    elementwise = (aten.add.Tensor, aten.gelu.default, aten.mul_.Tensor, aten.hardswish.default, aten.where.self)
+    assert all(internals.is_elementwise(operation) for operation in elementwise)
+    others = (aten.mm.default, aten.cumsum.default, aten.sum.dim_IntList, aten.sort.default, aten.flip.default, len)
+    assert not any(internals.is_elementwise(operation) for operation in others)

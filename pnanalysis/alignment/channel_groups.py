@@ -1,33 +1,35 @@
-"""Groups of interchangeable channels, merged by union-find whenever two turn out to be the same."""
+"""Groups of interchangeable channels: which entries of which tensors each channel owns, and which groups lie in it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pnanalysis.errors import ModelError
+import numpy as np
+from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TensorAxis:
-    """An axis of a parameter or buffer that is indexed by the channels of a group.
+    """An axis of a parameter or buffer, or several, that the channels of a group index.
 
     Attributes
     ----------
     tensor : str
-    dim : int
-    repeat : int
-        Consecutive entries per channel (after flattening, one for each pixel).
+    dims : tuple of int
+        The axes, flattened to one in this order.
+    index : ndarray of int, shape (size, entries)
+        Places along them that each channel owns: several where channels are flattened with pixels, or packed.
     signed : bool
         Whether entries change sign with their channel, as a weight does and a running variance does not.
     """
 
     tensor: str
-    dim: int
-    repeat: int
+    dims: tuple[int, ...]
+    index: NDArray[np.intp]
     signed: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Interchangeable channels, and every axis of every tensor that they index.
 
@@ -36,115 +38,28 @@ class ChannelGroup:
     size : int
         Number of channels.
     axes : tuple of TensorAxis
-    odd : bool
-        Whether the sign of each channel may be flipped as well, since all functions applied to it are odd.
+    signs : {"each", "joint", "none"}
+        Whether the sign of each channel may be flipped as well, since all functions applied to it are odd; or that of
+        all channels at once, as before a normalisation that subtracts their mean.
+    kind : str
+        What the channels are: ``units``, ``stream`` (of residual connections), ``heads``, ``query-key`` or ``value``
+        (channels within a head), ``tokens`` (that are parameters), ``blocks`` (of a grouped convolution).
+    inner : tuple of tuple of int
+        For each channel, the numbers of the groups that lie in it, such as those of the channels of a head; their
+        channels may be permuted in each on its own. Empty where there are none.
+    linear : bool
+        Whether the channels may be rotated, by any orthogonal matrix, since they only enter linear maps and products
+        of two of them.
     """
 
     size: int
     axes: tuple[TensorAxis, ...]
-    odd: bool
+    signs: str
+    kind: str = "units"
+    inner: tuple[tuple[int, ...], ...] = ()
+    linear: bool = False
 
-
-@dataclass(frozen=True)
-class Channels:
-    """The channels of a value in the network: their group, and where they lie in the value.
-
-    Attributes
-    ----------
-    group : int or None
-        ``None`` for channels that may not be permuted, such as those of the input.
-    dim : int
-    repeat : int
-        Consecutive entries per channel.
-    """
-
-    group: int | None
-    dim: int
-    repeat: int = 1
-
-
-class ChannelGroups:
-    """Opens groups, records which axes of which tensors they index, and merges them.
-
-    Parameters
-    ----------
-    canonical : dict
-        Every name of a tensor to the first name of the same tensor, so that tied weights are one.
-    """
-
-    def __init__(self, canonical: dict[str, str]) -> None:
-        self.canonical = canonical
-        self._parent: list[int] = []
-        self._size: list[int] = []
-        self._fixed: list[bool] = []
-        self._even: list[bool] = []
-        self._bound: dict[tuple[str, int], tuple[Channels, bool]] = {}  # (tensor, dim) to its channels, and signed
-
-    def groups(self) -> list[ChannelGroup]:
-        """The groups that may be permuted."""
-        axes: dict[int, list[TensorAxis]] = {}
-        for (tensor, dim), (channels, signed) in self._bound.items():
-            root = self._root(channels.group)
-            if root is not None and not self._fixed[root] and self._size[root] > 1:
-                axes.setdefault(root, []).append(TensorAxis(tensor, dim, channels.repeat, signed))
-        return [ChannelGroup(self._size[root], tuple(own), not self._even[root]) for root, own in axes.items()]
-
-    def open(self, size: int, dim: int) -> Channels:
-        """A new group, in a value that carries it along ``dim``."""
-        self._parent.append(len(self._parent))
-        self._size.append(size)
-        self._fixed.append(False)
-        self._even.append(False)
-        return Channels(self._parent[-1], dim)
-
-    def bind(self, tensor: str, dim: int, channels: Channels, signed: bool = True) -> None:
-        """Record that these channels index an axis of a tensor; if others do so too, their groups are merged."""
-        key = (self.canonical[tensor], dim)
-        if key in self._bound:
-            self.unify(self._bound[key][0], channels)
-        else:
-            self._bound[key] = (channels, signed)
-
-    def unify(self, a: Channels, b: Channels, node: str = "") -> Channels:
-        """Merge the groups of two values whose channels are the same.
-
-        With ``node``, the operation that combines the two values, they must lie along the same dim too.
-        """
-        first, second = self._root(a.group), self._root(b.group)
-        if first is None or second is None:  # what equals channels that are fixed is fixed
-            self.fix(a)
-            self.fix(b)
-            return a if second is None else b
-        if (self._size[first], a.repeat) != (self._size[second], b.repeat) or (node and a.dim != b.dim):
-            raise cannot_follow("a combination of values whose channels are laid out differently", node)
-        self._parent[second] = first
-        self._fixed[first] |= self._fixed[second]
-        self._even[first] |= self._even[second]
-        return a
-
-    def fix(self, channels: Channels | None) -> None:
-        """Forbid to permute these channels."""
-        root = self._root(channels.group) if channels is not None else None
-        if root is not None:
-            self._fixed[root] = True
-
-    def mark_even(self, channels: Channels) -> Channels:
-        """Forbid to flip the signs of these channels."""
-        root = self._root(channels.group)
-        if root is not None:
-            self._even[root] = True
-        return channels
-
-    def _root(self, group: int | None) -> int | None:
-        """The group that stands for all those merged with this one."""
-        while group is not None and self._parent[group] != group:
-            group = self._parent[group]
-        return group
-
-
-def cannot_follow(what: str, node: str = "") -> ModelError:
-    """The error for an operation whose effect on channels is unknown; ``node`` is its name in the traced graph."""
-    place = f" ({node})" if node else ""
-    return ModelError(
-        f"this network cannot be aligned: its channels cannot be followed through {what}{place}; compare it unaligned"
-    )
+    @property
+    def odd(self) -> bool:
+        """Whether the sign of each channel may be flipped."""
+        return self.signs == "each"

@@ -1,31 +1,60 @@
-"""Which hidden units of a network may be permuted: groups of channels, found by tracing how the network uses them.
+"""Which channels of a network may be permuted, found by following them through its operations.
 
-A group is a set of interchangeable channels together with every axis of every tensor that is indexed by them. The
-graph of :mod:`torch.fx` is walked once: linear and convolutional layers open a group for their outputs; elementwise
-functions, normalisation, pooling and flattening pass it on; additions merge two groups into one; and the channels of
-the network's output may not be permuted.
+The network is run once on tensors without values, and the tensor operations it performs are recorded. Every axis of
+every parameter starts as a factor of its own (:mod:`~pnanalysis.alignment.factors`). An operation that combines two
+axes element by element, or sums over them, makes their factors one; views and slices refine factors to products and
+sums. The channels of outputs and inputs may not be permuted, nor what goes through an operation that is not known
+here. It does not matter of which layers a network is made: attention of whatever form, packed or not, comes down to
+the same few operations.
 """
 
 from __future__ import annotations
 
+import operator
+import warnings
 from collections.abc import Callable
-from dataclasses import replace
-from math import prod
-from typing import Any, cast
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn.modules import activation, padding, pooling
 
-from pnanalysis.activations.hooks import ACTIVATIONS
-from pnanalysis.alignment.channel_groups import ChannelGroup, ChannelGroups, Channels, cannot_follow
+from pnanalysis.alignment.calls import Call, Result, labelled_in
+from pnanalysis.alignment.channel_groups import ChannelGroup
+from pnanalysis.alignment.group_extraction import groups_of
+from pnanalysis.alignment.labelled import Labelled, Labels
+from pnanalysis.alignment.operation_rules import RULES, pointwise
 from pnanalysis.errors import ModelError, reason
-from pnanalysis.inputs.batches import as_arguments
-from pnanalysis.torch_internals import ConvolutionBase, NormBase, TransposedConvolutionBase
+from pnanalysis.evaluation.forward import forward
+from pnanalysis.inputs.batches import tensors
+from pnanalysis.inputs.hugging_face import masks_without_values
+from pnanalysis.torch_internals import is_elementwise, make_fx, tree_flatten, tree_unflatten, writes_into_argument
+
+
+class Symmetries(NamedTuple):
+    """What may be permuted, and where that could not be found out.
+
+    Attributes
+    ----------
+    groups : list of ChannelGroup
+        Outer ones before those inside them.
+    unknown : tuple of str
+        Operations through which channels could not be followed; channels that enter them are left as they are.
+    """
+
+    groups: list[ChannelGroup]
+    unknown: tuple[str, ...]
 
 
 def find_groups(model: nn.Module, inputs: Any) -> list[ChannelGroup]:
+    """Groups of hidden channels that may be permuted without changing the network's function.
+
+    See :func:`find_symmetries`.
+    """
+    return find_symmetries(model, inputs).groups
+
+
+def find_symmetries(model: nn.Module, inputs: Any) -> Symmetries:
     """Groups of hidden channels that may be permuted without changing the network's function.
 
     Parameters
@@ -33,219 +62,159 @@ def find_groups(model: nn.Module, inputs: Any) -> list[ChannelGroup]:
     model : Module
         In eval mode.
     inputs : Tensor, or mapping or tuple of tensors
-        A few examples, from which the shapes of activations are found.
+        A few examples, which the network is run on.
 
     Returns
     -------
-    list of ChannelGroup
-        In the order of the network.
+    Symmetries
 
     Raises
     ------
     ModelError
-        If torch.fx cannot trace the network, or an operation's effect on its channels is unknown here.
+        If the network's operations cannot be recorded, or no channels may be permuted.
     """
-    try:
-        traced = fx.symbolic_trace(model)
-        with torch.no_grad():
-            arguments, keywords = as_arguments(inputs)
-            named = [keywords[node.name] for node in traced.graph.nodes if node.op == "placeholder" and keywords]
-            ShapeProp(traced).propagate(*arguments, *named)
-    except Exception as error:  # a forward of the user's may raise anything when it is given proxies for tensors
+    traced, names = _trace(model, inputs)
+    aliases: dict[str, list[str]] = {}
+    for name, first in _canonical_names(model).items():
+        aliases.setdefault(first, []).append(name)
+    labels = Labels({name for name, _ in model.named_buffers()})
+    followed = _follow(traced, names, labels)
+    groups = groups_of(labels, followed.values, aliases)
+    if not groups:
+        through = f": they go through {', '.join(followed.unknown)}" if followed.unknown else ""
         raise ModelError(
-            f"{type(model).__name__} cannot be aligned: torch.fx cannot trace it ({reason(error)}); "
+            f"{type(model).__name__} cannot be aligned: it has no hidden channels that may be permuted{through}; "
+            "compare it unaligned"
+        )
+    return Symmetries(groups, followed.unknown)
+
+
+def _trace(model: nn.Module, inputs: Any) -> tuple[fx.Graph, list[str]]:
+    """The operations of a forward pass, and the names of the tensors that are its first arguments."""
+    state = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    leaves, spec = tree_flatten(inputs)
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        own = dict(zip(state, arguments, strict=False))
+        rest = iter(arguments[len(state) :])
+        nest = tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        found = list(tensors_in_output(forward(model, nest, own)))
+        if not found:
+            raise ModelError("it returns no tensors")
+        return found
+
+    def record(function: Callable[..., Any]) -> fx.Graph:
+        with torch.no_grad(), warnings.catch_warnings(), masks_without_values():
+            warnings.simplefilter("ignore")
+            traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*state.values(), *given)
+        return traced.graph
+
+    def record_without_writes() -> fx.Graph:
+        graph = record(run)
+        if any(writes_into_argument(node.target) for node in graph.nodes):
+            # What is written in place shows in every view of it: have it recorded as new tensors.
+            return record(torch.func.functionalize(run, remove="mutations"))
+        return graph
+
+    try:
+        with ThreadPoolExecutor(1) as pool:  # a trace that fails leaves the state of its thread in disorder
+            return pool.submit(record_without_writes).result(), list(state)
+    except Exception as error:  # a user's forward may raise anything on tensors without values
+        raise ModelError(
+            f"{type(model).__name__} cannot be aligned: its operations cannot be recorded ({reason(error)}); "
             "write its forward without branches on data"
         ) from error
-    return _ChannelTracer(traced, dict(model.named_modules()), _canonical_names(model)).groups.groups()
 
 
-# Functions that do not mix channels, by what they do to signs. Odd ones, f(-x) = -f(x), pass a flipped sign on; all
-# others are called even here, whether f(-x) = f(x) or not: the sign of what enters them must stay.
-_ODD = {"tanh", "softsign", "dropout", "contiguous", "clone", "float", "double", "to", "neg", "avg_pool1d",
-        "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean",
-        "interpolate", "identity"}  # fmt: skip
-_EVEN = set(ACTIVATIONS) - _ODD | {
-    "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "clamp", "abs", "pow",
-    "square", "exp", "sqrt", "amax", "softmax", "log_softmax",
-}  # fmt: skip
-_SUMS = {"add", "iadd", "sub", "isub"}
-_PRODUCTS = {"mul", "imul", "truediv", "div"}
-_RESHAPES = {"flatten", "view", "reshape"}
-_ODD_MODULES = (
-    nn.Tanh, nn.Softsign, nn.Identity, nn.Upsample, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.AlphaDropout, nn.FeatureAlphaDropout, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-)  # fmt: skip
-_MIXING = (nn.GLU, nn.MultiheadAttention, nn.PReLU)  # in torch's module of activations, but not elementwise
+def tensors_in_output(outputs: Any) -> list[Tensor]:
+    """All tensors that a network returns, in whatever it returns them."""
+    found = list(tensors(outputs))
+    if not found and hasattr(outputs, "__dict__"):
+        found = list(tensors(list(vars(outputs).values())))
+    return [tensor for tensor in found if tensor.is_floating_point() or tensor.is_complex()]
 
 
-class _ChannelTracer:
-    """Walks the graph once, node by node, and records the channels of each value."""
+class _Followed(NamedTuple):
+    values: list[Labelled]
+    unknown: tuple[str, ...]
 
-    def __init__(self, traced: fx.GraphModule, modules: dict[str, nn.Module], canonical: dict[str, str]) -> None:
-        self.modules, self.groups = modules, ChannelGroups(canonical)
-        self.values: dict[fx.Node, Channels] = {}
-        for node in traced.graph.nodes:
-            channels = self._visit(node)
-            if channels is not None:
-                self.values[node] = channels
 
-    def _visit(self, node: fx.Node) -> Channels | None:
-        """The channels of a node's value; ``None`` for the output, and for values that are not tensors."""
-        if node.op == "output":
-            for source in node.all_input_nodes:
-                self.groups.fix(self.values.get(source))
-            return None
-        if _tensor_shape(node) is None and node.op != "get_attr":  # the size of a tensor, for example
-            return None
+def _follow(graph: fx.Graph, names: list[str], labels: Labels) -> _Followed:
+    """Label the value of every node, in order."""
+    values: dict[fx.Node, Any] = {}
+    unknown: dict[str, None] = {}
+    given = iter(names)
+    for node in graph.nodes:
         if node.op == "placeholder":
-            return Channels(None, 1)
-        if node.op == "call_module":
-            return self._call_module(node, str(node.target), self.modules[str(node.target)])
-        if node.op == "get_attr":
-            raise cannot_follow("a parameter outside a layer", node.name)
-        return self._call_function(node)
-
-    def _call_module(self, node: fx.Node, name: str, module: nn.Module) -> Channels:
-        channels = self._input(node)
-        if isinstance(module, nn.Linear | nn.Embedding | ConvolutionBase):
-            return self._layer(node, name, module, channels)
-        if isinstance(module, NormBase | nn.LayerNorm | nn.GroupNorm):
-            return self._normalise(node, name, module, channels)
-        if isinstance(module, nn.Flatten):
-            return self._reshape(node, channels)
-        if isinstance(module, _ODD_MODULES):
-            return channels
-        kinds = (activation, pooling, padding)
-        if any(type(module).__module__ == kind.__name__ for kind in kinds) and not isinstance(module, _MIXING):
-            return self.groups.mark_even(channels)
-        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-            return self.groups.mark_even(channels)
-        raise cannot_follow(type(module).__name__, node.name)
-
-    def _call_function(self, node: fx.Node) -> Channels:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        name = name.rstrip("_")  # relu_ is relu
-        operands = [part for part in (*node.args, *node.kwargs.values()) if part in self.values]
-        if name in _SUMS | _PRODUCTS and operands:
-            return self._combine(node, cast("list[fx.Node]", operands), is_sum=name in _SUMS)
-        if name in _RESHAPES:
-            return self._reshape(node, self._input(node))
-        if name in _ODD | _EVEN and len(operands) == 1:
-            channels = self._input(node)
-            if channels.group is not None and not self._keeps_channels(node, channels):
-                raise cannot_follow(name, node.name)
-            return channels if name in _ODD else self.groups.mark_even(channels)
-        raise cannot_follow(name, node.name)
-
-    def _layer(self, node: fx.Node, name: str, module: nn.Module, channels: Channels) -> Channels:
-        """A layer whose weight maps the channels of its input to new ones."""
-        shape = _shape(node)
-        if isinstance(module, nn.Embedding):
-            opened = self.groups.open(module.embedding_dim, len(shape) - 1)
-            self.groups.bind(f"{name}.weight", 1, opened)
-            return opened
-        if isinstance(module, ConvolutionBase) and module.groups > 1:
-            return self._grouped_convolution(node, name, module, channels)
-        in_dim, out_dim = (0, 1) if isinstance(module, TransposedConvolutionBase) else (1, 0)
-        dim = 1 if isinstance(module, ConvolutionBase) else len(shape) - 1
-        if channels.group is not None and channels.dim != dim:
-            raise cannot_follow(f"a {type(module).__name__} layer over other axes than the channels", node.name)
-        self.groups.bind(f"{name}.weight", in_dim, channels)
-        opened = self.groups.open(shape[dim], dim)
-        self.groups.bind(f"{name}.weight", out_dim, opened)
-        if getattr(module, "bias", None) is not None:
-            self.groups.bind(f"{name}.bias", 0, opened)
-        return opened
-
-    def _grouped_convolution(self, node: fx.Node, name: str, module: ConvolutionBase, channels: Channels) -> Channels:
-        if module.groups == module.in_channels == module.out_channels:  # depthwise: one filter per channel
-            # A flipped sign passes from the input to the output, and leaves the filter as it is.
-            self.groups.bind(f"{name}.weight", 0, channels, signed=False)
-            if module.bias is not None:
-                self.groups.bind(f"{name}.bias", 0, channels)
-            return channels
-        self.groups.fix(channels)  # only channels of one group of the convolution could be exchanged: left alone
-        return Channels(None, 1)
-
-    def _normalise(self, node: fx.Node, name: str, module: nn.Module, channels: Channels) -> Channels:
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            # Their mean over channels is the same for any order of the channels, but not for any signs.
-            self.groups.mark_even(channels)
-            last = channels.dim == len(_shape(node)) - 1
-            if isinstance(module, nn.LayerNorm) and not (last and len(module.normalized_shape) == 1):
-                raise cannot_follow("a LayerNorm over more than the channels", node.name)
-            if isinstance(module, nn.GroupNorm) and module.num_groups not in (1, module.num_channels):
-                # Channels must not leave their normalisation group.
-                self.groups.fix(channels)
-        for tensor, signed in (("weight", False), ("bias", True), ("running_mean", True), ("running_var", False)):
-            if getattr(module, tensor, None) is not None:
-                self.groups.bind(f"{name}.{tensor}", 0, channels, signed)
-        return channels
-
-    def _combine(self, node: fx.Node, operands: list[fx.Node], is_sum: bool) -> Channels:
-        """A sum or product: its operands have the same channels, except where one is broadcast along them."""
-        shape = _shape(node)
-        full = [self.values[source] for source in operands if self._has_all_channels(source, shape)]
-        if not full:
-            raise cannot_follow("operands of different shapes", node.name)
-        result = full[0]
-        for other in full[1:]:
-            result = self.groups.unify(result, other, node.name)
-        keeps_signs = len(full) > 1 if is_sum else len(operands) == 1  # x + y and 2 x are odd, x + 1 and x y are not
-        if not keeps_signs or len(full) < len(operands):
-            for source in operands:
-                self.groups.mark_even(self.values[source])
-        return result
-
-    def _has_all_channels(self, operand: fx.Node, shape: tuple[int, ...]) -> bool:
-        """Whether an operand has the channels of the result of this shape, or is broadcast along them."""
-        channels, own = self.values[operand], _shape(operand)
-        shift = len(shape) - len(own)  # broadcasting aligns shapes at their last dims
-        return channels.group is None or own[channels.dim] == shape[channels.dim + shift]
-
-    def _reshape(self, node: fx.Node, channels: Channels) -> Channels:
-        """Flattening (N, C, ...) to (N, C * ...) repeats each channel; other reshapes must keep N and C."""
-        if channels.group is None:
-            return channels
-        before = _shape(node.all_input_nodes[0])
-        after = _shape(node)
-        if before == after:
-            return channels
-        if channels.dim == 1 and len(after) == 2 and after[1] == prod(before[1:]):
-            return replace(channels, repeat=channels.repeat * prod(before[2:]))
-        if channels.dim == 1 and before[:2] == after[:2] and channels.repeat == 1:
-            return channels
-        raise cannot_follow(f"a reshape of {before} to {after}", node.name)
-
-    def _keeps_channels(self, node: fx.Node, channels: Channels) -> bool:
-        """Whether the channels lie along the same dim before and after; a mean over later dims keeps them there."""
-        before = _shape(node.all_input_nodes[0])
-        after = _shape(node)
-        if len(after) == len(before):
-            return after[channels.dim] == before[channels.dim]
-        reduced = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        dims = [reduced] if isinstance(reduced, int) else list(cast("Any", reduced) or [])
-        return bool(dims) and all(dim % len(before) > channels.dim for dim in dims)
-
-    def _input(self, node: fx.Node) -> Channels:
-        """The channels of a node's only input."""
-        sources = [self.values[source] for source in node.all_input_nodes if source in self.values]
-        if len(sources) != 1:
-            raise cannot_follow(f"an operation with {len(sources)} inputs", node.name)
-        return sources[0]
+            name = next(given, None)
+            shape = node.meta["val"].shape
+            if name is None:
+                values[node] = labels.constant(shape)
+            elif node.users:
+                values[node] = labels.source(name, shape)
+        elif node.op == "get_attr":
+            value = node.meta.get("val", getattr(graph.owning_module, str(node.target), None))
+            values[node] = labels.constant(getattr(value, "shape", ()))
+        elif node.op == "output":
+            labels.fix(*labelled_in(fx.node.map_arg(node.args, values.get)))
+        elif node.target is operator.getitem:
+            source, at = node.args
+            values[node] = _entry(values.get(source), at)
+            if values[node] is None and node.users:
+                values[node] = _left_alone(node, labels, values, unknown)
+        else:
+            values[node] = _apply(node, labels, values, unknown)
+    every = [value for found in values.values() for value in labelled_in(found)]
+    return _Followed(every, tuple(unknown))
 
 
-def _tensor_shape(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape of a node's value; ``None`` if it is not a tensor."""
-    meta = node.meta.get("tensor_meta")
-    shape = getattr(meta, "shape", None)
-    return None if shape is None else tuple(shape)
+def _entry(results: Any, at: int) -> Labelled | None:
+    return results[at] if isinstance(results, tuple) and at < len(results) else None
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    """The shape of a node's value, which is known to be a tensor."""
-    return cast("tuple[int, ...]", _tensor_shape(node))
+def _apply(node: fx.Node, labels: Labels, values: dict[fx.Node, Any], unknown: dict[str, None]) -> Any:
+    """The value of a call: by its rule, or with all that enters it left where it is."""
+    results = node.meta.get("val")
+    listed = list(results) if isinstance(results, tuple | list) else [results]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not any(isinstance(result, Tensor) for result in listed):
+        return None if schema is not None and not listed else _left_alone(node, labels, values, unknown)
+    name = schema.name.split("::")[-1].rstrip("_")
+    rule = RULES.get(name) or (pointwise if is_elementwise(node.target) else None)
+    if rule is not None:
+        bound = {argument.name: argument.default_value for argument in schema.arguments}
+        bound |= dict(zip(bound, node.args, strict=False))
+        arguments = {key: fx.node.map_arg(value, values.get) for key, value in {**bound, **node.kwargs}.items()}
+        given = [source.meta.get("val") for source in node.all_input_nodes]
+        found = rule(Call(labels, name, arguments, listed, given))
+        if _fits(found, listed, labels):
+            return found
+    return _left_alone(node, labels, values, unknown)
+
+
+def _fits(found: Result, results: list[Any], labels: Labels) -> bool:
+    """Whether a rule applied, and its result has the shape that the operation's has."""
+    values = found if isinstance(found, tuple) else (found,)
+    if values[0] is None:
+        return False
+    return all(
+        value is None or not isinstance(result, Tensor) or labels.shape(value) == tuple(result.shape)
+        for value, result in zip(values, results, strict=False)
+    )
+
+
+def _left_alone(node: fx.Node, labels: Labels, values: dict[fx.Node, Any], unknown: dict[str, None]) -> Any:
+    """Fix all that enters an operation; what it returns has no channels."""
+    entering = labelled_in([values.get(source) for source in node.all_input_nodes])
+    name = getattr(getattr(node.target, "_schema", None), "name", str(node.target)).split("::")[-1]
+    entering = [labels.settle(value, True) for value in entering]  # what buffers hold is fixed thereby
+    if labels.fix(*entering) and node.target is not operator.getitem:
+        unknown[name] = None
+    results = node.meta.get("val")
+    if isinstance(results, tuple | list):
+        return tuple(labels.constant(part.shape) if isinstance(part, Tensor) else None for part in results)
+    return labels.constant(results.shape) if isinstance(results, Tensor) else None
 
 
 def _canonical_names(model: nn.Module) -> dict[str, str]:

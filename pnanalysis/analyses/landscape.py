@@ -11,7 +11,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis import schema
-from pnanalysis.alignment.weight_matching import Relabelling, check_preserved
+from pnanalysis.alignment.weight_matching import Relabelling, check_relabelling
 from pnanalysis.alignment.weight_matching import align as match
 from pnanalysis.analyses.eigenvector_plane import eigenvector_plane
 from pnanalysis.analyses.trajectory import plane_points
@@ -50,6 +50,7 @@ class LandscapeOptions:
     n_steps: int = 1000
     lr: float = 3e-3
     n_restarts: int = 5
+    rotations: bool = True
     bn: str = "reestimate"
     dtype: str = "float32"
     seed: int = 0
@@ -97,6 +98,7 @@ def landscape(
     n_steps: int = 1000,
     lr: float = 3e-3,
     n_restarts: int = 5,
+    rotations: bool = True,
     bn: str = "reestimate",
     eigenpairs: xr.Dataset | None = None,
     pairs: Sequence[int] = (1, 2),
@@ -136,6 +138,8 @@ def landscape(
         See :func:`pnanalysis.geometry.curves.train_curve`; trained on the whole training split.
     n_restarts : int
         Of the alignment.
+    rotations : bool
+        Whether alignment may also rotate channels within heads of attention, and others that only enter linear maps.
     bn : {"reestimate", "interpolate"}
         Running statistics of batch normalisation: estimated again at each point from the ``n`` training examples, or
         combined like parameters.
@@ -184,7 +188,7 @@ def landscape(
     H. Li et al., arXiv:1712.09913. K. Jordan et al., "REPAIR", arXiv:2211.08403.
     """
     options = LandscapeOptions(
-        view, align, n_points, extrapolate, span, curve, n_bends, n_steps, lr, n_restarts, bn, dtype, seed,
+        view, align, n_points, extrapolate, span, curve, n_bends, n_steps, lr, n_restarts, rotations, bn, dtype, seed,
         tuple(pairs),
     )  # fmt: skip
     at_least(1, n=n, batch_size=batch_size)
@@ -302,9 +306,14 @@ def _paths(
     settings: dict[str, Any] = {}
     paths = {"line": (states, "line")}
     if options.align:
-        relabelling = _relabelling(surface, states, batches, options.n_restarts, options.seed, progress)
+        relabelling = _relabelling(surface, states, batches, options, progress)
         paths["aligned"] = ([states[0], relabelling.apply(states[1])], "line")
-        settings = {"n_relabelled": relabelling.n_moved, "n_restarts": options.n_restarts}
+        settings = {
+            "n_relabelled": relabelling.n_moved,
+            "relabelled": relabelling.summary(),
+            "not_followed": relabelling.not_followed or None,
+            "n_restarts": options.n_restarts,
+        }
     if options.view == "curve":
         if curve_data is None:
             raise DataError("a curve is trained: give the examples to train it on")
@@ -381,10 +390,13 @@ def _short_name(name: str, first: Source, source: Source, checkpoint: AnyCheckpo
 
 
 def _relabelling(
-    surface: LossSurface, states: list[State], batches: Iterable[Any], n_restarts: int, seed: int, progress: bool
+    surface: LossSurface, states: list[State], batches: Iterable[Any], options: LandscapeOptions, progress: bool
 ) -> Relabelling:
     """The relabelling that brings the second state nearest to the first, checked on a few examples."""
     few = surface.cast(first_examples(next(iter(batches)), 4)[0])
-    found = match(surface.model, states[0], states[1], few, n_restarts=n_restarts, seed=seed, progress=progress)
-    check_preserved(surface.model, states[1], found.apply(states[1]), few)
+    found = match(
+        surface.model, states[0], states[1], few, rotations=options.rotations, n_restarts=options.n_restarts,
+        seed=options.seed, progress=progress,
+    )  # fmt: skip
+    check_relabelling(surface.model, states[1], found, few)
     return found

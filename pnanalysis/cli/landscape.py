@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,6 +53,13 @@ def landscape(
     steps: Annotated[int, typer.Option(help="Minibatches in the training of the curve.")] = 1000,
     lr: Annotated[float, typer.Option(help="Largest learning rate of that training (Adam).")] = 3e-3,
     restarts: Annotated[int, typer.Option(help="Restarts of the weight matching for --align.")] = 5,
+    rotations: Annotated[
+        bool,
+        typer.Option(
+            "--rotations/--permutations",
+            help="Whether --align may also rotate channels within heads, and others that only enter linear maps.",
+        ),
+    ] = True,
     bn: Annotated[
         Literal["reestimate", "interpolate"],
         typer.Option(help="How batch-normalisation statistics are obtained between the ends."),
@@ -106,7 +114,7 @@ def landscape(
     given = options.sources(runs, model, weights, data, loss, output, tokens)
     ds = analyse(
         *given, checkpoints=checkpoint, view=view, align=align, n_points=points, extrapolate=extrapolate, span=span,
-        curve=curve, n_bends=bends, n_steps=steps, lr=lr, n_restarts=restarts, bn=bn,
+        curve=curve, n_bends=bends, n_steps=steps, lr=lr, n_restarts=restarts, rotations=rotations, bn=bn,
         eigenpairs=None if eigenpairs is None else load(eigenpairs), pairs=pairs, splits=split, n=n,
         batch_size=batch_size, dtype=dtype, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
@@ -122,7 +130,7 @@ def _paths(given: list[Source], quiet: bool) -> dict[str, Any]:
     return {"trajectory": trajectory(*given, progress=not quiet)}
 
 
-def _barriers(ds: xr.Dataset) -> Table:
+def _barriers(ds: xr.Dataset) -> list[Table | str]:
     rows = []
     for path in ds.path.values:
         for split in ds.split.values:
@@ -142,7 +150,27 @@ def _barriers(ds: xr.Dataset) -> Table:
         "distance of the ends": "distance between ends",
         "length": "length",
     }
-    return make_table("barriers", columns, rows)
+    return [make_table("barriers", columns, rows), *_aligned(ds)]
+
+
+def _aligned(ds: xr.Dataset) -> list[Table | str]:
+    """What alignment could move, and what it moved."""
+    if "relabelled" not in ds.attrs:
+        return []
+    kinds = [(kind["kind"], kind["groups"], kind["size"], kind["signs"], kind["moved"])
+             for kind in json_module.loads(ds.attrs["relabelled"])]  # fmt: skip
+    columns = {
+        "kind": "channels",
+        "groups": "groups",
+        "size": "channels in each",
+        "signs": "signs",
+        "moved": "moved or flipped",
+    }
+    found: list[Table | str] = [make_table("aligned", columns, kinds)]
+    if "not_followed" in ds.attrs:
+        operations = ", ".join(json_module.loads(ds.attrs["not_followed"]))
+        found.append(f"channels could not be followed through {operations}, and were left in their places there")
+    return found
 
 
 def _extremes(ds: xr.Dataset) -> Table:

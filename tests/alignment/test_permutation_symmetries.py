@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.alignment.permutation_symmetries import find_groups
+from pnanalysis.alignment.relabelling import Relabelling
+from pnanalysis.alignment.weight_matching import check_preserved
 from pnanalysis.errors import ModelError
 from trainers.zoo.models import alexnet, resnet18
 
@@ -28,15 +30,20 @@ class Branching(nn.Module):
 
 
 class Joining(nn.Module):
-    def __init__(self) -> None:
+    """Two layers beside each other: their outputs keep their places, hidden channels in each need not."""
+
+    def __init__(self, hidden: bool) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.out = nn.Linear(6, 2) if hidden else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.a(x), self.b(x)], 1)
+        return self.out(torch.cat([self.a(x), self.b(x)], 1))
 
 
 class Mixing(nn.Module):
+    """Channels in two blocks that share what is done to them."""
+
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 3)
@@ -45,12 +52,53 @@ class Mixing(nn.Module):
         return self.b(self.a(x).view(-1, 2, 3))
 
 
+class Wrapped(nn.Module):
+    """Outputs in a mapping, of which one is a hidden layer: its channels have a meaning to whoever reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = torch.relu(self.a(x))
+        return {"logits": self.c(torch.relu(self.b(hidden))), "hidden": hidden}
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(Branching(), "branches on data"), (Joining(), "cat"), (Mixing(), "reshape")],
-    ids=["branching", "joining", "mixing"],
+    [
+        (Branching(), "branches on data"),
+        (Joining(hidden=False), "no hidden channels that may be permuted"),
+        (nn.Linear(4, 2), "no hidden channels that may be permuted"),
+    ],
+    ids=["branching", "joined outputs", "linear"],
 )
-def test_networks_that_cannot_be_followed_are_refused(model: nn.Module, message: str) -> None:
+def test_networks_that_cannot_be_aligned_are_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message) as raised:
-        find_groups(model, torch.randn(2, 4))
+        find_groups(model.eval(), torch.randn(2, 4))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (Joining(hidden=True), [(3, 3), (3, 3)]),
+        (Mixing(), [(3, 3)]),
+        (Wrapped(), [(5, 3)]),
+        (nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(6, 2)), [(6, 3)]),
+        (nn.Sequential(nn.Linear(4, 10), nn.GLU(), nn.Linear(5, 2)), [(5, 3)]),
+        (nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 6, 1, groups=2), nn.ReLU(), nn.Conv1d(6, 2, 1)),
+         [(3, 3), (3, 3)]),
+    ],
+    ids=["joined", "in blocks", "mapping", "viewed", "gated", "grouped convolution"],
+)  # fmt: skip
+def test_channels_are_followed_through_views_and_joins(model: nn.Module, expected: list[tuple[int, int]]) -> None:
+    """Sizes of the groups, and the number of tensors that each indexes."""
+    torch.manual_seed(0)
+    inputs, model = torch.randn(3, 4), model.eval()
+    groups = find_groups(model, inputs)
+    assert sorted((group.size, len({axis.tensor for axis in group.axes})) for group in groups) == sorted(expected)
+    state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    moved = Relabelling.random(groups, 1).apply(state)
+    assert any(not torch.equal(moved[name], state[name]) for name in state)
+    assert check_preserved(model, state, moved, inputs) < 1e-13

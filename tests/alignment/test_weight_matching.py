@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pnanalysis.alignment.permutation_symmetries import find_groups
-from pnanalysis.alignment.relabelling import Relabelling
-from pnanalysis.alignment.weight_matching import _improve, _Matching, align, check_preserved
+from pnanalysis.alignment.relabelling import Change, Relabelling
+from pnanalysis.alignment.similarities import Similarities
+from pnanalysis.alignment.weight_matching import _improved, align, check_preserved
 from pnanalysis.errors import ModelError
 from pnanalysis.geometry.distances import state_distance
 from trainers.zoo.models import lenet5, tanh7
@@ -130,7 +131,7 @@ def test_tanh_networks_need_signs_too() -> None:
     without = align(model, state, flipped, inputs, signs=False)
     assert state_distance(state, with_signs.apply(flipped), names) == 0
     assert state_distance(state, without.apply(flipped), names) > 1
-    assert all((sign == 1).all() for sign in without.signs)
+    assert all((change.signs == 1).all() for change in without.changes)
 
 
 def test_one_hidden_layer_is_matched_as_by_trying_all_permutations() -> None:
@@ -138,7 +139,7 @@ def test_one_hidden_layer_is_matched_as_by_trying_all_permutations() -> None:
     a = state_of(trained_looking(lambda: model))
     b = {name: torch.randn(tensor.shape) for name, tensor in a.items()}
     groups = find_groups(model, torch.randn(2, 3))
-    trials = [Relabelling(groups, [np.array(order)], [np.ones(5)]) for order in permutations(range(5))]
+    trials = [Relabelling(groups, [Change(np.array(order), np.ones(5))]) for order in permutations(range(5))]
     best = min(state_distance(a, trial.apply(b), list(a)) for trial in trials)
     assert state_distance(a, align(model, a, b, torch.randn(2, 3)).apply(b), list(a)) == pytest.approx(best, rel=1e-6)
 
@@ -168,18 +169,19 @@ def stream_state(seed: int) -> dict[str, Tensor]:
 def test_a_group_on_both_axes_of_a_weight_never_loses_and_the_search_ends() -> None:
     model, inputs = Stream().eval(), torch.randn(4, 3)
     (group,) = groups = find_groups(model, inputs)
-    assert sorted(axis.dim for axis in group.axes if axis.tensor == "mix.weight") == [0, 1]
+    assert sorted(axis.dims for axis in group.axes if axis.tensor == "mix.weight") == [(0,), (1,)]
     for seed in range(20):
         a, b = stream_state(2 * seed), stream_state(2 * seed + 1)
-        matching = _Matching(groups, set(a), a, b, signs=False)
+        matching = Similarities(groups, set(a), a, b, ["none"])
         current, before = Relabelling.identity(groups), state_distance(a, b, list(a))
         steps = 0
-        while _improve(matching, current, 0):
+        while (better := _improved(matching, current, 0)) is not None:
+            current = better
             after = state_distance(a, current.apply(b), list(a))
             assert after < before
             before, steps = after, steps + 1
             assert steps < 20
-        trials = [Relabelling(groups, [np.array(order)], [np.ones(5)]) for order in permutations(range(5))]
+        trials = [Relabelling(groups, [Change(np.array(order), np.ones(5))]) for order in permutations(range(5))]
         every = [state_distance(a, trial.apply(b), list(a)) for trial in trials]
         assert min(every) <= before + 1e-12  # a quadratic assignment: not always the best, never worse than it was
 
@@ -216,7 +218,7 @@ def test_a_layer_that_is_called_twice_shares_its_groups() -> None:
 def test_a_relabelling_that_changes_the_function_is_caught() -> None:
     model, inputs = trained_looking(NETWORKS["mlp"][0]), torch.randn(4, 6)
     groups = find_groups(model, inputs)
-    signs = [-np.ones(group.size) for group in groups]  # ReLU is not odd
-    wrong = Relabelling(groups, Relabelling.identity(groups).orders, signs)
+    flips = [Change(np.arange(group.size), -np.ones(group.size)) for group in groups]  # ReLU is not odd
+    wrong = Relabelling(groups, flips)
     with pytest.raises(ModelError, match="changed what the network computes"):
         check_preserved(model, state_of(model), wrong.apply(state_of(model)), inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from pnanalysis.inputs.networks import open_files
 from pnanalysis.inputs.sources import Source, as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
+from tests.alignment.architectures import made
 from trainers import Config, train
 
 EPS32 = 2.0**-23
@@ -149,6 +151,29 @@ def test_networks_with_norms_are_aligned_too(tmp_path: Path) -> None:
         ds = landscape(source, align=True, n_points=5, bn=bn, progress=False)
         assert float(ds.barrier.sel(path="line")[0]) > 0.02
         assert float(ds.barrier.sel(path="aligned")[0]) < 1e-5
+
+
+def test_transformers_are_aligned_and_the_dataset_says_what_was_moved() -> None:
+    model, inputs = made("rotary")
+    data = as_splits((inputs.repeat(20, 1), inputs.repeat(20, 1)[:, 0]))
+    other = copy.deepcopy(model)
+    other.load_state_dict(Relabelling.random(find_groups(model, inputs), 1, rotations=True).apply(model.state_dict()))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs[:, -1], targets)
+
+    ds = landscape([model, other], data=data, loss=loss, align=True, n_points=5, progress=False)
+    assert float(ds.barrier.sel(path="line")[0]) > 0.1
+    assert float(ds.barrier.sel(path="aligned")[0]) < 1e-4  # weights rotated in single precision
+    groups = json.loads(ds.attrs["relabelled"])
+    assert {(entry["kind"], entry["size"], entry["groups"]) for entry in groups} == {
+        ("stream", 12, 1), ("units", 10, 1), ("heads", 2, 1), ("heads", 3, 2), ("value", 4, 2),
+    }  # fmt: skip
+    assert sum(entry["moved"] for entry in groups) == ds.attrs["n_relabelled"]
+    assert "not_followed" not in ds.attrs
+    kept = landscape([model, other], data=data, loss=loss, align=True, rotations=False, n_points=5, progress=False)
+    assert {entry["signs"] for entry in json.loads(kept.attrs["relabelled"])} <= {"each", "none"}
+    assert float(kept.distance.sel(path="aligned")) > float(ds.distance.sel(path="aligned"))
 
 
 def test_statistics_are_estimated_anew_as_by_a_loop(tmp_path: Path) -> None:

@@ -179,9 +179,11 @@ def test_compare_takes_many_checkpoints_and_custom_weights(run, own_run: Run, tm
 
 def test_landscapes_are_saved_drawn_and_reported(run, own_run: Run, tmp_path: Path) -> None:
     ends = ("-c", "start", "-c", "plain", "--n", 100, "--points", 3, "--device", "cpu")
-    done = run("pnanalysis", "landscape", own_run.path, *ends, "--align")
+    done = run("pnanalysis", "landscape", own_run.path, *ends, "--align", "--permutations", "--json")
     assert done.status == 0, done.err
-    assert "aligned" in done.out
+    barriers, aligned = json.loads(done.out)["tables"]
+    assert [row["path"] for row in barriers["rows"]][-1] == "aligned"
+    assert {row["kind"] for row in aligned["rows"]} == {"units"}
     done = run("pnanalysis", "landscape", own_run.path, *ends, "--view", "curve", "--steps", 5, "-o", tmp_path / "c.nc")
     assert done.status == 0, done.err
     assert netcdf.load(tmp_path / "c.nc").path.values.tolist() == ["line", "curve"]
