@@ -287,6 +287,13 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
     "spectrum_comparison": _SPECTRUM_COMPARISON,
     "eigenpairs": _EIGENPAIRS,
     "eigenvectors": {"vector": _var("pair parameter", "1", "eigenvector of unit length")},
+    "block_forms": {
+        "forms": _var("group block a b", "loss", "form of the group's part of a block with two sign vectors"),
+        "rest": _var("block a b", "loss", "form of what no example has"),
+        "total": _var("parameter", "loss", "sum of samples of the diagonal", _OPTIONAL),
+        "square": _var("parameter", "loss^2", "sum of squared samples of the diagonal", _OPTIONAL),
+        "halves": _var("group half parameter", "loss", "sum of the group's samples of the diagonal", _OPTIONAL),
+    },
     "functional": _FUNCTIONAL,
     "comparison": _COMPARISON,
     "saturation": {

@@ -178,6 +178,24 @@ class DataForms:
         )
 
 
+def variance_of_forms(weight: Array, form: Array, spread: Array) -> Array:
+    """Variance of numbers over samples of as many groups, ``(...)``; NaN for fewer than :data:`FEWEST_GROUPS`.
+
+    Parameters
+    ----------
+    weight : ndarray, shape (group,)
+    form, spread : ndarray, shape (group, ...)
+        See :class:`Influence`.
+    """
+    n, total = int((weight > 0).sum()), weight.sum()
+    if n < FEWEST_GROUPS:
+        return np.full(form.shape[1:], np.nan)
+    form, spread = (values - np.tensordot(weight, values, 1) / total for values in (form, spread))
+    squares, noise = (np.tensordot(weight**2, values**2, 1) for values in (form, spread))
+    # all groups see the same few probes, whose noise is known badly: more than half is never taken for noise
+    return np.asarray(n / (n - 1) * np.maximum(squares - noise, squares / 2))
+
+
 @dataclass(frozen=True)
 class Influence:
     """What each group adds to a number to first order.
@@ -198,13 +216,7 @@ class Influence:
     @property
     def variance(self) -> float:
         """Of the number, over samples of as many groups."""
-        n, total = int((self.weight > 0).sum()), self.weight.sum()
-        if n < FEWEST_GROUPS:
-            return np.nan
-        form, spread = (values - self.weight @ values / total for values in (self.form, self.spread))
-        squares, noise = (float(self.weight**2 @ values**2) for values in (form, spread))
-        # all groups see the same few probes, whose noise is known badly: more than half is never taken for noise
-        return n / (n - 1) * max(squares - noise, squares / 2)
+        return float(variance_of_forms(self.weight, self.form, self.spread))
 
     @property
     def se(self) -> float:
