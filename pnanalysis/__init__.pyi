@@ -1,5 +1,6 @@
 from . import plots as plots
 from .activations.monitor import SaturationMonitor as SaturationMonitor
+from .analyses.blocks import blocks as blocks
 from .analyses.comparison import compare as compare
 from .analyses.eigenpairs import eigenpairs as eigenpairs
 from .analyses.functional import functional_distance as functional_distance
@@ -39,6 +40,7 @@ __all__ = [
     "Run",
     "SaturationMonitor",
     "as_operator",
+    "blocks",
     "compare",
     "eigenpairs",
     "functional_distance",
