@@ -292,6 +292,7 @@ _BLOCKS = {
     **_with_parts("trace", "block", "loss", "trace of the diagonal block"),
     **_with_parts("frobenius_norm", "block", "loss", "Frobenius norm of the diagonal block"),
     **_with_parts("off_diagonal_energy", "block", "loss^2", "sum of the block's energies with all others"),
+    **_with_parts("off_diagonal_share", "block", "1", "part that other blocks have of the block's energies"),
     **_with_parts("energy", "block other", "loss^2", "energy (squared Frobenius norm) between blocks"),
     **_with_parts("network_trace", "", "loss", "trace of all blocks together"),
     "n_hvp": _var("", "1", "products with the matrix"),

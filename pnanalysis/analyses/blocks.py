@@ -113,7 +113,8 @@ def blocks(
 
         - ``trace``, ``frobenius_norm`` (block) of the diagonal blocks; ``network_trace``;
         - ``energy`` (block, other), squared Frobenius norms :math:`\lVert H_{kl} \rVert_F^2` of all blocks;
-          ``off_diagonal_energy`` (block), the sum of a block's energies with all others;
+          ``off_diagonal_energy`` (block), the sum of a block's energies with all others, and ``off_diagonal_share``,
+          its part of all energies of the block;
         - ``n_parameters`` (block); ``n_hvp``;
         - with ``diagonal``: ``diagonal`` (statistic, parameter): value, and standard errors for signs and examples;
         - with ``spectra``: ``js_divergence`` and ``wasserstein1`` (block, other) between spectra over different halves

@@ -214,7 +214,8 @@ def _dataset(found: BlockMoments, options: BlockOptions) -> xr.Dataset:
     ).root()  # fmt: skip
     for name, dims, moment in (
         ("trace", ("block",), found.trace), ("frobenius_norm", ("block",), diagonal),
-        ("off_diagonal_energy", ("block",), found.coupling), ("energy", ("block", "other"), found.energy),
+        ("off_diagonal_energy", ("block",), found.coupling),
+        ("off_diagonal_share", ("block",), found.coupling_share), ("energy", ("block", "other"), found.energy),
         ("network_trace", (), found.network_trace),
     ):  # fmt: skip
         for key, values in columns(name, moment).items():

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pnanalysis.cli import (
+    blocks,
     compare,
     demo,
     eigenpairs,
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, compare, hessian, eigenpairs, saturation, trajectory, landscape, sharpness, learning_coefficient, gradients,
+    demo, compare, hessian, eigenpairs, blocks, saturation, trajectory, landscape, sharpness, learning_coefficient, gradients,
     history, plot, report, info,
 )  # fmt: skip
 for command in COMMANDS:
@@ -47,8 +48,8 @@ def pnanalysis(
     """Are these two minima different, and which is better?
 
     Exit status: 0 for success, 2 for an error that you can mend (one line says which), 130 for an interrupt (143 for
-    SIGTERM, 129 for SIGHUP); what was saved by then is intact, and [bold]pnanalysis hessian[/bold] and
-    [bold]pntrain --resume[/bold] continue from it.
+    SIGTERM, 129 for SIGHUP); what was saved by then is intact, and [bold]pnanalysis hessian[/bold],
+    [bold]pnanalysis blocks[/bold] and [bold]pntrain --resume[/bold] continue from it.
     """
 
 

@@ -114,8 +114,8 @@ class BlockMoments:
     trace : Moment, (block,)
     energy : Moment, (block, block)
         Squared Frobenius norms of all blocks.
-    coupling : Moment, (block,)
-        The sum of a block's energies with all others.
+    coupling, coupling_share : Moment, (block,)
+        The sum of a block's energies with all others, and its part of all energies of the block.
     network_trace : Moment, ()
     n_hvp, n_probes, n_known : int
     exact : bool
@@ -126,6 +126,7 @@ class BlockMoments:
     trace: Moment
     energy: Moment
     coupling: Moment
+    coupling_share: Moment
     network_trace: Moment
     n_hvp: int
     n_probes: int
@@ -142,10 +143,10 @@ def moments_of(found: BlockForms) -> BlockMoments:
     found : BlockForms
         Of at least four sign vectors.
     """
-    energy, coupling = _energies(found)
+    trace = trace_of(found)
     return BlockMoments(
-        found.partition, trace_of(found), energy, coupling, _summed(trace_of(found)), found.n_hvp, found.n_probes,
-        found.n_known, False, found.diagonal,
+        found.partition, trace, *_energies(found), _summed(trace), found.n_hvp, found.n_probes, found.n_known, False,
+        found.diagonal,
     )  # fmt: skip
 
 
@@ -173,25 +174,42 @@ def _summed(moment: Moment) -> Moment:
     )  # fmt: skip
 
 
-def _energies(found: BlockForms) -> tuple[Moment, Moment]:
-    """Squared Frobenius norms of all blocks, and sums of those off the diagonal."""
+def _energies(found: BlockForms) -> tuple[Moment, Moment, Moment]:
+    """Squared Frobenius norms of all blocks; sums of those off the diagonal, and their part of the sum of all."""
     total, known, q = found.total, found.known, found.n_probes
     n = len(total)
     value, coupling = np.zeros((n, n)), np.zeros(n)
     probe_se, coupling_se = np.zeros((n, n)), np.zeros(n)
+    steps = np.zeros((2, q, n))  # of the jackknife: for energies on the diagonal, and off it
     for k in range(n):
         pairs = total[k] * total.swapaxes(1, 2) - known[k] * known.swapaxes(1, 2)
-        value[k], probe_se[k] = _mean_over_pairs(pairs)
-        coupling[k], coupling_se[k] = _mean_over_pairs(pairs.sum(0) - pairs[k])
+        value[k], probe_se[k], deviation = _mean_over_pairs(pairs)
+        coupling[k], coupling_se[k], steps[1, :, k] = _mean_over_pairs(pairs.sum(0) - pairs[k])
+        steps[0, :, k] = deviation[k]
     value += found.known_energy
     coupling += found.known_energy.sum(1) - np.diag(found.known_energy)
     halves = [_energy_forms(found, total, part) for part in (slice(0, None, 2), slice(1, None, 2))]
     form, spread = (halves[0] + halves[1]) / 2, (halves[0] - halves[1]) / 2
     off = 1 - np.eye(n)
-    return (
-        Moment(value, probe_se, q - 1, form, spread, found.share),
-        Moment(coupling, coupling_se, q - 1, (form * off).sum(-1), (spread * off).sum(-1), found.share),
+    energy = Moment(value, probe_se, q - 1, form, spread, found.share)
+    others = Moment(coupling, coupling_se, q - 1, (form * off).sum(-1), (spread * off).sum(-1), found.share)
+    return energy, others, _share(energy, others, steps)
+
+
+def _share(energy: Moment, others: Moment, steps: Array | None = None) -> Moment:
+    """The part that energies with other blocks have of all energies of each block, to first order."""
+    own, apart = np.diag(energy.value), others.value
+    whole = np.where(own + apart > 0, own + apart, np.nan)
+
+    def change(of_own: Array, of_others: Array) -> Array:
+        return np.asarray((own * of_others - apart * of_own) / whole**2)
+
+    probe_se = np.zeros(len(own)) if steps is None else np.sqrt(np.square(change(*steps)).sum(0))
+    form, spread = (
+        change(np.einsum("gkk->gk", one), other)
+        for one, other in ((energy.form, others.form), (energy.spread, others.spread))
     )
+    return Moment(apart / whole, probe_se, others.probe_dof, form, spread, energy.share)
 
 
 def _energy_forms(found: BlockForms, total: Array, part: slice) -> Array:
@@ -204,21 +222,23 @@ def _energy_forms(found: BlockForms, total: Array, part: slice) -> Array:
     return np.asarray(half + half.swapaxes(1, 2))
 
 
-def _mean_over_pairs(pairs: Array) -> tuple[Array, Array]:
-    """Mean of ``(..., q, q)`` over pairs of different indices, and its standard error."""
+def _mean_over_pairs(pairs: Array) -> tuple[Array, Array, Array]:
+    """Mean of ``(..., q, q)`` over pairs of different indices, its standard error, and the steps ``(..., q)`` of the
+    jackknife, whose squares add up to its variance.
+    """
     q = pairs.shape[-1]
     pairs = (pairs + pairs.swapaxes(-1, -2)) / 2
     pairs[..., np.arange(q), np.arange(q)] = 0
     rows = pairs.sum(-1)
     n_pairs = q * (q - 1)
     mean = rows.sum(-1) / n_pairs
-    scatter = np.square(rows - rows.mean(-1, keepdims=True)).sum(-1)
-    jackknife = 4 * scatter / (q * (q - 1) * (q - 2) ** 2)
+    steps = 2 * (rows - rows.mean(-1, keepdims=True)) / (np.sqrt(q * (q - 1)) * (q - 2))
+    jackknife = np.square(steps).sum(-1)
     # the variance of a pair is that of two vectors' own parts, and of what is left of pairs; of the mean of the latter,
     # the jackknife tells twice the variance
     of_pair = np.maximum(np.square(pairs).sum((-1, -2)) / n_pairs - mean**2, 0)
     left = np.maximum(of_pair - q * jackknife / 2, 0) / (1 - 2 / q)
-    return mean, np.sqrt(np.maximum(jackknife - 2 * left / q**2, jackknife / 2))
+    return mean, np.sqrt(np.maximum(jackknife - 2 * left / q**2, jackknife / 2)), steps
 
 
 def exact_moments(
@@ -264,11 +284,11 @@ def exact_moments(
     def moment(values: Array, form: Array) -> Moment:
         return Moment(values, np.zeros(values.shape), 1, form, np.zeros_like(form), share)
 
-    whole = moment(member @ np.diag(matrix), trace)
+    whole, energies = moment(member @ np.diag(matrix), trace), moment(value, energy)
+    others = moment((value * off).sum(1), (energy * off).sum(-1))
     return BlockMoments(
-        partition, whole, moment(value, energy), moment((value * off).sum(1), (energy * off).sum(-1)), _summed(whole),
-        n, n, 0, True, sums,
-    )  # fmt: skip
+        partition, whole, energies, others, _share(energies, others), _summed(whole), n, n, 0, True, sums
+    )
 
 
 def _numbers(product: Tensor) -> Array:
