@@ -230,7 +230,7 @@ def network_blocks(
         op = make_operator(
             "native", options.operator, network, loss, batches, params=[one for own in names.values() for one in own],
             bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device, amp=options.amp,
-            weight=options.weight, draws=options.draws, method=options.method, expected_products=options.n_hvp,
+            weight=options.weight, draws=options.draws, method=options.method, expected_products=1,
         )  # fmt: skip
 
         def compute(state: Path | None = None) -> xr.Dataset:
@@ -250,7 +250,7 @@ def _of_operator(
     if isinstance(op, CurvatureOperator):
         names = blocks_of(op.model, options.blocks, op.names if _by_name(options) else None)
         chosen = [one for own in names.values() for one in own]
-        own = op if sorted(chosen) == sorted(op.names) else op.restricted(chosen, options.n_hvp)
+        own = op if sorted(chosen) == sorted(op.names) else op.restricted(chosen, 1)
         return matrix_blocks(own, names, options, state=state, advance=advance)
     if options.spectra or options.bits or not isinstance(options.blocks, Mapping):
         raise CurvatureError(

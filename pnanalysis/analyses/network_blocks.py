@@ -18,16 +18,17 @@ from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
 from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
-from pnanalysis.curvature.example_groups import GroupedCurvature, in_groups
+from pnanalysis.curvature.example_groups import GroupedCurvature, alone, in_groups
 from pnanalysis.curvature.named_blocks import Blocks
 from pnanalysis.curvature.quantisation import FEWEST_BITS, MOST_BITS
 from pnanalysis.errors import CurvatureError, Indivisible
-from pnanalysis.spectra.block_moments import BlockMoments, Moment, exact_moments, moments_of, trace_of
+from pnanalysis.spectra.block_moments import BlockMoments, exact_moments, moments_of, trace_of
 from pnanalysis.spectra.block_products import FEWEST_PROBES, BlockForms, Partition, Plan, block_forms
 from pnanalysis.spectra.block_spectra import spectrum_distances
 from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.finished import saved_or_computed
 from pnanalysis.spectra.linear_operator import LinearOperator
+from pnanalysis.spectra.two_errors import Moment
 
 DATA_ERRORS = ("examples", "none")
 #: Quantities whose error can be a target.
@@ -138,8 +139,8 @@ def _grouped(operator: CurvatureOperator, options: BlockOptions, notes: dict[str
     """The operator with its examples in groups, and whether errors include their choice."""
     if options.data_error == "none":
         notes["data_error"] = "none"
-        return GroupedCurvature(operator, np.array([operator.n_examples]))
-    grouped = in_groups(operator, seed=options.seed)
+        return alone(operator, options.n_hvp)
+    grouped = in_groups(operator, options.n_hvp, seed=options.seed)
     notes["data_error"] = "none" if grouped.reason else "examples"
     if grouped.reason:
         notes["data_error_note"] = grouped.reason
@@ -178,7 +179,7 @@ def _moments(
         found = exact_moments(operator, partition, options.diagonal, advance)
         if not options.bits:
             return found, found.trace
-        return found, _of_blocks(exact_moments(operator, cells).trace, owner, rounded, len(partition.names))
+        return found, exact_moments(operator, cells).trace.merged(_members(owner, rounded, len(partition.names)))
 
     def is_reached(forms: BlockForms) -> bool:
         trace = trace_of(forms)
@@ -188,21 +189,16 @@ def _moments(
         options.n_hvp, options.seed, options.diagonal, state=state, is_reached=is_reached if options.until else None
     )
     forms = block_forms(operator, cells, plan, advance)
-    return moments_of(forms.merged(partition, owner)), _of_blocks(
-        trace_of(forms), owner, rounded, len(partition.names)
-    )  # fmt: skip
+    every = _members(owner, np.ones(len(owner)), len(partition.names))
+    of_rounded = forms.merged(partition, _members(owner, rounded, len(partition.names)))
+    return moments_of(forms.merged(partition, every)), trace_of(of_rounded)
 
 
-def _of_blocks(moment: Moment, owner: Array, rounded: Array, n_blocks: int) -> Moment:
-    """Sums over the parts of each block that are rounded."""
-    member = np.zeros((len(owner), n_blocks))
-    member[np.arange(len(owner)), owner] = rounded
-    deviation = None if moment.deviation is None else moment.deviation @ member
-    probe_se = np.zeros(n_blocks) if deviation is None else np.sqrt(np.square(deviation).sum(0))
-    return replace(
-        moment, value=moment.value @ member, probe_se=probe_se, form=moment.form @ member,
-        spread=moment.spread @ member, deviation=deviation,
-    )  # fmt: skip
+def _members(owner: Array, counted: Array, n_blocks: int) -> Array:
+    """Which parts each block is the sum of, ``(block, part)``."""
+    member = np.zeros((n_blocks, len(owner)))
+    member[owner, np.arange(len(owner))] = counted
+    return member
 
 
 def _dataset(found: BlockMoments, options: BlockOptions) -> xr.Dataset:
@@ -210,7 +206,7 @@ def _dataset(found: BlockMoments, options: BlockOptions) -> xr.Dataset:
     norm = found.energy
     diagonal = replace(
         norm, value=np.diag(norm.value), probe_se=np.diag(norm.probe_se),
-        form=np.einsum("gkk->gk", norm.form), spread=np.einsum("gkk->gk", norm.spread),
+        form=np.einsum("gkk->gk", norm.form), noise=np.diag(norm.noise),
     ).root()  # fmt: skip
     for name, dims, moment in (
         ("trace", ("block",), found.trace), ("frobenius_norm", ("block",), diagonal),

@@ -14,10 +14,10 @@ from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.example_groups import GroupedCurvature
 from pnanalysis.curvature.quantisation import rounding_error
 from pnanalysis.inputs.copies import unwrapped
-from pnanalysis.spectra.block_moments import Moment
 from pnanalysis.spectra.block_products import Partition
 from pnanalysis.spectra.data_error import FEWEST_GROUPS, variance_of_forms
 from pnanalysis.spectra.inner_products import inner_products
+from pnanalysis.spectra.two_errors import Moment
 
 #: Draws of the errors, for ranks.
 _DRAWS = 4000
@@ -87,7 +87,7 @@ def _ranks(moment: Moment, rounded: Array, seed: int) -> xr.Dataset:
     groups = int((moment.share > 0).sum())
     if groups >= FEWEST_GROUPS:
         centred = moment.form - moment.share @ moment.form / moment.share.sum()
-        own = np.sqrt(variance_of_forms(moment.share, moment.form, np.zeros_like(moment.form)))
+        own = np.sqrt(variance_of_forms(moment.share, moment.form))
         shrunk = np.divide(np.nan_to_num(moment.data_se), own, out=np.zeros(n), where=own > 0)  # less the probes' noise
         steps = np.sqrt(groups / (groups - 1)) * moment.share[:, None] * centred * shrunk
         draws = draws + rng.standard_normal((_DRAWS, groups)) @ steps
@@ -129,7 +129,7 @@ def _measured(grouped: GroupedCurvature, op: CurvatureOperator, partition: Parti
     for name, of_groups in (("quadratic", forms), ("loss_increase", losses)):
         value = of_groups.sum(0)
         each = of_groups / share[:, None]
-        se = np.sqrt(variance_of_forms(share, each, np.zeros_like(each)))
+        se = np.sqrt(variance_of_forms(share, each))
         found |= {name: ("block", value[:n]), f"{name}_data_se": ("block", se[:n])}
         found |= {f"{name}_all": value[n], f"{name}_all_data_se": se[n]}
     return xr.Dataset(found)

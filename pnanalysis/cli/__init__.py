@@ -32,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, compare, hessian, eigenpairs, blocks, saturation, trajectory, landscape, sharpness, learning_coefficient, gradients,
-    history, plot, report, info,
+    demo, compare, hessian, eigenpairs, blocks, saturation, trajectory, landscape, sharpness, learning_coefficient,
+    gradients, history, plot, report, info,
 )  # fmt: skip
 for command in COMMANDS:
     command.register(app)

@@ -48,9 +48,7 @@ def blocks(
         ),
     ] = None,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="Save the diagonal itself, with its errors.")] = False,
-    spectra: Annotated[
-        bool, typer.Option("--spectra", help="Spectra of the blocks, and how far they differ.")
-    ] = False,
+    spectra: Annotated[bool, typer.Option("--spectra", help="Spectra of the blocks, and how far they differ.")] = False,
     n_spectrum: Annotated[int, typer.Option(help="Products for each spectrum, over each half of the examples.")] = 60,
     bits: Annotated[
         list[int] | None,
@@ -147,10 +145,7 @@ def _blocks(name: str, ds: xr.Dataset) -> Table:
     import numpy as np
 
     rows: list[list[object]] = []
-    order = range(ds.sizes["block"])
-    if len(order) > _MOST_ROWS:
-        order = np.sort(np.argsort(-np.abs(ds.trace.values))[:_MOST_ROWS])
-    for i in order:
+    for i in np.sort(np.argsort(-np.abs(ds.trace.values), kind="stable")[:_MOST_ROWS]):
         at = ds.isel(block=i, other=i)
         apart = Estimate(float(at.off_diagonal_share), float(at.off_diagonal_share_se), percent=True)
         rows.append(
@@ -173,7 +168,14 @@ def _ranks(name: str, ds: xr.Dataset) -> Table:
         increase = Estimate(float(at.loss_increase), float(at.loss_increase_data_se), signed=True)
         quadratic = Estimate(float(at.quadratic), float(at.quadratic_data_se))
         rows.append([place, str(at.block.item()), _part(at, "sensitivity"), quadratic, float(at.linear), increase])
-    columns = ["rank", "block", "mean eigenvalue x change", "second order", "first order", "measured change of the loss"]
+    columns = [
+        "rank",
+        "block",
+        "mean eigenvalue x change",
+        "second order",
+        "first order",
+        "measured change of the loss",
+    ]
     return make_table(f"{name}: weights rounded to {int(ds.bits)} bits, block by block", columns, rows)
 
 
@@ -186,6 +188,6 @@ def _spectra(ds: xr.Dataset) -> str:
     if on.all():
         return "there is a single block, whose spectrum is compared with no other"
     return (
-        f"Jensen-Shannon divergence of the spectra of two blocks: {values[~on].mean():.3g} nat on average; of one block "
-        f"over two halves of the examples: {values[on].mean():.3g}"
+        f"Jensen-Shannon divergence of the spectra of two blocks: {values[~on].mean():.3g} nat on average; of one "
+        f"block over two halves of the examples: {values[on].mean():.3g}"
     )

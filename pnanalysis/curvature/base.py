@@ -411,7 +411,7 @@ class CurvatureOperator:
         self.n_hvp += V.shape[1]
 
     def batch_losses(self, offset: Tensor | None = None) -> Array:
-        """What each batch adds to the loss at the chosen parameters plus an offset ``(P,)``, without the regulariser."""
+        """What each batch adds to the loss, plus an offset ``(P,)``; without the regulariser."""
         parts = split_vector(torch.zeros(self.n_parameters) if offset is None else offset, self.parameter_shapes)
         theta = {
             name: self._theta[name] + part.to(self._theta[name]) for name, part in zip(self.names, parts, strict=True)

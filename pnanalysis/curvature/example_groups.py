@@ -109,12 +109,16 @@ class GroupedCurvature:
         return np.searchsorted(self.ends, last).astype(np.int64)
 
 
-def in_groups(op: CurvatureOperator, n_groups: int = N_GROUPS, seed: int = 0) -> GroupedCurvature:
+def in_groups(
+    op: CurvatureOperator, expected_products: int, n_groups: int = N_GROUPS, seed: int = 0
+) -> GroupedCurvature:  # fmt: skip
     """The same operator with its examples in groups.
 
     Parameters
     ----------
     op : CurvatureOperator
+    expected_products : int
+        Roughly how many products with the result are to come.
     n_groups : int
     seed : int
         Of the partition.
@@ -132,20 +136,26 @@ def in_groups(op: CurvatureOperator, n_groups: int = N_GROUPS, seed: int = 0) ->
     sizes = op.batches.sizes
     n = sum(sizes)
     if op.by_differences:
-        return GroupedCurvature(op, np.array([n]), "finite differences are taken over all examples together")
+        return alone(op, expected_products, "finite differences are taken over all examples together")
     if n >= n_groups and _can_be_rearranged(op):
         group = random_parts(n, n_groups, seed)
         counts = np.bincount(group)
         rearranged = ExampleGroups(op.batches.pairs, group, min(max(sizes), int(counts.max())))
         source = SameBatches(rearranged, prepare=as_pair, device=op.device)
-        again = op._again(source, op.names, op.expected_products)
+        again = op._again(source, op.names, expected_products)
         _check_same(op, again)
         return GroupedCurvature(again, np.cumsum(counts))
     if len(sizes) >= FEWEST_GROUPS:
-        return GroupedCurvature(op, np.cumsum(sizes))
-    return GroupedCurvature(
-        op, np.array([n]), f"examples cannot be taken one by one, and {len(sizes)} batches are fewer than {FEWEST_GROUPS}"
-    )
+        return GroupedCurvature(op.restricted(op.names, expected_products), np.cumsum(sizes))
+    return alone(
+        op, expected_products,
+        f"examples cannot be taken one by one, and {len(sizes)} batches are fewer than {FEWEST_GROUPS}",
+    )  # fmt: skip
+
+
+def alone(op: CurvatureOperator, expected_products: int, reason: str = "") -> GroupedCurvature:
+    """The same operator with all examples in a single group."""
+    return GroupedCurvature(op.restricted(op.names, expected_products), np.array([op.n_examples]), reason)
 
 
 def _can_be_rearranged(op: CurvatureOperator) -> bool:
@@ -166,9 +176,9 @@ def _check_same(op: CurvatureOperator, other: CurvatureOperator) -> None:
     off = float((one - two).norm() / one.norm().clamp_min(1e-300))
     if not off <= 10 * tolerance(op.dtype, op.amp):
         raise CurvatureError(
-            f"a product over the same examples in other batches differs by {off:.2g}: the loss of an example depends on "
-            "its batch; take data_error='none'"
+            f"a product over the same examples in other batches differs by {off:.2g}: the loss of an example depends "
+            "on its batch; take data_error='none'"
         )
 
 
-__all__ = ["N_GROUPS", "GroupedCurvature", "in_groups"]
+__all__ = ["N_GROUPS", "GroupedCurvature", "alone", "in_groups"]

@@ -21,8 +21,10 @@ Blocks = str | Sequence[str] | Mapping[str, Any]
 
 _FUSED = ("c_attn", "in_proj_weight", "in_proj_bias", "qkv")
 _APART = {
-    "q": ("q_proj", "query", "q_lin", "wq"), "k": ("k_proj", "key", "k_lin", "wk"), "v": ("v_proj", "value", "v_lin", "wv"),
-}  # fmt: skip
+    "q": ("q_proj", "query", "q_lin", "wq"),
+    "k": ("k_proj", "key", "k_lin", "wk"),
+    "v": ("v_proj", "value", "v_lin", "wv"),
+}
 _OUTPUT = ("c_proj", "o_proj", "out_proj", "proj", "out_lin", "wo")
 _HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
 _KEY_HEADS = ("num_key_value_heads", "n_kv_heads")
@@ -72,10 +74,8 @@ def blocks_of(model: nn.Module, blocks: Blocks = "layers", params: Selection = N
 
 def _divided(model: nn.Module, division: str, selected: Sequence[str | Block]) -> dict[str, list[str]]:
     layer_of = {name: layer for layer, own in parameter_layers(model) for name, _ in own}
-    split = {
-        "layers": lambda: {}, "tensors": lambda: {}, "qkv": lambda: dict(_queries(model)),
-        "heads": lambda: dict(_heads(model)), "experts": lambda: dict(_experts(model)),
-    }[division]()  # fmt: skip
+    divide = {"qkv": _queries, "heads": _heads, "experts": _experts}.get(division)
+    split = {} if divide is None else dict(divide(model))
     found: dict[str, list[str]] = {}
     for one in selected:
         whole = one.parameter if isinstance(one, Block) else one
@@ -85,7 +85,7 @@ def _divided(model: nn.Module, division: str, selected: Sequence[str | Block]) -
         else:
             label = _name(one) if division == "tensors" else layer_of.get(whole, whole)
             found.setdefault(label, []).append(_name(one))
-    if division in ("qkv", "heads", "experts") and not split:
+    if divide is not None and not split:
         raise CurvatureError(
             f"the network has no {division} that are known by name; give blocks as a list, such as "
             "['layer[0:64]', 'layer[64:128]'], or by layers"

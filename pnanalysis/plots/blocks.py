@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from pnanalysis.analyses.diagnostics import short_names
 from pnanalysis.arrays import Array
@@ -155,10 +155,8 @@ def _ranks(ds: xr.Dataset, figure: SubFigure) -> None:
                     color=VERMILION, elinewidth=0.8, label="measured")  # fmt: skip
         largest = float(np.nanmax(np.abs(np.concatenate([value, own.loss_increase.values]))))
         positive = value[value > 0]
-        linear = float(positive.min()) if positive.size else largest or 1.0
-        threshold = max(linear, 1e-3 * largest) or 1.0
-        ax.set_xscale("symlog", linthresh=threshold, linscale=0.5)
-        ax.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
+        least = float(positive.min()) if positive.size else largest
+        _signed_log(ax, max(least, 1e-3 * largest) or 1.0, largest or 1.0)
         for place, rank, low, high in zip(places, own["rank"].values, own.rank_low, own.rank_high, strict=True):
             if np.isfinite(rank):
                 text = f"{rank:.0f}" if low == high else f"{rank:.0f} ({float(low):.0f}–{float(high):.0f})"
@@ -172,3 +170,12 @@ def _ranks(ds: xr.Dataset, figure: SubFigure) -> None:
         ax.set_label(f"rounded to {int(bits)} bits")
     _name_rows(axes[0], ds)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=6)
+
+
+def _signed_log(ax: Axes, least: float, largest: float) -> None:
+    """A logarithmic axis to both sides of a linear piece about zero, with a few ticks."""
+    first, last = int(np.floor(np.log10(least))), int(np.ceil(np.log10(largest)))
+    ax.set_xscale("symlog", linthresh=10.0**first, linscale=0.7)
+    decades = 10.0 ** np.arange(last, first, -max(-(-(last - first) // 2), 1))
+    ax.set_xticks(np.concatenate([-decades, [0.0], decades[::-1]]))
+    ax.xaxis.set_minor_locator(NullLocator())

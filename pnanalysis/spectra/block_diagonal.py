@@ -72,4 +72,5 @@ class DiagonalSums:
         self.probe_se = np.sqrt(np.maximum(self.square / n - mean**2, 0) / max(n - 1, 1))
         counts = np.array([n - n // 2, n // 2])[:, None]
         first, second = (self.halves / counts / share[:, None, None]).swapaxes(0, 1)
-        self.data_se = np.sqrt(variance_of_forms(share, (first + second) / 2, (first - second) / 2))
+        variance, noise = (variance_of_forms(share, one) for one in ((first + second) / 2, (first - second) / 2))
+        self.data_se = np.sqrt(np.maximum(variance - noise, variance / 4))

@@ -38,7 +38,7 @@ from pnanalysis.spectra.random_vectors import random_signs, random_unit_vectors
 #: Sign vectors that are multiplied at a time, at most.
 _AT_ONCE = 16
 #: Sign vectors that there must be at least.
-FEWEST_PROBES = 4
+FEWEST_PROBES = 8
 #: Part of the free memory that the forms may take.
 _FORMS_FRACTION = 0.25
 
@@ -185,10 +185,8 @@ class BlockForms:
             self.share, self.n_known, self.n_known + q, self.diagonal,
         )  # fmt: skip
 
-    def merged(self, partition: Partition, owner: Array) -> BlockForms:
-        """The forms of larger blocks, of which ``owner`` says which each of these belongs to."""
-        member = np.zeros((len(partition.names), len(owner)))
-        member[owner, np.arange(len(owner))] = 1
+    def merged(self, partition: Partition, member: Array) -> BlockForms:
+        """The forms of larger blocks, the sums of those that ``member`` (block, block of these) says."""
         forms = np.einsum("ml,glab->gmab", member.astype(self.forms.dtype), self.forms, optimize=True)
         rest, known = (np.einsum("ml,lab->mab", member, part, optimize=True) for part in (self.rest, self.known))
         return BlockForms(
@@ -262,7 +260,7 @@ def block_forms(
             stop = min(start + at_once, n_probes)
             chunk = signs[:, start:stop].to(operator.dtype)
             total = torch.zeros_like(chunk)
-            for group, product in _by_group(operator, chunk):
+            for group, product in by_group(operator, chunk):
                 forms[group, :, :, start:stop] += partition.products(signs.to(product.dtype), product)
                 total += product
                 if sums is not None:
@@ -347,7 +345,8 @@ def _known_forms(
     return forms, np.trace(along, axis1=1, axis2=2), energy
 
 
-def _by_group(operator: LinearOperator | GroupedOperator, V: Tensor) -> Iterator[tuple[int, Tensor]]:
+def by_group(operator: LinearOperator | GroupedOperator, V: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """What each group adds to products with vectors ``(P, k)``; of an operator without groups, a single one."""
     if hasattr(operator, "matmat_by_group"):
         yield from operator.matmat_by_group(V)
     else:
@@ -370,4 +369,4 @@ def _check(operator: LinearOperator, found: BlockForms) -> None:
         raise not_symmetric(operator, f"u.Hv and v.Hu of random signs differ by {asymmetry:.1%}")
 
 
-__all__ = ["FEWEST_PROBES", "BlockForms", "GroupedOperator", "Partition", "Plan", "block_forms"]
+__all__ = ["FEWEST_PROBES", "BlockForms", "GroupedOperator", "Partition", "Plan", "block_forms", "by_group"]

@@ -82,7 +82,9 @@ class BlockState:
             return
         clean_forms, clean_rest = forms.copy(), rest.copy()
         clean_forms[..., self.done :], clean_rest[..., self.done :] = 0, 0  # of a step that was interrupted
-        ds = xr.Dataset({"forms": (("group", "block", "a", "b"), clean_forms), "rest": (("block", "a", "b"), clean_rest)})
+        ds = xr.Dataset(
+            {"forms": (("group", "block", "a", "b"), clean_forms), "rest": (("block", "a", "b"), clean_rest)}
+        )
         if sums is not None:
             ds = ds.assign(
                 total=("parameter", sums.total), square=("parameter", sums.square),

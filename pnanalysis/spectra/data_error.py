@@ -178,22 +178,20 @@ class DataForms:
         )
 
 
-def variance_of_forms(weight: Array, form: Array, spread: Array) -> Array:
+def variance_of_forms(weight: Array, form: Array) -> Array:
     """Variance of numbers over samples of as many groups, ``(...)``; NaN for fewer than :data:`FEWEST_GROUPS`.
 
     Parameters
     ----------
     weight : ndarray, shape (group,)
-    form, spread : ndarray, shape (group, ...)
-        See :class:`Influence`.
+    form : ndarray, shape (group, ...)
+        What each group adds to the numbers.
     """
-    n, total = int((weight > 0).sum()), weight.sum()
+    n = int((weight > 0).sum())
     if n < FEWEST_GROUPS:
         return np.full(form.shape[1:], np.nan)
-    form, spread = (values - np.tensordot(weight, values, 1) / total for values in (form, spread))
-    squares, noise = (np.tensordot(weight**2, values**2, 1) for values in (form, spread))
-    # all groups see the same few probes, whose noise is known badly: more than half is never taken for noise
-    return np.asarray(n / (n - 1) * np.maximum(squares - noise, squares / 2))
+    centred = form - np.tensordot(weight, form, 1) / weight.sum()
+    return np.asarray(n / (n - 1) * np.tensordot(weight**2, centred**2, 1))
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,9 @@ class Influence:
     @property
     def variance(self) -> float:
         """Of the number, over samples of as many groups."""
-        return float(variance_of_forms(self.weight, self.form, self.spread))
+        variance, noise = (float(variance_of_forms(self.weight, values)) for values in (self.form, self.spread))
+        # all groups see the same few probes, whose noise is known badly: more than half is never taken for noise
+        return float(np.maximum(variance - noise, variance / 2))
 
     @property
     def se(self) -> float:
