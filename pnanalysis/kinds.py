@@ -180,6 +180,20 @@ _FUNCTIONAL = {
     **_with_se("cka", "checkpoint other layer", "1", "linear centred kernel alignment (CKA)", _OPTIONAL),
 }
 
+
+def _with_parts(name: str, dims: str, units: str, long_name: str, required: bool = True) -> dict[str, Variable]:
+    """A variable with its interval, and its standard error: for probes, for examples, and for both."""
+    return {
+        name: _var(dims, units, long_name, required),
+        **{
+            f"{name}{end}": _var(dims, units, f"{label} of the {long_name}", _OPTIONAL)
+            for end, label in _ERROR_PARTS.items()
+            if not end.startswith("_bound")
+        },
+        **_with_ends(name, dims, units, long_name),
+    }
+
+
 _OVERLAP = {
     "overlap": _var("checkpoint other", "1", "overlap of the spaces of eigenvectors (mean squared cosine)", _OPTIONAL),
     "overlap_halves": _var("checkpoint other", "1", "overlap of spaces over different halves of examples", _OPTIONAL),
@@ -190,6 +204,11 @@ _OVERLAP = {
 
 _COMPARISON = {
     **_OVERLAP,
+    **_with_parts("block_trace", "checkpoint block", "loss", "trace of the Hessian's block", _OPTIONAL),
+    **_with_parts(
+        "block_trace_difference", "checkpoint other block", "loss", "difference in trace of the block", _OPTIONAL
+    ),
+    **_with_p("block_trace_difference", "checkpoint other block", "difference in trace of the block"),
     **_with_se("loss", "checkpoint split", "nat", "loss"),
     **_with_se("loss_difference", "checkpoint other split", "nat", "difference in loss"),
     **_with_se("error", "checkpoint split", "1", "error"),
@@ -274,22 +293,11 @@ _EIGENPAIRS = {
 }
 
 
-def _with_parts(name: str, dims: str, units: str, long_name: str, required: bool = True) -> dict[str, Variable]:
-    """A variable with its interval, and its standard error: for probes, for examples, and for both."""
-    return {
-        name: _var(dims, units, long_name, required),
-        **{
-            f"{name}{end}": _var(dims, units, f"{label} of the {long_name}", _OPTIONAL)
-            for end, label in _ERROR_PARTS.items()
-            if not end.startswith("_bound")
-        },
-        **_with_ends(name, dims, units, long_name),
-    }
-
-
 _BLOCKS = {
     "n_parameters": _var("block", "1", "number of parameters"),
     **_with_parts("trace", "block", "loss", "trace of the diagonal block"),
+    "trace_form": _var("group block", "loss", "trace of the group's matrix in the block", _OPTIONAL),
+    "group_share": _var("group", "1", "part of the examples that is in the group", _OPTIONAL),
     **_with_parts("frobenius_norm", "block", "loss", "Frobenius norm of the diagonal block"),
     **_with_parts("off_diagonal_energy", "block", "loss^2", "sum of the block's energies with all others"),
     **_with_parts("off_diagonal_share", "block", "1", "part that other blocks have of the block's energies"),

@@ -16,6 +16,7 @@ from torch import nn
 from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.activations.statistics import Measures, common_range
+from pnanalysis.analyses.compared_blocks import BlockRequest
 from pnanalysis.analyses.compared_spaces import EigenpairRequest
 from pnanalysis.analyses.functional import compare_functions
 from pnanalysis.analyses.hessian import SpectrumOptions, data_error_of, has_all, network_spectra
@@ -59,6 +60,7 @@ def compare(
     split: str = "test",
     hessian: bool | Mapping[str, Any] = True,
     eigenpairs: bool | Mapping[str, Any] = False,
+    blocks: bool | Mapping[str, Any] = False,
     cka: bool = True,
     saturation: bool = True,
     batch_size: int = 256,
@@ -89,6 +91,9 @@ def compare(
     eigenpairs : bool or mapping
         Overlaps of the spaces of the largest eigenvectors of the Hessian; a mapping holds options of
         :func:`pnanalysis.eigenpairs` that replace :data:`EIGENPAIRS`.
+    blocks : bool or mapping
+        Traces of the Hessian's diagonal blocks; a mapping holds options of :func:`pnanalysis.blocks` that replace
+        :data:`BLOCKS`.
     cka, saturation : bool
         Whether to compare layers and activations.
     batch_size : int
@@ -110,6 +115,7 @@ def compare(
         - what :func:`pnanalysis.functional_distance` gives;
         - numbers of the Hessian spectrum, and ``wasserstein1`` between spectra with the value expected from noise;
         - ``overlap`` of the spaces of eigenvectors, with chance and ceiling: see :func:`pnanalysis.eigenpairs`;
+        - ``block_trace`` (checkpoint, block) and its differences, group of examples by group;
         - ``saturation``: 98th percentile of the absolute activations, on 1,000 examples of ``split``; a coordinate
           ``bounded`` tells in which layers these cannot exceed one.
 
@@ -145,6 +151,7 @@ def compare(
     check_seed(seed=seed)
     one_of(SPLITS, split=split)
     pairs = EigenpairRequest.of(eigenpairs if isinstance(eigenpairs, Mapping) else {}, seed)
+    divided = BlockRequest.of(blocks if isinstance(blocks, Mapping) else {}, seed)
     requested = _SpectrumRequest.of(hessian if isinstance(hessian, Mapping) else {}, seed)
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
@@ -178,6 +185,8 @@ def compare(
         found.append(spectra)
     if eigenpairs:
         found.append(pairs.overlaps(selection, networks, torch_device, progress))
+    if blocks:
+        found.append(divided.differences(selection, networks, torch_device, progress))
     if saturation:
         found.append(_saturation(selection, networks, split, torch_device, seed, progress))
     ds = xr.merge([xr.Dataset(distances, {"layer": own_layers}).reindex(layer=layers), *found], compat="no_conflicts")
@@ -185,7 +194,7 @@ def compare(
         checkpoint=selection.labels, other=selection.labels, split=list(sizes),
         description=("checkpoint", [item.description for item in selection]),
     )  # fmt: skip
-    ds = ds.transpose("checkpoint", "other", "split", "layer", "activation", missing_dims="ignore")
+    ds = ds.transpose("checkpoint", "other", "split", "layer", "activation", "block", missing_dims="ignore")
     ds = ds.assign_attrs(spectra.attrs | ({} if classes is None else {"classes": classes}))
     return schema.finish(
         with_p_values(ds), "comparison",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 from torch import nn
 
 from pnanalysis.analyses.quantised_blocks import columns, rounding_effects
@@ -78,7 +79,7 @@ class BlockOptions:
 
 
 def matrix_blocks(
-    operator: LinearOperator, names: Mapping[str, list[str]] | Mapping[str, int], options: BlockOptions, *,
+    operator: LinearOperator, names: Mapping[str, Any], options: BlockOptions, *,
     network: nn.Module | None = None, state: Path | None = None, advance: Callable[[float], None] = lambda steps: None,
 ) -> xr.Dataset:  # fmt: skip
     """Blocks of one operator.
@@ -119,7 +120,7 @@ def matrix_blocks(
         ds = ds.assign_coords(statistic=["value", "probe_se", "data_se"])
     if isinstance(grouped, GroupedCurvature):
         if options.bits:
-            size = np.bincount(owner, cells.sizes * rounded, len(partition.names))
+            size = np.bincount(owner, cells.sizes * rounded, len(partition.names)).astype(np.int64)
             rows = [
                 rounding_effects(grouped, network or grouped.op.model, partition, of_rounded, size, bits, options.seed)
                 for bits in options.bits
@@ -150,7 +151,7 @@ def _grouped(operator: CurvatureOperator, options: BlockOptions, notes: dict[str
 
 def _cells(
     op: CurvatureOperator, names: Mapping[str, list[str]], rounding: bool
-) -> tuple[Partition, Partition, Array, Array]:  # fmt: skip
+) -> tuple[Partition, Partition, NDArray[np.int64], NDArray[np.bool_]]:  # fmt: skip
     """The blocks; these divided into what is rounded and what is not; which block each part belongs to; what it is."""
     labels = list(names)
     block_of = {name: i for i, label in enumerate(labels) for name in names[label]}
@@ -171,8 +172,8 @@ def _cells(
 
 
 def _moments(
-    operator: LinearOperator, partition: Partition, cells: Partition, owner: Array, rounded: Array,
-    options: BlockOptions, state: Path | None, advance: Callable[[float], None],
+    operator: LinearOperator, partition: Partition, cells: Partition, owner: NDArray[np.int64],
+    rounded: NDArray[np.bool_], options: BlockOptions, state: Path | None, advance: Callable[[float], None],
 ) -> tuple[BlockMoments, Moment]:  # fmt: skip
     """Numbers of all blocks, and the traces over what is rounded in each."""
     if operator.shape[0] <= options.n_hvp:
@@ -194,7 +195,7 @@ def _moments(
     return moments_of(forms.merged(partition, every)), trace_of(of_rounded)
 
 
-def _members(owner: Array, counted: Array, n_blocks: int) -> Array:
+def _members(owner: NDArray[np.int64], counted: NDArray[Any], n_blocks: int) -> Array:
     """Which parts each block is the sum of, ``(block, part)``."""
     member = np.zeros((n_blocks, len(owner)))
     member[owner, np.arange(len(owner))] = counted
@@ -216,7 +217,13 @@ def _dataset(found: BlockMoments, options: BlockOptions) -> xr.Dataset:
     ):  # fmt: skip
         for key, values in columns(name, moment).items():
             ds[key] = dims, values
-    attrs = {"n_probes": found.n_probes, "n_known": found.n_known, "estimator": "exact" if found.exact else "signs"}
+    ds["trace_form"] = ("group", "block"), found.trace.form
+    ds["group_share"] = "group", found.trace.share
+    attrs: dict[str, Any] = {
+        "n_probes": found.n_probes,
+        "n_known": found.n_known,
+        "estimator": "exact" if found.exact else "signs",
+    }
     if options.until:
         whole = options.until["trace"] * abs(float(found.network_trace.value))
         attrs |= {"until": options.until, "until_reached": bool(found.trace.probe_se.max() <= whole)}

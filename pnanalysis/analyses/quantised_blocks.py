@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pnanalysis.arrays import Array
@@ -24,8 +25,8 @@ _DRAWS = 4000
 
 
 def rounding_effects(
-    grouped: GroupedCurvature, network: nn.Module, partition: Partition, trace: Moment, n_rounded: Array, bits: int,
-    seed: int,
+    grouped: GroupedCurvature, network: nn.Module, partition: Partition, trace: Moment,
+    n_rounded: NDArray[np.int64], bits: int, seed: int,
 ) -> xr.Dataset:  # fmt: skip
     r"""Sensitivities by the trace, and what rounding each block does to the loss.
 
@@ -77,7 +78,7 @@ def columns(name: str, moment: Moment) -> dict[str, Array]:
     }  # fmt: skip
 
 
-def _ranks(moment: Moment, rounded: Array, seed: int) -> xr.Dataset:
+def _ranks(moment: Moment, rounded: NDArray[np.bool_], seed: int) -> xr.Dataset:
     """Places from the largest, and how probable each is by the joint errors of all numbers."""
     rng = np.random.default_rng([seed, 2])
     n = len(moment.value)
@@ -101,7 +102,7 @@ def _ranks(moment: Moment, rounded: Array, seed: int) -> xr.Dataset:
     return xr.Dataset(found | {"rank_probability": (("block", "place"), probability)})
 
 
-def _places(values: Array) -> Array:
+def _places(values: Array) -> NDArray[np.int64]:
     """From the largest, from 1, ``(n, block)``."""
     order = np.argsort(-values, axis=1, kind="stable")
     places = np.empty(values.shape, dtype=np.int64)

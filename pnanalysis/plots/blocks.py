@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
@@ -127,7 +128,7 @@ def _relative(ds: xr.Dataset) -> Array:
     return found
 
 
-def _heat_map(ax: Axes, values: Array, ds: xr.Dataset, top: float) -> object:
+def _heat_map(ax: Axes, values: Array, ds: xr.Dataset, top: float) -> QuadMesh:
     drawn = ax.pcolormesh(values, cmap="cividis", vmin=0, vmax=top, edgecolors="white", linewidth=0.3)
     names = [str(name) for name in ds.block.values]
     step = -(-len(names) // 18)
@@ -156,7 +157,8 @@ def _ranks(ds: xr.Dataset, figure: SubFigure) -> None:
         largest = float(np.nanmax(np.abs(np.concatenate([value, own.loss_increase.values]))))
         positive = value[value > 0]
         least = float(positive.min()) if positive.size else largest
-        _signed_log(ax, max(least, 1e-3 * largest) or 1.0, largest or 1.0)
+        lowest = float(np.nanmin(own.loss_increase - _Z95 * own.loss_increase_data_se.fillna(0)))
+        _signed_log(ax, max(least, 1e-3 * largest) or 1.0, largest or 1.0, lowest)
         for place, rank, low, high in zip(places, own["rank"].values, own.rank_low, own.rank_high, strict=True):
             if np.isfinite(rank):
                 text = f"{rank:.0f}" if low == high else f"{rank:.0f} ({float(low):.0f}–{float(high):.0f})"
@@ -172,10 +174,12 @@ def _ranks(ds: xr.Dataset, figure: SubFigure) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=6)
 
 
-def _signed_log(ax: Axes, least: float, largest: float) -> None:
-    """A logarithmic axis to both sides of a linear piece about zero, with a few ticks."""
-    first, last = int(np.floor(np.log10(least))), int(np.ceil(np.log10(largest)))
+def _signed_log(ax: Axes, least: float, largest: float, lowest: float) -> None:
+    """A logarithmic axis to both sides of a linear piece about zero, with a few ticks, from a lowest number on."""
+    first = int(np.floor(np.log10(least)))
+    last = max(int(np.ceil(np.log10(largest))), first + 1)
     ax.set_xscale("symlog", linthresh=10.0**first, linscale=0.7)
     decades = 10.0 ** np.arange(last, first, -max(-(-(last - first) // 2), 1))
     ax.set_xticks(np.concatenate([-decades, [0.0], decades[::-1]]))
     ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(min(-0.5 * 10.0**first, 1.5 * lowest), 1.5 * 10.0**last)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pnanalysis.arrays import Array
@@ -39,18 +40,18 @@ class DiagonalSums:
 
     total: Array
     square: Array
-    halves: Array
+    halves: NDArray[np.float32]
     value: Array
     probe_se: Array
     data_se: Array
-    _pending: Array
+    _pending: NDArray[np.float32]
 
     @classmethod
     def zeros(cls, n_parameters: int, n_groups: int) -> DiagonalSums:
         """Before the first."""
-        total, square, *results = (np.zeros(n_parameters) for _ in range(5))
+        each = [np.zeros(n_parameters) for _ in range(5)]
         halves, pending = (np.zeros((n_groups, 2, n_parameters), dtype=np.float32) for _ in range(2))
-        return cls(total, square, halves, *results, pending)
+        return cls(each[0], each[1], halves, each[2], each[3], each[4], pending)
 
     def add_group(self, group: int, signs: Tensor, product: Tensor, first: int) -> None:
         """Note what a group adds to products ``(P, k)`` with the sign vectors from number ``first`` on."""

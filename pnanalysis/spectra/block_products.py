@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pnanalysis.arrays import Array
@@ -157,7 +158,7 @@ class BlockForms:
     """
 
     partition: Partition
-    forms: Array
+    forms: NDArray[np.float32]
     rest: Array
     known: Array
     known_trace: Array
@@ -170,7 +171,7 @@ class BlockForms:
     @property
     def n_probes(self) -> int:
         """Sign vectors, ``q``."""
-        return self.forms.shape[-1]
+        return int(self.forms.shape[-1])
 
     @property
     def total(self) -> Array:

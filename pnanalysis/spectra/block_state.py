@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from pnanalysis import schema
 from pnanalysis.arrays import Array
@@ -50,7 +52,7 @@ class BlockState:
             return None
         return Saver(self.folder / "basis.safetensors", f"blocks {seed} {n_steps}", self.every)
 
-    def restore(self, forms: Array, rest: Array, sums: DiagonalSums | None) -> int:
+    def restore(self, forms: NDArray[np.float32], rest: Array, sums: DiagonalSums | None) -> int:
         """Read what is saved into the arrays; how many sign vectors are done.
 
         Raises
@@ -71,12 +73,12 @@ class BlockState:
         self.done = int(ds.attrs["done"])
         return self.done
 
-    def save_if_due(self, forms: Array, rest: Array, sums: DiagonalSums | None) -> None:
+    def save_if_due(self, forms: NDArray[np.float32], rest: Array, sums: DiagonalSums | None) -> None:
         """Save if the interval has passed."""
         if time.monotonic() - self._last >= self.every:
             self.save(forms, rest, sums)
 
-    def save(self, forms: Array, rest: Array, sums: DiagonalSums | None) -> None:
+    def save(self, forms: NDArray[np.float32], rest: Array, sums: DiagonalSums | None) -> None:
         """Write all that there is; where that fails, there is a warning."""
         if self.folder is None or not self.done:
             return

@@ -33,6 +33,7 @@ QUIET = {"n": 60, "progress": False}
 ANALYSES: dict[str, Callable[..., xr.DataArray]] = {
     "hessian": lambda nets, data: pn.hessian(nets, data=data, n_hvp=20, **QUIET).trace,
     "eigenpairs": lambda nets, data: pn.eigenpairs(nets, data=data, k=1, **QUIET).value.squeeze(),
+    "blocks": lambda nets, data: pn.blocks(nets, data=data, n_hvp=16, **QUIET).network_trace,
     "sharpness": lambda nets, data: pn.sharpness(nets, data=data, n_steps=2, n_starts=1, **QUIET).loss,
     "saturation": lambda nets, data: pn.saturation(nets, data=data, **QUIET)["mean"].squeeze(),
     "landscape": lambda nets, data: pn.landscape(nets, data=data, n_points=3, **QUIET).loss.squeeze(),
