@@ -1,5 +1,6 @@
 from . import plots as plots
 from .activations.monitor import SaturationMonitor as SaturationMonitor
+from .analyses.blocks import blocks as blocks
 from .analyses.comparison import compare as compare
 from .analyses.correlation import correlate as correlate
 from .analyses.eigenpairs import eigenpairs as eigenpairs
@@ -40,6 +41,7 @@ __all__ = [
     "Run",
     "SaturationMonitor",
     "as_operator",
+    "blocks",
     "compare",
     "correlate",
     "eigenpairs",

@@ -101,7 +101,7 @@ _SPECTRUM_SCALARS |= {
 }
 
 #: By kind, what is stored beside the dataset and read where it is used: see :mod:`pnanalysis.io.beside`.
-LAZY = {"eigenpairs": "vector"}
+LAZY = {"eigenpairs": "vector", "blocks": "diagonal"}
 
 #: What may follow a name: the value itself, its errors, and its 95 % interval.
 ERROR_ENDS = ("", "_se", "_probe_se", "_data_se", "_low", "_high")
@@ -180,6 +180,20 @@ _FUNCTIONAL = {
     **_with_se("cka", "checkpoint other layer", "1", "linear centred kernel alignment (CKA)", _OPTIONAL),
 }
 
+
+def _with_parts(name: str, dims: str, units: str, long_name: str, required: bool = True) -> dict[str, Variable]:
+    """A variable with its interval, and its standard error: for probes, for examples, and for both."""
+    return {
+        name: _var(dims, units, long_name, required),
+        **{
+            f"{name}{end}": _var(dims, units, f"{label} of the {long_name}", _OPTIONAL)
+            for end, label in _ERROR_PARTS.items()
+            if not end.startswith("_bound")
+        },
+        **_with_ends(name, dims, units, long_name),
+    }
+
+
 _OVERLAP = {
     "overlap": _var("checkpoint other", "1", "overlap of the spaces of eigenvectors (mean squared cosine)", _OPTIONAL),
     "overlap_halves": _var("checkpoint other", "1", "overlap of spaces over different halves of examples", _OPTIONAL),
@@ -190,6 +204,11 @@ _OVERLAP = {
 
 _COMPARISON = {
     **_OVERLAP,
+    **_with_parts("block_trace", "checkpoint block", "loss", "trace of the Hessian's block", _OPTIONAL),
+    **_with_parts(
+        "block_trace_difference", "checkpoint other block", "loss", "difference in trace of the block", _OPTIONAL
+    ),
+    **_with_p("block_trace_difference", "checkpoint other block", "difference in trace of the block"),
     **_with_se("loss", "checkpoint split", "nat", "loss"),
     **_with_se("loss_difference", "checkpoint other split", "nat", "difference in loss"),
     **_with_se("error", "checkpoint split", "1", "error"),
@@ -287,6 +306,41 @@ _EIGENPAIRS = {
     "vector": _var("pair parameter", "1", "eigenvector of unit length", _OPTIONAL),
 }
 
+
+_BLOCKS = {
+    "n_parameters": _var("block", "1", "number of parameters"),
+    **_with_parts("trace", "block", "loss", "trace of the diagonal block"),
+    "trace_form": _var("group block", "loss", "trace of the group's matrix in the block", _OPTIONAL),
+    "group_share": _var("group", "1", "part of the examples that is in the group", _OPTIONAL),
+    **_with_parts("frobenius_norm", "block", "loss", "Frobenius norm of the diagonal block"),
+    **_with_parts("off_diagonal_energy", "block", "loss^2", "sum of the block's energies with all others"),
+    **_with_parts("off_diagonal_share", "block", "1", "part that other blocks have of the block's energies"),
+    **_with_parts("energy", "block other", "loss^2", "energy (squared Frobenius norm) between blocks"),
+    **_with_parts("network_trace", "", "loss", "trace of all blocks together"),
+    "n_hvp": _var("", "1", "products with the matrix"),
+    "diagonal": _var("statistic parameter", "loss", "diagonal of the matrix, with its standard errors", _OPTIONAL),
+    "js_divergence": _var("block other", "nat", "Jensen-Shannon divergence of the spectra of blocks", _OPTIONAL),
+    "wasserstein1": _var("block other", "loss", "Wasserstein-1 distance of the spectra of blocks", _OPTIONAL),
+    "spectrum_node": _var("half block quadrature", "loss", "quadrature node of a block's spectrum", _OPTIONAL),
+    "spectrum_weight": _var("half block quadrature", "1", "quadrature weight of a block's spectrum", _OPTIONAL),
+    "squared_change": _var("bits block", "1", "squared change of the weights by rounding", _OPTIONAL),
+    **_with_parts("sensitivity", "bits block", "loss", "mean eigenvalue times the squared change", _OPTIONAL),
+    "rank": _var("bits block", "1", "place of the sensitivity, from the largest", _OPTIONAL),
+    **_with_ends("rank", "bits block", "1", "place of the sensitivity"),
+    "rank_probability": _var("bits block place", "1", "probability of the place, by all errors", _OPTIONAL),
+    **{
+        f"{name}{end}": _var(f"bits{dims}", "loss", f"{error}{label}{whole}", _OPTIONAL)
+        for dims, all_, whole in ((" block", "", ""), ("", "_all", " of all blocks"))
+        for name, label in (
+            ("quadratic", "second-order term of the change of the loss by rounding"),
+            ("linear", "first-order term of the change of the loss by rounding"),
+            ("loss_increase", "measured change of the loss by rounding"),
+        )
+        for end, error in ((all_, ""), (f"{all_}_data_se", "standard error for the choice of examples of the "))
+        if not (name == "linear" and error)
+    },
+}
+
 SCHEMAS: dict[str, dict[str, Variable]] = {
     "history": {
         "train_loss": _var("iteration epoch", "nat", "training loss"),
@@ -301,6 +355,15 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
     "spectrum_comparison": _SPECTRUM_COMPARISON,
     "eigenpairs": _EIGENPAIRS,
     "eigenvectors": {"vector": _var("pair parameter", "1", "eigenvector of unit length")},
+    "block_forms": {
+        "forms": _var("group block a b", "loss", "form of the group's part of a block with two sign vectors"),
+        "rest": _var("block a b", "loss", "form of what no example has"),
+        "total": _var("parameter", "loss", "sum of samples of the diagonal", _OPTIONAL),
+        "square": _var("parameter", "loss^2", "sum of squared samples of the diagonal", _OPTIONAL),
+        "halves": _var("group half parameter", "loss", "sum of the group's samples of the diagonal", _OPTIONAL),
+    },
+    "blocks": _BLOCKS,
+    "diagonals": {"diagonal": _BLOCKS["diagonal"]},
     "functional": _FUNCTIONAL,
     "comparison": _COMPARISON,
     "saturation": {

@@ -16,6 +16,7 @@ from torch import nn
 from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.activations.statistics import Measures, common_range
+from pnanalysis.analyses.compared_blocks import BlockRequest
 from pnanalysis.analyses.compared_sharpness import SharpnessRequest
 from pnanalysis.analyses.compared_spaces import EigenpairRequest
 from pnanalysis.analyses.functional import compare_functions
@@ -61,6 +62,7 @@ def compare(
     hessian: bool | Mapping[str, Any] = True,
     eigenpairs: bool | Mapping[str, Any] = False,
     sharpness: bool | Mapping[str, Any] = False,
+    blocks: bool | Mapping[str, Any] = False,
     cka: bool = True,
     saturation: bool = True,
     batch_size: int = 256,
@@ -94,6 +96,9 @@ def compare(
     sharpness : bool or mapping
         Largest and mean rise of the training loss in one neighbourhood, and relative flatness; a mapping holds options
         of :func:`pnanalysis.sharpness` that replace :data:`SHARPNESS`.
+    blocks : bool or mapping
+        Traces of the Hessian's diagonal blocks; a mapping holds options of :func:`pnanalysis.blocks` that replace
+        :data:`BLOCKS`.
     cka, saturation : bool
         Whether to compare layers and activations.
     batch_size : int
@@ -117,6 +122,7 @@ def compare(
         - ``worst_rise``, ``mean_rise``, ``relative_flatness``: see :func:`pnanalysis.sharpness`; their differences are
           paired;
         - ``overlap`` of the spaces of eigenvectors, with chance and ceiling: see :func:`pnanalysis.eigenpairs`;
+        - ``block_trace`` (checkpoint, block) and its differences, group of examples by group;
         - ``saturation``: 98th percentile of the absolute activations, on 1,000 examples of ``split``; a coordinate
           ``bounded`` tells in which layers these cannot exceed one.
 
@@ -153,6 +159,7 @@ def compare(
     one_of(SPLITS, split=split)
     pairs = EigenpairRequest.of(eigenpairs if isinstance(eigenpairs, Mapping) else {}, seed)
     sharp = SharpnessRequest.of(sharpness if isinstance(sharpness, Mapping) else {}, seed)
+    divided = BlockRequest.of(blocks if isinstance(blocks, Mapping) else {}, seed)
     requested = _SpectrumRequest.of(hessian if isinstance(hessian, Mapping) else {}, seed)
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
@@ -190,6 +197,8 @@ def compare(
     if sharpness:
         rises = sharp.differences(selection, networks, torch_device, progress)
         found.append(rises)
+    if blocks:
+        found.append(divided.differences(selection, networks, torch_device, progress))
     if saturation:
         found.append(_saturation(selection, networks, split, torch_device, seed, progress))
     ds = xr.merge([xr.Dataset(distances, {"layer": own_layers}).reindex(layer=layers), *found], compat="no_conflicts")
@@ -197,7 +206,7 @@ def compare(
         checkpoint=selection.labels, other=selection.labels, split=list(sizes),
         description=("checkpoint", [item.description for item in selection]),
     )  # fmt: skip
-    ds = ds.transpose("checkpoint", "other", "split", "layer", "activation", missing_dims="ignore")
+    ds = ds.transpose("checkpoint", "other", "split", "layer", "activation", "block", missing_dims="ignore")
     ds = ds.assign_attrs(spectra.attrs | rises.attrs | ({} if classes is None else {"classes": classes}))
     return schema.finish(
         with_p_values(ds), "comparison",

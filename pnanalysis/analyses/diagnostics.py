@@ -109,6 +109,9 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
     yield _row_of_pairs(ds, "overlap_halves", "  over different examples")
     yield _row_of_ceilings(ds)
     yield _row_of_pairs(ds, "overlap_chance", "  expected by chance")
+    if "block_trace" in ds:
+        for block in map(str, ds.block.values):
+            yield _row_of_each(ds.sel(block=block), f"block_trace:{block}", f"Hessian trace of {block}")
     if "saturation" in ds and "bounded" in ds.coords and bool(ds.bounded.any()):
         mean = ds.saturation.isel(activation=ds.bounded.values.astype(bool)).mean("activation")
         averaged = ds.drop_vars("saturation").assign(saturation=mean)

@@ -148,7 +148,7 @@ def eigenpairs(
         k, which, operator, params, bn_mode, dtype, amp, weight, draws, method, tolerance, max_hvp, data_error, classes,
         seed,
     )  # fmt: skip
-    if len(given) == 1 and _is_matrix(given[0]):
+    if len(given) == 1 and is_matrix(given[0]):
         if any(option is not None for option in (model, data, loss, checkpoints)):
             raise CurvatureError("an operator has its own network, data and loss; leave model, data and loss out")
         with progress_bar("eigenpairs", None, progress) as advance:
@@ -250,7 +250,7 @@ def stack(rows: Sequence[xr.Dataset], labels: Sequence[str]) -> xr.Dataset:
     return together.assign_coords(checkpoint=list(labels))
 
 
-def _is_matrix(given: Any) -> bool:
+def is_matrix(given: Any) -> bool:
     """Whether it is an operator or a matrix, rather than a run or a network."""
     if isinstance(given, nn.Module):
         return False

@@ -271,7 +271,7 @@ def hessian(
     settings |= dict.fromkeys(("distributed", "shard_basis", "checkpoint_activations", "compile"))
     with first_process_first() if distributed else nullcontext():
         writes = not distributed or is_first_process()
-        cache = None if state is None else SpectrumCache.claim(state, settings | _names_of(selection), writes)
+        cache = None if state is None else SpectrumCache.claim(state, settings | names_of(selection), writes)
     found: dict[tuple[str, object], dict[str, tuple[xr.Dataset, str]]] = {}
     try:
         for source in selection.sources:
@@ -424,7 +424,7 @@ def stack_spectra(rows: Sequence[Row], per_layer: bool = False) -> xr.Dataset:
     return stacked.assign_coords(layer=("checkpoint", [row.layer for row in rows])) if per_layer else stacked
 
 
-def _names_of(selection: Selection) -> dict[str, Any]:
+def names_of(selection: Selection) -> dict[str, Any]:
     """What the analysis is of, by names that are the same in another process."""
     sources = [{k: v for k, v in source.attrs.items() if not str(v).startswith("own ")} for source in selection.sources]
     data = [[source.data.fingerprint, source.data.split_hash] for source in selection.sources]

@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.arrays import Array
+from pnanalysis.curvature.example_groups import N_GROUPS
 from pnanalysis.kinds import COMPARED_SHARPNESS, TESTED_SPECTRUM
 from pnanalysis.significance import FEW_DISCORDANT, LEVEL, holm, mcnemar, p_value, p_value_beyond_bounds
 
@@ -60,7 +61,8 @@ def _computed(ds: xr.Dataset) -> xr.Dataset:
         start += part.size
         symmetric = np.ones(p.shape)  # a checkpoint does not differ from itself
         symmetric[below] = symmetric[below[::-1]] = part
-        variables[f"{name}_p"] = ((*_PAIR, "split")[: p.ndim], symmetric)
+        last = "block" if name.startswith("block") else "split"
+        variables[f"{name}_p"] = ((*_PAIR, last)[: p.ndim], symmetric)
     ds = ds.assign(variables).assign_attrs(significance=METHOD)
     is_better = (ds.error_difference > 0) & (ds.error_difference_p <= LEVEL)
     return ds.assign(rank=(1 + is_better.sum("other")).transpose("checkpoint", "split"))
@@ -91,6 +93,10 @@ def _tests(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
         if f"{name}_difference" in ds:
             difference, se = (_values(ds, f"{name}_difference{end}") for end in ("", "_se"))
             yield f"{name}_difference", p_value(difference, se, floor=ROUND_OFF * _larger(ds, name))
+    if "block_trace_difference" in ds:
+        value, se = (_values(ds, f"block_trace_difference{end}") for end in ("", "_se"))
+        largest = np.fmax.reduce(_larger(ds, "block_trace"), axis=-1, keepdims=True)
+        yield "block_trace_difference", p_value(value, se, dof=N_GROUPS - 1.0, floor=round_off * largest)
     if "wasserstein1" in ds:
         distance, noise, se = (_values(ds, f"wasserstein1{end}") for end in ("", "_noise", "_se"))
         floor = np.maximum(round_off * _larger(ds, "lambda_max"), noise)
@@ -98,15 +104,15 @@ def _tests(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
 
 
 def _values(ds: xr.Dataset, name: str) -> Array:
-    """A variable along checkpoint, other (and split); NaN if there is none."""
+    """A variable along checkpoint, other (and split or block); NaN if there is none."""
     if name not in ds:
         return np.full([ds.sizes[dim] for dim in _PAIR], np.nan)
-    return ds[name].transpose(*_PAIR, "split", missing_dims="ignore").values
+    return ds[name].transpose(*_PAIR, "split", "block", missing_dims="ignore").values
 
 
 def _larger(ds: xr.Dataset, name: str) -> Array:
     """The larger magnitude of a number of two checkpoints."""
-    size = np.abs(ds[name].transpose("checkpoint", "split", missing_dims="ignore").values)
+    size = np.abs(ds[name].transpose("checkpoint", "split", "block", missing_dims="ignore").values)
     return np.fmax(size[:, None], size[None, :])
 
 

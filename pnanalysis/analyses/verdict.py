@@ -12,6 +12,9 @@ from pnanalysis.analyses.diagnostics import estimate_of, short_names
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
 from pnanalysis.estimates import Estimate
 
+#: Blocks that a sentence names.
+_MOST_BLOCKS = 4
+
 
 def verdict(ds: xr.Dataset) -> list[str]:
     """A comparison in sentences that claim no more than its errors allow.
@@ -60,6 +63,8 @@ def _compared_with_first(ds: xr.Dataset, i: int) -> Iterator[str]:
         yield _layers(pair)
     if "trace" in ds:
         yield _curvature(pair)
+    if "block_trace_difference" in ds:
+        yield _blocks(pair)
 
 
 def _errors(ds: xr.Dataset, i: int) -> str:
@@ -152,6 +157,19 @@ def _curvature(pair: xr.Dataset) -> str:
         f"{_signed(top, where)}, trace {_signed(trace, where)}; the W1 distance of the spectra, {distance.value:.2g}, "
         f"is {significance} than expected from the noise of the {covered} alone ({noise:.2g})."
     )
+
+
+def _blocks(pair: xr.Dataset) -> str:
+    """In which blocks the traces differ, the largest differences first."""
+    known = pair.isel(block=pair.block_trace_difference.notnull().values)
+    order = np.argsort(-np.abs(known.block_trace_difference.values), kind="stable")
+    each = [estimate_of(known.isel(block=int(i)), "block_trace_difference") for i in order]
+    found = [(str(known.block.values[i]), one) for i, one in zip(order, each, strict=True) if one.is_significant]
+    if not found:
+        return f"Traces of the Hessian's {len(each)} blocks: no significant difference in any."
+    named = ", ".join(f"{name} ({one.text(signed=True)})" for name, one in found[:_MOST_BLOCKS])
+    more = f" and {len(found) - _MOST_BLOCKS} others" if len(found) > _MOST_BLOCKS else ""
+    return f"Traces of the Hessian's blocks differ significantly in {len(found)} of {len(each)}: {named}{more}."
 
 
 def _signed(difference: Estimate, where: str) -> str:

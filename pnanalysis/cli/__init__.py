@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pnanalysis.cli import (
+    blocks,
     compare,
     correlate,
     demo,
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, compare, hessian, eigenpairs, saturation, trajectory, landscape, sharpness, learning_coefficient,
+    demo, compare, hessian, eigenpairs, blocks, saturation, trajectory, landscape, sharpness, learning_coefficient,
     correlate, gradients, history, plot, report, info,
 )  # fmt: skip
 for command in COMMANDS:
@@ -49,7 +50,8 @@ def pnanalysis(
 
     Exit status: 0 for success, 2 for an error that you can mend (one line says which), 130 for an interrupt (143 for
     SIGTERM, 129 for SIGHUP); what was saved by then is intact, and [bold]pnanalysis hessian[/bold],
-    [bold]pnanalysis sharpness[/bold] and [bold]pntrain --resume[/bold] continue from it.
+    [bold]pnanalysis blocks[/bold], [bold]pnanalysis sharpness[/bold] and [bold]pntrain --resume[/bold] continue from
+    it.
     """
 
 

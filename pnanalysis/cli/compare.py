@@ -40,6 +40,9 @@ def compare(
         bool,
         typer.Option("--sharpness/--no-sharpness", help="Compare rises of the loss nearby, and relative flatness."),
     ] = False,
+    blocks: Annotated[
+        bool, typer.Option("--blocks/--no-blocks", help="Compare the traces of the Hessian's layers.")
+    ] = False,
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 256,
     model: options.Model = None,
@@ -80,6 +83,7 @@ def compare(
         *given, checkpoints=checkpoint, n=n, split=split, cka=cka,
         hessian=spectra if hessian else False, eigenpairs={"n": n_hessian} if eigenpairs else False,
         sharpness={"n": n_hessian} if sharpness else False,
+        blocks={"n": n_hessian} if blocks else False,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)

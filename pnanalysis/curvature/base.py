@@ -8,6 +8,7 @@ from copy import copy
 from functools import partial
 from typing import Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -198,7 +199,7 @@ class CurvatureOperator:
         selected = select_unwrapped(wrapped, params)
         self.names = [one.label if isinstance(one, Block) else one for one in selected]
         self._blocks = {one.label: one for one in selected if isinstance(one, Block)}
-        first = model.get_parameter(self._parameter_of(self.names[0]))
+        first = model.get_parameter(self.parameter_of(self.names[0]))
         self.dtype = dtype or first.real.dtype
         self.device = torch.device(device) if device is not None else first.device
         self.model = in_precision(prepared_copy(model, bn_mode), self.dtype).to(self.device)
@@ -343,16 +344,20 @@ class CurvatureOperator:
         """The diagonal blocks: pairs of a layer's name and the operator on its parameters."""
         for layer, own in parameter_layers(self.model):
             held = {name for name, _ in own}
-            names = [name for name in self.names if self._parameter_of(name) in held]
+            names = [name for name in self.names if self.parameter_of(name) in held]
             if names:
                 yield layer, self._again(self.batches.source, names, self.expected_products)
+
+    def restricted(self, names: list[str], expected_products: int = 1000) -> Self:
+        """The diagonal block of some of the parameters, or parts of these, that :attr:`names` lists."""
+        return self._again(self.batches.source, names, expected_products)
 
     @property
     def tensors(self) -> list[tuple[str, str, int]]:
         """Name, layer and length of what follows each other in a vector: the parameters, or parts, of :attr:`names`."""
         layer_of = {name: layer for layer, own in parameter_layers(self.model) for name, _ in own}
         return [
-            (name, layer_of.get(self._parameter_of(name), name), shape.numel())
+            (name, layer_of.get(self.parameter_of(name), name), shape.numel())
             for name, shape in zip(self.names, self.parameter_shapes, strict=True)
         ]
 
@@ -366,7 +371,7 @@ class CurvatureOperator:
         """
         parts = []
         for name, shape in zip(self.names, self.parameter_shapes, strict=True):
-            found = state.get(self._parameter_of(name))
+            found = state.get(self.parameter_of(name))
             part = None if found is None else as_real(found.detach())
             if part is not None and name in self._blocks:
                 part = self._blocks[name].of(part)
@@ -392,6 +397,31 @@ class CurvatureOperator:
             for _, _, product in self._products([torch.zeros_like(theta) for theta in self._theta.values()]):
                 yield BatchMatrix(product, self.parameter_shapes, self.device, self.dtype)
 
+    def products_by_batch(self, V: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """What each batch adds to the products with ``k`` vectors: its number and ``(P, k)``, without the regulariser.
+
+        The batches are those of :meth:`batch_gradients`; all of them together are one product for each vector.
+        """
+        V = contiguous_columns(V.to(self.device, self.dtype))
+        directions = [split_vector(v, self.parameter_shapes) for v in V.T]
+        with self._passes():
+            for i, weight, product in self._products(directions[0]):
+                found = product.of_many(directions) if isinstance(product, Program) else map(product, directions)
+                yield i, torch.stack([weight * join_tensors(one).to(self.dtype) for one in found]).T
+        self.n_hvp += V.shape[1]
+
+    def batch_losses(self, offset: Tensor | None = None) -> Array:
+        """What each batch adds to the loss, plus an offset ``(P,)``; without the regulariser."""
+        parts = split_vector(torch.zeros(self.n_parameters) if offset is None else offset, self.parameter_shapes)
+        theta = {
+            name: self._theta[name] + part.to(self._theta[name]) for name, part in zip(self.names, parts, strict=True)
+        }
+        found = np.zeros(len(self.batches))
+        with self._passes():
+            for i, weight, at in self._weighted():
+                found[i] += weight * float(self._loss(at, theta).detach())
+        return found
+
     def take_weights(self, model: nn.Module) -> None:
         """Move to the weights and buffers that the network has now; data, checks and traced programs stay.
 
@@ -408,7 +438,7 @@ class CurvatureOperator:
         self.release()
         model = unwrapped(model)
         for mine, label in [(self._theta, label) for label in self._theta] + [(self._others, o) for o in self._others]:
-            owner, _, leaf = self._parameter_of(label).rpartition(".")
+            owner, _, leaf = self.parameter_of(label).rpartition(".")
             try:
                 found = getattr(model.get_submodule(owner), leaf).detach()
             except AttributeError:
@@ -499,7 +529,7 @@ class CurvatureOperator:
         subset = ExampleSubset(whole.pairs, chosen, max(whole.sizes) if refilled else None)
         return self._again(subset, self.names, expected_products)
 
-    def _parameter_of(self, name: str) -> str:
+    def parameter_of(self, name: str) -> str:
         """The parameter that a name of :attr:`names` belongs to: itself, or the whole of which it is a part."""
         return self._blocks[name].parameter if name in self._blocks else name
 

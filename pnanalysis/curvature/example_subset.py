@@ -66,6 +66,27 @@ class ExampleSubset:
                 yield map_tensors(batch, partial(_taken, chosen))
 
 
+class ExampleGroups:
+    """The same examples in another order: group by group of a random partition, whose batches do not mix groups.
+
+    Parameters
+    ----------
+    pairs : re-iterable of (inputs, targets)
+        The same on every pass; all can be cut.
+    group : ndarray, shape (N,)
+        Of each example.
+    size : int
+        Examples per batch, at most.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Any, Any]], group: NDArray[np.int64], size: int) -> None:
+        self.pairs, self.group, self.size = pairs, group, size
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for one in range(int(self.group.max()) + 1):
+            yield from ExampleSubset(self.pairs, self.group == one, self.size)
+
+
 def random_parts(n: int, n_parts: int, seed: int) -> NDArray[np.int64]:
     """The part, from 0 on, of each of ``n`` things in a random partition into parts of equal size, ``(n,)``."""
     parts = np.empty(n, dtype=np.int64)
@@ -92,4 +113,4 @@ def _joined(one: Any, other: Any) -> Any:
     )
 
 
-__all__ = ["ExampleSubset", "random_parts"]
+__all__ = ["ExampleGroups", "ExampleSubset", "random_parts"]

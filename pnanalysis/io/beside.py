@@ -22,8 +22,10 @@ from pnanalysis.io.files import check_inside
 from pnanalysis.kinds import LAZY
 from pnanalysis.schema import stamp
 
-#: What the folder of the store is called after the dataset's file, the attribute that names the store, and its kind.
-SUFFIX, DIGEST, KIND = ".vectors", "vectors_digest", "eigenvectors"
+#: What the folder of the store is called after the dataset's file, the attribute that names the store, and the kind of
+#: what is in it.
+SUFFIX, DIGEST = ".vectors", "vectors_digest"
+_STORED = {"vector": "eigenvectors", "diagonal": "diagonals"}
 #: Numbers of a vector that are read at a time.
 _CHUNK = 2**22
 
@@ -50,7 +52,7 @@ def split_off(ds: xr.Dataset, path: Path) -> xr.Dataset:
     key = _digest(ds[name])
     store = _store(path, key)
     if not zarr_store.is_store(store):
-        own = stamp(ds[[name]].drop_vars(list(ds[name].coords)).drop_attrs(deep=False), KIND, **{DIGEST: key})
+        own = stamp(ds[[name]].drop_vars(list(ds[name].coords)).drop_attrs(deep=False), _STORED[name], **{DIGEST: key})
         *_, length = own[name].shape
         zarr_store.save(own, store, {name: (*[1] * (own[name].ndim - 1), min(max(length, 1), _CHUNK))})
     return ds.drop_vars(name).assign_attrs({DIGEST: key})

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pnanalysis.errors import PnError
+from pnanalysis.plots.blocks import blocks
 from pnanalysis.plots.comparison import comparison
 from pnanalysis.plots.correlation import correlation
 from pnanalysis.plots.eigenpairs import eigenpairs
@@ -30,6 +31,7 @@ FIGURES: dict[str, str] = {
     "hessian": "pnanalysis.plots.spectrum:spectral_density",
     "spectral_density": "pnanalysis.plots.spectrum:spectral_density",
     "eigenpairs": "pnanalysis.plots.eigenpairs:eigenpairs",
+    "blocks": "pnanalysis.plots.blocks:blocks",
     "layer_spectra": "pnanalysis.plots.spectrum:layer_spectra",
     "saturation": "pnanalysis.plots.saturation:saturation",
     "saturation_gap": "pnanalysis.plots.saturation:saturation_gap",
@@ -99,6 +101,7 @@ __all__ = [
     "FIGURES",
     "activation_histogram",
     "barrier",
+    "blocks",
     "comparison",
     "correlation",
     "cosines",

@@ -178,6 +178,22 @@ class DataForms:
         )
 
 
+def variance_of_forms(weight: Array, form: Array) -> Array:
+    """Variance of numbers over samples of as many groups, ``(...)``; NaN for fewer than :data:`FEWEST_GROUPS`.
+
+    Parameters
+    ----------
+    weight : ndarray, shape (group,)
+    form : ndarray, shape (group, ...)
+        What each group adds to the numbers.
+    """
+    n = int((weight > 0).sum())
+    if n < FEWEST_GROUPS:
+        return np.full(form.shape[1:], np.nan)
+    centred = form - np.tensordot(weight, form, 1) / weight.sum()
+    return np.asarray(n / (n - 1) * np.tensordot(weight**2, centred**2, 1))
+
+
 @dataclass(frozen=True)
 class Influence:
     """What each group adds to a number to first order.
@@ -198,13 +214,9 @@ class Influence:
     @property
     def variance(self) -> float:
         """Of the number, over samples of as many groups."""
-        n, total = int((self.weight > 0).sum()), self.weight.sum()
-        if n < FEWEST_GROUPS:
-            return np.nan
-        form, spread = (values - self.weight @ values / total for values in (self.form, self.spread))
-        squares, noise = (float(self.weight**2 @ values**2) for values in (form, spread))
+        variance, noise = (float(variance_of_forms(self.weight, values)) for values in (self.form, self.spread))
         # all groups see the same few probes, whose noise is known badly: more than half is never taken for noise
-        return n / (n - 1) * max(squares - noise, squares / 2)
+        return float(np.maximum(variance - noise, variance / 2))
 
     @property
     def se(self) -> float:

@@ -25,6 +25,8 @@ from pnanalysis.spectra.sharing import Part, part_of
 
 #: Pairs of entries that are drawn at a time.
 _CHUNK = 2**17
+#: Keeps the keys of sign vectors apart from those of vectors on the sphere.
+_SIGNS = 1
 #: Of SplitMix64, as signed numbers of 64 bits.
 _STEP, _FIRST, _SECOND = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -41,6 +43,18 @@ def random_unit_vectors(operator: LinearOperator, indices: Iterable[int], seed: 
         key = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
         _fill_on_sphere(column, key, part, operator.shape[0])
     return vectors
+
+
+def random_signs(n_parameters: int, indices: Iterable[int], seed: int, device: torch.device) -> Tensor:
+    """Independent random signs, ``(P, k)`` in int8; sign vector ``i`` depends on ``seed`` and ``i`` only."""
+    indices = list(indices)
+    signs = empty_columns(n_parameters, len(indices), torch.int8, device)
+    for column, index in zip(signs.T, indices, strict=True):
+        key = int(np.random.SeedSequence([seed, index, _SIGNS]).generate_state(1, np.uint64)[0])
+        for first in range(0, n_parameters, 2 * _CHUNK):
+            counters = torch.arange(first, min(first + 2 * _CHUNK, n_parameters), device=device)
+            column[first : first + len(counters)] = 1 - 2 * (hashed(counters, key) < 0).to(torch.int8)
+    return signs
 
 
 def _fill_on_sphere(column: Tensor, key: int, part: Part, n_parameters: int) -> None:

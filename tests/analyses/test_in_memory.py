@@ -51,6 +51,7 @@ def files(nets: dict[str, nn.Module], tmp_path: Path) -> list[Path]:
 ANALYSES: dict[str, Callable[..., xr.Dataset]] = {
     "hessian": lambda *given, **k: pn.hessian(*given, **HESSIAN, **k),
     "eigenpairs": lambda *given, **k: pn.eigenpairs(*given, k=2, **k),
+    "blocks": lambda *given, **k: pn.blocks(*given, n_hvp=16, **k),
     "saturation": lambda *given, loss=None, **k: pn.saturation(*given, **k),
     "trajectory": lambda *given, loss=None, data=None, **k: pn.trajectory(*given, **k),
     "plane": lambda *given, **k: pn.landscape(*given, view="plane", n_points=3, **k),

@@ -57,6 +57,7 @@ ANALYSES: dict[str, Callable[..., Any]] = {
     "ggn": lambda nets, **k: pn.hessian(nets, operator="ggn", **HESSIAN, **k),
     "fisher": lambda nets, **k: pn.hessian(nets, operator="fisher", **HESSIAN, **k),
     "eigenpairs": lambda nets, **k: pn.eigenpairs(nets, k=2, **k),
+    "blocks": lambda nets, **k: pn.blocks(nets, n_hvp=16, bits=4, spectra=True, n_spectrum=4, **k),
     "saturation": lambda nets, loss, **k: pn.saturation(nets, **k),
     "trajectory": lambda nets, loss, data, **k: pn.trajectory(nets, **k),
     "line": lambda nets, **k: pn.landscape(nets[:2], n_points=3, **k),

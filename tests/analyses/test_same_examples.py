@@ -38,6 +38,7 @@ ANALYSES: dict[str, Callable[..., xr.DataArray]] = {
             nets, data=data, n_steps=2, measures=("worst", "average"), second_order=False, n_starts=1, **QUIET
         ).loss
     ),
+    "blocks": lambda nets, data: pn.blocks(nets, data=data, n_hvp=16, **QUIET).network_trace,
     "saturation": lambda nets, data: pn.saturation(nets, data=data, **QUIET)["mean"].squeeze(),
     "landscape": lambda nets, data: pn.landscape(nets, data=data, n_points=3, **QUIET).loss.squeeze(),
     "compare": lambda nets, data: pn.compare(nets, data=data, hessian=False, **QUIET).loss.squeeze(),

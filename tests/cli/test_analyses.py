@@ -99,6 +99,30 @@ def test_eigenpairs_are_saved_with_vectors_drawn_reported_and_span_a_plane(run, 
     assert (datasets.load(tmp_path / "s.nc").value < 0).all()
 
 
+def test_blocks_are_saved_drawn_reported_and_resumed(run, own_run: Run, tmp_path: Path) -> None:
+    few = ("--n", 80, "--device", "cpu", "--n-hvp", 24)
+    both = ("-c", "plain", "-c", "iter01")
+    done = run(
+        "pnanalysis", "blocks", own_run.path, *both, *few, "--bits", 4, "--diagonal", "--plot", tmp_path / "b.svg"
+    )
+    assert done.status == 0, done.err
+    assert "energy with other blocks" in done.out
+    assert "weights rounded to 4 bits, block by block" in done.out
+    assert (tmp_path / "b.svg").is_file()
+    file = own_run.path / "analysis" / "blocks.nc"
+    found = datasets.load(file)
+    assert found.diagonal.sizes["statistic"] == 3
+    assert found.sizes["block"] == 7
+    assert not file.with_suffix(".unfinished").exists()
+    assert run("pnanalysis", "report", own_run.path, "-o", tmp_path / "r.html").status == 0
+    assert "Curvature by blocks" in (tmp_path / "r.html").read_text()
+    own = ("--block", "fc1", "--block", "fc2.weight[0:4]", "--operator", "ggn", "--json", "-o", tmp_path / "own.nc")
+    done = run("pnanalysis", "blocks", own_run.path, "-c", "plain", *few, *own)
+    assert done.status == 0, done.err
+    assert datasets.load(tmp_path / "own.nc").block.values.tolist() == ["fc1", "fc2.weight[0:4]"]
+    assert run("pnanalysis", "blocks", own_run.path, "--by", "heads", *few).status == 2
+
+
 def test_custom_weights_go_through_every_analysis(run, tmp_path: Path, own_run: Run, monkeypatch) -> None:
     (tmp_path / "own_nets.py").write_text(
         "from trainers.zoo.models import tanh7\ndef make():\n    return tanh7((1, 8, 8), width=16)\n"

@@ -108,6 +108,39 @@ def eigenpairs() -> xr.Dataset:
     return dataset("eigenpairs", coords | {"level": ["class", "cross", "within", "same"]}, variables, n_top=4)
 
 
+def blocks(bits: bool = True) -> xr.Dataset:
+    """Six layers of two networks; the last two are weakly coupled to the others."""
+    names = ["conv1", "conv2", "fc1", "fc2", "fc3", "head"]
+    n, k = len(names), 2
+    trace = np.array([[30.0, 12, 6, 3, 1.5, 0.8], [45.0, 15, 5, 2.5, 1.4, 0.9]])
+    near = np.exp(-0.6 * np.abs(np.arange(n)[:, None] - np.arange(n)))
+    norm = trace / 3
+    energy = norm[:, :, None] * norm[:, None, :] * near**2
+    apart = energy.sum(-1) - norm**2
+    at, square = ("checkpoint", "block"), ("checkpoint", "block", "other")
+    share = apart / energy.sum(-1)
+    variables = {"n_parameters": (at, np.full((k, n), 100.0)), "n_hvp": ("checkpoint", [200.0, 200.0])}
+    for name, value, rel in (("trace", trace, 0.1), ("frobenius_norm", norm, 0.08), ("off_diagonal_share", share, 0.1)):
+        variables |= {name: (at, value), f"{name}_se": (at, rel * value), f"{name}_probe_se": (at, 0.4 * rel * value)}
+    variables |= {"energy": (square, energy), "energy_se": (square, np.full((k, n, n), 0.01))}
+    coords: dict[str, Any] = {"checkpoint": ["plain", "champion"], "block": names, "other": names}
+    if bits:
+        width = ("checkpoint", "bits", "block")
+        value = trace[:, None] * np.array([1e-2, 1e-4])[:, None]
+        order = np.broadcast_to(np.arange(1.0, n + 1), value.shape)
+        variables |= {
+            "js_divergence": (square, 0.3 * (1 - near) + 0.02), "wasserstein1": (square, 0.1 * (1 - near) + 0.003),
+            "sensitivity": (width, value), "sensitivity_se": (width, 0.1 * value), "quadratic": (width, 0.6 * value),
+            "loss_increase": (width, 0.5 * value - 1e-4), "loss_increase_data_se": (width, 0.1 * value + 1e-5),
+            "rank": (width, order), "rank_low": (width, order - (order == 3)),
+            "rank_high": (width, order + (order == 2)),
+        }  # fmt: skip
+        variables["js_divergence"] = (square, np.stack([variables["js_divergence"][1]] * k))
+        variables["wasserstein1"] = (square, np.stack([variables["wasserstein1"][1]] * k))
+        coords["bits"] = [4, 8]
+    return dataset("blocks", coords, variables, data_error="examples")
+
+
 def saturation() -> xr.Dataset:
     """Percentiles of |a| that approach one, faster in later layers; iterations 1 and 3 are equal."""
     epochs = np.arange(7)
@@ -425,6 +458,8 @@ PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
     "hessian_examples": ("hessian", spectra_of_examples, {}),
     "layer_spectra": ("layer_spectra", layer_spectra, {}),
     "eigenpairs": ("eigenpairs", eigenpairs, {}),
+    "blocks": ("blocks", blocks, {}),
+    "blocks_two_networks": ("blocks", lambda: blocks(bits=False), {}),
     "saturation": ("saturation", saturation, {}),
     "saturation_of_files": ("saturation", saturation_of_files, {}),
     "saturation_gap": ("saturation_gap", saturation, {}),

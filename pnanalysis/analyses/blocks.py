@@ -1,0 +1,290 @@
+"""Curvature by blocks of parameters: layers, queries, keys and values, heads, experts, or any parts of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from pnanalysis import schema
+from pnanalysis.analyses.eigenpairs import is_matrix
+from pnanalysis.analyses.hessian import has_all, names_of
+from pnanalysis.analyses.network_blocks import BlockOptions, matrix_blocks
+from pnanalysis.analyses.spectrum_cache import SpectrumCache, weights_digest
+from pnanalysis.checks import at_least, resolve_dtype
+from pnanalysis.curvature.base import CurvatureOperator
+from pnanalysis.curvature.batch_weights import Weight
+from pnanalysis.curvature.named_blocks import Blocks, blocks_of
+from pnanalysis.curvature.peers import make_operator
+from pnanalysis.errors import CurvatureError
+from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.inputs.data import Batch, DataLike, n_examples
+from pnanalysis.inputs.models import Loss, ModelLike
+from pnanalysis.inputs.selection import select
+from pnanalysis.inputs.sources import resolve_device
+from pnanalysis.spectra.linear_operator import as_operator
+from pnanalysis.terminal.progress import Advance, progress_bar
+
+
+def blocks(
+    *given: Any,
+    blocks: Blocks = "layers",
+    model: ModelLike | None = None,
+    data: DataLike | None = None,
+    loss: str | Loss | None = None,
+    checkpoints: Sequence[str] | None = None,
+    operator: str = "hessian",
+    n_hvp: int = 200,
+    until: Mapping[str, float] | None = None,
+    diagonal: bool = False,
+    spectra: bool = False,
+    n_spectrum: int = 60,
+    bits: int | Sequence[int] | None = None,
+    split: str = "train",
+    n: int | None = 2048,
+    batch_size: int = 512,
+    params: str | Sequence[str] | None = None,
+    bn_mode: str = "eval",
+    dtype: str = "float32",
+    amp: str = "no",
+    weight: Weight = None,
+    draws: int | None = None,
+    method: str = "exact",
+    data_error: str = "examples",
+    device: str | None = "cpu",
+    seed: int = 0,
+    progress: bool = True,
+    state: str | os.PathLike[str] | None = None,
+) -> xr.Dataset:
+    r"""Traces, Frobenius norms and energies of all blocks of a curvature matrix, from one set of products.
+
+    Parameters
+    ----------
+    *given : operator or matrix; or Run, Source, path, Module, state dict, or mapping or sequence of these
+        A single operator, or anything :func:`pnanalysis.as_operator` takes; or what :func:`pnanalysis.hessian` takes.
+    blocks : {"layers", "tensors", "qkv", "heads", "experts"}, sequence of str, or mapping
+        What the parameters are divided into: see :func:`pnanalysis.curvature.named_blocks.blocks_of`. Or selections of
+        layers, parameters and parts of them, such as ``["encoder.*", "attn[q.3/12]"]``, each a block. Of a matrix, the
+        sizes of its blocks by label.
+    model, data, loss, checkpoints
+        See :func:`pnanalysis.hessian`.
+    operator : {"hessian", "ggn", "fisher"}
+        Hessian of the mean loss, generalised Gauss-Newton, or empirical Fisher.
+    n_hvp : int
+        Products for all blocks together: half of them for a Krylov space, half for random signs. From as many as there
+        are parameters on, everything is exact.
+    until : mapping, optional
+        ``{"trace": 0.02}`` ends as soon as no block's trace has a standard error, for the random signs, above 2 % of
+        the whole network's trace.
+    diagonal : bool
+        Also the diagonal itself, with the errors of every entry. Saved datasets have it beside themselves, read where
+        it is used.
+    spectra : bool
+        Also the spectrum of each block, by ``n_spectrum`` products with this block alone on each of two halves of the
+        examples, and how far those of two blocks differ.
+    n_spectrum : int
+    bits : int or sequence of int, optional
+        Also what rounding the weights of each block to so many bits does to the loss.
+    split, n, batch_size, params, bn_mode, dtype, amp, weight, draws, method
+        See :func:`pnanalysis.hessian`.
+    data_error : {"examples", "none"}
+        Whether errors include that of the choice of examples. It takes no further products: examples are divided into
+        16 groups, and each product is summed over the groups one after the other.
+    device : str or None
+    seed : int
+        Of examples, their groups and random vectors.
+    progress : bool
+    state : path, optional
+        Folder for unfinished work, from which an interrupted call with the same arguments resumes.
+
+    Returns
+    -------
+    xarray.Dataset
+        Kind ``blocks``, dims ``block`` and ``other`` (the same blocks again), with ``checkpoint`` in front unless a
+        single operator was given. ``NAME_se`` is the standard error of both ``NAME_probe_se``, for the random signs,
+        and ``NAME_data_se``, for the choice of examples; ``NAME_low`` and ``NAME_high`` are a 95 % interval.
+
+        - ``trace``, ``frobenius_norm`` (block) of the diagonal blocks; ``network_trace``;
+        - ``energy`` (block, other), squared Frobenius norms :math:`\lVert H_{kl} \rVert_F^2` of all blocks;
+          ``off_diagonal_energy`` (block), the sum of a block's energies with all others, and ``off_diagonal_share``,
+          its part of all energies of the block;
+        - ``n_parameters`` (block); ``n_hvp``;
+        - with ``diagonal``: ``diagonal`` (statistic, parameter): value, and standard errors for signs and examples;
+        - with ``spectra``: ``js_divergence`` and ``wasserstein1`` (block, other) between spectra over different halves
+          of the examples; on the diagonal, between those of one block: what chance alone gives. ``spectrum_node`` and
+          ``spectrum_weight`` (half, block, quadrature) are the spectra;
+        - with ``bits`` (along ``bits``): ``sensitivity`` (block), the mean eigenvalue times the squared change of the
+          weights (HAWQ-V2), its ``rank`` from the largest with a 95 % interval, and ``rank_probability`` (block,
+          place); ``quadratic``, ``linear``, :math:`\tfrac12 \Delta w^\top H \Delta w` and :math:`g^\top \Delta w`, and
+          the measured ``loss_increase``; all three for all blocks together as ``NAME_all``.
+
+    Raises
+    ------
+    PnError
+        If a checkpoint, the data or a setting is invalid, blocks overlap, or the operator is not symmetric.
+
+    Notes
+    -----
+    Estimates of energies are not restricted to positive numbers: those that are far below the energies of their row
+    and column may come out negative, within their errors. Errors of energies for the choice of examples are of first
+    order: the energy of few examples is larger than that of many, for the noise of examples has energy, too.
+
+    References
+    ----------
+    Y. Zhang et al., "Why Transformers Need Adam: A Hessian Perspective", arXiv:2402.16788. Z. Dong et al., "HAWQ-V2:
+    Hessian Aware trace-Weighted Quantization of Neural Networks", arXiv:1911.03852. E. Epperly, J. Tropp, R. Webber,
+    "XTrace: making the most of every sample in stochastic trace estimation", arXiv:2301.07825.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ds = blocks(np.diag([3.0, 2.0, 0.5, -1.0]), blocks={"a": 3, "b": 1}, progress=False)
+    >>> ds.trace.values
+    array([ 5.5, -1. ])
+    """
+    at_least(1, n=n, batch_size=batch_size)
+    widths = () if bits is None else (bits,) if isinstance(bits, int) else tuple(bits)
+    options = BlockOptions(
+        blocks, n_hvp, until, operator, params, bn_mode, dtype, amp, weight, draws, method, diagonal, spectra,
+        n_spectrum, widths, data_error, seed,
+    )  # fmt: skip
+    if len(given) == 1 and is_matrix(given[0]):
+        if any(option is not None for option in (model, data, loss, checkpoints)):
+            raise CurvatureError("an operator has its own network, data and loss; leave model, data and loss out")
+        with progress_bar("blocks", None, progress) as advance:
+            ds = _of_operator(given[0], options, None if state is None else Path(state), advance)
+        return schema.finish(ds, "blocks", operator=type(given[0]).__name__, blocks=_as_text(blocks), seed=seed)
+    torch_device = resolve_device(device)
+    selection = select(given, checkpoints, model=model, data=data, loss=loss)
+    selection.check_weights()
+    settings = {**asdict(options), "weight": None, "split": split, "n": n, "batch_size": batch_size}
+    cache = None if state is None else SpectrumCache.claim(state, settings | names_of(selection))
+    found: dict[object, tuple[xr.Dataset, str]] = {}
+    try:
+        for source in selection.sources:
+            part = selection.split(source, split, n, seed, torch_device)
+            batches = part.batches(batch_size)
+            for item in selection.distinct(source):
+                network = selection.network(item, torch_device)
+                with progress_bar(item.label, None, progress) as advance:
+                    one = network_blocks(
+                        network, source.loss, batches, options, label=item.label, device=torch_device,
+                        cache=None if cache is None else cache.of(network), advance=advance,
+                    )  # fmt: skip
+                found[item.key] = one, weights_digest(network)
+    finally:
+        if cache is not None:
+            cache.release()
+    ds = stack([found[item.key][0] for item in selection], selection.labels)
+    ds = ds.assign_coords(
+        iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
+        epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),
+        weights_digest=("checkpoint", [found[item.key][1] for item in selection]),
+    )
+    n_used = n_examples(part, batches)
+    return schema.finish(
+        ds, "blocks", **selection.sources[0].dataset_attrs(), operator=operator, blocks=_as_text(blocks), split=split,
+        n=n_used, all_examples=has_all(source, split, n, n_used), batch_size=batch_size, bn_mode=bn_mode,
+        params=params, seed=seed, device=str(torch_device), dtype=dtype, amp=amp, draws=draws,
+        bits_tried=list(widths) or None,
+    )  # fmt: skip
+
+
+def network_blocks(
+    network: nn.Module,
+    loss: Loss,
+    batches: Iterable[Batch],
+    options: BlockOptions,
+    *,
+    label: str = "network",
+    device: torch.device | str = "cpu",
+    cache: SpectrumCache | None = None,
+    advance: Advance | None = None,
+) -> xr.Dataset:
+    """Blocks of one network over batches in memory.
+
+    Parameters
+    ----------
+    network : Module
+    loss : callable
+        ``loss(outputs, targets)``, averaged over the batch.
+    batches : re-iterable of (inputs, targets)
+    options : BlockOptions
+    label : str
+        What the network is called in messages.
+    device : torch.device or str
+    cache : SpectrumCache, optional
+        Keeps what is finished, and what is in progress.
+    advance : callable, optional
+        Called with the products of each step.
+    """
+    with clear_errors(label, network, batches, loss):
+        names = blocks_of(network, options.blocks, options.params)
+        op = make_operator(
+            "native", options.operator, network, loss, batches, params=[one for own in names.values() for one in own],
+            bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device, amp=options.amp,
+            weight=options.weight, draws=options.draws, method=options.method, expected_products=1,
+        )  # fmt: skip
+
+        def compute(state: Path | None = None) -> xr.Dataset:
+            ds = matrix_blocks(
+                op, names, options, network=network, state=state, advance=advance or (lambda steps: None)
+            )
+            return schema.finish(ds, "blocks")
+
+        return compute() if cache is None else cache.finished("", op, compute)
+
+
+def _of_operator(
+    given: Any, options: BlockOptions, state: Path | None, advance: Callable[[float], None]
+) -> xr.Dataset:  # fmt: skip
+    """Blocks of a single operator or matrix."""
+    op = as_operator(given)
+    if isinstance(op, CurvatureOperator):
+        names = blocks_of(op.model, options.blocks, op.names if _by_name(options) else None)
+        chosen = [one for own in names.values() for one in own]
+        own = op if sorted(chosen) == sorted(op.names) else op.restricted(chosen, 1)
+        return matrix_blocks(own, names, options, state=state, advance=advance)
+    if options.spectra or options.bits or not isinstance(options.blocks, Mapping):
+        raise CurvatureError(
+            "a matrix takes the sizes of its blocks by label, blocks={'a': 10, 'b': 20}, and neither spectra nor bits"
+        )
+    at_least(1, **{f"blocks[{label!r}]": size for label, size in options.blocks.items()})
+    return matrix_blocks(op, options.blocks, options, state=state, advance=advance)
+
+
+def _by_name(options: BlockOptions) -> bool:
+    return isinstance(options.blocks, str)
+
+
+def stack(rows: Sequence[xr.Dataset], labels: Sequence[str]) -> xr.Dataset:
+    """Blocks of several networks along ``checkpoint``; NaN for blocks that a network does not have."""
+    names = list(dict.fromkeys(str(name) for ds in rows for name in ds.block.values))
+    longest: dict[Any, int] = {}
+    for ds in rows:
+        longest |= {dim: max(size, longest.get(dim, 0)) for dim, size in ds.sizes.items() if dim not in ds.indexes}
+    padded = []
+    for ds in rows:
+        own = ds.reindex(block=names, other=names)
+        if "place" in own.dims:
+            own = own.reindex(place=np.arange(1, len(names) + 1))
+        padded.append(own.pad({dim: (0, longest[dim] - m) for dim, m in own.sizes.items() if dim in longest}))
+    together = xr.concat(padded, dim="checkpoint", join="outer", data_vars="all", coords="different", compat="equals",
+                         combine_attrs="drop_conflicts")  # fmt: skip
+    if "tensors" in together.coords and together["tensors"].ndim == 0:
+        together = together.assign_coords(tensors=("checkpoint", [str(together["tensors"].item())] * len(rows)))
+    return together.assign_coords(checkpoint=list(labels))
+
+
+def _as_text(blocks: Blocks) -> Any:
+    return blocks if isinstance(blocks, str) else list(blocks)
+
+
+__all__ = ["blocks", "network_blocks"]

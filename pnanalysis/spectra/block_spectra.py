@@ -1,0 +1,109 @@
+r"""How far the spectra of blocks differ from one another, beside what differs for one block by chance.
+
+Every spectrum is there twice: over two halves of the examples, by different probes. Distances between blocks are taken
+across the halves, and the distance between the two spectra of one block is what chance alone gives at the same
+precision.
+
+The Jensen-Shannon divergence is that of the distributions of :math:`\mathrm{asinh}(\lambda / \lambda_0)`: eigenvalues
+above :math:`\lambda_0` in size differ by their ratio, and those below by their difference. The Wasserstein-1 distance
+is in units of eigenvalues.
+
+References
+----------
+Y. Zhang, C. Chen, T. Ding, Z. Li, R. Sun, Z.-Q. Luo, "Why Transformers Need Adam: A Hessian Perspective",
+arXiv:2402.16788.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from scipy.stats import wasserstein_distance
+
+from pnanalysis.arrays import Array
+
+#: What counts as small, relative to the largest eigenvalue of all blocks.
+_SMALL = 1e-3
+#: Standard deviation of the kernel, in units of asinh: a factor of 1.28 between large eigenvalues.
+_WIDTH = 0.25
+_POINTS = 800
+
+
+def spectrum_distances(halves: Sequence[Sequence[xr.Dataset]]) -> xr.Dataset:
+    """Distances between all pairs of blocks, and between the two spectra of each.
+
+    Parameters
+    ----------
+    halves : sequence of sequence of xarray.Dataset
+        For each of two halves of the examples, the spectral densities of all blocks.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``js_divergence`` and ``wasserstein1`` (block, other), on whose diagonals stands what chance alone gives;
+        ``spectrum_node`` and ``spectrum_weight`` (half, block, quadrature), padded with NaN; and the attribute
+        ``small_eigenvalue``.
+    """
+    measures = [[_measure(ds) for ds in half] for half in halves]
+    n = len(measures[0])
+    small = _SMALL * max(float(np.abs(node).max()) for half in measures for node, _ in half) or 1.0
+    grid, densities = _densities(measures, small)
+    js, w1 = np.zeros((n, n)), np.zeros((n, n))
+    for k in range(n):
+        for m in range(k + 1):
+            ways = ((0, 1),) if k == m else ((0, 1), (1, 0))
+            js[k, m] = js[m, k] = np.mean([_divergence(densities[i][k], densities[j][m], grid) for i, j in ways])
+            w1[k, m] = w1[m, k] = np.mean([_wasserstein(measures[i][k], measures[j][m]) for i, j in ways])
+    longest = max(len(node) for half in measures for node, _ in half)
+    table = np.full((2, 2, n, longest), np.nan)
+    for i, half in enumerate(measures):
+        for k, parts in enumerate(half):
+            for of, values in zip(table, parts, strict=True):
+                of[i, k, : len(values)] = values
+    dims = ("half", "block", "quadrature")
+    return xr.Dataset(
+        {
+            "js_divergence": (("block", "other"), js), "wasserstein1": (("block", "other"), w1),
+            "spectrum_node": (dims, table[0]), "spectrum_weight": (dims, table[1]),
+        },
+        attrs={"small_eigenvalue": small},
+    )  # fmt: skip
+
+
+def _measure(ds: xr.Dataset) -> tuple[Array, Array]:
+    node, weight = ds["node"].values, ds["weight"].values
+    keep = np.isfinite(node)
+    return node[keep], np.maximum(weight[keep], 0) / np.maximum(weight[keep], 0).sum()
+
+
+def _densities(measures: list[list[tuple[Array, Array]]], small: float) -> tuple[Array, list[list[Array]]]:
+    """Smoothed densities in ``asinh(eigenvalue / small)`` on a common grid."""
+    ends = [np.arcsinh(end(node) / small) for half in measures for node, _ in half for end in (np.min, np.max)]
+    grid = np.linspace(min(ends) - 5 * _WIDTH, max(ends) + 5 * _WIDTH, _POINTS)
+
+    def density(node: Array, weight: Array) -> Array:
+        distance = (grid[:, None] - np.arcsinh(node / small)) / _WIDTH
+        found = np.exp(-(distance**2) / 2) @ weight
+        return np.asarray(found / (found.sum() * (grid[1] - grid[0])))
+
+    return grid, [[density(*measure) for measure in half] for half in measures]
+
+
+def _divergence(p: Array, q: Array, grid: Array) -> float:
+    """Jensen-Shannon divergence of two densities, in nats."""
+    middle = (p + q) / 2
+
+    def kullback(one: Array) -> float:
+        ratio = np.divide(one, middle, out=np.ones_like(one), where=(one > 0) & (middle > 0))
+        return float(one @ np.log(ratio) * (grid[1] - grid[0]))
+
+    return max((kullback(p) + kullback(q)) / 2, 0.0)
+
+
+def _wasserstein(a: tuple[Array, Array], b: tuple[Array, Array]) -> float:
+    return float(wasserstein_distance(a[0], b[0], a[1], b[1]))
+
+
+__all__ = ["spectrum_distances"]

@@ -1,0 +1,95 @@
+"""Numbers with two errors: that of random vectors, and that of the choice of examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from pnanalysis.arrays import Array
+from pnanalysis.spectra.data_error import variance_of_forms
+
+#: Of the variance over groups, at least so much is taken for that of examples: it is known to a third of itself.
+_LEAST = 0.25
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Numbers of all blocks with their errors.
+
+    Attributes
+    ----------
+    value : ndarray, shape (...)
+    probe_se : ndarray, shape (...)
+        Standard errors for the random vectors; 0 where there are none.
+    probe_dof : int
+    form : ndarray, shape (group, ...)
+        What each group of examples adds to the numbers to first order; see
+        :class:`pnanalysis.spectra.data_error.Influence`.
+    noise : ndarray, shape (...)
+        What random vectors add to the variance of these, over the groups.
+    share : ndarray, shape (group,)
+    deviation : ndarray, shape (q, ...), optional
+        Random vectors' contributions to the error: times independent normal numbers, their sum has its covariance.
+    """
+
+    value: Array
+    probe_se: Array
+    probe_dof: int
+    form: Array
+    noise: Array
+    share: Array
+    deviation: Array | None = None
+
+    @property
+    def data_se(self) -> Array:
+        """Standard errors for the choice of examples; NaN without groups."""
+        variance = variance_of_forms(self.share, self.form)
+        return np.asarray(np.sqrt(np.maximum(variance - self.noise, _LEAST * variance)))
+
+    @property
+    def data_dof(self) -> int:
+        """Degrees of freedom of these."""
+        return int((self.share > 0).sum()) - 1
+
+    @property
+    def se(self) -> Array:
+        """Of both, as far as they are known."""
+        return np.asarray(np.hypot(self.probe_se, np.nan_to_num(self.data_se)))
+
+    @property
+    def half_width(self) -> Array:
+        """Of the 95 % interval."""
+        probes = student_t.ppf(0.975, self.probe_dof) * self.probe_se
+        examples = student_t.ppf(0.975, max(self.data_dof, 1)) * np.nan_to_num(self.data_se)
+        return np.asarray(np.hypot(probes, examples))
+
+    def root(self) -> Moment:
+        """Square roots, to first order; NaN of estimates that are not positive."""
+        size = np.sqrt(np.where(self.value > 0, self.value, np.nan))
+        twice = 2 * size
+        return Moment(size, self.probe_se / twice, self.probe_dof, self.form / twice, self.noise / twice**2, self.share)
+
+    def merged(self, member: Array) -> Moment:
+        """Sums over blocks, of numbers without random vectors; ``member`` is (sum, block)."""
+        form = self.form @ member.T
+        zeros = np.zeros(len(member))
+        return Moment(member @ self.value, zeros, self.probe_dof, form, zeros, self.share)
+
+    def divided(self, by: Array) -> Moment:
+        """Divided by known numbers."""
+        deviation = None if self.deviation is None else self.deviation / by
+        return Moment(
+            self.value / by, self.probe_se / by, self.probe_dof, self.form / by, self.noise / by**2, self.share,
+            deviation,
+        )  # fmt: skip
+
+
+def group_factors(share: Array) -> Array:
+    """Of the squared influence of each group in the variance."""
+    n = int((share > 0).sum())
+    return np.asarray(share**2 * n / max(n - 1, 1))
+
+
+__all__ = ["Moment", "group_factors"]

@@ -1,0 +1,331 @@
+"""Blocks as data: against dense matrices, over data sets drawn anew, of rounded weights, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pnanalysis as pn
+from pnanalysis.curvature.example_groups import N_GROUPS, in_groups
+from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from pnanalysis.errors import CurvatureError, PnError
+from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative, squared_error
+from tests.curvature.test_blocks import Attention
+
+QUIET: dict[str, Any] = {"progress": False, "n": None}
+KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
+
+
+def owners(model: nn.Module) -> np.ndarray:
+    """The number of the layer of each parameter."""
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters()))
+    return np.concatenate(
+        [np.full(p.numel(), layers.index(name.rpartition(".")[0])) for name, p in model.named_parameters()]
+    )
+
+
+def energies(H: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    member = (owner == np.arange(owner.max() + 1)[:, None]).astype(float)
+    return member @ H**2 @ member.T
+
+
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    [("linear", "hessian"), ("conv", "hessian"), ("batchnorm", "hessian"), ("conv", "ggn"), ("tanh", "fisher")],
+)
+def test_small_networks_are_exact(network: str, kind: str) -> None:
+    loss: Callable[..., Any] = squared_error if network == "linear" else F.cross_entropy
+    model, batches = NETWORKS[network](), images((20, 12))
+    ds = pn.blocks(model, data=batches, loss=loss, operator=kind, dtype="float64", diagonal=True, **QUIET).squeeze()
+    H = KINDS[kind](model, loss, batches).to_dense().numpy()
+    if kind == "hessian":
+        assert relative(torch.from_numpy(H), dense_hessian(model, batches, loss)) < 1e-9
+    owner = owners(model)
+    energy = energies(H, owner)
+    np.testing.assert_allclose(np.atleast_1d(ds.trace), np.bincount(owner, np.diag(H)), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.atleast_2d(ds.energy), energy, rtol=1e-9, atol=1e-16)
+    np.testing.assert_allclose(np.atleast_1d(ds.frobenius_norm), np.diag(energy) ** 0.5, rtol=1e-9)
+    np.testing.assert_allclose(ds.diagonal.sel(statistic="value"), np.diag(H), atol=1e-12)
+    np.testing.assert_allclose(ds.network_trace, np.trace(H))
+    assert (ds.trace_probe_se == 0).all()
+    assert ds.attrs["estimator"] == "exact"
+    assert int(ds.n_hvp) == len(H)
+
+
+def bigger() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 20, dtype=torch.float64, generator=generator)
+    return x, (x[:, :3] + 0.5 * torch.randn(n, 3, dtype=torch.float64, generator=generator)).argmax(1)
+
+
+def test_sampled_numbers_are_within_their_errors_of_the_matrix() -> None:
+    model, data = bigger(), drawn(96, 0)
+    ds = pn.blocks(model, data=data, dtype="float64", n_hvp=80, diagonal=True, **QUIET).squeeze("checkpoint")
+    H = HessianOperator(model, F.cross_entropy, [data]).to_dense().numpy()
+    owner = owners(model)
+    energy = energies(H, owner)
+    for value, truth in (("trace", np.bincount(owner, np.diag(H))), ("energy", energy),
+                         ("frobenius_norm", np.diag(energy) ** 0.5),
+                         ("off_diagonal_energy", energy.sum(1) - np.diag(energy))):  # fmt: skip
+        z = (ds[value] - truth) / ds[f"{value}_probe_se"]
+        assert np.abs(z).max() < 4, value
+    z = (ds.diagonal.sel(statistic="value") - np.diag(H)) / ds.diagonal.sel(statistic="probe_se")
+    assert 0.8 < float((z**2).mean()) ** 0.5 < 1.3
+    np.testing.assert_allclose(float(ds.trace.sum()), float(ds.network_trace))
+    assert ds.attrs["n_known"] + ds.attrs["n_probes"] == int(ds.n_hvp) == 80
+
+
+def test_errors_of_examples_by_signs_are_those_of_the_exact_matrix() -> None:
+    model, data = bigger(), drawn(320, 1)
+    sampled, exact = (
+        pn.blocks(model, data=data, dtype="float64", n_hvp=n_hvp, diagonal=True, **QUIET).squeeze("checkpoint")
+        for n_hvp in (120, 10_000)
+    )
+    for name in ("trace", "frobenius_norm", "off_diagonal_energy", "energy"):
+        ratio = (sampled[f"{name}_data_se"] / exact[f"{name}_data_se"]).values
+        assert (ratio > 0.6).all(), name
+        assert ratio.ravel()[0] < 2, name  # of blocks that are small beside what couples them to others, it is larger
+    each = sampled.diagonal.sel(statistic="data_se") / exact.diagonal.sel(statistic="data_se")
+    assert 0.8 < float(each.median()) < 3
+
+
+def test_groups_leave_the_matrix_as_it_is() -> None:
+    model, batches = bigger(), [drawn(50, 0), drawn(30, 1)]
+    op = HessianOperator(model, F.cross_entropy, batches)
+    grouped = in_groups(op, 3)
+    V = torch.randn(op.shape[0], 3, dtype=torch.float64)
+    parts = list(grouped.matmat_by_group(V))
+    assert [group for group, _ in parts] == list(range(N_GROUPS))
+    torch.testing.assert_close(sum(part for _, part in parts), op.matmat(V))
+    np.testing.assert_allclose(grouped.shares, 1 / N_GROUPS)
+    with pytest.warns(UserWarning, match="do not fit"):
+        grouped.op._halve_passes()  # as where memory does not suffice
+    grouped.op._read(grouped.op.batches.source)
+    grouped.op._keep_nothing()
+    again = list(grouped.matmat_by_group(V))
+    for (_, one), (_, other) in zip(parts, again, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_weights_of_examples_and_a_penalty_count() -> None:
+    model = bigger()
+    x, y = drawn(64, 0)
+    y[::3] = -100  # ignored
+    op = HessianOperator(model, F.cross_entropy, [(x, y)], weight_decay=0.3)
+    ds = pn.blocks(op, n_hvp=10_000, diagonal=True, progress=False)
+    H = op.to_dense().numpy()
+    np.testing.assert_allclose(ds.diagonal.sel(statistic="value"), np.diag(H), atol=1e-12)
+    np.testing.assert_allclose(ds.energy, energies(H, owners(model)), rtol=1e-9)
+    sampled = pn.blocks(op, n_hvp=100, progress=False)
+    assert (np.abs(sampled.trace - ds.trace) < 4 * sampled.trace_probe_se).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"bn_mode": "train"}, {"method": "finite_difference"}], ids=["statistics of batches", "differences"]
+)
+def test_examples_that_cannot_be_grouped_leave_the_error_out(options: dict[str, Any]) -> None:
+    model, batches = NETWORKS["batchnorm"](), images((20, 12))
+    with pytest.warns(UserWarning, match="no error for the choice of examples"):
+        ds = pn.blocks(model, data=batches, dtype="float64", n_hvp=40, **options, **QUIET)
+    assert ds.trace_data_se.isnull().all()
+    assert ds.attrs["data_error"] == "none"
+    np.testing.assert_allclose(ds.trace_se, ds.trace_probe_se)
+    H = dense_hessian(model, batches, bn_train=options.get("bn_mode") == "train").numpy()
+    assert (np.abs(ds.network_trace - np.trace(H)) < 4 * ds.network_trace_se).all()
+
+
+def test_many_batches_that_cannot_be_mixed_are_groups() -> None:
+    model, batches = NETWORKS["batchnorm"](), images((4,) * 10)
+    ds = pn.blocks(model, data=batches, dtype="float64", bn_mode="train", **QUIET).squeeze("checkpoint")
+    H = dense_hessian(model, batches, bn_train=True).numpy()
+    np.testing.assert_allclose(ds.energy, energies(H, owners(model)), rtol=1e-7)
+    assert (ds.trace_data_se > 0).all()
+
+
+def test_queries_keys_and_values_have_blocks_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = Attention(transposed=True).double()
+    x, y = torch.randn(24, 3, 4, dtype=torch.float64), torch.arange(24) % 3
+    ds = pn.blocks(model, data=(x, y), blocks="qkv", dtype="float64", **QUIET).squeeze("checkpoint")
+    assert ds.block.values.tolist() == ["c_attn[q]", "c_attn[k]", "c_attn[v]", "c_proj"]
+    for label in ("c_attn[q]", "c_attn[v]"):
+        alone = HessianOperator(model, F.cross_entropy, [(x, y)], params=label).to_dense()
+        np.testing.assert_allclose(ds.trace.sel(block=label), alone.trace())
+        np.testing.assert_allclose(ds.frobenius_norm.sel(block=label), alone.norm())
+
+
+def test_rounding_a_block_is_measured() -> None:
+    model, data = bigger(), drawn(96, 0)
+    ds = pn.blocks(model, data=data, bits=[3, 10], dtype="float64", n_hvp=10_000, **QUIET).squeeze("checkpoint")
+    H = HessianOperator(model, F.cross_entropy, [data]).to_dense().numpy()
+    owner = owners(model)
+    weights = np.concatenate([np.full(p.numel(), p.ndim > 1) for p in model.parameters()])
+    start = float(F.cross_entropy(model(data[0]), data[1]).detach())
+    for bits in (3, 10):
+        at = ds.sel(bits=bits)
+        change = np.zeros(len(H))
+        for i, layer in enumerate((0, 2, 4)):
+            step = model[layer].weight.detach().abs().max() / (2 ** (bits - 1) - 1)
+            new = copy.deepcopy(model)
+            new[layer].weight.data = (model[layer].weight.detach() / step).round() * step
+            own = (new[layer].weight - model[layer].weight).detach().flatten().numpy()
+            where = (owner == i) & weights
+            change[where] = own
+            mean = np.diag(H)[where].sum() / where.sum()
+            np.testing.assert_allclose(at.squared_change[i], own @ own)
+            np.testing.assert_allclose(at.sensitivity[i], mean * (own @ own), rtol=1e-9)
+            np.testing.assert_allclose(at.quadratic[i], own @ H[np.ix_(where, where)] @ own / 2, rtol=1e-9)
+            increase = float(F.cross_entropy(new(data[0]), data[1]).detach()) - start
+            np.testing.assert_allclose(at.loss_increase[i], increase, atol=1e-12)
+        np.testing.assert_allclose(at.quadratic_all, change @ H @ change / 2, rtol=1e-9)
+    fine = ds.sel(bits=10)
+    np.testing.assert_allclose(fine.linear + fine.quadratic, fine.loss_increase, rtol=0.05)
+    assert sorted(fine["rank"].values) == [1, 2, 3]
+    assert fine.sensitivity[int(np.argmin(fine["rank"].values))] == fine.sensitivity.max()
+    np.testing.assert_allclose(fine.rank_probability.sum("place"), 1)
+    np.testing.assert_allclose(fine.rank_probability.sum("block"), 1)
+
+
+class Sum(nn.Module):
+    """Logits that are the sum of those of three layers: two of equal standing, and one that hardly counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(20, 3, bias=False)
+        self.b, self.c = copy.deepcopy(self.a), copy.deepcopy(self.a)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x.roll(7, 1)) + self.c(x / 10)
+
+
+def test_ranks_of_equal_blocks_are_uncertain_and_those_of_unlike_ones_are_not() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(128, 20, dtype=torch.float64), torch.arange(128) % 3
+    ds = pn.blocks(Sum(), data=(x, y), bits=4, dtype="float64", n_hvp=16, **QUIET)
+    ds = ds.squeeze(("checkpoint", "bits"))
+    assert ds.rank_low.sel(block="c") == ds.rank_high.sel(block="c") == 3
+    assert ds.rank_low.sel(block="a") == 1
+    assert ds.rank_high.sel(block="a") == 2
+    assert 0.02 < float(ds.rank_probability.sel(block="a", place=1)) < 0.98
+
+
+def test_spectra_that_differ_are_further_apart_than_chance() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(400, 20, dtype=torch.float64), torch.arange(400) % 3
+    ds = pn.blocks(Sum(), data=(x, y), spectra=True, n_spectrum=30, dtype="float64", n_hvp=16, **QUIET)
+    js = ds.js_divergence.squeeze().to_pandas()
+    assert js.loc["a", "c"] > 5 * max(js.loc["a", "a"], js.loc["c", "c"])
+    assert js.loc["a", "b"] < 3 * max(js.loc["a", "a"], js.loc["b", "b"])
+    w1 = ds.wasserstein1.squeeze().to_pandas()
+    assert w1.loc["a", "c"] > 5 * max(w1.loc["a", "a"], w1.loc["c", "c"])
+    weight = ds.spectrum_weight.sum("quadrature")
+    np.testing.assert_allclose(weight, 1)
+    mean = (ds.spectrum_node * ds.spectrum_weight).sum("quadrature").mean("half") * ds.n_parameters
+    assert (np.abs(mean - ds.trace) < 4 * ds.trace_se + 0.1 * ds.trace).all()
+
+
+def test_networks_of_different_layers_side_by_side(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Linear(20, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    ds = pn.blocks({"one": bigger(), "other": other}, data=drawn(64, 0), bits=4, diagonal=True, dtype="float64",
+                   n_hvp=40, **QUIET)  # fmt: skip
+    assert ds.block.values.tolist() == ["0", "2", "4"]
+    assert np.isnan(ds.trace.sel(checkpoint="other", block="4"))
+    path = pn.save(ds, tmp_path / "blocks.nc")
+    again = pn.load(path)
+    assert again.diagonal.shape == (2, 3, 20 * 12 + 12 + 12 * 8 + 8 + 8 * 3 + 3)
+    np.testing.assert_array_equal(again.diagonal.values, ds.diagonal.values)
+    assert "diagonal" not in xr.open_dataset(path, engine="h5netcdf")
+
+
+def test_the_state_of_interrupted_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"data": drawn(64, 0), "n_hvp": 60, "dtype": "float64", **QUIET}
+    whole = pn.blocks(bigger(), **options)
+
+    from pnanalysis.spectra import block_products
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_products.BlockState, "save_if_due", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pn.blocks(bigger(), state=tmp_path / "state", **options)
+    assert list((tmp_path / "state").glob("*/forms.nc"))
+    again = pn.blocks(bigger(), state=tmp_path / "state", **options)
+    xr.testing.assert_equal(again.drop_attrs(), whole.drop_attrs())
+    with pytest.raises(CurvatureError, match="n_hvp"):
+        pn.blocks(bigger(), state=tmp_path / "state", **options | {"n_hvp": 80})
+
+
+def test_a_target_error_ends_early() -> None:
+    ds = pn.blocks(bigger(), data=drawn(96, 0), n_hvp=200, until={"trace": 0.2}, dtype="float64", **QUIET).squeeze()
+    assert int(ds.n_hvp) < 200
+    assert ds.attrs["until_reached"] == 1
+    assert float(ds.trace_probe_se.max()) <= 0.2 * abs(float(ds.network_trace))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"n_hvp": 3}, "n_hvp"),
+        ({"bits": 1}, "bits"),
+        ({"bits": [4, 4]}, "once"),
+        ({"bits": 40}, "2 to 16 bits"),
+        ({"until": {"lambda_max": 0.1}}, "trace"),
+        ({"blocks": "rows"}, "choose one of"),
+        ({"data_error": "groups"}, "data_error"),
+    ],
+)
+def test_bad_settings_are_named(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(PnError, match=says):
+        pn.blocks(bigger(), data=drawn(32, 0), **options, **QUIET)
+
+
+def test_matrices_take_sizes() -> None:
+    H = np.diag(np.arange(1.0, 7.0))
+    H[0, 5] = H[5, 0] = 0.5
+    ds = pn.blocks(H, blocks={"a": 4, "b": 2}, progress=False)
+    np.testing.assert_allclose(ds.trace, [10, 11])
+    np.testing.assert_allclose(ds.off_diagonal_energy, 0.25)
+    with pytest.raises(CurvatureError, match="and the matrix 6"):
+        pn.blocks(H, blocks={"a": 4}, progress=False)
+    with pytest.raises(CurvatureError, match="sizes of its blocks"):
+        pn.blocks(H, progress=False)
+
+
+def test_differences_of_traces_are_paired_by_examples() -> None:
+    a, data = bigger(), drawn(160, 0)
+    b = copy.deepcopy(a)
+    b[0].weight.data *= 1.02
+    nets = {"a": a, "b": b}
+    options: dict[str, Any] = {"hessian": False, "cka": False, "saturation": False, "progress": False}
+    ds = pn.compare(nets, data=data, blocks={"n": None, "n_hvp": 10_000, "dtype": "float64"}, **options)
+    own = pn.blocks(nets, data=data, n_hvp=10_000, dtype="float64", **QUIET)
+    np.testing.assert_allclose(ds.block_trace, own.trace, rtol=1e-5)  # of networks in float32
+    pair = ds.isel(checkpoint=1, other=0)
+    np.testing.assert_allclose(pair.block_trace_difference, own.trace[1] - own.trace[0], rtol=1e-4)
+    unpaired = np.hypot(own.trace_data_se[0], own.trace_data_se[1])
+    assert (pair.block_trace_difference_se < 0.3 * unpaired).all()  # what examples do to both networks cancels
+    assert (ds.block_trace_difference_p.isel(checkpoint=0, other=0) == 1).all()
+    assert any("Traces of the Hessian's" in sentence for sentence in pn.verdict(ds))
+    with pytest.raises(PnError, match="takes no option 'spectra'"):
+        pn.compare(nets, data=data, blocks={"spectra": True}, **options)
+    same = pn.compare({"a": a, "copy": copy.deepcopy(a)}, data=data, blocks={"n_hvp": 40}, **options)
+    assert (same.block_trace_difference_p == 1).all()
