@@ -18,6 +18,7 @@ from pnanalysis.cli import (
     learning_coefficient,
     plot,
     report,
+    reproduce,
     saturation,
     sharpness,
     trajectory,
@@ -32,7 +33,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     demo, compare, hessian, eigenpairs, saturation, trajectory, landscape, sharpness, learning_coefficient, gradients,
-    history, plot, report, info,
+    history, plot, report, info, reproduce,
 )  # fmt: skip
 for command in COMMANDS:
     command.register(app)
