@@ -123,7 +123,8 @@ class Store:
         for name, value in expected.items():
             if record.get(name) != value:
                 raise RunError(
-                    f"{path}: was made with {name} {record.get(name)!r}, not {value!r}; give another --out, or remove it"
+                    f"{path}: was made with {name} {record.get(name)!r}, not {value!r}; "
+                    "give another --out, or remove it"
                 )
         return Result(cell, path, record)
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +98,9 @@ def _of_study(folder: Path) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
     ds = netcdf.load(folder / STUDY)
     kept = ds[["final_loss"]].astype(np.float32, keep_attrs=True)
     cost = json.loads((folder / "seconds.json").read_text()) if (folder / "seconds.json").is_file() else {}
-    versions = {"torch": torch.__version__}
+    versions = {name: metadata.version(name) for name in ("pnanalysis", "torch")}
     entries = {"status": FINISHED, "failure": None, "champion": None, "versions": versions, "cost": cost}
+    entries |= {"device": ds.attrs.get("device", "cpu"), "device_name": platform.processor() or platform.machine()}
     return entries, {"ensemble": kept}
 
 
@@ -140,4 +143,3 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-

@@ -22,7 +22,11 @@ Measure = Callable[..., xr.Dataset]
 _SPECTRUM = ("lambda_max", "trace", "class_ratio", "class_gap", "class_trace", "gap_ratio", "bulk_edge_high")
 _PARTS = ("", "_se", "_low", "_high", "_data_se", "_probe_se", "_bound_low", "_bound_high")
 _GRID = 200  # points of a spectral density that are kept
-_ACTIVITY = ("percentile", "abs_percentile", "saturated_share", "saturation_measure")
+_BINS = 50  # of histograms
+_ACTIVITY = (
+    "percentile", "abs_percentile", "saturated_share", "saturated_share_se", "saturation_measure",
+    "saturation_measure_se",
+)  # fmt: skip
 
 
 def measure_end_points(source: Source, device: torch.device) -> xr.Dataset:
@@ -33,7 +37,9 @@ def measure_end_points(source: Source, device: torch.device) -> xr.Dataset:
 def measure_hessian(source: Source, device: torch.device, *, checkpoints: str, n: int, n_hvp: int) -> xr.Dataset:
     """Spectra of the end points: their numbers, ten eigenvalues, and the densities of plain model and champion."""
     assert source.run is not None
-    ds = hessian(source, checkpoints=tuple(checkpoints.split(",")), n=n, n_hvp=n_hvp, device=str(device), progress=False)
+    ds = hessian(
+        source, checkpoints=tuple(checkpoints.split(",")), n=n, n_hvp=n_hvp, device=str(device), progress=False
+    )
     kept = [f"{name}{end}" for name in _SPECTRUM for end in _PARTS]
     kept += ["n_outliers", "outlier_p", "top_value", "top_residual", "kernel_width"]
     found = ds[[name for name in kept if name in ds]].drop_vars("eigenvalue", errors="ignore")
@@ -47,17 +53,16 @@ def measure_hessian(source: Source, device: torch.device, *, checkpoints: str, n
     return found.assign_attrs(products=int(ds.attrs["n_hvp"]) * ds.sizes["checkpoint"])
 
 
-def measure_saturation(source: Source, device: torch.device, *, n: int) -> xr.Dataset:
+def measure_saturation(source: Source, device: torch.device, *, n: int, histograms: bool = True) -> xr.Dataset:
     """Percentiles and saturation by iteration, epoch and layer; histograms half-way and at the end."""
-    ds = saturation(source, n=n, device=str(device), progress=False)
+    ds = saturation(source, n=n, bins=_BINS, device=str(device), progress=False)
+    kept = ds[list(_ACTIVITY)].drop_vars("bin", errors="ignore")
+    if not histograms:
+        return kept
     epochs = ds.epoch.values
-    half = int(np.abs(epochs - epochs.max() / 2).argmin())
-    kept = ds[[f"{name}{end}" for name in _ACTIVITY for end in ("", "_se")]]
-    kept = kept.drop_vars("bin", errors="ignore").drop_vars("histogram", errors="ignore")
-    halves = {"half": epochs[half], "end": epochs[-1]}
-    stages = [ds.histogram.sel(epoch=epoch, drop=True) for epoch in halves.values()]
-    kept["stage_histogram"] = xr.concat(stages, dim="stage").astype(np.float32).round(4)
-    return kept.assign_coords(stage_epoch=("stage", list(halves.values())), bin=ds.bin.values)
+    stages = [epochs[int(np.abs(epochs - epochs.max() / 2).argmin())], epochs[-1]]
+    kept["stage_histogram"] = xr.concat([ds.histogram.sel(epoch=epoch, drop=True) for epoch in stages], dim="stage")
+    return kept.assign_coords(stage_epoch=("stage", stages), bin=ds.bin.values)
 
 
 def measure_gradients(source: Source, device: torch.device, *, n: int) -> xr.Dataset:
@@ -72,4 +77,3 @@ MEASURES: dict[str, Measure] = {
     "saturation": measure_saturation,
     "gradients": measure_gradients,
 }
-

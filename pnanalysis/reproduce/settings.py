@@ -1,4 +1,4 @@
-"""What is trained and measured at each scale, as data: everything that the tables state about settings comes from here."""
+"""What is trained and measured at each scale, as data: what the tables say of settings comes from here."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ SCALES: dict[str, Scale] = {
                                 {name: {**options, "model_options": {**options["model_options"],
                                                                      "input_shape": [1, 8, 8]}}
                                  for name, options in _sweep((1e-3, 1.0), (None,), (32,)).items()},
-                                arms=(PERSISTENT,), measures={"saturation": {"n": 200}}, most_seeds=1),
+                                arms=(PERSISTENT,), most_seeds=1,
+                                measures={"saturation": {"n": 200, "histograms": False}}),
         },
     ),
     "cpu": Scale(
@@ -129,7 +130,7 @@ SCALES: dict[str, Scale] = {
             "S9": Setting("tanh7", {"iterations": 10, "epochs": 30, "checkpoint_every": 5}, measures=_SATURATION),
             "S9-sweep": Setting("tanh7", {"iterations": 3, "epochs": 10, "checkpoint_every": 10},
                                 _sweep((1e-3, 1e-2, 1e-1, 1.0), (None, 0.1), (64, 256)), arms=(PERSISTENT,),
-                                measures={"saturation": {"n": 1000}}),
+                                measures={"saturation": {"n": 1000, "histograms": False}}),
             "S5": Setting("alexnet", {"iterations": 5, "epochs": 6, "checkpoint_every": 6}, n_train=10_000, rank=2),
             "S6": Setting("resnet18", {"iterations": 5, "epochs": 8, "checkpoint_every": 8}, n_train=5_000, rank=2),
             "S8": Setting("spectrum", {"iterations": 5, "epochs": 4, "checkpoint_every": 4},
@@ -152,7 +153,7 @@ SCALES: dict[str, Scale] = {
             "S9": Setting("tanh7", {}, measures={"end_points": {}, "saturation": {"n": 5000}}),
             "S9-sweep": Setting("tanh7", {"iterations": 5, "checkpoint_every": 15},
                                 _sweep((1e-3, 1e-2, 1e-1, 1.0), (None, 0.02, 0.1, 0.2), (64, 256, 1024)),
-                                arms=(PERSISTENT,), measures={"saturation": {"n": 5000}}, rank=2),
+                                arms=(PERSISTENT,), measures={"saturation": {"n": 5000, "histograms": False}}, rank=2),
             "S5": Setting("alexnet", {"checkpoint_every": 150}),
             "S6": Setting("resnet18", {"checkpoint_every": 350}, rank=2),
             "S8": Setting("spectrum", {}, measures={"end_points": {}, "hessian": _spectrum(2048, 300)}, rank=2),
