@@ -118,7 +118,7 @@ SCALES: dict[str, Scale] = {
     "cpu": Scale(
         "CIFAR-10 on two CPU cores: S1 and S2 in full, the other experiments shortened", "cifar10", 3,
         {
-            "S1": Setting("two-well", arm_options={RESTART: {"iterations": 1000}}, measures={"descent": {}},
+            "S1": Setting("two-well", arm_options={RESTART: {"iterations": 100}}, measures={"descent": {}},
                           most_seeds=1, rank=0),
             "S2": Setting("kink", {"iterations": 100, "epochs": 50_000, "chains": 20}, _KINK,
                           measures={"ensemble": {}}, most_seeds=1, rank=0),
@@ -141,7 +141,7 @@ SCALES: dict[str, Scale] = {
     "paper": Scale(
         "CIFAR-10 with the paper's own settings, for a GPU", "cifar10", 3,
         {
-            "S1": Setting("two-well", arm_options={RESTART: {"iterations": 1000}}, measures={"descent": {}},
+            "S1": Setting("two-well", arm_options={RESTART: {"iterations": 100}}, measures={"descent": {}},
                           most_seeds=1, rank=0),
             "S2": Setting("kink", {"iterations": 100, "epochs": 50_000, "chains": 20}, _KINK,
                           measures={"ensemble": {}}, most_seeds=1, rank=0),
