@@ -195,6 +195,18 @@ PAPER: dict[tuple[str, str], Accuracies] = {
     ("S6", ""): Accuracies(92.20, 91.94, 92.40, 92.18),
 }
 
+#: Iterations and epochs (or steps) in the paper.
+PAPER_LENGTHS = {
+    "S1": (2, 50_000),
+    "S2": (100, 50_000),
+    "S3": (20, 150),
+    "S4": (20, 150),
+    "S5": (20, 150),
+    "S6": (20, 350),
+    "S8": (20, 350),
+    "S9": (10, 30),
+}
+
 
 def find_scale(name: str) -> Scale:
     """The scale of this name.

@@ -53,13 +53,13 @@ def kink(plan: Plan, variant: str, links: Links) -> str:
     chains, restarts = losses[PERSISTENT], losses[RESTART]
     rows, claims = [], []
     if restarts.size:
-        stuck = share(int((restarts >= _left()).sum()), restarts.size)
+        stuck = share(int((restarts >= left_below()).sum()), restarts.size)
         rows.append(["re-initialisations that stay on the plateau", "most", f"{_percent(stuck)} of {restarts.size:,}"])
         best = np.median(restarts.min(0))
         rows.append([f"best loss of {len(restarts)} restarts, median", "0.33", significant(best)])
         claims.append(("Most re-initialisations are stuck on the plateau", _above_half(stuck)))
     if chains.size:
-        left = np.minimum.accumulate(chains, axis=0) < _left()
+        left = np.minimum.accumulate(chains, axis=0) < left_below()
         for mark in (m for m in _MARKS if m < len(chains)):
             part = share(int(left[mark].sum()), chains.shape[1])
             of = f"{_percent(part)} of {chains.shape[1]} chains"
@@ -91,7 +91,8 @@ def final_losses(results: list[Result]) -> np.ndarray:
     return np.concatenate(found, axis=1) if found else np.empty((0, 0))
 
 
-def _left() -> float:
+def left_below() -> float:
+    """The loss below which a network has left the plateau."""
     return (1 - _MARGIN) * PLATEAU
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pnanalysis.checks import at_least
 from pnanalysis.inputs.sources import resolve_device
+from pnanalysis.reproduce.page import write_page
 from pnanalysis.reproduce.plan import chosen_cells, make_plan
 from pnanalysis.reproduce.running import Worker, run_cells
 from pnanalysis.reproduce.settings import SCALES
@@ -88,6 +89,3 @@ def default_jobs(device: str) -> int:
     """One per core, or a single one on a GPU."""
     return 1 if resolve_device(device).type == "cuda" else len(os.sched_getaffinity(0))
 
-
-def write_page(plan, page):
-    return page

@@ -1,0 +1,140 @@
+"""S8: Hessian spectra of plain model and champion, and where the champion lies among plain restarts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+
+from pnanalysis.analyses.diagnostics import estimate_of
+from pnanalysis.estimates import Estimate, OutlierCount
+from pnanalysis.reproduce.accuracy import Arms
+from pnanalysis.reproduce.cells import Result
+from pnanalysis.reproduce.markdown import Links, blocks, failures, table, with_interval
+from pnanalysis.reproduce.settings import PERSISTENT, RESTART
+from pnanalysis.reproduce.statistics import over_seeds, paired, rank, verdict
+
+#: Restarts that a rank needs.
+FEWEST = 10
+_QUANTITIES = {
+    "lambda_max": "λ₁",
+    "class_ratio": "λ₁ / λ_C",
+    "class_trace": "top C of the trace",
+    "trace": "trace",
+}
+
+
+def section(arms: Arms, links: Links, figure: str = "") -> str:
+    """What the page says about the spectra of one experiment."""
+    results = [result for result in arms.all if result.is_finished and result.has("hessian")]
+    if not results:
+        return blocks([arms.progress, "Not yet known at this scale: no cell is done.", failures(arms.all, links)])
+    columns = ["cell", "network", *_QUANTITIES.values(), "outliers above a gap"]
+    rows = [row for result in results for row in _rows(result, links)]
+    note = (
+        "Errors are standard errors or 95 % intervals, for the choice of probes and for that of examples. λ₁ is the "
+        "largest eigenvalue, C the number of classes. A gap is one that is wider than the spacings below it explain."
+    )
+    return blocks(
+        [arms.progress, table(columns, rows), note, figure, _differences(arms), _ranks(arms), failures(arms.all, links)]
+    )
+
+
+def _rows(result: Result, links: Links) -> list[list[str]]:
+    ds = result.dataset("hessian")
+    persistent = result.cell.arm == PERSISTENT
+    named = {"plain": 0, "champion" if persistent else "best restart": result.champion}
+    return [
+        [links.cell(result.cell), f"{name} (iteration {iteration})", *_numbers(ds, iteration)]
+        for name, iteration in named.items()
+    ]
+
+
+def _numbers(ds: xr.Dataset, iteration: int) -> list[str]:
+    at = _at(ds, iteration)
+    texts = [_estimate(at, name).text(percent=name == "class_trace") for name in _QUANTITIES]
+    n = OutlierCount(float(at.n_outliers), gap_p=float(at.outlier_p)).text(whole=True)
+    return [*texts, n]
+
+
+def _at(ds: xr.Dataset, iteration: int) -> xr.Dataset:
+    return ds.isel(checkpoint=int(np.flatnonzero(ds.iteration.values == iteration)[0]))
+
+
+def _estimate(at: xr.Dataset, name: str) -> Estimate:
+    return estimate_of(at, name) if name in at else Estimate(math.nan)
+
+
+def value(result: Result, name: str, iteration: int) -> float:
+    """A number of a network's spectrum."""
+    ds = result.dataset("hessian")
+    return float(_at(ds, iteration)[name]) if name in ds else math.nan
+
+
+def _by_seed(results: Mapping[int, Result], name: str, plain: bool) -> dict[int, float]:
+    return {
+        seed: value(result, name, 0 if plain else result.champion)
+        for seed, result in results.items()
+        if result.has("hessian")
+    }
+
+
+def _logs(values: Mapping[int, float]) -> dict[int, float]:
+    return {seed: math.log10(number) for seed, number in values.items() if number > 0}
+
+
+def _differences(arms: Arms) -> str:
+    """The paper's two claims: fewer outliers, and a largest eigenvalue that is closer to the rest."""
+    persistent, restart = arms.finished(PERSISTENT), arms.finished(RESTART)
+    rows = []
+    for claim, name, log in (
+        ("fewer outliers", "n_outliers", False),
+        ("log10 λ₁ is lower", "lambda_max", True),
+        ("log10 λ₁ / λ_C is lower", "class_ratio", True),
+    ):
+        own, plain, best = (
+            _by_seed(persistent, name, False), _by_seed(persistent, name, True), _by_seed(restart, name, False),
+        )  # fmt: skip
+        if log:
+            own, plain, best = _logs(own), _logs(plain), _logs(best)
+        for other, against in (("plain", plain), ("best restart", best)):
+            difference = paired(own, against)
+            seeds = len(own.keys() & against.keys())
+            rows.append([f"champion − {other}: {claim}", with_interval(difference, signed=True), str(seeds),
+                         verdict(difference, -1)])  # fmt: skip
+    return table(["claim", "difference", "seeds", "verdict"], rows)
+
+
+def _ranks(arms: Arms) -> str:
+    """How many plain restarts of the same seed have a smaller number than the champion."""
+    persistent, restart = arms.finished(PERSISTENT), arms.finished(RESTART)
+    rows = []
+    for seed in sorted(persistent.keys() & restart.keys()):
+        champion, control = persistent[seed], restart[seed]
+        if not (champion.has("hessian") and control.has("hessian")):
+            continue
+        row = [f"seed {seed}", f"iteration {champion.champion}"]
+        for name in _QUANTITIES:
+            ds = control.dataset("hessian")
+            others = ds[name].values if name in ds else np.array([])
+            below, n = rank(value(champion, name, champion.champion), others)
+            row.append(f"{below} of {n}" if n >= FEWEST else f"{below} of {n} (too few)")
+        rows.append(row)
+    if not rows:
+        return ""
+    text = "Plain restarts whose number is smaller than the champion's:"
+    return f"{text}\n\n" + table(["", "champion", *_QUANTITIES.values()], rows)
+
+
+def densities(arms: Arms) -> list[tuple[str, xr.Dataset]]:
+    """The spectra of one seed of each arm, for the figure."""
+    return [
+        (arm, found[min(found)].dataset("hessian"))
+        for arm in (PERSISTENT, RESTART)
+        if (found := {seed: r for seed, r in arms.finished(arm).items() if r.has("hessian")})
+    ]
+
+
+__all__ = ["densities", "over_seeds", "section", "value"]
