@@ -33,12 +33,12 @@ def gradient_split(plan: Plan, links: Links) -> str:
             )  # fmt: skip
             steady += int((halves <= 2 * expected).sum())
             n_tested += len(halves)
-    columns = ["layer", "‖λC‖", "‖λd‖ / ‖λC‖", "‖λC‖ / ‖∇L‖ at the end", "last change of a sign (epoch)",
+    columns = ["layer", "‖λC‖", "‖λd‖ / ‖λC‖", "‖λC‖ / ‖∇L‖ at the end", "signs fixed from epoch",
                "halves differ"]  # fmt: skip
     text = (
         "The remainder d averages to zero over the trajectory by definition. Whether the rest is a constant is tested "
         "by the means over the two halves of the trajectory, which differ by more than two of their standard errors if "
         f"it drifts: in {n_tested - steady} of {n_tested} cases. That the penalty's gradient is constant up to "
-        f"independent fluctuations: **{HOLDS if steady == n_tested else FAILS}**. All numbers are means over iterations."
+        f"independent fluctuations: **{HOLDS if steady == n_tested else FAILS}**. Numbers are means over iterations."
     )
     return blocks([table(columns, rows), text, failures(results, links), links.cells(results)])

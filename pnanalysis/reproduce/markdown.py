@@ -16,9 +16,12 @@ UNKNOWN = "–"
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
+    head, *body = ["| " + " | ".join(map(_plain, row)) + " |" for row in (columns, *rows)]
+    return "\n".join([head, "|" + "---|" * len(columns), *body])
+
+
+def _plain(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def number(value: float, digits: int = 2, signed: bool = False) -> str:

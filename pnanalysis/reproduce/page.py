@@ -1,4 +1,4 @@
-"""RESULTS.md: every number of it comes from a cell, and the page is the same whenever it is written from the same cells."""
+"""RESULTS.md: every number comes from a cell, and the same cells give the same page."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _deviations(plan: Plan) -> str:
                     if (result := plan.store.load(cell, plan.scale, plan.setting(cell.experiment)))
                     and "data" in result.record and result.record["data"].get("name")})  # fmt: skip
     data = {
-        "imagefolder": "CIFAR-10 as an image folder; where its files are JPEG, images differ a little from the original",
+        "imagefolder": "CIFAR-10 as an image folder; if its files are JPEG, images differ a little from the original",
         "cifar10": "CIFAR-10 as published",
         "digits": "scikit-learn's handwritten digits, in place of CIFAR-10",
     }

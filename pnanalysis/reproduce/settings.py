@@ -94,7 +94,7 @@ SCALES: dict[str, Scale] = {
                           most_seeds=1, rank=0),
             "S2": Setting("kink", {"iterations": 4, "epochs": 2000, "chains": 3}, _KINK, measures={"ensemble": {}},
                           most_seeds=1, rank=0),
-            "S3": Setting("lenet5-full", {"iterations": 2, "epochs": 2, **_DIGITS}, _INITS),
+            "S3": Setting("lenet5-full", {"iterations": 2, "epochs": 2, **_DIGITS}, _INITS, most_seeds=1),
             "S4": Setting("lenet5", {"iterations": 3, "epochs": 2, "lam": 0.1, **_DIGITS},
                           measures={"end_points": {}, "hessian": _spectrum(128, 30)}),
             "S5": Setting("alexnet", {"iterations": 2, "epochs": 1, "batch_size": 128}, most_seeds=1, rank=2),

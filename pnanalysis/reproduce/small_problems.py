@@ -74,7 +74,7 @@ def kink(plan: Plan, variant: str, links: Links) -> str:
         n = min(len(chains), len(restarts))
         ratio = over_seeds(np.log10(chains[:n].min(0)) - np.log10(restarts[:n].min(0)))
         text = f"{with_interval(ratio, signed=True)}, {chains.shape[1]} starts"
-        rows.append([f"log10 of the best loss of {n}: persistent − restarts", "−0.52", text])
+        rows.append([f"log10 of the best loss of {n}: persistent − restarts", "-0.52", text])
         claims.append((f"The best of {n} persistent iterations has a lower loss than the best of {n} restarts",
                        verdict(ratio, -1)))  # fmt: skip
     if not rows:

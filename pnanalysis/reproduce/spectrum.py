@@ -85,25 +85,34 @@ def _logs(values: Mapping[int, float]) -> dict[int, float]:
     return {seed: math.log10(number) for seed, number in values.items() if number > 0}
 
 
+def _later(results: Mapping[int, Result], name: str) -> dict[int, float]:
+    """The mean over the iterations after the plain one, by seed."""
+    found = {}
+    for seed, result in results.items():
+        ds = result.dataset("hessian") if result.has("hessian") else xr.Dataset()
+        if name in ds and ds.sizes["checkpoint"] > 1:
+            found[seed] = float(ds[name].where(ds.iteration > 0).mean())
+    return found
+
+
 def _differences(arms: Arms) -> str:
     """The paper's two claims: fewer outliers, and a largest eigenvalue that is closer to the rest."""
     persistent, restart = arms.finished(PERSISTENT), arms.finished(RESTART)
     rows = []
-    for claim, name, log in (
-        ("fewer outliers", "n_outliers", False),
-        ("log10 λ₁ is lower", "lambda_max", True),
-        ("log10 λ₁ / λ_C is lower", "class_ratio", True),
+    for claim, name in (
+        ("fewer outliers", "n_outliers"),
+        ("log10 λ₁ is lower", "lambda_max"),
+        ("log10 λ₁ / λ_C is lower", "class_ratio"),
     ):
-        own, plain, best = (
-            _by_seed(persistent, name, False), _by_seed(persistent, name, True), _by_seed(restart, name, False),
-        )  # fmt: skip
-        if log:
-            own, plain, best = _logs(own), _logs(plain), _logs(best)
-        for other, against in (("plain", plain), ("best restart", best)):
-            difference = paired(own, against)
-            seeds = len(own.keys() & against.keys())
-            rows.append([f"champion − {other}: {claim}", with_interval(difference, signed=True), str(seeds),
-                         verdict(difference, -1)])  # fmt: skip
+        champion = _by_seed(persistent, name, False)
+        for text, first, second in (
+            ("champion − plain", champion, _by_seed(persistent, name, True)),
+            ("champion − best restart", champion, _by_seed(restart, name, False)),
+            ("mean persistent iteration − mean restart", _later(persistent, name), _later(restart, name)),
+        ):
+            pair = (first, second) if name == "n_outliers" else (_logs(first), _logs(second))
+            difference, n = paired(*pair), len(pair[0].keys() & pair[1].keys())
+            rows.append([f"{text}: {claim}", with_interval(difference, signed=True), str(n), verdict(difference, -1)])
     return table(["claim", "difference", "seeds", "verdict"], rows)
 
 

@@ -15,7 +15,8 @@ HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "not yet known at this scale"
 RULE = (
     "A claim is that a difference has a certain sign. It **holds** if the 95 % interval of the difference lies on that "
     "side of zero, it **does not hold** if the interval lies on the other side, and it is **not yet known at this "
-    "scale** if the interval contains zero or there are fewer than two seeds. Intervals are Student's over seeds, of "
+    "scale** if the interval contains zero or there is none: with fewer than two seeds, "
+    "or seeds that agree to the last digit. Intervals are Student's over seeds, of "
     "differences paired by seed. They are not adjusted for the number of claims. All seeds share one test set, so the "
     "intervals are about training, not about other test images."
 )
@@ -23,6 +24,9 @@ RULE = (
 
 def over_seeds(values: Sequence[float] | np.ndarray) -> Estimate:
     """The mean of one number per seed with Student's 95 % interval, which a single seed does not have.
+
+    Nor do seeds that all give the same number, to the last digit: errors are counts, so that a few seeds may agree by
+    chance, and an interval without width would claim certainty.
 
     Parameters
     ----------
@@ -33,7 +37,7 @@ def over_seeds(values: Sequence[float] | np.ndarray) -> Estimate:
     if not len(known):
         return Estimate(math.nan)
     mean = float(known.mean())
-    if len(known) == 1:
+    if len(known) == 1 or np.ptp(known) == 0:
         return Estimate(mean)
     estimate = Estimate(mean, float(known.std(ddof=1)) / math.sqrt(len(known)), dof=len(known) - 1)
     low, high = estimate.interval()

@@ -88,4 +88,3 @@ def reproduce(
 def default_jobs(device: str) -> int:
     """One per core, or a single one on a GPU."""
     return 1 if resolve_device(device).type == "cuda" else len(os.sched_getaffinity(0))
-
