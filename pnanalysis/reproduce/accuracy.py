@@ -9,15 +9,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import xarray as xr
 
-from pnanalysis.estimates import Estimate
 from pnanalysis.reproduce.cells import Result
 from pnanalysis.reproduce.markdown import Links, blocks, failures, number, table, with_interval
 from pnanalysis.reproduce.plan import Plan
 from pnanalysis.reproduce.settings import PAPER, PERSISTENT, RESTART
-from pnanalysis.reproduce.statistics import over_seeds, paired, verdict
+from pnanalysis.reproduce.statistics import Claim, over_seeds, paired, verdict
 
 BySeed = dict[int, float]
 SPLITS = ("validation", "test")
+#: Columns of a table of claims.
+CLAIM = ("claim", "paper", "here", "seeds", "verdict")
+_MAIN = (
+    "champion − plain, test", "champion − best restart, test", "ensemble of iterations − ensemble of restarts, test",
+)  # fmt: skip
 
 
 @dataclass
@@ -90,7 +94,7 @@ def section(arms: Arms, links: Links, figure: str = "") -> str:
             arms.progress,
             table(["accuracy, %", "validation", "test"], _accuracies(arms)),
             figure,
-            table(["difference in accuracy, points", "paper", "here", "seeds", "verdict"], _differences(arms)),
+            table(["difference in accuracy, points", *CLAIM[1:]], [claim.row for claim in claims(arms)]),
             _functions(arms),
             table(["cell", "plain, validation / test", "picked", "picked, validation / test"], _rows(arms, links)),
             failures(arms.all, links),
@@ -121,7 +125,8 @@ def _ensemble(split: str) -> Callable[[xr.Dataset], float]:
     return lambda ds: 100 * (1 - float(ds.ensemble_error.sel(split=split).isel(iteration=-1)))
 
 
-def _differences(arms: Arms) -> list[list[str]]:
+def claims(arms: Arms) -> list[Claim]:
+    """Differences in accuracy, with those that the paper claims."""
     paper = PAPER.get((arms.experiment, arms.variant))
     claimed = {} if paper is None else {
         "test": paper.champion_test - paper.plain_test,
@@ -141,13 +146,14 @@ def _differences(arms: Arms) -> list[list[str]]:
         ("champion − plain, validation (selected on it)", claimed.get("validation", math.nan),
          arms.accuracy(PERSISTENT, "validation"), arms.plain("validation")),
     ]  # fmt: skip
-    rows = []
+    found = []
     for name, said, first, second in pairs:
         difference = paired(first, second)
         judged = "–" if "selected" in name else verdict(difference)
-        n = len(first.keys() & second.keys())
-        rows.append([name, number(said, signed=True), with_interval(difference, signed=True), str(n), judged])
-    return rows
+        n = str(len(first.keys() & second.keys()))
+        here = with_interval(difference, signed=True)
+        found.append(Claim(name, number(said, signed=True), here, n, judged, main=name in _MAIN))
+    return found
 
 
 #: What repulsion does to a network, beside what another start does: numbers relative to the plain model.
@@ -206,6 +212,3 @@ def curves(arms: Arms) -> xr.Dataset:
             ds = ds.assign_coords(iteration=np.arange(ds.sizes["iteration"]))
             parts.append(ds.expand_dims(run=[f"{arm} {seed}"]).assign_coords(arm=("run", [arm]), seed=("run", [seed])))
     return xr.concat(parts, dim="run", join="outer") if parts else xr.Dataset()
-
-
-__all__ = ["Arms", "Estimate", "curves", "section"]

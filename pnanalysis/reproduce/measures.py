@@ -21,7 +21,7 @@ Measure = Callable[..., xr.Dataset]
 
 _SPECTRUM = ("lambda_max", "trace", "class_ratio", "class_gap", "class_trace", "gap_ratio", "bulk_edge_high")
 _PARTS = ("", "_se", "_low", "_high", "_data_se", "_probe_se", "_bound_low", "_bound_high")
-_GRID = 200  # points of a spectral density that are kept
+_GRID = 400  # points of a spectral density that are kept
 _BINS = 50  # of histograms
 _ACTIVITY = (
     "percentile", "abs_percentile", "saturated_share", "saturated_share_se", "saturation_measure",

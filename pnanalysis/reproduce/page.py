@@ -16,6 +16,7 @@ from pnanalysis.reproduce.markdown import Links, blocks, table
 from pnanalysis.reproduce.plan import Plan
 from pnanalysis.reproduce.settings import PAPER_LENGTHS, PERSISTENT, RESTART, SCALES, TITLES
 from pnanalysis.reproduce.statistics import RULE
+from pnanalysis.reproduce.summary import summary
 
 _COSTS = "COSTS.md"
 
@@ -51,6 +52,8 @@ def _head(plan: Plan, links: Links) -> str:
             f"Scale `{plan.scale}`: {SCALES[plan.scale].summary}. {done} of {len(plan.cells)} cells are done; "
             f"[what they cost]({costs}).",
             RULE,
+            "## Summary",
+            summary(plan),
         ]
     )
 
@@ -99,7 +102,7 @@ def _kink_parts(plan: Plan, links: Links) -> list[str]:
         variant: {
             arm: values
             for arm in (PERSISTENT, RESTART)
-            if (values := small_problems.final_losses(plan.results("S2", variant, arm))).size
+            if (values := small_problems.final_losses(plan, variant, arm)).size
         }
         for variant in variants
     }

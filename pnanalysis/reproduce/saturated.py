@@ -9,12 +9,12 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.estimates import Estimate
-from pnanalysis.reproduce.accuracy import Arms
+from pnanalysis.reproduce.accuracy import CLAIM, Arms
 from pnanalysis.reproduce.cells import Result
-from pnanalysis.reproduce.markdown import Links, blocks, failures, number, table, with_interval
+from pnanalysis.reproduce.markdown import Links, blocks, failures, table, with_interval
 from pnanalysis.reproduce.plan import Plan
 from pnanalysis.reproduce.settings import PERSISTENT, RESTART
-from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN, over_seeds, verdict
+from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN, Claim, over_seeds, verdict
 
 _QUANTILE = 98
 
@@ -53,15 +53,22 @@ def section(arms: Arms, links: Links, figure: str = "") -> str:
             names = {PERSISTENT: "persistent iteration", RESTART: "restart"}
             text = "means over layers after the last epoch, and over seeds"
             parts.append(table([f"{names[arm]} ({text})", *QUANTITIES], _by_iteration(found)))
-    claims = [
-        ("the last persistent iteration is less saturated than the plain model", _last_minus_plain(persistent)),
-        ("the mean persistent iteration is less saturated than the plain model", _later_minus_plain(persistent)),
-        ("saturation falls with the iteration (slope)", over_seeds([_slope(r) for r in persistent])),
-        ("the mean persistent iteration is less saturated than the mean restart", _against(persistent, restart)),
-    ]
-    rows = [[claim, with_interval(it, 4, signed=True), verdict(it, -1)] for claim, it in claims]
-    return blocks([*parts, figure, table(["claim", "difference in the saturation measure", "verdict"], rows),
-                   _order(persistent)])  # fmt: skip
+    return blocks([*parts, figure, table(CLAIM, [claim.row for claim in claims(arms)]), _order(persistent)])
+
+
+def claims(arms: Arms) -> list[Claim]:
+    """Differences in the saturation measure that say whether repulsion lowers it."""
+    persistent, restart = _measured(arms, PERSISTENT), _measured(arms, RESTART)
+    found = []
+    for text, said, difference in (
+        ("the last persistent iteration is less saturated than the plain model", "yes", _last_minus_plain(persistent)),
+        ("the mean persistent iteration is less saturated than the plain model", "yes", _later_minus_plain(persistent)),
+        ("saturation falls with the iteration (slope)", "yes", over_seeds([_slope(each) for each in persistent])),
+        ("the mean persistent iteration is less saturated than the mean restart", "–", _against(persistent, restart)),
+    ):
+        here = with_interval(difference, 4, signed=True)
+        found.append(Claim(text, said, here, str(len(persistent)), verdict(difference, -1), "slope" not in text))
+    return found
 
 
 def _measured(arms: Arms, arm: str) -> list[Result]:
@@ -148,6 +155,3 @@ def by_iteration(arms: Arms) -> dict[str, np.ndarray]:
     """The saturation measure by arm, shape (seed, iteration), for the figure."""
     found = {arm: [at_end(result, _measure) for result in _measured(arms, arm)] for arm in (PERSISTENT, RESTART)}
     return {arm: np.stack(values) for arm, values in found.items() if values}
-
-
-__all__ = ["by_iteration", "number", "section", "sweep"]

@@ -73,7 +73,7 @@ _DIGITS = {"batch_size": 64}
 
 def _sweep(lams: tuple[float, ...], stds: tuple[float | None, ...], widths: tuple[int, ...]) -> dict[str, Options]:
     """The points of the sweep of S9; ``None`` is Xavier's initialisation."""
-    found = {}
+    found: dict[str, Options] = {}
     for width, std, lam in product(widths, stds, lams):
         init = "xavier" if std is None else f"std{std:g}"
         found[f"width{width}-{init}-lam{lam:g}"] = {

@@ -10,11 +10,11 @@ import xarray as xr
 
 from pnanalysis.analyses.diagnostics import estimate_of
 from pnanalysis.estimates import Estimate, OutlierCount
-from pnanalysis.reproduce.accuracy import Arms
+from pnanalysis.reproduce.accuracy import CLAIM, Arms
 from pnanalysis.reproduce.cells import Result
 from pnanalysis.reproduce.markdown import Links, blocks, failures, table, with_interval
 from pnanalysis.reproduce.settings import PERSISTENT, RESTART
-from pnanalysis.reproduce.statistics import over_seeds, paired, rank, verdict
+from pnanalysis.reproduce.statistics import Claim, paired, rank, verdict
 
 #: Restarts that a rank needs.
 FEWEST = 10
@@ -38,7 +38,15 @@ def section(arms: Arms, links: Links, figure: str = "") -> str:
         "largest eigenvalue, C the number of classes. A gap is one that is wider than the spacings below it explain."
     )
     return blocks(
-        [arms.progress, table(columns, rows), note, figure, _differences(arms), _ranks(arms), failures(arms.all, links)]
+        [
+            arms.progress,
+            table(columns, rows),
+            note,
+            figure,
+            table(CLAIM, [claim.row for claim in claims(arms)]),
+            _ranks(arms),
+            failures(arms.all, links),
+        ]
     )
 
 
@@ -95,10 +103,10 @@ def _later(results: Mapping[int, Result], name: str) -> dict[int, float]:
     return found
 
 
-def _differences(arms: Arms) -> str:
+def claims(arms: Arms) -> list[Claim]:
     """The paper's two claims: fewer outliers, and a largest eigenvalue that is closer to the rest."""
     persistent, restart = arms.finished(PERSISTENT), arms.finished(RESTART)
-    rows = []
+    found = []
     for claim, name in (
         ("fewer outliers", "n_outliers"),
         ("log10 λ₁ is lower", "lambda_max"),
@@ -112,8 +120,10 @@ def _differences(arms: Arms) -> str:
         ):
             pair = (first, second) if name == "n_outliers" else (_logs(first), _logs(second))
             difference, n = paired(*pair), len(pair[0].keys() & pair[1].keys())
-            rows.append([f"{text}: {claim}", with_interval(difference, signed=True), str(n), verdict(difference, -1)])
-    return table(["claim", "difference", "seeds", "verdict"], rows)
+            here, judged = with_interval(difference, signed=True), verdict(difference, -1)
+            said = "yes" if text.endswith("plain") else "–"
+            found.append(Claim(f"{text}: {claim}", said, here, str(n), judged, main=not text.endswith("best restart")))
+    return found
 
 
 def _ranks(arms: Arms) -> str:
@@ -144,6 +154,3 @@ def densities(arms: Arms) -> list[tuple[str, xr.Dataset]]:
         for arm in (PERSISTENT, RESTART)
         if (found := {seed: r for seed, r in arms.finished(arm).items() if r.has("hessian")})
     ]
-
-
-__all__ = ["densities", "over_seeds", "section", "value"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from pnanalysis.estimates import Estimate
+from pnanalysis.estimates import Estimate, proportion
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "not yet known at this scale"
 
@@ -20,6 +21,34 @@ RULE = (
     "differences paired by seed. They are not adjusted for the number of claims. All seeds share one test set, so the "
     "intervals are about training, not about other test images."
 )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim with what the paper says, what was found, from how many seeds or starts, and whether it holds.
+
+    Attributes
+    ----------
+    text : str
+    paper, here : str
+        Numbers as they are shown.
+    n : str
+    verdict : str
+    main : bool
+        Whether it belongs to the summary.
+    """
+
+    text: str
+    paper: str
+    here: str
+    n: str
+    verdict: str
+    main: bool = True
+
+    @property
+    def row(self) -> list[str]:
+        """As a row of a table."""
+        return [self.text, self.paper, self.here, self.n, self.verdict]
 
 
 def over_seeds(values: Sequence[float] | np.ndarray) -> Estimate:
@@ -69,8 +98,6 @@ def verdict(difference: Estimate, sign: int = 1) -> str:
 
 def share(count: int, n: int) -> Estimate:
     """A share of ``n`` independent starts with Wilson's 95 % interval."""
-    from pnanalysis.estimates import proportion
-
     return proportion(count / n, n) if n else Estimate(math.nan)
 
 

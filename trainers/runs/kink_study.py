@@ -70,10 +70,14 @@ def study(
         "progress": False,
     }  # fmt: skip
     saved = netcdf.load(out) if out.is_file() else None
+
+    def save(ds: xr.Dataset) -> None:
+        netcdf.save(ds, out)
+
     if strategy == "persistent":
         return kink_ensemble.train_chains(
             x, y, seeds=starts, lams=[lam], iterations=iterations, resume=saved,
-            on_iteration=lambda ds: netcdf.save(ds, out), **options,
+            on_iteration=save, **options,
         )  # fmt: skip
     rows = [] if saved is None else [saved.isel(member=[k]) for k in range(saved.sizes["member"])]
     for start in starts[len(rows) :]:
