@@ -509,6 +509,18 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "half_difference": _var("layer", "loss", "norm of the difference between the two halves of the window"),
         "half_difference_se": _var("layer", "loss", "size of that difference expected for independent fluctuations"),
     },
+    "end_points": {
+        "error": _var("iteration split", "1", "error"),
+        "nll": _var("iteration split", "nat", "negative log likelihood"),
+        "ensemble_error": _var("iteration split", "1", "error of the average of this and earlier iterations"),
+        "ensemble_nll": _var("iteration split", "nat", "negative log likelihood of that average"),
+        "disagreement": _var("iteration other", "1", "fraction of test examples classified differently"),
+        "distance": _var("iteration other", "1", "Euclidean distance between parameters"),
+        "relative_distance": _var("iteration other", "1", "distance relative to the norm of the other"),
+        "cosine": _var("iteration other", "1", "cosine of the angle between parameters"),
+        "distance_from_start": _var("iteration", "1", "Euclidean distance from the start"),
+        "norm": _var("iteration", "1", "Euclidean norm of the parameters"),
+    },
     "descent": {
         "path": _var("iteration step component", "1", "position"),
         "value": _var("iteration step", "1", "value of the unpenalised surface along the path"),

@@ -20,6 +20,7 @@ from pnanalysis.cli import (
     learning_coefficient,
     plot,
     report,
+    reproduce,
     saturation,
     sharpness,
     trajectory,
@@ -34,7 +35,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     demo, compare, hessian, eigenpairs, blocks, saturation, trajectory, landscape, sharpness, learning_coefficient,
-    correlate, gradients, history, plot, report, info,
+    correlate, gradients, history, plot, report, info, reproduce,
 )  # fmt: skip
 for command in COMMANDS:
     command.register(app)

@@ -25,8 +25,8 @@ Add = Callable[[Tensor], Tensor]
 _CPU_CHUNK = 2**16
 #: On other devices, where the sums within a chunk are pairwise and each chunk costs the start of a few kernels.
 _DEVICE_CHUNK = 2**22
-#: Numbers of a basis that are copied at a time, and entries of a chunk in any case. On a CPU, products with several start
-#: vectors copy what they multiply; elsewhere only a basis in another precision is copied.
+#: Numbers of a basis that are copied at a time, and entries of a chunk in any case. On a CPU, products with several
+#: start vectors copy what they multiply; elsewhere only a basis in another precision is copied.
 _MOST_COPIED, _MOST_COPIED_ON_DEVICE, _SMALLEST_CHUNK = 2**21, 2**24, 2**12
 
 

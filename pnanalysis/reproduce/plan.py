@@ -1,0 +1,175 @@
+"""Which cells there are, in which order they are made, and how long those that are left will take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from pnanalysis.checks import at_least
+from pnanalysis.errors import PnError
+from pnanalysis.io.runs import open_run
+from pnanalysis.reproduce.cells import Cell, Result, Store
+from pnanalysis.reproduce.settings import SCALES, Setting, find_experiments, find_scale
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study at one scale: its experiments, how many seeds, and where its cells are.
+
+    Attributes
+    ----------
+    scale : str
+    experiments : tuple of str
+    seeds : int
+    store : Store
+    """
+
+    scale: str
+    experiments: tuple[str, ...]
+    seeds: int
+    store: Store
+
+    def setting(self, experiment: str) -> Setting:
+        """How an experiment is done at this scale."""
+        return SCALES[self.scale].settings[experiment]
+
+    def n_seeds(self, experiment: str) -> int:
+        """How many seeds of an experiment are planned."""
+        return min(self.seeds, self.setting(experiment).most_seeds or self.seeds)
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """All cells: by rank, then seed after seed, so that what is done at any time is balanced."""
+        found = []
+        for place, experiment in enumerate(self.experiments):
+            setting = self.setting(experiment)
+            for v, variant in enumerate(setting.variants):
+                for a, arm in enumerate(setting.arms):
+                    for seed in range(self.n_seeds(experiment)):
+                        found.append(((setting.rank, seed, place, v, a), Cell(experiment, variant, seed, arm)))
+        return [cell for _, cell in sorted(found)]
+
+    def results(self, experiment: str, variant: str, arm: str) -> list[Result]:
+        """The cells of an experiment's arm that are done, by seed.
+
+        Raises
+        ------
+        RunError
+            If one was made with other settings.
+        """
+        cells = [c for c in self.cells if (c.experiment, c.variant, c.arm) == (experiment, variant, arm)]
+        found = [self.store.load(cell, self.scale, self.setting(experiment)) for cell in sorted(cells)]
+        return [result for result in found if result is not None]
+
+    def left(self) -> list[Cell]:
+        """The cells that are not done yet."""
+        return [cell for cell in self.cells if not self.store.has(cell)]
+
+
+def make_plan(names: Sequence[str], scale: str, seeds: int | None, out: Path) -> Plan:
+    """The plan of a study.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Experiments, or ``all``.
+    scale : str
+    seeds : int or None
+        By default the scale's.
+    out : Path
+
+    Raises
+    ------
+    PnError
+        If an experiment or the scale is unknown.
+    """
+    chosen = find_scale(scale)
+    at_least(1, seeds=seeds)
+    experiments = find_experiments(list(names), chosen)
+    return Plan(scale, tuple(experiments), seeds or chosen.seeds, Store(out))
+
+
+def chosen_cells(plan: Plan, only: Iterable[str]) -> list[Cell]:
+    """Cells by id; all if there is no id.
+
+    Raises
+    ------
+    PnError
+        If there is no such cell.
+    """
+    by_id = {cell.id: cell for cell in plan.cells}
+    wanted = list(only)
+    for name in wanted:
+        if name not in by_id:
+            raise PnError(f"no cell {name!r}; there are {len(by_id)}, such as {next(iter(by_id))}")
+    return [by_id[name] for name in wanted] if wanted else plan.cells
+
+
+class Forecast:
+    """How long cells take, by those that are done and by the epochs of those that have begun.
+
+    Parameters
+    ----------
+    plan : Plan
+    work : Path
+        Folder of the trainings.
+    """
+
+    def __init__(self, plan: Plan, work: Path) -> None:
+        self.plan, self.work = plan, work
+        self._done: dict[tuple[str, str], list[float]] = {}
+        for cell in plan.cells:
+            result = plan.store.load(cell, plan.scale, plan.setting(cell.experiment))
+            if result is not None and result.is_finished:
+                self.add(cell, _seconds(result.record))
+
+    def add(self, cell: Cell, seconds: float) -> None:
+        """Note how long a cell took."""
+        self._done.setdefault((cell.experiment, cell.arm), []).append(seconds)
+
+    def seconds(self, cell: Cell) -> float:
+        """What is expected of a cell; NaN where nothing is known."""
+        same = self._done.get((cell.experiment, cell.arm)) or [
+            each for (experiment, _), times in self._done.items() if experiment == cell.experiment for each in times
+        ]
+        return float(np.mean(same)) if same else self._by_epochs(cell)
+
+    def _by_epochs(self, cell: Cell) -> float:
+        """From the measured epochs of any training of the same experiment that has begun."""
+        for other in self.plan.cells:
+            if other.experiment == cell.experiment and (self.work / other.id / "history.nc").is_file():
+                run = open_run(self.work / other.id)
+                per_epoch = float(run.history.seconds.mean())
+                config = run.manifest["config"]
+                return per_epoch * config["iterations"] * config["epochs"]
+        return math.nan
+
+    def left(self, cells: Sequence[Cell], jobs: int) -> str:
+        """How long these cells take, in words."""
+        times = np.array([self.seconds(cell) for cell in cells])
+        unknown = int(np.isnan(times).sum())
+        known = duration(float(np.nansum(times)) / max(min(jobs, len(cells)), 1))
+        if not unknown:
+            return f"about {known} left"
+        beyond = f"{unknown} cells of unknown length"
+        return beyond if unknown == len(times) else f"about {known} left, and {beyond}"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _seconds(record: Mapping[str, object]) -> float:
+    cost = record.get("cost")
+    if not isinstance(cost, dict):
+        return math.nan
+    return float(cost.get("training_seconds") or 0.0) + float(cost.get("measuring_seconds") or 0.0)

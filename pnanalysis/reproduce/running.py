@@ -1,0 +1,254 @@
+"""Train and measure cells, several at a time, each in processes of its own that can be stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pnanalysis.errors import PnError, RunError
+from pnanalysis.io.lock import Lock
+from pnanalysis.reproduce.cells import FINISHED, Cell
+from pnanalysis.reproduce.data import prepare
+from pnanalysis.reproduce.finish import STUDY, ended
+from pnanalysis.reproduce.plan import Forecast, Plan, duration
+from pnanalysis.reproduce.settings import PERSISTENT, Setting
+
+_SECONDS = "seconds.json"
+
+
+class Stopped(Exception):
+    """The time is over, or the user has interrupted: what was trained is saved."""
+
+
+class Worker:
+    """Makes cells by starting processes, and stops those that run when asked to.
+
+    Parameters
+    ----------
+    plan : Plan
+    data : str
+        The data of image experiments.
+    work : Path
+        Folder of the trainings.
+    device : str
+    keep : bool
+        Keep trainings whose cell is done.
+    """
+
+    def __init__(self, plan: Plan, data: str, work: Path, device: str, keep: bool = False) -> None:
+        self.plan, self.data, self.work, self.device, self.keep = plan, data, work, device, keep
+        self._running: set[subprocess.Popen[str]] = set()
+        self._guard = threading.Lock()
+        self._stopping = False
+
+    def make(self, cell: Cell) -> float:
+        """Train and measure a cell; returns the seconds it took.
+
+        Raises
+        ------
+        RunError
+            If it could not be made; the message says why.
+        Stopped
+            If the worker was stopped meanwhile.
+        """
+        started = time.monotonic()
+        setting, run = self.plan.setting(cell.experiment), self.work / cell.id
+        data = prepare(self.data, setting.n_train, self.work)
+        if setting.recipe == "kink":
+            self._train_study(cell, setting, run)
+        else:
+            self._train(cell, setting, run, data)
+        job = {
+            "cell": cell.__dict__, "scale": self.plan.scale, "run": str(run), "out": str(self.plan.store.out),
+            "data": data, "device": self.device,
+        }  # fmt: skip
+        failure = self._run(["-m", "pnanalysis.reproduce.finish", json.dumps(job)])
+        if failure:
+            raise RunError(f"{cell.id}: {failure}")
+        if not self.keep:
+            shutil.rmtree(run, ignore_errors=True)
+        return time.monotonic() - started
+
+    def _train(self, cell: Cell, setting: Setting, run: Path, data: str) -> None:
+        for _ in range(2):  # what fails twice is a result, as is what diverges; a full disk does not fail for ever
+            if ended(run) in (FINISHED, "diverged"):
+                return
+            failure = self._run(training_command(cell, setting, run, data, self.device))
+            if failure and not ended(run):
+                raise RunError(f"{cell.id}: {failure}")
+
+    def _train_study(self, cell: Cell, setting: Setting, run: Path) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        started, before = time.monotonic(), 0.0
+        with suppress(OSError, ValueError, KeyError):
+            before = float(json.loads((run / _SECONDS).read_text())["training_seconds"])
+        try:
+            failure = self._run(study_command(cell, setting, run, self.device))
+        finally:
+            seconds = round(before + time.monotonic() - started, 2)
+            (run / _SECONDS).write_text(json.dumps({"training_seconds": seconds}))
+        if failure:
+            raise RunError(f"{cell.id}: {failure}")
+
+    def _run(self, arguments: Sequence[str]) -> str:
+        """Run Python; returns the last line of its errors, empty for success."""
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        with self._guard:
+            if self._stopping:
+                raise Stopped
+            process = subprocess.Popen(
+                [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                text=True,
+            )  # fmt: skip
+            self._running.add(process)
+        try:
+            _, errors = process.communicate()
+        finally:
+            with self._guard:
+                self._running.discard(process)
+        if self._stopping:
+            raise Stopped
+        if not process.returncode:
+            return ""
+        lines = [line for line in errors.strip().splitlines() if line] or [f"exit status {process.returncode}"]
+        return lines[-1].removeprefix("error: ")
+
+    def stop(self) -> None:
+        """Ask all processes to save and end."""
+        with self._guard:
+            self._stopping = True
+            for process in self._running:
+                with suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGTERM)
+
+
+def run_cells(
+    plan: Plan,
+    cells: Sequence[Cell],
+    worker: Worker,
+    *,
+    jobs: int,
+    minutes: float | None = None,
+    log: Callable[[str], None] = print,
+) -> bool:
+    """Make the cells that are not done, in their order.
+
+    Parameters
+    ----------
+    plan : Plan
+    cells : sequence of Cell
+    worker : Worker
+    jobs : int
+        How many at a time.
+    minutes : float or None
+        Stop after so long; everything is saved.
+    log : callable
+        Receives a line about each cell.
+
+    Returns
+    -------
+    bool
+        Whether all are done.
+
+    Raises
+    ------
+    RunError
+        At the end, if some could not be made; or at once if another process works in the same folder.
+    """
+    worker.work.mkdir(parents=True, exist_ok=True)
+    lock = Lock(worker.work)
+    lock.acquire()
+    try:
+        return _Queue(plan, cells, worker, jobs, log).run(minutes)
+    finally:
+        lock.release()
+
+
+class _Queue:
+    """The cells that are left, and those that are being made."""
+
+    def __init__(
+        self, plan: Plan, cells: Sequence[Cell], worker: Worker, jobs: int, log: Callable[[str], None]
+    ) -> None:
+        self.worker, self.jobs, self.log = worker, jobs, log
+        self.total = len(cells)
+        self.left = [cell for cell in cells if not plan.store.has(cell)]
+        self.forecast = Forecast(plan, worker.work)
+        self.failures: list[str] = []
+
+    def run(self, minutes: float | None) -> bool:
+        if not self.left:
+            return True
+        deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.log(f"{len(self.left)} of {self.total} cells to do: {self.forecast.left(self.left, self.jobs)}")
+        waiting, begun = list(self.left), dict[Future[float], Cell]()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                while (waiting or begun) and not (deadline and time.monotonic() > deadline):
+                    while waiting and len(begun) < self.jobs:
+                        cell = waiting.pop(0)
+                        begun[pool.submit(self.worker.make, cell)] = cell
+                    for future in wait(begun, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                        self._finished(begun.pop(future), future)
+            finally:  # also of an interruption
+                if begun:
+                    self.worker.stop()
+            for future, cell in begun.items():
+                with suppress(Stopped):
+                    wait([future])
+                    self._finished(cell, future)
+        if self.failures:
+            raise RunError(
+                f"{len(self.failures)} of {self.total} cells could not be made ({self.failures[0]}); "
+                "the others are done or saved; fix the cause and run the same command again"
+            )
+        return not self.left
+
+    def _finished(self, cell: Cell, future: Future[float]) -> None:
+        try:
+            seconds = future.result()
+        except Stopped:
+            raise
+        except PnError as error:
+            self.failures.append(str(error))
+            self.log(f"not made: {error}")
+            return
+        self.left.remove(cell)
+        self.forecast.add(cell, seconds)
+        rest = self.forecast.left(self.left, self.jobs) if self.left else "all done"
+        self.log(f"{cell.id} in {duration(seconds)}; {self.total - len(self.left)} of {self.total} cells, {rest}")
+
+
+def training_command(cell: Cell, setting: Setting, run: Path, data: str, device: str) -> list[str]:
+    """Python's arguments for the training of a cell, which go on where it was interrupted."""
+    command = ["-m", "trainers.cli", setting.recipe, "--out", str(run), "--resume", "--quiet", "--device", device,
+               "--seed", str(cell.seed)]  # fmt: skip
+    if cell.arm != PERSISTENT:
+        command += ["--strategy", cell.arm]
+    if setting.recipe != "two-well":
+        command += ["--data", data]
+    for name, value in setting.training(cell.variant, cell.arm).items():
+        if name == "model_options":
+            for option, content in value.items():
+                command += ["--model-option", f"{option}={json.dumps(content)}"]
+        else:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return command
+
+
+def study_command(cell: Cell, setting: Setting, run: Path, device: str) -> list[str]:
+    """The same for S2, whose chains are trained together."""
+    options: dict[str, Any] = {"seed": cell.seed, "device": device, **setting.training(cell.variant, cell.arm)}
+    named = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return ["-m", "trainers.runs.kink_study", "--out", str(run / STUDY), "--strategy", cell.arm, *named]

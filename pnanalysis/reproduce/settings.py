@@ -1,0 +1,237 @@
+"""What is trained and measured at each scale, as data: what the tables say of settings comes from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from pnanalysis.checks import one_of
+from pnanalysis.errors import PnError
+
+PERSISTENT, RESTART = "persistent", "restart"
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an experiment is done at one scale.
+
+    Attributes
+    ----------
+    recipe : str
+        Of the trainer.
+    options : mapping
+        Its options, by the names of its configuration; those that are not given are the recipe's.
+    variants : mapping of str to mapping
+        Options of each variant: initialisations, data sets, the points of a sweep. A single one has no name.
+    arms : tuple of str
+        ``persistent`` (a chain, with the plain training as its iteration 0) and ``restart`` (as many plain trainings).
+    arm_options : mapping of str to mapping
+        Options of one arm alone.
+    measures : mapping of str to mapping
+        What is measured at the end, and how: see :mod:`pnanalysis.reproduce.measures`.
+    n_train : int or None
+        Train on so many of the images, the same number of each class.
+    most_seeds : int or None
+        Further seeds add nothing, or cost too much.
+    rank : int
+        Experiments of a lower rank are done first, for all seeds.
+    """
+
+    recipe: str
+    options: Options = field(default_factory=dict)
+    variants: Mapping[str, Options] = field(default_factory=lambda: {"": {}})
+    arms: tuple[str, ...] = (PERSISTENT, RESTART)
+    arm_options: Mapping[str, Options] = field(default_factory=dict)
+    measures: Mapping[str, Options] = field(default_factory=lambda: {"end_points": {}})
+    n_train: int | None = None
+    most_seeds: int | None = None
+    rank: int = 1
+
+    def training(self, variant: str, arm: str) -> dict[str, Any]:
+        """The options of one training."""
+        return {**self.options, **self.variants[variant], **self.arm_options.get(arm, {})}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A whole study: its settings by experiment, its data and how often each is repeated by default."""
+
+    summary: str
+    data: str
+    seeds: int
+    settings: Mapping[str, Setting]
+
+
+_KINK = {"kink6": {"data": "kink6"}, "kink20": {"data": "kink20"}}
+_INITS = {"init1": {"init_std": 0.2}, "init2": {"init_std": 0.05}}
+_SATURATION = {"end_points": {}, "saturation": {"n": 1000}}
+_DIGITS = {"batch_size": 64}
+
+
+def _sweep(lams: tuple[float, ...], stds: tuple[float | None, ...], widths: tuple[int, ...]) -> dict[str, Options]:
+    """The points of the sweep of S9; ``None`` is Xavier's initialisation."""
+    found: dict[str, Options] = {}
+    for width, std, lam in product(widths, stds, lams):
+        init = "xavier" if std is None else f"std{std:g}"
+        found[f"width{width}-{init}-lam{lam:g}"] = {
+            "lam": lam, "model_options": {"width": width}, **({} if std is None else {"init_std": std}),
+        }  # fmt: skip
+    return found
+
+
+def _spectrum(n: int, n_hvp: int, checkpoints: str = "ends") -> Options:
+    return {"n": n, "n_hvp": n_hvp, "checkpoints": checkpoints}
+
+
+SCALES: dict[str, Scale] = {
+    "smoke": Scale(
+        "handwritten digits, minutes: shows that everything runs, and nothing about the paper", "digits", 2,
+        {
+            "S1": Setting("two-well", arm_options={RESTART: {"iterations": 20}}, measures={"descent": {}},
+                          most_seeds=1, rank=0),
+            "S2": Setting("kink", {"iterations": 4, "epochs": 2000, "chains": 3}, _KINK, measures={"ensemble": {}},
+                          most_seeds=1, rank=0),
+            "S3": Setting("lenet5-full", {"iterations": 2, "epochs": 2, **_DIGITS}, _INITS, most_seeds=1),
+            "S4": Setting("lenet5", {"iterations": 3, "epochs": 2, "lam": 0.1, **_DIGITS},
+                          measures={"end_points": {}, "hessian": _spectrum(128, 30)}),
+            "S5": Setting("alexnet", {"iterations": 2, "epochs": 1, "batch_size": 128}, most_seeds=1, rank=2),
+            "S6": Setting("resnet18", {"iterations": 2, "epochs": 1, "model_options": {"input_shape": [1, 8, 8]}},
+                          most_seeds=1, rank=2),
+            "S7": Setting("gradient-split", {"iterations": 2, "epochs": 3, **_DIGITS}, arms=(PERSISTENT,),
+                          measures={"gradients": {"n": 256}}, most_seeds=1, rank=0),
+            "S8": Setting("spectrum", {"iterations": 2, "epochs": 1, "model_options": {"input_shape": [1, 8, 8]}},
+                          measures={"end_points": {}, "hessian": _spectrum(32, 16)}, most_seeds=1, rank=2),
+            "S9": Setting("tanh7", {"iterations": 3, "epochs": 4, "lam": 0.1, "checkpoint_every": 2, **_DIGITS,
+                                    "model_options": {"input_shape": [1, 8, 8], "width": 32}},
+                          measures={"end_points": {}, "saturation": {"n": 200}}),
+            "S9-sweep": Setting("tanh7", {"iterations": 2, "epochs": 2, "checkpoint_every": 2, **_DIGITS},
+                                {name: {**options, "model_options": {**options["model_options"],
+                                                                     "input_shape": [1, 8, 8]}}
+                                 for name, options in _sweep((1e-3, 1.0), (None,), (32,)).items()},
+                                arms=(PERSISTENT,), most_seeds=1,
+                                measures={"saturation": {"n": 200, "histograms": False}}),
+        },
+    ),
+    "cpu": Scale(
+        "CIFAR-10 on two CPU cores: S1 and S2 in full, the other experiments shortened", "cifar10", 3,
+        {
+            "S1": Setting("two-well", arm_options={RESTART: {"iterations": 100}}, measures={"descent": {}},
+                          most_seeds=1, rank=0),
+            "S2": Setting("kink", {"iterations": 100, "epochs": 50_000, "chains": 20}, _KINK,
+                          measures={"ensemble": {}}, most_seeds=1, rank=0),
+            "S7": Setting("gradient-split", {"iterations": 4, "epochs": 20}, arms=(PERSISTENT,),
+                          measures={"gradients": {"n": 2048}}, most_seeds=1, rank=0),
+            "S4": Setting("lenet5", {"iterations": 10, "epochs": 30, "checkpoint_every": 30},
+                          measures={"end_points": {}, "hessian": _spectrum(1024, 150)}),
+            "S3": Setting("lenet5-full", {"iterations": 10, "epochs": 30, "checkpoint_every": 30}, _INITS),
+            "S9": Setting("tanh7", {"iterations": 10, "epochs": 30, "checkpoint_every": 5}, measures=_SATURATION),
+            "S9-sweep": Setting("tanh7", {"iterations": 3, "epochs": 10, "checkpoint_every": 10},
+                                _sweep((1e-3, 1e-2, 1e-1, 1.0), (None, 0.1), (64, 256)), arms=(PERSISTENT,),
+                                measures={"saturation": {"n": 1000, "histograms": False}}),
+            "S5": Setting("alexnet", {"iterations": 5, "epochs": 6, "checkpoint_every": 6}, n_train=10_000, rank=2),
+            "S6": Setting("resnet18", {"iterations": 5, "epochs": 8, "checkpoint_every": 8}, n_train=5_000, rank=2),
+            "S8": Setting("spectrum", {"iterations": 5, "epochs": 4, "checkpoint_every": 4},
+                          arm_options={RESTART: {"iterations": 10}}, n_train=5_000,
+                          measures={"end_points": {}, "hessian": _spectrum(128, 40)}, rank=2),
+        },
+    ),
+    "paper": Scale(
+        "CIFAR-10 with the paper's own settings, for a GPU", "cifar10", 3,
+        {
+            "S1": Setting("two-well", arm_options={RESTART: {"iterations": 100}}, measures={"descent": {}},
+                          most_seeds=1, rank=0),
+            "S2": Setting("kink", {"iterations": 100, "epochs": 50_000, "chains": 20}, _KINK,
+                          measures={"ensemble": {}}, most_seeds=1, rank=0),
+            "S7": Setting("gradient-split", {}, arms=(PERSISTENT,), measures={"gradients": {"n": 2048}},
+                          most_seeds=1, rank=0),
+            "S4": Setting("lenet5", {"checkpoint_every": 150},
+                          measures={"end_points": {}, "hessian": _spectrum(2048, 300)}),
+            "S3": Setting("lenet5-full", {"checkpoint_every": 150}, _INITS),
+            "S9": Setting("tanh7", {}, measures={"end_points": {}, "saturation": {"n": 5000}}),
+            "S9-sweep": Setting("tanh7", {"iterations": 5, "checkpoint_every": 15},
+                                _sweep((1e-3, 1e-2, 1e-1, 1.0), (None, 0.02, 0.1, 0.2), (64, 256, 1024)),
+                                arms=(PERSISTENT,), measures={"saturation": {"n": 5000, "histograms": False}}, rank=2),
+            "S5": Setting("alexnet", {"checkpoint_every": 150}),
+            "S6": Setting("resnet18", {"checkpoint_every": 350}, rank=2),
+            "S8": Setting("spectrum", {}, measures={"end_points": {}, "hessian": _spectrum(2048, 300)}, rank=2),
+        },
+    ),
+}  # fmt: skip
+
+#: What each experiment is about, in the order of the paper.
+TITLES = {
+    "S1": "two-well surface",
+    "S2": "kink regression",
+    "S3": "LeNet-5, every layer repelled",
+    "S4": "LeNet-5, one layer repelled",
+    "S5": "AlexNet, one layer repelled",
+    "S6": "ResNet-18, one layer repelled",
+    "S7": "split of the persistent gradient",
+    "S8": "Hessian spectrum",
+    "S9": "saturation of a seven-layer tanh network",
+    "S9-sweep": "at which strength, initial scale and width saturation changes",
+}
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Accuracies in the paper, in per cent: of the plain model and of the champion."""
+
+    plain_validation: float
+    plain_test: float
+    champion_validation: float
+    champion_test: float
+
+
+#: The paper's table, by experiment and variant.
+PAPER: dict[tuple[str, str], Accuracies] = {
+    ("S3", "init1"): Accuracies(70.74, 69.94, 71.64, 71.78),
+    ("S3", "init2"): Accuracies(71.58, 71.48, 72.76, 73.22),
+    ("S4", ""): Accuracies(72.94, 72.60, 73.60, 73.22),
+    ("S5", ""): Accuracies(80.46, 78.92, 80.74, 79.44),
+    ("S6", ""): Accuracies(92.20, 91.94, 92.40, 92.18),
+}
+
+#: Iterations and epochs (or steps) in the paper.
+PAPER_LENGTHS = {
+    "S1": (2, 50_000),
+    "S2": (100, 50_000),
+    "S3": (20, 150),
+    "S4": (20, 150),
+    "S5": (20, 150),
+    "S6": (20, 350),
+    "S8": (20, 350),
+    "S9": (10, 30),
+}
+
+
+def find_scale(name: str) -> Scale:
+    """The scale of this name.
+
+    Raises
+    ------
+    PnError
+        If there is none; the message lists them.
+    """
+    one_of(tuple(SCALES), scale=name)
+    return SCALES[name]
+
+
+def find_experiments(names: list[str], scale: Scale) -> list[str]:
+    """Experiments by id, in the scale's order; ``all``, or none, for all of them, and S9 includes its sweep.
+
+    Raises
+    ------
+    PnError
+        If there is no such experiment.
+    """
+    wanted = {name.upper().replace("-SWEEP", "-sweep") for name in names if name.lower() != "all"}
+    unknown = wanted - set(scale.settings)
+    if unknown:
+        raise PnError(f"no experiment {sorted(unknown)[0]!r}; there are {', '.join(TITLES)} and all")
+    if not wanted or len(wanted) < len({name.lower() for name in names}):  # one of the names is all
+        return list(scale.settings)
+    return [name for name in scale.settings if name in wanted or name.removesuffix("-sweep") in wanted]

@@ -1,0 +1,164 @@
+"""S1 and S2: the two-well surface and the kink regression."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pnanalysis.estimates import Estimate
+from pnanalysis.reproduce.accuracy import CLAIM
+from pnanalysis.reproduce.cells import Result
+from pnanalysis.reproduce.markdown import UNKNOWN as DASH
+from pnanalysis.reproduce.markdown import Links, blocks, failures, number, significant, table, with_interval
+from pnanalysis.reproduce.plan import Plan
+from pnanalysis.reproduce.settings import PERSISTENT, RESTART
+from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN, Claim, over_seeds, share, verdict
+
+_DEEP = -1.4  # a descent that ends below this value is in the deeper well, whose bottom is at -1.534
+PLATEAU, _MARGIN = 4.2, 0.01  # loss of the stuck networks of S2; one has left if it is 1 % below
+_MARKS = (1, 2, 5, 12, 20, 50, 99)
+_FEW = 12  # iterations, within which the paper's chain reaches its best loss
+_NOTHING = "Not yet known at this scale: no cell is done."
+
+
+def two_well(plan: Plan, links: Links) -> str:
+    """What the page says about S1."""
+    results = [result for arm in (PERSISTENT, RESTART) for result in plan.results("S1", "", arm)]
+    rows = []
+    for result in _finished(results, PERSISTENT):
+        ds = result.dataset("descent")
+        for i, paper in enumerate(("(2, -2)", "the other well, the global one")):
+            x, y = ds.end.values[i]
+            name = "plain" if i == 0 else f"persistent iteration {i}"
+            rows.append([name, paper, f"({x:.3f}, {y:.3f})", number(float(ds.end_value[i]), 3)])
+    if not rows:
+        return blocks([_NOTHING, failures(results, links)])
+    return blocks(
+        [
+            table(["descent", "paper", "ends at", "value"], rows),
+            table(CLAIM, [claim.row for claim in two_well_claims(plan)]),
+            failures(results, links),
+            links.cells(results),
+        ]
+    )
+
+
+def two_well_claims(plan: Plan) -> list[Claim]:
+    """Whether repulsion leads to the deeper well, and how often another start does."""
+    found = []
+    for result in _finished(plan.results("S1", "", PERSISTENT), PERSISTENT):
+        values = result.dataset("descent").end_value.values
+        judged = HOLDS if values[0] > _DEEP > values[1] else FAILS
+        here = f"f = {values[0]:.3f}, then {values[1]:.3f}"
+        found.append(Claim("iteration 1 leaves the plain model's well for the deeper one", "yes", here, "1", judged))
+    for result in _finished(plan.results("S1", "", RESTART), RESTART):
+        values = result.dataset("descent").end_value.values[1:]  # the first one is the plain descent
+        deep = share(int((values < _DEEP).sum()), len(values))
+        text = "a random start of the window, without repulsion, leads to the deeper well"
+        found.append(Claim(text, DASH, f"{_percent(deep)} of {len(values)} starts", "1", DASH, main=False))
+    return found
+
+
+def kink(plan: Plan, variant: str, links: Links) -> str:
+    """What the page says about one data set of S2."""
+    results = [result for arm in (PERSISTENT, RESTART) for result in plan.results("S2", variant, arm)]
+    chains, restarts = (final_losses(plan, variant, arm) for arm in (PERSISTENT, RESTART))
+    rows = []
+    if restarts.size:
+        rows.append([f"best loss of {len(restarts)} restarts, median", "0.33", significant(_best(restarts))])
+    if chains.size:
+        at = np.median(chains.argmin(0))
+        text = f"{significant(_best(chains))} (median iteration {at:.0f})"
+        rows.append([f"best loss of {len(chains)} iterations, median", "0.10 (iteration 11)", text])
+        for mark in (m for m in _MARKS if m < len(chains)):
+            rows.append([f"chains that have left by iteration {mark}", DASH, _of_chains(chains, mark)])
+    if chains.size and restarts.size:
+        for mark in (m for m in _MARKS if m < min(len(chains), len(restarts))):
+            rows.append([f"sets of {mark + 1} restarts of which one has left", DASH, _of_chains(restarts, mark)])
+    if not rows:
+        return blocks([_NOTHING, failures(results, links)])
+    return blocks(
+        [
+            table(["", "paper", "here"], rows),
+            table(CLAIM, [claim.row for claim in kink_claims(plan, variant)]),
+            failures(results, links),
+            links.cells(results),
+        ]
+    )
+
+
+def kink_claims(plan: Plan, variant: str) -> list[Claim]:
+    """What the paper says about S2, over starts instead of seeds: a cell has many."""
+    chains, restarts = (final_losses(plan, variant, arm) for arm in (PERSISTENT, RESTART))
+    found = []
+    if restarts.size:
+        stuck = share(int((restarts >= left_below()).sum()), restarts.size)
+        here = f"{_percent(stuck)} of {restarts.size:,}"
+        text = "most re-initialisations stay on the plateau"
+        found.append(Claim(text, "most of 100", here, _starts(restarts), _above_half(stuck)))
+    if chains.size:
+        few = min(_FEW, len(chains) - 1)
+        early = share(_left_by(chains, few), chains.shape[1])
+        text = f"most chains leave the plateau within {few} iterations"
+        found.append(Claim(text, "the only one", _of_chains(chains, few), _starts(chains), _above_half(early)))
+    chains, restarts = _common(plan, variant)
+    n = min(len(chains), len(restarts))
+    if n:
+        ratio = over_seeds(np.log10(chains[:n].min(0)) - np.log10(restarts[:n].min(0)))
+        text = f"log10 of the best loss: {n} persistent iterations − {n} restarts is negative"
+        here = with_interval(ratio, signed=True)
+        found.append(Claim(text, "-0.52", here, _starts(chains), verdict(ratio, -1)))
+    return found
+
+
+def final_losses(plan: Plan, variant: str, arm: str, seeds: frozenset[int] | None = None) -> np.ndarray:
+    """Final losses of all chains, or sets of restarts, of these seeds, shape (iteration, start)."""
+    results = _finished(plan.results("S2", variant, arm), arm)
+    chosen = [result for result in results if seeds is None or result.cell.seed in seeds]
+    found = [result.dataset("ensemble").final_loss.values for result in chosen]
+    return np.concatenate(found, axis=1) if found else np.empty((0, 0))
+
+
+def left_below() -> float:
+    """The loss below which a network has left the plateau."""
+    return (1 - _MARGIN) * PLATEAU
+
+
+def _common(plan: Plan, variant: str) -> tuple[np.ndarray, np.ndarray]:
+    """Final losses of both arms for the seeds that both have: the same starts, in the same order."""
+    seeds = [{r.cell.seed for r in _finished(plan.results("S2", variant, arm), arm)} for arm in (PERSISTENT, RESTART)]
+    both = frozenset(seeds[0] & seeds[1])
+    return final_losses(plan, variant, PERSISTENT, both), final_losses(plan, variant, RESTART, both)
+
+
+def _finished(results: list[Result], arm: str) -> list[Result]:
+    return [result for result in results if result.cell.arm == arm and result.is_finished]
+
+
+def _best(losses: np.ndarray) -> float:
+    return float(np.median(losses.min(0)))
+
+
+def _left_by(losses: np.ndarray, iteration: int) -> int:
+    return int((losses[: iteration + 1].min(0) < left_below()).sum())
+
+
+def _of_chains(losses: np.ndarray, iteration: int) -> str:
+    part = share(_left_by(losses, iteration), losses.shape[1])
+    return f"{_percent(part)} of {losses.shape[1]}"
+
+
+def _starts(losses: np.ndarray) -> str:
+    return f"{losses.shape[1]} starts"
+
+
+def _above_half(part: Estimate) -> str:
+    """Whether a share is that of most, by its interval."""
+    if math.isnan(part.low):
+        return UNKNOWN
+    return HOLDS if part.low > 0.5 else FAILS if part.high < 0.5 else UNKNOWN
+
+
+def _percent(part: Estimate) -> str:
+    return f"{100 * part.value:.1f} % ({100 * part.low:.1f} to {100 * part.high:.1f})"

@@ -1,0 +1,108 @@
+"""Means over seeds with intervals, differences paired by seed, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pnanalysis.estimates import Estimate, proportion
+
+HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "not yet known at this scale"
+
+#: The rule behind every verdict, as the page states it.
+RULE = (
+    "A claim is that a difference has a certain sign. It **holds** if the 95 % interval of the difference lies on that "
+    "side of zero, it **does not hold** if the interval lies on the other side, and it is **not yet known at this "
+    "scale** if the interval contains zero or there is none: with fewer than two seeds, "
+    "or seeds that agree to the last digit. Intervals are Student's over seeds, of "
+    "differences paired by seed. They are not adjusted for the number of claims. All seeds share one test set, so the "
+    "intervals are about training, not about other test images."
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim with what the paper says, what was found, from how many seeds or starts, and whether it holds.
+
+    Attributes
+    ----------
+    text : str
+    paper, here : str
+        Numbers as they are shown.
+    n : str
+    verdict : str
+    main : bool
+        Whether it belongs to the summary.
+    """
+
+    text: str
+    paper: str
+    here: str
+    n: str
+    verdict: str
+    main: bool = True
+
+    @property
+    def row(self) -> list[str]:
+        """As a row of a table."""
+        return [self.text, self.paper, self.here, self.n, self.verdict]
+
+
+def over_seeds(values: Sequence[float] | np.ndarray) -> Estimate:
+    """The mean of one number per seed with Student's 95 % interval, which a single seed does not have.
+
+    Nor do seeds that all give the same number, to the last digit: errors are counts, so that a few seeds may agree by
+    chance, and an interval without width would claim certainty.
+
+    Parameters
+    ----------
+    values : sequence of float
+        NaN for seeds without a number: they are left out.
+    """
+    known = np.asarray([value for value in values if not math.isnan(value)], dtype=float)
+    if not len(known):
+        return Estimate(math.nan)
+    mean = float(known.mean())
+    if len(known) == 1 or np.ptp(known) == 0:
+        return Estimate(mean)
+    estimate = Estimate(mean, float(known.std(ddof=1)) / math.sqrt(len(known)), dof=len(known) - 1)
+    low, high = estimate.interval()
+    return Estimate(mean, estimate.se, low, high, dof=estimate.dof)
+
+
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate:
+    """The mean of ``first - second`` over the seeds that both have, with its interval."""
+    return over_seeds([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+
+
+def verdict(difference: Estimate, sign: int = 1) -> str:
+    """Whether a difference has the claimed sign, by :data:`RULE`.
+
+    Parameters
+    ----------
+    difference : Estimate
+        With the ends of its interval, if it has one.
+    sign : {1, -1}
+        1 if the claim is that the difference is positive.
+    """
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    if math.isnan(low) or math.isnan(high):
+        return UNKNOWN
+    if low > 0:
+        return HOLDS
+    return FAILS if high < 0 else UNKNOWN
+
+
+def share(count: int, n: int) -> Estimate:
+    """A share of ``n`` independent starts with Wilson's 95 % interval."""
+    return proportion(count / n, n) if n else Estimate(math.nan)
+
+
+def rank(value: float, others: Sequence[float] | np.ndarray) -> tuple[int, int]:
+    """How many of the others are smaller, and how many there are."""
+    known = np.asarray(others, dtype=float)
+    known = known[np.isfinite(known)]
+    return int((known < value).sum()), len(known)
