@@ -11,6 +11,7 @@ from torch import nn
 
 from pnanalysis.errors import TrainingError
 from trainers import PersistentPenalty
+from trainers.loop.persistence import choose_layers
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -215,3 +216,14 @@ def test_long_layers_keep_their_digits(form: str) -> None:
 
 def test_scripts_that_name_no_strength_go_on_with_the_same_one() -> None:
     assert PersistentPenalty(network()).lam == 0.01
+
+
+@pytest.mark.parametrize(("layers", "chosen"), [(0, ["a"]), (-1, ["c"]), ([2, -3], ["a", "c"])])
+def test_layers_are_chosen_by_position(layers: int | list[int], chosen: list[str]) -> None:
+    assert choose_layers(["a", "b", "c"], layers) == chosen
+
+
+@pytest.mark.parametrize("position", [3, -4])
+def test_positions_beyond_the_layers_are_refused(position: int) -> None:
+    with pytest.raises(TrainingError, match="no layer"):
+        choose_layers(["a", "b", "c"], position)
