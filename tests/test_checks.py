@@ -44,6 +44,8 @@ INVALID: dict[Callable[..., Any], dict[str, tuple[Any, ...]]] = {
     pn.sharpness: {
         **COMMON, "dtype": ("float16", None), "n_steps": (*COUNTS, 1), "n_starts": COUNTS, "split": NAMES,
         "radii": ({}, {"cube": 1.0}, {"ball": 0}, {"ball": NAN}, {"box": "x"}), "checkpoints": ((), ("nonsense",)),
+        "average_radii": ({}, {"cube": 1.0}, {"ball": []}), "measures": ((), ("nonsense",)), "method": NAMES,
+        "group": COUNTS, "n_directions": (*COUNTS, 1), "layer": ("nonsense",),
     },
     pn.saturation: {
         **COMMON, "bins": COUNTS, "saturation_bins": COUNTS, "exact_limit": (-1, 0.5), "split": NAMES,
