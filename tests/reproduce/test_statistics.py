@@ -1,4 +1,4 @@
-"""Means over seeds, paired differences and verdicts, on numbers worked out by hand."""
+"""Intervals over seeds, pairing, verdicts and ranks, against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,39 +6,60 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import t
+from scipy import stats
 
-from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN, over_seeds, paired, rank, verdict
-
-
-def test_the_interval_is_that_of_student() -> None:
-    values = [1.0, 2.0, 4.0]
-    found = over_seeds(values)
-    half = t.ppf(0.975, 2) * np.std(values, ddof=1) / math.sqrt(3)
-    assert found.value == pytest.approx(7 / 3)
-    assert (found.low, found.high) == pytest.approx((7 / 3 - half, 7 / 3 + half))
+from pnanalysis.estimates import Estimate
+from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN, over_seeds, paired, rank, share, verdict
 
 
-@pytest.mark.parametrize("values", [[3.0], [3.0, math.nan], [3.0, 3.0, 3.0]])
-def test_without_spread_there_is_no_interval(values: list[float]) -> None:
-    found = over_seeds(values)
-    assert found.value == 3.0
-    assert math.isnan(found.low)
-    assert verdict(found) == UNKNOWN
+def test_the_interval_is_students() -> None:
+    found = over_seeds([1.0, 2.0, 4.0])
+    half = 4.302652729749464 * np.std([1, 2, 4], ddof=1) / math.sqrt(3)  # t of 2 degrees of freedom at 0.975
+    assert (found.value, found.low, found.high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = [(it := over_seeds(rng.normal(1.0, 2.0, 3))).low < 1.0 < it.high for _ in range(2000)]
+    assert stats.binomtest(sum(covered), len(covered), 0.95).pvalue > 0.01
+
+
+def test_one_seed_or_equal_numbers_have_no_interval() -> None:
+    for values in ([0.5], [0.5, 0.5, 0.5], [0.5, math.nan]):
+        found = over_seeds(values)
+        assert found.value == 0.5
+        assert math.isnan(found.low)
+        assert verdict(found) == UNKNOWN
+    assert math.isnan(over_seeds([]).value)
 
 
 def test_differences_are_paired_by_seed() -> None:
-    # the seeds differ by far more than the arms do, and seed 3 has no partner
-    found = paired({0: 1.0, 1: 11.0, 2: 22.0, 3: 99.0}, {0: 0.0, 1: 10.5, 2: 21.0})
-    assert found.value == pytest.approx((1 + 0.5 + 1) / 3)
-    assert found.low > 0
-    assert verdict(found) == HOLDS
-    assert verdict(found, sign=-1) == FAILS
+    first, second = {0: 70.0, 1: 80.0, 2: 90.0, 7: 1.0}, {2: 89.0, 0: 69.0, 1: 78.9, 5: 3.0}
+    found = paired(first, second)
+    expected = over_seeds([1.0, 1.1, 1.0])
+    assert found.value == pytest.approx(expected.value)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.high - found.low < 1  # unpaired, the seeds' own differences would make it 40 wide
 
 
-def test_an_interval_around_zero_decides_nothing() -> None:
-    assert verdict(over_seeds([-1.0, 0.5, 1.0])) == UNKNOWN
+@pytest.mark.parametrize(
+    ("low", "high", "sign", "expected"),
+    [
+        (0.1, 0.5, 1, HOLDS),
+        (-0.5, -0.1, 1, FAILS),
+        (-0.1, 0.5, 1, UNKNOWN),
+        (0.1, 0.5, -1, FAILS),
+        (-0.5, -0.1, -1, HOLDS),
+        (0.0, 0.5, 1, UNKNOWN),
+        (math.nan, math.nan, 1, UNKNOWN),
+    ],
+)
+def test_verdicts(low: float, high: float, sign: int, expected: str) -> None:
+    assert verdict(Estimate((low + high) / 2, low=low, high=high), sign) == expected
 
 
-def test_ranks_leave_out_what_failed() -> None:
-    assert rank(2.0, [1.0, math.nan, 3.0, 0.5]) == (2, 3)
+def test_shares_and_ranks() -> None:
+    part = share(93, 100)
+    assert (part.low, part.high) == pytest.approx((0.863, 0.966), abs=1e-3)
+    assert math.isnan(share(0, 0).value)
+    assert rank(2.0, [1.0, 1.5, 2.0, 3.0, math.nan]) == (2, 4)

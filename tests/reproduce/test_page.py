@@ -1,0 +1,115 @@
+"""The page of results from cells made by hand: its numbers, failed cells, links, and that it never changes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pnanalysis.reproduce.accuracy import Arms, claims
+from pnanalysis.reproduce.cells import Cell, planned
+from pnanalysis.reproduce.page import page_text, write_page
+from pnanalysis.reproduce.plan import Plan, make_plan
+from pnanalysis.reproduce.settings import SCALES
+from pnanalysis.reproduce.small_problems import kink_claims
+from pnanalysis.reproduce.spectrum import section as spectra
+from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN
+from tests.reproduce.handmade import ensemble, put, put_failed, spectrum
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """S4 with three seeds: champions are 1.0, 1.1 and 1.2 points better than plain, restarts 3 points."""
+    plan = make_plan(["S4", "S2"], "smoke", 3, tmp_path)
+    for seed, gain in enumerate((0.010, 0.011, 0.012)):
+        test = 0.30 + 0.01 * seed
+        spectra = spectrum([20.0, 10.0 + seed], [9, 8])
+        put(plan, Cell("S4", "", seed, "persistent"), [(0.3, test), (0.2, test - gain)], hessian=spectra)
+        restarts = spectrum([20.0 + k for k in range(12)], [9] * 12)
+        errors = [(0.3, test), *[(0.21 + 0.001 * k, test - 0.03 - gain / 10) for k in range(11)]]
+        put(plan, Cell("S4", "", seed, "restart"), errors, hessian=restarts)
+    return plan
+
+
+def test_differences_and_verdicts(plan: Plan) -> None:
+    found = {claim.text: claim for claim in claims(Arms(plan, "S4", ""))}
+    gain = found["champion − plain, test"]
+    assert (gain.paper, gain.here, gain.n, gain.verdict) == ("+0.62", "+1.10 (+0.85 to +1.35)", "3", HOLDS)
+    assert found["champion − best restart, test"].verdict == FAILS
+    assert found["champion − plain, validation (selected on it)"].verdict == "–"
+    one = make_plan(["S4"], "smoke", 1, plan.store.out)
+    assert {claim.verdict for claim in claims(Arms(one, "S4", ""))} == {UNKNOWN, "–"}
+
+
+def test_failed_cells_are_rows_and_in_no_mean(plan: Plan) -> None:
+    before = {claim.text: claim.here for claim in claims(Arms(plan, "S4", ""))}
+    more = make_plan(["S4"], "smoke", 4, plan.store.out)
+    put_failed(more, Cell("S4", "", 3, "persistent"), "the loss became nan in iteration 2")
+    text = page_text(more, plan.store.out / "RESULTS.md")
+    assert "persistent 3 of 4, restart 3 of 4" in text
+    assert re.search(r"\| \[S4-seed3-persistent\]\(\S+\) \| diverged \| the loss became nan in iteration 2 \|", text)
+    assert {claim.text: claim.here for claim in claims(Arms(more, "S4", ""))} == before
+
+
+def test_the_champion_is_ranked_among_restarts(plan: Plan) -> None:
+    arms = Arms(plan, "S4", "")
+    from pnanalysis.reproduce.markdown import Links
+
+    text = spectra(arms, Links(plan.store, plan.store.out / "RESULTS.md"))
+    assert "| seed 0 | iteration 1 | 0 of 12 | 0 of 12 |" in text
+    assert "| champion − plain: log10 λ₁ is lower | yes | -0.26" in text
+
+
+def test_the_page_is_the_same_whenever_it_is_written(plan: Plan) -> None:
+    out = plan.store.out
+    first = write_page(plan, out / "RESULTS.md").read_bytes()
+    figures = {file.name: file.read_bytes() for file in (out / "figures").iterdir()}
+    assert write_page(plan, out / "RESULTS.md").read_bytes() == first
+    assert {file.name: file.read_bytes() for file in (out / "figures").iterdir()} == figures
+    assert {"S4.png", "S4-spectra.png"} <= set(figures)
+    costs = (out / "COSTS.md").read_text()
+    assert "| S4 | 6 of 6 | 0.00 | 0.00 | 24 | 42 | test machine, 2 cores |" in costs
+
+
+@pytest.mark.parametrize("where", ["RESULTS.md", "../RESULTS.md", "pages/of/RESULTS.md"])
+def test_links_lead_to_cells_and_figures(where: str, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> None:
+    page = write_page(plan, Path(plan.store.out / where).resolve())
+    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())
+    assert len(targets) > 10
+    assert [target for target in targets if not (page.parent / target).is_file()] == []
+
+
+def test_every_cell_is_named_on_the_page(plan: Plan) -> None:
+    text = page_text(plan, plan.store.out / "RESULTS.md")
+    assert all(f"[{folder.name}](" in text for folder in (plan.store.out / "cells").iterdir())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_page_without_cells_says_so(scale: str, tmp_path: Path) -> None:
+    text = page_text(make_plan(["all"], scale, None, tmp_path), tmp_path / "RESULTS.md")
+    assert text.count("Not yet known at this scale: no cell is done.") >= 8
+    assert "nan" not in text.replace("not yet known", "")
+
+
+def put_kink(plan: Plan, arm: str, losses: np.ndarray) -> None:
+    cell = Cell("S2", "kink6", 0, arm)
+    record = {**planned(cell, plan.scale, plan.setting("S2")), "status": "finished", "failure": None, "cost": {}}
+    plan.store.save(cell, record, {"ensemble": ensemble(losses)})
+
+
+def test_claims_about_the_kink(plan: Plan) -> None:
+    stuck = np.full((20, 10), 4.2)
+    chains = stuck.copy()
+    chains[5:, :9] = np.linspace(0.1, 0.2, 9)  # nine of ten leave at iteration 5
+    restarts = stuck.copy()
+    restarts[3, :] = np.linspace(1.0, 2.0, 10)
+    put_kink(plan, "persistent", chains)
+    put_kink(plan, "restart", restarts)
+    most, early, best = kink_claims(plan, "kink6")
+    assert (most.here, most.verdict) == ("95.0 % (91.0 to 97.3) of 200", HOLDS)
+    assert (early.here, early.verdict) == ("90.0 % (59.6 to 98.2) of 10", HOLDS)
+    expected = np.log10(chains.min(0)) - np.log10(restarts.min(0))
+    assert best.here.startswith(f"{expected.mean():+.2f} (")
+    assert best.verdict == HOLDS

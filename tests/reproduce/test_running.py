@@ -1,0 +1,185 @@
+"""Making cells: order, budget, failures, resuming; and a whole study of digits."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pnanalysis.errors import DataError, PnError, RunError
+from pnanalysis.io.lock import Lock
+from pnanalysis.reproduce.cells import Cell
+from pnanalysis.reproduce.data import prepare
+from pnanalysis.reproduce.plan import Forecast, Plan, chosen_cells, duration, make_plan
+from pnanalysis.reproduce.running import Worker, run_cells, study_command, training_command
+from pnanalysis.reproduce.settings import SCALES
+from pnanalysis.reproduce.study import reproduce
+from tests.reproduce.handmade import put
+
+
+class Instant(Worker):
+    """Makes cells at once, except those that it is told to fail or to wait for."""
+
+    def __init__(self, plan: Plan, fails: str = "", slow: str = "") -> None:
+        super().__init__(plan, "digits", plan.store.out / "work", "cpu")
+        self.made: list[str] = []
+        self.fails, self.slow = fails, slow
+
+    def make(self, cell: Cell) -> float:
+        if cell.id == self.fails:
+            raise RunError(f"{cell.id}: no memory")
+        if cell.id == self.slow:
+            self._run(["-c", "import time; time.sleep(60)"])
+        put(self.plan, cell, [(0.3, 0.3), (0.2, 0.2)])
+        self.made.append(cell.id)
+        return 60.0
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return make_plan(["S4", "S3", "S6"], "smoke", 2, tmp_path)
+
+
+def test_seeds_are_breadth_first_and_costly_experiments_last(plan: Plan) -> None:
+    seeds = [cell.seed for cell in plan.cells if cell.experiment != "S6"]
+    assert seeds == sorted(seeds)
+    assert [cell.id for cell in plan.cells[-2:]] == ["S6-seed0-persistent", "S6-seed0-restart"]
+
+
+def test_a_cell_that_is_there_is_never_made_again(plan: Plan) -> None:
+    first, lines = Instant(plan), list[str]()
+    assert run_cells(plan, plan.cells[:3], first, jobs=1, log=lines.append)
+    assert first.made == [cell.id for cell in plan.cells[:3]]
+    assert lines[0] == "3 of 3 cells to do: 3 cells of unknown length"
+    assert lines[-1].endswith("3 of 3 cells, all done")
+    second = Instant(plan)
+    assert run_cells(plan, plan.cells, second, jobs=2, log=lines.append)
+    assert sorted(second.made) == sorted(cell.id for cell in plan.cells[3:])
+    assert run_cells(plan, plan.cells, third := Instant(plan), jobs=2)
+    assert third.made == []
+
+
+def test_a_failure_does_not_stop_the_others(plan: Plan) -> None:
+    worker = Instant(plan, fails=plan.cells[1].id)
+    with pytest.raises(RunError, match=r"1 of 10 cells could not be made \(S\S+: no memory\); the others are done"):
+        run_cells(plan, plan.cells, worker, jobs=2, log=lambda line: None)
+    assert len(worker.made) == len(plan.cells) - 1
+
+
+def test_the_budget_ends_what_is_running(plan: Plan) -> None:
+    worker = Instant(plan, slow=plan.cells[1].id)
+    started = time.monotonic()
+    assert not run_cells(plan, plan.cells, worker, jobs=1, minutes=0.05, log=lambda line: None)
+    assert time.monotonic() - started < 30
+    assert worker.made == [plan.cells[0].id]
+    assert run_cells(plan, plan.cells, Instant(plan), jobs=1, log=lambda line: None)
+
+
+def test_two_commands_do_not_share_a_folder(plan: Plan) -> None:
+    worker = Instant(plan)
+    worker.work.mkdir(parents=True)
+    lock = Lock(worker.work)
+    lock.acquire()
+    with pytest.raises(RunError, match="is being written"):
+        run_cells(plan, plan.cells, worker, jobs=1)
+    lock.release()
+
+
+def test_forecasts_follow_the_cells_that_are_done(plan: Plan, tmp_path: Path) -> None:
+    put(plan, Cell("S4", "", 0, "restart"), [(0.3, 0.3)], seconds=119.5)
+    forecast = Forecast(plan, tmp_path / "work")
+    assert forecast.left([Cell("S4", "", 1, "restart"), Cell("S4", "", 1, "persistent")], 2) == "about 2 min left"
+    both = [Cell("S4", "", 1, "restart"), Cell("S6", "", 0, "restart")]
+    assert forecast.left(both, 1) == "about 2 min left, and 1 cells of unknown length"
+    assert [duration(seconds) for seconds in (5, 90, 3700)] == ["5 s", "2 min", "1 h 02 min"]
+
+
+def test_commands_are_those_of_the_trainer(tmp_path: Path) -> None:
+    import trainers.cli
+
+    for scale, chosen in SCALES.items():
+        for cell in make_plan(["all"], scale, 1, tmp_path).cells:
+            setting = chosen.settings[cell.experiment]
+            if setting.recipe == "kink":
+                assert study_command(cell, setting, tmp_path, "cpu")[:2] == ["-m", "trainers.runs.kink_study"]
+                continue
+            arguments = training_command(cell, setting, tmp_path / "run", "digits", "cpu")[2:]
+            _parse(trainers.cli.app, list(arguments))
+            assert ("--strategy" in arguments) == (cell.arm == "restart")
+
+
+def _parse(app: Any, arguments: list[str]) -> None:
+    import typer
+
+    typer.main.get_command(app).make_context("pntrain", arguments)
+
+
+def test_names_that_do_not_exist_are_refused(tmp_path: Path, plan: Plan) -> None:
+    with pytest.raises(PnError, match="no experiment 'S10'; there are S1"):
+        make_plan(["S10"], "smoke", 1, tmp_path)
+    with pytest.raises(PnError, match="unknown scale"):
+        make_plan(["S1"], "huge", 1, tmp_path)
+    with pytest.raises(PnError, match=r"no cell 'S4'; there are 10"):
+        chosen_cells(plan, ["S4"])
+    assert make_plan(["s9"], "smoke", 1, tmp_path).experiments == ("S9", "S9-sweep")
+    assert make_plan(["S4", "all"], "smoke", 1, tmp_path).experiments == tuple(SCALES["smoke"].settings)
+
+
+def test_a_smaller_training_set_has_the_first_images_of_each_class(tmp_path: Path) -> None:
+    for split, n in (("train", 4), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "all" / split / name).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (2, 2)).save(tmp_path / "all" / split / name / f"{i}.png")
+    spec = prepare(f"imagefolder:{tmp_path / 'all'}", 4, tmp_path / "work")
+    files = {str(f.relative_to(spec.removeprefix("imagefolder:"))) for f in Path(spec[12:]).rglob("*.png")}
+    assert files == {f"train/{c}/{i}.png" for c in ("cat", "dog") for i in (0, 1)} | {
+        f"test/{c}/{i}.png" for c in ("cat", "dog") for i in (0, 1)
+    }  # fmt: skip
+    assert prepare("digits", None, tmp_path) == "digits"
+    with pytest.raises(DataError, match="needs --data imagefolder:PATH"):
+        prepare("cifar10", 10, tmp_path)
+    with pytest.raises(DataError, match="has 4 images, 50 are needed"):
+        prepare(f"imagefolder:{tmp_path / 'all'}", 100, tmp_path / "other")
+
+
+def test_the_command_makes_a_cell_and_a_page(run: Callable[..., Any], tmp_path: Path) -> None:
+    """A training and its measures, in processes of their own; the second call only writes the page."""
+    arguments = [
+        "reproduce",
+        "S9",
+        "--out",
+        tmp_path,
+        "--seeds",
+        1,
+        "--only",
+        "S9-sweep-width32-xavier-lam1-seed0-persistent",
+    ]
+    done = run("pnanalysis", *arguments, "--device", "cpu")
+    assert done.status == 0, done.err
+    (cell,) = (tmp_path / "cells").iterdir()
+    record = json.loads((cell / "cell.json").read_text())
+    assert record["status"] == "finished"
+    assert record["config"]["lam"] == 1.0
+    assert not list((tmp_path / "work").glob("S9*"))  # weights go once their numbers are saved
+    text = (tmp_path / "RESULTS.md").read_bytes()
+    assert b"1 of 2 points have a cell" in text
+    assert run("pnanalysis", "reproduce", "S9", "--out", tmp_path, "--seeds", 1, "--tables").status == 0
+    assert (tmp_path / "RESULTS.md").read_bytes() == text
+    assert run("pnanalysis", "reproduce", "S12", "--out", tmp_path).status == 2
+
+
+@pytest.mark.slow
+def test_all_of_the_smoke_scale_twice(tmp_path: Path) -> None:
+    pages = []
+    for name in ("first", "second"):
+        page = reproduce(["all"], "smoke", tmp_path / name, device="cpu", log=lambda line: None)
+        pages.append(page.read_bytes())
+    assert pages[0] == pages[1]
+    assert b"no cell is done" not in pages[0]
+    assert b"Trainings that failed" not in pages[0]
