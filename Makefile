@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo
 
-.PHONY: help demo test test-slow test-faults fuzz test-zoo coverage mutation baselines check notebooks docs bench lock clean
+.PHONY: help demo results test test-slow test-faults fuzz test-zoo coverage mutation baselines check notebooks docs bench lock clean
 
 help:
 	@echo "make demo       train, analyse and report on handwritten digits (about two minutes)"
+	@echo "make results    write RESULTS.md from the cells in results/cpu"
 	@echo "make test       run the tests, except the slow ones"
 	@echo "make test-slow  run all tests but those of faults"
 	@echo "make test-faults  kill, interrupt and starve everything that saves, and write docs/reliability.md"
@@ -32,6 +33,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@$(BIN)/pnanalysis demo --out $(OUT)
+
+# Trains nothing: `pnanalysis reproduce --scale cpu --data imagefolder:PATH` makes the cells that are missing.
+results: $(STAMP)
+	@$(BIN)/pnanalysis reproduce all --scale cpu --out results/cpu --tables --page RESULTS.md
 
 # One thread per worker, and sweeps (joblib) see one core: two busy thread pools on two cores are slower than two single
 # threads. A worker that has run out of tests takes over some of another's (worksteal); until then each runs whole files,

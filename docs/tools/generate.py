@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from docs.tools import results
 from pnanalysis import plots, schema
 from pnanalysis.errors import PnError
 
@@ -177,4 +178,6 @@ PARTS: dict[str, Callable[..., Iterator[str]]] = {
     "documented": documented,
     "errors": errors,
     "cost-model": cost_model,
+    "results": results.results,
+    "verdict-rule": results.rule,
 }

@@ -39,7 +39,7 @@ def load(path: Path) -> xr.Dataset:
     try:
         content = json.loads(read_regular(path, _LARGEST, SchemaError))
         variables, coords = (
-            {name: (it["dims"], _values(it["data"], len(it["dims"])), it.get("attrs", {})) for name, it in part.items()}
+            {name: (it["dims"], _values(it["data"], it.get("shape")), it.get("attrs", {})) for name, it in part.items()}
             for part in (content["variables"], content["coords"])
         )
         return xr.Dataset(variables, coords, content["attrs"])
@@ -51,7 +51,8 @@ def load(path: Path) -> xr.Dataset:
 
 def _array(array: xr.DataArray) -> str:
     attrs = {key: array.attrs[key] for key in _LABELS if key in array.attrs}
-    entries = {"dims": list(array.dims), "data": _rounded(array.values.tolist()), "attrs": attrs}
+    entries = {"dims": list(array.dims), "shape": list(array.shape), "data": _rounded(array.values.tolist()),
+               "attrs": attrs}  # fmt: skip
     return json.dumps(entries, separators=(",", ":"), allow_nan=False)
 
 
@@ -66,10 +67,10 @@ def _rounded(data: Any) -> Any:
     return float(f"{data:.{DIGITS}g}") if math.isfinite(data) else str(data)
 
 
-def _values(data: Any, n_dims: int) -> np.ndarray:
+def _values(data: Any, shape: list[int] | None) -> np.ndarray:
     values = np.array(data, dtype=object)
-    if values.ndim != n_dims:
-        raise ValueError(f"{values.ndim} dims instead of {n_dims}")
+    if shape is not None:  # which nested lists without any number do not show
+        values = values.reshape(shape)
     flat = values.ravel().tolist()
     texts = [each for each in flat if isinstance(each, str)]
     if texts and not all(each in ("inf", "-inf") for each in texts):

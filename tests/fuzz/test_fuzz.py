@@ -262,7 +262,7 @@ def test_images_with_other_bytes(
 
 APPS = {"pnanalysis": (pnanalysis.cli.app, pnanalysis.cli.main), "pntrain": (trainers.cli.app, trainers.cli.main)}
 #: Commands that work without a run are left out: what is fuzzed here are the options, and no work is to begin.
-NO_RUN = {"demo"}
+NO_RUN = {"demo", "reproduce"}
 
 
 def _options() -> list[tuple[str, list[str], list[str]]]:
