@@ -92,10 +92,15 @@ def _node_id(context: str) -> str:
 
 
 class _Reporter:
-    """Writes which test failed, and stops when the time for one fault is up."""
+    """Runs tests in the order that is asked for, writes which one failed, and stops when the time is up."""
 
-    def __init__(self, report: Path, seconds: float) -> None:
-        self.report, self.seconds = report, seconds
+    def __init__(self, tests: list[str], report: Path, seconds: float) -> None:
+        self.place, self.report, self.seconds = {test: i for i, test in enumerate(tests)}, report, seconds
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Those that are named come first, which pytest has put beside the others of their file."""
+        items.sort(key=lambda item: self.place.get(item.nodeid.partition("[")[0], len(self.place)))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -119,9 +124,8 @@ def _run(mutant: Mutant | None, tests: list[str], seconds: float, report: Path) 
     if mutant:
         load_with_fault(mutant.file, mutant.index)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
-    options.append("--keep-duplicates")  # else tests that are named would run with the rest of their file, at the end
     marks = ["-m", "not slow and not zoo and not faults"]
-    status = pytest.main([*options, *marks, *tests], plugins=[_Reporter(report, seconds)])
+    status = pytest.main([*options, *marks, *tests], plugins=[_Reporter(tests, report, seconds)])
     stopped = status == pytest.ExitCode.INTERRUPTED and time.process_time() > seconds and not report.exists()
     return 0 if stopped else int(status)
 
