@@ -82,14 +82,14 @@ class StackedGradients:
             losses = self._losses(theta, inputs, targets)
             # no parameter belongs to two points, so that the gradient of the sum holds that of each
             parts = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
-        return losses.detach(), torch.cat([as_real(part).flatten(1) for part in parts], dim=1)
+        return losses.detach(), torch.cat([as_real(_dense(part)).flatten(1) for part in parts], dim=1)
 
     def _at_one(self, point: Tensor, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         theta = {name: part[0].detach().requires_grad_() for name, part in self._parameters(point[None]).items()}
         with torch.enable_grad():
             loss = self._loss(theta, inputs, targets)
             parts = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
-        return loss.detach(), torch.cat([as_real(part).flatten() for part in parts])
+        return loss.detach(), torch.cat([as_real(_dense(part)).flatten() for part in parts])
 
     def _loss(self, theta: State, inputs: Any, targets: Any) -> Tensor:
         surface = self.surface
@@ -99,10 +99,24 @@ class StackedGradients:
     def _parameters(self, points: Tensor) -> State:
         parts = points.split([shape.numel() for shape in self._shapes], dim=1)
         named = {
-            name: part.reshape(len(points), *shape)
+            name: _viewable(part).reshape(len(points), *shape)
             for name, shape, part in zip(self.names, self._shapes, parts, strict=True)
         }
         return {
             name: torch.view_as_complex(part.contiguous()) if name in self._complex else part
             for name, part in named.items()
         }
+
+
+def _dense(part: Tensor) -> Tensor:
+    """A gradient with all its entries; those of sparse embeddings have the touched rows only."""
+    return part if part.layout is torch.strided else part.to_dense()
+
+
+def _viewable(part: Tensor) -> Tensor:
+    """Entries that a network may view as complex numbers, which torch cannot from an odd offset on."""
+    return (
+        part
+        if part.is_contiguous() and part.storage_offset() % 2 == 0
+        else part.clone(memory_format=torch.contiguous_format)
+    )
