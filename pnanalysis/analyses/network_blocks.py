@@ -25,7 +25,7 @@ from pnanalysis.curvature.quantisation import FEWEST_BITS, MOST_BITS
 from pnanalysis.errors import CurvatureError, Indivisible
 from pnanalysis.spectra.block_moments import BlockMoments, exact_moments, moments_of, trace_of
 from pnanalysis.spectra.block_products import FEWEST_PROBES, BlockForms, Partition, Plan, block_forms
-from pnanalysis.spectra.block_spectra import spectrum_distances
+from pnanalysis.spectra.block_spectra import DiagonalBlock, spectrum_distances
 from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.finished import saved_or_computed
 from pnanalysis.spectra.linear_operator import LinearOperator
@@ -238,17 +238,16 @@ def _spectra(
     halves = []
     for half in (0, 1):
         try:
-            part = op.subset([half], 2, seed=options.seed, expected_products=options.n_spectrum)
+            part = op.subset([half], 2, seed=options.seed, expected_products=options.n_spectrum * len(partition.names))
         except Indivisible as error:
             notes["spectra_note"] = str(error)
             warnings.warn(f"no spectra of blocks: {error}", stacklevel=2)
             return xr.Dataset()
         spectra = []
         for block in range(len(partition.names)):
-            names = [name for name, owner in zip(op.names, partition.owner, strict=True) if owner == block]
-            own = part.restricted(names, options.n_spectrum)
+            own = DiagonalBlock(part, [span for owner, span in partition.spans if owner == block])
 
-            def compute(state: Path | None = None, own: CurvatureOperator = own, seed: int = half) -> xr.Dataset:
+            def compute(state: Path | None = None, own: DiagonalBlock = own, seed: int = half) -> xr.Dataset:
                 return spectral_density(
                     own, n_hvp=options.n_spectrum, seed=2 * options.seed + seed, data_error="none", progress=False,
                     state=state,

@@ -19,16 +19,55 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 import xarray as xr
 from scipy.stats import wasserstein_distance
+from torch import Tensor
 
 from pnanalysis.arrays import Array
+from pnanalysis.spectra.linear_operator import (
+    LinearOperator,
+    arithmetic,
+    contiguous_columns,
+    empty_columns,
+    round_off,
+)
 
 #: What counts as small, relative to the largest eigenvalue of all blocks.
 _SMALL = 1e-3
 #: Standard deviation of the kernel, in units of asinh: a factor of 1.28 between large eigenvalues.
 _WIDTH = 0.25
 _POINTS = 800
+
+
+class DiagonalBlock:
+    """A diagonal block of a symmetric operator, by products with vectors that are zero elsewhere.
+
+    Parameters
+    ----------
+    operator : LinearOperator
+    spans : sequence of slice
+        The entries of the block.
+    """
+
+    def __init__(self, operator: LinearOperator, spans: Sequence[slice]) -> None:
+        self.operator, self.spans = operator, list(spans)
+        size = sum(span.stop - span.start for span in self.spans)
+        self.shape, self.device, self.dtype = (size, size), operator.device, operator.dtype
+        self.arithmetic, self.round_off = arithmetic(operator), round_off(operator)
+        self.by_differences = bool(getattr(operator, "by_differences", False))
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.matmat(v[:, None])[:, 0]
+
+    def matmat(self, V: Tensor) -> Tensor:
+        whole = empty_columns(self.operator.shape[0], V.shape[1], V.dtype, V.device).zero_()
+        begin = 0
+        for span in self.spans:
+            whole[span] = V[begin : begin + span.stop - span.start]
+            begin += span.stop - span.start
+        product = self.operator.matmat(whole)
+        return contiguous_columns(torch.cat([product[span] for span in self.spans]))
 
 
 def spectrum_distances(halves: Sequence[Sequence[xr.Dataset]]) -> xr.Dataset:
@@ -106,4 +145,4 @@ def _wasserstein(a: tuple[Array, Array], b: tuple[Array, Array]) -> float:
     return float(wasserstein_distance(a[0], b[0], a[1], b[1]))
 
 
-__all__ = ["spectrum_distances"]
+__all__ = ["DiagonalBlock", "spectrum_distances"]
