@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from pnanalysis.alignment.channel_groups import ChannelGroup, TensorAxis
-from pnanalysis.alignment.interior import Inside, Interior, assign
+from pnanalysis.alignment.interior import Interior, assign
 from pnanalysis.alignment.permutation_symmetries import find_symmetries
 from pnanalysis.alignment.relabelling import Change, Relabelling
 from pnanalysis.alignment.similarities import Similarities
@@ -246,16 +246,17 @@ def _nested(
     interior = Interior(matching.groups, matching.freedoms, k, considered)
     size = matching.groups[k].size
     values = np.zeros((size, size))
-    found: list[list[Inside]] = []
     for i in range(size):
         products = [  # of all entries of channel i with all of every channel j
             torch.tensordot(ours[i], theirs, ([1], [2])).permute(1, 0, 2).double().cpu().numpy()
             for ours, theirs in rows
         ]
-        found.append([interior.match([part[j] for part in products]) for j in range(size)])
-        values[i] = [inside.value for inside in found[-1]]
+        values[i] = [interior.value([part[j] for part in products]) for j in range(size)]
     order = linear_sum_assignment(values, maximize=True)[1]
-    chosen = [found[i][j] for i, j in enumerate(order)]
+    chosen = [
+        interior.match([(ours[i] @ theirs[j].T).double().cpu().numpy() for ours, theirs in rows])
+        for i, j in enumerate(order)
+    ]
     changes = {k: Change(order, np.array([inside.sign for inside in chosen]))}
     for numbers, inside in zip(matching.groups[k].inner, chosen, strict=True):
         changes |= dict(zip(numbers, inside.changes, strict=True))
