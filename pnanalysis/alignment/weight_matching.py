@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from pnanalysis.alignment.channel_groups import ChannelGroup, TensorAxis
 from pnanalysis.alignment.interior import Interior, assign
-from pnanalysis.alignment.permutation_symmetries import find_symmetries
+from pnanalysis.alignment.permutation_symmetries import find_symmetries, tensors_in_output
 from pnanalysis.alignment.relabelling import Change, Relabelling
 from pnanalysis.alignment.similarities import Similarities
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.copies import as_real, copied, in_precision, matching_dtype
 from pnanalysis.terminal.progress import Advance, progress_bar
-from pnanalysis.torch_internals import tree_leaves, tree_map
+from pnanalysis.torch_internals import tree_map
 
 _MAX_SWEEPS = 100
 # Gains below this fraction of the largest similarity are float32 round-off; without the bound, two orders that are
@@ -156,7 +156,7 @@ def check_preserved(model: nn.Module, before: Mapping[str, Tensor], after: Mappi
     held = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}  # tied weights once
 
     first, second = (
-        tree_leaves(
+        tensors_in_output(
             forward(network, tree_map(_to_double, inputs), {n: _to_double(t) for n, t in state.items() if n in held})
         )
         for state in (before, after)
