@@ -53,6 +53,13 @@ def assign(signed: NDArray[np.float64], unsigned: NDArray[np.float64], freedom: 
     return max(candidates, key=lambda candidate: candidate.value)
 
 
+def best_value(signed: NDArray[np.float64], unsigned: NDArray[np.float64], freedom: str) -> float:
+    """The similarity that :func:`assign` attains; of rotations without finding the rotation, which takes longer."""
+    if freedom == "rotations":
+        return float(np.linalg.svd(signed, compute_uv=False).sum())
+    return assign(signed, unsigned, freedom).value
+
+
 class Inside(NamedTuple):
     """How one channel's inside is matched with another's: changes of the groups in it, and its own sign."""
 
@@ -95,7 +102,12 @@ class Interior:
         touched = [
             (slot.axis, place) for own in self.slots for slot in own for place in slot.index.reshape(-1).tolist()
         ]
-        self.coupled = len(set(touched)) < len(touched)
+        taken = set(touched)
+        self.coupled = len(taken) < len(touched)
+        self._alone = [  # entries of the channel that no group within it has
+            np.array([place for place in range(axis.index.shape[1]) if (number, place) not in taken], dtype=np.intp)
+            for number, axis in enumerate(self.axes)
+        ]
 
     def _slots(self, member: ChannelGroup) -> list[_Slot]:
         slots = []
@@ -106,6 +118,18 @@ class Interior:
                 if (own.tensor, own.dims) == (axis.tensor, axis.dims):
                     slots.append(_Slot(number, places[own.index], own.signed))
         return slots
+
+    def value(self, products: Sequence[NDArray[np.float64]]) -> float:
+        """The similarity that :meth:`match` attains, in less time where the groups inside do not share entries."""
+        return self.match(products).value if self.coupled else max(self._value(products, flip) for flip in self.flips)
+
+    def _value(self, products: Sequence[NDArray[np.float64]], flip: float) -> float:
+        total = 0.0
+        for axis, own, places in zip(self.axes, products, self._alone, strict=True):
+            total += float(own[places, places].sum()) * (flip if axis.signed else 1.0)
+        for m, freedom in enumerate(self.freedoms):
+            total += best_value(*self._similarity(products, flip, (), m), freedom)
+        return total
 
     def match(self, products: Sequence[NDArray[np.float64]]) -> Inside:
         """The best changes inside a channel, from the products of its entries with those of another's.

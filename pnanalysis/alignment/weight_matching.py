@@ -12,15 +12,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from pnanalysis.alignment.channel_groups import ChannelGroup, TensorAxis
-from pnanalysis.alignment.interior import Inside, Interior, assign
-from pnanalysis.alignment.permutation_symmetries import find_symmetries
+from pnanalysis.alignment.interior import Interior, assign
+from pnanalysis.alignment.permutation_symmetries import find_symmetries, tensors_in_output
 from pnanalysis.alignment.relabelling import Change, Relabelling
 from pnanalysis.alignment.similarities import Similarities
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.copies import as_real, copied, in_precision, matching_dtype
 from pnanalysis.terminal.progress import Advance, progress_bar
-from pnanalysis.torch_internals import tree_leaves, tree_map
+from pnanalysis.torch_internals import tree_map
 
 _MAX_SWEEPS = 100
 # Gains below this fraction of the largest similarity are float32 round-off; without the bound, two orders that are
@@ -156,7 +156,7 @@ def check_preserved(model: nn.Module, before: Mapping[str, Tensor], after: Mappi
     held = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}  # tied weights once
 
     first, second = (
-        tree_leaves(
+        tensors_in_output(
             forward(network, tree_map(_to_double, inputs), {n: _to_double(t) for n, t in state.items() if n in held})
         )
         for state in (before, after)
@@ -246,16 +246,17 @@ def _nested(
     interior = Interior(matching.groups, matching.freedoms, k, considered)
     size = matching.groups[k].size
     values = np.zeros((size, size))
-    found: list[list[Inside]] = []
     for i in range(size):
         products = [  # of all entries of channel i with all of every channel j
             torch.tensordot(ours[i], theirs, ([1], [2])).permute(1, 0, 2).double().cpu().numpy()
             for ours, theirs in rows
         ]
-        found.append([interior.match([part[j] for part in products]) for j in range(size)])
-        values[i] = [inside.value for inside in found[-1]]
+        values[i] = [interior.value([part[j] for part in products]) for j in range(size)]
     order = linear_sum_assignment(values, maximize=True)[1]
-    chosen = [found[i][j] for i, j in enumerate(order)]
+    chosen = [
+        interior.match([(ours[i] @ theirs[j].T).double().cpu().numpy() for ours, theirs in rows])
+        for i, j in enumerate(order)
+    ]
     changes = {k: Change(order, np.array([inside.sign for inside in chosen]))}
     for numbers, inside in zip(matching.groups[k].inner, chosen, strict=True):
         changes |= dict(zip(numbers, inside.changes, strict=True))

@@ -59,9 +59,9 @@ class Wrapped(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, object]:
         hidden = torch.relu(self.a(x))
-        return {"logits": self.c(torch.relu(self.b(hidden))), "hidden": hidden}
+        return {"logits": self.c(torch.relu(self.b(hidden))), "hidden": hidden, "cache": object(), "n": 1}
 
 
 @pytest.mark.parametrize(

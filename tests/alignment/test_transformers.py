@@ -131,6 +131,11 @@ def test_the_inside_of_heads_is_matched_as_by_trying_all_orders_and_signs() -> N
     every = [Change(np.array(order), signs) for order in permutations(range(2)) for signs in flips]
     best = max(interior.total(products, 1.0, changes) for changes in product(every, every))
     assert interior.match(products).value == pytest.approx(best, rel=1e-12)
+    assert interior.value(products) == pytest.approx(best, rel=1e-12)
+    turning = Interior(groups, ["rotations" if group.linear else "none" for group in groups], outer, axes)
+    rotated = turning.match(products)
+    assert turning.value(products) == pytest.approx(rotated.value, rel=1e-12)
+    assert rotated.value >= best  # orders and signs are rotations, too
 
 
 @pytest.mark.parametrize("rotations", [False, True])
