@@ -17,7 +17,9 @@ from pnanalysis import schema
 from pnanalysis.analyses.eigenpairs import is_matrix
 from pnanalysis.analyses.hessian import has_all, names_of
 from pnanalysis.analyses.network_blocks import BlockOptions, matrix_blocks
-from pnanalysis.analyses.spectrum_cache import SpectrumCache, weights_digest
+from pnanalysis.analyses.spectrum_cache import SpectrumCache
+from pnanalysis.analyses.stacking import along_checkpoints
+from pnanalysis.analyses.work_folder import weights_digest
 from pnanalysis.checks import at_least, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
@@ -267,20 +269,10 @@ def _by_name(options: BlockOptions) -> bool:
 def stack(rows: Sequence[xr.Dataset], labels: Sequence[str]) -> xr.Dataset:
     """Blocks of several networks along ``checkpoint``; NaN for blocks that a network does not have."""
     names = list(dict.fromkeys(str(name) for ds in rows for name in ds.block.values))
-    longest: dict[Any, int] = {}
-    for ds in rows:
-        longest |= {dim: max(size, longest.get(dim, 0)) for dim, size in ds.sizes.items() if dim not in ds.indexes}
-    padded = []
-    for ds in rows:
-        own = ds.reindex(block=names, other=names)
-        if "place" in own.dims:
-            own = own.reindex(place=np.arange(1, len(names) + 1))
-        padded.append(own.pad({dim: (0, longest[dim] - m) for dim, m in own.sizes.items() if dim in longest}))
-    together = xr.concat(padded, dim="checkpoint", join="outer", data_vars="all", coords="different", compat="equals",
-                         combine_attrs="drop_conflicts")  # fmt: skip
-    if "tensors" in together.coords and together["tensors"].ndim == 0:
-        together = together.assign_coords(tensors=("checkpoint", [str(together["tensors"].item())] * len(rows)))
-    return together.assign_coords(checkpoint=list(labels))
+    places = {"block": names, "other": names, "place": np.arange(1, len(names) + 1)}
+    return along_checkpoints(
+        [ds.reindex({dim: of for dim, of in places.items() if dim in ds.dims}) for ds in rows], labels
+    )
 
 
 def _as_text(blocks: Blocks) -> Any:

@@ -13,10 +13,8 @@ from torch import nn
 
 from pnanalysis.analyses.blocks import network_blocks, stack
 from pnanalysis.analyses.network_blocks import BlockOptions
+from pnanalysis.analyses.requests import read_request
 from pnanalysis.arrays import Array
-from pnanalysis.checks import at_least, one_of
-from pnanalysis.errors import PnError
-from pnanalysis.inputs.data import SPLITS
 from pnanalysis.inputs.selection import Selection
 from pnanalysis.spectra.data_error import variance_of_forms
 from pnanalysis.terminal.progress import progress_bar
@@ -44,17 +42,8 @@ class BlockRequest:
         ------
         PnError
         """
-        options = {"seed": seed, **BLOCKS, **requested}
-        split, n = str(options.pop("split", "train")), options.pop("n")
-        batch_size = options.pop("batch_size", 512)
-        one_of(SPLITS, split=split)
-        at_least(1, n=n, batch_size=batch_size)
         known = {entry.name for entry in fields(BlockOptions)} - _OTHERS
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise PnError(
-                f"compare takes no option {unknown[0]!r} for its blocks; there are {', '.join(sorted(known))}"
-            )
+        split, n, batch_size, options = read_request(requested, BLOCKS, seed, known, "blocks")
         return cls(split, n, batch_size, BlockOptions(**options))
 
     def differences(

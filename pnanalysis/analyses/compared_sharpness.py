@@ -13,10 +13,9 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.analyses.network_sharpness import NetworkSharpness, SharpnessOptions, network_sharpness
-from pnanalysis.checks import at_least, one_of
+from pnanalysis.analyses.requests import read_request
 from pnanalysis.errors import PnError
 from pnanalysis.estimates import mean_and_se
-from pnanalysis.inputs.data import SPLITS
 from pnanalysis.inputs.selection import Selection
 from pnanalysis.terminal.progress import progress_bar
 
@@ -41,17 +40,8 @@ class SharpnessRequest:
         ------
         PnError
         """
-        options = {"seed": seed, **SHARPNESS, **requested}
-        split, n = str(options.pop("split", "train")), options.pop("n")
-        batch_size = options.pop("batch_size", 512)
-        one_of(SPLITS, split=split)
-        at_least(1, n=n, batch_size=batch_size)
         known = {entry.name for entry in fields(SharpnessOptions) if entry.init}
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise PnError(
-                f"compare takes no option {unknown[0]!r} for its sharpness; there are {', '.join(sorted(known))}"
-            )
+        split, n, batch_size, options = read_request(requested, SHARPNESS, seed, known, "sharpness")
         if "measures" in options:
             options["measures"] = tuple(options["measures"])
         made = SharpnessOptions(**options)

@@ -12,9 +12,7 @@ from torch import nn
 
 from pnanalysis.analyses.eigenpairs import network_eigenpairs
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, overlaps
-from pnanalysis.checks import at_least, one_of
-from pnanalysis.errors import PnError
-from pnanalysis.inputs.data import SPLITS
+from pnanalysis.analyses.requests import read_request
 from pnanalysis.inputs.selection import Selection
 from pnanalysis.terminal.progress import progress_bar
 
@@ -39,17 +37,8 @@ class EigenpairRequest:
         ------
         PnError
         """
-        options = {"seed": seed, **EIGENPAIRS, **requested}
-        split, n = str(options.pop("split", "train")), options.pop("n")
-        batch_size = options.pop("batch_size", 512)
-        one_of(SPLITS, split=split)
-        at_least(1, n=n, batch_size=batch_size)
         known = {entry.name for entry in fields(EigenpairOptions)}
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise PnError(
-                f"compare takes no option {unknown[0]!r} for its eigenpairs; there are {', '.join(sorted(known))}"
-            )
+        split, n, batch_size, options = read_request(requested, EIGENPAIRS, seed, known, "eigenpairs")
         return cls(split, n, batch_size, EigenpairOptions(**options))
 
     def overlaps(

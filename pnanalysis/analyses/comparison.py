@@ -21,12 +21,13 @@ from pnanalysis.analyses.compared_sharpness import SharpnessRequest
 from pnanalysis.analyses.compared_spaces import EigenpairRequest
 from pnanalysis.analyses.functional import compare_functions
 from pnanalysis.analyses.hessian import SpectrumOptions, data_error_of, has_all, network_spectra
+from pnanalysis.analyses.requests import read_request
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of
-from pnanalysis.errors import ModelError, PnError
+from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.disagreement import evaluate
 from pnanalysis.evaluation.losses import loss_on
@@ -232,20 +233,12 @@ class _SpectrumRequest:
         ------
         PnError
         """
-        options = {"seed": seed, **HESSIAN, **requested}
-        if {"n_lanczos", "n_probes"} & set(requested) and "n_hvp" not in requested:
-            del options["n_hvp"]
-        split, n = str(options.pop("split", "train")), options.pop("n")
-        batch_size = options.pop("batch_size", 512)
-        one_of(SPLITS, split=split)
-        at_least(1, n=n, batch_size=batch_size)
+        defaults = dict(HESSIAN)
+        if {"n_lanczos", "n_probes"} & set(requested):
+            del defaults["n_hvp"]
         own = {entry.name for entry in fields(SpectrumOptions)} - {"per_layer", "lanczos_options"}
         known = own | set(signature(spectral_density).parameters) - {"operator", "progress", "title", "state"}
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise PnError(
-                f"compare takes no option {unknown[0]!r} for its spectra; there are {', '.join(sorted(known))}"
-            )
+        split, n, batch_size, options = read_request(requested, defaults, seed, known, "spectra")
         return cls(split, n, batch_size, SpectrumOptions.from_keywords(**options))
 
 

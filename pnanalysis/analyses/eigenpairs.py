@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pnanalysis import schema
 from pnanalysis.analyses.hessian import has_all
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, matrix_eigenpairs, overlaps
+from pnanalysis.analyses.stacking import along_checkpoints
 from pnanalysis.analyses.work_folder import weights_digest
 from pnanalysis.checks import at_least, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
@@ -171,7 +172,7 @@ def eigenpairs(
                 )  # fmt: skip
             by_key[item.key] = one, weights_digest(network)
     every = [by_key[item.key][0] for item in selection]
-    ds = stack([one.with_vector if vectors else one.dataset for one in every], selection.labels)
+    ds = along_checkpoints([one.with_vector if vectors else one.dataset for one in every], selection.labels)
     ds = ds.assign_coords(
         iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
         epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),
@@ -235,19 +236,6 @@ def previous_state(item: SelectedCheckpoint) -> Mapping[str, Tensor] | None:
     path = run.trajectory(checkpoint.iteration)
     at = next((i for i, one in enumerate(path) if one.identity == checkpoint.identity), 0)
     return dict(item.source.model(path[at - 1]).named_parameters()) if at else None
-
-
-def stack(rows: Sequence[xr.Dataset], labels: Sequence[str]) -> xr.Dataset:
-    """Eigenpairs of several networks along ``checkpoint``, padded with NaN where they have fewer."""
-    longest: dict[Any, int] = {}
-    for ds in rows:
-        longest |= {dim: max(size, longest.get(dim, 0)) for dim, size in ds.sizes.items() if dim not in ds.indexes}
-    padded = [ds.pad({dim: (0, longest[dim] - m) for dim, m in ds.sizes.items() if dim in longest}) for ds in rows]
-    together = xr.concat(padded, dim="checkpoint", join="outer", data_vars="all", coords="different", compat="equals",
-                         combine_attrs="drop_conflicts")  # fmt: skip
-    if "tensors" in together.coords and together["tensors"].ndim == 0:
-        together = together.assign_coords(tensors=("checkpoint", [str(together["tensors"].item())] * len(rows)))
-    return together.assign_coords(checkpoint=list(labels))
 
 
 def is_matrix(given: Any) -> bool:

@@ -9,7 +9,7 @@ import typer
 
 from pnanalysis.cli import options
 from pnanalysis.estimates import Estimate
-from pnanalysis.terminal.console import Table, make_table, print_status, when_interrupted
+from pnanalysis.terminal.console import Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -57,24 +57,12 @@ def blocks(
     split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[int, typer.Option("--n", help="Examples, drawn at random by --seed.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Examples per batch, at most; changes memory use.")] = 512,
-    params: Annotated[
-        list[str] | None, typer.Option(metavar="LAYER", help="Restrict to this layer; may be repeated.")
-    ] = None,
-    bn: Annotated[
-        Literal["eval", "train"],
-        typer.Option(help="Use running (eval) or batch (train) statistics of batch normalisation."),
-    ] = "eval",
+    params: options.Params = None,
+    bn: options.BatchNorm = "eval",
     dtype: Annotated[options.Dtype, typer.Option()] = "float32",
-    amp: Annotated[
-        Literal["no", "tf32", "bf16"], typer.Option(help="Arithmetic of the passes; sums stay in --dtype.")
-    ] = "no",
-    draws: Annotated[
-        int | None, typer.Option(help="Average over random draws of a network that draws in eval mode.")
-    ] = None,
-    method: Annotated[
-        Literal["exact", "finite_difference"],
-        typer.Option(help="Exact products, or differences of gradients where torch has no second derivative."),
-    ] = "exact",
+    amp: options.Amp = "no",
+    draws: options.Draws = None,
+    method: options.Method = "exact",
     data_error: Annotated[
         Literal["examples", "none"], typer.Option(help="Whether errors include that of the choice of examples.")
     ] = "examples",
@@ -108,10 +96,7 @@ def blocks(
     from pnanalysis.analyses.work_folder import remove_unfinished
 
     given = options.sources(runs, model, weights, data, loss, output, tokens)
-    unfinished = options.destination("blocks", given[0], output).with_suffix(".unfinished")
-    if any(unfinished.glob("*/*")) or any(unfinished.glob("*.nc")):
-        print_status(f"continuing from what is saved in {unfinished}", quiet)
-    when_interrupted("run the same command again to continue")
+    unfinished = options.unfinished("blocks", given[0], output, quiet)
     ds = analyse(
         *given, blocks=block or by, checkpoints=checkpoint, operator=operator, n_hvp=n_hvp,
         until=options.targets(until), diagonal=diagonal, spectra=spectra, n_spectrum=n_spectrum, bits=bits, split=split,

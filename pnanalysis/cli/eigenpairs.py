@@ -32,24 +32,12 @@ def eigenpairs(
     split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[int, typer.Option("--n", help="Examples, drawn at random by --seed.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Examples per batch; changes memory use, not the result.")] = 512,
-    params: Annotated[
-        list[str] | None, typer.Option(metavar="LAYER", help="Restrict to this layer; may be repeated.")
-    ] = None,
-    bn: Annotated[
-        Literal["eval", "train"],
-        typer.Option(help="Use running (eval) or batch (train) statistics of batch normalisation."),
-    ] = "eval",
+    params: options.Params = None,
+    bn: options.BatchNorm = "eval",
     dtype: Annotated[options.Dtype, typer.Option()] = "float32",
-    amp: Annotated[
-        Literal["no", "tf32", "bf16"], typer.Option(help="Arithmetic of the passes; sums stay in --dtype.")
-    ] = "no",
-    draws: Annotated[
-        int | None, typer.Option(help="Average over random draws of a network that draws in eval mode.")
-    ] = None,
-    method: Annotated[
-        Literal["exact", "finite_difference"],
-        typer.Option(help="Exact products, or differences of gradients where torch has no second derivative."),
-    ] = "exact",
+    amp: options.Amp = "no",
+    draws: options.Draws = None,
+    method: options.Method = "exact",
     tolerance: Annotated[float, typer.Option(help="Residuals to reach, relative to the largest eigenvalue.")] = 1e-4,
     max_hvp: Annotated[int, typer.Option("--max-hvp", help="Products after which to stop, converged or not.")] = 1000,
     data_error: Annotated[

@@ -9,7 +9,7 @@ import typer
 
 from pnanalysis.cli import options
 from pnanalysis.estimates import Estimate, OutlierCount
-from pnanalysis.terminal.console import Table, make_table, print_status, when_interrupted
+from pnanalysis.terminal.console import Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -55,29 +55,17 @@ def hessian(
     split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[int, typer.Option("--n", help="Examples, drawn at random by --seed.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Examples per batch; changes memory use, not the result.")] = 512,
-    params: Annotated[
-        list[str] | None, typer.Option(metavar="LAYER", help="Restrict to this layer; may be repeated.")
-    ] = None,
+    params: options.Params = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Analyse the diagonal block of each layer.")] = False,
-    bn: Annotated[
-        Literal["eval", "train"],
-        typer.Option(help="Use running (eval) or batch (train) statistics of batch normalisation."),
-    ] = "eval",
+    bn: options.BatchNorm = "eval",
     dtype: Annotated[options.Dtype, typer.Option()] = "float32",
-    amp: Annotated[
-        Literal["no", "tf32", "bf16"], typer.Option(help="Arithmetic of the passes; sums stay in --dtype.")
-    ] = "no",
+    amp: options.Amp = "no",
     weight: Annotated[
         Literal["examples", "batches"] | None,
         typer.Option(help="What batches weigh in the mean, where a loss of your own leaves it open."),
     ] = None,
-    draws: Annotated[
-        int | None, typer.Option(help="Average over random draws of a network that draws in eval mode.")
-    ] = None,
-    method: Annotated[
-        Literal["exact", "finite_difference"],
-        typer.Option(help="Exact products, or differences of gradients where torch has no second derivative."),
-    ] = "exact",
+    draws: options.Draws = None,
+    method: options.Method = "exact",
     checkpoint_activations: Annotated[
         bool,
         typer.Option("--checkpoint-activations", help="Compute activations of blocks twice instead of keeping them."),
@@ -121,10 +109,7 @@ def hessian(
     together = options.join_processes(device)
     quiet = quiet or not together.is_first
     given = options.sources(runs, model, weights, data, loss, output, tokens)
-    unfinished = options.destination("hessian", given[0], output).with_suffix(".unfinished")
-    if any(unfinished.glob("*/*.safetensors")) or any(unfinished.glob("*.nc")):
-        print_status(f"continuing from what is saved in {unfinished}", quiet)
-    when_interrupted("run the same command again to continue")
+    unfinished = options.unfinished("hessian", given[0], output, quiet)
     ds = analyse(
         *given, checkpoints=checkpoint, operator=operator, engine=engine, n_lanczos=n_lanczos, n_probes=n_probes,
         n_hvp=n_hvp, until=options.targets(until), max_memory_bytes=options.size(memory), state=unfinished, amp=amp,

@@ -13,7 +13,15 @@ import typer
 
 from pnanalysis.checks import check_figure, check_room, check_writable, shown
 from pnanalysis.errors import PnError, reason
-from pnanalysis.terminal.console import Table, json_option, print_line, print_saved, print_table
+from pnanalysis.terminal.console import (
+    Table,
+    json_option,
+    print_line,
+    print_saved,
+    print_status,
+    print_table,
+    when_interrupted,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -112,6 +120,17 @@ Json = Annotated[
         help="Print one JSON object instead of tables.",
     ),
 ]  # fmt: skip
+Params = Annotated[list[str] | None, typer.Option(metavar="LAYER", help="Restrict to this layer; may be repeated.")]
+BatchNorm = Annotated[
+    Literal["eval", "train"],
+    typer.Option(help="Use running (eval) or batch (train) statistics of batch normalisation."),
+]
+Amp = Annotated[Literal["no", "tf32", "bf16"], typer.Option(help="Arithmetic of the passes; sums stay in --dtype.")]
+Draws = Annotated[int | None, typer.Option(help="Average over random draws of a network that draws in eval mode.")]
+Method = Annotated[
+    Literal["exact", "finite_difference"],
+    typer.Option(help="Exact products, or differences of gradients where torch has no second derivative."),
+]
 DataError = Annotated[
     Literal["examples", "groups", "none"],
     typer.Option(
@@ -207,6 +226,21 @@ def destination(kind: str, first: Source, output: Path | None) -> Path:
         path = output
     check_room(path, _DATASET_BYTES, "a dataset may take", "make room, or give --output on another disk")
     return path
+
+
+def unfinished(kind: str, first: Source, output: Path | None, quiet: bool) -> Path:
+    """The folder of unfinished work beside the dataset; says so where there is some, and what an interrupt leaves.
+
+    Raises
+    ------
+    PnError
+        If nothing can be written there.
+    """
+    folder = destination(kind, first, output).with_suffix(".unfinished")
+    if any(any(folder.glob(saved)) for saved in ("*.nc", "*/*.nc", "*/*.safetensors")):
+        print_status(f"continuing from what is saved in {folder}", quiet)
+    when_interrupted("run the same command again to continue")
+    return folder
 
 
 def _place(kind: str, first: Source) -> Path:

@@ -10,7 +10,7 @@ import typer
 from pnanalysis.cli import options
 from pnanalysis.errors import PnError
 from pnanalysis.estimates import Estimate
-from pnanalysis.terminal.console import Table, make_table, print_status, when_interrupted
+from pnanalysis.terminal.console import Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -97,10 +97,7 @@ def sharpness(
 
     radii, average_radii = _radii(radius, "--radius"), _radii(average_radius, "--average-radius")
     given = options.sources(runs, model, weights, data, loss, output, tokens)
-    unfinished = options.destination("sharpness", given[0], output).with_suffix(".unfinished")
-    if any(unfinished.glob("*.nc")):
-        print_status(f"continuing from what is saved in {unfinished}", quiet)
-    when_interrupted("run the same command again to continue")
+    unfinished = options.unfinished("sharpness", given[0], output, quiet)
     ds = analyse(
         *given, checkpoints=checkpoint, radii=radii, average_radii=average_radii, measures=measure or MEASURES,
         method=method, n_steps=steps, n_starts=starts, group=group, n_directions=directions, layer=layer,

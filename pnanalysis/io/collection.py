@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def open_runs(directory: str | os.PathLike[str], kind: str = "history") -> xr.Da
     places = [{name: values[i] for name, values in settings.items()} for i in range(len(found))]
     if not settings or len({tuple(place.values()) for place in places}) < len(places):
         places = [{"run": run.path.name} for run, _ in found]
-    parts = _padded([datasets.load(file, within=run.path, large=False) for run, file in found])
+    parts = padded([datasets.load(file, within=run.path, large=False) for run, file in found])
     parts = [_placed(ds, place) for ds, place in zip(parts, places, strict=True)]
     return xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop_conflicts")
 
@@ -139,7 +139,7 @@ def _as_coordinate(value: Any) -> int | float | str:
     return value if isinstance(value, int | float | str) else str(value)
 
 
-def _padded(parts: list[xr.Dataset]) -> list[xr.Dataset]:
+def padded(parts: Sequence[xr.Dataset]) -> list[xr.Dataset]:
     """The datasets with dims that have no coordinate (nodes, probes) brought to the longest length with NaN."""
     longest: dict[Hashable, int] = {}
     for ds in parts:

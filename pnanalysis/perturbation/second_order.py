@@ -23,10 +23,13 @@ from torch import Tensor
 
 from pnanalysis.arrays import Array
 from pnanalysis.perturbation.neighbourhoods import KINDS, STARTS, direction, gaussian
-from pnanalysis.spectra.linear_operator import LinearOperator
+from pnanalysis.spectra.inner_products import orthogonalised
+from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns
 
 #: Steps of block Lanczos on the gradient and a random vector.
 _STEPS = 8
+#: Norm of what is left of a vector beyond a space, relative to its own, below which it belongs to it.
+_INDEPENDENT = 1e-6
 #: Index of that random vector, beyond those of ascents.
 _RANDOM = 2**20
 
@@ -98,29 +101,22 @@ def _inside(values: Array, along: Array, radius: float) -> float | None:
 
 def _projected(op: LinearOperator, scale: Tensor, starts: Sequence[Tensor], slope: Tensor) -> tuple[Array, Array]:
     """The scaled matrix and the scaled gradient in an orthonormal basis of a block Krylov space."""
-    basis: list[Tensor] = []
+    basis = empty_columns(len(scale), len(starts) * _STEPS, scale.dtype, scale.device)
     images: list[Tensor] = []
     block = list(starts)
     for _ in range(_STEPS):
-        new = [own for own in (_orthonormal(v, basis) for v in block) if own is not None]
-        if not new:
+        first = len(images)
+        n = first
+        for vector in block:
+            rest, _ = orthogonalised(vector[:, None], [basis[:, :n]])
+            before, own = float(vector.norm()), float(rest.norm())
+            if own > _INDEPENDENT * before > 0:
+                basis[:, n] = rest[:, 0] / own
+                n += 1
+        if n == first:
             break
-        ahead = [scale * op.matvec(scale * v) for v in new]
-        images += ahead
-        block = ahead
-    q, aq = (torch.stack(vectors).double() for vectors in (basis, images))
+        block = [scale * op.matvec(scale * v) for v in basis[:, first:n].T]
+        images += block
+    q, aq = basis[:, : len(images)].T.double(), torch.stack(images).double()
     matrix = (q @ aq.T).cpu().numpy()
     return (matrix + matrix.T) / 2, (q @ slope.double()).cpu().numpy()
-
-
-def _orthonormal(vector: Tensor, basis: list[Tensor]) -> Tensor | None:
-    """The part of a vector orthogonal to a basis, which it is added to; ``None`` where there is none."""
-    before = own = float(vector.norm())
-    for _ in range(2):  # twice is enough
-        for one in basis:
-            vector = vector - (one @ vector) * one
-        own = float(vector.norm())
-    if not own > 1e-6 * before or not before > 0:
-        return None
-    basis.append(vector / own)
-    return basis[-1]

@@ -1,0 +1,58 @@
+"""What a comparison is asked for beside functions and errors: another analysis, with options of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from pnanalysis.checks import at_least, one_of
+from pnanalysis.errors import PnError
+from pnanalysis.inputs.data import SPLITS
+
+
+class Request(NamedTuple):
+    """The examples of an analysis, and the options that are its own.
+
+    Attributes
+    ----------
+    split : str
+    n : int or None
+    batch_size : int
+    options : dict
+    """
+
+    split: str
+    n: int | None
+    batch_size: int
+    options: dict[str, Any]
+
+
+def read_request(
+    requested: Mapping[str, Any], defaults: Mapping[str, Any], seed: int, known: Collection[str], what: str
+) -> Request:
+    """An analysis from keyword arguments that replace the defaults, checked before any work begins.
+
+    Parameters
+    ----------
+    requested, defaults : mapping
+    seed : int
+        That of the comparison, unless one is requested.
+    known : collection of str
+        Options that the analysis takes.
+    what : str
+        It is called in messages.
+
+    Raises
+    ------
+    PnError
+        If an option is unknown, or examples are named wrongly.
+    """
+    options = {"seed": seed, **defaults, **requested}
+    split, n = str(options.pop("split", "train")), options.pop("n")
+    batch_size = options.pop("batch_size", 512)
+    one_of(SPLITS, split=split)
+    at_least(1, n=n, batch_size=batch_size)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise PnError(f"compare takes no option {unknown[0]!r} for its {what}; there are {', '.join(sorted(known))}")
+    return Request(split, n, batch_size, options)
