@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
@@ -107,14 +106,12 @@ def _matrices(ds: xr.Dataset, figure: SubFigure) -> None:
     for i, name in enumerate(names):
         title = "coupling, $\\|H_{kl}\\| / \\sqrt{\\|H_{kk}\\| \\|H_{ll}\\|}$"
         ax = axes[i]
-        drawn = _heat_map(ax, _relative(ds.isel(checkpoint=i)), ds, top=1.0)
-        figure.colorbar(drawn, ax=ax, pad=0.02, fraction=0.06)
+        _heat_map(ax, _relative(ds.isel(checkpoint=i)), ds, top=1.0)
         ax.set_title(f"{name}\n{title}" if len(names) > 1 else title, loc="left", fontsize=7)
         ax.set_label(f"coupling {name}".strip())
     for ax, name, label in zip(axes[1:], _DISTANCES, _DISTANCES.values(), strict=False) if has_spectra else ():
         values = ds[name].isel(checkpoint=0).values
-        drawn = _heat_map(ax, values, ds, top=float(np.nanmax(values)) or 1.0)
-        figure.colorbar(drawn, ax=ax, pad=0.02, fraction=0.06)
+        _heat_map(ax, values, ds, top=float(np.nanmax(values)) or 1.0)
         ax.set_title(f"{label}\nof spectra; diagonal: by chance", loc="left", fontsize=7)
         ax.set_label(name)
 
@@ -128,7 +125,7 @@ def _relative(ds: xr.Dataset) -> Array:
     return found
 
 
-def _heat_map(ax: Axes, values: Array, ds: xr.Dataset, top: float) -> QuadMesh:
+def _heat_map(ax: Axes, values: Array, ds: xr.Dataset, top: float) -> None:
     drawn = ax.pcolormesh(values, cmap="cividis", vmin=0, vmax=top, edgecolors="white", linewidth=0.3)
     names = [str(name) for name in ds.block.values]
     step = -(-len(names) // 18)
@@ -138,7 +135,8 @@ def _heat_map(ax: Axes, values: Array, ds: xr.Dataset, top: float) -> QuadMesh:
     ax.invert_yaxis()
     ax.set_aspect("equal")
     ax.tick_params(length=0)
-    return drawn
+    # no taller than the map, whose title has the room above both
+    ax.figure.colorbar(drawn, cax=ax.inset_axes((1.04, 0.0, 0.06, 1.0)))
 
 
 def _ranks(ds: xr.Dataset, figure: SubFigure) -> None:
