@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pnanalysis.estimates import Estimate, proportion
+from pnanalysis.estimates import Estimate, mean_and_se, proportion
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "not yet known at this scale"
 
@@ -65,10 +65,10 @@ def over_seeds(values: Sequence[float] | np.ndarray) -> Estimate:
     known = np.asarray([value for value in values if not math.isnan(value)], dtype=float)
     if not len(known):
         return Estimate(math.nan)
-    mean = float(known.mean())
+    mean, se = mean_and_se(known)
     if len(known) == 1 or np.ptp(known) == 0:
         return Estimate(mean)
-    estimate = Estimate(mean, float(known.std(ddof=1)) / math.sqrt(len(known)), dof=len(known) - 1)
+    estimate = Estimate(mean, se, dof=len(known) - 1)
     low, high = estimate.interval()
     return Estimate(mean, estimate.se, low, high, dof=estimate.dof)
 

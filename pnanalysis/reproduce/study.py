@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import joblib
 
 from pnanalysis.checks import at_least
 from pnanalysis.inputs.sources import resolve_device
@@ -87,4 +88,4 @@ def reproduce(
 
 def default_jobs(device: str) -> int:
     """One per core, or a single one on a GPU."""
-    return 1 if resolve_device(device).type == "cuda" else len(os.sched_getaffinity(0))
+    return 1 if resolve_device(device).type == "cuda" else joblib.cpu_count()
