@@ -119,9 +119,10 @@ class Storage:
         Four more vectors for each probe are the current one, its product, the work space of Gram-Schmidt and the next
         one. The operator's own memory comes on top.
         """
-        entries = _WORKING_VECTORS * n_parameters
+        n_working = _WORKING_VECTORS - (self.mode == "none")  # the next vector takes the place of the last but one
+        entries = n_working * n_parameters
         if self.part is not None:
-            entries = _WORKING_VECTORS * self.part.largest + self.part.n_whole * n_parameters
+            entries = n_working * self.part.largest + self.part.n_whole * n_parameters
         working = n_probes * entries * self.dtype.itemsize
         if self.mode == "disk":
             return working

@@ -23,6 +23,8 @@ from pnanalysis.spectra.sharing import ALONE, Alone
 LARGEST_EXACT = 5000
 #: The same where a target error may be reached with fewer products than that.
 LARGEST_EXACT_UNTIL = 100
+#: Entries of the pieces of vectors that are copied, drawn and multiplied at a time, on a CPU.
+_COPIED = 2**20
 #: Matrices in float64 that an exact spectrum takes.
 _EXACT_MATRICES = 4
 #: A file in the folder of unfinished work.
@@ -146,18 +148,19 @@ def check_fits(n_parameters: int, settings: SamplingSettings) -> None:
 
 
 def peak_bytes(n_parameters: int, settings: SamplingSettings) -> int:
-    """Memory that bases take at most, within the bound; the operator's own comes on top."""
+    """Memory that bases take at most, with what is copied of them; the operator's own comes on top."""
     if is_exact(n_parameters, settings):
         return _EXACT_MATRICES * n_parameters**2 * torch.float64.itemsize
     storage, bound = settings.storage, settings.max_memory_bytes
+    copied = min(_COPIED, n_parameters) * storage.dtype.itemsize
     phases = _phases(n_parameters, settings)
     if settings.n_hvp is None or not settings.deflate:
         n_steps, n_deflated = phases[-1]
         n_probes = settings.n_probes if settings.n_hvp is None else len(equal_probes(n_parameters, settings))
         at_once = probes_at_once(storage, n_parameters, n_steps, n_probes, n_deflated, bound)
-        return storage.needed(n_parameters, n_steps, at_once, n_deflated)
+        return storage.needed(n_parameters, n_steps, at_once, n_deflated) + copied
     n_columns = vectors_at_once(storage, n_parameters, min(settings.budget, n_parameters), bound)
-    return storage.needed(n_parameters, max(n_columns, fewest_columns(n_parameters, settings.budget)), 1)
+    return storage.needed(n_parameters, max(n_columns, fewest_columns(n_parameters, settings.budget)), 1) + copied
 
 
 def _check_memory(n_parameters: int, settings: SamplingSettings) -> None:

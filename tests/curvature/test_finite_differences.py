@@ -32,7 +32,7 @@ def test_in_double_precision_they_are_the_hessian(name: str) -> None:
     """Kinks of ReLU included: no jump lies within the short steps of double precision."""
     model = NETWORKS[name]()
     op = by_differences(model)
-    assert op.differences.round_off < 1e-6
+    assert op.differences.round_off < 1e-7
     assert relative(op.to_dense(), dense_hessian(model, images())) < 1e-7
     assert op.method == "finite differences"
 
