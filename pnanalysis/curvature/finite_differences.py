@@ -167,9 +167,9 @@ class FiniteDifferences:
     def _best_step(self, directions: list[list[Tensor]], expected: float, longest: float) -> float:
         """The step with the smallest error on one batch, relative to the largest product."""
         here = self._of.of_first(self._of.theta)
-        known: dict[int, float] = {}
+        known: dict[float, float] = {}
 
-        def error(rung: int) -> float:
+        def error(rung: float) -> float:
             step = expected * _FACTOR**rung
             if rung not in known and (rung <= 0 or step <= longest):
                 sizes, errors = zip(
@@ -183,7 +183,8 @@ class FiniteDifferences:
         while True:
             best = min(range(low, high + 1), key=lambda rung: (error(rung), abs(rung)))
             if max(-low, high) >= _FARTHEST or (low < best < high and error(best) < _USELESS):
-                return expected * _FACTOR**best
+                # halfway between rungs, too: round-off grows as fast as the step shrinks, so that a whole rung counts
+                return expected * math.pow(_FACTOR, min((best, best - 0.5, best + 0.5), key=error))
             if low < best < high or error(best) == math.inf:
                 low, high = low - 1, high + 1
             else:

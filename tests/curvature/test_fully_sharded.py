@@ -62,6 +62,11 @@ def exact_products(op: pn.HessianOperator) -> Tensor:
     return op.to_dense() @ random_unit_vectors(op, range(4), 1)
 
 
+def spectral_error(found: Tensor, op: pn.HessianOperator) -> float:
+    """Largest error of products with unit vectors, relative to the norm of the matrix."""
+    return float((found - exact_products(op)).norm(dim=0).max() / torch.linalg.matrix_norm(op.to_dense(), 2))
+
+
 def _in_single_precision() -> tuple[Tensor, float]:
     own = texts()[:2] if torch.distributed.get_rank() == 0 else texts()[2:]
     op = FullyShardedHessian(sharded(Tiny(torch.float32)), cross_entropy, own)
@@ -70,9 +75,8 @@ def _in_single_precision() -> tuple[Tensor, float]:
 
 @pytest.mark.slow
 def test_in_single_precision_the_error_is_the_stated_one(workers: Workers) -> None:
-    norm = float(torch.linalg.matrix_norm(whole().to_dense(), 2))
     for found, error in workers.run(2, _in_single_precision):
-        assert float((found - exact_products(whole())).norm(dim=0).max() / norm) < 2 * error < 0.1
+        assert spectral_error(found, whole()) < 2 * error < 0.1
 
 
 def _sharded() -> dict[str, Any]:
@@ -87,7 +91,8 @@ def _sharded() -> dict[str, Any]:
     found = {
         "products": products(op), "part": products(part),
         "gradient": op.part.whole(op.gradient()[:, None], op.shape[0])[:, 0], "loss": op.loss(),
-        "error": op.round_off, "n": op.n_examples, "lengths": (op.part.length, op.part.largest),
+        "error": op.round_off, "error of part": part.round_off, "n": op.n_examples,
+        "lengths": (op.part.length, op.part.largest),
     }  # fmt: skip
     ds = pn.spectral_density(op, **SPECTRUM)
     found |= {name: float(ds[name]) for name in ("trace", "lambda_max", "lambda_min", "frobenius_norm")}
@@ -122,7 +127,8 @@ def test_each_process_has_its_shard_and_together_they_have_the_hessian(workers: 
     for found in answers:
         assert found["error"] < 1e-6
         assert relative(found["products"], exact_products(op)) < 1e-5
-        assert relative(found["part"], exact_products(whole(params="block.linear1"))) < 1e-5
+        # curvature of 1e-8, where the gradient's round-off, which depends on the processor, leaves few digits
+        assert spectral_error(found["part"], whole(params="block.linear1")) < 2 * found["error of part"] < 1e-4
         torch.testing.assert_close(found["gradient"], op.gradient(), rtol=1e-10, atol=1e-12)
         assert found["loss"] == pytest.approx(op.loss(), rel=1e-12)
         assert found["n"] == 7
