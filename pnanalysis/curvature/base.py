@@ -599,6 +599,11 @@ class CurvatureOperator:
         own = ROUND_OFF[self.arithmetic]
         return max(own, self.differences.round_off) if self.by_differences else own
 
+    def note_error(self, error: float) -> None:
+        """Count the error of products by differences that another process made before."""
+        if self.by_differences:
+            self.differences.earlier = max(self.differences.earlier, error)
+
     @property
     def method(self) -> str:
         """How most products so far were computed.

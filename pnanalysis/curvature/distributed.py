@@ -102,6 +102,10 @@ class DistributedOperator:
         """Error of the products so far, relative to the norm of the matrix."""
         return self.operator.round_off
 
+    def note_error(self, error: float) -> None:
+        """Count the error of products by differences that other processes made before."""
+        self.operator.note_error(error)
+
     @property
     def n_examples(self) -> int:
         """Number of examples in all processes."""

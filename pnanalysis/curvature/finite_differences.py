@@ -56,6 +56,8 @@ class FiniteDifferences:
     unexplained : float
         Difference from exact products on a few examples that their errors do not explain, relative to the norm; NaN
         where torch has no exact ones.
+    earlier : float
+        Error of the products of an interrupted process that this one continues.
 
     Raises
     ------
@@ -71,7 +73,7 @@ class FiniteDifferences:
             4, dtype=torch.float64, device=self._here.device
         )
         size = self._length(gradients.theta) or 1.0
-        self.step, self.unexplained = size * math.sqrt(gradients.noise), math.nan
+        self.step, self.unexplained, self.earlier = size * math.sqrt(gradients.noise), math.nan, 0.0
         random = gradients.random_direction()
         leading = [torch.zeros_like(part) for part in random]
 
@@ -105,7 +107,8 @@ class FiniteDifferences:
         if self.round_off > _USELESS:
             raise CurvatureError(
                 f"finite differences of this gradient are wrong by {self.round_off:.0%} of the norm of the matrix; "
-                f"{self._of.advice}"
+                f"{self._of.advice}, unless the chosen parameters have no curvature (here no product is longer than "
+                f"{float(self._norm):.0e})"
             )
 
     @property
@@ -117,7 +120,7 @@ class FiniteDifferences:
     def round_off(self) -> float:
         """Largest error of the products so far, relative to the norm of the matrix."""
         own = float(self._error / self._norm + self._turn) if float(self._norm) > 0 else 0.0
-        return max(own, self.unexplained) if self.unexplained > 0 else own
+        return max(own, self.earlier, self.unexplained) if self.unexplained > 0 else max(own, self.earlier)
 
     def product(self, op: CurvatureOperator, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
         """The Hessian of one batch times a vector of any length."""

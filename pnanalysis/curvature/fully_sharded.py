@@ -133,6 +133,10 @@ class FullyShardedHessian:
         """Error of the products so far, relative to the norm of the matrix."""
         return max(ROUND_OFF[self.arithmetic], self.differences.round_off)
 
+    def note_error(self, error: float) -> None:
+        """Count the error of products that other processes made before."""
+        self.differences.earlier = max(self.differences.earlier, error)
+
     def matvec(self, v: Tensor) -> Tensor:
         """Product with one vector, ``(p,)`` to ``(p,)``."""
         return self.matmat(v[:, None])[:, 0]

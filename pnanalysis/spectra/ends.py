@@ -101,15 +101,21 @@ def class_numbers(ds: xr.Dataset, n_classes: int, trace: Estimate, level: float,
     return {
         "class_ratio": ratio_of_bounds(top[0], top[n_classes - 1]),
         "class_gap": ratio_of_bounds(top[0], top[n_classes]),
-        "class_trace": _share(float(value[:-1].sum()), sum(one.high - one.value for one in top[:-1]), trace, level),
+        "class_trace": _share(_sum(top[:-1]), trace, level),
     }
 
 
-def _share(part: float, left_open: float, trace: Estimate, level: float) -> Estimate:
-    """A part of the trace; NaN where the trace may not be positive."""
+def _sum(parts: list[Estimate]) -> Estimate:
+    """Of numbers that are known up to bounds."""
+    value, low, high = (sum(ends) for ends in zip(*((one.value, one.low, one.high) for one in parts), strict=True))
+    return Estimate(value, low=low, high=high)
+
+
+def _share(part: Estimate, trace: Estimate, level: float) -> Estimate:
+    """A part, known up to bounds, of the trace; NaN where the trace may not be positive."""
     low, high = trace.interval(level)
     if not low > 0:
         return Estimate(np.nan)
     return Estimate(
-        part / trace.value, part * trace.se / trace.value**2, part / high, (part + left_open) / low, trace.dof
+        part.value / trace.value, part.value * trace.se / trace.value**2, part.low / high, part.high / low, trace.dof
     )

@@ -23,6 +23,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.io import digest
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.files import open_regular
+from pnanalysis.spectra.linear_operator import note_error, round_off
 from pnanalysis.spectra.sharing import ALONE, Part
 
 if TYPE_CHECKING:
@@ -63,7 +64,10 @@ def save_state(lanczos: Lanczos, path: Path, label: str, alone: bool = False) ->
         If it cannot be written; the disk may be full.
     """
     part = lanczos.part
-    metadata = {"label": label, "exponent": str(lanczos.exponent), digest.KEY: digest.BLANK}
+    metadata = {
+        "label": label, "exponent": str(lanczos.exponent), "error": repr(round_off(lanczos.operator)),
+        digest.KEY: digest.BLANK,
+    }  # fmt: skip
     if not part.is_all:
         _remove_others(path, part.processes.n)
         path = path.with_suffix(f".{part.processes.rank}-of-{part.processes.n}{path.suffix}")
@@ -100,16 +104,19 @@ def restore_state(lanczos: Lanczos, path: Path, label: str) -> bool:
     if part.is_all:  # the first process reads, the others get what it has read
         found = processes.by_first(lambda: _restore(lanczos, path, label))
         if found is not None:
-            lanczos.step, lanczos.exponent = found
+            lanczos.step, lanczos.exponent, _ = found
             for tensor in lanczos.state(lanczos.step).values():
                 for piece in tensor if tensor.ndim == 3 else [tensor]:
                     processes.send(piece)
-        return found is not None
-    return _restore(lanczos, path, label) is not None
+    else:
+        found = _restore(lanczos, path, label)
+    if found is not None:
+        note_error(lanczos.operator, found[-1])
+    return found is not None
 
 
-def _restore(lanczos: Lanczos, path: Path, label: str) -> tuple[int, int] | None:
-    """Read this process's part; returns the step and the exponent, or ``None`` where nothing is saved."""
+def _restore(lanczos: Lanczos, path: Path, label: str) -> tuple[int, int, float] | None:
+    """Read this process's part; returns the step, the exponent and the error of the products so far, or ``None``."""
     part = lanczos.part
     together = part.processes if not part.is_all else ALONE
     files = together.by_all(lambda: list(_files_of(path)))
@@ -119,12 +126,12 @@ def _restore(lanczos: Lanczos, path: Path, label: str) -> tuple[int, int] | None
     n, step = chosen
     ours = [file for file in files if file.n == n]
     read = together.by_all(lambda: _read(ours, step, lanczos, label))
-    tensors, exponent = next(alike for alike in together.gathered(read) if alike is not None)
+    tensors, exponent, error = next(alike for alike in together.gathered(read) if alike is not None)
     for name, tensor in lanczos.state(step).items():
         if name in _ALIKE:
             tensor.copy_(tensors[name])
     lanczos.step, lanczos.exponent = step, exponent
-    return step, exponent
+    return step, exponent, error
 
 
 def _files_of(path: Path) -> Iterator[_File]:
@@ -183,9 +190,9 @@ def _overlaps(ours: tuple[tuple[int, int], ...], theirs: tuple[tuple[int, int], 
         at += end - begin
 
 
-def _read(files: list[_File], step: int, lanczos: Lanczos, label: str) -> tuple[dict[str, Tensor], int] | None:
+def _read(files: list[_File], step: int, lanczos: Lanczos, label: str) -> tuple[dict[str, Tensor], int, float] | None:
     """Copy this process's part of the vectors; returns what all have alike, if it sees the file that has it."""
-    alike: tuple[dict[str, Tensor], int] | None = None
+    alike: tuple[dict[str, Tensor], int, float] | None = None
     state = lanczos.state(step)
     for each in files:
         pieces = list(_overlaps(lanczos.part.ranges, each.ranges))
@@ -215,7 +222,7 @@ def _read(files: list[_File], step: int, lanczos: Lanczos, label: str) -> tuple[
                     for name, tensor in tensors.items():
                         if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
                             raise KeyError(name)
-                    alike = tensors, int(metadata.get("exponent", "0"))
+                    alike = tensors, int(metadata.get("exponent", "0")), float(metadata.get("error", "0"))
         except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise _not_a_state(each.path) from error
     return alike

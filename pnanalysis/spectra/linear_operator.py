@@ -28,8 +28,9 @@ class LinearOperator(Protocol):
     Anything with these five members will do; no base class is needed. ``shape`` is ``(P, P)``; ``device`` and
     ``dtype`` are those of the vectors that the products take and return. An attribute ``arithmetic``, a key of
     :data:`ROUND_OFF`, may say that the products are less precise than their ``dtype``; an attribute ``round_off``, how
-    far they are off relative to the norm, and ``by_differences``, that this is no mere round-off. For ``processes`` and
-    ``part`` of operators that several processes share see :mod:`pnanalysis.spectra.sharing`.
+    far they are off relative to the norm, and ``by_differences``, that this is no mere round-off; a method
+    ``note_error`` is then told how far those were off that an interrupted process made. For ``processes`` and ``part``
+    of operators that several processes share see :mod:`pnanalysis.spectra.sharing`.
     """
 
     @property
@@ -179,6 +180,13 @@ def arithmetic(operator: LinearOperator) -> str:
 def round_off(operator: LinearOperator) -> float:
     """Relative error of the products, and so of the largest eigenvalues, that the arithmetic causes."""
     return float(getattr(operator, "round_off", ROUND_OFF[arithmetic(operator)]))
+
+
+def note_error(operator: LinearOperator, error: float) -> None:
+    """Tell an operator that products of an earlier process, which go on here, were off by so much."""
+    note = getattr(operator, "note_error", None)
+    if note is not None:
+        note(error)
 
 
 def not_symmetric(operator: LinearOperator, found: str) -> CurvatureError:

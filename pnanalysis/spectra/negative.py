@@ -17,7 +17,7 @@ from pnanalysis.spectra.quadrature import (
     gauss_rules,
     mass_below,
 )
-from pnanalysis.spectra.rule_error import with_rule_error
+from pnanalysis.spectra.rule_error import SameMoments
 
 #: Eigenvalues this far below zero, in units of the largest magnitude, count as negative.
 THRESHOLD = 1e-3
@@ -63,15 +63,15 @@ def negative_mass(ds: xr.Dataset, level: float) -> Estimate:
     return _fraction(Estimate(value, sampling.se, value - half, value + half, sampling.dof))
 
 
-def negative_curvature(ds: xr.Dataset, level: float, round_off: float = 0.0) -> Estimate:
+def negative_curvature(spectrum: SameMoments, level: float, round_off: float = 0.0) -> Estimate:
     """Sum of the negative eigenvalues' magnitudes, divided by the sum of all magnitudes.
 
     It is 0 at a minimum, and 1/2 for a spectrum symmetric about zero.
 
     Parameters
     ----------
-    ds : xarray.Dataset
-        Nodes and Ritz values of one checkpoint.
+    spectrum : SameMoments
+        Of one checkpoint.
     level : float
         Of the interval, which includes all that the moments of the probes leave open, and the coupling of the deflated
         space: a bound rather than a statistical interval.
@@ -82,7 +82,8 @@ def negative_curvature(ds: xr.Dataset, level: float, round_off: float = 0.0) -> 
     def negative_part(node: Array) -> Array:
         return np.where(node < -round_off, np.abs(node), 0.0)
 
-    coupled = [coupling_of(ds, f) / int(ds["n_parameters"]) for f in (negative_part, np.abs)]
+    ds, measure = spectrum.ds, spectrum.measure
+    coupled = [coupling_of(ds, f) / measure.n_parameters for f in (negative_part, np.abs)]
 
     def share(measure: SpectralMeasure) -> Estimate:
         magnitude, negative = np.abs(measure.node), negative_part(measure.node)
@@ -93,11 +94,10 @@ def negative_curvature(ds: xr.Dataset, level: float, round_off: float = 0.0) -> 
         slope = measure.mean((negative - value * magnitude) / total)  # of the ratio of two correlated averages
         return Estimate(value, slope.se, dof=slope.dof)
 
-    measure = SpectralMeasure.from_dataset(ds)
     total = measure.n_parameters * float(np.abs(measure.node) @ measure.weight)
     # a perturbation of rank two, with eigenvalues c and -c, moves the negative part by at most c
     coupling = float(ds["coupling"]) / total if total > 0 else 0.0
-    return _fraction(with_rule_error(ds, share, level, as_bound=True, more=coupling))
+    return _fraction(spectrum.interval(share, level, as_bound=True, more=coupling))
 
 
 def _fraction(estimate: Estimate) -> Estimate:

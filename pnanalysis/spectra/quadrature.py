@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -90,13 +91,23 @@ def rule_with_node(point: float, value: Array, weight: Array, residual: Array) -
     Akhiezer, The Classical Moment Problem (1965), section 2.5. Golub, Some modified matrix eigenvalue problems, SIAM
     Review 15 (1973), for the rule with a given node.
     """
+    [rule] = rules_with_node([point], value, weight, residual)
+    return rule
+
+
+def rules_with_node(points: Iterable[float], value: Array, weight: Array, residual: Array) -> list[Rule]:
+    """Likewise with a node at each of several points, one rule each."""
     alpha, beta = jacobi_matrix(value, weight)
-    distance = value - point
     smallest = np.finfo(float).eps * (np.abs(value).max() or 1.0)
-    distance = np.where(np.abs(distance) < smallest, smallest, distance)
-    last = point + np.sum(residual**2 / distance)
-    node, vector = eigh_tridiagonal(np.append(alpha, last), np.append(beta, np.linalg.norm(residual)))
-    return node, vector[0] ** 2
+    off_diagonal = np.append(beta, np.linalg.norm(residual))
+    rules = []
+    for point in points:
+        distance = value - point
+        distance = np.where(np.abs(distance) < smallest, smallest, distance)
+        last = point + np.sum(residual**2 / distance)
+        node, vector = eigh_tridiagonal(np.append(alpha, last), off_diagonal)
+        rules.append((node, vector[0] ** 2))
+    return rules
 
 
 def mass_below(point: float, value: Array, weight: Array, residual: Array) -> tuple[float, float]:
@@ -305,7 +316,7 @@ class SpectralMeasure:
         """
         value = float(f @ self.weight)
         variances, dofs = [], []
-        for stage in self._stages():
+        for stage in self._stages:
             mean, square = stage.averages(np.stack([f, f**2]))
             variances.append(stage.factor * max(square - mean**2, 0.0))
             deviation = f - mean
@@ -325,7 +336,7 @@ class SpectralMeasure:
     def means(self, f: Array) -> tuple[Array, Array]:
         """Averages and standard errors of many functions: values ``(n, quadrature)`` to ``(n,)`` and ``(n,)``."""
         variance = np.zeros(len(f))
-        for stage in self._stages():
+        for stage in self._stages:
             centre = stage.averages(f)
             variance += stage.factor * np.maximum(stage.averages(f**2) - centre**2, 0)
         return f @ self.weight, np.sqrt(variance)
@@ -408,10 +419,11 @@ class SpectralMeasure:
         """Variance of one probe's estimate of the trace, by the number of directions deflated before it."""
         return {
             stage.n_before: stage.n_free**2 * 2 / (stage.n_free + 2) * max(square - mean**2, 0.0)
-            for stage in self._stages()
+            for stage in self._stages
             for mean, square in [stage.averages(np.stack([self.node, self.node**2]))]
         }
 
+    @cached_property
     def _stages(self) -> list[_Stage]:
         """The stages at which probes ran, each with the best estimate of the spectrum that was left at that stage.
 

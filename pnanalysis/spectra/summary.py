@@ -17,7 +17,7 @@ from pnanalysis.spectra.moments import Moments, coupling_left, mean_beside_momen
 from pnanalysis.spectra.negative import negative_curvature, negative_mass
 from pnanalysis.spectra.outliers import find_gap
 from pnanalysis.spectra.quadrature import SpectralMeasure, coupling_of
-from pnanalysis.spectra.rule_error import with_rule_error
+from pnanalysis.spectra.rule_error import SameMoments
 
 #: Two-sided level of every interval.
 LEVEL = 0.95
@@ -75,7 +75,8 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
     Ghorbani et al., arXiv 1901.10159 (outliers and bulk; the class ratios). Maddox, Benton and Wilson, arXiv 2003.02139
     (effective dimension). Roy and Vetterli, EUSIPCO 2007 (effective rank; here its participation-ratio form).
     """
-    measure = SpectralMeasure.from_dataset(ds)
+    spectrum = SameMoments(ds)
+    measure = spectrum.measure
     n_classes = int(ds.attrs.get("n_classes") or 0) if n_classes is None else n_classes
     largest = float(np.abs(measure.node).max())
     relative = float(ds.attrs.get("round_off", ROUND_OFF))
@@ -90,9 +91,9 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
         "lambda_max": top,
         "lambda_min": bottom,
         "negative_mass": Estimate(0.0, 0.0) if semidefinite else negative_mass(ds, LEVEL),
-        "negative_curvature": Estimate(0.0, 0.0) if semidefinite else negative_curvature(ds, LEVEL, slack),
-        "effective_rank": _rank_with_interval(ds, measure, sums, relative),
-        "effective_dimension": _dimension_with_interval(ds, measure, ridge, sums, relative),
+        "negative_curvature": Estimate(0.0, 0.0) if semidefinite else negative_curvature(spectrum, LEVEL, slack),
+        "effective_rank": _rank_with_interval(spectrum, sums, relative),
+        "effective_dimension": _dimension_with_interval(spectrum, ridge, sums, relative),
     }
     if ds.attrs.get("finite_differences"):  # most of these sums is of eigenvalues that are smaller than the error
         names = "negative_mass", "negative_curvature", "effective_rank", "effective_dimension"
@@ -106,7 +107,8 @@ def summarise(ds: xr.Dataset, *, top_k: int = 10, ridge: float = 1.0, n_classes:
     found |= class_numbers(ds, n_classes, sums.trace, LEVEL, slack)
     value, residual = leading(ds)
     data: dict[str, Any] = {key: number for name, one in found.items() for key, number in _stored(name, one).items()}
-    data |= counts | {"top_value": ("top", value[:top_k]), "top_residual": ("top", residual[:top_k])}
+    off = residual + slack if ds.attrs.get("finite_differences") else residual
+    data |= counts | {"top_value": ("top", value[:top_k]), "top_residual": ("top", off[:top_k])}
     return xr.Dataset({name: value if isinstance(value, tuple) else ((), value) for name, value in data.items()})
 
 
@@ -132,29 +134,28 @@ def _stored(name: str, estimate: Estimate) -> dict[str, float]:
     return data if math.isnan(estimate.se) else data | {f"{name}_se": estimate.se}
 
 
-def _rank_with_interval(ds: xr.Dataset, measure: SpectralMeasure, sums: Moments, round_off: float) -> Estimate:
+def _rank_with_interval(spectrum: SameMoments, sums: Moments, round_off: float) -> Estimate:
     """With what couples the deflated spaces to one another; what else couples them is part of the interval.
 
     In sums of squares all of it is known, in those of magnitudes where no eigenvalue is negative.
     """
-    n = measure.n_parameters
-    coupled = [coupling_of(ds, f) / n for f in (np.abs, np.square)]
+    measure, n = spectrum.measure, spectrum.measure.n_parameters
+    coupled = [coupling_of(spectrum.ds, f) / n for f in (np.abs, np.square)]
     whole = [coupled[0], sums.square.value / n - float(measure.node**2 @ measure.weight)]
     if not (measure.node < -round_off * np.abs(measure.node).max()).any():
         coupled = whole
     value, with_all = (effective_rank(measure, sums.gain, tuple(each)).value for each in (coupled, whole))
     estimate = partial(effective_rank, gain=sums.gain, coupled=tuple(coupled))
-    return with_rule_error(ds, estimate, LEVEL, more=abs(value - with_all) + round_off * value)
+    return spectrum.interval(estimate, LEVEL, more=abs(value - with_all) + round_off * value)
 
 
-def _dimension_with_interval(
-    ds: xr.Dataset, measure: SpectralMeasure, ridge: float, sums: Moments, round_off: float
-) -> Estimate:
+def _dimension_with_interval(spectrum: SameMoments, ridge: float, sums: Moments, round_off: float) -> Estimate:
     """Likewise, but what else couples the spaces is judged by sums of squares, and all of it counts as an error."""
+    ds, measure = spectrum.ds, spectrum.measure
     coupled = coupling_of(ds, partial(_in_dimension, ridge)) * (1 + coupling_left(ds, measure, sums))
     # each eigenvalue's part is at most one
     unknown = abs(coupled) + round_off * measure.n_parameters
-    return with_rule_error(ds, partial(_effective_dimension, ridge, sums.gain, coupled), LEVEL, more=unknown)
+    return spectrum.interval(partial(_effective_dimension, ridge, sums.gain, coupled), LEVEL, more=unknown)
 
 
 def effective_rank(measure: SpectralMeasure, gain: float = 1.0, coupled: tuple[float, ...] = (0.0, 0.0)) -> Estimate:

@@ -43,7 +43,7 @@ def launched(n: int, *arguments: str, env: dict[str, str] | None = None) -> subp
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "n_processes", "options"),
     [
-        ("float32", 1e-5, 2, ["--shard-basis"]),
+        pytest.param("float32", 1e-5, 2, ["--shard-basis"], marks=pytest.mark.slow),
         pytest.param("float32", 1e-5, 2, [], marks=pytest.mark.slow),
         pytest.param("float64", 1e-10, 3, ["--shard-basis"], marks=pytest.mark.slow),
         pytest.param("float64", 1e-10, 4, [], marks=pytest.mark.slow),

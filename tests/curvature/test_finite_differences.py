@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ import pnanalysis as pn
 from pnanalysis.curvature.operators import GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.differences import compare_spectra
+from pnanalysis.spectra.lanczos import Lanczos
 from pnanalysis.spectra.linear_operator import DiagonalOperator
+from pnanalysis.spectra.random_vectors import random_unit_vectors
 from tests.curvature.conftest import NETWORKS, TanhOnce, dense_hessian, images, relative
 
 
@@ -222,6 +225,19 @@ def test_spectra_of_a_network_without_second_derivatives() -> None:
     ds, exact = pn.hessian(net, method="finite_difference", **every), pn.hessian(nn.Sequential(*layers), **every)
     for name in ("trace", "frobenius_norm", "lambda_max", "lambda_min"):
         assert ds[f"{name}_low"].item() < exact[name].item() < ds[f"{name}_high"].item(), name
+
+
+def test_an_interrupted_process_passes_its_errors_on(tmp_path: Path) -> None:
+    """In the state of its iteration: what goes on states no smaller error than the products that it has taken over."""
+    path, model = tmp_path / "state.safetensors", NETWORKS["tanh"]()
+    op = by_differences(model)
+    lanczos = Lanczos(op, random_unit_vectors(op, [0], 0), 6).extend(3)
+    op.differences.earlier = 0.25  # as if a product had crossed a kink
+    lanczos.save(path)
+    again = by_differences(model)
+    assert again.round_off < 1e-6
+    assert Lanczos(again, random_unit_vectors(again, [0], 0), 6).restore(path).step == 3
+    assert again.round_off == 0.25
 
 
 def test_noise_of_products_is_no_curvature() -> None:

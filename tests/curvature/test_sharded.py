@@ -98,7 +98,7 @@ def alone() -> dict[torch.dtype, Any]:
     }
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_processes_agree_with_one(workers: Workers, alone: dict[torch.dtype, Any], n: int) -> None:
     answers = workers.run(n, _spectra)
     n_parameters = make_operator(torch.float64, shares=False).shape[0]
@@ -170,7 +170,9 @@ def _by_differences(n_examples: int) -> dict[str, Any]:
     return found | {"n": exact.n_examples, "weights": exact.group_weights, "exact": exact.to_dense()}
 
 
-@pytest.mark.parametrize(("n", "n_examples"), [(2, 8), (3, 1)])  # of three, one has no examples
+@pytest.mark.parametrize(
+    ("n", "n_examples"), [pytest.param(2, 8, marks=pytest.mark.slow), (3, 1)]
+)  # of three, one has no examples
 def test_finite_differences_are_those_of_all_data(workers: Workers, n: int, n_examples: int) -> None:
     model, data = NETWORKS["tanh"](), images((n_examples, 3))
     whole = pn.HessianOperator(model, cross_entropy, data, method="finite_difference", weight_decay=0.1)

@@ -16,6 +16,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path for path in DOCS.glob("**/*.md") if "_build" not in path.parts)
 TEXTS = [*PAGES, DOCS.parent / "README.md"]
 PROGRAMS = ("pnanalysis", "pntrain")
+#: Pages whose code takes longer than 20 s; `make docs` runs it, too.
+SLOW = ("docs/gallery", "docs/concepts/blocks", "docs/concepts/reading-spectra")
 
 
 def check_command(line: str) -> None:
@@ -39,7 +41,14 @@ def name_of(path: Path) -> str:
     return path.relative_to(DOCS.parent).with_suffix("").as_posix()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if code_blocks(p.read_text(), "python")], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (name_of(page) in SLOW), id=name_of(page))
+        for page in PAGES
+        if code_blocks(page.read_text(), "python")
+    ],
+)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     state = torch.random.get_rng_state()  # pages set seeds, which other tests must not notice

@@ -25,6 +25,10 @@ SMALL = {
 }
 
 
+#: Notebooks that take longer than half a minute even so.
+SLOW = ("03_your_own_model", "04_spectra", "05_plain_against_persistent", "06_sweeps")
+
+
 def read(path: Path) -> NotebookNode:
     return nbformat.read(path, as_version=4)
 
@@ -41,7 +45,9 @@ def names_set(source: str) -> set[str]:
     return {node.id for node in names if isinstance(node.ctx, ast.Store)}
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem) for path in PATHS]
+)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # A sweep then trains in the kernel itself: starting worker processes, which import torch again, would take longer.

@@ -21,8 +21,15 @@ from pnanalysis.spectra.linear_operator import DiagonalOperator
 
 N_SEEDS, N_PRODUCTS, RARE = 80, 60, 1e-4
 SPECTRA = ("Wigner", "Marchenko-Pastur 2", "power law -1", "mostly zeros")
+SLOW = SPECTRA[1:3]
 GAPLESS = SPECTRA[:3]
-each_spectrum = pytest.mark.parametrize("name", SPECTRA)
+
+
+def cases(names: tuple[str, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in names])
+
+
+each_spectrum = cases(SPECTRA)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def test_the_density_lies_in_its_band(name):
     assert in_band.mean() > 0.95 - 4 * in_band.std() / N_SEEDS**0.5 - 0.02
 
 
-@pytest.mark.parametrize("name", GAPLESS)
+@cases(GAPLESS)
 def test_gapless_spectra_have_no_outliers(name):
     assert measured(name).has_outliers.sum() <= N_SEEDS - fewest(N_SEEDS)
 

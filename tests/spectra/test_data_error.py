@@ -70,8 +70,11 @@ def test_noise_of_the_probes_is_taken_off():
 
 @pytest.mark.parametrize(
     "population",
-    [Population(60), Population(60, spikes=(10.0, 10.0)), Population(60, tail=0.3, negative=0.45)],
-    ids=["apart", "degenerate", "negative"],
+    [
+        pytest.param(Population(60), id="apart", marks=pytest.mark.slow),
+        pytest.param(Population(60, spikes=(10.0, 10.0)), id="degenerate", marks=pytest.mark.slow),
+        pytest.param(Population(60, tail=0.3, negative=0.45), id="negative"),
+    ],
 )
 def test_fresh_examples_differ_by_the_stated_error(population):
     n_pairs = 40

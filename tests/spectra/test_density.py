@@ -139,7 +139,7 @@ def test_cluster_at_zero_does_not_ruin_the_trace():
     assert max(distances) < 2 * 0.5 / len(eigenvalues)
 
 
-@pytest.mark.parametrize("n_hvp", [100, 200, 400])
+@pytest.mark.parametrize("n_hvp", [100, 200, pytest.param(400, marks=pytest.mark.slow)])
 def test_deflation_beats_plain_quadrature_at_equal_cost(n_hvp):
     eigenvalues = like_a_network()
     n_probes, n_lanczos = PLAIN[n_hvp]
@@ -157,7 +157,10 @@ def test_deflation_beats_plain_quadrature_at_equal_cost(n_hvp):
     assert np.sqrt(np.mean(deflated[:, 1] ** 2)) <= fraction * np.sqrt(np.mean(plain[:, 1] ** 2))
 
 
-@pytest.mark.parametrize("eigenvalues", [wigner(), np.linspace(0, 1, 600)], ids=["Wigner", "uniform"])
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [pytest.param(wigner(), id="Wigner", marks=pytest.mark.slow), pytest.param(np.linspace(0, 1, 600), id="uniform")],
+)
 def test_deflation_is_no_worse_where_there_are_no_outliers(eigenvalues):
     plain = [
         distance(spectral_density(diagonal(eigenvalues), 50, 4, deflate=False, seed=seed, **QUIET), eigenvalues)
@@ -172,8 +175,11 @@ def test_deflation_is_no_worse_where_there_are_no_outliers(eigenvalues):
 
 @pytest.mark.parametrize(
     "budget",
-    [{"n_hvp": 60}, {"n_lanczos": 20, "n_probes": 4}, {"n_lanczos": 20, "n_probes": 4, "deflate": False}],
-    ids=["budget", "lockstep", "plain"],
+    [
+        pytest.param({"n_hvp": 60}, id="budget"),
+        pytest.param({"n_lanczos": 20, "n_probes": 4}, id="lockstep", marks=pytest.mark.slow),
+        pytest.param({"n_lanczos": 20, "n_probes": 4, "deflate": False}, id="plain", marks=pytest.mark.slow),
+    ],
 )
 def test_intervals_of_the_trace_cover_it(budget):
     eigenvalues = like_a_network(400)

@@ -49,7 +49,7 @@ def large(n: int) -> np.ndarray:
         (10.0 / np.arange(1, 1501) ** 1.5, {"n_lanczos": 20, "n_probes": 5}),
         (large(10_000), {"n_lanczos": 20, "n_probes": 3}),
         (large(10_000), {"n_lanczos": 20, "n_probes": 6}),
-        (large(4_000), {"n_hvp": 200}),
+        pytest.param(large(4_000), {"n_hvp": 200}, marks=pytest.mark.slow),
     ],
     ids=["few", "many", "plain", "many plain", "budget", "uniform", "power", "large", "large, more", "large, budget"],
 )
@@ -127,6 +127,7 @@ def test_without_an_error_of_both_spectra_there_is_none_of_the_difference():
     assert difference.attrs["wasserstein1_covers"] == "probes"
 
 
+@pytest.mark.slow
 def test_distances_of_fresh_examples_are_their_noise_apart():
     found = [
         compare_spectra(

@@ -10,8 +10,12 @@ from tests.spectra.known_spectra import spectrum, spiked
 
 @pytest.mark.parametrize(
     "eigenvalues",
-    [spiked(600), -spiked(600), np.linspace(0, 1, 600), 10.0 / np.arange(1, 601)],
-    ids=["spiked", "mirrored", "uniform", "power law"],
+    [
+        pytest.param(spiked(600), id="spiked"),
+        pytest.param(-spiked(600), id="mirrored", marks=pytest.mark.slow),
+        pytest.param(np.linspace(0, 1, 600), id="uniform", marks=pytest.mark.slow),
+        pytest.param(10.0 / np.arange(1, 601), id="power law"),
+    ],
 )
 def test_bounds_hold_the_edges(eigenvalues):
     ordered, n_seeds, held, given = np.sort(eigenvalues), 40, 0, 0

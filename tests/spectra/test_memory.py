@@ -256,7 +256,13 @@ print(json.dumps({"vectors": (peak - before) / (4 * n), "said": said[-1] / (4 * 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("mode", "n_hvp", "n_vectors"), [("memory", 20, 20 + 4), ("half", 20, 10 + 4), ("disk", 30, 4), ("none", 20, 2 + 3)]
+    ("mode", "n_hvp", "n_vectors"),
+    [
+        ("memory", 20, 20 + 4),
+        pytest.param("half", 20, 10 + 4, marks=pytest.mark.slow),
+        ("disk", 30, 4),
+        ("none", 20, 2 + 3),
+    ],
 )
 def test_peak_memory_is_what_was_said_at_four_million_parameters(mode: str, n_hvp: int, n_vectors: int) -> None:
     # arrays of a megabyte and more are given back at once, so that the peak is that of what is in use

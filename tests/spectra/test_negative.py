@@ -16,7 +16,13 @@ SPECTRA = {
 }
 
 
-@pytest.mark.parametrize("eigenvalues", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        pytest.param(spectrum, id=name, marks=[pytest.mark.slow] * (name in ("around zero", "normal")))
+        for name, spectrum in SPECTRA.items()
+    ],
+)
 def test_intervals_hold(eigenvalues):
     size = np.abs(eigenvalues)
     truth = {

@@ -38,7 +38,13 @@ def test_full_budget_gives_exact_numbers_without_error():
     np.testing.assert_allclose(ds.top_value[:8], eigenvalues[:-9:-1])
 
 
-@pytest.mark.parametrize("budget", BUDGETS, ids=["budget", "lockstep", "plain"])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        pytest.param(budget, id=name, marks=[pytest.mark.slow] * (name != "budget"))
+        for name, budget in zip(("budget", "lockstep", "plain"), BUDGETS, strict=True)
+    ],
+)
 def test_intervals_cover_the_truth(budget):
     eigenvalues = spiked()
     truth = truths(eigenvalues)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -57,6 +58,8 @@ def on_cluster(address: str, function: Callable[..., T], calls: Sequence[tuple[A
         futures = []
         try:
             futures += [client.submit(_called, function, arguments, pure=False) for arguments in calls]
+            if not client.scheduler_info()["workers"]:  # a cluster that adapts to its work starts them now
+                warnings.warn(f"the cluster at {address} has no workers; runs wait until there are some", stacklevel=2)
             for future in as_completed(futures):
                 yield future.result()
         except KilledWorker as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
@@ -128,6 +129,12 @@ def sweep(
         )
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     plans = [_Plan(replace(base, **settings), settings, out / _folder(settings)) for settings in combinations]
+    shared = [path for path, n in Counter(plan.path for plan in plans).items() if n > 1]
+    if shared:
+        raise TrainingError(
+            f"several runs of the sweep would be trained in {shared[0]}, for a folder's name cannot have a slash: "
+            "give values that differ by more than / and -"
+        )
     if together:
         configs, paths = [plan.config for plan in plans], [plan.path for plan in plans]
         results = train_together(configs, paths, device=device, resume=resume, progress=progress)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import distributed
 import numpy as np
 import pytest
@@ -78,7 +79,10 @@ def test_several_processes_give_the_same_runs(two_seeds: Path, tmp_path: Path) -
 def cluster() -> Iterator[str]:
     """Address of a Dask cluster on this machine, with two workers that have more threads than they should."""
     options = {"n_workers": 2, "threads_per_worker": 2, "dashboard_address": None, "silence_logs": logging.CRITICAL}
-    with distributed.LocalCluster(**options) as local:
+    once_more = dask.config.set(
+        {"distributed.scheduler.allowed-failures": 1}
+    )  # and not three times: a worker takes seconds
+    with once_more, distributed.LocalCluster(**options) as local:
         yield f"dask:{local.scheduler_address}"
 
 
@@ -111,6 +115,12 @@ def test_a_call_whose_worker_dies_is_made_again(cluster: str, tmp_path: Path) ->
     assert list(on_cluster(address, _dies_at_first, [(tmp_path / "marker",)])) == ["done"]
 
 
+def test_waiting_for_workers_is_said(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed.Client, "scheduler_info", lambda self: {"workers": {}})
+    with pytest.warns(UserWarning, match="has no workers; runs wait until there are some"):
+        assert list(on_cluster(cluster.partition(":")[2], int, [("1",)])) == [1]
+
+
 def test_what_fails_on_a_worker_is_one_error(cluster: str) -> None:
     with pytest.raises(TrainingError, match=r"the cluster has failed .*invalid literal.*--resume"):
         list(on_cluster(cluster.partition(":")[2], int, [("x",)]))
@@ -119,6 +129,12 @@ def test_what_fails_on_a_worker_is_one_error(cluster: str) -> None:
 def test_a_call_that_kills_every_worker_ends_the_sweep(cluster: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="has killed several workers of the cluster"):
         list(on_cluster(cluster.partition(":")[2], _dies_at_first, [(tmp_path / "no folder" / "marker",)]))
+
+
+def test_no_two_runs_share_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="several runs of the sweep would be trained in .*data=a-b"):
+        sweep(BASE, {"data": ["a/b", "a-b"]}, tmp_path, **QUIET)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
