@@ -19,6 +19,7 @@ from pnanalysis.errors import SchemaError, reason
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.digest import check_trailer, with_trailer
 from pnanalysis.io.files import read_regular
+from pnanalysis.io.hdf5 import read_arrays
 from pnanalysis.schema import validate
 
 #: Bytes of a file and of its arrays in memory, and numbers of arrays and of attributes of each. What is larger was not
@@ -71,8 +72,10 @@ def read(path: str | os.PathLike[str], within: Path | None = None) -> tuple[xr.D
     with _one_error(path):
         with h5py.File(io.BytesIO(raw), "r") as file:
             _check_contents(file)
-        with xr.open_dataset(io.BytesIO(raw), engine="h5netcdf") as ds:
-            loaded = ds.load()
+            loaded = read_arrays(file)
+        if loaded is None:  # written by another program
+            with xr.open_dataset(io.BytesIO(raw), engine="h5netcdf") as ds:
+                loaded = ds.load()
         return validate(loaded), is_confirmed
 
 

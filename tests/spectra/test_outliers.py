@@ -30,7 +30,13 @@ GAPLESS = {
 }
 
 
-@pytest.mark.parametrize("eigenvalues", GAPLESS.values(), ids=GAPLESS)
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        pytest.param(spectrum, id=name, marks=[pytest.mark.slow] * (name not in ("Wigner", "lognormal", "1 / k")))
+        for name, spectrum in GAPLESS.items()
+    ],
+)
 def test_spectra_without_gaps_have_no_outliers(eigenvalues):
     # at most one false claim of 20 on either side is expected; four or more have a probability below 2 %
     found = [spectrum(sign * eigenvalues, seed, n_hvp=120) for seed in range(10) for sign in (1, -1)]
