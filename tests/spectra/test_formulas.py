@@ -43,12 +43,13 @@ def test_what_couples_the_deflated_space_counts_twice_in_the_sum_of_squares() ->
 
 
 def test_a_part_of_the_trace_has_the_relative_error_of_the_trace() -> None:
-    share = _share(2.0, 0.5, Estimate(10.0, 0.4, dof=np.inf), 0.95)
+    part = Estimate(2.0, low=2.0, high=2.5)
+    share = _share(part, Estimate(10.0, 0.4, dof=np.inf), 0.95)
     assert share.value == pytest.approx(0.2)
     assert share.se / share.value == pytest.approx(0.4 / 10)
     assert share.low == pytest.approx(2 / (10 + 1.96 * 0.4), rel=1e-4)
     assert share.high == pytest.approx(2.5 / (10 - 1.96 * 0.4), rel=1e-4)
-    assert math.isnan(_share(2.0, 0.5, Estimate(1.0, 0.6), 0.95).value)  # a trace that may be negative
+    assert math.isnan(_share(part, Estimate(1.0, 0.6), 0.95).value)  # a trace that may be negative
 
 
 def test_standard_deviations_of_small_normal_samples_are_too_small_by_c4() -> None:
