@@ -42,6 +42,8 @@ from pnanalysis.terminal.progress import Advance
 _N_SEARCH = 20
 #: Residual of a first look at the complement, relative to the last value that was found.
 _ROUGH = 0.02
+#: Length of what is left of a unit vector of the complement without what lies along those that have been found.
+_INSIDE = 0.99
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,8 @@ class _Found:
             sign = {"largest": 1, "smallest": -1, "magnitude": np.sign(more.value[0])}[self.which]
             if k == 1 and not _is_beyond(float(more.value[0]) + sign * away, last, self.which, 0.0):
                 break
-        # a space that is exhausted goes on with round-off, which may lie among what was found
-        genuine = (norms(complement.off(more.vector)) > 0.5).cpu()
+        # a space that is exhausted goes on with round-off, which may lie among what was found, or partly so
+        genuine = (norms(complement.off(more.vector)) > _INSIDE).cpu()
         if not genuine.all():
             kept = np.flatnonzero(genuine.numpy())
             more = replace(
