@@ -374,7 +374,9 @@ def _stiff(op: HessianOperator, options: ChainOptions, state: Unfinished | None)
     k = min(_STIFF, (op.shape[0] - 1) // 2)
     pairs = extreme_pairs(op, k + 1, tolerance=_TOLERANCE, max_hvp=_PRODUCTS, seed=options.seed)
     last = len(pairs.value) - 1  # fewer where the rank is lower
-    stiff = Stiff(np.append(pairs.value[:last], pairs.value[last] + pairs.residual[last]), pairs.vector[:, :last])
+    values = np.append(pairs.value[:last], pairs.value[last] + pairs.residual[last])
+    # the order in memory is that of a saved copy, for the round-off of products depends on it
+    stiff = Stiff(values, pairs.vector[:, :last].contiguous())
     if state is not None:
         state.save("stiff", {"value": torch.from_numpy(stiff.value), "vector": stiff.vector})
     return stiff

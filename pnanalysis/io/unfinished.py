@@ -89,7 +89,8 @@ class Unfinished:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 numbers, seen = json.loads(metadata["numbers"]), json.loads(metadata["seen"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # sums may depend on where in memory their terms begin: copies begin where torch's own tensors do
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             same = metadata["about"] == self._about and all(
                 abs(before - now) <= self._tolerance for before, now in zip(seen, self._seen, strict=True)
             )

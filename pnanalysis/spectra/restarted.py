@@ -258,6 +258,8 @@ class _Restarted:
         largest = float(np.abs(value).max())
         vectors = combinations(self.basis[:, : self.size], torch.from_numpy(vector[:, :k].copy()).to(self.basis))
         converged = bool((residual[:k] <= self.tolerance * (largest or 1.0)).all()) or self.is_invariant
+        # the order in memory is that of a saved copy, for the round-off of products depends on it
+        vectors = contiguous_columns(vectors)
         return EigenPairs(value[:k], residual[:k], vectors, self.n_hvp, self.decided(converged), largest)
 
     def restart(self) -> None:
