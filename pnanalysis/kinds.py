@@ -423,6 +423,7 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         **_with_error("learning_coefficient", "1", "local learning coefficient"),
         "learning_coefficient_chain_se": _var("", "1", "standard error for the length of the chains"),
         "learning_coefficient_data_se": _var("", "1", "standard error for the choice of examples"),
+        "learning_coefficient_batch_se": _var("", "1", "standard error for the noise of single batches", _OPTIONAL),
         **_with_interval("gaussian", "1", "coefficient of the second-order expansion of the loss"),
         "rhat": _var("", "1", "R-hat of the loss"),
         "distance_rhat": _var("", "1", "R-hat of the distance"),

@@ -56,5 +56,5 @@ class EigenpairRequest:
                         network, source.loss, batches, self.options, label=item.label, device=device, advance=advance
                     )
                 network.cpu()
-        ds = xr.Dataset(overlaps([found[item.key] for item in selection]))
+        ds = xr.Dataset(overlaps([found[item.key] for item in selection], selection.labels))
         return ds.assign_attrs(n_pairs=self.options.k)

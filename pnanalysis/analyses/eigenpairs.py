@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +16,10 @@ from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 from torch import Tensor, nn
 
 from pnanalysis import schema
-from pnanalysis.analyses.hessian import has_all
+from pnanalysis.analyses.hessian import has_all, names_of
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, matrix_eigenpairs, overlaps
 from pnanalysis.analyses.stacking import along_checkpoints
-from pnanalysis.analyses.work_folder import weights_digest
+from pnanalysis.analyses.work_folder import WorkFolder, weights_digest
 from pnanalysis.checks import at_least, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
@@ -59,6 +62,7 @@ def eigenpairs(
     device: str | None = "cpu",
     seed: int = 0,
     progress: bool = True,
+    state: str | os.PathLike[str] | None = None,
 ) -> xr.Dataset:
     r"""The ``k`` eigenpairs at one end of the spectrum, with bounds, errors, and what they say about the network.
 
@@ -79,7 +83,8 @@ def eigenpairs(
     tolerance : float
         Residuals to reach, relative to the largest magnitude of the eigenvalues.
     max_hvp : int
-        Products after which what has been found is returned, converged or not (``converged`` says which).
+        The most products, after which what has been found is returned, converged or not (``converged`` says which).
+        Each pair takes two at least. Pairs over halves of the examples take as many over each half.
     data_error : {"halves", "examples", "none"}
         Errors for the choice of examples: of the eigenvalues (``"examples"``, at the cost of ``k`` products or less),
         and also of the space, by the same pairs over two halves of the examples (``"halves"``, about twice the
@@ -93,6 +98,10 @@ def eigenpairs(
     seed : int
         Of examples and start vectors.
     progress : bool
+    state : path, optional
+        Folder for unfinished work, from which an interrupted call with the same arguments resumes, to end with the same
+        numbers. It holds the finished networks and a subfolder for the one in progress, whose vectors are saved every
+        five minutes and when the work is interrupted, and can be removed once the call returns.
 
     Returns
     -------
@@ -153,24 +162,32 @@ def eigenpairs(
         if any(option is not None for option in (model, data, loss, checkpoints)):
             raise CurvatureError("an operator has its own network, data and loss; leave model, data and loss out")
         with progress_bar("eigenpairs", None, progress) as advance:
-            found = matrix_eigenpairs(as_operator(given[0]), options, advance=advance)
+            folder = None if state is None else Path(state)
+            found = matrix_eigenpairs(as_operator(given[0]), options, advance=advance, folder=folder)
         ds = found.with_vector if vectors else found.dataset
         return schema.finish(ds, "eigenpairs", operator=type(given[0]).__name__, k=k, which=which, seed=seed)
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
     selection.check_weights()
+    settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
+    cache = None if state is None else WorkFolder.claim(state, settings | names_of(selection))
     by_key: dict[object, tuple[Found, str]] = {}
-    for source in selection.sources:
-        part = selection.split(source, split, n, seed, torch_device)
-        batches = part.batches(batch_size)
-        for item in selection.distinct(source):
-            network = selection.network(item, torch_device)
-            with progress_bar(item.label, None, progress) as advance:
-                one = network_eigenpairs(
-                    network, source.loss, batches, options, label=item.label, device=torch_device,
-                    previous=previous_state(item), advance=advance,
-                )  # fmt: skip
-            by_key[item.key] = one, weights_digest(network)
+    try:
+        for source in selection.sources:
+            part = selection.split(source, split, n, seed, torch_device)
+            batches = part.batches(batch_size)
+            for item in selection.distinct(source):
+                network = selection.network(item, torch_device)
+                with progress_bar(item.label, None, progress) as advance:
+                    one = network_eigenpairs(
+                        network, source.loss, batches, options, label=item.label, device=torch_device,
+                        previous=previous_state(item), advance=advance,
+                        folder=None if cache is None else cache.of(network).file("").with_suffix(""),
+                    )  # fmt: skip
+                by_key[item.key] = one, weights_digest(network)
+    finally:
+        if cache is not None:
+            cache.release()
     every = [by_key[item.key][0] for item in selection]
     ds = along_checkpoints([one.with_vector if vectors else one.dataset for one in every], selection.labels)
     ds = ds.assign_coords(
@@ -179,7 +196,7 @@ def eigenpairs(
         weights_digest=("checkpoint", [by_key[item.key][1] for item in selection]),
     )
     if len(every) > 1:
-        ds = ds.assign(overlaps(every)).assign_coords(other=selection.labels)
+        ds = ds.assign(overlaps(every, selection.labels)).assign_coords(other=selection.labels)
     n_used = n_examples(part, batches)
     return schema.finish(
         ds, "eigenpairs", **selection.sources[0].dataset_attrs(), operator=operator, k=k, which=which, split=split,
@@ -198,6 +215,7 @@ def network_eigenpairs(
     device: torch.device | str = "cpu",
     previous: Mapping[str, Tensor] | None = None,
     advance: Advance | None = None,
+    folder: Path | None = None,
 ) -> Found:
     """Eigenpairs of one network over batches in memory.
 
@@ -215,6 +233,8 @@ def network_eigenpairs(
         The state before the last update.
     advance : callable, optional
         Called with the products of each step.
+    folder : Path, optional
+        Of unfinished work, which is taken up again.
     """
     with clear_errors(label, network, batches, loss):
         op: LinearOperator = make_operator(
@@ -225,7 +245,7 @@ def network_eigenpairs(
         update = None
         if previous is not None and isinstance(op, CurvatureOperator):
             update = op.vector_of(dict(network.named_parameters())) - op.vector_of(previous)
-        return matrix_eigenpairs(op, options, update=update, advance=advance)
+        return matrix_eigenpairs(op, options, update=update, advance=advance, folder=folder)
 
 
 def previous_state(item: SelectedCheckpoint) -> Mapping[str, Tensor] | None:

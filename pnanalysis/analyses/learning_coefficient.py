@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,9 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis import schema
+from pnanalysis.analyses.hessian import has_all, names_of
+from pnanalysis.analyses.work_folder import SAME_LOSS, WorkFolder
+from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, positive, resolve_dtype
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.curvature.parameters import Selection as Parameters
@@ -22,11 +28,12 @@ from pnanalysis.curvature.parameters import select_parameters
 from pnanalysis.errors import CurvatureError, ModelError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.geometry.loss_surface import LossSurface, check_same_function
-from pnanalysis.inputs.batches import leading_size
-from pnanalysis.inputs.data import DataLike
+from pnanalysis.inputs.data import DataLike, n_examples
 from pnanalysis.inputs.models import Loss, ModelLike, device_of
 from pnanalysis.inputs.selection import Given, select
 from pnanalysis.inputs.sources import resolve_device
+from pnanalysis.io.unfinished import Unfinished
+from pnanalysis.sampling.anchor import Anchor
 from pnanalysis.sampling.langevin import SAMPLERS, Posterior, Stiff
 from pnanalysis.sampling.local_learning import Plan, sample, with_steps_that_hold
 from pnanalysis.sampling.stacked_gradients import StackedGradients
@@ -38,6 +45,8 @@ from pnanalysis.terminal.progress import progress_bar
 
 #: Burn-in and draws where they are chosen here: in relaxations of the flattest directions, and in steps at least.
 _RELAXATIONS, _FEWEST = (2, 4), (100, 400)
+#: Passes over the data by single batches, at which the loss is measured once or twice.
+_FEWEST_PASSES = 50
 #: Both together, at most.
 _MOST_STEPS = 20_000
 #: Step sizes that are chosen here, times the largest curvature that chains meet; 4 is where they diverge. With the
@@ -67,20 +76,26 @@ class ChainOptions:
     data_error: str = "examples"
     seed: int = 0
 
+    def beta_of(self, anchor: Anchor) -> float:
+        """The inverse temperature for the examples that count."""
+        return self.beta or 1 / math.log(max(anchor.n_examples, 2))
+
     def __post_init__(self) -> None:
         at_least(2, n_chains=self.n_chains)
         at_least(8, n_draws=self.n_draws)
         at_least(0, burn_in=self.burn_in)
         check_seed(seed=self.seed)
-        positive(localization=min(self.localizations, default=0.0), beta=1.0 if self.beta is None else self.beta)
-        if not self.step_sizes:
-            raise ModelError("no step size is named; leave step_size out to have one chosen")
-        positive(step_size=min((step for step in self.step_sizes if step is not None), default=1.0))
-        for name, value, choices in (
+        positive(beta=self.beta)
+        for name, values in (("localization", self.localizations), ("step_size", self.step_sizes)):
+            if not values:
+                raise ModelError(f"no {name} is given; give one, or leave {name} out for its default")
+            for value in values:
+                positive(**{name: math.nan if value is None and name == "localization" else value})
+        for option, choice, choices in (
             ("sampler", self.sampler, SAMPLERS), ("data_error", self.data_error, DATA_ERRORS),
         ):  # fmt: skip
-            if value not in choices:
-                raise ModelError(f"{name} is {value!r}; it must be {' or '.join(choices)}")
+            if choice not in choices:
+                raise ModelError(f"{option} is {choice!r}; it must be {' or '.join(choices)}")
 
 
 def learning_coefficient(
@@ -92,8 +107,8 @@ def learning_coefficient(
     n_chains: int = 4,
     n_draws: int | None = None,
     burn_in: int | None = None,
-    step_size: float | Sequence[float] | None = None,
-    localization: float | Sequence[float] = 100.0,
+    step_size: float | Sequence[float] | Array | None = None,
+    localization: float | Sequence[float] | Array = 100.0,
     beta: float | None = None,
     sampler: str = "full",
     params: Parameters = None,
@@ -105,6 +120,7 @@ def learning_coefficient(
     device: str | None = "cpu",
     seed: int = 0,
     progress: bool = True,
+    state: str | os.PathLike[str] | None = None,
 ) -> xr.Dataset:
     r"""The local learning coefficient of each checkpoint, with what shows whether its chains have converged.
 
@@ -120,30 +136,35 @@ def learning_coefficient(
         Steps of each chain that count, and those before that do not. By default four and two times what the flattest
         directions need to relax, :math:`2/(\varepsilon\gamma)` steps, at least 400 and 100, and no more than 20,000
         in all.
-    step_size : float or sequence of float, optional
+    step_size : float or sequence or array of float, optional
         :math:`\varepsilon`; by default the inverse of the largest curvature of the potential that chains meet,
         :math:`n\beta\lambda + \gamma`, apart from the ten stiffest directions at the checkpoint; a quarter of that with
-        single batches, and a twentieth of the inverse of the largest curvature there is with ``"sgld"``. Several give
-        a calibration, along a dim ``step_size``.
-    localization : float or sequence of float
+        single batches, or less where these differ much, and a twentieth of the inverse of the largest curvature there
+        is with ``"sgld"``. Several give a calibration, along a dim ``step_size``.
+    localization : float or sequence or array of float
         :math:`\gamma`, in units of one over squared parameters: how strongly chains are held near the checkpoint.
         Coefficients are compared at one value. Several give a calibration, along a dim ``localization``.
     beta : float, optional
         Inverse temperature; by default :math:`1/\log n`.
     sampler : {"full", "minibatch", "sgld"}
-        Gradients of all examples, or of one batch a step, which costs less and spreads the draws by its noise;
+        Gradients of all examples, or of one batch a step, which costs less, with an error by the noise of batches;
         ``"sgld"`` is that of Lau et al. See :mod:`pnanalysis.sampling.langevin`.
     params : optional
         Parameters that move, as for :class:`pnanalysis.HessianOperator`; all trainable ones by default. The
         coefficient is then one of these with the others fixed [2]_.
     split, n, batch_size, dtype, device
-        As for :func:`pnanalysis.landscape`. ``n`` examples make the posterior.
+        As for :func:`pnanalysis.landscape`. The examples that count in the loss make the posterior: the attribute ``n``
+        of the dataset says how many, without those whose targets are all ignored (``ignore_index``).
     data_error : {"examples", "none"}
         Whether the error includes that of the choice of examples, for which all of them are evaluated at 100 draws of
         each chain.
     seed : int
         Of examples and noise.
     progress : bool
+    state : path, optional
+        Folder for unfinished work, from which an interrupted call with the same arguments resumes, to end with the same
+        numbers. It holds a file for each finished network and a subfolder for the one in progress, whose chains are
+        saved every five minutes and when they are interrupted, and can be removed once the call returns.
 
     Returns
     -------
@@ -151,13 +172,16 @@ def learning_coefficient(
         Kind ``learning_coefficient``, dim ``checkpoint``. ``learning_coefficient`` is
         :math:`\hat\lambda = n\beta\,(\langle L\rangle - L(w^*))`, NaN where the chains have not converged;
         ``learning_coefficient_chain_se`` and ``_data_se`` are its standard errors for the length of the chains and
-        for the choice of examples at this checkpoint, ``_se``, ``_low`` and ``_high`` are of both. ``gaussian`` is
+        for the choice of examples at this checkpoint, and with ``"minibatch"`` ``_batch_se`` is that for the noise of
+        single batches; ``_se``, ``_low`` and ``_high`` are of all. ``gaussian`` is
         what :math:`\hat\lambda` would be if the loss were its second-order expansion,
         :math:`\tfrac12\sum_i h_i/(h_i + \gamma/n\beta)` over the positive eigenvalues of the Hessian: a
         :math:`\hat\lambda` far from it means that the minimum is not quadratic at this temperature. ``rhat`` (of the
         loss), ``distance_rhat`` and ``effective_draws`` say whether the chains have converged, and ``converged`` (0 or
         1) that they have: R-hats below 1.05 and 1.1, and 100 effective draws. ``excess`` and ``distance`` ``(chain,
-        draw)`` are the loss above that of the checkpoint and the distance from it, burn-in included.
+        draw)`` are the loss above that of the checkpoint and the distance from it, burn-in included; ``"minibatch"``
+        measures the loss at some of the draws, and has NaN at the others. Attributes: ``n``, the number of examples
+        that count, ``beta``, and ``all_examples`` (0 or 1), whether these are all that the split has.
 
     Raises
     ------
@@ -199,27 +223,36 @@ def learning_coefficient(
     )  # fmt: skip
     torch_dtype = resolve_dtype(dtype)
     selection, torch_device = select(given, checkpoints, model=model, data=data, loss=loss), resolve_device(device)
+    settings = {**asdict(options), "split": split, "n": n, "batch_size": batch_size, "dtype": dtype}
+    cache = None if state is None else WorkFolder.claim(state, settings | names_of(selection))
     found = {}
-    for source in selection.sources:
-        batches = selection.split(source, split, n, seed, torch_device).batches(batch_size)
-        for item in selection.distinct(source):
-            found[item.key] = network_learning_coefficient(
-                selection.network(item, torch_device, torch_dtype), source.loss, batches, options,
-                dtype=torch_dtype, label=item.label, progress=progress,
-            )  # fmt: skip
+    try:
+        for source in selection.sources:
+            part = selection.split(source, split, n, seed, torch_device)
+            batches = part.batches(batch_size)
+            for item in selection.distinct(source):
+                network = selection.network(item, torch_device, torch_dtype)
+                found[item.key] = network_learning_coefficient(
+                    network, source.loss, batches, options, dtype=torch_dtype, label=item.label, progress=progress,
+                    cache=None if cache is None else cache.of(network),
+                )  # fmt: skip
+    finally:
+        if cache is not None:
+            cache.release()
     longest = max(ds.sizes["draw"] for ds in found.values())  # shorter chains are filled up with NaN
     padded = [found[item.key].pad(draw=(0, longest - found[item.key].sizes["draw"])) for item in selection]
-    ds = xr.concat(padded, dim="checkpoint").assign_coords(
+    ds = xr.concat(padded, dim="checkpoint", combine_attrs="override").assign_coords(
         checkpoint=selection.labels,
         iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
         epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),
     )
-    asked = {"step_size": step_size, "localization": localization}
-    single = [dim for dim, value in asked.items() if not isinstance(value, Sequence)]
+    single = [name for name, value in (("step_size", step_size), ("localization", localization)) if _is_single(value)]
+    n_used = n_examples(part, batches)
     return schema.finish(
-        ds.squeeze(single), "learning_coefficient", **selection.sources[0].dataset_attrs(), n_chains=n_chains,
-        sampler=sampler, params=params, split=split, n=n, batch_size=batch_size, data_error=data_error, seed=seed,
-        device=str(torch_device), dtype=dtype,
+        ds.squeeze(single), "learning_coefficient",
+        **selection.sources[0].dataset_attrs(), n_chains=n_chains, sampler=sampler, params=params, split=split,
+        n=int(ds.attrs["n"]), beta=float(ds.attrs["beta"]), all_examples=has_all(source, split, n, n_used),
+        batch_size=batch_size, data_error=data_error, seed=seed, device=str(torch_device), dtype=dtype,
     )  # fmt: skip
 
 
@@ -232,6 +265,7 @@ def network_learning_coefficient(
     dtype: torch.dtype = torch.float32,
     label: str = "network",
     progress: bool = False,
+    cache: WorkFolder | None = None,
 ) -> xr.Dataset:
     """The same of one network over batches in memory, with dims ``localization`` and ``step_size`` always.
 
@@ -248,6 +282,13 @@ def network_learning_coefficient(
     label : str
         What the network is called in messages.
     progress : bool
+    cache : WorkFolder, optional
+        Keeps what is finished, and the chains in progress.
+
+    Returns
+    -------
+    xarray.Dataset
+        With the attributes ``n``, the examples that count, and ``beta``.
     """
     device = device_of(network, label)
     surface = LossSurface(network, loss, device, dtype)
@@ -258,24 +299,48 @@ def network_learning_coefficient(
         parts = [name for name in names if name not in state]
         if parts:
             raise ModelError(f"{parts[0]} is a part of a parameter; chains move whole parameters, so name these")
-        gradients = StackedGradients(surface, state, names)
-        n_examples = sum(leading_size(targets, inputs) for inputs, targets in batches)
-        nbeta = n_examples * (options.beta or 1 / math.log(max(n_examples, 2)))
-        op = _hessian(network, loss, batches, options, dtype, device)
-        stiff = None if op is None else _stiff(op, options)
-        grid = _grid(options, nbeta, stiff, label)
-        burn_in, n_draws = _lengths(grid, options)
-        scaled = None if options.sampler == "sgld" else stiff
-        _check_memory(len(grid) * options.n_chains * len(gradients.centre) * dtype.itemsize, device)
-        plan = Plan(
-            grid, options.n_chains, burn_in, n_draws, options.sampler, scaled, options.seed,
-            options.data_error == "examples",
-        )  # fmt: skip
-        plan = with_steps_that_hold(gradients, batches, plan)
-        burn_in, n_draws = _lengths(plan.posteriors, options)
-        plan = replace(plan, burn_in=burn_in, n_draws=n_draws)
-        with progress_bar(f"chains of {label}", burn_in + n_draws, progress) as advance:
-            found = sample(gradients, batches, plan, advance)
+        anchor = Anchor(StackedGradients(surface, state, names), batches)
+
+        def compute() -> xr.Dataset:
+            folder = None if cache is None else cache.file("").with_suffix("")
+            ds = _of_chains(anchor, network, loss, options, dtype, label, progress, folder)
+            return schema.finish(ds, "learning_coefficient", n=anchor.n_examples, beta=options.beta_of(anchor))
+
+        if cache is None:
+            return compute()
+        ds = cache.part("", anchor.loss, compute)
+        if cache.file("").is_file():  # else there was no room for it
+            shutil.rmtree(cache.file("").with_suffix(""), ignore_errors=True)
+        return ds
+
+
+def _of_chains(
+    anchor: Anchor, network: nn.Module, loss: Loss, options: ChainOptions, dtype: torch.dtype, label: str,
+    progress: bool, folder: Path | None,
+) -> xr.Dataset:  # fmt: skip
+    """Chains and the Gaussian value beside them; unfinished chains are kept in a folder."""
+    device = anchor.point.device
+    nbeta = anchor.n_examples * options.beta_of(anchor)
+    state = None
+    if folder is not None:
+        names = {"names": anchor.gradients.names}
+        state = Unfinished(folder, names, [anchor.loss], SAME_LOSS * max(abs(anchor.loss), 1.0), ModelError)
+    op = _hessian(network, loss, anchor.batches, options, dtype, device)
+    stiff = None if op is None else _stiff(op, options, state)
+    grid = _grid(options, nbeta, stiff, label)
+    n_batches = len(anchor.factors)
+    burn_in, n_draws = _lengths(grid, options, n_batches)
+    scaled = None if options.sampler == "sgld" else stiff
+    _check_memory(len(grid) * options.n_chains * len(anchor.point) * dtype.itemsize, device)
+    plan = Plan(
+        grid, options.n_chains, burn_in, n_draws, options.sampler, scaled, options.seed,
+        options.data_error == "examples",
+    )  # fmt: skip
+    plan = with_steps_that_hold(anchor, plan, state)
+    burn_in, n_draws = _lengths(plan.posteriors, options, n_batches)
+    plan = replace(plan, burn_in=burn_in, n_draws=n_draws)
+    with progress_bar(f"chains of {label}", burn_in + n_draws, progress) as advance:
+        found = sample(anchor, plan, advance, state)
     rows = iter(found.isel(posterior=i) for i in range(len(grid)))
     table = [xr.concat([next(rows) for _ in options.step_sizes], "step_size") for _ in options.localizations]
     ds = xr.concat(table, "localization").assign_coords(localization=list(options.localizations))
@@ -301,12 +366,20 @@ def _hessian(
     return op
 
 
-def _stiff(op: HessianOperator, options: ChainOptions) -> Stiff:
-    """The directions of the largest curvature."""
+def _stiff(op: HessianOperator, options: ChainOptions, state: Unfinished | None) -> Stiff:
+    """The directions of the largest curvature; those that unfinished chains were begun with, where there are any."""
+    saved = None if state is None else state.load("stiff")
+    if saved is not None:
+        return Stiff(saved[0]["value"].numpy(), saved[0]["vector"].to(op.device))
     k = min(_STIFF, (op.shape[0] - 1) // 2)
     pairs = extreme_pairs(op, k + 1, tolerance=_TOLERANCE, max_hvp=_PRODUCTS, seed=options.seed)
     last = len(pairs.value) - 1  # fewer where the rank is lower
-    return Stiff(np.append(pairs.value[:last], pairs.value[last] + pairs.residual[last]), pairs.vector[:, :last])
+    values = np.append(pairs.value[:last], pairs.value[last] + pairs.residual[last])
+    # the order in memory is that of a saved copy, for the round-off of products depends on it
+    stiff = Stiff(values, pairs.vector[:, :last].contiguous())
+    if state is not None:
+        state.save("stiff", {"value": torch.from_numpy(stiff.value), "vector": stiff.vector})
+    return stiff
 
 
 def _grid(options: ChainOptions, nbeta: float, stiff: Stiff | None, label: str) -> list[Posterior]:
@@ -337,15 +410,16 @@ def _gaussian(spectrum: xr.Dataset | None, ridge: float) -> dict[str, float]:
     return {name: float(found[f"effective_dimension{end}"]) / 2 for end, name in names.items()}
 
 
-def _lengths(grid: Sequence[Posterior], options: ChainOptions) -> tuple[int, int]:
-    """Burn-in and draws: what is asked for, or multiples of the slowest relaxation."""
+def _lengths(grid: Sequence[Posterior], options: ChainOptions, n_batches: int) -> tuple[int, int]:
+    """Burn-in and draws: what is asked for, or multiples of the slowest relaxation, and of passes by single batches."""
     slowest = max(2 / (one.step_size * one.localization) for one in grid)
     burn_in = options.burn_in
     if burn_in is None:
         burn_in = int(min(max(_RELAXATIONS[0] * slowest, _FEWEST[0]), _MOST_STEPS / 4))
     n_draws = options.n_draws
     if n_draws is None:
-        n_draws = int(min(max(_RELAXATIONS[1] * slowest, _FEWEST[1]), _MOST_STEPS - burn_in))
+        fewest = max(_FEWEST[1], _FEWEST_PASSES * n_batches) if options.sampler == "minibatch" else _FEWEST[1]
+        n_draws = int(min(max(_RELAXATIONS[1] * slowest, fewest), _MOST_STEPS - burn_in))
     return burn_in, max(n_draws, 8)
 
 
@@ -359,5 +433,10 @@ def _check_memory(n_bytes: int, device: torch.device) -> None:
         )
 
 
+def _is_single(value: Any) -> bool:
+    """Whether an option is one number, or none at all, rather than several."""
+    return value is None or isinstance(value, str) or np.ndim(value) == 0
+
+
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
+    return (value,) if _is_single(value) else tuple(np.asarray(value, dtype=object).ravel().tolist())

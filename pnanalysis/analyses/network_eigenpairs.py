@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +21,13 @@ from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
 from pnanalysis.curvature.class_structure import LEVELS, class_structure
 from pnanalysis.errors import CurvatureError, Indivisible
+from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.averaged import is_averaged
 from pnanalysis.spectra.data_error import FEWEST_GROUPS, DataForms
+from pnanalysis.spectra.finished import sizes_of_product
 from pnanalysis.spectra.inner_products import coordinates, norms
-from pnanalysis.spectra.linear_operator import LinearOperator
+from pnanalysis.spectra.lanczos import SAME_PRODUCT
+from pnanalysis.spectra.linear_operator import LinearOperator, round_off
 from pnanalysis.spectra.restarted import WHICH
 from pnanalysis.spectra.subspaces import chance_overlap, overlap, participation, squared_cosines
 from pnanalysis.spectra.verified_pairs import VerifiedPairs, verified_pairs
@@ -68,6 +74,11 @@ class EigenpairOptions:
         resolve_dtype(self.dtype)
 
     @property
+    def weight_name(self) -> str:
+        """What batches weigh by, in words; empty by default."""
+        return self.weight if isinstance(self.weight, str) else getattr(self.weight, "__qualname__", "")
+
+    @property
     def n_products(self) -> int:
         """Roughly how many products are to come: Lanczos takes some ten for each pair."""
         return min(self.max_hvp, _PRODUCTS_PER_PAIR * self.k)
@@ -84,11 +95,14 @@ class Found(NamedTuple):
         ``(P, k)``, on the CPU.
     halves : tuple of Tensor
         The vectors over two halves of the examples; empty where there are none.
+    shapes : tuple of (str, tuple of int)
+        Names and shapes of the parameters that follow each other in a vector; empty for a matrix of no network.
     """
 
     dataset: xr.Dataset
     vector: Tensor
     halves: tuple[Tensor, ...] = ()
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def with_vector(self) -> xr.Dataset:
@@ -97,8 +111,13 @@ class Found(NamedTuple):
 
 
 def matrix_eigenpairs(
-    operator: LinearOperator, options: EigenpairOptions, *, update: Tensor | None = None, advance: Advance | None = None
-) -> Found:  # fmt: skip
+    operator: LinearOperator,
+    options: EigenpairOptions,
+    *,
+    update: Tensor | None = None,
+    advance: Advance | None = None,
+    folder: Path | None = None,
+) -> Found:
     """Eigenpairs of one operator.
 
     Parameters
@@ -111,14 +130,17 @@ def matrix_eigenpairs(
         The last step of the training, ``(P,)``.
     advance : callable, optional
         Called with the products of each step.
+    folder : Path, optional
+        Of unfinished work, which is taken up again.
 
     Raises
     ------
     CurvatureError
     """
+    state = None if folder is None else _unfinished(operator, options, folder)
     pairs = verified_pairs(
         operator, options.k, options.which, tolerance=options.tolerance, max_hvp=options.max_hvp, seed=options.seed,
-        advance=advance,
+        advance=advance, state=state,
     )  # fmt: skip
     ds = _pairs(pairs, operator.shape[0])
     halves: tuple[Tensor, ...] = ()
@@ -127,7 +149,7 @@ def matrix_eigenpairs(
     covers = ["residual", "round-off"]
     if is_averaged(operator) and options.data_error != "none":
         forms = DataForms(operator, 0)
-        forms.add_leading(pairs.value, pairs.vector)
+        forms.add_leading(pairs.value, pairs.vector, pairs.scale)
         if influences := forms.leading_influences:
             ds["value_data_se"] = "pair", [one.se for one in influences]
             half_width = np.array([one.half_width() for one in influences])
@@ -139,10 +161,12 @@ def matrix_eigenpairs(
         "pair", pairs.value + pairs.bound + half_width,
     )  # fmt: skip
     notes["interval_covers"] = ", ".join(covers)
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     if isinstance(operator, CurvatureOperator):
+        shapes = tuple(zip(operator.names, map(tuple, operator.parameter_shapes), strict=True))
         ds = ds.merge(_by_layer(operator, pairs.vector))
         if options.data_error == "halves":
-            halves, values, n_hvp = _half_pairs(operator, pairs, options, advance)
+            halves, values, n_hvp = _half_pairs(operator, pairs, options, advance, state)
             if halves:
                 ds["value_half"] = ("half", "pair"), values
                 ds["n_hvp"] = ds.n_hvp + n_hvp
@@ -154,7 +178,15 @@ def matrix_eigenpairs(
         ds = ds.assign_coords(tensors=json.dumps(operator.tensors))
     notes["data_error"] = "none" if "value_data_se" not in ds else "halves" if halves else "examples"
     ds = ds.assign_attrs({name: value for name, value in notes.items() if value not in (None, "")})
-    return Found(ds, pairs.vector.cpu(), tuple(half.cpu() for half in halves))
+    return Found(ds, pairs.vector.cpu(), tuple(half.cpu() for half in halves), shapes)
+
+
+def _unfinished(operator: LinearOperator, options: EigenpairOptions, folder: Path) -> Unfinished:
+    """What is saved of pairs that were begun before, for this operator alone, as one product tells."""
+    seen = sizes_of_product(operator)
+    about = {name: getattr(options, name) for name in ("k", "which", "tolerance", "max_hvp", "seed")}
+    tolerance = max(SAME_PRODUCT, 10 * round_off(operator)) * seen[1]
+    return Unfinished(folder, about, seen.tolist(), tolerance, CurvatureError)
 
 
 def _pairs(pairs: VerifiedPairs, n_parameters: int) -> xr.Dataset:
@@ -187,7 +219,11 @@ def _by_layer(operator: CurvatureOperator, V: Tensor) -> xr.Dataset:
 
 
 def _half_pairs(
-    operator: CurvatureOperator, pairs: VerifiedPairs, options: EigenpairOptions, advance: Advance | None
+    operator: CurvatureOperator,
+    pairs: VerifiedPairs,
+    options: EigenpairOptions,
+    advance: Advance | None,
+    state: Unfinished | None,
 ) -> tuple[tuple[Tensor, ...], Array, int]:
     """Vectors and values over each of two halves of the examples, and the products that they took."""
     found = []
@@ -197,11 +233,21 @@ def _half_pairs(
             half = operator.subset([part], 2, seed=options.seed, expected_products=products)
         except Indivisible:  # a single graph, for example
             return (), np.empty(0), 0
-        one = verified_pairs(
-            half, len(pairs.value), options.which, tolerance=max(options.tolerance, _HALF_TOLERANCE),
-            max_hvp=options.max_hvp, seed=options.seed, start=pairs.vector, advance=advance,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of each half by itself; see below
+            one = verified_pairs(
+                half, len(pairs.value), options.which, tolerance=max(options.tolerance, _HALF_TOLERANCE),
+                max_hvp=options.max_hvp, seed=options.seed, start=pairs.vector, advance=advance, state=state,
+                name=f"half-{part}",
+            )  # fmt: skip
         found.append(one)
+    missing = max(int((~one.converged).sum()) for one in found)
+    if missing and pairs.converged.all():
+        warnings.warn(
+            f"{missing} of {len(pairs.value)} eigenpairs over half of the examples have not converged after "
+            f"{max(one.n_hvp for one in found)} products; raise max_hvp, or the tolerance",
+            stacklevel=2,
+        )
     n_hvp = sum(one.n_hvp for one in found) // 2  # each over half of the examples
     return tuple(one.vector for one in found), np.stack([one.value for one in found]), n_hvp
 
@@ -269,26 +315,30 @@ def _with_classes(ds: xr.Dataset, operator: CurvatureOperator, V: Tensor) -> tup
     return ds.assign_coords(level=list(LEVELS)), ""
 
 
-def overlaps(found: list[Found]) -> dict[str, Any]:
+def overlaps(found: Sequence[Found], labels: Sequence[str]) -> dict[str, Any]:
     """Overlaps of the spaces of several networks with one another, with what chance and other examples give.
 
     Parameters
     ----------
-    found : list of Found
+    found : sequence of Found
+    labels : sequence of str
+        What the networks are called in messages.
 
     Returns
     -------
     dict
-        Variables as (dims, values), dims ``checkpoint`` and ``other``; NaN between networks of different sizes.
+        Variables as (dims, values), dims ``checkpoint`` and ``other``; NaN between networks whose parameters have
+        other names, shapes or another order, for then entries of their vectors are those of different parameters.
         ``overlap_halves`` is between spaces over different halves of the examples, and on its diagonal that of a
         network with itself: what two spaces of one matrix have in common where their examples differ.
     """
-    n = len(found)
+    n, apart = len(found), ""
     table = {name: np.full((n, n), np.nan) for name in ("overlap", "overlap_chance", "overlap_chance_sd")}
     halves = {name: np.full((n, n), np.nan) for name in ("overlap_halves", "overlap_halves_spread")}
     for i, a in enumerate(found):
         for j, b in enumerate(found[: i + 1]):
-            if len(a.vector) != len(b.vector):
+            if a.shapes != b.shapes or len(a.vector) != len(b.vector):
+                apart = apart or f"{labels[j]} and {labels[i]} ({_first_difference(b, a)})"
                 continue
             here = [i, j], [j, i]
             table["overlap"][here] = overlap(a.vector, b.vector)
@@ -298,6 +348,20 @@ def overlaps(found: list[Found]) -> dict[str, Any]:
                 ways = overlap(a.halves[0], b.halves[1]), overlap(a.halves[1], b.halves[0])
                 halves["overlap_halves"][here] = np.mean(ways)
                 halves["overlap_halves_spread"][here] = np.nan if i == j else abs(ways[0] - ways[1]) / 2
+    if apart:
+        warnings.warn(f"eigenvectors of different parameters have no overlap: {apart}", stacklevel=2)
     if any(one.halves for one in found):
         table |= halves
     return {name: (("checkpoint", "other"), values) for name, values in table.items()}
+
+
+def _first_difference(a: Found, b: Found) -> str:
+    """Where the parameters of two networks differ, in words."""
+    for one, other in zip_longest(a.shapes, b.shapes):
+        if one != other:
+            return f"{_named(one)} and {_named(other)}"
+    return f"{len(a.vector):,} and {len(b.vector):,} parameters"
+
+
+def _named(entry: tuple[str, tuple[int, ...]] | None) -> str:
+    return "nothing" if entry is None else f"{entry[0]} of shape {entry[1]}"

@@ -21,13 +21,13 @@ from pnanalysis.io import digest, netcdf
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.files import check_tree, read_regular
 from pnanalysis.io.lock import Lock
-from pnanalysis.spectra.lanczos import warn_unsaved
+from pnanalysis.io.unfinished import warn_unsaved
 
 _LARGEST_SETTINGS = 2**24  # bytes
 #: What settings were before they could be chosen.
 _NEWER = {"method": "exact"}
 #: Losses that differ less than this, relative to the larger of their size and one, are those of the same data.
-_SAME_LOSS = 1e-5
+SAME_LOSS = 1e-5
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -135,7 +135,7 @@ class WorkFolder:
         if path.is_file():
             with suppress(SchemaError):  # a damaged file is computed again
                 found = netcdf.load(path)
-                if abs(float(found.attrs.pop("loss_here", float("nan"))) - loss) <= _SAME_LOSS * max(abs(loss), 1.0):
+                if abs(float(found.attrs.pop("loss_here", float("nan"))) - loss) <= SAME_LOSS * max(abs(loss), 1.0):
                     return found
         ds = compute()
         try:

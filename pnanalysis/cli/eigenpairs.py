@@ -39,7 +39,7 @@ def eigenpairs(
     draws: options.Draws = None,
     method: options.Method = "exact",
     tolerance: Annotated[float, typer.Option(help="Residuals to reach, relative to the largest eigenvalue.")] = 1e-4,
-    max_hvp: Annotated[int, typer.Option("--max-hvp", help="Products after which to stop, converged or not.")] = 1000,
+    max_hvp: Annotated[int, typer.Option("--max-hvp", help="The most products, converged or not.")] = 1000,
     data_error: Annotated[
         Literal["halves", "examples", "none"],
         typer.Option(
@@ -67,7 +67,7 @@ def eigenpairs(
 
     Where they lie in the network, how much of the gradient and of the last update is among them, what they owe to the
     classes, and how far the spaces of several checkpoints coincide: docs/concepts/eigenpairs.md. The vectors are saved
-    beside the dataset.
+    beside the dataset. Called again after an interruption, it continues where it stopped.
 
     [bold]Examples[/bold]
 
@@ -80,15 +80,18 @@ def eigenpairs(
       pnanalysis eigenpairs --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
     from pnanalysis.analyses.eigenpairs import eigenpairs as analyse
+    from pnanalysis.analyses.work_folder import remove_unfinished
 
     given = options.sources(runs, model, weights, data, loss, output, tokens)
+    unfinished = options.unfinished("eigenpairs", given[0], output, quiet)
     ds = analyse(
         *given, checkpoints=checkpoint, k=k, which=which, operator=operator, split=split, n=n, batch_size=batch_size,
         params=params, bn_mode=bn, dtype=dtype, amp=amp, draws=draws, method=method, tolerance=tolerance,
         max_hvp=max_hvp, data_error=data_error, classes=classes, vectors=vectors, device=device, seed=seed,
-        progress=not quiet,
+        progress=not quiet, state=unfinished,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)
+    remove_unfinished(unfinished)
 
 
 def _tables(ds: xr.Dataset) -> Iterator[Table | str]:

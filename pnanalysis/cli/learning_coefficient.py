@@ -66,6 +66,8 @@ def learning_coefficient(
 ) -> None:
     """How singular minima are: the local learning coefficient, by Langevin chains around each.
 
+    Called again after an interruption, it continues where it stopped.
+
     [bold]Examples[/bold]
 
       pnanalysis learning-coefficient runs/lenet5 --n 512
@@ -73,15 +75,18 @@ def learning_coefficient(
       pnanalysis learning-coefficient runs/lenet5 -c champion --localization 10 --localization 100 --plot both.pdf
     """
     from pnanalysis.analyses.learning_coefficient import learning_coefficient as analyse
+    from pnanalysis.analyses.work_folder import remove_unfinished
 
     given = options.sources(runs, model, weights, data, loss, output, tokens)
+    unfinished = options.unfinished("learning_coefficient", given[0], output, quiet)
     ds = analyse(
         *given, checkpoints=checkpoint, n_chains=chains, n_draws=draws, burn_in=burn_in,
         step_size=None if step_size is None else _one(step_size), localization=_one(localization or [100.0]),
         beta=beta, sampler=sampler, params=layers, split=split, n=n, batch_size=batch_size, data_error=data_error,
-        dtype=dtype, device=device, seed=seed, progress=not quiet,
+        dtype=dtype, device=device, seed=seed, progress=not quiet, state=unfinished,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _table)
+    remove_unfinished(unfinished)
 
 
 def _one(values: list[float]) -> float | list[float]:

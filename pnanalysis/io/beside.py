@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
+from pnanalysis.arrays import Array
 from pnanalysis.errors import SchemaError
 from pnanalysis.io import zarr_store
 from pnanalysis.io.files import check_inside
@@ -26,8 +30,8 @@ from pnanalysis.schema import stamp
 #: what is in it.
 SUFFIX, DIGEST = ".vectors", "vectors_digest"
 _STORED = {"vector": "eigenvectors", "diagonal": "diagonals"}
-#: Numbers of a vector that are read at a time.
-_CHUNK = 2**22
+#: Numbers of a vector that are read at a time, and attempts to read them while others save the same once more.
+_CHUNK, _ATTEMPTS = 2**22, 3
 
 
 def large_variable(ds: xr.Dataset) -> str | None:
@@ -93,11 +97,48 @@ def attach(ds: xr.Dataset, path: Path, within: Path | None = None) -> xr.Dataset
             f"{path}: its vectors, {store.parent.name}/{store.name}, are not beside it; copy them too, or compute it "
             "again"
         )
-    beside = zarr_store.open_store(store)
+    beside = zarr_store.open_store(store.absolute())  # read later, wherever the process has gone by then
     if beside.attrs.get(DIGEST) != key or name not in beside or not _fits(beside[name], ds):
         raise SchemaError(f"{store}: holds the vectors of another dataset; compute it again")
-    _check_chunks(store, name, beside[name])
-    return ds.assign({name: beside[name].variable})
+    there = beside[name].variable
+    lazy: Any = indexing.LazilyIndexedArray(_Stored(store, name, there))
+    cached: Any = indexing.MemoryCachedArray  # as xarray does with what it opens itself
+    kept = cached(indexing.CopyOnWriteArray(lazy))
+    return ds.assign({name: xr.Variable(there.dims, kept, there.attrs, there.encoding)})
+
+
+class _Stored(BackendArray):
+    """A variable of a store, which is seen to be whole whenever it is read: Zarr reads pieces that are gone as NaN.
+
+    Raises
+    ------
+    SchemaError
+        Now or later, if the store is not whole, or no longer there.
+    """
+
+    def __init__(self, store: Path, name: str, variable: xr.Variable) -> None:
+        self._store, self._name, self._variable = store.absolute(), name, variable
+        self.shape, self.dtype = variable.shape, variable.dtype
+        missing, n = _n_missing(self._store, name)
+        if missing:
+            raise SchemaError(f"{store}: {missing} of {n} pieces of the vectors are gone; compute it again")
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Array:
+        for _ in range(_ATTEMPTS):
+            before = _identity(self._store)
+            values: Array = self._variable[key].values
+            # another call may have saved the same values once more meanwhile
+            if before == _identity(self._store) is not None and not _n_missing(self._store, self._name)[0]:
+                return values
+            if before is None:
+                break
+        raise SchemaError(
+            f"{self._store}: the vectors that were opened here have been replaced, moved or removed since; load the "
+            "dataset again"
+        )
 
 
 def check_unit(vector: np.ndarray, origin: str = "the dataset") -> np.ndarray:
@@ -130,10 +171,21 @@ def _fits(array: xr.DataArray, ds: xr.Dataset) -> bool:
     return all(ds.sizes.get(dim, size) == size for dim, size in array.sizes.items())
 
 
-def _check_chunks(store: Path, name: str, array: xr.DataArray) -> None:
-    """See that there are all chunks, of which a missing one would read as NaN."""
-    chunks: Any = json.loads((store / name / ".zarray").read_text())["chunks"]
-    expected = int(np.prod([-(-size // chunk) for size, chunk in zip(array.shape, chunks, strict=True)]))
-    there = sum(file.name[0] != "." for file in (store / name).iterdir())
-    if there < expected:
-        raise SchemaError(f"{store}: {expected - there} of {expected} pieces of the vectors are gone; compute it again")
+def _n_missing(store: Path, name: str) -> tuple[int, int]:
+    """How many pieces of a variable are not there, and how many there should be."""
+    try:
+        layout: dict[str, Any] = json.loads((store / name / ".zarray").read_text())
+        there = sum(file.name[0] != "." for file in (store / name).iterdir())
+    except FileNotFoundError:
+        return 1, 1
+    n = math.prod(-(-size // chunk) for size, chunk in zip(layout["shape"], layout["chunks"], strict=True))
+    return max(n - there, 0), n
+
+
+def _identity(store: Path) -> tuple[int, int] | None:
+    """What differs once another store has taken this one's place; ``None`` where there is none."""
+    try:
+        found = store.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,9 +1,21 @@
 r"""Critical sharpness: how far the optimizer could have gone along its update before the loss rises again.
 
 With the update :math:`-\eta \Delta` from :math:`\theta`, the critical learning rate :math:`\eta_c` is the smallest at
-which :math:`L(\theta - \eta_c \Delta)` exceeds :math:`L(\theta)`, and :math:`2 / \eta_c` the critical sharpness. For
-gradient descent on a quadratic loss it is the curvature along the gradient, which at the edge of stability is close to
-the largest eigenvalue. It takes forward passes only (arXiv 2601.16979).
+which :math:`L(\theta - \eta_c \Delta)` exceeds :math:`L(\theta)`, and :math:`2 / \eta_c` the critical sharpness
+(definition 1 of [1]_). For a quadratic loss with gradient :math:`g` and Hessian :math:`H` it is
+:math:`\Delta^\top H \Delta / \Delta^\top g`: for gradient descent the curvature along the gradient, which at the edge
+of stability is close to the largest eigenvalue; for a preconditioned gradient the same of the preconditioned Hessian,
+whose largest eigenvalue bounds it.
+
+As in [1]_, a search by factors of two is followed by bisection, and takes forward passes only. There, bisection ends
+at a relative width of 1/16 with the middle of the interval, and the loss is that of the batch that made the update.
+Here it ends at 5 % with the geometric middle, and the loss is that of the data of the monitor: where these are not the
+batch, it may rise however short the step, which has no critical sharpness then.
+
+References
+----------
+.. [1] D. S. Kalra, J.-C. Gagnon-Audet, A. Gromov, I. Mediratta, K. Niu, A. H. Miller, M. Shvartsman, "A Scalable
+   Measure of Loss Landscape Curvature for Analyzing the Training Dynamics of LLMs", arXiv:2601.16979.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from pnanalysis.plots.style import (
     MARKERS,
     PAGE,
     QUIET,
+    SKY,
     VERMILION,
     few,
     log_axis,
@@ -27,6 +28,8 @@ from pnanalysis.plots.style import (
 
 def curvature_monitor(ds: xr.Dataset) -> Figure:
     """The largest eigenvalue that the optimizer sees with its threshold, those of the Hessian, loss and gradient.
+
+    Critical sharpness is beside the eigenvalue that bounds it for quadratic losses.
 
     Parameters
     ----------
@@ -60,16 +63,32 @@ def _stability(ds: xr.Dataset, ax: Axes) -> None:
     if "preconditioned_lambda_max" not in ds or not bool(ds.preconditioned_lambda_max.notnull().any()):
         ax.plot(ds.step, ds.lambda_max, color=VERMILION, **_marks(ds))
         ax.set_ylabel("$\\lambda_{\\max}$ of the Hessian [loss]")
+        if _critical(ds, ax):
+            ax.lines[0].set_label("largest eigenvalue")
+            ax.legend()
         return
     ax.plot(ds.step, ds.preconditioned_lambda_max, color=VERMILION, label="largest eigenvalue", **_marks(ds))
     threshold = ds.threshold.where(np.isfinite(ds.threshold))  # infinite where the learning rate is 0
     ax.plot(ds.step, threshold, color=BLACK, linestyle="--", linewidth=0.9, label="stability threshold")
+    _critical(ds, ax)
     adaptive = ds.attrs.get("optimizer") != "SGD"
     ax.set_ylabel(
         "preconditioned $\\lambda_{\\max}$ [loss]" if adaptive else "$\\lambda_{\\max}$ of the Hessian [loss]"
     )
     ax.set_ylim(bottom=min(0.0, 1.1 * float(ds.preconditioned_lambda_max.min())))
     ax.legend(loc="lower right")
+
+
+def _critical(ds: xr.Dataset, ax: Axes) -> bool:
+    """Critical sharpness with the interval that it is in, where there is any; says whether it is drawn."""
+    if "critical_sharpness" not in ds or not bool(ds.critical_sharpness.notnull().any()):
+        return False
+    found = ds.dropna("step", subset=["critical_sharpness"])
+    ax.fill_between(
+        found.step, found.critical_sharpness_low, found.critical_sharpness_high, color=SKY, alpha=0.35, linewidth=0
+    )
+    ax.plot(found.step, found.critical_sharpness, color=SKY, linestyle=":", label="critical sharpness", **_marks(ds))
+    return True
 
 
 def _curves(ds: xr.Dataset, values: xr.DataArray, ax: Axes) -> None:

@@ -50,7 +50,10 @@ def eigenpairs(ds: xr.Dataset) -> Figure:
         not converged. In the overlap matrix, the diagonal is that of spaces over two halves of the examples: the
         ceiling for different networks.
     """
-    ds = ds if "checkpoint" in ds.dims else ds.expand_dims(checkpoint=[""])
+    if "checkpoint" not in ds.dims:
+        ds = ds.expand_dims("checkpoint") if "checkpoint" in ds.coords else ds.expand_dims(checkpoint=[""])
+    if "other" in ds.dims:
+        ds = ds.sel(other=ds.checkpoint.values)  # of checkpoints that were selected since
     shown = ds.isel(checkpoint=slice(_MOST))
     rows = [2.3]
     if "layer_part" in ds:
@@ -68,7 +71,7 @@ def eigenpairs(ds: xr.Dataset) -> Figure:
 
 
 def _values_and_spaces(ds: xr.Dataset, figure: SubFigure) -> None:
-    has_overlap, has_directions = "overlap" in ds, "gradient_top" in ds
+    has_overlap, has_directions = "overlap" in ds and ds.sizes["checkpoint"] > 1, "gradient_top" in ds
     n = 1 + has_overlap + has_directions
     axes = figure.subplots(1, n, squeeze=False, width_ratios=(1.5, *[1.0] * (n - 1)))[0]
     _values(ds, axes[0])

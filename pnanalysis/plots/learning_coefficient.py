@@ -55,12 +55,15 @@ def learning_coefficient(ds: xr.Dataset) -> Figure:
     left.margins(y=0.15)
     for i, name in enumerate(names):
         one = ds.isel(checkpoint=i)
-        trace = (float(one.nbeta) * one.excess.dropna("draw")).values
-        size = max(1, trace.shape[1] // _BLOCKS)
-        blocks = trace[:, : trace.shape[1] // size * size].reshape(len(trace), -1, size).mean(axis=2)
+        steps = np.flatnonzero(one.excess.notnull().all("chain").values)  # single batches measure some of them
+        size = max(1, len(steps) // _BLOCKS)
+        steps = steps[: len(steps) // size * size]
+        trace = float(one.nbeta) * one.excess.values[:, steps]
+        blocks = trace.reshape(len(trace), -1, size).mean(axis=2)
+        middles = steps.reshape(-1, size).mean(axis=1) + 0.5
         looks: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
         for k, means in enumerate(blocks):
-            right.plot(size * (np.arange(len(means)) + 0.5), means, label=None if k else name, linewidth=0.8, **looks)
+            right.plot(middles, means, label=None if k else name, linewidth=0.8, **looks)
         right.axvline(float(one.burn_in), color=QUIET, linewidth=0.6)
     right.set_xlabel("step")
     right.set_ylabel("$n\\beta\\,(L - L^*)$, means of chains")

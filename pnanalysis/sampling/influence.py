@@ -45,6 +45,13 @@ class Influence:
         self._products[chain] += excess * mean
         return mean
 
+    def sums(self) -> dict[str, Array]:
+        """All that has been taken so far, as arrays that can be filled with what was saved of them."""
+        return {
+            "n_draws": self._n_draws, "of_examples": self._of_examples, "of_all": self._of_all,
+            "products": self._products,
+        }  # fmt: skip
+
     def of_chains(self) -> Array:
         """What each chain gives for the influence of each example, ``(chain, n)``."""
         draws = self._n_draws[:, None]

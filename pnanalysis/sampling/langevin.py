@@ -19,6 +19,14 @@ the step, and by the noise of batches. Three things make them closer to it, and 
   the batch at the checkpoint is replaced by that of all examples there, so that what is left of the noise of batches
   vanishes with the distance from the checkpoint.
 
+Batches take turns. Where they differ by :math:`N_B` in the Hessian of :math:`U`, chains have just relaxed least along
+the batch that comes next, so that its own loss is too large by :math:`\tfrac\varepsilon4\,\mathbb E\lVert N_B(w - w^*)
+\rVert^2` (in units of :math:`U`; to first order in the step size, whatever the order of the batches, for the
+differences of a pass add up to zero). ``"minibatch"`` therefore measures the loss over all examples, at steps that are
+spread over the passes. What is left is that steps by turns contract a little more than steps by the mean, which takes
+off no more than half of that number (and adds no more than that where a pass takes longer than chains do to relax).
+:meth:`Chains.batch_noise` is this number, and the step size is chosen to keep it small.
+
 References
 ----------
 .. [1] E. Lau, Z. Furman, G. Wang, D. Murfet, S. Wei, "The Local Learning Coefficient: A Singularity-Aware Complexity
@@ -31,6 +39,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,21 +49,19 @@ import torch
 from torch import Tensor
 
 from pnanalysis.arrays import Array
-from pnanalysis.errors import ModelError
-from pnanalysis.evaluation.losses import example_weights
-from pnanalysis.inputs.batches import leading_size
+from pnanalysis.sampling.anchor import Anchor
 from pnanalysis.sampling.stacked_gradients import StackedGradients
 from pnanalysis.spectra.random_vectors import normal_pairs
 
 #: What a step takes its gradient from, and how; see above.
 SAMPLERS = ("full", "minibatch", "sgld")
-#: Numbers that gradients of single batches at the checkpoint may take in memory; beyond, they are computed anew.
-_KEPT = 2**27
 #: How far the curvature that bounds steps is below the largest one at most.
 _LEAST = 0.01
 #: Steps of power iteration for the curvature that chains meet, and length of its differences, in distances from the
 #: checkpoint.
 _ITERATIONS, _DIFFERENCE = 8, 0.05
+#: Steps between measurements of the loss, in passes over the data, and how many measurements there are at least.
+_GOLDEN, _FEWEST = 0.618, 40
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ class Draw(NamedTuple):
     ----------
     points : Tensor, shape (chain, P)
     excess : Tensor, shape (chain,)
-        Loss above that at the checkpoint: of all examples, or of a batch, whose mean over batches is that of all.
+        Loss above that at the checkpoint: of all examples, or for ``"sgld"`` of a batch. NaN at steps of
+        ``"minibatch"`` that do not measure it.
     square_distance : Tensor, shape (chain,)
         From the checkpoint.
     """
@@ -144,11 +152,10 @@ class Chains:
         Directions along which steps are shorter; none for ``"sgld"``.
     seed : int
         Of the noise, which does not depend on the device.
-
-    Attributes
-    ----------
-    loss : float
-        At the checkpoint, over all batches.
+    measure_every : int
+        Steps between measurements of the loss by ``"minibatch"``; others measure it at every step.
+    anchor : Anchor, optional
+        Of these batches, where it is known already.
     """
 
     def __init__(
@@ -159,54 +166,37 @@ class Chains:
         sampler: str = "full",
         stiff: Stiff | None = None,
         seed: int = 0,
+        measure_every: int = 1,
+        anchor: Anchor | None = None,
     ) -> None:
-        self._gradients, self._batches, self._sampler, self._seed = gradients, batches, sampler, seed
-        self._centre = gradients.centre
+        self._batches, self._sampler, self._seed, self._every = batches, sampler, seed, measure_every
+        self._anchor = Anchor(gradients, batches) if anchor is None else anchor
+        self._centre, self._factors = self._anchor.point, self._anchor.factors
         table = torch.tensor([[one.nbeta, one.localization, one.step_size] for one in posteriors], dtype=torch.float64)
         self._nbeta, self._localization, self._step = table.to(self._centre).T[:, :, None]
         self._directions = None if stiff is None else stiff.vector.to(self._centre)
         if stiff is not None:
             self._scales = torch.from_numpy(np.stack([stiff.scales(one) for one in posteriors])).to(self._centre)
-        self._at_centre: list[tuple[Tensor, Tensor]] = []
-        self._look()
 
-    def _look(self) -> None:
-        """Weights of batches, and loss and gradient over all of them at the checkpoint."""
-        weights, losses, total = [], [], torch.zeros_like(self._centre, dtype=torch.float64)
-        for inputs, targets in self._batches:
-            weights.append(self._weight(inputs, targets))
-            loss, gradient = self._of_batch(self._centre[None], inputs, targets, weights[-1])
-            losses.append(float(loss[0]))
-            total += weights[-1] * gradient[0].double()
-            if (len(self._at_centre) + 1) * gradient.numel() <= _KEPT and len(self._at_centre) == len(weights) - 1:
-                self._at_centre.append((loss, gradient))
-        if not sum(weights):
-            raise ModelError("no example counts in the loss, so that there is none to sample by")
-        shares = [weight / sum(weights) for weight in weights]
-        self.loss = sum(share * loss for share, loss in zip(shares, losses, strict=True))
-        self._gradient = (total / sum(weights)).to(self._centre)
-        #: what a batch's loss counts where each batch comes up equally often
-        self._factors = [share * len(shares) for share in shares]
+    def draws(self, n_steps: int, first: int = 0, points: Tensor | None = None) -> Iterator[Draw]:
+        """All chains before each of some steps.
 
-    def _weight(self, inputs: Any, targets: Any) -> float:
-        loss = self._gradients.surface.loss
-        if loss.torch_loss is None:
-            return leading_size(targets, inputs)
-        return float(example_weights(loss, targets).sum())
-
-    @property
-    def n_batches(self) -> int:
-        """How many steps a pass over the data takes with single batches."""
-        return len(self._factors)
-
-    def draws(self, n_steps: int) -> Iterator[Draw]:
-        """All chains before each of some steps."""
-        points = self._centre.repeat(len(self._nbeta), 1)
-        noise = self._noise(0, points)
-        evaluate = self._whole if self._sampler == "full" else self._single()
-        for step in range(n_steps):
+        Parameters
+        ----------
+        n_steps : int
+        first : int
+            The step to go on with.
+        points : Tensor, optional
+            Where the chains are before it, ``(chain, P)``; at the checkpoint by default.
+        """
+        points = self._centre.repeat(len(self._nbeta), 1) if points is None else points
+        noise = self._noise(first, points)
+        evaluate = self._whole if self._sampler == "full" else self._single(first)
+        for step in range(first, n_steps):
             moved = points - self._centre
             excess, slope = evaluate(points)
+            if self._sampler == "minibatch":
+                excess = self._anchor.excess(points) if step % self._every == 0 else torch.full_like(excess, math.nan)
             yield Draw(points, excess, moved.double().square().sum(1))
             after = self._noise(step + 1, points)
             jolt = noise if self._sampler == "sgld" else (noise + after) / 2
@@ -228,6 +218,24 @@ class Chains:
             size = vectors.norm(dim=1, keepdim=True)
         return size[:, 0]
 
+    def batch_noise(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """What the noise of single batches does to each chain's loss, and that loss, both ``(chain,)``, in nats.
+
+        By how much the loss of a batch that a step is about to take is above that of all examples: see above.
+        """
+        n, mean = len(self._factors), torch.zeros_like(points)
+        square = torch.zeros(len(points), dtype=torch.float64, device=points.device)
+        for index, (inputs, targets) in enumerate(self._batches):
+            factor = self._factors[index]
+            _, there = self._anchor.at_point(index, inputs, targets)
+            _, slope = self._anchor.of_batch(points, inputs, targets, factor)
+            off = self._scaled(factor * (slope - there), 0.5)
+            mean.add_(off, alpha=1 / n)
+            square += off.double().square().sum(1) / n
+        scatter = (square - mean.double().square().sum(1)).clamp_min(0)
+        noise = self._step[:, 0].double() / 4 * self._nbeta[:, 0].double().square() * scatter
+        return noise, self._nbeta[:, 0].double() * self._anchor.excess(points)
+
     def _scaled(self, vectors: Tensor, power: float) -> Tensor:
         """Steps ``(chain, P)`` with their parts along stiff directions scaled."""
         if self._directions is None:
@@ -239,43 +247,35 @@ class Chains:
         excess, slope = torch.zeros(len(points), dtype=torch.float64, device=points.device), torch.zeros_like(points)
         for index, (inputs, targets) in enumerate(self._batches):
             share = self._factors[index] / len(self._factors)
-            at_centre, _ = self._of_centre(index, inputs, targets)
-            loss, gradient = self._of_batch(points, inputs, targets, share)
+            at_centre, _ = self._anchor.at_point(index, inputs, targets)
+            loss, gradient = self._anchor.of_batch(points, inputs, targets, share)
             excess += share * (loss.double() - at_centre.double())
             slope.add_(gradient, alpha=share)
         return excess, slope
 
-    def _single(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def _single(self, first: int = 0) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """The same of one batch after the other, each with the mean of all if they come up equally often."""
-        batches = self._cycle()
+        batches = self._cycle(first % len(self._factors))
 
         def evaluate(points: Tensor) -> tuple[Tensor, Tensor]:
             index, inputs, targets = next(batches)
             factor = self._factors[index]
-            at_centre, slope_there = self._of_centre(index, inputs, targets)
-            loss, slope = self._of_batch(points, inputs, targets, factor)
+            at_centre, slope_there = self._anchor.at_point(index, inputs, targets)
+            loss, slope = self._anchor.of_batch(points, inputs, targets, factor)
             excess = factor * (loss.double() - at_centre.double())
             if self._sampler == "sgld":
                 return excess, factor * slope
-            return excess, factor * (slope - slope_there) + self._gradient
+            return excess, factor * (slope - slope_there) + self._anchor.gradient
 
         return evaluate
 
-    def _cycle(self) -> Iterator[tuple[int, Any, Any]]:
+    def _cycle(self, first: int) -> Iterator[tuple[int, Any, Any]]:
+        """Batches in their order, again and again; the first pass begins with the batch of index ``first``."""
         while True:
             for index, (inputs, targets) in enumerate(self._batches):
-                yield index, inputs, targets
-
-    def _of_centre(self, index: int, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        """Loss and gradient of a batch at the checkpoint."""
-        if index < len(self._at_centre):
-            return self._at_centre[index]
-        return self._of_batch(self._centre[None], inputs, targets, self._factors[index])
-
-    def _of_batch(self, points: Tensor, inputs: Any, targets: Any, weight: float) -> tuple[Tensor, Tensor]:
-        if weight:
-            return self._gradients(points, inputs, targets)
-        return points.new_zeros(len(points)), torch.zeros_like(points)  # all is ignored, and the mean 0 / 0
+                if index >= first:
+                    yield index, inputs, targets
+            first = 0
 
     def _noise(self, step: int, like: Tensor) -> Tensor:
         """Normal numbers of one step for all chains."""
@@ -283,3 +283,13 @@ class Chains:
         start = step * (n // 2 + 1)
         counters = torch.arange(start, start + (n + 1) // 2, device=like.device)
         return normal_pairs(counters, self._seed, like.dtype).flatten()[:n].reshape(like.shape)
+
+
+def spread_over_passes(n_batches: int, n_draws: int) -> int:
+    """Steps between measurements of the loss, so that they meet all places in a pass equally often.
+
+    Coprime to the number of batches, and near its golden section, by which few places are spread evenly, too.
+    """
+    wanted = min(_GOLDEN * n_batches, n_draws / _FEWEST)
+    near = sorted(range(1, n_batches + 1), key=lambda steps: abs(steps - wanted))
+    return next(steps for steps in near if math.gcd(steps, n_batches) == 1)

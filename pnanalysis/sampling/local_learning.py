@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from pnanalysis.arrays import Array
 from pnanalysis.errors import ModelError
 from pnanalysis.estimates import Estimate
+from pnanalysis.io.unfinished import Unfinished
+from pnanalysis.sampling.anchor import Anchor
 from pnanalysis.sampling.convergence import effective_sample_size, rank_normalised_rhat
 from pnanalysis.sampling.influence import Influence
-from pnanalysis.sampling.langevin import Chains, Posterior, Stiff
-from pnanalysis.sampling.stacked_gradients import StackedGradients
+from pnanalysis.sampling.langevin import Chains, Draw, Posterior, Stiff, spread_over_passes
 from pnanalysis.terminal.progress import Advance
 
 #: Chains count as converged below these R-hats of the loss and of the distance, and from this many effective draws on.
@@ -32,6 +33,9 @@ _LOOK = 25
 #: Step sizes are tried so often at most; how much shorter they get where chains diverge, and how far they may be above
 #: the wanted fraction of the limit.
 _ATTEMPTS, _SHORTER, _MARGIN = 12, 4.0, 1.5
+#: How far, relative to the coefficient, the loss of the next batch may be above that of all where steps are chosen
+#: here; the coefficient of half a direction stands in for smaller ones.
+_MOST_NOISE, _HALF_A_DIRECTION = 0.03, 0.5
 #: How many standard errors the loss of batches may be from that of their examples, and how far relative to it.
 _SIGMAS, _ROUND_OFF = 6.0, 1e-3
 
@@ -62,11 +66,31 @@ class Plan:
     seed: int
     with_examples: bool
 
+    @property
+    def n_steps(self) -> int:
+        """Burn-in and draws."""
+        return self.burn_in + self.n_draws
+
+    def measure_every(self, n_batches: int) -> int:
+        """Steps between measurements of the loss."""
+        return spread_over_passes(n_batches, self.n_draws) if self.sampler == "minibatch" else 1
+
 
 def sample(
-    gradients: StackedGradients, batches: Iterable[Any], plan: Plan, advance: Advance | None = None
-) -> xr.Dataset:
+    anchor: Anchor, plan: Plan, advance: Advance | None = None, state: Unfinished | None = None
+) -> xr.Dataset:  # fmt: skip
     """Run chains and estimate the coefficient of each posterior, along a dim ``posterior``.
+
+    Parameters
+    ----------
+    anchor : Anchor
+        The checkpoint and its batches.
+    plan : Plan
+    advance : callable, optional
+        Called with the number of each step's steps.
+    state : Unfinished, optional
+        Where unfinished chains are saved, now and then and when they are interrupted, and taken up again: they then
+        end with the same numbers.
 
     Raises
     ------
@@ -74,57 +98,93 @@ def sample(
         If all chains of a posterior leave the region where the loss is finite, or the losses of the examples are not
         those of the batches.
     """
-    n_steps = plan.burn_in + plan.n_draws
-    chains = _chains(gradients, batches, plan)
-    n_chains = len(plan.posteriors) * plan.n_chains
-    excess = torch.full((n_chains, n_steps), torch.nan, dtype=torch.float64, device=gradients.centre.device)
-    distance = excess.clone()
-    full = _FullDraws(gradients, batches, plan)
-    with torch.no_grad():
-        for step, draw in enumerate(chains.draws(n_steps)):
-            excess[:, step], distance[:, step] = draw.excess, draw.square_distance.sqrt()
-            if step in full.steps:
-                full.add(draw.points)
-            if step % _LOOK == _LOOK - 1 and not bool((distance[:, step] < _LARGEST).any()):
+    chains, record = _chains(anchor, plan), _Record(anchor, plan)
+    first, points = record.restore(state)
+    if advance is not None and first:
+        advance(first)
+    with torch.no_grad(), record.saved_on_interrupt(state):
+        for step, draw in enumerate(chains.draws(plan.n_steps, first, points), start=first):
+            record.add(step, draw)
+            if state is not None and state.is_due:
+                record.save(state)
+            if step % _LOOK == _LOOK - 1 and not record.is_finite(step):
                 break  # all have diverged
             if advance is not None:
-                advance()
-    shape = (len(plan.posteriors), plan.n_chains, n_steps)
-    traces = excess.cpu().numpy().reshape(shape), distance.cpu().numpy().reshape(shape)
+                advance(1)
+        noise = _share_of_batches(chains, draw.points, plan) if plan.sampler == "minibatch" else None
     parts = [
-        _estimate(one, plan, excess, distance, full.influences[i : i + 1], chains.n_batches)
-        for i, (one, excess, distance) in enumerate(zip(plan.posteriors, *traces, strict=True))
+        _estimate(one, plan, *record.traces(i), record.influences[i : i + 1], len(anchor.factors))
+        for i, one in enumerate(plan.posteriors)
     ]
-    full.check(chains.loss, parts)
-    return xr.concat(parts, dim="posterior").assign(loss=chains.loss)
+    if noise is not None:
+        parts = [_with_batch_error(part, float(share)) for part, share in zip(parts, noise, strict=True)]
+    record.check(anchor.loss, parts)
+    return xr.concat(parts, dim="posterior").assign(loss=anchor.loss)
 
 
-def _chains(gradients: StackedGradients, batches: Iterable[Any], plan: Plan) -> Chains:
+def _chains(anchor: Anchor, plan: Plan, measured: bool = True) -> Chains:
     everyone = [one for one in plan.posteriors for _ in range(plan.n_chains)]
     key = int(np.random.SeedSequence([plan.seed, 1]).generate_state(1, np.uint64)[0])
-    return Chains(gradients, batches, everyone, plan.sampler, plan.stiff, key)
+    every = plan.measure_every(len(anchor.factors)) if measured else plan.n_steps
+    return Chains(anchor.gradients, anchor.batches, everyone, plan.sampler, plan.stiff, key, every, anchor)
 
 
-def with_steps_that_hold(gradients: StackedGradients, batches: Iterable[Any], plan: Plan) -> Plan:
+def with_steps_that_hold(anchor: Anchor, plan: Plan, state: Unfinished | None = None) -> Plan:
     """The plan with step sizes that fit the curvature where chains are after half of the burn-in.
 
-    That at the checkpoint says little of it in a singular minimum.
+    That at the checkpoint says little of it in a singular minimum. Single batches may need shorter steps than that,
+    where they differ much: those that keep their noise small.
     """
     chosen = np.array([one.courant > 0 for one in plan.posteriors])
-    for _ in range(_ATTEMPTS if chosen.any() else 0):
-        chains = _chains(gradients, batches, plan)
+    if not chosen.any():
+        return plan
+    begun = 0
+    if state is not None and (saved := state.load("steps")) is not None:
+        begun = int(saved[1]["attempts"])
+        plan = replace(plan, posteriors=_with_steps(plan.posteriors, saved[1]["steps"]))
+    for attempt in range(begun, _ATTEMPTS):
+        chains = _chains(anchor, plan, measured=False)
         with torch.no_grad():
             points, held = _ends(chains, max(plan.burn_in // 2, _LOOK), plan.n_chains)
             met = chains.curvature(points).double().cpu().numpy().reshape(-1, plan.n_chains).max(axis=1)
-        posteriors = []
-        for one, curvature, good in zip(plan.posteriors, met, held, strict=True):
+            noisy = _share_of_batches(chains, points, plan) if plan.sampler == "minibatch" else np.zeros(len(met))
+        steps = []
+        for one, curvature, good, share in zip(plan.posteriors, met, held, noisy, strict=True):
             longest = one.courant / curvature if good and np.isfinite(curvature) else one.step_size / _SHORTER
+            if good and share > 0:
+                longest = min(longest, one.step_size * _MOST_NOISE / share)
             too_long = one.courant > 0 and one.step_size > _MARGIN * longest
-            posteriors.append(replace(one, step_size=longest) if too_long else one)
-        if posteriors == list(plan.posteriors):
+            steps.append(longest if too_long else one.step_size)
+        done = steps == [one.step_size for one in plan.posteriors]
+        plan = replace(plan, posteriors=_with_steps(plan.posteriors, steps))
+        if state is not None:
+            state.save("steps", {}, steps=steps, attempts=_ATTEMPTS if done else attempt + 1)
+        if done:
             break
-        plan = replace(plan, posteriors=posteriors)
     return plan
+
+
+def _with_steps(posteriors: Sequence[Posterior], steps: Sequence[float]) -> list[Posterior]:
+    return [replace(one, step_size=step) for one, step in zip(posteriors, steps, strict=True)]
+
+
+def _share_of_batches(chains: Chains, points: Tensor, plan: Plan) -> Array:
+    """The noise of single batches relative to the coefficient of each posterior, ``(posterior,)``."""
+    noise, excess = (each.cpu().numpy().reshape(-1, plan.n_chains).mean(axis=1) for each in chains.batch_noise(points))
+    found: Array = noise / np.maximum(np.abs(excess), _HALF_A_DIRECTION)
+    return found
+
+
+def _with_batch_error(part: xr.Dataset, share: float) -> xr.Dataset:
+    """With the error that the noise of batches causes: half of it is taken for two standard errors."""
+    value = float(part.learning_coefficient)
+    batch_se = share * max(abs(value), _HALF_A_DIRECTION) / 4
+    se = math.hypot(float(part.learning_coefficient_se), batch_se)
+    low, high = Estimate(value, se).interval()
+    return part.assign(
+        learning_coefficient_batch_se=batch_se, learning_coefficient_se=se, learning_coefficient_low=low,
+        learning_coefficient_high=high,
+    )  # fmt: skip
 
 
 def _ends(chains: Chains, n_steps: int, n_chains: int) -> tuple[Tensor, list[bool]]:
@@ -143,8 +203,10 @@ def _estimate(
 ) -> xr.Dataset:  # fmt: skip
     """What the chains of one posterior say."""
     drawn, far = excess[:, plan.burn_in :], distance[:, plan.burn_in :]
+    every = plan.measure_every(n_batches)
+    drawn = drawn[:, -plan.burn_in % every :: every]
     finite = bool((np.abs(drawn) < _LARGEST).all() and (far < _LARGEST).all())  # False for NaN, too
-    if plan.sampler != "full":  # means of whole passes: the noise of batches would hide how slowly chains move
+    if plan.sampler == "sgld":  # means of whole passes: the noise of batches would hide how slowly chains move
         drawn, far = (_means(each, n_batches) for each in (drawn, far))
     effective = effective_sample_size(drawn) if finite else 0.0
     rhat, distance_rhat = (rank_normalised_rhat(each) if finite else math.nan for each in (drawn, far))
@@ -173,31 +235,92 @@ def _means(draws: Array, n_batches: int) -> Array:
     return draws[:, : n * n_batches].reshape(len(draws), n, n_batches).mean(axis=2) if n >= 8 else draws
 
 
-class _FullDraws:
-    """All examples at some draws: for their influences, and to see that batches say the same of them."""
+class _Record:
+    """What is kept of chains: traces, and all examples at some draws, for their influences and to check the batches."""
 
-    def __init__(self, gradients: StackedGradients, batches: Iterable[Any], plan: Plan) -> None:
-        self._gradients, self._batches, self._n_chains = gradients, batches, plan.n_chains
+    def __init__(self, anchor: Anchor, plan: Plan) -> None:
+        self._anchor, self._plan, self._n_chains = anchor, plan, plan.n_chains
         self.influences: list[Influence] = []
-        self.steps: frozenset[int] = frozenset()
-        self._excess: list[list[float]] = [[] for _ in range(len(plan.posteriors) * plan.n_chains)]
-        if not plan.with_examples:
+        self._full_steps: list[int] = []
+        n_chains = len(plan.posteriors) * plan.n_chains
+        self._excess = torch.full((n_chains, plan.n_steps), torch.nan, dtype=torch.float64, device=anchor.point.device)
+        self._distance = self._excess.clone()
+        #: the step at which chains are, where, and how many steps have been recorded
+        self._at: tuple[int, Tensor, int] | None = None
+        if plan.with_examples:
+            (centre,) = self._losses(anchor.point[None])
+            self._mean = float(centre.mean())
+            self.influences = [Influence(centre, plan.n_chains, one.nbeta) for one in plan.posteriors]
+            places = np.linspace(plan.burn_in, plan.n_steps - 1, min(_FULL_DRAWS, plan.n_draws))
+            self._full_steps = sorted(set(places.round().astype(int).tolist()))
+        self._of_examples = np.full((n_chains, len(self._full_steps)), np.nan)
+
+    def add(self, step: int, draw: Draw) -> None:
+        """Record a draw; one that has been recorded before an interruption stays as it is."""
+        done = 0 if self._at is None else self._at[2]
+        if step < done:
             return
-        (centre,) = self._losses(gradients.centre[None])
-        self._mean = float(centre.mean())
-        self.influences = [Influence(centre, plan.n_chains, one.nbeta) for one in plan.posteriors]
-        places = np.linspace(plan.burn_in, plan.burn_in + plan.n_draws - 1, min(_FULL_DRAWS, plan.n_draws))
-        self.steps = frozenset(places.round().astype(int).tolist())
+        self._at = None  # of a step that is half recorded nothing can be saved
+        self._excess[:, step], self._distance[:, step] = draw.excess, draw.square_distance.sqrt()
+        if step in self._full_steps:
+            for i, losses in enumerate(self._losses(draw.points)):
+                if np.isfinite(losses).all():
+                    mean = self.influences[i // self._n_chains].add(i % self._n_chains, losses)
+                    self._of_examples[i, self._full_steps.index(step)] = mean
+        self._at = step, draw.points, step + 1
+
+    def is_finite(self, step: int) -> bool:
+        """Whether any chain is."""
+        return bool((self._distance[:, step] < _LARGEST).any())
+
+    def traces(self, posterior: int) -> tuple[Array, Array]:
+        """Excess and distance of the chains of one posterior, ``(chain, step)``."""
+        own = slice(posterior * self._n_chains, (posterior + 1) * self._n_chains)
+        return self._excess[own].cpu().numpy(), self._distance[own].cpu().numpy()
+
+    def save(self, state: Unfinished) -> None:
+        """Write all that there is."""
+        if self._at is None:
+            return
+        step, points, done = self._at
+        tensors = {"points": points, "excess": self._excess[:, :done], "distance": self._distance[:, :done]}
+        tensors |= {name: torch.from_numpy(array) for name, array in self._arrays().items()}
+        state.save("chains", tensors, step=step, done=done)
+
+    def restore(self, state: Unfinished | None) -> tuple[int, Tensor | None]:
+        """Take up what was saved: the step to go on with, and where the chains are before it."""
+        saved = None if state is None else state.load("chains")
+        if saved is None:
+            return 0, None
+        tensors, numbers = saved
+        step, done = int(numbers["step"]), int(numbers["done"])
+        self._excess[:, :done], self._distance[:, :done] = tensors["excess"], tensors["distance"]
+        for name, array in self._arrays().items():
+            array[...] = tensors[name].numpy()
+        points = tensors["points"].to(self._anchor.point)
+        self._at = step, points, done
+        return step, points
+
+    @contextmanager
+    def saved_on_interrupt(self, state: Unfinished | None) -> Iterator[None]:
+        """Save what there is if the body ends early."""
+        try:
+            yield
+        except BaseException:
+            if state is not None:
+                self.save(state)
+            raise
+
+    def _arrays(self) -> dict[str, Array]:
+        every = {"examples": self._of_examples}
+        for i, influence in enumerate(self.influences):
+            every |= {f"{name}.{i}": array for name, array in influence.sums().items()}
+        return every
 
     def _losses(self, points: Tensor) -> list[Array]:
-        states, surface = self._gradients.states(points), self._gradients.surface
-        return [values.loss for values in surface.example_values(states, len(points), self._batches)]
-
-    def add(self, points: Tensor) -> None:
-        for i, losses in enumerate(self._losses(points)):
-            if np.isfinite(losses).all():
-                mean = self.influences[i // self._n_chains].add(i % self._n_chains, losses)
-                self._excess[i].append(mean)
+        gradients = self._anchor.gradients
+        states = gradients.states(points)
+        return [one.loss for one in gradients.surface.example_values(states, len(points), self._anchor.batches)]
 
     def check(self, loss: float, parts: Sequence[xr.Dataset]) -> None:
         """See that batches and examples tell the same loss, at the checkpoint and away from it.
@@ -210,7 +333,8 @@ class _FullDraws:
             return
         off = abs(self._mean - loss) > _ROUND_OFF * max(abs(loss), 1.0)
         for i, part in enumerate(parts):
-            own = np.concatenate(self._excess[i * self._n_chains : (i + 1) * self._n_chains])
+            own = self._of_examples[i * self._n_chains : (i + 1) * self._n_chains].ravel()
+            own = own[np.isfinite(own)]
             if float(part.converged) and len(own) > 2:
                 nbeta = float(part.nbeta)
                 error = nbeta * own.std(ddof=1) / math.sqrt(len(own)) + float(part.learning_coefficient_chain_se)

@@ -17,6 +17,8 @@ from pnanalysis.io.weights import State
 
 #: Relative to its largest entry, how far a vectorised gradient may be from that of one point in float32.
 _ROUND_OFF = 1e-3
+#: How far from the points gradients are compared, in root mean squares of the parameters, and these at least.
+_ASIDE = 0.03
 
 
 class StackedGradients:
@@ -65,8 +67,27 @@ class StackedGradients:
         losses, gradients = zip(*found, strict=True)
         return torch.stack(losses), torch.stack(gradients)
 
+    def losses(self, points: Tensor, inputs: Any, targets: Any) -> Tensor:
+        """Losses ``(k,)`` of a batch at some points ``(k, P)``, without gradients."""
+        inputs, targets = self.surface.cast(inputs), self.surface.cast(targets)
+        if self._vectorised is None:
+            self._vectorised = self._agrees(points, inputs, targets)
+        with torch.no_grad():
+            if not self._vectorised:
+                each = [{name: part[0] for name, part in self._parameters(point[None]).items()} for point in points]
+                return torch.stack([self._loss(theta, inputs, targets) for theta in each])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # vmap names operations that it repeats in a loop
+                return self._losses(self._parameters(points), inputs, targets)
+
     def _agrees(self, points: Tensor, inputs: Any, targets: Any) -> bool:
-        """Whether a vectorised pass is possible, and gives what the pass of a single point does."""
+        """Whether a vectorised pass is possible, and gives what the pass of a single point does.
+
+        Compared are passes a little away from the points: at a minimum, gradients may be nothing but round-off, which
+        differs between the two.
+        """
+        aside = torch.arange(points.shape[1], device=points.device, dtype=points.dtype).sin()
+        points = points + _ASIDE * aside * (points.norm() / points.numel() ** 0.5).clamp_min(_ASIDE)
         try:
             losses, gradients = self._at_once(points, inputs, targets)
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError):

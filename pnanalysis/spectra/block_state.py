@@ -15,7 +15,8 @@ from pnanalysis import schema
 from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError
 from pnanalysis.io import netcdf
-from pnanalysis.spectra.lanczos import Saver, warn_unsaved
+from pnanalysis.io.unfinished import warn_unsaved
+from pnanalysis.spectra.lanczos import Saver
 
 if TYPE_CHECKING:
     from pnanalysis.spectra.block_diagonal import DiagonalSums

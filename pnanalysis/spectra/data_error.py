@@ -85,10 +85,11 @@ class DataForms:
         self._squares: Array | None = None
         self._probes: list[Array] = []  # (2, group) for each: the forms of the trace and of the squares
 
-    def add_leading(self, value: Any, vector: Tensor) -> None:
+    def add_leading(self, value: Any, vector: Tensor, scale: float | None = None) -> None:
         """Take Ritz values ``(t,)`` and their vectors ``(P, t)``: the largest ones, descending, and last the smallest.
 
-        The forms add up to the Ritz values, up to the part of the matrix that no example has: this is checked.
+        The forms add up to the Ritz values, up to the part of the matrix that no example has: this is checked, to a
+        fraction of ``scale``, the largest magnitude of the matrix's eigenvalues; by default that of the values given.
         """
         value = np.asarray(value, dtype=np.float64)
         forms = self._forms(vector, vector)
@@ -96,11 +97,12 @@ class DataForms:
             return
         expected = value - self._without_data(vector)
         deviation = np.abs(forms @ self.operator.group_weights - expected).max()
-        adds_up = bool(deviation <= _TOLERANCE[self.operator.dtype] * np.abs(value).max())
+        scale = float(np.abs(value).max()) if scale is None else scale
+        adds_up = bool(deviation <= _TOLERANCE[self.operator.dtype] * scale)
         if not processes_of(self.operator).decided(adds_up):
             self.reason = (
                 f"the curvatures of single examples add up to eigenvalues that are off by "
-                f"{deviation / np.abs(value).max():.1%} of the largest"
+                f"{deviation / (scale or 1.0):.1%} of the largest"
             )
             return
         self._leading, self._squares, self.top_vector = forms, value @ forms, vector[:, 0].clone()

@@ -11,8 +11,9 @@ import xarray as xr
 
 from pnanalysis.arrays import Array
 from pnanalysis.io import netcdf
+from pnanalysis.io.unfinished import warn_unsaved
 from pnanalysis.spectra.inner_products import inner_products, norms
-from pnanalysis.spectra.lanczos import SAME_PRODUCT, warn_unsaved
+from pnanalysis.spectra.lanczos import SAME_PRODUCT
 from pnanalysis.spectra.linear_operator import LinearOperator, round_off
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.sharing import part_of, processes_of
@@ -29,14 +30,14 @@ def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..
     processes = processes_of(operator)
     found = processes.by_first(lambda: netcdf.load(path) if path.is_file() else None)
     if found is not None:
-        product = _sizes_of_product(operator)
+        product = sizes_of_product(operator)
         before = np.asarray(found.attrs.pop("product", np.nan))
         tolerance = max(SAME_PRODUCT, 10 * round_off(operator)) * product[1]
         if processes.decided(bool(np.abs(before - product).max() <= tolerance)):
             return found
     state = path.with_suffix("")
     ds = compute(state=state)
-    product = _sizes_of_product(operator)
+    product = sizes_of_product(operator)
     if not processes.is_first:
         return ds
     try:
@@ -48,7 +49,7 @@ def saved_or_computed(path: Path, operator: LinearOperator, compute: Callable[..
     return ds
 
 
-def _sizes_of_product(operator: LinearOperator) -> Array:
+def sizes_of_product(operator: LinearOperator) -> Array:
     """What tells a product with a random vector from another operator's: its overlap with the vector, its norm."""
     vector = random_unit_vectors(operator, [0], seed=0)
     product = operator.matmat(vector)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from scipy.linalg import eigh_tridiagonal
 
 from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError, ProcessLost
+from pnanalysis.io.unfinished import warn_unsaved
 from pnanalysis.spectra.inner_products import combinations, inner_products, norms, orthogonalised
 from pnanalysis.spectra.lanczos_state import restore_state, save_state
 from pnanalysis.spectra.linear_operator import (
@@ -488,8 +488,3 @@ class Saver:
         except OSError as error:
             warn_unsaved(self.path, error)
         self._last = time.monotonic()
-
-
-def warn_unsaved(path: Path, error: OSError) -> None:
-    """Warn that unfinished work is not safe from an interruption."""
-    warnings.warn(f"{path}: cannot be written, {error.strerror or error}; going on without", stacklevel=3)

@@ -14,6 +14,8 @@ Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue proble
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import Tensor
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of
 from pnanalysis.errors import CurvatureError
+from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.inner_products import combinations, norms, orthogonalised, recombine
 from pnanalysis.spectra.lanczos import BREAKDOWN, basis_dtype
 from pnanalysis.spectra.linear_operator import (
@@ -83,6 +86,8 @@ def extreme_pairs(
     seed: int = 0,
     start: Tensor | None = None,
     advance: Advance | None = None,
+    state: Unfinished | None = None,
+    name: str = "pairs",
 ) -> EigenPairs:
     """The ``k`` eigenpairs at one end of the spectrum of a symmetric operator.
 
@@ -105,6 +110,11 @@ def extreme_pairs(
         Vectors ``(P, s)`` whose sum is started from instead: those of a similar operator (a warm start).
     advance : callable, optional
         Called with the products of each step.
+    state : Unfinished, optional
+        Where the basis is saved, now and then and when the search is interrupted, and the pairs once they are found;
+        with what is saved there the search goes on, to end with the same numbers.
+    name : str
+        Of this search among those that are saved there.
 
     Returns
     -------
@@ -132,17 +142,43 @@ def extreme_pairs(
         raise CurvatureError(
             f"k is {k} and n_vectors {n_vectors} for {n_parameters:,} parameters; give k < n_vectors <= parameters"
         )
+    saved = None if state is None else state.load(name)
+    if saved is not None and saved[1]["done"]:
+        return _loaded(*saved, operator.device)
     solver = _Restarted(operator, k, which, n_vectors, tolerance)
-    solver.begin(random_unit_vectors(operator, [0], seed) if start is None else start.sum(1, keepdim=True))
-    while True:
-        while solver.size < n_vectors and not solver.is_invariant:
-            solver.step()
-            if advance is not None:
-                advance(1)
-        found = solver.pairs()
-        if found.converged or solver.is_invariant or solver.n_hvp + n_vectors - k > max(max_hvp, n_vectors):
-            return found
-        solver.restart()
+    if saved is None:
+        solver.begin(random_unit_vectors(operator, [0], seed) if start is None else start.sum(1, keepdim=True))
+    else:
+        solver.restore(*saved)
+    with solver.saved_on_interrupt(state, name):
+        while True:
+            while solver.size < n_vectors and not solver.is_invariant:
+                solver.step()
+                if state is not None and state.is_due:
+                    solver.save(state, name)
+                if advance is not None:
+                    advance(1)
+            found = solver.pairs()
+            if found.converged or solver.is_invariant or solver.n_hvp + n_vectors - k > max(max_hvp, n_vectors):
+                break
+            solver.restart()
+    if state is not None:
+        _save(found, state, name)
+    return found
+
+
+def _save(pairs: EigenPairs, state: Unfinished, name: str) -> None:
+    """Pairs that have been found take the place of the unfinished search."""
+    tensors = {
+        "value": torch.from_numpy(pairs.value), "residual": torch.from_numpy(pairs.residual), "vector": pairs.vector,
+    }  # fmt: skip
+    state.save(name, tensors, done=True, n_hvp=pairs.n_hvp, converged=pairs.converged, scale=pairs.scale)
+
+
+def _loaded(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], device: torch.device) -> EigenPairs:
+    value, residual = tensors["value"].numpy(), tensors["residual"].numpy()
+    vector = contiguous_columns(tensors["vector"].to(device))
+    return EigenPairs(value, residual, vector, numbers["n_hvp"], numbers["converged"], numbers["scale"])
 
 
 class _Restarted:
@@ -158,6 +194,34 @@ class _Restarted:
         self.size, self.n_hvp, self.beta = 0, 0, 0.0
         self.following: Tensor = self.basis[:, :0]
         self.is_invariant = False
+        self._is_whole = True  # not between two parts of a step
+
+    def save(self, state: Unfinished, name: str) -> None:
+        """Write all that the search goes on with."""
+        if self._is_whole:
+            tensors = {"basis": self.basis[:, : self.size].T, "following": self.following[:, 0]}
+            tensors["matrix"] = torch.from_numpy(self.matrix)
+            state.save(
+                name, tensors, done=False, size=self.size, n_hvp=self.n_hvp, beta=self.beta,
+                is_invariant=self.is_invariant,
+            )  # fmt: skip
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on with what was saved."""
+        self.size, self.n_hvp, self.beta = numbers["size"], numbers["n_hvp"], numbers["beta"]
+        self.is_invariant, self.matrix = numbers["is_invariant"], tensors["matrix"].numpy()
+        self.basis[:, : self.size] = tensors["basis"].T.to(self.basis)
+        self.following = tensors["following"][:, None].to(self.basis)
+
+    @contextmanager
+    def saved_on_interrupt(self, state: Unfinished | None, name: str) -> Iterator[None]:
+        """Save what there is if the body ends early."""
+        try:
+            yield
+        except BaseException:
+            if state is not None:
+                self.save(state, name)
+            raise
 
     def begin(self, vector: Tensor) -> None:
         """Start from one vector ``(P, 1)``."""
@@ -169,21 +233,23 @@ class _Restarted:
         j = self.size
         self.basis[:, j] = self.following[:, 0]
         product = contiguous_columns(checked_product(self.operator, self.following).to(self.basis))
-        self.n_hvp += 1
         rest, (coordinates,) = orthogonalised(product, [self.basis[:, : j + 1]], self.add)
         lengths = [float(norms(vectors, self.add)) for vectors in (rest, product)]
         length, size, alpha = self.decided((*lengths, float(coordinates[j])))
         if not np.isfinite(length):
             raise CurvatureError(NOT_FINITE)
+        self._is_whole = False
+        self.n_hvp += 1
         self.matrix[j, j] = alpha
         self.size, self.beta = j + 1, length
         scale = max(np.abs(self.matrix).max(), size)
         if length <= BREAKDOWN[self.operator.dtype] * scale or self.size == self.operator.shape[0]:
             self.is_invariant, self.beta = True, 0.0
-            return
-        self.following = rest / length
-        if self.size < len(self.matrix):
-            self.matrix[j, j + 1] = self.matrix[j + 1, j] = length
+        else:
+            self.following = rest / length
+            if self.size < len(self.matrix):
+                self.matrix[j, j + 1] = self.matrix[j + 1, j] = length
+        self._is_whole = True
 
     def pairs(self) -> EigenPairs:
         """The wanted Ritz pairs."""
@@ -192,18 +258,22 @@ class _Restarted:
         largest = float(np.abs(value).max())
         vectors = combinations(self.basis[:, : self.size], torch.from_numpy(vector[:, :k].copy()).to(self.basis))
         converged = bool((residual[:k] <= self.tolerance * (largest or 1.0)).all()) or self.is_invariant
+        # the order in memory is that of a saved copy, for the round-off of products depends on it
+        vectors = contiguous_columns(vectors)
         return EigenPairs(value[:k], residual[:k], vectors, self.n_hvp, self.decided(converged), largest)
 
     def restart(self) -> None:
         """Replace the basis by the best Ritz vectors: the wanted ones, and half of the others to speed up the rest."""
         value, vector, _ = self._ritz()
         n_kept = min(self.k + (self.size - self.k) // 2, self.size - 1)
+        self._is_whole = False
         recombine(self.basis[:, : self.size], torch.from_numpy(vector[:, :n_kept].copy()).to(self.basis))
         signed = self.beta * vector[-1, :n_kept]
         self.matrix[:] = 0
         self.matrix[np.arange(n_kept), np.arange(n_kept)] = value[:n_kept]
         self.matrix[:n_kept, n_kept] = self.matrix[n_kept, :n_kept] = signed
         self.size = n_kept
+        self._is_whole = True
 
     def _ritz(self) -> tuple[Array, Array, Array]:
         """Ritz values, coordinates of their vectors in the basis, and residuals; the wanted ones first."""

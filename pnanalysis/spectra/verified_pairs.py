@@ -20,6 +20,7 @@ from torch import Tensor
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of, positive
 from pnanalysis.errors import CurvatureError
+from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.inner_products import combinations, coordinates, norms, orthogonalised
 from pnanalysis.spectra.lanczos import BREAKDOWN, largest_asymmetry
 from pnanalysis.spectra.linear_operator import (
@@ -41,6 +42,8 @@ from pnanalysis.terminal.progress import Advance
 _N_SEARCH = 20
 #: Residual of a first look at the complement, relative to the last value that was found.
 _ROUGH = 0.02
+#: Length of what is left of a unit vector of the complement without what lies along those that have been found.
+_INSIDE = 0.99
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def verified_pairs(
     seed: int = 0,
     start: Tensor | None = None,
     advance: Advance | None = None,
+    state: Unfinished | None = None,
+    name: str = "pairs",
 ) -> VerifiedPairs:
     """The ``k`` eigenpairs at one end of the spectrum of a symmetric operator, with bounds.
 
@@ -111,7 +116,8 @@ def verified_pairs(
     tolerance : float
         Residuals to reach, relative to the largest magnitude of the eigenvalues; not below the round-off of products.
     max_hvp : int
-        Stop after about so many products, and say what has not converged.
+        The most products, after which what has been found is returned, and what has not converged is said. Each pair
+        takes two at least, one more where there are others.
     n_vectors : int, optional
         Vectors in memory at a time: see :func:`pnanalysis.spectra.restarted.extreme_pairs`.
     seed : int
@@ -120,6 +126,11 @@ def verified_pairs(
         Vectors ``(P, s)`` of a similar operator to start from.
     advance : callable, optional
         Called with the products of each step.
+    state : Unfinished, optional
+        Where unfinished searches are saved and taken up again, to end with the same numbers: see
+        :func:`pnanalysis.spectra.restarted.extreme_pairs`.
+    name : str
+        Of these pairs among those that are saved there.
 
     Returns
     -------
@@ -128,7 +139,8 @@ def verified_pairs(
     Raises
     ------
     CurvatureError
-        If a product is not finite, the operator is not symmetric, or processes divide its vectors among them.
+        If a product is not finite, the operator is not symmetric, processes divide its vectors among them, or
+        ``max_hvp`` is too small for so many pairs.
 
     Warns
     -----
@@ -153,18 +165,22 @@ def verified_pairs(
     positive(tolerance=tolerance)
     n_parameters = operator.shape[0]
     k = min(k, n_parameters)
+    check_limit(max_hvp, k, n_parameters)
+    # k products are kept for those that verify the pairs
+    n_vectors = min(n_vectors or 2 * k + 10, n_parameters, max_hvp - k)
     first = extreme_pairs(
-        operator, k, which, n_vectors=n_vectors, tolerance=tolerance, max_hvp=max_hvp, seed=seed, start=start,
-        advance=advance,
+        operator, k, which, n_vectors=n_vectors, tolerance=tolerance, max_hvp=max_hvp - k, seed=seed, start=start,
+        advance=advance, state=state, name=name,
     )  # fmt: skip
-    found = _Found(operator, first, which, advance)
+    found = _Found(operator, first, which, advance, state, name)
     accuracy = max(tolerance, round_off(operator)) * first.scale
     rest: tuple[float, float] | None = None
     complete = found.size == n_parameters
     for round_ in range(1, 2 * k + 2):
-        if complete or found.n_hvp >= max_hvp + k:
+        wanted = max(k - found.size, 1)
+        if complete or not found.has_room(wanted, max_hvp):
             break
-        more = found.search(max(k - found.size, 1), round_, seed, tolerance, max_hvp)
+        more = found.search(wanted, round_, seed, tolerance, max_hvp)
         if not len(more.value):  # nothing but round-off of zero
             rest, complete = (0.0, round_off(operator) * found.scale), found.size >= k
             continue
@@ -178,6 +194,19 @@ def verified_pairs(
     if found.size > k:
         rest = _more_wanted(rest, (float(found.value[k]), float(found.residuals()[0][k])), which)
     return _verified(found.first(k), rest, complete, accuracy, which)
+
+
+def check_limit(max_hvp: int, k: int, n_parameters: int) -> None:
+    """Refuse a limit of products within which ``k`` pairs cannot be found and verified.
+
+    Raises
+    ------
+    CurvatureError
+    """
+    k = min(k, n_parameters)
+    fewest = k + min(k + 1, n_parameters)
+    if max_hvp < fewest:
+        raise CurvatureError(f"max_hvp is {max_hvp}; {k} pairs of {n_parameters:,} parameters take {fewest} at least")
 
 
 class _Complement:
@@ -206,8 +235,11 @@ class _Complement:
 class _Found:
     """Vectors that were found, their products, and the Ritz values of their span."""
 
-    def __init__(self, operator: LinearOperator, pairs: EigenPairs, which: str, advance: Advance | None) -> None:
-        self.operator, self.which, self.advance = operator, which, advance
+    def __init__(
+        self, operator: LinearOperator, pairs: EigenPairs, which: str, advance: Advance | None,
+        state: Unfinished | None = None, name: str = "pairs",
+    ) -> None:  # fmt: skip
+        self.operator, self.which, self.advance, self.state, self.name = operator, which, advance, state, name
         self.value, self.vector, self.n_hvp, self.scale = pairs.value, pairs.vector, pairs.n_hvp, pairs.scale
         self.product = self._times(self.vector)
         self._check(pairs)
@@ -217,18 +249,27 @@ class _Found:
     def size(self) -> int:
         return self.vector.shape[1]
 
+    def has_room(self, k: int, max_hvp: int) -> bool:
+        """Whether the products that are left are enough to find ``k`` pairs of the complement and verify them."""
+        k = min(k, self.operator.shape[0] - self.size)
+        return self.n_hvp + k + (k + 1) <= max_hvp
+
     def search(self, k: int, index: int, seed: int, tolerance: float, max_hvp: int) -> EigenPairs:
         """The most wanted pairs of the orthogonal complement, from a random vector in it."""
         unwanted = {"largest": -self.scale, "smallest": self.scale, "magnitude": 0.0}[self.which]
         complement = _Complement(self.operator, self.vector, unwanted)
         start = complement.off(random_unit_vectors(self.operator, [index], seed))
-        k, n_vectors = min(k, self.operator.shape[0] - self.size), min(k + _N_SEARCH, self.operator.shape[0])
+        k, n_parameters = min(k, self.operator.shape[0] - self.size), self.operator.shape[0]
         last = float(self.value[-1])
         # a rough answer is enough where nothing is near what has been found
-        for accuracy in (max(tolerance, _ROUGH * abs(last) / (self.scale or 1.0)), tolerance):
+        for attempt, accuracy in enumerate((max(tolerance, _ROUGH * abs(last) / (self.scale or 1.0)), tolerance)):
+            left = max_hvp - self.n_hvp - k  # those that verify what is found are kept
+            n_vectors = min(k + _N_SEARCH, n_parameters, left)
+            if attempt and n_vectors <= k:
+                break
             more = extreme_pairs(
-                complement, k, self.which, n_vectors=n_vectors, tolerance=accuracy,
-                max_hvp=max(max_hvp - self.n_hvp, 1), start=start, advance=self.advance,
+                complement, k, self.which, n_vectors=n_vectors, tolerance=accuracy, max_hvp=left, start=start,
+                advance=self.advance, state=self.state, name=f"{self.name}-{index}-{attempt}",
             )  # fmt: skip
             self.n_hvp += more.n_hvp
             self.scale = max(self.scale, more.scale)
@@ -236,8 +277,8 @@ class _Found:
             sign = {"largest": 1, "smallest": -1, "magnitude": np.sign(more.value[0])}[self.which]
             if k == 1 and not _is_beyond(float(more.value[0]) + sign * away, last, self.which, 0.0):
                 break
-        # a space that is exhausted goes on with round-off, which may lie among what was found
-        genuine = (norms(complement.off(more.vector)) > 0.5).cpu()
+        # a space that is exhausted goes on with round-off, which may lie among what was found, or partly so
+        genuine = (norms(complement.off(more.vector)) > _INSIDE).cpu()
         if not genuine.all():
             kept = np.flatnonzero(genuine.numpy())
             more = replace(
@@ -317,12 +358,13 @@ def _verified(
     if rest is None and not everything:
         rest = float(found.value[-1]), float(residual[-1])  # nothing is known of what comes next
     if not converged.all():
+        others = "" if complete else ", nor is it known whether eigenvalues were left out, as repeated ones may be"
         warnings.warn(
             f"{(~converged).sum()} of {len(converged)} eigenpairs have not converged after {found.n_hvp} products "
-            f"(largest residual {residual.max():.2g}); raise max_hvp, or the tolerance",
+            f"(largest residual {residual.max():.2g}){others}; raise max_hvp, or the tolerance",
             stacklevel=3,
         )
-    if not complete:
+    elif not complete:
         warnings.warn(
             f"after {found.n_hvp} products it is not known whether eigenvalues were left out, as copies of repeated "
             "ones may be; raise max_hvp",
@@ -334,4 +376,4 @@ def _verified(
     )
 
 
-__all__ = ["VerifiedPairs", "verified_pairs"]
+__all__ = ["VerifiedPairs", "check_limit", "verified_pairs"]

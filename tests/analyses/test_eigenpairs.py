@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import pnanalysis as pn
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError, ModelError, PnError
 from pnanalysis.io.runs import Run
+from pnanalysis.io.unfinished import Unfinished
+from pnanalysis.spectra import restarted
 from tests.curvature.conftest import NETWORKS, images, squared_error
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -263,6 +267,120 @@ def test_what_has_not_converged_is_marked() -> None:
         ds = pn.eigenpairs(np.diag(values), k=8, max_hvp=28, **QUIET)
     assert (ds.converged == 0).any()
     assert ds.attrs["complete"] == 0
+
+
+def test_the_limit_of_products_is_kept_or_refused() -> None:
+    values = np.random.default_rng(0).standard_normal(300)
+    with pytest.raises(CurvatureError, match="max_hvp is 1; 4 pairs of 300 parameters take 9 at least"):
+        pn.eigenpairs(np.diag(values), k=4, max_hvp=1, **QUIET)
+    for limit in (9, 10, 25, 60, 200):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            ds = pn.eigenpairs(np.diag(values), k=4, max_hvp=limit, **QUIET)
+        assert int(ds.n_hvp) <= limit
+        assert len(warned) == (limit < 60)
+        assert bool(ds.converged.all()) == (limit >= 60)
+        away = np.abs(values[:, None] - ds.value.values).min(0)
+        assert (away <= ds.value_bound.values).all()
+
+
+@pytest.mark.parametrize(("network", "kind"), [("tanh", "ggn"), ("linear", "hessian")])
+def test_small_eigenvalues_in_single_precision_have_their_error_for_the_examples(network: str, kind: str) -> None:
+    """Forms of examples add up to them to the round-off of the largest eigenvalue, not to that of themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ds = pn.eigenpairs(
+            NETWORKS[network](), data=images((40,)), loss=F.cross_entropy, k=2, which="smallest", operator=kind, n=None,
+            data_error="examples", classes=False, **QUIET,
+        ).squeeze("checkpoint")  # fmt: skip
+    assert ds.attrs["data_error"] == "examples"
+    assert (np.abs(ds.value) <= ds.value_bound).all()  # these matrices have the eigenvalue zero
+    assert (ds.value_data_se <= ds.value_bound).all()
+
+
+class Renamed(nn.Module):
+    """As many parameters as a linear layer, under another name or in another shape."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.matrix = nn.Linear(columns, rows, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, : self.matrix.in_features] @ self.matrix.weight.T
+
+
+def test_spaces_of_other_parameters_have_no_overlap() -> None:
+    torch.manual_seed(0)
+    nets = {"a": Renamed(2, 6), "b": Renamed(2, 6), "other": Renamed(3, 4)}
+    data = [(torch.randn(30, 6), torch.randint(0, 2, (30,)))]
+    with pytest.warns(UserWarning, match="different parameters have no overlap") as warned:
+        ds = pn.eigenpairs(nets, data=data, loss=F.cross_entropy, k=2, data_error="none", **QUIET)
+    (said,) = (str(one.message) for one in warned if "overlap" in str(one.message))
+    assert "a and other (matrix.weight of shape (2, 6) and matrix.weight of shape (3, 4))" in said
+    assert np.isnan(ds.overlap.sel(checkpoint="a", other="other"))
+    assert 0 < float(ds.overlap.sel(checkpoint="a", other="b")) < 1
+
+
+class Breaks:
+    """A matrix that is interrupted at one of its products."""
+
+    def __init__(self, values: np.ndarray, after: float = np.inf) -> None:
+        self.matrix, self.left = torch.from_numpy(np.diag(values)), after
+        self.shape, self.dtype, self.device = self.matrix.shape, self.matrix.dtype, self.matrix.device
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.matmat(v[:, None])[:, 0]
+
+    def matmat(self, V: Tensor) -> Tensor:
+        self.left -= V.shape[1]
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.matrix @ V
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_interrupted_pairs_go_on_where_they_were(kill: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.concatenate([np.random.default_rng(0).standard_normal(150), [4.0, 4.0, 4.0]])
+    options: dict[str, Any] = {"k": 4, "tolerance": 1e-8} | QUIET
+    whole = pn.eigenpairs(Breaks(values), **options)
+    if kill:  # nothing is written at the end, but now and then
+        monkeypatch.setattr(Unfinished, "is_due", True)
+        monkeypatch.setattr(restarted._Restarted, "saved_on_interrupt", lambda *_: nullcontext())
+    state, spent, resumed = tmp_path / "work", 0, None
+    while resumed is None:
+        operator = Breaks(values, 23)  # one for the comparison of operators, four to verify, and some to get on by
+        with suppress(KeyboardInterrupt):
+            resumed = pn.eigenpairs(operator, state=state, **options)
+        spent += 1
+        assert spent < 40
+    assert spent > 2
+    xr.testing.assert_equal(resumed, whole)
+    with pytest.raises(CurvatureError, match="holds unfinished work with other settings, data or code"):
+        pn.eigenpairs(Breaks(values + 1), state=state, **options)
+    with pytest.raises(CurvatureError, match="other settings"):
+        pn.eigenpairs(Breaks(values), state=state, **options | {"k": 5})
+
+
+def test_interrupted_pairs_of_a_network_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = NETWORKS["tanh"](), images((40,))
+    options: dict[str, Any] = {"data": data, "loss": F.cross_entropy, "dtype": "float64", "k": 2, "n": None} | QUIET
+    whole, matmat = pn.eigenpairs(net, **options), HessianOperator.matmat
+    left = [0]
+
+    def interrupted(self: HessianOperator, V: Tensor) -> Tensor:
+        left[0] -= V.shape[1]
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return matmat(self, V)
+
+    monkeypatch.setattr(HessianOperator, "matmat", interrupted)
+    for products in (12, 25, 40):
+        left[0] = products
+        with pytest.raises(KeyboardInterrupt):
+            pn.eigenpairs(net, state=tmp_path / "work", **options)
+    assert list(tmp_path.glob("work/*/pairs.safetensors"))
+    left[0] = 10**6
+    xr.testing.assert_equal(pn.eigenpairs(net, state=tmp_path / "work", **options), whole)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import xarray as xr
 from torch import Tensor, nn
 
 import pnanalysis as pn
-from pnanalysis.errors import ModelError, PnError
+from pnanalysis.errors import CurvatureError, ModelError, PnError
+from pnanalysis.io.unfinished import Unfinished
 
 N = 60
 QUIET: dict[str, Any] = {"progress": False, "dtype": "float64"}
@@ -127,6 +130,65 @@ def test_several_settings_share_their_chains_and_make_dims() -> None:
     xr.testing.assert_equal(ds.sel(checkpoint="a", drop=True), ds.sel(checkpoint="b", drop=True))
 
 
+def test_settings_may_be_arrays_and_attributes_say_what_was_used() -> None:
+    network, data, _ = regression()
+    options = {"data": data, "loss": "mse", "n_draws": 20, "burn_in": 2, "step_size": 0.01, "data_error": "none"}
+    listed, array = (
+        pn.learning_coefficient(network, localization=values, **options, **QUIET)
+        for values in ([20.0, 50.0], np.array([20.0, 50.0]))
+    )
+    xr.testing.assert_equal(listed, array)
+    assert listed.attrs["n"] == N  # not the 2,048 that were asked for
+    assert listed.attrs["beta"] == pytest.approx(1 / math.log(N))
+    assert listed.attrs["all_examples"] == 1
+    few = pn.learning_coefficient(network, n=32, beta=0.3, **options, **QUIET)
+    assert (few.attrs["n"], few.attrs["beta"], few.attrs["all_examples"]) == (32, 0.3, 0)
+
+
+class Stops(nn.Linear):
+    """Is interrupted at some of its passes."""
+
+    left = math.inf
+
+    def forward(self, x: Tensor) -> Tensor:
+        Stops.left -= 1
+        if Stops.left < 0:
+            Stops.left = math.inf
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("sampler", ["full", "minibatch"])
+def test_interrupted_chains_go_on_where_they_were(
+    sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, data, _ = regression()
+    torch.manual_seed(0)
+    network = nn.Sequential(Stops(3, 40), nn.Tanh(), nn.Linear(40, 1))  # large enough for sums in different orders
+    options = {
+        "data": data, "loss": "mse", "sampler": sampler, "batch_size": 20, "n_chains": 3, "burn_in": 30, "n_draws": 60,
+        **QUIET, "dtype": "float32",
+    }  # fmt: skip
+    whole = pn.learning_coefficient(network, **options)
+    monkeypatch.setattr(Unfinished, "is_due", True)  # saved at every step, as if killed there
+    states = set()
+    for passes in (150, 250, 350, 30, 5):
+        Stops.left = passes
+        with suppress(KeyboardInterrupt):
+            pn.learning_coefficient(network, state=tmp_path / "work", **options)
+        states |= {path.name for path in tmp_path.glob("work/*/*")}
+    assert states == {"stiff.safetensors", "steps.safetensors", "chains.safetensors"}
+    Stops.left = math.inf
+    resumed = pn.learning_coefficient(network, state=tmp_path / "work", **options)
+    xr.testing.assert_equal(resumed, whole)
+    assert not list(tmp_path.glob("work/*/*"))
+    Stops.left = 20  # the finished network is not sampled once more
+    xr.testing.assert_equal(pn.learning_coefficient(network, state=tmp_path / "work", **options), whole)
+    Stops.left = math.inf
+    with pytest.raises(CurvatureError, match="holds unfinished work with n_chains 3, not 4"):
+        pn.learning_coefficient(network, state=tmp_path / "work", **options | {"n_chains": 4})
+
+
 def test_some_parameters_move_and_others_stay() -> None:
     network, data, design = regression()
     ds = pn.learning_coefficient(
@@ -178,10 +240,9 @@ def test_ignored_targets_do_not_count() -> None:
     options = {"loss": loss, "beta": 0.5, "n_draws": 30, "burn_in": 0, "step_size": 0.01, "data_error": "none", **QUIET}
     data = x, torch.where(counts, y, torch.tensor(-1))
     part = pn.learning_coefficient(network, data=data, batch_size=7, **options)  # as many ignored as there are
-    whole = pn.learning_coefficient(
-        network, data=(x[counts], y[counts]), batch_size=30, **options | {"beta": 0.5 * 40 / 30}
-    )
-    assert part.nbeta.item() == whole.nbeta.item()
+    whole = pn.learning_coefficient(network, data=(x[counts], y[counts]), batch_size=30, **options)
+    assert part.nbeta.item() == whole.nbeta.item() == 0.5 * 30
+    assert part.attrs["n"] == whole.attrs["n"] == 30
     np.testing.assert_allclose(part.excess, whole.excess, rtol=1e-5, atol=1e-9)
 
 
@@ -200,8 +261,13 @@ def test_a_run_is_analysed_like_its_networks(tiny_run: pn.Run) -> None:
         ({"data_error": "groups"}, "examples or none"),
         ({"n_chains": 1}, "n_chains is 1"),
         ({"localization": 0.0}, "localization"),
-        ({"localization": []}, "localization"),
+        ({"localization": []}, "no localization is given; give one, or leave localization out"),
+        ({"localization": None}, "localization is nan"),
+        ({"localization": np.array([10.0, math.nan])}, "localization is nan"),
         ({"step_size": -1.0}, "step_size"),
+        ({"step_size": []}, "no step_size is given"),
+        ({"step_size": [0.01, math.nan]}, "step_size is nan"),
+        ({"step_size": [math.nan, 0.01]}, "step_size is nan"),
         ({"beta": 0.0}, "beta"),
         ({"params": "nowhere"}, "nowhere"),
         ({"n_draws": 3}, "n_draws is 3"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,51 @@ def test_damage_is_found(tmp_path: Path) -> None:
     shutil.rmtree(store_of(path))
     with pytest.raises(SchemaError, match="are not beside it; copy them too"):
         pn.load(path)
+
+
+def overwritten(path: Path) -> None:
+    pn.save(pairs(1), path)
+
+
+def moved(path: Path) -> None:
+    path.with_suffix(".vectors").rename(path.with_name("elsewhere"))
+
+
+def one_piece_gone(path: Path) -> None:
+    next(file for file in (store_of(path) / "vector").iterdir() if file.name[0] != ".").unlink()
+
+
+@pytest.mark.parametrize("harm", [overwritten, moved, one_piece_gone])
+def test_what_happens_to_an_open_file_is_an_error_and_never_nan(harm: Callable[[Path], None], tmp_path: Path) -> None:
+    ds, path = pairs(), tmp_path / "eigenpairs.nc"
+    pn.save(ds, path)
+    used, late = pn.load(path), pn.load(path)
+    used.vector.load()
+    harm(path)
+    np.testing.assert_array_equal(used.vector, ds.vector)
+    for read in (lambda: late.vector.values, lambda: late.vector[0, 3].values, lambda: late.isel(pair=[1]).load()):
+        with pytest.raises(SchemaError, match=r"have been replaced, moved or removed since; load the dataset again"):
+            read()
+
+
+def test_vectors_are_found_from_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ds = pairs()
+    pn.save(ds, "eigenpairs.nc")
+    found = pn.load("eigenpairs.nc")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    np.testing.assert_array_equal(found.vector[[0, 2], 5:9], ds.vector[[0, 2], 5:9])
+    np.testing.assert_array_equal(found.vector, ds.vector)
+
+
+def test_the_same_saved_once_more_is_still_read(tmp_path: Path) -> None:
+    ds, path = pairs(), tmp_path / "eigenpairs.nc"
+    pn.save(ds, path)
+    found = pn.load(path)
+    shutil.rmtree(path.with_suffix(".vectors"))
+    pn.save(ds, path)
+    np.testing.assert_array_equal(found.vector, ds.vector)
 
 
 def test_vectors_of_another_dataset_are_refused(tmp_path: Path) -> None:

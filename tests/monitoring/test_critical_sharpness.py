@@ -24,6 +24,27 @@ def test_a_loss_that_always_or_never_rises_has_none() -> None:
     assert np.isnan(critical_scale(lambda s: -s)).all()
 
 
+def test_an_adaptive_step_on_a_quadratic_loss() -> None:
+    """2 / eta_c is the directional sharpness of the update, at most the largest preconditioned eigenvalue."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(40, k, dtype=torch.float64, generator=generator) for k in (5, 2))
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2, bias=False).double()
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01)
+    hessian = pn.HessianOperator(model, F.mse_loss, [(x, y)], expected_products=10).to_dense()
+    options = {"every": 1, "expected_products": 10, "batch_size": 40}
+    with pn.CurvatureMonitor(model, optimizer, (x, y), F.mse_loss, **options) as monitor:
+        before = model.weight.detach().flatten().clone()
+        F.mse_loss(model(x), y).backward()
+        g = model.weight.grad.flatten().clone()
+        optimizer.step()
+        ds = monitor.dataset().sel(step=1)
+    update = (before - model.weight.detach().flatten()) / 0.01
+    exact = float(update @ hessian @ update / (update @ g))
+    assert float(ds.critical_sharpness_low) <= exact <= float(ds.critical_sharpness_high)
+    assert exact <= float(ds.preconditioned_lambda_max) * (1 + 1e-3)
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.4])
 def test_gradient_descent_on_a_quadratic_loss(rate: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -423,7 +423,7 @@ def restarts() -> xr.Dataset:
 
 
 def curvature_along_training() -> xr.Dataset:
-    """An eigenvalue that rises to its threshold and stays there."""
+    """An eigenvalue that rises to its threshold and stays there, and critical sharpness below it from a step on."""
     step = np.arange(0, 300, 10)
     top = 40 * np.tanh(step / 80) + 0.8 * noise(len(step)) * (step > 150)
     values = top[:, None] * np.array([1.0, 0.6])
@@ -431,6 +431,9 @@ def curvature_along_training() -> xr.Dataset:
     numbers = (top, top, np.full(len(step), 40.0), np.exp(-step / 90) + 0.01, 0.5 * np.exp(-step / 60) + 0.02)
     variables: dict[str, Any] = {name: ("step", one) for name, one in zip(names, numbers, strict=True)}
     variables["eigenvalue"] = (("step", "pair"), values)
+    critical = np.where(step > 0, 0.8 * top, np.nan)
+    for name, factor in (("", 1.0), ("_low", 0.975), ("_high", 1.025)):
+        variables[f"critical_sharpness{name}"] = ("step", factor * critical)
     return dataset("curvature_monitor", {"step": step, "pair": [1, 2]}, variables, optimizer="SGD")
 
 

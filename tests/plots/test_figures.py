@@ -479,3 +479,38 @@ def test_each_layer_has_a_row_that_checkpoints_share(tiny_run: Run) -> None:
         for line, density in zip(ax.lines, rows, strict=True):
             seen = density > density.max() * 1e-8
             np.testing.assert_allclose(line.get_ydata()[seen], density[seen])
+
+
+def test_eigenpairs_of_some_of_several_checkpoints_are_drawn() -> None:
+    ds = synthetic.eigenpairs()
+    both = {ax.get_label() for ax in plots.eigenpairs(ds).axes}
+    assert "overlap" in both
+    for part in (ds.isel(checkpoint=[0]), ds.isel(checkpoint=0), ds.sel(checkpoint=["champion"])):
+        alone = {ax.get_label() for ax in plots.eigenpairs(part).axes}
+        assert "overlap" not in alone  # with what?
+        assert {"values", "directions"} <= alone
+    turned = plots.eigenpairs(ds.isel(checkpoint=[1, 0]))
+    (overlap,) = (ax for ax in turned.axes if ax.get_label() == "overlap")
+    shown = overlap.collections[0].get_array().reshape(2, 2)
+    np.testing.assert_allclose(np.diag(shown), [0.7, 0.8])
+
+
+def test_critical_sharpness_is_drawn_beside_the_eigenvalue_that_bounds_it() -> None:
+    ds = synthetic.curvature_along_training()
+    for one in (ds, ds.drop_vars("preconditioned_lambda_max")):
+        stability = plots.plot(one).axes[0]
+        (line,) = (line for line in stability.lines if line.get_label() == "critical sharpness")
+        np.testing.assert_array_equal(line.get_ydata(), ds.critical_sharpness.dropna("step"))
+        np.testing.assert_array_equal(line.get_xdata(), ds.step[1:])
+        assert "critical sharpness" in [text.get_text() for text in stability.get_legend().get_texts()]
+    without = plots.plot(ds.drop_vars([name for name in ds if "critical" in str(name)]))
+    assert not any(line.get_label() == "critical sharpness" for line in without.axes[0].lines)
+
+
+def test_chains_by_single_batches_are_drawn_at_the_steps_that_measure_the_loss() -> None:
+    ds = synthetic.learning_coefficients()
+    measured = np.arange(ds.sizes["draw"]) % 5 == 0
+    part = ds.assign(excess=ds.excess.where(xr.DataArray(measured, dims="draw")))
+    for whole, some in zip(plots.plot(ds).axes[1].lines, plots.plot(part).axes[1].lines,
+                           strict=True):  # fmt: skip
+        np.testing.assert_allclose(some.get_xdata()[-1], whole.get_xdata()[-1], rtol=0.1)

@@ -13,8 +13,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pnanalysis.geometry.loss_surface import LossSurface
-from pnanalysis.sampling.langevin import Chains, Posterior, Stiff
-from pnanalysis.sampling.local_learning import Plan
+from pnanalysis.sampling.anchor import Anchor
+from pnanalysis.sampling.langevin import Chains, Posterior, Stiff, spread_over_passes
+from pnanalysis.sampling.local_learning import Plan, with_steps_that_hold
 from pnanalysis.sampling.local_learning import sample as sample_all
 from pnanalysis.sampling.stacked_gradients import StackedGradients
 
@@ -64,13 +65,13 @@ def plan(posterior: Posterior, sampler: str = "full", stiff: Stiff | None = None
     return Plan([posterior], sampler=sampler, stiff=stiff, with_examples=False, **sizes)
 
 
-def sample(*arguments: Any) -> xr.Dataset:
-    return sample_all(*arguments).squeeze("posterior")
+def sample(gradients: StackedGradients, data: list[Any], plan: Plan) -> xr.Dataset:
+    return sample_all(Anchor(gradients, data), plan).squeeze("posterior")
 
 
 def mean_and_se(ds: xr.Dataset, n_draws: int = 200) -> tuple[float, float]:
     """Mean excess of the last draws times ``n beta``, and its error by the scatter of independent chains."""
-    means = float(ds.nbeta) * ds.excess.values[:, -n_draws:].mean(axis=1)
+    means = float(ds.nbeta) * np.nanmean(ds.excess.values[:, -n_draws:], axis=1)
     return means.mean(), means.std(ddof=1) / math.sqrt(len(means))
 
 
@@ -90,7 +91,7 @@ def test_standard_errors_of_chains_hold() -> None:
     posterior = Posterior(nbeta=10.0, localization=5.0, step_size=0.02)
     sizes = {"n_chains": 8, "burn_in": 100, "n_draws": 800, "seed": 0}
     several = Plan([posterior] * 24, sampler="full", stiff=None, with_examples=False, **sizes)
-    ds = sample_all(of(quadratic, 4), batches(1.0), several)
+    ds = sample_all(Anchor(of(quadratic, 4), batches(1.0)), several)
     assert (ds.converged == 1).all()
     z = (ds.learning_coefficient - expected(posterior, "full")) / ds.learning_coefficient_chain_se
     # 24 squares of normal numbers lie between 10 and 43 with probability 0.98
@@ -125,6 +126,88 @@ def test_control_variates_take_the_noise_of_batches_away() -> None:
     (mean, se), (plain, plain_se) = (mean_and_se(found[name]) for name in ("minibatch", "sgld"))
     assert abs(mean - expected(posterior, "minibatch")) < 4 * se < 0.2
     assert plain - 4 * plain_se > 1.5 * expected(posterior, "sgld")
+
+
+class Unlike(nn.Module):
+    """Each example brings the Hessian of its own loss."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x @ self.w) * self.w).sum(-1) / 2
+
+
+def unlike_batches() -> list[tuple[Tensor, Tensor]]:
+    """Batches of rank two each, so that each is stiff where the others are not."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(6, 2, 5, generator=generator, dtype=torch.float64)
+    return [((part.T @ part)[None], torch.zeros(1)) for part in rows]
+
+
+def moments_of_turns(data: list[tuple[Tensor, Tensor]], posterior: Posterior) -> tuple[float, float, float]:
+    """The exact coefficient; what chains by turns have over all examples; and over the batch that is to come."""
+    hessians = [x[0] for x, _ in data]
+    whole, identity = sum(hessians) / len(data), torch.eye(5, dtype=torch.float64)
+    stiffness = posterior.nbeta * whole + posterior.localization * identity
+    half, covariance = posterior.step_size / 2, torch.linalg.inv(stiffness)
+    for _ in range(1000):  # of positions less half of their noise, until a pass changes them no more
+        over_all, over_next = 0.0, 0.0
+        for own in hessians:
+            here = covariance + half / 2 * identity
+            over_all += float((whole @ here).trace()) / len(data)
+            over_next += float((own @ here).trace()) / len(data)
+            step = identity - half * (posterior.nbeta * own + posterior.localization * identity)
+            jolt = (identity + step) / 2
+            covariance = step @ covariance @ step.T + posterior.step_size * jolt @ jolt.T
+    exact = float((whole @ torch.linalg.inv(stiffness)).trace())
+    return tuple(posterior.nbeta / 2 * value for value in (exact, over_all, over_next))
+
+
+def test_batches_that_differ_much_bias_the_loss_of_the_next_one_and_hardly_that_of_all() -> None:
+    data, posterior = unlike_batches(), Posterior(nbeta=10.0, localization=20.0, step_size=0.004)
+    network = Unlike(5)
+    surface = LossSurface(network, mean_output, dtype=torch.float64, at_once=256)
+    gradients = StackedGradients(surface, surface.anchor(network.state_dict()), ["w"])
+    exact, over_all, over_next = moments_of_turns(data, posterior)
+    assert over_next / exact - 1 > 0.06
+    assert abs(over_all / exact - 1) < 0.02
+    ds = sample(gradients, data, plan(posterior, "minibatch", n_draws=300))
+    mean, se = mean_and_se(ds, 300)
+    assert abs(mean - over_all) < 4 * se
+    assert over_next - mean > 6 * se
+    # the stated error of batches is a quarter of what the next batch has too much
+    assert float(ds.learning_coefficient_batch_se) == pytest.approx((over_next - over_all) / 4, rel=0.15)
+    assert float(ds.learning_coefficient_se) > float(ds.learning_coefficient_chain_se)
+
+
+def test_steps_are_chosen_so_short_that_the_noise_of_batches_is_small() -> None:
+    data, posterior = unlike_batches(), Posterior(nbeta=10.0, localization=20.0, step_size=0.016, courant=0.8)
+    network = Unlike(5)
+    surface = LossSurface(network, mean_output, dtype=torch.float64, at_once=256)
+    anchor = Anchor(StackedGradients(surface, surface.anchor(network.state_dict()), ["w"]), data)
+    (chosen,) = with_steps_that_hold(anchor, plan(posterior, "minibatch")).posteriors
+    exact, over_all, over_next = moments_of_turns(data, chosen)
+    assert (over_next - over_all) / exact < 0.06
+    assert abs(over_all / exact - 1) < 0.015
+
+
+def test_measurements_meet_all_places_in_a_pass() -> None:
+    for n_batches in (1, 2, 6, 8, 63, 64):
+        every = spread_over_passes(n_batches, 4000)
+        assert math.gcd(every, n_batches) == 1
+        assert every <= n_batches
+    assert spread_over_passes(64, 40) == 1
+
+
+def test_the_checkpoint_is_looked_at_once_however_often_steps_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, posterior = batches(1.0, 1.0), Posterior(nbeta=10.0, localization=5.0, step_size=10.0, courant=1.0)
+    anchor, looks = Anchor(of(quadratic, 4), data), []
+    monkeypatch.setattr(Anchor, "__init__", lambda *_: looks.append(1))
+    small = plan(posterior, n_chains=3, burn_in=60, n_draws=20)
+    sample_all(anchor, with_steps_that_hold(anchor, small))
+    assert not looks
 
 
 SINGULAR = {

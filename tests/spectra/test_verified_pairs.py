@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -93,6 +93,8 @@ def test_a_cluster_that_k_cuts_has_no_space() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 45), st.sampled_from(WHICH))
+@example(19, 24, 22, "smallest")  # a complement of two dims, in which round-off mixes with what was found
+@example(35941, 39, 37, "largest")
 @settings(max_examples=40, deadline=None)
 def test_random_matrices_with_repeated_eigenvalues(seed: int, n: int, k: int, which: str) -> None:
     values = np.random.default_rng(seed).integers(-3, 4, n).astype(float)
