@@ -155,7 +155,8 @@ def champion(
         gradient = _gradients(found.selection, settings["n_line"], seed, torch_device, progress)
     ds = judged(found, compared, lines, gradient)
     first = found.selection[0].source
-    attrs = found.attrs | {"not_aligned": not_aligned or None if align else "alignment is turned off"}
+    attrs = found.attrs | {"not_aligned": not_aligned or (None if align else "alignment is turned off")}
+    ds = ds.assign_attrs({name: value for name, value in attrs.items() if value is not None})
     return schema.finish(
         ds.assign_attrs(minimum=minimum_answer(ds).word, better=better_answer(ds).word), "champion",
         **first.dataset_attrs(), **attrs, n=settings["n"], n_line=settings["n_line"], batch_size=batch_size, seed=seed,

@@ -8,6 +8,7 @@ import typer
 
 from pnanalysis.cli import (
     blocks,
+    champion,
     compare,
     correlate,
     demo,
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, compare, hessian, eigenpairs, blocks, saturation, trajectory, landscape, sharpness, learning_coefficient,
+    demo, champion, compare, hessian, eigenpairs, blocks, saturation, trajectory, landscape, sharpness, learning_coefficient,
     correlate, gradients, history, plot, report, info, reproduce,
 )  # fmt: skip
 for command in COMMANDS:
