@@ -279,8 +279,11 @@ _CHAMPION = {
             ("difference", "diagnostic", f"champion minus plain model, {_NUMBER}"),
         )
         for end, label in {
-            "": "", "_se": "standard error of the ", "_data_se": "standard error for the choice of examples of the ",
-            "_low": "lower end of the 95 % interval of the ", "_high": "upper end of the 95 % interval of the ",
+            "": "",
+            "_se": "standard error of the ",
+            "_data_se": "standard error for the choice of examples of the ",
+            "_low": "lower end of the 95 % interval of the ",
+            "_high": "upper end of the 95 % interval of the ",
         }.items()
     },
     "difference_p": _var("diagnostic", "1", "p-value of the difference (adjusted by Holm's step-down)"),
@@ -298,7 +301,9 @@ _CHAMPION = {
     **_with_se("barrier", "checkpoint path", "nat", "barrier of the loss"),
     "distance": _var("checkpoint path", "1", "Euclidean distance from the plain model"),
     "js_divergence": _var("checkpoint", "nat", "mean Jensen-Shannon divergence from the plain model", _OPTIONAL),
-    "gradient_noise": _var("checkpoint", "loss", "norm that the choice of examples alone gives the gradient", _OPTIONAL),
+    "gradient_noise": _var(
+        "checkpoint", "loss", "norm that the choice of examples alone gives the gradient", _OPTIONAL
+    ),
     **_with_se("error_difference", "reference", "1", "error of the champion minus that of the reference"),
     **_with_p("error_difference", "reference", "difference in error"),
     "only_wrong": _var("reference", "1", "number of examples that only the champion misclassifies", _OPTIONAL),

@@ -239,7 +239,9 @@ def _against(found: Contest, compared: xr.Dataset, split: str) -> xr.Dataset:
         variables["only_right"] = ("reference", back.only_wrong.values)
     best = None if picked is None else found.selection.labels[2 + picked]
     names = ["plain"] if picked is None else ["plain", "best restart"]
-    return xr.Dataset(variables, {"reference": names}, {"judged_by": name} | ({} if best is None else {"best_restart": best}))
+    return xr.Dataset(
+        variables, {"reference": names}, {"judged_by": name} | ({} if best is None else {"best_restart": best})
+    )
 
 
 def _criterion(compared: xr.Dataset) -> np.ndarray:

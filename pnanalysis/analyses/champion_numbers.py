@@ -89,7 +89,9 @@ def _of_pairs(compared: xr.Dataset, lines: xr.Dataset) -> Iterator[Number]:
         at = lines.sel(path=path)
         each = [at.isel(checkpoint=i) for i in range(at.sizes["checkpoint"])]
         if path == "aligned":
-            yield _paired("aligned_distance", "distance of weights, aligned", [Estimate(float(it.distance)) for it in each])
+            yield _paired(
+                "aligned_distance", "distance of weights, aligned", [Estimate(float(it.distance)) for it in each]
+            )
         yield _paired(
             f"{prefix}barrier", f"barrier of the training loss{words}", [estimate_of(it, "barrier") for it in each]
         )
@@ -107,9 +109,7 @@ def _of_pairs(compared: xr.Dataset, lines: xr.Dataset) -> Iterator[Number]:
         yield _paired("cka", "CKA, mean of layers", _from_plain(averaged, "cka"))
 
 
-def _paired(
-    name: str, title: str, values: list[Estimate], percent: bool = False, resolution: float = 0.0
-) -> Number:
+def _paired(name: str, title: str, values: list[Estimate], percent: bool = False, resolution: float = 0.0) -> Number:
     return Number(
         name, title, [Estimate(math.nan), *values], of_pair=True, percent=percent, resolution=resolution
     )  # fmt: skip
@@ -133,7 +133,9 @@ def _of_each(compared: xr.Dataset, gradient: xr.Dataset | None) -> Iterator[Numb
             yield _own(rows[key], tested.get(key), n)
         if key == "trace" and "lambda_min" in compared:
             smallest = compared[[f"lambda_min{end}" for end in ERROR_ENDS if f"lambda_min{end}" in compared]]
-            values = [estimate_of(smallest.isel(checkpoint=i), "lambda_min") for i in range(smallest.sizes["checkpoint"])]
+            values = [
+                estimate_of(smallest.isel(checkpoint=i), "lambda_min") for i in range(smallest.sizes["checkpoint"])
+            ]
             yield Number("lambda_min", "Hessian lambda_min", values)
     if gradient is not None:
         values = [Estimate(float(value)) for value in gradient.gradient_norm]

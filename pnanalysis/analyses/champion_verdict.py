@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from pnanalysis.analyses.diagnostics import estimate_of
 from pnanalysis.analyses.null_distribution import restarts_needed
 from pnanalysis.analyses.significant_differences import ROUND_OFF
 from pnanalysis.estimates import Estimate
@@ -52,10 +51,11 @@ def number_of(ds: xr.Dataset, name: str, at: int) -> Estimate:
     if name not in ds.diagnostic.values:
         return Estimate(math.nan)
     row = ds.sel(diagnostic=name)
-    parts = {part: float(row[f"value_{part}"].isel(checkpoint=at)) for part in ("se", "low", "high", "data_se")}
-    return Estimate(
-        float(row.value.isel(checkpoint=at)), **parts, percent=bool(row.percent), whole=bool(row.whole)
-    )  # fmt: skip
+    se, low, high, data_se = (
+        float(row[f"value_{part}"].isel(checkpoint=at)) for part in ("se", "low", "high", "data_se")
+    )
+    value, style = float(row.value.isel(checkpoint=at)), {"percent": bool(row.percent), "whole": bool(row.whole)}
+    return Estimate(value, se, low, high, data_se=data_se, **style)
 
 
 def minimum_answer(ds: xr.Dataset) -> Answer:
@@ -79,12 +79,14 @@ def minimum_answer(ds: xr.Dataset) -> Answer:
         return Answer("identical", f"Another minimum? No: {_name(ds)} and the plain model have the same weights.")
     before = f"distance of the weights {distance.value:.3g}"
     if _same_function(ds):
-        function = f"both compute the same function on all {ds.attrs['n_examples']} {ds.attrs['function_split']} examples"
+        function = (
+            f"both compute the same function on all {ds.attrs['n_examples']} {ds.attrs['function_split']} examples"
+        )
         if aligned.value <= _COINCIDE * number_of(ds, "norm", 0).value:
             return Answer(
                 "same by symmetry",
-                f"Another minimum? No: the same one with its hidden units relabelled ({before}, {aligned.value:.2g} after "
-                f"alignment); {function}.",
+                f"Another minimum? No: the same one with its hidden units relabelled ({before}, {aligned.value:.2g} "
+                f"after alignment); {function}.",
             )
         return Answer(
             "same function",
@@ -216,7 +218,8 @@ def _stationary(ds: xr.Dataset) -> Iterator[str]:
     if "gradient_noise" not in ds or math.isnan(own.value):
         return
     noise = float(ds.gradient_noise.isel(checkpoint=1))
-    text = f"A minimum at all? The gradient of the training loss has norm {own.value:.3g} ({plain.value:.3g} in the plain model"
+    text = f"A minimum at all? The gradient of the training loss has norm {own.value:.3g} "
+    text += f"({plain.value:.3g} in the plain model"
     if math.isfinite(noise):
         text += f"; the choice of examples alone gives {noise:.2g})"
         text += ": not a stationary point" if own.value > 2 * noise else ": zero, as far as these examples tell"
@@ -314,9 +317,13 @@ def _scales(ds: xr.Dataset) -> str:
     if math.isnan(own.value):
         return text
     verb = "Predictions differ on" if name == "disagreement" else "Outputs differ by (rms)"
-    text += f" {verb} {own.text()} of the {ds.attrs['function_split']} examples" if own.percent else f" {verb} {own.text()}"
+    text += (
+        f" {verb} {own.text()} of the {ds.attrs['function_split']} examples" if own.percent else f" {verb} {own.text()}"
+    )
     values = ds.value.sel(diagnostic=name).values[2:]
     if len(values):
-        ends = [Estimate(float(one)).text(percent=own.percent).removesuffix(" %") for one in (values.min(), values.max())]
+        ends = [
+            Estimate(float(one)).text(percent=own.percent).removesuffix(" %") for one in (values.min(), values.max())
+        ]
         text += f", of restarts {' to '.join(dict.fromkeys(ends))}{' %' if own.percent else ''}"
     return text + "."

@@ -122,8 +122,9 @@ def contest(
     known = [Trainings.of(_run(one), [end.iteration]) for one, end in others]
     together = None
     if known and {one.name for one in known} == {own.name}:
-        together = Trainings(*(np.concatenate([getattr(one, name) for one in known])
-                               for name in ("criterion", "test_error")), own.name)  # fmt: skip
+        together = Trainings(
+            np.concatenate([one.criterion for one in known]), np.concatenate([one.test_error for one in known]), own.name
+        )  # fmt: skip
     attrs = {
         "role": role, "iteration": best.iteration, "n_iterations": len(run.ends) - 1, "criterion": own.name,
         "restarts": [one.label for one in found], "note": _note(run, role, found),
@@ -167,7 +168,9 @@ def _of_networks(source: Source, restarts: Given | None) -> Contest:
     if len(named) < 2:
         raise RunError("a plain model and a champion are needed: give at least two networks, in this order")
     chosen = [SelectedCheckpoint(name, source, checkpoint) for name, checkpoint in named]
-    return Contest(Selection([source], chosen), attrs={"role": named[1][0], "restarts": [name for name, _ in named[2:]]})
+    return Contest(
+        Selection([source], chosen), attrs={"role": named[1][0], "restarts": [name for name, _ in named[2:]]}
+    )
 
 
 def _check_persistent(run: Run) -> str:
@@ -191,7 +194,7 @@ def _check_persistent(run: Run) -> str:
     return run.contenders[1]
 
 
-def _runs_of(restarts: Given | None, run: Run) -> list[Run | Source]:
+def _runs_of(restarts: Given | None, run: Run) -> list[Run]:
     """The runs that hold restarts: those given, or the control that was trained beside the run."""
     if restarts is None:
         return [] if run.control is None else [run.control]
@@ -214,13 +217,15 @@ def _note(run: Run, role: str, found: Sequence[Source]) -> str | None:
     sentences = []
     if role == "challenger":
         sentences.append(
-            "The plain model has the lowest validation error of all iterations, so that there is no champion beside it: "
-            f"{run.challengers} is judged in its place."
+            "The plain model has the lowest validation error of all iterations, so that there is no champion beside "
+            f"it: {run.challengers} is judged in its place."
         )
     for one in found:
         own, other = (dict(each.manifest["config"]) for each in (run, _run(one)))
         differing = [name for name in own if name not in _OWN_SETTINGS and own[name] != other.get(name)]
         if differing:
             values = ", ".join(f"{name} {other.get(name)} instead of {own[name]}" for name in differing)
-            sentences.append(f"The restarts in {one.label} were trained differently ({values}): a poor null distribution.")
+            sentences.append(
+                f"The restarts in {one.label} were trained differently ({values}): a poor null distribution."
+            )
     return " ".join(sentences) or None

@@ -48,8 +48,8 @@ class NullDistribution:
 
     @property
     def is_outside(self) -> Array:
-        """Whether the adjusted p-value is at most 0.05."""
-        return self.p <= LEVEL
+        """1 where the adjusted p-value is at most 0.05, else 0."""
+        return (self.p <= LEVEL).astype(float)
 
 
 def null_distribution(
@@ -106,8 +106,8 @@ def null_distribution(
         tail = np.minimum(below + ties, n - below) + 1
         rank_p = np.where(np.isfinite(x) & (n > 0), np.minimum(2 * tail / (n + 1), 1.0), np.nan)
         rank = np.where(np.isfinite(x) & (n > 0), 1 + below + ties / 2, np.nan)
-        ends = [np.where(as_log, np.exp(end), end) for end in (mean, mean - half, mean + half)]
-    return NullDistribution(n.astype(float), *ends, score, p, holm(p), rank, rank_p)
+        mean, low, high = (np.where(as_log, np.exp(end), end) for end in (mean, mean - half, mean + half))
+    return NullDistribution(n.astype(float), mean, low, high, score, p, holm(p), rank, rank_p)
 
 
 @dataclass(frozen=True)

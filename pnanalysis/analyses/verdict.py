@@ -28,8 +28,9 @@ def verdict(ds: xr.Dataset) -> list[str]:
     Returns
     -------
     list of str
-        Of a champion, the answers to both questions, and where it lies among restarts. Of a comparison, what stands for a champion, where that is not itself; each checkpoint compared with the first; then, for more
-        than two, their ranking by error with its ties.
+        Of a champion, the answers to both questions, and where it lies among restarts. Of a comparison, what stands
+        for a champion, where that is not itself; each checkpoint compared with the first; then, for more than two,
+        their ranking by error with its ties.
     """
     if ds.attrs.get("kind") == "champion":
         return champion_verdict(ds)

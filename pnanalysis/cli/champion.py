@@ -25,7 +25,8 @@ def champion(
     restarts: Annotated[
         list[Path] | None,
         typer.Option(
-            "--restarts", metavar="RUN",
+            "--restarts",
+            metavar="RUN",
             help="Runs that hold restarts, of others the plain model; may be repeated. By default RUN-restart, which "
             "pntrain --control has trained.",
         ),
@@ -47,7 +48,8 @@ def champion(
     ] = False,
     saturation: Annotated[bool, typer.Option("--saturation/--no-saturation", help="Saturation of activations.")] = True,
     cka: Annotated[
-        bool | None, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.", show_default=False)
+        bool | None,
+        typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.", show_default=False),
     ] = None,
     align: Annotated[
         bool, typer.Option("--align/--no-align", help="Also the line to each network with its units permuted.")
@@ -129,8 +131,8 @@ def _numbers(ds: xr.Dataset) -> Table:
             row += [f"{mean} ({interval(at)})" if is_tested else mean, f"{rank:g} of {int(at.null_n) + 1}", p]
             row.append("–" if not is_tested else "outside" if float(at.null_p) <= LEVEL else "inside")
         rows.append(row)
-    columns = {"diagnostic": "diagnostic", "plain": str(ds.checkpoint.values[0]), "champion": str(ds.checkpoint.values[1]),
-               "difference": "difference"}  # fmt: skip
+    plain, best = map(str, ds.checkpoint.values[:2])
+    columns = {"diagnostic": "diagnostic", "plain": plain, "champion": best, "difference": "difference"}
     if n:
         columns |= {"restarts": f"{n} restarts (95 % for one more)", "rank": "rank", "p": "p (Holm)", "where": "where"}
     return make_table("all diagnostics (* differs significantly from the plain model)", columns, rows)

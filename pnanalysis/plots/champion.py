@@ -61,7 +61,7 @@ def champion(ds: xr.Dataset) -> Figure:
 
 def _rows(ds: xr.Dataset, n: int) -> list[int]:
     """Places of the diagnostics that are drawn."""
-    known = np.isfinite(ds.null_low.values) if n else np.isfinite(ds.difference.values / ds.difference_se.values)
+    known = np.isfinite(ds.null_low.values) if n else np.isfinite(ds.difference.values) & (ds.difference_se.values > 0)
     return [int(i) for i in np.flatnonzero(known)]
 
 
@@ -170,7 +170,14 @@ def _differences(ax: Axes, ds: xr.Dataset, rows: list[int]) -> None:
     for y, i in enumerate(rows):
         value = float(np.clip(np.nan_to_num(score[i], posinf=farthest, neginf=-farthest), -farthest, farthest))
         is_sure = float(ds.difference_p[i]) <= LEVEL
-        ax.plot(value, y, _marker(value, -farthest, farthest, "D"), color=CHAMPION, mfc=CHAMPION if is_sure else "white", ms=4)
+        ax.plot(
+            value,
+            y,
+            _marker(value, -farthest, farthest, "D"),
+            color=CHAMPION,
+            mfc=CHAMPION if is_sure else "white",
+            ms=4,
+        )
     _finish(ax, ds, rows, -farthest, farthest)
     ax.set_xlabel("difference from the plain model, in half-widths of its own 95 % interval")
 

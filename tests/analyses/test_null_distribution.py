@@ -111,7 +111,7 @@ def test_selection_has_known_p_values() -> None:
 
 
 def test_selection_is_level_where_a_rank_alone_is_not() -> None:
-    """Of equal trainings, the best of five by validation looks good among single restarts, but not among bests of five."""
+    """Of equal trainings, the best of five looks good among single restarts, but not among bests of five."""
     rng, ranks, chances = np.random.default_rng(1), [], []
     for _ in range(500):
         quality = rng.standard_normal(105)
