@@ -123,8 +123,10 @@ def contest(
     together = None
     if known and {one.name for one in known} == {own.name}:
         together = Trainings(
-            np.concatenate([one.criterion for one in known]), np.concatenate([one.test_error for one in known]), own.name
-        )  # fmt: skip
+            np.concatenate([one.criterion for one in known]),
+            np.concatenate([one.test_error for one in known]),
+            own.name,
+        )
     attrs = {
         "role": role, "iteration": best.iteration, "n_iterations": len(run.ends) - 1, "criterion": own.name,
         "restarts": [one.label for one in found], "note": _note(run, role, found),

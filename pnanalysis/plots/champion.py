@@ -37,8 +37,8 @@ def champion(ds: xr.Dataset) -> Figure:
         numbers themselves; a full diamond is outside the restarts after Holm's step-down. Arrows point to what lies
         farther out. Without restarts, the differences from the plain model in their own 95 % intervals.
     """
-    n = ds.sizes["checkpoint"] - 2
-    rows = _rows(ds, n)
+    has_null = bool(np.isfinite(ds.null_low).any())
+    rows = _rows(ds, has_null)
     height = 0.62 + _LINE * len(rows)
     figure = new_figure(PAGE, 2.35 + height)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.2, height))[:, 0]
@@ -51,32 +51,38 @@ def champion(ds: xr.Dataset) -> Figure:
     panels[0].set_ylabel("training loss above\nlinear interpolation [nat]")
     ax = lower.subplots()
     ax.set_label("diagnostics")
-    if n and rows:
+    if has_null:
         _strips(ax, ds, rows)
     else:
         _differences(ax, ds, rows)
-    upper.legend(handles=_samples(ds, n), loc="outside upper right", ncols=6, handletextpad=0.5, columnspacing=1.4)
+    upper.legend(
+        handles=_samples(ds, has_null), loc="outside upper right", ncols=6, handletextpad=0.5, columnspacing=1.4
+    )
     return figure
 
 
-def _rows(ds: xr.Dataset, n: int) -> list[int]:
+def _rows(ds: xr.Dataset, has_null: bool) -> list[int]:
     """Places of the diagnostics that are drawn."""
-    known = np.isfinite(ds.null_low.values) if n else np.isfinite(ds.difference.values) & (ds.difference_se.values > 0)
+    known = (
+        np.isfinite(ds.null_low.values)
+        if has_null
+        else np.isfinite(ds.difference.values) & (ds.difference_se.values > 0)
+    )
     return [int(i) for i in np.flatnonzero(known)]
 
 
-def _samples(ds: xr.Dataset, n: int) -> list[Line2D | Patch]:
+def _samples(ds: xr.Dataset, has_null: bool) -> list[Line2D | Patch]:
     """The legend of both parts."""
-    role = str(ds.checkpoint.values[1])
+    role, n = str(ds.checkpoint.values[1]), ds.sizes["checkpoint"] - 2
     found: list[Line2D | Patch] = [
         Line2D([], [], color=PLAIN, marker="s", ls="none", mfc="white", label="plain"),
         Line2D([], [], color=CHAMPION, marker="D", label=role),
     ]
     if n:
-        found += [
-            Line2D([], [], color=RESTART, marker="o", ms=3, lw=0.8, mfc="white", label=f"{n} restart{'s' * (n > 1)}"),
-            Patch(color=_BAND, label="95 % for one more"),
-        ]
+        name = f"{n} restart{'s' * (n > 1)}"
+        found.append(Line2D([], [], color=RESTART, marker="o", ms=3, lw=0.8, mfc="white", label=name))
+    if has_null:
+        found.append(Patch(color=_BAND, label="95 % for one more"))
     return found
 
 
@@ -192,5 +198,5 @@ def _finish(ax: Axes, ds: xr.Dataset, rows: list[int], left: float, right: float
     if any(pair) and not all(pair):
         ax.axhline(sum(pair) - 0.5, color=QUIET, lw=0.5, ls=":")
         for text, y, align in (("from the plain model", -0.55, "top"), ("of each network", sum(pair) - 0.4, "top")):
-            ax.annotate(text, (0.995, y), xycoords=("axes fraction", "data"), ha="right", va=align, fontsize=6.5,
+            ax.annotate(text, (0.96, y), xycoords=("axes fraction", "data"), ha="right", va=align, fontsize=6.5,
                         color="0.35", style="italic")  # fmt: skip
