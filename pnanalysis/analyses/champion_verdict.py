@@ -249,9 +249,8 @@ def _among_restarts(ds: xr.Dataset) -> str:
         else:
             inside.append(title)
     head = f"Among {_counted(n, 'restart')} ({tested.sizes['diagnostic']} diagnostics, Holm)"
-    parts = [f"outside: {'; '.join(outside)}"] if outside else ["outside: none"]
-    parts += [f"inside: {', '.join(inside)}"] if inside else []
-    return f"{head}, {_name(ds)} is {'. '.join(parts)}."
+    first = f"{head}, {_name(ds)} lies outside in {'; '.join(outside) or 'none'}."
+    return f"{first} Inside: {', '.join(inside)}." if inside else first
 
 
 def interval(at: xr.Dataset) -> str:

@@ -16,6 +16,7 @@ from pnanalysis.significance import LEVEL
 _Z95 = 1.96  # standard errors to either side that make a 95 % interval
 _FARTHEST = 4.6  # half-widths of the prediction interval up to which markers are drawn in their places
 _LINE = 0.185  # inches a diagnostic
+_GAP = 0.95  # rows between the two groups
 _TITLES = {"line": "weights as they are", "aligned": "hidden units aligned"}
 _BAND = "#dcefe7"  # of the prediction interval
 
@@ -39,7 +40,7 @@ def champion(ds: xr.Dataset) -> Figure:
     """
     has_null = bool(np.isfinite(ds.null_low).any())
     rows = _rows(ds, has_null)
-    height = 0.62 + _LINE * len(rows)
+    height = 0.66 + _LINE * (len(rows) + 2 * _GAP)
     figure = new_figure(PAGE, 2.35 + height)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.2, height))[:, 0]
     paths = [str(path) for path in ds.path.values if bool(ds.excess.sel(path=path).notnull().any())]
@@ -138,8 +139,8 @@ def _strips(ax: Axes, ds: xr.Dataset, rows: list[int]) -> None:
     every = np.concatenate([value for value, _, _ in scaled])
     left = max(-_FARTHEST, min(-1.6, float(np.nanmin(every)) - 0.3))
     right = min(_FARTHEST, max(1.6, float(np.nanmax(every)) + 0.3))
-    for y, i in enumerate(rows):
-        value, low, high = (np.clip(one, left, right) for one in scaled[y])
+    for y, i, ends in zip(_places(ds, rows), rows, scaled, strict=True):
+        value, low, high = (np.clip(one, left, right) for one in ends)
         is_outside = float(ds.null_p[i]) <= LEVEL
         ax.plot(value[2:], np.full(len(value) - 2, y), "o", ms=3, mew=0.8, color=RESTART, mfc="white", zorder=2)
         if np.isfinite(value[0]):
@@ -157,7 +158,7 @@ def _strips(ax: Axes, ds: xr.Dataset, rows: list[int]) -> None:
             fontsize=6.5, color=CHAMPION if is_outside else "0.35",
         )  # fmt: skip
     _finish(ax, ds, rows, left, right)
-    ax.annotate(str(ds.checkpoint.values[1]), (1.01, -0.95), xycoords=("axes fraction", "data"), va="center",
+    ax.annotate(str(ds.checkpoint.values[1]), (1.01, -_GAP), xycoords=("axes fraction", "data"), va="center",
                 fontsize=6.5, color=CHAMPION)  # fmt: skip
     ax.set_xlabel("distance from the mean of the restarts, in half-widths of the 95 % interval of prediction")
 
@@ -173,7 +174,7 @@ def _differences(ax: Axes, ds: xr.Dataset, rows: list[int]) -> None:
     ax.axvline(0, color=PLAIN, lw=0.9, zorder=1)
     score = ds.difference.values / np.where(ds.difference_se.values > 0, _Z95 * ds.difference_se.values, np.nan)
     farthest = _FARTHEST
-    for y, i in enumerate(rows):
+    for y, i in zip(_places(ds, rows), rows, strict=True):
         value = float(np.clip(np.nan_to_num(score[i], posinf=farthest, neginf=-farthest), -farthest, farthest))
         is_sure = float(ds.difference_p[i]) <= LEVEL
         ax.plot(
@@ -188,15 +189,23 @@ def _differences(ax: Axes, ds: xr.Dataset, rows: list[int]) -> None:
     ax.set_xlabel("difference from the plain model, in half-widths of its own 95 % interval")
 
 
+def _places(ds: xr.Dataset, rows: list[int]) -> list[float]:
+    """Heights of the rows, with a gap between numbers of pairs and of single networks."""
+    n_pairs = sum(bool(ds.of_pair[i]) for i in rows)
+    return [y + (_GAP if 0 < n_pairs <= y else 0.0) for y in range(len(rows))]
+
+
 def _finish(ax: Axes, ds: xr.Dataset, rows: list[int], left: float, right: float) -> None:
-    pair = [bool(ds.of_pair[i]) for i in rows]
-    ax.set_yticks(range(len(rows)), [str(ds.title.values[i]) for i in rows])
-    ax.set_ylim(len(rows) - 0.4, -0.6)
+    """Names of the rows, and above each group what it is about."""
+    places = _places(ds, rows)
+    ax.set_yticks(places, [str(ds.title.values[i]) for i in rows])
+    ax.set_ylim(max(places, default=0) + 0.6, -0.6)
     ax.set_xlim(left - 0.15, right + 0.15)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
-    if any(pair) and not all(pair):
-        ax.axhline(sum(pair) - 0.5, color=QUIET, lw=0.5, ls=":")
-        for text, y, align in (("from the plain model", -0.55, "top"), ("of each network", sum(pair) - 0.4, "top")):
-            ax.annotate(text, (0.96, y), xycoords=("axes fraction", "data"), ha="right", va=align, fontsize=6.5,
-                        color="0.35", style="italic")  # fmt: skip
+    n_pairs = sum(bool(ds.of_pair[i]) for i in rows)
+    heads = {"from the plain model": -_GAP} if n_pairs else {}
+    heads |= {"of each network": n_pairs + 0.05} if 0 < n_pairs < len(rows) else {}
+    for text, y in heads.items():
+        ax.annotate(text, (0, y), (-5, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+                    va="center", fontsize=6.5, color="0.35", style="italic")  # fmt: skip
