@@ -250,7 +250,7 @@ def _among_restarts(ds: xr.Dataset) -> str:
             inside.append(title)
     head = f"Among {_counted(n, 'restart')} ({tested.sizes['diagnostic']} diagnostics, Holm)"
     first = f"{head}, {_name(ds)} lies outside in {'; '.join(outside) or 'none'}."
-    return f"{first} Inside: {', '.join(inside)}." if inside else first
+    return f"{first} Inside: {'; '.join(inside)}." if inside else first
 
 
 def interval(at: xr.Dataset) -> str:
