@@ -1,6 +1,7 @@
 from . import plots as plots
 from .activations.monitor import SaturationMonitor as SaturationMonitor
 from .analyses.blocks import blocks as blocks
+from .analyses.champion import champion as champion
 from .analyses.comparison import compare as compare
 from .analyses.correlation import correlate as correlate
 from .analyses.eigenpairs import eigenpairs as eigenpairs
@@ -42,6 +43,7 @@ __all__ = [
     "SaturationMonitor",
     "as_operator",
     "blocks",
+    "champion",
     "compare",
     "correlate",
     "eigenpairs",

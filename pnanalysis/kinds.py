@@ -270,6 +270,51 @@ for _name, (_units, _long_name) in COMPARED_SHARPNESS.items():
         **_with_p(f"{_name}_difference", "checkpoint other", _difference),
     }
 
+_NUMBER = "diagnostic (units in diagnostic_units)"
+_CHAMPION = {
+    **{
+        f"{name}{end}": _var(dims, "1", f"{label}{text}")
+        for name, dims, text in (
+            ("value", "diagnostic checkpoint", _NUMBER),
+            ("difference", "diagnostic", f"champion minus plain model, {_NUMBER}"),
+        )
+        for end, label in {
+            "": "",
+            "_se": "standard error of the ",
+            "_data_se": "standard error for the choice of examples of the ",
+            "_low": "lower end of the 95 % interval of the ",
+            "_high": "upper end of the 95 % interval of the ",
+        }.items()
+    },
+    "difference_p": _var("diagnostic", "1", "p-value of the difference (adjusted by Holm's step-down)"),
+    "null_n": _var("diagnostic", "1", "number of restarts"),
+    "null_mean": _var("diagnostic", "1", f"mean of the restarts, {_NUMBER}"),
+    "null_low": _var("diagnostic", "1", f"lower end of the 95 % interval of prediction, {_NUMBER}"),
+    "null_high": _var("diagnostic", "1", f"upper end of the 95 % interval of prediction, {_NUMBER}"),
+    "null_score": _var("diagnostic", "1", "champion minus mean, in standard deviations of a prediction"),
+    "null_p_single": _var("diagnostic", "1", "p-value of the champion being drawn like the restarts, by itself"),
+    "null_p": _var("diagnostic", "1", "p-value of being drawn like the restarts (adjusted by Holm's step-down)"),
+    "null_rank": _var("diagnostic", "1", "rank of the champion among the restarts (1 is the lowest; ties count half)"),
+    "null_rank_p": _var("diagnostic", "1", "two-sided p-value by this rank alone"),
+    **_with_se("loss", "checkpoint path position", "nat", "training loss on the line from the plain model"),
+    **_with_se("excess", "checkpoint path position", "nat", "loss above linear interpolation between the ends"),
+    **_with_se("barrier", "checkpoint path", "nat", "barrier of the loss"),
+    "distance": _var("checkpoint path", "1", "Euclidean distance from the plain model"),
+    "js_divergence": _var("checkpoint", "nat", "mean Jensen-Shannon divergence from the plain model", _OPTIONAL),
+    "gradient_noise": _var(
+        "checkpoint", "loss", "norm that the choice of examples alone gives the gradient", _OPTIONAL
+    ),
+    **_with_se("error_difference", "reference", "1", "error of the champion minus that of the reference"),
+    **_with_p("error_difference", "reference", "difference in error"),
+    "only_wrong": _var("reference", "1", "number of examples that only the champion misclassifies", _OPTIONAL),
+    "only_right": _var("reference", "1", "number of examples that only the reference misclassifies", _OPTIONAL),
+    "criterion": _var("training", "1", "what the champion is picked by (the lowest)", _OPTIONAL),
+    "training_test_error": _var("training", "1", "test error at the end of training", _OPTIONAL),
+    "selection_p": _var("", "1", "chance of the best of as many trainings having a test error as low", _OPTIONAL),
+    "selection_least_p": _var("", "1", "smallest value that this can have", _OPTIONAL),
+    "best_of_restarts": _var("", "1", "mean test error of the best of as many restarts", _OPTIONAL),
+}
+
 _EIGENPAIRS = {
     "value": _var("pair", "loss", "eigenvalue"),
     "residual": _var("pair", "loss", "residual norm of the eigenpair"),
@@ -366,6 +411,7 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
     "diagonals": {"diagonal": _BLOCKS["diagonal"]},
     "functional": _FUNCTIONAL,
     "comparison": _COMPARISON,
+    "champion": _CHAMPION,
     "saturation": {
         **_with_se("percentile", "layer quantile", "1", "activation percentile"),
         **_with_se("abs_percentile", "layer quantile", "1", "percentile of the absolute activation"),

@@ -155,18 +155,86 @@ def compare(
     >>> ds = compare(open_run("runs/lenet5"), open_run("runs/lenet5-restart"))  # doctest: +SKIP
     >>> ds.error_difference.sel(split="test").isel(other=0)  # doctest: +SKIP
     """
-    at_least(1, n=n, batch_size=batch_size)
-    check_seed(seed=seed)
-    one_of(SPLITS, split=split)
-    pairs = EigenpairRequest.of(eigenpairs if isinstance(eigenpairs, Mapping) else {}, seed)
-    sharp = SharpnessRequest.of(sharpness if isinstance(sharpness, Mapping) else {}, seed)
-    divided = BlockRequest.of(blocks if isinstance(blocks, Mapping) else {}, seed)
-    requested = _SpectrumRequest.of(hessian if isinstance(hessian, Mapping) else {}, seed)
+    wanted = ComparisonRequest.of(
+        n=n, split=split, hessian=hessian, eigenpairs=eigenpairs, sharpness=sharpness, blocks=blocks, cka=cka,
+        saturation=saturation, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
-    examples = Examples(selection, torch_device)
-    split = examples.nearest(split)
-    networks = selection.networks(torch_device, torch.float32)
+    ds = compare_selected(selection, wanted, torch_device, progress)
+    return schema.finish(
+        with_p_values(ds), "comparison",
+        **selection[0].source.dataset_attrs(), note=selection.note, n=n,
+        batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ComparisonRequest:
+    """What is to be compared: see :func:`compare`. Parts that are ``None`` are left out."""
+
+    n: int | None
+    split: str
+    batch_size: int
+    seed: int
+    cka: bool
+    saturation: bool
+    spectra: _SpectrumRequest | None
+    eigenpairs: EigenpairRequest | None
+    sharpness: SharpnessRequest | None
+    blocks: BlockRequest | None
+
+    @classmethod
+    def of(
+        cls, *, n: int | None = None, split: str = "test", hessian: bool | Mapping[str, Any] = True,
+        eigenpairs: bool | Mapping[str, Any] = False, sharpness: bool | Mapping[str, Any] = False,
+        blocks: bool | Mapping[str, Any] = False, cka: bool = True, saturation: bool = True, batch_size: int = 256,
+        seed: int = 0,
+    ) -> ComparisonRequest:  # fmt: skip
+        """From the arguments of :func:`compare`, checked before any work begins.
+
+        Raises
+        ------
+        PnError
+        """
+        at_least(1, n=n, batch_size=batch_size)
+        check_seed(seed=seed)
+        one_of(SPLITS, split=split)
+        return cls(
+            n, split, batch_size, seed, cka, saturation,
+            _SpectrumRequest.of(_options(hessian), seed) if hessian else None,
+            EigenpairRequest.of(_options(eigenpairs), seed) if eigenpairs else None,
+            SharpnessRequest.of(_options(sharpness), seed) if sharpness else None,
+            BlockRequest.of(_options(blocks), seed) if blocks else None,
+        )  # fmt: skip
+
+
+def _options(requested: bool | Mapping[str, Any]) -> Mapping[str, Any]:
+    return requested if isinstance(requested, Mapping) else {}
+
+
+def compare_selected(
+    selection: Selection, wanted: ComparisonRequest, device: torch.device, progress: bool
+) -> xr.Dataset:
+    """The variables of :func:`compare` without p-values, for checkpoints that are chosen already.
+
+    Parameters
+    ----------
+    selection : Selection
+        The first is the reference.
+    wanted : ComparisonRequest
+    device : torch.device
+    progress : bool
+
+    Returns
+    -------
+    xarray.Dataset
+        With ``function_split`` among its attributes, the split where functions are compared.
+    """
+    n, batch_size, seed = wanted.n, wanted.batch_size, wanted.seed
+    examples = Examples(selection, device)
+    split = examples.nearest(wanted.split)
+    networks = selection.networks(device, torch.float32)
     loss = selection[0].source.loss
     distances = parameter_distances(list(networks.values()))
     own_layers: list[str] = distances.pop("layer")
@@ -177,43 +245,40 @@ def compare(
         with progress_bar(f"{name} examples", total, progress) as advance:
             if name == split:
                 function, scores = compare_functions(
-                    networks, batches, loss, cka=cka, device=torch_device, advance=advance
+                    networks, batches, loss, cka=wanted.cka, device=device, advance=advance
                 )
             else:
-                scores = evaluate(networks, batches, loss_on(loss, torch_device, torch.float32), advance)
+                scores = evaluate(networks, batches, loss_on(loss, device, torch.float32), advance)
         parts.append(_split_scores(scores))
         sizes[name], classes = scores.n, scores.classes
     layers = list(dict.fromkeys([*own_layers, *function.coords.get("layer", xr.DataArray([])).values.tolist()]))
     function = function.reindex(layer=layers) if "layer" in function.dims else function
     found = [xr.concat(parts, dim="split").assign(n_examples=("split", list(sizes.values()))), function]
     spectra = xr.Dataset()
-    if hessian:
+    if wanted.spectra is not None:
         for network in networks.values():
             network.cpu()  # room for the spectra: each network comes back for its own
-        spectra = _spectra(selection, networks, requested, torch_device, progress)
+        spectra = _spectra(selection, networks, wanted.spectra, device, progress)
         found.append(spectra)
-    if eigenpairs:
-        found.append(pairs.overlaps(selection, networks, torch_device, progress))
+    if wanted.eigenpairs is not None:
+        found.append(wanted.eigenpairs.overlaps(selection, networks, device, progress))
     rises = xr.Dataset()
-    if sharpness:
-        rises = sharp.differences(selection, networks, torch_device, progress)
+    if wanted.sharpness is not None:
+        rises = wanted.sharpness.differences(selection, networks, device, progress)
         found.append(rises)
-    if blocks:
-        found.append(divided.differences(selection, networks, torch_device, progress))
-    if saturation:
-        found.append(_saturation(selection, networks, split, torch_device, seed, progress))
+    if wanted.blocks is not None:
+        found.append(wanted.blocks.differences(selection, networks, device, progress))
+    if wanted.saturation:
+        found.append(_saturation(selection, networks, split, device, seed, progress))
     ds = xr.merge([xr.Dataset(distances, {"layer": own_layers}).reindex(layer=layers), *found], compat="no_conflicts")
     ds = ds.assign_coords(
         checkpoint=selection.labels, other=selection.labels, split=list(sizes),
         description=("checkpoint", [item.description for item in selection]),
     )  # fmt: skip
     ds = ds.transpose("checkpoint", "other", "split", "layer", "activation", "block", missing_dims="ignore")
-    ds = ds.assign_attrs(spectra.attrs | rises.attrs | ({} if classes is None else {"classes": classes}))
-    return schema.finish(
-        with_p_values(ds), "comparison",
-        **selection[0].source.dataset_attrs(), note=selection.note, function_split=split, n=n,
-        batch_size=batch_size, seed=seed, device=str(torch_device), dtype="float32",
-    )  # fmt: skip
+    return ds.assign_attrs(
+        spectra.attrs | rises.attrs | ({} if classes is None else {"classes": classes}) | {"function_split": split}
+    )
 
 
 @dataclass(frozen=True)

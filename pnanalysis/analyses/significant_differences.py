@@ -51,7 +51,7 @@ def with_p_values(ds: xr.Dataset) -> xr.Dataset:
 
 
 def _computed(ds: xr.Dataset) -> xr.Dataset:
-    tests = dict(_tests(ds))
+    tests = dict(single_p_values(ds))
     below = np.tril_indices(ds.sizes["checkpoint"], -1)
     adjusted = holm(np.concatenate([p[below].ravel() for p in tests.values()]))
     variables: dict[str, Any] = {}
@@ -68,8 +68,8 @@ def _computed(ds: xr.Dataset) -> xr.Dataset:
     return ds.assign(rank=(1 + is_better.sum("other")).transpose("checkpoint", "split"))
 
 
-def _tests(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
-    """The variables that are tested, with a p-value for each pair of checkpoints (and split)."""
+def single_p_values(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
+    """The variables that are tested, with a p-value by itself for each pair of checkpoints (and split)."""
     dof = np.fmax(ds.n_examples.values - 1.0, 1.0)
     is_of_classes = "classes" in ds.attrs
     for name in ("loss", "error"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
+from pnanalysis.analyses.champion_verdict import champion_verdict
 from pnanalysis.analyses.diagnostics import estimate_of, short_names
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
 from pnanalysis.estimates import Estimate
@@ -22,14 +23,17 @@ def verdict(ds: xr.Dataset) -> list[str]:
     Parameters
     ----------
     ds : xarray.Dataset
-        Kind ``comparison``.
+        Kind ``comparison`` or ``champion``.
 
     Returns
     -------
     list of str
-        What stands for a champion, where that is not itself; each checkpoint compared with the first; then, for more
-        than two, their ranking by error with its ties.
+        Of a champion, the answers to both questions, and where it lies among restarts. Of a comparison, what stands
+        for a champion, where that is not itself; each checkpoint compared with the first; then, for more than two,
+        their ranking by error with its ties.
     """
+    if ds.attrs.get("kind") == "champion":
+        return champion_verdict(ds)
     ds = with_p_values(ds)
     sentences = [ds.attrs["note"]] if "note" in ds.attrs else []
     sentences += [sentence for i in range(1, ds.sizes["checkpoint"]) for sentence in _compared_with_first(ds, i)]

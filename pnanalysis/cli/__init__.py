@@ -8,6 +8,7 @@ import typer
 
 from pnanalysis.cli import (
     blocks,
+    champion,
     compare,
     correlate,
     demo,
@@ -34,8 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    demo, compare, hessian, eigenpairs, blocks, saturation, trajectory, landscape, sharpness, learning_coefficient,
-    correlate, gradients, history, plot, report, info, reproduce,
+    demo, champion, compare, hessian, eigenpairs, blocks, saturation, trajectory, landscape, sharpness,
+    learning_coefficient, correlate, gradients, history, plot, report, info, reproduce,
 )  # fmt: skip
 for command in COMMANDS:
     command.register(app)

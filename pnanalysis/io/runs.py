@@ -158,6 +158,21 @@ class Run:
         return "plain", "challenger" if is_plain_best else "champion"
 
     @property
+    def control(self) -> Run | None:
+        """The restart control that ``pntrain --control`` has trained beside this run; ``None`` if there is none."""
+        path = self.path.resolve()
+        path = path.with_name(f"{path.name}-restart")
+        if not (path / MANIFEST).is_file():
+            return None
+        found = open_run(path)
+        is_control = found.manifest.get("strategy") == "restart" and found.has_setting_of(self)
+        return found if is_control and found.manifest["ends"] else None
+
+    def has_setting_of(self, other: Run) -> bool:
+        """Whether both are of one recipe, model and data set."""
+        return all(self.manifest.get(key) == other.manifest.get(key) for key in ("recipe", "model", "data"))
+
+    @property
     def challengers(self) -> str:
         """What the challenger is among them, in words."""
         last = len(self.manifest["ends"]) - 1

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from pnanalysis.errors import PnError
 from pnanalysis.plots.blocks import blocks
+from pnanalysis.plots.champion import champion
 from pnanalysis.plots.comparison import comparison
 from pnanalysis.plots.correlation import correlation
 from pnanalysis.plots.eigenpairs import eigenpairs
@@ -49,6 +50,7 @@ FIGURES: dict[str, str] = {
     "correlation": "pnanalysis.plots.correlation:correlation",
     "curvature_monitor": "pnanalysis.plots.curvature_monitor:curvature_monitor",
     "gradients": "pnanalysis.plots.gradients:gradients",
+    "champion": "pnanalysis.plots.champion:champion",
     "comparison": "pnanalysis.plots.comparison:comparison",
     "functional": "pnanalysis.plots.comparison:functional",
     "descent": "pnanalysis.plots.two_well:descent",
@@ -102,6 +104,7 @@ __all__ = [
     "activation_histogram",
     "barrier",
     "blocks",
+    "champion",
     "comparison",
     "correlation",
     "cosines",

@@ -69,7 +69,7 @@ def studies(runs: Sequence[Run]) -> list[Study]:
     datasets = [RunDatasets(run) for run in runs]
     controls = [one for one in datasets if one.run.manifest.get("strategy") == "restart"]
     others = [one for one in datasets if one not in controls]
-    paired = [Study(one, next((c for c in controls if _same_setting(one.run, c.run)), None)) for one in others]
+    paired = [Study(one, next((c for c in controls if one.run.has_setting_of(c.run)), None)) for one in others]
     unpaired = [Study(c) for c in controls if all(c is not study.control for study in paired)]
     return paired + unpaired
 
@@ -85,7 +85,3 @@ def own_rows(run: Run, ds: xr.Dataset) -> xr.Dataset:
     if not own:
         return ds
     return ds.isel(checkpoint=own).assign_coords(checkpoint=[names[i].removeprefix(prefix) for i in own])
-
-
-def _same_setting(run: Run, control: Run) -> bool:
-    return all(run.manifest.get(key) == control.manifest.get(key) for key in ("recipe", "model", "data"))

@@ -258,6 +258,17 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
             points=verdict,
         ),
     ),
+    "champion": (
+        Entry(
+            "champion",
+            "Champion and restarts",
+            "Training loss on straight lines from the plain model to the champion and to restarts, less its linear "
+            "interpolation, with the weights as they are and aligned. Below, every diagnostic on the scale of the "
+            "restarts: the band is the 95 % interval of prediction for one more, bars are 95 % intervals of the "
+            "numbers themselves, and full diamonds lie outside after Holm's step-down.",
+            points=verdict,
+        ),
+    ),
     "descent": (
         Entry(
             "descent",

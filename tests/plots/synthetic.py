@@ -451,6 +451,53 @@ def escape() -> xr.Dataset:
     return dataset("escape", coords, variables, confidence=0.95)
 
 
+def champion(n_restarts: int = 5) -> xr.Dataset:
+    """A champion behind a barrier, flatter than restarts and as good as they are."""
+    from pnanalysis.analyses.champion_numbers import Number, as_variables
+    from pnanalysis.analyses.null_distribution import null_distribution
+    from pnanalysis.estimates import Estimate
+
+    k, position = n_restarts + 2, np.linspace(0, 1, 11)
+    scatter = noise(6, k, seed=3)
+    spec = [
+        ("barrier", "barrier of the training loss", 1.0, 0.1, 1.3, True, False),
+        ("distance", "distance of weights", 20.0, 0.5, 17.0, True, False),
+        ("test_error", "test error", 0.12, 0.004, 0.121, False, True),
+        ("lambda_max", "Hessian lambda_max", 20.0, 1.5, 9.0, False, False),
+        ("n_outliers", "Hessian outliers", 9.0, 0.0, 9.0, False, False),
+        ("norm", "norm of the parameters", 15.0, 0.5, 15.2, False, False),
+    ]  # fmt: skip
+    numbers = []
+    for (name, title, mean, spread, own, of_pair, percent), row in zip(spec, scatter, strict=True):
+        values = [Estimate(mean + spread * one, spread / 2) for one in row]
+        values[0] = Estimate(np.nan) if of_pair else values[0]
+        values[1] = Estimate(own, spread / 2)
+        difference = Estimate(own - values[0].value, spread, p=0.01 if name == "lambda_max" else 0.5)
+        numbers.append(Number(name, title, values, difference, of_pair, percent, name == "n_outliers"))
+    value = np.array([one.array("value") for one in numbers])
+    null = null_distribution(
+        value[:, 2:], value[:, 1], 0 * value[:, 2:], 0 * value[:, 1], np.zeros(6, bool), np.array([0, 0, 0, 0, 1, 0])
+    )
+    top = np.append([np.nan, 1.3], 1 + 0.1 * scatter[0, 2:])[:, None, None] * np.array([1.0, 0.5])[:, None]
+    excess = 4 * top * position * (1 - position)
+    variables = as_variables(numbers) | {
+        **{f"null_{name}": ("diagnostic", getattr(null, name)) for name in ("mean", "low", "high", "p", "score")},
+        "excess": (("checkpoint", "path", "position"), excess),
+        "excess_se": (("checkpoint", "path", "position"), 0.03 * excess),
+        "barrier": (("checkpoint", "path"), top[..., 0]), "barrier_se": (("checkpoint", "path"), 0.03 * top[..., 0]),
+    }  # fmt: skip
+    coords = {
+        "diagnostic": [one.name for one in numbers], "path": ["line", "aligned"], "position": position,
+        "checkpoint": ["plain", "champion", *(f"restart {i + 1}" for i in range(n_restarts))],
+        **{
+            name: ("diagnostic", [getattr(one, name) for one in numbers])
+            for name in ("title", "of_pair", "percent", "whole")
+        },
+        "log_scale": ("diagnostic", [False] * 6),
+    }  # fmt: skip
+    return dataset("champion", coords, variables, role="champion")
+
+
 #: By the stored picture's name: figure, dataset, and options, whose values may be functions that make a dataset.
 PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
     "history": ("history", history, {}),
@@ -487,6 +534,8 @@ PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
     "curvature_monitor": ("curvature_monitor", curvature_along_training, {}),
     "gradients": ("gradients", gradients, {}),
     "gradients_one_epoch": ("gradients", lambda: gradients(EPOCHS[:1]), {}),
+    "champion": ("champion", champion, {}),
+    "champion_without_restarts": ("champion", lambda: champion(0), {}),
     "comparison": ("comparison", comparison, {}),
     "functional": ("functional", functional, {}),
     "descent": ("descent", descent, {"surfaces": surface}),
