@@ -16,8 +16,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path for path in DOCS.glob("**/*.md") if "_build" not in path.parts)
 TEXTS = [*PAGES, DOCS.parent / "README.md"]
 PROGRAMS = ("pnanalysis", "pntrain")
-#: Pages whose code takes longer than 20 s; `make docs` runs it, too.
-SLOW = ("docs/gallery", "docs/concepts/blocks", "docs/concepts/reading-spectra")
+#: Pages whose code takes longer than 8 s; `make docs` runs it, too.
+SLOW = (
+    "docs/gallery", "docs/howto/language-models", "docs/howto/sweeps",
+    *(f"docs/concepts/{name}" for name in (
+        "blocks", "champion", "curvature-monitor", "eigenpairs", "error-bars", "learning-coefficient",
+        "reading-spectra", "sharpness",
+    )),
+)  # fmt: skip
 
 
 def check_command(line: str) -> None:

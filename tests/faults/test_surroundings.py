@@ -52,7 +52,7 @@ def test_a_folder_that_becomes_read_only(job: Job, n: int, tmp_path: Path, count
         add(counts, f"{job.name}, read-only folder", struck=struck, **continued(job, folder, expected))
 
 
-@pytest.mark.parametrize(("job", "n"), commands(10, "training"))
+@pytest.mark.parametrize(("job", "n"), commands(10))
 def test_a_folder_that_vanishes(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
     name = "sweep" if job.name == "sweep" else "run"
     for _, folder, seconds, expected, chance in attempts(job, n, tmp_path):
@@ -70,7 +70,7 @@ def test_a_folder_that_vanishes(job: Job, n: int, tmp_path: Path, counts: Counts
         add(counts, f"{job.name}, vanished folder", struck=struck, **continued(job, folder, expected))
 
 
-@pytest.mark.parametrize(("job", "n"), [each for each in commands(10, "training") if each.values[0].name != "report"])
+@pytest.mark.parametrize(("job", "n"), [each for each in commands(10) if each.values[0].name != "report"])
 def test_a_second_writer(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
     for _, folder, seconds, expected, chance in attempts(job, n, tmp_path):
         first = Running(job, folder)
@@ -87,7 +87,7 @@ def test_a_second_writer(job: Job, n: int, tmp_path: Path, counts: Counts) -> No
         add(counts, f"{job.name}, second writer", struck=refused, **continued(job, folder, expected))
 
 
-@pytest.mark.parametrize(("job", "n"), [each for each in commands(10, "training") if each.values[0].name != "sweep"])
+@pytest.mark.parametrize(("job", "n"), [each for each in commands(10) if each.values[0].name != "sweep"])
 def test_readers_while_it_is_written(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
     for k, folder, _, expected, _ in attempts(job, n, tmp_path):
         writer, n_read = Running(job, folder), 0

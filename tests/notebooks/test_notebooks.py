@@ -25,8 +25,8 @@ SMALL = {
 }
 
 
-#: Notebooks that take longer than half a minute even so.
-SLOW = ("03_your_own_model", "04_spectra", "05_plain_against_persistent", "06_sweeps")
+#: Notebooks that take longer than a quarter of a minute even so.
+SLOW = ("01_two_wells", "03_your_own_model", "04_spectra", "05_plain_against_persistent", "06_sweeps")
 
 
 def read(path: Path) -> NotebookNode:

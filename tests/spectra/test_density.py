@@ -159,7 +159,10 @@ def test_deflation_beats_plain_quadrature_at_equal_cost(n_hvp):
 
 @pytest.mark.parametrize(
     "eigenvalues",
-    [pytest.param(wigner(), id="Wigner", marks=pytest.mark.slow), pytest.param(np.linspace(0, 1, 600), id="uniform")],
+    [
+        pytest.param(wigner(), id="Wigner", marks=pytest.mark.slow),
+        pytest.param(np.linspace(0, 1, 600), id="uniform", marks=pytest.mark.slow),
+    ],
 )
 def test_deflation_is_no_worse_where_there_are_no_outliers(eigenvalues):
     plain = [

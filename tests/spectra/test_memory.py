@@ -260,7 +260,7 @@ print(json.dumps({"vectors": (peak - before) / (4 * n), "said": said[-1] / (4 * 
     [
         ("memory", 20, 20 + 4),
         pytest.param("half", 20, 10 + 4, marks=pytest.mark.slow),
-        ("disk", 30, 4),
+        pytest.param("disk", 30, 4, marks=pytest.mark.slow),
         ("none", 20, 2 + 3),
     ],
 )
