@@ -8,7 +8,7 @@ OUT ?= demo
 .PHONY: help demo results test test-slow test-faults fuzz test-zoo coverage mutation baselines check notebooks docs bench lock clean
 
 help:
-	@echo "make demo       train, analyse and report on handwritten digits (about two minutes)"
+	@echo "make demo       train, analyse and report on handwritten digits (about three minutes)"
 	@echo "make results    write RESULTS.md from the cells in results/cpu"
 	@echo "make test       run the tests, except the slow ones"
 	@echo "make test-slow  run all tests but those of faults"
