@@ -101,9 +101,11 @@ def _barriers(ax: Axes, ds: xr.Dataset) -> None:
     own = ds.isel(checkpoint=1)
     peak = int(np.nanargmax(np.nan_to_num(own.excess.values, nan=np.inf)))
     ax.plot(position[peak], own.excess.values[peak], "D", color=CHAMPION, zorder=4)
+    side = "left" if position[peak] < 0.1 else "right" if position[peak] > 0.9 else "center"  # clear of the axis
     ax.annotate(
-        f"{float(own.barrier):.2g} ± {float(own.barrier_se):.1g}", (position[peak], own.excess.values[peak]), (0, 5),
-        textcoords="offset points", ha="center", va="bottom", fontsize=7, color=CHAMPION,
+        f"{float(own.barrier):.2g} ± {float(own.barrier_se):.1g}", (position[peak], own.excess.values[peak]),
+        ({"left": 4, "right": -4}.get(side, 0), 5),
+        textcoords="offset points", ha=side, va="bottom", fontsize=7, color=CHAMPION,
     )  # fmt: skip
     ax.set_xlim(0, 1)
     ax.set_xticks([0, 0.5, 1], ["plain", "half-way", "other end"])
