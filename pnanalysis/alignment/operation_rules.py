@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pnanalysis.alignment.calls import Call, Result, Rule
 from pnanalysis.alignment.labelled import Axis, Combination, Labelled, Labels
@@ -282,6 +283,14 @@ def batch_norm(call: Call) -> tuple[Labelled | None, ...]:
     return (_scaled(call, value.with_axes(axes), [1]), *[None] * (len(call.results) - 1))
 
 
+def weight_norm(call: Call) -> tuple[Labelled, None]:
+    """A direction times a length for each of its rows: each channel brings along its own length."""
+    labels, direction = call.labels, call.labels.settle(call["v"], True)
+    labels.scale(direction.atoms)
+    weight = labels.elementwise([direction, labels.settle(call["g"], False)], "product")
+    return replace(weight, tensor=call["v"].tensor), None  # a layer's own weight still, and no result of the network
+
+
 def _scaled(call: Call, value: Labelled, dims: Sequence[int]) -> Labelled:
     """Multiply by a weight and add a bias, which lie along some axes."""
     kinds: tuple[tuple[str, Combination], ...] = (("weight", "product"), ("bias", "sum"))
@@ -324,6 +333,7 @@ RULES: dict[str, Rule] = {
                      "cudnn_batch_norm", "batch_norm", "_batch_norm_no_update", "miopen_batch_norm",
                      "_batch_norm_impl_index"), batch_norm),
     **dict.fromkeys(("rms_norm", "_fused_rms_norm"), rms_norm),
+    **dict.fromkeys(("_weight_norm_interface", "_weight_norm"), weight_norm),
     "native_layer_norm": layer_norm, "native_group_norm": group_norm, "convolution": convolution,
     "embedding": embedding, "glu": gated,
 }  # fmt: skip

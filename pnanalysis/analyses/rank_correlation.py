@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,8 @@ _EDGE = 1.0
 #: pairs are in order, and stay so however runs are resampled.
 _FIELLER = 0.437
 _REPLICATES_AT_ONCE = 64
+#: With ties: runs whose orders are all gone through, those of which some are drawn, and how many.
+_MOST_IN_ALL_ORDERS, _MOST_REORDERED, _N_ORDERS = 7, 50, 9999
 
 
 class Tau(NamedTuple):
@@ -103,7 +105,7 @@ def tau_with_errors(
         Their standard errors, taken as independent; NaN for none.
     n_bootstrap, seed : int
     """
-    from scipy.stats import kendalltau, norm  # here, so that command lines start without SciPy
+    from scipy.stats import norm  # here, so that command lines start without SciPy
 
     n, rng = len(x), np.random.default_rng(seed)
     errors = [np.zeros(n) if se is None else np.nan_to_num(se) for se in (x_se, y_se)]
@@ -126,8 +128,34 @@ def tau_with_errors(
     middle = math.atanh(min(max(value, -edge), edge))
     low, high = (math.tanh(middle + side * float(norm.ppf(0.975)) * spread) for side in (-1, 1))
     se = spread * (1 - math.tanh(middle) ** 2)
-    p = float(kendalltau(x, y).pvalue)
-    return Tau(value, se, low, high, p, float(np.nanstd(again)), float(np.nanmean(again)) - value)
+    return Tau(value, se, low, high, _p_value(x, y, seed), float(np.nanstd(again)), float(np.nanmean(again)) - value)
+
+
+def _p_value(x: Array, y: Array, seed: int) -> float:
+    """Two-sided p-value of no correlation: how often numbers in a random order agree or disagree as much.
+
+    Without ties, and for many runs, it is SciPy's. With ties, its normal approximation is far too small where few
+    values are different, so that orders are gone through: all of few runs, else some that are drawn.
+    """
+    from scipy.stats import kendalltau
+
+    n, rng = len(x), np.random.default_rng([seed, 1])
+    has_ties = len(np.unique(x)) < n or len(np.unique(y)) < n
+    if not has_ties or n > _MOST_REORDERED or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float(kendalltau(x, y).pvalue)
+    of_x, of_y = signs(x), signs(y)
+    observed, is_exact = abs((of_x * of_y).sum()), n <= _MOST_IN_ALL_ORDERS
+    orders = (
+        np.array(list(permutations(range(n))))
+        if is_exact
+        else rng.permuted(np.tile(np.arange(n), (_N_ORDERS, 1)), axis=1)
+    )
+    as_much = 0
+    for begin in range(0, len(orders), _REPLICATES_AT_ONCE):
+        some = orders[begin : begin + _REPLICATES_AT_ONCE]
+        sums = (of_x * of_y[some[:, :, None], some[:, None, :]]).sum((1, 2))
+        as_much += int((np.abs(sums) >= observed).sum())
+    return as_much / len(orders) if is_exact else (1 + as_much) / (1 + len(orders))
 
 
 def _spread(taus: Array, edge: float) -> float:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pnanalysis.curvature.blocks import Block, assembled
 from pnanalysis.curvature.parameters import Named, as_given, requiring_grad
@@ -20,6 +19,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.forward import WithModel, within_model
 from pnanalysis.evaluation.losses import InspectedLoss, check_finite, check_targets, loss_on
 from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
+from pnanalysis.inputs.functional_calls import functional_call
 from pnanalysis.inputs.random_states import random_states_kept, set_seed
 
 

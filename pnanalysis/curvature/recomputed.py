@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 
 from pnanalysis.curvature.parameters import Named
 from pnanalysis.curvature.passes import unchanged
 from pnanalysis.curvature.product_check import largest_difference, tolerance
 from pnanalysis.errors import CurvatureError, reason
 from pnanalysis.evaluation.forward import WithModel, within_model
+from pnanalysis.inputs.functional_calls import functional_call
 from pnanalysis.torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:

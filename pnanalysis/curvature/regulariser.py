@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pnanalysis.curvature.blocks import Block, assembled
 from pnanalysis.curvature.parameters import Named, as_given, join_tensors, pullback, requiring_grad, split_vector
 from pnanalysis.evaluation.forward import WithModel, within_model
+from pnanalysis.inputs.functional_calls import functional_call
 
 Penalty = Callable[[nn.Module], Tensor]
 

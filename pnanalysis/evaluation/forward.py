@@ -9,11 +9,11 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pnanalysis.activations.eager import without_fast_path
 from pnanalysis.errors import ModelError
 from pnanalysis.inputs.batches import IGNORED, as_arguments, map_tensors, tensors
+from pnanalysis.inputs.functional_calls import functional_call
 from pnanalysis.inputs.models import Loss
 from pnanalysis.torch_internals import tree_map_only, without_checkpointing
 

@@ -82,10 +82,11 @@ def worst_case(
     n = sum(batch_size(batch) for batch in batches)
     found, weights, sizes = [], [], []
     for group in grouped(batches, how.group):
-        weight, size = batch_weight(gradients.surface.loss, *gradients.surface.cast(group)), batch_size(group)
+        weight = sum(batch_weight(gradients.surface.loss, *gradients.surface.cast(batch)) for batch in group)
+        size = sum(map(batch_size, group))
         part = None if advance is None else _Part(advance, size / n)
         if weight > 0:  # else no example counts
-            found.append(_of_group(gradients, [group], how, part))
+            found.append(_of_group(gradients, group, how, part))
             weights.append(weight)
             sizes.append(size)
     share = np.array(weights) / sum(weights)
@@ -98,22 +99,36 @@ def worst_case(
     )
 
 
-def grouped(batches: Iterable[Any], size: int) -> Iterator[Any]:
-    """The batches in groups of at most so many examples.
+def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """The examples in groups of so many, however the batches divide them; the last group may be smaller.
+
+    Each group is a list of batches and parts of batches. Batches that cannot be cut stay whole: where one does not fit
+    into what is left of a group, it begins the next one.
 
     Raises
     ------
     DataError
         If a batch is larger and cannot be cut.
     """
+    group: list[Any] = []
+    room = size
     for batch in batches:
-        n = batch_size(batch)
-        if n <= size:
-            yield batch
-        elif not can_cut(batch):
+        n, is_whole = batch_size(batch), not can_cut(batch)
+        if is_whole and n > size:
             raise DataError(f"a batch of {n} examples cannot be cut into groups of {size}; make the loader's as small")
-        else:
-            yield from (cut(batch, slice(first, first + size)) for first in range(0, n, size))
+        if is_whole and n > room:
+            yield group
+            group, room = [], size
+        first = 0
+        while first < n:
+            taken = min(n - first, room)
+            group.append(batch if taken == n else cut(batch, slice(first, first + taken)))
+            first, room = first + taken, room - taken
+            if not room:
+                yield group
+                group, room = [], size
+    if group:
+        yield group
 
 
 def _of_group(gradients: StackedGradients, batches: Iterable[Any], how: WorstCase, advance: Advance | None) -> Rises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from pnanalysis.alignment.permutation_symmetries import find_groups
 from pnanalysis.alignment.relabelling import Relabelling
@@ -64,6 +65,17 @@ class Wrapped(nn.Module):
         return {"logits": self.c(torch.relu(self.b(hidden))), "hidden": hidden, "cache": object(), "n": 1}
 
 
+class Recurrent(nn.Module):
+    """A GRU, whose gates are split from packed weights, and a linear output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.GRU(2, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x)[0][:, -1])
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -89,8 +101,10 @@ def test_networks_that_cannot_be_aligned_are_refused(model: nn.Module, message: 
         (nn.Sequential(nn.Linear(4, 10), nn.GLU(), nn.Linear(5, 2)), [(5, 3)]),
         (nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 6, 1, groups=2), nn.ReLU(), nn.Conv1d(6, 2, 1)),
          [(3, 3), (3, 3)]),
+        (nn.Sequential(weight_norm(nn.Linear(4, 6)), nn.Tanh(), weight_norm(nn.Linear(6, 2))), [(6, 4)]),
+        (nn.Sequential(nn.Unflatten(1, (2, 2)), Recurrent()), [(5, 5)]),
     ],
-    ids=["joined", "in blocks", "mapping", "viewed", "gated", "grouped convolution"],
+    ids=["joined", "in blocks", "mapping", "viewed", "gated", "grouped convolution", "weight norm", "GRU"],
 )  # fmt: skip
 def test_channels_are_followed_through_views_and_joins(model: nn.Module, expected: list[tuple[int, int]]) -> None:
     """Sizes of the groups, and the number of tensors that each indexes."""

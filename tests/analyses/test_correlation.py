@@ -32,12 +32,26 @@ def test_tau_is_that_of_scipy_ties_included(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, 6, n).astype(float), rng.normal(size=n).round(1)
     assert float(kendall_tau(signs(x), signs(y))) == pytest.approx(kendalltau(x, y).statistic, rel=1e-12)
-    found = tau_with_errors(x, y, n_bootstrap=50)
-    assert found.p == kendalltau(x, y).pvalue
+    distinct = rng.permutation(n).astype(float), rng.permutation(n).astype(float)
+    assert tau_with_errors(*distinct, n_bootstrap=50).p == kendalltau(*distinct).pvalue
     index = rng.integers(0, n, n)
     counts = np.bincount(index, minlength=n).astype(float)
     expected = kendalltau(x[index], y[index]).statistic
     np.testing.assert_allclose(kendall_tau(signs(x), signs(y), counts), expected, rtol=1e-12)
+
+
+def test_p_values_with_ties_are_those_of_random_orders() -> None:
+    """The normal approximation has 0.046, 0.083 and 1.3e-5 here."""
+    one_apart = np.eye(5)[0]
+    assert tau_with_errors(one_apart, one_apart, n_bootstrap=50).p == pytest.approx(1 / 5)
+    halves = np.array([0.0, 0.0, 1.0, 1.0])
+    assert tau_with_errors(halves, halves, n_bootstrap=50).p == pytest.approx(2 / 6)
+    one_apart = np.eye(20)[0]
+    drawn = tau_with_errors(one_apart, one_apart, n_bootstrap=50).p
+    assert drawn == pytest.approx(1 / 20, abs=4 * (0.05 * 0.95 / 9999) ** 0.5)
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 20, (2, 30)).astype(float)  # few ties: the approximation holds
+    assert tau_with_errors(x, y, n_bootstrap=50).p == pytest.approx(kendalltau(x, y).pvalue, abs=0.03)
 
 
 @pytest.mark.parametrize(("n", "r"), [(8, 0.0), (12, 0.8), (30, 0.5)])

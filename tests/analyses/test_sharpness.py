@@ -207,6 +207,19 @@ def test_each_group_has_a_worst_case_of_its_own(method: str) -> None:
     assert alone.rise.item() > float(whole.rise.item())
 
 
+def test_groups_do_not_depend_on_the_batches() -> None:
+    """Groups larger than batches, or that these are no multiple of, hold as many examples as are asked for."""
+    network, (x, y) = least_squares()
+    options = {"loss": "mse", "measures": "worst", "radii": {"ball": 0.1}, "dtype": "float64", "second_order": False,
+               "progress": False}  # fmt: skip
+    uneven = [(x[a:b], y[a:b]) for a, b in ((0, 7), (7, 31), (31, 32), (32, 60))]
+    for group in (20, 30, 60):
+        expected = sharpness(network, data=(x, y), batch_size=60, group=group, **options).rise.item()
+        small = sharpness(network, data=(x, y), batch_size=8, group=group, **options).rise.item()
+        loaded = sharpness(network, data=uneven, group=group, **options).rise.item()
+        assert [small, loaded] == pytest.approx([expected] * 2, rel=1e-9)
+
+
 def test_groups_weigh_as_their_examples_do() -> None:
     torch.manual_seed(0)
     network, x, y = nn.Linear(4, 3).double(), torch.randn(30, 4).double(), torch.arange(30) % 3
