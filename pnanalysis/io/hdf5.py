@@ -19,6 +19,8 @@ from h5netcdf.attrs import Attributes
 
 #: How the name of a scale begins that gives a dimension its length, but no coordinate.
 _LENGTH_ALONE = b"This is a netCDF dimension but not a netCDF variable"
+#: How the name of an array begins that is called as a dimension that it does not have, or not alone.
+_NOT_OF_ITS_DIMENSION = "_nc4_non_coord_"
 
 
 def read_arrays(file: h5py.File) -> xr.Dataset | None:
@@ -36,7 +38,7 @@ def read_arrays(file: h5py.File) -> xr.Dataset | None:
         if scale is not None and scale.startswith(_LENGTH_ALONE):
             continue
         dims = (name,) if scale is not None and item.ndim == 1 else _dimensions(file, item)
-        if dims is None:
+        if dims is None or name.startswith(_NOT_OF_ITS_DIMENSION):
             return None
         string = h5py.check_string_dtype(item.dtype)
         if item.dtype.kind not in "fiu" and (string is None or string.length is not None):
@@ -47,12 +49,18 @@ def read_arrays(file: h5py.File) -> xr.Dataset | None:
 
 
 def _dimensions(file: h5py.File, item: h5py.Dataset) -> tuple[str, ...] | None:
+    """The names of an array's dimensions; ``None`` where they are not those of the root group, in their lengths."""
+    if item.shape is None:  # it holds nothing, not even a number
+        return None
     if not item.ndim:
         return ()
-    scales = item.attrs.get("DIMENSION_LIST")
-    if scales is None or any(len(references) != 1 for references in scales):
+    references = item.attrs.get("DIMENSION_LIST")
+    if references is None or any(len(own) != 1 for own in references):
         return None
-    return tuple(file[references[0]].name.rpartition("/")[2] for references in scales)
+    scales = [file[own[0]] for own in references]
+    if any(scale.name.count("/") != 1 for scale in scales) or tuple(map(len, scales)) != item.shape:
+        return None
+    return tuple(scale.name[1:] for scale in scales)
 
 
 def _attributes(item: h5py.HLObject) -> Iterator[tuple[str, Any]]:

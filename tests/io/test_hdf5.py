@@ -81,8 +81,39 @@ def _with_two_scales(file: h5py.File) -> None:
         file["a"].dims[0].attach_scale(file[name])
 
 
-@pytest.mark.parametrize("write", [_with_two_axes_of_one_scale, _with_a_fixed_string, _with_two_scales])
+def _with_nothing_in_it(file: h5py.File) -> None:
+    file["a"] = h5py.Empty("f4")
+
+
+def _with_a_dimension_that_has_grown(file: h5py.File) -> None:
+    file["x"] = np.arange(3)
+    file["x"].make_scale("x")
+    file["a"] = np.zeros(2)
+    file["a"].dims[0].attach_scale(file["x"])
+
+
+def _with_a_scale_in_a_group(file: h5py.File) -> None:
+    file["group/x"] = np.arange(2)
+    file["group/x"].make_scale("x")
+    file["a"] = np.zeros(2)
+    file["a"].dims[0].attach_scale(file["group/x"])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        _with_two_axes_of_one_scale, _with_a_fixed_string, _with_two_scales, _with_nothing_in_it,
+        _with_a_dimension_that_has_grown, _with_a_scale_in_a_group,
+    ],
+)  # fmt: skip
 def test_what_xarray_would_not_write_is_left_to_it(write, tmp_path: Path) -> None:
     with h5py.File(tmp_path / "x.nc", "w") as file:
         write(file)
         assert read_arrays(file) is None
+
+
+def test_an_array_with_the_name_of_a_dimension_it_does_not_have_is_left_to_xarray() -> None:
+    ds = xr.Dataset({"x": ("y", [1.0, 2.0]), "z": ("x", [1.0, 2.0, 3.0])})
+    ours, theirs = read_both_ways(bytes(ds.to_netcdf(engine="h5netcdf")))
+    assert ours is None
+    assert "x" in theirs.variables
