@@ -82,6 +82,7 @@ def _ranks(moment: Moment, rounded: NDArray[np.bool_], seed: int) -> xr.Dataset:
     """Places from the largest, and how probable each is by the joint errors of all numbers."""
     rng = np.random.default_rng([seed, 2])
     n = len(moment.value)
+    last = np.where(rounded, 0, -np.inf)  # blocks of which nothing is rounded take no place from the others
     draws = np.repeat(moment.value[None], _DRAWS, 0)
     if moment.deviation is not None:
         draws = draws + rng.standard_normal((_DRAWS, len(moment.deviation))) @ moment.deviation
@@ -92,13 +93,14 @@ def _ranks(moment: Moment, rounded: NDArray[np.bool_], seed: int) -> xr.Dataset:
         shrunk = np.divide(np.nan_to_num(moment.data_se), own, out=np.zeros(n), where=own > 0)  # less the probes' noise
         steps = np.sqrt(groups / (groups - 1)) * moment.share[:, None] * centred * shrunk
         draws = draws + rng.standard_normal((_DRAWS, groups)) @ steps
-    places = _places(draws)
+    places = _places(draws + last)
     probability = np.stack([(places == place).mean(0) for place in range(1, n + 1)], axis=1)
     low, high = (np.quantile(places, level, axis=0, method="nearest").astype(float) for level in (0.025, 0.975))
     known = {
-        "rank": _places(moment.value[None])[0].astype(float), "rank_low": low, "rank_high": high,
+        "rank": _places(moment.value[None] + last)[0].astype(float), "rank_low": low, "rank_high": high,
     }  # fmt: skip
     found = {name: ("block", np.where(rounded, values, np.nan)) for name, values in known.items()}
+    probability = np.where(rounded[:, None], probability, np.nan)
     return xr.Dataset(found | {"rank_probability": (("block", "place"), probability)})
 
 
@@ -121,7 +123,8 @@ def _measured(grouped: GroupedCurvature, op: CurvatureOperator, partition: Parti
     forms = np.zeros((len(share), n + 1))
     for group, product in grouped.matmat_by_group(together):
         forms[group] += inner_products(together, product).cpu().numpy() / 2
-    linear = inner_products(together, op.gradient()[:, None].expand(-1, n + 1)).cpu().numpy()
+    gradient = op.gradient_without_regulariser()  # as the other two, which are of the data alone
+    linear = inner_products(together, gradient[:, None].expand(-1, n + 1)).cpu().numpy()
     losses = np.zeros((len(share), n + 1))
     start = _by_group(grouped, op.batch_losses())
     for block, offset in enumerate(together.T):

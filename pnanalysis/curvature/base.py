@@ -333,8 +333,12 @@ class CurvatureOperator:
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, ``(P,)``, weight decay and penalty included."""
-        total = self._in_passes_that_fit(self._sum_of_gradients)
+        total = self.gradient_without_regulariser()
         return total + self._regulariser.gradient() if self._regulariser else total
+
+    def gradient_without_regulariser(self) -> Tensor:
+        """The same, ``(P,)``, without weight decay and penalty."""
+        return self._in_passes_that_fit(self._sum_of_gradients)
 
     def to_dense(self, chunk: int = 64) -> Tensor:
         """The matrix itself, ``(P, P)``, symmetrised; for small ``P``. Takes ``chunk`` columns at a time."""

@@ -133,8 +133,10 @@ def _check_fused(model: nn.Module, parameter: str, size: int, inner: bool) -> No
     layer, _, own = parameter.rpartition(".")
     around, _, name = layer.rpartition(".")
     owner = model.get_submodule(around)
-    # with an attribute multi_query, GPT-BigCode's c_attn has them in turn for every head
-    if (name not in _FUSED and own not in _FUSED) or inner or size % 3 or hasattr(owner, "multi_query"):
+    # with an attribute multi_query, GPT-BigCode's c_attn has them in turn for every head; beside q_attn, in GPT-2's
+    # cross-attention, c_attn has keys and values alone
+    other = hasattr(owner, "multi_query") or hasattr(owner, "q_attn")
+    if (name not in _FUSED and own not in _FUSED) or inner or size % 3 or other:
         raise CurvatureError(
             f"{parameter!r} is not known to hold queries, keys and values one after the other; give a range such as "
             "[0:64], or where these are layers of their own, their names"

@@ -21,9 +21,9 @@ Blocks = str | Sequence[str] | Mapping[str, Any]
 
 _FUSED = ("c_attn", "in_proj_weight", "in_proj_bias", "qkv")
 _APART = {
-    "q": ("q_proj", "query", "q_lin", "wq"),
-    "k": ("k_proj", "key", "k_lin", "wk"),
-    "v": ("v_proj", "value", "v_lin", "wv"),
+    "q": ("q_proj", "q_proj_weight", "query", "q_lin", "wq"),
+    "k": ("k_proj", "k_proj_weight", "key", "k_lin", "wk"),
+    "v": ("v_proj", "v_proj_weight", "value", "v_lin", "wv"),
 }
 _OUTPUT = ("c_proj", "o_proj", "out_proj", "proj", "out_lin", "wo")
 _HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
@@ -103,6 +103,10 @@ def _queries(model: nn.Module) -> Parts:
         if _is_fused(model, name):
             layer = _layer_label(name)
             yield name, [(f"{layer}[{part}]", _part(model, name, f"[{part}]")) for part in "qkv"]
+            continue
+        layer, _, own = name.rpartition(".")
+        if own in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):  # their bias is fused
+            yield name, [(f"{_layer_label(f'{layer}.in_proj_bias')}[{own[0]}]", name)]
 
 
 def _heads(model: nn.Module) -> Parts:

@@ -225,6 +225,65 @@ def test_ranks_of_equal_blocks_are_uncertain_and_those_of_unlike_ones_are_not() 
     assert 0.02 < float(ds.rank_probability.sel(block="a", place=1)) < 0.98
 
 
+def test_blocks_of_which_nothing_is_rounded_take_no_rank() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 3)).double()
+    x, y = torch.randn(64, 5, dtype=torch.float64), torch.arange(64) % 3
+    ds = pn.blocks(model, data=(x, y), bits=3, dtype="float64", **QUIET).squeeze(("checkpoint", "bits"))
+    assert sorted(ds["rank"].values[[0, 2]]) == [1, 2]
+    assert ds.rank_high.max() == 2  # of two that are rounded, none is the third
+    assert np.isnan(ds["rank"][1])
+    np.testing.assert_allclose(ds.rank_probability.sel(place=[1, 2]).sum("block"), 1)
+    assert np.isnan(ds.rank_probability[1]).all()
+
+
+def test_the_linear_effect_of_rounding_is_without_weight_decay_as_the_others() -> None:
+    model, data = bigger(), drawn(96, 0)
+    plain, decayed = (
+        pn.blocks(HessianOperator(model, F.cross_entropy, [data], weight_decay=decay), bits=8, n_hvp=10_000, **QUIET)
+        for decay in (0.0, 0.5)
+    )
+    for name in ("linear", "quadratic", "loss_increase"):
+        np.testing.assert_allclose(decayed[name], plain[name], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("blocks", ["heads", "qkv"])
+def test_attention_whose_keys_have_a_width_of_their_own(blocks: str) -> None:
+    """Its weights are three parameters, its bias is one."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=5, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            keys, values = x[..., :3], torch.cat([x, x[..., :1]], -1)
+            return self.head(self.attention(x, keys, values, need_weights=False)[0].mean(1))
+
+    torch.manual_seed(0)
+    model = Attention().double()
+    data = torch.randn(20, 5, 4, dtype=torch.float64), torch.arange(20) % 3
+    op = HessianOperator(model, F.cross_entropy, [data])
+    diagonal, at, expected = op.to_dense().diagonal(), 0, {}
+    for name, parameter in model.named_parameters():
+        rows = diagonal[at : at + parameter.numel()].view(parameter.shape)
+        at += parameter.numel()
+        if name.startswith("attention.") and "out_proj" not in name:
+            own = dict(zip("qkv", rows.chunk(3), strict=True)) if "bias" in name else {name[len("attention.")]: rows}
+            for part, values in own.items():
+                for head, some in enumerate(values.chunk(2)):
+                    key = part if blocks == "qkv" else head
+                    expected[key] = expected.get(key, 0.0) + float(some.sum())
+        elif name == "attention.out_proj.weight" and blocks == "heads":
+            for head, some in enumerate(rows.chunk(2, 1)):
+                expected[head] = expected.get(head, 0.0) + float(some.sum())
+    ds = pn.blocks(op, blocks=blocks, n_hvp=10_000, **QUIET)
+    for key, value in expected.items():
+        name = f"attention.in_proj[{key}]" if blocks == "qkv" else f"attention[{key}/2]"
+        assert float(ds.trace.sel(block=name)) == pytest.approx(value, rel=1e-9), list(ds.block.values)
+
+
 def test_spectra_that_differ_are_further_apart_than_chance() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(400, 20, dtype=torch.float64), torch.arange(400) % 3
