@@ -128,10 +128,10 @@ class _Stored(BackendArray):
 
     def _read(self, key: tuple[Any, ...]) -> Array:
         for _ in range(_ATTEMPTS):
-            before = _identity(self._store)
+            before = zarr_store.identity(self._store)
             values: Array = self._variable[key].values
             # another call may have saved the same values once more meanwhile
-            if before == _identity(self._store) is not None and not _n_missing(self._store, self._name)[0]:
+            if before == zarr_store.identity(self._store) is not None and not _n_missing(self._store, self._name)[0]:
                 return values
             if before is None:
                 break
@@ -180,12 +180,3 @@ def _n_missing(store: Path, name: str) -> tuple[int, int]:
         return 1, 1
     n = math.prod(-(-size // chunk) for size, chunk in zip(layout["shape"], layout["chunks"], strict=True))
     return max(n - there, 0), n
-
-
-def _identity(store: Path) -> tuple[int, int] | None:
-    """What differs once another store has taken this one's place; ``None`` where there is none."""
-    try:
-        found = store.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino

@@ -59,15 +59,10 @@ class Unfinished:
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {
             "about": self._about, "seen": json.dumps(self._seen), "numbers": json.dumps(numbers),
-            digest.KEY: digest.BLANK,
         }  # fmt: skip
         try:
             with atomic_path(path) as temporary:
-                try:
-                    save_file(kept, temporary, metadata)
-                except SafetensorError as error:
-                    raise OSError(str(error)) from error
-                digest.sign(temporary)
+                write_signed(kept, temporary, metadata)
         except OSError as error:
             warn_unsaved(path, error)
         self._last = time.monotonic()
@@ -105,6 +100,21 @@ class Unfinished:
 
     def _path(self, part: str) -> Path:
         return self.folder / f"{part}.safetensors"
+
+
+def write_signed(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that holds its digest.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; the disk may be full.
+    """
+    try:
+        save_file(dict(tensors), path, {**metadata, digest.KEY: digest.BLANK})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    digest.sign(path)
 
 
 def warn_unsaved(path: Path, error: OSError) -> None:

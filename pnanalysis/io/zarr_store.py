@@ -77,14 +77,14 @@ def load(path: str | os.PathLike[str], within: Path | None = None) -> xr.Dataset
     if within is not None:
         check_inside(path, within, SchemaError)
     for _ in range(_ATTEMPTS):
-        before = _identity(path)
+        before = identity(path)
         try:
             ds = _loaded(path)
         except SchemaError:
-            if _identity(path) == before:
+            if identity(path) == before:
                 raise
             continue
-        if _identity(path) == before:
+        if identity(path) == before:
             return ds
     raise SchemaError(f"{path}: is being replaced by another process again and again; read it when that has ended")
 
@@ -101,8 +101,8 @@ def _loaded(path: Path) -> xr.Dataset:
         raise SchemaError(f"{path}: not a readable Zarr store ({reason(error)})") from error
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What differs once another store has taken this one's place."""
+def identity(path: Path) -> tuple[int, int] | None:
+    """What differs once another store has taken this one's place; ``None`` where there is none."""
     try:
         found = path.stat()
     except OSError:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.io import digest
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.files import open_regular
+from pnanalysis.io.unfinished import write_signed
 from pnanalysis.spectra.linear_operator import note_error, round_off
 from pnanalysis.spectra.sharing import ALONE, Part
 
@@ -64,10 +64,7 @@ def save_state(lanczos: Lanczos, path: Path, label: str, alone: bool = False) ->
         If it cannot be written; the disk may be full.
     """
     part = lanczos.part
-    metadata = {
-        "label": label, "exponent": str(lanczos.exponent), "error": repr(round_off(lanczos.operator)),
-        digest.KEY: digest.BLANK,
-    }  # fmt: skip
+    metadata = {"label": label, "exponent": str(lanczos.exponent), "error": repr(round_off(lanczos.operator))}
     if not part.is_all:
         _remove_others(path, part.processes.n)
         path = path.with_suffix(f".{part.processes.rank}-of-{part.processes.n}{path.suffix}")
@@ -76,11 +73,7 @@ def save_state(lanczos: Lanczos, path: Path, label: str, alone: bool = False) ->
     waits = not (alone or part.is_all)
     try:
         with atomic_path(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata)
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
-            digest.sign(temporary)
+            write_signed(tensors, temporary, metadata)
             if waits:
                 waits = False
                 failed = next(filter(None, part.processes.gathered("")), "")

@@ -11,6 +11,7 @@ import torch
 
 from docs.tools.blocks import code_blocks, commands, run_page
 from docs.tools.generate import command_of, fill_in
+from tests.cases import cases
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path for path in DOCS.glob("**/*.md") if "_build" not in path.parts)
@@ -48,12 +49,7 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] * (name_of(page) in SLOW), id=name_of(page))
-        for page in PAGES
-        if code_blocks(page.read_text(), "python")
-    ],
+    "page", cases({name_of(page): page for page in PAGES if code_blocks(page.read_text(), "python")}, SLOW)
 )
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

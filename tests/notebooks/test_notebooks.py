@@ -10,6 +10,8 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from tests.cases import cases
+
 FOLDER = Path(__file__).parents[2] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 MAX_BYTES = 300_000
@@ -45,9 +47,7 @@ def names_set(source: str) -> set[str]:
     return {node.id for node in names if isinstance(node.ctx, ast.Store)}
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem) for path in PATHS]
-)
+@pytest.mark.parametrize("path", cases({path.stem: path for path in PATHS}, SLOW))
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # A sweep then trains in the kernel itself: starting worker processes, which import torch again, would take longer.

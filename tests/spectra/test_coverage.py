@@ -18,6 +18,7 @@ from benchmarks.true_values import BOUNDS, Tally, exact_density, exact_edges, ex
 from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.differences import beyond_noise, compare_spectra
 from pnanalysis.spectra.linear_operator import DiagonalOperator
+from tests.cases import cases
 
 N_SEEDS, N_PRODUCTS, RARE = 80, 60, 1e-4
 SPECTRA = ("Wigner", "Marchenko-Pastur 2", "power law -1", "mostly zeros")
@@ -25,11 +26,11 @@ SLOW = SPECTRA[:3]
 GAPLESS = SPECTRA[:3]
 
 
-def cases(names: tuple[str, ...]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in names])
+def by_name(names: tuple[str, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", cases({name: name for name in names}, SLOW))
 
 
-each_spectrum = cases(SPECTRA)
+each_spectrum = by_name(SPECTRA)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def test_the_density_lies_in_its_band(name):
     assert in_band.mean() > 0.95 - 4 * in_band.std() / N_SEEDS**0.5 - 0.02
 
 
-@cases(GAPLESS)
+@by_name(GAPLESS)
 def test_gapless_spectra_have_no_outliers(name):
     assert measured(name).has_outliers.sum() <= N_SEEDS - fewest(N_SEEDS)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.cases import cases
 from tests.spectra.known_spectra import spectrum
 
 RNG = np.random.default_rng(0)
@@ -16,13 +17,7 @@ SPECTRA = {
 }
 
 
-@pytest.mark.parametrize(
-    "eigenvalues",
-    [
-        pytest.param(spectrum, id=name, marks=[pytest.mark.slow] * (name in ("around zero", "normal")))
-        for name, spectrum in SPECTRA.items()
-    ],
-)
+@pytest.mark.parametrize("eigenvalues", cases(SPECTRA, ("around zero", "normal")))
 def test_intervals_hold(eigenvalues):
     size = np.abs(eigenvalues)
     truth = {

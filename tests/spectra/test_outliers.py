@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.cases import cases
 from tests.spectra.known_spectra import spectrum
 
 N = 600
@@ -30,13 +31,7 @@ GAPLESS = {
 }
 
 
-@pytest.mark.parametrize(
-    "eigenvalues",
-    [
-        pytest.param(spectrum, id=name, marks=[pytest.mark.slow] * (name not in ("Wigner", "lognormal", "1 / k")))
-        for name, spectrum in GAPLESS.items()
-    ],
-)
+@pytest.mark.parametrize("eigenvalues", cases(GAPLESS, set(GAPLESS) - {"Wigner", "lognormal", "1 / k"}))
 def test_spectra_without_gaps_have_no_outliers(eigenvalues):
     # at most one false claim of 20 on either side is expected; four or more have a probability below 2 %
     found = [spectrum(sign * eigenvalues, seed, n_hvp=120) for seed in range(10) for sign in (1, -1)]

@@ -8,6 +8,7 @@ import xarray as xr
 
 from pnanalysis import schema
 from pnanalysis.spectra.summary import summarise
+from tests.cases import cases
 from tests.spectra.known_spectra import BUDGETS, spectrum, spiked
 
 
@@ -39,11 +40,7 @@ def test_full_budget_gives_exact_numbers_without_error():
 
 
 @pytest.mark.parametrize(
-    "budget",
-    [
-        pytest.param(budget, id=name, marks=[pytest.mark.slow] * (name != "budget"))
-        for name, budget in zip(("budget", "lockstep", "plain"), BUDGETS, strict=True)
-    ],
+    "budget", cases(dict(zip(("budget", "lockstep", "plain"), BUDGETS, strict=True)), ("lockstep", "plain"))
 )
 def test_intervals_cover_the_truth(budget):
     eigenvalues = spiked()
