@@ -37,8 +37,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 EXACT_PASSES = 6
 #: Times that two passes of Gram-Schmidt read the basis (``pnanalysis.spectra.inner_products.orthogonalised``).
 BASIS_READS = 3
-#: Times that a product reads or writes numbers of all parameters: weights by each of the six passes, the tangents by two
-#: of them, both gradients as they are written, added up and joined to one vector.
+#: Times that a product reads or writes numbers of all parameters: weights by each of the six passes, tangents by two of
+#: them, both gradients as they are written, added up and joined to one vector.
 PARAMETER_READS = 14
 #: Vectors of P numbers beside the basis: parameters, gradient, vector, product, and three of Lanczos.
 OTHER_VECTORS = 7
@@ -305,10 +305,10 @@ def report(found: dict[str, Any] | None) -> str:
     lines += [
         "", "## Against a measurement", "",
         f"`results/scaling.json`: {found['cores']} cores, load before the start {found['load_before']:.1f}. Calibrated "
-        f"by one process over all examples and a part of them (arithmetic), by exchanges between two ({machine.inside.rate / 1e9:.2g} GB/s, "
-        f"{1e3 * machine.inside.latency:.2g} ms a message) and by the smallest basis "
-        f"({machine.memory_rate / 1e9:.2g} GB/s). Within {TOLERANCE:.0%}: {within} of {len(of_products)} products, "
-        f"{within_all} of all {len(rows)} predictions.", "",
+        "by one process over all examples and a part of them (arithmetic), by exchanges between two "
+        f"({machine.inside.rate / 1e9:.2g} GB/s, {1e3 * machine.inside.latency:.2g} ms a message) and by the smallest "
+        f"basis ({machine.memory_rate / 1e9:.2g} GB/s). Within {TOLERANCE:.0%}: {within} of {len(of_products)} "
+        f"products, {within_all} of all {len(rows)} predictions.", "",
         "| what | processes | predicted | measured | off by |", "|---|---|---|---|---|",
         *(
             f"| {row['what']} | {row['processes']} | {duration(row['predicted'])} | {duration(row['measured'])} | "
