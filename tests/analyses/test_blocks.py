@@ -237,14 +237,16 @@ def test_blocks_of_which_nothing_is_rounded_take_no_rank() -> None:
     assert np.isnan(ds.rank_probability[1]).all()
 
 
-def test_the_linear_effect_of_rounding_is_without_weight_decay_as_the_others() -> None:
+def test_effects_of_rounding_are_those_on_the_data_without_weight_decay() -> None:
     model, data = bigger(), drawn(96, 0)
-    plain, decayed = (
-        pn.blocks(HessianOperator(model, F.cross_entropy, [data], weight_decay=decay), bits=8, n_hvp=10_000, **QUIET)
-        for decay in (0.0, 0.5)
+    plain, decayed, sampled = (
+        pn.blocks(HessianOperator(model, F.cross_entropy, [data], weight_decay=decay), bits=8, n_hvp=n_hvp, **QUIET)
+        for decay, n_hvp in ((0.0, 10_000), (0.5, 10_000), (0.5, 60))
     )
-    for name in ("linear", "quadratic", "loss_increase"):
+    for name in ("linear", "quadratic", "loss_increase", "sensitivity", "sensitivity_se", "rank"):
         np.testing.assert_allclose(decayed[name], plain[name], rtol=1e-9, atol=1e-15)
+    assert (np.abs(sampled.sensitivity - plain.sensitivity) < 4 * sampled.sensitivity_probe_se).all()
+    assert (sampled.sensitivity_probe_se < plain.sensitivity).all()  # far below the 100-fold that decay would add
 
 
 @pytest.mark.parametrize("blocks", ["heads", "qkv"])
@@ -338,6 +340,30 @@ def test_a_target_error_ends_early() -> None:
     assert int(ds.n_hvp) < 200
     assert ds.attrs["until_reached"] == 1
     assert float(ds.trace_probe_se.max()) <= 0.2 * abs(float(ds.network_trace))
+
+
+class Twice(nn.Module):
+    """Every output is moved by a weight and a bias alike, so that what signs see of the two is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(30, 10)), nn.Parameter(torch.zeros(300))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.weight.flatten() + self.bias)
+
+
+def test_a_target_is_for_what_is_reported_where_weights_are_rounded() -> None:
+    """Forms are kept of weights and of biases then: errors of their traces are half of that of both together."""
+    torch.manual_seed(0)
+    data = 1 + torch.rand(4, 300, dtype=torch.float64), torch.zeros(4, 300, dtype=torch.float64)
+    op = HessianOperator(Twice(), F.mse_loss, [data])
+    options: dict[str, Any] = {"n_hvp": 100, "data_error": "none", "until": {"trace": 0.013}, **QUIET}
+    plain, rounded = (pn.blocks(op, bits=bits, **options) for bits in (None, 8))
+    assert int(plain.n_hvp) == int(rounded.n_hvp) < 100
+    assert rounded.attrs["until_reached"] == 1
+    np.testing.assert_allclose(rounded.trace_probe_se, plain.trace_probe_se, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
