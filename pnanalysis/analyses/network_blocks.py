@@ -220,6 +220,8 @@ def _dataset(found: BlockMoments, options: BlockOptions) -> xr.Dataset:
             ds[key] = dims, values
     ds["trace_form"] = ("group", "block"), found.trace.form
     ds["group_share"] = "group", found.trace.share
+    deviation = found.trace.deviation
+    ds["trace_deviation"] = ("probe", "block"), np.zeros((1, len(ds.trace))) if deviation is None else deviation
     attrs: dict[str, Any] = {
         "n_probes": found.n_probes,
         "n_known": found.n_known,

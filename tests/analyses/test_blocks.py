@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pnanalysis as pn
+from pnanalysis.analyses.blocks import stack
+from pnanalysis.analyses.compared_blocks import block_differences
 from pnanalysis.curvature.example_groups import N_GROUPS, in_groups
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError, PnError
@@ -414,3 +416,35 @@ def test_differences_of_traces_are_paired_by_examples() -> None:
         pn.compare(nets, data=data, blocks={"spectra": True}, **options)
     same = pn.compare({"a": a, "copy": copy.deepcopy(a)}, data=data, blocks={"n_hvp": 40}, **options)
     assert (same.block_trace_difference_p == 1).all()
+
+
+def test_what_signs_do_to_both_networks_cancels_in_differences_of_traces() -> None:
+    """Over seeds, the differences scatter as their errors say, a tenth of what independent signs would give."""
+    rng = np.random.default_rng(0)
+    one, step = (half + half.T for half in rng.standard_normal((2, 80, 80)))
+    other = one + step / 20
+    sizes = {"a": 50, "b": 30}
+    exact = pn.blocks(other - one, blocks=sizes, progress=False).trace.values
+    found, stated, apart = [], [], []
+    for seed in range(40):
+        rows = [pn.blocks(H, blocks=sizes, n_hvp=30, seed=seed, progress=False) for H in (one, other)]
+        ds = block_differences(stack(rows, ["one", "other"])).isel(checkpoint=1, other=0)
+        found.append(ds.block_trace_difference.values)
+        stated.append(ds.block_trace_difference_se.values)
+        apart.append(np.hypot(*(row.trace_se.values for row in rows)))
+    z = (np.array(found) - exact) / np.array(stated)
+    assert 0.8 < np.sqrt((z**2).mean()) < 1.25  # of 80 numbers, which is known to 9 %, of 14 degrees of freedom each
+    assert np.mean(np.abs(z) < 2.14) > 0.9
+    assert np.mean(stated) < 0.3 * np.mean(apart)
+
+
+def test_differences_of_networks_that_took_different_numbers_of_signs() -> None:
+    rng = np.random.default_rng(1)
+    half = rng.standard_normal((80, 80))
+    rows = [pn.blocks(half + half.T, blocks={"a": 80}, n_hvp=n, progress=False) for n in (30, 60, 1000)]
+    ds = block_differences(stack(rows, ["few", "more", "all"]))
+    se = ds.block_trace_difference_se.isel(block=0).values
+    own = ds.block_trace_se.isel(block=0).values
+    assert own[2] == 0
+    np.testing.assert_allclose(se[:2, 2], own[:2])  # the matrix itself has no error
+    assert 0 < se[0, 1] < np.hypot(*own[:2])
