@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,35 @@ def test_runs_of_a_folder_with_what_is_stored_and_what_is_asked_for(grid: Path) 
     gap = pn.correlate(grid, target="generalization_gap", **QUIET)
     last = histories[0].isel(iteration=0, epoch=-1)
     assert float(gap.target[0]) == pytest.approx(float(last.test_error - last.train_error))
+
+
+def test_what_is_saved_of_other_checkpoints_is_named_and_computed(grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    shutil.copytree(grid, out)
+    shutil.rmtree(next(out.iterdir()) / "analysis", ignore_errors=True)  # one has nothing
+    options: dict[str, Any] = {"n": 16, "n_hvp": 4, "data_error": "none", "progress": False}
+    files = {}
+    for path in sorted(out.iterdir())[:2]:
+        run = pn.open_run(path)
+        files[path.name] = pn.save(pn.hessian(run, checkpoints=["start"], **options), path / "analysis" / "hessian.nc")
+    before = {name: file.read_bytes() for name, file in files.items()}
+    with pytest.warns(UserWarning, match=r"2 of 4 runs have a saved hessian, but not of the champion .*--compute hess"):
+        assert "trace" not in pn.correlate(out, **QUIET).diagnostic.values
+    damaged = files[max(files)]
+    damaged.write_bytes(before[max(files)][:100])
+    with pytest.warns(UserWarning, match="counts without its hessian"):
+        pn.correlate(out, **QUIET)
+    damaged.write_bytes(before[max(files)])
+    found = pn.correlate(out, compute=["hessian"], diagnostics=["trace"], **QUIET)
+    assert found.n_runs == 4
+    assert {name: file.read_bytes() for name, file in files.items()} == before  # what was there is still there
+    for name, value in zip(found.run.values, found.value[0].values, strict=True):
+        run = pn.open_run(out / name)
+        stem = "hessian-iter00-epoch001" if name in files else "hessian"
+        assert float(pn.load(run.files[stem]).trace[0]) == pytest.approx(value, rel=1e-12)
+    times = {file: file.stat().st_mtime_ns for file in out.glob("*/analysis/*")}
+    pn.correlate(out, compute=["hessian"], diagnostics=["trace"], **QUIET)
+    assert {file: file.stat().st_mtime_ns for file in out.glob("*/analysis/*")} == times  # nothing is done twice
 
 
 def test_rises_count_at_one_radius_unless_they_are_asked_for(grid: Path) -> None:
