@@ -248,8 +248,8 @@ def _from_runs(runs: Sequence[Run], checkpoint: str) -> RunTable:
     for kind, without in lacking.items():
         advice = f"compute={[kind]} (--compute {kind}) adds it" if kind in _analyses() else f"add it with pn.{kind}"
         warnings.warn(
-            f"{len(without)} of {len(finished)} runs have a saved {kind}, but not of the {checkpoint} "
-            f"({', '.join(without[:3])}{', ...' if len(without) > 3 else ''}), and count without it; {advice}",
+            f"the saved {kind} of {len(without)} of {len(finished)} runs is not of the {checkpoint} "
+            f"({', '.join(without[:3])}{', ...' if len(without) > 3 else ''}), so that they count without it; {advice}",
             stacklevel=3,
         )
     kinds = {name: number.kind for row in rows for name, number in row.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from scipy.stats import kendalltau
 
 import pnanalysis as pn
+from pnanalysis.analyses import correlation
 from pnanalysis.analyses.rank_correlation import (
     conditional_information,
     granulated,
@@ -166,17 +168,20 @@ def test_runs_of_a_folder_with_what_is_stored_and_what_is_asked_for(grid: Path) 
     assert float(gap.target[0]) == pytest.approx(float(last.test_error - last.train_error))
 
 
-def test_what_is_saved_of_other_checkpoints_is_named_and_computed(grid: Path, tmp_path: Path) -> None:
+def test_what_is_saved_of_other_checkpoints_is_named_and_computed(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "runs"
     shutil.copytree(grid, out)
     shutil.rmtree(next(out.iterdir()) / "analysis", ignore_errors=True)  # one has nothing
-    options: dict[str, Any] = {"n": 16, "n_hvp": 4, "data_error": "none", "progress": False}
+    small = partial(pn.hessian, n=16, n_hvp=4, data_error="none")
+    monkeypatch.setattr(correlation, "_analyses", lambda: {"hessian": small})
     files = {}
     for path in sorted(out.iterdir())[:2]:
         run = pn.open_run(path)
-        files[path.name] = pn.save(pn.hessian(run, checkpoints=["start"], **options), path / "analysis" / "hessian.nc")
+        files[path.name] = pn.save(small(run, checkpoints=["start"], progress=False), path / "analysis" / "hessian.nc")
     before = {name: file.read_bytes() for name, file in files.items()}
-    with pytest.warns(UserWarning, match=r"2 of 4 runs have a saved hessian, but not of the champion .*--compute hess"):
+    with pytest.warns(UserWarning, match=r"the saved hessian of 2 of 4 runs is not of the champion .*--compute hess"):
         assert "trace" not in pn.correlate(out, **QUIET).diagnostic.values
     damaged = files[max(files)]
     damaged.write_bytes(before[max(files)][:100])
