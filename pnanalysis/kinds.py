@@ -500,6 +500,7 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "gradient_norm": _var("", "loss", "norm of the gradient"),
         **_with_se("gradient_noise_scale", "", "examples", "gradient noise scale", _OPTIONAL),
         "n_hvp": _var("", "1", "products of the measurement"),
+        "n_parameters": _var("", "1", "parameters that are trained", _OPTIONAL),
         "seconds": _var("", "s", "time of the measurement"),
     },
     "sharpness": {
