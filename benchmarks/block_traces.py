@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 import pnanalysis as pn
 from pnanalysis.analyses.network_blocks import BlockOptions, matrix_blocks
+from pnanalysis.curvature.example_groups import N_GROUPS
 from pnanalysis.curvature.named_blocks import blocks_of
 from pnanalysis.spectra.trace import trace_estimate
 
@@ -114,27 +115,21 @@ def table(found: dict[str, Any]) -> list[str]:
         "",
         f"A transformer of {found['blocks']} blocks, width {found['width']}, {found['parameters']:,} parameters, "
         f"{found['sequences']} sequences of {found['length']} tokens, one CPU thread, torch {found['torch']}. CPU time "
-        f"includes that for tracing the network, {found['set_up']:.1f} s for each operator; *products alone* is "
-        "without it. Errors are standard errors for the random vectors, relative to the trace; of blocks, the median.",
+        f"includes that for tracing the network ({found['set_up']:.0f} s for that of all parameters). Errors are "
+        "standard errors for the random vectors, relative to the trace; of blocks, the median. The error of examples "
+        f"takes passes over {N_GROUPS} groups, here of {found['sequences'] // N_GROUPS} sequences each.",
         "",
-        "| | products | CPU seconds | of one trace of the network | products alone | error, network | error, block |",
-        "|---|---|---|---|---|---|---|",
+        "| | products | CPU seconds | of one trace of the network | error, network | error, block |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {row['way']} | {row['products']:.0f} | {row['seconds']:.1f} | {row['seconds'] / first:.2f} | "
-            f"{alone(row, found) / alone(found['rows'][0], found):.2f} | {percent(row['network'])} | "
-            f"{percent(row['block'])} |"
+            f"{percent(row['network'])} | {percent(row['block'])} |"
             for row in found["rows"]
         ),
         "",
         "![CPU time of each way, in units of one trace of the network](block_traces.png)",
         "",
     ]
-
-
-def alone(row: dict[str, Any], found: dict[str, Any]) -> float:
-    """CPU time without that of tracing the network, for each operator that was made."""
-    n_operators = found["blocks"] + 1 if row["way"].startswith("one sweep") else 1
-    return row["seconds"] - n_operators * found["set_up"]
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
