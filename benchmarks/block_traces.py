@@ -1,13 +1,17 @@
 """Traces of all 12 blocks of a transformer from one set of products, beside one trace of all, and one sweep each.
 
-``python benchmarks/block_traces.py [--width 48 --products 60]``. Writes ``results/block_traces.md``.
+``python benchmarks/block_traces.py [--width 48 --sequences 128 --products 60 --minutes 15]``. Takes about five
+minutes of one core by default: of the sweeps, only as many are measured as there is time for. Writes
+``results/block_traces.md``, ``.json`` and ``.png``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +20,14 @@ from torch.nn.functional import cross_entropy
 
 import pnanalysis as pn
 from pnanalysis.analyses.network_blocks import BlockOptions, matrix_blocks
+from pnanalysis.curvature.example_groups import N_GROUPS
 from pnanalysis.curvature.named_blocks import blocks_of
 from pnanalysis.spectra.trace import trace_estimate
 
 RESULTS = Path(__file__).parent / "results" / "block_traces.md"
 N_BLOCKS = 12
+#: Sweeps of single blocks that are measured at least.
+FEWEST_SWEEPS = 3
 
 
 def trained(width: int, steps: int) -> tuple[GPT, tuple[torch.Tensor, torch.Tensor]]:
@@ -44,61 +51,120 @@ def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return cross_entropy(outputs, targets.flatten())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=48)
-    parser.add_argument("--products", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=60)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """CPU time, products and errors of each way, in the order of the table."""
+    begun = time.process_time()
     model, (tokens, targets) = trained(options.width, options.steps)
-    batches = [(part, rows) for part, rows in zip(tokens.split(64), targets.view(tokens.shape).split(64), strict=True)]
+    tokens, targets = tokens[: options.sequences], targets.view(tokens.shape)[: options.sequences]
+    batches = list(zip(tokens.split(64), targets.split(64), strict=True))
     n, rows = options.products, []
     divided = {f"blocks.{i}": f"blocks.{i}" for i in range(N_BLOCKS)} | {"rest": ["tokens", "places", "norm"]}
     names = blocks_of(model, divided)
 
-    def operator(**more: object) -> pn.HessianOperator:
+    def operator(**more: Any) -> pn.HessianOperator:
         return pn.HessianOperator(model, loss, batches, expected_products=n, weight="examples", **more)
 
+    def add(way: str, products: float, seconds: float, network: float | None, block: float | None) -> None:
+        rows.append({"way": way, "products": products, "seconds": seconds, "network": network, "block": block})
+        print(rows[-1], flush=True)
+
+    start = time.process_time()
+    op = operator()
+    op.matvec(torch.ones(op.shape[0]))
+    set_up = time.process_time() - start
     for method in ("hutchinson", "xtrace"):
         start = time.process_time()
         found = trace_estimate(operator(), method, n_hvp=n)
-        rows.append(
-            (f"trace of the network, {method}", n, time.process_time() - start, found.se / abs(found.value), "")
-        )
-    results = {}
-    for data_error in ("none", "examples"):
+        add(f"trace of the network, {method}", n, time.process_time() - start, found.se / abs(found.value), None)
+    for data_error, way in (("none", "all blocks, pn.blocks"), ("examples", "all blocks, with the error of examples")):
         start = time.process_time()
-        chosen = [name for own in names.values() for name in own]
-        op = pn.HessianOperator(model, loss, batches, params=chosen, expected_products=1, weight="examples")
-        ds = matrix_blocks(op, names, BlockOptions(n_hvp=n, data_error=data_error))
+        whole = pn.HessianOperator(
+            model, loss, batches, params=[name for own in names.values() for name in own], expected_products=1,
+            weight="examples",
+        )  # fmt: skip
+        ds = matrix_blocks(whole, names, BlockOptions(n_hvp=n, data_error=data_error))
+        spent = time.process_time() - start
         own = float((ds.trace_probe_se / abs(ds.trace)).median())
-        whole = float(ds.network_trace_probe_se / abs(ds.network_trace))
-        text = {"none": "all blocks, pn.blocks", "examples": "all blocks, with the error of examples"}[data_error]
-        rows.append((text, int(ds.n_hvp), time.process_time() - start, whole, f"{own:.2%}"))
-        results[data_error] = ds
-    start, spent, errors = time.process_time(), 0, []
-    for own in names.values():
-        found = trace_estimate(operator(params=own), "xtrace", n_hvp=n)
-        spent += found.n_hvp
+        add(way, int(ds.n_hvp), spent, float(ds.network_trace_probe_se / abs(ds.network_trace)), own)
+    start, products, errors = time.process_time(), 0, []
+    for own_names in names.values():
+        found = trace_estimate(operator(params=own_names), "xtrace", n_hvp=n)
+        products += found.n_hvp
         errors.append(found.se / abs(found.value))
-    rows.append(("one sweep per block, xtrace", spent, time.process_time() - start, np.nan, f"{np.median(errors):.2%}"))
-    first = rows[0][2]
-    lines = [
-        f"A transformer of {N_BLOCKS} blocks, width {options.width}, {op.shape[0]:,} parameters, "
-        f"{len(tokens)} sequences of {tokens.shape[1]} tokens, one CPU thread, torch {torch.__version__}. "
-        "Errors are standard errors for the random vectors, relative to the trace; of blocks, the median.",
+        if time.process_time() - begun > 60 * options.minutes and len(errors) >= FEWEST_SWEEPS:
+            break
+    scale = len(names) / len(errors)
+    way = "one sweep per block, xtrace"
+    way += f" ({len(errors)} of {len(names)} measured)" if scale > 1 else ""
+    add(way, products * scale, (time.process_time() - start) * scale, None, float(np.median(errors)))
+    return {
+        "rows": rows, "set_up": set_up, "width": options.width, "blocks": N_BLOCKS, "parameters": op.shape[0],
+        "sequences": len(tokens), "length": tokens.shape[1], "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """What was measured, in Markdown."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.2%}"
+
+    first = found["rows"][0]["seconds"]
+    return [
+        "# Traces of blocks",
+        "",
+        f"A transformer of {found['blocks']} blocks, width {found['width']}, {found['parameters']:,} parameters, "
+        f"{found['sequences']} sequences of {found['length']} tokens, one CPU thread, torch {found['torch']}. CPU time "
+        f"includes that for tracing the network ({found['set_up']:.0f} s for that of all parameters). Errors are "
+        "standard errors for the random vectors, relative to the trace; of blocks, the median. The error of examples "
+        f"takes passes over {N_GROUPS} groups, here of {found['sequences'] // N_GROUPS} sequences each.",
         "",
         "| | products | CPU seconds | of one trace of the network | error, network | error, block |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {text} | {products} | {seconds:.1f} | {seconds / first:.2f} | "
-            f"{'' if np.isnan(whole) else f'{whole:.2%}'} | {own} |"
-            for text, products, seconds, whole, own in rows
+            f"| {row['way']} | {row['products']:.0f} | {row['seconds']:.1f} | {row['seconds'] / first:.2f} | "
+            f"{percent(row['network'])} | {percent(row['block'])} |"
+            for row in found["rows"]
         ),
+        "",
+        "![CPU time of each way, in units of one trace of the network](block_traces.png)",
+        "",
     ]
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """CPU time of each way, in units of one trace of the network."""
+    from pnanalysis.plots import save_figure
+    from pnanalysis.plots.style import COLOURS, GREY, new_figure, style
+
+    rows = found["rows"]
+    ratio = [row["seconds"] / rows[0]["seconds"] for row in rows]
+    with style():
+        figure = new_figure(6.4, 2.2)
+        axes = figure.subplots()
+        bars = axes.barh([row["way"].replace(" (", "\n(") for row in rows], ratio, color=COLOURS[0])
+        axes.bar_label(bars, [f"{value:.2g}" for value in ratio], padding=3)
+        axes.invert_yaxis()
+        axes.set(xscale="log", xlim=(0.5, 2 * max(ratio)), xlabel="CPU time, in units of one trace of the network")
+        axes.axvline(2, color=GREY, linestyle="--")
+        save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--products", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--minutes", type=float, default=5, help="of CPU time, after which no further sweep begins")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = measure(options)
+    RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    lines = table(found)
     print("\n".join(lines))
-    RESULTS.write_text("\n".join(["# Traces of blocks", "", *lines, ""]))
+    RESULTS.write_text("\n".join(lines))
+    draw(found, RESULTS.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     PNANALYSIS_CIFAR10=PATH python benchmarks/coverage.py [--jobs 2] [--only intervals] [--subjects Wigner]
 
-Five sections, each measured in cells (a spectrum or network at a budget) that are saved as they are done; a second call
+Six sections, each measured in cells (a spectrum or network at a budget) that are saved as they are done; a second call
 goes on where the first one stopped.
 
 intervals
@@ -12,6 +12,9 @@ intervals
     often the density lies in its band; the W1 distance of two estimates of one matrix beside its stated noise.
 spikes
     How often as many outliers are found as there are spikes.
+blocks
+    Traces, Frobenius norms and energies of all layers of three trained networks from few products, beside those of the
+    dense Hessian: how often their 95 % intervals hold the true value, and how wide they are.
 examples, groups
     Two networks' worth of numbers from one network: disjoint random sets of examples, drawn anew each time. How often
     they differ by more than the error stated for the difference. ``groups`` uses half samples for the error of W1.
@@ -38,7 +41,7 @@ import torch
 import xarray as xr
 from coverage_table import table
 from known_spectra import ANALYTIC, GAPLESS, analytic_spectrum, spiked_wigner
-from networks import NETWORKS, exact_spectrum, population, trained
+from networks import NETWORKS, exact_spectrum, population, trained, training_examples
 from null_networks import pairs_by_coin, permuted_units
 from torch.nn.functional import cross_entropy
 from true_values import Tally, exact_density, exact_edges, exact_statistics, mass_points, rounded
@@ -60,6 +63,9 @@ SPIKES = {f"{n} spikes at {s}x": (n, s, 0) for n in (5, 10) for s in (3, 10)} | 
 N_EXAMPLES, N_PRODUCTS = 512, 100
 #: Networks whose spectra are estimated from half samples too, which costs eight times as much.
 HALF_SAMPLED = ("digits tanh MLP", "digits conv BN", "CIFAR tanh MLP", "CIFAR ReLU conv")
+#: Networks whose layers are looked at one by one, and the numbers of each.
+DIGITS = ("digits tanh MLP", "digits ReLU MLP", "digits GELU MLP")
+BLOCK_NUMBERS = ("trace", "frobenius_norm", "off_diagonal_energy", "off_diagonal_share", "energy", "network_trace")
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,32 @@ def measure_spikes(cell: Cell) -> dict[str, Any]:
         ds = pn.spectral_density(operator, seed=seed, progress=False, **BUDGETS[cell.budget])
         found.append(int(ds.n_outliers) == n_spikes and int(ds.n_outliers_negative) == 0)
     return {"n": cell.repetitions, "found": _mean(found)}
+
+
+def measure_blocks(cell: Cell) -> dict[str, Any]:
+    """Intervals of blocks of one dense Hessian."""
+    op = pn.HessianOperator(trained(cell.subject), cross_entropy, [training_examples(cell.subject)])
+    sizes: dict[str, int] = {}
+    for _, layer, length in op.tensors:
+        sizes[layer] = sizes.get(layer, 0) + length
+    H = op.to_dense()
+    exact = pn.blocks(H, blocks=sizes, n_hvp=len(H), progress=False)
+    found = [
+        pn.blocks(H, blocks=sizes, n_hvp=int(cell.budget), seed=seed, progress=False)
+        for seed in range(cell.repetitions)
+    ]
+    statistics = {}
+    for name in BLOCK_NUMBERS:
+        truth = exact[name].values.ravel()
+        value, low, high = (
+            np.stack([ds[f"{name}{end}"].values.ravel() for ds in found]) for end in ("", "_low", "_high")
+        )
+        given = np.isfinite(low)
+        held = ((low <= truth) & (truth <= high)).sum(0) / np.maximum(given.sum(0), 1)
+        rms = np.sqrt(np.nanmean((value - truth) ** 2, 0))
+        width = np.nanmean(high - low, 0) / 2 / (1.96 * rms)
+        statistics[name] = [[rounded(one) for one in row] for row in (held, width, given.mean(0))]
+    return {"n": cell.repetitions, "statistics": statistics}
 
 
 def measure_examples(cell: Cell, data_error: str) -> dict[str, Any]:
@@ -216,6 +248,7 @@ def _mean(values: Any) -> float | None:
 MEASURE: dict[str, Callable[[Cell], dict[str, Any]]] = {
     "intervals": measure_intervals,
     "spikes": measure_spikes,
+    "blocks": measure_blocks,
     "examples": partial(measure_examples, data_error="examples"),
     "groups": partial(measure_examples, data_error="groups"),
     "null": measure_null,
@@ -231,6 +264,9 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
             yield Cell("intervals", subject, budget, n_seeds[budget])
         for subject in SPIKES:
             yield Cell("spikes", subject, budget, min(n_seeds[budget], 100))
+    for budget in ("40", "100"):
+        for subject in DIGITS:
+            yield Cell("blocks", subject, budget, max(options.seeds // 2, 2))
     for subject in NETWORKS:
         yield Cell("examples", subject, "100", few)
     for subject in HALF_SAMPLED:

@@ -30,6 +30,7 @@ def table(results: Results, baseline: Results, gapless: set[str], command: str) 
         lines += _intervals(results, baseline)
         lines += _outliers(results, baseline, gapless)
         lines += _distances(results, baseline)
+    lines += _blocks(results)
     lines += _examples(results, baseline)
     if "null" in sections:
         lines += _null(results, baseline)
@@ -133,6 +134,30 @@ def _distances(results: Results, baseline: Results) -> Iterator[str]:
             for name, form in (("w1", "{:.2f}"), ("w1 beyond", "{:.0%}")):
                 columns.append(_beside(*(_text(cells, (subject, budget), name, form) for cells in (now, before))))
         yield f"| {subject} | " + " | ".join(columns) + " |"
+    yield ""
+
+
+def _blocks(results: Results) -> Iterator[str]:
+    """Numbers of single blocks: over all blocks, or pairs of them, of all networks."""
+    cells = _select(results, "blocks")
+    if not cells:
+        return
+    n = " to ".join(map(str, sorted({cell["n"] for cell in cells.values()})))
+    yield f"## Error of random signs, all layers of {len(_subjects(cells))} networks by themselves ({n} repetitions)"
+    yield ""
+    yield "| number | products | blocks | held, worst | | held, all | width, worst | median | given |"
+    yield "|---" * 9 + "|"
+    for name in dict.fromkeys(name for cell in cells.values() for name in cell["statistics"]):
+        for budget in _budgets(cells):
+            rows = {subject: np.array(cell["statistics"][name], dtype=float)
+                    for (subject, b), cell in cells.items() if b == budget}  # fmt: skip
+            held, width, given = np.concatenate(list(rows.values()), axis=1)
+            worst = min(rows, key=lambda subject: rows[subject][0].min())
+            yield (
+                f"| {name} | {budget} | {len(held)} | {held.min():.0%} | {worst} | "
+                f"{np.average(held, weights=given):.1%} | "
+                f"{width.max():.2g} | {np.median(width):.2g} | {given.mean():.0%} |"
+            )
     yield ""
 
 

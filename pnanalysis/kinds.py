@@ -357,6 +357,7 @@ _BLOCKS = {
     **_with_parts("trace", "block", "loss", "trace of the diagonal block"),
     "trace_form": _var("group block", "loss", "trace of the group's matrix in the block", _OPTIONAL),
     "group_share": _var("group", "1", "part of the examples that is in the group", _OPTIONAL),
+    "trace_deviation": _var("probe block", "loss", "what a sign vector adds to the error of the trace", _OPTIONAL),
     **_with_parts("frobenius_norm", "block", "loss", "Frobenius norm of the diagonal block"),
     **_with_parts("off_diagonal_energy", "block", "loss^2", "sum of the block's energies with all others"),
     **_with_parts("off_diagonal_share", "block", "1", "part that other blocks have of the block's energies"),
@@ -499,6 +500,7 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "gradient_norm": _var("", "loss", "norm of the gradient"),
         **_with_se("gradient_noise_scale", "", "examples", "gradient noise scale", _OPTIONAL),
         "n_hvp": _var("", "1", "products of the measurement"),
+        "n_parameters": _var("", "1", "parameters that are trained", _OPTIONAL),
         "seconds": _var("", "s", "time of the measurement"),
     },
     "sharpness": {

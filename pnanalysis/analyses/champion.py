@@ -17,7 +17,7 @@ from pnanalysis.analyses.comparison import ComparisonRequest, compare_selected
 from pnanalysis.analyses.contest import Contest, contest
 from pnanalysis.analyses.landscape import LandscapeOptions, network_landscape
 from pnanalysis.analyses.null_distribution import null_distribution, selected_among
-from pnanalysis.analyses.significant_differences import single_p_values
+from pnanalysis.analyses.significant_differences import ROUND_OFF, single_p_values
 from pnanalysis.checks import at_least
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import ModelError
@@ -221,8 +221,7 @@ def _null(numbers: list[Number]) -> dict[str, Any]:
 
 def _against(found: Contest, compared: xr.Dataset, split: str) -> xr.Dataset:
     """The champion's errors less those of the plain model and of the best restart, paired by example."""
-    is_error = bool(compared.error.sel(split=split).notnull().all())
-    name = "error" if is_error else "loss"
+    name = _judged_by(compared, split)
     picked = found.best_restart(_criterion(compared))
     others = [0] if picked is None else [0, 2 + picked]
     at = compared.sel(split=split).isel(checkpoint=1, other=others)
@@ -244,11 +243,20 @@ def _against(found: Contest, compared: xr.Dataset, split: str) -> xr.Dataset:
     )
 
 
+def _judged_by(compared: xr.Dataset, split: str) -> str:
+    """Errors if there are any but the loss itself, which squared errors may be."""
+    at = compared.sel(split=split)
+    if not bool(at.error.notnull().all()):
+        return "loss"
+    is_loss = "classes" not in compared.attrs and np.allclose(at.loss, at.error, rtol=ROUND_OFF, atol=0)
+    return "loss" if is_loss else "error"
+
+
 def _criterion(compared: xr.Dataset) -> np.ndarray:
-    """What networks without a history are picked by: validation error, else training loss; of the restarts."""
-    if "validation" in compared.split.values:
-        return compared.error.sel(split="validation").values[2:]
-    return compared.loss.sel(split="train").values[2:]
+    """What networks without a history are picked by: validation error or loss, else training loss; of the restarts."""
+    split = "validation" if "validation" in compared.split.values else "train"
+    name = _judged_by(compared, split) if split == "validation" else "loss"
+    return compared[name].sel(split=split).values[2:]
 
 
 def _with_selection(ds: xr.Dataset, found: Contest) -> xr.Dataset:
@@ -263,7 +271,12 @@ def _with_selection(ds: xr.Dataset, found: Contest) -> xr.Dataset:
         criterion=("training", np.concatenate([one.criterion for one in known])),
         training_test_error=("training", np.concatenate([one.test_error for one in known])),
     )
-    if others is None or not (np.isfinite(own.test_error).all() and np.isfinite(others.test_error).all()):
+    if others is None:
+        return ds
+    own, others = own.candidates, others.candidates
+    if not (len(own.criterion) and len(others.criterion)):
+        return ds
+    if not (np.isfinite(own.test_error).all() and np.isfinite(others.test_error).all()):
         return ds
     chance = selected_among(own.criterion, own.test_error, others.criterion, others.test_error)
     return ds.assign(selection_p=chance.p, selection_least_p=chance.least_p, best_of_restarts=chance.expected)

@@ -160,7 +160,7 @@ def better_answer(ds: xr.Dataset) -> Answer:
     if best is not None:
         parts.append(_against_best(ds, best))
     if split != "test":
-        parts.append(f"there is no test set, and the {split} error may be what the champion was picked by")
+        parts.append(f"there is no test set, and the {split} {judged} may be what the champion was picked by")
     return Answer(word, "; ".join(parts) + ".")
 
 
@@ -274,7 +274,8 @@ def _same_function(ds: xr.Dataset) -> bool:
     if "js_divergence" in ds:
         return bool(ds.js_divergence.isel(checkpoint=1) < ROUND_OFF) and number_of(ds, "disagreement", 1).value == 0
     difference = number_of(ds, "rms_difference", 1).value
-    return difference <= ROUND_OFF * max(1.0, math.sqrt(abs(np.nan_to_num(number_of(ds, "test_error", 0).value))))
+    size = number_of(ds, f"{ds.attrs['function_split']}_{ds.attrs['judged_by']}", 0).value
+    return difference <= ROUND_OFF * max(1.0, math.sqrt(abs(np.nan_to_num(size))))
 
 
 def _lower_barrier(ds: xr.Dataset, at: int) -> tuple[str, Estimate]:

@@ -66,7 +66,7 @@ class BlockRequest:
 
 
 def block_differences(ds: xr.Dataset, shared_examples: bool = True) -> xr.Dataset:
-    """Traces of blocks, and how they differ between all pairs of networks.
+    r"""Traces of blocks, and how they differ between all pairs of networks.
 
     Parameters
     ----------
@@ -74,18 +74,31 @@ def block_differences(ds: xr.Dataset, shared_examples: bool = True) -> xr.Datase
         Kind ``blocks``, along ``checkpoint``.
     shared_examples : bool
         Whether all are of the same examples in the same groups: what these do to both of a pair then cancels.
+        The sign vectors must be the same, too, as they are for one ``seed``.
 
     Returns
     -------
     xarray.Dataset
         ``block_trace`` (checkpoint, block) and ``block_trace_difference`` (checkpoint, other, block), checkpoint minus
         other, each with its standard errors.
+
+    Notes
+    -----
+    All networks are multiplied with the same sign vectors. What one of them adds to the traces of both of a pair is a
+    pair of numbers, independent of those of the others, so that the variance of the difference of two means is
+
+    .. math:: \sum_a (d_{ia} - d_{ja})^2, \qquad d_{ia} = (s_{ia} - \bar s_i) / \sqrt{q_i (q_i - 1)},
+
+    with the number :math:`s_{ia}` of network :math:`i` and sign vector :math:`a`, and 0 where it took fewer of them.
+    For networks of which the second is a small step away, hardly any of the errors of the two is left.
     """
     names = {f"trace{end}": f"block_trace{end}" for end in ("", "_se", "_probe_se", "_data_se", "_low", "_high")}
     table = ds[list(names)].rename(names).drop_vars("other", errors="ignore")
-    trace, probe_se, data_se = (ds[f"trace{end}"].values for end in ("", "_probe_se", "_data_se"))
+    trace, data_se = (ds[f"trace{end}"].values for end in ("", "_data_se"))
     difference = trace[:, None] - trace[None, :]
-    probes = np.hypot(probe_se[:, None], probe_se[None, :])
+    apart = np.nan_to_num(ds.trace_deviation.transpose("probe", "checkpoint", "block").values)
+    probes = np.sqrt(np.square(apart[:, :, None] - apart[:, None, :]).sum(0))
+    probes = np.where(np.isnan(difference), np.nan, probes)
     examples = np.hypot(data_se[:, None], data_se[None, :])
     if shared_examples:
         k = len(trace)

@@ -27,6 +27,7 @@ class Trainings:
     Attributes
     ----------
     criterion, test_error : ndarray, shape (n,)
+        The criterion is infinite for trainings whose loss is not finite, which are never chosen.
     name : str
         Of the criterion.
     """
@@ -38,13 +39,20 @@ class Trainings:
     @classmethod
     def of(cls, run: Run, iterations: Sequence[int]) -> Trainings:
         """The end points of some iterations of a run, from its history."""
-        last = run.history.isel(epoch=-1).sel(iteration=list(iterations))
-        validation = last.validation_error.values.astype(float)
-        if np.isfinite(validation).any():
-            criterion, name = validation, "validation error"
-        else:
-            criterion, name = last.train_loss.values.astype(float), "training loss"
-        return cls(np.where(np.isfinite(criterion), criterion, np.inf), last.test_error.values.astype(float), name)
+        history = run.history.isel(epoch=-1)
+        is_validated = bool(history.validation_error.notnull().any())
+        last = history.sel(iteration=list(iterations))
+        loss = last.train_loss.values.astype(float)
+        criterion = last.validation_error.values.astype(float) if is_validated else loss
+        criterion = np.where(np.isfinite(criterion) & np.isfinite(loss), criterion, np.inf)
+        name = "validation error" if is_validated else "training loss"
+        return cls(criterion, last.test_error.values.astype(float), name)
+
+    @property
+    def candidates(self) -> Trainings:
+        """Those that can be chosen."""
+        kept = np.isfinite(self.criterion)
+        return Trainings(self.criterion[kept], self.test_error[kept], self.name)
 
 
 @dataclass(frozen=True)
@@ -75,13 +83,16 @@ class Contest:
     def best_restart(self, criterion: Array | None) -> int | None:
         """The place among the restarts of the best of as many as the champion is the best of, picked in the same way.
 
-        Of more restarts than that, the first count. ``criterion`` takes the place of their history.
+        Of more restarts than that, the first count; those whose loss is not finite, never. ``criterion`` takes the
+        place of their history.
         """
         known = criterion if self.others is None else self.others.criterion
-        if known is None or not self.n_restarts:
+        if known is None:
             return None
-        n = self.n_restarts if self.own is None else len(self.own.criterion)
-        return int(np.argmin(known[:n]))
+        places = np.flatnonzero(np.isfinite(known))
+        if self.own is not None:
+            places = places[: len(self.own.candidates.criterion)]
+        return int(places[np.argmin(known[places])]) if len(places) else None
 
 
 def contest(
@@ -127,9 +138,10 @@ def contest(
             np.concatenate([one.test_error for one in known]),
             own.name,
         )
+    n_candidates = len(own.candidates.criterion)
     attrs = {
-        "role": role, "iteration": best.iteration, "n_iterations": len(run.ends) - 1, "criterion": own.name,
-        "restarts": [one.label for one in found], "note": _note(run, role, found),
+        "role": role, "iteration": best.iteration, "n_iterations": n_candidates, "criterion": own.name,
+        "restarts": [one.label for one in found], "note": _note(run, role, found, len(own.criterion) - n_candidates),
     }  # fmt: skip
     return Contest(Selection([source, *found], chosen), own, together, attrs)
 
@@ -214,9 +226,12 @@ def _plain_trainings(source: Source, plain: Checkpoint) -> list[Checkpoint]:
     return [end for end in ends if not end.equals(plain)]
 
 
-def _note(run: Run, role: str, found: Sequence[Source]) -> str | None:
+def _note(run: Run, role: str, found: Sequence[Source], n_diverged: int) -> str | None:
     """What a reader should know about the choice, in sentences."""
     sentences = []
+    if n_diverged:
+        counted = "1 later iteration has" if n_diverged == 1 else f"{n_diverged} later iterations have"
+        sentences.append(f"{counted} diverged, and cannot be chosen: the {role} is the best of the others.")
     if role == "challenger":
         sentences.append(
             "The plain model has the lowest validation error of all iterations, so that there is no champion beside "

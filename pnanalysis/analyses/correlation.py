@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import xarray as xr
 
 from pnanalysis import schema
 from pnanalysis.analyses.rank_correlation import conditional_information, granulated, tau_with_errors
-from pnanalysis.analyses.run_diagnostics import GAP, run_diagnostics
+from pnanalysis.analyses.run_diagnostics import GAP, file_beside, has_saved, run_diagnostics
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of
 from pnanalysis.errors import RunError
@@ -93,7 +94,8 @@ def correlate(
         the columns that are settings.
     compute : sequence of str
         Analyses (``hessian``, ``sharpness``, ``saturation``, ``learning_coefficient``) to run first, with their
-        defaults, where they are not stored; they are saved with the runs. Nothing is computed by default.
+        defaults, where they are not stored of the ``checkpoint``; they are saved with the runs, beside what is there of
+        other checkpoints. Nothing is computed by default.
     data : optional
         For these, where a run does not know its own.
     n_bootstrap : int
@@ -122,6 +124,11 @@ def correlate(
     ------
     RunError
         If there are fewer than four runs with the target, it is the same in all, or none of the diagnostics is there.
+
+    Warns
+    -----
+    UserWarning
+        If a run's saved analysis cannot be read, or is of other checkpoints.
 
     Notes
     -----
@@ -228,9 +235,23 @@ def _from_runs(runs: Sequence[Run], checkpoint: str) -> RunTable:
     if len(finished) < FEWEST_RUNS:
         raise _too_few(len(finished), "that have finished")
     rows, names = [], distinct_labels([run.path.name for run in finished])
-    for run in finished:
+    lacking: dict[str, list[str]] = {}
+    for name, run in zip(names, finished, strict=True):
         (found,) = run.select([checkpoint]).values()
-        rows.append(run_diagnostics(run, found)[0])
+        numbers, problems = run_diagnostics(run, found)
+        rows.append(numbers)
+        for kind, problem in problems.items():
+            if problem:
+                warnings.warn(f"{name} counts without its {kind}: {problem}", stacklevel=3)
+            else:
+                lacking.setdefault(kind, []).append(name)
+    for kind, without in lacking.items():
+        advice = f"compute={[kind]} (--compute {kind}) adds it" if kind in _analyses() else f"add it with pn.{kind}"
+        warnings.warn(
+            f"the saved {kind} of {len(without)} of {len(finished)} runs is not of the {checkpoint} "
+            f"({', '.join(without[:3])}{', ...' if len(without) > 3 else ''}), so that they count without it; {advice}",
+            stacklevel=3,
+        )
     kinds = {name: number.kind for row in rows for name, number in row.items()}
     value = {name: np.array([row[name].value if name in row else np.nan for row in rows]) for name in kinds}
     se = {name: np.array([row[name].se if name in row else np.nan for row in rows]) for name in kinds}
@@ -338,10 +359,18 @@ def _compute_missing(
     runs: Sequence[Run], kinds: Sequence[str], checkpoint: str, data: DataLike | None, device: str | None, seed: int,
     progress: bool,
 ) -> None:  # fmt: skip
-    """Run analyses whose results are not stored, and save them: what is done is never done again."""
+    """Run analyses whose results are not stored, and save them: what is done is never done again.
+
+    A dataset of other checkpoints stays as it is, whatever the settings that it was made with: the missing one is saved
+    beside it.
+    """
     for kind in [kinds] if isinstance(kinds, str) else kinds:
         for run in runs:
-            if kind not in run.files and run.manifest["ends"]:
+            if not run.manifest["ends"]:
+                continue
+            (wanted,) = run.select([checkpoint]).values()
+            if not has_saved(run, kind, wanted):
                 names = {} if kind == "saturation" else {"checkpoints": (checkpoint,)}
                 ds = _analyses()[kind](run, data=data, device=device, seed=seed, progress=progress, **names)
-                save(ds, run.path / ANALYSIS / f"{kind}.nc")
+                stem = file_beside(kind, wanted) if kind in run.files else kind
+                save(ds, run.path / ANALYSIS / f"{stem}.nc")

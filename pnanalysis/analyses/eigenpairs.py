@@ -16,8 +16,9 @@ from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 from torch import Tensor, nn
 
 from pnanalysis import schema
+from pnanalysis.analyses.finished_eigenpairs import finished_or_computed
 from pnanalysis.analyses.hessian import has_all, names_of
-from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, matrix_eigenpairs, overlaps
+from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, overlaps
 from pnanalysis.analyses.stacking import along_checkpoints
 from pnanalysis.analyses.work_folder import WorkFolder, weights_digest
 from pnanalysis.checks import at_least, resolve_dtype
@@ -163,7 +164,7 @@ def eigenpairs(
             raise CurvatureError("an operator has its own network, data and loss; leave model, data and loss out")
         with progress_bar("eigenpairs", None, progress) as advance:
             folder = None if state is None else Path(state)
-            found = matrix_eigenpairs(as_operator(given[0]), options, advance=advance, folder=folder)
+            found = finished_or_computed(as_operator(given[0]), options, folder, advance=advance)
         ds = found.with_vector if vectors else found.dataset
         return schema.finish(ds, "eigenpairs", operator=type(given[0]).__name__, k=k, which=which, seed=seed)
     torch_device = resolve_device(device)
@@ -245,7 +246,7 @@ def network_eigenpairs(
         update = None
         if previous is not None and isinstance(op, CurvatureOperator):
             update = op.vector_of(dict(network.named_parameters())) - op.vector_of(previous)
-        return matrix_eigenpairs(op, options, update=update, advance=advance, folder=folder)
+        return finished_or_computed(op, options, folder, update=update, advance=advance)
 
 
 def previous_state(item: SelectedCheckpoint) -> Mapping[str, Tensor] | None:

@@ -175,24 +175,25 @@ def _moments(
     operator: LinearOperator, partition: Partition, cells: Partition, owner: NDArray[np.int64],
     rounded: NDArray[np.bool_], options: BlockOptions, state: Path | None, advance: Callable[[float], None],
 ) -> tuple[BlockMoments, Moment]:  # fmt: skip
-    """Numbers of all blocks, and the traces over what is rounded in each."""
+    """Numbers of all blocks, and the traces over what is rounded in each, of the data's part of the matrix."""
+    every, counted = (_members(owner, part, len(partition.names)) for part in (np.ones(len(owner)), rounded))
     if operator.shape[0] <= options.n_hvp:
         found = exact_moments(operator, partition, options.diagonal, advance)
         if not options.bits:
             return found, found.trace
-        return found, exact_moments(operator, cells).trace.merged(_members(owner, rounded, len(partition.names)))
+        of_cells = exact_moments(operator, cells).trace
+        of_data = replace(of_cells, value=of_cells.share @ of_cells.form)
+        return found, of_data.merged(counted)
 
     def is_reached(forms: BlockForms) -> bool:
-        trace = trace_of(forms)
+        trace = trace_of(forms.merged(partition, every))  # of what is reported, not of parts
         return bool(trace.probe_se.max() <= (options.until or {})["trace"] * abs(trace.value.sum()))
 
     plan = Plan(
         options.n_hvp, options.seed, options.diagonal, state=state, is_reached=is_reached if options.until else None
     )
     forms = block_forms(operator, cells, plan, advance)
-    every = _members(owner, np.ones(len(owner)), len(partition.names))
-    of_rounded = forms.merged(partition, _members(owner, rounded, len(partition.names)))
-    return moments_of(forms.merged(partition, every)), trace_of(of_rounded)
+    return moments_of(forms.merged(partition, every)), trace_of(forms.without_rest().merged(partition, counted))
 
 
 def _members(owner: NDArray[np.int64], counted: NDArray[Any], n_blocks: int) -> Array:
@@ -219,6 +220,8 @@ def _dataset(found: BlockMoments, options: BlockOptions) -> xr.Dataset:
             ds[key] = dims, values
     ds["trace_form"] = ("group", "block"), found.trace.form
     ds["group_share"] = "group", found.trace.share
+    deviation = found.trace.deviation
+    ds["trace_deviation"] = ("probe", "block"), np.zeros((1, len(ds.trace))) if deviation is None else deviation
     attrs: dict[str, Any] = {
         "n_probes": found.n_probes,
         "n_known": found.n_known,

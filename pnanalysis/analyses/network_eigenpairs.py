@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +23,8 @@ from pnanalysis.errors import CurvatureError, Indivisible
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.averaged import is_averaged
 from pnanalysis.spectra.data_error import FEWEST_GROUPS, DataForms
-from pnanalysis.spectra.finished import sizes_of_product
 from pnanalysis.spectra.inner_products import coordinates, norms
-from pnanalysis.spectra.lanczos import SAME_PRODUCT
-from pnanalysis.spectra.linear_operator import LinearOperator, round_off
+from pnanalysis.spectra.linear_operator import LinearOperator
 from pnanalysis.spectra.restarted import WHICH
 from pnanalysis.spectra.subspaces import chance_overlap, overlap, participation, squared_cosines
 from pnanalysis.spectra.verified_pairs import VerifiedPairs, verified_pairs
@@ -116,7 +113,7 @@ def matrix_eigenpairs(
     *,
     update: Tensor | None = None,
     advance: Advance | None = None,
-    folder: Path | None = None,
+    state: Unfinished | None = None,
 ) -> Found:
     """Eigenpairs of one operator.
 
@@ -130,14 +127,13 @@ def matrix_eigenpairs(
         The last step of the training, ``(P,)``.
     advance : callable, optional
         Called with the products of each step.
-    folder : Path, optional
-        Of unfinished work, which is taken up again.
+    state : Unfinished, optional
+        Where unfinished searches are saved and taken up again.
 
     Raises
     ------
     CurvatureError
     """
-    state = None if folder is None else _unfinished(operator, options, folder)
     pairs = verified_pairs(
         operator, options.k, options.which, tolerance=options.tolerance, max_hvp=options.max_hvp, seed=options.seed,
         advance=advance, state=state,
@@ -179,14 +175,6 @@ def matrix_eigenpairs(
     notes["data_error"] = "none" if "value_data_se" not in ds else "halves" if halves else "examples"
     ds = ds.assign_attrs({name: value for name, value in notes.items() if value not in (None, "")})
     return Found(ds, pairs.vector.cpu(), tuple(half.cpu() for half in halves), shapes)
-
-
-def _unfinished(operator: LinearOperator, options: EigenpairOptions, folder: Path) -> Unfinished:
-    """What is saved of pairs that were begun before, for this operator alone, as one product tells."""
-    seen = sizes_of_product(operator)
-    about = {name: getattr(options, name) for name in ("k", "which", "tolerance", "max_hvp", "seed")}
-    tolerance = max(SAME_PRODUCT, 10 * round_off(operator)) * seen[1]
-    return Unfinished(folder, about, seen.tolist(), tolerance, CurvatureError)
 
 
 def _pairs(pairs: VerifiedPairs, n_parameters: int) -> xr.Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.evaluation.losses import counts
 from pnanalysis.evaluation.normalised_logits import with_normalised_logits
 from pnanalysis.geometry.loss_surface import LossSurface, check_same_function
 from pnanalysis.inputs.models import Loss, device_of
@@ -260,6 +261,12 @@ class _Place:
         return np.stack([measure(self._hessian, kind, scale) for kind, scale in scales.items()])
 
     @cached_property
+    def _batches_that_count(self) -> Iterable[Any]:
+        """Without those in which all targets are ignored; as they are if there are none."""
+        some = _Counting(self.batches, self.gradients.surface.loss)
+        return self.batches if sum(1 for _ in some) == sum(1 for _ in self.batches) else some
+
+    @cached_property
     def _hessian(self) -> HessianOperator | None:
         return self._operator("no second-order values to compare with")
 
@@ -272,7 +279,7 @@ class _Place:
         """The Hessian, or a warning that says what there is not."""
         try:
             op = HessianOperator(
-                self.network, self.loss, self.batches, params=layer, dtype=self.gradients.centre.dtype,
+                self.network, self.loss, self._batches_that_count, params=layer, dtype=self.gradients.centre.dtype,
                 device=self.gradients.centre.device, expected_products=100,
             )  # fmt: skip
             _ = op.product_check
@@ -304,6 +311,16 @@ class _Place:
                 warnings.warn(f"{self.label}: {without}: {error}", stacklevel=2)
         ds = xr.Dataset({f"relative_flatness{end}": float(value) for end, value in values.items()})
         return ds.assign(flatness_layer=name or "")
+
+
+class _Counting:
+    """Batches in which some target counts."""
+
+    def __init__(self, batches: Iterable[Any], loss: Loss) -> None:
+        self.batches, self.loss = batches, loss
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch in self.batches if counts(self.loss, batch[1]))
 
 
 def _mean_and_se(values: Array) -> tuple[Array, Array]:

@@ -26,7 +26,8 @@ class NullDistribution:
     mean, low, high : ndarray
         Their mean (geometric, of numbers on a logarithmic scale), and the 95 % interval of prediction for one more.
     score : ndarray
-        The champion's distance from the mean in standard deviations of a prediction.
+        The champion's distance from the mean in standard deviations of a prediction; infinite where restarts agree
+        exactly, and it does not.
     p_single, p : ndarray
         Two-sided p-value of being drawn like the restarts, by itself and adjusted by Holm's step-down; NaN where there
         are fewer than two restarts.
@@ -77,6 +78,10 @@ def null_distribution(
     estimates. Where that of the champion's is larger, the difference of the squares is added to the variance; and the
     variance is at least that of rounding to the resolution, so that counts that happen to agree do not claim
     certainty.
+
+    Where restarts agree to the last digit and no error is known, there is no scale to measure by, and no normal
+    distribution either: equal numbers are a matter of ranks alone, so that ``rank_p`` takes the place of the p-value,
+    ``2 / (n + 1)`` for a number that differs from all.
     """
     from scipy.stats import t as student_t  # here, so that command lines start without SciPy
 
@@ -100,12 +105,13 @@ def null_distribution(
         score = np.where(np.abs(away) <= floor, 0.0, away / scale)
         dof = np.maximum(n - 1.0, 1.0)
         half = student_t.ppf(0.5 + (1 - LEVEL) / 2, dof) * scale
-        p = np.where(np.isnan(score), np.nan, 2 * student_t.sf(np.abs(score), dof))
         below = (is_known & (others < x[:, None])).sum(1)
         ties = (is_known & (others == x[:, None])).sum(1)
         tail = np.minimum(below + ties, n - below) + 1
         rank_p = np.where(np.isfinite(x) & (n > 0), np.minimum(2 * tail / (n + 1), 1.0), np.nan)
         rank = np.where(np.isfinite(x) & (n > 0), 1 + below + ties / 2, np.nan)
+        p = np.where(np.isnan(score), np.nan, 2 * student_t.sf(np.abs(score), dof))
+        p = np.where((scale <= floor) & (np.abs(away) > floor), rank_p, p)
         mean, low, high = (np.where(as_log, np.exp(end), end) for end in (mean, mean - half, mean + half))
     return NullDistribution(n.astype(float), mean, low, high, score, p, holm(p), rank, rank_p)
 

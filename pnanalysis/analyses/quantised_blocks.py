@@ -38,7 +38,7 @@ def rounding_effects(
     partition : Partition
         Into blocks.
     trace : Moment, (block,)
-        Over the entries of each block that are rounded.
+        Over the entries of each block that are rounded, of the loss over the data alone.
     n_rounded : ndarray, shape (block,)
         How many these are.
     bits, seed : int
@@ -50,7 +50,7 @@ def rounding_effects(
         (HAWQ-V2), with errors; ``rank`` its place from the largest, from 1, with the 95 % interval ``rank_low`` to
         ``rank_high`` and ``rank_probability`` (block, place). ``quadratic``,
         :math:`\tfrac12 \Delta w^\top H \Delta w`, and ``linear``, :math:`g^\top \Delta w`, take one product for each
-        block; ``loss_increase`` is measured. All are of the loss over the data.
+        block; ``loss_increase`` is measured. All are of the loss over the data, without weight decay or a penalty.
 
     References
     ----------

@@ -32,8 +32,13 @@ _EDGE = 1.0
 #: pairs are in order, and stay so however runs are resampled.
 _FIELLER = 0.437
 _REPLICATES_AT_ONCE = 64
-#: With ties: runs whose orders are all gone through, those of which some are drawn, and how many.
-_MOST_IN_ALL_ORDERS, _MOST_REORDERED, _N_ORDERS = 7, 50, 9999
+#: With ties: runs whose orders are all gone through, and how many orders are drawn of more.
+_MOST_IN_ALL_ORDERS, _N_ORDERS = 7, 9999
+#: Of more runs than the former, different values from which on the normal approximation holds whatever the ties are:
+#: there are that many runs outside the largest tie.
+_MANY_RUNS, _MANY_VALUES = 50, 25
+#: Entries of the tables of orders that are gone through together.
+_CELLS_AT_ONCE = 2**20
 
 
 class Tau(NamedTuple):
@@ -134,28 +139,39 @@ def tau_with_errors(
 def _p_value(x: Array, y: Array, seed: int) -> float:
     """Two-sided p-value of no correlation: how often numbers in a random order agree or disagree as much.
 
-    Without ties, and for many runs, it is SciPy's. With ties, its normal approximation is far too small where few
-    values are different, so that orders are gone through: all of few runs, else some that are drawn.
+    Without ties, it is SciPy's. With ties, its normal approximation is far too small where few values are different,
+    however many runs there are. So orders are gone through: all of few runs, else some that are drawn, unless there
+    are many runs and many different values of both numbers.
     """
     from scipy.stats import kendalltau
 
     n, rng = len(x), np.random.default_rng([seed, 1])
-    has_ties = len(np.unique(x)) < n or len(np.unique(y)) < n
-    if not has_ties or n > _MOST_REORDERED or np.ptp(x) == 0 or np.ptp(y) == 0:
+    few, many = sorted((np.unique(v, return_inverse=True)[1] for v in (x, y)), key=np.max)
+    has_ties = few.max() < n - 1
+    if not has_ties or few.max() == 0 or (n > _MANY_RUNS and few.max() >= _MANY_VALUES):
         return float(kendalltau(x, y).pvalue)
-    of_x, of_y = signs(x), signs(y)
-    observed, is_exact = abs((of_x * of_y).sum()), n <= _MOST_IN_ALL_ORDERS
-    orders = (
-        np.array(list(permutations(range(n))))
-        if is_exact
-        else rng.permuted(np.tile(np.arange(n), (_N_ORDERS, 1)), axis=1)
-    )
+    observed, is_exact = abs(_concordance(few[None], many)[0]), n <= _MOST_IN_ALL_ORDERS
+    at_once = max(_CELLS_AT_ONCE // ((few.max() + 1) * (many.max() + 1)), 1)
+    n_orders = math.factorial(n) if is_exact else _N_ORDERS
+    every = np.array(list(permutations(range(n)))) if is_exact else None
     as_much = 0
-    for begin in range(0, len(orders), _REPLICATES_AT_ONCE):
-        some = orders[begin : begin + _REPLICATES_AT_ONCE]
-        sums = (of_x * of_y[some[:, :, None], some[:, None, :]]).sum((1, 2))
-        as_much += int((np.abs(sums) >= observed).sum())
-    return as_much / len(orders) if is_exact else (1 + as_much) / (1 + len(orders))
+    for begin in range(0, n_orders, at_once):
+        size = min(at_once, n_orders - begin)
+        drawn = few[every[begin : begin + size]] if every is not None else rng.permuted(np.tile(few, (size, 1)), axis=1)
+        as_much += int((np.abs(_concordance(drawn, many)) >= observed).sum())
+    return as_much / n_orders if is_exact else (1 + as_much) / (1 + n_orders)
+
+
+def _concordance(x: NDArray[np.intp], y: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Pairs in order less pairs out of order, of places ``(orders, n)`` with places ``(n,)``, from their tables."""
+    n_x, n_y = int(x.max()) + 1, int(y.max()) + 1
+    cell = (np.arange(len(x))[:, None] * n_y + y) * n_x + x
+    table = np.bincount(cell.ravel(), minlength=len(x) * n_y * n_x).reshape(len(x), n_y, n_x)
+    below = table.cumsum(1) - table  # in y, by the place in x
+    lower = below.cumsum(2)
+    ahead = 2 * lower - below - lower[:, :, -1:]  # below in both, less below in y and above in x
+    found: NDArray[np.int64] = (table * ahead).sum((1, 2))
+    return found
 
 
 def _spread(taus: Array, edge: float) -> float:

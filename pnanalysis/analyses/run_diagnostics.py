@@ -52,23 +52,45 @@ class Number(NamedTuple):
     is_main: bool = True
 
 
-def run_diagnostics(run: Run, checkpoint: Checkpoint) -> tuple[dict[str, Number], list[str]]:
-    """Numbers by name, and what could not be read, in sentences."""
+def run_diagnostics(run: Run, checkpoint: Checkpoint) -> tuple[dict[str, Number], dict[str, str]]:
+    """Numbers by name; and by kind why a saved dataset has none, empty where it is of other checkpoints."""
     found = dict(_of_history(run.history, checkpoint))
-    problems = []
+    problems: dict[str, str] = {}
     for kind, names in STORED.items():
-        if kind not in run.files:
-            continue
-        try:
-            ds = load(run.files[kind], within=run.path, large=False)
-        except SchemaError as error:
-            problems.append(str(error))
-            continue
-        row = _row(ds, run, checkpoint)
+        row, problem = _saved_row(run, kind, checkpoint)
         if row is not None:
             for name in names:
                 found |= dict(_numbers(row, kind, name))
+        elif problem is not None:
+            problems[kind] = problem
     return found, problems
+
+
+def has_saved(run: Run, kind: str, checkpoint: Checkpoint) -> bool:
+    """Whether numbers of this kind are saved about a checkpoint."""
+    return _saved_row(run, kind, checkpoint)[0] is not None
+
+
+def file_beside(kind: str, checkpoint: Checkpoint) -> str:
+    """The stem of the file for a checkpoint that is not in the dataset that a run has of this kind."""
+    return f"{kind}-{checkpoint.name.replace('/', '-')}"
+
+
+def _saved_row(run: Run, kind: str, checkpoint: Checkpoint) -> tuple[xr.Dataset | None, str | None]:
+    """What is saved about a checkpoint, or why there is nothing: ``None`` where there is no such file."""
+    problem = None
+    for stem in (kind, file_beside(kind, checkpoint)):
+        if stem not in run.files:
+            continue
+        try:
+            row = _row(load(run.files[stem], within=run.path, large=False), run, checkpoint)
+        except SchemaError as error:
+            problem = str(error)
+            continue
+        if row is not None:
+            return row, None
+        problem = problem or ""
+    return None, problem
 
 
 def _of_history(history: xr.Dataset, checkpoint: Checkpoint) -> Iterator[tuple[str, Number]]:

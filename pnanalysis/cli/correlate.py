@@ -56,8 +56,8 @@ def correlate(
         list[str] | None,
         typer.Option(
             metavar="ANALYSIS",
-            help="Run hessian, sharpness, saturation or learning_coefficient first on each run that lacks it, and save "
-            "it there; may be repeated.",
+            help="Run hessian, sharpness, saturation or learning_coefficient first on each run that lacks it at the "
+            "checkpoint, and save it there; may be repeated.",
         ),
     ] = None,
     bootstrap: Annotated[int, typer.Option(help="Resamples of the runs.")] = 2000,

@@ -42,6 +42,8 @@ _MODULES: dict[Any, Any] = {
     nn.HuberLoss: F.huber_loss,
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
 }
+#: Said where the loss of every batch is 0 / 0.
+NOTHING_COUNTS = "no example counts in the loss: all targets are ignored; choose other examples"
 _OPTIONS = ("weight", "ignore_index", "label_smoothing", "pos_weight", "beta", "delta")
 #: What a loss raises that cannot take one example, or cannot be vectorised.
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
@@ -226,6 +228,11 @@ def example_weights(loss: Loss, targets: Any) -> Tensor:
     classes = torch.where(valid, targets, torch.zeros_like(targets))
     counts = torch.where(valid, weight.to(targets.device)[classes], 0.0)
     return counts.reshape(len(targets), -1).double().mean(1)
+
+
+def counts(loss: Loss, targets: Any) -> bool:
+    """Whether any target of a batch counts: where all are ignored, its loss is 0 / 0."""
+    return known(loss) is None or not isinstance(targets, Tensor) or bool(example_weights(loss, targets).any())
 
 
 def _are_indices(found: TorchLoss, targets: Tensor) -> bool:

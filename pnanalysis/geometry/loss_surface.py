@@ -16,10 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import vmap
 
-from pnanalysis.errors import ModelError
+from pnanalysis.errors import DataError, ModelError
 from pnanalysis.evaluation.batch_pass import BatchPass
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.evaluation.losses import check_finite, check_mean, example_weights, linearised, loss_on
+from pnanalysis.evaluation.losses import (
+    NOTHING_COUNTS,
+    check_finite,
+    check_mean,
+    counts,
+    example_weights,
+    linearised,
+    loss_on,
+)
 from pnanalysis.evaluation.randomness import check_repeatable
 from pnanalysis.geometry.batch_norm import normalise_by_batch, norms_with_statistics, reestimate
 from pnanalysis.inputs.batches import map_tensors
@@ -200,8 +208,8 @@ class LossSurface:
                 batch, at = (self.cast(inputs), self.cast(targets)), {**rest, **theta}
                 one = BatchPass.of(self.model, self.loss, *batch, at, predict=False)
                 value = one.value()
-                known = self.loss.torch_loss is not None
-                weight = float(example_weights(self.loss, one.targets).sum()) if known else one.n
+                is_known = self.loss.torch_loss is not None
+                weight = float(example_weights(self.loss, one.targets).sum()) if is_known else one.n
                 if weight == 0:  # every position is ignored, and the loss is 0 / 0
                     continue
                 parts = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
@@ -288,9 +296,9 @@ def check_same_function(
     ModelError
         If it does not, the network or its loss draws at random, or the loss is not finite.
     DataError
-        If the network cannot take the data.
+        If the network cannot take the data, or all targets are ignored.
     """
-    inputs, targets = first = next(iter(batches))
+    inputs, targets = first = _first_that_counts(surface.loss, batches)
     network = in_precision(copied(network), surface.dtype).to(surface.device).eval()
     with clear_errors(names[0], network, [first], surface.loss):
         inputs, targets = surface.cast(inputs), surface.cast(targets)
@@ -308,6 +316,21 @@ def check_same_function(
             f"{names[0]} computes something else than {same} with the same weights; a landscape needs networks of one "
             "architecture, which compute with their parameters alone"
         )
+
+
+def _first_that_counts(loss: Loss, batches: Iterable[Any]) -> Any:
+    """The first batch with a target that is not ignored: the loss of others is 0 / 0.
+
+    Raises
+    ------
+    DataError
+        If there is none.
+    """
+    for batch in batches:
+        _, targets = batch
+        if counts(loss, targets):
+            return batch
+    raise DataError(NOTHING_COUNTS)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ def functional_call(
     one module has two names, it finds its own replacement under the second one, and leaves that in the network. Here
     each place that holds a tensor is therefore named once.
 
+    What hooks before a pass compute and keep in a module, as the hook forms of ``weight_norm`` and ``spectral_norm`` do
+    with its weight, is put back, too: it may be a tensor of a trace or of a transform, which means nothing outside.
+
     Parameters
     ----------
     module : Module
@@ -27,9 +31,22 @@ def functional_call(
         Of the call.
     """
     given, named = dict(state), dict(keywords or {})
-    if not _shares_modules(module):
-        return torch.func.functional_call(module, given, arguments, named)
-    return torch.func.functional_call(module, _by_place(module, given), arguments, named, tie_weights=False)
+    with _computed_kept(module):
+        if not _shares_modules(module):
+            return torch.func.functional_call(module, given, arguments, named)
+        return torch.func.functional_call(module, _by_place(module, given), arguments, named, tie_weights=False)
+
+
+@contextmanager
+def _computed_kept(module: nn.Module) -> Iterator[None]:
+    """Tensors that are neither parameters nor buffers, of modules with hooks before a pass, are as they were before."""
+    hooked = [vars(one) for one in module.modules() if one._forward_pre_hooks]
+    before = [{name: value for name, value in own.items() if isinstance(value, Tensor)} for own in hooked]
+    try:
+        yield
+    finally:
+        for own, values in zip(hooked, before, strict=True):
+            own.update(values)
 
 
 def _shares_modules(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,18 @@ from torch import Tensor, nn
 from pnanalysis.arrays import Array
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.operators import HessianOperator
+from pnanalysis.curvature.parameters import select_parameters
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.models import Loss
 from pnanalysis.monitoring.critical_sharpness import critical_scale
 from pnanalysis.monitoring.noise_scale import noise_scale
-from pnanalysis.monitoring.preconditioners import PreconditionedOperator, Preconditioner, read_preconditioner
+from pnanalysis.monitoring.preconditioners import (
+    PreconditionedOperator,
+    Preconditioner,
+    read_preconditioner,
+    training_groups,
+)
 from pnanalysis.spectra.inner_products import norms
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator
 from pnanalysis.spectra.random_vectors import random_unit_vectors
@@ -84,13 +91,27 @@ class Measurement:
         read: Reader = read_preconditioner, **options: Any,
     ) -> None:  # fmt: skip
         self.model, self.wanted, self.read = model, wanted, read
-        self.operator = HessianOperator(model, loss, batches, **options)
-        if wanted.top >= self.operator.n_parameters:
+        self._make_operator = partial(HessianOperator, model, loss, batches, **options)
+        self._follows_training = options.get("params") is None
+        self.operator = self._begin()
+
+    def _begin(self) -> HessianOperator:
+        """The operator of the parameters that are trained now, and nothing to start from."""
+        operator = self._make_operator()
+        if self.wanted.top >= operator.n_parameters:
             raise CurvatureError(
-                f"top is {wanted.top}, but there are only {self.operator.n_parameters} parameters; ask for fewer"
+                f"top is {self.wanted.top}, but there are only {operator.n_parameters} parameters; ask for fewer"
             )
-        self._hessian, self._preconditioned = _Tracked(wanted), _Tracked(wanted)
+        self._hessian, self._preconditioned = _Tracked(self.wanted), _Tracked(self.wanted)
         self._by_batch: dict[int, _Tracked] = {}
+        return operator
+
+    def _take_weights(self) -> None:
+        """Move to the weights that the network has now, with what has been frozen or unfrozen meanwhile."""
+        if self._follows_training and select_parameters(unwrapped(self.model)) != self.operator.names:
+            self.operator = self._begin()
+        else:
+            self.operator.take_weights(self.model)
 
     def __call__(self, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor] | None = None) -> Record:
         """Measure at the weights that the network has now.
@@ -106,12 +127,13 @@ class Measurement:
         CurvatureError
             If the loss or a product is not finite.
         """
+        self._take_weights()
         op, wanted = self.operator, self.wanted
-        op.take_weights(self.model)
         n_before = op.n_hvp
         try:
             values, residuals = self._hessian.pairs(op, wanted.top)
             record: Record = {"eigenvalue": values, "residual": residuals, "lambda_max": values[0]}
+            record["n_parameters"] = float(op.n_parameters)
             record |= self._stability(optimizer, values[0], residuals[0])
             if wanted.trace_probes:
                 trace = trace_estimate(op, "hutchinson", wanted.trace_probes, seed=wanted.seed)
@@ -153,9 +175,10 @@ class Measurement:
 
     def _critical(self, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor]) -> Record:
         """The critical sharpness of the last step, and an interval that it is in."""
-        op = self.operator
-        rate = max(float(group["lr"]) for group in optimizer.param_groups)
-        back = op.vector_of(before) - op.vector_of(dict(unwrapped(self.model).named_parameters()))
+        op, parameters = self.operator, dict(unwrapped(self.model).named_parameters())
+        groups = training_groups(optimizer, parameters) or optimizer.param_groups
+        rate = max(float(group["lr"]) for group in groups)
+        back = op.vector_of(before) - op.vector_of(parameters)  # made with each group's own learning rate
         moved = rate > 0 and bool(back.any())
         low, high = critical_scale(lambda scale: op.loss_at((1 - scale) * back)) if moved else (np.nan, np.nan)
         return {

@@ -6,7 +6,7 @@ gradients. On a quadratic loss with a constant :math:`P` it is unstable exactly 
 
 ============================================  ==================================================================
 gradient descent                              :math:`2 / \eta`
-momentum :math:`\mu`, dampening :math:`\tau`  :math:`2 (1 + \mu) / ((1 - \tau) \eta)`
+momentum :math:`\mu`, dampening :math:`\tau`  :math:`2 (1 + \mu) / ((1 - \tau) \eta)`, none for :math:`\tau \ge 1`
 Nesterov momentum                             :math:`2 (1 + \mu) / ((1 + 2 \mu) \eta)`
 averaged gradients (Adam)                     :math:`2 (1 + \beta_1) / ((1 - \beta_1) \eta)`
 ============================================  ==================================================================
@@ -21,6 +21,7 @@ Cohen et al., arXiv 2103.00065 (gradient descent). Cohen et al., arXiv 2207.1448
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Preconditioner:
     decay : mapping of str to float
         Weight decay that the optimizer adds to the gradient, by parameter.
     learning_rate : float
-        The largest of any group.
+        The largest of the groups that train parameters of the network: see :func:`training_groups`.
     threshold : float
         Largest eigenvalue of the preconditioned Hessian at which steps are stable; NaN if groups differ in it.
     constant : bool
@@ -79,7 +80,7 @@ def read_preconditioner(optimizer: torch.optim.Optimizer, parameters: Mapping[st
     Raises
     ------
     ModelError
-        If the optimizer is of another class, maximises, or holds none of the parameters.
+        If the optimizer is of another class, maximises, or trains none of the parameters.
     """
     name = type(optimizer).__name__
     rule = _RULES.get(type(optimizer))
@@ -90,9 +91,9 @@ def read_preconditioner(optimizer: torch.optim.Optimizer, parameters: Mapping[st
             "a function of the optimizer and the parameters by name"
         )
     names = {id(parameter): name for name, parameter in parameters.items()}
-    groups = [group for group in optimizer.param_groups if any(id(p) in names for p in group["params"])]
+    groups = training_groups(optimizer, parameters)
     if not groups:
-        raise ModelError(f"this {name} holds none of the parameters of the network; give the one that trains it")
+        raise ModelError(f"this {name} trains none of the parameters of the network; give the one that does")
     if any(group.get("maximize") for group in groups):
         raise ModelError(f"this {name} maximises, for which there is no threshold")
     if any(parameters[names[id(p)]].is_complex() for group in groups for p in group["params"] if id(p) in names):
@@ -111,7 +112,8 @@ def read_preconditioner(optimizer: torch.optim.Optimizer, parameters: Mapping[st
                 inverse[names[id(parameter)]] = one.mul_(scale)
                 decay[names[id(parameter)]] = coupled
     missing = parameters.keys() - inverse.keys()
-    same_factor = max(factors) - min(factors) <= _SAME * max(factors)
+    same_factor = all(math.isclose(one, factors[0], rel_tol=_SAME) for one in factors)
+    is_whole = not any(parameters[name].requires_grad for name in missing)
     inverse |= {name: torch.zeros_like(parameters[name].detach()) for name in missing}
     started = type(optimizer) is torch.optim.SGD or any(bool(one.any()) for one in inverse.values())
     return Preconditioner(
@@ -119,13 +121,21 @@ def read_preconditioner(optimizer: torch.optim.Optimizer, parameters: Mapping[st
         {**decay, **dict.fromkeys(missing, 0.0)},
         rate,
         (factors[0] / rate if rate else float("inf")) if same_factor else float("nan"),
-        constant=type(optimizer) is torch.optim.SGD and not missing and len({float(g["lr"]) for g in groups}) == 1
+        constant=type(optimizer) is torch.optim.SGD and is_whole and len({float(g["lr"]) for g in groups}) == 1
         and len(set(decay.values())) == 1,
     )  # fmt: skip
 
 
+def training_groups(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The groups of an optimizer with any of these parameters that is not frozen: the others move none of them."""
+    own = {id(parameter) for parameter in parameters.values() if parameter.requires_grad}
+    return [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
+
+
 def _momentum_factor(group: Mapping[str, Any], averaged: bool) -> float:
-    """The threshold times the learning rate."""
+    """The threshold times the learning rate; infinite where gradients are dampened to nothing, NaN beyond."""
     if averaged:
         beta = float(group["betas"][0])
         return 2 * (1 + beta) / (1 - beta)
@@ -133,6 +143,8 @@ def _momentum_factor(group: Mapping[str, Any], averaged: bool) -> float:
     if group.get("nesterov"):
         return 2 * (1 + momentum) / (1 + 2 * momentum)
     dampening = float(group.get("dampening", 0.0)) if momentum else 0.0
+    if dampening >= 1:
+        return math.inf if dampening == 1 else math.nan
     return 2 * (1 + momentum) / (1 - dampening)
 
 

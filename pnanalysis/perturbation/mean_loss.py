@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pnanalysis.errors import DataError
-from pnanalysis.evaluation.losses import example_weights
+from pnanalysis.evaluation.losses import NOTHING_COUNTS, example_weights
 from pnanalysis.inputs.batches import leading_size
 from pnanalysis.sampling.stacked_gradients import StackedGradients
 
@@ -45,7 +45,7 @@ class MeanLoss:
             slope.add_(parts, alpha=weight)
             total += weight
         if not total:
-            raise DataError("no example counts in the loss: all targets are ignored; choose other examples")
+            raise DataError(NOTHING_COUNTS)
         return loss / total, slope / total
 
 

@@ -15,7 +15,7 @@ traces, Frobenius norms and energies between blocks with their errors: see :mod:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -185,6 +185,10 @@ class BlockForms:
             self.partition, self.forms[cut], self.rest[cut], self.known[cut], self.known_trace, self.known_energy,
             self.share, self.n_known, self.n_known + q, self.diagonal,
         )  # fmt: skip
+
+    def without_rest(self) -> BlockForms:
+        """Those of the data's matrix: ``T`` stays as it is, for any known matrix can be taken off."""
+        return replace(self, rest=np.zeros_like(self.rest))
 
     def merged(self, partition: Partition, member: Array) -> BlockForms:
         """The forms of larger blocks, the sums of those that ``member`` (block, block of these) says."""

@@ -116,3 +116,18 @@ def test_channels_are_followed_through_views_and_joins(model: nn.Module, expecte
     moved = Relabelling.random(groups, 1).apply(state)
     assert any(not torch.equal(moved[name], state[name]) for name in state)
     assert check_preserved(model, state, moved, inputs) < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_channels_are_followed_through_the_hook_form_of_weight_norm() -> None:
+    """Its weight is computed before every pass, and stays in the module: none of a trace may be left there."""
+    torch.manual_seed(0)
+    layers = [nn.utils.weight_norm(layer) for layer in (nn.Linear(4, 6), nn.Linear(6, 2))]
+    model, inputs = nn.Sequential(layers[0], nn.Tanh(), layers[1]).eval(), torch.randn(3, 4)
+    before = [layer.weight.detach().clone() for layer in layers]
+    groups = find_groups(model, inputs)
+    assert [(group.size, len({axis.tensor for axis in group.axes})) for group in groups] == [(6, 4)]
+    for layer, weight in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.weight, weight, rtol=0, atol=0)
+    state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    assert check_preserved(model, state, Relabelling.random(groups, 1).apply(state), inputs) < 1e-13

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pnanalysis as pn
+from pnanalysis.analyses.blocks import stack
+from pnanalysis.analyses.compared_blocks import block_differences
 from pnanalysis.curvature.example_groups import N_GROUPS, in_groups
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError, PnError
@@ -237,14 +239,16 @@ def test_blocks_of_which_nothing_is_rounded_take_no_rank() -> None:
     assert np.isnan(ds.rank_probability[1]).all()
 
 
-def test_the_linear_effect_of_rounding_is_without_weight_decay_as_the_others() -> None:
+def test_effects_of_rounding_are_those_on_the_data_without_weight_decay() -> None:
     model, data = bigger(), drawn(96, 0)
-    plain, decayed = (
-        pn.blocks(HessianOperator(model, F.cross_entropy, [data], weight_decay=decay), bits=8, n_hvp=10_000, **QUIET)
-        for decay in (0.0, 0.5)
+    plain, decayed, sampled = (
+        pn.blocks(HessianOperator(model, F.cross_entropy, [data], weight_decay=decay), bits=8, n_hvp=n_hvp, **QUIET)
+        for decay, n_hvp in ((0.0, 10_000), (0.5, 10_000), (0.5, 60))
     )
-    for name in ("linear", "quadratic", "loss_increase"):
+    for name in ("linear", "quadratic", "loss_increase", "sensitivity", "sensitivity_se", "rank"):
         np.testing.assert_allclose(decayed[name], plain[name], rtol=1e-9, atol=1e-15)
+    assert (np.abs(sampled.sensitivity - plain.sensitivity) < 4 * sampled.sensitivity_probe_se).all()
+    assert (sampled.sensitivity_probe_se < plain.sensitivity).all()  # far below the 100-fold that decay would add
 
 
 @pytest.mark.parametrize("blocks", ["heads", "qkv"])
@@ -340,6 +344,30 @@ def test_a_target_error_ends_early() -> None:
     assert float(ds.trace_probe_se.max()) <= 0.2 * abs(float(ds.network_trace))
 
 
+class Twice(nn.Module):
+    """Every output is moved by a weight and a bias alike, so that what signs see of the two is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(30, 10)), nn.Parameter(torch.zeros(300))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.weight.flatten() + self.bias)
+
+
+def test_a_target_is_for_what_is_reported_where_weights_are_rounded() -> None:
+    """Forms are kept of weights and of biases then: errors of their traces are half of that of both together."""
+    torch.manual_seed(0)
+    data = 1 + torch.rand(4, 300, dtype=torch.float64), torch.zeros(4, 300, dtype=torch.float64)
+    op = HessianOperator(Twice(), F.mse_loss, [data])
+    options: dict[str, Any] = {"n_hvp": 100, "data_error": "none", "until": {"trace": 0.013}, **QUIET}
+    plain, rounded = (pn.blocks(op, bits=bits, **options) for bits in (None, 8))
+    assert int(plain.n_hvp) == int(rounded.n_hvp) < 100
+    assert rounded.attrs["until_reached"] == 1
+    np.testing.assert_allclose(rounded.trace_probe_se, plain.trace_probe_se, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -388,3 +416,35 @@ def test_differences_of_traces_are_paired_by_examples() -> None:
         pn.compare(nets, data=data, blocks={"spectra": True}, **options)
     same = pn.compare({"a": a, "copy": copy.deepcopy(a)}, data=data, blocks={"n_hvp": 40}, **options)
     assert (same.block_trace_difference_p == 1).all()
+
+
+def test_what_signs_do_to_both_networks_cancels_in_differences_of_traces() -> None:
+    """Over seeds, the differences scatter as their errors say, a tenth of what independent signs would give."""
+    rng = np.random.default_rng(0)
+    one, step = (half + half.T for half in rng.standard_normal((2, 80, 80)))
+    other = one + step / 20
+    sizes = {"a": 50, "b": 30}
+    exact = pn.blocks(other - one, blocks=sizes, progress=False).trace.values
+    found, stated, apart = [], [], []
+    for seed in range(40):
+        rows = [pn.blocks(H, blocks=sizes, n_hvp=30, seed=seed, progress=False) for H in (one, other)]
+        ds = block_differences(stack(rows, ["one", "other"])).isel(checkpoint=1, other=0)
+        found.append(ds.block_trace_difference.values)
+        stated.append(ds.block_trace_difference_se.values)
+        apart.append(np.hypot(*(row.trace_se.values for row in rows)))
+    z = (np.array(found) - exact) / np.array(stated)
+    assert 0.8 < np.sqrt((z**2).mean()) < 1.25  # of 80 numbers, which is known to 9 %, of 14 degrees of freedom each
+    assert np.mean(np.abs(z) < 2.14) > 0.9
+    assert np.mean(stated) < 0.3 * np.mean(apart)
+
+
+def test_differences_of_networks_that_took_different_numbers_of_signs() -> None:
+    rng = np.random.default_rng(1)
+    half = rng.standard_normal((80, 80))
+    rows = [pn.blocks(half + half.T, blocks={"a": 80}, n_hvp=n, progress=False) for n in (30, 60, 1000)]
+    ds = block_differences(stack(rows, ["few", "more", "all"]))
+    se = ds.block_trace_difference_se.isel(block=0).values
+    own = ds.block_trace_se.isel(block=0).values
+    assert own[2] == 0
+    np.testing.assert_allclose(se[:2, 2], own[:2])  # the matrix itself has no error
+    assert 0 < se[0, 1] < np.hypot(*own[:2])

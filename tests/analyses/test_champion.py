@@ -14,7 +14,9 @@ import xarray as xr
 from torch import nn
 
 import pnanalysis as pn
+from pnanalysis.analyses.champion import _with_selection
 from pnanalysis.analyses.champion_verdict import ADVICE, number_of
+from pnanalysis.analyses.contest import contest
 from pnanalysis.errors import PnError
 from pnanalysis.io.runs import Run
 from trainers import Config, train
@@ -202,6 +204,63 @@ def test_restarts_from_elsewhere_count_their_plain_models(study: Run, tiny_confi
     )
     with pytest.raises(PnError, match="other validation and test halves"):
         pn.champion(study, restarts=halves, **FAST)
+
+
+def test_regression_is_judged_by_the_loss() -> None:
+    """Squared errors are the loss itself, and have no row of their own."""
+
+    def points(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+        return x, (x[:, :1] * x[:, 1:2]).sin()
+
+    def fitted(seed: int, steps: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        optimizer, (x, y) = torch.optim.Adam(net.parameters(), lr=0.03), points(200, 0)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(net(x), y).backward()
+            optimizer.step()
+        return net
+
+    data = {
+        name: points(n, seed) for seed, (name, n) in enumerate({"train": 200, "validation": 100, "test": 500}.items())
+    }
+    nets = {"plain": fitted(0, 60), "best": fitted(7, 300), "one": fitted(1, 60), "two": fitted(2, 60)}
+    ds = pn.champion(nets, data=data, loss="mse", **FAST)
+    assert ds.attrs["judged_by"] == "loss"
+    with torch.no_grad():
+        loss = {
+            name: [float(nn.functional.mse_loss(net(data[name][0]), data[name][1])) for net in nets.values()]
+            for name in data
+        }
+    assert ds.attrs["best_restart"] == ["one", "two"][int(np.argmin(loss["validation"][2:]))]
+    better, ranks = pn.verdict(ds)[1:3]
+    assert better.startswith(f"Better? Yes: test loss {loss['test'][1]:.4g} ± ")
+    assert f"against {loss['test'][0]:.4g} ± " in better
+    assert "–" not in better
+    assert ranks.startswith("0 of 2 restarts have a test loss as low: p 0.33 by rank")
+
+
+def test_iterations_whose_loss_is_not_finite_are_no_candidates(study: Run) -> None:
+    """They cannot be chosen, so that the champion is the best of fewer; the same goes for restarts."""
+    run, control = pn.open_run(study.path), pn.open_run(study.path.with_name("run-restart"))
+    before = contest([run], control)
+    other = next(i for i in (1, 2) if i != getattr(run, run.contenders[1]).iteration)
+    run.history.train_loss[other, -1] = np.nan  # its validation error is finite
+    control.history.train_loss[1, -1] = np.inf
+    found = contest([run], control)
+    assert (before.attrs["n_iterations"], found.attrs["n_iterations"]) == (2, 1)
+    assert "1 later iteration has diverged" in found.attrs["note"]
+    assert found.own is not None
+    assert found.others is not None
+    assert np.isinf(found.own.criterion).tolist() == [i == other for i in (1, 2)]  # in the tables
+    np.testing.assert_array_equal(found.own.test_error, run.history.test_error[1:, -1])
+    assert np.isinf(found.others.criterion).tolist() == [True, False, False]
+    assert found.best_restart(None) == 1  # the first that ended
+    ds = _with_selection(xr.Dataset(), found)
+    assert ds.sizes["training"] == 5
+    assert float(ds.selection_least_p) == pytest.approx(1 / 3)
 
 
 def test_what_has_no_champion_is_refused(study: Run, tiny_config: Config, tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from scipy.stats import kendalltau
 
 import pnanalysis as pn
+from pnanalysis.analyses import correlation
 from pnanalysis.analyses.rank_correlation import (
     conditional_information,
     granulated,
@@ -19,6 +24,7 @@ from pnanalysis.analyses.rank_correlation import (
     tau_with_errors,
 )
 from pnanalysis.errors import PnError, RunError
+from pnanalysis.io.runs import Run
 from tests.conftest import TINY
 from trainers import Config
 from trainers.runs.sweep import sweep
@@ -52,6 +58,21 @@ def test_p_values_with_ties_are_those_of_random_orders() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 20, (2, 30)).astype(float)  # few ties: the approximation holds
     assert tau_with_errors(x, y, n_bootstrap=50).p == pytest.approx(kendalltau(x, y).pvalue, abs=0.03)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_p_values_of_many_runs_with_heavy_ties_count_all_orders(is_tied: bool) -> None:
+    """Of 60 runs all but two are equal: all 1,770 places of the two are gone through. The approximation has 0.017."""
+    x = (np.arange(60) < 2).astype(float)
+    y = -np.floor(np.arange(60.0) / 3) if is_tied else -np.arange(60.0)
+    concordance = [abs((signs(np.isin(np.arange(60), pair).astype(float)) * signs(y)).sum())
+                   for pair in combinations(range(60), 2)]  # fmt: skip
+    exact = float(np.mean(np.array(concordance) >= concordance[0]))
+    assert exact < 0.004 < 0.01 < kendalltau(x, y).pvalue
+    found = tau_with_errors(x, y, n_bootstrap=50).p
+    assert found == pytest.approx(exact, abs=4 * (exact / 9999) ** 0.5 + 1e-4)
+    assert tau_with_errors(y, x, n_bootstrap=50).p == found
+    assert tau_with_errors(x, y, n_bootstrap=50, seed=1).p == pytest.approx(exact, abs=4 * (exact / 9999) ** 0.5 + 1e-4)
 
 
 @pytest.mark.parametrize(("n", "r"), [(8, 0.0), (12, 0.8), (30, 0.5)])
@@ -163,6 +184,50 @@ def test_runs_of_a_folder_with_what_is_stored_and_what_is_asked_for(grid: Path) 
     gap = pn.correlate(grid, target="generalization_gap", **QUIET)
     last = histories[0].isel(iteration=0, epoch=-1)
     assert float(gap.target[0]) == pytest.approx(float(last.test_error - last.train_error))
+
+
+def test_what_is_saved_of_other_checkpoints_is_named_and_computed(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "runs"
+    shutil.copytree(grid, out)
+    shutil.rmtree(next(out.iterdir()) / "analysis", ignore_errors=True)  # one has nothing
+    template, done = None, 0
+
+    def small(run: Run, checkpoints: tuple[str], **options: Any) -> xr.Dataset:
+        """As the analysis would give it, with numbers of its own for each call."""
+        nonlocal template, done
+        if template is None:
+            template = pn.hessian(run, checkpoints=checkpoints, n=16, n_hvp=4, data_error="none", progress=False)
+        (at,) = run.select(checkpoints).values()
+        done += 1
+        place = {"iteration": ("checkpoint", [at.iteration]), "epoch": ("checkpoint", [at.epoch])}
+        return template.assign(trace=(template.trace + done).assign_attrs(template.trace.attrs)).assign_coords(place)
+
+    monkeypatch.setattr(correlation, "_analyses", lambda: {"hessian": small})
+    files = {}
+    for path in sorted(out.iterdir())[:2]:
+        run = pn.open_run(path)
+        files[path.name] = pn.save(small(run, ("start",)), path / "analysis" / "hessian.nc")
+    before = {name: file.read_bytes() for name, file in files.items()}
+    with pytest.warns(UserWarning, match=r"the saved hessian of 2 of 4 runs is not of the champion .*--compute hess"):
+        assert "trace" not in pn.correlate(out, **QUIET).diagnostic.values
+    damaged = files[max(files)]
+    damaged.write_bytes(before[max(files)][:100])
+    with pytest.warns(UserWarning, match="counts without its hessian"):
+        pn.correlate(out, **QUIET)
+    damaged.write_bytes(before[max(files)])
+    found = pn.correlate(out, compute=["hessian"], diagnostics=["trace"], **QUIET)
+    assert found.n_runs == 4
+    assert {name: file.read_bytes() for name, file in files.items()} == before  # what was there is still there
+    for name, value in zip(found.run.values, found.value[0].values, strict=True):
+        run = pn.open_run(out / name)
+        stem = "hessian-iter00-epoch001" if name in files else "hessian"
+        assert float(pn.load(run.files[stem]).trace[0]) == pytest.approx(value, rel=1e-12)
+    times = {file: file.stat().st_mtime_ns for file in out.glob("*/analysis/*")}
+    pn.correlate(out, compute=["hessian"], diagnostics=["trace"], **QUIET)
+    assert done == 6
+    assert {file: file.stat().st_mtime_ns for file in out.glob("*/analysis/*")} == times  # nothing is done twice
 
 
 def test_rises_count_at_one_radius_unless_they_are_asked_for(grid: Path) -> None:

@@ -383,6 +383,42 @@ def test_interrupted_pairs_of_a_network_go_on_where_they_were(tmp_path: Path, mo
     xr.testing.assert_equal(pn.eigenpairs(net, state=tmp_path / "work", **options), whole)
 
 
+def test_finished_networks_are_not_verified_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    nets = {name: NETWORKS["tanh"]() for name in "ab"}
+    nn.init.normal_(next(nets["b"].parameters()))
+    x, y = images((40,))[0]
+    options: dict[str, Any] = {"loss": F.cross_entropy, "dtype": "float64", "k": 2, "n": None} | QUIET
+    state = tmp_path / "work"
+    pn.eigenpairs(nets, data=(x, y), state=state, **options)
+    whole, spent, matmat = pn.eigenpairs(nets, data=(x, y), **options), [0], HessianOperator.matmat
+
+    def counted(self: HessianOperator, V: Tensor) -> Tensor:
+        spent[0] += V.shape[1]
+        return matmat(self, V)
+
+    monkeypatch.setattr(HessianOperator, "matmat", counted)
+    again = pn.eigenpairs(nets, data=(x, y), state=state, **options)
+    assert spent[0] == 2  # one for each network, which tells that it is the same
+    xr.testing.assert_identical(again.drop_attrs(deep=False), whole.drop_attrs(deep=False))
+    for name, value in whole.attrs.items():
+        assert name in ("created", "command") or again.attrs[name] == value, name
+    for path in state.glob("*/found.nc"):
+        path.write_bytes(path.read_bytes()[:100])
+    xr.testing.assert_equal(pn.eigenpairs(nets, data=(x, y), state=state, **options), whole)
+
+
+def test_finished_pairs_of_another_gradient_are_computed_again(tmp_path: Path) -> None:
+    """Of a linear network the Hessian of squared errors is the same whatever the targets."""
+    net, x = nn.Linear(4, 2).double(), torch.randn(30, 4, dtype=torch.float64)
+    one, other = (
+        HessianOperator(net, F.mse_loss, [(x, torch.full((30, 2), value, dtype=torch.float64))]) for value in (0.0, 1.0)
+    )
+    pn.eigenpairs(one, k=2, state=tmp_path / "work", **QUIET)
+    again = pn.eigenpairs(other, k=2, state=tmp_path / "work", **QUIET)
+    xr.testing.assert_equal(again, pn.eigenpairs(other, k=2, **QUIET))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -65,6 +65,18 @@ def test_counts_that_agree_by_chance_do_not_claim_certainty() -> None:
     assert found([5.0, 5.0, 5.0], 5.0).p_single[0] == 1.0  # equal to the last digit
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_restarts_that_agree_exactly_are_beyond_measure_but_not_beyond_ranks(log: bool) -> None:
+    """One of n + 1 numbers that differs from n equal ones is either end of them with probability 2 / (n + 1)."""
+    for n in (3, 99):
+        null = found([[5.0] * n, [5.0] * n, [5.0 + 1e-15] * n], [6.0, 4.0, 6.0], log=log)
+        np.testing.assert_allclose(null.p_single, 2 / (n + 1))
+        np.testing.assert_array_equal(np.sign(null.score), [1, -1, 1])
+    assert found([5.0] * 3, 6.0, own_se=0.1).p_single[0] < 0.05  # an error of its own is a scale
+    assert null.is_outside.tolist() == [0, 0, 0]  # 0.06, for three of 0.02
+    assert found([5.0] * 99, 6.0).is_outside[0]
+
+
 def test_a_single_restart_tests_nothing() -> None:
     one = found([[3.0]], 4.0)
     assert np.isnan([one.p_single[0], one.low[0], one.p[0]]).all()

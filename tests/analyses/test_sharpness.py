@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -366,3 +367,25 @@ def test_what_has_no_logits_or_filters_is_refused() -> None:
         sharpness(
             nn.BatchNorm1d(4).double(), data=(data[0], data[0]), loss="mse", radii={"filter": 0.1}, progress=False
         )
+
+
+def test_a_first_batch_of_ignored_targets_counts_for_nothing() -> None:
+    """As anywhere else among the batches: the order of examples makes no difference."""
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(4, 3).double(), torch.randn(30, 4, dtype=torch.float64), torch.arange(30) % 3
+    nothing = torch.randn(10, 4, dtype=torch.float64), torch.full((10,), -100)
+    options: dict[str, Any] = {
+        "loss": "cross_entropy", "n": None, "batch_size": 10, "n_steps": 3, "n_directions": 3, "dtype": "float64",
+        "progress": False,
+    }  # fmt: skip
+    first, last = (
+        sharpness(net, data=tuple(map(torch.cat, zip(*parts, strict=True))), **options)
+        for parts in ((nothing, (x, y)), ((x, y), nothing))
+    )
+    alone = sharpness(net, data=(x, y), **options)
+    for name in ("loss", "rise", "one_step", "average", "rise_quadratic", "relative_flatness"):
+        assert first[name].notnull().any(), name
+        np.testing.assert_allclose(first[name], last[name], rtol=1e-9, err_msg=name)
+        np.testing.assert_allclose(first[name], alone[name], rtol=1e-6, err_msg=name)
+    with pytest.raises(PnError, match="all targets are ignored"):
+        sharpness(net, data=nothing, **options)

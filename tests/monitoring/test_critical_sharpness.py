@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -65,3 +67,33 @@ def test_gradient_descent_on_a_quadratic_loss(rate: float) -> None:
             assert float(ds.critical_sharpness_low) <= exact <= float(ds.critical_sharpness_high)
             assert float(ds.critical_sharpness_high / ds.critical_sharpness_low) <= 1.05
             assert float(ds.critical_sharpness) == pytest.approx(exact, rel=0.03)
+
+
+def test_a_step_with_learning_rates_of_its_own_for_each_group() -> None:
+    """Groups of other networks, and of frozen parameters, take no part in the step nor in the learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(40, k, dtype=torch.float64, generator=generator) for k in (5, 2))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 2)).double().requires_grad_(False)
+    weight, bias = (one.requires_grad_() for one in model[1].parameters())
+    groups = [
+        {"params": [weight], "lr": 0.1}, {"params": [bias], "lr": 0.3},
+        {"params": [model[0].weight], "lr": 2.0}, {"params": [nn.Parameter(torch.ones(3))], "lr": 5.0},
+    ]  # fmt: skip
+    optimizer = torch.optim.SGD(groups)
+    options: dict[str, Any] = {"every": 1, "expected_products": 10, "batch_size": 40, "tolerance": 1e-6}
+    hessian = pn.HessianOperator(model, F.mse_loss, [(x, y)], expected_products=10).to_dense()
+    with pn.CurvatureMonitor(model, optimizer, (x, y), F.mse_loss, **options) as monitor:
+        F.mse_loss(model(x), y).backward()
+        g = torch.cat([weight.grad.flatten(), bias.grad])
+        optimizer.step()
+    ds = monitor.dataset().sel(step=1)
+    rates = torch.cat([torch.full((10,), 0.1), torch.full((2,), 0.3)]).double()
+    step = rates * g  # the loss is as before where s g'd = s^2 d'Hd / 2, at the learning rate 0.3 s of the larger
+    exact = float(step @ hessian @ step / (step @ g)) / 0.3
+    assert float(ds.critical_sharpness_low) <= exact <= float(ds.critical_sharpness_high)
+    assert (float(ds.learning_rate), float(ds.threshold)) == pytest.approx((0.3, 2 / 0.3))
+    inner = torch.diag((rates / 0.3).sqrt())
+    largest = float(torch.linalg.eigvalsh(inner @ hessian @ inner)[-1])
+    assert float(ds.preconditioned_lambda_max) == pytest.approx(largest, rel=1e-4)
+    assert exact <= largest

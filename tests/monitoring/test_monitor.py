@@ -300,6 +300,24 @@ def test_part_of_the_parameters_and_a_wrapped_network() -> None:
     assert float(ds.lambda_max[1]) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-3)
 
 
+def test_layers_that_are_frozen_or_unfrozen_meanwhile_leave_and_join() -> None:
+    model = network()
+    model[4].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pn.CurvatureMonitor(model, optimizer, data(), every=1, trace_probes=0, **FEW) as monitor:
+        dense = []
+        for trained in ((0, 1), (0, 1, 4), (0, 1, 4), (4,)):
+            for i in (0, 1, 4):
+                model[i].requires_grad_(i in trained)
+            step(model, optimizer, *data())
+            dense.append(pn.HessianOperator(model, F.cross_entropy, [data()], **FEW).to_dense())
+    ds = monitor.dataset().isel(step=slice(1, None))
+    assert ds.n_parameters.values.tolist() == [len(one) for one in dense]
+    assert len(set(ds.n_parameters.values.tolist())) == 3
+    np.testing.assert_allclose(ds.lambda_max, [float(torch.linalg.eigvalsh(one)[-1]) for one in dense], rtol=1e-3)
+    assert "n_failed" not in ds.attrs
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -120,6 +121,22 @@ def test_groups_with_rates_of_their_own_are_part_of_the_preconditioner() -> None
     assert not found.constant
     optimizer.param_groups[0]["momentum"] = 0.9
     assert read_preconditioner(optimizer, {"a": a, "b": b}).threshold != found.threshold  # NaN: the groups differ
+
+
+def test_gradients_that_are_dampened_to_nothing_have_no_threshold() -> None:
+    """With a dampening of one, the buffer never takes a gradient again, so that no curvature makes steps unstable."""
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.SGD([a], lr=0.1, momentum=0.9, dampening=1.0)
+    assert read_preconditioner(optimizer, {"a": a}).threshold == np.inf
+    for _ in range(50):
+        a.grad = 1e3 * a.detach()
+        optimizer.step()
+    assert float(a.detach().abs().max()) < 1e4  # only the first gradient counts, however large the curvature
+    optimizer.add_param_group({"params": [b], "dampening": 0.0})
+    assert np.isnan(read_preconditioner(optimizer, {"a": a, "b": b}).threshold)
+    del optimizer.param_groups[1]
+    optimizer.param_groups[0]["dampening"] = 1.5  # up the gradient
+    assert np.isnan(read_preconditioner(optimizer, {"a": a}).threshold)
 
 
 def test_before_the_first_step_an_adaptive_preconditioner_is_not_known() -> None:
