@@ -145,7 +145,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         bars = axes.barh([row["way"].replace(" (", "\n(") for row in rows], ratio, color=COLOURS[0])
         axes.bar_label(bars, [f"{value:.2g}" for value in ratio], padding=3)
         axes.invert_yaxis()
-        axes.set(xscale="log", xlim=(0.5, 2 * max(ratio)), xlabel="CPU time, in units of one trace of the network")
+        axes.set(xlim=(0, 1.1 * max(ratio)), xlabel="CPU time, in units of one trace of the network")
         axes.axvline(2, color=GREY, linestyle="--")
         save_figure(figure, path)
 
