@@ -137,7 +137,7 @@ def _last_line(errors: IO[bytes]) -> str:
     size = errors.seek(0, os.SEEK_END)
     errors.seek(max(0, size - _TAIL))
     lines = errors.read().decode(errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "")
+    return next((line.rstrip() for line in reversed(lines) if line.strip()), "")
 
 
 def main() -> None:

@@ -149,38 +149,42 @@ def test_a_smaller_training_set_has_the_first_images_of_each_class(tmp_path: Pat
         prepare(f"imagefolder:{tmp_path / 'all'}", 100, tmp_path / "other")
 
 
-def test_the_command_makes_a_cell_and_a_page(run: Callable[..., Any], tmp_path: Path) -> None:
-    """A training and its measures, in processes of their own; the second call only writes the page."""
-    arguments = [
-        "reproduce",
-        "S9",
-        "--out",
-        tmp_path,
-        "--seeds",
-        1,
-        "--only",
-        "S9-sweep-width32-xavier-lam1-seed0-persistent",
-    ]
-    done = run("pnanalysis", *arguments, "--device", "cpu")
-    assert done.status == 0, done.err
-    (cell,) = (tmp_path / "cells").iterdir()
-    record = json.loads((cell / "cell.json").read_text())
-    assert record["status"] == "finished"
-    assert record["config"]["lam"] == 1.0
-    assert not list((tmp_path / "work").glob("S9*"))  # weights go once their numbers are saved
-    text = (tmp_path / "RESULTS.md").read_bytes()
+def test_the_command_makes_a_cell_and_a_page_which_another_folder_gets_again(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A training and its measures, in processes of their own; what is kept is the same text again, but for its cost."""
+    name, made = "S9-sweep-width32-xavier-lam1-seed0-persistent", []
+    for out in (tmp_path / "first", tmp_path / "second"):
+        done = run("pnanalysis", "reproduce", "S9", "--out", out, "--seeds", 1, "--only", name, "--device", "cpu")
+        assert done.status == 0, done.err
+        assert [cell.name for cell in (out / "cells").iterdir()] == [name]
+        record = json.loads((out / "cells" / name / "cell.json").read_text())
+        assert record["status"] == "finished"
+        assert record["config"]["lam"] == 1.0
+        assert record.pop("cost")["epochs"] == 4
+        assert not list((out / "work").glob("S9*"))  # weights go once their numbers are saved
+        lines = (out / "cells" / name / "history.json").read_text().splitlines()
+        history = [line for line in lines if not line.startswith('  "seconds"')]
+        assert len(history) == len(lines) - 1
+        activity = (out / "cells" / name / "saturation.json").read_bytes()
+        made.append((record, history, activity, (out / "RESULTS.md").read_bytes()))
+    assert made[0] == made[1]
+    text = made[0][-1]
     assert b"1 of 2 points have a cell" in text
-    assert run("pnanalysis", "reproduce", "S9", "--out", tmp_path, "--seeds", 1, "--tables").status == 0
-    assert (tmp_path / "RESULTS.md").read_bytes() == text
+    assert b"| width32-xavier-lam1 | 0." in text
+    # the next call only writes the page
+    assert run("pnanalysis", "reproduce", "S9", "--out", tmp_path / "first", "--seeds", 1, "--tables").status == 0
+    assert (tmp_path / "first" / "RESULTS.md").read_bytes() == text
     assert run("pnanalysis", "reproduce", "S12", "--out", tmp_path).status == 2
 
 
 @pytest.mark.slow
 def test_all_of_the_smoke_scale_twice(tmp_path: Path) -> None:
-    pages = []
+    made = []
     for name in ("first", "second"):
         page = reproduce(["all"], "smoke", tmp_path / name, device="cpu", log=lambda line: None)
-        pages.append(page.read_bytes())
-    assert pages[0] == pages[1]
-    assert b"no cell is done" not in pages[0]
-    assert b"Trainings that failed" not in pages[0]
+        figures = {file.name: file.read_bytes() for file in (tmp_path / name / "figures").iterdir()}
+        made.append((page.read_bytes(), figures))
+    assert made[0] == made[1]
+    assert b"no cell is done" not in made[0][0]
+    assert b"Trainings that failed" not in made[0][0]
