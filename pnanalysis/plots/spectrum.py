@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, legend_above, new_figure, own_axes
+from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, legend_above, new_figure, own_axes, symlog_axis
 
 _DECADES = 8.0  # below the largest density
 _RUG = "outliers"
@@ -54,7 +54,7 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     ax.set_ylim(floor, top * 4)
     if symlog:
         edge = float(np.nanmax(np.abs(ds.get("bulk_edge_high", ds.lambda_max).values)))
-        ax.set_xscale("symlog", linthresh=max(edge, _linear_out_to(ds)))
+        symlog_axis(ax, max(edge, _linear_out_to(ds)))
     ax.axvline(0.0, color="#bbbbbb", lw=0.6, zorder=0)
     ax.set_xlabel(_eigenvalue_label(ds))
     ax.set_ylabel(label(ds.density))
@@ -130,7 +130,9 @@ def _curve(ds: xr.Dataset, ax: Axes, row: int, name: str, floor: float) -> None:
     for band, shade in zip(bands, (_OUTER, _INNER) if len(bands) > 1 else (_ALONE,), strict=True):
         se = np.nan_to_num(ds[band].values)
         low, high = np.maximum(density - se, floor), np.maximum(density + se, floor)
-        ax.fill_between(grid, low, high, fc=to_rgba(colour, shade), ec=to_rgba(colour, 0.8), lw=0.4, zorder=1)
+        ax.fill_between(grid, low, high, fc=to_rgba(colour, shade), lw=0, zorder=1)
+        for edge in (low, high):  # not along the floor, nor down to it from point to point
+            ax.plot(grid, np.where(edge > floor, edge, np.nan), color=to_rgba(colour, 0.8), lw=0.4, zorder=1)
     ax.plot(grid, np.maximum(density, floor), color=colour, ls=dashes, lw=1.0, label=name or None)
 
 

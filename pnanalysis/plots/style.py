@@ -18,7 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    ScalarFormatter,
+)
 from PIL import Image
 
 from pnanalysis.checks import check_figure
@@ -185,11 +193,28 @@ def log_axis(ax: Axes, low: float, high: float) -> None:
     ax.set_yscale("log")
     if high < 3 * low:
         ax.yaxis.set_major_locator(MaxNLocator(5))
-    elif high < 30 * low:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8) if high < 8 * low else (1, 2, 5)))
-    if high < 30 * low:
+    elif high < 300 * low:
+        subs = (1, 2, 3, 4, 6, 8) if high < 8 * low else (1, 2, 5) if high < 30 * low else (1, 3)
+        ax.yaxis.set_major_locator(LogLocator(subs=subs))
+    if high < 300 * low:
         ax.yaxis.set_major_formatter(ScalarFormatter())
         ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def symlog_axis(ax: Axes, linear: float) -> None:
+    """An x axis that is linear out to ``linear`` on both sides and logarithmic beyond, with ticks on both parts."""
+    ax.set_xscale("symlog", linthresh=linear)
+    low, high = ax.get_xlim()
+    inside = MaxNLocator(3).tick_values(max(low, -linear), min(high, linear))
+    inside = inside[np.abs(inside) <= 0.9 * linear]
+    farthest = max(-low, high, linear)
+    decades = 10.0 ** np.arange(np.floor(np.log10(linear)), np.ceil(np.log10(farthest)) + 1)
+    beyond = np.outer(decades, (1, 2, 5) if farthest < 30 * linear else (1,)).ravel()
+    beyond = beyond[beyond > 1.1 * linear]
+    ticks = np.concatenate([-beyond, inside, beyond])
+    ax.xaxis.set_major_locator(FixedLocator(ticks[(ticks >= low) & (ticks <= high)].tolist()))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}", 1)))
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def tilted(names: Sequence[Any], inches: float) -> dict[str, Any]:
