@@ -197,23 +197,29 @@ def log_axis(ax: Axes, low: float, high: float) -> None:
         subs = (1, 2, 3, 4, 6, 8) if high < 8 * low else (1, 2, 5) if high < 30 * low else (1, 3)
         ax.yaxis.set_major_locator(LogLocator(subs=subs))
     if high < 300 * low:
-        ax.yaxis.set_major_formatter(ScalarFormatter())
+        is_short = high >= 3 * low > 3e-4 and high < 1e5
+        ax.yaxis.set_major_formatter(FuncFormatter(_short) if is_short else ScalarFormatter())
         ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float, place: int | None = None) -> str:
+    """A tick label without the zeros at its end."""
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}", 1)
 
 
 def symlog_axis(ax: Axes, linear: float) -> None:
     """An x axis that is linear out to ``linear`` on both sides and logarithmic beyond, with ticks on both parts."""
     ax.set_xscale("symlog", linthresh=linear)
     low, high = ax.get_xlim()
-    inside = MaxNLocator(3).tick_values(max(low, -linear), min(high, linear))
+    inside = np.asarray(MaxNLocator(5).tick_values(max(low, -linear), min(high, linear)))
     inside = inside[np.abs(inside) <= 0.9 * linear]
     farthest = max(-low, high, linear)
     decades = 10.0 ** np.arange(np.floor(np.log10(linear)), np.ceil(np.log10(farthest)) + 1)
     beyond = np.outer(decades, (1, 2, 5) if farthest < 30 * linear else (1,)).ravel()
-    beyond = beyond[beyond > 1.1 * linear]
+    beyond = beyond[beyond >= linear]
     ticks = np.concatenate([-beyond, inside, beyond])
     ax.xaxis.set_major_locator(FixedLocator(ticks[(ticks >= low) & (ticks <= high)].tolist()))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}", 1)))
+    ax.xaxis.set_major_formatter(FuncFormatter(_short))
     ax.xaxis.set_minor_locator(NullLocator())
 
 

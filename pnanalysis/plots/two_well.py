@@ -84,8 +84,8 @@ def surface(ds: xr.Dataset, descents: xr.Dataset | None = None) -> Figure:
     n_columns = min(len(iterations), 3)
     n_rows = -(-len(iterations) // n_columns)
     width = max(PAGE * n_columns / 3, COLUMN * 1.3)
-    panel = (width - 1.2) / n_columns * float(np.ptp(ds.y.values) / np.ptp(ds.x.values))  # its height, without its labels
-    figure = new_figure(width, (panel + 0.4) * n_rows + 0.15)
+    height = (width - 1.2) / n_columns * float(np.ptp(ds.y.values) / np.ptp(ds.x.values))  # of a panel without labels
+    figure = new_figure(width, (height + 0.4) * n_rows + 0.15)
     axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     levels = MaxNLocator(_LEVELS).tick_values(float(ds["value"].min()), float(ds["value"].max()))
     for ax in axes.flat[len(iterations) :]:

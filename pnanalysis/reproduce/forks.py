@@ -35,7 +35,7 @@ class Fork:
     """
 
     def __init__(self, preload: Sequence[str], environment: dict[str, str]) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115: closed with the process
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, *preload], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, text=True, env=environment,
@@ -46,7 +46,8 @@ class Fork:
 
         A signal that is sent to :attr:`process` meanwhile reaches the module, if it is SIGTERM.
         """
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         answer = ""
         with suppress(BrokenPipeError):  # it was stopped, or has crashed
             print(json.dumps([module, *arguments]), file=self.process.stdin, flush=True)
@@ -63,7 +64,8 @@ class Fork:
 
     def close(self) -> None:
         """Let the process end, which it does once nothing runs any more."""
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         with suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
@@ -114,7 +116,7 @@ def _become(module: str, arguments: list[str], errors: IO[bytes]) -> None:
             for number in (0, 1):
                 os.dup2(null.fileno(), number)
         os.dup2(errors.fileno(), 2)
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115: without what is buffered of the other one
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 (nothing is buffered)
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         status = 0

@@ -90,7 +90,8 @@ def _spectrum(n: int, n_hvp: int, checkpoints: str = "ends") -> Options:
 
 SCALES: dict[str, Scale] = {
     "smoke": Scale(
-        "handwritten digits and small networks, minutes: shows that everything runs, and nothing about the paper", "digits", 2,
+        "handwritten digits and small networks, minutes: shows that everything runs, and nothing about the paper",
+        "digits", 2,
         {
             "S1": Setting("two-well", arm_options={RESTART: {"iterations": 20}}, measures={"descent": {}},
                           most_seeds=1, rank=0),

@@ -22,10 +22,10 @@ RULE = (
     "intervals are about training, not about other test images.\n\n"
     "Three experiments are judged otherwise. S1 is deterministic, so its one descent decides. S2 has many starts in "
     "place of seeds: its intervals are over starts, and *most* of them is more than half, by the 95 % interval "
-    "(Wilson's) of the share. In S7 a constant cannot be shown, only refuted: the claim does not hold if the gradient's "
-    "means over the two halves of a trajectory differ by more than chance explains, in any layer and iteration (5 % for "
-    "all of these together, Bonferroni's bound); it holds only if the gradient never changes, and is not yet known "
-    "otherwise."
+    "(Wilson's) of the share. In S7 a constant cannot be shown, only refuted: the claim does not hold if the means of "
+    "the gradient over the two halves of a trajectory differ by more than chance explains, in any layer and iteration "
+    "(5 % for all of these together, Bonferroni's bound); it holds only if the gradient never changes, and is not yet "
+    "known otherwise."
 )
 #: Differences up to these are of round-off: relative to the numbers, and of percentages that were subtracted.
 _ROUND_OFF, _OF_PERCENTAGES = 1e-9, 1e-12

@@ -68,9 +68,7 @@ def alexnet(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> 
     return network
 
 
-def resnet18(
-    input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10, width: int = RESNET_WIDTH
-) -> nn.Module:
+def resnet18(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10, width: int = RESNET_WIDTH) -> nn.Module:
     """ResNet-18 from torchvision, adapted to small images (He et al. 2016, section 4.2).
 
     The first convolution, 7x7 with stride 2 and max-pooling, becomes 3x3 with stride 1 and no pooling. Its ``width``
