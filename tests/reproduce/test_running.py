@@ -6,9 +6,11 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import xarray as xr
 from PIL import Image
 
 from pnanalysis.errors import DataError, PnError, RunError
@@ -98,6 +100,25 @@ def test_forecasts_follow_the_cells_that_are_done(plan: Plan, tmp_path: Path) ->
     both = [Cell("S4", "", 1, "restart"), Cell("S6", "", 0, "restart")]
     assert forecast.left(both, 1) == "about 2 min left, and 1 cells of unknown length"
     assert [duration(seconds) for seconds in (5, 90, 3700)] == ["5 s", "2 min", "1 h 02 min"]
+
+
+def test_a_training_that_was_not_timed_tells_nothing_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of S1, interrupted before its cell was saved."""
+    plan = make_plan(["S1", "S4"], "smoke", 1, tmp_path)
+    for cell in (Cell("S1", "", 0, "persistent"), Cell("S4", "", 0, "restart")):
+        (tmp_path / cell.id).mkdir()
+        (tmp_path / cell.id / "history.nc").touch()
+
+    def begun(path: Path) -> SimpleNamespace:
+        timed = {} if path.name.startswith("S1") else {"seconds": (("iteration", "epoch"), [[20.0, 40.0]])}
+        manifest = {"config": {"iterations": 3, "epochs": 2}}
+        return SimpleNamespace(history=xr.Dataset(timed), manifest=manifest)
+
+    monkeypatch.setattr("pnanalysis.reproduce.plan.open_run", begun)
+    forecast = Forecast(plan, tmp_path)
+    assert forecast.left(plan.cells, 1) == "about 6 min left, and 2 cells of unknown length"
 
 
 def test_commands_are_those_of_the_trainer(tmp_path: Path) -> None:
