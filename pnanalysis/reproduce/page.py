@@ -53,7 +53,7 @@ def _head(plan: Plan, links: Links) -> str:
             "Written by `pnanalysis reproduce`, never by hand. The paper is [arXiv:2007.01419]"
             "(https://arxiv.org/abs/2007.01419). S3 to S6 and S9 compare one plain training with the champion of a "
             "persistent chain and with the best of as many plain restarts. Both are picked by their validation error, "
-            "so only test accuracies say what is gained.",
+            "so only test accuracies say what is gained. Every section links the cells that its numbers come from.",
             f"Scale `{plan.scale}`: {SCALES[plan.scale].summary}. {done} of {len(plan.cells)} cells are done; "
             f"[what they cost]({costs}).",
             RULE,

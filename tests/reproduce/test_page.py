@@ -61,6 +61,14 @@ def test_the_champion_is_ranked_among_restarts(plan: Plan) -> None:
     text = spectra(arms, Links(plan.store, plan.store.out / "RESULTS.md"))
     assert "| seed 0 | iteration 1 | 0 of 12 | 0 of 12 |" in text
     assert "| champion − plain: log10 λ₁ is lower | yes | -0.26" in text
+    assert "the best restart has cost more" not in text
+
+
+def test_restarts_that_cost_more_are_said_to(tmp_path: Path) -> None:
+    plan = make_plan(["S8"], "cpu", 1, tmp_path)
+    put(plan, Cell("S8", "", 0, "restart"), [(0.3, 0.3), (0.2, 0.2)], hessian=spectrum([20.0, 10.0], [9, 8]))
+    text = page_text(plan, tmp_path / "RESULTS.md")
+    assert "There are 10 restarts for 5 iterations, which ranks need: the best restart has cost more." in text
 
 
 def test_the_page_is_the_same_whenever_it_is_written(plan: Plan) -> None:
