@@ -53,8 +53,7 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     ax.set_yscale("log")
     ax.set_ylim(floor, top * 4)
     if symlog:
-        edge = float(np.nanmax(np.abs(ds.get("bulk_edge_high", ds.lambda_max).values)))
-        symlog_axis(ax, max(edge, _linear_out_to(ds)))
+        symlog_axis(ax, max(_bulk_edge(ds), _linear_out_to(ds)))
     ax.axvline(0.0, color="#bbbbbb", lw=0.6, zorder=0)
     ax.set_xlabel(_eigenvalue_label(ds))
     ax.set_ylabel(label(ds.density))
@@ -110,6 +109,14 @@ def layer_spectra(ds: xr.Dataset) -> Figure:
     if len(labels) > 1:
         legend_above(figure, handles, labels)
     return figure
+
+
+def _bulk_edge(ds: xr.Dataset) -> float:
+    """The farthest end of a bulk that outliers lie beyond; 0 if there are none, as the bulk then is all there is."""
+    if "bulk_edge_high" not in ds or "n_outliers" not in ds:
+        return 0.0
+    edges = np.abs(ds.bulk_edge_high.values)[ds.n_outliers.values > 0]
+    return float(np.nanmax(edges)) if np.isfinite(edges).any() else 0.0
 
 
 def _linear_out_to(ds: xr.Dataset) -> float:

@@ -211,11 +211,13 @@ def symlog_axis(ax: Axes, linear: float) -> None:
     """An x axis that is linear out to ``linear`` on both sides and logarithmic beyond, with ticks on both parts."""
     ax.set_xscale("symlog", linthresh=linear)
     low, high = ax.get_xlim()
-    inside = np.asarray(MaxNLocator(5).tick_values(max(low, -linear), min(high, linear)))
-    inside = inside[np.abs(inside) <= 0.9 * linear]
     farthest = max(-low, high, linear)
+    room = 5 if farthest < 30 * linear else 2
+    inside = np.asarray(MaxNLocator(room).tick_values(max(low, -linear), min(high, linear)))
+    inside = inside[np.abs(inside) <= 0.9 * linear]
     decades = 10.0 ** np.arange(np.floor(np.log10(linear)), np.ceil(np.log10(farthest)) + 1)
-    beyond = np.outer(decades, (1, 2, 5) if farthest < 30 * linear else (1,)).ravel()
+    subs = (1, 2, 5) if farthest < 30 * linear else (1, 3) if farthest < 1000 * linear else (1,)
+    beyond = np.outer(decades, subs).ravel()
     beyond = beyond[beyond >= linear]
     ticks = np.concatenate([-beyond, inside, beyond])
     ax.xaxis.set_major_locator(FixedLocator(ticks[(ticks >= low) & (ticks <= high)].tolist()))
