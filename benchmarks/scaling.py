@@ -4,8 +4,9 @@
 
 Processes have one thread each and exchange vectors through gloo. For every number of processes: the time of a product
 over the same examples, the part of it in which a process computes, and the rest, in which it exchanges vectors and
-waits for the others. Images are random, since the time of a product does not depend on them. Exchanges of vectors alone
-and Gram-Schmidt steps are measured, too, by which ``benchmarks/cost_model.py`` predicts the times.
+waits for the others. Images are random, since the time of a product does not depend on them. Exchanges of vectors
+alone, Gram-Schmidt steps and products over a part of the examples are measured, too, by which
+``benchmarks/cost_model.py`` predicts the times.
 
 Processes in excess of the machine's cores share them: n processes on c cores are at most c times as fast as one, and
 ``of the cores`` is the speed-up over that bound. The time that processes spent on a core (``CPU``), summed over all of
@@ -40,6 +41,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "scaling.md"
 #: name: (model, examples, products)
 NETWORKS = {"LeNet-5": ("lenet5", 2040, 12), "ResNet-18": ("resnet18", 24, 4)}
 SMALL = {"LeNet-5": ("lenet5", 48, 2)}
+#: Part of the examples over which one process computes products, too: what does not shrink with them is not divided.
+PART = 4
 PROCESSES = (1, 2, 3, 4)
 #: Numbers in vectors that are exchanged alone; the larger are about those of the networks.
 SIZES = (62_006, 1_000_000, 11_173_962)
@@ -102,7 +105,7 @@ def measure_exchange(size: int, group: Any) -> dict[str, Any]:
         times.append(time.perf_counter() - begin)
         vector /= dist.get_world_size(group)
     n = dist.get_world_size(group)
-    return {"processes": n, "bytes": 4 * size, "seconds": statistics.median(times[1:])}
+    return {"processes": n, "bytes": 4 * size, "seconds": statistics.median(times[1:]), "fastest": min(times[1:])}
 
 
 def measure_gram_schmidt(n_parameters: int, n_columns: int) -> dict[str, Any]:
@@ -113,14 +116,19 @@ def measure_gram_schmidt(n_parameters: int, n_columns: int) -> dict[str, Any]:
         begin = time.perf_counter()
         orthogonalised(v, [basis])
         times.append(time.perf_counter() - begin)
-    return {"processes": 1, "bytes": 4 * n_parameters * n_columns, "seconds": statistics.median(times[1:])}
+    return {
+        "processes": 1,
+        "bytes": 4 * n_parameters * n_columns,
+        "seconds": statistics.median(times[1:]),
+        "fastest": min(times[1:]),
+    }
 
 
 def work(rank: int, n: int, folder: str, networks: dict[str, tuple[str, int, int]], sizes: tuple[int, ...]) -> None:
     """All measurements of one process, which is idle where a group is smaller."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
-    found: dict[str, list[Any]] = {"products": [], "exchanges": [], "gram_schmidt": []}
+    found: dict[str, list[Any]] = {"products": [], "parts": [], "exchanges": [], "gram_schmidt": []}
     if rank == 0:
         found["gram_schmidt"] = [measure_gram_schmidt(*each) for each in BASES if each[0] in sizes]
     dist.barrier()
@@ -131,6 +139,9 @@ def work(rank: int, n: int, folder: str, networks: dict[str, tuple[str, int, int
                 found["exchanges"] += [measure_exchange(length, group) for length in sizes]
             for name, settings in networks.items():
                 found["products"].append(measure_products(name, *settings, group))
+                if size == 1:
+                    model, n_examples, n_products = settings
+                    found["parts"].append(measure_products(name, model, n_examples // PART, n_products, group))
                 if rank == 0:
                     row = found["products"][-1]
                     print(f"{name}, {size} processes: {row['seconds']:.3g} s a product", flush=True)

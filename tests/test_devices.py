@@ -46,6 +46,15 @@ def test_products_stay_on_their_device(kind, name: str) -> None:
     assert {found.device.type for found in products_on_meta(kind, NETWORKS[name]())} == {"meta"}
 
 
+@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
+def test_recomputed_products_stay_on_their_device(kind) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Flatten(), nn.Linear(36, 36), nn.Softmax(-1)) for _ in range(2)))
+    op = kind(model.double(), cross_entropy, images((6,)), checkpoint_activations=True)
+    at = LossArguments(*tree_map(on_meta, tuple(op._few)))
+    v = [torch.empty_like(parameter) for parameter in at.theta.values()]
+    assert {found.device.type for found in op._recomputed_product(at, v)} == {"meta"}
+
+
 def test_a_network_that_mixes_devices_is_found_out() -> None:
     class Mixing(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

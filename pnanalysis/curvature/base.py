@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.arrays import Array
+from pnanalysis.checks import resolve_dtype
 from pnanalysis.curvature.batch_matrix import BatchMatrix
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch, WeightedBatches, channels_last, has_batch_norm
@@ -86,7 +87,7 @@ class CurvatureOperator:
     params : None, str, Parameter or sequence of these
         The parameters that span the matrix: all trainable ones by default, or layers, names or patterns. See
         :func:`pnanalysis.curvature.parameters.select_parameters`.
-    dtype : torch.dtype, optional
+    dtype : torch.dtype or str, optional
         Precision of the model and of floating-point data; that of the first chosen parameter by default.
     device : torch.device or str, optional
         Where to compute; where the first chosen parameter is by default. Batches are moved there as they are read.
@@ -158,7 +159,7 @@ class CurvatureOperator:
         batches: Iterable[Batch],
         *,
         params: Selection = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         bn_mode: str = "eval",
         reduction: str = "mean",
@@ -200,7 +201,7 @@ class CurvatureOperator:
         self.names = [one.label if isinstance(one, Block) else one for one in selected]
         self._blocks = {one.label: one for one in selected if isinstance(one, Block)}
         first = model.get_parameter(self.parameter_of(self.names[0]))
-        self.dtype = dtype or first.real.dtype
+        self.dtype = resolve_dtype(dtype) if isinstance(dtype, str) else dtype or first.real.dtype
         self.device = torch.device(device) if device is not None else first.device
         self.model = in_precision(prepared_copy(model, bn_mode), self.dtype).to(self.device)
         self.loss_fn = loss_on(loss_fn, self.device, self.dtype)

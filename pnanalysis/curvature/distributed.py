@@ -135,7 +135,8 @@ class DistributedOperator:
     def _own_products(self, V: Tensor) -> Tensor:
         """What this process adds to the products."""
         if self._is_idle:
-            return torch.zeros_like(V)
+            counts = self.is_first and not self._is_mean
+            return contiguous_columns(self.operator.product_without_data(V)) if counts else torch.zeros_like(V)
         result = contiguous_columns(self.operator.matmat(V) * self._fraction)
         if not self._is_mean and not self.is_first:  # what no example has counts once
             result -= self.operator.product_without_data(V)
@@ -211,7 +212,7 @@ class DistributedOperator:
     def per_layer(self) -> Iterator[tuple[str, Self]]:
         """The diagonal blocks: pairs of a layer's name and the operator on its parameters."""
         for layer, block in self.operator.per_layer():
-            yield layer, type(self)(block, self.group)
+            yield layer, type(self)(block, self.group, is_idle=self._is_idle)
 
     def check_finite(self) -> None:
         """Raise on every process if a product of any was not finite.

@@ -238,8 +238,7 @@ class FullyShardedHessian:
         by_rank = self.processes.gathered(rows)
         ranges, offset = [], 0
         for i, parameter in enumerate(self._parameters):
-            size = parameter[0].numel() if parameter.ndim > 1 else 1
-            size = parameter.numel() // parameter.shape[0] if parameter.shape[0] else size
+            size = parameter.numel() // max(parameter.shape[0], 1)
             begin = offset + size * sum(each[i] for each in by_rank[: self.processes.rank])
             if rows[i]:
                 ranges.append((begin, begin + size * rows[i]))

@@ -1,10 +1,11 @@
 r"""Activation checkpointing: blocks of a network whose activations are computed again instead of being kept.
 
 Of each block only the inputs are kept. When the backward pass reaches it, the block is run again. For products, the
-inputs carry their derivatives along the vector with them (forward mode), and so does all that the backward pass
-computes, so that one backward pass gives the product: nothing is differentiated twice, and no graph of the gradient is
-kept. ``torch.utils.checkpoint`` can do neither: its second run sees the module's own parameters in place of those that
-a functional call puts there, and a graph of the gradient keeps all activations that were recomputed.
+inputs carry their derivatives along the vector with them (forward mode), and so do the gradients that the backward pass
+hands on, so that one backward pass gives the product: within a block they come from differentiating its gradient, whose
+graph ends with the block. ``torch.utils.checkpoint`` can do neither: its second run sees the module's own parameters in
+place of those that a functional call puts there, and a graph of the whole gradient keeps all activations that were
+recomputed.
 
 References
 ----------
@@ -106,9 +107,12 @@ def recomputable_blocks(loss: NetworkLoss, at: LossArguments, names: Sequence[st
     except Exception as error:  # a user's block may raise anything when it is called again
         difference, why = torch.inf, reason(error)
     if difference > tolerance(loss.dtype, loss.amp):
+        # each call of a layer appends its keys and values
+        caches = getattr(getattr(loss.model, "config", None), "use_cache", False)
         raise CurvatureError(
             f"checkpoint_activations computes blocks such as {blocks[0]!r} twice, which this network does not allow "
             f"({why}); a block must depend on its arguments and parameters alone and keep nothing for other modules"
+            + ("; set model.config.use_cache = False, since its layers keep keys and values" if caches else "")
         )
     return blocks
 
@@ -213,21 +217,54 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[3:]
+        pairs = [_unpack_dual(tensor) for tensor in ctx.saved_tensors]
+        along = [derivative for _, derivative in pairs]
+        moving = [needed or v is not None for needed, v in zip(wanted, along, strict=True)]
+        tensors = [value.detach().requires_grad_(moves) for (value, _), moves in zip(pairs, moving, strict=True)]
         with torch.enable_grad():
-            tensors = [_leaf(tensor, needed) for tensor, needed in zip(ctx.saved_tensors, wanted, strict=True)]
             outputs = ctx.segment(tensors)
-        live = [(output, slope) for output, slope in zip(outputs, slopes, strict=True) if output.requires_grad]
-        leaves = [tensor for tensor, needed in zip(tensors, wanted, strict=True) if needed]
-        ends, cotangents = zip(*live, strict=True)
-        found = iter(torch.autograd.grad(ends, leaves, cotangents, allow_unused=True))
-        return None, None, None, *(next(found) if needed else None for needed in wanted)
+        live = [
+            (output, *_unpack_dual(slope))
+            for output, slope in zip(outputs, slopes, strict=True)
+            if output.requires_grad
+        ]
+        leaves = [tensor for tensor in tensors if tensor.requires_grad]
+        gradients = _gradients_and_changes(live, leaves, [v for v, moves in zip(along, moving, strict=True) if moves])
+        found = [next(gradients) if moves else None for moves in moving]
+        return None, None, None, *(one if needed else None for one, needed in zip(found, wanted, strict=True))
 
 
-def _leaf(tensor: Tensor, needed: bool) -> Tensor:
-    """A tensor and its derivative, at the start of a new graph."""
-    value, derivative = _unpack_dual(tensor)
-    value = value.detach().requires_grad_(needed)
-    return value if derivative is None else _make_dual(value, derivative)
+def _gradients_and_changes(
+    live: Sequence[tuple[Tensor, Tensor, Tensor | None]], leaves: Sequence[Tensor], along: Sequence[Tensor | None]
+) -> Iterator[Tensor | None]:
+    """Gradients of a block for its leaves, with their derivatives along the vector.
+
+    The gradient ``g = J' s`` changes by ``J' ds + d(J' s)``, and the second is the Hessian of ``s'f`` times the vector,
+    the gradient of ``g`` times the vector. Forward mode would give it, too, but while a graph is recorded it records
+    the derivatives' own graph as well, in cycles that keep all activations until the dual level ends.
+
+    Parameters
+    ----------
+    live : sequence of (Tensor, Tensor, Tensor or None)
+        Outputs of the block, gradients of the loss for them, and how these change along the vector.
+    leaves, along : sequences
+        What the outputs depend on, and the vector's part for each.
+    """
+    ends, slopes, changes = zip(*live, strict=True)
+    moves = any(each is not None for each in (*along, *changes))
+    gradients = torch.autograd.grad(ends, leaves, slopes, allow_unused=True, create_graph=moves)
+    if not moves:
+        return iter(gradients)
+    second = [(g, v) for g, v in zip(gradients, along, strict=True) if g is not None and g.requires_grad]
+    terms = [(one, v) for one, v in (*second, *zip(ends, changes, strict=True)) if v is not None]
+    if not terms:
+        return iter([None if g is None else g.detach() for g in gradients])
+    differentiated, directions = zip(*terms, strict=True)
+    found = torch.autograd.grad(differentiated, leaves, directions, allow_unused=True)
+    return (
+        g if g is None else g.detach() if change is None else _make_dual(g.detach(), change)
+        for g, change in zip(gradients, found, strict=True)
+    )
 
 
 def _apart(nest: Any) -> tuple[list[Tensor], list[Any], TreeSpec]:

@@ -121,4 +121,6 @@ def _equal(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, Tensor):
         return torch.equal(a, b)
-    return bool(np.array_equal(a, b))
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    return bool(a == b)

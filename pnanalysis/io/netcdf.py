@@ -44,7 +44,7 @@ def save(data: xr.Dataset | xr.DataTree, path: str | os.PathLike[str]) -> Path:
 
 
 def as_bytes(data: xr.Dataset | xr.DataTree) -> bytes:
-    """What :func:`save` writes."""
+    """The content of the file that :func:`save` writes."""
     return with_trailer(_serialised(data))
 
 
@@ -77,11 +77,6 @@ def read(path: str | os.PathLike[str], within: Path | None = None) -> tuple[xr.D
             with xr.open_dataset(io.BytesIO(raw), engine="h5netcdf") as ds:
                 loaded = ds.load()
         return validate(loaded), is_confirmed
-
-
-def to_bytes(ds: xr.Dataset) -> bytes:
-    """The file that :func:`save` would write."""
-    return with_trailer(_serialised(ds))
 
 
 def _serialised(data: xr.Dataset | xr.DataTree) -> memoryview:

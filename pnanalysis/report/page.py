@@ -106,7 +106,7 @@ def _downloads(member: RunDatasets) -> list[dict[str, Any]]:
     for kind, ds in member.readable().items():
         if member.run.files[kind].suffix == zarr_store.SUFFIX:  # a folder
             continue
-        content = netcdf.to_bytes(ds)
+        content = netcdf.as_bytes(ds)
         data = base64.b64encode(content).decode() if len(content) <= _DOWNLOAD_LIMIT else ""
         found.append({"name": f"{member.name}-{kind}.nc", "size": f"{len(content) / 1000:,.0f} kB", "data": data})
     return found

@@ -98,7 +98,7 @@ def alone() -> dict[torch.dtype, Any]:
     }
 
 
-@pytest.mark.parametrize("n", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
+@pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4))])
 def test_processes_agree_with_one(workers: Workers, alone: dict[torch.dtype, Any], n: int) -> None:
     answers = workers.run(n, _spectra)
     n_parameters = make_operator(torch.float64, shares=False).shape[0]

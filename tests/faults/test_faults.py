@@ -97,7 +97,7 @@ def attempts(job: Job, n: int, tmp_path: Path, what: object = "") -> Iterator[At
         yield Attempt(k, prepared(job, tmp_path, f"{k}"), seconds, expected, chance)
 
 
-@pytest.mark.parametrize(("job", "n"), tries(50, "training", "spectrum"))
+@pytest.mark.parametrize(("job", "n"), tries(50, "training"))
 def test_killed_at_random_moments(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
     for _, folder, seconds, expected, chance in attempts(job, n, tmp_path):
         struck, _ = strike(job, folder, signal.SIGKILL, chance.uniform(0, seconds))

@@ -17,7 +17,7 @@ SPECTRA = {
 }
 
 
-@pytest.mark.parametrize("eigenvalues", cases(SPECTRA, ("around zero", "normal")))
+@pytest.mark.parametrize("eigenvalues", cases(SPECTRA, ("around zero", "normal", "mostly zeros")))
 def test_intervals_hold(eigenvalues):
     size = np.abs(eigenvalues)
     truth = {
