@@ -33,6 +33,9 @@ html_css_files = ["pages.css"]
 html_copy_source = False
 html_show_sphinx = False
 
+# In "ndarray, shape (n,)" the word shape is none of the attributes that several classes call so.
+suppress_warnings = ["ref.python"]
+
 # Docstrings give the types, in words and with shapes; annotations would repeat them.
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
@@ -54,7 +57,13 @@ def _escape_docstring(app: Any, what: str, name: str, obj: Any, options: Any, li
     """Rewrite what reStructuredText would misread in a docstring, in place."""
     # Citation labels are global in Sphinx, so every docstring's [1] would clash: citations become plain text, and the
     # references a numbered list. An initial as in "A. Author" would begin a list of its own, so its dot is escaped.
-    for pattern, by in ((r"\[(\d+)\]_", r"[\1]"), (r"^(\s*)\.\. \[\d+\] ", r"\1#. "), (r"^(\s*[A-Z])\. ", r"\1\\. ")):
+    # In tables the columns stay where they are.
+    for pattern, by in (
+        (r"\[(\d+)\]_(  +)", r"[\1] \2"),
+        (r"\[(\d+)\]_", r"[\1]"),
+        (r"^(\s*)\.\. \[\d+\] ", r"\1#. "),
+        (r"^(\s*[A-Z])\. ", r"\1\\. "),
+    ):
         lines[:] = [re.sub(pattern, by, line) for line in lines]
     # |x| would be taken for a substitution.
     lines[:] = [line if "`" in line else re.sub(r"\|(\w+)\|", r"\\|\1\\|", line) for line in lines]

@@ -18,6 +18,8 @@ _Z95 = 1.96
 _COLUMNS = {"trace": 1.0, "frobenius_norm": 1.0, "off_diagonal_share": 100.0}
 #: Names of blocks along an axis, at most.
 _MOST_NAMES = 40
+#: Names beside a heat map that have room for a larger font.
+_FEW_NAMES = 12
 #: Between spectra of blocks.
 _DISTANCES = {"js_divergence": "Jensen-Shannon divergence [nat]", "wasserstein1": "Wasserstein-1 distance [loss]"}
 #: Checkpoints whose couplings are drawn.
@@ -105,9 +107,11 @@ def _matrices(ds: xr.Dataset, figure: SubFigure) -> None:
         ax.remove()
     for i, name in enumerate(names):
         title = "coupling, $\\|H_{kl}\\| / \\sqrt{\\|H_{kk}\\| \\|H_{ll}\\|}$"
-        ax = axes[i]
-        _heat_map(ax, _relative(ds.isel(checkpoint=i)), ds, top=1.0)
-        ax.set_title(f"{name}\n{title}" if len(names) > 1 else title, loc="left", fontsize=7)
+        ax, values = axes[i], _relative(ds.isel(checkpoint=i))
+        _heat_map(ax, values, ds, top=1.0)
+        white = "white: not above zero" if np.isnan(values).any() else ""
+        head = ", ".join(filter(None, (name if len(names) > 1 else "", white)))
+        ax.set_title("\n".join(filter(None, (title, head))), loc="left", fontsize=7)
         ax.set_label(f"coupling {name}".strip())
     for ax, name, label in zip(axes[1:], _DISTANCES, _DISTANCES.values(), strict=False) if has_spectra else ():
         values = ds[name].isel(checkpoint=0).values
@@ -130,8 +134,9 @@ def _heat_map(ax: Axes, values: Array, ds: xr.Dataset, top: float) -> None:
     names = [str(name) for name in ds.block.values]
     step = -(-len(names) // 18)
     kept = np.arange(0, len(names), step)
-    ax.set_yticks(kept + 0.5, [names[i] for i in kept], fontsize=5)
-    ax.set_xticks(kept + 0.5, [names[i] for i in kept], fontsize=5, rotation=90)
+    size = 6 if len(kept) <= _FEW_NAMES else 5
+    ax.set_yticks(kept + 0.5, [names[i] for i in kept], fontsize=size)
+    ax.set_xticks(kept + 0.5, [names[i] for i in kept], fontsize=size, rotation=90)
     ax.invert_yaxis()
     ax.set_aspect("equal")
     ax.tick_params(length=0)
@@ -160,7 +165,7 @@ def _ranks(ds: xr.Dataset, figure: SubFigure) -> None:
         for place, rank, low, high in zip(places, own["rank"].values, own.rank_low, own.rank_high, strict=True):
             if np.isfinite(rank):
                 text = f"{rank:.0f}" if low == high else f"{rank:.0f} ({float(low):.0f}–{float(high):.0f})"
-                ax.annotate(text, (1.0, place), xycoords=("axes fraction", "data"), fontsize=5, va="center",
+                ax.annotate(text, (1.0, place), xycoords=("axes fraction", "data"), fontsize=6, va="center",
                             xytext=(2, 0), textcoords="offset points")  # fmt: skip
         ax.axvline(0, color="#bbbbbb", lw=0.6, zorder=0)
         ax.set_xlabel("change of the loss [loss]")

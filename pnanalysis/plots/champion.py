@@ -100,12 +100,12 @@ def _barriers(ax: Axes, ds: xr.Dataset) -> None:
         ax.plot(position, excess, color=colour, lw=1.6 if is_own else 0.8, zorder=3 if is_own else 2)
     own = ds.isel(checkpoint=1)
     peak = int(np.nanargmax(np.nan_to_num(own.excess.values, nan=np.inf)))
+    if position[peak] in (position[0], position[-1]):  # no barrier: half-way, where other curves are far above
+        peak = len(position) // 2
     ax.plot(position[peak], own.excess.values[peak], "D", color=CHAMPION, zorder=4)
-    side = "left" if position[peak] < 0.1 else "right" if position[peak] > 0.9 else "center"  # clear of the axis
     ax.annotate(
-        f"{float(own.barrier):.2g} ± {float(own.barrier_se):.1g}", (position[peak], own.excess.values[peak]),
-        ({"left": 4, "right": -4}.get(side, 0), 5),
-        textcoords="offset points", ha=side, va="bottom", fontsize=7, color=CHAMPION,
+        f"{float(own.barrier):.2g} ± {float(own.barrier_se):.1g}", (position[peak], own.excess.values[peak]), (0, 5),
+        textcoords="offset points", ha="center", va="bottom", fontsize=7, color=CHAMPION,
     )  # fmt: skip
     ax.set_xlim(0, 1)
     ax.set_xticks([0, 0.5, 1], ["plain", "half-way", "other end"])
@@ -154,7 +154,8 @@ def _strips(ax: Axes, ds: xr.Dataset, rows: list[int]) -> None:
             mfc=CHAMPION if is_outside else "white", ms=4, zorder=5,
         )  # fmt: skip
         own, p = number_of(ds, str(ds.diagnostic.values[i]), 1), float(ds.null_p[i])
-        text = f"{own._number(own.value)}{' %' if own.percent else ''}"
+        number = own._number(own.value)
+        text = f"{'−' + number[1:] if number.startswith('-') else number}{' %' if own.percent else ''}"
         ax.annotate(
             f"{text}  (p {p:.1g})" if is_outside else text, (1.01, y), xycoords=("axes fraction", "data"), va="center",
             fontsize=6.5, color=CHAMPION if is_outside else "0.35",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from enum import Enum
 from typing import Any
 
@@ -18,6 +19,7 @@ from pnanalysis.estimates import Estimate
 from pnanalysis.plots.style import COLOURS, DASHES, MARKERS, PAGE, PLAIN, QUIET, new_figure, tilted
 
 _PER_ROW = 4
+_LETTERS = 30  # of a line above a panel
 _Z95 = 1.96  # standard errors to either side that make a 95 % interval
 _NEVER_NEGATIVE = {"loss", "error", "n_outliers", "effective_rank"}
 _LEFT_OUT = {"norm", "negative_mass", "block_trace"}
@@ -127,7 +129,7 @@ def _dots(row: Diagnostic, fills: list[_Fill], ax: Axes) -> None:
         ax.plot(value.value, i, MARKERS[i % len(MARKERS)], zorder=3, **fill.marker(colour))
     ax.axvline(row.values[0].value, color=QUIET, lw=0.6, ls=":", zorder=0)
     ax.set_label(row.key)
-    ax.set_title(f"{row.title} [%]" if row.percent else row.title, loc="left", fontsize=7)
+    ax.set_title(textwrap.fill(f"{row.title} [%]" if row.percent else row.title, _LETTERS), loc="left", fontsize=7)
     ax.xaxis.set_major_locator(MaxNLocator(3))
     if row.percent:
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))

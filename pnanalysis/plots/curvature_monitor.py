@@ -50,11 +50,12 @@ def curvature_monitor(ds: xr.Dataset) -> Figure:
     spectrum.set_ylabel("eigenvalues [loss]")
     for ax, name, colour in ((loss, "loss", BLUE), (gradient, "gradient_norm", GREEN)):
         ax.plot(ds.step, ds[name], color=colour, **_marks(ds))
-        ax.set_ylabel({"loss": "loss", "gradient_norm": "norm of the gradient"}[name])
+        ax.set_ylabel({"loss": "loss", "gradient_norm": "norm of the gradient [loss]"}[name])
         ax.set_xlabel("step of the optimizer")
         found = ds[name].values[np.isfinite(ds[name].values)]
         if len(found) and found.min() > 0:
             log_axis(ax, float(found.min()), float(found.max()))
+    figure.align_ylabels()
     return figure
 
 
@@ -65,7 +66,7 @@ def _stability(ds: xr.Dataset, ax: Axes) -> None:
         ax.set_ylabel("$\\lambda_{\\max}$ of the Hessian [loss]")
         if _critical(ds, ax):
             ax.lines[0].set_label("largest eigenvalue")
-            ax.legend()
+            _legend(ax)
         return
     ax.plot(ds.step, ds.preconditioned_lambda_max, color=VERMILION, label="largest eigenvalue", **_marks(ds))
     threshold = ds.threshold.where(np.isfinite(ds.threshold))  # infinite where the learning rate is 0
@@ -76,7 +77,13 @@ def _stability(ds: xr.Dataset, ax: Axes) -> None:
         "preconditioned $\\lambda_{\\max}$ [loss]" if adaptive else "$\\lambda_{\\max}$ of the Hessian [loss]"
     )
     ax.set_ylim(bottom=min(0.0, 1.1 * float(ds.preconditioned_lambda_max.min())))
-    ax.legend(loc="lower right")
+    _legend(ax)
+
+
+def _legend(ax: Axes) -> None:
+    """Above the panels, as curves may be anywhere in this one."""
+    assert isinstance(ax.figure, Figure)
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=3)
 
 
 def _critical(ds: xr.Dataset, ax: Axes) -> bool:

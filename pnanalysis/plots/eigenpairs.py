@@ -27,6 +27,7 @@ from pnanalysis.plots.style import (
 _MOST = 3
 #: Eigenvalues of parts of the Gauss-Newton matrix.
 _PREDICTIONS = {"class_value": "of class means alone", "cross_value": "of means of pairs of classes"}
+_SAMPLE = "#555555"  # of the legend's samples
 _LEVELS = {
     "class": (BLUE, "class means"),
     "cross": (SKY, "pairs of classes"),
@@ -97,8 +98,10 @@ def _values(ds: xr.Dataset, ax: Axes) -> None:
             predicted = ds[variable].isel(checkpoint=i).values[: ds.sizes["pair"]]
             ax.plot(
                 ds.pair.values[: len(predicted)], predicted, color=COLOURS[i % len(COLOURS)], ls=DASHES[2 * j - 1],
-                lw=0.8, label=text if i == 0 else None,
+                lw=0.8,
             )  # fmt: skip
+        if variable in ds:  # in a colour of no checkpoint, as it is about all of them
+            ax.plot([], [], color=_SAMPLE, ls=DASHES[2 * j - 1], lw=0.8, label=text)
     ax.axhline(0, color="#bbbbbb", lw=0.6, zorder=0)
     integer_axis(ax, ds.pair.values)
     ax.set_xlabel("eigenpair")
@@ -163,12 +166,13 @@ def _layers(ds: xr.Dataset, figure: SubFigure) -> None:
         kept = [*range(0, len(labels) - 1, step), len(labels) - 1]
         ax.set_xticks([j + 0.5 for j in kept], [labels[j] for j in kept])
         ax.set_xlabel("eigenvector (θ: all parameters)")
-        ax.set_title(name or "part in each layer", loc="left", fontsize=7)
+        ax.set_title(f"{name}: part in each layer" if name else "part in each layer", loc="left", fontsize=7)
         ax.set_label(f"layers {name}")
     axes[0].set_yticks(np.arange(len(layers)) + 0.5, layers)
     axes[0].invert_yaxis()
+    axes[0].set_ylabel("layer")
     if drawn is not None:
-        figure.colorbar(drawn, ax=list(axes), pad=0.01, fraction=0.05).set_label("part in the layer [%]")
+        figure.colorbar(drawn, ax=list(axes), pad=0.01, fraction=0.05).set_label("part [%]")
 
 
 def _levels(ds: xr.Dataset, figure: SubFigure) -> None:
@@ -181,7 +185,8 @@ def _levels(ds: xr.Dataset, figure: SubFigure) -> None:
             height = 100 * at.level_part.sel(level=level).values
             ax.bar(at.pair, height, 0.8, below, color=colour, label=text)
             below = below + height
-        ax.plot(at.pair, 100 * at.class_part, "D", color="black", mfc="white", label="vector in span of class means")
+        ax.plot(at.pair, 100 * at.class_part, "D", color="black", mfc="white", clip_on=False,
+                label="vector in span of class means")  # fmt: skip
         step = -(-at.sizes["pair"] // 12)
         ax.set_xticks(at.pair.values[::step])
         ax.set_xlabel("eigenpair")

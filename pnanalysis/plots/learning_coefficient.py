@@ -64,7 +64,7 @@ def learning_coefficient(ds: xr.Dataset) -> Figure:
         looks: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
         for k, means in enumerate(blocks):
             right.plot(middles, means, label=None if k else name, linewidth=0.8, **looks)
-        right.axvline(float(one.burn_in), color=QUIET, linewidth=0.6)
+        right.axvline(float(one.burn_in), color=QUIET, linewidth=0.6, label=None if i else "end of burn-in")
     right.set_xlabel("step")
     right.set_ylabel("$n\\beta\\,(L - L^*)$, means of chains")
     shown = [ax.get_legend_handles_labels() for ax in (left, right)]

@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from pnanalysis.analyses.diagnostics import short_names
 from pnanalysis.perturbation.neighbourhoods import KINDS
@@ -20,6 +23,7 @@ from pnanalysis.plots.style import (
     PLAIN,
     QUIET,
     legend_above,
+    log_axis,
     new_figure,
     tilted,
 )
@@ -62,14 +66,25 @@ def _over_radii(ds: xr.Dataset) -> Figure:
                 ax.set_title(f"{kind}", loc="left")
                 ax.set_xlabel("radius" if name == "rise" else _spread(kind))
             line[0].set_ylabel(f"{title} [nat]")
-        legend_above(figure, *axes[0, 0].get_legend_handles_labels())
+        samples = [*axes[0, 0].get_legend_handles_labels()[0], *_samples(ds)]
+        legend_above(figure, samples, [str(sample.get_label()) for sample in samples])
     if has_flatness:
         _flatness(pieces[-1].subplots(), ds)
     return figure
 
 
+def _samples(ds: xr.Dataset) -> list[Artist]:
+    """What the legend shows of expansions and bands."""
+    found: list[Artist] = []
+    if any(quadratic in ds and bool(ds[quadratic].notnull().any()) for quadratic in _QUADRATIC):
+        found.append(Line2D([], [], color=_SAMPLE, ls=":", lw=0.8, label="second order"))
+    return [*found, Patch(color=_SAMPLE, alpha=0.25, lw=0, label="± 1 standard error")]
+
+
 #: Variables, their radii and what they are called.
 _ROWS = (("rise", "radius", "largest rise found"), ("average", "average_radius", "mean rise"))
+_QUADRATIC = tuple(f"{name}_quadratic" for name, _, _ in _ROWS)
+_SAMPLE = "#555555"  # of the legend's samples
 
 
 def _spread(kind: str) -> str:
@@ -80,21 +95,21 @@ def _spread(kind: str) -> str:
 def _curves(ax: Axes, ds: xr.Dataset, name: str, quadratic: str, radius: str) -> None:
     """A curve for each checkpoint, with a band of one standard error."""
     at = ds[radius].values
-    lowest = np.inf
+    lowest, highest = np.inf, 0.0
     for i, label in enumerate(short_names(ds)):
         one = ds.isel(checkpoint=i)
         looks: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)]}
         value, se = one[name].values, np.nan_to_num(one[f"{name}_se"].values)
         ax.fill_between(at, value - se, value + se, alpha=0.2, lw=0, **looks)
         ax.plot(at, value, ls=DASHES[i % len(DASHES)], marker=MARKERS[i % len(MARKERS)], label=label, **looks)
-        lowest = min(lowest, float((value - se).min()))
+        lowest, highest = min(lowest, float((value - se).min())), max(highest, float((value + se).max()))
         if quadratic in one and bool(one[quadratic].notnull().any()):
             ax.plot(at, one[quadratic].values, ls=":", lw=0.8, **looks)
     ax.set_xscale("log", base=2)
     ax.set_xticks(at, [f"{value:.2g}" for value in at])
     ax.minorticks_off()
     if lowest > 0:
-        ax.set_yscale("log")
+        log_axis(ax, lowest, highest)
 
 
 def _flatness(ax: Axes, ds: xr.Dataset) -> None:

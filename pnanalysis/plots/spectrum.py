@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, legend_above, new_figure, own_axes
+from pnanalysis.plots.style import COLOURS, COLUMN, DASHES, PAGE, label, legend_above, new_figure, own_axes, symlog_axis
 
 _DECADES = 8.0  # below the largest density
 _RUG = "outliers"
@@ -53,8 +53,7 @@ def spectral_density(ds: xr.Dataset, ax: Axes | None = None, *, symlog: bool = F
     ax.set_yscale("log")
     ax.set_ylim(floor, top * 4)
     if symlog:
-        edge = float(np.nanmax(np.abs(ds.get("bulk_edge_high", ds.lambda_max).values)))
-        ax.set_xscale("symlog", linthresh=max(edge, _linear_out_to(ds)))
+        symlog_axis(ax, max(_bulk_edge(ds), _linear_out_to(ds)))
     ax.axvline(0.0, color="#bbbbbb", lw=0.6, zorder=0)
     ax.set_xlabel(_eigenvalue_label(ds))
     ax.set_ylabel(label(ds.density))
@@ -112,6 +111,14 @@ def layer_spectra(ds: xr.Dataset) -> Figure:
     return figure
 
 
+def _bulk_edge(ds: xr.Dataset) -> float:
+    """The farthest end of a bulk that outliers lie beyond; 0 if there are none, as the bulk then is all there is."""
+    if "bulk_edge_high" not in ds or "n_outliers" not in ds:
+        return 0.0
+    edges = np.abs(ds.bulk_edge_high.values)[ds.n_outliers.values > 0]
+    return float(np.nanmax(edges)) if np.isfinite(edges).any() else 0.0
+
+
 def _linear_out_to(ds: xr.Dataset) -> float:
     """Four kernel widths: the narrowest kernel's, unless it is too narrow to be seen next to the widest."""
     widest = float(np.max(ds.kernel_width))
@@ -130,7 +137,9 @@ def _curve(ds: xr.Dataset, ax: Axes, row: int, name: str, floor: float) -> None:
     for band, shade in zip(bands, (_OUTER, _INNER) if len(bands) > 1 else (_ALONE,), strict=True):
         se = np.nan_to_num(ds[band].values)
         low, high = np.maximum(density - se, floor), np.maximum(density + se, floor)
-        ax.fill_between(grid, low, high, fc=to_rgba(colour, shade), ec=to_rgba(colour, 0.8), lw=0.4, zorder=1)
+        ax.fill_between(grid, low, high, fc=to_rgba(colour, shade), lw=0, zorder=1)
+        for edge in (low, high):  # not along the floor, nor down to it from point to point
+            ax.plot(grid, np.where(edge > floor, edge, np.nan), color=to_rgba(colour, 0.8), lw=0.4, zorder=1)
     ax.plot(grid, np.maximum(density, floor), color=colour, ls=dashes, lw=1.0, label=name or None)
 
 

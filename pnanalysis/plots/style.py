@@ -18,7 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    ScalarFormatter,
+)
 from PIL import Image
 
 from pnanalysis.checks import check_figure
@@ -185,11 +193,36 @@ def log_axis(ax: Axes, low: float, high: float) -> None:
     ax.set_yscale("log")
     if high < 3 * low:
         ax.yaxis.set_major_locator(MaxNLocator(5))
-    elif high < 30 * low:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8) if high < 8 * low else (1, 2, 5)))
-    if high < 30 * low:
-        ax.yaxis.set_major_formatter(ScalarFormatter())
+    elif high < 300 * low:
+        subs = (1, 2, 3, 4, 6, 8) if high < 8 * low else (1, 2, 5) if high < 30 * low else (1, 3)
+        ax.yaxis.set_major_locator(LogLocator(subs=subs))
+    if high < 300 * low:
+        is_short = high >= 3 * low > 3e-4 and high < 1e5
+        ax.yaxis.set_major_formatter(FuncFormatter(_short) if is_short else ScalarFormatter())
         ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float, place: int | None = None) -> str:
+    """A tick label without the zeros at its end."""
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}", 1)
+
+
+def symlog_axis(ax: Axes, linear: float) -> None:
+    """An x axis that is linear out to ``linear`` on both sides and logarithmic beyond, with ticks on both parts."""
+    ax.set_xscale("symlog", linthresh=linear)
+    low, high = ax.get_xlim()
+    farthest = max(-low, high, linear)
+    room = 5 if farthest < 30 * linear else 2
+    inside = np.asarray(MaxNLocator(room).tick_values(max(low, -linear), min(high, linear)))
+    inside = inside[np.abs(inside) <= 0.9 * linear]
+    decades = 10.0 ** np.arange(np.floor(np.log10(linear)), np.ceil(np.log10(farthest)) + 1)
+    subs = (1, 2, 5) if farthest < 30 * linear else (1, 3) if farthest < 1000 * linear else (1,)
+    beyond = np.outer(decades, subs).ravel()
+    beyond = beyond[beyond >= linear]
+    ticks = np.concatenate([-beyond, inside, beyond])
+    ax.xaxis.set_major_locator(FixedLocator(ticks[(ticks >= low) & (ticks <= high)].tolist()))
+    ax.xaxis.set_major_formatter(FuncFormatter(_short))
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def tilted(names: Sequence[Any], inches: float) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from pnanalysis.plots.style import (
 )
 
 _WHOLE = "all"
+#: Below the title of a plane.
+_AXES = "axes in parameter units, with their shares of variance"
 _ROUND_OFF = 1e-6  # relative to the size of the coordinates
 #: Each projection's title, and the variable with the fractions of variance that its axes explain.
 _PROJECTIONS = {
@@ -203,15 +205,15 @@ def _on_plane(ax: Axes, at: xr.Dataset, projection: str) -> None:
     if projection == "plane":
         farthest, size = float(np.nanmax(at.plane_residual)), float(np.nanmax(np.abs(at.plane)))
         far = f"points lie up to {farthest:.3g} off this plane"
-        ax.set_xlabel(f"along start to plain end [parameter units]{first}")
+        ax.set_xlabel(f"along start to plain end{first}")
         ax.set_ylabel(f"across, towards the other end{second}")
         title = far if farthest > _ROUND_OFF * size else "all points lie in this plane"
-        ax.set_title(title, loc="left", fontsize=7)
     else:
         noun = "direction" if projection == "random" else "component"
         ax.set_xlabel(f"first {noun}{first}")
         ax.set_ylabel(f"second {noun}{second}")
-        ax.set_title(_PROJECTIONS[projection][0], loc="left", fontsize=7)
+        title = _PROJECTIONS[projection][0]
+    ax.set_title(f"{title}\n{_AXES}", loc="left", fontsize=7)
 
 
 def _paths(ax: Axes, ds: xr.Dataset, projection: str) -> None:

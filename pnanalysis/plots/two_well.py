@@ -83,7 +83,9 @@ def surface(ds: xr.Dataset, descents: xr.Dataset | None = None) -> Figure:
     iterations = ds["iteration"].values
     n_columns = min(len(iterations), 3)
     n_rows = -(-len(iterations) // n_columns)
-    figure = new_figure(max(PAGE * n_columns / 3, COLUMN * 1.3), 2.3 * n_rows)
+    width = max(PAGE * n_columns / 3, COLUMN * 1.3)
+    height = (width - 1.2) / n_columns * float(np.ptp(ds.y.values) / np.ptp(ds.x.values))  # of a panel without labels
+    figure = new_figure(width, (height + 0.4) * n_rows + 0.15)
     axes = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     levels = MaxNLocator(_LEVELS).tick_values(float(ds["value"].min()), float(ds["value"].max()))
     for ax in axes.flat[len(iterations) :]:
@@ -95,6 +97,7 @@ def surface(ds: xr.Dataset, descents: xr.Dataset | None = None) -> Figure:
             _path(descents.sel(iteration=k), _legend_text(descents, k), k, ax)
             ax.legend(**OVERLAY)
         _label_axes(ax)
+        ax.set_aspect("equal", adjustable="box")
         ax.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
         ax.label_outer()
     figure.colorbar(drawn, ax=axes, label="value", fraction=0.05)

@@ -28,7 +28,7 @@ FINISHED = "finished"
 _LARGEST = 2**20  # bytes of a record
 
 #: Attributes of datasets that tell of one machine, or of one moment, and say nothing about a result.
-_LOCAL = ("command", "created", "data", "run", "note")
+_LOCAL = ("command", "created", "data", "run", "run_id", "note")
 
 
 @dataclass(frozen=True, order=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+from pnanalysis.reproduce.markdown import UNKNOWN as DASH
 from pnanalysis.reproduce.markdown import table
-from pnanalysis.reproduce.plan import Plan
+from pnanalysis.reproduce.plan import Plan, duration
 
 
 def costs(plan: Plan) -> str:
@@ -22,14 +24,20 @@ def costs(plan: Plan) -> str:
             spent.update({name: float(value) for name, value in result.record.get("cost", {}).items()})
             machines.add(f"{result.record.get('device_name') or result.record.get('device')}, "
                          f"{result.record.get('cores')} cores")  # fmt: skip
-        hours = [f"{spent[f'{name}_seconds'] / 3600:.2f}" for name in ("training", "measuring")]
-        rows.append([experiment, f"{len(done)} of {len(cells)}", *hours, f"{spent['epochs']:,.0f}",
-                     f"{spent['products']:,.0f}", "; ".join(sorted(machines)) or "–"])  # fmt: skip
-    columns = ["experiment", "cells", "training, h", "measuring, h", "epochs", "products with Hessians", "hardware"]
+        times = [_known(spent, f"{name}_seconds", duration) for name in ("training", "measuring")]
+        counts = [_known(spent, name, "{:,.0f}".format) for name in ("epochs", "products")]
+        rows.append([experiment, f"{len(done)} of {len(cells)}", *times, *counts, "; ".join(sorted(machines)) or DASH])
+    columns = ["experiment", "cells", "training", "measuring", "epochs", "products with Hessians", "hardware"]
     return (
-        "# What the results cost\n\nWritten by `pnanalysis reproduce`, from the cells. Hours are of wall time of one "
-        "process with one thread, beside whatever else the machine did.\n\n" + table(columns, rows) + "\n"
-    )
+        "# What the results cost\n\nWritten by `pnanalysis reproduce`, from the cells. Times are wall times of one "
+        "process with one thread, summed over cells, beside whatever else the machine did.\n\n"
+        + table(columns, rows) + "\n"
+    )  # fmt: skip
+
+
+def _known(spent: Counter[str], name: str, shown: Callable[[float], str]) -> str:
+    """A sum as text, and a dash where no cell has noted it."""
+    return shown(spent[name]) if name in spent else DASH
 
 
 def write_costs(plan: Plan, path: Path) -> None:

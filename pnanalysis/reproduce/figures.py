@@ -101,7 +101,7 @@ def spectra(found: list[tuple[str, xr.Dataset]]) -> Figure:
                 label = "best restart" if arm == RESTART and contender == "champion" else contender
                 ax.plot(ds.eigenvalue, density, color=colour, label=label, ls="-" if contender == "plain" else "--")
             top = float(ds.contender_density.max())
-            ax.set(xlabel="eigenvalue", yscale="log", ylim=(top * 1e-7, top * 2), title=arm)
+            ax.set(xlabel="eigenvalue [loss]", yscale="log", ylim=(top * 1e-7, top * 2), title=arm)
             ax.legend()
-        axes[0].set_ylabel("spectral density")
+        axes[0].set_ylabel("spectral density [1 / loss]")
     return figure

@@ -19,6 +19,11 @@ from pnanalysis.reproduce.statistics import RULE
 from pnanalysis.reproduce.summary import summary
 
 _COSTS = "COSTS.md"
+#: How the data of a scale are divided.
+_SPLITS = {
+    "cifar10": "Of the 10,000 test images 5,000 are for validation and 5,000 for test",
+    "digits": "Of the digits 300 are for validation and 300 for test",
+}
 
 
 def write_page(plan: Plan, page: Path) -> Path:
@@ -46,9 +51,9 @@ def _head(plan: Plan, links: Links) -> str:
         [
             "# Persistent training: the paper's experiments, with restarts of equal cost",
             "Written by `pnanalysis reproduce`, never by hand. The paper is [arXiv:2007.01419]"
-            "(https://arxiv.org/abs/2007.01419). Each experiment compares one plain training, the champion of a "
-            "persistent chain, and the best of as many plain restarts. Both are picked by their validation error, so "
-            "only test accuracies say what is gained.",
+            "(https://arxiv.org/abs/2007.01419). S3 to S6 and S9 compare one plain training with the champion of a "
+            "persistent chain and with the best of as many plain restarts. Both are picked by their validation error, "
+            "so only test accuracies say what is gained. Every section links the cells that its numbers come from.",
             f"Scale `{plan.scale}`: {SCALES[plan.scale].summary}. {done} of {len(plan.cells)} cells are done; "
             f"[what they cost]({costs}).",
             RULE,
@@ -155,9 +160,10 @@ def _deviations(plan: Plan) -> str:
         *(f"Data: {data.get(name, name)}." for name in names if name in data),
         "No augmentation, weight decay or learning-rate schedule: the paper gives none.",
         "The layer of partial repulsion is drawn once for each seed; the paper does not say when it is drawn.",
-        "Of the 10,000 test images 5,000 are for validation and 5,000 for test, the same ones for all seeds.",
+        f"{_SPLITS.get(SCALES[plan.scale].data, _SPLITS['cifar10'])}, the same ones for all seeds.",
         "The data of S2 are not given in the paper: two sets are used, scaled to the paper's plateau of 4.2.",
-        "AlexNet for small images and the widths of the tanh network (256) are choices; the paper gives none.",
+        "AlexNet for small images and the width of the tanh network, 256 where no other is given, are choices; the "
+        "paper gives none.",
     ]
     return blocks(
         [

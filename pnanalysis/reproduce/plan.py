@@ -144,6 +144,8 @@ class Forecast:
         for other in self.plan.cells:
             if other.experiment == cell.experiment and (self.work / other.id / "history.nc").is_file():
                 run = open_run(self.work / other.id)
+                if "seconds" not in run.history:  # S1, whose steps are not timed
+                    return math.nan
                 per_epoch = float(run.history.seconds.mean())
                 config = run.manifest["config"]
                 return per_epoch * config["iterations"] * config["epochs"]

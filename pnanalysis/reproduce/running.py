@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,14 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from pnanalysis.errors import PnError, RunError
+from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.lock import Lock
 from pnanalysis.reproduce.cells import FINISHED, Cell
 from pnanalysis.reproduce.data import prepare
 from pnanalysis.reproduce.finish import STUDY, ended
+from pnanalysis.reproduce.forks import Fork
 from pnanalysis.reproduce.plan import Forecast, Plan, duration
 from pnanalysis.reproduce.settings import PERSISTENT, Setting
 
 _SECONDS = "seconds.json"
+#: What trainings and measures import, some of it only when they use it: ten seconds of a cell, however small it is.
+_PRELOAD = (
+    "torch._dynamo", "torchvision", "sklearn.datasets", "h5netcdf", "scipy.stats", "trainers.runs.strategies",
+    "trainers.problems.kink_ensemble", "pnanalysis.reproduce.measures",
+)  # fmt: skip
 
 
 class Stopped(Exception):
@@ -32,7 +38,7 @@ class Stopped(Exception):
 
 
 class Worker:
-    """Makes cells by starting processes, and stops those that run when asked to.
+    """Makes cells in processes, and stops those that run when asked to.
 
     Parameters
     ----------
@@ -48,7 +54,11 @@ class Worker:
 
     def __init__(self, plan: Plan, data: str, work: Path, device: str, keep: bool = False) -> None:
         self.plan, self.data, self.work, self.device, self.keep = plan, data, work, device, keep
-        self._running: set[subprocess.Popen[str]] = set()
+        #: On a GPU trainings are long, and libraries that have seen one do not survive a fork; nor do all of macOS.
+        is_safe = sys.platform == "linux" and resolve_device(device).type == "cpu"
+        self.preload: Sequence[str] = _PRELOAD if is_safe else ()
+        self._idle: list[Fork] = []
+        self._running: set[Fork] = set()
         self._guard = threading.Lock()
         self._stopping = False
 
@@ -73,7 +83,7 @@ class Worker:
             "cell": cell.__dict__, "scale": self.plan.scale, "run": str(run), "out": str(self.plan.store.out),
             "data": data, "device": self.device,
         }  # fmt: skip
-        failure = self._run(["-m", "pnanalysis.reproduce.finish", json.dumps(job)])
+        failure = self._run("pnanalysis.reproduce.finish", json.dumps(job))
         if failure:
             raise RunError(f"{cell.id}: {failure}")
         if not self.keep:
@@ -84,7 +94,7 @@ class Worker:
         for _ in range(2):  # what fails twice is a result, as is what diverges; a full disk does not fail for ever
             if ended(run) in (FINISHED, "diverged"):
                 return
-            failure = self._run(training_command(cell, setting, run, data, self.device))
+            failure = self._run(*training_command(cell, setting, run, data, self.device))
             if failure and not ended(run):
                 raise RunError(f"{cell.id}: {failure}")
 
@@ -94,43 +104,45 @@ class Worker:
         with suppress(OSError, ValueError, KeyError):
             before = float(json.loads((run / _SECONDS).read_text())["training_seconds"])
         try:
-            failure = self._run(study_command(cell, setting, run, self.device))
+            failure = self._run(*study_command(cell, setting, run, self.device))
         finally:
             seconds = round(before + time.monotonic() - started, 2)
             (run / _SECONDS).write_text(json.dumps({"training_seconds": seconds}))
         if failure:
             raise RunError(f"{cell.id}: {failure}")
 
-    def _run(self, arguments: Sequence[str]) -> str:
-        """Run Python; returns the last line of its errors, empty for success."""
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    def _run(self, module: str, *arguments: str) -> str:
+        """Run a module in a process of its own; returns the last line of its errors, empty for success."""
         with self._guard:
             if self._stopping:
                 raise Stopped
-            process = subprocess.Popen(
-                [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                text=True,
-            )  # fmt: skip
-            self._running.add(process)
+            fork = self._idle.pop() if self._idle else Fork(self.preload, {"OMP_NUM_THREADS": "1", **os.environ})
+            self._running.add(fork)
         try:
-            _, errors = process.communicate()
+            failure = fork.run(module, arguments)
         finally:
             with self._guard:
-                self._running.discard(process)
+                self._running.discard(fork)
+            if fork.is_alive:
+                self._idle.append(fork)
+            else:
+                fork.close()
         if self._stopping:
             raise Stopped
-        if not process.returncode:
-            return ""
-        lines = [line for line in errors.strip().splitlines() if line] or [f"exit status {process.returncode}"]
-        return lines[-1].removeprefix("error: ")
+        return failure.removeprefix("error: ")
 
     def stop(self) -> None:
         """Ask all processes to save and end."""
         with self._guard:
             self._stopping = True
-            for process in self._running:
+            for fork in self._running:
                 with suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
+                    fork.process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """End the processes that wait for work; those that run must have ended."""
+        while self._idle:
+            self._idle.pop().close()
 
 
 def run_cells(
@@ -172,6 +184,7 @@ def run_cells(
     try:
         return _Queue(plan, cells, worker, jobs, log).run(minutes)
     finally:
+        worker.close()
         lock.release()
 
 
@@ -231,8 +244,8 @@ class _Queue:
 
 
 def training_command(cell: Cell, setting: Setting, run: Path, data: str, device: str) -> list[str]:
-    """Python's arguments for the training of a cell, which go on where it was interrupted."""
-    command = ["-m", "trainers.cli", setting.recipe, "--out", str(run), "--resume", "--quiet", "--device", device,
+    """The module for the training of a cell, and its arguments; it goes on where it was interrupted."""
+    command = ["trainers.cli", setting.recipe, "--out", str(run), "--resume", "--quiet", "--device", device,
                "--seed", str(cell.seed)]  # fmt: skip
     if cell.arm != PERSISTENT:
         command += ["--strategy", cell.arm]
@@ -251,4 +264,4 @@ def study_command(cell: Cell, setting: Setting, run: Path, device: str) -> list[
     """The same for S2, whose chains are trained together."""
     options: dict[str, Any] = {"seed": cell.seed, "device": device, **setting.training(cell.variant, cell.arm)}
     named = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return ["-m", "trainers.runs.kink_study", "--out", str(run / STUDY), "--strategy", cell.arm, *named]
+    return ["trainers.runs.kink_study", "--out", str(run / STUDY), "--strategy", cell.arm, *named]

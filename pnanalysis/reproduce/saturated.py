@@ -140,9 +140,8 @@ def sweep(plan: Plan, links: Links) -> str:
     columns = ["point", "saturation measure, plain", "last − plain", "mean of later − plain",
                "test error, last − plain, points", "seeds", "less saturated", "cells by seed"]  # fmt: skip
     text = (
-        f"{n_done} of {len(rows)} points have a cell. Each point is one strength, initial scale and width, of three or "
-        "more iterations; all points are listed, whatever they show, and their intervals are not adjusted for the "
-        "number of points."
+        f"{n_done} of {len(rows)} points have a cell. Each point is one strength, initial scale and width; all are "
+        "listed, whatever they show, and their intervals are not adjusted for the number of points."
     )
     return blocks([text, table(columns, rows), failures(failed, links)])
 

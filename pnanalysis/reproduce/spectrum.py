@@ -41,13 +41,22 @@ def section(arms: Arms, links: Links, figure: str = "") -> str:
         [
             arms.progress,
             table(columns, rows),
-            note,
+            " ".join(filter(None, (note, _unequal(arms)))),
             figure,
             table(CLAIM, [claim.row for claim in claims(arms)]),
             _ranks(arms),
             failures(arms.all, links),
         ]
     )
+
+
+def _unequal(arms: Arms) -> str:
+    """A sentence where the arms are not of equal cost; empty where they are."""
+    setting = arms.plan.setting(arms.experiment)
+    n, k = (setting.training(arms.variant, arm).get("iterations") for arm in (RESTART, PERSISTENT))
+    if n == k:
+        return ""
+    return f"There are {n} restarts for {k} iterations, which ranks need: the best restart has cost more."
 
 
 def _rows(result: Result, links: Links) -> list[list[str]]:

@@ -64,6 +64,16 @@ def test_layers_are_the_modules_that_own_parameters() -> None:
     assert sum(p.numel() for own in layers.values() for _, p in own) == PARAMETERS["resnet18"]
 
 
+def test_a_narrow_resnet18_has_the_same_layers() -> None:
+    narrow, network = build_model("resnet18", {"width": 8}), build_model("resnet18")
+    shapes, own = (dict(net.state_dict()) for net in (network, narrow))
+    assert list(own) == list(shapes)
+    assert own["bn1.weight"].shape == (8,)
+    assert own["layer4.1.conv2.weight"].shape == (64, 64, 3, 3)
+    assert narrow(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert build_model("resnet18", {"width": 64}).state_dict().keys() == shapes.keys()
+
+
 def test_losses_by_name_and_unknown_ones() -> None:
     assert resolve_loss("mse") is nn.functional.mse_loss
     with pytest.raises(ModelError, match="cross_entropy"):

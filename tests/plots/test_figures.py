@@ -221,12 +221,12 @@ def test_a_single_other_iteration_is_named_and_round_off_is_not_a_distance() -> 
     ds = synthetic.trajectory()
     named = plots.trajectory(ds).get_legend_handles_labels()[1]
     assert named == ["plain", "other iterations", "champion (iteration 2)", "start"]
-    assert plots.trajectory(ds).get_title(loc="left") == "points lie up to 0.6 off this plane"
+    assert plots.trajectory(ds).get_title(loc="left").splitlines()[0] == "points lie up to 0.6 off this plane"
     few = ds.isel(checkpoint=(ds.iteration < 2).values).assign_attrs(champion=0)
     few["plane_residual"] = 1e-8 * few.plane_residual
     ax = plots.trajectory(few)
     assert ax.get_legend_handles_labels()[1] == ["plain (champion)", "iteration 1", "start"]
-    assert ax.get_title(loc="left") == "all points lie in this plane"
+    assert ax.get_title(loc="left").splitlines()[0] == "all points lie in this plane"
 
 
 def test_bars_of_fractions_stop_at_zero_and_fillings_are_explained() -> None:
@@ -502,7 +502,7 @@ def test_critical_sharpness_is_drawn_beside_the_eigenvalue_that_bounds_it() -> N
         (line,) = (line for line in stability.lines if line.get_label() == "critical sharpness")
         np.testing.assert_array_equal(line.get_ydata(), ds.critical_sharpness.dropna("step"))
         np.testing.assert_array_equal(line.get_xdata(), ds.step[1:])
-        assert "critical sharpness" in [text.get_text() for text in stability.get_legend().get_texts()]
+        assert "critical sharpness" in [text.get_text() for text in stability.figure.legends[0].get_texts()]
     without = plots.plot(ds.drop_vars([name for name in ds if "critical" in str(name)]))
     assert not any(line.get_label() == "critical sharpness" for line in without.axes[0].lines)
 

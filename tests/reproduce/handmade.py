@@ -81,3 +81,17 @@ def spectrum(lambda_max: Sequence[float], outliers: Sequence[int]) -> xr.Dataset
     }
     coords = {"iteration": ("checkpoint", range(k)), "contender": ["plain", "champion"], "eigenvalue": [0.0, 1.0, 2.0]}
     return xr.Dataset(variables, coords)
+
+
+def gradients(halves: np.ndarray, fluctuation: float) -> xr.Dataset:
+    """A split of the persistent gradient: differences of halves, shape (iteration, layer), in their standard errors."""
+    shape, each = halves.shape, ("iteration", "layer")
+    variables: dict[str, Any] = {
+        "half_difference": (each, 0.01 * halves),
+        "half_difference_se": (each, np.full(shape, 0.01)),
+        "constant_norm": (each, np.full(shape, 0.1)),
+        "fluctuation_norm": ((*each, "epoch"), np.full((*shape, 2), fluctuation)),
+        "loss_gradient_norm": ((*each, "epoch"), np.full((*shape, 2), 0.5)),
+        "last_flip": (each, np.ones(shape)),
+    }
+    return xr.Dataset(variables, {"layer": [f"fc{i}" for i in range(shape[1])], "epoch": [1, 2]})

@@ -10,13 +10,14 @@ import pytest
 
 from pnanalysis.reproduce.accuracy import Arms, claims
 from pnanalysis.reproduce.cells import Cell, planned
+from pnanalysis.reproduce.gradient_rows import claims as gradient_claims
 from pnanalysis.reproduce.page import page_text, write_page
 from pnanalysis.reproduce.plan import Plan, make_plan
 from pnanalysis.reproduce.settings import SCALES
 from pnanalysis.reproduce.small_problems import kink_claims
 from pnanalysis.reproduce.spectrum import section as spectra
 from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN
-from tests.reproduce.handmade import ensemble, put, put_failed, spectrum
+from tests.reproduce.handmade import ensemble, gradients, put, put_failed, spectrum
 
 
 @pytest.fixture
@@ -60,6 +61,14 @@ def test_the_champion_is_ranked_among_restarts(plan: Plan) -> None:
     text = spectra(arms, Links(plan.store, plan.store.out / "RESULTS.md"))
     assert "| seed 0 | iteration 1 | 0 of 12 | 0 of 12 |" in text
     assert "| champion − plain: log10 λ₁ is lower | yes | -0.26" in text
+    assert "the best restart has cost more" not in text
+
+
+def test_restarts_that_cost_more_are_said_to(tmp_path: Path) -> None:
+    plan = make_plan(["S8"], "cpu", 1, tmp_path)
+    put(plan, Cell("S8", "", 0, "restart"), [(0.3, 0.3), (0.2, 0.2)], hessian=spectrum([20.0, 10.0], [9, 8]))
+    text = page_text(plan, tmp_path / "RESULTS.md")
+    assert "There are 10 restarts for 5 iterations, which ranks need: the best restart has cost more." in text
 
 
 def test_the_page_is_the_same_whenever_it_is_written(plan: Plan) -> None:
@@ -70,7 +79,8 @@ def test_the_page_is_the_same_whenever_it_is_written(plan: Plan) -> None:
     assert {file.name: file.read_bytes() for file in (out / "figures").iterdir()} == figures
     assert {"S4.png", "S4-spectra.png"} <= set(figures)
     costs = (out / "COSTS.md").read_text()
-    assert "| S4 | 6 of 6 | 0.00 | 0.00 | 24 | 42 | test machine, 2 cores |" in costs
+    assert "| S4 | 6 of 6 | 6 s | 3 s | 24 | 42 | test machine, 2 cores |" in costs
+    assert "| S2 | 0 of 4 | – | – | – | – | – |" in costs
 
 
 @pytest.mark.parametrize("where", ["RESULTS.md", "../RESULTS.md", "pages/of/RESULTS.md"])
@@ -113,3 +123,23 @@ def test_claims_about_the_kink(plan: Plan) -> None:
     expected = np.log10(chains.min(0)) - np.log10(restarts.min(0))
     assert best.here.startswith(f"{expected.mean():+.2f} (")
     assert best.verdict == HOLDS
+
+
+@pytest.mark.parametrize(
+    ("halves", "fluctuation", "differ", "judged"),
+    [
+        ([0.0] * 6, 0.0, 0, HOLDS),  # nothing ever changes
+        ([1.0] * 6, 0.3, 0, UNKNOWN),  # not seen is not shown
+        ([2.6, 2.6, 1.0, 1.0, 1.0, 1.0], 0.3, 0, UNKNOWN),  # each is beyond 1.96, none beyond 2.64: 6 tests at 5 %
+        ([2.7, 1.0, 1.0, 1.0, 1.0, 1.0], 0.3, 1, FAILS),
+    ],
+)
+def test_a_constant_gradient_is_refuted_by_what_chance_does_not_explain(
+    halves: list[float], fluctuation: float, differ: int, judged: str, tmp_path: Path
+) -> None:
+    plan = make_plan(["S7"], "smoke", 1, tmp_path)
+    (cell,) = plan.cells
+    put(plan, cell, [(0.3, 0.3), (0.2, 0.2), (0.2, 0.2)], gradients=gradients(np.reshape(halves, (2, 3)), fluctuation))
+    (claim,) = gradient_claims(plan)
+    assert (claim.here, claim.verdict) == (f"its halves differ in {differ} of 6 layers and iterations", judged)
+    assert f"| 1 | {judged} |" in page_text(plan, tmp_path / "RESULTS.md").partition("## S7")[2]

@@ -6,9 +6,11 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import xarray as xr
 from PIL import Image
 
 from pnanalysis.errors import DataError, PnError, RunError
@@ -28,13 +30,14 @@ class Instant(Worker):
     def __init__(self, plan: Plan, fails: str = "", slow: str = "") -> None:
         super().__init__(plan, "digits", plan.store.out / "work", "cpu")
         self.made: list[str] = []
+        self.preload = ()
         self.fails, self.slow = fails, slow
 
     def make(self, cell: Cell) -> float:
         if cell.id == self.fails:
             raise RunError(f"{cell.id}: no memory")
         if cell.id == self.slow:
-            self._run(["-c", "import time; time.sleep(60)"])
+            self._run("timeit", "-n1", "-r1", "-s", "import time", "time.sleep(60)")
         put(self.plan, cell, [(0.3, 0.3), (0.2, 0.2)])
         self.made.append(cell.id)
         return 60.0
@@ -99,6 +102,25 @@ def test_forecasts_follow_the_cells_that_are_done(plan: Plan, tmp_path: Path) ->
     assert [duration(seconds) for seconds in (5, 90, 3700)] == ["5 s", "2 min", "1 h 02 min"]
 
 
+def test_a_training_that_was_not_timed_tells_nothing_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of S1, interrupted before its cell was saved."""
+    plan = make_plan(["S1", "S4"], "smoke", 1, tmp_path)
+    for cell in (Cell("S1", "", 0, "persistent"), Cell("S4", "", 0, "restart")):
+        (tmp_path / cell.id).mkdir()
+        (tmp_path / cell.id / "history.nc").touch()
+
+    def begun(path: Path) -> SimpleNamespace:
+        timed = {} if path.name.startswith("S1") else {"seconds": (("iteration", "epoch"), [[20.0, 40.0]])}
+        manifest = {"config": {"iterations": 3, "epochs": 2}}
+        return SimpleNamespace(history=xr.Dataset(timed), manifest=manifest)
+
+    monkeypatch.setattr("pnanalysis.reproduce.plan.open_run", begun)
+    forecast = Forecast(plan, tmp_path)
+    assert forecast.left(plan.cells, 1) == "about 6 min left, and 2 cells of unknown length"
+
+
 def test_commands_are_those_of_the_trainer(tmp_path: Path) -> None:
     import trainers.cli
 
@@ -106,9 +128,9 @@ def test_commands_are_those_of_the_trainer(tmp_path: Path) -> None:
         for cell in make_plan(["all"], scale, 1, tmp_path).cells:
             setting = chosen.settings[cell.experiment]
             if setting.recipe == "kink":
-                assert study_command(cell, setting, tmp_path, "cpu")[:2] == ["-m", "trainers.runs.kink_study"]
+                assert study_command(cell, setting, tmp_path, "cpu")[0] == "trainers.runs.kink_study"
                 continue
-            arguments = training_command(cell, setting, tmp_path / "run", "digits", "cpu")[2:]
+            arguments = training_command(cell, setting, tmp_path / "run", "digits", "cpu")[1:]
             _parse(trainers.cli.app, list(arguments))
             assert ("--strategy" in arguments) == (cell.arm == "restart")
 
@@ -148,38 +170,42 @@ def test_a_smaller_training_set_has_the_first_images_of_each_class(tmp_path: Pat
         prepare(f"imagefolder:{tmp_path / 'all'}", 100, tmp_path / "other")
 
 
-def test_the_command_makes_a_cell_and_a_page(run: Callable[..., Any], tmp_path: Path) -> None:
-    """A training and its measures, in processes of their own; the second call only writes the page."""
-    arguments = [
-        "reproduce",
-        "S9",
-        "--out",
-        tmp_path,
-        "--seeds",
-        1,
-        "--only",
-        "S9-sweep-width32-xavier-lam1-seed0-persistent",
-    ]
-    done = run("pnanalysis", *arguments, "--device", "cpu")
-    assert done.status == 0, done.err
-    (cell,) = (tmp_path / "cells").iterdir()
-    record = json.loads((cell / "cell.json").read_text())
-    assert record["status"] == "finished"
-    assert record["config"]["lam"] == 1.0
-    assert not list((tmp_path / "work").glob("S9*"))  # weights go once their numbers are saved
-    text = (tmp_path / "RESULTS.md").read_bytes()
+def test_the_command_makes_a_cell_and_a_page_which_another_folder_gets_again(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A training and its measures, in processes of their own; what is kept is the same text again, but for its cost."""
+    name, made = "S9-sweep-width32-xavier-lam1-seed0-persistent", []
+    for out in (tmp_path / "first", tmp_path / "second"):
+        done = run("pnanalysis", "reproduce", "S9", "--out", out, "--seeds", 1, "--only", name, "--device", "cpu")
+        assert done.status == 0, done.err
+        assert [cell.name for cell in (out / "cells").iterdir()] == [name]
+        record = json.loads((out / "cells" / name / "cell.json").read_text())
+        assert record["status"] == "finished"
+        assert record["config"]["lam"] == 1.0
+        assert record.pop("cost")["epochs"] == 4
+        assert not list((out / "work").glob("S9*"))  # weights go once their numbers are saved
+        lines = (out / "cells" / name / "history.json").read_text().splitlines()
+        history = [line for line in lines if not line.startswith('  "seconds"')]
+        assert len(history) == len(lines) - 1
+        activity = (out / "cells" / name / "saturation.json").read_bytes()
+        made.append((record, history, activity, (out / "RESULTS.md").read_bytes()))
+    assert made[0] == made[1]
+    text = made[0][-1]
     assert b"1 of 2 points have a cell" in text
-    assert run("pnanalysis", "reproduce", "S9", "--out", tmp_path, "--seeds", 1, "--tables").status == 0
-    assert (tmp_path / "RESULTS.md").read_bytes() == text
+    assert b"| width32-xavier-lam1 | 0." in text
+    # the next call only writes the page
+    assert run("pnanalysis", "reproduce", "S9", "--out", tmp_path / "first", "--seeds", 1, "--tables").status == 0
+    assert (tmp_path / "first" / "RESULTS.md").read_bytes() == text
     assert run("pnanalysis", "reproduce", "S12", "--out", tmp_path).status == 2
 
 
 @pytest.mark.slow
 def test_all_of_the_smoke_scale_twice(tmp_path: Path) -> None:
-    pages = []
+    made = []
     for name in ("first", "second"):
         page = reproduce(["all"], "smoke", tmp_path / name, device="cpu", log=lambda line: None)
-        pages.append(page.read_bytes())
-    assert pages[0] == pages[1]
-    assert b"no cell is done" not in pages[0]
-    assert b"Trainings that failed" not in pages[0]
+        figures = {file.name: file.read_bytes() for file in (tmp_path / name / "figures").iterdir()}
+        made.append((page.read_bytes(), figures))
+    assert made[0] == made[1]
+    assert b"no cell is done" not in made[0][0]
+    assert b"Trainings that failed" not in made[0][0]

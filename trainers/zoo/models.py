@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from pnanalysis.torch_internals import BatchNormBase
 
 CIFAR_SHAPE = (3, 32, 32)
 TANH_WIDTH = 256
+RESNET_WIDTH = 64
 
 
 class ImageNetwork(nn.Sequential):
@@ -66,18 +68,35 @@ def alexnet(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> 
     return network
 
 
-def resnet18(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> nn.Module:
+def resnet18(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10, width: int = RESNET_WIDTH) -> nn.Module:
     """ResNet-18 from torchvision, adapted to small images (He et al. 2016, section 4.2).
 
-    The first convolution, 7x7 with stride 2 and max-pooling, becomes 3x3 with stride 1 and no pooling.
+    The first convolution, 7x7 with stride 2 and max-pooling, becomes 3x3 with stride 1 and no pooling. Its ``width``
+    channels are doubled three times; 64 are those of the paper.
     """
     from torchvision import models
 
-    network = models.resnet18(num_classes=num_classes)
-    network.conv1 = nn.Conv2d(input_shape[0], 64, kernel_size=3, padding=1, bias=False)
+    network = models.resnet18(num_classes=num_classes) if width == RESNET_WIDTH else _scaled(width, num_classes)
+    network.conv1 = nn.Conv2d(input_shape[0], width, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
     network.input_shape = tuple(input_shape)
+    return network
+
+
+def _scaled(width: int, num_classes: int) -> nn.Module:
+    """ResNet-18 with another number of channels, which torchvision has no option for."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    class Scaled(ResNet):
+        def _make_layer(self, block: type, planes: int, *rest: Any, **options: Any) -> nn.Sequential:
+            if planes == RESNET_WIDTH:
+                self.inplanes = width
+            return super()._make_layer(block, planes * width // RESNET_WIDTH, *rest, **options)
+
+    network = Scaled(BasicBlock, [2, 2, 2, 2], num_classes)
+    network.bn1 = nn.BatchNorm2d(width)
+    network.fc = nn.Linear(8 * width, num_classes)
     return network
 
 
