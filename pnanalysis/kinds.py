@@ -256,13 +256,14 @@ _COMPARISON = {
     "saturation": _var("checkpoint activation", "1", "98th percentile of the absolute activation", _OPTIONAL),
 }
 
-#: Numbers of sharpness that a comparison lists, and whose differences are tested.
-COMPARED_SHARPNESS = {
+#: Numbers that a comparison lists, and whose differences are tested by their standard errors.
+COMPARED_NUMBERS = {
     "worst_rise": ("nat", "largest rise of the loss found"),
     "mean_rise": ("nat", "mean rise of the loss"),
     "relative_flatness": ("nat", "relative flatness"),
+    "learning_coefficient": ("1", "local learning coefficient"),
 }
-for _name, (_units, _long_name) in COMPARED_SHARPNESS.items():
+for _name, (_units, _long_name) in COMPARED_NUMBERS.items():
     _difference = f"difference in {_long_name}"
     _COMPARISON |= {
         **_with_se(_name, "checkpoint", _units, _long_name, _OPTIONAL),
@@ -478,6 +479,9 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "converged": _var("", "1", "whether the chains have converged (1) or not (0)"),
         "excess": _var("chain draw", "loss", "loss above that of the checkpoint"),
         "distance": _var("chain draw", "1", "Euclidean distance from the checkpoint"),
+        "influence": _var(
+            "chain example", "1", "change of the coefficient with the weight of an example, by one chain", _OPTIONAL
+        ),
         "epsilon": _var("", "1", "step size"),
         "nbeta": _var("", "1 / loss", "number of examples times inverse temperature"),
         "burn_in": _var("", "1", "number of steps at the start that do not count"),

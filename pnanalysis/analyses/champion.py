@@ -45,6 +45,7 @@ def champion(
     n: int | None = None,
     hessian: bool | Mapping[str, Any] | None = None,
     sharpness: bool | Mapping[str, Any] = False,
+    learning_coefficient: bool | Mapping[str, Any] = False,
     cka: bool | None = None,
     saturation: bool = True,
     align: bool = True,
@@ -72,9 +73,10 @@ def champion(
         trained beside the run. Of other runs the plain model counts.
     n : int or None
         Examples of each split, drawn by ``seed``; all by default.
-    hessian, sharpness : bool or mapping
-        Spectra (on by default) and sharpness of the training loss: see :func:`pnanalysis.compare`. Spectra saved with
-        a run are used if they are of the same weights, examples and settings.
+    hessian, sharpness, learning_coefficient : bool or mapping
+        Spectra (on by default), sharpness and local learning coefficients of the training loss: see
+        :func:`pnanalysis.compare`. Spectra saved with a run are used if they are of the same weights, examples and
+        settings.
     cka, saturation : bool
         Whether to compare layers and activations (on by default).
     align : bool
@@ -142,8 +144,8 @@ def champion(
     at_least(2, n_points=settings["n_points"])
     at_least(1, n_line=settings["n_line"])
     wanted = ComparisonRequest.of(
-        n=settings["n"], hessian=settings["hessian"], sharpness=sharpness, cka=settings["cka"], saturation=saturation,
-        batch_size=batch_size, seed=seed,
+        n=settings["n"], hessian=settings["hessian"], sharpness=sharpness, learning_coefficient=learning_coefficient,
+        cka=settings["cka"], saturation=saturation, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     found = contest(given, restarts, model, data, loss)
     torch_device = resolve_device(device)

@@ -16,7 +16,8 @@ from pnanalysis.kinds import ERROR_ENDS
 
 #: Numbers of single networks in the order of tables, after the errors; those that are scales.
 _OWN = (
-    "lambda_max", "trace", "n_outliers", "worst_rise", "mean_rise", "relative_flatness", "saturation", "norm",
+    "lambda_max", "trace", "n_outliers", "worst_rise", "mean_rise", "relative_flatness", "learning_coefficient",
+    "saturation", "norm",
     "distance_from_start",
 )  # fmt: skip
 _SCALES = {"loss", "lambda_max", "trace", "worst_rise", "mean_rise", "relative_flatness", "gradient_norm"}

@@ -61,8 +61,8 @@ class BlockRequest:
                         network, source.loss, batches, self.options, label=item.label, device=device, advance=advance
                     )
                 network.cpu()
-        shared_examples = len(selection.sources) == 1 or len({s.data.fingerprint for s in selection.sources}) == 1
-        return block_differences(stack([found[item.key] for item in selection], selection.labels), shared_examples)
+        together = stack([found[item.key] for item in selection], selection.labels)
+        return block_differences(together, selection.shares_examples)
 
 
 def block_differences(ds: xr.Dataset, shared_examples: bool = True) -> xr.Dataset:

@@ -17,6 +17,7 @@ from pnanalysis import schema
 from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.activations.statistics import Measures, common_range
 from pnanalysis.analyses.compared_blocks import BlockRequest
+from pnanalysis.analyses.compared_learning_coefficients import LearningCoefficientRequest
 from pnanalysis.analyses.compared_sharpness import SharpnessRequest
 from pnanalysis.analyses.compared_spaces import EigenpairRequest
 from pnanalysis.analyses.functional import compare_functions
@@ -64,6 +65,7 @@ def compare(
     eigenpairs: bool | Mapping[str, Any] = False,
     sharpness: bool | Mapping[str, Any] = False,
     blocks: bool | Mapping[str, Any] = False,
+    learning_coefficient: bool | Mapping[str, Any] = False,
     cka: bool = True,
     saturation: bool = True,
     batch_size: int = 256,
@@ -100,6 +102,9 @@ def compare(
     blocks : bool or mapping
         Traces of the Hessian's diagonal blocks; a mapping holds options of :func:`pnanalysis.blocks` that replace
         :data:`BLOCKS`.
+    learning_coefficient : bool or mapping
+        Local learning coefficients of the training loss; a mapping holds options of
+        :func:`pnanalysis.learning_coefficient` that replace :data:`LEARNING_COEFFICIENT`.
     cka, saturation : bool
         Whether to compare layers and activations.
     batch_size : int
@@ -124,6 +129,7 @@ def compare(
           paired;
         - ``overlap`` of the spaces of eigenvectors, with chance and ceiling: see :func:`pnanalysis.eigenpairs`;
         - ``block_trace`` (checkpoint, block) and its differences, group of examples by group;
+        - ``learning_coefficient``, NaN where chains have not converged, and its differences, paired by examples;
         - ``saturation``: 98th percentile of the absolute activations, on 1,000 examples of ``split``; a coordinate
           ``bounded`` tells in which layers these cannot exceed one.
 
@@ -141,7 +147,8 @@ def compare(
     5 % (see :func:`pnanalysis.analyses.significant_differences.with_p_values`). Ranks may tie: all checkpoints that
     no other beats significantly have rank 1. Intervals of errors, ``error_low`` to ``error_high``, are Wilson's.
 
-    Errors of the spectra's numbers come from the probes, on the examples that were drawn, not from drawing examples.
+    Errors of the spectra's numbers cover the probes and, unless ``data_error="none"`` is among their options, the
+    choice of examples.
 
     The champion was selected by its validation error, which is therefore biased low; the test error is not.
 
@@ -156,8 +163,8 @@ def compare(
     >>> ds.error_difference.sel(split="test").isel(other=0)  # doctest: +SKIP
     """
     wanted = ComparisonRequest.of(
-        n=n, split=split, hessian=hessian, eigenpairs=eigenpairs, sharpness=sharpness, blocks=blocks, cka=cka,
-        saturation=saturation, batch_size=batch_size, seed=seed,
+        n=n, split=split, hessian=hessian, eigenpairs=eigenpairs, sharpness=sharpness, blocks=blocks,
+        learning_coefficient=learning_coefficient, cka=cka, saturation=saturation, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
@@ -183,13 +190,14 @@ class ComparisonRequest:
     eigenpairs: EigenpairRequest | None
     sharpness: SharpnessRequest | None
     blocks: BlockRequest | None
+    learning_coefficient: LearningCoefficientRequest | None
 
     @classmethod
     def of(
         cls, *, n: int | None = None, split: str = "test", hessian: bool | Mapping[str, Any] = True,
         eigenpairs: bool | Mapping[str, Any] = False, sharpness: bool | Mapping[str, Any] = False,
-        blocks: bool | Mapping[str, Any] = False, cka: bool = True, saturation: bool = True, batch_size: int = 256,
-        seed: int = 0,
+        blocks: bool | Mapping[str, Any] = False, learning_coefficient: bool | Mapping[str, Any] = False,
+        cka: bool = True, saturation: bool = True, batch_size: int = 256, seed: int = 0,
     ) -> ComparisonRequest:  # fmt: skip
         """From the arguments of :func:`compare`, checked before any work begins.
 
@@ -206,6 +214,7 @@ class ComparisonRequest:
             EigenpairRequest.of(_options(eigenpairs), seed) if eigenpairs else None,
             SharpnessRequest.of(_options(sharpness), seed) if sharpness else None,
             BlockRequest.of(_options(blocks), seed) if blocks else None,
+            LearningCoefficientRequest.of(_options(learning_coefficient), seed) if learning_coefficient else None,
         )  # fmt: skip
 
 
@@ -268,6 +277,8 @@ def compare_selected(
         found.append(rises)
     if wanted.blocks is not None:
         found.append(wanted.blocks.differences(selection, networks, device, progress))
+    if wanted.learning_coefficient is not None:
+        found.append(wanted.learning_coefficient.differences(selection, networks, device, progress))
     if wanted.saturation:
         found.append(_saturation(selection, networks, split, device, seed, progress))
     ds = xr.merge([xr.Dataset(distances, {"layer": own_layers}).reindex(layer=layers), *found], compat="no_conflicts")

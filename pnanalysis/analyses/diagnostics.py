@@ -108,6 +108,7 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
         radius = ds.attrs.get("sharpness_radius" if name == "worst_rise" else "sharpness_average_radius", math.nan)
         yield _row_of_each(ds, name, f"{title} ({kind} {float(radius):.3g})")
     yield _row_of_each(ds, "relative_flatness", "relative flatness")
+    yield _row_of_each(ds, "learning_coefficient", "local learning coefficient")
     yield _row_of_pairs(ds, "overlap", "overlap of top eigenvectors")
     yield _row_of_pairs(ds, "overlap_halves", "  over different examples")
     yield _row_of_ceilings(ds)

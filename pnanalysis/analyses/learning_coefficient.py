@@ -32,6 +32,7 @@ from pnanalysis.inputs.data import DataLike, n_examples
 from pnanalysis.inputs.models import Loss, ModelLike, device_of
 from pnanalysis.inputs.selection import Given, select
 from pnanalysis.inputs.sources import resolve_device
+from pnanalysis.io.collection import padded
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.sampling.anchor import Anchor
 from pnanalysis.sampling.langevin import SAMPLERS, Posterior, Stiff
@@ -180,8 +181,10 @@ def learning_coefficient(
         loss), ``distance_rhat`` and ``effective_draws`` say whether the chains have converged, and ``converged`` (0 or
         1) that they have: R-hats below 1.05 and 1.1, and 100 effective draws. ``excess`` and ``distance`` ``(chain,
         draw)`` are the loss above that of the checkpoint and the distance from it, burn-in included; ``"minibatch"``
-        measures the loss at some of the draws, and has NaN at the others. Attributes: ``n``, the number of examples
-        that count, ``beta``, and ``all_examples`` (0 or 1), whether these are all that the split has.
+        measures the loss at some of the draws, and has NaN at the others. ``influence`` ``(chain, example)`` is how the
+        coefficient changes with the weight of each example, as each chain has it (with the error of examples).
+        Attributes: ``n``, the number of examples that count, ``beta``, and ``all_examples`` (0 or 1), whether these are
+        all that the split has.
 
     Raises
     ------
@@ -239,9 +242,8 @@ def learning_coefficient(
     finally:
         if cache is not None:
             cache.release()
-    longest = max(ds.sizes["draw"] for ds in found.values())  # shorter chains are filled up with NaN
-    padded = [found[item.key].pad(draw=(0, longest - found[item.key].sizes["draw"])) for item in selection]
-    ds = xr.concat(padded, dim="checkpoint", combine_attrs="override").assign_coords(
+    rows = padded([found[item.key] for item in selection])  # shorter chains are filled up with NaN
+    ds = xr.concat(rows, dim="checkpoint", combine_attrs="override").assign_coords(
         checkpoint=selection.labels,
         iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
         epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),

@@ -14,7 +14,7 @@ import xarray as xr
 
 from pnanalysis.arrays import Array
 from pnanalysis.curvature.example_groups import N_GROUPS
-from pnanalysis.kinds import COMPARED_SHARPNESS, TESTED_SPECTRUM
+from pnanalysis.kinds import COMPARED_NUMBERS, TESTED_SPECTRUM
 from pnanalysis.significance import FEW_DISCORDANT, LEVEL, holm, mcnemar, p_value, p_value_beyond_bounds
 
 #: How significance is decided, as an attribute of a comparison.
@@ -89,7 +89,7 @@ def single_p_values(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
                 floor = np.maximum(floor, _larger(ds, "lambda_max"))
             value, se, low, high = (_values(ds, f"{name}_difference{end}") for end in ("", "_se", "_low", "_high"))
             yield f"{name}_difference", p_value(value, se, low, high, floor=round_off * floor)
-    for name in COMPARED_SHARPNESS:
+    for name in COMPARED_NUMBERS:
         if f"{name}_difference" in ds:
             difference, se = (_values(ds, f"{name}_difference{end}") for end in ("", "_se"))
             yield f"{name}_difference", p_value(difference, se, floor=ROUND_OFF * _larger(ds, name))

@@ -40,11 +40,14 @@ def champion(
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Hessian spectra of all networks.")] = True,
     n_hvp: options.Budget = None,
     n_hessian: Annotated[
-        int | None, typer.Option(help="Training examples for spectra and sharpness; 1,024 by default.")
+        int | None, typer.Option(help="Training examples for spectra, sharpness and chains; 1,024 by default.")
     ] = None,
     data_error: options.DataError = "examples",
     sharpness: Annotated[
         bool, typer.Option("--sharpness/--no-sharpness", help="Rises of the loss nearby, and relative flatness.")
+    ] = False,
+    learning_coefficient: Annotated[
+        bool, typer.Option("--learning-coefficient/--no-learning-coefficient", help="Local learning coefficients.")
     ] = False,
     saturation: Annotated[bool, typer.Option("--saturation/--no-saturation", help="Saturation of activations.")] = True,
     cka: Annotated[
@@ -91,11 +94,13 @@ def champion(
     own = {"n": n_hessian, "n_hvp": n_hvp}
     spectra: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     spectra = (QUICK["hessian"] if quick else {}) | {"data_error": data_error} | spectra
+    examples = {"n": spectra.get("n", 1024)}
     ds = analyse(
         *given, restarts=[open_run(path) for path in restarts] if restarts else None, n=n,
-        hessian=spectra if hessian else False, sharpness={"n": spectra.get("n", 1024)} if sharpness else False, cka=cka,
-        saturation=saturation, align=align, n_points=points, n_line=n_line, quick=quick, batch_size=batch_size,
-        device=device, seed=seed, progress=not quiet,
+        hessian=spectra if hessian else False, sharpness=examples if sharpness else False,
+        learning_coefficient=examples if learning_coefficient else False, cka=cka, saturation=saturation, align=align,
+        n_points=points, n_line=n_line, quick=quick, batch_size=batch_size, device=device, seed=seed,
+        progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)
 

@@ -43,6 +43,10 @@ def compare(
     blocks: Annotated[
         bool, typer.Option("--blocks/--no-blocks", help="Compare the traces of the Hessian's layers.")
     ] = False,
+    learning_coefficient: Annotated[
+        bool,
+        typer.Option("--learning-coefficient/--no-learning-coefficient", help="Compare local learning coefficients."),
+    ] = False,
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 256,
     model: options.Model = None,
@@ -84,6 +88,7 @@ def compare(
         hessian=spectra if hessian else False, eigenpairs={"n": n_hessian} if eigenpairs else False,
         sharpness={"n": n_hessian} if sharpness else False,
         blocks={"n": n_hessian} if blocks else False,
+        learning_coefficient={"n": n_hessian} if learning_coefficient else False,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)

@@ -97,6 +97,11 @@ class Selection(Sequence[SelectedCheckpoint]):
         """Their labels, in order."""
         return [item.label for item in self]
 
+    @property
+    def shares_examples(self) -> bool:
+        """Whether all sources have the same data, of which equal seeds draw the same examples."""
+        return len(self.sources) == 1 or len({source.data.fingerprint for source in self.sources}) == 1
+
     def distinct(self, source: Source | None = None) -> list[SelectedCheckpoint]:
         """Each set of weights once, under its first name; of one source or of all."""
         first: dict[tuple[str, object], SelectedCheckpoint] = {}

@@ -53,31 +53,37 @@ class Influence:
         }  # fmt: skip
 
     def of_chains(self) -> Array:
-        """What each chain gives for the influence of each example, ``(chain, n)``."""
-        draws = self._n_draws[:, None]
+        """What each chain gives for the influence of each example, ``(chain, n)``; NaN of fewer than two draws."""
+        draws = np.where(self._n_draws > 1, self._n_draws, np.nan)[:, None]
         means, mean = self._of_examples / draws, self._of_all[:, None] / draws
         covariance = (self._products / draws - means * mean) * draws / (draws - 1)
         influences: Array = self._nbeta / len(self._centre) * (means - self._nbeta * covariance)
         return influences
 
-    def standard_error(self) -> float:
-        """Standard error of the mean over the posterior for the choice of examples; NaN for fewer than three chains.
 
-        Squares of noisy influences would add their noise to it; products of those of different chains do not. One
-        standard error of the mean of these products is added, so that short chains do not give a smaller error.
-        """
-        found = self.of_chains()
-        n_chains, n = found.shape
-        if n_chains < 3 or n < 2:
-            return math.nan
-        found = found - found.mean(axis=1, keepdims=True)
-        products = found @ found.T * (n / (n - 1))
-        off = ~np.eye(n_chains, dtype=bool)
-        mean = float(products[off].mean())
-        # jackknife over chains: leaving one out leaves all products without it
-        left = [float(products[np.ix_(keep, keep)][off[np.ix_(keep, keep)]].mean()) for keep in _all_but_one(n_chains)]
-        noise = math.sqrt((n_chains - 1) / n_chains * float(np.square(np.array(left) - np.mean(left)).sum()))
-        return math.sqrt(max(mean + noise, 0.0))
+def standard_error(influences: Array) -> float:
+    """Standard error of a mean over the posterior for the choice of examples; NaN for fewer than three chains.
+
+    Squares of noisy influences would add their noise to it; products of those of different chains do not. One standard
+    error of the mean of these products is added, so that short chains do not give a smaller error.
+
+    Parameters
+    ----------
+    influences : ndarray, shape (chain, n)
+        What each chain gives for each example. For the difference of two posteriors over the same examples, these are
+        the differences of influences.
+    """
+    n_chains, n = influences.shape
+    if n_chains < 3 or n < 2:
+        return math.nan
+    found = influences - influences.mean(axis=1, keepdims=True)
+    products = found @ found.T * (n / (n - 1))
+    off = ~np.eye(n_chains, dtype=bool)
+    mean = float(products[off].mean())
+    # jackknife over chains: leaving one out leaves all products without it
+    left = [float(products[np.ix_(keep, keep)][off[np.ix_(keep, keep)]].mean()) for keep in _all_but_one(n_chains)]
+    noise = math.sqrt((n_chains - 1) / n_chains * float(np.square(np.array(left) - np.mean(left)).sum()))
+    return math.sqrt(max(mean + noise, 0.0))
 
 
 def _all_but_one(n: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from pnanalysis.estimates import Estimate
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.sampling.anchor import Anchor
 from pnanalysis.sampling.convergence import effective_sample_size, rank_normalised_rhat
-from pnanalysis.sampling.influence import Influence
+from pnanalysis.sampling.influence import Influence, standard_error
 from pnanalysis.sampling.langevin import Chains, Draw, Posterior, Stiff, spread_over_passes
 from pnanalysis.terminal.progress import Advance
 
@@ -213,7 +213,8 @@ def _estimate(
     converged = finite and rhat < RHAT and distance_rhat < DISTANCE_RHAT and effective >= LEAST_DRAWS
     value = one.nbeta * float(drawn.mean()) if finite else math.nan
     chain_se = one.nbeta * float(drawn.std(ddof=1)) / math.sqrt(effective) if effective else math.nan
-    data_se = influences[0].standard_error() if influences and finite else math.nan
+    influence = influences[0].of_chains() if influences else None
+    data_se = standard_error(influence) if influence is not None and finite else math.nan
     se = math.hypot(chain_se, data_se) if influences else chain_se
     low, high = Estimate(value, se).interval()
     found = {
@@ -226,7 +227,8 @@ def _estimate(
         "rhat": rhat, "distance_rhat": distance_rhat, "effective_draws": effective, "converged": float(converged),
         "epsilon": one.step_size, "nbeta": one.nbeta,
     }  # fmt: skip
-    return xr.Dataset(found | {"excess": (("chain", "draw"), excess), "distance": (("chain", "draw"), distance)})
+    ds = xr.Dataset(found | {"excess": (("chain", "draw"), excess), "distance": (("chain", "draw"), distance)})
+    return ds if influence is None else ds.assign(influence=(("chain", "example"), influence))
 
 
 def _means(draws: Array, n_batches: int) -> Array:

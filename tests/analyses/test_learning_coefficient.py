@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,28 @@ def test_a_linear_model_has_that_of_its_gaussian(sampler: str) -> None:
     assert float(ds.loss) == pytest.approx(nn.functional.mse_loss(network(data[0]), data[1]).item())
 
 
+def exact_coefficient(
+    network: nn.Module, data: tuple[Tensor, Tensor], design: Tensor, gamma: float, weights: Tensor
+) -> Tensor:
+    """Mean excess of the weighted loss of a linear model in its Gaussian posterior around the same point."""
+    residual, nbeta = (network(data[0]) - data[1]).detach()[:, 0], N / math.log(N)
+    h = 2 * (design.T * weights) @ design / N
+    slope = 2 * (design.T @ (weights * residual)) / N
+    precision = nbeta * h + gamma * torch.eye(4, dtype=torch.float64)
+    mean = -torch.linalg.solve(precision, nbeta * slope)
+    return nbeta * (torch.trace(torch.linalg.solve(precision, h)) / 2 + mean @ h @ mean / 2 + slope @ mean)
+
+
+def exact_influence(network: nn.Module, data: tuple[Tensor, Tensor], design: Tensor, gamma: float) -> Tensor:
+    """The derivative of :func:`exact_coefficient` with the weight of each example."""
+    ones = torch.ones(N, dtype=torch.float64)
+    return torch.func.grad(lambda weights: exact_coefficient(network, data, design, gamma, weights))(ones)
+
+
 def test_error_of_examples_is_the_infinitesimal_jackknife() -> None:
     network, data, design = regression()
-    residual = (network(data[0]) - data[1]).detach()[:, 0]
-    nbeta, gamma = N / math.log(N), 20.0
-
-    def exact(weights: Tensor) -> Tensor:
-        """Mean excess of the weighted loss in its Gaussian posterior around the same point."""
-        h = 2 * (design.T * weights) @ design / N
-        slope = 2 * (design.T @ (weights * residual)) / N
-        precision = nbeta * h + gamma * torch.eye(4, dtype=torch.float64)
-        mean = -torch.linalg.solve(precision, nbeta * slope)
-        return nbeta * (torch.trace(torch.linalg.solve(precision, h)) / 2 + mean @ h @ mean / 2 + slope @ mean)
-
-    influence = torch.func.grad(exact)(torch.ones(N, dtype=torch.float64))
-    expected = float(influence.std() * math.sqrt(N))
+    gamma = 20.0
+    expected = float(exact_influence(network, data, design, gamma).std() * math.sqrt(N))
     ds = pn.learning_coefficient(
         network, data=data, loss="mse", localization=gamma, batch_size=N, n_chains=32, n_draws=500, **QUIET
     ).squeeze("checkpoint")
@@ -77,6 +85,51 @@ def test_error_of_examples_is_the_infinitesimal_jackknife() -> None:
     total = math.hypot(float(ds.learning_coefficient_data_se), float(ds.learning_coefficient_chain_se))
     assert float(ds.learning_coefficient_se) == pytest.approx(total)
     assert float(ds.learning_coefficient_high - ds.learning_coefficient) == pytest.approx(1.96 * total, rel=1e-3)
+
+
+def test_differences_of_coefficients_are_paired_by_examples() -> None:
+    network, data, design = regression()
+    other = deepcopy(network)
+    with torch.no_grad():  # off the minimum, where examples matter more
+        network.weight.add_(0.15)
+        other.weight.add_(0.2)
+    gamma = 20.0
+    options = {"n": None, "localization": gamma, "n_chains": 24, "n_draws": 400, "batch_size": N}
+    ds = pn.compare(
+        {"a": network, "b": other}, data=data, loss="mse", hessian=False, saturation=False, cka=False,
+        learning_coefficient=options, progress=False,
+    )  # fmt: skip
+    ones = torch.ones(N, dtype=torch.float64)
+    exact = [float(exact_coefficient(one, data, design, gamma, ones)) for one in (network, other)]
+    influences = [exact_influence(one, data, design, gamma) for one in (network, other)]
+    paired, single = (float(one.std() * math.sqrt(N)) for one in (influences[1] - influences[0], influences[1]))
+    alone = [
+        pn.learning_coefficient(
+            one, data=data, loss="mse", localization=gamma, n_chains=24, n_draws=400, batch_size=N, n=None,
+            progress=False,
+        ).squeeze("checkpoint")
+        for one in (network, other)
+    ]  # fmt: skip
+    np.testing.assert_allclose(ds.learning_coefficient, [one.learning_coefficient for one in alone], rtol=1e-6)
+    of_chains = math.hypot(*(float(one.learning_coefficient_chain_se) for one in alone))
+    difference, se = (float(ds[f"learning_coefficient_difference{end}"][1, 0]) for end in ("", "_se"))
+    assert abs(difference - (exact[1] - exact[0])) < 4 * of_chains
+    assert math.sqrt(se**2 - of_chains**2) == pytest.approx(paired, rel=0.25)
+    assert paired < 0.5 * single  # pairing makes a difference here
+    assert 0 <= float(ds.learning_coefficient_difference_p[1, 0]) <= 1
+
+
+def test_a_comparison_says_which_chains_have_not_converged() -> None:
+    network, data, _ = regression()
+    with pytest.warns(UserWarning, match=r"chains of a have not converged \(R-hat .*\), so that it has no learning"):
+        ds = pn.compare(
+            {"a": network, "b": regression(1)[0]}, data=data, loss="mse", hessian=False, saturation=False, cka=False,
+            learning_coefficient={"n_draws": 8, "burn_in": 0}, progress=False,
+        )  # fmt: skip
+    assert np.isnan(ds.learning_coefficient).all()
+    assert np.isnan(ds.learning_coefficient_difference_p[1, 0])
+    with pytest.raises(PnError, match="takes one localization; calibrate"):
+        pn.compare(network, network, data=data, loss="mse", learning_coefficient={"localization": [1.0, 2.0]})
 
 
 def low_rank() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
