@@ -170,6 +170,7 @@ def test_a_batch_that_is_not_finite_is_named() -> None:
         pn.spectral_density(op, 5, 2, progress=False)
 
 
+@pytest.mark.slow
 def test_pyhessian_agrees_on_lenet5() -> None:
     """Its power iteration and Hutchinson trace; its density needs a function that torch no longer has."""
     from pyhessian import hessian as PyHessian
@@ -208,6 +209,7 @@ def test_per_layer_gives_a_row_for_each_block(tiny_run: Run) -> None:
         start += size
 
 
+@pytest.mark.slow
 def test_each_layer_has_a_kernel_of_its_own_and_a_grid_that_resolves_it(tiny_run: Run) -> None:
     options = {"per_layer": True, "n": 64, "n_lanczos": 12, "n_probes": 2, "progress": False}
     ds = pn.hessian(tiny_run, checkpoints=["plain", "start"], **options)

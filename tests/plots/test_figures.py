@@ -468,6 +468,7 @@ def test_each_of_several_runs_shows_its_own_champion(tiny_run: Run, tmp_path: Pa
     assert {"a: iteration 1 (champion)", "b: iteration 2 (champion)"} <= names
 
 
+@pytest.mark.slow
 def test_each_layer_has_a_row_that_checkpoints_share(tiny_run: Run) -> None:
     ds = pn.hessian(tiny_run, checkpoints=["plain", "start"], per_layer=True, n=50, n_hvp=20, progress=False)
     figure = plots.plot(ds, "layer_spectra")

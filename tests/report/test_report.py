@@ -227,6 +227,7 @@ def test_damaged_files_cost_only_their_own_figures(copies: list[Run], monkeypatc
     assert {explorer.key for explorer in explorers(study.main)} == {"history", "hessian", "saturation"}
 
 
+@pytest.mark.slow
 def test_spectra_of_several_runs_are_assigned_to_their_own(copies: list[Run]) -> None:
     run, control = copies
     ds = pn.hessian(run, control, checkpoints=["champion"], n=60, n_lanczos=8, n_probes=3, progress=False)

@@ -73,7 +73,7 @@ def test_noise_of_the_probes_is_taken_off():
     [
         pytest.param(Population(60), id="apart", marks=pytest.mark.slow),
         pytest.param(Population(60, spikes=(10.0, 10.0)), id="degenerate", marks=pytest.mark.slow),
-        pytest.param(Population(60, tail=0.3, negative=0.45), id="negative"),
+        pytest.param(Population(60, tail=0.3, negative=0.45), id="negative", marks=pytest.mark.slow),
     ],
 )
 def test_fresh_examples_differ_by_the_stated_error(population):

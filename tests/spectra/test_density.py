@@ -179,7 +179,7 @@ def test_deflation_is_no_worse_where_there_are_no_outliers(eigenvalues):
 @pytest.mark.parametrize(
     "budget",
     [
-        pytest.param({"n_hvp": 60}, id="budget"),
+        pytest.param({"n_hvp": 60}, id="budget", marks=pytest.mark.slow),
         pytest.param({"n_lanczos": 20, "n_probes": 4}, id="lockstep", marks=pytest.mark.slow),
         pytest.param({"n_lanczos": 20, "n_probes": 4, "deflate": False}, id="plain", marks=pytest.mark.slow),
     ],

@@ -258,7 +258,7 @@ print(json.dumps({"vectors": (peak - before) / (4 * n), "said": said[-1] / (4 * 
 @pytest.mark.parametrize(
     ("mode", "n_hvp", "n_vectors"),
     [
-        ("memory", 20, 20 + 4),
+        pytest.param("memory", 20, 20 + 4, marks=pytest.mark.slow),
         pytest.param("half", 20, 10 + 4, marks=pytest.mark.slow),
         pytest.param("disk", 30, 4, marks=pytest.mark.slow),
         ("none", 20, 2 + 3),

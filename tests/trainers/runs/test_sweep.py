@@ -69,6 +69,7 @@ def test_one_failed_run_stops_no_other_and_the_sweep_resumes(tmp_path: Path) -> 
     assert [o.failure for o in sweep(BASE, {"layers": ["fc1", "fc2"]}, tmp_path, resume=True, **QUIET)] == [None, None]
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same_runs(two_seeds: Path, tmp_path: Path) -> None:
     sweep(BASE, {"seed": [0, 1]}, tmp_path, **{**QUIET, "jobs": 2})
     one, two = pn.open_runs(two_seeds), pn.open_runs(tmp_path)
