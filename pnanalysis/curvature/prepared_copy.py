@@ -1,4 +1,4 @@
-"""A copy of a model that is ready for products: eval mode, nothing in place that need not be, cheap batch normalisation."""
+"""A copy of a model that is ready for products: eval mode, few activations in place, cheap batch norm."""
 
 from __future__ import annotations
 
