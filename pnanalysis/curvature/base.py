@@ -32,7 +32,13 @@ from pnanalysis.curvature.parameters import (
     split_vector,
 )
 from pnanalysis.curvature.passes import PRECISIONS, plain_passes
-from pnanalysis.curvature.prepared_copy import fold_norms, prepared_copy, unfold_norms
+from pnanalysis.curvature.prepared_copy import (
+    fold_norms,
+    in_place_activations,
+    prepared_copy,
+    set_in_place,
+    unfold_norms,
+)
 from pnanalysis.curvature.product_check import (
     EXAMPLES,
     ProductCheck,
@@ -204,6 +210,7 @@ class CurvatureOperator:
         self.dtype = resolve_dtype(dtype) if isinstance(dtype, str) else dtype or first.real.dtype
         self.device = torch.device(device) if device is not None else first.device
         self.model = in_precision(prepared_copy(model, bn_mode), self.dtype).to(self.device)
+        self._in_place = in_place_activations(self.model)
         self.loss_fn = loss_on(loss_fn, self.device, self.dtype)
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
         self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
@@ -830,7 +837,10 @@ class CurvatureOperator:
     def _fit_passes(self, batch: Batch) -> None:
         """Run network and loss for the first time, check the targets, and choose the layout and what is folded."""
         self._draw(0, 0)
+        set_in_place(self._in_place, False)
         self._first_examples = self._tried(batch)
+        if self._in_place and self._needs_in_place(batch):
+            self._first_examples = self._tried(batch)
         if self.draws is None:
             self._check_repeatable(self._few)
         if self.bn_mode == "eval" and has_batch_norm(self.model):
@@ -852,6 +862,18 @@ class CurvatureOperator:
         except Exception:
             self._loss.try_out(self._arguments(batch))  # errors of this one are the user's to see
             return batch
+
+    def _needs_in_place(self, batch: Batch) -> bool:
+        """Let layers write into their arguments again, if the network is another function otherwise."""
+        at = self._arguments(batch)
+        with torch.no_grad():
+            apart = self._loss_at_theta(map_tensors(at, torch.clone))
+            set_in_place(self._in_place, True)
+            written = self._loss_at_theta(map_tensors(at, torch.clone))
+        is_same = torch.allclose(apart, written, rtol=100 * torch.finfo(written.dtype).eps, atol=0, equal_nan=True)
+        if is_same:
+            set_in_place(self._in_place, False)
+        return not is_same
 
     @property
     def n_classes(self) -> int | None:

@@ -1,8 +1,9 @@
-"""A copy of a model that is ready for products: eval mode, nothing in place, cheap batch normalisation."""
+"""A copy of a model that is ready for products: eval mode, few activations in place, cheap batch norm."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def prepared_copy(model: nn.Module, bn_mode: str) -> nn.Module:
-    """A copy in eval mode without in-place activations; with ``bn_mode="train"``, on the statistics of each batch.
+    """A copy in eval mode; with ``bn_mode="train"``, on the statistics of each batch.
 
     Names of parameters and buffers stay.
     """
@@ -29,14 +30,26 @@ def prepared_copy(model: nn.Module, bn_mode: str) -> nn.Module:
                 # a constant that is not a buffer would be built into a trace, which torch refuses under transforms
                 delattr(module, name)
                 module.register_buffer(name, value.detach(), persistent=False)
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]  # two derivatives need the values before the activation
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # sparse gradients have no second derivative
         if isinstance(module, BatchNormBase) and bn_mode == "train":
             module.train()
             module.track_running_stats = False  # running statistics are then neither used nor changed
     return prepared
+
+
+def in_place_activations(model: nn.Module) -> list[nn.Module]:
+    """The layers that write into their argument, as two derivatives, which need the values before, cannot have it."""
+    return [module for module in model.modules() if getattr(module, "inplace", False) is True]
+
+
+def set_in_place(layers: Iterable[nn.Module], in_place: bool) -> None:
+    """Let layers write into their argument, or not.
+
+    Where a network uses the argument again, as in ``x + block(x)``, that is another function.
+    """
+    for layer in layers:
+        layer.inplace = in_place  # type: ignore[assignment]
 
 
 def fold_norms(model: nn.Module) -> list[nn.Module]:
@@ -104,4 +117,4 @@ def _identity(inputs: Tensor) -> Tensor:
     return inputs
 
 
-__all__ = ["fold_norms", "prepared_copy", "unfold_norms"]
+__all__ = ["fold_norms", "in_place_activations", "prepared_copy", "set_in_place", "unfold_norms"]

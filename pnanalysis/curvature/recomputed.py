@@ -60,7 +60,8 @@ def blocks_of(model: nn.Module, checkpointed: Iterable[object] = ()) -> list[str
         ``ModuleDict``, such as the layers of a transformer or the blocks of a residual network.
     """
     own = [_module_of(function) for function in checkpointed]
-    return list(_blocks(model, "", False, [module for module in own if module is not None and module is not model]))
+    found = _blocks(model, "", False, [module for module in own if module is not None and module is not model])
+    return list({model.get_submodule(name): name for name in found}.values())  # shared ones have several names
 
 
 def _blocks(module: nn.Module, name: str, contained: bool, own: list[nn.Module]) -> Iterator[str]:
@@ -155,8 +156,19 @@ def _run(block: nn.Module, forward: Callable[..., Any], setting: Setting, *argum
         return forward(*arguments, **keywords)
     with torch.no_grad():  # which forward mode sees through
         outputs = [_unpack_dual(output) for output in segment(segment.tensors)]
-    values = [value.detach() for value, _ in outputs]
-    return segment.in_place_of(_Recomputed.apply(segment, values, [t for _, t in outputs], *segment.tensors))
+    values, derivatives = [value.detach() for value, _ in outputs], [derivative for _, derivative in outputs]
+    is_dual = any(_unpack_dual(tensor)[1] is not None for tensor in segment.tensors)
+    constant = [
+        value
+        for value, derivative in zip(values, derivatives, strict=True)
+        if not (value.is_floating_point() or value.is_complex()) or (is_dual and derivative is None)
+    ]
+    written = {i: segment.tensors[i] for i in segment.written}
+    tensors = [tensor.clone() if i in written else tensor for i, tensor in enumerate(segment.tensors)]
+    found = _Recomputed.apply(segment, values, derivatives, constant, *tensors)
+    for tensor, value in zip(written.values(), found[len(found) - len(written) :], strict=True):
+        tensor.copy_(value)  # what follows finds its argument as the block left it
+    return segment.in_place_of(found)
 
 
 class _Segment:
@@ -166,6 +178,8 @@ class _Segment:
     ----------
     tensors : list of Tensor
         Its parameters and buffers, and the tensors among its arguments; held until the call is recorded.
+    written : list of int
+        Those arguments that the last call wrote into.
     """
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any], setting: Setting, given: Any) -> None:
@@ -175,18 +189,22 @@ class _Segment:
         own, self._rest, self._spec = _apart(given)
         self._returned: tuple[list[Any], TreeSpec] = self._rest, self._spec
         self._names, self.tensors = list(state), [*state.values(), *own]
+        self.written: list[int] = []
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors that the call returns."""
+        """The tensors that the call returns, and then what it has made of the arguments that it writes into."""
         n = len(self._names)
         # blocks that write into their arguments must find the same ones the next time
-        arguments, keywords = _together([tensor.clone() for tensor in tensors[n:]], self._rest, self._spec)
+        copies = [tensor.clone() for tensor in tensors[n:]]
+        before = [copy._version for copy in copies]
+        arguments, keywords = _together(copies, self._rest, self._spec)
         state = within_model(dict(zip(self._names, tensors[:n], strict=True)))
         with self._setting(), unchanged(self._bound.model):
             outputs = functional_call(self._bound, state, (arguments, keywords))
         found, rest, spec = _apart(outputs)
         self._returned = rest, spec
-        return found
+        self.written = [n + i for i, copy in enumerate(copies) if copy._version != before[i]]
+        return [*found, *(copies[i - n] for i in self.written)]
 
     def in_place_of(self, outputs: Sequence[Tensor]) -> Any:
         """What the last call returned, with other tensors."""
@@ -198,14 +216,13 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, segment: _Segment, values: list[Tensor], derivatives: list[Tensor | None], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, segment: _Segment, values: list[Tensor], derivatives: list[Tensor | None], constant: list[Tensor],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.segment, ctx.derivatives = segment, derivatives
         segment.tensors = []
         ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(
-            *(value for value in values if not (value.is_floating_point() or value.is_complex()))
-        )
+        ctx.mark_non_differentiable(*constant)
         return tuple(values)
 
     @staticmethod
@@ -216,7 +233,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[3:]
+        wanted = ctx.needs_input_grad[4:]
         pairs = [_unpack_dual(tensor) for tensor in ctx.saved_tensors]
         along = [derivative for _, derivative in pairs]
         moving = [needed or v is not None for needed, v in zip(wanted, along, strict=True)]
@@ -231,7 +248,7 @@ class _Recomputed(torch.autograd.Function):
         leaves = [tensor for tensor in tensors if tensor.requires_grad]
         gradients = _gradients_and_changes(live, leaves, [v for v, moves in zip(along, moving, strict=True) if moves])
         found = [next(gradients) if moves else None for moves in moving]
-        return None, None, None, *(one if needed else None for one, needed in zip(found, wanted, strict=True))
+        return None, None, None, None, *(one if needed else None for one, needed in zip(found, wanted, strict=True))
 
 
 def _gradients_and_changes(
@@ -250,6 +267,8 @@ def _gradients_and_changes(
     leaves, along : sequences
         What the outputs depend on, and the vector's part for each.
     """
+    if not live:
+        return iter([None] * len(leaves))
     ends, slopes, changes = zip(*live, strict=True)
     moves = any(each is not None for each in (*along, *changes))
     gradients = torch.autograd.grad(ends, leaves, slopes, allow_unused=True, create_graph=moves)

@@ -149,20 +149,22 @@ class Measurement:
 
     def _stability(self, optimizer: torch.optim.Optimizer, lambda_max: float, residual: float) -> Record:
         """The largest eigenvalue of the preconditioned Hessian beside its threshold."""
-        found = self.read(optimizer, dict(unwrapped(self.model).named_parameters()))
+        parameters = dict(unwrapped(self.model).named_parameters())
+        found = self.read(optimizer, parameters)
         if found is None:
             return {}
         record: Record = {"learning_rate": found.learning_rate, "threshold": found.threshold}
-        if found.constant:
+        op = self.operator
+        if found.constant and all(parameters[op.parameter_of(name)].requires_grad for name in op.names):
             moved = lambda_max + next(iter(found.decay.values()))
             return record | {"preconditioned_lambda_max": moved, "preconditioned_residual": residual}
         if found.inverse is None:  # before the first step
             return record
-        inverse = self.operator.vector_of(found.inverse)
-        decay = self.operator.vector_of(
+        inverse = op.vector_of(found.inverse)
+        decay = op.vector_of(
             {name: torch.full_like(tensor, found.decay[name]) for name, tensor in found.inverse.items()}
         )
-        values, residuals = self._preconditioned.pairs(PreconditionedOperator(self.operator, inverse, decay), 1)
+        values, residuals = self._preconditioned.pairs(PreconditionedOperator(op, inverse, decay), 1)
         return record | {"preconditioned_lambda_max": values[0], "preconditioned_residual": residuals[0]}
 
     def _batches(self) -> list[tuple[float, float]]:

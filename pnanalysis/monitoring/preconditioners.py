@@ -107,7 +107,7 @@ def read_preconditioner(optimizer: torch.optim.Optimizer, parameters: Mapping[st
         scale = float(group["lr"]) / rate if rate else 1.0
         coupled = 0.0 if _is_decoupled(optimizer, group) else float(group["weight_decay"])
         for parameter in group["params"]:
-            if id(parameter) in names:
+            if id(parameter) in names and parameter.requires_grad:
                 one = rule(group, optimizer.state.get(parameter, {}), parameter.detach())
                 inverse[names[id(parameter)]] = one.mul_(scale)
                 decay[names[id(parameter)]] = coupled

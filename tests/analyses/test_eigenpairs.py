@@ -419,6 +419,19 @@ def test_finished_pairs_of_another_gradient_are_computed_again(tmp_path: Path) -
     xr.testing.assert_equal(again, pn.eigenpairs(other, k=2, **QUIET))
 
 
+def test_finished_pairs_of_slightly_other_weights_are_searched_anew(tmp_path: Path) -> None:
+    """One product cannot tell, and the loss does."""
+    net, data = NETWORKS["tanh"]().double(), images((40,))
+    operator = HessianOperator(net, F.cross_entropy, data)
+    pn.eigenpairs(operator, k=2, state=tmp_path / "work", **QUIET)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(5e-4)
+    moved = HessianOperator(net, F.cross_entropy, data)
+    again = pn.eigenpairs(moved, k=2, state=tmp_path / "work", **QUIET)
+    xr.testing.assert_equal(again, pn.eigenpairs(moved, k=2, **QUIET))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -76,8 +76,6 @@ def dense_hessian(model: nn.Module, batches: Batches, loss: Loss = cross_entropy
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and bn_train:
             module.track_running_stats = False
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
     total = sum(len(y) for _, y in batches)
 
     def mean_loss(vector: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.curvature.prepared_copy import fold_norms, prepared_copy, unfold_norms
-from tests.curvature.conftest import NETWORKS, images
+from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative
 
 
 def test_the_users_model_is_left_as_it_was() -> None:
@@ -23,6 +24,29 @@ def test_the_users_model_is_left_as_it_was() -> None:
     assert model[1].track_running_stats
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+class Skipped(nn.Module):
+    """Of which the connection around the layers starts before the activation, or, in place, behind it."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(36, 4), nn.Linear(4, 3)
+        self.around = nn.Sequential(activation, nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x.flatten(1))
+        return self.last(self.around(x) + x)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize("expected_products", [3, 1000])
+def test_activations_in_place_that_others_see_stay_in_place(activation: Any, expected_products: int) -> None:
+    torch.manual_seed(0)
+    batches = images((5, 3))
+    model = Skipped(activation(inplace=True)).double()
+    op = HessianOperator(model, cross_entropy, batches, expected_products=expected_products)
+    assert relative(op.to_dense(), dense_hessian(model, batches)) < 1e-10
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])

@@ -94,6 +94,76 @@ def test_recomputed_products_are_those_of_the_dense_matrix(kind: type[CurvatureO
         assert relative(found, dense_hessian(model, BATCHES) @ V + 0.1 * V) < 1e-10
 
 
+class Stack(nn.Module):
+    """Blocks with connections that skip them."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last, self.blocks = nn.Linear(36, 4), nn.Linear(4, 3), nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1))
+        for block in self.blocks:
+            found = block(x)
+            x = found[0] * found[1] + x if isinstance(found, tuple) else found + x
+        return self.last(x)
+
+
+class Masking(nn.Module):
+    """Returns numbers that depend on no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(x).tanh(), torch.linspace(0.5, 1, 4, dtype=x.dtype)
+
+
+class Cut(Masking):
+    """Passes no gradient."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x)[0].detach()
+
+
+class Writing(Masking):
+    """Leaves another argument than it was given."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.sin_().mul_(1.5))[0]
+
+
+class Sharing(Stack):
+    """The same block in two containers."""
+
+    def __init__(self) -> None:
+        super().__init__(Writing(), Masking())
+        self.again = nn.ModuleList([self.blocks[0]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.last(self.again[0](self.first(x.flatten(1))))
+
+
+UNUSUAL = {
+    "constant outputs": lambda: Stack(Masking(), Masking()),
+    "no gradient": lambda: Stack(Masking(), Cut()),
+    "written arguments": lambda: Stack(Writing(), Writing()),
+    "activations in place": lambda: Stack(*(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(2))),
+    "two containers": Sharing,
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_products_of_unusual_blocks(name: str) -> None:
+    model = network(UNUSUAL[name])
+    op = HessianOperator(model, cross_entropy, BATCHES, checkpoint_activations=True)
+    V = torch.randn(op.shape[0], 2, dtype=torch.float64)
+    found = op.matmat(V)
+    assert op.method == "recomputed activations"
+    assert relative(found, dense_hessian(model, BATCHES) @ V) < 1e-10
+
+
 def test_blocks_are_found_in_containers() -> None:
     transformer = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 1, 8), 2)
     assert blocks_of(nn.ModuleDict({"body": transformer, "head": nn.Linear(4, 3)})) == ["body"]
@@ -102,6 +172,7 @@ def test_blocks_are_found_in_containers() -> None:
     assert blocks_of(nn.Sequential(nn.Linear(4, 4), stage, nn.ReLU())) == ["1.0", "1.1"]
     assert blocks_of(nn.Sequential(nn.Linear(4, 4), nn.Tanh())) == []
     assert blocks_of(network(SelfCheckpointed, True)) == []
+    assert len(blocks_of(Sharing())) == 2
     own = network(SelfCheckpointed, True)
     assert blocks_of(own, [own.middle]) == blocks_of(own, [own.middle.forward]) == ["middle"]
 

@@ -318,6 +318,24 @@ def test_layers_that_are_frozen_or_unfrozen_meanwhile_leave_and_join() -> None:
     assert "n_failed" not in ds.attrs
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad])
+def test_chosen_layers_that_are_frozen_are_not_preconditioned(make: Any) -> None:
+    model = network()
+    optimizer = make(model.parameters(), lr=0.1, weight_decay=0.2)
+    options: dict[str, Any] = {"params": ["0", "4"], "trace_probes": 0}
+    with pn.CurvatureMonitor(model, optimizer, data(), every=1, **options, **FEW) as monitor:
+        step(model, optimizer, *data())
+        model[0].requires_grad_(False)
+        step(model, optimizer, *data())
+    rest = pn.HessianOperator(model, F.cross_entropy, [data()], params=["4"], **FEW)
+    state = dict(model.named_parameters())
+    inverse = rest.vector_of(read_preconditioner(optimizer, state).inverse or {})
+    root = inverse.sqrt()
+    moved = root[:, None] * (rest.to_dense() + 0.2 * torch.eye(len(root))) * root
+    found = float(monitor.dataset().preconditioned_lambda_max[-1])
+    assert found == pytest.approx(float(torch.linalg.eigvalsh(moved)[-1]), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
