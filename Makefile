@@ -25,10 +25,11 @@ help:
 	@echo "make lock       pin versions in constraints.txt (UPGRADE=--upgrade: the newest ones)"
 	@echo "make clean      remove everything that make created"
 
+# Python compiles modules when they are first imported: to compile all that is installed would take more than a minute.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch takes a minute or two)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[test,dev]"
 	@touch $@
 
 demo: $(STAMP)
@@ -56,14 +57,14 @@ test-faults: $(STAMP)
 # than ours, and prints it.
 fuzz: FUZZ ?= 2000
 fuzz: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fuzz]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[fuzz]"
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.guided
 	$(BIN)/python -m tests.faults.counts
 
 # Writes docs/reference/networks.md.
 test-zoo: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[zoo]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[zoo]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.page -n auto --dist worksteal
 
 # Subprocesses are measured too. Which tests reach a line, and how long they take, is kept for `make mutation`. Takes about
@@ -99,12 +100,12 @@ notebooks: $(STAMP)
 
 # Pages show figures that their own code blocks draw; a page's figures are redrawn only if the page or the package changed.
 docs: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[docs]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "documentation in docs/_build/html/index.html"
 
 bench: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[bench]"
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # One set of versions for every supported Python. Present versions stay as they are unless UPGRADE=--upgrade is given.

@@ -186,6 +186,7 @@ def test_runs_of_a_folder_with_what_is_stored_and_what_is_asked_for(grid: Path) 
     assert float(gap.target[0]) == pytest.approx(float(last.test_error - last.train_error))
 
 
+@pytest.mark.slow
 def test_what_is_saved_of_other_checkpoints_is_named_and_computed(
     grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

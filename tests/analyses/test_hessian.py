@@ -194,6 +194,7 @@ def test_pyhessian_agrees_on_lenet5() -> None:
     assert abs(float(ours.trace) - traces.mean()) < 4 * error
 
 
+@pytest.mark.slow
 def test_per_layer_gives_a_row_for_each_block(tiny_run: Run) -> None:
     ds = pn.hessian(tiny_run, checkpoints=["plain"], per_layer=True, **{**SMALL, "n_hvp": 2000}, dtype="float64")
     source = as_source(tiny_run)

@@ -225,6 +225,7 @@ def test_landscapes_are_saved_drawn_and_reported(run, own_run: Run, tmp_path: Pa
     assert all(title in page for title in ("Loss between minima", "Loss on a plane", "Sharpness"))
 
 
+@pytest.mark.slow
 def test_sharpness_over_radii_and_a_comparison_of_it(run, own_run: Run, tmp_path: Path) -> None:
     small = ("--n", 50, "--steps", 2, "--starts", 1, "--directions", 2, "-c", "ends")
     radii = ("--radius", "adaptive=0.2,0.4", "--radius", "filter=0.2,0.4", "--average-radius", "filter=0.05,0.1")

@@ -19,9 +19,9 @@ TEXTS = [*PAGES, DOCS.parent / "README.md"]
 PROGRAMS = ("pnanalysis", "pntrain")
 #: Pages whose code takes longer than 8 s; `make docs` runs it, too.
 SLOW = (
-    "docs/gallery", "docs/howto/language-models", "docs/howto/sweeps",
+    "docs/gallery", "docs/howto/hugging-face", "docs/howto/language-models", "docs/howto/sweeps",
     *(f"docs/concepts/{name}" for name in (
-        "blocks", "champion", "curvature-monitor", "eigenpairs", "error-bars", "learning-coefficient",
+        "alignment", "blocks", "champion", "curvature-monitor", "eigenpairs", "error-bars", "learning-coefficient",
         "reading-spectra", "sharpness",
     )),
 )  # fmt: skip

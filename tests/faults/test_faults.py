@@ -121,7 +121,7 @@ def test_interrupted_at_random_moments(job: Job, number: int, n: int, tmp_path: 
         add(counts, f"{job.name}, {signal.Signals(number).name}", struck=struck, **continued(job, folder, expected))
 
 
-@pytest.mark.parametrize(("job", "n"), tries(20, "spectrum"))
+@pytest.mark.parametrize(("job", "n"), tries(20, "training"))
 def test_a_disk_that_fills_up(job: Job, n: int, tmp_path: Path, counts: Counts) -> None:
     """No file may grow beyond a random size: some are written, the next one is refused half way."""
     for _, folder, _, expected, chance in attempts(job, n, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -40,16 +41,16 @@ def test_the_labels_of_a_mapping_are_its_targets(kind: type) -> None:
 @pytest.mark.parametrize(
     ("model", "names"),
     [
-        (OnlyX(), ["x"]),
-        (nn.DataParallel(OnlyX()), ["x"]),
-        (torch.compile(OnlyX()), ["x"]),
-        (WithLabels(), ["x", "labels"]),
-        (Anything(), ["x", "labels"]),
-        (None, ["x", "labels"]),
+        (OnlyX, ["x"]),
+        (lambda: nn.DataParallel(OnlyX()), ["x"]),
+        (lambda: torch.compile(OnlyX()), ["x"]),
+        (WithLabels, ["x", "labels"]),
+        (Anything, ["x", "labels"]),
+        (lambda: None, ["x", "labels"]),
     ],
 )
-def test_labels_are_passed_to_networks_that_take_them(model: nn.Module | None, names: list[str]) -> None:
-    assert list(as_arguments({"x": X, "labels": Y}, model)[1]) == names
+def test_labels_are_passed_to_networks_that_take_them(model: Callable[[], nn.Module | None], names: list[str]) -> None:
+    assert list(as_arguments({"x": X, "labels": Y}, model())[1]) == names
 
 
 def test_graphs_are_counted_by_their_targets_and_not_cut() -> None:

@@ -54,6 +54,7 @@ def test_that_of_a_softmax_layer_has_a_closed_form_with_its_error_of_examples() 
     assert found.interval()[0] < found.value < found.interval()[1]
 
 
+@pytest.mark.slow
 def test_estimates_of_many_seeds_scatter_as_their_errors_say() -> None:
     net = network()
     exact = dense(net, "2.weight")

@@ -170,6 +170,7 @@ def test_a_smaller_training_set_has_the_first_images_of_each_class(tmp_path: Pat
         prepare(f"imagefolder:{tmp_path / 'all'}", 100, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_cell_and_a_page_which_another_folder_gets_again(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:

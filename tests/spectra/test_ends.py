@@ -14,7 +14,7 @@ from tests.spectra.known_spectra import spectrum, spiked
         pytest.param(spiked(600), id="spiked"),
         pytest.param(-spiked(600), id="mirrored", marks=pytest.mark.slow),
         pytest.param(np.linspace(0, 1, 600), id="uniform", marks=pytest.mark.slow),
-        pytest.param(10.0 / np.arange(1, 601), id="power law"),
+        pytest.param(10.0 / np.arange(1, 601), id="power law", marks=pytest.mark.slow),
     ],
 )
 def test_bounds_hold_the_edges(eigenvalues):
