@@ -19,6 +19,7 @@ _DEEP = -1.4  # a descent that ends below this value is in the deeper well, whos
 PLATEAU, _MARGIN = 4.2, 0.01  # loss of the stuck networks of S2; one has left if it is 1 % below
 _MARKS = (1, 2, 5, 12, 20, 50, 99)
 _FEW = 12  # iterations, within which the paper's chain reaches its best loss
+_ROUND_OFF = float(np.finfo(np.float32).eps) ** 2  # squared error that rounding alone gives an output of size one
 _NOTHING = "Not yet known at this scale: no cell is done."
 
 
@@ -105,8 +106,13 @@ def kink_claims(plan: Plan, variant: str) -> list[Claim]:
     chains, restarts = _common(plan, variant)
     n = min(len(chains), len(restarts))
     if n:
-        ratio = over_seeds(np.log10(chains[:n].min(0)) - np.log10(restarts[:n].min(0)))
-        text = f"log10 of the best loss: {n} persistent iterations − {n} restarts is negative"
+        # a loss may be exactly zero: below the squared round-off of an output, one is as good as another
+        best = [np.log10(np.maximum(losses[:n].min(0), _ROUND_OFF)) for losses in (chains, restarts)]
+        text = (
+            f"log10 of the best loss (at least {_ROUND_OFF:.1e}, round-off): {n} persistent iterations − {n} restarts "
+            "is negative"
+        )
+        ratio = over_seeds(best[0] - best[1])
         here = with_interval(ratio, signed=True)
         found.append(Claim(text, "-0.52", here, _starts(chains), verdict(ratio, -1)))
     return found
