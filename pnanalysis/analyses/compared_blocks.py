@@ -13,7 +13,7 @@ from torch import nn
 
 from pnanalysis.analyses.blocks import network_blocks, stack
 from pnanalysis.analyses.network_blocks import BlockOptions
-from pnanalysis.analyses.requests import read_request
+from pnanalysis.analyses.requests import each_network, read_request
 from pnanalysis.arrays import Array
 from pnanalysis.inputs.selection import Selection
 from pnanalysis.spectra.data_error import variance_of_forms
@@ -51,16 +51,13 @@ class BlockRequest:
     ) -> xr.Dataset:
         """Traces of all blocks along ``checkpoint``, and the differences of all pairs along ``other``."""
         found: dict[object, xr.Dataset] = {}
-        for source in selection.sources:
-            part = selection.split(source, self.split, self.n, self.options.seed, device)
-            batches = part.batches(self.batch_size)
-            for item in selection.distinct(source):
-                network = networks[item.label].to(device)
-                with progress_bar(f"{item.label}: blocks", None, progress) as advance:
-                    found[item.key] = network_blocks(
-                        network, source.loss, batches, self.options, label=item.label, device=device, advance=advance
-                    )
-                network.cpu()
+        for item, network, loss, batches in each_network(
+            selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
+        ):
+            with progress_bar(f"{item.label}: blocks", None, progress) as advance:
+                found[item.key] = network_blocks(
+                    network, loss, batches, self.options, label=item.label, device=device, advance=advance
+                )
         together = stack([found[item.key] for item in selection], selection.labels)
         return block_differences(together, selection.shares_examples)
 

@@ -14,7 +14,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.analyses.learning_coefficient import ChainOptions, network_learning_coefficient
-from pnanalysis.analyses.requests import read_request
+from pnanalysis.analyses.requests import each_network, read_request
 from pnanalysis.errors import PnError
 from pnanalysis.inputs.selection import Selection
 from pnanalysis.sampling.influence import standard_error
@@ -58,23 +58,20 @@ class LearningCoefficientRequest:
     ) -> xr.Dataset:
         """Coefficients along ``checkpoint``, and the differences of all pairs along ``other``."""
         found: dict[object, xr.Dataset] = {}
-        for source in selection.sources:
-            part = selection.split(source, self.split, self.n, self.options.seed, device)
-            batches = part.batches(self.batch_size)
-            for item in selection.distinct(source):
-                network = networks[item.label].to(device)
-                ds = network_learning_coefficient(
-                    network, source.loss, batches, self.options, label=item.label, progress=progress
-                ).squeeze(["localization", "step_size"], drop=True)
-                if not float(ds.converged):
-                    warnings.warn(
-                        f"the chains of {item.label} have not converged (R-hat {float(ds.rhat):.3g}, "
-                        f"{float(ds.effective_draws):.0f} effective draws), so that it has no learning coefficient; "
-                        "look at them with learning_coefficient",
-                        stacklevel=2,
-                    )
-                found[item.key] = ds
-                network.cpu()
+        for item, network, loss, batches in each_network(
+            selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
+        ):
+            ds = network_learning_coefficient(
+                network, loss, batches, self.options, label=item.label, progress=progress
+            ).squeeze(["localization", "step_size"], drop=True)
+            if not float(ds.converged):
+                warnings.warn(
+                    f"the chains of {item.label} have not converged (R-hat {float(ds.rhat):.3g}, "
+                    f"{float(ds.effective_draws):.0f} effective draws), so that it has no learning coefficient; "
+                    "look at them with learning_coefficient",
+                    stacklevel=2,
+                )
+            found[item.key] = ds
         return coefficient_differences([found[item.key] for item in selection], selection.shares_examples)
 
 
@@ -95,10 +92,11 @@ def coefficient_differences(found: Sequence[xr.Dataset], shared_examples: bool =
         minus other, each with its standard error. That of a difference adds the errors of the chains, and takes that
         of examples from the differences of their influences.
     """
-    value, se, data_se = (
-        np.array([float(ds[f"learning_coefficient{end}"]) for ds in found]) for end in ("", "_se", "_data_se")
+    value, se, chain_se, batch_se = (
+        np.array([float(ds.get(f"learning_coefficient{end}", 0.0)) for ds in found])
+        for end in ("", "_se", "_chain_se", "_batch_se")
     )
-    of_chains = np.sqrt(np.maximum(np.square(se) - np.square(np.nan_to_num(data_se)), 0.0))
+    of_chains = np.hypot(chain_se, batch_se)
     k = len(found)
     difference_se = np.zeros((k, k))
     for i in range(k):

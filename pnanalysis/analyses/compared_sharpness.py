@@ -13,7 +13,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.analyses.network_sharpness import NetworkSharpness, SharpnessOptions, network_sharpness
-from pnanalysis.analyses.requests import read_request
+from pnanalysis.analyses.requests import each_network, read_request
 from pnanalysis.errors import PnError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.inputs.selection import Selection
@@ -56,16 +56,12 @@ class SharpnessRequest:
         found: dict[object, NetworkSharpness] = {}
         total = len(selection.distinct()) * self.options.n_steps_in_all
         with progress_bar("sharpness", total, progress) as advance:
-            for source in selection.sources:
-                batches = selection.split(source, self.split, self.n, self.options.seed, device).batches(
-                    self.batch_size
+            for item, network, loss, batches in each_network(
+                selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
+            ):
+                found[item.key] = network_sharpness(
+                    network, loss, batches, self.options, label=item.label, advance=advance
                 )
-                for item in selection.distinct(source):
-                    network = networks[item.label].to(device)
-                    found[item.key] = network_sharpness(
-                        network, source.loss, batches, self.options, label=item.label, advance=advance
-                    )
-                    network.cpu()
         every = [found[item.key] for item in selection]
         variables: dict[str, Any] = {}
         for name, (value, error) in {

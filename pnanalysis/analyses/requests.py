@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import PnError
 from pnanalysis.inputs.data import SPLITS
+from pnanalysis.inputs.models import Loss
+from pnanalysis.inputs.selection import SelectedCheckpoint, Selection
 
 
 class Request(NamedTuple):
@@ -56,3 +61,25 @@ def read_request(
     if unknown:
         raise PnError(f"compare takes no option {unknown[0]!r} for its {what}; there are {', '.join(sorted(known))}")
     return Request(split, n, batch_size, options)
+
+
+class Measurable(NamedTuple):
+    """A network on its device, and what its source measures it with."""
+
+    item: SelectedCheckpoint
+    network: nn.Module
+    loss: Loss
+    batches: Iterable[Any]
+
+
+def each_network(
+    selection: Selection, networks: Mapping[str, nn.Module], split: str, n: int | None, batch_size: int, seed: int,
+    device: torch.device,
+) -> Iterator[Measurable]:  # fmt: skip
+    """Every distinct network of a selection with the examples of its source; on the device while it is measured."""
+    for source in selection.sources:
+        batches = selection.split(source, split, n, seed, device).batches(batch_size)
+        for item in selection.distinct(source):
+            network = networks[item.label].to(device)
+            yield Measurable(item, network, source.loss, batches)
+            network.cpu()
