@@ -12,7 +12,7 @@ from torch import nn
 
 from pnanalysis.analyses.eigenpairs import network_eigenpairs
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, overlaps
-from pnanalysis.analyses.requests import read_request
+from pnanalysis.analyses.requests import each_network, read_request
 from pnanalysis.inputs.selection import Selection
 from pnanalysis.terminal.progress import progress_bar
 
@@ -46,15 +46,12 @@ class EigenpairRequest:
     ) -> xr.Dataset:
         """Overlaps of all pairs of networks, dims ``checkpoint`` and ``other``."""
         found: dict[object, Found] = {}
-        for source in selection.sources:
-            part = selection.split(source, self.split, self.n, self.options.seed, device)
-            batches = part.batches(self.batch_size)
-            for item in selection.distinct(source):
-                network = networks[item.label].to(device)
-                with progress_bar(f"{item.label}: eigenvectors", None, progress) as advance:
-                    found[item.key] = network_eigenpairs(
-                        network, source.loss, batches, self.options, label=item.label, device=device, advance=advance
-                    )
-                network.cpu()
+        for item, network, loss, batches in each_network(
+            selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
+        ):
+            with progress_bar(f"{item.label}: eigenvectors", None, progress) as advance:
+                found[item.key] = network_eigenpairs(
+                    network, loss, batches, self.options, label=item.label, device=device, advance=advance
+                )
         ds = xr.Dataset(overlaps([found[item.key] for item in selection], selection.labels))
         return ds.assign_attrs(n_pairs=self.options.k)
