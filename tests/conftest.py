@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,12 +44,21 @@ def tiny_run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> R
     return train(tiny_config, tmp_path_factory.mktemp("runs") / "tiny", device="cpu", progress=False)
 
 
-@pytest.fixture
-def own_run(tiny_config: Config, tmp_path: Path) -> Run:
-    """A finished run for one test alone, which may damage it."""
+@pytest.fixture(scope="session")
+def undamaged_run(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The finished run of which :func:`own_run` gives copies."""
     from trainers import train
 
-    return train(replace(tiny_config, iterations=2, epochs=1), tmp_path / "own", device="cpu", progress=False)
+    config = replace(tiny_config, iterations=2, epochs=1)
+    return train(config, tmp_path_factory.mktemp("runs") / "undamaged", device="cpu", progress=False)
+
+
+@pytest.fixture
+def own_run(undamaged_run: Run, tmp_path: Path) -> Run:
+    """A finished run for one test alone, which may damage it."""
+    from pnanalysis.io.runs import open_run
+
+    return open_run(shutil.copytree(undamaged_run.path, tmp_path / "own"))
 
 
 @pytest.fixture(scope="session")

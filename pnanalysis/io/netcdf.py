@@ -19,7 +19,7 @@ from pnanalysis.errors import SchemaError, reason
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.digest import check_trailer, with_trailer
 from pnanalysis.io.files import read_regular
-from pnanalysis.io.hdf5 import read_arrays
+from pnanalysis.io.hdf5 import read_arrays, write_arrays
 from pnanalysis.schema import validate
 
 #: Bytes of a file and of its arrays in memory, and numbers of arrays and of attributes of each. What is larger was not
@@ -83,11 +83,15 @@ def _serialised(data: xr.Dataset | xr.DataTree) -> memoryview:
     buffer = io.BytesIO()
     if isinstance(data, xr.DataTree):
         data.to_netcdf(buffer, engine="h5netcdf")
-    else:
-        # HDF5 compresses chunks of arrays: scalars have none, and strings of variable length do not shrink.
-        numeric = [name for name, array in data.variables.items() if array.dtype.kind in "fiu" and array.size]
-        encoding = {name: {"zlib": True, "fletcher32": True} for name in numeric if data.variables[name].ndim}
-        data.to_netcdf(buffer, engine="h5netcdf", encoding=encoding)
+        return buffer.getbuffer()
+    with h5py.File(buffer, "w", track_order=True) as file:
+        is_written = write_arrays(data, file)
+    if is_written:
+        return buffer.getbuffer()
+    # HDF5 compresses chunks of arrays: scalars have none, and strings of variable length do not shrink.
+    numeric = [name for name, array in data.variables.items() if array.dtype.kind in "fiu" and array.size]
+    encoding = {name: {"zlib": True, "fletcher32": True} for name in numeric if data.variables[name].ndim}
+    data.to_netcdf(buffer := io.BytesIO(), engine="h5netcdf", encoding=encoding)
     return buffer.getbuffer()
 
 

@@ -1,9 +1,10 @@
-"""Datasets read array by array are those that xarray and h5netcdf read."""
+"""Datasets read array by array are those that xarray and h5netcdf read, and files written so are those they write."""
 
 from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import xarray as xr
 
 from pnanalysis.io import netcdf
-from pnanalysis.io.hdf5 import read_arrays
+from pnanalysis.io.hdf5 import read_arrays, write_arrays
 from pnanalysis.io.runs import Run
 
 
@@ -117,3 +118,86 @@ def test_an_array_with_the_name_of_a_dimension_it_does_not_have_is_left_to_xarra
     ours, theirs = read_both_ways(bytes(ds.to_netcdf(engine="h5netcdf")))
     assert ours is None
     assert "x" in theirs.variables
+
+
+def as_xarray_writes_it(ds: xr.Dataset) -> bytes:
+    numbers = [name for name, v in ds.variables.items() if v.ndim and v.size and v.dtype.kind in "biufM"]
+    encoding = {name: {"zlib": True, "fletcher32": True} for name in numbers}
+    return bytes(ds.drop_encoding().to_netcdf(engine="h5netcdf", encoding=encoding))
+
+
+def structure(raw: bytes) -> dict[str, Any]:
+    """Everything in a file but the programs that wrote it, with names in place of references."""
+    with h5py.File(BytesIO(raw)) as file:
+        found: dict[str, Any] = {"": attributes(file, file)}
+        for name, item in file.items():
+            filters = (item.chunks, item.compression, item.compression_opts, item.shuffle, item.fletcher32)
+            values = item[()] if item.dtype == object else item[()].tobytes()
+            found[name] = item.dtype, item.maxshape, filters, repr(item.fillvalue), repr(values), attributes(file, item)
+        return found
+
+
+def attributes(file: h5py.File, item: h5py.HLObject) -> dict[str, Any]:
+    found = {}
+    for name in item.attrs:
+        value: Any = item.attrs[name]
+        if name == "DIMENSION_LIST":
+            value = [file[one].name for (one,) in value]
+        elif name == "REFERENCE_LIST":
+            value = sorted((file[one].name, int(axis)) for one, axis in value)
+        stored = item.attrs.get_id(name)
+        found[name] = repr(value), str(stored.dtype), stored.shape
+    found.pop("_NCProperties", None)
+    return found
+
+
+def check_written_alike(ds: xr.Dataset) -> None:
+    with h5py.File(BytesIO(), "w", track_order=True) as file:
+        assert write_arrays(ds, file)
+    ours, theirs = structure(netcdf.as_bytes(ds)), structure(as_xarray_writes_it(ds))
+    assert list(ours) == list(theirs)
+    for name, expected in theirs.items():
+        assert ours[name] == expected, name
+
+
+def test_all_kinds_are_written_as_xarray_does() -> None:
+    ds = all_kinds().drop_vars("empty").assign(
+        big=("x", np.arange(3, dtype=">f8")), small=("x", np.arange(3, dtype="f4")),
+        byte=("x", np.arange(3, dtype="u1")), filled=("x", [1, 2, 3], {"_FillValue": 2}),
+    )  # fmt: skip
+    check_written_alike(ds)
+    xr.testing.assert_identical(netcdf_from(netcdf.as_bytes(ds)), netcdf_from(as_xarray_writes_it(ds)))
+
+
+def netcdf_from(raw: bytes) -> xr.Dataset:
+    with xr.open_dataset(BytesIO(raw), engine="h5netcdf") as ds:
+        return ds.load()
+
+
+def test_files_of_a_run_are_written_as_xarray_does(tiny_run: Run) -> None:
+    for path in tiny_run.path.rglob("*.nc"):
+        check_written_alike(netcdf.load(path))
+
+
+def test_the_same_dataset_gives_the_same_bytes() -> None:
+    assert netcdf.as_bytes(all_kinds()) == netcdf.as_bytes(all_kinds())
+
+
+@pytest.mark.parametrize(
+    "ds",
+    [
+        xr.Dataset({"a": ("x", np.zeros(0))}),
+        xr.Dataset({"a": ("x", np.zeros(2, dtype=complex))}),
+        xr.Dataset({"a": ("x", np.zeros(2), {"flag": True})}),
+        xr.Dataset({"a": ("x", np.zeros(2))}, attrs={"bytes": b"b"}),
+        xr.Dataset({"a": ("x", np.zeros(2))}, attrs={"CLASS": "c"}),
+        xr.Dataset({"a/b": ("x", np.zeros(2))}),
+        xr.Dataset({"a": ("x", np.zeros(2)), "x": ("y", np.zeros(3))}),
+        xr.Dataset({1: ("x", np.zeros(2))}),
+    ],
+    ids=["empty", "complex", "flag", "bytes", "reserved", "path", "not of its dimension", "number as a name"],
+)  # fmt: skip
+def test_what_only_xarray_can_write_or_refuse_is_left_to_it(ds: xr.Dataset) -> None:
+    with h5py.File(BytesIO(), "w", track_order=True) as file:
+        assert not write_arrays(ds, file)
+        assert not list(file)
