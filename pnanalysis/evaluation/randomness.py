@@ -118,6 +118,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _equal(a: Any, b: Any) -> bool:
     """Whether two states of the generators are equal."""
     if isinstance(a, tuple | list):
+        if all(type(entry) is int for entry in a):  # the hundreds of words of Python's generator
+            return bool(a == b)
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, Tensor):
         return torch.equal(a, b)
