@@ -33,6 +33,7 @@ from pnanalysis.inputs.data import Batch, DataLike, Split, n_examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, select
 from pnanalysis.inputs.sources import Source, resolve_device
+from pnanalysis.io.collection import padded
 from pnanalysis.spectra.data_error import DATA_ERRORS
 from pnanalysis.spectra.density import N_HVP, N_LANCZOS, N_PROBES, default_grid, smooth, spectral_density
 from pnanalysis.spectra.linear_operator import LinearOperator
@@ -414,7 +415,8 @@ def stack_spectra(rows: Sequence[Row], per_layer: bool = False) -> xr.Dataset:
         alike.setdefault(row.layer, []).append(row.spectrum)
     grid = _common_grid([default_grid(*spectra) for spectra in alike.values()])
     widths = {layer: max(float(ds.kernel_width) for ds in spectra) for layer, spectra in alike.items()}
-    stacked = _padded_concat([smooth(row.spectrum, grid, widths[row.layer]) for row in rows])
+    smoothed = padded([smooth(row.spectrum, grid, widths[row.layer]) for row in rows])
+    stacked = xr.concat(smoothed, dim="checkpoint", join="outer", combine_attrs="drop_conflicts")
     stacked = stacked.assign_coords(
         checkpoint=[row.label for row in rows],
         iteration=("checkpoint", [row.item.checkpoint.iteration for row in rows]),
@@ -438,18 +440,6 @@ def _common_grid(grids: Sequence[np.ndarray]) -> np.ndarray:
         covered = [(grid >= finer[0]) & (grid <= finer[-1]) for finer in finest_first[:i]]
         points.append(grid[~np.any(covered, axis=0)] if covered else grid)
     return np.sort(np.concatenate(points))
-
-
-def _padded_concat(spectra: Sequence[xr.Dataset]) -> xr.Dataset:
-    """All along ``checkpoint``; those with fewer nodes or probes than others are padded with NaN."""
-    longest: dict[Any, int] = {}
-    for ds in spectra:
-        longest |= {dim: max(size, longest.get(dim, 0)) for dim, size in ds.sizes.items()}
-    padded = [
-        ds.pad({dim: (0, longest[dim] - size) for dim, size in ds.sizes.items() if size < longest[dim]})
-        for ds in spectra
-    ]
-    return xr.concat(padded, dim="checkpoint", join="outer", combine_attrs="drop_conflicts")
 
 
 def _blocks(whole: LinearOperator, per_layer: bool) -> Iterator[tuple[str, LinearOperator]]:

@@ -32,7 +32,7 @@ from pnanalysis.spectra.block_state import BlockState
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.inner_products import combinations, coordinates
 from pnanalysis.spectra.lanczos import Lanczos, basis_dtype, largest_asymmetry
-from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, not_symmetric
+from pnanalysis.spectra.linear_operator import NOT_FINITE, LinearOperator, checked_product, not_symmetric
 from pnanalysis.spectra.memory import basis_limit
 from pnanalysis.spectra.random_vectors import random_signs, random_unit_vectors
 
@@ -367,7 +367,7 @@ def _check(operator: LinearOperator, found: BlockForms) -> None:
     """
     whole = found.total.sum(0)
     if not np.isfinite(whole).all():
-        raise CurvatureError("a product of the operator held NaN or infinite values; check the weights and the data")
+        raise CurvatureError(NOT_FINITE)
     size = float(np.sqrt(np.mean(whole**2)))
     asymmetry = float(np.sqrt(np.mean((whole - whole.T) ** 2))) / size if size else 0.0
     if asymmetry > largest_asymmetry(operator):

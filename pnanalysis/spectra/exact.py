@@ -10,7 +10,13 @@ import torch
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.data_feed import DataFeed
 from pnanalysis.spectra.lanczos import largest_asymmetry
-from pnanalysis.spectra.linear_operator import LinearOperator, checked_product, contiguous_columns, not_symmetric
+from pnanalysis.spectra.linear_operator import (
+    NOT_FINITE,
+    LinearOperator,
+    checked_product,
+    contiguous_columns,
+    not_symmetric,
+)
 from pnanalysis.spectra.sample import LanczosCoefficients, SamplingSettings, SpectrumSample
 from pnanalysis.spectra.sharing import part_of, processes_of
 
@@ -37,7 +43,7 @@ def all_columns(
         advance(len(block))
     matrix = matrix.double()
     if not bool(torch.isfinite(matrix).all()):
-        raise CurvatureError("a product of the operator held NaN or infinite values; check the weights and the data")
+        raise CurvatureError(NOT_FINITE)
     largest = float(matrix.abs().max()) + _TINY
     scaled = matrix / largest  # squares of its entries do not underflow
     skew = float(torch.linalg.matrix_norm(scaled - scaled.T)) / 2

@@ -20,6 +20,8 @@ from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.sharing import part_of
 
+NOT_FINITE = "a product of the operator held NaN or infinite values; check the weights and the data"
+
 
 @runtime_checkable
 class LinearOperator(Protocol):

@@ -31,6 +31,7 @@ from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.inner_products import combinations, norms, orthogonalised, recombine
 from pnanalysis.spectra.lanczos import BREAKDOWN, basis_dtype
 from pnanalysis.spectra.linear_operator import (
+    NOT_FINITE,
     LinearOperator,
     as_operator,
     checked_product,
@@ -44,7 +45,6 @@ from pnanalysis.terminal.progress import Advance
 
 #: Which eigenvalues: the largest, the smallest (most negative), or those of the largest magnitude.
 WHICH = ("largest", "smallest", "magnitude")
-NOT_FINITE = "a product of the operator held NaN or infinite values; check the weights and the data"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.inner_products import inner_products
-from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, checked_product
+from pnanalysis.spectra.linear_operator import NOT_FINITE, LinearOperator, as_operator, checked_product
 from pnanalysis.spectra.memory import DEFAULT_FRACTION
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.sharing import part_of, processes_of
@@ -171,7 +171,7 @@ def _product(operator: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
     """Products ``(P, k)``, in the operator's dtype and finite."""
     product = checked_product(operator, vectors)
     if not all(part_of(operator).processes.gathered(bool(torch.isfinite(product).all()))):
-        raise CurvatureError("a product of the operator held NaN or infinite values; check the weights and the data")
+        raise CurvatureError(NOT_FINITE)
     return product
 
 

@@ -24,6 +24,7 @@ from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.inner_products import combinations, coordinates, norms, orthogonalised
 from pnanalysis.spectra.lanczos import BREAKDOWN, largest_asymmetry
 from pnanalysis.spectra.linear_operator import (
+    NOT_FINITE,
     LinearOperator,
     arithmetic,
     as_operator,
@@ -33,7 +34,7 @@ from pnanalysis.spectra.linear_operator import (
     round_off,
 )
 from pnanalysis.spectra.random_vectors import random_unit_vectors
-from pnanalysis.spectra.restarted import NOT_FINITE, WHICH, EigenPairs, extreme_pairs, wanted_first
+from pnanalysis.spectra.restarted import WHICH, EigenPairs, extreme_pairs, wanted_first
 from pnanalysis.spectra.sharing import part_of
 from pnanalysis.spectra.subspaces import AngleBounds, angle_bounds
 from pnanalysis.terminal.progress import Advance
