@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ COMMANDS = {
     "gradients runs/lenet5": True,
     "champion runs/lenet5 --restarts runs/lenet5-restart --quick": True,
     "compare runs/lenet5 runs/lenet5-restart": True,
-    "correlate runs --with test_error": True,
+    "correlate runs/sweep --compute sharpness --with test_error": True,
     "report runs/lenet5 runs/lenet5-restart -o report.html": False,
 }
 
@@ -56,20 +57,21 @@ def timed(arguments: list[str], folder: Path) -> tuple[float, float]:
     return cpu, time.perf_counter() - start
 
 
-def measure(only: list[str], folder: Path, data: str) -> dict[str, dict[str, float]]:
-    """Seconds of the commands whose names are given, or of all."""
-    common = ["--data", data, "--iterations", "2", "--epochs", "3", "--device", "cpu", "--quiet"]
-    for name, more in (("lenet5", []), ("lenet5-restart", ["--strategy", "restart"])):
-        timed(["trainers", "lenet5", *common, *more, "--out", f"runs/{name}"], folder)
-    found = {}
+def measure(only: list[str], folder: Path, data: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each of the commands whose names are given, or of all, and its seconds."""
+    runs = {"lenet5": [], "lenet5-restart": ["--strategy", "restart"]}
+    runs |= {f"sweep/seed{seed}": ["--seed", f"{seed}", "--epochs", "1", "--iterations", "1"] for seed in range(4)}
+    for name, more in runs.items():
+        if not only or "correlate" in only or not name.startswith("sweep"):
+            common = ["--data", data, "--iterations", "2", "--epochs", "3", "--device", "cpu", "--quiet"]
+            timed(["trainers", "lenet5", *common, *more, "--out", f"runs/{name}"], folder)
     for command, reads in COMMANDS.items():
         name, *rest = command.split()
         if only and name not in only:
             continue
         cpu, wall = timed(["pnanalysis", name, *rest, *(["--data", data, "--device", "cpu"] if reads else [])], folder)
-        found[command] = {"cpu_seconds": cpu, "wall_seconds": wall}
         print(f"{command}: {cpu:.0f} s of CPU time, {wall:.0f} s in all", flush=True)
-    return found
+        yield command, {"cpu_seconds": cpu, "wall_seconds": wall}
 
 
 def in_words(seconds: float) -> str:
@@ -101,11 +103,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], metavar="COMMAND")
     only = parser.parse_args().only
     data = f"imagefolder:{Path(os.environ['PNANALYSIS_CIFAR10']).resolve()}"
-    known = json.loads(RESULTS.read_text()) if only and RESULTS.is_file() else {}
+    found = json.loads(RESULTS.read_text()) if only and RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
-        found = known | measure(only, Path(folder), data)
-    found = {command: found[command] for command in COMMANDS if command in found}
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        for command, row in measure(only, Path(folder), data):
+            found[command] = row
+            found = {name: found[name] for name in COMMANDS if name in found}
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     machine = f"{platform.machine()}, torch {torch.__version__}"
     RESULTS.with_suffix(".md").write_text("\n".join(table(found, machine)))
 

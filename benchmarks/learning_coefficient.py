@@ -198,25 +198,27 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Coefficients with errors, and times, of both tools on each network."""
+    """Coefficients with errors, relative to those of devinterp, and times, on each network."""
     from pnanalysis.plots import save_figure
-    from pnanalysis.plots.style import COLOURS, new_figure, style
+    from pnanalysis.plots.style import COLOURS, GREY, new_figure, style
 
     cases = list(dict.fromkeys(row["case"] for row in found["rows"]))
+    peer = np.array([pooled(row)[0] for row in found["rows"] if row["kind"] == PEER])
     with style():
         figure = new_figure(6.8, 2.6)
         values, times = figure.subplots(1, 2)
         for k, kind in enumerate((PEER, SAME, DEFAULT)):
             rows = [row for row in found["rows"] if row["kind"] == kind]
             places = np.arange(len(cases)) + 0.22 * (k - 1)
-            value, se = np.array([pooled(row) for row in rows]).T
+            value, se = np.array([pooled(row) for row in rows]).T / peer
             values.errorbar(places, value, 2 * se, fmt="os^"[k], color=COLOURS[k], label=kind, capsize=2)
-            times.plot(places, [np.median(row["seconds"]) for row in rows], "os^"[k], color=COLOURS[k])
-        values.set(ylabel="learning coefficient (± 2 standard errors)", yscale="log")
+            times.plot(places, [np.median(row["seconds"]) for row in rows], "os^"[k], color=COLOURS[k], label=kind)
+        values.axhline(1, color=GREY, linestyle="--")
+        values.set(ylabel="coefficient / that of devinterp\n(± 2 standard errors)")
         times.set(ylabel="time (s)", yscale="log")
         for axes in (values, times):
             axes.set_xticks(range(len(cases)), [name.replace(", ", "\n") for name in cases])
-        values.legend()
+        times.legend(loc="upper left")
         save_figure(figure, path)
 
 
