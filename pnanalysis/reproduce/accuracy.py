@@ -42,7 +42,7 @@ class Arms:
     all: list[Result] = field(init=False)
 
     def __post_init__(self) -> None:
-        arms = self.plan.setting(self.experiment).arms
+        arms = self.plan.setting(self.experiment).arms_of(self.variant)
         self.all = [result for arm in arms for result in self.plan.results(self.experiment, self.variant, arm)]
 
     def finished(self, arm: str) -> dict[int, Result]:
@@ -81,7 +81,8 @@ class Arms:
     def progress(self) -> str:
         """How many seeds of each arm are done, of those that are planned."""
         planned = self.plan.n_seeds(self.experiment)
-        parts = [f"{arm} {len(self.finished(arm))} of {planned}" for arm in self.plan.setting(self.experiment).arms]
+        arms = self.plan.setting(self.experiment).arms_of(self.variant)
+        parts = [f"{arm} {len(self.finished(arm))} of {planned}" for arm in arms]
         return f"Seeds done: {', '.join(parts)}."
 
 

@@ -26,20 +26,22 @@ from pnanalysis.io.manifest import read_manifest
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
 from pnanalysis.reproduce.cells import FINISHED, Cell, Store, planned
 from pnanalysis.reproduce.measures import MEASURES
-from pnanalysis.reproduce.settings import SCALES, Setting
+from pnanalysis.reproduce.settings import Setting
 
 #: Status of a training that ended by itself: none of these is tried again.
 ENDED = (FINISHED, "failed", "diverged")
 STUDY = "study.nc"
 
 
-def finish(cell: Cell, scale: str, run_path: Path, out: Path, data: str, device: str) -> Path:
+def finish(cell: Cell, scale: str, setting: Setting, run_path: Path, out: Path, data: str, device: str) -> Path:
     """Measure a run and save its cell.
 
     Parameters
     ----------
     cell : Cell
     scale : str
+    setting : Setting
+        The one that it was trained with, whatever the scale's is by now.
     run_path : Path
         Folder of the training, which has ended.
     out : Path
@@ -52,7 +54,6 @@ def finish(cell: Cell, scale: str, run_path: Path, out: Path, data: str, device:
     Path
         The cell's folder.
     """
-    setting = SCALES[scale].settings[cell.experiment]
     started = time.monotonic()
     if setting.recipe == "kink":
         entries, datasets = _of_study(run_path)
@@ -133,7 +134,8 @@ def main() -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         finish(
-            Cell(**job["cell"]), job["scale"], Path(job["run"]), Path(job["out"]), job["data"], job["device"]
+            Cell(**job["cell"]), job["scale"], Setting(**job["setting"]), Path(job["run"]), Path(job["out"]),
+            job["data"], job["device"],
         )  # fmt: skip
     except (PnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

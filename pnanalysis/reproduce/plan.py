@@ -49,7 +49,7 @@ class Plan:
         for place, experiment in enumerate(self.experiments):
             setting = self.setting(experiment)
             for v, variant in enumerate(setting.variants):
-                for a, arm in enumerate(setting.arms):
+                for a, arm in enumerate(setting.arms_of(variant)):
                     for seed in range(self.n_seeds(experiment)):
                         found.append(((setting.rank, seed, place, v, a), Cell(experiment, variant, seed, arm)))
         return [cell for _, cell in sorted(found)]

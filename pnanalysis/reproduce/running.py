@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,12 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pnanalysis.errors import PnError, RunError
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.lock import Lock
+from pnanalysis.io.manifest import read_manifest
+from pnanalysis.io.runs import MANIFEST
 from pnanalysis.reproduce.cells import FINISHED, Cell
 from pnanalysis.reproduce.data import prepare
 from pnanalysis.reproduce.finish import STUDY, ended
@@ -80,8 +85,8 @@ class Worker:
         else:
             self._train(cell, setting, run, data)
         job = {
-            "cell": cell.__dict__, "scale": self.plan.scale, "run": str(run), "out": str(self.plan.store.out),
-            "data": data, "device": self.device,
+            "cell": cell.__dict__, "scale": self.plan.scale, "setting": asdict(setting), "run": str(run),
+            "out": str(self.plan.store.out), "data": data, "device": self.device,
         }  # fmt: skip
         failure = self._run("pnanalysis.reproduce.finish", json.dumps(job))
         if failure:
@@ -91,6 +96,7 @@ class Worker:
         return time.monotonic() - started
 
     def _train(self, cell: Cell, setting: Setting, run: Path, data: str) -> None:
+        set_aside_if_other(cell, setting, run)
         for _ in range(2):  # what fails twice is a result, as is what diverges; a full disk does not fail for ever
             if ended(run) in (FINISHED, "diverged"):
                 return
@@ -241,6 +247,25 @@ class _Queue:
         self.forecast.add(cell, seconds)
         rest = self.forecast.left(self.left, self.jobs) if self.left else "all done"
         self.log(f"{cell.id} in {duration(seconds)}; {self.total - len(self.left)} of {self.total} cells, {rest}")
+
+
+def set_aside_if_other(cell: Cell, setting: Setting, run: Path) -> None:
+    """Rename the folder of a training that was begun with other settings, of an earlier version: it cannot go on.
+
+    More iterations than it was begun with are no other settings.
+    """
+    if not (run / MANIFEST).is_file():
+        return
+    manifest = read_manifest(run / MANIFEST)
+    begun, n_train = manifest.get("config", {}), manifest.get("data", {}).get("n_train", 0)
+    wanted = json.loads(json.dumps({"recipe": setting.recipe, **setting.training(cell.variant, cell.arm)}))
+    fewer = begun.get("iterations", 0) <= wanted.pop("iterations", math.inf)
+    is_same = fewer and all(begun.get(name) == value for name, value in wanted.items())
+    # every class has the same number of images, so that there may be a few less than planned
+    if is_same and (setting.n_train is None or 0.9 * setting.n_train < n_train <= setting.n_train):
+        return
+    names = (run.with_name(f"{run.name}.other{i or ''}") for i in itertools.count())
+    run.rename(next(name for name in names if not name.exists()))
 
 
 def training_command(cell: Cell, setting: Setting, run: Path, data: str, device: str) -> list[str]:

@@ -123,7 +123,8 @@ def _order(results: list[Result]) -> str:
 def sweep(plan: Plan, links: Links) -> str:
     """What the page says about the sweep: every point of it."""
     rows, failed, n_done = [], [], 0
-    for variant in plan.setting("S9-sweep").variants:
+    setting = plan.setting("S9-sweep")
+    for variant in (name for name in setting.variants if PERSISTENT in setting.arms_of(name)):
         results = plan.results("S9-sweep", variant, PERSISTENT)
         failed += [result for result in results if not result.is_finished]
         finished = [result for result in results if result.is_finished]

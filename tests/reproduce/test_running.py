@@ -18,7 +18,7 @@ from pnanalysis.io.lock import Lock
 from pnanalysis.reproduce.cells import Cell
 from pnanalysis.reproduce.data import prepare
 from pnanalysis.reproduce.plan import Forecast, Plan, chosen_cells, duration, make_plan
-from pnanalysis.reproduce.running import Worker, run_cells, study_command, training_command
+from pnanalysis.reproduce.running import Worker, run_cells, set_aside_if_other, study_command, training_command
 from pnanalysis.reproduce.settings import SCALES
 from pnanalysis.reproduce.study import reproduce
 from tests.reproduce.handmade import put
@@ -122,8 +122,11 @@ def test_a_training_that_was_not_timed_tells_nothing_of_the_others(
 
 
 def test_commands_are_those_of_the_trainer(tmp_path: Path) -> None:
+    import typer
+
     import trainers.cli
 
+    command = typer.main.get_command(trainers.cli.app)
     for scale, chosen in SCALES.items():
         for cell in make_plan(["all"], scale, 1, tmp_path).cells:
             setting = chosen.settings[cell.experiment]
@@ -131,14 +134,42 @@ def test_commands_are_those_of_the_trainer(tmp_path: Path) -> None:
                 assert study_command(cell, setting, tmp_path, "cpu")[0] == "trainers.runs.kink_study"
                 continue
             arguments = training_command(cell, setting, tmp_path / "run", "digits", "cpu")[1:]
-            _parse(trainers.cli.app, list(arguments))
+            command.make_context("pntrain", list(arguments))
             assert ("--strategy" in arguments) == (cell.arm == "restart")
 
 
-def _parse(app: Any, arguments: list[str]) -> None:
-    import typer
+def test_a_training_of_earlier_settings_makes_way(tmp_path: Path) -> None:
+    plan = make_plan(["S5", "S4"], "cpu", 1, tmp_path)
+    s5, s4 = Cell("S5", "", 0, "restart"), Cell("S4", "", 0, "persistent")
 
-    typer.main.get_command(app).make_context("pntrain", arguments)
+    def begin(cell: Cell, n_train: int, **changed: Any) -> Path:
+        setting, run = plan.setting(cell.experiment), tmp_path / cell.id
+        run.mkdir()
+        config = {"recipe": setting.recipe, **setting.training(cell.variant, cell.arm), **changed}
+        manifest = {"format": "pnanalysis-run", "schema_version": 1, "id": "a", "recipe": setting.recipe,
+                    "config": config, "model": {"name": "lenet5"}, "data": {"name": "x", "n_train": n_train},
+                    "ends": [], "champion": None}  # fmt: skip
+        (run / "run.json").write_text(json.dumps(manifest))
+        set_aside_if_other(cell, setting, run)
+        return run
+
+    aside = []
+    for n_train, changed in ((10_000, {"epochs": 6}), (10_000, {"model_options": {}}), (5_000, {})):
+        assert not begin(s5, n_train, **changed).exists()
+        aside.append(f"{s5.id}.other{len(aside) or ''}")
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == aside
+    for cell, n_train, changed in ((s5, 9_999, {"iterations": 3}), (s4, 50_000, {})):  # these go on
+        assert begin(cell, n_train, **changed).is_dir()
+
+
+def test_controls_of_the_sweep_are_trained_once_for_all_strengths(tmp_path: Path) -> None:
+    cells = make_plan(["S9-sweep"], "cpu", 1, tmp_path).cells
+    assert sum(cell.arm == "persistent" for cell in cells) == 32
+    controls = {cell.variant for cell in cells if cell.arm == "restart"}
+    assert len(controls) == 8
+    assert {cell.variant.rpartition("-lam")[0] for cell in cells if cell.arm == "persistent"} == controls
+    setting = SCALES["cpu"].settings["S9-sweep"]
+    assert setting.training("width64-std0.3", "restart")["init_std"] == 0.3
 
 
 def test_names_that_do_not_exist_are_refused(tmp_path: Path, plan: Plan) -> None:
