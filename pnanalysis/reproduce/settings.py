@@ -175,16 +175,17 @@ SCALES: dict[str, Scale] = {
             "S9-sweep": Setting("tanh7", {"iterations": 6, "epochs": 10, "checkpoint_every": 10},
                                 _POINTS.variants(), (PERSISTENT,), _POINTS.arms,
                                 measures={"saturation": {"n": 1000, "histograms": False}}),
-            # About 20 minutes of one core for a cell of S5 to S8, 30 for the ten restarts of S8: an hour for all six of
-            # them on two cores. A thousand images of an epoch take 1.6 s in AlexNet of 16 channels, 2.2 s in ResNet-18
-            # of 8, 1 s in one of 4, and a thousand that are only evaluated a quarter to a half of that.
+            # About 20 minutes of one core for a cell of S5, S6 and S8, 30 for the restarts of S8 (ten and the plain
+            # model): an hour for all six of them on two cores. A thousand images of an epoch take 1.6 s in AlexNet of
+            # 16 channels, 2.2 s in ResNet-18 of 8, 1 s in one of 4; those that are only evaluated take a quarter to a
+            # half of that. A spectrum of the latter takes 100 s; with fewer products its class numbers are unknown.
             "S5": Setting("alexnet", {"iterations": 5, "epochs": 10, "checkpoint_every": 10,
                                       "model_options": {"width": 16}}, n_train=10_000, rank=2),
             "S6": Setting("resnet18", {"iterations": 5, "epochs": 8, "checkpoint_every": 8,
                                        "model_options": {"width": 8}}, n_train=10_000, rank=2),
             "S8": Setting("spectrum", {"iterations": 5, "epochs": 4, "checkpoint_every": 4,
                                        "model_options": {"width": 4}},
-                          arm_options={RESTART: {"iterations": 10}}, n_train=5_000,
+                          arm_options={RESTART: {"iterations": 11}}, n_train=5_000,
                           measures={"end_points": {}, "hessian": _spectrum(256, 120)}, rank=2),
         },
     ),

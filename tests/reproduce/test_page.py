@@ -68,7 +68,7 @@ def test_restarts_that_cost_more_are_said_to(tmp_path: Path) -> None:
     plan = make_plan(["S8"], "cpu", 1, tmp_path)
     put(plan, Cell("S8", "", 0, "restart"), [(0.3, 0.3), (0.2, 0.2)], hessian=spectrum([20.0, 10.0], [9, 8]))
     text = page_text(plan, tmp_path / "RESULTS.md")
-    assert "There are 10 restarts for 5 iterations, which ranks need: the best restart has cost more." in text
+    assert "There are 11 restarts for 5 iterations, which ranks need: the best restart has cost more." in text
 
 
 def test_the_page_is_the_same_whenever_it_is_written(plan: Plan) -> None:
