@@ -94,14 +94,15 @@ def spectra(found: list[tuple[str, xr.Dataset]]) -> Figure:
     with style():
         figure = new_figure(PAGE, 2.6)
         axes = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True).ravel()
-        for ax, (arm, ds) in zip(axes, found, strict=True):
+        for ax, (title, ds) in zip(axes, found, strict=True):
+            arm = title.partition(",")[0]
             names = {"plain": BLUE, "champion": _COLOURS[arm]}
             for contender, colour in names.items():
                 density = ds.contender_density.sel(contender=contender)
                 label = "best restart" if arm == RESTART and contender == "champion" else contender
                 ax.plot(ds.eigenvalue, density, color=colour, label=label, ls="-" if contender == "plain" else "--")
             top = float(ds.contender_density.max())
-            ax.set(xlabel="eigenvalue [loss]", yscale="log", ylim=(top * 1e-7, top * 2), title=arm)
+            ax.set(xlabel="eigenvalue [loss]", yscale="log", ylim=(top * 1e-7, top * 2), title=title)
             ax.legend()
         axes[0].set_ylabel("spectral density [1 / loss]")
     return figure

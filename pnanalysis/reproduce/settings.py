@@ -122,6 +122,11 @@ def _spectrum(n: int, n_hvp: int, checkpoints: str = "ends") -> Options:
     return {"n": n, "n_hvp": n_hvp, "checkpoints": checkpoints}
 
 
+def control_of(point: str) -> str:
+    """The name of a point's control."""
+    return point.rpartition("-lam")[0]
+
+
 _LAMS = (1e-3, 1e-2, 1e-1, 1.0)
 _FEW_POINTS = Sweep((1e-3, 1.0), (None,), (32,))
 #: Xavier's standard deviation of hidden layers is 0.125 for a width of 64, and 0.0625 for 256.

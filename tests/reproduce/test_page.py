@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from pnanalysis.reproduce.accuracy import Arms, claims
 from pnanalysis.reproduce.cells import Cell, planned
@@ -36,10 +38,12 @@ def plan(tmp_path: Path) -> Plan:
 
 def test_differences_and_verdicts(plan: Plan) -> None:
     found = {claim.text: claim for claim in claims(Arms(plan, "S4", ""))}
-    gain = found["champion − plain, test"]
-    assert (gain.paper, gain.here, gain.n, gain.verdict) == ("+0.62", "+1.10 (+0.85 to +1.35)", "3", HOLDS)
-    assert found["champion − best restart, test"].verdict == FAILS
-    assert found["champion − plain, validation (selected on it)"].verdict == "–"
+    gain = found["the champion is more accurate on the test set than the plain model"]
+    assert (gain.paper, gain.here, gain.n, gain.verdict) == ("+0.62, outside", "+1.10 (+0.85 to +1.35)", "3", HOLDS)
+    assert gain.p == pytest.approx(float(stats.ttest_1samp([1.0, 1.1, 1.2], 0).pvalue), rel=1e-6)
+    assert found["the champion is more accurate on the test set than the best restart"].verdict == FAILS
+    selected = found["champion − plain model, validation, on which the champion is selected"]
+    assert (selected.verdict, math.isnan(selected.p)) == ("–", True)
     one = make_plan(["S4"], "smoke", 1, plan.store.out)
     assert {claim.verdict for claim in claims(Arms(one, "S4", ""))} == {UNKNOWN, "–"}
 
@@ -59,8 +63,10 @@ def test_the_champion_is_ranked_among_restarts(plan: Plan) -> None:
     from pnanalysis.reproduce.markdown import Links
 
     text = spectra(arms, Links(plan.store, plan.store.out / "RESULTS.md"))
-    assert "| seed 0 | iteration 1 | 0 of 12 | 0 of 12 |" in text
-    assert "| champion − plain: log10 λ₁ is lower | yes | -0.26" in text
+    # the first of twelve is the plain model; all have the same ratio and part of the trace, and no edge of the bulk
+    assert "| iteration 1 | 0 of 11 | 0 of 11, 11 equal | 0 of 11, 11 equal | 0 of 11 | 0 of 11 | – |" in text
+    assert "| all seeds: p of ranks so low |  | 0.00058 | 1 | 1 | 0.00058 | 0.00058 | – |" in text  # 1 / 12^3
+    assert "| the champion has a smaller λ₁ (log10) than the plain model | – | -0.26" in text
     assert "the best restart has cost more" not in text
 
 
@@ -117,29 +123,36 @@ def test_claims_about_the_kink(plan: Plan) -> None:
     restarts[3, :] = np.linspace(1.0, 2.0, 10)
     put_kink(plan, "persistent", chains)
     put_kink(plan, "restart", restarts)
-    most, early, best = kink_claims(plan, "kink6")
+    most, early, control, sooner, few, best = kink_claims(plan, "kink6")
     assert (most.here, most.verdict) == ("95.0 % (91.0 to 97.3) of 200", HOLDS)
     assert (early.here, early.verdict) == ("90.0 % (59.6 to 98.2) of 10", HOLDS)
+    assert (control.here, control.verdict) == ("100.0 % (72.2 to 100.0) of 10", HOLDS)
+    later = np.r_[np.full(9, 6), 20] - 4  # a chain that never leaves counts as twenty trainings
+    assert sooner.here.startswith(f"{later.mean():+.2f} (")
+    assert sooner.p == pytest.approx(float(stats.ttest_1samp(later, 0).pvalue), rel=1e-6)
+    assert "of 12 trainings" in few.text
     expected = np.log10(chains.min(0)) - np.log10(restarts.min(0))
     assert best.here.startswith(f"{expected.mean():+.2f} (")
     assert best.verdict == HOLDS
 
 
 @pytest.mark.parametrize(
-    ("halves", "fluctuation", "differ", "judged"),
+    ("halves", "fluctuation", "here", "judged"),
     [
-        ([0.0] * 6, 0.0, 0, HOLDS),  # nothing ever changes
-        ([1.0] * 6, 0.3, 0, UNKNOWN),  # not seen is not shown
-        ([2.6, 2.6, 1.0, 1.0, 1.0, 1.0], 0.3, 0, UNKNOWN),  # each is beyond 1.96, none beyond 2.64: 6 tests at 5 %
-        ([2.7, 1.0, 1.0, 1.0, 1.0, 1.0], 0.3, 1, FAILS),
+        ([0.0] * 6, 0.0, "never changes in 6", HOLDS),
+        ([1.0] * 6, 0.3, "its halves differ in 0 of 6 layers and iterations", UNKNOWN),  # not seen is not shown
+        # each is beyond 1.96, none beyond 2.64: 6 tests at 5 %
+        ([2.6, 2.6, 1.0, 1.0, 1.0, 1.0], 0.3, "its halves differ in 0 of 6 layers and iterations", UNKNOWN),
+        ([2.7, 1.0, 1.0, 1.0, 1.0, 1.0], 0.3, "its halves differ in 1 of 6 layers and iterations", FAILS),
     ],
 )
 def test_a_constant_gradient_is_refuted_by_what_chance_does_not_explain(
-    halves: list[float], fluctuation: float, differ: int, judged: str, tmp_path: Path
+    halves: list[float], fluctuation: float, here: str, judged: str, tmp_path: Path
 ) -> None:
     plan = make_plan(["S7"], "smoke", 1, tmp_path)
     (cell,) = plan.cells
     put(plan, cell, [(0.3, 0.3), (0.2, 0.2), (0.2, 0.2)], gradients=gradients(np.reshape(halves, (2, 3)), fluctuation))
-    (claim,) = gradient_claims(plan)
-    assert (claim.here, claim.verdict) == (f"its halves differ in {differ} of 6 layers and iterations", judged)
+    claim, small = gradient_claims(plan)
+    assert (claim.here, claim.verdict) == (here, judged)
+    assert (small.here, small.verdict) == (("not in 6 of 6", FAILS) if fluctuation else ("not in 0 of 6", HOLDS))
     assert f"| 1 | {judged} |" in page_text(plan, tmp_path / "RESULTS.md").partition("## S7")[2]
