@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -22,9 +21,10 @@ import xarray as xr
 from pnanalysis.errors import DataError, PnError
 from pnanalysis.inputs.sources import as_source, resolve_device
 from pnanalysis.io import netcdf
+from pnanalysis.io.hardware import cpu_name
 from pnanalysis.io.manifest import read_manifest
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
-from pnanalysis.reproduce.cells import FINISHED, Cell, Store, planned
+from pnanalysis.reproduce.cells import FINISHED, SECONDS, Cell, Store, planned
 from pnanalysis.reproduce.measures import MEASURES
 from pnanalysis.reproduce.settings import Setting
 
@@ -89,19 +89,34 @@ def _of_images(run: Run, setting: Setting, data: str, device: str) -> tuple[dict
 def _of_descent(run: Run) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
     """S1: where each descent ends."""
     ds = netcdf.load(run.path / ANALYSIS / "descent.nc", within=run.path)
-    return _entries(run.manifest), {"descent": ds[["path", "value", "end", "end_value", "champion"]].isel(
+    entries = _entries(run.manifest)
+    entries["cost"] |= _training_cost(run.path)
+    return entries, {"descent": ds[["path", "value", "end", "end_value", "champion"]].isel(
         step=slice(None, None, 10 if ds.sizes["iteration"] < 10 else 500)
     )}  # fmt: skip
+
+
+def _training_cost(folder: Path) -> dict[str, float]:
+    """What a training that does not time its steps has taken, as the worker has noted it."""
+    found: dict[str, float] = {}
+    if (folder / SECONDS).is_file():
+        found |= json.loads((folder / SECONDS).read_text())
+    return found
 
 
 def _of_study(folder: Path) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
     """S2: final losses by iteration and chain."""
     ds = netcdf.load(folder / STUDY)
     kept = ds[["final_loss"]].astype(np.float32, keep_attrs=True)
-    cost = json.loads((folder / "seconds.json").read_text()) if (folder / "seconds.json").is_file() else {}
     versions = {name: metadata.version(name) for name in ("pnanalysis", "torch")}
-    entries = {"status": FINISHED, "failure": None, "champion": None, "versions": versions, "cost": cost}
-    entries |= {"device": ds.attrs.get("device", "cpu"), "device_name": platform.processor() or platform.machine()}
+    entries = {
+        "status": FINISHED,
+        "failure": None,
+        "champion": None,
+        "versions": versions,
+        "cost": _training_cost(folder),
+    }
+    entries |= {"device": ds.attrs.get("device", "cpu"), "device_name": cpu_name()}
     return entries, {"ensemble": kept}
 
 

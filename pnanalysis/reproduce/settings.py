@@ -100,7 +100,7 @@ class Sweep:
         """Options by the name of the point, such as ``width64-std0.1-lam0.01``, or of the control."""
         found: dict[str, Options] = {}
         for width, std in product(self.widths, self.stds):
-            shared: Options = {"model_options": {"width": width, **model_options}}
+            shared: dict[str, Any] = {"model_options": {"width": width, **model_options}}
             shared |= {} if std is None else {"init_std": std}
             found |= {point_name(width, std, lam): {"lam": lam, **shared} for lam in self.lams}
             found[point_name(width, std)] = shared

@@ -164,7 +164,7 @@ def claims(arms: Arms) -> list[Claim]:
         ("a smaller λ₁ / λ_C (log10) than", "class_ratio", DASH),
     ):
         champion = _by_seed(persistent, name, False)
-        others = (_by_seed(persistent, name, True), _by_seed(restart, name, False))
+        others = [_by_seed(persistent, name, True), _by_seed(restart, name, False)]
         if name != "n_outliers":
             champion, *others = map(_logs, (champion, *others))
         for text, first, second, paper, main in (

@@ -85,8 +85,10 @@ def test_the_page_is_the_same_whenever_it_is_written(plan: Plan) -> None:
     assert {file.name: file.read_bytes() for file in (out / "figures").iterdir()} == figures
     assert {"S4.png", "S4-spectra.png"} <= set(figures)
     costs = (out / "COSTS.md").read_text()
-    assert "| S4 | 6 of 6 | 6 s | 3 s | 24 | 42 | test machine, 2 cores |" in costs
-    assert "| S2 | 0 of 4 | – | – | – | – | – |" in costs
+    for arm in ("persistent", "restart"):
+        assert f"| S4 | {arm} | 3 of 3 | 3 s | 2 s | 12 | 21 | test machine, 2 cores |" in costs
+        assert f"| S2 | {arm} | 0 of 2 | – | – | – | – | – |" in costs
+    assert "| all |  | 6 of 10 | 6 s | 3 s | 24 | 42 |  |" in costs
 
 
 @pytest.mark.parametrize("where", ["RESULTS.md", "../RESULTS.md", "pages/of/RESULTS.md"])

@@ -77,9 +77,12 @@ def test_a_failure_does_not_stop_the_others(plan: Plan) -> None:
 def test_the_budget_ends_what_is_running(plan: Plan) -> None:
     worker = Instant(plan, slow=plan.cells[1].id)
     started = time.monotonic()
-    assert not run_cells(plan, plan.cells, worker, jobs=1, minutes=0.05, log=lambda line: None)
+    lines: list[str] = []
+    assert not run_cells(plan, plan.cells, worker, jobs=1, minutes=0.05, log=lines.append)
     assert time.monotonic() - started < 30
     assert worker.made == [plan.cells[0].id]
+    assert lines[-1].startswith("stopped after 0.05 minutes with 9 of 10 cells to do: about 0 s left, and 7 cells of")
+    assert lines[-1].endswith("run the same command again to continue")
     assert run_cells(plan, plan.cells, Instant(plan), jobs=1, log=lambda line: None)
 
 
@@ -118,7 +121,10 @@ def test_a_training_that_was_not_timed_tells_nothing_of_the_others(
 
     monkeypatch.setattr("pnanalysis.reproduce.plan.open_run", begun)
     forecast = Forecast(plan, tmp_path)
-    assert forecast.left(plan.cells, 1) == "about 6 min left, and 2 cells of unknown length"
+    # each of S4 takes three minutes, and of one of them a minute is done
+    assert forecast.left(plan.cells, 1) == "about 5 min left, and 2 cells of unknown length"
+    assert forecast.progress(Cell("S4", "", 0, "restart")) == "S4-seed0-restart 33 %"
+    assert forecast.progress(plan.cells[0]) == "S1-seed0-persistent"
 
 
 def test_commands_are_those_of_the_trainer(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def alexnet(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10, wid
     return network
 
 
-def _scale_alexnet(network: nn.Module, width: int) -> None:
+def _scale_alexnet(network: Any, width: int) -> None:
     """Give the hidden layers another number of channels, in place."""
     before = network.features[0].in_channels
     for i, layer in enumerate(network.features):
