@@ -19,7 +19,7 @@ BySeed = dict[int, float]
 SPLITS = ("validation", "test")
 _ROUNDED = 1e-3  # points, below which accuracies agree: they are kept to six digits
 #: Columns of a table of claims.
-CLAIM = ("claim", "paper", "here", "seeds", "verdict")
+CLAIM = ("claim", "paper", "here", "seeds or starts", "verdict")
 
 
 @dataclass

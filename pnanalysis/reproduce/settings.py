@@ -251,6 +251,9 @@ PAPER: dict[tuple[str, str], Accuracies] = {
     ("S6", ""): Accuracies(92.20, 91.94, 92.40, 92.18),
 }
 
+#: Channels of the first layer in the networks of the paper, by the recipe, where a setting may have fewer.
+PAPER_CHANNELS = {"alexnet": 64, "resnet18": 64, "spectrum": 64}
+
 #: Iterations and epochs (or steps) in the paper.
 PAPER_LENGTHS = {
     "S1": (2, 50_000),

@@ -15,21 +15,28 @@ from pnanalysis.reproduce.statistics import Claim
 from pnanalysis.significance import LEVEL, holm
 
 
-def summary(plan: Plan) -> str:
-    """The table; experiments without a cell have none of its rows."""
+def summary(plan: Plan, link: bool = False) -> str:
+    """The table; experiments without a cell have none of its rows. ``link``: to their sections on the same page."""
     found = []
     for experiment in (name for name in TITLES if name in plan.experiments):
+        shown = f"[{experiment}](#{anchor(experiment)})" if link else experiment
         if experiment == "S9-sweep":  # its variants are points, which are judged together
-            found += [(experiment, claim) for claim in saturated.sweep_claims(plan)]
+            found += [(shown, claim) for claim in saturated.sweep_claims(plan)]
             continue
         for variant in plan.setting(experiment).variants:
-            name = " ".join(filter(None, (experiment, variant)))
+            name = " ".join(filter(None, (shown, variant)))
             found += [(name, claim) for claim in claims(plan, experiment, variant) if claim.main]
     if not found:
         return "No cell is done."
     adjusted = holm([claim.p for _, claim in found])
     rows = [[name, *claim.row, p_text(p)] for (name, claim), p in zip(found, adjusted, strict=True)]
     return blocks([table(["", *CLAIM, "p, Holm"], rows), _by_chance(int(np.isfinite(adjusted).sum()))])
+
+
+def anchor(experiment: str) -> str:
+    """What the heading of an experiment is linked by, as GitHub makes it."""
+    text = f"{experiment}: {TITLES[experiment]}".lower()
+    return "".join(c for c in text.replace(" ", "-") if c.isalnum() or c == "-")
 
 
 def _by_chance(n: int) -> str:

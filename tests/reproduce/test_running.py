@@ -81,7 +81,7 @@ def test_the_budget_ends_what_is_running(plan: Plan) -> None:
     assert not run_cells(plan, plan.cells, worker, jobs=1, minutes=0.05, log=lines.append)
     assert time.monotonic() - started < 30
     assert worker.made == [plan.cells[0].id]
-    assert lines[-1].startswith("stopped after 0.05 minutes with 9 of 10 cells to do: about 0 s left, and 7 cells of")
+    assert lines[-1].startswith("stopped after 0.05 minutes with 9 of 10 cells to do: about 4 s left, and 6 cells of")
     assert lines[-1].endswith("run the same command again to continue")
     assert run_cells(plan, plan.cells, Instant(plan), jobs=1, log=lambda line: None)
 

@@ -78,7 +78,8 @@ def _scale_alexnet(network: Any, width: int) -> None:
     for i, layer in enumerate(network.features):
         if isinstance(layer, nn.Conv2d):
             channels = max(layer.out_channels * width // ALEXNET_WIDTH, 1)
-            network.features[i] = nn.Conv2d(before, channels, layer.kernel_size, layer.stride, layer.padding)
+            shape: Any = (layer.kernel_size, layer.stride, layer.padding)
+            network.features[i] = nn.Conv2d(before, channels, *shape)
             before = channels
     units = max(network.classifier[4].in_features * width // ALEXNET_WIDTH, 1)
     network.classifier[4] = nn.Linear(units, units)
