@@ -35,8 +35,8 @@ def costs(plan: Plan) -> str:
     return (
         "# What the results cost\n\nWritten by `pnanalysis reproduce`, from the cells. Times are wall times of one "
         "process with one thread, summed over cells, beside whatever else the machine did; a dash is for what a cell "
-        "has not recorded. Arms of equal cost have as many trainings of the same length: those of a chain take longer, "
-        "by as much as the penalty takes.\n\n" + table(columns, rows) + "\n"
+        "has not recorded. Arms of equal cost have as many trainings of the same length, which may take different "
+        "times: a chain computes a penalty, too.\n\n" + table(columns, rows) + "\n"
     )  # fmt: skip
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from pnanalysis.io.atomic import atomic_path
-from pnanalysis.plots.style import save_figure
+from pnanalysis.plots.gradients import gradients
+from pnanalysis.plots.style import save_figure, style
 from pnanalysis.reproduce import accuracy, figures, saturated, small_problems, spectrum
 from pnanalysis.reproduce.accuracy import Arms
 from pnanalysis.reproduce.costs import write_costs
@@ -79,13 +81,15 @@ def _capped(plan: Plan) -> str:
 def _section(plan: Plan, experiment: str, links: Links) -> str:
     settings = _settings(plan, experiment)
     if experiment == "S1":
-        return blocks([settings, small_problems.two_well(plan, links)])
+        return blocks([settings, small_problems.two_well(plan, links), _two_wells(plan, links)])
     if experiment == "S2":
         return blocks([settings, *_kink_parts(plan, links)])
     if experiment == "S7":
-        return blocks([settings, gradient_split(plan, links)])
+        return blocks([settings, gradient_split(plan, links), _split(plan, links)])
     if experiment == "S9-sweep":
-        return blocks([settings, saturated.sweep(plan, links)])
+        found = saturated.changes(plan)
+        drawn = _figure(figures.sweep(found), "S9-sweep", "changes of saturation", links) if found else ""
+        return blocks([settings, saturated.sweep(plan, links, drawn)])
     parts = [settings]
     for variant in plan.setting(experiment).variants:
         arms = Arms(plan, experiment, variant)
@@ -105,6 +109,7 @@ def _of_variant(arms: Arms, name: str, links: Links) -> str:
     if "saturation" in setting.measures:
         values = saturated.by_iteration(arms)
         drawn = _figure(figures.saturation(values), f"{name}-saturation", "saturation", links) if values else ""
+        drawn = blocks([drawn, _activity(arms, name, links)])
         parts.append("### Saturation\n\n" + saturated.section(arms, links, drawn))
     if "hessian" in setting.measures:
         found = spectrum.densities(arms)
@@ -112,6 +117,38 @@ def _of_variant(arms: Arms, name: str, links: Links) -> str:
         heading = "" if arms.experiment == "S8" else "### Hessian spectra (as in S8)\n\n"
         parts.append(heading + spectrum.section(arms, links, drawn))
     return blocks(parts)
+
+
+def _two_wells(plan: Plan, links: Links) -> str:
+    chain, restarts = small_problems.descents(plan, PERSISTENT), small_problems.descents(plan, RESTART)
+    if chain is None:
+        return ""
+    starts, is_deep = np.empty((0, 2)), np.empty(0, dtype=bool)
+    if restarts is not None:
+        starts, is_deep = restarts.path.values[1:, 0], small_problems.is_deep(restarts)[1:]
+    figure = figures.two_wells(chain, starts, is_deep)
+    return _figure(figure, "S1", "the descents, and random starts by the well that they lead to", links)
+
+
+def _split(plan: Plan, links: Links) -> str:
+    """The gradients of the last iteration of the first seed."""
+    finished = [result for result in plan.results("S7", "", PERSISTENT) if result.is_finished]
+    if not finished:
+        return ""
+    with style():
+        figure = gradients(finished[0].dataset("gradients"))
+    text = f"gradients of the loss and of the penalty, seed {finished[0].cell.seed}"
+    return _figure(figure, "S7", text, links)
+
+
+def _activity(arms: Arms, name: str, links: Links) -> str:
+    """Percentiles and histograms of the first seed's chain."""
+    found = [result for result in arms.finished(PERSISTENT).values() if result.has("saturation")]
+    if not found:
+        return ""
+    first = min(found, key=lambda result: result.cell.seed)
+    text = f"percentiles and histograms of activations, seed {first.cell.seed}"
+    return _figure(figures.activity(first.dataset("saturation"), first.champion), f"{name}-activity", text, links)
 
 
 def _kink_parts(plan: Plan, links: Links) -> list[str]:

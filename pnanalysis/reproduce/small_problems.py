@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import xarray as xr
 
 from pnanalysis.estimates import Estimate
 from pnanalysis.reproduce.accuracy import CLAIM
@@ -45,6 +46,17 @@ def two_well(plan: Plan, links: Links) -> str:
             links.cells(results),
         ]
     )
+
+
+def descents(plan: Plan, arm: str) -> xr.Dataset | None:
+    """The descents of an arm of S1, or ``None`` if its cell is not done."""
+    found = _finished(plan.results("S1", "", arm), arm)
+    return found[0].dataset("descent") if found else None
+
+
+def is_deep(ds: xr.Dataset) -> np.ndarray:
+    """Whether each descent ends in the deeper well, shape (iteration,)."""
+    return np.asarray(ds.end_value.values < _DEEP)
 
 
 def two_well_claims(plan: Plan) -> list[Claim]:
