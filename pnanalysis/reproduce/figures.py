@@ -79,9 +79,11 @@ def two_wells(descents: xr.Dataset, starts: np.ndarray, is_deep: np.ndarray) -> 
         for chosen, colour, marker, text in (
             (is_deep, GREEN, "^", "restart that finds the deeper well"), (~is_deep, "white", "v", "other restart")
         ):  # fmt: skip
-            ax.scatter(*starts[chosen].T, s=18, c=colour, marker=marker, label=text, zorder=3, ec="black", lw=0.5)
+            x_start, y_start = starts[chosen].T
+            ax.scatter(x_start, y_start, s=18, c=colour, marker=marker, label=text, zorder=3, ec="black", lw=0.5)
         handles, names = ax.get_legend_handles_labels()
-        ax.get_legend().remove()
+        if own := ax.get_legend():
+            own.remove()
         legend_above(figure, handles, names)
     return figure
 

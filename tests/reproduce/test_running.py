@@ -230,7 +230,7 @@ def test_the_command_makes_a_cell_and_a_page_which_another_folder_gets_again(
     assert made[0] == made[1]
     text = made[0][-1]
     assert b"1 of 2 points have a cell" in text
-    assert b"| width32-xavier-lam1 | 0." in text
+    assert b"| 32 | Xavier (0.177) | 1 | 0." in text
     # the next call only writes the page
     assert run("pnanalysis", "reproduce", "S9", "--out", tmp_path / "first", "--seeds", 1, "--tables").status == 0
     assert (tmp_path / "first" / "RESULTS.md").read_bytes() == text
