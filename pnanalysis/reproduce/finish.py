@@ -6,6 +6,7 @@ It runs in a process of its own, beside those of other cells.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pnanalysis.errors import DataError, PnError
+from pnanalysis.errors import DataError, PnError, RunError
 from pnanalysis.inputs.sources import as_source, resolve_device
 from pnanalysis.io import netcdf
 from pnanalysis.io.hardware import cpu_name
@@ -26,7 +27,7 @@ from pnanalysis.io.manifest import read_manifest
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
 from pnanalysis.reproduce.cells import FINISHED, SECONDS, Cell, Store, planned
 from pnanalysis.reproduce.measures import MEASURES
-from pnanalysis.reproduce.settings import Setting
+from pnanalysis.reproduce.settings import SCALES, Setting
 
 #: Status of a training that ended by itself: none of these is tried again.
 ENDED = (FINISHED, "failed", "diverged")
@@ -60,13 +61,17 @@ def finish(cell: Cell, scale: str, setting: Setting, run_path: Path, out: Path, 
     elif setting.recipe == "two-well":
         entries, datasets = _of_descent(open_run(run_path))
     else:
-        entries, datasets = _of_images(open_run(run_path), setting, data, device)
+        entries, datasets = _of_images(open_run(run_path), cell, setting, data, device)
     entries["cost"]["measuring_seconds"] = round(time.monotonic() - started, 2)
     record = {**planned(cell, scale, setting), **entries, "cores": os.cpu_count()}
     return Store(out).save(cell, record, datasets)
 
 
-def _of_images(run: Run, setting: Setting, data: str, device: str) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
+def _of_images(
+    run: Run, cell: Cell, setting: Setting, data: str, device: str
+) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
+    if not is_of_setting(run.manifest, cell, setting):
+        raise RunError(f"{run.path}: was trained with other settings than its cell has now; run the command again")
     source = as_source(run, data=data)
     is_finished = run.status == FINISHED
     if is_finished and source.data.fingerprint != run.manifest["data"].get("fingerprint"):
@@ -129,6 +134,18 @@ def _entries(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {name: manifest.get(name) for name in names} | {"config": config, "data": data, "cost": {}}
 
 
+def is_of_setting(manifest: Mapping[str, Any], cell: Cell, setting: Setting, *, goes_on: bool = False) -> bool:
+    """Whether a training has a cell's settings; one that ``goes_on`` may have had fewer iterations so far."""
+    begun, n_train = manifest.get("config", {}), manifest.get("data", {}).get("n_train", 0)
+    wanted = json.loads(json.dumps({"recipe": setting.recipe, **setting.training(cell.variant, cell.arm)}))
+    more = wanted.get("iterations", math.inf) > begun.get("iterations", 0)
+    if goes_on and more:
+        wanted.pop("iterations", None)
+    is_same = all(begun.get(name) == value for name, value in wanted.items())
+    # every class has the same number of images, so that there may be a few less than planned
+    return is_same and (setting.n_train is None or 0.9 * setting.n_train < n_train <= setting.n_train)
+
+
 def ended(run_path: Path) -> str | None:
     """How a training ended by itself, or ``None`` if it has not.
 
@@ -147,9 +164,12 @@ def main() -> int:
     """Entry point: one JSON argument."""
     job = json.loads(sys.argv[1])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    cell = Cell(**job["cell"])
+    # a study that was begun by an earlier version does not hand on its settings
+    setting = Setting(**job["setting"]) if "setting" in job else SCALES[job["scale"]].settings[cell.experiment]
     try:
         finish(
-            Cell(**job["cell"]), job["scale"], Setting(**job["setting"]), Path(job["run"]), Path(job["out"]),
+            cell, job["scale"], setting, Path(job["run"]), Path(job["out"]),
             job["data"], job["device"],
         )  # fmt: skip
     except (PnError, OSError) as error:

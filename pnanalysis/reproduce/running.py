@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import shutil
 import signal
@@ -25,7 +24,7 @@ from pnanalysis.io.manifest import read_manifest
 from pnanalysis.io.runs import MANIFEST
 from pnanalysis.reproduce.cells import FINISHED, SECONDS, Cell
 from pnanalysis.reproduce.data import prepare
-from pnanalysis.reproduce.finish import STUDY, ended
+from pnanalysis.reproduce.finish import STUDY, ended, is_of_setting
 from pnanalysis.reproduce.forks import Fork
 from pnanalysis.reproduce.plan import Forecast, Plan, duration, noted_seconds
 from pnanalysis.reproduce.settings import PERSISTENT, Setting
@@ -276,13 +275,7 @@ def set_aside_if_other(cell: Cell, setting: Setting, run: Path) -> None:
     """
     if not (run / MANIFEST).is_file():
         return
-    manifest = read_manifest(run / MANIFEST)
-    begun, n_train = manifest.get("config", {}), manifest.get("data", {}).get("n_train", 0)
-    wanted = json.loads(json.dumps({"recipe": setting.recipe, **setting.training(cell.variant, cell.arm)}))
-    fewer = begun.get("iterations", 0) <= wanted.pop("iterations", math.inf)
-    is_same = fewer and all(begun.get(name) == value for name, value in wanted.items())
-    # every class has the same number of images, so that there may be a few less than planned
-    if is_same and (setting.n_train is None or 0.9 * setting.n_train < n_train <= setting.n_train):
+    if is_of_setting(read_manifest(run / MANIFEST), cell, setting, goes_on=True):
         return
     names = (run.with_name(f"{run.name}.other{i or ''}") for i in itertools.count())
     run.rename(next(name for name in names if not name.exists()))

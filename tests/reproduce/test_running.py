@@ -17,6 +17,7 @@ from pnanalysis.errors import DataError, PnError, RunError
 from pnanalysis.io.lock import Lock
 from pnanalysis.reproduce.cells import Cell
 from pnanalysis.reproduce.data import prepare
+from pnanalysis.reproduce.finish import is_of_setting
 from pnanalysis.reproduce.plan import Forecast, Plan, chosen_cells, duration, make_plan
 from pnanalysis.reproduce.running import Worker, run_cells, set_aside_if_other, study_command, training_command
 from pnanalysis.reproduce.settings import SCALES
@@ -166,6 +167,13 @@ def test_a_training_of_earlier_settings_makes_way(tmp_path: Path) -> None:
     assert sorted(folder.name for folder in tmp_path.iterdir()) == aside
     for cell, n_train, changed in ((s5, 9_999, {"iterations": 3}), (s4, 50_000, {})):  # these go on
         assert begin(cell, n_train, **changed).is_dir()
+    begun: dict[str, Any] = {
+        "config": {"recipe": "alexnet", **plan.setting("S5").training("", "restart")},
+        "data": {"n_train": 10_000},
+    }
+    assert is_of_setting(begun, s5, plan.setting("S5"))
+    begun["config"]["iterations"] = 3  # may go on, but is no result
+    assert not is_of_setting(begun, s5, plan.setting("S5"))
 
 
 def test_controls_of_the_sweep_are_trained_once_for_all_strengths(tmp_path: Path) -> None:
