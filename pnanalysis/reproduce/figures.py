@@ -99,6 +99,8 @@ def activity(ds: xr.Dataset, champion: int) -> Figure:
     """
     last = ds.sizes["iteration"] - 1
     shown = {last: ("last iteration", ORANGE, ":"), champion: ("champion", VERMILION, "--"), 0: ("plain", BLUE, "-")}
+    if champion == 0:
+        shown[0] = ("plain, the champion", BLUE, "-")
     stages = ds.stage_epoch.values if "stage_epoch" in ds else []
     with style():
         figure = new_figure(PAGE, 2.6)
