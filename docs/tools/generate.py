@@ -179,5 +179,6 @@ PARTS: dict[str, Callable[..., Iterator[str]]] = {
     "errors": errors,
     "cost-model": cost_model,
     "results": results.results,
+    "kink": results.kink,
     "verdict-rule": results.rule,
 }

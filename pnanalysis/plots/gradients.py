@@ -26,6 +26,7 @@ from pnanalysis.plots.style import (
 )
 
 _PER_ROW = 4
+_NONE = ": none"
 _POSITIVE, _NEGATIVE = BLUE, "#f5c76a"  # dark and light: the signs also differ in a grey print
 
 
@@ -71,7 +72,9 @@ def gradients(ds: xr.Dataset, iteration: int | None = None) -> Figure:
             bottom.set_ylabel("earlier end")
     if drawn:
         log_axis(pairs[0][0], min(drawn), max(drawn))
-    handles, names = pairs[0][0].get_legend_handles_labels()
+    # a layer may have no fluctuation where another has one: the legend, which they share, says none if none has
+    legends = [top.get_legend_handles_labels() for top, _ in pairs]
+    handles, names = min(legends, key=lambda each: any(name.endswith(_NONE) for name in each[1]))
     signs = [Patch(fc=_POSITIVE, label="inner product > 0"), Patch(fc=_NEGATIVE, label="inner product < 0")]
     legend_above(figure, [*handles, *signs], [*names, *(str(patch.get_label()) for patch in signs)])
     figure.suptitle(f"iteration {int(at.iteration)}", x=0.01, ha="left", fontsize="medium")
@@ -84,7 +87,7 @@ def _norms(one: xr.Dataset, ax: Axes) -> list[float]:
     ax.axhline(float(one.constant_norm), color=CHAMPION, ls="--", label="constant push")
     # round-off in place of a fluctuation would stretch the logarithmic axis by many decades
     fluctuation = one.fluctuation_norm.where(one.fluctuation_norm > 1e-9 * float(one.constant_norm))
-    none = "" if bool(fluctuation.notnull().any()) else ": none"
+    none = "" if bool(fluctuation.notnull().any()) else _NONE
     ax.plot(one.epoch, fluctuation, color=RESTART, ls=":", marker="s", ms=2.5, label=f"fluctuation{none}")
     shown = np.concatenate([one.loss_gradient_norm.values, fluctuation.values, [float(one.constant_norm)]])
     return [float(norm) for norm in shown if norm > 0]

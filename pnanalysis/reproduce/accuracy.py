@@ -10,18 +10,16 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.reproduce.cells import Result
-from pnanalysis.reproduce.markdown import Links, blocks, failures, number, table, with_interval
+from pnanalysis.reproduce.markdown import UNKNOWN, Links, blocks, failures, number, table, with_interval
 from pnanalysis.reproduce.plan import Plan
 from pnanalysis.reproduce.settings import PAPER, PERSISTENT, RESTART
-from pnanalysis.reproduce.statistics import Claim, over_seeds, paired, verdict
+from pnanalysis.reproduce.statistics import Claim, claim, over_seeds, paired
 
 BySeed = dict[int, float]
 SPLITS = ("validation", "test")
+_ROUNDED = 1e-3  # points, below which accuracies agree: they are kept to six digits
 #: Columns of a table of claims.
-CLAIM = ("claim", "paper", "here", "seeds", "verdict")
-_MAIN = (
-    "champion − plain, test", "champion − best restart, test", "ensemble of iterations − ensemble of restarts, test",
-)  # fmt: skip
+CLAIM = ("claim", "paper", "here", "seeds or starts", "verdict")
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Arms:
     all: list[Result] = field(init=False)
 
     def __post_init__(self) -> None:
-        arms = self.plan.setting(self.experiment).arms
+        arms = self.plan.setting(self.experiment).arms_of(self.variant)
         self.all = [result for arm in arms for result in self.plan.results(self.experiment, self.variant, arm)]
 
     def finished(self, arm: str) -> dict[int, Result]:
@@ -60,6 +58,30 @@ class Arms:
     def plain(self, split: str) -> BySeed:
         """Accuracies of the plain model, which both arms train."""
         return self.accuracy(RESTART, split, 0) | self.accuracy(PERSISTENT, split, 0)
+
+    def plain_differs(self) -> str:
+        """A sentence on seeds whose arms have trained different plain models, which should be one; empty without."""
+        first, second = self.accuracy(PERSISTENT, "test", 0), self.accuracy(RESTART, "test", 0)
+        both = sorted(first.keys() & second.keys())
+        differ = [seed for seed in both if abs(first[seed] - second[seed]) > _ROUNDED]
+        if not differ:
+            return ""
+        each = ", ".join(f"seed {seed}: {number(first[seed])} and {number(second[seed])} %" for seed in differ)
+        return (
+            "The plain model is the first training of both arms, and here they differ, as on different machines or "
+            f"versions (test accuracy, {each}). Tables show the persistent arm's."
+        )
+
+    def layers(self, result: Result) -> str:
+        """The layers that a chain was repelled in."""
+        names = {tuple(layers) for layers in result.record.get("layers") or ()}
+        return "; ".join(", ".join(each) for each in sorted(names)) or UNKNOWN
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether chains are repelled in one layer, drawn for each seed."""
+        drawn = [result.record.get("layers") for result in self.finished(PERSISTENT).values()]
+        return any(layers and all(len(each) == 1 for each in layers) for layers in drawn)
 
     def later(self, arm: str, split: str) -> BySeed:
         """Mean accuracies of the iterations after the plain one: nothing is selected here."""
@@ -81,7 +103,8 @@ class Arms:
     def progress(self) -> str:
         """How many seeds of each arm are done, of those that are planned."""
         planned = self.plan.n_seeds(self.experiment)
-        parts = [f"{arm} {len(self.finished(arm))} of {planned}" for arm in self.plan.setting(self.experiment).arms]
+        arms = self.plan.setting(self.experiment).arms_of(self.variant)
+        parts = [f"{arm} {len(self.finished(arm))} of {planned}" for arm in arms]
         return f"Seeds done: {', '.join(parts)}."
 
 
@@ -94,9 +117,9 @@ def section(arms: Arms, links: Links, figure: str = "") -> str:
             arms.progress,
             table(["accuracy, %", "validation", "test"], _accuracies(arms)),
             figure,
-            table(["difference in accuracy, points", *CLAIM[1:]], [claim.row for claim in claims(arms)]),
+            table(["claim (differences in accuracy, points)", *CLAIM[1:]], [each.row for each in claims(arms)]),
             _functions(arms),
-            table(["cell", "plain, validation / test", "picked", "picked, validation / test"], _rows(arms, links)),
+            by_cell(arms, links),
             failures(arms.all, links),
         ]
     )
@@ -128,32 +151,53 @@ def _ensemble(split: str) -> Callable[[xr.Dataset], float]:
 def claims(arms: Arms) -> list[Claim]:
     """Differences in accuracy, with those that the paper claims."""
     paper = PAPER.get((arms.experiment, arms.variant))
-    claimed = {} if paper is None else {
-        "test": paper.champion_test - paper.plain_test,
-        "validation": paper.champion_validation - paper.plain_validation,
-    }  # fmt: skip
+    said, validation = math.nan, math.nan
+    if paper is not None:
+        said, validation = paper.champion_test - paper.plain_test, paper.champion_validation - paper.plain_validation
+    plain = arms.plain("test")
     champion, best = arms.accuracy(PERSISTENT, "test"), arms.accuracy(RESTART, "test")
-    pairs: list[tuple[str, float, Mapping[int, float], Mapping[int, float]]] = [
-        ("champion − plain, test", claimed.get("test", math.nan), champion, arms.plain("test")),
-        ("champion − best restart, test", math.nan, champion, best),
-        ("best restart − plain, test", math.nan, best, arms.plain("test")),
-        ("mean persistent iteration − plain, test", math.nan, arms.later(PERSISTENT, "test"), arms.plain("test")),
-        ("mean persistent iteration − mean restart, test", math.nan, arms.later(PERSISTENT, "test"),
-         arms.later(RESTART, "test")),
-        ("ensemble of iterations − ensemble of restarts, test", math.nan, arms.measured(PERSISTENT, _ensemble("test")),
-         arms.measured(RESTART, _ensemble("test"))),
-        ("ensemble of iterations − champion, test", math.nan, arms.measured(PERSISTENT, _ensemble("test")), champion),
-        ("champion − plain, validation (selected on it)", claimed.get("validation", math.nan),
-         arms.accuracy(PERSISTENT, "validation"), arms.plain("validation")),
+    later, others = arms.later(PERSISTENT, "test"), arms.later(RESTART, "test")
+    chain, control = arms.measured(PERSISTENT, _ensemble("test")), arms.measured(RESTART, _ensemble("test"))
+
+    def better(
+        first: str, second: str, of: Mapping[int, float], beside: Mapping[int, float], paper: float = math.nan,
+        main: bool = False,
+    ) -> Claim:  # fmt: skip
+        text = f"{first} more accurate on the test set than {second}"
+        return claim(text, paired(of, beside), len(of.keys() & beside.keys()), paper=paper, main=main)
+
+    selected = paired(arms.accuracy(PERSISTENT, "validation"), arms.plain("validation"))
+    return [
+        better("the champion is", "the plain model", champion, plain, said, main=True),
+        better("the champion is", "the best restart", champion, best, main=True),
+        better("the best restart is", "the plain model", best, plain),
+        better("persistent iterations are on average", "the plain model", later, plain),
+        better("persistent iterations are on average", "restarts", later, others),
+        better("the ensemble of iterations is", "the ensemble of restarts", chain, control, main=True),
+        better("the ensemble of iterations is", "the champion", chain, champion),
+        claim("champion − plain model, validation, on which the champion is selected", selected, len(champion), sign=0,
+              paper=validation, main=False),
     ]  # fmt: skip
-    found = []
-    for name, said, first, second in pairs:
-        difference = paired(first, second)
-        judged = "–" if "selected" in name else verdict(difference)
-        n = str(len(first.keys() & second.keys()))
-        here = with_interval(difference, signed=True)
-        found.append(Claim(name, number(said, signed=True), here, n, judged, main=name in _MAIN))
-    return found
+
+
+def _picked_plain(arms: Arms) -> str:
+    """How often a network is compared with itself."""
+    parts = []
+    for arm, name in ((PERSISTENT, "champion"), (RESTART, "best restart")):
+        found = arms.finished(arm)
+        if found:
+            n = sum(result.champion == 0 for result in found.values())
+            parts.append(f"the {name} is the plain model itself in {n} of {len(found)} seeds")
+    return f"By validation error, {' and '.join(parts)}: these differences are zero by construction." if parts else ""
+
+
+def _by_layer(arms: Arms) -> str:
+    if not arms.is_partial:
+        return ""
+    return (
+        "The repelled layer is drawn anew for each seed, so that intervals of what repulsion does include the choice "
+        "of the layer, and layers cannot be compared with each other."
+    )
 
 
 #: What repulsion does to a network, beside what another start does: numbers relative to the plain model.
@@ -189,15 +233,23 @@ def _among_later(ds: xr.Dataset, name: str) -> float:
     return float(among[np.triu_indices(len(among), 1)].mean()) if len(among) > 1 else math.nan
 
 
+def by_cell(arms: Arms, links: Links) -> str:
+    """The accuracies of each cell, with the layer that was repelled, and what they imply for differences."""
+    columns = ["cell", "layer repelled", "plain, validation / test, %", "picked", "picked, validation / test, %"]
+    notes = " ".join(filter(None, (_picked_plain(arms), _by_layer(arms), arms.plain_differs())))
+    return blocks([table(columns, _rows(arms, links)), notes])
+
+
 def _rows(arms: Arms, links: Links) -> list[list[str]]:
     def both(result: Result, iteration: int) -> str:
         return " / ".join(number(100 * (1 - float(result.final_errors(split)[iteration]))) for split in SPLITS)
 
     return [
-        [links.cell(result.cell), both(result, 0), f"iteration {result.champion}", both(result, result.champion)]
+        [links.cell(result.cell), arms.layers(result) if result.cell.arm == PERSISTENT else UNKNOWN, both(result, 0),
+         f"iteration {result.champion}", both(result, result.champion)]
         for result in arms.all
         if result.is_finished
-    ]
+    ]  # fmt: skip
 
 
 def curves(arms: Arms) -> xr.Dataset:

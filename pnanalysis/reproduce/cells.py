@@ -7,7 +7,7 @@ for each measure, without weights. It appears whole or not at all, and is never 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,8 @@ from pnanalysis.reproduce.settings import Setting
 
 FORMAT, VERSION = "pnanalysis-cell", 1
 CELLS, RECORD = "cells", "cell.json"
+#: In the folder of a training that does not time its steps, what it has taken.
+SECONDS = "seconds.json"
 FINISHED = "finished"
 _LARGEST = 2**20  # bytes of a record
 
@@ -137,6 +139,33 @@ class Store:
             entries = {"format": FORMAT, "version": VERSION, "id": cell.id, **record}
             (folder / RECORD).write_text(json.dumps(entries, indent=1, allow_nan=False) + "\n")
         return self.path(cell)
+
+
+def check_alike(results: Iterable[Result]) -> None:
+    """Check that cells of an experiment, which are compared, had the same defaults and the same data.
+
+    What a cell's own settings say is theirs, and each is checked when it is loaded. What they do not say is the
+    recipe's: another version may have changed it since. Of data the fingerprints are compared, as JPEG copies and
+    originals have different ones, and the split.
+
+    Raises
+    ------
+    RunError
+        The message names two cells that differ, and in what.
+    """
+    first: dict[str, tuple[Result, Any]] = {}
+    for result in results:
+        own = {"seed", "strategy", "layers", "data", *result.record["options"]}
+        config = {f"the recipe's {k}": v for k, v in result.record.get("config", {}).items() if k not in own}
+        data = result.record.get("data", {})
+        traits = config | {f"the {k} of the data": data[k] for k in ("fingerprint", "split_hash") if data.get(k)}
+        for name, value in traits.items():
+            other, before = first.setdefault(name, (result, value))
+            if value != before:
+                raise RunError(
+                    f"{result.path}: was made with {value!r} for {name}, and {other.cell.id} with {before!r}; cells of "
+                    "one experiment must agree: give another --out, or remove one of them"
+                )
 
 
 def planned(cell: Cell, scale: str, setting: Setting) -> dict[str, Any]:

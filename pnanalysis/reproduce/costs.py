@@ -6,33 +6,48 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from pnanalysis.reproduce.cells import Result
 from pnanalysis.reproduce.markdown import UNKNOWN as DASH
 from pnanalysis.reproduce.markdown import table
 from pnanalysis.reproduce.plan import Plan, duration
+from pnanalysis.reproduce.settings import PERSISTENT, RESTART
 
 
 def costs(plan: Plan) -> str:
     """The page of costs."""
-    rows = []
+    rows, total = [], Counter[str]()
     for experiment in plan.experiments:
-        cells = [cell for cell in plan.cells if cell.experiment == experiment]
-        results = [plan.store.load(cell, plan.scale, plan.setting(experiment)) for cell in cells]
-        done = [result for result in results if result is not None]
-        spent: Counter[str] = Counter()
-        machines = set()
-        for result in done:
-            spent.update({name: float(value) for name, value in result.record.get("cost", {}).items()})
-            machines.add(f"{result.record.get('device_name') or result.record.get('device')}, "
-                         f"{result.record.get('cores')} cores")  # fmt: skip
-        times = [_known(spent, f"{name}_seconds", duration) for name in ("training", "measuring")]
-        counts = [_known(spent, name, "{:,.0f}".format) for name in ("epochs", "products")]
-        rows.append([experiment, f"{len(done)} of {len(cells)}", *times, *counts, "; ".join(sorted(machines)) or DASH])
-    columns = ["experiment", "cells", "training", "measuring", "epochs", "products with Hessians", "hardware"]
+        setting = plan.setting(experiment)
+        for arm in (PERSISTENT, RESTART):
+            cells = [cell for cell in plan.cells if (cell.experiment, cell.arm) == (experiment, arm)]
+            if not cells:
+                continue
+            results = [plan.store.load(cell, plan.scale, setting) for cell in cells]
+            done = [result for result in results if result is not None]
+            spent: Counter[str] = Counter()
+            for result in done:
+                spent.update({name: float(value) for name, value in result.record.get("cost", {}).items()})
+            total.update(spent)
+            machines = "; ".join(sorted({_machine(result) for result in done})) or DASH
+            rows.append([experiment, arm, f"{len(done)} of {len(cells)}", *_shown(spent), machines])
+    rows.append(["all", "", f"{len(plan.cells) - len(plan.left())} of {len(plan.cells)}", *_shown(total), ""])
+    columns = ["experiment", "arm", "cells", "training", "measuring", "epochs", "products with Hessians", "hardware"]
     return (
         "# What the results cost\n\nWritten by `pnanalysis reproduce`, from the cells. Times are wall times of one "
-        "process with one thread, summed over cells, beside whatever else the machine did.\n\n"
-        + table(columns, rows) + "\n"
+        "process with one thread, summed over cells, beside whatever else the machine did; a dash is for what a cell "
+        "has not recorded. Arms of equal cost have as many trainings of the same length, which may take different "
+        "times: a chain computes a penalty, too.\n\n" + table(columns, rows) + "\n"
     )  # fmt: skip
+
+
+def _machine(result: Result) -> str:
+    record = result.record
+    return f"{record.get('device_name') or record.get('device')}, {record.get('cores')} cores"
+
+
+def _shown(spent: Counter[str]) -> list[str]:
+    times = [_known(spent, f"{name}_seconds", duration) for name in ("training", "measuring")]
+    return times + [_known(spent, name, "{:,.0f}".format) for name in ("epochs", "products")]
 
 
 def _known(spent: Counter[str], name: str, shown: Callable[[float], str]) -> str:

@@ -6,8 +6,8 @@ It runs in a process of its own, beside those of other cells.
 from __future__ import annotations
 
 import json
+import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -19,12 +19,13 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pnanalysis.errors import DataError, PnError
+from pnanalysis.errors import DataError, PnError, RunError
 from pnanalysis.inputs.sources import as_source, resolve_device
 from pnanalysis.io import netcdf
+from pnanalysis.io.hardware import cpu_name
 from pnanalysis.io.manifest import read_manifest
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
-from pnanalysis.reproduce.cells import FINISHED, Cell, Store, planned
+from pnanalysis.reproduce.cells import FINISHED, SECONDS, Cell, Store, planned
 from pnanalysis.reproduce.measures import MEASURES
 from pnanalysis.reproduce.settings import SCALES, Setting
 
@@ -33,13 +34,15 @@ ENDED = (FINISHED, "failed", "diverged")
 STUDY = "study.nc"
 
 
-def finish(cell: Cell, scale: str, run_path: Path, out: Path, data: str, device: str) -> Path:
+def finish(cell: Cell, scale: str, setting: Setting, run_path: Path, out: Path, data: str, device: str) -> Path:
     """Measure a run and save its cell.
 
     Parameters
     ----------
     cell : Cell
     scale : str
+    setting : Setting
+        The one that it was trained with, whatever the scale's is by now.
     run_path : Path
         Folder of the training, which has ended.
     out : Path
@@ -52,20 +55,23 @@ def finish(cell: Cell, scale: str, run_path: Path, out: Path, data: str, device:
     Path
         The cell's folder.
     """
-    setting = SCALES[scale].settings[cell.experiment]
     started = time.monotonic()
     if setting.recipe == "kink":
         entries, datasets = _of_study(run_path)
     elif setting.recipe == "two-well":
         entries, datasets = _of_descent(open_run(run_path))
     else:
-        entries, datasets = _of_images(open_run(run_path), setting, data, device)
+        entries, datasets = _of_images(open_run(run_path), cell, setting, data, device)
     entries["cost"]["measuring_seconds"] = round(time.monotonic() - started, 2)
     record = {**planned(cell, scale, setting), **entries, "cores": os.cpu_count()}
     return Store(out).save(cell, record, datasets)
 
 
-def _of_images(run: Run, setting: Setting, data: str, device: str) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
+def _of_images(
+    run: Run, cell: Cell, setting: Setting, data: str, device: str
+) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
+    if not is_of_setting(run.manifest, cell, setting):
+        raise RunError(f"{run.path}: was trained with other settings than its cell has now; run the command again")
     source = as_source(run, data=data)
     is_finished = run.status == FINISHED
     if is_finished and source.data.fingerprint != run.manifest["data"].get("fingerprint"):
@@ -88,19 +94,34 @@ def _of_images(run: Run, setting: Setting, data: str, device: str) -> tuple[dict
 def _of_descent(run: Run) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
     """S1: where each descent ends."""
     ds = netcdf.load(run.path / ANALYSIS / "descent.nc", within=run.path)
-    return _entries(run.manifest), {"descent": ds[["path", "value", "end", "end_value", "champion"]].isel(
+    entries = _entries(run.manifest)
+    entries["cost"] |= _training_cost(run.path)
+    return entries, {"descent": ds[["path", "value", "end", "end_value", "champion"]].isel(
         step=slice(None, None, 10 if ds.sizes["iteration"] < 10 else 500)
     )}  # fmt: skip
+
+
+def _training_cost(folder: Path) -> dict[str, float]:
+    """What a training that does not time its steps has taken, as the worker has noted it."""
+    found: dict[str, float] = {}
+    if (folder / SECONDS).is_file():
+        found |= json.loads((folder / SECONDS).read_text())
+    return found
 
 
 def _of_study(folder: Path) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
     """S2: final losses by iteration and chain."""
     ds = netcdf.load(folder / STUDY)
     kept = ds[["final_loss"]].astype(np.float32, keep_attrs=True)
-    cost = json.loads((folder / "seconds.json").read_text()) if (folder / "seconds.json").is_file() else {}
     versions = {name: metadata.version(name) for name in ("pnanalysis", "torch")}
-    entries = {"status": FINISHED, "failure": None, "champion": None, "versions": versions, "cost": cost}
-    entries |= {"device": ds.attrs.get("device", "cpu"), "device_name": platform.processor() or platform.machine()}
+    entries = {
+        "status": FINISHED,
+        "failure": None,
+        "champion": None,
+        "versions": versions,
+        "cost": _training_cost(folder),
+    }
+    entries |= {"device": ds.attrs.get("device", "cpu"), "device_name": cpu_name()}
     return entries, {"ensemble": kept}
 
 
@@ -111,6 +132,18 @@ def _entries(manifest: Mapping[str, Any]) -> dict[str, Any]:
     config = {**manifest["config"], "data": data["name"]}
     names = ("status", "failure", "champion", "layers", "versions", "device", "device_name", "git_revision")
     return {name: manifest.get(name) for name in names} | {"config": config, "data": data, "cost": {}}
+
+
+def is_of_setting(manifest: Mapping[str, Any], cell: Cell, setting: Setting, *, goes_on: bool = False) -> bool:
+    """Whether a training has a cell's settings; one that ``goes_on`` may have had fewer iterations so far."""
+    begun, n_train = manifest.get("config", {}), manifest.get("data", {}).get("n_train", 0)
+    wanted = json.loads(json.dumps({"recipe": setting.recipe, **setting.training(cell.variant, cell.arm)}))
+    more = wanted.get("iterations", math.inf) > begun.get("iterations", 0)
+    if goes_on and more:
+        wanted.pop("iterations", None)
+    is_same = all(begun.get(name) == value for name, value in wanted.items())
+    # every class has the same number of images, so that there may be a few less than planned
+    return is_same and (setting.n_train is None or 0.9 * setting.n_train < n_train <= setting.n_train)
 
 
 def ended(run_path: Path) -> str | None:
@@ -131,9 +164,13 @@ def main() -> int:
     """Entry point: one JSON argument."""
     job = json.loads(sys.argv[1])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    cell = Cell(**job["cell"])
+    # a study that was begun by an earlier version does not hand on its settings
+    setting = Setting(**job["setting"]) if "setting" in job else SCALES[job["scale"]].settings[cell.experiment]
     try:
         finish(
-            Cell(**job["cell"]), job["scale"], Path(job["run"]), Path(job["out"]), job["data"], job["device"]
+            cell, job["scale"], setting, Path(job["run"]), Path(job["out"]),
+            job["data"], job["device"],
         )  # fmt: skip
     except (PnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -42,6 +42,11 @@ def significant(value: float, digits: int = 3) -> str:
     return UNKNOWN if math.isnan(value) else f"{value:.{digits}g}"
 
 
+def p_text(p: float) -> str:
+    """A p-value; a dash where there is none."""
+    return UNKNOWN if math.isnan(p) else f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
+
+
 @dataclass(frozen=True)
 class Links:
     """Links from a page to cells and figures.
@@ -82,7 +87,11 @@ def failures(results: Iterable[Result], links: Links) -> str:
     ]
     if not rows:
         return ""
-    return "Trainings that failed, which are in no mean:\n\n" + table(["cell", "ended", "why"], rows)
+    text = (
+        "Trainings that failed. None of their iterations, finished or not, is in any mean, and their seeds are in no "
+        "difference: means are those of trainings that succeed."
+    )
+    return f"{text}\n\n" + table(["cell", "ended", "why"], rows)
 
 
 def blocks(parts: Iterable[str]) -> str:

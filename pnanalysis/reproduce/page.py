@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from pnanalysis.io.atomic import atomic_path
-from pnanalysis.plots.style import save_figure
+from pnanalysis.plots.gradients import gradients
+from pnanalysis.plots.style import save_figure, style
 from pnanalysis.reproduce import accuracy, figures, saturated, small_problems, spectrum
 from pnanalysis.reproduce.accuracy import Arms
 from pnanalysis.reproduce.costs import write_costs
 from pnanalysis.reproduce.gradient_rows import gradient_split
+from pnanalysis.reproduce.markdown import UNKNOWN as DASH
 from pnanalysis.reproduce.markdown import Links, blocks, table
 from pnanalysis.reproduce.plan import Plan
-from pnanalysis.reproduce.settings import PAPER_LENGTHS, PERSISTENT, RESTART, SCALES, TITLES
+from pnanalysis.reproduce.settings import PAPER_CHANNELS, PAPER_LENGTHS, PERSISTENT, RESTART, SCALES, TITLES
 from pnanalysis.reproduce.statistics import RULE
 from pnanalysis.reproduce.summary import summary
 
 _COSTS = "COSTS.md"
+#: What a recipe sets that a reader wants to know.
+_RECIPES_OWN = ("lam", "optimizer", "lr", "batch_size")
 #: How the data of a scale are divided.
 _SPLITS = {
     "cifar10": "Of the 10,000 test images 5,000 are for validation and 5,000 for test",
@@ -53,26 +58,38 @@ def _head(plan: Plan, links: Links) -> str:
             "Written by `pnanalysis reproduce`, never by hand. The paper is [arXiv:2007.01419]"
             "(https://arxiv.org/abs/2007.01419). S3 to S6 and S9 compare one plain training with the champion of a "
             "persistent chain and with the best of as many plain restarts. Both are picked by their validation error, "
-            "so only test accuracies say what is gained. Every section links the cells that its numbers come from.",
+            "so only test accuracies say what is gained. Equal cost means as many trainings of the same length: those "
+            "of a chain take longer, as their penalty is computed too. Every section links the cells that its numbers "
+            "come from.",
             f"Scale `{plan.scale}`: {SCALES[plan.scale].summary}. {done} of {len(plan.cells)} cells are done; "
-            f"[what they cost]({costs}).",
+            f"[what they cost]({costs}).{_capped(plan)}",
             RULE,
             "## Summary",
-            summary(plan),
+            summary(plan, link=True),
         ]
     )
+
+
+def _capped(plan: Plan) -> str:
+    """A sentence on experiments that have fewer seeds than others; empty if none has."""
+    fewer = [name for name in TITLES if name in plan.experiments and plan.n_seeds(name) < plan.seeds]
+    if not fewer:
+        return ""
+    return f" {plan.seeds} seeds are planned, and one of {', '.join(fewer)}, whatever `--seeds` says."
 
 
 def _section(plan: Plan, experiment: str, links: Links) -> str:
     settings = _settings(plan, experiment)
     if experiment == "S1":
-        return blocks([settings, small_problems.two_well(plan, links)])
+        return blocks([settings, small_problems.two_well(plan, links), _two_wells(plan, links)])
     if experiment == "S2":
         return blocks([settings, *_kink_parts(plan, links)])
     if experiment == "S7":
-        return blocks([settings, gradient_split(plan, links)])
+        return blocks([settings, gradient_split(plan, links), _split(plan, links)])
     if experiment == "S9-sweep":
-        return blocks([settings, saturated.sweep(plan, links)])
+        found = saturated.changes(plan)
+        drawn = _figure(figures.sweep(found), "S9-sweep", "changes of saturation", links) if found else ""
+        return blocks([settings, saturated.sweep(plan, links, drawn)])
     parts = [settings]
     for variant in plan.setting(experiment).variants:
         arms = Arms(plan, experiment, variant)
@@ -92,6 +109,7 @@ def _of_variant(arms: Arms, name: str, links: Links) -> str:
     if "saturation" in setting.measures:
         values = saturated.by_iteration(arms)
         drawn = _figure(figures.saturation(values), f"{name}-saturation", "saturation", links) if values else ""
+        drawn = blocks([drawn, _activity(arms, name, links)])
         parts.append("### Saturation\n\n" + saturated.section(arms, links, drawn))
     if "hessian" in setting.measures:
         found = spectrum.densities(arms)
@@ -99,6 +117,38 @@ def _of_variant(arms: Arms, name: str, links: Links) -> str:
         heading = "" if arms.experiment == "S8" else "### Hessian spectra (as in S8)\n\n"
         parts.append(heading + spectrum.section(arms, links, drawn))
     return blocks(parts)
+
+
+def _two_wells(plan: Plan, links: Links) -> str:
+    chain, restarts = small_problems.descents(plan, PERSISTENT), small_problems.descents(plan, RESTART)
+    if chain is None:
+        return ""
+    starts, is_deep = np.empty((0, 2)), np.empty(0, dtype=bool)
+    if restarts is not None:
+        starts, is_deep = restarts.path.values[1:, 0], small_problems.is_deep(restarts)[1:]
+    figure = figures.two_wells(chain, starts, is_deep)
+    return _figure(figure, "S1", "the descents, and random starts by the well that they lead to", links)
+
+
+def _split(plan: Plan, links: Links) -> str:
+    """The gradients of the last iteration of the first seed."""
+    finished = [result for result in plan.results("S7", "", PERSISTENT) if result.is_finished]
+    if not finished:
+        return ""
+    with style():
+        figure = gradients(finished[0].dataset("gradients"))
+    text = f"gradients of the loss and of the penalty, seed {finished[0].cell.seed}"
+    return _figure(figure, "S7", text, links)
+
+
+def _activity(arms: Arms, name: str, links: Links) -> str:
+    """Percentiles and histograms of the first seed's chain."""
+    found = [result for result in arms.finished(PERSISTENT).values() if result.has("saturation")]
+    if not found:
+        return ""
+    first = min(found, key=lambda result: result.cell.seed)
+    text = f"percentiles and histograms of activations, seed {first.cell.seed}"
+    return _figure(figures.activity(first.dataset("saturation"), first.champion), f"{name}-activity", text, links)
 
 
 def _kink_parts(plan: Plan, links: Links) -> list[str]:
@@ -128,11 +178,25 @@ def _settings(plan: Plan, experiment: str) -> str:
     """The settings of an experiment, in a sentence."""
     setting = plan.setting(experiment)
     parts = [f"Recipe `{setting.recipe}`", _options(setting.options) or "the recipe's own settings"]
+    parts += _recorded(plan, experiment)
     parts += [f"{arm}: {_options(options)}" for arm, options in setting.arm_options.items()]
     if setting.n_train is not None:
         parts.append(f"{setting.n_train:,} training images")
     measures = [f"{name} ({_options(options)})" for name, options in setting.measures.items() if options]
     return "; ".join(parts) + (f". Measured: {', '.join(measures)}." if measures else ".")
+
+
+def _recorded(plan: Plan, experiment: str) -> list[str]:
+    """Settings of the recipe that cells have recorded, where neither the scale nor a variant gives another."""
+    setting = plan.setting(experiment)
+    given = {name for variant in setting.variants.values() for name in variant} | setting.options.keys()
+    for cell in (cell for cell in plan.cells if cell.experiment == experiment):
+        result = plan.store.load(cell, plan.scale, setting)
+        if result is not None and "config" in result.record:
+            config = result.record["config"]
+            names = (name for name in _RECIPES_OWN if name in config and name not in given)
+            return [f"of the recipe: {_options({name: config[name] for name in names})}"]
+    return []
 
 
 def _options(options: object) -> str:
@@ -146,32 +210,79 @@ def _deviations(plan: Plan) -> str:
     for experiment in (name for name in TITLES if name in plan.experiments and name in PAPER_LENGTHS):
         setting, (iterations, epochs) = plan.setting(experiment), PAPER_LENGTHS[experiment]
         own = [setting.options.get("iterations", iterations), setting.options.get("epochs", epochs)]
+        channels = PAPER_CHANNELS.get(setting.recipe)
+        width = DASH if channels is None else str(setting.options.get("model_options", {}).get("width", channels))
         images = "all" if setting.n_train is None else f"{setting.n_train:,}"
-        rows.append([experiment, f"{iterations} x {epochs}", f"{own[0]} x {own[1]}", images])
-    names = sorted({str(result.record["data"]["name"]) for cell in plan.cells
-                    if (result := plan.store.load(cell, plan.scale, plan.setting(cell.experiment)))
-                    and "data" in result.record and result.record["data"].get("name")})  # fmt: skip
+        rows.append(
+            [experiment, f"{iterations} x {epochs}", f"{own[0]} x {own[1]}", width,
+             DASH if experiment in ("S1", "S2") else images]
+        )  # fmt: skip
+    results = [
+        result
+        for cell in plan.cells
+        if (result := plan.store.load(cell, plan.scale, plan.setting(cell.experiment))) and "data" in result.record
+    ]
+    names = sorted({str(name) for result in results if (name := result.record["data"].get("name"))})
     data = {
-        "imagefolder": "CIFAR-10 as an image folder; if its files are JPEG, images differ a little from the original",
+        "imagefolder": "CIFAR-10 (JPEG copy), read from an image folder: images differ a little from the original",
         "cifar10": "CIFAR-10 as published",
         "digits": "scikit-learn's handwritten digits, in place of CIFAR-10",
     }
     points = [
-        *(f"Data: {data.get(name, name)}." for name in names if name in data),
-        "No augmentation, weight decay or learning-rate schedule: the paper gives none.",
+        *(f"Data: {data[name]}." for name in names if name in data),
+        *_shortened(plan),
+        "No augmentation, weight decay or learning-rate schedule: the paper gives none. Its 92 % on ResNet-18 are not "
+        "reached without crops and flips, so accuracies of S6 are lower for that reason, too.",
         "The layer of partial repulsion is drawn once for each seed; the paper does not say when it is drawn.",
         f"{_SPLITS.get(SCALES[plan.scale].data, _SPLITS['cifar10'])}, the same ones for all seeds.",
         "The data of S2 are not given in the paper: two sets are used, scaled to the paper's plateau of 4.2.",
         "AlexNet for small images and the width of the tanh network, 256 where no other is given, are choices; the "
         "paper gives none.",
+        "The paper gives no numbers for S7, nor settings: those of init 2 of S3 are used, with every epoch kept.",
+        *_spectra(plan),
+        "The projection of two trajectories (fig. 6) needs their weights, which cells do not keep; "
+        "`pnanalysis trajectory` draws it of a run.",
     ]
     return blocks(
         [
             "## What differs from the paper",
-            table(["experiment", "paper: iterations x epochs", "here", "training images"], rows),
+            table(
+                ["experiment", "paper: iterations x epochs", "here", "channels (paper: 64)", "training images"], rows
+            ),
             "\n".join(f"- {point}" for point in points),
         ]
     )
+
+
+def _shortened(plan: Plan) -> list[str]:
+    """Why S5, S6 and S8 are smaller at a scale."""
+    smaller = [name for name in TITLES if name in plan.experiments and plan.setting(name).n_train is not None]
+    if not smaller:
+        return []
+    return [
+        f"{', '.join(smaller)}: the largest setting with which each takes about an hour on two cores for three seeds: "
+        "five iterations of networks with fewer channels, on as many images and for as many epochs as 20 minutes "
+        "of one core allow for a chain or its restarts (30 where there are more restarts). Errors on all 10,000 test "
+        "images are part of these times."
+    ]
+
+
+def _spectra(plan: Plan) -> list[str]:
+    """How the spectra are computed."""
+    found = [
+        f"{options['n']:,} training images and {options['n_hvp']} products in {name}"
+        for name in TITLES
+        if name in plan.experiments and (options := plan.setting(name).measures.get("hessian"))
+    ]
+    if not found:
+        return []
+    points = [f"Spectra are of the Hessian of {' and '.join(found)}, with batch normalisation in evaluation mode."]
+    if "S8" in plan.experiments:
+        setting = plan.setting("S8")
+        restarts, iterations = (setting.training("", arm).get("iterations") for arm in (RESTART, PERSISTENT))
+        if restarts != iterations:
+            points.append(f"S8 has {restarts} restarts, the plain model among them, for {iterations} iterations.")
+    return points
 
 
 __all__ = ["page_text", "write_page"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 from pnanalysis.checks import at_least
 from pnanalysis.errors import PnError
 from pnanalysis.io.runs import open_run
-from pnanalysis.reproduce.cells import Cell, Result, Store
+from pnanalysis.reproduce.cells import SECONDS, Cell, Result, Store, check_alike
 from pnanalysis.reproduce.settings import SCALES, Setting, find_experiments, find_scale
 
 
@@ -49,7 +51,7 @@ class Plan:
         for place, experiment in enumerate(self.experiments):
             setting = self.setting(experiment)
             for v, variant in enumerate(setting.variants):
-                for a, arm in enumerate(setting.arms):
+                for a, arm in enumerate(setting.arms_of(variant)):
                     for seed in range(self.n_seeds(experiment)):
                         found.append(((setting.rank, seed, place, v, a), Cell(experiment, variant, seed, arm)))
         return [cell for _, cell in sorted(found)]
@@ -65,6 +67,19 @@ class Plan:
         cells = [c for c in self.cells if (c.experiment, c.variant, c.arm) == (experiment, variant, arm)]
         found = [self.store.load(cell, self.scale, self.setting(experiment)) for cell in sorted(cells)]
         return [result for result in found if result is not None]
+
+    def check(self) -> None:
+        """Check that the cells that are done can be compared.
+
+        Raises
+        ------
+        RunError
+            If one was made with other settings, or two of an experiment with different defaults or data.
+        """
+        for experiment in self.experiments:
+            setting = self.setting(experiment)
+            pairs = [(variant, arm) for variant in setting.variants for arm in setting.arms_of(variant)]
+            check_alike(result for variant, arm in pairs for result in self.results(experiment, variant, arm))
 
     def left(self) -> list[Cell]:
         """The cells that are not done yet."""
@@ -126,11 +141,31 @@ class Forecast:
         for cell in plan.cells:
             result = plan.store.load(cell, plan.scale, plan.setting(cell.experiment))
             if result is not None and result.is_finished:
-                self.add(cell, _seconds(result.record))
+                self._add(cell, _seconds(result.record))
 
-    def add(self, cell: Cell, seconds: float) -> None:
-        """Note how long a cell took."""
+    def add(self, cell: Cell, seconds: float) -> float:
+        """Note how long a cell took, and return it: by its record, which counts all calls, or else ``seconds``."""
+        result = self.plan.store.load(cell, self.plan.scale, self.plan.setting(cell.experiment))
+        recorded = math.nan if result is None else _seconds(result.record)
+        self._add(cell, seconds if math.isnan(recorded) else recorded)
+        return self._done[cell.experiment, cell.arm][-1]
+
+    def _add(self, cell: Cell, seconds: float) -> None:
         self._done.setdefault((cell.experiment, cell.arm), []).append(seconds)
+
+    def spent(self, cell: Cell) -> float:
+        """What a training that has begun has taken so far, as far as it has been saved."""
+        folder = self.work / cell.id
+        with suppress(OSError, PnError):
+            if (folder / "history.nc").is_file():
+                history = open_run(folder).history
+                return float(np.nansum(history.seconds.values)) if "seconds" in history else 0.0
+        return noted_seconds(folder)
+
+    def progress(self, cell: Cell) -> str:
+        """How far a cell has come."""
+        expected = self.seconds(cell)
+        return f"{cell.id} {min(100 * self.spent(cell) / expected, 99):.0f} %" if expected > 0 else cell.id
 
     def seconds(self, cell: Cell) -> float:
         """What is expected of a cell; NaN where nothing is known."""
@@ -153,7 +188,7 @@ class Forecast:
 
     def left(self, cells: Sequence[Cell], jobs: int) -> str:
         """How long these cells take, in words."""
-        times = np.array([self.seconds(cell) for cell in cells])
+        times = np.array([np.maximum(self.seconds(cell) - self.spent(cell), 0) for cell in cells])
         unknown = int(np.isnan(times).sum())
         known = duration(float(np.nansum(times)) / max(min(jobs, len(cells)), 1))
         if not unknown:
@@ -168,6 +203,13 @@ def duration(seconds: float) -> str:
     if minutes < 1:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def noted_seconds(folder: Path) -> float:
+    """What a training that does not time its steps has taken so far; 0 where nothing is noted."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return float(json.loads((folder / SECONDS).read_text())["training_seconds"])
+    return 0.0
 
 
 def _seconds(record: Mapping[str, object]) -> float:

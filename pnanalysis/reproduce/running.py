@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -12,25 +13,31 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pnanalysis.errors import PnError, RunError
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.lock import Lock
-from pnanalysis.reproduce.cells import FINISHED, Cell
+from pnanalysis.io.manifest import read_manifest
+from pnanalysis.io.runs import MANIFEST
+from pnanalysis.reproduce.cells import FINISHED, SECONDS, Cell
 from pnanalysis.reproduce.data import prepare
-from pnanalysis.reproduce.finish import STUDY, ended
+from pnanalysis.reproduce.finish import STUDY, ended, is_of_setting
 from pnanalysis.reproduce.forks import Fork
-from pnanalysis.reproduce.plan import Forecast, Plan, duration
+from pnanalysis.reproduce.plan import Forecast, Plan, duration, noted_seconds
 from pnanalysis.reproduce.settings import PERSISTENT, Setting
 
-_SECONDS = "seconds.json"
 #: What trainings and measures import, some of it only when they use it: ten seconds of a cell, however small it is.
 _PRELOAD = (
     "torch._dynamo", "torchvision", "sklearn.datasets", "h5netcdf", "scipy.stats", "trainers.runs.strategies",
     "trainers.problems.kink_ensemble", "pnanalysis.reproduce.measures",
 )  # fmt: skip
+
+
+#: How often a line says how far cells that take hours have come.
+_REPORT_SECONDS = 600.0
 
 
 class Stopped(Exception):
@@ -80,8 +87,8 @@ class Worker:
         else:
             self._train(cell, setting, run, data)
         job = {
-            "cell": cell.__dict__, "scale": self.plan.scale, "run": str(run), "out": str(self.plan.store.out),
-            "data": data, "device": self.device,
+            "cell": cell.__dict__, "scale": self.plan.scale, "setting": asdict(setting), "run": str(run),
+            "out": str(self.plan.store.out), "data": data, "device": self.device,
         }  # fmt: skip
         failure = self._run("pnanalysis.reproduce.finish", json.dumps(job))
         if failure:
@@ -91,25 +98,30 @@ class Worker:
         return time.monotonic() - started
 
     def _train(self, cell: Cell, setting: Setting, run: Path, data: str) -> None:
+        set_aside_if_other(cell, setting, run)
         for _ in range(2):  # what fails twice is a result, as is what diverges; a full disk does not fail for ever
             if ended(run) in (FINISHED, "diverged"):
                 return
-            failure = self._run(*training_command(cell, setting, run, data, self.device))
+            command = training_command(cell, setting, run, data, self.device)
+            failure = self._timed(run, command) if setting.recipe == "two-well" else self._run(*command)
             if failure and not ended(run):
                 raise RunError(f"{cell.id}: {failure}")
 
     def _train_study(self, cell: Cell, setting: Setting, run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
-        started, before = time.monotonic(), 0.0
-        with suppress(OSError, ValueError, KeyError):
-            before = float(json.loads((run / _SECONDS).read_text())["training_seconds"])
-        try:
-            failure = self._run(*study_command(cell, setting, run, self.device))
-        finally:
-            seconds = round(before + time.monotonic() - started, 2)
-            (run / _SECONDS).write_text(json.dumps({"training_seconds": seconds}))
+        failure = self._timed(run, study_command(cell, setting, run, self.device))
         if failure:
             raise RunError(f"{cell.id}: {failure}")
+
+    def _timed(self, run: Path, command: Sequence[str]) -> str:
+        """Run the command of a training that does not time its steps, and note its seconds, of all calls together."""
+        started, before = time.monotonic(), noted_seconds(run)
+        try:
+            return self._run(*command)
+        finally:
+            if run.is_dir():
+                seconds = round(before + time.monotonic() - started, 2)
+                (run / SECONDS).write_text(json.dumps({"training_seconds": seconds}))
 
     def _run(self, module: str, *arguments: str) -> str:
         """Run a module in a process of its own; returns the last line of its errors, empty for success."""
@@ -196,6 +208,7 @@ class _Queue:
     ) -> None:
         self.worker, self.jobs, self.log = worker, jobs, log
         self.total = len(cells)
+        self.plan = plan
         self.left = [cell for cell in cells if not plan.store.has(cell)]
         self.forecast = Forecast(plan, worker.work)
         self.failures: list[str] = []
@@ -206,6 +219,7 @@ class _Queue:
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.log(f"{len(self.left)} of {self.total} cells to do: {self.forecast.left(self.left, self.jobs)}")
         waiting, begun = list(self.left), dict[Future[float], Cell]()
+        report = time.monotonic() + _REPORT_SECONDS
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 while (waiting or begun) and not (deadline and time.monotonic() > deadline):
@@ -214,6 +228,9 @@ class _Queue:
                         begun[pool.submit(self.worker.make, cell)] = cell
                     for future in wait(begun, timeout=1.0, return_when=FIRST_COMPLETED).done:
                         self._finished(begun.pop(future), future)
+                    if time.monotonic() > report and begun:
+                        report = time.monotonic() + _REPORT_SECONDS
+                        self.log(f"running: {', '.join(map(self.forecast.progress, begun.values()))}; {self._rest()}")
             finally:  # also of an interruption
                 if begun:
                     self.worker.stop()
@@ -221,6 +238,11 @@ class _Queue:
                 with suppress(Stopped):
                     wait([future])
                     self._finished(cell, future)
+        if self.left and not self.failures and minutes is not None:
+            self.log(
+                f"stopped after {minutes:g} minutes with {len(self.left)} of {self.total} cells to do: {self._rest()}; "
+                "run the same command again to continue"
+            )
         if self.failures:
             raise RunError(
                 f"{len(self.failures)} of {self.total} cells could not be made ({self.failures[0]}); "
@@ -238,9 +260,25 @@ class _Queue:
             self.log(f"not made: {error}")
             return
         self.left.remove(cell)
-        self.forecast.add(cell, seconds)
-        rest = self.forecast.left(self.left, self.jobs) if self.left else "all done"
-        self.log(f"{cell.id} in {duration(seconds)}; {self.total - len(self.left)} of {self.total} cells, {rest}")
+        seconds = self.forecast.add(cell, seconds)
+        done = f"{self.total - len(self.left)} of {self.total} cells"
+        self.log(f"{cell.id} in {duration(seconds)}; {done}, {self._rest()}")
+
+    def _rest(self) -> str:
+        return self.forecast.left(self.left, self.jobs) if self.left else "all done"
+
+
+def set_aside_if_other(cell: Cell, setting: Setting, run: Path) -> None:
+    """Rename the folder of a training that was begun with other settings, of an earlier version: it cannot go on.
+
+    More iterations than it was begun with are no other settings.
+    """
+    if not (run / MANIFEST).is_file():
+        return
+    if is_of_setting(read_manifest(run / MANIFEST), cell, setting, goes_on=True):
+        return
+    names = (run.with_name(f"{run.name}.other{i or ''}") for i in itertools.count())
+    run.rename(next(name for name in names if not name.exists()))
 
 
 def training_command(cell: Cell, setting: Setting, run: Path, data: str, device: str) -> list[str]:

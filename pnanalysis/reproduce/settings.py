@@ -28,6 +28,8 @@ class Setting:
         Options of each variant: initialisations, data sets, the points of a sweep. A single one has no name.
     arms : tuple of str
         ``persistent`` (a chain, with the plain training as its iteration 0) and ``restart`` (as many plain trainings).
+    variant_arms : mapping of str to tuple of str
+        The arms of variants that have others.
     arm_options : mapping of str to mapping
         Options of one arm alone.
     measures : mapping of str to mapping
@@ -44,11 +46,16 @@ class Setting:
     options: Options = field(default_factory=dict)
     variants: Mapping[str, Options] = field(default_factory=lambda: {"": {}})
     arms: tuple[str, ...] = (PERSISTENT, RESTART)
+    variant_arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     arm_options: Mapping[str, Options] = field(default_factory=dict)
     measures: Mapping[str, Options] = field(default_factory=lambda: {"end_points": {}})
     n_train: int | None = None
     most_seeds: int | None = None
     rank: int = 1
+
+    def arms_of(self, variant: str) -> tuple[str, ...]:
+        """The arms of a variant."""
+        return self.variant_arms.get(variant, self.arms)
 
     def training(self, variant: str, arm: str) -> dict[str, Any]:
         """The options of one training."""
@@ -73,19 +80,58 @@ _DIGITS = {"batch_size": 64}
 _NARROW = {"input_shape": [1, 8, 8], "width": 8}
 
 
-def _sweep(lams: tuple[float, ...], stds: tuple[float | None, ...], widths: tuple[int, ...]) -> dict[str, Options]:
-    """The points of the sweep of S9; ``None`` is Xavier's initialisation."""
-    found: dict[str, Options] = {}
-    for width, std, lam in product(widths, stds, lams):
-        init = "xavier" if std is None else f"std{std:g}"
-        found[f"width{width}-{init}-lam{lam:g}"] = {
-            "lam": lam, "model_options": {"width": width}, **({} if std is None else {"init_std": std}),
-        }  # fmt: skip
-    return found
+@dataclass(frozen=True)
+class Sweep:
+    """The points of S9-sweep: a chain at each, and for each initialisation and width restarts as their control.
+
+    Attributes
+    ----------
+    lams : tuple of float
+    stds : tuple of float or None
+        Standard deviations of initial parameters; ``None`` is Xavier's initialisation.
+    widths : tuple of int
+    """
+
+    lams: tuple[float, ...]
+    stds: tuple[float | None, ...]
+    widths: tuple[int, ...]
+
+    def variants(self, **model_options: Any) -> dict[str, Options]:
+        """Options by the name of the point, such as ``width64-std0.1-lam0.01``, or of the control."""
+        found: dict[str, Options] = {}
+        for width, std in product(self.widths, self.stds):
+            shared: dict[str, Any] = {"model_options": {"width": width, **model_options}}
+            shared |= {} if std is None else {"init_std": std}
+            found |= {point_name(width, std, lam): {"lam": lam, **shared} for lam in self.lams}
+            found[point_name(width, std)] = shared
+        return found
+
+    @property
+    def arms(self) -> dict[str, tuple[str, ...]]:
+        """The arms of the controls, which have no strength; points have a chain."""
+        return {point_name(width, std): (RESTART,) for width, std in product(self.widths, self.stds)}
+
+
+def point_name(width: int, std: float | None, lam: float | None = None) -> str:
+    """The name of a point of the sweep, or without ``lam`` of the control of points."""
+    parts = [f"width{width}", "xavier" if std is None else f"std{std:g}", None if lam is None else f"lam{lam:g}"]
+    return "-".join(part for part in parts if part)
 
 
 def _spectrum(n: int, n_hvp: int, checkpoints: str = "ends") -> Options:
     return {"n": n, "n_hvp": n_hvp, "checkpoints": checkpoints}
+
+
+def control_of(point: str) -> str:
+    """The name of a point's control."""
+    return point.rpartition("-lam")[0]
+
+
+_LAMS = (1e-3, 1e-2, 1e-1, 1.0)
+_FEW_POINTS = Sweep((1e-3, 1.0), (None,), (32,))
+#: Xavier's standard deviation of hidden layers is 0.125 for a width of 64, and 0.0625 for 256.
+_POINTS = Sweep(_LAMS, (None, 0.02, 0.1, 0.3), (64, 256))
+_ALL_POINTS = Sweep(_LAMS, (None, 0.02, 0.1, 0.3), (64, 256, 1024))
 
 
 SCALES: dict[str, Scale] = {
@@ -101,25 +147,25 @@ SCALES: dict[str, Scale] = {
             "S4": Setting("lenet5", {"iterations": 3, "epochs": 2, "lam": 0.1, **_DIGITS},
                           measures={"end_points": {}, "hessian": _spectrum(64, 24)}),
             "S5": Setting("alexnet", {"iterations": 2, "epochs": 1, "batch_size": 256,
-                                      "model_options": {"input_shape": [1, 16, 16]}}, most_seeds=1, rank=2),
+                                      "model_options": {"input_shape": [1, 16, 16], "width": 16}},
+                          most_seeds=1, rank=2),
             "S6": Setting("resnet18", {"iterations": 2, "epochs": 1, "model_options": _NARROW}, most_seeds=1, rank=2),
             "S7": Setting("gradient-split", {"iterations": 2, "epochs": 3, **_DIGITS}, arms=(PERSISTENT,),
                           measures={"gradients": {"n": 256}}, most_seeds=1, rank=0),
             "S8": Setting("spectrum", {"iterations": 2, "epochs": 1, "model_options": _NARROW},
-                          measures={"end_points": {}, "hessian": _spectrum(32, 16)}, most_seeds=1, rank=2),
+                          measures={"end_points": {}, "hessian": _spectrum(64, 60)}, most_seeds=1, rank=2),
             "S9": Setting("tanh7", {"iterations": 3, "epochs": 4, "lam": 0.1, "checkpoint_every": 2, **_DIGITS,
                                     "model_options": {"input_shape": [1, 8, 8], "width": 32}},
                           measures={"end_points": {}, "saturation": {"n": 200}}),
             "S9-sweep": Setting("tanh7", {"iterations": 2, "epochs": 2, "checkpoint_every": 2, **_DIGITS},
-                                {name: {**options, "model_options": {**options["model_options"],
-                                                                     "input_shape": [1, 8, 8]}}
-                                 for name, options in _sweep((1e-3, 1.0), (None,), (32,)).items()},
-                                arms=(PERSISTENT,), most_seeds=1,
+                                _FEW_POINTS.variants(input_shape=[1, 8, 8]), (PERSISTENT,), _FEW_POINTS.arms,
+                                most_seeds=1,
                                 measures={"saturation": {"n": 200, "histograms": False}}),
         },
     ),
     "cpu": Scale(
-        "CIFAR-10 on two CPU cores: S1 and S2 in full, the other experiments shortened", "cifar10", 3,
+        "CIFAR-10 on two CPU cores: S1 and S2 in full, S3, S4, S7 and S9 shortened, and S5, S6 and S8 at the largest "
+        "setting that takes about an hour each, with fewer channels, images and epochs", "cifar10", 3,
         {
             "S1": Setting("two-well", arm_options={RESTART: {"iterations": 100}}, measures={"descent": {}},
                           most_seeds=1, rank=0),
@@ -131,14 +177,21 @@ SCALES: dict[str, Scale] = {
                           measures={"end_points": {}, "hessian": _spectrum(1024, 150)}),
             "S3": Setting("lenet5-full", {"iterations": 10, "epochs": 30, "checkpoint_every": 30}, _INITS),
             "S9": Setting("tanh7", {"iterations": 10, "epochs": 30, "checkpoint_every": 5}, measures=_SATURATION),
-            "S9-sweep": Setting("tanh7", {"iterations": 3, "epochs": 10, "checkpoint_every": 10},
-                                _sweep((1e-3, 1e-2, 1e-1, 1.0), (None, 0.1), (64, 256)), arms=(PERSISTENT,),
+            "S9-sweep": Setting("tanh7", {"iterations": 6, "epochs": 10, "checkpoint_every": 10},
+                                _POINTS.variants(), (PERSISTENT,), _POINTS.arms,
                                 measures={"saturation": {"n": 1000, "histograms": False}}),
-            "S5": Setting("alexnet", {"iterations": 5, "epochs": 6, "checkpoint_every": 6}, n_train=10_000, rank=2),
-            "S6": Setting("resnet18", {"iterations": 5, "epochs": 8, "checkpoint_every": 8}, n_train=5_000, rank=2),
-            "S8": Setting("spectrum", {"iterations": 5, "epochs": 4, "checkpoint_every": 4},
-                          arm_options={RESTART: {"iterations": 10}}, n_train=5_000,
-                          measures={"end_points": {}, "hessian": _spectrum(128, 40)}, rank=2),
+            # About 20 minutes of one core for a cell of S5, S6 and S8, 30 for the restarts of S8 (ten and the plain
+            # model): an hour for all six of them on two cores. A thousand images of an epoch take 1.6 s in AlexNet of
+            # 16 channels, 2.2 s in ResNet-18 of 8, 1 s in one of 4; those that are only evaluated take a quarter to a
+            # half of that. A spectrum of the latter takes 100 s; with fewer products its class numbers are unknown.
+            "S5": Setting("alexnet", {"iterations": 5, "epochs": 10, "checkpoint_every": 10,
+                                      "model_options": {"width": 16}}, n_train=10_000, rank=2),
+            "S6": Setting("resnet18", {"iterations": 5, "epochs": 8, "checkpoint_every": 8,
+                                       "model_options": {"width": 8}}, n_train=10_000, rank=2),
+            "S8": Setting("spectrum", {"iterations": 5, "epochs": 4, "checkpoint_every": 4,
+                                       "model_options": {"width": 4}},
+                          arm_options={RESTART: {"iterations": 11}}, n_train=5_000,
+                          measures={"end_points": {}, "hessian": _spectrum(256, 120)}, rank=2),
         },
     ),
     "paper": Scale(
@@ -154,9 +207,9 @@ SCALES: dict[str, Scale] = {
                           measures={"end_points": {}, "hessian": _spectrum(2048, 300)}),
             "S3": Setting("lenet5-full", {"checkpoint_every": 150}, _INITS),
             "S9": Setting("tanh7", {}, measures={"end_points": {}, "saturation": {"n": 5000}}),
-            "S9-sweep": Setting("tanh7", {"iterations": 5, "checkpoint_every": 15},
-                                _sweep((1e-3, 1e-2, 1e-1, 1.0), (None, 0.02, 0.1, 0.2), (64, 256, 1024)),
-                                arms=(PERSISTENT,), measures={"saturation": {"n": 5000, "histograms": False}}, rank=2),
+            "S9-sweep": Setting("tanh7", {"checkpoint_every": 15},
+                                _ALL_POINTS.variants(), (PERSISTENT,), _ALL_POINTS.arms,
+                                measures={"saturation": {"n": 5000, "histograms": False}}, rank=2),
             "S5": Setting("alexnet", {"checkpoint_every": 150}),
             "S6": Setting("resnet18", {"checkpoint_every": 350}, rank=2),
             "S8": Setting("spectrum", {}, measures={"end_points": {}, "hessian": _spectrum(2048, 300)}, rank=2),
@@ -197,6 +250,9 @@ PAPER: dict[tuple[str, str], Accuracies] = {
     ("S5", ""): Accuracies(80.46, 78.92, 80.74, 79.44),
     ("S6", ""): Accuracies(92.20, 91.94, 92.40, 92.18),
 }
+
+#: Channels of the first layer in the networks of the paper, by the recipe, where a setting may have fewer.
+PAPER_CHANNELS = {"alexnet": 64, "resnet18": 64, "spectrum": 64}
 
 #: Iterations and epochs (or steps) in the paper.
 PAPER_LENGTHS = {

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import xarray as xr
 
 from pnanalysis.estimates import Estimate
 from pnanalysis.reproduce.accuracy import CLAIM
 from pnanalysis.reproduce.cells import Result
 from pnanalysis.reproduce.markdown import UNKNOWN as DASH
-from pnanalysis.reproduce.markdown import Links, blocks, failures, number, significant, table, with_interval
+from pnanalysis.reproduce.markdown import Links, blocks, failures, number, significant, table
 from pnanalysis.reproduce.plan import Plan
 from pnanalysis.reproduce.settings import PERSISTENT, RESTART
-from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN, Claim, over_seeds, share, verdict
+from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN, Claim, claim, over_seeds, share
 
 _DEEP = -1.4  # a descent that ends below this value is in the deeper well, whose bottom is at -1.534
 PLATEAU, _MARGIN = 4.2, 0.01  # loss of the stuck networks of S2; one has left if it is 1 % below
+_WINDOW = "x drawn from -4 to 4 and y from -4 to 2"
 _MARKS = (1, 2, 5, 12, 20, 50, 99)
 _FEW = 12  # iterations, within which the paper's chain reaches its best loss
 _ROUND_OFF = float(np.finfo(np.float32).eps) ** 2  # squared error that rounding alone gives an output of size one
@@ -38,11 +41,22 @@ def two_well(plan: Plan, links: Links) -> str:
     return blocks(
         [
             table(["descent", "paper", "ends at", "value"], rows),
-            table(CLAIM, [claim.row for claim in two_well_claims(plan)]),
+            table(CLAIM, [each.row for each in two_well_claims(plan)]),
             failures(results, links),
             links.cells(results),
         ]
     )
+
+
+def descents(plan: Plan, arm: str) -> xr.Dataset | None:
+    """The descents of an arm of S1, or ``None`` if its cell is not done."""
+    found = _finished(plan.results("S1", "", arm), arm)
+    return found[0].dataset("descent") if found else None
+
+
+def is_deep(ds: xr.Dataset) -> np.ndarray:
+    """Whether each descent ends in the deeper well, shape (iteration,)."""
+    return np.asarray(ds.end_value.values < _DEEP)
 
 
 def two_well_claims(plan: Plan) -> list[Claim]:
@@ -56,9 +70,15 @@ def two_well_claims(plan: Plan) -> list[Claim]:
     for result in _finished(plan.results("S1", "", RESTART), RESTART):
         values = result.dataset("descent").end_value.values[1:]  # the first one is the plain descent
         deep = share(int((values < _DEEP).sum()), len(values))
-        text = "a random start of the window, without repulsion, leads to the deeper well"
-        found.append(Claim(text, DASH, f"{_percent(deep)} of {len(values)} starts", "1", DASH, main=False))
+        text = f"a plain descent from a random start leads to the deeper well ({_WINDOW})"
+        here = f"{_percent(deep)} of {len(values)}; one of two, the cost of the chain, in {_one_of_two(deep)}"
+        found.append(Claim(text, DASH, here, f"{len(values)} starts", DASH))
     return found
+
+
+def _one_of_two(deep: Estimate) -> str:
+    """How often at least one of two independent descents does what a share of them does."""
+    return _percent(replace(deep, **{name: 1 - (1 - getattr(deep, name)) ** 2 for name in ("value", "low", "high")}))
 
 
 def kink(plan: Plan, variant: str, links: Links) -> str:
@@ -66,12 +86,19 @@ def kink(plan: Plan, variant: str, links: Links) -> str:
     results = [result for arm in (PERSISTENT, RESTART) for result in plan.results("S2", variant, arm)]
     chains, restarts = (final_losses(plan, variant, arm) for arm in (PERSISTENT, RESTART))
     rows = []
-    if restarts.size:
-        rows.append([f"best loss of {len(restarts)} restarts, median", "0.33", significant(_best(restarts))])
+    for losses, name, paper in (
+        (restarts, "restarts", "0.33"),
+        (chains, "trainings of a chain", "0.10 (iteration 11)"),
+    ):
+        if losses.size:
+            rows += [
+                [f"best loss of {n} {name}, median", paper * (n == len(losses)) or DASH, significant(_best(losses[:n]))]
+                for n in _lengths(len(losses))
+            ]
+            off, stuck = trainings_until_off(losses)
+            until = significant(float(np.median(off))) + (f"; {stuck} of {len(off)} never" if stuck else "")
+            rows.append([f"{name} until off the plateau, median", DASH, until])
     if chains.size:
-        at = np.median(chains.argmin(0))
-        text = f"{significant(_best(chains))} (median iteration {at:.0f})"
-        rows.append([f"best loss of {len(chains)} iterations, median", "0.10 (iteration 11)", text])
         for mark in (m for m in _MARKS if m < len(chains)):
             rows.append([f"chains that have left by iteration {mark}", DASH, _of_chains(chains, mark)])
     if chains.size and restarts.size:
@@ -82,10 +109,27 @@ def kink(plan: Plan, variant: str, links: Links) -> str:
     return blocks(
         [
             table(["", "paper", "here"], rows),
-            table(CLAIM, [claim.row for claim in kink_claims(plan, variant)]),
+            table(CLAIM, [each.row for each in kink_claims(plan, variant)]),
+            _about_best(plan, variant),
             failures(results, links),
             links.cells(results),
         ]
+    )
+
+
+def _about_best(plan: Plan, variant: str) -> str:
+    """Why the best losses are given for two numbers of trainings."""
+    chains, restarts = _common(plan, variant)
+    if len(_lengths(min(len(chains), len(restarts)))) < 2:
+        return ""
+    n = _lengths(min(len(chains), len(restarts)))[-1]
+    return (
+        f"A network has left the plateau if its loss is below {left_below():.3g}. Losses below {_ROUND_OFF:.1e}, which "
+        f"is round-off, count as that. Best losses depend on the number of trainings. After {_FEW} of them, as many as "
+        "the paper's chain took to its best loss, they tell who has left. Later they tell how low a loss can get at "
+        "all. Every iteration is pushed from its minimum by all earlier ones, which presumably is why chains level "
+        f"off, whereas a restart may train to round-off: the best losses of {n} trainings have a median of "
+        f"{significant(_best(chains[:n]))} in chains, and of {significant(_best(restarts[:n]))} among restarts."
     )
 
 
@@ -102,20 +146,40 @@ def kink_claims(plan: Plan, variant: str) -> list[Claim]:
         few = min(_FEW, len(chains) - 1)
         early = share(_left_by(chains, few), chains.shape[1])
         text = f"most chains leave the plateau within {few} iterations"
-        found.append(Claim(text, "the only one", _of_chains(chains, few), _starts(chains), _above_half(early)))
+        found.append(Claim(text, "one chain, which does", _of_chains(chains, few), _starts(chains), _above_half(early)))
+        if restarts.size:
+            n = min(few + 1, len(restarts))
+            early = share(_left_by(restarts, n - 1), restarts.shape[1])
+            text = f"so do most sets of as many trainings, {n} restarts (control)"
+            found.append(Claim(text, DASH, _of_chains(restarts, n - 1), _starts(restarts), _above_half(early)))
     chains, restarts = _common(plan, variant)
     n = min(len(chains), len(restarts))
     if n:
-        # a loss may be exactly zero: below the squared round-off of an output, one is as good as another
-        best = [np.log10(np.maximum(losses[:n].min(0), _ROUND_OFF)) for losses in (chains, restarts)]
-        text = (
-            f"log10 of the best loss (at least {_ROUND_OFF:.1e}, round-off): {n} persistent iterations − {n} restarts "
-            "is negative"
-        )
-        ratio = over_seeds(best[0] - best[1])
-        here = with_interval(ratio, signed=True)
-        found.append(Claim(text, "-0.52", here, _starts(chains), verdict(ratio, -1)))
+        sooner = over_seeds(trainings_until_off(chains[:n])[0] - trainings_until_off(restarts[:n])[0])
+        text = f"a chain is off the plateau after fewer trainings than restarts (at most {n} are counted)"
+        found.append(claim(text, sooner, _starts(chains), sign=-1))
+        for k in _lengths(n):
+            # a loss may be exactly zero: below the squared round-off of an output, one is as good as another
+            best = [np.log10(np.maximum(losses[:k].min(0), _ROUND_OFF)) for losses in (chains, restarts)]
+            text = f"the best loss of {k} trainings of a chain is lower than that of {k} restarts (log10)"
+            ratio = over_seeds(best[0] - best[1])
+            found.append(claim(text, ratio, _starts(chains), sign=-1, paper=-0.52 if k == 100 else math.nan))
     return found
+
+
+def trainings_until_off(losses: np.ndarray) -> tuple[np.ndarray, int]:
+    """How many trainings each start needs until one is off the plateau, and for how many starts none is.
+
+    Those count as many trainings as there are, which is a lower bound.
+    """
+    off = losses < left_below()
+    until = np.where(off.any(0), off.argmax(0) + 1, len(losses)).astype(float)
+    return until, int((~off.any(0)).sum())
+
+
+def _lengths(n: int) -> list[int]:
+    """The numbers of trainings of which best losses are compared."""
+    return [_FEW, n] if n > _FEW else [n] if n else []
 
 
 def final_losses(plan: Plan, variant: str, arm: str, seeds: frozenset[int] | None = None) -> np.ndarray:

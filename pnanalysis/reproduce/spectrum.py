@@ -10,12 +10,15 @@ import xarray as xr
 
 from pnanalysis.analyses.diagnostics import estimate_of
 from pnanalysis.estimates import Estimate, OutlierCount
-from pnanalysis.reproduce.accuracy import CLAIM, Arms
+from pnanalysis.reproduce.accuracy import CLAIM, Arms, by_cell
 from pnanalysis.reproduce.cells import Result
-from pnanalysis.reproduce.markdown import Links, blocks, failures, table, with_interval
+from pnanalysis.reproduce.markdown import UNKNOWN as DASH
+from pnanalysis.reproduce.markdown import Links, blocks, failures, p_text, table
 from pnanalysis.reproduce.settings import PERSISTENT, RESTART
-from pnanalysis.reproduce.statistics import Claim, paired, rank, verdict
+from pnanalysis.reproduce.statistics import Claim, claim, paired, pooled_rank_p, rank
 
+#: The largest eigenvalue over the edge of the bulk, where there is a gap between them.
+_EDGE = "edge_ratio"
 #: Restarts that a rank needs.
 FEWEST = 10
 _QUANTITIES = {
@@ -24,6 +27,8 @@ _QUANTITIES = {
     "class_trace": "top C of the trace",
     "trace": "trace",
 }
+#: Of these the champion's rank among restarts is given.
+_RANKED = {**_QUANTITIES, "n_outliers": "outliers", _EDGE: "λ₁ / bulk edge"}
 
 
 def section(arms: Arms, links: Links, figure: str = "") -> str:
@@ -41,10 +46,11 @@ def section(arms: Arms, links: Links, figure: str = "") -> str:
         [
             arms.progress,
             table(columns, rows),
-            " ".join(filter(None, (note, _unequal(arms)))),
+            " ".join(filter(None, (note, _gaps(arms), _unequal(arms)))),
             figure,
             table(CLAIM, [claim.row for claim in claims(arms)]),
-            _ranks(arms),
+            _ranks(arms, links),
+            by_cell(arms, links) if arms.experiment == "S8" else "",
             failures(arms.all, links),
         ]
     )
@@ -84,18 +90,35 @@ def _estimate(at: xr.Dataset, name: str) -> Estimate:
     return estimate_of(at, name) if name in at else Estimate(math.nan)
 
 
-def value(result: Result, name: str, iteration: int) -> float:
-    """A number of a network's spectrum."""
+def values(result: Result, name: str) -> xr.DataArray:
+    """A number of all networks of a cell, NaN where it is unknown.
+
+    Without a gap there is no number of outliers, which is not a number of zero, and no edge of a bulk.
+    """
     ds = result.dataset("hessian")
-    return float(_at(ds, iteration)[name]) if name in ds else math.nan
+    unknown = xr.full_like(ds.n_outliers, np.nan, dtype=float)
+    if name == "n_outliers":
+        return ds.n_outliers.where(ds.n_outliers > 0)
+    if name == _EDGE:
+        if "bulk_edge_high" not in ds:
+            return unknown
+        return (ds.lambda_max / ds.bulk_edge_high).where((ds.n_outliers > 0) & (ds.bulk_edge_high > 0))
+    return ds[name].astype(float) if name in ds else unknown
+
+
+def value(result: Result, name: str, iteration: int) -> float:
+    """A number of one network."""
+    found = values(result, name)
+    return float(found.values[np.flatnonzero(found.iteration.values == iteration)[0]])
 
 
 def _by_seed(results: Mapping[int, Result], name: str, plain: bool) -> dict[int, float]:
-    return {
+    found = {
         seed: value(result, name, 0 if plain else result.champion)
         for seed, result in results.items()
         if result.has("hessian")
     }
+    return {seed: number for seed, number in found.items() if math.isfinite(number)}
 
 
 def _logs(values: Mapping[int, float]) -> dict[int, float]:
@@ -103,63 +126,99 @@ def _logs(values: Mapping[int, float]) -> dict[int, float]:
 
 
 def _later(results: Mapping[int, Result], name: str) -> dict[int, float]:
-    """The mean over the iterations after the plain one, by seed."""
+    """The mean over the later iterations with a known number, by seed: of its logarithm, or of a count itself."""
     found = {}
     for seed, result in results.items():
-        ds = result.dataset("hessian") if result.has("hessian") else xr.Dataset()
-        if name in ds and ds.sizes["checkpoint"] > 1:
-            found[seed] = float(ds[name].where(ds.iteration > 0).mean())
+        if result.has("hessian"):
+            each = values(result, name)
+            known = each.values[(each.iteration.values > 0) & np.isfinite(each.values)]
+            if name != "n_outliers":
+                known = np.log10(known[known > 0])
+            if len(known):
+                found[seed] = float(known.mean())
     return found
+
+
+def _gaps(arms: Arms) -> str:
+    """In how many networks there is a number of outliers at all."""
+    parts = []
+    for arm in (PERSISTENT, RESTART):
+        found = [values(r, "n_outliers").values for r in arms.finished(arm).values() if r.has("hessian")]
+        if found:
+            counts = np.concatenate(found)
+            parts.append(f"{np.isfinite(counts).sum()} of {len(counts)} networks of the {arm} arm")
+    return (
+        f"There is a gap in {' and '.join(parts)}; without one, the number of outliers and the edge of the bulk are "
+        "unknown, and claims about them are made of the others."
+    )
 
 
 def claims(arms: Arms) -> list[Claim]:
     """The paper's two claims: fewer outliers, and a largest eigenvalue that is closer to the rest."""
     persistent, restart = arms.finished(PERSISTENT), arms.finished(RESTART)
     found = []
-    for claim, name in (
-        ("fewer outliers", "n_outliers"),
-        ("log10 λ₁ is lower", "lambda_max"),
-        ("log10 λ₁ / λ_C is lower", "class_ratio"),
+    for has, name, said in (
+        ("fewer outliers than", "n_outliers", "yes"),
+        ("a smaller λ₁ / bulk edge (log10) than", _EDGE, "yes"),
+        ("a smaller λ₁ (log10) than", "lambda_max", DASH),
+        ("a smaller λ₁ / λ_C (log10) than", "class_ratio", DASH),
     ):
         champion = _by_seed(persistent, name, False)
-        for text, first, second in (
-            ("champion − plain", champion, _by_seed(persistent, name, True)),
-            ("champion − best restart", champion, _by_seed(restart, name, False)),
-            ("mean persistent iteration − mean restart", _later(persistent, name), _later(restart, name)),
-        ):
-            pair = (first, second) if name == "n_outliers" else (_logs(first), _logs(second))
-            difference, n = paired(*pair), len(pair[0].keys() & pair[1].keys())
-            here, judged = with_interval(difference, signed=True), verdict(difference, -1)
-            said = "yes" if text.endswith("plain") else "–"
-            found.append(Claim(f"{text}: {claim}", said, here, str(n), judged, main=not text.endswith("best restart")))
+        others = [_by_seed(persistent, name, True), _by_seed(restart, name, False)]
+        if name != "n_outliers":
+            champion, *others = map(_logs, (champion, *others))
+        for text, first, second, paper, main in (
+            (f"the champion has {has} the plain model", champion, others[0], said, True),
+            (f"the champion has {has} the best restart", champion, others[1], DASH, False),
+            (f"persistent iterations have on average {has} restarts", _later(persistent, name), _later(restart, name),
+             DASH, True),
+        ):  # fmt: skip
+            n = len(first.keys() & second.keys())
+            found.append(claim(text, paired(first, second), n, sign=-1, paper=paper, main=main))
     return found
 
 
-def _ranks(arms: Arms) -> str:
-    """How many plain restarts of the same seed have a smaller number than the champion."""
+def _ranks(arms: Arms, links: Links) -> str:
+    """How many plain restarts of the same seed have a smaller number than the champion, and all seeds together."""
     persistent, restart = arms.finished(PERSISTENT), arms.finished(RESTART)
-    rows = []
+    rows: list[list[str]] = []
+    low: dict[str, list[tuple[int, int]]] = {name: [] for name in _RANKED}
+    high: dict[str, list[tuple[int, int]]] = {name: [] for name in _RANKED}
     for seed in sorted(persistent.keys() & restart.keys()):
         champion, control = persistent[seed], restart[seed]
         if not (champion.has("hessian") and control.has("hessian")):
             continue
-        row = [f"seed {seed}", f"iteration {champion.champion}"]
-        for name in _QUANTITIES:
-            ds = control.dataset("hessian")
-            others = ds[name].values if name in ds else np.array([])
-            below, n = rank(value(champion, name, champion.champion), others)
-            row.append(f"{below} of {n}" if n >= FEWEST else f"{below} of {n} (too few)")
+        row = [f"{links.cell(champion.cell)}, {links.cell(control.cell)}", f"iteration {champion.champion}"]
+        for name in _RANKED:
+            each = values(control, name)
+            others = each.values[each.iteration.values > 0]  # iteration 0 is the champion's own plain model
+            here = value(champion, name, champion.champion)
+            below, n = rank(here, others)
+            equal = int((others == here).sum())
+            if math.isnan(here) or not n:
+                row.append(DASH)
+                continue
+            low[name].append((below + equal, n))
+            high[name].append((n - below, n))
+            row.append(f"{below} of {n}{f', {equal} equal' * bool(equal)}{' (too few)' * (n < FEWEST)}")
         rows.append(row)
     if not rows:
         return ""
-    text = "Plain restarts whose number is smaller than the champion's:"
-    return f"{text}\n\n" + table(["", "champion", *_QUANTITIES.values()], rows)
+    rows.append(["all seeds: p of ranks so low", "", *(p_text(pooled_rank_p(low[name])) for name in _RANKED)])
+    rows.append(["all seeds: p of ranks so high", "", *(p_text(pooled_rank_p(high[name])) for name in _RANKED)])
+    text = (
+        "Plain restarts whose number is smaller than the champion's (the plain model itself, from which the chain "
+        "starts, is not among them). The last rows give the exact one-sided probability that the sum of these ranks "
+        "is so extreme if the champion is one more restart; ties count against it. A single seed with n restarts "
+        "cannot be more extreme than 1 in n + 1."
+    )
+    return f"{text}\n\n" + table(["cells", "champion", *_RANKED.values()], rows)
 
 
 def densities(arms: Arms) -> list[tuple[str, xr.Dataset]]:
-    """The spectra of one seed of each arm, for the figure."""
+    """The spectra of the lowest seed of each arm, for the figure."""
     return [
-        (arm, found[min(found)].dataset("hessian"))
+        (f"{arm}, seed {min(found)}", found[min(found)].dataset("hessian"))
         for arm in (PERSISTENT, RESTART)
         if (found := {seed: r for seed, r in arms.finished(arm).items() if r.has("hessian")})
     ]

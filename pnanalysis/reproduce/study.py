@@ -74,6 +74,7 @@ def reproduce(
     """
     plan = make_plan(experiments, scale, seeds, out)
     at_least(1, jobs=jobs)
+    plan.check()
     page = page or out / "RESULTS.md"
     if not train:
         return write_page(plan, page)

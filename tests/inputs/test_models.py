@@ -74,6 +74,18 @@ def test_a_narrow_resnet18_has_the_same_layers() -> None:
     assert build_model("resnet18", {"width": 64}).state_dict().keys() == shapes.keys()
 
 
+def test_a_narrow_alexnet_has_the_same_layers() -> None:
+    narrow, network = build_model("alexnet", {"width": 8}), build_model("alexnet")
+    shapes, own = ({key: tuple(v.shape) for key, v in net.state_dict().items()} for net in (network, narrow))
+    assert list(own) == list(shapes)
+    assert own["features.0.weight"] == (8, 3, 3, 3)
+    assert own["features.10.weight"] == (32, 32, 3, 3)
+    assert own["classifier.1.weight"] == (512, 32 * 9)
+    assert own["classifier.6.weight"] == (10, 512)
+    assert narrow(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert shapes == {key: tuple(v.shape) for key, v in build_model("alexnet", {"width": 64}).state_dict().items()}
+
+
 def test_losses_by_name_and_unknown_ones() -> None:
     assert resolve_loss("mse") is nn.functional.mse_loss
     with pytest.raises(ModelError, match="cross_entropy"):

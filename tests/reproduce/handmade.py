@@ -15,7 +15,15 @@ from pnanalysis.reproduce.plan import Plan
 Errors = Sequence[tuple[float, float]]
 
 
-def put(plan: Plan, cell: Cell, errors: Errors, *, seconds: float = 1.0, **more: xr.Dataset) -> None:
+def put(
+    plan: Plan,
+    cell: Cell,
+    errors: Errors,
+    *,
+    seconds: float = 1.0,
+    layers: Sequence[Sequence[str]] = (),
+    **more: xr.Dataset,
+) -> None:
     """Save a finished cell of an image experiment."""
     validation, test = np.array(errors).T
     datasets = {"history": history(validation, test), "end_points": end_points(validation, test), **more}
@@ -23,7 +31,7 @@ def put(plan: Plan, cell: Cell, errors: Errors, *, seconds: float = 1.0, **more:
         **planned(cell, plan.scale, plan.setting(cell.experiment)),
         "status": "finished", "failure": None, "champion": int(np.argmin(validation)), "data": {"name": "digits"},
         "cost": {"training_seconds": seconds, "measuring_seconds": 0.5, "epochs": 4, "products": 7},
-        "device_name": "test machine", "cores": 2,
+        "device_name": "test machine", "cores": 2, "layers": layers,
     }  # fmt: skip
     plan.store.save(cell, record, datasets)
 
@@ -83,6 +91,16 @@ def spectrum(lambda_max: Sequence[float], outliers: Sequence[int]) -> xr.Dataset
     return xr.Dataset(variables, coords)
 
 
+def saturation(measure: Sequence[float]) -> xr.Dataset:
+    """Saturation measures by iteration, the same in both layers and, after the first one, at both epochs."""
+    values = np.broadcast_to(np.array(measure)[:, None, None], (len(measure), 2, 2))
+    names = ("iteration", "epoch", "layer")
+    variables: dict[str, Any] = dict.fromkeys(("saturation_measure", "saturated_share"), (names, values))
+    variables["abs_percentile"] = (("quantile", *names), np.stack([values / 2, values]))
+    coords = {"iteration": range(len(measure)), "epoch": [1, 2], "layer": ["tanh1", "tanh2"], "quantile": [50, 98]}
+    return xr.Dataset(variables, coords)
+
+
 def gradients(halves: np.ndarray, fluctuation: float) -> xr.Dataset:
     """A split of the persistent gradient: differences of halves, shape (iteration, layer), in their standard errors."""
     shape, each = halves.shape, ("iteration", "layer")
@@ -93,5 +111,7 @@ def gradients(halves: np.ndarray, fluctuation: float) -> xr.Dataset:
         "fluctuation_norm": ((*each, "epoch"), np.full((*shape, 2), fluctuation)),
         "loss_gradient_norm": ((*each, "epoch"), np.full((*shape, 2), 0.5)),
         "last_flip": (each, np.ones(shape)),
+        "sign": ((*each, "epoch", "end"), np.ones((*shape, 2, 2))),
     }
-    return xr.Dataset(variables, {"layer": [f"fc{i}" for i in range(shape[1])], "epoch": [1, 2]})
+    coords = {"iteration": range(1, len(halves) + 1), "layer": [f"fc{i}" for i in range(shape[1])], "epoch": [1, 2]}
+    return xr.Dataset(variables, coords)

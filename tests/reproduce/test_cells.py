@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,3 +87,28 @@ def test_cells_of_other_settings_are_refused(tmp_path: Path) -> None:
     (plan.store.path(CELL) / RECORD).write_text("{}")
     with pytest.raises(RunError, match="not the record of a cell"):
         plan.store.load(CELL, "smoke", setting)
+
+
+def test_cells_of_other_defaults_or_data_are_not_compared(tmp_path: Path) -> None:
+    plan = make_plan(["S4"], "smoke", 2, tmp_path)
+
+    def put_with(seed: int, data: dict[str, str], **config: object) -> None:
+        cell = Cell("S4", "", seed, "persistent")
+        record = {**planned(cell, "smoke", plan.setting("S4")), "status": "failed", "data": data}
+        plan.store.save(cell, {**record, "config": {"epochs": 7 + seed, "seed": seed, **config}}, {})
+
+    put_with(0, {"name": "imagefolder", "fingerprint": "a"}, lr=0.001, old=1)
+    put_with(1, {"name": "cifar10", "fingerprint": "a"}, lr=0.001, new=2)
+    plan.check()  # epochs are an option, which has been checked, and a setting that one version lacks is none
+    shutil.rmtree(tmp_path / "cells" / "S4-seed1-persistent")
+    put_with(1, {"name": "imagefolder", "fingerprint": "b"}, lr=0.001)
+    with pytest.raises(
+        RunError, match="S4-seed1-persistent: was made with 'b' for the fingerprint of the data, and S4"
+    ):
+        plan.check()
+    shutil.rmtree(tmp_path / "cells" / "S4-seed1-persistent")
+    put_with(1, {"name": "imagefolder", "fingerprint": "a"}, lr=0.01)
+    with pytest.raises(
+        RunError, match="with 0.01 for the recipe's lr, and S4-seed0-persistent with 0.001; .*another --out"
+    ):
+        plan.check()

@@ -17,8 +17,9 @@ from pnanalysis.errors import DataError, PnError, RunError
 from pnanalysis.io.lock import Lock
 from pnanalysis.reproduce.cells import Cell
 from pnanalysis.reproduce.data import prepare
+from pnanalysis.reproduce.finish import is_of_setting
 from pnanalysis.reproduce.plan import Forecast, Plan, chosen_cells, duration, make_plan
-from pnanalysis.reproduce.running import Worker, run_cells, study_command, training_command
+from pnanalysis.reproduce.running import Worker, run_cells, set_aside_if_other, study_command, training_command
 from pnanalysis.reproduce.settings import SCALES
 from pnanalysis.reproduce.study import reproduce
 from tests.reproduce.handmade import put
@@ -77,9 +78,12 @@ def test_a_failure_does_not_stop_the_others(plan: Plan) -> None:
 def test_the_budget_ends_what_is_running(plan: Plan) -> None:
     worker = Instant(plan, slow=plan.cells[1].id)
     started = time.monotonic()
-    assert not run_cells(plan, plan.cells, worker, jobs=1, minutes=0.05, log=lambda line: None)
+    lines: list[str] = []
+    assert not run_cells(plan, plan.cells, worker, jobs=1, minutes=0.05, log=lines.append)
     assert time.monotonic() - started < 30
     assert worker.made == [plan.cells[0].id]
+    assert lines[-1].startswith("stopped after 0.05 minutes with 9 of 10 cells to do: about 4 s left, and 6 cells of")
+    assert lines[-1].endswith("run the same command again to continue")
     assert run_cells(plan, plan.cells, Instant(plan), jobs=1, log=lambda line: None)
 
 
@@ -118,12 +122,18 @@ def test_a_training_that_was_not_timed_tells_nothing_of_the_others(
 
     monkeypatch.setattr("pnanalysis.reproduce.plan.open_run", begun)
     forecast = Forecast(plan, tmp_path)
-    assert forecast.left(plan.cells, 1) == "about 6 min left, and 2 cells of unknown length"
+    # each of S4 takes three minutes, and of one of them a minute is done
+    assert forecast.left(plan.cells, 1) == "about 5 min left, and 2 cells of unknown length"
+    assert forecast.progress(Cell("S4", "", 0, "restart")) == "S4-seed0-restart 33 %"
+    assert forecast.progress(plan.cells[0]) == "S1-seed0-persistent"
 
 
 def test_commands_are_those_of_the_trainer(tmp_path: Path) -> None:
+    import typer
+
     import trainers.cli
 
+    command = typer.main.get_command(trainers.cli.app)
     for scale, chosen in SCALES.items():
         for cell in make_plan(["all"], scale, 1, tmp_path).cells:
             setting = chosen.settings[cell.experiment]
@@ -131,14 +141,49 @@ def test_commands_are_those_of_the_trainer(tmp_path: Path) -> None:
                 assert study_command(cell, setting, tmp_path, "cpu")[0] == "trainers.runs.kink_study"
                 continue
             arguments = training_command(cell, setting, tmp_path / "run", "digits", "cpu")[1:]
-            _parse(trainers.cli.app, list(arguments))
+            command.make_context("pntrain", list(arguments))
             assert ("--strategy" in arguments) == (cell.arm == "restart")
 
 
-def _parse(app: Any, arguments: list[str]) -> None:
-    import typer
+def test_a_training_of_earlier_settings_makes_way(tmp_path: Path) -> None:
+    plan = make_plan(["S5", "S4"], "cpu", 1, tmp_path)
+    s5, s4 = Cell("S5", "", 0, "restart"), Cell("S4", "", 0, "persistent")
 
-    typer.main.get_command(app).make_context("pntrain", arguments)
+    def begin(cell: Cell, n_train: int, **changed: Any) -> Path:
+        setting, run = plan.setting(cell.experiment), tmp_path / cell.id
+        run.mkdir()
+        config = {"recipe": setting.recipe, **setting.training(cell.variant, cell.arm), **changed}
+        manifest = {"format": "pnanalysis-run", "schema_version": 1, "id": "a", "recipe": setting.recipe,
+                    "config": config, "model": {"name": "lenet5"}, "data": {"name": "x", "n_train": n_train},
+                    "ends": [], "champion": None}  # fmt: skip
+        (run / "run.json").write_text(json.dumps(manifest))
+        set_aside_if_other(cell, setting, run)
+        return run
+
+    aside = []
+    for n_train, changed in ((10_000, {"epochs": 6}), (10_000, {"model_options": {}}), (5_000, {})):
+        assert not begin(s5, n_train, **changed).exists()
+        aside.append(f"{s5.id}.other{len(aside) or ''}")
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == aside
+    for cell, n_train, changed in ((s5, 9_999, {"iterations": 3}), (s4, 50_000, {})):  # these go on
+        assert begin(cell, n_train, **changed).is_dir()
+    begun: dict[str, Any] = {
+        "config": {"recipe": "alexnet", **plan.setting("S5").training("", "restart")},
+        "data": {"n_train": 10_000},
+    }
+    assert is_of_setting(begun, s5, plan.setting("S5"))
+    begun["config"]["iterations"] = 3  # may go on, but is no result
+    assert not is_of_setting(begun, s5, plan.setting("S5"))
+
+
+def test_controls_of_the_sweep_are_trained_once_for_all_strengths(tmp_path: Path) -> None:
+    cells = make_plan(["S9-sweep"], "cpu", 1, tmp_path).cells
+    assert sum(cell.arm == "persistent" for cell in cells) == 32
+    controls = {cell.variant for cell in cells if cell.arm == "restart"}
+    assert len(controls) == 8
+    assert {cell.variant.rpartition("-lam")[0] for cell in cells if cell.arm == "persistent"} == controls
+    setting = SCALES["cpu"].settings["S9-sweep"]
+    assert setting.training("width64-std0.3", "restart")["init_std"] == 0.3
 
 
 def test_names_that_do_not_exist_are_refused(tmp_path: Path, plan: Plan) -> None:
@@ -193,7 +238,7 @@ def test_the_command_makes_a_cell_and_a_page_which_another_folder_gets_again(
     assert made[0] == made[1]
     text = made[0][-1]
     assert b"1 of 2 points have a cell" in text
-    assert b"| width32-xavier-lam1 | 0." in text
+    assert b"| 32 | Xavier (0.177) | 1 | 0." in text
     # the next call only writes the page
     assert run("pnanalysis", "reproduce", "S9", "--out", tmp_path / "first", "--seeds", 1, "--tables").status == 0
     assert (tmp_path / "first" / "RESULTS.md").read_bytes() == text

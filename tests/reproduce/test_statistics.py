@@ -9,7 +9,18 @@ import pytest
 from scipy import stats
 
 from pnanalysis.estimates import Estimate
-from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN, over_seeds, paired, rank, share, verdict
+from pnanalysis.reproduce.statistics import (
+    FAILS,
+    HOLDS,
+    UNKNOWN,
+    claim,
+    over_seeds,
+    paired,
+    pooled_rank_p,
+    rank,
+    share,
+    verdict,
+)
 
 
 def test_the_interval_is_students() -> None:
@@ -66,3 +77,24 @@ def test_shares_and_ranks() -> None:
     assert (part.low, part.high) == pytest.approx((0.863, 0.966), abs=1e-3)
     assert math.isnan(share(0, 0).value)
     assert rank(2.0, [1.0, 1.5, 2.0, 3.0, math.nan]) == (2, 4)
+
+
+def test_ranks_of_several_seeds_are_pooled_exactly() -> None:
+    assert pooled_rank_p([(0, 10)]) == pytest.approx(1 / 11)
+    assert pooled_rank_p([(0, 10)] * 3) == pytest.approx(1 / 11**3)
+    # of 3 x 4 equally likely pairs of ranks, (0, 0), (0, 1) and (1, 0) have at most this sum
+    assert pooled_rank_p([(1, 2), (0, 3)]) == pytest.approx(3 / 12)
+    assert pooled_rank_p([(10, 10), (10, 10)]) == pytest.approx(1)
+    assert math.isnan(pooled_rank_p([]))
+
+
+@pytest.mark.parametrize(
+    ("paper", "said"),
+    [(1.0, "+1.00, inside"), (1.84, "+1.84, outside"), (math.nan, "–"), ("yes", "yes")],
+)
+def test_the_papers_number_is_inside_the_interval_or_not(paper: float | str, said: str) -> None:
+    found = claim("it is better", over_seeds([0.9, 1.0, 1.2]), 3, paper=paper)
+    assert (found.paper, found.verdict) == (said, HOLDS)
+    assert found.p == pytest.approx(float(stats.ttest_1samp([0.9, 1.0, 1.2], 0).pvalue), rel=1e-6)
+    one = claim("it is better", over_seeds([0.9]), 1, paper=1.0)
+    assert (one.paper, one.verdict, math.isnan(one.p)) == ("+1.00", UNKNOWN, True)

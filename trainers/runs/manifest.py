@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pnanalysis.errors import USER_ERRORS, DivergenceError, PnError, ProcessLost, reason
+from pnanalysis.io.hardware import cpu_name
 from pnanalysis.io.writer import RunWriter
 from pnanalysis.schema import provenance
 from trainers.recipes import Config
@@ -36,9 +37,7 @@ def describe(config: Config, device: torch.device, **entries: Any) -> dict[str, 
         "seeds": {"run": config.seed, "split": config.split_seed},
         "versions": {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "git_revision": git_revision(),
         "command": provenance()["command"],
         "started": started,

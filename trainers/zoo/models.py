@@ -18,7 +18,7 @@ from pnanalysis.torch_internals import BatchNormBase
 
 CIFAR_SHAPE = (3, 32, 32)
 TANH_WIDTH = 256
-RESNET_WIDTH = 64
+ALEXNET_WIDTH = RESNET_WIDTH = 64
 
 
 class ImageNetwork(nn.Sequential):
@@ -52,20 +52,38 @@ def lenet5(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> n
     )
 
 
-def alexnet(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10) -> nn.Module:
+def alexnet(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10, width: int = ALEXNET_WIDTH) -> nn.Module:
     """AlexNet from torchvision, adapted to small images.
 
     The first convolution, 11x11 with stride 4, becomes 3x3 with stride 1. The adaptive pooling to 6x6, which would only
-    repeat the 3x3 map that remains of 32x32, is removed, and the first fully connected layer fits that map.
+    repeat the 3x3 map that remains of 32x32, is removed, and the first fully connected layer fits that map. Its
+    ``width`` channels are 64 in the paper; another number scales those of all hidden layers in proportion.
     """
     from torchvision import models  # slow to import
 
     network = models.alexnet(num_classes=num_classes)
-    network.features[0] = nn.Conv2d(input_shape[0], 64, kernel_size=3, padding=1)
+    network.features[0] = nn.Conv2d(input_shape[0], ALEXNET_WIDTH, kernel_size=3, padding=1)
     network.avgpool = nn.Identity()
-    network.classifier[1] = nn.Linear(_flat_size(network.features, input_shape), 4096)
+    if width != ALEXNET_WIDTH:
+        _scale_alexnet(network, width)
+    units = network.classifier[4].in_features
+    network.classifier[1] = nn.Linear(_flat_size(network.features, input_shape), units)
     network.input_shape = tuple(input_shape)
     return network
+
+
+def _scale_alexnet(network: Any, width: int) -> None:
+    """Give the hidden layers another number of channels, in place."""
+    before = network.features[0].in_channels
+    for i, layer in enumerate(network.features):
+        if isinstance(layer, nn.Conv2d):
+            channels = max(layer.out_channels * width // ALEXNET_WIDTH, 1)
+            shape: Any = (layer.kernel_size, layer.stride, layer.padding)
+            network.features[i] = nn.Conv2d(before, channels, *shape)
+            before = channels
+    units = max(network.classifier[4].in_features * width // ALEXNET_WIDTH, 1)
+    network.classifier[4] = nn.Linear(units, units)
+    network.classifier[6] = nn.Linear(units, network.classifier[6].out_features)
 
 
 def resnet18(input_shape: Sequence[int] = CIFAR_SHAPE, num_classes: int = 10, width: int = RESNET_WIDTH) -> nn.Module:
