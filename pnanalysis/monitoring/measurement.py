@@ -27,8 +27,8 @@ from pnanalysis.monitoring.preconditioners import (
     training_groups,
 )
 from pnanalysis.spectra.inner_products import norms
-from pnanalysis.spectra.linear_operator import LinearOperator, as_operator
-from pnanalysis.spectra.random_vectors import random_unit_vectors
+from pnanalysis.spectra.linear_operator import LinearOperator, arithmetic, as_operator
+from pnanalysis.spectra.random_vectors import random_signs, random_unit_vectors
 from pnanalysis.spectra.restarted import extreme_pairs
 from pnanalysis.spectra.trace import trace_estimate
 
@@ -40,6 +40,10 @@ Reader = Callable[[torch.optim.Optimizer, Mapping[str, nn.Parameter]], Precondit
 #: Length of the random part of a start vector, relative to that of the last eigenvectors. It finds eigenvalues that
 #: have come to the top since, of which these have no part.
 _RANDOM = 0.2
+#: How many times the loss is seen with weights moved by their round-off, and how much larger what is believed is.
+_NEAR, _SAFE = 3, 4.0
+#: Half the distance of two numbers near one in the format of matrix products that keeps 10 bits.
+_TENSOR_FLOAT = 2.0**-11
 #: Vectors of the Lanczos basis beyond two for each eigenvalue: from a good start, few products suffice.
 _FURTHER = 6
 
@@ -155,14 +159,16 @@ class Measurement:
             return {}
         record: Record = {"learning_rate": found.learning_rate, "threshold": found.threshold}
         op = self.operator
+        # one term, whether the optimizer adds it to the gradient or the monitor was given it, too
+        counted = op.weight_decay if any(found.decay.values()) else 0.0
         if found.constant and all(parameters[op.parameter_of(name)].requires_grad for name in op.names):
-            moved = lambda_max + next(iter(found.decay.values()))
+            moved = lambda_max + next(iter(found.decay.values())) - counted
             return record | {"preconditioned_lambda_max": moved, "preconditioned_residual": residual}
         if found.inverse is None:  # before the first step
             return record
         inverse = op.vector_of(found.inverse)
         decay = op.vector_of(
-            {name: torch.full_like(tensor, found.decay[name]) for name, tensor in found.inverse.items()}
+            {name: torch.full_like(tensor, found.decay[name] - counted) for name, tensor in found.inverse.items()}
         )
         values, residuals = self._preconditioned.pairs(PreconditionedOperator(op, inverse, decay), 1)
         return record | {"preconditioned_lambda_max": values[0], "preconditioned_residual": residuals[0]}
@@ -181,13 +187,24 @@ class Measurement:
         groups = training_groups(optimizer, parameters) or optimizer.param_groups
         rate = max(float(group["lr"]) for group in groups)
         back = op.vector_of(before) - op.vector_of(parameters)  # made with each group's own learning rate
-        moved = rate > 0 and bool(back.any())
-        low, high = critical_scale(lambda scale: op.loss_at((1 - scale) * back)) if moved else (np.nan, np.nan)
+        # each number in its own precision: a step that is lost in their round-off has no direction
+        spacing = op.vector_of({name: p.detach() * torch.finfo(p.dtype).eps for name, p in parameters.items()})
+        low = high = np.nan
+        if rate > 0 and float(back.norm()) > float(spacing.norm()):
+            low, high = critical_scale(lambda scale: op.loss_at((1 - scale) * back), self._round_off_of_loss(parameters))
+        low, high = 2 / (rate * high) if rate else np.nan, 2 / (rate * low) if rate else np.nan
         return {
-            "critical_sharpness": 2 / (rate * (low * high) ** 0.5) if moved else np.nan,
-            "critical_sharpness_low": 2 / (rate * high) if moved else np.nan,
-            "critical_sharpness_high": 2 / (rate * low) if moved else np.nan,
-        }
+            "critical_sharpness": (low * high) ** 0.5, "critical_sharpness_low": low, "critical_sharpness_high": high,
+        }  # fmt: skip
+
+    def _round_off_of_loss(self, parameters: Mapping[str, Tensor]) -> float:
+        """By how much the loss may change for nothing: seen where all weights move to the next numbers, up or down."""
+        op = self.operator
+        eps = _TENSOR_FLOAT if arithmetic(op) == "tf32" else torch.finfo(op.dtype).eps
+        near, value = op.vector_of(parameters) * eps, op.loss()
+        signs = random_signs(len(near), range(_NEAR), self.wanted.seed, op.device)
+        changes = [abs(op.loss_at(near * one) - value) for one in signs.T]
+        return _SAFE * max(eps * abs(value), *changes)
 
     def _gradients(self) -> Record:
         """Norm of the gradient over all data, and the noise scale from those of batches."""

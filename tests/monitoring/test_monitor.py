@@ -336,6 +336,27 @@ def test_chosen_layers_that_are_frozen_are_not_preconditioned(make: Any) -> None
     assert found == pytest.approx(float(torch.linalg.eigvalsh(moved)[-1]), rel=1e-3)
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.AdamW])
+def test_weight_decay_of_optimizer_and_monitor_is_one_term(make: Any) -> None:
+    """The decay that the optimizer adds to the gradient takes the place of that among the monitor's options."""
+    (x, y), model = data(dtype=torch.float64), network(torch.float64)
+    optimizer = make([{"params": model[4].parameters()}, {"params": model[:2].parameters(), "weight_decay": 0.2}],
+                     lr=0.1, weight_decay=0.5)  # fmt: skip
+    options: dict[str, Any] = {"weight_decay": 0.5, "trace_probes": 0, "tolerance": 1e-7}
+    with pn.CurvatureMonitor(model, optimizer, (x, y), every=1, **options, **FEW) as monitor:
+        step(model, optimizer, x, y)
+    ds = monitor.dataset().sel(step=1)
+    operator = pn.HessianOperator(model, F.cross_entropy, [(x, y)], **FEW)
+    dense, found = operator.to_dense(), read_preconditioner(optimizer, dict(model.named_parameters()))
+    assert float(ds.lambda_max) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]) + 0.5, rel=1e-9)
+    decay = operator.vector_of({n: torch.full_like(p, found.decay[n]) for n, p in model.named_parameters()})
+    if make is torch.optim.AdamW:  # decoupled: that of the options is part of the loss
+        decay = torch.full_like(decay, 0.5)
+    root = operator.vector_of(found.inverse or {}).sqrt()
+    moved = root[:, None] * (dense + decay.diag()) * root
+    assert float(ds.preconditioned_lambda_max) == pytest.approx(float(torch.linalg.eigvalsh(moved)[-1]), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
