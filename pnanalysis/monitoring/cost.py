@@ -35,6 +35,11 @@ class CostCap:
         self._begun: float | None = None
         self._total = 0.0
 
+    def resume(self, training: float, measuring: float) -> None:
+        """Count the seconds of an earlier part of the training, too."""
+        self.measuring += measuring
+        self._total += training + measuring
+
     def start(self) -> None:
         """Training goes on from here."""
         self._begun = self.clock()

@@ -23,7 +23,7 @@ from pnanalysis.inputs.data import DataLike, as_splits
 from pnanalysis.inputs.models import Loss, resolve_loss
 from pnanalysis.inputs.random_states import random_states_kept
 from pnanalysis.inputs.splits import Split
-from pnanalysis.io.datasets import check_destination, save
+from pnanalysis.io.datasets import check_destination, load, save
 from pnanalysis.kinds import SCHEMAS
 from pnanalysis.monitoring.cost import CostCap
 from pnanalysis.monitoring.measurement import Measurement, Reader, Record, Wanted
@@ -74,7 +74,10 @@ class CurvatureMonitor:
     max_hvp : int
         The most products for the eigenvalues of one matrix.
     path : path, optional
-        Save the dataset there after each measurement.
+        Save the dataset there after each measurement. A file that is there is replaced, unless a training is resumed.
+    first_step : int
+        Steps that the optimizer has made before, where a training is resumed. Measurements go on from there, after
+        those up to this step that are in ``path`` and in CSV files; those of later steps are dropped.
     sinks : sequence
         Functions of the step and a mapping of numbers, or paths of CSV files; see :mod:`pnanalysis.monitoring.sinks`
         for TensorBoard and Weights & Biases.
@@ -123,6 +126,7 @@ class CurvatureMonitor:
         tolerance: float = 0.01,
         max_hvp: int = 200,
         path: str | os.PathLike[str] | None = None,
+        first_step: int = 0,
         sinks: Sequence[Any] = (),
         preconditioner: Reader | None = None,
         seed: int = 0,
@@ -130,15 +134,16 @@ class CurvatureMonitor:
     ) -> None:
         at_least(1, every=every, n=n, batch_size=batch_size, top=top, max_hvp=max_hvp)
         positive(max_cost=max_cost, tolerance=tolerance)
+        at_least(0, first_step=first_step)
         check_seed(seed=seed)
         if trace_probes:
             at_least(2, trace_probes=trace_probes)
         if every is None and max_cost is None:
             max_cost = DEFAULT_COST
         self.model, self.optimizer = model, _inner_optimizer(optimizer)
-        self.every, self.step = every or 1, 0
+        self.every, self.step = every or 1, first_step
         self.path = None if path is None else check_destination(path)
-        self._sinks = [as_sink(one) for one in sinks]
+        self._sinks = [as_sink(one, first_step) for one in sinks]
         self._records: list[Record] = []
         self._steps: list[int] = []
         self._seconds: list[float] = []
@@ -162,24 +167,69 @@ class CurvatureMonitor:
             self._measurement = Measurement(
                 model, resolve_loss(loss), part.batches(size), wanted, self._reading, **options
             )
+        if self.path is not None and first_step and self.path.exists():
+            self.resume(load(self.path))
         operator = self._measurement.operator
         self._attrs |= {"n": operator.n_examples, "device": str(device), "dtype": str(operator.dtype).split(".")[-1]}
 
     def __enter__(self) -> CurvatureMonitor:
-        self._hooks.callback(self.optimizer.register_step_pre_hook(self._before_step).remove)
-        self._hooks.callback(self.optimizer.register_step_post_hook(self._after_step).remove)
-        if not self._steps:
-            self.measure()
-        self._cost.start()
+        self.start()
+        self._hooks.enter_context(self.watching())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.close()
+        self.stop()
+
+    def start(self) -> None:
+        """Training goes on from here; the first measurement is made."""
+        if not self._steps or self._steps[-1] != self.step:
+            self.measure()
+        self._cost.start()
+
+    def stop(self) -> None:
+        """Training has ended."""
         self._cost.stop()
         if self.path is not None and self._steps:
             self.save(self.path)  # with the cost of the whole training
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """In the body, each step of the optimizer counts and may be followed by a measurement."""
+        with ExitStack() as hooks:
+            hooks.callback(self.optimizer.register_step_pre_hook(self._before_step).remove)
+            hooks.callback(self.optimizer.register_step_post_hook(self._after_step).remove)
+            yield
+
+    def resume(self, ds: xr.Dataset) -> None:
+        """Go on after the measurements of an earlier part of the training, up to the step that it resumes at.
+
+        Parameters
+        ----------
+        ds : xarray.Dataset
+            Kind ``curvature_monitor``, along ``step``.
+
+        Raises
+        ------
+        PnError
+            If it is no such dataset, or has other eigenvalues.
+        """
+        if ds.attrs.get("kind") != "curvature_monitor" or "step" not in ds.dims:
+            raise PnError(f"what is to be continued is no curvature along a training but {ds.attrs.get('kind')!r}")
+        if ds.sizes["pair"] != self._attrs["top"]:
+            raise PnError(
+                f"top is {self._attrs['top']}, but the training that is resumed has {ds.sizes['pair']} eigenvalue(s)"
+            )
+        ds = ds.sel(step=ds.step <= self.step)
+        names = [name for name in SCHEMAS["curvature_monitor"] if name in ds and name != "seconds"]
+        rows = [{str(name): np.asarray(ds[name][i]) for name in names} for i in range(ds.sizes["step"])]
+        self._records = [{name: one if one.ndim else float(one) for name, one in row.items()} for row in rows]
+        self._steps, self._seconds = ds.step.values.tolist(), ds.seconds.values.tolist()
+        self._n_failed = int(ds.attrs.get("n_failed", 0))
+        training = float(ds.attrs.get("training_seconds", 0.0))
+        self._cost.resume(training, float(ds.attrs["cost"]) * training if "cost" in ds.attrs else sum(self._seconds))
 
     @property
     def cost(self) -> float:
@@ -224,8 +274,8 @@ class CurvatureMonitor:
         for name in SCHEMAS["curvature_monitor"]:
             if name == "seconds":
                 ds[name] = "step", self._seconds
-            elif name == "batch_lambda_max" and name in self._records[0]:
-                rows = [np.atleast_1d(record[name]) for record in self._records]
+            elif name == "batch_lambda_max" and any(name in record for record in self._records):
+                rows = [np.atleast_1d(record.get(name, np.nan)) for record in self._records]
                 most = max(map(len, rows))  # batches are cut where memory has become short
                 ds[name] = (
                     ("step", "batch"),

@@ -226,6 +226,39 @@ def test_measurements_are_saved_and_given_to_sinks(tmp_path: Path) -> None:
         pn.CurvatureMonitor(model, optimizer, data(), sinks=[tmp_path / "x.txt"])
 
 
+def test_a_resumed_training_goes_on_after_the_measurements_of_its_first_part(tmp_path: Path) -> None:
+    """What was measured beyond the step at which it resumes is measured anew."""
+    files: dict[str, Any] = {"path": tmp_path / "curvature.nc", "sinks": [tmp_path / "curvature.csv"]}
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    options: dict[str, Any] = {"every": 2, "batches": True, "batch_size": 20, **FEW}
+    with pn.CurvatureMonitor(model, optimizer, data(), **options, **files) as first:
+        for i in range(7):
+            if i == 5:
+                saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            step(model, optimizer, *data())
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    with pn.CurvatureMonitor(model, optimizer, data(), first_step=5, **options, **files) as second:
+        for _ in range(3):
+            step(model, optimizer, *data())
+    whole, before = second.dataset(), first.dataset()
+    assert whole.step.values.tolist() == [0, 2, 4, 5, 6, 8]
+    for name in ("lambda_max", "trace", "critical_sharpness", "batch_lambda_max", "seconds", "n_hvp"):
+        np.testing.assert_array_equal(whole[name][:3], before[name][:3])
+    np.testing.assert_allclose(whole.loss.sel(step=6), before.loss.sel(step=6), rtol=1e-6)
+    assert whole.attrs["training_seconds"] > before.attrs["training_seconds"]
+    assert pn.load(files["path"]).equals(whole)
+    rows = list(csv.DictReader(files["sinks"][0].open()))
+    assert [int(row["step"]) for row in rows] == whole.step.values.tolist()
+    np.testing.assert_allclose([float(row["lambda_max"]) for row in rows], whole.lambda_max)
+    with pytest.raises(PnError, match="top is 2, .* 1 eigenvalue"):
+        pn.CurvatureMonitor(model, optimizer, data(), first_step=5, top=2, **options, **files)
+    with pn.CurvatureMonitor(model, optimizer, data(), first_step=5, **options) as third:  # without files
+        step(model, optimizer, *data())
+    assert third.dataset().step.values.tolist() == [5, 6]
+
+
 def test_without_a_number_of_steps_the_cost_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -361,6 +394,7 @@ def test_weight_decay_of_optimizer_and_monitor_is_one_term(make: Any) -> None:
     ("options", "message"),
     [
         ({"every": 0}, "every is 0"),
+        ({"first_step": -1}, "first_step is -1"),
         ({"max_cost": -1.0}, "max_cost is -1"),
         ({"top": 100}, "top is 100"),
         ({"trace_probes": 1}, "trace_probes is 1"),
