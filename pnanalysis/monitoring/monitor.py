@@ -17,6 +17,7 @@ from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.checks import at_least, check_seed, positive
+from pnanalysis.curvature.batches import has_batch_norm
 from pnanalysis.errors import ModelError, PnError, reason
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.data import DataLike, as_splits
@@ -86,7 +87,8 @@ class CurvatureMonitor:
         :class:`pnanalysis.monitoring.preconditioners.Preconditioner`.
     seed : int
     **options
-        Passed to :class:`pnanalysis.HessianOperator`: ``params``, ``bn_mode``, ``dtype``, ``weight_decay``...
+        Passed to :class:`pnanalysis.HessianOperator`: ``params``, ``dtype``, ``weight_decay``... Batch normalisation
+        takes the statistics of each batch, as the steps do, unless ``bn_mode="eval"`` or ``micro_batch`` is given.
 
     Raises
     ------
@@ -158,6 +160,8 @@ class CurvatureMonitor:
             "max_hvp": max_hvp, "trace_se_covers": "probes",
         }  # fmt: skip
         options.setdefault("dtype", _precision(model))
+        if has_batch_norm(unwrapped(model)) and options.get("micro_batch") is None:
+            options.setdefault("bn_mode", "train")
         device = torch.device(options.get("device") or next(unwrapped(model).parameters()).device)
         self._cost = CostCap(max_cost, device)
         with self._cost.measured(), _untouched():
@@ -170,7 +174,8 @@ class CurvatureMonitor:
         if self.path is not None and first_step and self.path.exists():
             self.resume(load(self.path))
         operator = self._measurement.operator
-        self._attrs |= {"n": operator.n_examples, "device": str(device), "dtype": str(operator.dtype).split(".")[-1]}
+        self._attrs |= {"n": operator.n_examples, "device": str(device), "dtype": str(operator.dtype).split(".")[-1],
+                        "bn_mode": operator.bn_mode if has_batch_norm(operator.model) else None}  # fmt: skip
 
     def __enter__(self) -> CurvatureMonitor:
         self.start()

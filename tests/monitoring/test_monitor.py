@@ -22,8 +22,8 @@ from pnanalysis.inputs.random_states import random_states
 from pnanalysis.monitoring.measurement import Wanted, _Tracked
 from pnanalysis.monitoring.preconditioners import Preconditioner, read_preconditioner
 
-#: Too few products for a trace of the network to pay.
-FEW: dict[str, Any] = {"expected_products": 10}
+#: Too few products for a trace of the network to pay; and the network at its running statistics.
+FEW: dict[str, Any] = {"expected_products": 10, "bn_mode": "eval"}
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
@@ -319,6 +319,19 @@ def test_an_optimizer_that_is_not_known_has_no_threshold_unless_it_is_given() ->
     ds = monitor.dataset()
     assert float(ds.threshold[1]) == 42
     np.testing.assert_allclose(ds.preconditioned_lambda_max, 2 * ds.lambda_max, rtol=1e-3)
+
+
+def test_by_default_batches_are_normalised_as_in_the_steps() -> None:
+    (x, y), model = data(dtype=torch.float64), network(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"trace_probes": 0, "tolerance": 1e-7, "expected_products": 10}
+    with pn.CurvatureMonitor(model, optimizer, (x, y), every=1, **options) as monitor:
+        step(model, optimizer, x, y)
+    ds = monitor.dataset()
+    assert ds.attrs["bn_mode"] == "train"
+    operator = pn.HessianOperator(model, F.cross_entropy, [(x, y)], bn_mode="train", expected_products=10)
+    assert float(ds.lambda_max[1]) == pytest.approx(float(torch.linalg.eigvalsh(operator.to_dense())[-1]), rel=1e-9)
+    assert float(ds.loss[1]) == pytest.approx(operator.loss())
 
 
 def test_part_of_the_parameters_and_a_wrapped_network() -> None:
