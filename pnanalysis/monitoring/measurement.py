@@ -44,6 +44,8 @@ _RANDOM = 0.2
 _NEAR, _SAFE = 3, 4.0
 #: Half the distance of two numbers near one in the format of matrix products that keeps 10 bits.
 _TENSOR_FLOAT = 2.0**-11
+#: So many products pay for a trace of the network.
+_MANY = 1000
 #: Vectors of the Lanczos basis beyond two for each eigenvalue: from a good start, few products suffice.
 _FURTHER = 6
 
@@ -109,6 +111,11 @@ class Measurement:
         self._hessian, self._preconditioned = _Tracked(self.wanted), _Tracked(self.wanted)
         self._by_batch: dict[int, _Tracked] = {}
         return operator
+
+    def expect_many_products(self) -> None:
+        """From now on, take the time to trace the network, which many products pay for."""
+        self._make_operator = partial(self._make_operator, expected_products=_MANY)
+        self.operator = self._make_operator()
 
     def _take_weights(self) -> None:
         """Move to the weights that the network has now, with what has been frozen or unfrozen meanwhile."""

@@ -33,6 +33,10 @@ from pnanalysis.monitoring.sinks import as_sink
 
 #: Cost where neither a cap nor a number of steps is given.
 DEFAULT_COST = 0.05
+#: Under a cap, the network is not traced before there is so much time for it.
+TRACING_SECONDS = 20.0
+#: Products for which it is not.
+_FEW = 10
 
 
 class CurvatureMonitor:
@@ -59,7 +63,8 @@ class CurvatureMonitor:
     max_cost : float, optional
         The most time that measurements may take, relative to training: measurements are put off until they are within
         it. 0.05 if ``every`` is not given, else no cap. The first measurement, before any training, is paid for by
-        what follows.
+        what follows; a training too short for that is warned of. The network is traced, which makes products faster,
+        once that can be afforded.
     n : int or None
         Examples to measure on, drawn by ``seed``; of a loader, the leading batches. All if ``None``.
     batch_size : int
@@ -164,6 +169,9 @@ class CurvatureMonitor:
             options.setdefault("bn_mode", "train")
         device = torch.device(options.get("device") or next(unwrapped(model).parameters()).device)
         self._cost = CostCap(max_cost, device)
+        self._traces_later = max_cost is not None and "expected_products" not in options
+        if self._traces_later:
+            options["expected_products"] = _FEW
         with self._cost.measured(), _untouched():
             part = as_splits(data).examples("train", n, seed, device, options["dtype"])
             size = _even(len(part), batch_size) if isinstance(part, Split) else batch_size
@@ -197,6 +205,11 @@ class CurvatureMonitor:
     def stop(self) -> None:
         """Training has ended."""
         self._cost.stop()
+        if self._cost.is_exceeded:
+            self._warn(
+                f"measurements took {self.cost:.0%} of the time of the training, more than max_cost, "
+                f"{self._cost.share:.0%}: it was too short to pay for the first".replace("%", " %")
+            )
         if self.path is not None and self._steps:
             self.save(self.path)  # with the cost of the whole training
 
@@ -310,11 +323,18 @@ class CurvatureMonitor:
         self.step += 1
         if self.step % self.every == 0 and self._cost.affordable():
             try:
+                self._trace_if_affordable()
                 self.measure()
             except Exception as error:  # of a network that has diverged, a full disk, a sink: training goes on
                 self._n_failed += 1
                 self._warn(str(error) if isinstance(error, PnError) else reason(error), f"step {self.step}: ")
         self._before = None
+
+    def _trace_if_affordable(self) -> None:
+        if self._traces_later and self._cost.spare > TRACING_SECONDS:
+            self._traces_later = False
+            with self._cost.measured(), _untouched():
+                self._measurement.expect_many_products()
 
     def _reading(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]

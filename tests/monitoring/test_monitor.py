@@ -7,6 +7,7 @@ import csv
 import doctest
 import importlib
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 import pnanalysis as pn
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.inputs.random_states import random_states
-from pnanalysis.monitoring.measurement import Wanted, _Tracked
+from pnanalysis.monitoring.measurement import Measurement, Wanted, _Tracked
 from pnanalysis.monitoring.preconditioners import Preconditioner, read_preconditioner
 
 #: Too few products for a trace of the network to pay; and the network at its running statistics.
@@ -280,6 +281,52 @@ def test_without_a_number_of_steps_the_cost_is_capped(monkeypatch: pytest.Monkey
     assert ds.step.values.tolist() == [0, 40, 60, 80, 100]  # each is paid for by 20 steps, the first afterwards
     assert ds.attrs["cost"] == pytest.approx(0.05)
     assert ds.attrs["training_seconds"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(10, True), (80, False)])
+def test_a_training_too_short_for_its_cap_is_said_to_be(
+    steps: int, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each measurement takes a second, each step another; products are traced once tracing is affordable."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = pn.CurvatureMonitor(model, optimizer, data(), max_cost=0.5, trace_probes=0)
+    clock, traced = [0.0], []
+    monkeypatch.setattr(monitor._cost, "clock", lambda: clock[0])
+    monkeypatch.setattr("pnanalysis.monitoring.monitor.TRACING_SECONDS", 30.0)
+    monkeypatch.setattr(Measurement, "expect_many_products", lambda self: traced.append(clock[0]))
+    monitor._cost.measuring = monitor._cost._total = 0.0
+    assert monitor._measurement.operator._traces is None
+
+    def slow(at: int, numbers: Any) -> None:
+        clock[0] += 12.0 if at == 0 else 0.1
+
+    monitor._sinks.append(slow)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with monitor:
+            for _ in range(steps):
+                clock[0] += 2.0
+                step(model, optimizer, *data())
+    text = "measurements took 60 % of the time of the training, more than max_cost, 50 %"
+    assert any(text in str(one.message) for one in said) == warned
+    assert len(traced) == (not warned)
+
+
+def test_a_monitor_can_begin_to_trace_without_losing_where_it_was() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = pn.CurvatureMonitor(model, optimizer, data(), max_cost=0.5, trace_probes=0)
+    monitor.measure()
+    monitor._measurement.expect_many_products()
+    assert monitor._measurement.operator._traces is not None
+    step(model, optimizer, *data())
+    monitor.step += 1
+    monitor.measure()
+    ds = monitor.dataset()
+    dense = pn.HessianOperator(model, F.cross_entropy, [data()], bn_mode="train", expected_products=10).to_dense()
+    assert float(ds.lambda_max[1]) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-3)
+    assert ds.n_hvp[1] < ds.n_hvp[0]
 
 
 @pytest.mark.filterwarnings("error")

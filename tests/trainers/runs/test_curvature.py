@@ -30,15 +30,15 @@ def config(tiny_config: Config) -> Config:
 def test_an_interrupted_run_resumes_with_the_measurements_of_an_uninterrupted_one(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = partial(pn.CurvatureMonitor, expected_products=10, trace_probes=2)  # too few products for a trace to pay
+    few = partial(pn.CurvatureMonitor, expected_products=10, trace_probes=0, n=100, tolerance=0.05)  # too few products for a trace to pay
     monkeypatch.setattr("trainers.runs.curvature.CurvatureMonitor", few)
     plain = train(config, tmp_path / "plain", device="cpu", progress=False)
-    run = train(config, tmp_path / "watched", device="cpu", progress=False, curvature=2)
+    run = train(config, tmp_path / "watched", device="cpu", progress=False, curvature=3)
     assert same(run, plain)
     ds = pn.load(run.path / "analysis" / "curvature_monitor.nc")
     steps = -(-run.manifest["data"]["n_train"] // config.batch_size)
     assert ds.iteration.values.tolist() == [0, 1]
-    assert ds.step.values.tolist() == list(range(0, 2 * steps + 1, 2))
+    assert ds.step.values.tolist() == list(range(0, 2 * steps + 1, 3))
     assert ds.attrs["run_id"] == run.manifest["id"]
     save_state = RunWriter.save_state
 
@@ -49,19 +49,19 @@ def test_an_interrupted_run_resumes_with_the_measurements_of_an_uninterrupted_on
 
     with monkeypatch.context() as patch, pytest.raises(_Killed):
         patch.setattr(RunWriter, "save_state", save_and_die)
-        train(config, tmp_path / "net", device="cpu", progress=False, save_interval=0.0, curvature=2)
-    again = train(config, tmp_path / "net", device="cpu", progress=False, resume=True, curvature=2)
+        train(config, tmp_path / "net", device="cpu", progress=False, save_interval=0.0, curvature=3)
+    again = train(config, tmp_path / "net", device="cpu", progress=False, resume=True, curvature=3)
     assert same(again, plain)
     found = pn.load(again.path / "analysis" / "curvature_monitor.nc")
     assert set(ds.step.values.tolist()) <= set(found.step.values.tolist())  # and the one at which it was resumed
     common = found.sel(step=ds.step)
     for name in ("loss", "gradient_norm", "threshold"):
         np.testing.assert_allclose(common[name], ds[name], rtol=1e-5)
-    np.testing.assert_allclose(common.lambda_max, ds.lambda_max, rtol=0.02)  # from another start
+    np.testing.assert_allclose(common.lambda_max, ds.lambda_max, rtol=0.1)  # from another start
     assert found.attrs["training_seconds"] > 0
     assert len(pn.plots.plot(found).axes) == 4
     assert again.files["curvature_monitor"].name == "curvature_monitor.nc"
-    done = train(config, tmp_path / "net", device="cpu", progress=False, resume=True, curvature=2)
+    done = train(config, tmp_path / "net", device="cpu", progress=False, resume=True, curvature=3)
     assert pn.load(done.path / "analysis" / "curvature_monitor.nc").sizes == found.sizes
 
 
