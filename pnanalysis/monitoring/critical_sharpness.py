@@ -30,7 +30,8 @@ import numpy as np
 
 #: Factors of two that are tried, of the step made.
 _DOUBLINGS = 60
-#: Ratio of the ends of the interval that is found where round-off hides nothing, and the largest of one that says something.
+#: Ratio of the ends of the interval that is found where round-off hides nothing, and the largest of one that says
+#: something.
 _ACCURACY, _WIDEST = 1.05, 2.0
 #: Factors of two in a row, on the way down, at which round-off hides the change: from here on it hides all.
 _HIDDEN = 3

@@ -16,7 +16,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis import schema
-from pnanalysis.checks import at_least, check_seed, positive
+from pnanalysis.checks import at_least, check_seed, one_of, positive
 from pnanalysis.curvature.batches import has_batch_norm
 from pnanalysis.errors import ModelError, PnError, reason
 from pnanalysis.inputs.copies import unwrapped
@@ -75,6 +75,9 @@ class CurvatureMonitor:
         Products for the trace; 0 for no trace.
     batches : bool
         Whether to find the largest eigenvalue of each batch, too, which keeps an eigenvector for each.
+    data_error : {"examples", "none"}
+        Whether to find standard errors of the eigenvalues and the trace for the choice of examples, for about a product
+        more for each. Batch normalisation by batches has none, as every example depends on its batch.
     tolerance : float
         Largest residual of an eigenvalue relative to the largest magnitude; others are NaN.
     max_hvp : int
@@ -130,6 +133,7 @@ class CurvatureMonitor:
         top: int = 1,
         trace_probes: int = 8,
         batches: bool = False,
+        data_error: str = "examples",
         tolerance: float = 0.01,
         max_hvp: int = 200,
         path: str | os.PathLike[str] | None = None,
@@ -141,6 +145,7 @@ class CurvatureMonitor:
     ) -> None:
         at_least(1, every=every, n=n, batch_size=batch_size, top=top, max_hvp=max_hvp)
         positive(max_cost=max_cost, tolerance=tolerance)
+        one_of(("examples", "none"), data_error=data_error)
         at_least(0, first_step=first_step)
         check_seed(seed=seed)
         if trace_probes:
@@ -162,7 +167,7 @@ class CurvatureMonitor:
         self._attrs: dict[str, Any] = {
             "optimizer": type(self.optimizer).__name__, "model": type(unwrapped(model)).__name__, "every": every,
             "max_cost": max_cost, "seed": seed, "top": top, "trace_probes": trace_probes, "tolerance": tolerance,
-            "max_hvp": max_hvp, "trace_se_covers": "probes",
+            "max_hvp": max_hvp,
         }  # fmt: skip
         options.setdefault("dtype", _precision(model))
         if has_batch_norm(unwrapped(model)) and options.get("micro_batch") is None:
@@ -173,17 +178,22 @@ class CurvatureMonitor:
         if self._traces_later:
             options["expected_products"] = _FEW
         with self._cost.measured(), _untouched():
-            part = as_splits(data).examples("train", n, seed, device, options["dtype"])
+            splits = as_splits(data)
+            whole, part = splits.get("train"), splits.examples("train", n, seed, device, options["dtype"])
             size = _even(len(part), batch_size) if isinstance(part, Split) else batch_size
-            wanted = Wanted(top, trace_probes, tolerance, max_hvp, seed, batches)
+            wanted = Wanted(top, trace_probes, tolerance, max_hvp, seed, batches, data_error != "none")
             self._measurement = Measurement(
                 model, resolve_loss(loss), part.batches(size), wanted, self._reading, **options
             )
         if self.path is not None and first_step and self.path.exists():
             self.resume(load(self.path))
         operator = self._measurement.operator
-        self._attrs |= {"n": operator.n_examples, "device": str(device), "dtype": str(operator.dtype).split(".")[-1],
-                        "bn_mode": operator.bn_mode if has_batch_norm(operator.model) else None}  # fmt: skip
+        n_used, n_all = operator.n_examples, len(whole) if isinstance(whole, Split) else None
+        self._attrs |= {
+            "n": n_used, "n_all": n_all, "all_examples": n is None or n_used < n or n_used == n_all,
+            "device": str(device), "dtype": str(operator.dtype).split(".")[-1],
+            "bn_mode": operator.bn_mode if has_batch_norm(operator.model) else None,
+        }  # fmt: skip
 
     def __enter__(self) -> CurvatureMonitor:
         self.start()
@@ -303,10 +313,11 @@ class CurvatureMonitor:
                 ds[name] = ("step", "pair"), np.stack([record[name] for record in self._records])
             elif any(name in record for record in self._records):
                 ds[name] = "step", [float(record.get(name, np.nan)) for record in self._records]
-        cost = self.cost
+        cost, errors = self.cost, self._measurement.errors
         return schema.finish(
             ds, "curvature_monitor", **self._attrs, cost=cost if np.isfinite(cost) else None,
-            n_failed=self._n_failed or None,
+            n_failed=self._n_failed or None, data_error="none" if errors.reason else "examples",
+            no_data_error=errors.reason or None,
             training_seconds=self._cost.training,
         )  # fmt: skip
 

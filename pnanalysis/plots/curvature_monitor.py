@@ -122,6 +122,9 @@ def _stability(ds: xr.Dataset, ax: Axes) -> None:
             _legend(ax)
         return
     ax.plot(ds.step, ds.preconditioned_lambda_max, color=VERMILION, label="largest eigenvalue", **_marks(ds))
+    if "preconditioned_lambda_max_se" in ds:
+        value, se = ds.preconditioned_lambda_max, ds.preconditioned_lambda_max_se
+        ax.fill_between(ds.step, value - se, value + se, color=VERMILION, alpha=0.25, linewidth=0)
     threshold = ds.threshold.where(np.isfinite(ds.threshold))  # infinite where the learning rate is 0
     ax.plot(ds.step, threshold, color=BLACK, linestyle="--", linewidth=0.9, label="stability threshold")
     _critical(ds, ax)

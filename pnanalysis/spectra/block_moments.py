@@ -169,7 +169,8 @@ def exact_moments(
     part = by_own * np.einsum("gkk->gk", energy) + by_others * apart
     return BlockMoments(
         partition, moment(member @ np.diag(matrix), trace), moment(value, energy), moment(coupling, apart),
-        moment(share_of_others(np.diag(value), coupling), part), moment(np.trace(matrix), trace.sum(1)), n, n, 0, True, sums,
+        moment(share_of_others(np.diag(value), coupling), part), moment(np.trace(matrix), trace.sum(1)), n, n, 0, True,
+        sums,
     )  # fmt: skip
 
 

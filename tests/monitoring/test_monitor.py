@@ -232,7 +232,7 @@ def test_a_resumed_training_goes_on_after_the_measurements_of_its_first_part(tmp
     files: dict[str, Any] = {"path": tmp_path / "curvature.nc", "sinks": [tmp_path / "curvature.csv"]}
     model = network()
     optimizer = torch.optim.Adam(model.parameters())
-    options: dict[str, Any] = {"every": 2, "batches": True, "batch_size": 20, **FEW}
+    options: dict[str, Any] = {"every": 2, "batches": True, "batch_size": 20, "data_error": "none", **FEW}
     with pn.CurvatureMonitor(model, optimizer, data(), **options, **files) as first:
         for i in range(7):
             if i == 5:
@@ -290,7 +290,7 @@ def test_a_training_too_short_for_its_cap_is_said_to_be(
     """Each measurement takes a second, each step another; products are traced once tracing is affordable."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = pn.CurvatureMonitor(model, optimizer, data(), max_cost=0.5, trace_probes=0)
+    monitor = pn.CurvatureMonitor(model, optimizer, data(), max_cost=0.5, trace_probes=0, data_error="none")
     clock, traced = [0.0], []
     monkeypatch.setattr(monitor._cost, "clock", lambda: clock[0])
     monkeypatch.setattr("pnanalysis.monitoring.monitor.TRACING_SECONDS", 30.0)

@@ -191,7 +191,7 @@ class Session:
                 ready.model, **self.fit_options(), seed=ready.seed, penalty=ready.penalty,
                 start_epoch=ready.start_epoch, optimizer_state=ready.optimizer_state,
                 on_epoch=ready.recorder.on_epoch, on_batch=ready.recorder.on_batch, distributed=self.processes.n > 1,
-                watched_by=self.curvature and partial(self.curvature.watching, iteration, ready.start_epoch) or None,
+                watched_by=(self.curvature and partial(self.curvature.watching, iteration, ready.start_epoch)) or None,
             )  # fmt: skip
             self.end_iteration()
             if verbose:

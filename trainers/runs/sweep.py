@@ -28,8 +28,8 @@ from pnanalysis.io.writer import RunWriter
 from pnanalysis.terminal.progress import progress_bar
 from trainers.recipes import Config
 from trainers.runs.cluster import on_cluster
-from trainers.runs.manifest import failure_of, mark_unfinished
 from trainers.runs.curvature import Every
+from trainers.runs.manifest import failure_of, mark_unfinished
 from trainers.runs.strategies import train, train_together
 
 _MOST_RUNS = 10_000

@@ -30,7 +30,8 @@ def config(tiny_config: Config) -> Config:
 def test_an_interrupted_run_resumes_with_the_measurements_of_an_uninterrupted_one(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = partial(pn.CurvatureMonitor, expected_products=10, trace_probes=0, n=100, tolerance=0.05)  # too few products for a trace to pay
+    cheap = {"expected_products": 10, "trace_probes": 0, "n": 100, "tolerance": 0.05, "data_error": "none"}
+    few = partial(pn.CurvatureMonitor, **cheap)
     monkeypatch.setattr("trainers.runs.curvature.CurvatureMonitor", few)
     plain = train(config, tmp_path / "plain", device="cpu", progress=False)
     run = train(config, tmp_path / "watched", device="cpu", progress=False, curvature=3)
@@ -47,9 +48,10 @@ def test_an_interrupted_run_resumes_with_the_measurements_of_an_uninterrupted_on
         if position == {"iteration": 1, "epoch": 1}:
             raise _Killed
 
-    with monkeypatch.context() as patch, pytest.raises(_Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(RunWriter, "save_state", save_and_die)
-        train(config, tmp_path / "net", device="cpu", progress=False, save_interval=0.0, curvature=3)
+        with pytest.raises(_Killed):
+            train(config, tmp_path / "net", device="cpu", progress=False, save_interval=0.0, curvature=3)
     again = train(config, tmp_path / "net", device="cpu", progress=False, resume=True, curvature=3)
     assert same(again, plain)
     found = pn.load(again.path / "analysis" / "curvature_monitor.nc")
