@@ -63,9 +63,9 @@ def test_files_under_any_name_are_drawn_by_their_kind(copies: list[Run]) -> None
     """Such as the spectrum of a second checkpoint, which is saved beside that of the first."""
     run = copies[0]
     more = "hessian-iter02-epoch001"
-    shutil.copy(run.files["hessian"], run.path / ANALYSIS / f"{more}.nc")
     for name in set(run.files) - {"history", "hessian"}:
         run.files[name].unlink()
+    shutil.copy(run.files["hessian"], run.path / ANALYSIS / f"{more}.nc")
     found = drawn([open_run(run.path)])
     first, second = found["hessian"], found[f"hessian-{more}"]
     assert (second.title, second.caption) == (f"Hessian spectrum ({more})", first.caption)
