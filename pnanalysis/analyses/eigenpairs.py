@@ -126,8 +126,8 @@ def eigenpairs(
           of the space of its ``cluster`` (Davis and Kahan); ``layer_part`` (pair, layer), which sums to one;
           ``participation``, the inverse participation ratio.
         - For ``which="largest"``: parts of the gradient and of the last update (between the last two stored checkpoints
-          of a run, or from ``previous``) along each vector (``gradient_part``, ``update_part``), and in the top space of
-          as many dimensions as classes (``gradient_top``, ``update_top``), with ``top_chance`` for a random vector.
+          of a run, or from ``previous``) along each vector (``gradient_part``, ``update_part``), and in the top space
+          of as many dimensions as classes (``gradient_top``, ``update_top``), with ``top_chance`` for a random vector.
         - For classifiers: ``level_part`` (level, pair), ``class_part``, ``cross_part``, ``class_value``,
           ``cross_value``: see :mod:`pnanalysis.curvature.class_structure`.
         - For several checkpoints, ``overlap`` (checkpoint, other) of their spaces, from 0 to 1, with
