@@ -31,6 +31,7 @@ from trainers.recipes import RECIPES, Config, configure, find_recipe
 
 if TYPE_CHECKING:
     from pnanalysis.io.runs import Run
+    from trainers.runs.curvature import Every
     from trainers.runs.sweep import Outcome
 
 app = typer.Typer(name="pntrain", add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -134,6 +135,18 @@ def pntrain(
     checkpoint_every: Annotated[
         int | None, typer.Option(rich_help_panel=_OUTPUT, help="Epochs between saved checkpoints.")
     ] = None,
+    curvature: Annotated[
+        bool,
+        typer.Option(
+            "--curvature",
+            rich_help_panel=_OUTPUT,
+            help="Measure curvature along the trainings, as often as 5 % of their time allow, into the run.",
+        ),
+    ] = False,
+    curvature_every: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", rich_help_panel=_OUTPUT, help="The same, every so many steps of the optimizer."),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="No progress, no table.")
     ] = False,
@@ -189,6 +202,7 @@ def pntrain(
     from trainers.runs.sweep import sweep as run_sweep
 
     out = out or Path("runs") / config.recipe
+    every: Every | None = curvature_every if curvature_every is not None else "auto" if curvature else None
     processes = join_processes(device)
     when_interrupted(f"resume with: {_resume_command(sys.argv, processes.several)}")
     if processes.several and (sweep or together):
@@ -202,7 +216,7 @@ def pntrain(
         grid = parse_sweep(sweep, config)
         outcomes = run_sweep(
             config, grid, out, jobs=jobs, device=device, resume=resume, progress=not quiet, together=together,
-            engine=engine,
+            engine=engine, curvature=every,
         )  # fmt: skip
         _report_sweep(outcomes, quiet)
         return
@@ -210,6 +224,8 @@ def pntrain(
     if control and config.strategy != "restart":
         configs.append(configure_restart(config))
         outs.append(out.with_name(f"{out.name}-restart"))
+    if together and every is not None:
+        raise TrainingError("curvature is measured along trainings of their own; leave out --together")
     if together:
         runs = train_together(configs, outs, device=device, resume=resume, progress=not quiet)
     else:
@@ -217,7 +233,7 @@ def pntrain(
             runs = [
                 train(
                     each, path, device=processes.device, resume=resume, progress=not quiet,
-                    distributed=processes.several,
+                    distributed=processes.several, curvature=every,
                 )
                 for each, path in zip(configs, outs, strict=True)
             ]  # fmt: skip

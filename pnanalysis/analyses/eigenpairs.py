@@ -21,19 +21,24 @@ from pnanalysis.analyses.hessian import has_all, names_of
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, overlaps
 from pnanalysis.analyses.stacking import along_checkpoints
 from pnanalysis.analyses.work_folder import WorkFolder, weights_digest
-from pnanalysis.checks import at_least, resolve_dtype
+from pnanalysis.checks import at_least, resolve_dtype, shown
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.data import Batch, DataLike, n_examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import SelectedCheckpoint, select
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.runs import Checkpoint
+from pnanalysis.io.weights import State, is_state_dict, read_weights
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator
 from pnanalysis.terminal.progress import Advance, progress_bar
+
+#: A network, its state dict, or the file of one.
+Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
 
 def eigenpairs(
@@ -64,6 +69,7 @@ def eigenpairs(
     seed: int = 0,
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
+    previous: Weights | Mapping[str, Weights] | None = None,
 ) -> xr.Dataset:
     r"""The ``k`` eigenpairs at one end of the spectrum, with bounds, errors, and what they say about the network.
 
@@ -103,6 +109,9 @@ def eigenpairs(
         Folder for unfinished work, from which an interrupted call with the same arguments resumes, to end with the same
         numbers. It holds the finished networks and a subfolder for the one in progress, whose vectors are saved every
         five minutes and when the work is interrupted, and can be removed once the call returns.
+    previous : Module, state dict or path, or mapping of str to these, optional
+        The weights before the last update, of several networks by their names. By default those of the checkpoint that
+        a run stored before; of files and networks in memory there are none.
 
     Returns
     -------
@@ -117,8 +126,8 @@ def eigenpairs(
           of the space of its ``cluster`` (Davis and Kahan); ``layer_part`` (pair, layer), which sums to one;
           ``participation``, the inverse participation ratio.
         - For ``which="largest"``: parts of the gradient and of the last update (between the last two stored checkpoints
-          of a run) along each vector (``gradient_part``, ``update_part``), and in the top space of as many dimensions
-          as classes (``gradient_top``, ``update_top``), with ``top_chance`` for a random vector.
+          of a run, or from ``previous``) along each vector (``gradient_part``, ``update_part``), and in the top space
+          of as many dimensions as classes (``gradient_top``, ``update_top``), with ``top_chance`` for a random vector.
         - For classifiers: ``level_part`` (level, pair), ``class_part``, ``cross_part``, ``class_value``,
           ``cross_value``: see :mod:`pnanalysis.curvature.class_structure`.
         - For several checkpoints, ``overlap`` (checkpoint, other) of their spaces, from 0 to 1, with
@@ -162,6 +171,8 @@ def eigenpairs(
     if len(given) == 1 and is_matrix(given[0]):
         if any(option is not None for option in (model, data, loss, checkpoints)):
             raise CurvatureError("an operator has its own network, data and loss; leave model, data and loss out")
+        if previous is not None:
+            raise CurvatureError("an operator has no last update; leave previous out")
         with progress_bar("eigenpairs", None, progress) as advance:
             folder = None if state is None else Path(state)
             found = finished_or_computed(as_operator(given[0]), options, folder, advance=advance)
@@ -170,6 +181,7 @@ def eigenpairs(
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
     selection.check_weights()
+    before = _by_label(previous, selection.labels)
     settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
     cache = None if state is None else WorkFolder.claim(state, settings | names_of(selection))
     by_key: dict[object, tuple[Found, str]] = {}
@@ -182,7 +194,7 @@ def eigenpairs(
                 with progress_bar(item.label, None, progress) as advance:
                     one = network_eigenpairs(
                         network, source.loss, batches, options, label=item.label, device=torch_device,
-                        previous=previous_state(item), advance=advance,
+                        previous=before.get(item.label) or previous_state(item), advance=advance,
                         folder=None if cache is None else cache.of(network).file("").with_suffix(""),
                     )  # fmt: skip
                 by_key[item.key] = one, weights_digest(network)
@@ -257,6 +269,36 @@ def previous_state(item: SelectedCheckpoint) -> Mapping[str, Tensor] | None:
     path = run.trajectory(checkpoint.iteration)
     at = next((i for i, one in enumerate(path) if one.identity == checkpoint.identity), 0)
     return dict(item.source.model(path[at - 1]).named_parameters()) if at else None
+
+
+def _by_label(previous: Weights | Mapping[str, Weights] | None, labels: Sequence[str]) -> dict[str, State]:
+    """The parameters before the last update, by the names of the networks.
+
+    Raises
+    ------
+    PnError
+        If it is not clear of which network they are, or a file holds none.
+    """
+    if previous is None:
+        return {}
+    if isinstance(previous, Mapping) and not is_state_dict(previous):
+        unknown = [name for name in previous if name not in labels]
+        if unknown:
+            raise CurvatureError(f"previous has {shown(unknown[0])}; the networks are {', '.join(map(shown, labels))}")
+        return {name: _parameters(one) for name, one in previous.items()}
+    if len(labels) != 1:
+        raise CurvatureError(f"previous is one state, of {len(labels)} networks; give a mapping by their names")
+    return {labels[0]: _parameters(previous)}
+
+
+def _parameters(given: Any) -> State:
+    if isinstance(given, nn.Module):
+        return {name: parameter.detach() for name, parameter in unwrapped(given).named_parameters()}
+    if isinstance(given, Mapping) and is_state_dict(given):
+        return dict(given)
+    if isinstance(given, str | os.PathLike):
+        return read_weights(given)
+    raise CurvatureError(f"previous is a {type(given).__name__}; give a Module, a state dict or the path of weights")
 
 
 def is_matrix(given: Any) -> bool:

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
+#: A measurement may take longer than the last one, which was taken for its length.
+_SLACK = 1.1
+
 
 class CostCap:
     """Says when the next measurement can be afforded.
@@ -35,6 +38,11 @@ class CostCap:
         self._begun: float | None = None
         self._total = 0.0
 
+    def resume(self, training: float, measuring: float) -> None:
+        """Count the seconds of an earlier part of the training, too."""
+        self.measuring += measuring
+        self._total += training + measuring
+
     def start(self) -> None:
         """Training goes on from here."""
         self._begun = self.clock()
@@ -57,9 +65,19 @@ class CostCap:
         training = self.training
         return self.measuring / training if training else float("inf")
 
+    @property
+    def spare(self) -> float:
+        """Seconds that measurements may still take."""
+        return float("inf") if self.share is None else self.share * self.training - self.measuring
+
+    @property
+    def is_exceeded(self) -> bool:
+        """Whether measurements took more than their part of a training, if there was any."""
+        return self.share is not None and self.training > 0 and self.cost > _SLACK * self.share
+
     def affordable(self) -> bool:
         """Whether a measurement may begin now."""
-        return self.share is None or self.measuring + self.last <= self.share * self.training
+        return self.last <= self.spare
 
     @contextmanager
     def measured(self, continued: bool = False) -> Iterator[None]:

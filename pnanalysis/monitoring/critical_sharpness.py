@@ -12,6 +12,9 @@ at a relative width of 1/16 with the middle of the interval, and the loss is tha
 Here it ends at 5 % with the geometric middle, and the loss is that of the data of the monitor: where these are not the
 batch, it may rise however short the step, which has no critical sharpness then.
 
+Changes of the loss below its round-off say nothing. Close to a minimum all of them are, and there is no number; else
+the interval grows by what round-off hides.
+
 References
 ----------
 .. [1] D. S. Kalra, J.-C. Gagnon-Audet, A. Gromov, I. Mediratta, K. Niu, A. H. Miller, M. Shvartsman, "A Scalable
@@ -21,49 +24,81 @@ References
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
 #: Factors of two that are tried, of the step made.
-_DOUBLINGS = 12
-#: Ratio of the ends of the interval that is found.
-_ACCURACY = 1.05
+_DOUBLINGS = 60
+#: Ratio of the ends of the interval that is found where round-off hides nothing, and the largest of one that says
+#: something.
+_ACCURACY, _WIDEST = 1.05, 2.0
+#: Factors of two in a row, on the way down, at which round-off hides the change: from here on it hides all.
+_HIDDEN = 3
 
 
-def critical_scale(loss: Callable[[float], float]) -> tuple[float, float]:
+def critical_scale(loss: Callable[[float], float], round_off: float = 0.0) -> tuple[float, float]:
     """An interval of a few per cent with the multiple of the step at which the loss rises above that before it.
 
     Parameters
     ----------
     loss : callable
         The loss after this multiple of the step.
+    round_off : float
+        Changes of the loss that are no larger are taken for none.
 
     Returns
     -------
     (float, float)
-        NaN where the loss rises at any multiple that is tried, or at none. Where the loss rises and falls several times
-        along the way, the first of these places that factors of two see.
+        NaN where the loss rises at any multiple that is tried, or at none, or round-off hides where it does. Where the
+        loss rises and falls several times along the way, the first of these places that factors of two see.
     """
     start = loss(0.0)
-    low = high = 1.0
-    if loss(1.0) > start:
-        for _ in range(_DOUBLINGS):
-            high, low = low, low / 2
-            if loss(low) <= start:
-                break
-        else:
-            return np.nan, np.nan
+
+    @cache
+    def rises(scale: float) -> bool | None:
+        """Whether the loss has risen there; ``None`` if round-off hides it."""
+        change = loss(scale) - start
+        if abs(change) < round_off:
+            return None
+        return not change <= 0  # not finite, too
+
+    low, high = _bracket(rises)
+    if np.isnan(low):
+        return np.nan, np.nan
+    # the same places, unless round-off hides what happens between the two
+    end_of_fall = _first(lambda scale: rises(scale) is not False, low, high)[0]
+    begin_of_rise = _first(lambda scale: rises(scale) is True, low, high)[1]
+    return (end_of_fall, begin_of_rise) if begin_of_rise <= _WIDEST * end_of_fall else (np.nan, np.nan)
+
+
+def _bracket(rises: Callable[[float], bool | None]) -> tuple[float, float]:
+    """Where the loss clearly falls, and where it clearly rises beyond; NaN if there are no such places."""
+    low, high = np.nan, 1.0
+    for _ in range(_DOUBLINGS):
+        risen = rises(high)
+        if risen:
+            break
+        low, high = low if risen is None else high, 2 * high
     else:
-        for _ in range(_DOUBLINGS):
-            low, high = high, high * 2
-            if not loss(high) <= start:  # not finite, too
-                break
-        else:
-            return np.nan, np.nan
+        return np.nan, np.nan
+    if not np.isnan(low):
+        return low, high
+    low, hidden = high, 0
+    for _ in range(_DOUBLINGS):
+        low /= 2
+        risen = rises(low)
+        if risen is False:
+            return low, high
+        high, hidden = (low, 0) if risen else (high, hidden + 1)
+        if hidden == _HIDDEN:
+            break
+    return np.nan, np.nan
+
+
+def _first(holds: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
+    """A narrow interval at whose upper end it holds and at whose lower end it does not."""
     while high > _ACCURACY * low:
         middle = (low * high) ** 0.5
-        if loss(middle) <= start:
-            low = middle
-        else:
-            high = middle
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return low, high

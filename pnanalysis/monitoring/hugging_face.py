@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import xarray as xr
@@ -23,7 +24,7 @@ def own_loss(model: nn.Module, batch: tuple[Any, Any]) -> Tensor:
 class CurvatureCallback(TrainerCallback):
     """Record curvature while a ``transformers.Trainer`` trains: see :class:`pnanalysis.CurvatureMonitor`.
 
-    Only the first process measures.
+    Only the first process measures. A training that is resumed goes on after the measurements of its first part.
 
     Parameters
     ----------
@@ -38,6 +39,7 @@ class CurvatureCallback(TrainerCallback):
     def __init__(self, data: DataLike, loss: str | Loss = own_loss, **options: Any) -> None:
         self.data, self.loss, self.options = data, loss, options
         self.monitor: CurvatureMonitor | None = None
+        self._hooks = ExitStack()
 
     def dataset(self) -> xr.Dataset:
         """All measurements of the last training.
@@ -53,9 +55,19 @@ class CurvatureCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.monitor = CurvatureMonitor(kwargs["model"], kwargs["optimizer"], self.data, self.loss, **self.options)
-            self.monitor.__enter__()
+            self.monitor = CurvatureMonitor(
+                kwargs["model"], kwargs["optimizer"], self.data, self.loss, first_step=state.global_step, **self.options
+            )
+            self.monitor.start()
+
+    # watched from step to step: a training that is stopped by an error has no event that would end it
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.monitor is not None:
+            self._hooks.enter_context(self.monitor.watching())
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hooks.close()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.monitor is not None:
-            self.monitor.__exit__(None, None, None)
+            self.monitor.stop()

@@ -22,7 +22,8 @@ Callback: Any = import_module("lightning.pytorch" if find_spec("lightning") else
 class CurvatureCallback(Callback):
     """Record curvature while a ``lightning.Trainer`` fits: see :class:`pnanalysis.CurvatureMonitor`.
 
-    Only the first process measures. Of several optimizers the first is watched.
+    Only the first process measures. Of several optimizers, which are taken to make as many steps each, the first is
+    watched. A training that is resumed goes on after the measurements of its first part.
 
     Parameters
     ----------
@@ -61,7 +62,10 @@ class CurvatureCallback(Callback):
         if not trainer.is_global_zero:
             return
         network = pl_module if self.network is None else self.network(pl_module)
-        self.monitor = CurvatureMonitor(network, trainer.optimizers[0], self.data, self.loss, **self.options)
+        self.monitor = CurvatureMonitor(
+            network, trainer.optimizers[0], self.data, self.loss,
+            first_step=trainer.global_step // len(trainer.optimizers), **self.options,
+        )  # fmt: skip
         self.monitor.__enter__()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -19,6 +19,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.models import Loss
 from pnanalysis.monitoring.critical_sharpness import critical_scale
+from pnanalysis.monitoring.example_errors import ExampleErrors
 from pnanalysis.monitoring.noise_scale import noise_scale
 from pnanalysis.monitoring.preconditioners import (
     PreconditionedOperator,
@@ -26,11 +27,10 @@ from pnanalysis.monitoring.preconditioners import (
     read_preconditioner,
     training_groups,
 )
-from pnanalysis.spectra.inner_products import norms
-from pnanalysis.spectra.linear_operator import LinearOperator, as_operator
-from pnanalysis.spectra.random_vectors import random_unit_vectors
+from pnanalysis.spectra.inner_products import inner_products, norms
+from pnanalysis.spectra.linear_operator import LinearOperator, arithmetic, as_operator
+from pnanalysis.spectra.random_vectors import random_signs, random_unit_vectors
 from pnanalysis.spectra.restarted import extreme_pairs
-from pnanalysis.spectra.trace import trace_estimate
 
 #: A measured number, or several.
 Record = dict[str, float | Array]
@@ -40,6 +40,12 @@ Reader = Callable[[torch.optim.Optimizer, Mapping[str, nn.Parameter]], Precondit
 #: Length of the random part of a start vector, relative to that of the last eigenvectors. It finds eigenvalues that
 #: have come to the top since, of which these have no part.
 _RANDOM = 0.2
+#: How many times the loss is seen with weights moved by their round-off, and how much larger what is believed is.
+_NEAR, _SAFE = 3, 4.0
+#: Half the distance of two numbers near one in the format of matrix products that keeps 10 bits.
+_TENSOR_FLOAT = 2.0**-11
+#: So many products pay for a trace of the network.
+_MANY = 1000
 #: Vectors of the Lanczos basis beyond two for each eigenvalue: from a good start, few products suffice.
 _FURTHER = 6
 
@@ -61,6 +67,8 @@ class Wanted:
     seed : int
     batches : bool
         Whether to find the largest eigenvalue of each batch, too.
+    data_error : bool
+        Whether to find errors for the choice of examples.
     """
 
     top: int = 1
@@ -69,6 +77,7 @@ class Wanted:
     max_hvp: int = 200
     seed: int = 0
     batches: bool = False
+    data_error: bool = True
 
 
 class Measurement:
@@ -104,7 +113,13 @@ class Measurement:
             )
         self._hessian, self._preconditioned = _Tracked(self.wanted), _Tracked(self.wanted)
         self._by_batch: dict[int, _Tracked] = {}
+        self.errors = ExampleErrors("" if self.wanted.data_error else "not asked for")
         return operator
+
+    def expect_many_products(self) -> None:
+        """From now on, take the time to trace the network, which many products pay for."""
+        self._make_operator = partial(self._make_operator, expected_products=_MANY)
+        self.operator = self._make_operator()
 
     def _take_weights(self) -> None:
         """Move to the weights that the network has now, with what has been frozen or unfrozen meanwhile."""
@@ -129,43 +144,57 @@ class Measurement:
         """
         self._take_weights()
         op, wanted = self.operator, self.wanted
-        n_before = op.n_hvp
+        n_before, self.errors.n_forms = op.n_hvp, 0
         try:
             values, residuals = self._hessian.pairs(op, wanted.top)
             record: Record = {"eigenvalue": values, "residual": residuals, "lambda_max": values[0]}
+            if wanted.data_error:
+                record["lambda_max_se"] = self.errors.of_eigenvalue(op, values[0], self._hessian.top)
             record["n_parameters"] = float(op.n_parameters)
-            record |= self._stability(optimizer, values[0], residuals[0])
+            record |= self._stability(optimizer, values[0], residuals[0], record.get("lambda_max_se"))
             if wanted.trace_probes:
-                trace = trace_estimate(op, "hutchinson", wanted.trace_probes, seed=wanted.seed)
-                record |= {"trace": trace.value, "trace_se": trace.se}
+                record |= self.errors.trace(op, wanted.trace_probes, wanted.seed)
             record |= self._gradients()
             each = self._batches() if wanted.batches else ()
             record |= {"batch_lambda_max": np.array([value for value, _ in each])} if wanted.batches else {}
             if before is not None:
                 record |= self._critical(optimizer, before)
-            return record | {"loss": op.loss(), "n_hvp": op.n_hvp - n_before + sum(n for _, n in each)}
+            n_hvp = op.n_hvp - n_before + self.errors.n_forms + sum(n for _, n in each)
+            return record | {"loss": op.loss(), "n_hvp": n_hvp}
         finally:
             op.release()
 
-    def _stability(self, optimizer: torch.optim.Optimizer, lambda_max: float, residual: float) -> Record:
-        """The largest eigenvalue of the preconditioned Hessian beside its threshold."""
+    def _stability(
+        self, optimizer: torch.optim.Optimizer, lambda_max: float, residual: float, se: float | Array | None
+    ) -> Record:
+        """The largest eigenvalue of the preconditioned Hessian beside its threshold, given that of the Hessian."""
         parameters = dict(unwrapped(self.model).named_parameters())
         found = self.read(optimizer, parameters)
         if found is None:
             return {}
         record: Record = {"learning_rate": found.learning_rate, "threshold": found.threshold}
         op = self.operator
+        # one term, whether the optimizer adds it to the gradient or the monitor was given it, too
+        counted = op.weight_decay if any(found.decay.values()) else 0.0
         if found.constant and all(parameters[op.parameter_of(name)].requires_grad for name in op.names):
-            moved = lambda_max + next(iter(found.decay.values()))
-            return record | {"preconditioned_lambda_max": moved, "preconditioned_residual": residual}
+            moved = lambda_max + next(iter(found.decay.values())) - counted
+            record |= {"preconditioned_lambda_max": moved, "preconditioned_residual": residual}
+            return record if se is None else record | {"preconditioned_lambda_max_se": se}
         if found.inverse is None:  # before the first step
             return record
         inverse = op.vector_of(found.inverse)
         decay = op.vector_of(
-            {name: torch.full_like(tensor, found.decay[name]) for name, tensor in found.inverse.items()}
+            {name: torch.full_like(tensor, found.decay[name] - counted) for name, tensor in found.inverse.items()}
         )
-        values, residuals = self._preconditioned.pairs(PreconditionedOperator(op, inverse, decay), 1)
-        return record | {"preconditioned_lambda_max": values[0], "preconditioned_residual": residuals[0]}
+        moved_operator = PreconditionedOperator(op, inverse, decay)
+        values, residuals = self._preconditioned.pairs(moved_operator, 1)
+        record |= {"preconditioned_lambda_max": values[0], "preconditioned_residual": residuals[0]}
+        if se is None:
+            return record
+        top = self._preconditioned.top[:, None]  # the preconditioner and the decay are no part of the examples
+        value = values[0] - float(inner_products(top, moved_operator.shift * top))
+        error = self.errors.of_eigenvalue(op, value, (moved_operator.root * top)[:, 0])
+        return record | {"preconditioned_lambda_max_se": error}
 
     def _batches(self) -> list[tuple[float, float]]:
         """The largest eigenvalue of each batch, and its products, as parts of one over all data."""
@@ -181,13 +210,25 @@ class Measurement:
         groups = training_groups(optimizer, parameters) or optimizer.param_groups
         rate = max(float(group["lr"]) for group in groups)
         back = op.vector_of(before) - op.vector_of(parameters)  # made with each group's own learning rate
-        moved = rate > 0 and bool(back.any())
-        low, high = critical_scale(lambda scale: op.loss_at((1 - scale) * back)) if moved else (np.nan, np.nan)
+        # each number in its own precision: a step that is lost in their round-off has no direction
+        spacing = op.vector_of({name: p.detach() * torch.finfo(p.dtype).eps for name, p in parameters.items()})
+        low = high = np.nan
+        if rate > 0 and float(back.norm()) > float(spacing.norm()):
+            round_off = self._round_off_of_loss(parameters)
+            low, high = critical_scale(lambda scale: op.loss_at((1 - scale) * back), round_off)
+        low, high = 2 / (rate * high) if rate else np.nan, 2 / (rate * low) if rate else np.nan
         return {
-            "critical_sharpness": 2 / (rate * (low * high) ** 0.5) if moved else np.nan,
-            "critical_sharpness_low": 2 / (rate * high) if moved else np.nan,
-            "critical_sharpness_high": 2 / (rate * low) if moved else np.nan,
-        }
+            "critical_sharpness": (low * high) ** 0.5, "critical_sharpness_low": low, "critical_sharpness_high": high,
+        }  # fmt: skip
+
+    def _round_off_of_loss(self, parameters: Mapping[str, Tensor]) -> float:
+        """By how much the loss may change for nothing: seen where all weights move to the next numbers, up or down."""
+        op = self.operator
+        eps = _TENSOR_FLOAT if arithmetic(op) == "tf32" else torch.finfo(op.dtype).eps
+        near, value = op.vector_of(parameters) * eps, op.loss()
+        signs = random_signs(len(near), range(_NEAR), self.wanted.seed, op.device)
+        changes = [abs(op.loss_at(near * one) - value) for one in signs.T]
+        return _SAFE * max(eps * abs(value), *changes)
 
     def _gradients(self) -> Record:
         """Norm of the gradient over all data, and the noise scale from those of batches."""
@@ -212,6 +253,12 @@ class _Tracked:
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
         self._last: Tensor | None = None
+
+    @property
+    def top(self) -> Tensor:
+        """The last eigenvector ``(P,)`` of the largest eigenvalue."""
+        assert self._last is not None
+        return self._last[:, 0]
 
     def pairs(self, operator: Any, k: int) -> tuple[Array, Array]:
         """The ``k`` largest eigenvalues, NaN where they have not converged, and the residuals of all."""

@@ -16,14 +16,15 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis import schema
-from pnanalysis.checks import at_least, check_seed, positive
+from pnanalysis.checks import at_least, check_seed, one_of, positive
+from pnanalysis.curvature.batches import has_batch_norm
 from pnanalysis.errors import ModelError, PnError, reason
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.data import DataLike, as_splits
 from pnanalysis.inputs.models import Loss, resolve_loss
 from pnanalysis.inputs.random_states import random_states_kept
 from pnanalysis.inputs.splits import Split
-from pnanalysis.io.datasets import check_destination, save
+from pnanalysis.io.datasets import check_destination, load, save
 from pnanalysis.kinds import SCHEMAS
 from pnanalysis.monitoring.cost import CostCap
 from pnanalysis.monitoring.measurement import Measurement, Reader, Record, Wanted
@@ -32,6 +33,10 @@ from pnanalysis.monitoring.sinks import as_sink
 
 #: Cost where neither a cap nor a number of steps is given.
 DEFAULT_COST = 0.05
+#: Under a cap, the network is not traced before there is so much time for it.
+TRACING_SECONDS = 20.0
+#: Products for which it is not.
+_FEW = 10
 
 
 class CurvatureMonitor:
@@ -58,7 +63,8 @@ class CurvatureMonitor:
     max_cost : float, optional
         The most time that measurements may take, relative to training: measurements are put off until they are within
         it. 0.05 if ``every`` is not given, else no cap. The first measurement, before any training, is paid for by
-        what follows.
+        what follows; a training too short for that is warned of. The network is traced, which makes products faster,
+        once that can be afforded.
     n : int or None
         Examples to measure on, drawn by ``seed``; of a loader, the leading batches. All if ``None``.
     batch_size : int
@@ -69,12 +75,18 @@ class CurvatureMonitor:
         Products for the trace; 0 for no trace.
     batches : bool
         Whether to find the largest eigenvalue of each batch, too, which keeps an eigenvector for each.
+    data_error : {"examples", "none"}
+        Whether to find standard errors of the eigenvalues and the trace for the choice of examples, for one or two
+        products more for each. Batch normalisation by batches has none, as every example depends on its batch.
     tolerance : float
         Largest residual of an eigenvalue relative to the largest magnitude; others are NaN.
     max_hvp : int
         The most products for the eigenvalues of one matrix.
     path : path, optional
-        Save the dataset there after each measurement.
+        Save the dataset there after each measurement. A file that is there is replaced, unless a training is resumed.
+    first_step : int
+        Steps that the optimizer has made before, where a training is resumed. Measurements go on from there, after
+        those up to this step that are in ``path`` and in CSV files; those of later steps are dropped.
     sinks : sequence
         Functions of the step and a mapping of numbers, or paths of CSV files; see :mod:`pnanalysis.monitoring.sinks`
         for TensorBoard and Weights & Biases.
@@ -83,7 +95,8 @@ class CurvatureMonitor:
         :class:`pnanalysis.monitoring.preconditioners.Preconditioner`.
     seed : int
     **options
-        Passed to :class:`pnanalysis.HessianOperator`: ``params``, ``bn_mode``, ``dtype``, ``weight_decay``...
+        Passed to :class:`pnanalysis.HessianOperator`: ``params``, ``dtype``, ``weight_decay``... Batch normalisation
+        takes the statistics of each batch, as the steps do, unless ``bn_mode="eval"`` or ``micro_batch`` is given.
 
     Raises
     ------
@@ -120,9 +133,11 @@ class CurvatureMonitor:
         top: int = 1,
         trace_probes: int = 8,
         batches: bool = False,
+        data_error: str = "examples",
         tolerance: float = 0.01,
         max_hvp: int = 200,
         path: str | os.PathLike[str] | None = None,
+        first_step: int = 0,
         sinks: Sequence[Any] = (),
         preconditioner: Reader | None = None,
         seed: int = 0,
@@ -130,15 +145,17 @@ class CurvatureMonitor:
     ) -> None:
         at_least(1, every=every, n=n, batch_size=batch_size, top=top, max_hvp=max_hvp)
         positive(max_cost=max_cost, tolerance=tolerance)
+        one_of(("examples", "none"), data_error=data_error)
+        at_least(0, first_step=first_step)
         check_seed(seed=seed)
         if trace_probes:
             at_least(2, trace_probes=trace_probes)
         if every is None and max_cost is None:
             max_cost = DEFAULT_COST
         self.model, self.optimizer = model, _inner_optimizer(optimizer)
-        self.every, self.step = every or 1, 0
+        self.every, self.step = every or 1, first_step
         self.path = None if path is None else check_destination(path)
-        self._sinks = [as_sink(one) for one in sinks]
+        self._sinks = [as_sink(one, first_step) for one in sinks]
         self._records: list[Record] = []
         self._steps: list[int] = []
         self._seconds: list[float] = []
@@ -150,36 +167,97 @@ class CurvatureMonitor:
         self._attrs: dict[str, Any] = {
             "optimizer": type(self.optimizer).__name__, "model": type(unwrapped(model)).__name__, "every": every,
             "max_cost": max_cost, "seed": seed, "top": top, "trace_probes": trace_probes, "tolerance": tolerance,
-            "max_hvp": max_hvp, "trace_se_covers": "probes",
+            "max_hvp": max_hvp,
         }  # fmt: skip
         options.setdefault("dtype", _precision(model))
+        if has_batch_norm(unwrapped(model)) and options.get("micro_batch") is None:
+            options.setdefault("bn_mode", "train")
         device = torch.device(options.get("device") or next(unwrapped(model).parameters()).device)
         self._cost = CostCap(max_cost, device)
+        self._traces_later = max_cost is not None and "expected_products" not in options
+        if self._traces_later:
+            options["expected_products"] = _FEW
         with self._cost.measured(), _untouched():
-            part = as_splits(data).examples("train", n, seed, device, options["dtype"])
+            splits = as_splits(data)
+            whole, part = splits.get("train"), splits.examples("train", n, seed, device, options["dtype"])
             size = _even(len(part), batch_size) if isinstance(part, Split) else batch_size
-            wanted = Wanted(top, trace_probes, tolerance, max_hvp, seed, batches)
+            wanted = Wanted(top, trace_probes, tolerance, max_hvp, seed, batches, data_error != "none")
             self._measurement = Measurement(
                 model, resolve_loss(loss), part.batches(size), wanted, self._reading, **options
             )
+        if self.path is not None and first_step and self.path.exists():
+            self.resume(load(self.path))
         operator = self._measurement.operator
-        self._attrs |= {"n": operator.n_examples, "device": str(device), "dtype": str(operator.dtype).split(".")[-1]}
+        n_used, n_all = operator.n_examples, len(whole) if isinstance(whole, Split) else None
+        self._attrs |= {
+            "n": n_used, "n_all": n_all, "all_examples": n is None or n_used < n or n_used == n_all,
+            "device": str(device), "dtype": str(operator.dtype).split(".")[-1],
+            "bn_mode": operator.bn_mode if has_batch_norm(operator.model) else None,
+        }  # fmt: skip
 
     def __enter__(self) -> CurvatureMonitor:
-        self._hooks.callback(self.optimizer.register_step_pre_hook(self._before_step).remove)
-        self._hooks.callback(self.optimizer.register_step_post_hook(self._after_step).remove)
-        if not self._steps:
-            self.measure()
-        self._cost.start()
+        self.start()
+        self._hooks.enter_context(self.watching())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.close()
+        self.stop()
+
+    def start(self) -> None:
+        """Training goes on from here; the first measurement is made."""
+        if not self._steps or self._steps[-1] != self.step:
+            self.measure()
+        self._cost.start()
+
+    def stop(self) -> None:
+        """Training has ended."""
         self._cost.stop()
+        if self._cost.is_exceeded:
+            self._warn(
+                f"measurements took {self.cost:.0%} of the time of the training, more than max_cost, "
+                f"{self._cost.share:.0%}: it was too short to pay for the first".replace("%", " %")
+            )
         if self.path is not None and self._steps:
             self.save(self.path)  # with the cost of the whole training
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """In the body, each step of the optimizer counts and may be followed by a measurement."""
+        with ExitStack() as hooks:
+            hooks.callback(self.optimizer.register_step_pre_hook(self._before_step).remove)
+            hooks.callback(self.optimizer.register_step_post_hook(self._after_step).remove)
+            yield
+
+    def resume(self, ds: xr.Dataset) -> None:
+        """Go on after the measurements of an earlier part of the training, up to the step that it resumes at.
+
+        Parameters
+        ----------
+        ds : xarray.Dataset
+            Kind ``curvature_monitor``, along ``step``.
+
+        Raises
+        ------
+        PnError
+            If it is no such dataset, or has other eigenvalues.
+        """
+        if ds.attrs.get("kind") != "curvature_monitor" or "step" not in ds.dims:
+            raise PnError(f"what is to be continued is no curvature along a training but {ds.attrs.get('kind')!r}")
+        if ds.sizes["pair"] != self._attrs["top"]:
+            raise PnError(
+                f"top is {self._attrs['top']}, but the training that is resumed has {ds.sizes['pair']} eigenvalue(s)"
+            )
+        ds = ds.sel(step=ds.step <= self.step)
+        names = [name for name in SCHEMAS["curvature_monitor"] if name in ds and name != "seconds"]
+        rows = [{str(name): np.asarray(ds[name][i]) for name in names} for i in range(ds.sizes["step"])]
+        self._records = [{name: one if one.ndim else float(one) for name, one in row.items()} for row in rows]
+        self._steps, self._seconds = ds.step.values.tolist(), ds.seconds.values.tolist()
+        self._n_failed = int(ds.attrs.get("n_failed", 0))
+        training = float(ds.attrs.get("training_seconds", 0.0))
+        self._cost.resume(training, float(ds.attrs["cost"]) * training if "cost" in ds.attrs else sum(self._seconds))
 
     @property
     def cost(self) -> float:
@@ -224,8 +302,8 @@ class CurvatureMonitor:
         for name in SCHEMAS["curvature_monitor"]:
             if name == "seconds":
                 ds[name] = "step", self._seconds
-            elif name == "batch_lambda_max" and name in self._records[0]:
-                rows = [np.atleast_1d(record[name]) for record in self._records]
+            elif name == "batch_lambda_max" and any(name in record for record in self._records):
+                rows = [np.atleast_1d(record.get(name, np.nan)) for record in self._records]
                 most = max(map(len, rows))  # batches are cut where memory has become short
                 ds[name] = (
                     ("step", "batch"),
@@ -235,10 +313,11 @@ class CurvatureMonitor:
                 ds[name] = ("step", "pair"), np.stack([record[name] for record in self._records])
             elif any(name in record for record in self._records):
                 ds[name] = "step", [float(record.get(name, np.nan)) for record in self._records]
-        cost = self.cost
+        cost, errors = self.cost, self._measurement.errors
         return schema.finish(
             ds, "curvature_monitor", **self._attrs, cost=cost if np.isfinite(cost) else None,
-            n_failed=self._n_failed or None,
+            n_failed=self._n_failed or None, data_error="none" if errors.reason else "examples",
+            no_data_error=errors.reason or None,
             training_seconds=self._cost.training,
         )  # fmt: skip
 
@@ -255,11 +334,18 @@ class CurvatureMonitor:
         self.step += 1
         if self.step % self.every == 0 and self._cost.affordable():
             try:
+                self._trace_if_affordable()
                 self.measure()
             except Exception as error:  # of a network that has diverged, a full disk, a sink: training goes on
                 self._n_failed += 1
                 self._warn(str(error) if isinstance(error, PnError) else reason(error), f"step {self.step}: ")
         self._before = None
+
+    def _trace_if_affordable(self) -> None:
+        if self._traces_later and self._cost.spare > TRACING_SECONDS:
+            self._traces_later = False
+            with self._cost.measured(), _untouched():
+                self._measurement.expect_many_products()
 
     def _reading(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]

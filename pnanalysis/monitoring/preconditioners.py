@@ -214,7 +214,7 @@ class PreconditionedOperator:
     inverse : Tensor
         Diagonal of ``1 / P``, ``(P,)``, not negative.
     decay : Tensor
-        Weight decay of each parameter, ``(P,)``.
+        Weight decay of each parameter, ``(P,)``, beyond that in the operator.
     """
 
     def __init__(self, operator: LinearOperator, inverse: Tensor, decay: Tensor) -> None:

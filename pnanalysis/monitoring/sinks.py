@@ -10,37 +10,57 @@ from typing import Any
 
 from pnanalysis.checks import check_writable
 from pnanalysis.errors import PnError
+from pnanalysis.io.atomic import atomic_path
 
 #: Called with the step and the numbers of a measurement by name.
 Sink = Callable[[int, Mapping[str, float]], None]
 
 
 class CSVSink:
-    """A table, one row a measurement, which is complete after each; a file that is there is replaced.
+    """A table, one row a measurement, which is complete after each.
 
     Parameters
     ----------
     path : path
+        A file that is there is replaced at the first measurement, unless a training is resumed.
+    first_step : int
+        Steps made before, in a training that is resumed: the rows up to this step stay, with the columns of the table.
 
     Raises
     ------
     PnError
-        If nothing can be written there.
+        If nothing can be written there, or what is to be continued is no such table.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], first_step: int = 0) -> None:
         self.path = check_writable(path)
         self._names: list[str] | None = None
+        self._before: list[list[str]] | None = []  # rows to write before the first one
+        if first_step and self.path.is_file():
+            self._names, self._before = _read_table(self.path, first_step)
 
     def __call__(self, step: int, numbers: Mapping[str, float]) -> None:
-        first = self._names is None
         self._names = self._names or list(numbers)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w" if first else "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if first:
-                writer.writerow(["step", *self._names])
-            writer.writerow([step, *(numbers.get(name, float("nan")) for name in self._names)])
+        row = [step, *(numbers.get(name, float("nan")) for name in self._names)]
+        if self._before is None:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerow(row)
+            return
+        with atomic_path(self.path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([["step", *self._names], *self._before, row])
+        self._before = None
+
+
+def _read_table(path: Path, last: int) -> tuple[list[str], list[list[str]]]:
+    """The names of the numbers in a table, and its rows up to a step."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            (first, *names), *rows = csv.reader(file)
+        if first == "step":
+            return names, [row for row in rows if len(row) == len(names) + 1 and int(row[0]) <= last]
+    except (OSError, ValueError, csv.Error):
+        pass
+    raise PnError(f"{path}: is no table of a curvature monitor that could be continued; choose another path")
 
 
 class TensorBoardSink:
@@ -91,8 +111,8 @@ class WandbSink:
         self.run.log({"curvature/step": step, **{f"curvature/{name}": value for name, value in numbers.items()}})
 
 
-def as_sink(given: Any) -> Sink:
-    """A sink from a function, or the path of a CSV file.
+def as_sink(given: Any, first_step: int = 0) -> Sink:
+    """A sink from a function, or the path of a CSV file, which is continued from a step on.
 
     Raises
     ------
@@ -104,7 +124,7 @@ def as_sink(given: Any) -> Sink:
             raise PnError(
                 f"{os.fspath(given)}: a path among the sinks is that of a .csv file; the dataset is saved by path="
             )
-        return CSVSink(given)
+        return CSVSink(given, first_step)
     if callable(given):
         sink: Sink = given
         return sink

@@ -12,30 +12,41 @@ from matplotlib.figure import Figure
 from pnanalysis.plots.style import (
     BLACK,
     BLUE,
+    CHAMPION,
     COLOURS,
     DASHES,
     GREEN,
     MARKERS,
+    OTHERS,
     PAGE,
+    PLAIN,
     QUIET,
     SKY,
     VERMILION,
+    champion_of,
     few,
     log_axis,
     new_figure,
 )
 
+_HESSIAN = "$\\lambda_{\\max}$ of the Hessian [loss]"
+
 
 def curvature_monitor(ds: xr.Dataset) -> Figure:
     """The largest eigenvalue that the optimizer sees with its threshold, those of the Hessian, loss and gradient.
 
-    Critical sharpness is beside the eigenvalue that bounds it for quadratic losses.
+    Critical sharpness is beside the eigenvalue that bounds it for quadratic losses. Of several iterations of a run, the
+    plain one and the champion are in colour, the others in grey.
 
     Parameters
     ----------
     ds : xarray.Dataset
         Kind ``curvature_monitor``.
     """
+    if "iteration" in ds.dims and ds.sizes["iteration"] > 1:
+        return _of_iterations(ds)
+    if "iteration" in ds.dims:
+        ds = ds.isel(iteration=0)
     figure = new_figure(PAGE, 4.0)
     (stability, spectrum), (loss, gradient) = figure.subplots(2, 2, sharex=True)
     _stability(ds, stability)
@@ -59,23 +70,65 @@ def curvature_monitor(ds: xr.Dataset) -> Figure:
     return figure
 
 
+def _of_iterations(ds: xr.Dataset) -> Figure:
+    """The same panels with a curve for each training of a run."""
+    figure = new_figure(PAGE, 4.0)
+    axes = figure.subplots(2, 2, sharex=True)
+    seen = "preconditioned_lambda_max" if "preconditioned_lambda_max" in ds else "lambda_max"
+    for ax, name in zip(axes.flat, (seen, "lambda_max", "loss", "gradient_norm"), strict=True):
+        _along_iterations(ds, name, ax)
+    axes[0, 0].set_ylabel("preconditioned $\\lambda_{\\max}$ [loss]" if _is_adaptive(ds) else _HESSIAN)
+    for ax, text in ((axes[0, 1], _HESSIAN), (axes[1, 0], "loss"), (axes[1, 1], "norm of the gradient [loss]")):
+        ax.set_ylabel(text)
+    if "threshold" in ds:
+        threshold = ds.threshold.where(np.isfinite(ds.threshold)).max("iteration")
+        axes[0, 0].plot(ds.step, threshold, color=BLACK, linestyle="--", linewidth=0.9, label="stability threshold")
+    for ax in axes.flat:
+        heights = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in ax.lines])
+        heights = heights[np.isfinite(heights)]
+        if len(heights) and heights.min() > 0:
+            log_axis(ax, float(heights.min()), float(heights.max()))
+    for ax in axes[1]:
+        ax.set_xlabel("step of the optimizer")
+    _legend(axes[0, 0])
+    figure.align_ylabels()
+    return figure
+
+
+def _along_iterations(ds: xr.Dataset, name: str, ax: Axes) -> None:
+    iterations, champion = [int(i) for i in ds.iteration.values], champion_of(ds)
+    looks: dict[int, dict[str, Any]] = {
+        champion: {"color": CHAMPION, "label": f"champion (iteration {champion})", "lw": 1.2},
+        0: {"color": PLAIN, "label": "plain", "lw": 1.2},
+    }
+    first = next((i for i in iterations if i not in looks), None)
+    for i in sorted(iterations, key=lambda i: i in looks):
+        found = ds[name].sel(iteration=i).dropna("step")
+        grey = {"color": OTHERS, "lw": 0.7, "label": "other iterations" if i == first else None}
+        ax.plot(found.step, found, **looks.get(i, grey), marker=few(found.sizes["step"]), ms=3)
+
+
+def _is_adaptive(ds: xr.Dataset) -> bool:
+    return ds.attrs.get("optimizer") != "SGD" and "preconditioned_lambda_max" in ds
+
+
 def _stability(ds: xr.Dataset, ax: Axes) -> None:
     """The preconditioned eigenvalue and its threshold; that of the Hessian where there is none."""
     if "preconditioned_lambda_max" not in ds or not bool(ds.preconditioned_lambda_max.notnull().any()):
         ax.plot(ds.step, ds.lambda_max, color=VERMILION, **_marks(ds))
-        ax.set_ylabel("$\\lambda_{\\max}$ of the Hessian [loss]")
+        ax.set_ylabel(_HESSIAN)
         if _critical(ds, ax):
             ax.lines[0].set_label("largest eigenvalue")
             _legend(ax)
         return
     ax.plot(ds.step, ds.preconditioned_lambda_max, color=VERMILION, label="largest eigenvalue", **_marks(ds))
+    if "preconditioned_lambda_max_se" in ds:
+        value, se = ds.preconditioned_lambda_max, ds.preconditioned_lambda_max_se
+        ax.fill_between(ds.step, value - se, value + se, color=VERMILION, alpha=0.25, linewidth=0)
     threshold = ds.threshold.where(np.isfinite(ds.threshold))  # infinite where the learning rate is 0
     ax.plot(ds.step, threshold, color=BLACK, linestyle="--", linewidth=0.9, label="stability threshold")
     _critical(ds, ax)
-    adaptive = ds.attrs.get("optimizer") != "SGD"
-    ax.set_ylabel(
-        "preconditioned $\\lambda_{\\max}$ [loss]" if adaptive else "$\\lambda_{\\max}$ of the Hessian [loss]"
-    )
+    ax.set_ylabel("preconditioned $\\lambda_{\\max}$ [loss]" if _is_adaptive(ds) else _HESSIAN)
     ax.set_ylim(bottom=min(0.0, 1.1 * float(ds.preconditioned_lambda_max.min())))
     _legend(ax)
 

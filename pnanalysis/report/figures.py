@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import BytesIO
 from typing import Any
@@ -73,6 +73,10 @@ class Entry:
     options: Callable[[xr.Dataset, Study], dict[str, Any]] = lambda ds, study: {}
     points: Callable[[xr.Dataset], list[str]] = lambda ds: []
     size: tuple[float, float] | None = None
+
+    def of_file(self, name: str) -> Entry:
+        """The same of another file than that of its kind's name."""
+        return replace(self, key=f"{self.key}-{name}", title=f"{self.title} ({name})")
 
 
 def _has_layers(ds: xr.Dataset) -> bool:
@@ -292,26 +296,27 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
 def pictures(study: Study) -> Iterator[Picture]:
     """Every figure that the datasets of a study's main run allow; last, those that could not be drawn."""
     reasons = {kind: (kind.capitalize(), why) for kind, why in study.main.unreadable().items()}
-    for kind, ds in study.main.readable().items():
+    for name, ds in study.main.readable().items():
+        kind = name if name in ENTRIES else str(ds.attrs.get("kind", name))
         # kinds without a caption of their own get the figure of their name, if there is one
         default = (Entry(kind, kind.capitalize(), ""),) if kind in plots.FIGURES else ()
         for entry in ENTRIES.get(kind, default):
             try:
                 if entry.shown_if(ds):
-                    yield _picture(entry, ds, study)
+                    yield _picture(entry if name == kind else entry.of_file(name), ds, study, entry.key)
             except BAD_DATASET as error:
-                reasons[entry.key] = entry.title, str(error)
+                reasons[entry.key if name == kind else name] = entry.title, str(error)
                 break  # the other figures of this dataset would lack the same
     for key, (title, why) in reasons.items():
         yield Picture(key, title, f"Not shown: {why}.", "")
 
 
-def _picture(entry: Entry, ds: xr.Dataset, study: Study) -> Picture:
+def _picture(entry: Entry, ds: xr.Dataset, study: Study, figure_key: str) -> Picture:
     options = entry.options(ds, study)
     with style():
         if entry.size:
             options["ax"] = new_figure(*entry.size).add_subplot()
-        figure = plots.plot(ds, entry.key, **options)
+        figure = plots.plot(ds, figure_key, **options)
     points = tuple(entry.points(ds))
     alternative = " ".join((f"{entry.title}.", entry.caption, *points))
     markup = embed(figure, alternative, f"{study.main.name}-{entry.key}")

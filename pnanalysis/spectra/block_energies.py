@@ -17,6 +17,8 @@ from pnanalysis.spectra.two_errors import Moment, group_factors
 
 #: Part of the jackknife's variance that is taken for that of the influences of groups; between a half and one.
 _JACKKNIFE = 0.75
+#: Forms of a block that are no larger, relative to the largest of all blocks, are round-off: they are kept in float32.
+_ROUND_OFF = 8 * float(np.finfo(np.float32).eps)
 
 
 class Energies(NamedTuple):
@@ -33,26 +35,37 @@ def energies_of(found: BlockForms) -> Energies:
     n, groups = len(total), len(found.share)
     energy, apart, part = (_Columns.zeros(shape, groups) for shape in ((n, n), (n,), (n,)))
     influences = _Influences(found, total)
+    size = np.abs(total).max((1, 2))
+    is_flat = size <= _ROUND_OFF * size.max()  # the matrix has no such rows, and the share would be one of noise
     for k in range(n):
         pairs = total[k] * total.swapaxes(1, 2) - known[k] * known.swapaxes(1, 2)
         steps = influences.of(k)  # (q, group, block)
         energy.fill(k, pairs, steps, found.share, found.known_energy[k])
         off_known = found.known_energy[k].sum() - found.known_energy[k, k]
         apart.fill(k, pairs.sum(0) - pairs[k], steps.sum(-1) - steps[..., k], found.share, off_known)
-        own, others = energy.value[k, k], apart.value[k]
+        own, others = (np.nan, np.nan) if is_flat[k] else (energy.value[k, k], apart.value[k])
         by_own, by_others = slopes_of_share(own, others)
         part.fill(
             k, by_others * (pairs.sum(0) - pairs[k]) + by_own * pairs[k],
             by_others * (steps.sum(-1) - steps[..., k]) + by_own * steps[..., k], found.share, 0.0,
         )  # fmt: skip
-        part.value[k] = others / (own + others)
+        part.value[k] = share_of_others(own, others)
     return Energies(*(columns.moment(q - 1, found.share) for columns in (energy, apart, part)))
 
 
+def share_of_others(own: Array | float, others: Array | float) -> Array:
+    """``others / (own + others)``; NaN where their sum is not positive."""
+    return np.asarray(others / _positive(own + others))
+
+
 def slopes_of_share(own: Array | float, others: Array | float) -> tuple[Array, Array]:
-    """How ``others / (own + others)`` changes with the two; NaN where their sum is not positive."""
-    whole = np.where(np.asarray(own + others) > 0, own + others, np.nan)
+    """How :func:`share_of_others` changes with the two; NaN where it is."""
+    whole = _positive(own + others)
     return np.asarray(-others / whole**2), np.asarray(own / whole**2)
+
+
+def _positive(energy: Array | float) -> Array:
+    return np.where(np.asarray(energy) > 0, energy, np.nan)
 
 
 class _Columns(NamedTuple):
@@ -124,4 +137,4 @@ def mean_over_pairs(pairs: Array) -> tuple[Array, Array]:
     return mean, np.sqrt(np.maximum(jackknife - excess * left, least))
 
 
-__all__ = ["Energies", "energies_of", "mean_over_pairs", "slopes_of_share"]
+__all__ = ["Energies", "energies_of", "mean_over_pairs", "share_of_others", "slopes_of_share"]

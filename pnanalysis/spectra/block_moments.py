@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pnanalysis.arrays import Array
 from pnanalysis.spectra.block_diagonal import DiagonalSums
-from pnanalysis.spectra.block_energies import energies_of, slopes_of_share
+from pnanalysis.spectra.block_energies import energies_of, share_of_others, slopes_of_share
 from pnanalysis.spectra.block_products import BlockForms, GroupedOperator, Partition, by_group
 from pnanalysis.spectra.data_error import variance_of_forms
 from pnanalysis.spectra.linear_operator import LinearOperator
@@ -169,7 +169,8 @@ def exact_moments(
     part = by_own * np.einsum("gkk->gk", energy) + by_others * apart
     return BlockMoments(
         partition, moment(member @ np.diag(matrix), trace), moment(value, energy), moment(coupling, apart),
-        moment(coupling / value.sum(1), part), moment(np.trace(matrix), trace.sum(1)), n, n, 0, True, sums,
+        moment(share_of_others(np.diag(value), coupling), part), moment(np.trace(matrix), trace.sum(1)), n, n, 0, True,
+        sums,
     )  # fmt: skip
 
 

@@ -212,6 +212,32 @@ def test_a_run_with_updates_overlaps_and_classes(tiny_run: Run, tmp_path: Path) 
     pn.validate(again)
 
 
+def test_the_last_update_of_networks_in_memory_and_of_files_is_from_weights_that_are_given(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 3, generator=generator), torch.randint(2, (40,), generator=generator)
+    torch.manual_seed(0)
+    before, after = nn.Linear(3, 2), nn.Linear(3, 2)
+    torch.save(before.state_dict(), tmp_path / "before.pt")
+    options: dict[str, Any] = {"data": (x, y), "loss": "cross_entropy", "k": 2, "data_error": "none", **QUIET}
+    names = dict(after.named_parameters())
+    update = torch.cat([(names[n] - p).detach().flatten() for n, p in before.named_parameters()]).double().numpy()
+    for given in (before, before.state_dict(), tmp_path / "before.pt"):
+        ds = pn.eigenpairs(after, previous=given, **options).isel(checkpoint=0)
+        expected = (ds.vector.values @ update) ** 2 / (update @ update)
+        np.testing.assert_allclose(ds.update_part, expected, rtol=1e-4)
+    both = pn.eigenpairs({"a": after, "b": before}, previous={"a": before}, **options)
+    np.testing.assert_allclose(both.update_part.sel(checkpoint="a"), ds.update_part, rtol=1e-4)
+    assert both.update_part.sel(checkpoint="b").isnull().all()
+    with pytest.raises(PnError, match="mapping by their names"):
+        pn.eigenpairs({"a": after, "b": before}, previous=before, **options)
+    with pytest.raises(PnError, match="previous has 'c'; the networks are 'a', 'b'"):
+        pn.eigenpairs({"a": after, "b": before}, previous={"c": before}, **options)
+    with pytest.raises(PnError, match="previous is a int"):
+        pn.eigenpairs(after, previous=3, **options)
+    with pytest.raises(PnError, match="of another shape"):
+        pn.eigenpairs(after, previous=nn.Linear(4, 2), **options)
+
+
 def test_the_gauss_newton_curvature_of_its_own_pairs_is_the_eigenvalue() -> None:
     ds = pn.eigenpairs(
         NETWORKS["tanh"](), data=images((30,)), loss=F.cross_entropy, operator="ggn", dtype="float64", k=2, **QUIET

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import pnanalysis as pn
 from pnanalysis.io.runs import Run, open_run
 from tests.cli.conftest import TINY
 
@@ -26,6 +27,16 @@ def test_pntrain_trains_a_recipe_and_its_control(run, tmp_path: Path) -> None:
     assert again.status == 2
     assert "--resume" in again.err
     assert run("pntrain", "tanh7", *TINY, *options, "--resume").status == 0
+
+
+def test_pntrain_measures_curvature(run, tmp_path: Path) -> None:
+    options = ("--iterations", 1, "--epochs", 1, "--device", "cpu", "--quiet")
+    done = run("pntrain", "tanh7", *TINY, *options, "--curvature", "--out", tmp_path / "one")
+    assert done.status == 0, done.err
+    assert "curvature_monitor" in open_run(tmp_path / "one").files
+    done = run("pntrain", "tanh7", *TINY, *options, "--curvature-every", 3, "--out", tmp_path / "two")
+    assert done.status == 0, done.err
+    assert pn.load(tmp_path / "two" / "analysis" / "curvature_monitor.nc").attrs["every"] == 3
 
 
 def test_pntrain_trains_a_custom_model_and_data(run, tmp_path: Path, monkeypatch) -> None:

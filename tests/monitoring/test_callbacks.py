@@ -91,3 +91,80 @@ def test_transformers(tmp_path: Path) -> None:
     assert np.isfinite(ds.preconditioned_lambda_max[1:]).all()
     with torch.no_grad():
         assert float(ds.loss[-1]) == pytest.approx(float(models[1].eval()(**batch).loss), rel=1e-5)
+
+
+def test_transformers_resumes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    import pnanalysis as pn
+    from pnanalysis.monitoring.hugging_face import CurvatureCallback
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise RuntimeError("stopped")
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Any:
+            logits = self.layer(x)
+            return transformers.modeling_outputs.SequenceClassifierOutput(F.cross_entropy(logits, labels), logits)
+
+    x, y = data()
+    examples = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
+    settings = transformers.TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=8, report_to=[], save_steps=2, seed=0, use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    path = tmp_path / "curvature.nc"
+
+    def trainer(*more: Any) -> Any:
+        callback = CurvatureCallback([{"x": x, "labels": y}], every=1, path=path, **FEW)
+        return transformers.Trainer(Network(), settings, train_dataset=examples, callbacks=[callback, *more])
+
+    first = trainer(Stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        first.train()
+    inner = getattr(first.optimizer, "optimizer", first.optimizer)
+    assert not inner._optimizer_step_post_hooks
+    assert not inner._optimizer_step_pre_hooks
+    before = pn.load(path)
+    assert before.step.values.tolist() == [0, 1, 2, 3]
+    trainer().train(resume_from_checkpoint=True)
+    after = pn.load(path)
+    assert after.step.values.tolist() == list(range(7))
+    np.testing.assert_array_equal(after.lambda_max[:3], before.lambda_max[:3])
+
+
+def test_lightning_resumes(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    import pnanalysis as pn
+    from pnanalysis.monitoring.lightning import CurvatureCallback
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = nn.Linear(3, 2)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return F.cross_entropy(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    path, saved = tmp_path / "curvature.nc", None
+    for epochs in (1, 2):
+        callback = CurvatureCallback(data(), every=1, path=path, network=lambda module: module.network, **FEW)
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback],
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(Classifier(), DataLoader(TensorDataset(*data()), batch_size=16), ckpt_path=saved)
+        saved = tmp_path / "model.ckpt"
+        trainer.save_checkpoint(saved)
+    assert pn.load(path).step.values.tolist() == list(range(7))

@@ -97,3 +97,68 @@ def test_a_step_with_learning_rates_of_its_own_for_each_group() -> None:
     largest = float(torch.linalg.eigvalsh(inner @ hessian @ inner)[-1])
     assert float(ds.preconditioned_lambda_max) == pytest.approx(largest, rel=1e-4)
     assert exact <= largest
+
+
+def test_round_off_is_no_rise_of_the_loss() -> None:
+    """Below the round-off the loss scatters; what is found is right, or nothing is."""
+    scatter = np.random.default_rng(0)
+
+    def rough(drop: float, place: float) -> Any:
+        return lambda s: 5 + 4 * drop / place**2 * s * (s - place) + scatter.uniform(-1e-7, 1e-7)
+
+    for place in (0.01, 0.4, 1.0, 30.0, 3e5):
+        low, high = critical_scale(rough(1e-5, place), 2e-7)
+        assert low <= place <= high <= 1.2 * low
+        assert np.isnan(critical_scale(rough(1e-8, place), 2e-7)).all()
+
+
+def test_steps_far_below_the_critical_one_have_one_too() -> None:
+    low, high = critical_scale(lambda s: 5 + 1e-9 * s * (s - 3e6), 1e-9)
+    assert low <= 3e6 <= high <= 1.05 * low
+
+
+def test_near_a_minimum_in_single_precision_it_is_never_above_the_largest_eigenvalue() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    y = x @ torch.ones(4, 1) + 0.5 * torch.randn(64, 1)
+    model = nn.Linear(4, 1)
+    found = []
+    for rate, steps, every in ((0.1, 60, 6), (0.01, 2, 1)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        options: dict[str, Any] = {"every": every, "expected_products": 10, "trace_probes": 0}
+        with pn.CurvatureMonitor(model, optimizer, (x, y), "mse", **options) as monitor:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                F.mse_loss(model(x), y).backward()
+                optimizer.step()
+        found.append(monitor.dataset())
+    for ds in found:
+        ratio = (ds.critical_sharpness_low / ds.lambda_max).values
+        assert np.nanmax(ratio, initial=0.0) <= 1
+    assert np.isfinite(found[0].critical_sharpness[1:4]).all()
+    assert found[1].critical_sharpness.isnull().all()  # the loss is as low as it can be
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-4, 1e-5])
+def test_small_learning_rates_have_the_sharpness_of_large_ones(rate: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 6, generator=generator), torch.randint(3, (50,), generator=generator)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    options: dict[str, Any] = {"every": 1, "expected_products": 10, "trace_probes": 0}
+    weights = [p.detach().double() for p in model.parameters()]
+    with pn.CurvatureMonitor(model, optimizer, (x, y), **options) as monitor:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    ds = monitor.dataset().sel(step=1)
+    slopes = [p.grad.double() for p in model.parameters() if p.grad is not None]
+
+    def loss(s: float) -> float:
+        names = [name for name, _ in model.named_parameters()]
+        moved = {name: w - s * g for name, w, g in zip(names, weights, slopes, strict=True)}
+        return float(F.cross_entropy(torch.func.functional_call(model, moved, (x.double(),)), y).detach())
+
+    low, high = critical_scale(loss)
+    exact = 2 / (low * high) ** 0.5
+    assert float(ds.critical_sharpness) == pytest.approx(exact, rel=0.1)

@@ -7,6 +7,7 @@ import csv
 import doctest
 import importlib
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from torch.nn import functional as F
 import pnanalysis as pn
 from pnanalysis.errors import ModelError, PnError
 from pnanalysis.inputs.random_states import random_states
-from pnanalysis.monitoring.measurement import Wanted, _Tracked
+from pnanalysis.monitoring.measurement import Measurement, Wanted, _Tracked
 from pnanalysis.monitoring.preconditioners import Preconditioner, read_preconditioner
 
-#: Too few products for a trace of the network to pay.
-FEW: dict[str, Any] = {"expected_products": 10}
+#: Too few products for a trace of the network to pay; and the network at its running statistics.
+FEW: dict[str, Any] = {"expected_products": 10, "bn_mode": "eval"}
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
@@ -226,6 +227,39 @@ def test_measurements_are_saved_and_given_to_sinks(tmp_path: Path) -> None:
         pn.CurvatureMonitor(model, optimizer, data(), sinks=[tmp_path / "x.txt"])
 
 
+def test_a_resumed_training_goes_on_after_the_measurements_of_its_first_part(tmp_path: Path) -> None:
+    """What was measured beyond the step at which it resumes is measured anew."""
+    files: dict[str, Any] = {"path": tmp_path / "curvature.nc", "sinks": [tmp_path / "curvature.csv"]}
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    options: dict[str, Any] = {"every": 2, "batches": True, "batch_size": 20, "data_error": "none", **FEW}
+    with pn.CurvatureMonitor(model, optimizer, data(), **options, **files) as first:
+        for i in range(7):
+            if i == 5:
+                saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            step(model, optimizer, *data())
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    with pn.CurvatureMonitor(model, optimizer, data(), first_step=5, **options, **files) as second:
+        for _ in range(3):
+            step(model, optimizer, *data())
+    whole, before = second.dataset(), first.dataset()
+    assert whole.step.values.tolist() == [0, 2, 4, 5, 6, 8]
+    for name in ("lambda_max", "trace", "critical_sharpness", "batch_lambda_max", "seconds", "n_hvp"):
+        np.testing.assert_array_equal(whole[name][:3], before[name][:3])
+    np.testing.assert_allclose(whole.loss.sel(step=6), before.loss.sel(step=6), rtol=1e-6)
+    assert whole.attrs["training_seconds"] > before.attrs["training_seconds"]
+    assert pn.load(files["path"]).equals(whole)
+    rows = list(csv.DictReader(files["sinks"][0].open()))
+    assert [int(row["step"]) for row in rows] == whole.step.values.tolist()
+    np.testing.assert_allclose([float(row["lambda_max"]) for row in rows], whole.lambda_max)
+    with pytest.raises(PnError, match="top is 2, .* 1 eigenvalue"):
+        pn.CurvatureMonitor(model, optimizer, data(), first_step=5, top=2, **options, **files)
+    with pn.CurvatureMonitor(model, optimizer, data(), first_step=5, **options) as third:  # without files
+        step(model, optimizer, *data())
+    assert third.dataset().step.values.tolist() == [5, 6]
+
+
 def test_without_a_number_of_steps_the_cost_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -247,6 +281,52 @@ def test_without_a_number_of_steps_the_cost_is_capped(monkeypatch: pytest.Monkey
     assert ds.step.values.tolist() == [0, 40, 60, 80, 100]  # each is paid for by 20 steps, the first afterwards
     assert ds.attrs["cost"] == pytest.approx(0.05)
     assert ds.attrs["training_seconds"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(10, True), (80, False)])
+def test_a_training_too_short_for_its_cap_is_said_to_be(
+    steps: int, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each measurement takes a second, each step another; products are traced once tracing is affordable."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = pn.CurvatureMonitor(model, optimizer, data(), max_cost=0.5, trace_probes=0, data_error="none")
+    clock, traced = [0.0], []
+    monkeypatch.setattr(monitor._cost, "clock", lambda: clock[0])
+    monkeypatch.setattr("pnanalysis.monitoring.monitor.TRACING_SECONDS", 30.0)
+    monkeypatch.setattr(Measurement, "expect_many_products", lambda self: traced.append(clock[0]))
+    monitor._cost.measuring = monitor._cost._total = 0.0
+    assert monitor._measurement.operator._traces is None
+
+    def slow(at: int, numbers: Any) -> None:
+        clock[0] += 12.0 if at == 0 else 0.1
+
+    monitor._sinks.append(slow)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with monitor:
+            for _ in range(steps):
+                clock[0] += 2.0
+                step(model, optimizer, *data())
+    text = "measurements took 60 % of the time of the training, more than max_cost, 50 %"
+    assert any(text in str(one.message) for one in said) == warned
+    assert len(traced) == (not warned)
+
+
+def test_a_monitor_can_begin_to_trace_without_losing_where_it_was() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = pn.CurvatureMonitor(model, optimizer, data(), max_cost=0.5, trace_probes=0)
+    monitor.measure()
+    monitor._measurement.expect_many_products()
+    assert monitor._measurement.operator._traces is not None
+    step(model, optimizer, *data())
+    monitor.step += 1
+    monitor.measure()
+    ds = monitor.dataset()
+    dense = pn.HessianOperator(model, F.cross_entropy, [data()], bn_mode="train", expected_products=10).to_dense()
+    assert float(ds.lambda_max[1]) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-3)
+    assert ds.n_hvp[1] < ds.n_hvp[0]
 
 
 @pytest.mark.filterwarnings("error")
@@ -286,6 +366,19 @@ def test_an_optimizer_that_is_not_known_has_no_threshold_unless_it_is_given() ->
     ds = monitor.dataset()
     assert float(ds.threshold[1]) == 42
     np.testing.assert_allclose(ds.preconditioned_lambda_max, 2 * ds.lambda_max, rtol=1e-3)
+
+
+def test_by_default_batches_are_normalised_as_in_the_steps() -> None:
+    (x, y), model = data(dtype=torch.float64), network(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"trace_probes": 0, "tolerance": 1e-7, "expected_products": 10}
+    with pn.CurvatureMonitor(model, optimizer, (x, y), every=1, **options) as monitor:
+        step(model, optimizer, x, y)
+    ds = monitor.dataset()
+    assert ds.attrs["bn_mode"] == "train"
+    operator = pn.HessianOperator(model, F.cross_entropy, [(x, y)], bn_mode="train", expected_products=10)
+    assert float(ds.lambda_max[1]) == pytest.approx(float(torch.linalg.eigvalsh(operator.to_dense())[-1]), rel=1e-9)
+    assert float(ds.loss[1]) == pytest.approx(operator.loss())
 
 
 def test_part_of_the_parameters_and_a_wrapped_network() -> None:
@@ -336,10 +429,32 @@ def test_chosen_layers_that_are_frozen_are_not_preconditioned(make: Any) -> None
     assert found == pytest.approx(float(torch.linalg.eigvalsh(moved)[-1]), rel=1e-3)
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.AdamW])
+def test_weight_decay_of_optimizer_and_monitor_is_one_term(make: Any) -> None:
+    """The decay that the optimizer adds to the gradient takes the place of that among the monitor's options."""
+    (x, y), model = data(dtype=torch.float64), network(torch.float64)
+    optimizer = make([{"params": model[4].parameters()}, {"params": model[:2].parameters(), "weight_decay": 0.2}],
+                     lr=0.1, weight_decay=0.5)  # fmt: skip
+    options: dict[str, Any] = {"weight_decay": 0.5, "trace_probes": 0, "tolerance": 1e-7}
+    with pn.CurvatureMonitor(model, optimizer, (x, y), every=1, **options, **FEW) as monitor:
+        step(model, optimizer, x, y)
+    ds = monitor.dataset().sel(step=1)
+    operator = pn.HessianOperator(model, F.cross_entropy, [(x, y)], **FEW)
+    dense, found = operator.to_dense(), read_preconditioner(optimizer, dict(model.named_parameters()))
+    assert float(ds.lambda_max) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]) + 0.5, rel=1e-9)
+    decay = operator.vector_of({n: torch.full_like(p, found.decay[n]) for n, p in model.named_parameters()})
+    if make is torch.optim.AdamW:  # decoupled: that of the options is part of the loss
+        decay = torch.full_like(decay, 0.5)
+    root = operator.vector_of(found.inverse or {}).sqrt()
+    moved = root[:, None] * (dense + decay.diag()) * root
+    assert float(ds.preconditioned_lambda_max) == pytest.approx(float(torch.linalg.eigvalsh(moved)[-1]), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"every": 0}, "every is 0"),
+        ({"first_step": -1}, "first_step is -1"),
         ({"max_cost": -1.0}, "max_cost is -1"),
         ({"top": 100}, "top is 100"),
         ({"trace_probes": 1}, "trace_probes is 1"),

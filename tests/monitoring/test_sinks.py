@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,18 @@ def test_weights_and_biases_has_a_step_of_its_own() -> None:
         ("curvature/*", "curvature/step"),
         {"curvature/step": 7, "curvature/lambda_max": 2.5, "curvature/loss": 0.5},
     ]
+
+
+def test_tables_of_something_else_are_not_continued(tmp_path: Path) -> None:
+    table = tmp_path / "numbers.csv"
+    for text in ("a,b\n1,2\n", "step,loss\nx,1\n"):
+        table.write_text(text)
+        with pytest.raises(PnError, match="is no table of a curvature monitor"):
+            as_sink(table, 3)
+        assert table.read_text() == text
+    as_sink(table)(0, NUMBERS)
+    as_sink(table, 4)(5, NUMBERS | {"more": 1.0})
+    assert table.read_text() == "step,lambda_max,loss\n0,2.5,0.5\n5,2.5,0.5\n"
 
 
 def test_what_is_no_sink_is_refused() -> None:

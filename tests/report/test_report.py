@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -56,6 +57,21 @@ def drawn(runs: list[Run]) -> dict[str, Picture]:
 def summary(runs: list[Run]) -> list[str]:
     (study,) = studies(runs)
     return list(sentences(study))
+
+
+def test_files_under_any_name_are_drawn_by_their_kind(copies: list[Run]) -> None:
+    """Such as the spectrum of a second checkpoint, which is saved beside that of the first."""
+    run = copies[0]
+    more = "hessian-iter02-epoch001"
+    for name in set(run.files) - {"history", "hessian"}:
+        run.files[name].unlink()
+    shutil.copy(run.files["hessian"], run.path / ANALYSIS / f"{more}.nc")
+    found = drawn([open_run(run.path)])
+    first, second = found["hessian"], found[f"hessian-{more}"]
+    assert (second.title, second.caption) == (f"Hessian spectrum ({more})", first.caption)
+    assert second.markup
+    ids = [re.findall(r'\bid="([^"]+)"', one.markup) for one in (first, second)]
+    assert not set(ids[0]) & set(ids[1])
 
 
 def test_the_page_holds_everything_and_fetches_nothing(pair: list[Run], report: Path) -> None:

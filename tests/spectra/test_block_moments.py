@@ -231,3 +231,13 @@ def test_errors_of_examples_are_the_scatter_over_data_sets(compute) -> None:
     diagonal = np.stack([one.diagonal.value for one in found])
     stated = np.sqrt(np.mean([one.diagonal.probe_se**2 + one.diagonal.data_se**2 for one in found], axis=0))
     assert 0.85 < np.median(stated / diagonal.std(0, ddof=1)) < (2 if compute is by_signs else 1.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_block_without_curvature_has_no_share(dtype: torch.dtype) -> None:
+    H = matrix()
+    H[OWNER == 1] = H[:, OWNER == 1] = 0
+    operator = as_operator(torch.as_tensor(H, dtype=dtype))
+    for found in (moments_of(block_forms(operator, PARTITION, Plan(16, 0))), exact_moments(operator, PARTITION)):
+        assert np.isnan(found.coupling_share.value).tolist() == [False, True, False]
+        assert np.isfinite(found.coupling_share.se[[0, 2]]).all()

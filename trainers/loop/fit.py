@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Epoch:
 
 
 OnEpoch = Callable[[Epoch, nn.Module, torch.optim.Optimizer], None]
+Watcher = Callable[[nn.Module, torch.optim.Optimizer], AbstractContextManager[Any]]
 
 
 def fit(
@@ -65,6 +66,7 @@ def fit(
     optimizer_state: Mapping[str, Tensor] | None = None,
     on_epoch: OnEpoch | None = None,
     on_batch: Callable[[int], None] | None = None,
+    watched_by: Watcher | None = None,
     distributed: bool = False,
 ) -> list[Epoch]:
     """Train ``model`` in place; data must be on the model's device.
@@ -99,6 +101,9 @@ def fit(
         ``on_epoch(record, model, optimizer)`` after each epoch.
     on_batch : callable, optional
         ``on_batch(n_examples)`` after each step, for progress.
+    watched_by : callable, optional
+        ``watched_by(model, optimizer)`` returns a context in which the epochs are trained, such as a
+        :class:`pnanalysis.CurvatureMonitor`.
     distributed : bool
         Divide the examples of each batch among the processes of the default ``torch.distributed`` group, all of which
         make this call with the same arguments. Batch normalisation and dropout see the whole batch, so that weights and
@@ -136,37 +141,38 @@ def fit(
     processes.check_divisible(model, split, loss_fn, batch_size)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     records = []
-    for epoch in range(start_epoch + 1, epochs + 1):
-        begun = time.perf_counter()
-        processes.prepare_epoch(model, seed, epoch)
-        order, generator = batch_order(len(split), seed, epoch, device)
-        model.train()
-        sums = EpochSums(-(-len(split) // batch_size), device)
-        with processes.joined(model):
-            for step, index in enumerate(order.split(batch_size)):
-                part = processes.part_of(len(index))
-                inputs, targets = split.take(index[part.rows])
-                inputs = augment_batch(inputs, augment, generator, part)
-                with autocast(device, amp):
-                    outputs = network(inputs)
-                    value = loss_fn(outputs, targets)
-                # Outside autocast: the penalty is computed in the precision of the parameters.
-                term = penalty() if penalty is not None else None
-                optim.zero_grad(set_to_none=True)
-                processes.backward(part, value, term, trainable)
-                optim.step()
-                errors = sum_of_errors(outputs.detach(), targets)
-                sums.add(step, len(index), part.share(value), term, errors if part.counts else 0 * errors)
-                if on_batch is not None:
-                    on_batch(len(index))
-        processes.add_up(sums.losses, sums.errors)
-        means = processes.from_first(partial(_checked_means, sums, model, epoch, len(split)))
-        validation_error = evaluate_error(network, validation, amp, loss_fn, processes)
-        test_error = evaluate_error(network, test, amp, loss_fn, processes)
-        record = Epoch(epoch, *means, validation_error, test_error, time.perf_counter() - begun)
-        records.append(record)
-        if on_epoch is not None:
-            processes.from_first(partial(_reported, on_epoch, record, model, optim))
+    with watched_by(model, optim) if watched_by is not None else nullcontext():
+        for epoch in range(start_epoch + 1, epochs + 1):
+            begun = time.perf_counter()
+            processes.prepare_epoch(model, seed, epoch)
+            order, generator = batch_order(len(split), seed, epoch, device)
+            model.train()
+            sums = EpochSums(-(-len(split) // batch_size), device)
+            with processes.joined(model):
+                for step, index in enumerate(order.split(batch_size)):
+                    part = processes.part_of(len(index))
+                    inputs, targets = split.take(index[part.rows])
+                    inputs = augment_batch(inputs, augment, generator, part)
+                    with autocast(device, amp):
+                        outputs = network(inputs)
+                        value = loss_fn(outputs, targets)
+                    # Outside autocast: the penalty is computed in the precision of the parameters.
+                    term = penalty() if penalty is not None else None
+                    optim.zero_grad(set_to_none=True)
+                    processes.backward(part, value, term, trainable)
+                    optim.step()
+                    errors = sum_of_errors(outputs.detach(), targets)
+                    sums.add(step, len(index), part.share(value), term, errors if part.counts else 0 * errors)
+                    if on_batch is not None:
+                        on_batch(len(index))
+            processes.add_up(sums.losses, sums.errors)
+            means = processes.from_first(partial(_checked_means, sums, model, epoch, len(split)))
+            validation_error = evaluate_error(network, validation, amp, loss_fn, processes)
+            test_error = evaluate_error(network, test, amp, loss_fn, processes)
+            record = Epoch(epoch, *means, validation_error, test_error, time.perf_counter() - begun)
+            records.append(record)
+            if on_epoch is not None:
+                processes.from_first(partial(_reported, on_epoch, record, model, optim))
     return records
 
 

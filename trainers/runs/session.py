@@ -29,6 +29,7 @@ from trainers.loop.fit import Epoch, error_kind, fit, optimizer_tensors
 from trainers.loop.persistence import PersistentPenalty, choose_layers
 from trainers.loop.processes import OneProcess
 from trainers.recipes import Config, check_same
+from trainers.runs.curvature import Every, RunCurvature
 from trainers.runs.manifest import describe, mark_unfinished, now
 from trainers.runs.preflight import check_trainable
 from trainers.seeds import derive_seed
@@ -105,7 +106,7 @@ class Session:
 
     def __init__(
         self, config: Config, data: Splits, device: torch.device, out: Path, resume: bool, save_interval: float,
-        parents: bool = True, processes: OneProcess | None = None,
+        parents: bool = True, processes: OneProcess | None = None, curvature: Every | None = None,
     ) -> None:  # fmt: skip
         self.config, self.data, self.device, self.save_interval = config, data, device, save_interval
         self.out, self.processes = out, processes or OneProcess()
@@ -120,6 +121,7 @@ class Session:
         # Last of all: everything above may still fail, and must not leave a run directory behind.
         self._writer: RunWriter | None = None
         self.iteration, self.resume_state = self.processes.from_first(lambda: self._open(resume, parents))
+        self.curvature = None if curvature is None else self._opened_curvature(curvature)
 
     def _open(self, resume: bool, parents: bool) -> tuple[int, _ResumeState | None]:
         """Open the run directory; returns the next iteration and what it is resumed from."""
@@ -132,6 +134,13 @@ class Session:
             self.release()
             raise
         return len(ends), state
+
+    def _opened_curvature(self, every: Every) -> RunCurvature:
+        try:
+            return RunCurvature(every, self.config, self.train_split, self.out)
+        except BaseException:
+            self.release()
+            raise
 
     def _check_same_data(self) -> None:
         expected = self.processes.from_first(lambda: self.data.fingerprint)
@@ -182,6 +191,7 @@ class Session:
                 ready.model, **self.fit_options(), seed=ready.seed, penalty=ready.penalty,
                 start_epoch=ready.start_epoch, optimizer_state=ready.optimizer_state,
                 on_epoch=ready.recorder.on_epoch, on_batch=ready.recorder.on_batch, distributed=self.processes.n > 1,
+                watched_by=(self.curvature and partial(self.curvature.watching, iteration, ready.start_epoch)) or None,
             )  # fmt: skip
             self.end_iteration()
             if verbose:
@@ -232,7 +242,17 @@ class Session:
         self.processes.from_first(self._save_end)
         self.iteration += 1
 
+    def save_curvature(self) -> None:
+        """Save what has been measured along the trainings so far."""
+        if self.curvature is not None:
+            self.curvature.save(
+                run=self.writer.path.name, run_id=self.writer.manifest["id"], recipe=self.config.recipe,
+                strategy=self.config.strategy, champion=self.writer.manifest["champion"], data=self.config.data,
+                data_fingerprint=self.data.fingerprint,
+            )  # fmt: skip
+
     def _save_end(self) -> None:
+        self.save_curvature()
         # The history is saved on both sides of the manifest: before, so that an iteration which the manifest counts as
         # finished has its history whenever the process is killed; after, because it names the champion.
         self.writer.save_history(self.dataset())
@@ -247,6 +267,7 @@ class Session:
 
     def _save_finished(self) -> None:
         self.writer.save_history(self.dataset())  # once more: a run may have been killed before the last time
+        self.save_curvature()  # with the champion
         self.writer.update(status="finished", ended=now())
         self.writer.drop_state()
         self.release()
@@ -321,6 +342,7 @@ class _Recorder:
             writer.save_checkpoint(self.iteration, epoch, model.state_dict())
         if time.monotonic() - self.saved >= session.save_interval and epoch < session.config.epochs:
             writer.save_history(session.dataset())
+            session.save_curvature()  # before the state: a run resumes from no later step than was measured up to
             tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
             tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer).items()}
             writer.save_state(tensors, iteration=self.iteration, epoch=epoch)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from pnanalysis.checks import at_least
 from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.inputs.data import Splits, downloads_allowed, load_data
 from pnanalysis.inputs.models import build_model
@@ -25,6 +26,7 @@ from pnanalysis.terminal.streams import error_stream
 from trainers.loop.batched_fit import SingleFit, fit_together
 from trainers.loop.processes import OneProcess, SeveralProcesses
 from trainers.recipes import RECIPES, Config
+from trainers.runs.curvature import Every
 from trainers.runs.preflight import check_tensors
 from trainers.runs.session import PreparedIteration, Session, check_settings
 from trainers.runs.small_problems import SMALL_PROBLEMS
@@ -41,6 +43,7 @@ def train(
     progress: bool = True,
     save_interval: float = _SAVE_INTERVAL,
     distributed: bool = False,
+    curvature: Every | None = None,
 ) -> Run:
     """Train a configuration into a run directory.
 
@@ -62,6 +65,10 @@ def train(
     distributed : bool
         Divide the examples of each batch among the processes of the default ``torch.distributed`` group, all of which
         make this call: see :func:`trainers.fit`. All must see the data and the folder ``out``; the first one writes.
+    curvature : int or "auto", optional
+        Measure curvature on training examples along every iteration, every so many steps of the optimizer or as often
+        as 5 % of the training's time allow, into ``analysis/curvature_monitor.nc`` of the run: see
+        :class:`pnanalysis.CurvatureMonitor`. Training is the same with and without.
 
     Returns
     -------
@@ -74,7 +81,13 @@ def train(
         until then is kept.
     """
     recipe = RECIPES.get(config.recipe)
+    if curvature is not None and curvature != "auto":
+        at_least(1, curvature=curvature)
+    if curvature is not None and distributed:
+        raise TrainingError("curvature is measured along trainings in one process; run pntrain without torchrun")
     if recipe is not None and recipe.problem != "images":
+        if curvature is not None:
+            raise TrainingError(f"{config.recipe} trains no network on images; leave out --curvature")
         if distributed:
             raise TrainingError(f"{config.recipe} is trained in one process; run pntrain without torchrun")
         return SMALL_PROBLEMS[recipe.problem](config, Path(out), device, resume, progress)
@@ -84,7 +97,7 @@ def train(
     processes.from_first(lambda: check_settings(config, Path(out), resume))
     parents = not Path(out).parent.is_dir()  # a folder that is gone once the data are read is not made again
     data = processes.first_before_others(lambda: _load(config, torch_device))
-    session = Session(config, data, torch_device, Path(out), resume, save_interval, parents, processes)
+    session = Session(config, data, torch_device, Path(out), resume, save_interval, parents, processes, curvature)
     _print_resume_message(session, progress)
     try:
         with progress_bar(f"{config.recipe}/{config.strategy}", session.n_to_see(), progress) as advance:

@@ -28,6 +28,7 @@ from pnanalysis.io.writer import RunWriter
 from pnanalysis.terminal.progress import progress_bar
 from trainers.recipes import Config
 from trainers.runs.cluster import on_cluster
+from trainers.runs.curvature import Every
 from trainers.runs.manifest import failure_of, mark_unfinished
 from trainers.runs.strategies import train, train_together
 
@@ -83,6 +84,7 @@ def sweep(
     progress: bool = True,
     together: bool = False,
     engine: str = "local",
+    curvature: Every | None = None,
 ) -> list[Outcome]:
     """Train every combination of the grid, in ``OUT/NAME=VALUE,NAME=VALUE``.
 
@@ -107,6 +109,8 @@ def sweep(
     engine : str
         ``local``, processes of this machine; or ``dask:ADDRESS``, the workers of a Dask cluster, which must see ``out``
         at the same path. The device is then one of the worker's, and ``jobs`` is up to the cluster.
+    curvature : int or "auto", optional
+        See :func:`trainers.train`; not for runs that are trained together.
 
     Returns
     -------
@@ -128,13 +132,15 @@ def sweep(
             f"--{'together' if together else 'jobs'}"
         )
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    plans = [_Plan(replace(base, **settings), settings, out / _folder(settings)) for settings in combinations]
+    plans = [_Plan(replace(base, **one), one, out / _folder(one), curvature) for one in combinations]
     shared = [path for path, n in Counter(plan.path for plan in plans).items() if n > 1]
     if shared:
         raise TrainingError(
             f"several runs of the sweep would be trained in {shared[0]}, for a folder's name cannot have a slash: "
             "give values that differ by more than / and -"
         )
+    if together and curvature is not None:
+        raise TrainingError("curvature is measured along trainings of their own; leave out --together")
     if together:
         configs, paths = [plan.config for plan in plans], [plan.path for plan in plans]
         results = train_together(configs, paths, device=device, resume=resume, progress=progress)
@@ -209,6 +215,7 @@ class _Plan(NamedTuple):
     config: Config
     settings: dict[str, Any]
     path: Path
+    curvature: Every | None = None
 
 
 def _available_devices(device: str) -> list[str]:
@@ -227,7 +234,7 @@ def _train_one(plan: _Plan, device: str, resume: bool, threads: int | None = Non
         if not plan.path.parent.is_dir():  # not to be made again, without the other runs
             return Outcome(plan.path, plan.settings, f"there is no folder {plan.path.parent}; put it back")
         if resume or not (plan.path / MANIFEST).exists():
-            train(plan.config, plan.path, device=device, resume=resume, progress=False)
+            train(plan.config, plan.path, device=device, resume=resume, progress=False, curvature=plan.curvature)
             return Outcome(plan.path, plan.settings, None)
         return Outcome(plan.path, plan.settings, _EXISTS)
     except (Exception, SystemExit) as error:  # a user's model may raise anything; it must not stop the other runs
