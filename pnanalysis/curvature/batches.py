@@ -16,7 +16,7 @@ from pnanalysis.inputs.repeatable import SameBatches
 from pnanalysis.inputs.splits import Batches
 from pnanalysis.torch_internals import BatchNormBase
 
-NOTHING_COUNTS = "no target of the data counts in the loss; look at what it ignores (ignore_index)"
+NOTHING_COUNTS = "no target of the data counts in the loss; look at what it ignores (ignore_index), and at weight"
 
 Batch = tuple[Any, Any]
 #: Shapes and types of all tensors of a batch: what a trace holds for.

@@ -28,6 +28,7 @@ from pnanalysis.checks import human
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.linear_operator import ROUND_OFF, empty_columns
+from pnanalysis.spectra.scratch import scratch_folder
 from pnanalysis.spectra.sharing import Part
 
 #: In the order in which they are tried: from the most accurate and fastest to what fits anywhere.
@@ -53,7 +54,7 @@ class Storage:
     device : torch.device
     mode : {"memory", "half", "disk", "none"}
     folder : Path, optional
-        For the file of ``"disk"``; the system's for temporary files by default.
+        For the file of ``"disk"``; by default the one of :func:`pnanalysis.spectra.scratch.scratch_folder`.
     part : Part, optional
         The entries of each vector that this process holds, where several divide vectors among them. Memory is then that
         of the process that holds most, and includes the whole vectors that products put together.
@@ -91,7 +92,7 @@ class Storage:
             n_parameters = self.part.length
         if self.mode != "disk":
             return empty_columns(n_parameters, n, self.stored_dtype, self.device)
-        folder = self.folder or Path(tempfile.gettempdir())
+        folder = self.folder or scratch_folder()
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".basis-", dir=folder)
         try:
