@@ -73,10 +73,11 @@ class Storage:
 
     @property
     def round_off(self) -> float:
-        """What storing vectors changes in eigenvalues, relative to the largest.
+        """What storing vectors changes in eigenvalues at most, relative to the largest.
 
         At most 4e-4 with ``"half"`` in spectra of 2,000 to 4,000 diagonal entries, whose few large Lanczos coordinates
-        are the worst case; less by the square root of P where eigenvectors are spread over many parameters.
+        are the worst case; less by the square root of P where eigenvectors are spread over many parameters. How much it
+        is for one operator, :meth:`pnanalysis.spectra.lanczos.Lanczos.rounding` measures.
         """
         return ROUND_OFF["float16"] if self.mode == "half" else 0.0
 

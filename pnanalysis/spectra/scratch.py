@@ -37,10 +37,10 @@ def lies_in_memory(folder: Path) -> bool:
         return False
     folder = folder.resolve()
     # blanks are written as octal numbers there; of several mounts at one place the last one holds
-    found = [
+    holding = [
         (len(place), i, kind) for i, (place, kind) in enumerate(mounts) if folder.is_relative_to(_unescaped(place))
     ]
-    return max(own)[2] in _IN_MEMORY if own else False
+    return max(holding)[2] in _IN_MEMORY if holding else False
 
 
 def _unescaped(place: str) -> str:
