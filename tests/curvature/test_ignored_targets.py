@@ -187,7 +187,11 @@ def _shared() -> dict[str, Any]:
     for rank, ignored in enumerate((slice(0, 12), slice(8, N))):  # all that the first, or second, process has
         batches = [examples(ignored)]
         for name, kind in make.items():
-            for whole in (DistributedOperator, ShardedOperator) if name == "exact" else (DistributedOperator,):
+            if name == "differences" and rank > 0:
+                continue
+            for whole in (
+                (DistributedOperator, ShardedOperator) if (name, rank) == ("exact", 0) else (DistributedOperator,)
+            ):
                 local = kind(network(), cross_entropy, OwnExamples(batches))
                 op = whole(local)
                 V = torch.randn(op.shape[0], 3, generator=torch.Generator().manual_seed(2)).double()
@@ -196,6 +200,8 @@ def _shared() -> dict[str, Any]:
                 else:
                     found[f"{name} {whole.__name__} {rank}"] = op.matmat(V)
                 assert op.n_examples == N
+        if rank > 0:
+            continue
         local = HessianOperator(network(), cross_entropy, OwnExamples(batches), expected_products=1)
         distributed = DistributedOperator(local)
         assert distributed.loss() == pytest.approx(whole_loss(ignored), rel=1e-12)
