@@ -331,7 +331,7 @@ def _gradient(op: HessianOperator) -> tuple[float, float]:
     ``sum b |g - mean|^2 / (N (K - 1))``."""
     sizes, weights = np.array(op.batches.sizes, dtype=float), np.array(op.batches.weights)
     mean, squares = torch.zeros(op.shape[0], dtype=torch.float64, device=op.device), []
-    for weight, one in zip(weights, op.batch_gradients(), strict=True):
+    for weight, one in zip(weights[op.batches.counting], op.batch_gradients(), strict=True):
         mean.add_(one.double(), alpha=float(weight))
         squares.append(float(one.double() @ one.double()))
     total, norm = sizes.sum(), float(mean.norm())

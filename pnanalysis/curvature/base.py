@@ -24,6 +24,7 @@ from pnanalysis.curvature.example_subset import ExampleSubset
 from pnanalysis.curvature.finite_differences import FiniteDifferences
 from pnanalysis.curvature.gradients import OperatorGradients
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
+from pnanalysis.curvature.own_examples import OwnExamples
 from pnanalysis.curvature.parameters import (
     Named,
     Selection,
@@ -56,7 +57,7 @@ from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.forward import prediction
 from pnanalysis.evaluation.losses import class_scores, loss_on
 from pnanalysis.evaluation.randomness import differs_between_passes
-from pnanalysis.inputs.batches import first_examples, map_tensors, move
+from pnanalysis.inputs.batches import can_cut, cut, map_tensors, move
 from pnanalysis.inputs.copies import as_real, in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.inputs.random_states import random_states_kept
@@ -395,7 +396,8 @@ class CurvatureOperator:
     def batch_gradients(self) -> Iterator[Tensor]:
         """The gradient of the loss of each batch, ``(P,)``, without weight decay and penalty.
 
-        The batches are those that a pass takes, of :attr:`batches`: pieces of the given ones where these are cut.
+        The batches are those that a pass takes, of :attr:`batches`: pieces of the given ones where these are cut; but
+        not those without a target that counts.
         """
         for _, _, at in self._weighted():
             yield join_tensors(self._loss.gradient(at, self._theta))
@@ -688,9 +690,10 @@ class CurvatureOperator:
         return total
 
     def _products(self, like: list[Tensor]) -> Iterator[tuple[int, float, Product]]:
-        """Each batch's number, its weight, and the product with its matrix; products in the cache need no data."""
-        if len(self._cache) == len(self.batches):
-            yield from ((i, weight, self._cache[i]) for i, weight in enumerate(self.batches.weights))
+        """Number and weight of each batch that counts, and its product; those in the cache need no data."""
+        counting, weights = self.batches.counting, self.batches.weights
+        if len(self._cache) == len(counting):
+            yield from ((i, weights[i], self._cache[i]) for i in counting)
             return
         for i, weight, at in self._weighted():
             if i in self._cache:
@@ -703,8 +706,8 @@ class CurvatureOperator:
             yield i, weight, product
 
     def _weighted(self) -> Iterator[tuple[int, float, LossArguments]]:
-        """Each batch's number, its weight and what its loss depends on; once for every draw."""
-        for i, (weight, batch) in enumerate(self.batches.weighted()):
+        """Number and weight of each batch that counts, and what its loss depends on; once for every draw."""
+        for i, weight, batch in self.batches.weighted():
             for draw in range(self.draws or 1):
                 self._draw(i, draw)
                 yield i, weight / (self.draws or 1), self._arguments(batch)
@@ -754,10 +757,13 @@ class CurvatureOperator:
         """Look at all batches once, cut where they do not fit into memory, and fit the passes to the first of them."""
 
         def look() -> None:
+            weights = self._batch_weights(self.weight)
+            if isinstance(batches, OwnExamples):
+                batches.counts = weights.counts
             self.batches = WeightedBatches(batches, self.device, self.dtype, self.micro_batch, self.reduction)
             self.batches.inspect(
                 self._fit_passes,
-                self._batch_weights(self.weight),
+                weights,
                 needs_statistics=self.bn_mode == "train" and has_batch_norm(self.model),
             )
             if self.batches.n_cut and not self.batches.weighing.separates(self._first_examples, self.batches.reduction):
@@ -851,10 +857,12 @@ class CurvatureOperator:
             self._loss.recomputed = recomputable_blocks(self._loss, self._few, self.names)
 
     def _tried(self, batch: Batch) -> Batch:
-        """A few examples of a batch that network and loss have been tried on; all where they need more."""
+        """A few examples of a batch, some of which count, that network and loss have been tried on; all where they
+        need more.
+        """
         try:
             # the check keeps all activations
-            few = first_examples(batch, 1 if self.checkpoint_activations else EXAMPLES)
+            few = self._first_that_count(batch, 1 if self.checkpoint_activations else EXAMPLES)
             self._loss.try_out(self._arguments(few))
             return few
         except (PnError, torch.OutOfMemoryError):
@@ -862,6 +870,12 @@ class CurvatureOperator:
         except Exception:
             self._loss.try_out(self._arguments(batch))  # errors of this one are the user's to see
             return batch
+
+    def _first_that_count(self, batch: Batch, n: int) -> Batch:
+        """A few examples of a batch, from the first that counts on; the whole batch where it cannot be cut."""
+        weights = self.batches.weighing.of_examples(batch)
+        start = int((weights != 0).double().argmax())
+        return cut(batch, slice(start, start + n)) if can_cut(batch) else batch
 
     def _needs_in_place(self, batch: Batch) -> bool:
         """Let layers write into their arguments again, if the network is another function otherwise."""
@@ -891,7 +905,7 @@ class CurvatureOperator:
 
     @property
     def _few(self) -> LossArguments:
-        """A few examples of the first batch."""
+        """A few examples of the first batch that counts."""
         return self._arguments(self._first_examples)
 
     def _check_repeatable(self, at: LossArguments) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.evaluation.losses import InspectedLoss, example_weights, known
+from pnanalysis.evaluation.losses import InspectedLoss, counts, example_weights, known
 from pnanalysis.inputs.batches import IGNORED, batch_size, can_cut, cut, rows, tensors
 
 #: ``weight(inputs, targets)``, or what batches weigh by.
@@ -69,22 +69,38 @@ class BatchWeights:
         self._alive: set[str] | None = None
         self._n_measured = 0
 
-    def add(self, batch: Any) -> bool:
-        """Note the weight of the next batch; false if nothing in it counts.
+    def counts(self, batch: Any) -> bool:
+        """Whether anything in a batch counts, as far as its targets say: where nothing does, its mean is 0 / 0.
 
         Raises
         ------
         CurvatureError
-            If its given weight is not a positive number.
+            If its given weight is not a number from 0 on.
+        """
+        if self.measures:
+            return _may_count(batch[1])
+        return counts(self.loss, batch[1]) if self.weight in RULES else self._weight_of(batch) > 0
+
+    def add(self, batch: Any) -> None:
+        """Note the weight of the next batch.
+
+        Raises
+        ------
+        CurvatureError
+            If its given weight is not a number from 0 on, or a batch in which nothing counts is to count.
         """
         if not self.measures:
             self._given.append(self._weight_of(batch))
-            return self._given[-1] > 0
+            if self.weight in RULES and not counts(self.loss, batch[1]):
+                raise CurvatureError(
+                    f"batch {len(self._given) - 1} has no target that counts in the loss, which is not defined for it; "
+                    f"leave it out, or leave out weight={self.weight!r}"
+                )
+            return
         self._counts.append(_counts(batch))
-        if self._n_measured < _MEASURED_BATCHES:
+        if self._n_measured < _MEASURED_BATCHES and _may_count(batch[1]):
             for part in self._parts(batch):
                 self._compare(*part)
-        return True
 
     def finish(self) -> tuple[list[float], str]:
         """The weights of all batches, and whether the loss is a ``"mean"`` or a ``"sum"`` over each.
@@ -96,7 +112,7 @@ class BatchWeights:
         """
         if not self.measures:
             return self._given, "mean"
-        examples = [counts["examples"] for counts in self._counts]
+        examples = [each["examples"] for each in self._counts]
         only_sum = self._alive == {_SUM}
         everywhere = set.intersection(*map(set, self._counts))
         alive = sorted((self._alive or set()) & everywhere)
@@ -110,7 +126,7 @@ class BatchWeights:
             raise CurvatureError(
                 f"the loss of a batch is neither a mean nor a sum over its parts that this package knows; {_WAY_OUT}"
             )
-        found = {name: [counts[name] for counts in self._counts] for name in alive}
+        found = {name: [each[name] for each in self._counts] for name in alive}
         first = found.get("examples", found[alive[0]])
         for name, weights in found.items():
             if not _proportional(first, weights):
@@ -165,8 +181,8 @@ class BatchWeights:
             return float(batch_size(batch))
         if callable(self.weight):
             weight = float(self.weight(*batch))
-            if not 0 < weight < float("inf"):
-                raise CurvatureError(f"weight gave {weight:g} for a batch; it must give a positive number")
+            if not 0 <= weight < float("inf"):
+                raise CurvatureError(f"weight gave {weight:g} for a batch; it must give a number from 0 on")
             return weight
         return _known_weight(self.loss, batch)
 
@@ -214,18 +230,28 @@ class BatchWeights:
             return None
 
     def _compare(self, one: Any, other: Any, losses: Sequence[float]) -> None:
-        whole, first, second = losses
-        if not all(abs(value) < float("inf") for value in (whole, first, second)):
-            return  # a part without anything that counts: 0 / 0
+        whole, *parts = losses
+        finite = [abs(value) < float("inf") for value in parts]
+        if not abs(whole) < float("inf") or not any(finite):
+            return
         self._n_measured += 1
-        slack = self.tolerance * (abs(whole) + abs(first) + abs(second))
-        fitting = {_SUM} if abs(whole - first - second) <= slack else set()
-        counts = [_counts(part) for part in (one, other)]
-        for name in counts[0].keys() & counts[1].keys():
-            a, b = (each[name] for each in counts)
-            if a + b > 0 and abs((a * first + b * second) / (a + b) - whole) <= slack:
+        slack = self.tolerance * (abs(whole) + sum(abs(value) for value in parts if abs(value) < float("inf")))
+        fitting = {_SUM} if all(finite) and abs(whole - sum(parts)) <= slack else set()
+        found = [_counts(part) for part in (one, other)]
+        for name in found[0].keys() & found[1].keys():
+            shares = [each[name] for each in found]
+            if any(share and not is_finite for share, is_finite in zip(shares, finite, strict=True)):
+                continue  # a part is 0 / 0 where nothing in it counts
+            mean = sum(share * value for share, value in zip(shares, parts, strict=True) if share)
+            if sum(shares) > 0 and abs(mean / sum(shares) - whole) <= slack:
                 fitting.add(name)
         self._alive = fitting if self._alive is None else self._alive & fitting
+
+
+def _may_count(targets: Any) -> bool:
+    """Whether any target counts in a loss that leaves out :data:`pnanalysis.inputs.batches.IGNORED`."""
+    whole = [tensor for tensor in tensors(targets) if not (tensor.is_floating_point() or tensor.is_complex())]
+    return not whole or any(bool((tensor != IGNORED).any()) for tensor in whole)
 
 
 def _known_weight(loss: InspectedLoss, batch: Any) -> float:

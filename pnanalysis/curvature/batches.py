@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pnanalysis.curvature.batch_weights import BatchWeights
+from pnanalysis.curvature.batch_weights import RULES, BatchWeights
 from pnanalysis.curvature.example_subset import ExampleSubset
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.batches import as_pair, batch_size, can_cut, cut, map_tensors, move, tensors
 from pnanalysis.inputs.repeatable import SameBatches
 from pnanalysis.inputs.splits import Batches
 from pnanalysis.torch_internals import BatchNormBase
+
+NOTHING_COUNTS = "no target of the data counts in the loss; look at what it ignores (ignore_index), and at weight"
 
 Batch = tuple[Any, Any]
 #: Shapes and types of all tensors of a batch: what a trace holds for.
@@ -42,6 +44,7 @@ class WeightedBatches:
         Examples in each batch.
     divisors : list of float
         What the mean over each batch divides by.
+        0 for those without a target that counts, which nothing may be computed from: their mean is 0 / 0.
     shapes : list of tuple
         See :func:`shapes_of`.
     weighing : BatchWeights
@@ -77,21 +80,21 @@ class WeightedBatches:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from (batch for batch, _ in self._pieces())
+        yield from (piece for piece, _, _ in self._pieces())
 
-    def _pieces(self) -> Iterator[tuple[Batch, float]]:
-        """Batches, or the pieces they are cut into, and the part of its batch's examples that each has."""
+    def _pieces(self) -> Iterator[tuple[Batch, Batch, slice | None]]:
+        """Batches, or the pieces they are cut into; the batch of each, and which of its examples they are."""
         for inputs, targets in self.pairs:
             batch = move(inputs, self.device, self.dtype), move(targets, self.device, self.dtype)
             if self.channels_last:
                 batch = map_tensors(batch, channels_last)
             size = batch_size(batch)
             if self.micro_batch is None or size <= self.micro_batch:
-                yield batch, 1.0
+                yield batch, batch, None
                 continue
             for start in range(0, size, self.micro_batch):
-                stop = min(start + self.micro_batch, size)
-                yield cut(batch, slice(start, stop)), (stop - start) / size
+                part = slice(start, min(start + self.micro_batch, size))
+                yield cut(batch, part), batch, part
 
     @property
     def weights(self) -> list[float]:
@@ -100,31 +103,44 @@ class WeightedBatches:
         share = self.source.share if isinstance(self.source, ExampleSubset) else 1.0
         return [divisor / total if self.reduction == "mean" else 1 / share for divisor in self.divisors]
 
-    def weighted(self) -> Iterator[tuple[float, Batch]]:
-        """Pairs of a batch's weight and the batch."""
-        yield from zip(self.weights, self, strict=True)
+    @property
+    def counting(self) -> list[int]:
+        """The numbers of the batches that count."""
+        return [i for i, divisor in enumerate(self.divisors) if divisor]
 
-    def inspect(self, prepare: Callable[[Batch], None], weights: BatchWeights, needs_statistics: bool) -> None:
+    def weighted(self) -> Iterator[tuple[int, float, Batch]]:
+        """Number and weight of each batch that counts, and the batch."""
+        for i, (weight, divisor, batch) in enumerate(zip(self.weights, self.divisors, self, strict=True)):
+            if divisor:
+                yield i, weight, batch
+
+    def inspect(
+        self, prepare: Callable[[Batch], None], weights: BatchWeights, needs_statistics: bool, is_part: bool = False
+    ) -> None:  # fmt: skip
         """Read all batches once: note their sizes and weights, and refuse data that no operator could be computed from.
 
         Parameters
         ----------
         prepare : callable
-            Called with the first batch, before its loss is evaluated by anything else.
+            Called with the first batch that counts, before its loss is evaluated by anything else.
         weights : BatchWeights
         needs_statistics : bool
             Whether the network takes statistics over each batch, which a single example does not have.
+        is_part : bool
+            Whether others have the rest of the data, so that nothing here need count.
 
         Raises
         ------
         CurvatureError
         """
-        shares = []
-        for index, (batch, share) in enumerate(self._pieces()):
+        self.weighing = weights
+        shares, is_prepared = [], False
+        for index, (batch, whole, part) in enumerate(self._pieces()):
             size = batch_size(batch)
             self.sizes.append(size)
             self.can_be_cut &= can_cut(batch)
-            shares.append(share)
+            self.n_cut += part is not None
+            shares.append(1.0)
             if size == 0:
                 raise CurvatureError(f"batch {index} is empty; leave it out")
             if size == 1 and needs_statistics:
@@ -132,18 +148,22 @@ class WeightedBatches:
                     f"batch {index} holds one example, which has no batch statistics; "
                     "use bn_mode='eval' or make the last batch larger (drop_last)"
                 )
-            if index == 0:
+            if not is_prepared and weights.counts(batch):
                 prepare(batch)
-            if not weights.add(batch):
-                raise CurvatureError(f"batch {index} has no target that counts in the loss; leave it out")
+                is_prepared = True
+            if part is not None and weights.weight in RULES:  # which say what whole batches weigh
+                weights.add(whole)
+                in_mean = weights.of_examples(whole)
+                shares[-1] = float(in_mean[part].sum() / in_mean.sum())
+            else:
+                weights.add(batch)
             self.shapes.append(shapes_of(batch))
         if not self.sizes:
             raise CurvatureError("there are no batches; was the loader an iterator that is used up?")
-        self.n_cut = sum(share < 1 for share in shares)
-        self.weighing = weights
-        self.divisors, reduction = weights.finish()
-        if weights.weight == "batches":  # a whole batch weighs 1
-            self.divisors = [divisor * share for divisor, share in zip(self.divisors, shares, strict=True)]
+        if not is_prepared and not is_part:
+            raise CurvatureError(NOTHING_COUNTS)
+        divisors, reduction = weights.finish()
+        self.divisors = [divisor * share for divisor, share in zip(divisors, shares, strict=True)]
         self.reduction = "sum" if reduction == "sum" else self.reduction
 
 

@@ -15,8 +15,12 @@ from pnanalysis.errors import CurvatureError
 
 _PIECE = r"(?:[qkv]|\d+/\d+|\d+:\d+)"
 _SELECTION = re.compile(rf"(?P<name>.+)\[(?P<inner>in\.)?(?P<pieces>{_PIECE}(?:\.{_PIECE})*)\]")
+#: Where attention, or its configuration, says how many heads its queries, and its keys and values, have.
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
 #: Layers that compute queries, keys and values together, one after the other.
-_FUSED = ("c_attn", "in_proj_weight", "in_proj_bias", "qkv")
+_OF_TORCH = ("in_proj_weight", "in_proj_bias")
+_FUSED = ("c_attn", "qkv", *_OF_TORCH)
 
 
 class Block(NamedTuple):
@@ -136,8 +140,26 @@ def _check_fused(model: nn.Module, parameter: str, size: int, inner: bool) -> No
     # with an attribute multi_query, GPT-BigCode's c_attn has them in turn for every head; beside q_attn, in GPT-2's
     # cross-attention, c_attn has keys and values alone
     other = hasattr(owner, "multi_query") or hasattr(owner, "q_attn")
+    if own not in _OF_TORCH:  # whose three parts are always equal
+        other |= _shares_keys(owner) or not _in_three(model.get_submodule(layer))
     if (name not in _FUSED and own not in _FUSED) or inner or size % 3 or other:
         raise CurvatureError(
             f"{parameter!r} is not known to hold queries, keys and values one after the other; give a range such as "
             "[0:64], or where these are layers of their own, their names"
         )
+
+
+def _shares_keys(attention: nn.Module) -> bool:
+    """Whether a layer of attention, or its configuration, says that several queries share a key."""
+    around = attention, getattr(attention, "config", None)
+    n_queries, n_keys = (
+        {count for one in around for name in names if isinstance(count := getattr(one, name, None), int)}
+        for names in (_HEADS, _KEY_HEADS)
+    )
+    return bool(n_keys - n_queries)
+
+
+def _in_three(layer: nn.Module) -> bool:
+    """Whether a layer has three outputs for each input: three of another size may just add up to such a number."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and max(weight.shape) == 3 * min(weight.shape)

@@ -109,6 +109,9 @@ class DistributedOperator:
     @property
     def n_examples(self) -> int:
         """Number of examples in all processes."""
+        source = self.operator.batches.source
+        if isinstance(source, OwnExamples):
+            return sum(self.processes.gathered(source.n_own))
         return sum(self.processes.gathered(0 if self._is_idle else self.operator.n_examples))
 
     def matvec(self, v: Tensor) -> Tensor:

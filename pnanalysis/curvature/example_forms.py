@@ -128,7 +128,7 @@ class ExampleForms:
         return found & self._counted if self.cuts_batches else np.repeat(found, sizes)
 
     def _by_batch(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float, Forms]]:
-        """Each batch's number, its weight, and the terms of its units."""
+        """Number and weight of each batch that counts, and the terms of its units."""
         op = self.op
         if self.unit == BATCHES:
             for i, weight, product in op._products(pairs[0][0]):
@@ -136,10 +136,14 @@ class ExampleForms:
         elif self.unit == PARTS:
             for i, weight, at in op._weighted():
                 shares = torch.from_numpy(self._shares[i])
-                products = [op._untraced(_part(at, piece)) for piece in _pieces(op.batches.sizes[i], len(shares))]
+                pieces = _pieces(op.batches.sizes[i], len(shares))
+                products = [
+                    op._untraced(_part(at, piece)) if share else None  # which would be 0 / 0
+                    for piece, share in zip(pieces, shares, strict=True)
+                ]
                 yield i, weight, partial(_forms_of_parts, products, shares)
         elif self._of_rows.need_no_data(pairs):
-            yield from ((i, w, partial(self._of_rows, i, None)) for i, w in enumerate(op.batches.weights))
+            yield from ((i, op.batches.weights[i], partial(self._of_rows, i, None)) for i in op.batches.counting)
         else:
             yield from ((i, weight, partial(self._of_rows, i, at)) for i, weight, at in op._weighted())
 
@@ -213,7 +217,7 @@ def _shares(op: CurvatureOperator, unit: str, weights: Array) -> Array:
     pieces = _pieces(len(weights), len(weights) if unit == EXAMPLES else -(-_PARTS // len(op.batches)))
     if op.reduction == "sum":
         return np.ones(len(pieces))
-    return np.array([float(weights[piece].sum()) for piece in pieces]) / float(weights.sum())
+    return np.array([float(weights[piece].sum()) for piece in pieces]) / (float(weights.sum()) or 1.0)
 
 
 def _pieces(n: int, n_pieces: int) -> list[slice]:
@@ -237,8 +241,10 @@ def _directions(u: Tensor, v: Tensor, shapes: Sequence[torch.Size]) -> Pair:
     return first, first if u is v or torch.equal(u, v) else split_vector(v, shapes)
 
 
-def _forms_of_parts(products: Sequence[Product], shares: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    return torch.stack([torch.stack([_inner(u, product(v)) for product in products]) for u, v in pairs]) * shares
+def _forms_of_parts(products: Sequence[Product | None], shares: Tensor, pairs: Sequence[Pair]) -> Tensor:
+    nothing = torch.zeros((), dtype=torch.float64)
+    forms = [[_inner(u, product(v)) if product else nothing for product in products] for u, v in pairs]
+    return torch.stack([torch.stack(row) for row in forms]) * shares
 
 
 def _inner(a: Direction, b: Direction) -> Tensor:

@@ -11,19 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
-from pnanalysis.curvature.batches import Batch, WeightedBatches
+from pnanalysis.curvature.batches import NOTHING_COUNTS, Batch, WeightedBatches
 from pnanalysis.curvature.finite_differences import FiniteDifferences
 from pnanalysis.curvature.parameters import Selection, join_tensors, select_parameters
 from pnanalysis.curvature.processes import Processes
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.evaluation.losses import loss_on
+from pnanalysis.inputs.batches import tensors
 from pnanalysis.inputs.models import Loss
 from pnanalysis.spectra.linear_operator import ROUND_OFF, dense_matrix
 from pnanalysis.spectra.random_vectors import random_unit_vectors
@@ -117,7 +119,9 @@ class FullyShardedHessian:
         )
         self.loss_fn = loss_on(loss_fn, place, self.dtype)
         self.batches = self.processes.by_all(lambda: self._read(batches, place, weight))
-        self._divisors = self.processes.gathered(self.batches.divisors)
+        self._divisors = self.processes.gathered([divisor for divisor in self.batches.divisors if divisor])
+        if not any(self._divisors):
+            raise CurvatureError(NOTHING_COUNTS)
         self.n_hvp = 0
         gradients = _ShardGradients(self)
         gradients.check()
@@ -175,32 +179,39 @@ class FullyShardedHessian:
         with self._at(place):
             for share, batch in self._in_step(only_first):
                 # passes end with the mean over all processes of their gradients
-                (self._loss(batch) * (share * self.n_processes)).backward()  # type: ignore[no-untyped-call]
+                loss = self._loss(batch) * (share * self.n_processes) if share else self._nothing(batch)
+                loss.backward()  # type: ignore[no-untyped-call]
             return [_local_gradient(parameter) for parameter in self._parameters]
 
     def loss_at(self, place: Sequence[Tensor]) -> float:
         """The loss over all data elsewhere, without weight decay."""
         with self._at(place), torch.no_grad():
-            own = sum(share * float(self._loss(batch)) for share, batch in self._in_step(False))
-        return sum(self.processes.gathered(own))
+            own = [
+                share * float(self._loss(batch)) if share else float(self._nothing(batch))
+                for share, batch in self._in_step(False)
+            ]
+        return sum(self.processes.gathered(sum(own)))
 
     def _loss(self, batch: Batch) -> Tensor:
         inputs, targets = batch
         value: Tensor = self.loss_fn(forward(self.model, inputs), targets)
         return value
 
+    def _nothing(self, batch: Batch) -> Tensor:
+        """Zero, by a pass of which all processes are a part; the loss itself may be 0 / 0."""
+        outputs = [output for output in tensors(forward(self.model, batch[0])) if output.is_floating_point()]
+        return torch.stack([output.sum() for output in outputs]).sum() * 0
+
     def _in_step(self, only_first: bool) -> Iterator[tuple[float, Batch]]:
-        """Batches with their weights, as many in all processes: those that have fewer repeat one, with weight zero."""
+        """Batches that count and their weights, as many in all processes: those with fewer add one of weight zero."""
         total = sum(sum(own[:1] if only_first else own) for own in self._divisors)
         n = 1 if only_first else max(len(own) for own in self._divisors)
-        batch: Batch | None = None
-        batches = iter(self.batches)
-        for i in range(n):
-            batch, share = next(batches, batch), 0.0
-            if i < len(self.batches):
-                share = self.batches.divisors[i] / total
-            assert batch is not None, "every process has a batch"
-            yield share, batch
+        n_own = min(len(self.batches.counting), n)
+        for i, _, batch in islice(self.batches.weighted(), n_own):
+            yield self.batches.divisors[i] / total, batch
+        if n_own < n:
+            any_batch = next(iter(self.batches))
+            yield from [(0.0, any_batch)] * (n - n_own)
 
     @contextmanager
     def _at(self, place: Sequence[Tensor]) -> Iterator[None]:
@@ -257,7 +268,7 @@ class FullyShardedHessian:
                 "or a function weight(inputs, targets)"
             )
         read = WeightedBatches(batches, device, self.dtype, None, "mean")
-        read.inspect(lambda _: None, weights, needs_statistics=False)
+        read.inspect(lambda _: None, weights, needs_statistics=False, is_part=True)
         return read
 
 

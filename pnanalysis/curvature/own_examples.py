@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -32,8 +32,13 @@ class OwnExamples:
 
     Attributes
     ----------
+    counts : callable
+        ``counts(batch)``: whether anything in a batch counts in the loss; set by the operator, which knows the loss.
     is_idle : bool
-        Whether there are too few for this process to have any. It then gets the first batch, which does not count.
+        Whether this process has no examples that count. It then also gets the first batch that does, to have something
+        to compute with, but not to add.
+    n_own : int
+        Examples of this process.
 
     Raises
     ------
@@ -45,20 +50,22 @@ class OwnExamples:
         self.batches, self.whole = batches, whole
         processes = Processes(group)
         self.rank, self.n = processes.rank, processes.n
-        self.is_idle = False
+        self.counts: Callable[[Batch], bool] = _always
+        self.is_idle, self.n_own = False, 0
 
     def __iter__(self) -> Iterator[Batch]:
-        first = None
-        has_any = False
+        first, is_idle, n_own = None, True, 0
         for i, each in enumerate(self.batches):
             batch = as_pair(each)
-            first = batch if i == 0 else first
+            if first is None and self.counts(batch):
+                first = batch
             own = self._own(i, batch)
             if own is not None:
-                has_any = True
+                n_own += batch_size(own)
+                is_idle = is_idle and not self.counts(own)
                 yield own
-        self.is_idle = not has_any
-        if self.is_idle and first is not None:
+        self.is_idle, self.n_own = is_idle, n_own
+        if is_idle and first is not None:
             yield first
 
     def _own(self, i: int, batch: Batch) -> Batch | None:
@@ -69,6 +76,10 @@ class OwnExamples:
         # the first processes of one batch are the last of the next, so that all have equally many
         place = self.rank if i % 2 == 0 else self.n - 1 - self.rank
         return cut(batch, slice(place * size // self.n, (place + 1) * size // self.n))
+
+
+def _always(batch: Batch) -> bool:
+    return True
 
 
 __all__ = ["OwnExamples", "own_share"]

@@ -118,7 +118,7 @@ class _Curvlinops(_Peer):
         model = native.model
         for parameter in model.parameters():
             parameter.requires_grad_()
-        batches = list(native.batches)
+        batches = [batch for _, _, batch in native.batches.weighted()]
         self.peer = operators[kind](model, loss_fn, list(model.parameters()), batches, check_deterministic=False)
 
     def matvec(self, v: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pnanalysis.curvature.parameters import split_vector
 from pnanalysis.errors import CurvatureError, PnError, reason
+from pnanalysis.spectra.random_vectors import random_unit_vector
 
 if TYPE_CHECKING:
     from pnanalysis.curvature.base import CurvatureOperator
@@ -34,6 +36,8 @@ _AGREED = 1e-3
 _STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 #: Beyond this norm of all parameters, steps of the size for a norm of 1 are tried, too.
 _LARGE = 100.0
+#: Seed of the directions that products are checked along.
+_DIRECTIONS = 2**32 - 3
 #: Examples to check on.
 EXAMPLES = 8
 #: Parameters beyond which the check is not made in float64, to save memory.
@@ -135,11 +139,16 @@ def _decided(
 
 
 def random_direction(theta: dict[str, Tensor], seed: int = 0) -> list[Tensor]:
-    """A random vector of length 1 in the shapes of the parameters; the global random state stays as it is."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = [torch.randn(t.shape, generator=generator) for t in theta.values()]
-    length = sum(float(part.square().sum()) for part in parts) ** 0.5
-    return [part.div_(length).to(t) for part, t in zip(parts, theta.values(), strict=True)]
+    """A random vector of length 1 in the shapes of the parameters, drawn where they lie.
+
+    The same on every device, and not one of those that spectra start from.
+    """
+    tensors = list(theta.values())
+    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+    n = sum(tensor.numel() for tensor in tensors)
+    flat = random_unit_vector(n, seed, _DIRECTIONS, dtype, tensors[0].device)
+    parts = split_vector(flat, [tensor.shape for tensor in tensors])
+    return [part.to(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def tolerance(dtype: torch.dtype, amp: str = "no") -> float:

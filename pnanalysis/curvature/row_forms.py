@@ -123,7 +123,7 @@ class TracedForms:
 
     def need_no_data(self, pairs: Sequence[Pair]) -> bool:
         """Whether these forms can be had without the data."""
-        return all((i, u is v) in self._kept for i in range(len(self.op.batches)) for u, v in pairs)
+        return all((i, u is v) in self._kept for i in self.op.batches.counting for u, v in pairs)
 
     def __call__(self, i: int, at: LossArguments | None, pairs: Sequence[Pair]) -> Tensor:
         """Those of batch ``i``, ``(k, n)``."""

@@ -127,6 +127,7 @@ class _Sampler:
         self.sample = SpectrumSample(operator.shape[0], "deflated" if settings.deflate else "plain")
         self._next_vector = 1  # random vector 0 is that of the first deflated space
         self._couplings: Couplings | None = None  # of the spaces that are deflated in turn
+        self._norm, self._rounding = 0.0, 0.0  # of the operator, and of what rounding vectors changes
         self._bar = advance
         self._text = ""
 
@@ -324,6 +325,10 @@ class _Sampler:
         (sample.single if single else sample.probes).extend(found)
         sample.n_hvp += lanczos.step * lanczos.n_probes
         sample.asymmetry = float(np.fmax(sample.asymmetry, lanczos.skew()))
+        # in the complement of large eigenvalues the norm is smaller, of which this is then a part
+        self._norm = max(self._norm, lanczos.norm)
+        self._rounding = max(self._rounding, lanczos.rounding())
+        sample.rounding = self._rounding / self._norm if self._norm else 0.0
         if not lanczos.reorthogonalise:
             return
         if lanczos.deflated is not None:

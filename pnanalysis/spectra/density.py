@@ -217,10 +217,10 @@ def spectral_density(
         sample = sample_spectrum(operator, settings, advance)
     by_differences = bool(getattr(operator, "by_differences", False))
     own = round_off(operator)
-    of_sums = max(settings.storage.round_off, own if by_differences else 0)
+    of_sums = max(sample.rounding, own if by_differences else 0)
     facts = {
         "dtype": str(operator.dtype).removeprefix("torch."),
-        "round_off": max(_SEVERAL * own if by_differences else own, settings.storage.round_off),
+        "round_off": max(_SEVERAL * own if by_differences else own, sample.rounding),
         **({"basis_round_off": of_sums} if of_sums else {}),
         **({"finite_differences": True} if by_differences else {}),
         "positive_semidefinite": bool(getattr(operator, "positive_semidefinite", False)),

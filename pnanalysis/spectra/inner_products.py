@@ -149,5 +149,9 @@ def _zeros(like: Tensor, *shape: int) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    # Metal has no float64
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+    return wide_dtype(tensor.device)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What sums are computed in: float64, but for Metal, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -26,7 +26,7 @@ from scipy.linalg import eigh_tridiagonal
 from pnanalysis.arrays import Array
 from pnanalysis.errors import CurvatureError, ProcessLost
 from pnanalysis.io.unfinished import warn_unsaved
-from pnanalysis.spectra.inner_products import combinations, inner_products, norms, orthogonalised
+from pnanalysis.spectra.inner_products import combinations, inner_products, norms, orthogonalised, wide_dtype
 from pnanalysis.spectra.lanczos_state import restore_state, save_state
 from pnanalysis.spectra.linear_operator import (
     LinearOperator,
@@ -154,11 +154,13 @@ class Lanczos:
         if storage is None:
             storage = empty_columns(self.part.length, k * n_kept, self.dtype, self.device)
         self._basis = storage.T.view(k, n_kept, self.part.length).mT
-        zeros = partial(torch.zeros, dtype=self.dtype, device=self.device)
+        # coefficients are sums over all entries, which come in float64 wherever there is one
+        zeros = partial(torch.zeros, dtype=wide_dtype(self.device), device=self.device)
         self._alpha, self._beta = zeros(k, self.capacity), zeros(k, self.capacity)
         self._norm = zeros(k)  # largest |H q| so far: a lower bound of the operator's norm
         self._mirror = zeros(k)  # q0 . (H q1), see asymmetry
         self._skew = zeros(k)  # sum of squared q_i . (H q_j), i < j - 1, see skew
+        self._rounding = zeros(k)  # largest error of a column of the tridiagonal matrix, see rounding
         # without reorthogonalisation a space never ends, and finds again what it has found
         self._breakdown = (
             max(BREAKDOWN[operator.dtype], BREAKDOWN[self.dtype]) if reorthogonalise else torch.finfo(self.dtype).eps
@@ -272,6 +274,26 @@ class Lanczos:
             return float("nan")
         return float((self.operator.shape[0] * self._skew.double().sum() / pairs).sqrt()) / 2 / norm
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether vectors are kept in less precision than is computed in."""
+        return self._basis.dtype != self.dtype
+
+    @property
+    def norm(self) -> float:
+        """The largest length of a product so far: a lower bound of the operator's norm."""
+        return self.processes.decided(float(self._norm.max()) * self.unit)
+
+    def rounding(self) -> float:
+        """How far the tridiagonal matrices are off because vectors are rounded to be kept.
+
+        A rounded vector has not quite length 1, is not quite orthogonal to the others, and is not quite what the
+        recurrence asks for: for each column, the root of the sum of the squares of these errors, which are measured as
+        the vectors are kept; twice the largest of all columns. The norm of the error, by which eigenvalues are off
+        at most, is hardly larger, for it has no more than a few entries of that size in each row and column.
+        """
+        return self.processes.decided(2 * float(self._rounding.max()) * self.unit)
+
     def _check(self) -> None:
         if not self.processes.decided(bool(self._finite)):
             if hasattr(self.operator, "check_finite"):
@@ -295,19 +317,33 @@ class Lanczos:
         self._alpha[:, j] = inner_products(product, self._next, self.part.add)
         if j == 1:
             self._mirror.copy_(inner_products(product, self._basis[:, :, 0].T, self.part.add))
-        norm = self._norms(product)
+        norm = norms(product, self.part.add)
         self._finite &= torch.isfinite(norm).all()  # as all entries are then
         self._norm = torch.maximum(self._norm, norm)
         vectors, coordinates = self._orthogonalise(product, j + 1)
         del product  # as large as all that is worked with below
-        skew = self._skew + coordinates[: max(j - 1, 0)].square().sum(0)
-        beta = self._norms(vectors)
+        outside = coordinates[: max(j - 1, 0)].to(self._skew.dtype).square().sum(0)
+        beta = norms(vectors, self.part.add)
         alive = beta > self._breakdown * self._norm
         self._beta[:, j] = torch.where(alive, beta, 0)
         # zero after a breakdown or NaN (which spares the later batches); a mask and not a branch, which would wait for
         # the device
-        following = self._rounded(vectors.div_(beta).masked_fill_(~alive, 0))
-        self._next, self._skew, self.step = following, skew, j + 1
+        unrounded = vectors.div_(beta.to(self.dtype)).masked_fill_(~alive, 0)
+        following, rounding = self._rounded(unrounded), self._rounding
+        if self.is_rounded:
+            squares = self._squared_errors(j, outside, coordinates)
+            lost = norms(unrounded.sub_(following), self.part.add)
+            rounding = torch.maximum(
+                rounding, torch.addcmul(squares, lost * self._beta[:, j], lost * self._beta[:, j]).sqrt()
+            )
+        self._rounding, self._skew = rounding, self._skew + outside
+        self._next, self.step = following, j + 1
+
+    def _squared_errors(self, j: int, outside: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+        """Of the column of a vector that was rounded: its length, and what it has along earlier ones."""
+        length = self._alpha[:, j] * (inner_products(self._next, self._next, self.part.add) - 1)
+        before = coordinates[j - 1] - self._beta[:, j - 1] if j > 0 else torch.zeros_like(length)
+        return outside + length.square() + before.square()
 
     def _product(self, V: torch.Tensor) -> torch.Tensor:
         """Products with vectors ``(P, k)``, in :attr:`unit`, in the basis's dtype and on its device."""
@@ -363,7 +399,8 @@ class Lanczos:
         """Normalised start vectors ``(P, c)`` of some probes, and their products with the (compressed) operator."""
         start = self._basis[probes, :, 0].T.to(self.dtype)
         following = self._next[:, probes] if self.step == 1 else self._basis[probes, :, 1].T.to(self.dtype)
-        return start, start * self.alpha[probes, 0] + following * self.beta[probes, 0]
+        alpha, beta = (part[probes, 0].to(self.dtype) for part in (self.alpha, self.beta))
+        return start, start * alpha + following * beta
 
     def save(self, path: str | Path, label: str = "") -> None:
         """Write the state (safetensors, atomically) under a label that :meth:`restore` compares.
@@ -400,6 +437,7 @@ class Lanczos:
             "norm": self._norm,
             "mirror": self._mirror,
             "skew": self._skew,
+            "rounding": self._rounding,
         }
 
     def _check_operator(self, path: str | Path) -> None:
@@ -407,7 +445,7 @@ class Lanczos:
             known = 0 if self.reorthogonalise else self.step - 1
             vector = self._basis[:, :, self.place(known)].T.to(self.dtype)
             alpha = inner_products(self._product(vector), vector, self.part.add)
-            gap = (alpha - self._alpha[:, known]).abs() / self._norm.clamp_min(torch.finfo(self.dtype).tiny)
+            gap = (alpha - self._alpha[:, known]).abs() / self._norm.clamp_min(torch.finfo(self._norm.dtype).tiny)
             tolerance = max(SAME_PRODUCT, 10 * round_off(self.operator))
             if self.processes.decided(float(gap.max()) > tolerance):
                 raise CurvatureError(f"{path} was saved for another operator: delete it to start again")

@@ -23,7 +23,7 @@ from pnanalysis.io import digest
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.files import open_regular
 from pnanalysis.io.unfinished import write_signed
-from pnanalysis.spectra.linear_operator import note_error, round_off
+from pnanalysis.spectra.linear_operator import ROUND_OFF, note_error, round_off
 from pnanalysis.spectra.sharing import ALONE, Part
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _PART = re.compile(r"\.(\d+)-of-(\d+)$")
 _AGAIN = "delete it to start again"
 #: Tensors of a state that all processes have alike.
-_ALIKE = ("alpha", "beta", "norm", "mirror", "skew")
+_ALIKE = ("alpha", "beta", "norm", "mirror", "skew", "rounding")
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,10 @@ def _read(files: list[_File], step: int, lanczos: Lanczos, label: str) -> tuple[
                 if each.step == step and alike is None:
                     tensors = {name: file.get_tensor(name) for name in _ALIKE if name in file.keys()}  # noqa: SIM118
                     tensors.setdefault("skew", state["skew"].new_full(state["skew"].shape, float("nan")).cpu())
+                    if "norm" in tensors:
+                        tensors.setdefault("rounding", tensors["norm"] * ROUND_OFF["float16"])
                     for name, tensor in tensors.items():
-                        if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
+                        if tensor.shape != state[name].shape or not tensor.is_floating_point():
                             raise KeyError(name)
                     alike = tensors, int(metadata.get("exponent", "0")), float(metadata.get("error", "0"))
         except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:

@@ -28,6 +28,7 @@ from pnanalysis.checks import human
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.linear_operator import ROUND_OFF, empty_columns
+from pnanalysis.spectra.scratch import scratch_folder
 from pnanalysis.spectra.sharing import Part
 
 #: In the order in which they are tried: from the most accurate and fastest to what fits anywhere.
@@ -53,7 +54,7 @@ class Storage:
     device : torch.device
     mode : {"memory", "half", "disk", "none"}
     folder : Path, optional
-        For the file of ``"disk"``; the system's for temporary files by default.
+        For the file of ``"disk"``; by default the one of :func:`pnanalysis.spectra.scratch.scratch_folder`.
     part : Part, optional
         The entries of each vector that this process holds, where several divide vectors among them. Memory is then that
         of the process that holds most, and includes the whole vectors that products put together.
@@ -72,10 +73,11 @@ class Storage:
 
     @property
     def round_off(self) -> float:
-        """What storing vectors changes in eigenvalues, relative to the largest.
+        """What storing vectors changes in eigenvalues at most, relative to the largest.
 
         At most 4e-4 with ``"half"`` in spectra of 2,000 to 4,000 diagonal entries, whose few large Lanczos coordinates
-        are the worst case; less by the square root of P where eigenvectors are spread over many parameters.
+        are the worst case; less by the square root of P where eigenvectors are spread over many parameters. How much it
+        is for one operator, :meth:`pnanalysis.spectra.lanczos.Lanczos.rounding` measures.
         """
         return ROUND_OFF["float16"] if self.mode == "half" else 0.0
 
@@ -91,7 +93,7 @@ class Storage:
             n_parameters = self.part.length
         if self.mode != "disk":
             return empty_columns(n_parameters, n, self.stored_dtype, self.device)
-        folder = self.folder or Path(tempfile.gettempdir())
+        folder = self.folder or scratch_folder()
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".basis-", dir=folder)
         try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -17,6 +15,7 @@ from pnanalysis.io.atomic import atomic_path
 from pnanalysis.spectra.allocation import default_steps, shares
 from pnanalysis.spectra.memory import MODES, probes_at_once, vectors_at_once
 from pnanalysis.spectra.sample import SamplingSettings
+from pnanalysis.spectra.scratch import scratch_folder
 from pnanalysis.spectra.sharing import ALONE, Alone
 
 #: Up to this P, a budget that covers all P columns is spent on them, and the spectrum is exact.
@@ -137,7 +136,7 @@ def check_fits(n_parameters: int, settings: SamplingSettings) -> None:
             "make room, save elsewhere (--output), or spend fewer products (--n-hvp)",
         )  # fmt: skip
     if storage.mode == "disk":
-        place = (storage.folder or Path(tempfile.gettempdir())) / "basis"
+        place = (storage.folder or scratch_folder()) / "basis"
         try:
             check_room(
                 place, storage.vectors_bytes(n_parameters, n_vectors), "takes",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns
-from pnanalysis.spectra.sharing import Part, part_of
+from pnanalysis.spectra.sharing import ALONE, Part, part_of
 
 #: Pairs of entries that are drawn at a time.
 _CHUNK = 2**17
@@ -43,6 +43,14 @@ def random_unit_vectors(operator: LinearOperator, indices: Iterable[int], seed: 
         key = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
         _fill_on_sphere(column, key, part, operator.shape[0])
     return vectors
+
+
+def random_unit_vector(n: int, index: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One vector ``(n,)`` of :func:`random_unit_vectors`, without an operator."""
+    vector = torch.empty(n, dtype=dtype, device=device)
+    key = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+    _fill_on_sphere(vector, key, Part(((0, n),), ALONE, n), n)
+    return vector
 
 
 def random_signs(n_parameters: int, indices: Iterable[int], seed: int, device: torch.device) -> Tensor:

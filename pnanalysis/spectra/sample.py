@@ -83,6 +83,8 @@ class SpectrumSample:
         Products spent.
     asymmetry : float
         See :meth:`pnanalysis.spectra.lanczos.Lanczos.skew`; NaN where it was not measured.
+    rounding : float
+        See :meth:`pnanalysis.spectra.lanczos.Lanczos.rounding`: the largest of all start vectors.
     until_reached : bool
         Whether target errors were given and reached.
     merged : MergedSpaces or None
@@ -95,6 +97,7 @@ class SpectrumSample:
     single: list[LanczosCoefficients] = field(default_factory=list)
     n_hvp: int = 0
     asymmetry: float = np.nan
+    rounding: float = 0.0
     until_reached: bool = False
     merged: MergedSpaces | None = None
 

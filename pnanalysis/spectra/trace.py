@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.inner_products import inner_products
-from pnanalysis.spectra.linear_operator import NOT_FINITE, LinearOperator, as_operator, checked_product
+from pnanalysis.spectra.linear_operator import NOT_FINITE, LinearOperator, as_operator, checked_product, round_off
 from pnanalysis.spectra.memory import DEFAULT_FRACTION
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.sharing import part_of, processes_of
@@ -139,13 +140,19 @@ def _xtrace(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> tupl
     m = n_hvp // 2
     n_parameters = operator.shape[0]
     probes = random_unit_vectors(operator, range(first, first + m), seed).double() * n_parameters**0.5
-    basis, triangle = torch.linalg.qr(_product(operator, probes).double())
+    products = _product(operator, probes).double()
+    basis, triangle = torch.linalg.qr(products)
     image = _product(operator, basis).double()
     core = basis.T @ image
+    round_off_error = round_off(operator) * float(torch.linalg.matrix_norm(core))
     diagonal = triangle.diagonal().abs()
-    if float(diagonal.min()) <= m * torch.finfo(operator.dtype).eps * float(diagonal.max()):
-        # The sketch has a lower rank than m: it spans the whole range, whose trace is exact.
-        return Estimate(float(core.trace()), 0.0), 2 * m
+    # Round-off of products in lower precision fills the sketch by directions that are as good as others; but a sketch
+    # whose rank is lower even in float64 leaves nothing to tell what is there because of one probe alone.
+    missing = diagonal <= m * torch.finfo(torch.float64).eps * diagonal.max()
+    if bool(missing.any()):
+        # The probes that are left do not depend on the directions of the first ones.
+        rank = min(int(missing.double().argmax()), m - 2)
+        return _widened(_in_complement(probes, products, basis, image, rank), round_off_error), 2 * m
     # Column i of `normal` is the direction of the sketch, in its basis, that is there because of probe i alone;
     # projecting it out gives the basis of the other probes.
     normal = torch.linalg.solve_triangular(triangle, torch.eye(m).to(triangle), upper=True).T
@@ -158,7 +165,25 @@ def _xtrace(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> tupl
     rest = (without * (core @ without)).sum(0) - cross + along_normal * (normal * triangle).sum(0)
     # The projected probe's squared norm, to normalise it in the P - m + 1 dimensions of its complement.
     squared_norm = (probes**2).sum(0) - (without**2).sum(0)
-    return _mean(within + (n_parameters - m + 1) / squared_norm * rest), 2 * m
+    return _widened(_mean(within + (n_parameters - m + 1) / squared_norm * rest), round_off_error), 2 * m
+
+
+def _in_complement(
+    probes: torch.Tensor, products: torch.Tensor, basis: torch.Tensor, image: torch.Tensor, rank: int
+) -> Estimate:
+    """The trace within a basis of the first few products, and Hutchinson's estimate in the complement by the others."""
+    basis, image = basis[:, :rank], image[:, :rank]
+    along = basis.T @ probes[:, rank:]
+    outside = probes[:, rank:] - basis @ along
+    forms = inner_products(outside, products[:, rank:] - image @ along)
+    n_outside = len(probes) - rank
+    rest = _mean(n_outside / torch.linalg.vector_norm(outside, dim=0) ** 2 * forms)
+    return Estimate(float((basis * image).sum()) + rest.value, rest.se, dof=rest.dof)
+
+
+def _widened(estimate: Estimate, error: float) -> Estimate:
+    """The estimate with an error that its samples share, and do not show."""
+    return Estimate(estimate.value, math.hypot(estimate.se, error), dof=estimate.dof)
 
 
 def _mean(samples: torch.Tensor) -> Estimate:

@@ -143,3 +143,18 @@ def test_parts_of_experts_and_of_torchs_own_attention() -> None:
 def test_parts_that_there_are_not_are_refused(model: nn.Module, selection: str | list[str], message: str) -> None:
     with pytest.raises(CurvatureError, match=message):
         select_parameters(model, selection)
+
+
+@pytest.mark.parametrize("n_keys", [1, 2])
+def test_keys_that_queries_share_are_not_taken_for_a_third(n_keys: int) -> None:
+    """Four queries and two times one key fill six heads, which is divisible by three; with two it is eight heads."""
+    network = nn.Module()
+    network.qkv = nn.Linear(WIDTH, (4 + 2 * n_keys) * 3)
+    with pytest.raises(CurvatureError, match="not known to hold queries"):
+        select_parameters(network, "qkv[k]")
+    network.qkv = nn.Linear(6, 18)  # where the sizes would fit
+    network.num_heads, network.num_key_value_heads = 4, n_keys
+    with pytest.raises(CurvatureError, match="not known to hold queries"):
+        select_parameters(network, "qkv[k]")
+    network.num_key_value_heads = 4
+    assert select_parameters(network, "qkv[k]") == ["qkv.weight[6:12]", "qkv.bias[6:12]"]

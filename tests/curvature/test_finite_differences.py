@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 
 import pnanalysis as pn
 from pnanalysis.curvature.operators import GGNOperator, HessianOperator
@@ -137,6 +141,73 @@ def test_networks_without_a_second_derivative() -> None:
     assert relative(op.to_dense(), dense_hessian(twice, images())) < 1e-7
     assert op.differences.unexplained != op.differences.unexplained  # there is nothing to compare with
     assert 0 < op.differences.difference < 1e-4
+
+
+class Attention(nn.Module):
+    """One layer of causal attention over a sequence, by the kernel that torch fuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(mixed.transpose(1, 2).flatten(-2).mean(1))
+
+
+class Kernels(TorchDispatchMode):
+    """Names of all operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.names.add(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+def test_fused_attention() -> None:
+    """Passes take the fused kernel, which is differentiable once; exact products take the other one."""
+    torch.manual_seed(0)
+    model = Attention().double()
+    batches = [(torch.randn(6, 5, 8).double(), torch.arange(6) % 3)]
+    exact = HessianOperator(model, cross_entropy, batches, expected_products=1)
+    V = random_unit_vectors(exact, range(4), 0)
+    with Kernels() as kernels:
+        expected = exact.matmat(V)
+    assert not any("flash" in name for name in kernels.names)
+    for dtype, most in ((torch.float64, 1e-6), (torch.float32, 1e-2)):
+        op = HessianOperator(model, cross_entropy, batches, method="finite_difference", dtype=dtype)
+        with Kernels() as kernels:
+            found = op.matmat(V.to(dtype)).double()
+        assert any("scaled_dot_product_flash_attention" in name for name in kernels.names)
+        norm = float(expected.norm(dim=0).max())  # at most that of the matrix
+        assert float((found - expected).norm(dim=0).max()) / norm < 2 * op.round_off
+        assert op.round_off < most
+
+
+@pytest.mark.slow
+def test_a_mobilenet() -> None:
+    """Convolutions by channel, squeeze and excitation, and activations with kinks in their slopes."""
+    setting = partial(InvertedResidualConfig, width_mult=1.0, dilation=1)
+    blocks = [setting(8, 3, 8, 8, True, "RE", 2), setting(8, 5, 16, 8, True, "HS", 1)]
+    torch.manual_seed(0)
+    model = MobileNetV3(blocks, last_channel=16, num_classes=3, dropout=0.0).double()
+    batches = [(torch.randn(6, 3, 16, 16).double(), torch.arange(6) % 3)]
+    with torch.no_grad():
+        for _ in range(30):  # statistics of these images
+            model(batches[0][0])
+    exact = HessianOperator(model, cross_entropy, batches, expected_products=1)
+    V = random_unit_vectors(exact, range(4), 0)
+    expected = exact.matmat(V)
+    norm = float(Lanczos(exact, V[:, :1], 10).extend(10).alpha.abs().max())  # at most that of the matrix
+    for dtype, most in ((torch.float64, 1e-6), (torch.float32, 3e-2)):
+        op = HessianOperator(model, cross_entropy, batches, method="finite_difference", dtype=dtype)
+        off = float((op.matmat(V.to(dtype)).double() - expected).norm(dim=0).max()) / norm
+        assert off < 2 * op.round_off
+        assert op.round_off < most
 
 
 def test_products_are_linear_in_the_length_of_the_vector() -> None:

@@ -303,10 +303,13 @@ def test_ordinary_networks_pass_without_a_word(operator: Any) -> None:
         assert op.product_check.difference < 1e-10
 
 
-def test_directions_are_of_length_one_and_leave_the_random_state() -> None:
+def test_directions_are_of_length_one_and_leave_the_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.get_rng_state()
     theta = {"weight": torch.zeros(30, 4).double(), "bias": torch.zeros(4)}
+    monkeypatch.delattr(torch, "randn")  # numbers of the CPU would have to be copied to other devices
     v = random_direction(theta, seed=3)
+    assert all(map(torch.equal, v, random_direction(theta, seed=3)))
+    assert not torch.equal(v[0], random_direction(theta, seed=4)[0])
     assert [(part.shape, part.dtype) for part in v] == [(t.shape, t.dtype) for t in theta.values()]
     assert sum(float(part.double().square().sum()) for part in v) == pytest.approx(1, rel=1e-6)
     assert torch.equal(torch.get_rng_state(), state)

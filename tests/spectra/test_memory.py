@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ import pnanalysis as pn
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.spectra.ghosts import without_ghosts
 from pnanalysis.spectra.lanczos import Lanczos
-from pnanalysis.spectra.linear_operator import DiagonalOperator
+from pnanalysis.spectra.linear_operator import DenseOperator, DiagonalOperator
 from pnanalysis.spectra.memory import MODES, Storage, probes_at_once, vectors_at_once
 from pnanalysis.spectra.quadrature import ritz
 from pnanalysis.spectra.random_vectors import random_unit_vectors
@@ -73,6 +75,60 @@ def test_every_way_gives_the_spectrum(mode: str, options: dict[str, int]) -> Non
         assert int(found.n_outliers) == int(expected.n_outliers)
     distance = wasserstein_distance(found.node, expected.node, found.weight, expected.weight)
     assert distance <= 2 * tolerance * scale
+
+
+@cache
+def rotated(n: int) -> DenseOperator:
+    """A dense matrix with these eigenvalues: two reflections of the diagonal one, which round off in float64 only."""
+    matrix = torch.diag(torch.from_numpy(decaying(n)))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        v = torch.randn(n, 1, dtype=torch.float64, generator=generator)
+        v /= v.norm()
+        w = 2 * matrix @ v
+        w -= v * (v.T @ w)
+        matrix -= w @ v.T + v @ w.T
+    return DenseOperator(matrix.float())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_agrees_with_the_eigenvalues(mode: str) -> None:
+    n = 4000
+    eigenvalues = decaying(n)
+    ds = pn.spectral_density(rotated(n), n_hvp=120, basis=mode, progress=False)
+    assert abs(float(ds.trace) - eigenvalues.sum()) <= 4 * float(ds.trace_se)
+    assert abs(float(ds.frobenius_norm) - np.linalg.norm(eigenvalues)) <= 4 * float(ds.frobenius_norm_se)
+    for name, true in (("lambda_max", eigenvalues.max()), ("lambda_min", eigenvalues.min())):
+        assert float(ds[f"{name}_low"]) <= true <= float(ds[f"{name}_high"]), name
+    # the largest has converged, up to what rounding of products and of kept vectors changes
+    slack = ds.attrs["round_off"] * 30
+    assert abs(float(ds.lambda_max) - 30) <= slack
+    assert slack <= 30 * {"half": 1e-3}.get(mode, 1e-6)
+    # nodes lie closer than a twentieth of the bulk's width apart; what outliers weigh is as uncertain as the trace
+    distance = wasserstein_distance(ds.node, eigenvalues, ds.weight)
+    assert distance <= 0.7 / 20 / 2 + 4 * float(ds.trace_se) / n
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_error_of_a_basis_in_half_precision_is_measured(seed: int) -> None:
+    """Against the same steps with a basis in float64: within what is stated, and not far below it."""
+    eigenvalues = torch.from_numpy(decaying(1000))
+    sparse, spread = DiagonalOperator(eigenvalues.float()), rotated(1000)
+    options: dict[str, Any] = {"n_lanczos": 30, "n_probes": 2, "seed": seed, "progress": False}
+    for op in (sparse, spread):
+        exact = pn.spectral_density(op, **options, basis_dtype=torch.float64, basis="memory")
+        ds = pn.spectral_density(op, **options, basis="half")
+        off = np.abs(np.sort(ds.ritz_value.values[0]) - np.sort(exact.ritz_value.values[0])).max() / 30
+        assert off <= ds.attrs["basis_round_off"] <= min(100 * off, 1e-3)
+        assert "basis_round_off" not in exact.attrs
+
+
+def test_coefficients_are_kept_in_double_precision() -> None:
+    """Sums in float64 are not rounded to the precision of the vectors."""
+    op = DiagonalOperator(torch.linspace(-1, 1, 3000))
+    alpha, beta = Lanczos(op, random_unit_vectors(op, [1], 0), 5).extend(5).coefficients()
+    for found in (alpha, beta):
+        assert (found != found.astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("mode", ["half", "disk"])
@@ -222,7 +278,7 @@ PEAK = """
 import json, re, sys, threading, time, torch
 import pnanalysis as pn
 from pnanalysis.spectra import density, plan
-from pnanalysis.spectra.linear_operator import DiagonalOperator
+from pnanalysis.spectra.linear_operator import DenseOperator, DiagonalOperator
 
 def anonymous():
     with open("/proc/self/status") as file:

@@ -74,6 +74,24 @@ def test_low_rank_is_exact(method):
     assert estimate.se < 1e-8
 
 
+@pytest.mark.parametrize(
+    ("eigenvalues", "n_hvp"),
+    [
+        ((1 / torch.arange(1, 20_001)).bfloat16(), 100),
+        # a spectrum that decays to less than the round-off of the sketch's largest entries, and has a tail that counts
+        (torch.cat([torch.tensor([1, 0.85, 0.6, 0.45, 0.4]), torch.full((200_000,), 3e-10)]), 20),
+        (torch.cat([torch.tensor([1.0, 0.5]), torch.full((20_000,), 1e-17)]), 20),
+        (torch.zeros(100), 20),
+    ],
+    ids=["bfloat16", "long tail", "tail below round-off", "zeros"],
+)
+def test_a_sketch_in_low_precision_is_not_taken_for_the_whole_range(eigenvalues, n_hvp):
+    estimate = trace_estimate(DiagonalOperator(eigenvalues), "xtrace", n_hvp)
+    true = float(eigenvalues.double().sum())
+    assert abs(estimate.value - true) <= 4 * estimate.se
+    assert estimate.se <= 0.01 * true
+
+
 def test_sketching_beats_hutchinson_where_the_spectrum_decays():
     eigenvalues = 10.0 / np.arange(1, 301) ** 2
     operator = DiagonalOperator(torch.from_numpy(eigenvalues))
