@@ -29,8 +29,8 @@ Every stage has a share of the time and stops between two rows when it is used u
 written as they come, as JSON beside the table; what fails is a row, and the others go on. ``--device cpu --small``
 tries the script. For a machine that reaches no package index, the peers are fetched elsewhere, on the same platform::
 
-    pip download --dest wheels --no-deps pyhessian hessian-eigenthings==1.0.0a5 curvlinops-for-pytorch einops einconv
-    pip install --no-index --find-links wheels --no-deps wheels/*        # there
+    pip download --dest wheels pyhessian hessian-eigenthings==1.0.0a5 curvlinops-for-pytorch
+    pip install --no-index --find-links wheels pyhessian hessian-eigenthings curvlinops-for-pytorch
 """
 
 from __future__ import annotations
@@ -494,12 +494,7 @@ def environment(setup: Setup) -> Row:
     """What the numbers depend on."""
     on_gpu = setup.device.type == "cuda"
     name = torch.cuda.get_device_name(setup.device) if on_gpu else platform.processor() or platform.machine()
-    found = {
-        "device": name,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-    }
+    found: Row = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "driver": _driver()}
     installed = {each.name.lower() for each in metadata.distributions() if each.name}
     packages = {name: metadata.version(name) for name in _PACKAGES if name in installed}
     return found | {"python": platform.python_version(), "packages": packages}
