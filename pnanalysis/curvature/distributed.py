@@ -29,6 +29,7 @@ from pnanalysis.curvature.processes import (
     first_process_first,
     is_first_process,
     join,
+    meet,
 )
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.linear_operator import contiguous_columns, dense_matrix
@@ -305,6 +306,9 @@ class ShardedOperator(DistributedOperator):
     def _scattered(self, own: Tensor) -> Tensor:
         """This process's entries ``(p, k)`` of the sum of whole vectors ``(P, k)`` over all processes."""
         columns, n_all = [], self._chunk * self.n_processes
+        if own.device.type == "cpu":
+            with clear_errors():
+                meet(self.group)  # gloo's waits for scattered sums know no timeout
         for v in own.T:
             padded = v.contiguous() if len(v) == n_all else torch.cat([v, v.new_zeros(n_all - len(v))])
             summed = v.new_empty(self._chunk)

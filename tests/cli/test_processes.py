@@ -70,7 +70,7 @@ def test_processes_agree_with_one(
     scale = float(one.lambda_max.max())
     for name in ("trace", "lambda_max", "lambda_min", "frobenius_norm", "ritz_value", "trace_se", "lambda_max_data_se"):
         of = max(scale, float(np.abs(one[name]).max()))
-        assert float(np.abs(many[name].values - one[name].values).max()) <= tolerance * of, name
+        np.testing.assert_allclose(many[name], one[name], rtol=0, atol=tolerance * of, err_msg=name)
     assert not list(tmp_path.glob("*.unfinished"))
 
 
