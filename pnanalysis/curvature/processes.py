@@ -114,12 +114,15 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    global _heartbeat
-    if _heartbeat is None:
-        found = heartbeat.started(dist.get_rank(), dist.get_world_size())
-        # where one is told to give no signs of life, the others must not wait for them
-        _heartbeat = found if all(Processes().gathered(found is not None)) else None
+        _begin_to_beat()
     return device
+
+
+def _begin_to_beat() -> None:
+    """Give signs of life, unless one of the processes is told to give none, which the others must not wait for."""
+    global _heartbeat
+    found = heartbeat.started(dist.get_rank(), dist.get_world_size())
+    _heartbeat = found if all(Processes().gathered(found is not None)) else None
 
 
 def complete(work: Any, tensor: Tensor) -> None:
