@@ -5,10 +5,12 @@
 tests
     The tests that need a GPU.
 products
-    A Hessian product over the gradient of the same loss, for networks from LeNet-5 to GPT-2, beside PyHessian,
-    hessian-eigenthings and curvlinops, the latter eager and compiled; those of them that are installed.
+    A Hessian product over the gradient of the same loss, for networks from LeNet-5 to GPT-2, eager and compiled, beside
+    PyHessian, hessian-eigenthings and curvlinops (also compiled); those of them that are installed. PyHessian keeps the
+    graph of one batch, so that a product is a backward pass alone; with a data loader it computes all of it.
 arithmetic
-    One spectrum in float32, TensorFloat-32 and bfloat16: times, and distances from that in float64.
+    One spectrum in float32, TensorFloat-32 and bfloat16: times, and distances from that in float64, and a figure of
+    all of them.
 bases
     One spectrum with each way to keep the basis: times, peak memory and what was said beforehand.
 whole
@@ -23,8 +25,12 @@ memory
 recurrent
     A product of an LSTM, whose cuDNN kernels differentiate once only.
 
-Every stage has a share of the time and stops between two rows when it is used up. Rows are written as they come, as
-JSON beside the table; a stage that fails is a row, and the others go on. ``--device cpu --small`` tries the script.
+Every stage has a share of the time and stops between two rows when it is used up; a product may take a minute. Rows are
+written as they come, as JSON beside the table; what fails is a row, and the others go on. ``--device cpu --small``
+tries the script. For a machine that reaches no package index, the peers are fetched elsewhere, on the same platform::
+
+    pip download --dest wheels pyhessian hessian-eigenthings==1.0.0a5 curvlinops-for-pytorch
+    pip install --no-index --find-links wheels pyhessian hessian-eigenthings curvlinops-for-pytorch
 """
 
 from __future__ import annotations
@@ -32,14 +38,17 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +68,12 @@ from pnanalysis.spectra.random_vectors import random_unit_vectors
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.md"
 Row = dict[str, Any]
+#: Packages whose versions are noted.
+_PACKAGES = (
+    "numpy", "torchvision", "transformers", "pyhessian", "hessian-eigenthings", "curvlinops-for-pytorch",
+)  # fmt: skip
+#: Columns of rows that are for a figure.
+_DRAWN = ("eigenvalue", "density")
 
 
 @dataclass
@@ -68,11 +83,32 @@ class Setup:
     device: torch.device
     small: bool
     deadline: float = 0.0
+    longest: float = 60.0
 
     @property
     def left(self) -> float:
         """Seconds that the stage still has."""
         return self.deadline - time.perf_counter()
+
+    @contextmanager
+    def limit(self) -> Iterator[None]:
+        """Let the body take ``longest`` seconds; what a library computes is not interrupted before it returns.
+
+        Raises
+        ------
+        TimeoutError
+        """
+
+        def end(*_: object) -> None:
+            raise TimeoutError(f"more than {self.longest:g} s")
+
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, self.longest)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def wait(self) -> None:
         """Wait for what the device is computing."""
@@ -114,11 +150,17 @@ def images(n: int, size: int, setup: Setup, n_classes: int = 10) -> tuple[Tensor
 # -- stages -------------------------------------------------------------------------------------------------------
 
 
+def tests_command() -> list[str]:
+    """Only files with such tests are read: others need packages that may be missing here, and time."""
+    files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.cuda" in file.read_text()]
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "--no-header"]
+    return [*pytest, "-m", "cuda", *(str(file.relative_to(ROOT)) for file in files)]
+
+
 def run_tests(setup: Setup) -> Iterator[Row]:
     """The tests marked ``cuda``."""
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "--no-header", "tests"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(setup.left, 1))
+        done = subprocess.run(tests_command(), cwd=ROOT, capture_output=True, text=True, timeout=max(setup.left, 1))
         lines = done.stdout.strip().splitlines()
         failed = [line for line in lines if line.startswith("FAILED")]
         summary = next((line for line in reversed(lines) if " in " in line), done.stderr[-200:])
@@ -127,87 +169,112 @@ def run_tests(setup: Setup) -> Iterator[Row]:
         yield {"what": "tests", "result": "not done in their share of the time"}
 
 
-def networks(setup: Setup) -> Iterator[tuple[str, nn.Module, tuple[Tensor, Tensor]]]:
-    """Names, networks in eval mode and a batch of data each."""
-    if setup.small:
-        yield "LeNet-5, batch 64", build_model("lenet5").eval(), images(64, 32, setup)
-        model = GPT("tiny").eval()
-        yield "tiny GPT, 4 x 32 tokens", model, random_text(model, 4, setup.device)
-        return
-    yield "LeNet-5, batch 512", build_model("lenet5").eval(), images(512, 32, setup)
-    yield "ResNet-18, batch 512", build_model("resnet18").eval(), images(512, 32, setup)
-    from torchvision.models import resnet50
+Network = tuple[nn.Module, tuple[Tensor, Tensor]]
 
-    yield "ResNet-50, batch 64", resnet50().eval(), images(64, 224, setup, 1000)
-    for name, n in (("nanoGPT", 16), ("GPT-2 124M", 4)):
-        model = GPT(name).eval()
-        yield f"{name}, {n} x {model.context} tokens", model, random_text(model, n, setup.device)
+
+def networks(setup: Setup) -> dict[str, Callable[[], Network]]:
+    """Networks in eval mode with a batch of data each, by name; made when they are needed."""
+
+    def of_images(name: str, n: int) -> Callable[[], Network]:
+        return lambda: (build_model(name).eval(), images(n, 32, setup))
+
+    def resnet50() -> Network:
+        from torchvision import models
+
+        return models.resnet50().eval(), images(64, 224, setup, 1000)
+
+    def text(name: str, n: int) -> Callable[[], Network]:
+        def make() -> Network:
+            model = GPT(name).eval()
+            model.plain = True  # the peers' documentation asks for attention that can be differentiated twice
+            return model, random_text(model, n, setup.device)
+
+        return make
+
+    if setup.small:
+        return {"LeNet-5, batch 64": of_images("lenet5", 64), "tiny GPT, 4 x 32 tokens": text("tiny", 4)}
+    return {
+        "LeNet-5, batch 512": of_images("lenet5", 512),
+        "ResNet-18, batch 512": of_images("resnet18", 512),
+        "ResNet-50, batch 64": resnet50,
+        "nanoGPT, 16 x 256 tokens": text("nanoGPT", 16),
+        "GPT-2 124M, 4 x 256 tokens": text("GPT-2 124M", 4),
+    }
 
 
 def products(setup: Setup) -> Iterator[Row]:
     """Products beside gradients, and beside the peers'."""
-    for name, network, batch in networks(setup):
+    for name, network in networks(setup).items():
         if setup.left < 0:
             return
-        model = network.to(setup.device)
-        if isinstance(model, GPT):
-            model.plain = True  # the peers' documentation asks for attention that can be differentiated twice
-
-        def gradient(model: nn.Module = model, batch: tuple[Tensor, Tensor] = batch) -> object:
-            return torch.autograd.grad(cross_entropy(model(batch[0]), batch[1]), list(model.parameters()))
-
-        unit = setup.seconds(gradient)
+        try:
+            with setup.limit():
+                model, batch = network()
+                model = model.to(setup.device)
+                unit = setup.seconds(lambda model=model, batch=batch: gradient(model, batch))
+        except Exception as error:  # the other networks go on
+            yield {"what": name, "failed": _reason(error)}
+            continue
         for contender, make in CONTENDERS.items():
             if setup.left < 0:
                 return
             row: Row = {"what": name, "package": contender, "gradient_s": unit}
             try:
-                start = time.perf_counter()
-                call = make(model, batch)
-                if call is None:
-                    continue
-                call()
-                setup.wait()
-                row["first_s"] = time.perf_counter() - start
-                row["seconds"] = setup.seconds(call)
-                row["gradients"] = row["seconds"] / unit
-                row["peak_bytes"] = setup.peak(call)
+                with setup.limit():
+                    start = time.perf_counter()
+                    call = make(model, batch)
+                    call()
+                    setup.wait()
+                    row["first_s"] = time.perf_counter() - start
+                    row["seconds"] = setup.seconds(call)
+                    row["gradients"] = row["seconds"] / unit
+                    row["peak_bytes"] = setup.peak(call)
+            except ModuleNotFoundError:
+                continue
             except Exception as error:  # a peer that cannot do it is a row too
-                row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+                row["failed"] = _reason(error)
             yield row
             _release(setup)
 
 
-def _ours(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
-    op = HessianOperator(model, cross_entropy, [batch])
+def gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Of the loss of a batch, for all parameters."""
+    return torch.autograd.grad(cross_entropy(model(batch[0]), batch[1]), list(model.parameters()))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+
+
+def _ours(model: nn.Module, batch: tuple[Tensor, Tensor], compiled: bool = False) -> Callable[[], object]:
+    op = HessianOperator(model, cross_entropy, [batch], compile=compiled)
     v = torch.randn(op.shape[0], device=op.device)
     return lambda: op.matvec(v)
 
 
-def _pyhessian(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
+def _pyhessian(model: nn.Module, batch: tuple[Tensor, Tensor], loader: bool = False) -> Callable[[], object]:
     from pyhessian import hessian
     from pyhessian.utils import hessian_vector_product
 
-    peer = hessian(deepcopy(model), cross_entropy, data=batch, cuda=batch[0].is_cuda)
+    given = {"dataloader": [batch]} if loader else {"data": batch}
+    peer = hessian(deepcopy(model), cross_entropy, cuda=batch[0].is_cuda, **given)
     columns = [torch.randn_like(parameter) for parameter in peer.params]
+    if loader:
+        return lambda: peer.dataloader_hv_product(columns)
     return lambda: hessian_vector_product(peer.gradsH, peer.params, columns)
 
 
-def _eigenthings(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], object] | None:
-    try:
-        from hessian_eigenthings.operators import HessianOperator as Peer
-    except ImportError:
-        return None
+def _eigenthings(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
+    from hessian_eigenthings.operators import HessianOperator as Peer
+
     peer = Peer(deepcopy(model), [batch], lambda network, data: cross_entropy(network(data[0]), data[1]))
     v = torch.randn(sum(p.numel() for p in model.parameters()), device=batch[0].device)
     return lambda: peer.matvec(v)
 
 
-def _curvlinops(model: nn.Module, batch: tuple[Tensor, Tensor], compiled: bool = False) -> Callable[[], object] | None:
-    try:
-        import curvlinops
-    except ImportError:
-        return None
+def _curvlinops(model: nn.Module, batch: tuple[Tensor, Tensor], compiled: bool = False) -> Callable[[], object]:
+    import curvlinops
+
     model = deepcopy(model)
     peer = curvlinops.HessianLinearOperator(
         model, nn.CrossEntropyLoss(), list(model.parameters()), [batch], check_deterministic=False
@@ -218,9 +285,12 @@ def _curvlinops(model: nn.Module, batch: tuple[Tensor, Tensor], compiled: bool =
     return lambda: peer @ v
 
 
-CONTENDERS: dict[str, Callable[[nn.Module, tuple[Tensor, Tensor]], Callable[[], object] | None]] = {
+#: Each makes a call that computes one product.
+CONTENDERS: dict[str, Callable[[nn.Module, tuple[Tensor, Tensor]], Callable[[], object]]] = {
     "pnanalysis": _ours,
-    "PyHessian": _pyhessian,
+    "pnanalysis, compiled": lambda model, batch: _ours(model, batch, compiled=True),
+    "PyHessian, graph kept": _pyhessian,
+    "PyHessian, data loader": lambda model, batch: _pyhessian(model, batch, loader=True),
     "hessian-eigenthings": _eigenthings,
     "curvlinops": _curvlinops,
     "curvlinops, compiled": lambda model, batch: _curvlinops(model, batch, compiled=True),
@@ -248,6 +318,7 @@ def arithmetic(setup: Setup) -> Iterator[Row]:
         row = {"what": f"{name}, {n} images, {n_hvp} products", "arithmetic": label}
         row |= {"seconds": time.perf_counter() - start, "trace": float(ds.trace), "trace_se": float(ds.trace_se)}
         row["lambda_max"] = float(ds.lambda_max)
+        row |= {"eigenvalue": ds.eigenvalue.values.tolist(), "density": ds.density.values.tolist()}
         if reference is None:
             reference = ds
         row["w1"] = float(wasserstein_distance(ds.node, reference.node, ds.weight, reference.weight))
@@ -423,7 +494,20 @@ def environment(setup: Setup) -> Row:
     """What the numbers depend on."""
     on_gpu = setup.device.type == "cuda"
     name = torch.cuda.get_device_name(setup.device) if on_gpu else platform.processor() or platform.machine()
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda}
+    found: Row = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "driver": _driver()}
+    installed = {each.name.lower() for each in metadata.distributions() if each.name}
+    packages = {name: metadata.version(name) for name in _PACKAGES if name in installed}
+    return found | {"python": platform.python_version(), "packages": packages}
+
+
+def _driver() -> str | None:
+    """Version of the driver of the GPU, where there is one."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 def write(found: dict[str, Any], output: Path) -> None:
@@ -434,10 +518,11 @@ def write(found: dict[str, Any], output: Path) -> None:
     lines = [
         "# On a GPU",
         "",
-        f"`python benchmarks/gpu.py`; {env['device']}, torch {env['torch']}, CUDA {env['cuda']}.",
+        f"`python benchmarks/gpu.py`; {env['device']}, torch {env['torch']}, CUDA {env['cuda']}, "
+        f"driver {env['driver']}; {', '.join(f'{name} {version}' for name, version in env['packages'].items())}.",
     ]
     for stage, rows in found["stages"].items():
-        columns = list(dict.fromkeys(key for row in rows for key in row))
+        columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _DRAWN]
         lines += ["", f"## {stage}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         lines += ["| " + " | ".join(_shown(key, row.get(key)) for key in columns) + " |" for row in rows]
     output.write_text("\n".join(lines) + "\n")
@@ -454,41 +539,61 @@ def _shown(key: str, value: Any) -> str:
 
 
 def draw(found: dict[str, Any], output: Path) -> None:
-    """Products of all packages in units of the gradient, as bars."""
+    """Products of all packages in units of the gradient, and spectra in all precisions over each other."""
     from pnanalysis.plots import save_figure
     from pnanalysis.plots.style import COLOURS, new_figure, style
 
     rows = [row for row in found["stages"].get("products", []) if "gradients" in row]
-    if not rows:
-        return
+    spectra = [row for row in found["stages"].get("arithmetic", []) if "density" in row]
+    with style():
+        if rows:
+            figure = new_figure(7.0, 3.2)
+            _bars(figure.add_subplot(), rows)
+            save_figure(figure, output.with_suffix(".png"))
+        if spectra:
+            figure = new_figure(7.0, 3.2)
+            axes = figure.add_subplot()
+            for row, colour, dashes in zip(spectra, COLOURS, ("-", "--", "-.", ":"), strict=False):
+                axes.plot(row["eigenvalue"], row["density"], dashes, color=colour, label=row["arithmetic"])
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=1e-8 * max(max(row["density"]) for row in spectra))
+            axes.set_xlabel("eigenvalue")
+            axes.set_ylabel("density")
+            axes.legend()
+            save_figure(figure, output.with_name(f"{output.stem}_spectra.png"))
+
+
+def _bars(axes: Any, rows: list[Row]) -> None:
+    from pnanalysis.plots.style import COLOURS
+
     names, packages = (list(dict.fromkeys(row[key] for row in rows)) for key in ("what", "package"))
     width = 0.8 / len(packages)
-    with style():
-        figure = new_figure(7.0, 3.2)
-        axes = figure.add_subplot()
-        for i, package in enumerate(packages):
-            own = {row["what"]: row["gradients"] for row in rows if row["package"] == package}
-            places = [at + (i - len(packages) / 2 + 0.5) * width for at in range(len(names))]
-            axes.bar(places, [own.get(name, 0.0) for name in names], width, color=COLOURS[i], label=package)
-        axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names])
-        axes.set_ylabel("Hessian product / gradient")
-        axes.legend()
-        save_figure(figure, output.with_suffix(".png"))
+    for i, package in enumerate(packages):
+        own = {row["what"]: row["gradients"] for row in rows if row["package"] == package}
+        places = [at + (i - len(packages) / 2 + 0.5) * width for at in range(len(names))]
+        axes.bar(places, [own.get(name, 0.0) for name in names], width, color=COLOURS[i % len(COLOURS)], label=package)
+    axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names])
+    axes.set_ylabel("Hessian product / gradient")
+    axes.legend()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, and write what is there after every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument(
+        "--longest", type=float, default=60.0, metavar="S", help="seconds that a product may take in all"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small networks, to try the script")
     parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("there is no CUDA device; --device cpu --small tries the script")
         return
     warnings.simplefilter("ignore")
-    setup = Setup(torch.device(options.device), options.small)
+    setup = Setup(torch.device(options.device), options.small, longest=options.longest)
     found: dict[str, Any] = {"environment": environment(setup), "stages": {}}
     end = time.perf_counter() + 60 * options.minutes
     for i, stage in enumerate(options.only):

@@ -19,6 +19,7 @@ from pnanalysis.cli import (
     info,
     landscape,
     learning_coefficient,
+    options,
     plot,
     report,
     reproduce,
@@ -38,12 +39,15 @@ COMMANDS = (
     demo, champion, compare, hessian, eigenpairs, blocks, saturation, trajectory, landscape, sharpness,
     learning_coefficient, correlate, gradients, history, plot, report, info, reproduce,
 )  # fmt: skip
+#: Commands that several processes of ``torchrun`` divide among them.
+_SHARED = ("hessian",)
 for command in COMMANDS:
     command.register(app)
 
 
 @app.callback()
 def pnanalysis(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", callback=version_option, is_eager=True)
     ] = False,
@@ -55,6 +59,8 @@ def pnanalysis(
     [bold]eigenpairs[/bold], [bold]blocks[/bold], [bold]sharpness[/bold], [bold]learning-coefficient[/bold] and
     [bold]pntrain --resume[/bold] continue from it.
     """
+    if context.invoked_subcommand not in (None, *_SHARED):
+        options.refuse_several(str(context.invoked_subcommand))
 
 
 def main() -> None:

@@ -301,6 +301,26 @@ class Together(NamedTuple):
     device: str
 
 
+def are_several() -> bool:
+    """Whether ``torchrun`` has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def refuse_several(command: str) -> None:
+    """Refuse what every process of ``torchrun`` would compute again, and write to the same file.
+
+    Raises
+    ------
+    PnError
+        In the first process; the others end without a word.
+    """
+    if not are_several():
+        return
+    if os.environ["RANK"] != "0":
+        raise typer.Exit(2)
+    raise PnError(f"pnanalysis {command} runs in one process; start it without torchrun (hessian divides its work)")
+
+
 def join_processes(device: str) -> Together:
     """Join the other processes of ``torchrun``, where it has started this one.
 
@@ -309,7 +329,7 @@ def join_processes(device: str) -> Together:
     PnError
         If there are fewer CUDA devices than processes on this machine.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if not are_several():
         return Together(False, True, device)
     from pnanalysis.curvature.processes import join
     from pnanalysis.inputs.sources import resolve_device

@@ -22,7 +22,15 @@ from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.finite_differences import FiniteDifferences
 from pnanalysis.curvature.gradients import OperatorGradients
 from pnanalysis.curvature.own_examples import OwnExamples, own_share
-from pnanalysis.curvature.processes import Processes, clear_errors, first_process_first, is_first_process, join
+from pnanalysis.curvature.processes import (
+    Processes,
+    clear_errors,
+    complete,
+    first_process_first,
+    is_first_process,
+    join,
+    meet,
+)
 from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.linear_operator import contiguous_columns, dense_matrix
 from pnanalysis.spectra.sharing import Part
@@ -125,14 +133,15 @@ class DistributedOperator:
             return self.operator.matmat(V)
         result = self._own_products(V)
         with clear_errors():
-            dist.all_reduce(result.T, group=self.group)
+            complete(dist.all_reduce(result.T, group=self.group, async_op=True), result)
         return result
 
     def _of_first(self, V: Tensor) -> Tensor:
         """The first process's vectors, in all."""
         V = contiguous_columns(V.to(self.device, self.dtype, copy=True))  # the broadcast writes into it
         with clear_errors():
-            dist.broadcast(V.T, group=self.group, group_src=0)  # torch.distributed takes contiguous tensors only
+            # torch.distributed takes contiguous tensors only
+            complete(dist.broadcast(V.T, group=self.group, group_src=0, async_op=True), V)
         return V
 
     def _own_products(self, V: Tensor) -> Tensor:
@@ -293,18 +302,21 @@ class ShardedOperator(DistributedOperator):
             own = v.contiguous() if len(v) == self._chunk else torch.cat([v, v.new_zeros(self._chunk - len(v))])
             gathered = v.new_empty(self._chunk * self.n_processes)
             with clear_errors():
-                dist.all_gather_into_tensor(gathered, own, group=self.group)
+                complete(dist.all_gather_into_tensor(gathered, own, group=self.group, async_op=True), own)
             columns.append(gathered[:n])
         return columns[0][:, None] if len(columns) == 1 else contiguous_columns(torch.stack(columns, dim=1))
 
     def _scattered(self, own: Tensor) -> Tensor:
         """This process's entries ``(p, k)`` of the sum of whole vectors ``(P, k)`` over all processes."""
         columns, n_all = [], self._chunk * self.n_processes
+        if own.device.type == "cpu":
+            with clear_errors():
+                meet(self.group)  # gloo's waits for scattered sums know no timeout
         for v in own.T:
             padded = v.contiguous() if len(v) == n_all else torch.cat([v, v.new_zeros(n_all - len(v))])
             summed = v.new_empty(self._chunk)
             with clear_errors():
-                dist.reduce_scatter_tensor(summed, padded, group=self.group)
+                complete(dist.reduce_scatter_tensor(summed, padded, group=self.group, async_op=True), padded)
             columns.append(summed[: self.part.length])
         return contiguous_columns(torch.stack(columns, dim=1))
 

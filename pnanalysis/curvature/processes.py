@@ -15,12 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pnanalysis.curvature import heartbeat
 from pnanalysis.errors import CurvatureError, PnError, ProcessLost, is_out_of_memory, reason
 from pnanalysis.spectra.sharing import Alone
 
 T = TypeVar("T")
-#: A process that does not answer for so long has died, or hangs.
+#: A process that shows signs of life but does not answer for so long hangs.
 TIMEOUT = timedelta(minutes=30)
+#: How long a wait for the others lasts before it is asked whether they are alive.
+_GLANCE = timedelta(seconds=1)
+_heartbeat: heartbeat.Heartbeat | None = None
 
 
 class Processes(Alone):
@@ -46,12 +50,14 @@ class Processes(Alone):
     def gathered(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.n
         with clear_errors():
+            meet(self.group)
             dist.all_gather_object(found, value, self.group)
         return found
 
     def decided(self, value: T) -> T:
         found = [value if self.is_first else None]
         with clear_errors():
+            meet(self.group)
             dist.broadcast_object_list(found, group=self.group, group_src=0)
         return found[0]  # type: ignore[return-value]
 
@@ -78,14 +84,14 @@ class Processes(Alone):
         if sums.numel():
             sums = sums.contiguous()
             with clear_errors():
-                dist.all_reduce(sums, group=self.group)
+                complete(dist.all_reduce(sums, group=self.group, async_op=True), sums)
         return sums
 
     def send(self, tensor: Tensor) -> None:
         if self.n > 1:
             whole = tensor if tensor.is_contiguous() else tensor.contiguous()
             with clear_errors():
-                dist.broadcast(whole, group=self.group, group_src=0)
+                complete(dist.broadcast(whole, group=self.group, group_src=0, async_op=True), whole)
             if whole is not tensor:
                 tensor.copy_(whole)
 
@@ -108,7 +114,60 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        _begin_to_beat()
     return device
+
+
+def _begin_to_beat() -> None:
+    """Give signs of life, unless one of the processes is told to give none, which the others must not wait for."""
+    global _heartbeat
+    found = heartbeat.started(dist.get_rank(), dist.get_world_size())
+    _heartbeat = found if all(Processes().gathered(found is not None)) else None
+
+
+def complete(work: Any, tensor: Tensor) -> None:
+    """Wait for an exchange of a tensor with the others for as long as they are alive.
+
+    Raises
+    ------
+    PeerSilent
+        If one of them is not.
+    RuntimeError
+        If one of them has ended.
+    """
+    if tensor.device.type != "cpu" or _heartbeat is None:  # a device waits by itself, and lets the host go on
+        work.wait()
+        return
+    while True:
+        try:
+            work.wait(_GLANCE)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                work.wait()  # raises what has gone wrong, if it was not that the end came a moment later
+                return
+            _heartbeat.check()
+
+
+def meet(group: Any = None) -> None:
+    """Wait until all are there, for exchanges that cannot be interrupted; does nothing without signs of life."""
+    if _heartbeat is not None:
+        here = torch.zeros(1)
+        complete(dist.all_reduce(here, group=group, async_op=True), here)
+
+
+def lost(error: RuntimeError, advice: str) -> ProcessLost:
+    """The sentence about another process that has ended or is silent, with what to do to go on.
+
+    What this one does from now on is its end, which nothing needs to enforce.
+    """
+    if _heartbeat is not None:
+        _heartbeat.stop()
+    cause = (str(error).splitlines() or [""])[0][:100]
+    return ProcessLost(
+        f"another process has ended, or does not answer ({cause}); its own message says why; {advice} to go on from "
+        "what is saved"
+    )
 
 
 def is_first_process() -> bool:
@@ -121,11 +180,13 @@ def first_process_first() -> Iterator[None]:
     """Run the body in the first process of the group before it runs in the others; at once where there is no group."""
     together = dist.is_available() and dist.is_initialized()
     if together and dist.get_rank() > 0:
+        meet()
         dist.barrier()
     try:
         yield
     finally:
         if together and dist.get_rank() == 0:
+            meet()
             dist.barrier()
 
 
@@ -135,10 +196,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLost(
-            f"another process has ended, or does not answer ({str(error).splitlines()[0][:100]}); its own message says "
-            "why; run the same command again to go on from what is saved"
-        ) from error
+        raise lost(error, "run the same command again") from error
 
 
 _Outcome = tuple[Any, tuple[type[PnError], str] | None]
@@ -166,4 +224,14 @@ def _without_error(outcome: _Outcome) -> Any:
     return value
 
 
-__all__ = ["TIMEOUT", "Processes", "clear_errors", "first_process_first", "is_first_process", "join"]
+__all__ = [
+    "TIMEOUT",
+    "Processes",
+    "clear_errors",
+    "complete",
+    "first_process_first",
+    "is_first_process",
+    "join",
+    "lost",
+    "meet",
+]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +19,17 @@ except ImportError:  # Windows
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROCESS = Path("/proc/self")
-#: Files of a cgroup with its limit and its use, of version 2 and version 1.
-_CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+_MACHINE = Path("/proc/meminfo")
+#: Files of a cgroup with its limit and its use, and what its use has of caches of files that would be dropped if memory
+#: were short; of version 2 and version 1.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+#: What macOS counts as free, or gives up at once: names of pages in ``vm_stat``.
+_PAGES_OF_MACOS = ("free", "inactive", "speculative", "purgeable")
+#: Where no system says anything.
+_UNKNOWN = 2**32
 
 
 def free_bytes(device: torch.device) -> int:
@@ -29,10 +41,55 @@ def free_bytes(device: torch.device) -> int:
 
 def _available() -> int:
     """Memory of the machine that is free, or would be if caches of files were dropped."""
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for found in (_of_linux, _of_macos, _of_windows, _of_posix):
+        with suppress(OSError, ValueError, LookupError, AttributeError, subprocess.SubprocessError):
+            return found()
+    return _UNKNOWN
+
+
+def _of_linux() -> int:
+    return _entry(_MACHINE, "MemAvailable:", 1024)
+
+
+def _of_macos() -> int:
+    printed = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=10, check=True).stdout
+    size = int(re.findall(r"page size of (\d+) bytes", printed)[0])
+    pages = dict(re.findall(r"^Pages (\w+): +(\d+)\.", printed, re.MULTILINE))
+    return size * sum(int(pages.get(name, 0)) for name in _PAGES_OF_MACOS)
+
+
+class _WindowsMemory(ctypes.Structure):
+    """``MEMORYSTATUSEX`` of the Windows API."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("physical", ctypes.c_uint64),
+        ("free", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 5),
+    )
+
+
+def _of_windows() -> int:
+    status = _WindowsMemory()
+    status.length = ctypes.sizeof(status)
+    api = getattr(ctypes, "windll").kernel32  # noqa: B009 (only there on Windows)
+    if not api.GlobalMemoryStatusEx(ctypes.byref(status)):
+        raise OSError("the memory of this machine is not known")
+    return int(status.free)
+
+
+def _of_posix() -> int:
+    """What is free, or else half of what there is: not every system has a name for the former."""
+    names = os.sysconf_names
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in names else os.sysconf("SC_PHYS_PAGES") // 2
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _entry(file: Path, name: str, unit: int = 1) -> int:
+    """The number beside a name in a file of lines of names and numbers."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return unit * int(next((line[1] for line in lines if line[:1] == [name]), ""))
 
 
 def _left_in_cgroups() -> Iterator[int]:
@@ -49,9 +106,12 @@ def _left_in_cgroups() -> Iterator[int]:
         group = root / name.lstrip("/")
         # Within a container the name is that of the host, and its limit is found at the root.
         for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
-            for limit, used in _CGROUP_FILES:
+            for limit, used, cached in _CGROUP_FILES:
                 with suppress(OSError, ValueError):  # no such file, or "max"
-                    yield int((folder / limit).read_text()) - int((folder / used).read_text())
+                    left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                    with suppress(OSError, ValueError):
+                        left += _entry(folder / "memory.stat", cached)
+                    yield left
 
 
 def _left_of_limit() -> Iterator[int]:

@@ -173,3 +173,15 @@ def test_sizes_of_memory_are_numbers_of_bytes(run, tiny_run: Run, size: str) -> 
     assert "write a number and K, M, G or T, such as 8G" in done.err
     assert done.err.count("\n") == 1
     assert len(done.err) < 200
+
+
+@pytest.mark.parametrize("command", ["eigenpairs", "blocks", "saturation", "learning-coefficient", "report"])
+def test_what_processes_cannot_divide_is_refused(run, tiny_run: Run, monkeypatch, command: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    outcome = run("pnanalysis", command, tiny_run.path)
+    assert outcome.status == 2
+    assert outcome.err.startswith(f"error: pnanalysis {command} runs in one process; start it without torchrun")
+    monkeypatch.setenv("RANK", "1")
+    outcome = run("pnanalysis", command, tiny_run.path)
+    assert (outcome.status, outcome.out, outcome.err) == (2, "", "")

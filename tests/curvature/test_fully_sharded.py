@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,12 +25,14 @@ SPECTRUM: dict[str, Any] = {"n_hvp": 20, "progress": False, "data_error": "none"
 class Tiny(nn.Module):
     """A language model with one block, embeddings that are sharded with the root, and five tokens."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64, tied: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.tokens, self.places = nn.Embedding(5, 2), nn.Parameter(torch.randn(4, 2) / 2)
         self.block = nn.TransformerEncoderLayer(2, 1, 3, dropout=0.5, batch_first=True)
         self.head = nn.Linear(2, 5)
+        if tied:
+            self.head.weight = self.tokens.weight
         self.to(dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -111,6 +115,49 @@ def _sharded() -> dict[str, Any]:
             wrong()
         found[name] = str(raised.value)
     return found
+
+
+def _tied(folder: Path, stops: bool) -> dict[str, Any]:
+    """Of a network with tied embeddings: products, and a spectrum that is interrupted if it ``stops``."""
+    rank, n = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    first, *others = texts()
+    pieces = [tuple(part[:2] for part in first), tuple(part[2:] for part in first), *others]
+    op = FullyShardedHessian(sharded(Tiny(tied=True)), cross_entropy, pieces[rank::n])
+    found: dict[str, Any] = {"products": products(op), "error": op.round_off, "length": op.part.length}
+    if stops:
+        left, matmat = 8, op.matmat
+
+        def stopping(V: Tensor) -> Tensor:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return matmat(V)
+
+        op.matmat = stopping  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            pn.spectral_density(op, state=folder, **SPECTRUM)
+        return found
+    ds = pn.spectral_density(op, state=folder, **SPECTRUM)
+    return found | {"trace": float(ds.trace), "ritz": ds.ritz_value.values, "error": op.round_off}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_any_number_of_processes_and_tied_weights(workers: Workers, tmp_path: Path, n: int) -> None:
+    op = pn.HessianOperator(Tiny(tied=True), cross_entropy, texts())
+    exact = exact_products(op)
+    workers.run(n, _tied, tmp_path / "state", True)
+    assert list((tmp_path / "state").rglob("*.safetensors"))
+    resumed = workers.run(n, _tied, tmp_path / "state", False)
+    whole = workers.run(n, _tied, tmp_path / "another", False)
+    for again, found in zip(resumed, whole, strict=True):
+        assert found["error"] < 1e-6
+        assert relative(found["products"], exact) < 1e-5
+        scale = abs(found["ritz"]).max()
+        np.testing.assert_allclose(again["ritz"], found["ritz"], rtol=0, atol=100 * found["error"] * scale)
+        assert again["trace"] == pytest.approx(found["trace"], abs=100 * found["error"] * scale)
+    assert sum(found["length"] for found in whole) == op.shape[0]
 
 
 def _with_a_factor(own: list[tuple[Tensor, Tensor]]) -> FullyShardedHessian:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pnanalysis.curvature import processes
 from pnanalysis.curvature.processes import join
 from pnanalysis.errors import CurvatureError
 
@@ -21,5 +22,6 @@ def test_a_group_is_made_where_there_is_none(has_group: bool, monkeypatch: pytes
     made: list[str] = []
     monkeypatch.setattr(dist, "is_initialized", lambda: has_group)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: made.append(backend))
+    monkeypatch.setattr(processes, "_begin_to_beat", lambda: made.append("signs of life"))
     assert join(torch.device("cpu")) == torch.device("cpu")
-    assert made == ([] if has_group else ["gloo"])
+    assert made == ([] if has_group else ["gloo", "signs of life"])

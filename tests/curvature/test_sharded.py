@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pnanalysis.spectra.lanczos import Lanczos, Saver
 from pnanalysis.spectra.lanczos_state import save_state
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.restarted import extreme_pairs
+from pnanalysis.spectra.sharing import part_of
 from pnanalysis.spectra.trace import trace_estimate
 from pnanalysis.spectra.verified_pairs import verified_pairs
 from tests.curvature.conftest import NETWORKS, images, relative
@@ -37,11 +39,11 @@ PLANS: dict[str, dict[str, Any]] = {
 NAMES = ("trace", "trace_se", "frobenius_norm", "lambda_max", "lambda_min", "trace_data_se")
 
 
-def make_operator(dtype: torch.dtype, shares: bool = True, **options: Any) -> Any:
+def make_operator(dtype: torch.dtype, shares: bool = True, kind: Any = ShardedOperator, **options: Any) -> Any:
     batches = OwnExamples(images(SIZES)) if shares else images(SIZES)
     options = {"weight_decay": 0.1, "expected_products": 1, **options}
     local = pn.HessianOperator(NETWORKS["conv"](), cross_entropy, batches, dtype=dtype, is_part=shares, **options)
-    return ShardedOperator(local) if shares else local
+    return kind(local) if shares else local
 
 
 def numbers(ds: xr.Dataset) -> dict[str, np.ndarray]:
@@ -53,12 +55,17 @@ CHOSEN = {1: ["in turn"], 2: ["plain", "no basis"], 3: ["in turn", "lockstep", "
 
 
 def found_by(op: Any, chosen: list[str], all_else: bool) -> dict[str, Any]:
-    plans = {name: numbers(pn.spectral_density(op, **PLANS[name], progress=False)) for name in chosen}
-    if not all_else:
-        return {"plans": plans}
+    found: dict[str, Any] = {"plans": {name: spectrum(op, name) for name in chosen}}
+    return found | (numbers_but_spectra(op) if all_else else {})
+
+
+def spectrum(op: Any, plan: str) -> dict[str, np.ndarray]:
+    return numbers(pn.spectral_density(op, **PLANS[plan], progress=False))
+
+
+def numbers_but_spectra(op: Any) -> dict[str, Any]:
     pairs = extreme_pairs(op, k=2, n_vectors=8, tolerance=1e-9)
     return {
-        "plans": plans,
         "exact": numbers(pn.spectral_density(op, n_hvp=op.shape[0], progress=False)),
         "pairs": pairs.value,
         "trace": trace_estimate(op, "hutchinson", n_hvp=12).value,
@@ -66,49 +73,59 @@ def found_by(op: Any, chosen: list[str], all_else: bool) -> dict[str, Any]:
     }
 
 
-def _spectra() -> tuple[dict[torch.dtype, Any], int, int]:
+def _spectra(kind: Any) -> tuple[dict[torch.dtype, Any], int, int]:
     n = torch.distributed.get_world_size()
     found = {
-        torch.float32: found_by(make_operator(torch.float32), ["in turn"], False),
-        torch.float64: found_by(make_operator(torch.float64), CHOSEN[n], n == 3),
+        torch.float32: found_by(make_operator(torch.float32, kind=kind), CHOSEN[n], False),
+        torch.float64: found_by(make_operator(torch.float64, kind=kind), CHOSEN[n], n == 3),
     }
-    op = make_operator(torch.float64)
-    return found, op.matmat(random_unit_vectors(op, [3], 0)).numel(), op.part.length
+    op = make_operator(torch.float64, kind=kind)
+    return found, op.matmat(random_unit_vectors(op, [3], 0)).numel(), part_of(op).length
 
 
 def assert_equal(found: Any, expected: Any, tolerance: float, name: str = "") -> None:
     if isinstance(expected, dict):
-        assert found.keys() <= expected.keys(), name
+        assert found.keys() == expected.keys(), name
         for key in found:
             assert_equal(found[key], expected[key], tolerance, f"{name} {key}")
     else:
         expected = np.asarray(expected)
         scale = np.nanmax(np.abs(expected))
-        # standard errors are differences of numbers that are larger by far
-        np.testing.assert_allclose(
-            np.asarray(found), expected, rtol=0, atol=10 * tolerance * max(scale, 1), err_msg=name
-        )
+        np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[torch.dtype, Any]:
-    return {
-        torch.float32: found_by(make_operator(torch.float32, shares=False), ["in turn"], False),
-        torch.float64: found_by(make_operator(torch.float64, shares=False), list(PLANS), True),
-    }
+@cache
+def alone(dtype: torch.dtype, what: str) -> dict[str, Any]:
+    """In this process, which has all examples and whole vectors: the spectrum of a plan, or all else."""
+    op = make_operator(dtype, shares=False)
+    return spectrum(op, what) if what in PLANS else numbers_but_spectra(op)
 
 
-@pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4))])
-def test_processes_agree_with_one(workers: Workers, alone: dict[torch.dtype, Any], n: int) -> None:
-    answers = workers.run(n, _spectra)
+@pytest.mark.parametrize(
+    ("n", "kind"),
+    [
+        (1, ShardedOperator),
+        *(
+            pytest.param(n, kind, marks=pytest.mark.slow)
+            for kind in (DistributedOperator, ShardedOperator)
+            for n in (1, 2, 3, 4)
+            if (n, kind) != (1, ShardedOperator)
+        ),
+    ],
+)
+def test_processes_agree_with_one(workers: Workers, n: int, kind: Any) -> None:
+    answers = workers.run(n, _spectra, kind)
     n_parameters = make_operator(torch.float64, shares=False).shape[0]
     assert n == 1 or n_parameters % n or n == 2
     for found, n_entries, length in answers:
-        assert n_entries == length <= -(-n_parameters // n)
+        assert n_entries == length <= (-(-n_parameters // n) if kind is ShardedOperator else n_parameters)
         assert set(found[torch.float64]["plans"]) == set(CHOSEN[n])
         for dtype, tolerance in TOLERANCE.items():
-            assert_equal(found[dtype], alone[dtype], tolerance, f"{n} {dtype}")
-    assert sum(length for *_, length in answers) == n_parameters
+            expected = {"plans": {plan: alone(dtype, plan) for plan in CHOSEN[n]}}
+            if n == 3 and dtype is torch.float64:
+                expected |= alone(dtype, "all else")
+            assert_equal(found[dtype], expected, tolerance, f"{n} {dtype}")
+    assert sum(length for *_, length in answers) == n_parameters * (1 if kind is ShardedOperator else n)
 
 
 def _saved_apart(folder: Path, reorthogonalise: bool) -> None:

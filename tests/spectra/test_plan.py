@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import resource
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +107,66 @@ def test_the_least_of_machine_cgroup_and_limit_counts(tmp_path: Path, monkeypatc
     (groups / "memory/memory.limit_in_bytes").write_text("900000")
     (groups / "memory/memory.usage_in_bytes").write_text("1000000")
     assert free_bytes(cpu) == 0
+    (groups / "memory/memory.stat").write_text("cache 500000\ntotal_inactive_file 300000\n")
+    assert free_bytes(cpu) == 200_000  # caches of files make room where it is needed
+
+
+def test_caches_of_files_in_a_cgroup_are_free(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "cgroup").write_text("0::/\n")
+    for name, text in {
+        "memory.max": "8000000",
+        "memory.current": "7900000",
+        "memory.stat": "anon 900000\nfile 7000000\nactive_file 100000\ninactive_file 6900000\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(free_memory, "_PROCESS", tmp_path)
+    monkeypatch.setattr(free_memory, "_CGROUPS", tmp_path)
+    assert free_bytes(torch.device("cpu")) == 7_000_000
+
+
+VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                                3000.
+Pages active:                            200000.
+Pages inactive:                            2000.
+Pages speculative:                          500.
+Pages throttled:                              0.
+Pages wired down:                        100000.
+Pages purgeable:                            100.
+"Translation faults":                 123456789.
+"""
+
+
+def test_memory_of_systems_without_proc(tmp_path: Path, monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    for name in ("_MACHINE", "_PROCESS", "_CGROUPS"):
+        monkeypatch.setattr(free_memory, name, tmp_path / "none")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    printed = subprocess.CompletedProcess(["vm_stat"], 0, stdout=VM_STAT)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: printed)
+    assert free_bytes(cpu) == 16384 * 5600
+    monkeypatch.setattr(subprocess, "run", _no_program)
+    physical = {"SC_PHYS_PAGES": 4000, "SC_PAGE_SIZE": 4096}  # macOS has no SC_AVPHYS_PAGES
+    monkeypatch.setattr(os, "sysconf_names", physical)
+    monkeypatch.setattr(os, "sysconf", physical.__getitem__)
+    assert free_bytes(cpu) == 2000 * 4096
+    windows = SimpleNamespace(kernel32=SimpleNamespace(GlobalMemoryStatusEx=_status_of_windows))
+    monkeypatch.setattr(ctypes, "windll", windows, raising=False)
+    assert free_bytes(cpu) == 7_000_000
+    monkeypatch.delattr(ctypes, "windll")
+    monkeypatch.setattr(os, "sysconf_names", {})
+    monkeypatch.delattr(os, "sysconf")
+    assert free_bytes(cpu) == free_memory._UNKNOWN
+
+
+def _no_program(*_: object, **__: object) -> None:
+    raise FileNotFoundError("vm_stat")
+
+
+def _status_of_windows(reference: Any) -> int:
+    status = reference._obj
+    assert status.length == ctypes.sizeof(status) == 64
+    status.free = 7_000_000
+    return 1
 
 
 def test_a_basis_on_the_disk_is_there_twice_where_unfinished_work_is_saved(

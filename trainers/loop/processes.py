@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pnanalysis.errors import PnError, ProcessLost, TrainingError
+from pnanalysis.curvature.processes import complete, lost, meet
+from pnanalysis.errors import PnError, TrainingError
 from pnanalysis.evaluation.losses import example_weights, known
 from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.models import Loss
@@ -156,7 +157,8 @@ class SeveralProcesses(OneProcess):
         with peers():
             for tensor in model.state_dict().values():
                 whole = tensor.contiguous()
-                dist.broadcast(whole.view(-1).view(torch.uint8), 0)  # as bytes: gloo does not know every type
+                # as bytes: gloo does not know every type
+                complete(dist.broadcast(whole.view(-1).view(torch.uint8), 0, async_op=True), whole)
                 if whole is not tensor:
                     tensor.copy_(whole)
 
@@ -168,13 +170,13 @@ class SeveralProcesses(OneProcess):
         """One sum over processes for each tensor, in place."""
         with peers():
             for tensor in own:
-                dist.all_reduce(tensor)
+                complete(dist.all_reduce(tensor, async_op=True), tensor)
 
     def gather(self, own: Tensor) -> list[Tensor]:
         """The tensors of one shape of all processes, in their order."""
         found = [torch.empty_like(own) for _ in range(self.n)]
         with peers():
-            dist.all_gather(found, own)
+            complete(dist.all_gather(found, own, async_op=True), own)
         return found
 
     def from_first(self, compute: Callable[[], T]) -> T:
@@ -187,6 +189,7 @@ class SeveralProcesses(OneProcess):
             except PnError as error:
                 found, failure = [str(error), False], error
         with peers():
+            meet()
             dist.broadcast_object_list(found, 0, device=self.device)
         if failure is not None:
             raise failure
@@ -274,8 +277,4 @@ def peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        cause = (str(error).splitlines() or [""])[0][:100]
-        raise ProcessLost(
-            f"another process has ended, or does not answer ({cause}); its own message says why; repeat the command "
-            "with --resume to go on from what is saved"
-        ) from error
+        raise lost(error, "repeat the command with --resume") from error
