@@ -42,6 +42,7 @@ def _endless(*_: object) -> Any:
     return lambda: time.sleep(60)
 
 
+@pytest.mark.slow
 def test_stages_write_what_they_find(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ours = {"pnanalysis": gpu._ours, "endless": _endless, "not installed": lambda *_: __import__("not_installed")}
     monkeypatch.setattr(gpu, "CONTENDERS", ours)
@@ -84,6 +85,7 @@ def test_the_networks_of_the_script_can_be_made(monkeypatch: pytest.MonkeyPatch)
         assert len(gpu.gradient(model, batch)) == len(list(model.parameters()))
 
 
+@pytest.mark.slow
 def test_files_with_cuda_tests_are_named(gpu: Any) -> None:
     command = gpu.tests_command()
     files = [each for each in command if each.endswith(".py")]

@@ -17,6 +17,7 @@ from pnanalysis.errors import PnError, printable
 from pnanalysis.io.runs import Run
 from pnanalysis.terminal import console
 from pnanalysis.terminal.progress import progress_bar
+from tests.cases import cases
 from tests.cli.conftest import TINY
 from tests.cli.conftest import run as run
 
@@ -93,7 +94,9 @@ def test_errors_escape(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arg
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", [HOSTILE.replace("/", "-"), os.fsdecode(b"caf\xe9-\xff")], ids=["controls", "bytes"])
+@pytest.mark.parametrize(
+    "name", cases({"controls": HOSTILE.replace("/", "-"), "bytes": os.fsdecode(b"caf\xe9-\xff")}, ("bytes",))
+)
 def test_runs_of_any_name_are_trained_analysed_drawn_and_reported(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -34,9 +34,12 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     "imports",
     [
         "import pnanalysis.analyses.hessian, trainers.loop.fit",
-        "from pnanalysis.analyses.saturation import saturation; from trainers.loop import persistence",
+        pytest.param(
+            "from pnanalysis.analyses.saturation import saturation; from trainers.loop import persistence",
+            marks=pytest.mark.slow,
+        ),
         "from pnanalysis import *; from trainers import *",
-        "",
+        pytest.param("", marks=pytest.mark.slow),
     ],
 )
 def test_a_function_is_never_hidden_by_its_module(imports: str) -> None:

@@ -22,6 +22,7 @@ import pnanalysis as pn
 from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.inputs.selection import as_sources
 from pnanalysis.io.runs import Run
+from tests.cases import cases
 from trainers import Config, train
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
@@ -63,7 +64,7 @@ ANALYSES: dict[str, Callable[..., xr.Dataset]] = {
 }
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.parametrize("name", cases({name: name for name in ANALYSES}, ("blocks", "eigenpairs")))
 def test_networks_states_and_files_give_the_same(name: str, nets: dict[str, nn.Module], files: list[Path]) -> None:
     analyse, options = ANALYSES[name], {"data": DATA, "loss": F.cross_entropy, "progress": False}
     of_files = analyse(files, model=network(9), **options)

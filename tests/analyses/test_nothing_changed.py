@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pnanalysis as pn
+from tests.cases import cases
 
 
 class Eventful(nn.Module):
@@ -113,7 +114,7 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
         assert same, f"{key} has changed from {value} to {after[key]}"
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.parametrize("name", cases({name: name for name in ANALYSES}, ("blocks",)))
 def test_networks_data_and_process_are_as_before(name: str) -> None:
     nets, data = [eventful(seed) for seed in range(3)], (X.clone(), Y.clone())
     networks, process = [of_network(net) for net in nets], of_process()

@@ -84,7 +84,9 @@ def claims(ds: xr.Dataset) -> list[str]:
     return rows + [word for word in ("lower", "higher", "is significantly larger") if word in said]
 
 
-@pytest.mark.parametrize(("k", "data_error"), [(2, False), (2, True), (4, True)])
+@pytest.mark.parametrize(
+    ("k", "data_error"), [*(pytest.param(2, error, marks=pytest.mark.slow) for error in (False, True)), (4, True)]
+)
 def test_null_comparisons_make_any_false_claim_in_at_most_5_percent(k: int, data_error: bool) -> None:
     rng = np.random.default_rng(k)
     found = [with_p_values(drawn(rng, k, data_error)) for _ in range(DRAWS)]

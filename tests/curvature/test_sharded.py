@@ -152,7 +152,7 @@ def _lanczos(op: Any, reorthogonalise: bool) -> Lanczos:
     return Lanczos(op, random_unit_vectors(op, [0, 1], 0), 24, reorthogonalise=reorthogonalise)
 
 
-@pytest.mark.parametrize("reorthogonalise", [True, False])
+@pytest.mark.parametrize("reorthogonalise", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_what_processes_have_saved_goes_on_in_other_numbers_of_them(
     workers: Workers, tmp_path: Path, reorthogonalise: bool
 ) -> None:
@@ -188,7 +188,7 @@ def _by_differences(n_examples: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("n", "n_examples"), [pytest.param(2, 8, marks=pytest.mark.slow), (3, 1)]
+    ("n", "n_examples"), [pytest.param(2, 8, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)]
 )  # of three, one has no examples
 def test_finite_differences_are_those_of_all_data(workers: Workers, n: int, n_examples: int) -> None:
     model, data = NETWORKS["tanh"](), images((n_examples, 3))

@@ -17,12 +17,13 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path for path in DOCS.glob("**/*.md") if "_build" not in path.parts)
 TEXTS = [*PAGES, DOCS.parent / "README.md"]
 PROGRAMS = ("pnanalysis", "pntrain")
-#: Pages whose code takes longer than 8 s; `make docs` runs it, too.
+#: Pages whose code takes longest; `make docs` runs it, too.
 SLOW = (
-    "docs/gallery", "docs/howto/hugging-face", "docs/howto/language-models", "docs/howto/sweeps",
+    "docs/gallery", "docs/howto/hugging-face", "docs/howto/language-models", "docs/howto/own-model",
+    "docs/howto/sweeps",
     *(f"docs/concepts/{name}" for name in (
-        "alignment", "blocks", "champion", "curvature-monitor", "eigenpairs", "error-bars", "learning-coefficient",
-        "reading-spectra", "sharpness",
+        "alignment", "blocks", "champion", "correlation", "curvature-monitor", "eigenpairs", "error-bars",
+        "learning-coefficient", "reading-spectra", "sharpness",
     )),
 )  # fmt: skip
 

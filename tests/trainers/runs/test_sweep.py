@@ -87,6 +87,7 @@ def cluster() -> Iterator[str]:
         yield f"dask:{local.scheduler_address}"
 
 
+@pytest.mark.slow
 def test_a_cluster_gives_the_same_runs(two_seeds: Path, cluster: str, tmp_path: Path) -> None:
     options = {**QUIET, "jobs": None, "engine": cluster}
     outcomes = sweep(BASE, {"seed": [0, 1, 2, 3]}, tmp_path, **options)
@@ -127,6 +128,7 @@ def test_what_fails_on_a_worker_is_one_error(cluster: str) -> None:
         list(on_cluster(cluster.partition(":")[2], int, [("x",)]))
 
 
+@pytest.mark.slow
 def test_a_call_that_kills_every_worker_ends_the_sweep(cluster: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="has killed several workers of the cluster"):
         list(on_cluster(cluster.partition(":")[2], _dies_at_first, [(tmp_path / "no folder" / "marker",)]))
