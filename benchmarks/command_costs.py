@@ -1,8 +1,8 @@
 """What each command costs on a LeNet-5: CPU and wall time of the commands that the README lists.
 
 ``PNANALYSIS_CIFAR10=PATH python benchmarks/command_costs.py [--only hessian blocks]``. Trains a run of two iterations
-and one of two restarts, three epochs each, in a temporary folder, then runs every command with one thread. Takes about
-half an hour. Writes ``results/command_costs.md`` and ``.json``; with ``--only`` the other rows stay.
+and one of two restarts, three epochs each, in a temporary folder, then runs every command with one thread. Writes
+ ``results/command_costs.md`` and ``.json``; with ``--only`` the other rows stay.
 """
 
 from __future__ import annotations

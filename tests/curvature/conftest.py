@@ -105,3 +105,14 @@ class TanhOnce(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return slope * (1 - y**2)
+
+
+class Hungry(nn.Sequential):
+    """A network that runs out of memory with more examples than ``most``."""
+
+    most = 1000
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(x)

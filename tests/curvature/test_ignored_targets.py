@@ -19,7 +19,7 @@ from pnanalysis.curvature.example_groups import in_groups
 from pnanalysis.curvature.fully_sharded import FullyShardedHessian
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError
-from tests.curvature.conftest import relative
+from tests.curvature.conftest import Hungry, relative
 from tests.processes import Workers
 
 N = 20
@@ -120,17 +120,6 @@ def test_pieces_of_batches_that_weigh_by_themselves() -> None:
         for options in ({}, {"micro_batch": 2})
     )
     assert relative(products(cut), products(whole)) < 1e-12
-
-
-class Hungry(nn.Sequential):
-    """Runs out of memory with more than ``most`` examples."""
-
-    most = 1000
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super().forward(x)
 
 
 @pytest.mark.filterwarnings("ignore:.* examples at a time do not fit")

@@ -11,18 +11,7 @@ import pnanalysis as pn
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.curvature.smaller_passes import until_it_fits
 from pnanalysis.errors import CurvatureError, is_out_of_memory
-from tests.curvature.conftest import relative
-
-
-class Hungry(nn.Sequential):
-    """A network that runs out of memory with more examples than ``most``."""
-
-    most = 1000
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super().forward(x)
+from tests.curvature.conftest import Hungry, relative
 
 
 def hungry() -> Hungry:
