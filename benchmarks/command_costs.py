@@ -2,7 +2,7 @@
 
 ``PNANALYSIS_CIFAR10=PATH python benchmarks/command_costs.py [--only hessian blocks]``. Trains a run of two iterations
 and one of two restarts, three epochs each, in a temporary folder, then runs every command with one thread. Writes
- ``results/command_costs.md`` and ``.json``; with ``--only`` the other rows stay.
+``results/command_costs.md`` and ``.json``; with ``--only`` the other rows stay.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from pnanalysis.io.hardware import cpu_name
 
 RESULTS = Path(__file__).parent / "results" / "command_costs.json"
 #: Commands, and whether they read data.
@@ -109,7 +110,7 @@ def main() -> None:
             found[command] = row
             found = {name: found[name] for name in COMMANDS if name in found}
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    machine = f"{platform.machine()}, torch {torch.__version__}"
+    machine = f"{cpu_name()}, torch {torch.__version__}"
     RESULTS.with_suffix(".md").write_text("\n".join(table(found, machine)))
 
 

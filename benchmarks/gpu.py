@@ -61,6 +61,7 @@ import pnanalysis as pn
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.inputs.models import build_model
 from pnanalysis.inputs.splits import Split
+from pnanalysis.io.hardware import cpu_name
 from pnanalysis.spectra.lanczos import Lanczos
 from pnanalysis.spectra.linear_operator import DiagonalOperator
 from pnanalysis.spectra.random_vectors import random_unit_vectors
@@ -493,7 +494,7 @@ def _release(setup: Setup) -> None:
 def environment(setup: Setup) -> Row:
     """What the numbers depend on."""
     on_gpu = setup.device.type == "cuda"
-    name = torch.cuda.get_device_name(setup.device) if on_gpu else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(setup.device) if on_gpu else cpu_name()
     found: Row = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "driver": _driver()}
     installed = {each.name.lower() for each in metadata.distributions() if each.name}
     packages = {name: metadata.version(name) for name in _PACKAGES if name in installed}
