@@ -63,7 +63,7 @@ def own_run(undamaged_run: Run, tmp_path: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    """Four processes that wait to be the ranks of a group."""
-    started = Workers(4, tmp_path_factory.mktemp("groups"))
+    """Processes that wait to be the ranks of a group."""
+    started = Workers(tmp_path_factory.mktemp("groups"))
     yield started
     started.stop()

@@ -7,27 +7,31 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 
 class Workers:
-    """Up to ``n`` processes that run functions as the ranks of a new group each time."""
+    """Processes that run functions as the ranks of a new group each time; they start when they are first needed."""
 
-    def __init__(self, n: int, folder: Path) -> None:
-        self.n, self.folder, self._n_groups = n, folder, 0
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._n_groups = folder, 0
         self._ends: list[Connection] = []
-        self._processes = []
-        for rank in range(n):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
-            process.start()
-            self._ends.append(ours)
-            self._processes.append(process)
+        self._processes: list[SpawnProcess] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(len(self._ends), theirs), daemon=True)
+        process.start()
+        self._ends.append(ours)
+        self._processes.append(process)
 
     def run(self, n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What a function (of a module, for it is found by its name) returns in each of ``n`` ranks."""
+        while len(self._ends) < n:
+            self._start()
         self._n_groups += 1
         meeting = self.folder / f"meeting-{self._n_groups}"
         for end in self._ends[:n]:

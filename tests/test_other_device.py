@@ -59,7 +59,11 @@ def test_spectra_of_any_operator(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(pn.HessianOperator, {}), (pn.GGNOperator, {}), (pn.HessianOperator, {"method": "finite_difference"})],
+    [
+        (pn.HessianOperator, {}),
+        pytest.param(pn.GGNOperator, {}, marks=pytest.mark.slow),
+        (pn.HessianOperator, {"method": "finite_difference"}),
+    ],
 )
 def test_spectra_of_networks(kind: Any, options: dict[str, Any]) -> None:
     expected = pn.spectral_density(network(CPU, kind, **options), n_hvp=16, progress=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from docs.tools import results
@@ -32,6 +33,7 @@ def command_line(program: str) -> Iterator[str]:
         yield from _command(f"{program} {name}", sub, "##")
 
 
+@cache
 def command_of(program: str) -> Any:
     """The click command behind ``pnanalysis`` or ``pntrain``."""
     import typer

@@ -42,7 +42,13 @@ def energies(H: np.ndarray, owner: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("network", "kind"),
-    [("linear", "hessian"), ("conv", "hessian"), ("batchnorm", "hessian"), ("conv", "ggn"), ("tanh", "fisher")],
+    [
+        ("linear", "hessian"),
+        ("conv", "hessian"),
+        ("conv", "ggn"),
+        ("tanh", "fisher"),
+        pytest.param("batchnorm", "hessian", marks=pytest.mark.slow),
+    ],
 )
 def test_small_networks_are_exact(network: str, kind: str) -> None:
     loss: Callable[..., Any] = squared_error if network == "linear" else F.cross_entropy
@@ -66,6 +72,12 @@ def test_small_networks_are_exact(network: str, kind: str) -> None:
 def bigger() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def small() -> nn.Module:
+    """With a third of those parameters, for what is computed exactly several times."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
 
 
 def drawn(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +183,7 @@ def test_queries_keys_and_values_have_blocks_of_their_own() -> None:
 
 
 def test_rounding_a_block_is_measured() -> None:
-    model, data = bigger(), drawn(96, 0)
+    model, data = small(), drawn(96, 0)
     ds = pn.blocks(model, data=data, bits=[3, 10], dtype="float64", n_hvp=10_000, **QUIET).squeeze("checkpoint")
     H = HessianOperator(model, F.cross_entropy, [data]).to_dense().numpy()
     owner = owners(model)
@@ -240,7 +252,7 @@ def test_blocks_of_which_nothing_is_rounded_take_no_rank() -> None:
 
 
 def test_effects_of_rounding_are_those_on_the_data_without_weight_decay() -> None:
-    model, data = bigger(), drawn(96, 0)
+    model, data = small(), drawn(96, 0)
     plain, decayed, sampled = (
         pn.blocks(HessianOperator(model, F.cross_entropy, [data], weight_decay=decay), bits=8, n_hvp=n_hvp, **QUIET)
         for decay, n_hvp in ((0.0, 10_000), (0.5, 10_000), (0.5, 60))
@@ -251,7 +263,7 @@ def test_effects_of_rounding_are_those_on_the_data_without_weight_decay() -> Non
     assert (sampled.sensitivity_probe_se < plain.sensitivity).all()  # far below the 100-fold that decay would add
 
 
-@pytest.mark.parametrize("blocks", ["heads", "qkv"])
+@pytest.mark.parametrize("blocks", ["heads", pytest.param("qkv", marks=pytest.mark.slow)])
 def test_attention_whose_keys_have_a_width_of_their_own(blocks: str) -> None:
     """Its weights are three parameters, its bias is one."""
 
@@ -319,7 +331,7 @@ def test_networks_of_different_layers_side_by_side(tmp_path: Path) -> None:
 
 def test_the_state_of_interrupted_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"data": drawn(64, 0), "n_hvp": 60, "dtype": "float64", **QUIET}
-    whole = pn.blocks(bigger(), **options)
+    whole = pn.blocks(small(), **options)
 
     from pnanalysis.spectra import block_products
 
@@ -329,12 +341,12 @@ def test_the_state_of_interrupted_work(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(block_products.BlockState, "save_if_due", stop)
         with pytest.raises(KeyboardInterrupt):
-            pn.blocks(bigger(), state=tmp_path / "state", **options)
+            pn.blocks(small(), state=tmp_path / "state", **options)
     assert list((tmp_path / "state").glob("*/forms.nc"))
-    again = pn.blocks(bigger(), state=tmp_path / "state", **options)
+    again = pn.blocks(small(), state=tmp_path / "state", **options)
     xr.testing.assert_equal(again.drop_attrs(), whole.drop_attrs())
     with pytest.raises(CurvatureError, match="n_hvp"):
-        pn.blocks(bigger(), state=tmp_path / "state", **options | {"n_hvp": 80})
+        pn.blocks(small(), state=tmp_path / "state", **options | {"n_hvp": 80})
 
 
 def test_a_target_error_ends_early() -> None:
@@ -398,7 +410,7 @@ def test_matrices_take_sizes() -> None:
 
 
 def test_differences_of_traces_are_paired_by_examples() -> None:
-    a, data = bigger(), drawn(160, 0)
+    a, data = small(), drawn(160, 0)
     b = copy.deepcopy(a)
     b[0].weight.data *= 1.02
     nets = {"a": a, "b": b}
@@ -418,6 +430,7 @@ def test_differences_of_traces_are_paired_by_examples() -> None:
     assert (same.block_trace_difference_p == 1).all()
 
 
+@pytest.mark.slow
 def test_what_signs_do_to_both_networks_cancels_in_differences_of_traces() -> None:
     """Over seeds, the differences scatter as their errors say, a tenth of what independent signs would give."""
     rng = np.random.default_rng(0)

@@ -54,8 +54,13 @@ def bowl(values: Tensor, theta: Tensor) -> tuple[nn.Module, Any]:
 
 @pytest.mark.parametrize(
     ("network", "kind"),
-    [(name, "hessian") for name in ("linear", "tanh", "conv", "maxpool", "batchnorm", "layernorm")]
-    + [("tanh", "ggn"), ("conv", "ggn"), ("tanh", "fisher")],
+    [
+        *((name, "hessian") for name in ("linear", "tanh", "conv", "layernorm")),
+        ("conv", "ggn"),
+        ("tanh", "fisher"),
+        *(pytest.param(name, "hessian", marks=pytest.mark.slow) for name in ("maxpool", "batchnorm")),
+        pytest.param("tanh", "ggn", marks=pytest.mark.slow),
+    ],
 )
 def test_pairs_are_those_of_the_dense_matrix(network: str, kind: str) -> None:
     loss: Callable[..., Any] = squared_error if network == "linear" else F.cross_entropy
@@ -310,7 +315,9 @@ def test_the_limit_of_products_is_kept_or_refused() -> None:
         assert (away <= ds.value_bound.values).all()
 
 
-@pytest.mark.parametrize(("network", "kind"), [("tanh", "ggn"), ("linear", "hessian")])
+@pytest.mark.parametrize(
+    ("network", "kind"), [pytest.param("tanh", "ggn", marks=pytest.mark.slow), ("linear", "hessian")]
+)
 def test_small_eigenvalues_in_single_precision_have_their_error_for_the_examples(network: str, kind: str) -> None:
     """Forms of examples add up to them to the round-off of the largest eigenvalue, not to that of themselves."""
     with warnings.catch_warnings():

@@ -236,6 +236,7 @@ def test_the_default_number_of_steps_fits_a_tiny_network(tmp_path: Path) -> None
     assert pn.hessian(own, progress=False).sizes["checkpoint"] == 1
 
 
+@pytest.mark.slow
 def test_checkpoints_with_budgets_split_differently_stand_side_by_side(tiny_run: Run) -> None:
     ds = pn.hessian(tiny_run, checkpoints=["start", "plain"], n=128, n_hvp=150, progress=False)
     alone = pn.hessian(tiny_run, checkpoints=["plain"], n=128, n_hvp=150, progress=False)

@@ -57,14 +57,18 @@ ANALYSES: dict[str, Callable[..., xr.Dataset]] = {
     "trajectory": lambda *given, loss=None, data=None, **k: pn.trajectory(*given, **k),
     "plane": lambda *given, **k: pn.landscape(*given, view="plane", n_points=3, **k),
     "sharpness": lambda *given, **k: pn.sharpness(
-        *given, n_steps=3, measures=("worst", "average"), second_order=False, n_starts=1, **k
+        *given, n_steps=3, measures=("worst", "average"), second_order=False, n_starts=1, n_directions=2, **k
     ),
     "functional_distance": pn.functional_distance,
     "compare": lambda *given, **k: pn.compare(*given, hessian=HESSIAN, **k),
 }
 
 
-@pytest.mark.parametrize("name", cases({name: name for name in ANALYSES}, ("blocks", "eigenpairs")))
+#: Those that take longest run here with `make test-slow`.
+NAMES = cases({name: name for name in ANALYSES}, ("blocks", "eigenpairs"))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_networks_states_and_files_give_the_same(name: str, nets: dict[str, nn.Module], files: list[Path]) -> None:
     analyse, options = ANALYSES[name], {"data": DATA, "loss": F.cross_entropy, "progress": False}
     of_files = analyse(files, model=network(9), **options)
@@ -74,7 +78,7 @@ def test_networks_states_and_files_give_the_same(name: str, nets: dict[str, nn.M
         xr.testing.assert_equal(analyse(given, model=network(9), **options), of_files)
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.parametrize("name", NAMES)
 def test_networks_without_names_are_numbered(name: str, nets: dict[str, nn.Module]) -> None:
     ds = ANALYSES[name](list(nets.values()), data=DATA, loss=F.cross_entropy, progress=False)
     labels = ds["point" if name == "plane" else "checkpoint"].values.tolist()
@@ -240,14 +244,14 @@ class Keeping(nn.Module):
         return self.last
 
 
-def test_results_that_a_network_keeps_do_not_hinder_copying() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_results_that_a_network_keeps_do_not_hinder_copying(name: str) -> None:
     keeping = Keeping()
     keeping(X)
     others = {"b": Keeping(), "c": Keeping()}
     for seed, other in enumerate(others.values(), start=1):
         other.inner.load_state_dict(network(seed).state_dict())
-    for analysis in ANALYSES.values():
-        analysis({"a": keeping, **others}, data=DATA, loss=F.cross_entropy, progress=False)
+    ANALYSES[name]({"a": keeping, **others}, data=DATA, loss=F.cross_entropy, progress=False)
     assert keeping.last.grad_fn is not None
 
 
@@ -334,7 +338,7 @@ def test_options_without_anything_to_analyse_ask_for_it(analysis, nets: dict[str
 
 
 def test_an_iterator_of_runs_takes_options_like_a_list(tiny_run: Run) -> None:
-    settings = {"loss": "cross_entropy", "n": 32, "n_steps": 2, "progress": False}
+    settings = {"loss": "cross_entropy", "n": 32, "n_steps": 2, "n_directions": 2, "progress": False}
     xr.testing.assert_equal(pn.sharpness(iter([tiny_run]), **settings), pn.sharpness([tiny_run], **settings))
 
 

@@ -211,7 +211,7 @@ class Stops(nn.Linear):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("sampler", ["full", "minibatch"])
+@pytest.mark.parametrize("sampler", [pytest.param("full", marks=pytest.mark.slow), "minibatch"])
 def test_interrupted_chains_go_on_where_they_were(
     sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

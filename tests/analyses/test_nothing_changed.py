@@ -66,7 +66,7 @@ ANALYSES: dict[str, Callable[..., Any]] = {
     "plane": lambda nets, **k: pn.landscape(nets, view="plane", n_points=2, **k),
     "random plane": lambda nets, **k: pn.landscape(nets[0], view="random", n_points=2, **k),
     "eigenvectors plane": lambda nets, **k: pn.landscape(nets[0], view="eigenvectors", n_points=2, **k),
-    "sharpness": lambda nets, **k: pn.sharpness(nets, n_steps=2, n_starts=2, **k),
+    "sharpness": lambda nets, **k: pn.sharpness(nets, n_steps=2, n_starts=2, n_directions=2, **k),
     "functional_distance": pn.functional_distance,
     "compare": lambda nets, **k: pn.compare(nets, hessian=HESSIAN, **k),
 }

@@ -35,7 +35,14 @@ ANALYSES: dict[str, Callable[..., xr.DataArray]] = {
     "eigenpairs": lambda nets, data: pn.eigenpairs(nets, data=data, k=1, **QUIET).value.squeeze(),
     "sharpness": lambda nets, data: (
         pn.sharpness(
-            nets, data=data, n_steps=2, measures=("worst", "average"), second_order=False, n_starts=1, **QUIET
+            nets,
+            data=data,
+            n_steps=2,
+            measures=("worst", "average"),
+            second_order=False,
+            n_starts=1,
+            n_directions=2,
+            **QUIET,
         ).loss
     ),
     "blocks": lambda nets, data: pn.blocks(nets, data=data, n_hvp=16, **QUIET).network_trace,

@@ -115,7 +115,10 @@ def test_rescaling_a_relu_network_leaves_only_adaptive_sharpness_as_it_was(tmp_p
 
 
 def test_a_runs_checkpoints_lie_along_checkpoint(tiny_run: Run, tmp_path: Path) -> None:
-    ds = sharpness(tiny_run, checkpoints=["start", "plain", "champion"], n=200, n_steps=4, n_starts=1, progress=False)
+    ds = sharpness(
+        tiny_run, checkpoints=["start", "plain", "champion"], n=100, n_steps=4, n_starts=1, n_directions=2,
+        progress=False,
+    )  # fmt: skip
     assert ds.checkpoint.values.tolist() == ["start", "plain", "champion"]
     assert ds.neighbourhood.values.tolist() == list(RADII)
     assert (ds.rise > 0).all()
@@ -193,7 +196,7 @@ def test_the_error_of_a_largest_rise_is_the_infinitesimal_jackknife() -> None:
     assert ds.rise_quadratic.item() == pytest.approx(ds.rise.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("method", ["frank-wolfe", "apgd"])
+@pytest.mark.parametrize("method", ["frank-wolfe", pytest.param("apgd", marks=pytest.mark.slow)])
 def test_each_group_has_a_worst_case_of_its_own(method: str) -> None:
     network, (x, y) = least_squares()
     options = {"data": (x, y), "loss": "mse", "measures": "worst", "dtype": "float64", "progress": False,
@@ -270,7 +273,7 @@ def test_rescaling_layers_changes_no_adaptive_filterwise_or_relative_measure() -
 
 def test_with_normalised_logits_the_scale_of_the_last_layer_does_not_matter() -> None:
     nets = {"a": relu_network(), "b": relu_network(last=10.0)}
-    options = {"data": CLASSES, "radii": {"adaptive": 0.3}, "dtype": "float64", "progress": False}
+    options = {"data": CLASSES, "radii": {"adaptive": 0.3}, "n_directions": 4, "dtype": "float64", "progress": False}
     plain, normalised = (sharpness(nets, normalize_logits=flag, **options) for flag in (False, True))
     for name in ("loss", "rise", "average", "relative_flatness"):
         a, b = normalised[name].values.ravel()
@@ -300,7 +303,7 @@ def test_rises_grow_with_the_radius_and_all_methods_agree() -> None:
 
 def test_finished_parts_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, folder = relu_network(), tmp_path / "sharpness.unfinished"
-    options = {"data": CLASSES, "radii": {"ball": 0.1}, "progress": False}
+    options = {"data": CLASSES, "radii": {"ball": 0.1}, "n_directions": 4, "progress": False}
     whole = sharpness(network, **options)
     with monkeypatch.context() as patch:
         patch.setattr(network_sharpness, "average_case", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 
 import pnanalysis as pn
 from pnanalysis.errors import DataError, PnError
+from tests.cli.conftest import run as run
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(24) % 3
@@ -240,17 +240,16 @@ def test_a_rise_that_overflows_is_an_error_and_not_nan() -> None:
         )
 
 
-def test_a_network_that_exits_ends_a_command_with_an_error(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(
+def test_a_network_that_exits_ends_a_command_with_an_error(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "exiting.py").write_text(
         "import sys\nfrom torch import nn\nclass Net(nn.Linear):\n    def __init__(self): super().__init__(64, 10)\n"
         "    def forward(self, x): sys.exit(0)\n"
     )
-    arguments = ["--model", "own:Net", "--data", "digits", "--epochs", "1", "--out", "run"]
-    done = subprocess.run(
-        [sys.executable, "-c", "import trainers.cli; trainers.cli.main()", "tanh7", *arguments],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "ends the program" in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = run("pntrain", "tanh7", "--model", "exiting:Net", "--data", "digits", "--epochs", 1, "--out", "run")
+    assert done.status == 2
+    assert "ends the program" in done.err
+    assert "Traceback" not in done.err
     assert not (tmp_path / "run").exists()

@@ -101,7 +101,7 @@ class Rotating(nn.Module):
         return self.last(torch.view_as_real(pairs).flatten(1).tanh())
 
 
-@pytest.mark.parametrize("buffer", [True, False])
+@pytest.mark.parametrize("buffer", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_complex_phases_keep_their_imaginary_parts(buffer: bool) -> None:
     torch.manual_seed(0)
     model = Rotating(buffer)
@@ -176,16 +176,25 @@ def gaussian(outputs: Any, targets: Tensor) -> Tensor:
     return ((scale[:, 0] + (mean[:, 0] - targets) ** 2 * torch.exp(-scale[:, 0])) / 2).mean()
 
 
-@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
-@pytest.mark.parametrize("form", ["tuple", "mapping"])
-@BUDGETS
+@pytest.mark.parametrize(
+    ("expected_products", "form", "operator"),
+    [
+        (1000, "tuple", GGNOperator), (1000, "tuple", EmpiricalFisherOperator), (1000, "mapping", HessianOperator),
+        (10, "tuple", HessianOperator), (10, "mapping", GGNOperator),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (1000, "tuple", HessianOperator), (1000, "mapping", GGNOperator), (10, "tuple", GGNOperator),
+                (10, "tuple", EmpiricalFisherOperator), (10, "mapping", HessianOperator),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_outputs_may_be_nests(operator: Any, form: str, expected_products: int) -> None:
     torch.manual_seed(0)
     model, plain = TwoHeads(form).double(), TwoHeads("tensor").double()
     plain.load_state_dict(model.state_dict())
     batches = [(x, y.double()) for x, y in BATCHES]
-    if operator is EmpiricalFisherOperator and form == "mapping":
-        return  # a tensor without examples cannot be taken one example at a time
     found = operator(model, gaussian, batches, expected_products=expected_products).to_dense()
     assert relative(found, operator(plain, gaussian, batches).to_dense()) < 1e-10
 

@@ -13,7 +13,9 @@ from pnanalysis.errors import CurvatureError
 from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative
 
 
-@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
+@pytest.mark.parametrize(
+    "kind", [HessianOperator, pytest.param(GGNOperator, marks=pytest.mark.slow), EmpiricalFisherOperator]
+)
 def test_batches_and_micro_batches_do_not_change_the_matrix(kind) -> None:
     model, whole = NETWORKS["batchnorm"](), images((16,))
     (inputs, targets) = whole[0]

@@ -292,7 +292,9 @@ def test_a_traced_program_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPa
     assert op.method == "reverse mode"
 
 
-@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
+@pytest.mark.parametrize(
+    "operator", [HessianOperator, GGNOperator, pytest.param(EmpiricalFisherOperator, marks=pytest.mark.slow)]
+)
 def test_ordinary_networks_pass_without_a_word(operator: Any) -> None:
     for name in ("conv", "batchnorm", "layernorm"):
         op = operator(NETWORKS[name](), cross_entropy, BATCHES, dtype=torch.float32)

@@ -32,8 +32,14 @@ def limit(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.filterwarnings("ignore:.* examples at a time do not fit")
-@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
-@pytest.mark.parametrize("expected_products", [1, 1000])
+@pytest.mark.parametrize(
+    ("expected_products", "kind"),
+    [
+        (1, HessianOperator), (1, EmpiricalFisherOperator), (1000, GGNOperator),
+        *(pytest.param(*case, marks=pytest.mark.slow)
+          for case in ((1, GGNOperator), (1000, HessianOperator), (1000, EmpiricalFisherOperator))),
+    ],
+)  # fmt: skip
 def test_operators_go_on_with_smaller_passes(kind, expected_products, batches, limit) -> None:
     op = kind(hungry(), cross_entropy, batches, expected_products=expected_products)
     reference = op.to_dense()

@@ -17,7 +17,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path for path in DOCS.glob("**/*.md") if "_build" not in path.parts)
 TEXTS = [*PAGES, DOCS.parent / "README.md"]
 PROGRAMS = ("pnanalysis", "pntrain")
-#: Pages whose code takes longest; `make docs` runs it, too.
+#: Pages whose code takes longest; `make test-slow` runs it, and `make docs` that of pages with figures, too.
 SLOW = (
     "docs/gallery", "docs/howto/hugging-face", "docs/howto/language-models", "docs/howto/own-model",
     "docs/howto/sweeps",

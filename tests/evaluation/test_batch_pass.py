@@ -25,7 +25,9 @@ ANALYSES: dict[str, Callable[..., Any]] = {
     "compare": lambda nets, **k: pn.compare(nets, hessian=False, saturation=False, **k).loss.sel(split="train"),
     "line": lambda nets, **k: pn.landscape(nets, n_points=3, **k).loss.sel(path="line", split="train")[[0, -1]],
     "sharpness": lambda nets, **k: (
-        pn.sharpness(nets, n_steps=2, measures=("worst", "average"), second_order=False, n_starts=1, **k).loss
+        pn.sharpness(
+            nets, n_steps=2, measures=("worst", "average"), second_order=False, n_starts=1, n_directions=2, **k
+        ).loss
     ),
 }
 

@@ -28,7 +28,7 @@ ANALYSES: dict[str, Callable[[Source], Any]] = {
     "landscape": lambda source: pn.landscape(source, n_points=3, progress=False),
     "curve": lambda source: pn.landscape(source, view="curve", n_points=3, n_steps=3, progress=False),
     "sharpness": lambda source: pn.sharpness(
-        source, n_steps=2, measures=("worst", "average"), second_order=False, progress=False
+        source, n_steps=2, n_directions=2, measures=("worst", "average"), second_order=False, progress=False
     ),
     "saturation": lambda source: pn.saturation(source, split="train", progress=False),
 }
@@ -131,7 +131,7 @@ def test_an_answer_without_a_prediction_cannot_be_compared(tmp_path: Path) -> No
     assert float(ANALYSES["landscape"](source).loss.min()) > 0
 
 
-@pytest.mark.parametrize("operator", ["ggn", "fisher"])
+@pytest.mark.parametrize("operator", [pytest.param("ggn", marks=pytest.mark.slow), "fisher"])
 def test_operators_take_outputs_in_nests(tmp_path: Path, operator: str) -> None:
     traces = []
     for name, loss in (("tuple", first_head), ("tensor", F.cross_entropy)):

@@ -106,7 +106,13 @@ def test_killed_at_random_moments(job: Job, n: int, tmp_path: Path, counts: Coun
         add(counts, f"{job.name}, kill -9", struck=struck, **continued(job, folder, expected))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, id=number.name, marks=[] if number == signal.SIGINT else [pytest.mark.slow])
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ],
+)
 @pytest.mark.parametrize(("job", "n"), commands(10, "training"))
 def test_interrupted_at_random_moments(job: Job, number: int, n: int, tmp_path: Path, counts: Counts) -> None:
     for _, folder, seconds, expected, chance in attempts(job, n, tmp_path, number):

@@ -101,10 +101,10 @@ def test_a_missing_or_damaged_store_is_one_sentence(paths: xr.Dataset, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("appended", "every"), [*(pytest.param(each, 1, marks=pytest.mark.slow) for each in (False, True)), (True, 8)]
+    ("appended", "every"), [*(pytest.param(each, 1, marks=pytest.mark.slow) for each in (False, True)), (True, 24)]
 )
 def test_every_flipped_bit_of_a_store_is_found(paths: xr.Dataset, tmp_path: Path, appended: bool, every: int) -> None:
-    """Of the store, or of every eighth file."""
+    """Of the store, or of some of its files."""
     path, n_found = tmp_path / "t.zarr", 0
     for row in rows(paths) if appended else ():
         zarr_store.append(row, path, "checkpoint")
@@ -220,7 +220,7 @@ def test_a_tree_is_no_store(tiny_run: Run, tmp_path: Path) -> None:
         datasets.save(tiny_run.results, tmp_path / "tree.zarr")
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 100, zarr_store._CHUNK_BYTES])
+@pytest.mark.parametrize("chunk_bytes", [1, pytest.param(100, marks=pytest.mark.slow), zarr_store._CHUNK_BYTES])
 def test_rows_appended_one_by_one_are_the_whole(
     paths: xr.Dataset, tmp_path: Path, chunk_bytes: int, monkeypatch
 ) -> None:

@@ -82,7 +82,7 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
         assert one == other, where
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam"])
+@pytest.mark.parametrize("name", [pytest.param("momentum", marks=pytest.mark.slow), "adam"])
 def test_training_is_the_same_bit_by_bit(name: str) -> None:
     """Dropout, batch normalisation, a loader that shuffles by its own generator, which is also the monitor's data."""
     kind, settings = OPTIMIZERS[name]
@@ -111,7 +111,9 @@ def test_training_is_the_same_bit_by_bit(name: str) -> None:
     assert_same(*states)
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize(
+    "name", ["momentum", "adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adam", "rmsprop"))]
+)
 def test_numbers_are_those_of_the_dense_matrices(name: str) -> None:
     kind, settings = OPTIMIZERS[name]
     x, y = data(dtype=torch.float64)

@@ -207,7 +207,7 @@ def test_a_report_about_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_descents_are_drawn_over_their_surface(tmp_path: Path) -> None:
-    run = train(configure(find_recipe("S1"), epochs=2000), tmp_path / "wells", device="cpu", progress=False)
+    run = train(configure(find_recipe("S1"), epochs=200), tmp_path / "wells", device="cpu", progress=False)
     found = drawn([run])
     assert {"descent", "surface", "basin"} <= set(found)
     alone = plots.plot(run.results["descent"].to_dataset())

@@ -93,7 +93,9 @@ def test_the_page_is_the_same_whenever_it_is_written(plan: Plan) -> None:
     assert "| all |  | 6 of 10 | 6 s | 3 s | 24 | 42 |  |" in costs
 
 
-@pytest.mark.parametrize("where", ["RESULTS.md", "../RESULTS.md", "pages/of/RESULTS.md"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("RESULTS.md", marks=pytest.mark.slow), "../RESULTS.md", "pages/of/RESULTS.md"]
+)
 def test_links_lead_to_cells_and_figures(where: str, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> None:
     page = write_page(plan, Path(plan.store.out / where).resolve())
     targets = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())

@@ -18,6 +18,7 @@ from pnanalysis.sampling.langevin import Chains, Posterior, Stiff, spread_over_p
 from pnanalysis.sampling.local_learning import Plan, with_steps_that_hold
 from pnanalysis.sampling.local_learning import sample as sample_all
 from pnanalysis.sampling.stacked_gradients import StackedGradients
+from tests.cases import cases
 
 
 class Potential(nn.Module):
@@ -217,7 +218,7 @@ SINGULAR = {
 }
 
 
-@pytest.mark.parametrize("name", SINGULAR)
+@pytest.mark.parametrize("name", cases({name: name for name in SINGULAR}, ("x^4",)))
 def test_singular_potentials(name: str) -> None:
     function, size, _ = SINGULAR[name]
     posterior = Posterior(nbeta=200.0, localization=2.0, step_size=0.0)

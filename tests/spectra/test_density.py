@@ -88,6 +88,7 @@ def test_shift_and_scale_of_the_operator_shift_and_scale_the_spectrum(draw, budg
     assert float(after.lambda_max) == pytest.approx(scale * float(before.lambda_max) + shift, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_rotation_of_the_operator_does_not_change_the_errors_distribution():
     eigenvalues = like_a_network(300)
     rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((300, 300)))[0]
@@ -139,7 +140,7 @@ def test_cluster_at_zero_does_not_ruin_the_trace():
     assert max(distances) < 2 * 0.5 / len(eigenvalues)
 
 
-@pytest.mark.parametrize("n_hvp", [100, 200, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_hvp", [100, *(pytest.param(n, marks=pytest.mark.slow) for n in (200, 400))])
 def test_deflation_beats_plain_quadrature_at_equal_cost(n_hvp):
     eigenvalues = like_a_network()
     n_probes, n_lanczos = PLAIN[n_hvp]

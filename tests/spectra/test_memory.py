@@ -173,7 +173,7 @@ def test_without_reorthogonalisation_ghosts_appear_and_are_merged() -> None:
     assert weight @ value == pytest.approx(float(alpha[0]), rel=1e-5)
 
 
-@pytest.mark.parametrize("n_steps", [40, 60, 90])
+@pytest.mark.parametrize("n_steps", [60, *(pytest.param(n, marks=pytest.mark.slow) for n in (40, 90))])
 def test_copies_that_share_an_eigenvector_are_merged(n_steps: int) -> None:
     """Each of them has a large residual, and they lie within round-off of one another."""
     spikes = [3.0, 4.0, 6.0, 8.0, 10.0]

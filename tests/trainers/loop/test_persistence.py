@@ -131,7 +131,7 @@ def test_an_end_point_of_another_architecture_is_refused() -> None:
         PersistentPenalty(network()).add(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).double())
 
 
-@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("size", [1.0, *(pytest.param(size, marks=pytest.mark.slow) for size in (0.01, 100.0))])
 def test_signs_are_right_all_along_a_path_that_crosses_many_kinks(size: float) -> None:
     torch.manual_seed(0)
     model, ends = network(), [network(seed) for seed in range(1, 8)]

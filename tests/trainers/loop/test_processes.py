@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Callable[..., nn.Module], int, int, int]] = {
     "resnet18": (models.resnet18, 8, 21, 7),
     "alexnet": (models.alexnet, 16, 23, 7),
 }
-FAST = ("everything", "tanh7", "lenet5")
+FAST = ("everything", "tanh7")
 
 
 def examples(size: int, n: int) -> tuple[Tensor, Tensor]:

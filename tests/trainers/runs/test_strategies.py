@@ -98,7 +98,10 @@ def short_run(short_config: Config, tmp_path_factory: pytest.TempPathFactory) ->
 _N_WRITES = 17
 
 
-@pytest.mark.parametrize("moment", range(1, _N_WRITES + 1))
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param(moment, marks=[pytest.mark.slow] if moment % 3 == 0 else []) for moment in range(1, _N_WRITES + 1)],
+)
 def test_a_run_killed_at_any_write_resumes_to_the_same_end(
     short_run: Run, short_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
@@ -143,6 +146,7 @@ train(Config.from_dict(json.loads(settings)), out, device="cpu", progress=False,
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_hard_resumes_bit_identically(tiny_run: Run, tiny_config: Config, tmp_path: Path) -> None:
     out, threads = tmp_path / "killed", torch.get_num_threads()
     command = [sys.executable, "-c", _KILLED_BY_ITSELF, json.dumps(tiny_config.to_dict()), str(out), str(threads)]
