@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ def stamp(ds: xr.Dataset, kind: str, **attrs: Any) -> xr.Dataset:
     for name, variable in SCHEMAS[kind].items():
         if name in ds:
             # an analysis may have written a more specific label
-            ds[name].attrs.setdefault("long_name", variable.long_name)
-            ds[name].attrs.setdefault("units", variable.units)
+            own = ds.variables[name].attrs
+            own.setdefault("long_name", variable.long_name)
+            own.setdefault("units", variable.units)
     record = {"kind": kind, "schema_version": SCHEMA_VERSION, **provenance(), **attrs}
     ds.attrs.update({key: _storable(value) for key, value in record.items() if value is not None})
     return ds
@@ -76,7 +78,7 @@ def validate(ds: xr.Dataset, kind: str | None = None) -> xr.Dataset:
             if variable.required:
                 raise SchemaError(f"{kind} dataset lacks the variable {name!r}")
             continue
-        array = ds[name]
+        array = ds.variables[name]
         n_stacked = max(array.ndim - len(variable.dims), 0)
         stacked, own = array.dims[:n_stacked], array.dims[n_stacked:]
         if own != variable.dims or not set(stacked) <= set(STACKING_DIMS):
@@ -89,11 +91,16 @@ def validate(ds: xr.Dataset, kind: str | None = None) -> xr.Dataset:
 def provenance() -> dict[str, str]:
     """What produced the numbers: versions of pnanalysis and torch, command line, and time (UTC)."""
     return {
-        "pnanalysis_version": metadata.version("pnanalysis"),
-        "torch_version": metadata.version("torch"),
+        "pnanalysis_version": _version("pnanalysis"),
+        "torch_version": _version("torch"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@cache
+def _version(package: str) -> str:
+    return metadata.version(package)
 
 
 def _storable(value: Any) -> int | float | str | np.number[Any]:

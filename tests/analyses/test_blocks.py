@@ -252,7 +252,7 @@ def test_blocks_of_which_nothing_is_rounded_take_no_rank() -> None:
 
 
 def test_effects_of_rounding_are_those_on_the_data_without_weight_decay() -> None:
-    model, data = small(), drawn(96, 0)
+    model, data = bigger(), drawn(96, 0)
     plain, decayed, sampled = (
         pn.blocks(HessianOperator(model, F.cross_entropy, [data], weight_decay=decay), bits=8, n_hvp=n_hvp, **QUIET)
         for decay, n_hvp in ((0.0, 10_000), (0.5, 10_000), (0.5, 60))

@@ -117,7 +117,7 @@ def test_loaders_and_losses_of_ones_own(nets: dict[str, nn.Module]) -> None:
     assert float(twice.loss[0]) == pytest.approx(2 * expected[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_users_networks_stay_as_they_are(name: str, nets: dict[str, nn.Module]) -> None:
     nets["b"].train()
     nets["c"].eval()

@@ -74,6 +74,7 @@ def test_processes_agree_with_one(
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_a_sentence(tiny_run: Run, tmp_path: Path) -> None:
     dying = own_loss(tmp_path, "if os.environ.get('RANK') == '1' and calls > 20: open('died', 'w'), os._exit(7)")
     arguments = [str(tiny_run.path), *OPTIONS, *dying, "--shard-basis", "-o", str(tmp_path / "x.nc")]

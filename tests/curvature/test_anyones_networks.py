@@ -299,8 +299,10 @@ def test_wrappers_are_taken_off(wrap: Any) -> None:
     assert HessianOperator(wrapped, cross_entropy, BATCHES, params=theirs).names == op.names[:1]
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@BUDGETS
+@pytest.mark.parametrize(
+    ("expected_products", "reentrant"),
+    [(1000, True), (10, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1000, False), (10, True)))],
+)
 def test_checkpointed_activations_change_nothing(reentrant: bool, expected_products: int) -> None:
     class Checkpointed(nn.Module):
         def __init__(self, net: nn.Module) -> None:

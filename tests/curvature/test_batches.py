@@ -14,7 +14,8 @@ from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative
 
 
 @pytest.mark.parametrize(
-    "kind", [HessianOperator, pytest.param(GGNOperator, marks=pytest.mark.slow), EmpiricalFisherOperator]
+    "kind",
+    [HessianOperator, *(pytest.param(k, marks=pytest.mark.slow) for k in (GGNOperator, EmpiricalFisherOperator))],
 )
 def test_batches_and_micro_batches_do_not_change_the_matrix(kind) -> None:
     model, whole = NETWORKS["batchnorm"](), images((16,))

@@ -293,7 +293,8 @@ def test_a_traced_program_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "operator", [HessianOperator, GGNOperator, pytest.param(EmpiricalFisherOperator, marks=pytest.mark.slow)]
+    "operator",
+    [HessianOperator, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (GGNOperator, EmpiricalFisherOperator))],
 )
 def test_ordinary_networks_pass_without_a_word(operator: Any) -> None:
     for name in ("conv", "batchnorm", "layernorm"):

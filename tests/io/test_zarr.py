@@ -251,7 +251,7 @@ class _Killed(BaseException):
     """Stands for a kill: nothing is cleaned up after it but what a kernel would."""
 
 
-@pytest.mark.parametrize("moment", ["consolidate_metadata", "Array.__setitem__"])
+@pytest.mark.parametrize("moment", ["consolidate_metadata", pytest.param("Array.__setitem__", marks=pytest.mark.slow)])
 def test_a_killed_append_leaves_the_finished_rows(paths: xr.Dataset, tmp_path: Path, moment: str, monkeypatch) -> None:
     path, parts = tmp_path / "t.zarr", rows(paths)
     for row in parts[:3]:

@@ -30,7 +30,7 @@ def dense(net: nn.Module, name: str) -> float:
     return float(torch.einsum("ac,bc,aibi->", w, w, blocks))
 
 
-@pytest.mark.parametrize("name", ["2.weight", "4.weight"])
+@pytest.mark.parametrize("name", ["2.weight", pytest.param("4.weight", marks=pytest.mark.slow)])
 def test_few_numbers_are_summed_up_exactly_and_more_are_estimated(name: str) -> None:
     net = network()
     exact = dense(net, name)

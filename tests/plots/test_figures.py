@@ -348,7 +348,7 @@ def test_correlations_are_drawn_strongest_first() -> None:
     assert scatters[0].get_title(loc="left").startswith(str(ds.diagnostic.values[order[0]]).replace("_", " "))
 
 
-@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+@pytest.mark.parametrize("suffix", [".png", pytest.param(".pdf", marks=pytest.mark.slow), ".svg"])
 def test_the_same_figure_is_saved_as_the_same_bytes(tiny_run: Run, tmp_path: Path, suffix: str) -> None:
     contents = []
     for name in ("a", "b"):

@@ -76,8 +76,9 @@ def mean_and_se(ds: xr.Dataset, n_draws: int = 200) -> tuple[float, float]:
     return means.mean(), means.std(ddof=1) / math.sqrt(len(means))
 
 
-@pytest.mark.parametrize("sampler", ["full", "sgld"])
-@pytest.mark.parametrize("at_once", [1, 32])
+@pytest.mark.parametrize(
+    ("at_once", "sampler"), [(1, "full"), pytest.param(1, "sgld", marks=pytest.mark.slow), (32, "full"), (32, "sgld")]
+)
 def test_moments_of_a_quadratic_are_those_of_the_scheme(sampler: str, at_once: int) -> None:
     posterior = Posterior(nbeta=10.0, localization=5.0, step_size=0.02)  # 1.9 of 4 in the steepest direction
     n_chains = 200 if at_once > 1 else 16

@@ -107,7 +107,7 @@ def test_two_estimates_of_one_matrix_are_apart_by_the_noise(name):
     assert 0.6 < found.distance_over_noise.mean() < 1.6
 
 
-@pytest.mark.parametrize("n_spikes", [5, 10])
+@pytest.mark.parametrize("n_spikes", [5, pytest.param(10, marks=pytest.mark.slow)])
 def test_spikes_are_counted(n_spikes):
     found = []
     for seed in range(20):

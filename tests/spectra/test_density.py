@@ -289,6 +289,7 @@ def test_float32_operator_agrees_with_float64():
     assert single.attrs["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_one_step_a_probe_still_tells_the_error_of_the_trace():
     eigenvalues = np.arange(100.0)
     runs = [spectral_density(diagonal(eigenvalues), 1, 4, deflate=False, seed=seed, **QUIET) for seed in range(60)]

@@ -317,7 +317,7 @@ print(json.dumps({"vectors": (peak - before) / (4 * n), "said": said[-1] / (4 * 
         pytest.param("memory", 20, 20 + 4, marks=pytest.mark.slow),
         pytest.param("half", 20, 10 + 4, marks=pytest.mark.slow),
         pytest.param("disk", 30, 4, marks=pytest.mark.slow),
-        ("none", 20, 2 + 3),
+        pytest.param("none", 20, 2 + 3, marks=pytest.mark.slow),
     ],
 )
 def test_peak_memory_is_what_was_said_at_four_million_parameters(mode: str, n_hvp: int, n_vectors: int) -> None:

@@ -31,7 +31,7 @@ GAPLESS = {
 }
 
 
-@pytest.mark.parametrize("eigenvalues", cases(GAPLESS, set(GAPLESS) - {"Wigner", "lognormal"}))
+@pytest.mark.parametrize("eigenvalues", cases(GAPLESS, set(GAPLESS) - {"lognormal"}))
 def test_spectra_without_gaps_have_no_outliers(eigenvalues):
     # at most one false claim of 20 on either side is expected; four or more have a probability below 2 %
     found = [spectrum(sign * eigenvalues, seed, n_hvp=120) for seed in range(10) for sign in (1, -1)]

@@ -217,7 +217,7 @@ ENTRIES = [
     Entry(STOPPED, "gate under no_grad", lambda: Gate("no_grad"), vectors(5, 3)),
     Entry(STOPPED, "gate from .data", lambda: Gate("data"), vectors(5, 3)),
     Entry(STOPPED, "gate from .detach()", lambda: Gate("detach"), vectors(5, 3)),
-    Entry(STOPPED, "SimSiam", Siamese, views, lambda o, t: o.mean()),
+    Entry(STOPPED, "SimSiam", Siamese, views, lambda o, t: o.mean(), slow=True),
     Entry(STOPPED, "VQ-VAE", Quantised, themselves, reconstruction),
     Entry(FUNCTIONS, "own gradient", lambda: Custom(_Sine), vectors(5, 3)),
     Entry(FUNCTIONS, "straight-through", lambda: Custom(_StraightThrough), vectors(5, 3)),

@@ -212,7 +212,7 @@ ENTRIES = [
         EMBEDDED, "tied to the head", Tied, lambda: language(5, 3), next_token, classes=partial(torch.argmax, dim=-1)
     ),
     Entry(ATTENTION, "MultiheadAttention", SelfAttention, sequences(5, 3), not_for=SILENT),
-    Entry(ATTENTION, "TransformerEncoder with padding", Padded, padded, not_for=SILENT),
+    Entry(ATTENTION, "TransformerEncoder with padding", Padded, padded, not_for=SILENT, slow=True),
     Entry(ATTENTION, "scaled_dot_product_attention", lambda: Causal(mask=False), sequences(5, 3), not_for=SILENT),
     Entry(ATTENTION, "causal mask kept on the module", lambda: Causal(mask=True), sequences(5, 3), not_for=SILENT),
     Entry(COMPLEX, "rotary phases", Rotary, sequences(5, 3)),

@@ -220,8 +220,8 @@ ENTRIES = [
     Entry(STRUCTURE, "hypernetwork", Hyper, vectors(5, 3)),
     Entry(STRUCTURE, "mixture of experts", Experts, vectors(5, 3)),
     Entry(STRUCTURE, "deep equilibrium", Equilibrium, vectors(5, 3), not_for=("saturation",)),
-    Entry(PIXELS, "U-Net", UNet, pixels),
-    Entry(PIXELS, "losses in the forward", Detector, objects, own_losses, refused=OWN),
+    Entry(PIXELS, "U-Net", UNet, pixels, slow=True),
+    Entry(PIXELS, "losses in the forward", Detector, objects, own_losses, refused=OWN, slow=True),
     Entry(
         RANDOM,
         "variational autoencoder",
