@@ -33,7 +33,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import pnanalysis.analyses.hessian, trainers.loop.fit",
+        pytest.param("import pnanalysis.analyses.hessian, trainers.loop.fit", marks=pytest.mark.slow),
         pytest.param(
             "from pnanalysis.analyses.saturation import saturation; from trainers.loop import persistence",
             marks=pytest.mark.slow,

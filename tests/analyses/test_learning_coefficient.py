@@ -299,6 +299,7 @@ def test_ignored_targets_do_not_count() -> None:
     np.testing.assert_allclose(part.excess, whole.excess, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_run_is_analysed_like_its_networks(tiny_run: pn.Run) -> None:
     options = {"n": 100, "n_draws": 12, "burn_in": 4, "n_chains": 3, "progress": False}
     ds = pn.learning_coefficient(tiny_run, checkpoints=("plain",), **options)

@@ -46,7 +46,7 @@ def dense_of_example(kind: type[CurvatureOperator], model: nn.Module, x: Tensor,
 
 
 @pytest.mark.parametrize("way", ["traced", "mapped", "one by one"])
-@pytest.mark.parametrize("loss", [cross_entropy, squared_error], ids=["cross-entropy", "mse"])
+@pytest.mark.parametrize("loss", cases({"cross-entropy": cross_entropy, "mse": squared_error}, ("mse",)))
 @pytest.mark.parametrize("kind", KINDS)
 def test_forms_of_examples_are_those_of_their_dense_matrices(
     kind, loss, way: str, monkeypatch: pytest.MonkeyPatch

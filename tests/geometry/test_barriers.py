@@ -31,7 +31,10 @@ def waves() -> np.ndarray:
     ("height", "smooth"),
     [
         (0.0, True), (0.05, False),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.05, True), (0.5, True), (0.0, False), (0.5, False))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((0.05, True), (0.5, True), (0.0, False), (0.5, False))
+        ),
     ],
 )  # fmt: skip
 def test_the_interval_holds_the_true_barrier(height: float, smooth: bool) -> None:

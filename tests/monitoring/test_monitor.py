@@ -285,7 +285,7 @@ def test_without_a_number_of_steps_the_cost_is_capped(monkeypatch: pytest.Monkey
     assert ds.attrs["training_seconds"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize(("steps", "warned"), [(10, True), (80, False)])
+@pytest.mark.parametrize(("steps", "warned"), [(10, True), pytest.param(80, False, marks=pytest.mark.slow)])
 def test_a_training_too_short_for_its_cap_is_said_to_be(
     steps: int, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
