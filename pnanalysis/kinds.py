@@ -364,6 +364,10 @@ _BLOCKS = {
     **_with_parts("off_diagonal_share", "block", "1", "part that other blocks have of the block's energies"),
     **_with_parts("energy", "block other", "loss^2", "energy (squared Frobenius norm) between blocks"),
     **_with_parts("network_trace", "", "loss", "trace of all blocks together"),
+    **_with_parts(
+        "network_off_diagonal_share", "", "1", "part of the matrix's energy between different blocks", _OPTIONAL
+    ),
+    **_with_parts("trace_concentration", "", "1", "concentration of the trace in few blocks", _OPTIONAL),
     "n_hvp": _var("", "1", "products with the matrix"),
     "diagonal": _var("statistic parameter", "loss", "diagonal of the matrix, with its standard errors", _OPTIONAL),
     "js_divergence": _var("block other", "nat", "Jensen-Shannon divergence of the spectra of blocks", _OPTIONAL),

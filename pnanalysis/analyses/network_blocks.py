@@ -214,7 +214,8 @@ def _dataset(found: BlockMoments, options: BlockOptions) -> xr.Dataset:
         ("trace", ("block",), found.trace), ("frobenius_norm", ("block",), diagonal),
         ("off_diagonal_energy", ("block",), found.coupling),
         ("off_diagonal_share", ("block",), found.coupling_share), ("energy", ("block", "other"), found.energy),
-        ("network_trace", (), found.network_trace),
+        ("network_trace", (), found.network_trace), ("network_off_diagonal_share", (), found.network_share),
+        ("trace_concentration", (), found.concentration),
     ):  # fmt: skip
         for key, values in columns(name, moment).items():
             ds[key] = dims, values

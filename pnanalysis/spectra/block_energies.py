@@ -22,11 +22,15 @@ _ROUND_OFF = 8 * float(np.finfo(np.float32).eps)
 
 
 class Energies(NamedTuple):
-    """Of all blocks; those off the diagonal summed for each block, and their part of all energies of the block."""
+    """Of all blocks; those off the diagonal summed for each block, and their part of all energies of the block.
+
+    ``network_share``, of shape ``(1,)``, is their part of the energy of the whole matrix.
+    """
 
     energy: Moment
     coupling: Moment
     share: Moment
+    network_share: Moment
 
 
 def energies_of(found: BlockForms) -> Energies:
@@ -37,20 +41,29 @@ def energies_of(found: BlockForms) -> Energies:
     influences = _Influences(found, total)
     size = np.abs(total).max((1, 2))
     is_flat = size <= _ROUND_OFF * size.max()  # the matrix has no such rows, and the share would be one of noise
+    whole = _Columns.zeros((1,), groups)
+    in_all = [[np.zeros((q, q)), np.zeros((q, groups))] for _ in ("own", "others")]  # pairs and steps of all blocks
     for k in range(n):
         pairs = total[k] * total.swapaxes(1, 2) - known[k] * known.swapaxes(1, 2)
         steps = influences.of(k)  # (q, group, block)
+        own_parts, all_parts = (pairs[k], steps[..., k]), (pairs.sum(0), steps.sum(-1))
+        for i in (0, 1):
+            in_all[0][i] += own_parts[i]
+            in_all[1][i] += all_parts[i] - own_parts[i]
         energy.fill(k, pairs, steps, found.share, found.known_energy[k])
         off_known = found.known_energy[k].sum() - found.known_energy[k, k]
-        apart.fill(k, pairs.sum(0) - pairs[k], steps.sum(-1) - steps[..., k], found.share, off_known)
+        apart.fill(k, all_parts[0] - own_parts[0], all_parts[1] - own_parts[1], found.share, off_known)
         own, others = (np.nan, np.nan) if is_flat[k] else (energy.value[k, k], apart.value[k])
         by_own, by_others = slopes_of_share(own, others)
-        part.fill(
-            k, by_others * (pairs.sum(0) - pairs[k]) + by_own * pairs[k],
-            by_others * (steps.sum(-1) - steps[..., k]) + by_own * steps[..., k], found.share, 0.0,
-        )  # fmt: skip
+        linear = [by_others * (every - mine) + by_own * mine for every, mine in zip(all_parts, own_parts, strict=True)]
+        part.fill(k, linear[0], linear[1], found.share, 0.0)
         part.value[k] = share_of_others(own, others)
-    return Energies(*(columns.moment(q - 1, found.share) for columns in (energy, apart, part)))
+    own, others = np.trace(energy.value), apart.value.sum()
+    by_own, by_others = slopes_of_share(own, others)
+    linear = [by_own * mine + by_others * rest for mine, rest in zip(*in_all, strict=True)]
+    whole.fill(0, linear[0], linear[1], found.share, 0.0)
+    whole.value[0] = share_of_others(own, others)
+    return Energies(*(columns.moment(q - 1, found.share) for columns in (energy, apart, part, whole)))
 
 
 def share_of_others(own: Array | float, others: Array | float) -> Array:
