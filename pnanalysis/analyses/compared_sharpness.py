@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.analyses.network_sharpness import NetworkSharpness, SharpnessOptions, network_sharpness
-from pnanalysis.analyses.requests import each_network, read_request
+from pnanalysis.analyses.requests import each_network, read_request, settings_of
+from pnanalysis.analyses.work_folder import WorkFolder
 from pnanalysis.errors import PnError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.inputs.selection import Selection
@@ -50,18 +52,23 @@ class SharpnessRequest:
         return cls(split, n, batch_size, made)
 
     def differences(
-        self, selection: Selection, networks: Mapping[str, nn.Module], device: torch.device, progress: bool
-    ) -> xr.Dataset:
+        self, selection: Selection, networks: Mapping[str, nn.Module], device: torch.device, progress: bool,
+        state: Path | None = None,
+    ) -> xr.Dataset:  # fmt: skip
         """Numbers along ``checkpoint``, and the differences of all pairs along ``other``."""
         found: dict[object, NetworkSharpness] = {}
         total = len(selection.distinct()) * self.options.n_steps_in_all
-        with progress_bar("sharpness", total, progress) as advance:
+        with (
+            progress_bar("sharpness", total, progress) as advance,
+            WorkFolder.held(state, settings_of(self, selection)) as cache,
+        ):
             for item, network, loss, batches in each_network(
                 selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
             ):
                 found[item.key] = network_sharpness(
-                    network, loss, batches, self.options, label=item.label, advance=advance
-                )
+                    network, loss, batches, self.options, label=item.label, advance=advance,
+                    cache=None if cache is None else cache.of(network),
+                )  # fmt: skip
         every = [found[item.key] for item in selection]
         variables: dict[str, Any] = {}
         for name, (value, error) in {

@@ -237,7 +237,7 @@ def unfinished(kind: str, first: Source, output: Path | None, quiet: bool) -> Pa
         If nothing can be written there.
     """
     folder = destination(kind, first, output).with_suffix(".unfinished")
-    if any(any(folder.glob(saved)) for saved in ("*.nc", "*/*.nc", "*/*.safetensors")):
+    if any(any(folder.rglob(saved)) for saved in ("*.nc", "*.safetensors")):
         print_status(f"continuing from what is saved in {folder}", quiet)
     when_interrupted("run the same command again to continue")
     return folder

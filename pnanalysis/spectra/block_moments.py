@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pnanalysis.arrays import Array
 from pnanalysis.spectra.block_diagonal import DiagonalSums
+from pnanalysis.spectra.block_energies import diagonal as diagonal_of
 from pnanalysis.spectra.block_energies import energies_of, share_of_others, slopes_of_share
 from pnanalysis.spectra.block_products import BlockForms, GroupedOperator, Partition, by_group
 from pnanalysis.spectra.data_error import variance_of_forms
@@ -53,6 +54,8 @@ class BlockMoments:
     trace : Moment, (block,)
     energy : Moment, (block, block)
         Squared Frobenius norms of all blocks.
+    own_energy : Moment, (block,)
+        Those of the diagonal blocks.
     coupling, coupling_share : Moment, (block,)
         The sum of a block's energies with all others, and its part of all energies of the block.
     network_share : Moment, ()
@@ -68,6 +71,7 @@ class BlockMoments:
     partition: Partition
     trace: Moment
     energy: Moment
+    own_energy: Moment
     coupling: Moment
     coupling_share: Moment
     network_share: Moment
@@ -95,7 +99,7 @@ def moments_of(found: BlockForms) -> BlockMoments:
     value, slopes = concentration(trace.value)
     spread = trace_of(found, slopes[None])
     return BlockMoments(
-        found.partition, trace, *energies[:3], _only(energies.network_share),
+        found.partition, trace, *energies[:4], _only(energies.network_share),
         _only(replace(spread, value=np.array([value]))), _only(whole), found.n_hvp, found.n_probes, found.n_known,
         False, found.diagonal,
     )  # fmt: skip
@@ -201,8 +205,9 @@ def exact_moments(
     whole = by_inside * np.einsum("gkk->g", energy) + by_between * apart.sum(1)
     traces = member @ np.diag(matrix)
     concentrated, slopes = concentration(traces)
+    energies = moment(value, energy)
     return BlockMoments(
-        partition, moment(traces, trace), moment(value, energy), moment(coupling, apart),
+        partition, moment(traces, trace), energies, diagonal_of(energies), moment(coupling, apart),
         moment(share_of_others(np.diag(value), coupling), part), moment(share_of_others(inside, between), whole),
         moment(np.asarray(concentrated), trace @ slopes), moment(np.trace(matrix), trace.sum(1)), n, n, 0, True, sums,
     )  # fmt: skip
