@@ -101,8 +101,9 @@ def compare(
         Leading eigenvalues of the Hessian, and overlaps of the spaces of their vectors; a mapping holds options of
         :func:`pnanalysis.eigenpairs` that replace :data:`EIGENPAIRS`.
     sharpness : bool or mapping
-        Largest and mean rise of the training loss in one neighbourhood, and relative flatness; a mapping holds options
-        of :func:`pnanalysis.sharpness` that replace :data:`SHARPNESS`.
+        Largest and mean rise of the training loss nearby, in one neighbourhood by default, and relative flatness; a
+        mapping holds options of :func:`pnanalysis.sharpness` that replace :data:`SHARPNESS`, such as
+        ``{"radii": {"ball": [0.05, 0.1], "adaptive": [0.25, 0.5]}}``.
     blocks : bool or mapping
         Traces and Frobenius norms of the Hessian's diagonal blocks; a mapping holds options of
         :func:`pnanalysis.blocks` that replace :data:`BLOCKS`. Those for spectra of blocks, rounding and the diagonal
@@ -134,7 +135,8 @@ def compare(
         - what :func:`pnanalysis.functional_distance` gives;
         - numbers of the Hessian spectrum, and ``wasserstein1`` between spectra with the value expected from noise;
         - ``worst_rise``, ``mean_rise``, ``relative_flatness``: see :func:`pnanalysis.sharpness`; their differences are
-          paired;
+          paired. Of several neighbourhoods or radii, rises have a dim ``rise`` in front, with labels such as
+          ``ball 0.05``, and a coordinate ``mean_radius`` for those of mean rises;
         - ``eigenvalue`` (checkpoint, pair) and its differences rank by rank, paired by groups of examples, and
           ``gradient_top``; ``overlap`` of the spaces of eigenvectors, with chance and ceiling (see
           :func:`pnanalysis.eigenpairs`), and ``overlap_p`` of being by chance;
@@ -295,7 +297,8 @@ def compare_selected(
         checkpoint=selection.labels, other=selection.labels, split=list(sizes),
         description=("checkpoint", [item.description for item in selection]),
     )  # fmt: skip
-    ds = ds.transpose("checkpoint", "other", "split", "layer", "activation", "block", "pair", missing_dims="ignore")
+    order = ("rise", "checkpoint", "other", "split", "layer", "activation", "block", "pair")
+    ds = ds.transpose(*order, missing_dims="ignore")
     return ds.assign_attrs(
         spectra.attrs | rises.attrs | ({} if classes is None else {"classes": classes}) | {"function_split": split}
     )

@@ -105,6 +105,12 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
     yield _row_of_pairs(ds, "wasserstein1_noise", "  expected from noise alone")
     kind = ds.attrs.get("sharpness_neighbourhood", "")
     for name, title in (("worst_rise", "largest rise"), ("mean_rise", "mean rise")):
+        if "rise" in ds.dims:
+            for i in range(ds.sizes["rise"]):
+                at = ds.isel(rise=i)
+                where = str((at.rise if name == "worst_rise" else at.mean_radius).item())
+                yield _row_of_each(at, f"{name}:{where}", f"{title} ({where})")
+            continue
         radius = ds.attrs.get("sharpness_radius" if name == "worst_rise" else "sharpness_average_radius", math.nan)
         yield _row_of_each(ds, name, f"{title} ({kind} {float(radius):.3g})")
     yield _row_of_each(ds, "relative_flatness", "relative flatness")

@@ -66,7 +66,7 @@ def _computed(ds: xr.Dataset) -> xr.Dataset:
         last = next((str(dim) for dim in ds[name].dims if dim not in _PAIR), "")
         if name == "overlap":  # of a space with itself there is nothing to tell
             np.fill_diagonal(symmetric, np.nan)
-        variables[f"{name}_p"] = ((*_PAIR, last)[: p.ndim], symmetric)
+        variables[f"{name}_p"] = xr.DataArray(symmetric, dims=(*_PAIR, last)[: p.ndim]).transpose(*ds[name].dims)
     ds = ds.assign(variables).assign_attrs(significance=METHOD)
     is_better = (ds.error_difference > 0) & (ds.error_difference_p <= LEVEL)
     return ds.assign(rank=(1 + is_better.sum("other")).transpose("checkpoint", "split"))

@@ -43,6 +43,14 @@ def compare(
         bool,
         typer.Option("--sharpness/--no-sharpness", help="Compare rises of the loss nearby, and relative flatness."),
     ] = False,
+    radius: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=options.RADII,
+            help="Neighbourhood of --sharpness (ball, adaptive, filter, box, linf or adaptive-linf) and its radii; may "
+            "be repeated, with as many radii of each. adaptive=0.5 by default.",
+        ),
+    ] = None,
     blocks: Annotated[
         bool, typer.Option("--blocks/--no-blocks", help="Compare traces and norms of the Hessian's layers.")
     ] = False,
@@ -79,11 +87,14 @@ def compare(
 
       pnanalysis compare runs/lenet5 -c plain -c iter01 -c iter02 --no-hessian --n 2000
 
+      pnanalysis compare runs/lenet5 --radius ball=0.05,0.1 --radius adaptive=0.25,0.5
+
       pnanalysis compare --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
     from pnanalysis.analyses.comparison import compare as analyse
     from pnanalysis.analyses.work_folder import remove_unfinished
 
+    nearby = options.radii(radius, "--radius")
     given = options.sources(runs, model, weights, data, loss, output, tokens)
     spectra = {"n": n_hessian, "data_error": data_error, "until": options.targets(until)}
     spectra |= {} if n_hvp is None else {"n_hvp": n_hvp}
@@ -91,7 +102,7 @@ def compare(
     ds = analyse(
         *given, checkpoints=checkpoint, n=n, split=split, cka=cka,
         hessian=spectra if hessian else False, eigenpairs={"n": n_hessian} if eigenpairs else False,
-        sharpness={"n": n_hessian} if sharpness else False,
+        sharpness={"n": n_hessian} | ({} if nearby is None else {"radii": nearby}) if sharpness or nearby else False,
         blocks={"n": n_hessian} if blocks else False,
         learning_coefficient={"n": n_hessian} if learning_coefficient else False,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet, state=unfinished,
