@@ -281,6 +281,8 @@ COMPARED_NUMBERS = {
     "mean_rise": ("nat", "mean rise of the loss"),
     "relative_flatness": ("nat", "relative flatness"),
     "learning_coefficient": ("1", "local learning coefficient"),
+    "last_lambda_max": ("loss", "largest eigenvalue of the Hessian when the training was last measured"),
+    "last_threshold_ratio": ("1", "largest eigenvalue of the preconditioned Hessian over its threshold then"),
     "gradient_top": ("1", "part of the gradient's squared length in the top space"),
     "network_off_diagonal_share": ("1", "part of the matrix's energy between different blocks"),
     "trace_concentration": ("1", "concentration of the trace in few blocks"),

@@ -17,16 +17,16 @@ from pnanalysis.kinds import ERROR_ENDS
 #: Numbers of single networks in the order of tables, after the errors; those that are scales.
 _OWN = (
     "lambda_max", "trace", "n_outliers", "eigenvalue", "gradient_top", "block_trace", "network_off_diagonal_share",
-    "trace_concentration", "worst_rise", "mean_rise", "relative_flatness", "learning_coefficient", "saturation", "norm",
-    "distance_from_start",
+    "trace_concentration", "last_lambda_max", "last_threshold_ratio", "worst_rise", "mean_rise", "relative_flatness",
+    "learning_coefficient", "saturation", "norm", "distance_from_start",
 )  # fmt: skip
 _SCALES = {
-    "loss", "lambda_max", "trace", "eigenvalue", "block_trace", "worst_rise", "mean_rise", "relative_flatness",
-    "gradient_norm",
+    "loss", "lambda_max", "trace", "last_lambda_max", "last_threshold_ratio", "eigenvalue", "block_trace", "worst_rise",
+    "mean_rise", "relative_flatness", "gradient_norm",
 }  # fmt: skip
 _UNITS = {"loss": "nat", "lambda_max": "loss", "trace": "loss", "worst_rise": "nat", "mean_rise": "nat",
           "relative_flatness": "nat", "eigenvalue": "loss", "block_trace": "loss",
-          "lambda_min": "loss", "gradient_norm": "loss", "barrier": "nat",
+          "last_lambda_max": "loss", "lambda_min": "loss", "gradient_norm": "loss", "barrier": "nat",
           "aligned_barrier": "nat"}  # fmt: skip
 
 

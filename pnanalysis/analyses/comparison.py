@@ -20,6 +20,7 @@ from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.activations.statistics import Measures, common_range
 from pnanalysis.analyses.compared_blocks import BlockRequest
 from pnanalysis.analyses.compared_learning_coefficients import LearningCoefficientRequest
+from pnanalysis.analyses.compared_monitors import monitored_differences
 from pnanalysis.analyses.compared_sharpness import SharpnessRequest
 from pnanalysis.analyses.compared_spaces import EigenpairRequest
 from pnanalysis.analyses.functional import compare_functions
@@ -143,6 +144,9 @@ def compare(
         - ``block_trace`` and ``block_norm`` (checkpoint, block) and their differences, group of examples by group and
           sign vector by sign vector; ``network_off_diagonal_share`` and ``trace_concentration`` of the whole matrix;
         - ``learning_coefficient``, NaN where chains have not converged, and its differences, paired by examples;
+        - ``last_lambda_max`` and ``last_threshold_ratio`` of runs that were trained with a
+          :class:`pnanalysis.CurvatureMonitor` (``pntrain --curvature``): sharpness, and that of the preconditioned
+          Hessian over its stability threshold, as last measured on the way to the checkpoint; and their differences;
         - ``saturation``: 98th percentile of the absolute activations, on 1,000 examples of ``split``; a coordinate
           ``bounded`` tells in which layers these cannot exceed one.
 
@@ -290,6 +294,7 @@ def compare_selected(
         if request is not None:
             found.append(request.differences(selection, networks, device, progress, within(state, name)))
             rises = found[-1] if name == "sharpness" else rises
+    found.append(monitored_differences(selection))
     if wanted.saturation:
         found.append(_saturation(selection, networks, split, device, seed, progress))
     ds = xr.merge([xr.Dataset(distances, {"layer": own_layers}).reindex(layer=layers), *found], compat="no_conflicts")

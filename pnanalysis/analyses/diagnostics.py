@@ -114,6 +114,8 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
         radius = ds.attrs.get("sharpness_radius" if name == "worst_rise" else "sharpness_average_radius", math.nan)
         yield _row_of_each(ds, name, f"{title} ({kind} {float(radius):.3g})")
     yield _row_of_each(ds, "relative_flatness", "relative flatness")
+    yield _row_of_each(ds, "last_lambda_max", "lambda_max, last in training")
+    yield _row_of_each(ds, "last_threshold_ratio", "  preconditioned, over threshold")
     yield _row_of_each(ds, "learning_coefficient", "local learning coefficient")
     if "eigenvalue" in ds:
         for pair in ds.pair.values.tolist():
