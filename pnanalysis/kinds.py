@@ -204,6 +204,25 @@ _OVERLAP = {
 
 _COMPARISON = {
     **_OVERLAP,
+    **_with_p("overlap", "checkpoint other", "overlap of random spaces being as far from its mean"),
+    **{
+        f"{name}{end}": variable
+        for name, dims, text in (
+            ("eigenvalue", "checkpoint pair", "eigenvalue"),
+            ("eigenvalue_difference", "checkpoint other pair", "difference in eigenvalue"),
+        )
+        for end, variable in {
+            "": _var(dims, "loss", text, _OPTIONAL),
+            "_data_se": _var(dims, "loss", f"standard error for the choice of examples of the {text}", _OPTIONAL),
+            **{key.removeprefix(name): one for key, one in _with_ends(name, dims, "loss", text).items()},
+        }.items()
+    },
+    **_with_p("eigenvalue_difference", "checkpoint other pair", "difference in eigenvalue"),
+    **_with_parts("block_norm", "checkpoint block", "loss", "Frobenius norm of the Hessian's block", _OPTIONAL),
+    **_with_parts(
+        "block_norm_difference", "checkpoint other block", "loss", "difference in Frobenius norm of a block", _OPTIONAL
+    ),
+    **_with_p("block_norm_difference", "checkpoint other block", "difference in Frobenius norm of the block"),
     **_with_parts("block_trace", "checkpoint block", "loss", "trace of the Hessian's block", _OPTIONAL),
     **_with_parts(
         "block_trace_difference", "checkpoint other block", "loss", "difference in trace of the block", _OPTIONAL
@@ -262,6 +281,11 @@ COMPARED_NUMBERS = {
     "mean_rise": ("nat", "mean rise of the loss"),
     "relative_flatness": ("nat", "relative flatness"),
     "learning_coefficient": ("1", "local learning coefficient"),
+    "last_lambda_max": ("loss", "largest eigenvalue of the Hessian when the training was last measured"),
+    "last_threshold_ratio": ("1", "largest eigenvalue of the preconditioned Hessian over its threshold then"),
+    "gradient_top": ("1", "part of the gradient's squared length in the top space"),
+    "network_off_diagonal_share": ("1", "part of the matrix's energy between different blocks"),
+    "trace_concentration": ("1", "concentration of the trace in few blocks"),
 }
 for _name, (_units, _long_name) in COMPARED_NUMBERS.items():
     _difference = f"difference in {_long_name}"
@@ -322,6 +346,8 @@ _EIGENPAIRS = {
     "value_bound": _var("pair", "loss", "distance within which an eigenvalue lies"),
     "value_data_se": _var("pair", "loss", "standard error of the eigenvalue for the choice of examples", _OPTIONAL),
     **_with_ends("value", "pair", "loss", "eigenvalue"),
+    "value_form": _var("pair group", "loss", "curvature of a group of examples along the eigenvector", _OPTIONAL),
+    "group_weight": _var("group", "1", "weight of a group of examples", _OPTIONAL),
     "value_half": _var("half pair", "loss", "eigenvalue over half of the examples", _OPTIONAL),
     "converged": _var("pair", "1", "whether the residual is within the tolerance"),
     "sin_theta": _var("pair", "1", "bound of the sine of the angle to the eigenvector"),
@@ -360,10 +386,18 @@ _BLOCKS = {
     "group_share": _var("group", "1", "part of the examples that is in the group", _OPTIONAL),
     "trace_deviation": _var("probe block", "loss", "what a sign vector adds to the error of the trace", _OPTIONAL),
     **_with_parts("frobenius_norm", "block", "loss", "Frobenius norm of the diagonal block"),
+    "frobenius_norm_form": _var("group block", "loss", "what the group adds to the norm of the block", _OPTIONAL),
+    "frobenius_norm_deviation": _var(
+        "probe block", "loss", "what a sign vector adds to the error of the norm", _OPTIONAL
+    ),
     **_with_parts("off_diagonal_energy", "block", "loss^2", "sum of the block's energies with all others"),
     **_with_parts("off_diagonal_share", "block", "1", "part that other blocks have of the block's energies"),
     **_with_parts("energy", "block other", "loss^2", "energy (squared Frobenius norm) between blocks"),
     **_with_parts("network_trace", "", "loss", "trace of all blocks together"),
+    **_with_parts(
+        "network_off_diagonal_share", "", "1", "part of the matrix's energy between different blocks", _OPTIONAL
+    ),
+    **_with_parts("trace_concentration", "", "1", "concentration of the trace in few blocks", _OPTIONAL),
     "n_hvp": _var("", "1", "products with the matrix"),
     "diagonal": _var("statistic parameter", "loss", "diagonal of the matrix, with its standard errors", _OPTIONAL),
     "js_divergence": _var("block other", "nat", "Jensen-Shannon divergence of the spectra of blocks", _OPTIONAL),

@@ -30,7 +30,7 @@ SCHEMA_VERSION = 1
 #: Dims that may stand in front of any variable: several checkpoints, runs or iterations side by side.
 STACKING_DIMS = (
     "run", "checkpoint", "iteration", "epoch", "step", "layer", "localization", "step_size", "radius_index",
-    "diagnostic",
+    "diagnostic", "rise",
 )  # fmt: skip
 
 

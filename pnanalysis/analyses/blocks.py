@@ -116,7 +116,10 @@ def blocks(
         - ``trace``, ``frobenius_norm`` (block) of the diagonal blocks; ``network_trace``;
         - ``energy`` (block, other), squared Frobenius norms :math:`\lVert H_{kl} \rVert_F^2` of all blocks;
           ``off_diagonal_energy`` (block), the sum of a block's energies with all others, and ``off_diagonal_share``,
-          its part of all energies of the block;
+          its part of all energies of the block; ``network_off_diagonal_share``, the part of all energies that lies
+          between different blocks;
+        - ``trace_concentration``, :math:`\sum_k t_k^2 / (\sum_k \lvert t_k \rvert)^2` of the traces :math:`t_k`: 1
+          where a single block has all of the trace, 1 over the number of blocks where they share it evenly;
         - ``n_parameters`` (block); ``n_hvp``;
         - with ``diagonal``: ``diagonal`` (statistic, parameter): value, and standard errors for signs and examples;
         - with ``spectra``: ``js_divergence`` and ``wasserstein1`` (block, other) between spectra over different halves

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.analyses.champion_numbers import Number, as_variables, numbers_of
 from pnanalysis.analyses.champion_verdict import better_answer, minimum_answer
 from pnanalysis.analyses.comparison import ComparisonRequest, compare_selected
 from pnanalysis.analyses.contest import Contest, contest
+from pnanalysis.analyses.hessian import names_of
 from pnanalysis.analyses.landscape import LandscapeOptions, network_landscape
 from pnanalysis.analyses.null_distribution import null_distribution, selected_among
 from pnanalysis.analyses.significant_differences import ROUND_OFF, single_p_values
+from pnanalysis.analyses.work_folder import WorkFolder, weights_digest, within
 from pnanalysis.checks import at_least
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.evaluation.disagreement import evaluate
+from pnanalysis.evaluation.losses import loss_on
 from pnanalysis.inputs.data import DataLike
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, Selection
@@ -44,7 +52,9 @@ def champion(
     loss: str | Loss | None = None,
     n: int | None = None,
     hessian: bool | Mapping[str, Any] | None = None,
+    eigenpairs: bool | Mapping[str, Any] = False,
     sharpness: bool | Mapping[str, Any] = False,
+    blocks: bool | Mapping[str, Any] = False,
     learning_coefficient: bool | Mapping[str, Any] = False,
     cka: bool | None = None,
     saturation: bool = True,
@@ -56,6 +66,7 @@ def champion(
     device: str | None = "cpu",
     seed: int = 0,
     progress: bool = True,
+    state: str | os.PathLike[str] | None = None,
 ) -> xr.Dataset:
     """Is the champion of a persistent run another minimum than the plain model, and a better one?
 
@@ -73,10 +84,10 @@ def champion(
         trained beside the run. Of other runs the plain model counts.
     n : int or None
         Examples of each split, drawn by ``seed``; all by default.
-    hessian, sharpness, learning_coefficient : bool or mapping
-        Spectra (on by default), sharpness and local learning coefficients of the training loss: see
-        :func:`pnanalysis.compare`. Spectra saved with a run are used if they are of the same weights, examples and
-        settings.
+    hessian, eigenpairs, sharpness, blocks, learning_coefficient : bool or mapping
+        Spectra (on by default), leading eigenpairs, sharpness, curvature of blocks and local learning coefficients of
+        the training loss: see :func:`pnanalysis.compare`. Spectra saved with a run are used if they are of the same
+        weights, examples and settings.
     cka, saturation : bool
         Whether to compare layers and activations (on by default).
     align : bool
@@ -89,6 +100,10 @@ def champion(
     device : str or None
     seed : int
     progress : bool
+    state : path, optional
+        Folder for unfinished work, from which an interrupted call with the same arguments resumes: finished lines, and
+        of spectra, eigenpairs, sharpness, blocks and chains what :func:`pnanalysis.compare` keeps. It can be removed
+        once the call returns.
 
     Returns
     -------
@@ -144,14 +159,18 @@ def champion(
     at_least(2, n_points=settings["n_points"])
     at_least(1, n_line=settings["n_line"])
     wanted = ComparisonRequest.of(
-        n=settings["n"], hessian=settings["hessian"], sharpness=sharpness, learning_coefficient=learning_coefficient,
-        cka=settings["cka"], saturation=saturation, batch_size=batch_size, seed=seed,
+        n=settings["n"], hessian=settings["hessian"], eigenpairs=eigenpairs, sharpness=sharpness, blocks=blocks,
+        learning_coefficient=learning_coefficient, cka=settings["cka"], saturation=saturation, batch_size=batch_size,
+        seed=seed,
     )  # fmt: skip
     found = contest(given, restarts, model, data, loss)
     torch_device = resolve_device(device)
     options = LandscapeOptions(n_points=settings["n_points"], n_restarts=_N_RESTARTS, align=align, seed=seed)
-    lines, not_aligned = _lines(found.selection, options, settings["n_line"], torch_device, progress)
-    compared = compare_selected(found.selection, wanted, torch_device, progress)
+    folder = None if state is None else Path(state)
+    lines, not_aligned = _lines(
+        found.selection, options, settings["n_line"], torch_device, progress, within(folder, "lines")
+    )
+    compared = compare_selected(found.selection, wanted, torch_device, progress, folder)
     gradient = None
     if wanted.spectra is not None:
         gradient = _gradients(found.selection, settings["n_line"], seed, torch_device, progress)
@@ -285,25 +304,43 @@ def _with_selection(ds: xr.Dataset, found: Contest) -> xr.Dataset:
 
 
 def _lines(
-    selection: Selection, options: LandscapeOptions, n: int, device: torch.device, progress: bool
+    selection: Selection, options: LandscapeOptions, n: int, device: torch.device, progress: bool, state: Path | None
 ) -> tuple[xr.Dataset, str]:
     """Loss on the line from the plain model to every other network; and why networks could not be aligned, if so."""
     source = selection[0].source
     batches = {"train": selection.split(source, "train", n, options.seed, device).batches(512)}
     (first, plain), *others = selection.networks(device, torch.float32).items()
     rows, reason = [], ""
-    for name, network in others:
-        pair = {first: plain, name: network}
+
+    def line(name: str, network: nn.Module, align: bool) -> xr.Dataset:
+        pair, how = {first: plain, name: network}, replace(options, align=align)
+        failed = None
         try:
-            ds, _ = network_landscape(pair, source.loss, batches, options, label=source.label, progress=progress)
+            ds, _ = network_landscape(pair, source.loss, batches, how, label=source.label, progress=progress)
         except ModelError as error:
-            if not options.align:
+            if not align:
                 raise
-            options, reason = replace(options, align=False), str(error)
-            ds, _ = network_landscape(pair, source.loss, batches, options, label=source.label, progress=progress)
-        rows.append(ds.isel(split=0, drop=True))
+            failed, how = str(error), replace(options, align=False)
+            ds, _ = network_landscape(pair, source.loss, batches, how, label=source.label, progress=progress)
+        return schema.finish(ds, "barrier", not_aligned=failed)
+
+    settings = {**asdict(options), "n": n, "plain": weights_digest(plain)} | names_of(selection)
+    with WorkFolder.held(state, settings) as cache:
+        loss = 0.0 if cache is None else _loss(plain, source.loss, batches["train"], device)
+        for name, network in others:
+            compute = partial(line, name, network, options.align and not reason)
+            ds = compute() if cache is None else cache.of(network).part("", loss, compute)
+            reason = reason or str(ds.attrs.get("not_aligned", ""))
+            rows.append(ds.isel(split=0, drop=True))
     lines = xr.concat(rows, dim="checkpoint", join="outer", combine_attrs="drop")
     return lines.assign_coords(checkpoint=[name for name, _ in others]), reason
+
+
+def _loss(network: nn.Module, loss: Loss, batches: Iterable[Any], device: torch.device) -> float:
+    """What tells whether a user's code or data have changed since lines were saved."""
+    pairs = (([inputs], targets) for inputs, targets in batches)
+    scores = evaluate({"plain": network}, pairs, loss_on(loss, device, torch.float32), lambda *steps: None)
+    return float(np.mean(scores.losses))
 
 
 def _gradients(selection: Selection, n: int, seed: int, device: torch.device, progress: bool) -> xr.Dataset:

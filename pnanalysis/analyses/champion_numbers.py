@@ -16,14 +16,22 @@ from pnanalysis.kinds import ERROR_ENDS
 
 #: Numbers of single networks in the order of tables, after the errors; those that are scales.
 _OWN = (
-    "lambda_max", "trace", "n_outliers", "worst_rise", "mean_rise", "relative_flatness", "learning_coefficient",
-    "saturation", "norm",
-    "distance_from_start",
+    "lambda_max", "trace", "n_outliers", "eigenvalue", "gradient_top", "block_trace", "network_off_diagonal_share",
+    "trace_concentration", "last_lambda_max", "last_threshold_ratio", "worst_rise", "mean_rise", "relative_flatness",
+    "learning_coefficient", "saturation", "norm", "distance_from_start",
 )  # fmt: skip
-_SCALES = {"loss", "lambda_max", "trace", "worst_rise", "mean_rise", "relative_flatness", "gradient_norm"}
+_SCALES = {
+    "loss", "lambda_max", "trace", "last_lambda_max", "last_threshold_ratio", "eigenvalue", "block_trace", "worst_rise",
+    "mean_rise", "relative_flatness", "gradient_norm",
+}  # fmt: skip
 _UNITS = {"loss": "nat", "lambda_max": "loss", "trace": "loss", "worst_rise": "nat", "mean_rise": "nat",
-          "relative_flatness": "nat", "lambda_min": "loss", "gradient_norm": "loss", "barrier": "nat",
+          "relative_flatness": "nat", "eigenvalue": "loss", "block_trace": "loss",
+          "last_lambda_max": "loss", "lambda_min": "loss", "gradient_norm": "loss", "barrier": "nat",
           "aligned_barrier": "nat"}  # fmt: skip
+
+
+#: Those that have a split, a rank or a block in front of their names.
+_OF_PLACES = ("loss", "eigenvalue", "block_trace", "worst_rise", "mean_rise")
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Number:
 
     @property
     def units(self) -> str:
-        stem = self.name.rpartition("_")[2] if self.name.endswith("_loss") else self.name
+        stem = next((one for one in _OF_PLACES if self.name.endswith(f"_{one}")), self.name)
         return _UNITS.get(stem, "1")
 
     def array(self, part: str) -> list[float]:
@@ -102,6 +110,8 @@ def _of_pairs(compared: xr.Dataset, lines: xr.Dataset) -> Iterator[Number]:
         yield _paired("disagreement", "disagreement", values, percent=True, resolution=1 / n)
     elif "rms_difference" in compared:
         yield _paired("rms_difference", "rms difference of outputs", _from_plain(compared, "rms_difference"))
+    if "overlap" in compared:
+        yield _paired("overlap", "overlap of top eigenvectors", _from_plain(compared, "overlap"))
     if "cka" in compared:
         known = layers_without_output(compared.isel(layer=compared.cka.notnull().any(("checkpoint", "other")).values))
         mean = known.cka.mean("layer")
@@ -129,7 +139,10 @@ def _of_each(compared: xr.Dataset, gradient: xr.Dataset | None) -> Iterator[Numb
     tested = {row.key: row for row in diagnostics(pair)}
     errors = [f"error:{split}", f"loss:{split}", *(["loss:train"] if split != "train" else [])]
     n = float(compared.n_examples.sel(split=split))
-    for key in (*errors, *_OWN):
+    # the first of the eigenvalues is that of the spectrum
+    repeated = {"eigenvalue:1"} if "lambda_max" in rows else set()
+    own = [key for name in _OWN for key in rows if key.partition(":")[0] == name and key not in repeated]
+    for key in (*errors, *own):
         if key in rows and rows[key].values:
             yield _own(rows[key], tested.get(key), n)
         if key == "trace" and "lambda_min" in compared:

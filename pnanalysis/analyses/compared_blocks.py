@@ -1,9 +1,10 @@
-"""Traces of the Hessian's blocks in several networks, for a comparison."""
+"""Traces and Frobenius norms of the Hessian's blocks in several networks, for a comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from torch import nn
 
 from pnanalysis.analyses.blocks import network_blocks, stack
 from pnanalysis.analyses.network_blocks import BlockOptions
-from pnanalysis.analyses.requests import each_network, read_request
+from pnanalysis.analyses.requests import each_network, read_request, settings_of
+from pnanalysis.analyses.spectrum_cache import SpectrumCache
 from pnanalysis.arrays import Array
+from pnanalysis.errors import PnError
 from pnanalysis.inputs.selection import Selection
 from pnanalysis.spectra.data_error import variance_of_forms
 from pnanalysis.terminal.progress import progress_bar
@@ -23,6 +26,11 @@ from pnanalysis.terminal.progress import progress_bar
 BLOCKS = {"n": 1024, "n_hvp": 100}
 #: Options that a comparison has no use for.
 _OTHERS = {"diagonal", "spectra", "n_spectrum", "bits"}
+#: Numbers of single blocks, and what they are called in a comparison.
+_OF_BLOCKS = {"trace": "block_trace", "frobenius_norm": "block_norm"}
+#: Numbers of the network.
+_OF_NETWORK = ("network_off_diagonal_share", "trace_concentration")
+_ENDS = ("", "_se", "_probe_se", "_data_se", "_low", "_high")
 
 
 @dataclass(frozen=True)
@@ -42,28 +50,37 @@ class BlockRequest:
         ------
         PnError
         """
+        refused = sorted(_OTHERS & set(requested))
+        if refused:
+            raise PnError(
+                f"compare takes no option {refused[0]!r} for its blocks, of which it tests traces and norms; for what "
+                "it gives of each network, call pn.blocks on all of them"
+            )
         known = {entry.name for entry in fields(BlockOptions)} - _OTHERS
         split, n, batch_size, options = read_request(requested, BLOCKS, seed, known, "blocks")
         return cls(split, n, batch_size, BlockOptions(**options))
 
     def differences(
-        self, selection: Selection, networks: Mapping[str, nn.Module], device: torch.device, progress: bool
-    ) -> xr.Dataset:
-        """Traces of all blocks along ``checkpoint``, and the differences of all pairs along ``other``."""
+        self, selection: Selection, networks: Mapping[str, nn.Module], device: torch.device, progress: bool,
+        state: Path | None = None,
+    ) -> xr.Dataset:  # fmt: skip
+        """Traces and norms of all blocks along ``checkpoint``, and the differences of all pairs along ``other``."""
         found: dict[object, xr.Dataset] = {}
-        for item, network, loss, batches in each_network(
-            selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
-        ):
-            with progress_bar(f"{item.label}: blocks", None, progress) as advance:
-                found[item.key] = network_blocks(
-                    network, loss, batches, self.options, label=item.label, device=device, advance=advance
-                )
+        with SpectrumCache.held(state, settings_of(self, selection)) as cache:
+            for item, network, loss, batches in each_network(
+                selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
+            ):
+                with progress_bar(f"{item.label}: blocks", None, progress) as advance:
+                    found[item.key] = network_blocks(
+                        network, loss, batches, self.options, label=item.label, device=device, advance=advance,
+                        cache=None if cache is None else cache.of(network),
+                    )  # fmt: skip
         together = stack([found[item.key] for item in selection], selection.labels)
         return block_differences(together, selection.shares_examples)
 
 
 def block_differences(ds: xr.Dataset, shared_examples: bool = True) -> xr.Dataset:
-    r"""Traces of blocks, and how they differ between all pairs of networks.
+    r"""Traces and Frobenius norms of blocks, and how they differ between all pairs of networks.
 
     Parameters
     ----------
@@ -76,8 +93,10 @@ def block_differences(ds: xr.Dataset, shared_examples: bool = True) -> xr.Datase
     Returns
     -------
     xarray.Dataset
-        ``block_trace`` (checkpoint, block) and ``block_trace_difference`` (checkpoint, other, block), checkpoint minus
-        other, each with its standard errors.
+        ``block_trace`` and ``block_norm`` (checkpoint, block), and ``NAME_difference`` (checkpoint, other, block),
+        checkpoint minus other, each with its standard errors. ``network_off_diagonal_share`` and
+        ``trace_concentration`` (checkpoint) and their differences, with the errors of independent numbers, which are
+        too large where the two have much in common.
 
     Notes
     -----
@@ -87,36 +106,61 @@ def block_differences(ds: xr.Dataset, shared_examples: bool = True) -> xr.Datase
     .. math:: \sum_a (d_{ia} - d_{ja})^2, \qquad d_{ia} = (s_{ia} - \bar s_i) / \sqrt{q_i (q_i - 1)},
 
     with the number :math:`s_{ia}` of network :math:`i` and sign vector :math:`a`, and 0 where it took fewer of them.
-    For networks of which the second is a small step away, hardly any of the errors of the two is left.
+    For networks of which the second is a small step away, hardly any of the errors of the two is left. Norms come from
+    means over pairs of sign vectors, of which the jackknife's deviations take the place of :math:`d_{ia}`: see
+    :func:`pnanalysis.spectra.block_energies.deviations`.
     """
-    names = {f"trace{end}": f"block_trace{end}" for end in ("", "_se", "_probe_se", "_data_se", "_low", "_high")}
-    table = ds[list(names)].rename(names).drop_vars("other", errors="ignore")
-    trace, data_se = (ds[f"trace{end}"].values for end in ("", "_data_se"))
-    difference = trace[:, None] - trace[None, :]
-    apart = np.nan_to_num(ds.trace_deviation.transpose("probe", "checkpoint", "block").values)
+    variables: dict[str, Any] = {}
+    for name, compared in _OF_BLOCKS.items():
+        variables |= {
+            f"{compared}{end}": (("checkpoint", "block"), ds[f"{name}{end}"].values)
+            for end in _ENDS
+            if f"{name}{end}" in ds
+        }
+        if f"{name}_deviation" in ds:
+            variables |= _differences(ds, name, compared, shared_examples)
+    for name in _OF_NETWORK:
+        if name in ds:
+            value, se = ds[name].values, ds[f"{name}_se"].values
+            difference, error = value[:, None] - value, np.hypot(se[:, None], se)
+            on = np.arange(len(value))
+            error[on, on] = 0.0
+            pair = ("checkpoint", "other")
+            variables |= {
+                name: ("checkpoint", value), f"{name}_se": ("checkpoint", se),
+                f"{name}_difference": (pair, difference), f"{name}_difference_se": (pair, error),
+            }  # fmt: skip
+    return xr.Dataset(variables, {"block": ds.block.values})
+
+
+def _differences(ds: xr.Dataset, name: str, compared: str, shared_examples: bool) -> dict[str, Any]:
+    """Of one number of all blocks, between all pairs."""
+    value, data_se = (ds[f"{name}{end}"].values for end in ("", "_data_se"))
+    difference = value[:, None] - value[None, :]
+    apart = np.nan_to_num(ds[f"{name}_deviation"].transpose("probe", "checkpoint", "block").values)
     probes = np.sqrt(np.square(apart[:, :, None] - apart[:, None, :]).sum(0))
     probes = np.where(np.isnan(difference), np.nan, probes)
     examples = np.hypot(data_se[:, None], data_se[None, :])
+    on = np.arange(len(value))
     if shared_examples:
-        k = len(trace)
-        for i in range(k):
-            for j in range(k):
-                examples[i, j] = _paired(ds, i, j)
+        for i in range(len(value)):
+            for j in range(len(value)):
+                examples[i, j] = _paired(ds, name, i, j)
     total = np.hypot(probes, np.nan_to_num(examples))
-    on = np.arange(len(trace))
     difference[on, on], total[on, on] = 0.0, 0.0
-    dims = ("checkpoint", "other", "block")
-    return table.assign(
-        block_trace_difference=(dims, difference), block_trace_difference_se=(dims, total),
-        block_trace_difference_probe_se=(dims, probes), block_trace_difference_data_se=(dims, examples),
-    ).drop_attrs(deep=False).reset_coords(drop=True).assign_coords(block=ds.block.values)  # fmt: skip
+    dims, key = ("checkpoint", "other", "block"), f"{compared}_difference"
+    return {
+        key: (dims, difference), f"{key}_se": (dims, total), f"{key}_probe_se": (dims, probes),
+        f"{key}_data_se": (dims, examples),
+    }  # fmt: skip
 
 
-def _paired(ds: xr.Dataset, i: int, j: int) -> Array:
+def _paired(ds: xr.Dataset, name: str, i: int, j: int) -> Array:
     """Standard errors of differences for the choice of examples, group by group, ``(block,)``."""
     share = ds.group_share.isel(checkpoint=i).values
     keep = np.isfinite(share)
-    forms = [ds.trace_form.isel(checkpoint=place).values[keep] for place in (i, j)]
+    forms = [ds[f"{name}_form"].isel(checkpoint=place).values[keep] for place in (i, j)]
     if keep.sum() != np.isfinite(ds.group_share.isel(checkpoint=j).values).sum():
-        return np.asarray(np.hypot(ds.trace_data_se.isel(checkpoint=i), ds.trace_data_se.isel(checkpoint=j)))
+        own = ds[f"{name}_data_se"]
+        return np.asarray(np.hypot(own.isel(checkpoint=i), own.isel(checkpoint=j)))
     return np.asarray(np.sqrt(variance_of_forms(share[keep], forms[0] - forms[1])))

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.analyses.learning_coefficient import ChainOptions, network_learning_coefficient
-from pnanalysis.analyses.requests import each_network, read_request
+from pnanalysis.analyses.requests import each_network, read_request, settings_of
+from pnanalysis.analyses.work_folder import WorkFolder
 from pnanalysis.errors import PnError
 from pnanalysis.inputs.selection import Selection
 from pnanalysis.sampling.influence import standard_error
@@ -54,24 +56,27 @@ class LearningCoefficientRequest:
         return cls(split, n, batch_size, ChainOptions(**options))
 
     def differences(
-        self, selection: Selection, networks: Mapping[str, nn.Module], device: torch.device, progress: bool
-    ) -> xr.Dataset:
+        self, selection: Selection, networks: Mapping[str, nn.Module], device: torch.device, progress: bool,
+        state: Path | None = None,
+    ) -> xr.Dataset:  # fmt: skip
         """Coefficients along ``checkpoint``, and the differences of all pairs along ``other``."""
         found: dict[object, xr.Dataset] = {}
-        for item, network, loss, batches in each_network(
-            selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
-        ):
-            ds = network_learning_coefficient(
-                network, loss, batches, self.options, label=item.label, progress=progress
-            ).squeeze(["localization", "step_size"], drop=True)
-            if not float(ds.converged):
-                warnings.warn(
-                    f"the chains of {item.label} have not converged (R-hat {float(ds.rhat):.3g}, "
-                    f"{float(ds.effective_draws):.0f} effective draws), so that it has no learning coefficient; "
-                    "look at them with learning_coefficient",
-                    stacklevel=2,
-                )
-            found[item.key] = ds
+        with WorkFolder.held(state, settings_of(self, selection)) as cache:
+            for item, network, loss, batches in each_network(
+                selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
+            ):
+                ds = network_learning_coefficient(
+                    network, loss, batches, self.options, label=item.label, progress=progress,
+                    cache=None if cache is None else cache.of(network),
+                ).squeeze(["localization", "step_size"], drop=True)  # fmt: skip
+                if not float(ds.converged):
+                    warnings.warn(
+                        f"the chains of {item.label} have not converged (R-hat {float(ds.rhat):.3g}, "
+                        f"{float(ds.effective_draws):.0f} effective draws), so that it has no learning coefficient; "
+                        "look at them with learning_coefficient",
+                        stacklevel=2,
+                    )
+                found[item.key] = ds
         return coefficient_differences([found[item.key] for item in selection], selection.shares_examples)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +20,16 @@ from pnanalysis.activations.hooks import ACTIVATIONS
 from pnanalysis.activations.statistics import Measures, common_range
 from pnanalysis.analyses.compared_blocks import BlockRequest
 from pnanalysis.analyses.compared_learning_coefficients import LearningCoefficientRequest
+from pnanalysis.analyses.compared_monitors import monitored_differences
 from pnanalysis.analyses.compared_sharpness import SharpnessRequest
 from pnanalysis.analyses.compared_spaces import EigenpairRequest
 from pnanalysis.analyses.functional import compare_functions
 from pnanalysis.analyses.hessian import SpectrumOptions, data_error_of, has_all, network_spectra
-from pnanalysis.analyses.requests import read_request
+from pnanalysis.analyses.requests import read_request, settings_of
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
-from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
+from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests, saved_spectrum
+from pnanalysis.analyses.work_folder import within
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of
 from pnanalysis.errors import ModelError
@@ -72,6 +76,7 @@ def compare(
     device: str | None = "cpu",
     seed: int = 0,
     progress: bool = True,
+    state: str | os.PathLike[str] | None = None,
 ) -> xr.Dataset:
     """Every diagnostic of two or more minima with its error, and each difference with the error of the difference.
 
@@ -94,14 +99,16 @@ def compare(
         :data:`HESSIAN`. Spectra saved with a run are used if they are of the same weights, examples and settings, with
         at least as many products.
     eigenpairs : bool or mapping
-        Overlaps of the spaces of the largest eigenvectors of the Hessian; a mapping holds options of
+        Leading eigenvalues of the Hessian, and overlaps of the spaces of their vectors; a mapping holds options of
         :func:`pnanalysis.eigenpairs` that replace :data:`EIGENPAIRS`.
     sharpness : bool or mapping
-        Largest and mean rise of the training loss in one neighbourhood, and relative flatness; a mapping holds options
-        of :func:`pnanalysis.sharpness` that replace :data:`SHARPNESS`.
+        Largest and mean rise of the training loss nearby, in one neighbourhood by default, and relative flatness; a
+        mapping holds options of :func:`pnanalysis.sharpness` that replace :data:`SHARPNESS`, such as
+        ``{"radii": {"ball": [0.05, 0.1], "adaptive": [0.25, 0.5]}}``.
     blocks : bool or mapping
-        Traces of the Hessian's diagonal blocks; a mapping holds options of :func:`pnanalysis.blocks` that replace
-        :data:`BLOCKS`.
+        Traces and Frobenius norms of the Hessian's diagonal blocks; a mapping holds options of
+        :func:`pnanalysis.blocks` that replace :data:`BLOCKS`. Those for spectra of blocks, rounding and the diagonal
+        are refused: their numbers have no paired errors.
     learning_coefficient : bool or mapping
         Local learning coefficients of the training loss; a mapping holds options of
         :func:`pnanalysis.learning_coefficient` that replace :data:`LEARNING_COEFFICIENT`.
@@ -111,6 +118,9 @@ def compare(
     device : str or None
     seed : int
     progress : bool
+    state : path, optional
+        Folder for unfinished spectra, eigenpairs, sharpness, blocks and chains, a subfolder for each, from which an
+        interrupted call with the same arguments resumes.
 
     Returns
     -------
@@ -126,10 +136,17 @@ def compare(
         - what :func:`pnanalysis.functional_distance` gives;
         - numbers of the Hessian spectrum, and ``wasserstein1`` between spectra with the value expected from noise;
         - ``worst_rise``, ``mean_rise``, ``relative_flatness``: see :func:`pnanalysis.sharpness`; their differences are
-          paired;
-        - ``overlap`` of the spaces of eigenvectors, with chance and ceiling: see :func:`pnanalysis.eigenpairs`;
-        - ``block_trace`` (checkpoint, block) and its differences, group of examples by group;
+          paired. Of several neighbourhoods or radii, rises have a dim ``rise`` in front, with labels such as
+          ``ball 0.05``, and a coordinate ``mean_radius`` for those of mean rises;
+        - ``eigenvalue`` (checkpoint, pair) and its differences rank by rank, paired by groups of examples, and
+          ``gradient_top``; ``overlap`` of the spaces of eigenvectors, with chance and ceiling (see
+          :func:`pnanalysis.eigenpairs`), and ``overlap_p`` of being by chance;
+        - ``block_trace`` and ``block_norm`` (checkpoint, block) and their differences, group of examples by group and
+          sign vector by sign vector; ``network_off_diagonal_share`` and ``trace_concentration`` of the whole matrix;
         - ``learning_coefficient``, NaN where chains have not converged, and its differences, paired by examples;
+        - ``last_lambda_max`` and ``last_threshold_ratio`` of runs that were trained with a
+          :class:`pnanalysis.CurvatureMonitor` (``pntrain --curvature``): sharpness, and that of the preconditioned
+          Hessian over its stability threshold, as last measured on the way to the checkpoint; and their differences;
         - ``saturation``: 98th percentile of the absolute activations, on 1,000 examples of ``split``; a coordinate
           ``bounded`` tells in which layers these cannot exceed one.
 
@@ -168,7 +185,7 @@ def compare(
     )  # fmt: skip
     selection = select(given, checkpoints, model=model, data=data, loss=loss, champions=True, at_least=2)
     torch_device = resolve_device(device)
-    ds = compare_selected(selection, wanted, torch_device, progress)
+    ds = compare_selected(selection, wanted, torch_device, progress, None if state is None else Path(state))
     return schema.finish(
         with_p_values(ds), "comparison",
         **selection[0].source.dataset_attrs(), note=selection.note, n=n,
@@ -223,7 +240,7 @@ def _options(requested: bool | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def compare_selected(
-    selection: Selection, wanted: ComparisonRequest, device: torch.device, progress: bool
+    selection: Selection, wanted: ComparisonRequest, device: torch.device, progress: bool, state: Path | None = None
 ) -> xr.Dataset:
     """The variables of :func:`compare` without p-values, for checkpoints that are chosen already.
 
@@ -234,6 +251,8 @@ def compare_selected(
     wanted : ComparisonRequest
     device : torch.device
     progress : bool
+    state : Path, optional
+        A folder for unfinished work.
 
     Returns
     -------
@@ -267,18 +286,15 @@ def compare_selected(
     if wanted.spectra is not None:
         for network in networks.values():
             network.cpu()  # room for the spectra: each network comes back for its own
-        spectra = _spectra(selection, networks, wanted.spectra, device, progress)
+        spectra = _spectra(selection, networks, wanted.spectra, device, progress, within(state, "hessian"))
         found.append(spectra)
-    if wanted.eigenpairs is not None:
-        found.append(wanted.eigenpairs.overlaps(selection, networks, device, progress))
     rises = xr.Dataset()
-    if wanted.sharpness is not None:
-        rises = wanted.sharpness.differences(selection, networks, device, progress)
-        found.append(rises)
-    if wanted.blocks is not None:
-        found.append(wanted.blocks.differences(selection, networks, device, progress))
-    if wanted.learning_coefficient is not None:
-        found.append(wanted.learning_coefficient.differences(selection, networks, device, progress))
+    for name in ("eigenpairs", "sharpness", "blocks", "learning_coefficient"):
+        request = getattr(wanted, name)
+        if request is not None:
+            found.append(request.differences(selection, networks, device, progress, within(state, name)))
+            rises = found[-1] if name == "sharpness" else rises
+    found.append(monitored_differences(selection))
     if wanted.saturation:
         found.append(_saturation(selection, networks, split, device, seed, progress))
     ds = xr.merge([xr.Dataset(distances, {"layer": own_layers}).reindex(layer=layers), *found], compat="no_conflicts")
@@ -286,7 +302,8 @@ def compare_selected(
         checkpoint=selection.labels, other=selection.labels, split=list(sizes),
         description=("checkpoint", [item.description for item in selection]),
     )  # fmt: skip
-    ds = ds.transpose("checkpoint", "other", "split", "layer", "activation", "block", missing_dims="ignore")
+    order = ("rise", "checkpoint", "other", "split", "layer", "activation", "block", "pair")
+    ds = ds.transpose(*order, missing_dims="ignore")
     return ds.assign_attrs(
         spectra.attrs | rises.attrs | ({} if classes is None else {"classes": classes}) | {"function_split": split}
     )
@@ -348,23 +365,25 @@ def _from_start(selection: Selection, networks: Mapping[str, nn.Module]) -> Arra
 
 def _spectra(
     selection: Selection, networks: Mapping[str, nn.Module], requested: _SpectrumRequest, device: torch.device,
-    progress: bool,
+    progress: bool, state: Path | None,
 ) -> xr.Dataset:  # fmt: skip
     """Numbers of every spectrum, and how they differ between all pairs."""
     options = requested.options
     found: dict[tuple[str, object], xr.Dataset] = {}
-    for source in selection.sources:
-        part = selection.split(source, requested.split, requested.n, options.seed, device)
-        batches = part.batches(requested.batch_size)
-        digest_of = matrix_digests(source, options.matrix_settings(), part)
-        for item in selection.distinct(source):
-            network = networks[item.label].to(device)
-            digest = digest_of(network)
-            saved = saved_spectrum(source, digest, options.n_products, options.data_error)
-            found[item.key] = saved if saved is not None else network_spectra(
-                network, source.loss, batches, options, label=item.label, device=device, progress=progress
-            )[""]  # fmt: skip
-            network.cpu()
+    with SpectrumCache.held(state, settings_of(requested, selection)) as cache:
+        for source in selection.sources:
+            part = selection.split(source, requested.split, requested.n, options.seed, device)
+            batches = part.batches(requested.batch_size)
+            digest_of = matrix_digests(source, options.matrix_settings(), part)
+            for item in selection.distinct(source):
+                network = networks[item.label].to(device)
+                digest = digest_of(network)
+                saved = saved_spectrum(source, digest, options.n_products, options.data_error)
+                found[item.key] = saved if saved is not None else network_spectra(
+                    network, source.loss, batches, options, label=item.label, device=device, progress=progress,
+                    cache=None if cache is None else cache.of(network),
+                )[""]  # fmt: skip
+                network.cpu()
     ds = spectrum_differences([found[item.key] for item in selection])
     n_used = n_examples(part, batches)
     return ds.assign_attrs(

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import xarray as xr
 from pnanalysis import schema
 from pnanalysis.analyses.rank_correlation import conditional_information, granulated, tau_with_errors
 from pnanalysis.analyses.run_diagnostics import GAP, file_beside, has_saved, run_diagnostics
+from pnanalysis.analyses.work_folder import remove_unfinished
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of
 from pnanalysis.errors import RunError
@@ -30,6 +32,8 @@ from pnanalysis.terminal.progress import progress_bar
 
 #: With fewer runs there is nothing to tell chance from.
 FEWEST_RUNS = 4
+#: What makes datasets that are not called like the function.
+_MADE_BY = {"barrier": "pn.landscape", "curvature_monitor": "pntrain --curvature"}
 #: Settings that only draw other random numbers: runs that differ in nothing else are repetitions.
 _REPETITIONS = ("seed",)
 
@@ -93,9 +97,11 @@ def correlate(
         Settings for the coefficients by settings; by default all in which the runs differ but ``seed``. Of a table,
         the columns that are settings.
     compute : sequence of str
-        Analyses (``hessian``, ``sharpness``, ``saturation``, ``learning_coefficient``) to run first, with their
-        defaults, where they are not stored of the ``checkpoint``; they are saved with the runs, beside what is there of
-        other checkpoints. Nothing is computed by default.
+        Analyses (``hessian``, ``eigenpairs``, ``blocks``, ``sharpness``, ``saturation``, ``learning_coefficient``) to
+        run first, with their defaults (``eigenpairs`` without vectors), where they are not stored of the
+        ``checkpoint``; they are saved with the runs, beside what is there of other checkpoints. Nothing is computed by
+        default. An interrupted call leaves its unfinished work beside them, in a folder ``NAME.correlate.unfinished``
+        that the same call continues from.
     data : optional
         For these, where a run does not know its own.
     n_bootstrap : int
@@ -246,7 +252,9 @@ def _from_runs(runs: Sequence[Run], checkpoint: str) -> RunTable:
             else:
                 lacking.setdefault(kind, []).append(name)
     for kind, without in lacking.items():
-        advice = f"compute={[kind]} (--compute {kind}) adds it" if kind in _analyses() else f"add it with pn.{kind}"
+        advice = f"add it with {_MADE_BY.get(kind, f'pn.{kind}')}"
+        if kind in _analyses():
+            advice = f"compute={[kind]} (--compute {kind}) adds it"
         warnings.warn(
             f"the saved {kind} of {len(without)} of {len(finished)} runs is not of the {checkpoint} "
             f"({', '.join(without[:3])}{', ...' if len(without) > 3 else ''}), so that they count without it; {advice}",
@@ -346,13 +354,17 @@ def _column(values: Sequence[Any]) -> Array | list[str]:
 
 def _analyses() -> dict[str, Callable[..., xr.Dataset]]:
     """Analyses that can be asked for, by the kind of their dataset."""
+    from pnanalysis.analyses.blocks import blocks
+    from pnanalysis.analyses.eigenpairs import eigenpairs
     from pnanalysis.analyses.hessian import hessian
     from pnanalysis.analyses.learning_coefficient import learning_coefficient
     from pnanalysis.analyses.saturation import saturation
     from pnanalysis.analyses.sharpness import sharpness
 
-    return {"hessian": hessian, "sharpness": sharpness, "saturation": saturation,
-            "learning_coefficient": learning_coefficient}  # fmt: skip
+    return {
+        "hessian": hessian, "eigenpairs": eigenpairs, "blocks": blocks, "sharpness": sharpness,
+        "saturation": saturation, "learning_coefficient": learning_coefficient,
+    }  # fmt: skip
 
 
 def _compute_missing(
@@ -362,15 +374,24 @@ def _compute_missing(
     """Run analyses whose results are not stored, and save them: what is done is never done again.
 
     A dataset of other checkpoints stays as it is, whatever the settings that it was made with: the missing one is saved
-    beside it.
+    beside it, and so is unfinished work, apart from that of the analysis itself, which may have other settings.
     """
     for kind in [kinds] if isinstance(kinds, str) else kinds:
+        analyse = _analyses()[kind]
+        takes = signature(analyse).parameters
         for run in runs:
             if not run.manifest["ends"]:
                 continue
             (wanted,) = run.select([checkpoint]).values()
-            if not has_saved(run, kind, wanted):
-                names = {} if kind == "saturation" else {"checkpoints": (checkpoint,)}
-                ds = _analyses()[kind](run, data=data, device=device, seed=seed, progress=progress, **names)
-                stem = file_beside(kind, wanted) if kind in run.files else kind
-                save(ds, run.path / ANALYSIS / f"{stem}.nc")
+            if has_saved(run, kind, wanted):
+                continue
+            stem = file_beside(kind, wanted) if kind in run.files else kind
+            folder = run.path / ANALYSIS / f"{stem}.correlate.unfinished"
+            own = {"checkpoints": (checkpoint,), "vectors": False, "state": folder}
+            options = {name: value for name, value in own.items() if name in takes}
+            if kind == "saturation":  # of all checkpoints, in one pass
+                del options["checkpoints"]
+            ds = analyse(run, data=data, device=device, seed=seed, progress=progress, **options)
+            save(ds, run.path / ANALYSIS / f"{stem}.nc")
+            if "state" in takes:
+                remove_unfinished(folder)

@@ -105,17 +105,34 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
     yield _row_of_pairs(ds, "wasserstein1_noise", "  expected from noise alone")
     kind = ds.attrs.get("sharpness_neighbourhood", "")
     for name, title in (("worst_rise", "largest rise"), ("mean_rise", "mean rise")):
+        if "rise" in ds.dims:
+            for i in range(ds.sizes["rise"]):
+                at = ds.isel(rise=i)
+                where = str((at.rise if name == "worst_rise" else at.mean_radius).item())
+                yield _row_of_each(at, f"{name}:{where}", f"{title} ({where})")
+            continue
         radius = ds.attrs.get("sharpness_radius" if name == "worst_rise" else "sharpness_average_radius", math.nan)
         yield _row_of_each(ds, name, f"{title} ({kind} {float(radius):.3g})")
     yield _row_of_each(ds, "relative_flatness", "relative flatness")
+    yield _row_of_each(ds, "last_lambda_max", "lambda_max, last in training")
+    yield _row_of_each(ds, "last_threshold_ratio", "  preconditioned, over threshold")
     yield _row_of_each(ds, "learning_coefficient", "local learning coefficient")
-    yield _row_of_pairs(ds, "overlap", "overlap of top eigenvectors")
+    if "eigenvalue" in ds:
+        for pair in ds.pair.values.tolist():
+            yield _row_of_each(ds.sel(pair=pair), f"eigenvalue:{pair}", f"Hessian eigenvalue {pair}")
+    yield _row_of_each(ds, "gradient_top", "gradient in top eigenvectors", percent=True)
+    yield _row_of_pairs(ds, "overlap", "overlap of top eigenvectors (*: not by chance)")
     yield _row_of_pairs(ds, "overlap_halves", "  over different examples")
     yield _row_of_ceilings(ds)
     yield _row_of_pairs(ds, "overlap_chance", "  expected by chance")
     if "block_trace" in ds:
         for block in map(str, ds.block.values):
             yield _row_of_each(ds.sel(block=block), f"block_trace:{block}", f"Hessian trace of {block}")
+    if "block_norm" in ds:
+        for block in map(str, ds.block.values):
+            yield _row_of_each(ds.sel(block=block), f"block_norm:{block}", f"Frobenius norm of {block}")
+    yield _row_of_each(ds, "network_off_diagonal_share", "curvature between blocks", percent=True)
+    yield _row_of_each(ds, "trace_concentration", "concentration of the trace")
     if "saturation" in ds and "bounded" in ds.coords and bool(ds.bounded.any()):
         mean = ds.saturation.isel(activation=ds.bounded.values.astype(bool)).mean("activation")
         averaged = ds.drop_vars("saturation").assign(saturation=mean)

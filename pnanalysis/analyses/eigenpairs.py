@@ -121,6 +121,7 @@ def eigenpairs(
         - ``value``, ``residual`` (:math:`\lVert Hv - \lambda v \rVert` by a product of its own); ``value_bound``,
           within which of each value there is an eigenvalue: residual and round-off; ``value_data_se``, and the 95 %
           interval ``value_low`` to ``value_high`` of both (the attribute ``interval_covers`` says what is in it);
+          ``value_form`` (pair, group), the curvature of each group of examples along each vector;
           ``value_half``, the eigenvalues over two halves of the examples; ``converged``.
         - ``vector`` (pair, parameter); ``sin_theta`` and ``space_sin_theta``, bounds of the angle of each vector, and
           of the space of its ``cluster`` (Davis and Kahan); ``layer_part`` (pair, layer), which sums to one;

@@ -212,6 +212,8 @@ def landscape(
         curve_data=first.split("train", None, seed, torch_device) if view == "curve" else None,
         eigenpairs=eigenpairs, progress=progress,
     )  # fmt: skip
+    if all(item.source.run is not None for item in points):
+        settings["places"] = [_place(item) for item in points]
     if view == "plane":
         settings["plane_points"] = [item.origin for item in points]
     return schema.finish(
@@ -387,6 +389,12 @@ def _short_name(name: str, first: Source, source: Source, checkpoint: AnyCheckpo
     """``start``, ``plain`` or ``champion`` of the first run where it is one of them."""
     names = ("start", "plain", "champion") if source is first and source.run is not None else ()
     return next((known for known in names if getattr(source.run, known) == checkpoint), name)
+
+
+def _place(item: SelectedCheckpoint) -> tuple[str, int, int]:
+    """Which checkpoint it is, whatever its role in the run: that may change as training goes on."""
+    assert item.source.run is not None
+    return item.source.run.path.name, item.checkpoint.iteration, item.checkpoint.epoch
 
 
 def _relabelling(

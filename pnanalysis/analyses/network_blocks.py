@@ -205,23 +205,21 @@ def _members(owner: NDArray[np.int64], counted: NDArray[Any], n_blocks: int) -> 
 
 def _dataset(found: BlockMoments, options: BlockOptions) -> xr.Dataset:
     ds = xr.Dataset({"n_parameters": ("block", found.partition.sizes), "n_hvp": found.n_hvp})
-    norm = found.energy
-    diagonal = replace(
-        norm, value=np.diag(norm.value), probe_se=np.diag(norm.probe_se),
-        form=np.einsum("gkk->gk", norm.form), noise=np.diag(norm.noise),
-    ).root()  # fmt: skip
+    norm = found.own_energy.root()
     for name, dims, moment in (
-        ("trace", ("block",), found.trace), ("frobenius_norm", ("block",), diagonal),
+        ("trace", ("block",), found.trace), ("frobenius_norm", ("block",), norm),
         ("off_diagonal_energy", ("block",), found.coupling),
         ("off_diagonal_share", ("block",), found.coupling_share), ("energy", ("block", "other"), found.energy),
-        ("network_trace", (), found.network_trace),
+        ("network_trace", (), found.network_trace), ("network_off_diagonal_share", (), found.network_share),
+        ("trace_concentration", (), found.concentration),
     ):  # fmt: skip
         for key, values in columns(name, moment).items():
             ds[key] = dims, values
-    ds["trace_form"] = ("group", "block"), found.trace.form
     ds["group_share"] = "group", found.trace.share
-    deviation = found.trace.deviation
-    ds["trace_deviation"] = ("probe", "block"), np.zeros((1, len(ds.trace))) if deviation is None else deviation
+    for name, moment in (("trace", found.trace), ("frobenius_norm", norm)):
+        deviation = moment.deviation
+        ds[f"{name}_form"] = ("group", "block"), moment.form
+        ds[f"{name}_deviation"] = ("probe", "block"), np.zeros((1, len(ds.trace))) if deviation is None else deviation
     attrs: dict[str, Any] = {
         "n_probes": found.n_probes,
         "n_known": found.n_known,

@@ -148,6 +148,8 @@ def matrix_eigenpairs(
         forms.add_leading(pairs.value, pairs.vector, pairs.scale)
         if influences := forms.leading_influences:
             ds["value_data_se"] = "pair", [one.se for one in influences]
+            ds["value_form"] = ("pair", "group"), np.stack([one.form for one in influences])
+            ds["group_weight"] = "group", influences[0].weight
             half_width = np.array([one.half_width() for one in influences])
             covers.append(f"choice of examples (first order, {len(influences[0].weight)} groups)")
         else:

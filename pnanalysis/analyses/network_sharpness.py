@@ -33,6 +33,7 @@ from pnanalysis.perturbation.relative_flatness import RelativeFlatness, last_wei
 from pnanalysis.perturbation.second_order import half_forms, largest_rises
 from pnanalysis.perturbation.worst_case import Radii, Rises, WorstCase, example_losses, worst_case
 from pnanalysis.sampling.stacked_gradients import StackedGradients
+from pnanalysis.spectra.data_error import Influence
 from pnanalysis.terminal.progress import Advance
 
 #: What can be measured.
@@ -42,6 +43,8 @@ RADII = {name: NEIGHBOURHOODS[name].radius for name in ("ball", "adaptive", "fil
 N_RADII = 3
 #: Relative to the larger of the loss and one: how far the loss of batches may be from that of the examples.
 _SAME_LOSS = 1e-3
+#: How names of the samples begin that parts of unfinished work hold beside their numbers.
+_SAMPLES = "samples_"
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,23 @@ class NetworkSharpness:
     averages: Crossed | None = None
     flatness: RelativeFlatness | None = None
 
+    def take_samples(self, part: xr.Dataset) -> None:
+        """Those of a part that another call has finished, as :func:`_with_samples` has put them there."""
+        samples = {str(name): part[name].values for name in part.data_vars if str(name).startswith(_SAMPLES)}
+
+        def of(kind: str, *names: str) -> list[Array] | None:
+            keys = [f"{_SAMPLES}{kind}_{name}" for name in names]
+            return [samples[key] for key in keys] if set(keys) <= samples.keys() else None
+
+        if self.rises is None and (own := of("rise", "found", "first", "start")):
+            self.rises = Rises(*own)
+        if self.averages is None and (own := of("average", "by_example", "by_direction", "squares")):
+            self.averages = Crossed(*own)
+        if self.flatness is None and (own := of("flatness", "numbers", "weight", "form", "spread")):
+            numbers, *influence = own
+            value, se, probe_se, data_se, dof = map(float, numbers)
+            self.flatness = RelativeFlatness(value, se, probe_se, data_se, dof, Influence(*influence))
+
 
 def network_sharpness(
     network: nn.Module,
@@ -208,7 +228,9 @@ class _Place:
                 return schema.finish(base.assign(compute()), "sharpness")
 
             part = finished() if cache is None else cache.part(name, mean, finished)
-            found.ds = found.ds.assign({key: part[key] for key in part.data_vars})
+            found.take_samples(part)
+            own = [key for key in part.data_vars if not str(key).startswith(_SAMPLES)]
+            found.ds = found.ds.assign({key: part[key] for key in own})
         found.ds = found.ds.assign_coords(neighbourhood=list(self.options.worst))
         if self.options.is_scalar:
             found.ds = found.ds.squeeze("radius_index") if "radius_index" in found.ds.dims else found.ds
@@ -230,7 +252,8 @@ class _Place:
                 np.full(rise[0].shape, np.nan),
             )
         ds = _table(table)
-        return ds.assign(rise_start=(("radius_index", "neighbourhood", "start"), rises.start.swapaxes(0, 1)))
+        ds = ds.assign(rise_start=(("radius_index", "neighbourhood", "start"), rises.start.swapaxes(0, 1)))
+        return _with_samples(ds, "rise", found=rises.found, first=rises.first, start=rises.start)
 
     def _average(self, found: NetworkSharpness, advance: Advance | None) -> xr.Dataset:
         options = self.options
@@ -251,7 +274,7 @@ class _Place:
             )
             table["average_quadratic"] = radii**2 * forms.mean(1)[:, None]
             table["average_quadratic_se"] = radii**2 * forms.std(1, ddof=1)[:, None] / options.n_directions**0.5
-        return _table(table)
+        return _with_samples(_table(table), "average", **vars(averages))
 
     def _each(self, measure: Callable[..., Array], unknown: Array) -> Array:
         """A number of the Hessian in each neighbourhood, or ``unknown`` where there is no Hessian."""
@@ -310,7 +333,12 @@ class _Place:
             except PnError as error:
                 warnings.warn(f"{self.label}: {without}: {error}", stacklevel=2)
         ds = xr.Dataset({f"relative_flatness{end}": float(value) for end, value in values.items()})
-        return ds.assign(flatness_layer=name or "")
+        ds = ds.assign(flatness_layer=name or "")
+        if found.flatness is None:
+            return ds
+        flat, own = found.flatness, found.flatness.influence
+        numbers = np.array([flat.value, flat.se, flat.probe_se, flat.data_se, flat.dof])
+        return _with_samples(ds, "flatness", numbers=numbers, weight=own.weight, form=own.form, spread=own.spread)
 
 
 class _Counting:
@@ -327,6 +355,12 @@ def _mean_and_se(values: Array) -> tuple[Array, Array]:
     """Of each row ``(..., N)``."""
     pairs = np.array([mean_and_se(row) for row in values.reshape(-1, values.shape[-1])])
     return pairs[:, 0].reshape(values.shape[:-1]), pairs[:, 1].reshape(values.shape[:-1])
+
+
+def _with_samples(ds: xr.Dataset, kind: str, **samples: Array) -> xr.Dataset:
+    """What the numbers are means of, for a later call that compares networks and does not measure this part again."""
+    names = {f"{_SAMPLES}{kind}_{name}": values for name, values in samples.items()}
+    return ds.assign({key: ([f"{key}_{i}" for i in range(np.ndim(v))], v) for key, v in names.items()})
 
 
 def _table(columns: Mapping[str, Array]) -> xr.Dataset:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from pnanalysis.analyses.hessian import names_of
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import PnError
 from pnanalysis.inputs.data import SPLITS
@@ -61,6 +63,16 @@ def read_request(
     if unknown:
         raise PnError(f"compare takes no option {unknown[0]!r} for its {what}; there are {', '.join(sorted(known))}")
     return Request(split, n, batch_size, options)
+
+
+def settings_of(request: Any, selection: Selection) -> dict[str, Any]:
+    """What unfinished work depends on: a request's examples and ``options``, and what it is about, by names.
+
+    Functions among the options have none that would be the same in another process, and are left out.
+    """
+    options = {name: None if callable(value) else value for name, value in asdict(request.options).items()}
+    examples = {"split": request.split, "n": request.n, "batch_size": request.batch_size}
+    return options | examples | names_of(selection)
 
 
 class Measurable(NamedTuple):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
 
+from pnanalysis.analyses.monitored_curvature import KIND as CURVATURE
+from pnanalysis.analyses.monitored_curvature import monitored
 from pnanalysis.errors import SchemaError
 from pnanalysis.io.datasets import load
 from pnanalysis.io.runs import Checkpoint, Run
@@ -18,17 +22,22 @@ from pnanalysis.significance import share_interval
 #: Numbers by kind of dataset. Those that have a layer are averaged over layers, and so are their errors.
 STORED: dict[str, tuple[str, ...]] = {
     "hessian": (
-        "lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank", "negative_curvature", "n_outliers",
-        "gap_ratio", "class_ratio",
+        "lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank", "negative_curvature", "negative_mass",
+        "n_outliers", "gap_ratio", "class_ratio", "class_trace",
     ),
+    "blocks": ("network_trace", "network_off_diagonal_share", "trace_concentration"),
     "sharpness": ("rise", "average", "relative_flatness"),
     "learning_coefficient": ("learning_coefficient", "gaussian"),
     "saturation": ("saturation_measure", "saturated_share", "dead_units"),
     "trajectory": ("distance_from_start", "path_length"),
     "eigenpairs": ("gradient_norm", "gradient_top"),
+    "barrier": ("barrier", "error_barrier", "distance"),
+    CURVATURE: ("last_lambda_max", "highest_lambda_max", "last_threshold_ratio", "highest_threshold_ratio"),
 }  # fmt: skip
 _HISTORY = ("train_loss", "train_error", "validation_error", "test_error")
 _Z95 = 1.959963984540054
+#: Dims with labels, which are part of a number's name.
+_NAMED = ("neighbourhood", "path", "split")
 #: The difference of two errors, a target of its own.
 GAP = "generalization_gap"
 
@@ -43,7 +52,8 @@ class Number(NamedTuple):
     value, se : float
         ``se`` is NaN where it is not known.
     is_main : bool
-        Whether it counts where nothing is chosen: of numbers at several radii, that in the middle.
+        Whether it counts where nothing is chosen: of numbers at several radii, that in the middle; of barriers, those
+        of the training loss.
     """
 
     kind: str
@@ -115,6 +125,10 @@ def _of_history(history: xr.Dataset, checkpoint: Checkpoint) -> Iterator[tuple[s
 
 def _row(ds: xr.Dataset, run: Run, checkpoint: Checkpoint) -> xr.Dataset | None:
     """What a dataset says of a checkpoint of a run; ``None`` if nothing."""
+    if ds.attrs.get("kind") == CURVATURE:
+        return monitored(ds, run, checkpoint)
+    if ds.attrs.get("kind") == "barrier":
+        return ds if _is_end(ds, run, checkpoint) else None
     if "run" in ds.dims and "checkpoint" not in ds.dims:  # several runs, of which one is this
         if run.path.name not in ds.run.values:
             return None
@@ -139,6 +153,16 @@ def _row(ds: xr.Dataset, run: Run, checkpoint: Checkpoint) -> xr.Dataset | None:
     return ds.isel(checkpoint=int(rows[0])) if len(rows) else None
 
 
+def _is_end(ds: xr.Dataset, run: Run, checkpoint: Checkpoint) -> bool:
+    """Whether a line leads from or to a checkpoint, and stays within the run."""
+    places: Any = None
+    with suppress(ValueError, RecursionError):
+        places = json.loads(ds.attrs.get("places", "null"))
+    name = run.path.name
+    own = [name, checkpoint.iteration, checkpoint.epoch]
+    return isinstance(places, list) and own in places and all(isinstance(p, list) and p[:1] == [name] for p in places)
+
+
 def _numbers(ds: xr.Dataset, kind: str, name: str) -> Iterator[tuple[str, Number]]:
     """A variable as numbers, one for each place along its dims."""
     if name not in ds:
@@ -156,16 +180,16 @@ def _numbers(ds: xr.Dataset, kind: str, name: str) -> Iterator[tuple[str, Number
         one = float(value.isel(at))
         if math.isfinite(one):
             is_main = at.get("radius_index", 0) == value.sizes.get("radius_index", 1) // 2
+            if "split" in at:
+                is_main = str(ds.split.values[at["split"]]) == "train" and name == "barrier"
             yield _label(ds, name, radius, at), Number(kind, one, float(se.isel(at)), is_main)
 
 
 def _label(ds: xr.Dataset, name: str, radius: str | None, at: dict[object, int]) -> str:
-    """The name of a number, with where along dims it is: ``rise ball 0.05``."""
-    parts = [name]
-    if "neighbourhood" in at or "neighbourhood" in ds[name].dims:
-        parts.append(str(ds.neighbourhood.values[at["neighbourhood"]]))
+    """The name of a number, with where along dims it is: ``rise ball 0.05``, ``barrier line train``."""
+    parts = [name] + [str(ds[dim].values[at[dim]]) for dim in _NAMED if dim in at]
     if radius is not None and radius in ds:
         own = {dim: index for dim, index in at.items() if dim in ds[radius].dims}
         parts.append(f"{float(ds[radius].isel(own)):.3g}")
-    parts += [f"{dim} {index}" for dim, index in at.items() if dim not in ("neighbourhood", "radius_index")]
+    parts += [f"{dim} {index}" for dim, index in at.items() if dim not in (*_NAMED, "radius_index")]
     return " ".join(parts)

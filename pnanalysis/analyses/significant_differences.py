@@ -16,6 +16,7 @@ from pnanalysis.arrays import Array
 from pnanalysis.curvature.example_groups import N_GROUPS
 from pnanalysis.kinds import COMPARED_NUMBERS, TESTED_SPECTRUM
 from pnanalysis.significance import FEW_DISCORDANT, LEVEL, holm, mcnemar, p_value, p_value_beyond_bounds
+from pnanalysis.spectra.subspaces import chance_p
 
 #: How significance is decided, as an attribute of a comparison.
 METHOD = f"Holm, {LEVEL:.0%}".replace("%", " %")
@@ -44,8 +45,9 @@ def with_p_values(ds: xr.Dataset) -> xr.Dataset:
     -----
     Losses and other means over examples are tested by the paired standard error; mistakes by McNemar's exact test
     where fewer than 25 examples decide; numbers of spectra by their intervals, of ``lambda_max`` by what lies beyond
-    its bounds. The distance of two spectra is compared with that of two estimates of one spectrum, as
-    :func:`pnanalysis.spectra.differences.beyond_noise` does. Differences not beyond round-off are none.
+    its bounds, and so other eigenvalues; overlaps of spaces by what random spaces have. The distance of two spectra
+    is compared with that of two estimates of one spectrum, as :func:`pnanalysis.spectra.differences.beyond_noise`
+    does. Differences not beyond round-off are none.
     """
     return ds if ds.attrs.get("significance") == METHOD else _computed(ds)
 
@@ -61,8 +63,10 @@ def _computed(ds: xr.Dataset) -> xr.Dataset:
         start += part.size
         symmetric = np.ones(p.shape)  # a checkpoint does not differ from itself
         symmetric[below] = symmetric[below[::-1]] = part
-        last = "block" if name.startswith("block") else "split"
-        variables[f"{name}_p"] = ((*_PAIR, last)[: p.ndim], symmetric)
+        last = next((str(dim) for dim in ds[name].dims if dim not in _PAIR), "")
+        if name == "overlap":  # of a space with itself there is nothing to tell
+            np.fill_diagonal(symmetric, np.nan)
+        variables[f"{name}_p"] = xr.DataArray(symmetric, dims=(*_PAIR, last)[: p.ndim]).transpose(*ds[name].dims)
     ds = ds.assign(variables).assign_attrs(significance=METHOD)
     is_better = (ds.error_difference > 0) & (ds.error_difference_p <= LEVEL)
     return ds.assign(rank=(1 + is_better.sum("other")).transpose("checkpoint", "split"))
@@ -93,10 +97,18 @@ def single_p_values(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
         if f"{name}_difference" in ds:
             difference, se = (_values(ds, f"{name}_difference{end}") for end in ("", "_se"))
             yield f"{name}_difference", p_value(difference, se, floor=ROUND_OFF * _larger(ds, name))
-    if "block_trace_difference" in ds:
-        value, se = (_values(ds, f"block_trace_difference{end}") for end in ("", "_se"))
-        largest = np.fmax.reduce(_larger(ds, "block_trace"), axis=-1, keepdims=True)
-        yield "block_trace_difference", p_value(value, se, dof=N_GROUPS - 1.0, floor=round_off * largest)
+    if "eigenvalue_difference" in ds:
+        low, high, data_se = (_values(ds, f"eigenvalue_difference{end}") for end in ("_low", "_high", "_data_se"))
+        largest = np.fmax.reduce(_larger(ds, "eigenvalue"), axis=-1, keepdims=True)
+        yield "eigenvalue_difference", p_value_beyond_bounds(low, high, data_se, round_off * largest)
+    if "overlap" in ds:
+        names = ("overlap", "overlap_chance", "overlap_chance_sd")
+        yield "overlap", chance_p(*(_values(ds, name) for name in names))
+    for name in ("block_trace", "block_norm"):
+        if f"{name}_difference" in ds:
+            value, se = (_values(ds, f"{name}_difference{end}") for end in ("", "_se"))
+            largest = np.fmax.reduce(_larger(ds, name), axis=-1, keepdims=True)
+            yield f"{name}_difference", p_value(value, se, dof=N_GROUPS - 1.0, floor=round_off * largest)
     if "wasserstein1" in ds:
         distance, noise, se = (_values(ds, f"wasserstein1{end}") for end in ("", "_noise", "_se"))
         floor = np.maximum(round_off * _larger(ds, "lambda_max"), noise)
@@ -104,15 +116,15 @@ def single_p_values(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
 
 
 def _values(ds: xr.Dataset, name: str) -> Array:
-    """A variable along checkpoint, other (and split or block); NaN if there is none."""
+    """A variable along checkpoint, other (and split, block or another); NaN if there is none."""
     if name not in ds:
         return np.full([ds.sizes[dim] for dim in _PAIR], np.nan)
-    return ds[name].transpose(*_PAIR, "split", "block", missing_dims="ignore").values
+    return ds[name].transpose(*_PAIR, ...).values
 
 
 def _larger(ds: xr.Dataset, name: str) -> Array:
     """The larger magnitude of a number of two checkpoints."""
-    size = np.abs(ds[name].transpose("checkpoint", "split", "block", missing_dims="ignore").values)
+    size = np.abs(ds[name].transpose("checkpoint", ...).values)
     return np.fmax(size[:, None], size[None, :])
 
 

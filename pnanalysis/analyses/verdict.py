@@ -67,8 +67,11 @@ def _compared_with_first(ds: xr.Dataset, i: int) -> Iterator[str]:
         yield _layers(pair)
     if "trace" in ds:
         yield _curvature(pair)
-    if "block_trace_difference" in ds:
-        yield _blocks(pair)
+    if "eigenvalue_difference" in ds:
+        yield _eigenpairs(pair)
+    for name, what in (("block_trace", "Traces"), ("block_norm", "Frobenius norms")):
+        if f"{name}_difference" in ds:
+            yield _blocks(pair, f"{name}_difference", what)
 
 
 def _errors(ds: xr.Dataset, i: int) -> str:
@@ -163,17 +166,34 @@ def _curvature(pair: xr.Dataset) -> str:
     )
 
 
-def _blocks(pair: xr.Dataset) -> str:
-    """In which blocks the traces differ, the largest differences first."""
-    known = pair.isel(block=pair.block_trace_difference.notnull().values)
-    order = np.argsort(-np.abs(known.block_trace_difference.values), kind="stable")
-    each = [estimate_of(known.isel(block=int(i)), "block_trace_difference") for i in order]
+def _eigenpairs(pair: xr.Dataset) -> str:
+    """How many leading eigenvalues differ, and whether the spaces of their vectors have more in common than chance."""
+    known = pair.isel(pair=pair.eigenvalue_difference.notnull().values)
+    k = known.sizes["pair"]
+    every = [estimate_of(known.isel(pair=i), "eigenvalue_difference") for i in range(k)]
+    n = sum(one.is_significant for one in every)
+    text = f"Of the {k} leading eigenvalues, {n or 'none'} {'differs' if n == 1 else 'differ'} significantly"
+    overlap = estimate_of(pair, "overlap")
+    if math.isnan(overlap.value):
+        return f"{text}."
+    chance = float(pair.overlap_chance)
+    beyond = "not significantly different from" if not overlap.is_significant else (
+        "significantly more than" if overlap.value > chance else "significantly less than"
+    )  # fmt: skip
+    return f"{text}; the spaces of their vectors overlap by {overlap.value:.2g}, {beyond} chance ({chance:.2g})."
+
+
+def _blocks(pair: xr.Dataset, name: str, what: str) -> str:
+    """In which blocks a number differs, the largest differences first."""
+    known = pair.isel(block=pair[name].notnull().values)
+    order = np.argsort(-np.abs(known[name].values), kind="stable")
+    each = [estimate_of(known.isel(block=int(i)), name) for i in order]
     found = [(str(known.block.values[i]), one) for i, one in zip(order, each, strict=True) if one.is_significant]
     if not found:
-        return f"Traces of the Hessian's {len(each)} blocks: no significant difference in any."
+        return f"{what} of the Hessian's {len(each)} blocks: no significant difference in any."
     named = ", ".join(f"{name} ({one.text(signed=True)})" for name, one in found[:_MOST_BLOCKS])
     more = f" and {len(found) - _MOST_BLOCKS} others" if len(found) > _MOST_BLOCKS else ""
-    return f"Traces of the Hessian's blocks differ significantly in {len(found)} of {len(each)}: {named}{more}."
+    return f"{what} of the Hessian's blocks differ significantly in {len(found)} of {len(each)}: {named}{more}."
 
 
 def _signed(difference: Estimate, where: str) -> str:

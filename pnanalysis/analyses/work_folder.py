@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +40,11 @@ def weights_digest(network: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def within(folder: Path | None, name: str) -> Path | None:
+    """The part of a folder of unfinished work that belongs to one of several analyses."""
+    return None if folder is None else folder / name
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,19 @@ class WorkFolder:
             cache.release()
             raise
         return cache
+
+    @classmethod
+    @contextmanager
+    def held(cls, folder: Path | None, settings: Mapping[str, Any]) -> Iterator[Self | None]:
+        """The folder as :meth:`claim` gives it, released after the body; ``None`` where there is none."""
+        if folder is None:
+            yield None
+            return
+        cache = cls.claim(folder, settings)
+        try:
+            yield cache
+        finally:
+            cache.release()
 
     def _begin(self, own: dict[str, Any]) -> None:
         """Note the settings, or see that unfinished work was begun with the same ones."""

@@ -56,8 +56,9 @@ def pnanalysis(
 
     Exit status: 0 for success, 2 for an error that you can mend (one line says which), 130 for an interrupt (143 for
     SIGTERM, 129 for SIGHUP); what was saved by then is intact, and [bold]pnanalysis hessian[/bold],
-    [bold]eigenpairs[/bold], [bold]blocks[/bold], [bold]sharpness[/bold], [bold]learning-coefficient[/bold] and
-    [bold]pntrain --resume[/bold] continue from it.
+    [bold]eigenpairs[/bold], [bold]blocks[/bold], [bold]sharpness[/bold], [bold]learning-coefficient[/bold],
+    [bold]compare[/bold], [bold]champion[/bold], [bold]correlate[/bold] and [bold]pntrain --resume[/bold] continue from
+    it.
     """
     if context.invoked_subcommand not in (None, *_SHARED):
         options.refuse_several(str(context.invoked_subcommand))

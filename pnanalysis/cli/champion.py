@@ -40,11 +40,19 @@ def champion(
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Hessian spectra of all networks.")] = True,
     n_hvp: options.Budget = None,
     n_hessian: Annotated[
-        int | None, typer.Option(help="Training examples for spectra, sharpness and chains; 1,024 by default.")
+        int | None,
+        typer.Option(help="Training examples for spectra and all that is measured like them; 1,024 by default."),
     ] = None,
     data_error: options.DataError = "examples",
+    eigenpairs: Annotated[
+        bool,
+        typer.Option("--eigenpairs/--no-eigenpairs", help="Leading Hessian eigenvalues, and spaces of their vectors."),
+    ] = False,
     sharpness: Annotated[
         bool, typer.Option("--sharpness/--no-sharpness", help="Rises of the loss nearby, and relative flatness.")
+    ] = False,
+    blocks: Annotated[
+        bool, typer.Option("--blocks/--no-blocks", help="Traces of the Hessian's layers, and what lies between them.")
     ] = False,
     learning_coefficient: Annotated[
         bool, typer.Option("--learning-coefficient/--no-learning-coefficient", help="Local learning coefficients.")
@@ -76,7 +84,8 @@ def champion(
 
     Restarts are the null distribution: what another start alone does. Spectra saved with the runs are used where they
     are of the same weights, examples and settings. Of weight files of --model the first is the plain model, the second
-    the champion, and the others are restarts. The rules: docs/concepts/champion.md.
+    the champion, and the others are restarts. The rules: docs/concepts/champion.md. Called again after an interruption,
+    it continues where it stopped.
 
     [bold]Examples[/bold]
 
@@ -84,10 +93,11 @@ def champion(
 
       pnanalysis champion runs/lenet5 --quick
 
-      pnanalysis champion runs/lenet5 --restarts runs/lenet5-restart --restarts runs/another-seed --sharpness
+      pnanalysis champion runs/lenet5 --restarts runs/lenet5-restart --restarts runs/another-seed --eigenpairs --blocks
     """
     from pnanalysis.analyses.champion import QUICK
     from pnanalysis.analyses.champion import champion as analyse
+    from pnanalysis.analyses.work_folder import remove_unfinished
     from pnanalysis.io.runs import open_run
 
     given = options.sources(runs, model, weights, data, loss, output, tokens)
@@ -95,14 +105,17 @@ def champion(
     spectra: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     spectra = (QUICK["hessian"] if quick else {}) | {"data_error": data_error} | spectra
     examples = {"n": spectra.get("n", 1024)}
+    unfinished = options.unfinished("champion", given[0], output, quiet)
     ds = analyse(
         *given, restarts=[open_run(path) for path in restarts] if restarts else None, n=n,
-        hessian=spectra if hessian else False, sharpness=examples if sharpness else False,
+        hessian=spectra if hessian else False, eigenpairs=examples if eigenpairs else False,
+        sharpness=examples if sharpness else False, blocks=examples if blocks else False,
         learning_coefficient=examples if learning_coefficient else False, cka=cka, saturation=saturation, align=align,
         n_points=points, n_line=n_line, quick=quick, batch_size=batch_size, device=device, seed=seed,
-        progress=not quiet,
+        progress=not quiet, state=unfinished,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)
+    remove_unfinished(unfinished)
 
 
 def _tables(ds: xr.Dataset) -> Iterator[Table | str]:

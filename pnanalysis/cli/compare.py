@@ -34,14 +34,25 @@ def compare(
     n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
     data_error: options.DataError = "examples",
     eigenpairs: Annotated[
-        bool, typer.Option("--eigenpairs/--no-eigenpairs", help="Compare the spaces of the top Hessian eigenvectors.")
+        bool,
+        typer.Option(
+            "--eigenpairs/--no-eigenpairs", help="Compare top Hessian eigenvalues, and the spaces of their vectors."
+        ),
     ] = False,
     sharpness: Annotated[
         bool,
         typer.Option("--sharpness/--no-sharpness", help="Compare rises of the loss nearby, and relative flatness."),
     ] = False,
+    radius: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=options.RADII,
+            help="Neighbourhood of --sharpness (ball, adaptive, filter, box, linf or adaptive-linf) and its radii; may "
+            "be repeated, with as many radii of each. adaptive=0.5 by default.",
+        ),
+    ] = None,
     blocks: Annotated[
-        bool, typer.Option("--blocks/--no-blocks", help="Compare the traces of the Hessian's layers.")
+        bool, typer.Option("--blocks/--no-blocks", help="Compare traces and norms of the Hessian's layers.")
     ] = False,
     learning_coefficient: Annotated[
         bool,
@@ -66,7 +77,7 @@ def compare(
     The first checkpoint is the reference. By default: plain and champion of one run, the champion of each of several
     runs (of a restart control, the best restart), or all weight files of --model. Where a champion is the plain model,
     and that is compared already, the best later iteration takes its place. What the errors cover:
-    docs/concepts/error-bars.md.
+    docs/concepts/error-bars.md. Called again after an interruption, it continues where it stopped.
 
     [bold]Examples[/bold]
 
@@ -76,22 +87,28 @@ def compare(
 
       pnanalysis compare runs/lenet5 -c plain -c iter01 -c iter02 --no-hessian --n 2000
 
+      pnanalysis compare runs/lenet5 --radius ball=0.05,0.1 --radius adaptive=0.25,0.5
+
       pnanalysis compare --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
     from pnanalysis.analyses.comparison import compare as analyse
+    from pnanalysis.analyses.work_folder import remove_unfinished
 
+    nearby = options.radii(radius, "--radius")
     given = options.sources(runs, model, weights, data, loss, output, tokens)
     spectra = {"n": n_hessian, "data_error": data_error, "until": options.targets(until)}
     spectra |= {} if n_hvp is None else {"n_hvp": n_hvp}
+    unfinished = options.unfinished("comparison", given[0], output, quiet)
     ds = analyse(
         *given, checkpoints=checkpoint, n=n, split=split, cka=cka,
         hessian=spectra if hessian else False, eigenpairs={"n": n_hessian} if eigenpairs else False,
-        sharpness={"n": n_hessian} if sharpness else False,
+        sharpness={"n": n_hessian} | ({} if nearby is None else {"radii": nearby}) if sharpness or nearby else False,
         blocks={"n": n_hessian} if blocks else False,
         learning_coefficient={"n": n_hessian} if learning_coefficient else False,
-        batch_size=batch_size, device=device, seed=seed, progress=not quiet,
+        batch_size=batch_size, device=device, seed=seed, progress=not quiet, state=unfinished,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)
+    remove_unfinished(unfinished)
 
 
 def _tables(ds: xr.Dataset) -> Iterator[Table | str]:

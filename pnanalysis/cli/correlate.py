@@ -11,7 +11,7 @@ import typer
 from pnanalysis.cli import options
 from pnanalysis.errors import PnError
 from pnanalysis.estimates import Estimate
-from pnanalysis.terminal.console import Table, make_table
+from pnanalysis.terminal.console import Table, make_table, when_interrupted
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -56,8 +56,8 @@ def correlate(
         list[str] | None,
         typer.Option(
             metavar="ANALYSIS",
-            help="Run hessian, sharpness, saturation or learning_coefficient first on each run that lacks it at the "
-            "checkpoint, and save it there; may be repeated.",
+            help="Run hessian, eigenpairs, blocks, sharpness, saturation or learning_coefficient first on each run "
+            "that lacks it at the checkpoint, and save it there; may be repeated.",
         ),
     ] = None,
     bootstrap: Annotated[int, typer.Option(help="Resamples of the runs.")] = 2000,
@@ -71,7 +71,7 @@ def correlate(
 ) -> None:
     """Which diagnostics go with generalisation over a sweep: rank correlations with errors, from what is stored.
 
-    Nothing is computed unless --compute asks for it. Interrupted, it goes on with the runs that lack the analysis.
+    Nothing is computed unless --compute asks for it. Called again after an interruption, it continues where it stopped.
 
     [bold]Examples[/bold]
 
@@ -86,6 +86,8 @@ def correlate(
         raise PnError("nothing to correlate: name a folder of runs, or several runs")
     if output is None:
         output = check_writable((runs[0] if len(runs) == 1 else Path()) / "correlation.nc")
+    if compute:
+        when_interrupted("run the same command again to continue")
     ds = analyse(
         *runs, target=target, diagnostics=diagnostic, checkpoint=checkpoint, axes=axis, compute=compute or (),
         data=data, n_bootstrap=bootstrap, device=device, seed=seed, progress=not quiet,

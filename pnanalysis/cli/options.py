@@ -152,6 +152,8 @@ Until = Annotated[
 ]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="Print no progress and no tables.")]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="auto uses CUDA if available.")]
+#: How radii of neighbourhoods are written.
+RADII = "NAME=RADIUS[,RADIUS]"
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 
 
@@ -237,7 +239,7 @@ def unfinished(kind: str, first: Source, output: Path | None, quiet: bool) -> Pa
         If nothing can be written there.
     """
     folder = destination(kind, first, output).with_suffix(".unfinished")
-    if any(any(folder.glob(saved)) for saved in ("*.nc", "*/*.nc", "*/*.safetensors")):
+    if any(any(folder.rglob(saved)) for saved in ("*.nc", "*.safetensors")):
         print_status(f"continuing from what is saved in {folder}", quiet)
     when_interrupted("run the same command again to continue")
     return folder
@@ -291,6 +293,31 @@ def targets(texts: list[str] | None) -> dict[str, float] | None:
                 f"--until {shown(text)}: write a quantity and its relative error, such as trace=0.02"
             ) from error
     return found
+
+
+def radii(texts: list[str] | None, option: str) -> dict[str, float | list[float]] | None:
+    """Radii by neighbourhood from texts such as ``ball=0.05,0.1``.
+
+    Raises
+    ------
+    PnError
+        If a text is anything else.
+    """
+    from pnanalysis.perturbation.neighbourhoods import KINDS
+
+    found: dict[str, float | list[float]] = {}
+    for text in texts or ():
+        name, _, numbers = text.partition("=")
+        try:
+            kind = KINDS[name]
+            values = [float(number) for number in numbers.split(",")] if numbers else []
+        except (ValueError, KeyError) as error:
+            raise PnError(
+                f"{option} {text}: write {'|'.join(KINDS)}=RADIUS or several, such as ball=0.05 or ball=0.05,0.1"
+            ) from error
+        chosen = kind.radius if option == "--radius" else kind.average_radius
+        found[name] = values if len(values) > 1 else values[0] if values else chosen
+    return found or None
 
 
 class Together(NamedTuple):

@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pnanalysis.cli import options
-from pnanalysis.errors import PnError
 from pnanalysis.estimates import Estimate
 from pnanalysis.terminal.console import Table, make_table
 
 if TYPE_CHECKING:
     import xarray as xr
-
-_RADII = "NAME=RADIUS[,RADIUS]"
 
 
 def register(app: typer.Typer) -> None:
@@ -29,13 +26,13 @@ def sharpness(
     radius: Annotated[
         list[str] | None,
         typer.Option(
-            metavar=_RADII,
+            metavar=options.RADII,
             help="Neighbourhood (ball, adaptive, filter, box, linf or adaptive-linf) and its radii in the worst case; "
             "may be repeated. Three radii of the first four by default.",
         ),
     ] = None,
     average_radius: Annotated[
-        list[str] | None, typer.Option(metavar=_RADII, help="The same in the average case; may be repeated.")
+        list[str] | None, typer.Option(metavar=options.RADII, help="The same in the average case; may be repeated.")
     ] = None,
     measure: Annotated[
         list[str] | None,
@@ -95,7 +92,7 @@ def sharpness(
     from pnanalysis.analyses.sharpness import sharpness as analyse
     from pnanalysis.analyses.work_folder import remove_unfinished
 
-    radii, average_radii = _radii(radius, "--radius"), _radii(average_radius, "--average-radius")
+    radii, average_radii = options.radii(radius, "--radius"), options.radii(average_radius, "--average-radius")
     given = options.sources(runs, model, weights, data, loss, output, tokens)
     unfinished = options.unfinished("sharpness", given[0], output, quiet)
     ds = analyse(
@@ -106,24 +103,6 @@ def sharpness(
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)
     remove_unfinished(unfinished)
-
-
-def _radii(texts: list[str] | None, option: str) -> dict[str, float | list[float]] | None:
-    from pnanalysis.perturbation.neighbourhoods import KINDS
-
-    radii: dict[str, float | list[float]] = {}
-    for text in texts or ():
-        name, _, numbers = text.partition("=")
-        try:
-            kind = KINDS[name]
-            values = [float(number) for number in numbers.split(",")] if numbers else []
-        except (ValueError, KeyError) as error:
-            raise PnError(
-                f"{option} {text}: write {'|'.join(KINDS)}=RADIUS or several, such as ball=0.05 or ball=0.05,0.1"
-            ) from error
-        chosen = kind.radius if option == "--radius" else kind.average_radius
-        radii[name] = values if len(values) > 1 else values[0] if values else chosen
-    return radii or None
 
 
 def _tables(ds: xr.Dataset) -> Iterator[Table]:

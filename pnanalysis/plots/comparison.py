@@ -22,7 +22,7 @@ _PER_ROW = 4
 _LETTERS = 30  # of a line above a panel
 _Z95 = 1.96  # standard errors to either side that make a 95 % interval
 _NEVER_NEGATIVE = {"loss", "error", "n_outliers", "effective_rank"}
-_LEFT_OUT = {"norm", "negative_mass", "block_trace"}
+_LEFT_OUT = {"norm", "negative_mass", "block_trace", "block_norm", "eigenvalue"}
 _DARK = "#555555"  # of the legend's samples
 _THIN, _THICK = 1.0, 2.4  # bars of both errors, and of the probes alone
 

@@ -7,6 +7,7 @@ whole.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +23,17 @@ _ROUND_OFF = 8 * float(np.finfo(np.float32).eps)
 
 
 class Energies(NamedTuple):
-    """Of all blocks; those off the diagonal summed for each block, and their part of all energies of the block."""
+    """Of all blocks; those off the diagonal summed for each block, and their part of all energies of the block.
+
+    ``own`` are the energies of the diagonal blocks, with what each sign vector adds to their errors; ``network_share``,
+    of shape ``(1,)``, is the part of those off the diagonal of the energy of the whole matrix.
+    """
 
     energy: Moment
+    own: Moment
     coupling: Moment
     share: Moment
+    network_share: Moment
 
 
 def energies_of(found: BlockForms) -> Energies:
@@ -37,20 +44,39 @@ def energies_of(found: BlockForms) -> Energies:
     influences = _Influences(found, total)
     size = np.abs(total).max((1, 2))
     is_flat = size <= _ROUND_OFF * size.max()  # the matrix has no such rows, and the share would be one of noise
+    whole, deviation = _Columns.zeros((1,), groups), np.zeros((q, n))
+    in_all = [[np.zeros((q, q)), np.zeros((q, groups))] for _ in ("own", "others")]  # pairs and steps of all blocks
     for k in range(n):
         pairs = total[k] * total.swapaxes(1, 2) - known[k] * known.swapaxes(1, 2)
         steps = influences.of(k)  # (q, group, block)
+        own_parts, all_parts = (pairs[k], steps[..., k]), (pairs.sum(0), steps.sum(-1))
+        for i in (0, 1):
+            in_all[0][i] += own_parts[i]
+            in_all[1][i] += all_parts[i] - own_parts[i]
+        deviation[:, k] = deviations(pairs[k])
         energy.fill(k, pairs, steps, found.share, found.known_energy[k])
         off_known = found.known_energy[k].sum() - found.known_energy[k, k]
-        apart.fill(k, pairs.sum(0) - pairs[k], steps.sum(-1) - steps[..., k], found.share, off_known)
+        apart.fill(k, all_parts[0] - own_parts[0], all_parts[1] - own_parts[1], found.share, off_known)
         own, others = (np.nan, np.nan) if is_flat[k] else (energy.value[k, k], apart.value[k])
         by_own, by_others = slopes_of_share(own, others)
-        part.fill(
-            k, by_others * (pairs.sum(0) - pairs[k]) + by_own * pairs[k],
-            by_others * (steps.sum(-1) - steps[..., k]) + by_own * steps[..., k], found.share, 0.0,
-        )  # fmt: skip
+        linear = [by_others * (every - mine) + by_own * mine for every, mine in zip(all_parts, own_parts, strict=True)]
+        part.fill(k, linear[0], linear[1], found.share, 0.0)
         part.value[k] = share_of_others(own, others)
-    return Energies(*(columns.moment(q - 1, found.share) for columns in (energy, apart, part)))
+    own, others = np.trace(energy.value), apart.value.sum()
+    by_own, by_others = slopes_of_share(own, others)
+    linear = [by_own * mine + by_others * rest for mine, rest in zip(*in_all, strict=True)]
+    whole.fill(0, linear[0], linear[1], found.share, 0.0)
+    whole.value[0] = share_of_others(own, others)
+    every, *others = (columns.moment(q - 1, found.share) for columns in (energy, apart, part, whole))
+    return Energies(every, replace(diagonal(every), deviation=deviation), *others)
+
+
+def diagonal(energy: Moment) -> Moment:
+    """The energies of diagonal blocks among those of all blocks."""
+    return Moment(
+        np.diag(energy.value), np.diag(energy.probe_se), energy.probe_dof, np.einsum("gkk->gk", energy.form),
+        np.diag(energy.noise), energy.share,
+    )  # fmt: skip
 
 
 def share_of_others(own: Array | float, others: Array | float) -> Array:
@@ -137,4 +163,16 @@ def mean_over_pairs(pairs: Array) -> tuple[Array, Array]:
     return mean, np.sqrt(np.maximum(jackknife - excess * left, least))
 
 
-__all__ = ["Energies", "energies_of", "mean_over_pairs", "share_of_others", "slopes_of_share"]
+def deviations(pairs: Array) -> Array:
+    """What each vector adds to the error of the mean of ``(q, q)`` over pairs, ``(q,)``: the jackknife's.
+
+    The sum of their squares is the jackknife's variance; that of the squares of differences, for two matrices, is that
+    of the difference of their means. Both are never too small on average (Efron and Stein).
+    """
+    q = len(pairs)
+    pairs = (pairs + pairs.T) / 2
+    rows = pairs.sum(1) - np.diag(pairs)
+    return np.asarray(2 * (rows - rows.mean()) / (np.sqrt(q * (q - 1)) * (q - 2)))
+
+
+__all__ = ["Energies", "deviations", "diagonal", "energies_of", "mean_over_pairs", "share_of_others", "slopes_of_share"]

@@ -25,7 +25,7 @@ U-statistics. B. Efron, C. Stein, Annals of Statistics 9 (1981).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pnanalysis.arrays import Array
 from pnanalysis.spectra.block_diagonal import DiagonalSums
+from pnanalysis.spectra.block_energies import diagonal as diagonal_of
 from pnanalysis.spectra.block_energies import energies_of, share_of_others, slopes_of_share
 from pnanalysis.spectra.block_products import BlockForms, GroupedOperator, Partition, by_group
 from pnanalysis.spectra.data_error import variance_of_forms
@@ -53,8 +54,14 @@ class BlockMoments:
     trace : Moment, (block,)
     energy : Moment, (block, block)
         Squared Frobenius norms of all blocks.
+    own_energy : Moment, (block,)
+        Those of the diagonal blocks.
     coupling, coupling_share : Moment, (block,)
         The sum of a block's energies with all others, and its part of all energies of the block.
+    network_share : Moment, ()
+        The part that energies between different blocks have of that of the whole matrix.
+    concentration : Moment, ()
+        :func:`concentration` of the traces in few blocks.
     network_trace : Moment, ()
     n_hvp, n_probes, n_known : int
     exact : bool
@@ -64,8 +71,11 @@ class BlockMoments:
     partition: Partition
     trace: Moment
     energy: Moment
+    own_energy: Moment
     coupling: Moment
     coupling_share: Moment
+    network_share: Moment
+    concentration: Moment
     network_trace: Moment
     n_hvp: int
     n_probes: int
@@ -85,23 +95,46 @@ def moments_of(found: BlockForms) -> BlockMoments:
     n_blocks = len(found.partition.names)
     everything = Partition(("all",), (0,), (sum(found.partition.length),))
     whole = trace_of(found.merged(everything, np.ones((1, n_blocks))))
+    energies, trace = energies_of(found), trace_of(found)
+    value, slopes = concentration(trace.value)
+    spread = trace_of(found, slopes[None])
     return BlockMoments(
-        found.partition, trace_of(found), *energies_of(found), _only(whole), found.n_hvp, found.n_probes,
-        found.n_known, False, found.diagonal,
+        found.partition, trace, *energies[:4], _only(energies.network_share),
+        _only(replace(spread, value=np.array([value]))), _only(whole), found.n_hvp, found.n_probes, found.n_known,
+        False, found.diagonal,
     )  # fmt: skip
 
 
-def trace_of(found: BlockForms) -> Moment:
-    """Traces of the diagonal blocks."""
+def concentration(trace: Array) -> tuple[float, Array]:
+    r"""How far the traces of blocks are those of a few, :math:`\sum_k t_k^2 / (\sum_k \lvert t_k \rvert)^2`.
+
+    Returns
+    -------
+    (float, ndarray)
+        From 1 over the number of blocks, where all have the same, to 1, where a single block has all; NaN where all
+        are zero. And how it changes with each of them.
+    """
+    size = float(np.abs(trace).sum())
+    if not size > 0:
+        return np.nan, np.full(trace.shape, np.nan)
+    value = float(np.square(trace).sum() / size**2)
+    return value, np.asarray(2 * (trace / size - value * np.sign(trace)) / size)
+
+
+def trace_of(found: BlockForms, member: Array | None = None) -> Moment:
+    """Traces of the diagonal blocks, or sums of them with the weights ``member`` (sum, block)."""
     q = found.n_probes
     samples = np.diagonal(found.total - found.known, axis1=1, axis2=2).T  # (q, block)
+    own = np.diagonal(found.forms, axis1=2, axis2=3).astype(np.float64) / found.share[:, None, None]
+    known = found.known_trace
+    if member is not None:
+        samples, own, known = samples @ member.T, member @ own, member @ known
     mean = samples.mean(0)
     deviation = (samples - mean) / np.sqrt(q * (q - 1))
-    own = np.diagonal(found.forms, axis1=2, axis2=3).astype(np.float64) / found.share[:, None, None]
     centred = own - np.tensordot(found.share, own, 1) / found.share.sum()  # what all groups have in common cancels
     noise = np.tensordot(group_factors(found.share), centred.var(-1, ddof=1) / q, 1)
     return Moment(
-        found.known_trace + mean, np.sqrt(np.square(deviation).sum(0)), q - 1, own.mean(-1), noise, found.share,
+        known + mean, np.sqrt(np.square(deviation).sum(0)), q - 1, own.mean(-1), noise, found.share,
         deviation,
     )  # fmt: skip
 
@@ -167,10 +200,16 @@ def exact_moments(
     coupling = (value * off).sum(1)
     by_own, by_others = slopes_of_share(np.diag(value), coupling)
     part = by_own * np.einsum("gkk->gk", energy) + by_others * apart
+    inside, between = np.trace(value), coupling.sum()
+    by_inside, by_between = slopes_of_share(inside, between)
+    whole = by_inside * np.einsum("gkk->g", energy) + by_between * apart.sum(1)
+    traces = member @ np.diag(matrix)
+    concentrated, slopes = concentration(traces)
+    energies = moment(value, energy)
     return BlockMoments(
-        partition, moment(member @ np.diag(matrix), trace), moment(value, energy), moment(coupling, apart),
-        moment(share_of_others(np.diag(value), coupling), part), moment(np.trace(matrix), trace.sum(1)), n, n, 0, True,
-        sums,
+        partition, moment(traces, trace), energies, diagonal_of(energies), moment(coupling, apart),
+        moment(share_of_others(np.diag(value), coupling), part), moment(share_of_others(inside, between), whole),
+        moment(np.asarray(concentrated), trace @ slopes), moment(np.trace(matrix), trace.sum(1)), n, n, 0, True, sums,
     )  # fmt: skip
 
 
@@ -179,4 +218,4 @@ def _numbers(product: Tensor) -> Array:
     return found
 
 
-__all__ = ["BlockMoments", "Moment", "exact_moments", "moments_of", "trace_of"]
+__all__ = ["BlockMoments", "Moment", "concentration", "exact_moments", "moments_of", "trace_of"]

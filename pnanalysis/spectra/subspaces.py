@@ -126,6 +126,26 @@ def chance_overlap(n_parameters: int, a: int, b: int) -> tuple[float, float]:
     return many / P, float(np.sqrt(max(variance, 0.0))) / few
 
 
+def chance_p(found: Array, mean: Array, sd: Array) -> Array:
+    """Two-sided p-values of overlaps, if they were those of independent random spaces.
+
+    By the Beta distribution with the mean and the standard deviation that :func:`chance_overlap` gives, which is the
+    exact one where either space has one dimension. NaN where an overlap is not known or can have one value only.
+
+    Parameters
+    ----------
+    found, mean, sd : ndarray
+        Of one shape.
+    """
+    from scipy.stats import beta  # here, so that command lines start without SciPy
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        size = mean * (1 - mean) / sd**2 - 1
+        law = beta(mean * size, (1 - mean) * size)
+        p = 2 * np.minimum(law.sf(found), law.cdf(found))
+    return np.where((sd > 0) & np.isfinite(found), np.minimum(p, 1.0), np.nan)
+
+
 def squared_cosines(V: Tensor, vector: Tensor) -> Array:
     """Of a vector ``(P,)`` with each of the orthonormal columns ``(P, k)``: ``(k,)``; NaN for a zero vector.
 
@@ -169,6 +189,7 @@ __all__ = [
     "AngleBounds",
     "angle_bounds",
     "chance_overlap",
+    "chance_p",
     "overlap",
     "participation",
     "squared_cosines",

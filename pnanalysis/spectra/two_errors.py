@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -69,7 +69,7 @@ class Moment:
         """Square roots, to first order; NaN of estimates that are not positive."""
         size = np.sqrt(np.where(self.value > 0, self.value, np.nan))
         twice = 2 * size
-        return Moment(size, self.probe_se / twice, self.probe_dof, self.form / twice, self.noise / twice**2, self.share)
+        return replace(self.divided(twice), value=size)
 
     def merged(self, member: Array) -> Moment:
         """Sums over blocks, of numbers without random vectors; ``member`` is (sum, block)."""

@@ -423,32 +423,50 @@ def test_differences_of_traces_are_paired_by_examples() -> None:
     unpaired = np.hypot(own.trace_data_se[0], own.trace_data_se[1])
     assert (pair.block_trace_difference_se < 0.3 * unpaired).all()  # what examples do to both networks cancels
     assert (ds.block_trace_difference_p.isel(checkpoint=0, other=0) == 1).all()
+    np.testing.assert_allclose(ds.block_norm, own.frobenius_norm, rtol=1e-5)
+    np.testing.assert_allclose(
+        pair.block_norm_difference, own.frobenius_norm[1] - own.frobenius_norm[0], rtol=1e-3, atol=1e-6
+    )
+    unpaired = np.hypot(own.frobenius_norm_data_se[0], own.frobenius_norm_data_se[1])
+    assert (pair.block_norm_difference_se < 0.3 * unpaired).all()
+    np.testing.assert_allclose(ds.trace_concentration, own.trace_concentration, rtol=1e-5)
     assert any("Traces of the Hessian's" in sentence for sentence in pn.verdict(ds))
+    assert any("Frobenius norms of the Hessian's" in sentence for sentence in pn.verdict(ds))
     with pytest.raises(PnError, match="takes no option 'spectra'"):
         pn.compare(nets, data=data, blocks={"spectra": True}, **options)
     same = pn.compare({"a": a, "copy": copy.deepcopy(a)}, data=data, blocks={"n_hvp": 40}, **options)
     assert (same.block_trace_difference_p == 1).all()
+    assert (same.block_norm_difference_p == 1).all()
+    np.testing.assert_array_equal(same.block_norm_difference, 0.0)
 
 
 @pytest.mark.slow
 def test_what_signs_do_to_both_networks_cancels_in_differences_of_traces() -> None:
-    """Over seeds, the differences scatter as their errors say, a tenth of what independent signs would give."""
+    """Over seeds, the differences scatter as their errors say, far less than independent signs would make them."""
     rng = np.random.default_rng(0)
     one, step = (half + half.T for half in rng.standard_normal((2, 80, 80)))
     other = one + step / 20
     sizes = {"a": 50, "b": 30}
     exact = pn.blocks(other - one, blocks=sizes, progress=False).trace.values
-    found, stated, apart = [], [], []
+    norms = [[np.linalg.norm(H[at, at]) for at in (slice(50), slice(50, 80))] for H in (one, other)]
+    found, stated, apart, of_norms = [], [], [], []
     for seed in range(40):
         rows = [pn.blocks(H, blocks=sizes, n_hvp=30, seed=seed, progress=False) for H in (one, other)]
         ds = block_differences(stack(rows, ["one", "other"])).isel(checkpoint=1, other=0)
         found.append(ds.block_trace_difference.values)
         stated.append(ds.block_trace_difference_se.values)
         apart.append(np.hypot(*(row.trace_se.values for row in rows)))
+        own = np.hypot(*(row.frobenius_norm_se.values for row in rows))
+        of_norms.append([ds.block_norm_difference.values, ds.block_norm_difference_se.values, own])
     z = (np.array(found) - exact) / np.array(stated)
     assert 0.8 < np.sqrt((z**2).mean()) < 1.25  # of 80 numbers, which is known to 9 %, of 14 degrees of freedom each
     assert np.mean(np.abs(z) < 2.14) > 0.9
     assert np.mean(stated) < 0.3 * np.mean(apart)
+    value, se, own = np.moveaxis(np.array(of_norms), 1, 0)
+    z = (value - np.subtract(norms[1], norms[0])) / se
+    assert 0.6 < np.sqrt((z**2).mean()) < 1.25  # errors of pairs may be too large, by up to the root of two
+    assert np.mean(np.abs(z) < 2.14) > 0.9
+    assert se.mean() < 0.4 * own.mean()
 
 
 def test_differences_of_networks_that_took_different_numbers_of_signs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import xarray as xr
 from torch import nn
 
 import pnanalysis as pn
+from pnanalysis.analyses import finished_eigenpairs, network_sharpness
 from pnanalysis.analyses.champion import _with_selection
 from pnanalysis.analyses.champion_verdict import ADVICE, number_of
 from pnanalysis.analyses.contest import contest
@@ -21,6 +23,8 @@ from pnanalysis.errors import PnError
 from pnanalysis.io.runs import Run
 from trainers import Config, train
 
+champion_module = import_module("pnanalysis.analyses.champion")
+blocks_module = import_module("pnanalysis.analyses.blocks")
 FAST: dict[str, Any] = {"hessian": False, "saturation": False, "progress": False}
 CLASSES, INPUTS, HIDDEN = 3, 6, 10
 
@@ -155,6 +159,50 @@ def test_the_gradient_and_its_noise_are_those_of_the_loss(plain, restarts) -> No
     exact = float(((flat.detach() - flat.detach().mean(0)) ** 2).sum() / (599 * 600)) ** 0.5
     assert float(ds.gradient_noise[0]) == pytest.approx(exact, rel=0.4)  # from nine batches
     assert any(sentence.startswith("A minimum at all?") for sentence in pn.verdict(ds))
+
+
+MORE: dict[str, Any] = {
+    "eigenpairs": {"n": 100, "k": 2, "data_error": "none"}, "blocks": {"n": 100, "n_hvp": 16, "data_error": "none"},
+    "sharpness": {"n": 100, "n_steps": 2, "n_directions": 2, "measures": ("worst", "average")},
+    "n_points": 3, "n_line": 100, "cka": False, "align": False,
+}  # fmt: skip
+
+
+def test_an_interrupted_call_goes_on_and_finds_the_same(plain, restarts, tmp_path, monkeypatch) -> None:
+    """The second time, what was finished is not measured again: the call is as if it had not been interrupted."""
+    best, other = restarts["restart 1"], {"r": restarts["restart 2"]}
+    whole = judged(plain, best, other, **MORE)
+    new = ("overlap", "1_eigenvalue", "2_eigenvalue", "gradient_top", "0_block_trace", "2_block_trace",
+           "network_off_diagonal_share", "trace_concentration", "worst_rise")  # fmt: skip
+    assert set(new) <= set(whole.diagnostic.values)
+    assert (whole.diagnostic_units.sel(diagnostic=["1_eigenvalue", "2_block_trace"]) == "loss").all()
+    assert whole.null_rank.sel(diagnostic=["overlap", "2_eigenvalue", "0_block_trace"]).notnull().all()
+    calls: list[str] = []
+
+    def counted(module: Any, name: str, stop_at: int = 0) -> None:
+        inner = getattr(module, name)
+
+        def wrapped(*given: Any, **options: Any) -> Any:
+            calls.append(name)
+            if calls.count(name) == stop_at:
+                raise KeyboardInterrupt
+            return inner(*given, **options)
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    counted(champion_module, "network_landscape")
+    counted(finished_eigenpairs, "matrix_eigenpairs")
+    counted(network_sharpness, "worst_case")
+    counted(blocks_module, "matrix_blocks", stop_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        judged(plain, best, other, **MORE, state=tmp_path / "w")
+    names = ("network_landscape", "matrix_eigenpairs", "worst_case", "matrix_blocks")
+    assert [calls.count(name) for name in names] == [2, 3, 3, 2]
+    again = judged(plain, best, other, **MORE, state=tmp_path / "w")
+    assert [calls.count(name) for name in names] == [2, 3, 3, 4]
+    xr.testing.assert_equal(again, whole)
+    with pytest.raises(PnError, match="holds unfinished work with"):
+        judged(plain, best, other, **(MORE | {"n_points": 5}), state=tmp_path / "w")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import xarray as xr
 from torch import nn
 
 import pnanalysis as pn
+from pnanalysis import schema
 from pnanalysis.analyses.diagnostics import diagnostics, estimate_of
 from pnanalysis.analyses.hessian import SpectrumOptions
 from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
@@ -28,6 +29,7 @@ from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
 from pnanalysis.spectra.differences import compare_spectra
+from tests.plots.synthetic import curvature_along_training
 from trainers import Config, train
 
 SMALL = {"n": 100, "n_lanczos": 10, "n_probes": 3}
@@ -199,6 +201,35 @@ def test_rows_say_nothing_twice_and_count_in_whole_numbers(ends: xr.Dataset, tmp
     titles = [row.title for row in diagnostics(squared)]
     assert "validation loss" in titles
     assert not any(title.endswith("squared error") for title in titles)
+
+
+def test_runs_that_were_watched_are_compared_by_their_curvature_in_training(own_run: Run) -> None:
+    ends = own_run.manifest["ends"]
+    steps = np.arange(3)
+    top = np.array([[1.0, 4.0, 2.0], [1.0, 5.0, 3.0]])[: len(ends)]
+    ds = curvature_along_training().isel(step=slice(3)).assign_coords(step=steps)
+    ds = ds.expand_dims(iteration=np.arange(len(ends)))
+    numbers = {"lambda_max": top, "lambda_max_se": top / 20, "preconditioned_lambda_max": 3 * top,
+               "preconditioned_lambda_max_se": top / 10, "threshold": np.full(top.shape, 10.0), "n_hvp": top,
+               "seconds": top}  # fmt: skip
+    ds = ds.assign({name: (("iteration", "step"), one) for name, one in numbers.items()}).assign(residual=ds.eigenvalue)
+    file = pn.save(schema.finish(ds, "curvature_monitor"), own_run.path / ANALYSIS / "curvature_monitor.nc")
+    fast: dict[str, Any] = {"n": 50, "hessian": False, "cka": False, "saturation": False, "progress": False}
+    found = pn.compare(own_run, checkpoints=["iter00", "iter01", "start"], **fast)
+    np.testing.assert_allclose(found.last_lambda_max, [2.0, 3.0, 1.0])
+    np.testing.assert_allclose(found.last_threshold_ratio, [0.6, 0.9, 0.3])
+    pair = found.isel(checkpoint=1, other=0)
+    assert float(pair.last_lambda_max_difference) == 1.0
+    assert float(pair.last_lambda_max_difference_se) == pytest.approx(np.hypot(0.1, 0.15))
+    assert float(pair.last_threshold_ratio_difference_se) == pytest.approx(np.hypot(0.02, 0.03))
+    assert float(pair.last_threshold_ratio_difference_p) < 1e-6
+    itself = found.isel(checkpoint=1, other=1)
+    assert (float(itself.last_lambda_max_difference), float(itself.last_lambda_max_difference_p)) == (0.0, 1.0)
+    titles = {row.key: row.title for row in diagnostics(found)}
+    assert titles["last_threshold_ratio"].strip() == "preconditioned, over threshold"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.warns(UserWarning, match="is compared without its curvature along training"):
+        assert "last_lambda_max" not in pn.compare(own_run, checkpoints=["iter00", "iter01"], **fast)
 
 
 def test_a_checkpoint_does_not_differ_from_itself(tiny_run: Run) -> None:

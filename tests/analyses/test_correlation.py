@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
+from inspect import signature
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ import xarray as xr
 from scipy.stats import kendalltau
 
 import pnanalysis as pn
+from pnanalysis import schema as pn_schema
 from pnanalysis.analyses import correlation
+from pnanalysis.analyses.monitored_curvature import monitored
 from pnanalysis.analyses.rank_correlation import (
     conditional_information,
     granulated,
@@ -26,6 +31,7 @@ from pnanalysis.analyses.rank_correlation import (
 from pnanalysis.errors import PnError, RunError
 from pnanalysis.io.runs import Run
 from tests.conftest import TINY
+from tests.plots.synthetic import barrier, curvature_along_training
 from trainers import Config
 from trainers.runs.sweep import sweep
 
@@ -243,6 +249,126 @@ def test_rises_count_at_one_radius_unless_they_are_asked_for(grid: Path) -> None
     chosen = pn.correlate(grid, diagnostics=["rise ball"], **QUIET)
     assert chosen.diagnostic.values.tolist() == ["rise ball 0.1", "rise ball 0.2", "rise ball 0.4"]
     assert (chosen.value_se > 0).all()
+
+
+def saved_with_each(grid: Path, tmp_path: Path, make: Callable[[Run, int], xr.Dataset]) -> Path:
+    """A copy of the runs, each with a dataset of its own."""
+    out = tmp_path / "runs"
+    shutil.copytree(grid, out)
+    for i, path in enumerate(sorted(file.parent for file in out.glob("*/run.json"))):
+        shutil.rmtree(path / "analysis", ignore_errors=True)
+        ds = make(pn.open_run(path), i)
+        pn.save(ds, path / "analysis" / f"{ds.attrs['kind']}.nc")
+    return out
+
+
+def of_checkpoint(ds: xr.Dataset) -> xr.Dataset:
+    """A dataset of one matrix as that of the end of a run's first iteration."""
+    place = {"checkpoint": ["champion"], "iteration": ("checkpoint", [0]), "epoch": ("checkpoint", [1])}
+    return ds.expand_dims("checkpoint").assign_coords(place)
+
+
+def test_blocks_count_by_what_they_say_of_the_whole_network(grid: Path, tmp_path: Path) -> None:
+    rng, matrices = np.random.default_rng(0), []
+
+    def blocks(run: Run, i: int) -> xr.Dataset:
+        half = rng.normal(size=(6, 6))
+        matrices.append(half @ half.T)
+        return of_checkpoint(pn.blocks(matrices[-1], blocks={"a": 2, "b": 4}, progress=False))
+
+    ds = pn.correlate(saved_with_each(grid, tmp_path, blocks), diagnostics=["blocks"], **QUIET)
+    assert ds.diagnostic.values.tolist() == ["network_trace", "network_off_diagonal_share", "trace_concentration"]
+    for H, values in zip(matrices, ds.value.values.T, strict=True):
+        traces = np.array([np.trace(H[:2, :2]), np.trace(H[2:, 2:])])
+        between = 2 * np.square(H[:2, 2:]).sum() / np.square(H).sum()
+        expected = [traces.sum(), between, np.square(traces).sum() / traces.sum() ** 2]
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
+
+
+def test_lines_count_where_they_end_in_the_checkpoint_and_stay_in_the_run(grid: Path, tmp_path: Path) -> None:
+    def line(run: Run, i: int) -> xr.Dataset:
+        start, end = ((run.path.name, 0, epoch) for epoch in (0, 1))
+        if i == 3:
+            start = ("another run", 0, 1)
+        ds = barrier()
+        one = ds.barrier.isel(split=0, drop=True)
+        ds = ds.assign(excess=ds.loss, excess_se=ds.loss_se, barrier_position=ds.barrier, distance=one, length=one)
+        return ds.assign(barrier=ds.barrier + i).pipe(pn_schema.finish, "barrier", places=[start, end])
+
+    out = saved_with_each(grid, tmp_path, line)
+    last = sorted(out.glob("*/run.json"))[3].parent
+    with pytest.warns(UserWarning, match=r"saved barrier of 1 of 4 runs is not of the champion .* with pn\.landscape"):
+        pn.correlate(out, **QUIET)
+    ds = pn.load(last / "analysis" / "barrier.nc")
+    places = json.loads(ds.attrs["places"])
+    pn.save(ds.assign_attrs(places=json.dumps([[last.name, 0, 0], places[1]])), last / "analysis" / "barrier.nc")
+    found = pn.correlate(out, diagnostics=["barrier"], **QUIET)
+    first = pn.load(sorted(out.glob("*/analysis/barrier.nc"))[0])
+    for name, split in (("barrier line train", "train"), ("barrier line test", "test")):
+        own = found.sel(diagnostic=name)
+        np.testing.assert_allclose(own.value, float(first.barrier.sel(path="line", split=split)) + np.arange(4))
+        np.testing.assert_allclose(own.value_se, float(first.barrier_se.sel(path="line", split=split)))
+    chosen = pn.correlate(out, **QUIET).diagnostic.values.tolist()
+    assert "barrier line train" in chosen
+    assert "barrier line test" not in chosen  # unless it is asked for
+
+
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_curvature_along_training_counts_up_to_the_checkpoint(grid: Path, tmp_path: Path, is_stacked: bool) -> None:
+    def monitor(run: Run, i: int) -> xr.Dataset:
+        steps = -(-run.manifest["data"]["n_train"] // run.manifest["config"]["batch_size"])
+        top = np.array([1.0, 5.0 + i, 3.0 - i / 8, np.nan])
+        ds = curvature_along_training().isel(step=slice(4)).assign_coords(step=[0, 3, steps, steps + 1])
+        numbers = {"lambda_max": top, "lambda_max_se": top / 10, "preconditioned_lambda_max": 2 * top,
+                   "preconditioned_lambda_max_se": top / 5, "threshold": np.full(4, 20.0)}  # fmt: skip
+        numbers |= dict.fromkeys(("n_hvp", "seconds"), np.ones(4))
+        ds = ds.assign({name: ("step", one) for name, one in numbers.items()}).assign(residual=ds.eigenvalue)
+        return pn_schema.finish(ds.expand_dims(iteration=[0]) if is_stacked else ds, "curvature_monitor")
+
+    out = saved_with_each(grid, tmp_path, monitor)
+    ds = pn.correlate(out, diagnostics=["curvature_monitor"], **QUIET)
+    expected = {
+        "last_lambda_max": 3.0 - np.arange(4) / 8, "highest_lambda_max": 5.0 + np.arange(4),
+        "last_threshold_ratio": (3.0 - np.arange(4) / 8) / 10, "highest_threshold_ratio": (5.0 + np.arange(4)) / 10,
+    }  # fmt: skip
+    assert ds.diagnostic.values.tolist() == list(expected)
+    np.testing.assert_allclose(ds.value, list(expected.values()))
+    np.testing.assert_allclose(ds.value_se, ds.value / 10)
+    run = pn.open_run(next(out.glob("*/run.json")).parent)
+    at_start = monitored(pn.load(run.files["curvature_monitor"]), run, run.start)
+    assert float(at_start.highest_lambda_max) == 1.0  # what comes later has no part in it
+
+
+def test_interrupted_computations_go_on_where_they_were(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "runs"
+    shutil.copytree(grid, out, ignore=shutil.ignore_patterns("analysis"))
+    seen: list[tuple[str, bool]] = []
+
+    def small(run: Run, checkpoints: tuple[str], state: Path, vectors: bool, **options: Any) -> xr.Dataset:
+        assert (checkpoints, vectors) == (("champion",), False)
+        seen.append((run.path.name, (state / "begun").is_file()))
+        state.mkdir(parents=True, exist_ok=True)
+        (state / "begun").touch()
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        ds = of_checkpoint(pn.eigenpairs(np.eye(2), vectors=False, progress=False))
+        return pn_schema.finish(ds.assign(gradient_norm=("checkpoint", [float(len(seen))])), "eigenpairs")
+
+    monkeypatch.setattr(correlation, "_analyses", lambda: {"eigenpairs": small})
+    with pytest.raises(KeyboardInterrupt):
+        pn.correlate(out, compute=["eigenpairs"], **QUIET)
+    pn.correlate(out, compute=["eigenpairs"], **QUIET)
+    names = sorted(path.parent.name for path in out.glob("*/run.json"))
+    assert seen == [(names[0], False), (names[1], False), (names[1], True), (names[2], False), (names[3], False)]
+    assert not list(out.glob("*/analysis/*unfinished"))
+
+
+def test_analyses_that_can_be_computed_can_be_resumed() -> None:
+    for kind, analyse in correlation._analyses().items():
+        assert {"checkpoints", "device", "seed", "data", "progress"} <= signature(analyse).parameters.keys()
+        assert ("state" in signature(analyse).parameters) == (kind != "saturation"), kind
 
 
 @pytest.mark.parametrize(

@@ -538,6 +538,51 @@ def test_compare_has_overlaps_on_request() -> None:
         pn.compare(nets, data=data, eigenpairs={"kay": 3}, **options)
 
 
+def test_differences_of_eigenvalues_are_paired_by_examples() -> None:
+    torch.manual_seed(0)
+    nets = {"a": nn.Linear(4, 3), "b": nn.Linear(4, 3), "near": nn.Linear(4, 3)}
+    for name, tensor in nets["a"].state_dict().items():
+        nets["near"].state_dict()[name].copy_(1.02 * tensor)
+    data = torch.randn(200, 4), torch.randint(0, 3, (200,))
+    options: dict[str, Any] = {"loss": F.cross_entropy} | QUIET
+    asked = {"k": 3, "n": None, "data_error": "examples"}
+    ds = pn.compare(nets, data=data, eigenpairs=asked, hessian=False, cka=False, saturation=False, **options)
+    own = pn.eigenpairs(nets, data=data, **asked, **options)
+    np.testing.assert_allclose(ds.eigenvalue, own.value, rtol=1e-4)
+    np.testing.assert_allclose((own.value_form * own.group_weight).sum("group"), own.value, rtol=1e-4)
+    for name, i in (("b", 1), ("near", 2)):
+        pair = ds.isel(checkpoint=i, other=0)
+        np.testing.assert_allclose(pair.eigenvalue_difference, own.value[i] - own.value[0], atol=1e-5)
+        weight = own.group_weight[0].values
+        change = (own.value_form[i] - own.value_form[0]).values
+        centred = change - (change @ weight / weight.sum())[:, None]
+        n = len(weight)
+        expected = np.sqrt(n / (n - 1) * np.square(centred) @ weight**2)
+        np.testing.assert_allclose(pair.eigenvalue_difference_data_se, expected, rtol=1e-2, err_msg=name)
+    assert (pair.eigenvalue_difference_data_se < 0.1 * np.hypot(own.value_data_se[0], own.value_data_se[2])).all()
+    assert float(pair.overlap) > 0.99
+    assert float(pair.overlap_p) < 1e-6
+    assert np.isnan(float(ds.overlap_p.isel(checkpoint=0, other=0)))
+    assert any("leading eigenvalues" in sentence and "than chance" in sentence for sentence in pn.verdict(ds))
+    itself = ds.isel(checkpoint=1, other=1)
+    np.testing.assert_array_equal(itself.eigenvalue_difference, 0.0)
+    np.testing.assert_array_equal(itself.eigenvalue_difference_p, 1.0)
+    np.testing.assert_array_equal(itself.eigenvalue_difference_high, 0.0)
+
+
+def test_matrices_that_do_not_depend_on_the_weights_have_equal_pairs() -> None:
+    """Of least squares: the Hessian is that of the data alone, and all differences are round-off."""
+    torch.manual_seed(0)
+    nets, data = {"a": nn.Linear(5, 1), "b": nn.Linear(5, 1)}, (torch.randn(80, 5), torch.randn(80, 1))
+    ds = pn.compare(nets, data=data, loss="mse", eigenpairs={"k": 2, "n": None}, hessian=False, cka=False,
+                    saturation=False, **QUIET)  # fmt: skip
+    x = torch.cat([data[0], torch.ones(80, 1)], dim=1).double()
+    exact = torch.linalg.eigvalsh(2 * x.T @ x / 80).numpy()[:-3:-1]
+    np.testing.assert_allclose(ds.eigenvalue, [exact, exact], rtol=1e-4)
+    np.testing.assert_array_equal(ds.eigenvalue_difference_p, 1.0)
+    assert float(ds.overlap[0, 1]) == pytest.approx(1.0, abs=1e-4)
+
+
 def test_a_loss_with_the_network_in_it_has_no_classes_but_pairs() -> None:
     def residual(model: nn.Module, batch: Any) -> Tensor:
         return (model(batch[0]) - batch[1]).square().mean()

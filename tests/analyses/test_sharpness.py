@@ -12,7 +12,9 @@ import torch
 import xarray as xr
 from torch import nn
 
+import pnanalysis as pn
 from pnanalysis.analyses import network_sharpness
+from pnanalysis.analyses.diagnostics import diagnostics
 from pnanalysis.analyses.sharpness import RADII, sharpness
 from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.inputs.networks import open_files
@@ -317,6 +319,30 @@ def test_finished_parts_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.M
         sharpness(network, state=folder, n_steps=3, **options)
     other = (CLASSES[0] + 1, CLASSES[1])  # other data, which settings do not name: nothing is taken over
     assert not sharpness(network, state=folder, **{**options, "data": other}).equals(resumed)
+
+
+def test_a_comparison_has_all_radii_of_all_neighbourhoods(tmp_path: Path) -> None:
+    nets = {name: relu_network(factor) for name, factor in (("a", 1.0), ("b", 1.3), ("same", 1.0))}
+    data = torch.randn(60, 4), torch.randint(0, 3, (60,))
+    radii = {"ball": [0.05, 0.2], "adaptive": [0.1, 0.4]}
+    how: dict[str, Any] = {"radii": radii, "n": None, "n_steps": 2, "n_directions": 3, "second_order": False,
+                           "measures": ("worst", "average")}  # fmt: skip
+    ds = pn.compare(nets, data=data, sharpness=how, hessian=False, cka=False, saturation=False, progress=False)
+    own = sharpness(nets, data=data, **how, progress=False)
+    assert ds.rise.values.tolist() == ["ball 0.05", "ball 0.2", "adaptive 0.1", "adaptive 0.4"]
+    for name, mine in (("worst_rise", "rise"), ("mean_rise", "average")):
+        for end in ("", "_se"):
+            values = own[f"{mine}{end}"].transpose("neighbourhood", "radius_index", "checkpoint").values.reshape(4, 3)
+            np.testing.assert_allclose(ds[f"{name}{end}"], values, rtol=1e-5, atol=1e-9)
+        difference = ds[f"{name}_difference"].values
+        np.testing.assert_allclose(difference[:, 1, 0], (ds[name][:, 1] - ds[name][:, 0]), rtol=1e-5, atol=1e-9)
+        np.testing.assert_array_equal(difference[:, 2, 0], 0.0)
+        p = ds[f"{name}_difference_p"]
+        assert p.dims == ("rise", "checkpoint", "other")
+        np.testing.assert_array_equal(p[:, 2, 0], 1.0)
+    keys = [row.key for row in diagnostics(ds)]
+    assert {"worst_rise:ball 0.2", f"mean_rise:{ds.mean_radius.values[3]}"} <= set(keys)
+    pn.plots.plot(pn.load(pn.save(ds, tmp_path / "c.nc")))
 
 
 def test_networks_without_second_derivatives_have_the_rest(recwarn: pytest.WarningsRecorder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,33 @@ def test_the_answers_are_printed_saved_drawn_and_reported(run, study: Run, tmp_p
     page = write_report([study], tmp_path / "report.html").read_text()
     assert "Champion and restarts" in page
     assert "Another minimum? " in page
+
+
+def test_an_interrupted_command_continues_with_what_all_options_measure(
+    run, study: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion, given = import_module("pnanalysis.analyses.champion"), []
+    inner = champion.compare_selected
+
+    def compared(selection, wanted, *options):
+        given.append(wanted)
+        if len(given) == 1:
+            raise KeyboardInterrupt
+        return inner(selection, replace(wanted, eigenpairs=None, blocks=None), *options)
+
+    monkeypatch.setattr(champion, "compare_selected", compared)
+    command = ("pnanalysis", "champion", study.path, *FAST, "--eigenpairs", "--blocks", "--n-hessian", 50, "-o",
+               tmp_path / "c.nc")  # fmt: skip
+    done = run(*command)
+    assert done.status == 130
+    lines = list((tmp_path / "c.unfinished" / "lines").glob("*.nc"))
+    assert lines
+    monkeypatch.setattr(champion, "network_landscape", None)  # no line is needed any more
+    done = run(*command)
+    assert done.status == 0, done.err
+    assert "continuing from what is saved" in done.err
+    assert not (tmp_path / "c.unfinished").exists()
+    assert [(one.eigenpairs.n, one.blocks.n, one.sharpness) for one in given] == [(50, 50, None)] * 2
 
 
 def test_weights_are_plain_champion_and_restarts(run, study: Run, tmp_path: Path) -> None:

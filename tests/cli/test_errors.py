@@ -47,6 +47,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
         (("pnanalysis", "sharpness", "/no/such/run", "--radius", "ball=wide"), "write ball|adaptive|filter|box"),
         (("pnanalysis", "sharpness", "/no/such/run", "--average-radius", "cube=1"), "--average-radius cube=1"),
         (("pnanalysis", "correlate"), "name a folder of runs"),
+        (("pnanalysis", "compare", "--radius", "cube=1"), "such as ball=0.05"),
         (("pnanalysis", "correlate", "/no/such/folder"), "no such run"),
         (("pnanalysis", "dance"), "see pnanalysis --help"),
         (("pnanalysis", "hesian"), "Did you mean 'hessian'"),

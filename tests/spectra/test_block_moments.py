@@ -38,6 +38,8 @@ def truth(H: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "trace": member @ np.diag(H), "energy": energy, "coupling": apart,
         "coupling_share": apart / energy.sum(1), "network_trace": np.trace(H),
+        "network_share": apart.sum() / energy.sum(),
+        "concentration": np.square(member @ np.diag(H)).sum() / np.abs(member @ np.diag(H)).sum() ** 2,
     }  # fmt: skip
 
 
@@ -51,7 +53,10 @@ def repeated(request: pytest.FixtureRequest) -> tuple[np.ndarray, list[BlockMome
     return H, [sampled(H, request.param, seed, diagonal=True) for seed in range(N_SEEDS)]
 
 
-@pytest.mark.parametrize("name", ["trace", "energy", "coupling", "coupling_share", "network_trace"])
+@pytest.mark.parametrize(
+    "name",
+    ["trace", "energy", "coupling", "coupling_share", "network_trace", "network_share", "concentration"],
+)
 def test_estimates_are_unbiased_and_their_errors_are_right(repeated, name: str) -> None:
     H, found = repeated
     values = np.stack([getattr(one, name).value for one in found])
@@ -220,14 +225,14 @@ def by_columns(operator: Groups, seed: int) -> BlockMoments:
 @pytest.mark.parametrize("compute", [by_signs, by_columns])
 def test_errors_of_examples_are_the_scatter_over_data_sets(compute) -> None:
     found = [compute(Groups(seed), seed) for seed in range(40)]
-    for name in ("trace", "energy", "coupling", "coupling_share"):
+    for name in ("trace", "energy", "coupling", "coupling_share", "network_share", "concentration"):
         values = np.stack([getattr(one, name).value for one in found])
         moments = [getattr(one, name) for one in found]
         stated = np.sqrt(np.mean([one.se**2 for one in moments], axis=0))
         ratio = stated / values.std(0, ddof=1)  # known to 11 %, and less well with heavy tails
         assert (ratio > 0.7).all(), name
         # where the noise of signs is far above what examples do, that is not known so well
-        assert (ratio < (3 if name == "coupling_share" and compute is by_signs else 1.4)).all(), name
+        assert (ratio < (3 if name.endswith("share") and compute is by_signs else 1.4)).all(), name
     diagonal = np.stack([one.diagonal.value for one in found])
     stated = np.sqrt(np.mean([one.diagonal.probe_se**2 + one.diagonal.data_se**2 for one in found], axis=0))
     assert 0.85 < np.median(stated / diagonal.std(0, ddof=1)) < (2 if compute is by_signs else 1.2)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import subspace_angles
+from scipy.stats import beta, kstest
 
 from pnanalysis.errors import CurvatureError
-from pnanalysis.spectra.subspaces import angle_bounds, chance_overlap, overlap, participation, squared_cosines
+from pnanalysis.spectra.subspaces import angle_bounds, chance_overlap, chance_p, overlap, participation, squared_cosines
 
 
 def frame(n: int, k: int, seed: int) -> torch.Tensor:
@@ -43,6 +44,28 @@ def test_random_spaces_overlap_as_chance_says(n: int, a: int, b: int) -> None:
     assert found.std() == pytest.approx(sd, rel=0.15)  # five standard errors of a standard deviation from 600 draws
     assert chance_overlap(1, 1, 1) == (1.0, 0.0)
     assert chance_overlap(3, 3, 2) == (1.0, 0.0)  # all of space holds the other
+
+
+@pytest.mark.parametrize(("n", "a", "b"), [(12, 1, 1), (12, 1, 4), (40, 3, 3), (30, 2, 6)])
+def test_p_values_of_random_spaces_are_uniform(n: int, a: int, b: int) -> None:
+    mean, sd = chance_overlap(n, a, b)
+    rng = np.random.default_rng(0)
+    V = np.linalg.qr(rng.standard_normal((4000, n, a)))[0]
+    found = np.square(V[:, :b]).sum((1, 2)) / min(a, b)  # with the space of the first axes
+    p = chance_p(found, np.full(4000, mean), np.full(4000, sd))
+    assert kstest(p, "uniform").pvalue > 1e-3
+    if a == 1:  # a squared length of part of a random direction
+        exact = beta(b / 2, (n - b) / 2)
+        np.testing.assert_allclose(p, 2 * np.minimum(exact.cdf(found), exact.sf(found)), rtol=1e-9)
+
+
+def test_spaces_that_coincide_are_no_chance_and_those_of_all_dimensions_say_nothing() -> None:
+    for n, a in ((50, 3), (10_000, 10)):
+        mean, sd = (np.array(one) for one in chance_overlap(n, a, a))
+        assert chance_p(np.array(1.0), mean, sd) < 1e-12
+        assert chance_p(mean, mean, sd) > 0.8
+    assert np.isnan(chance_p(np.array(1.0), np.array(1.0), np.array(0.0)))
+    assert np.isnan(chance_p(np.array(np.nan), np.array(0.1), np.array(0.1)))
 
 
 def test_spaces_of_other_sizes_are_refused() -> None:
