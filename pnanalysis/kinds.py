@@ -511,6 +511,7 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "distance_rhat": _var("", "1", "R-hat of the distance"),
         "effective_draws": _var("", "1", "effective number of draws of the loss"),
         "converged": _var("", "1", "whether the chains have converged (1) or not (0)"),
+        **_with_se("stein_excess", "", "1", "relative excess of squared gradients over Stein's identity", _OPTIONAL),
         "excess": _var("chain draw", "loss", "loss above that of the checkpoint"),
         "distance": _var("chain draw", "1", "Euclidean distance from the checkpoint"),
         "influence": _var(

@@ -38,6 +38,7 @@ from pnanalysis.sampling.anchor import Anchor
 from pnanalysis.sampling.langevin import SAMPLERS, Posterior, Stiff
 from pnanalysis.sampling.local_learning import Plan, sample, with_steps_that_hold
 from pnanalysis.sampling.stacked_gradients import StackedGradients
+from pnanalysis.sampling.stein import is_large
 from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.restarted import extreme_pairs
@@ -179,7 +180,9 @@ def learning_coefficient(
         :math:`\tfrac12\sum_i h_i/(h_i + \gamma/n\beta)` over the positive eigenvalues of the Hessian: a
         :math:`\hat\lambda` far from it means that the minimum is not quadratic at this temperature. ``rhat`` (of the
         loss), ``distance_rhat`` and ``effective_draws`` say whether the chains have converged, and ``converged`` (0 or
-        1) that they have: R-hats below 1.05 and 1.1, and 100 effective draws. ``excess`` and ``distance`` ``(chain,
+        1) that they have: R-hats below 1.05 and 1.1, and 100 effective draws. ``stein_excess`` shows what R-hat
+        does not, steps that are too long: about the fraction by which the coefficient is too large, see
+        :mod:`pnanalysis.sampling.stein`. ``excess`` and ``distance`` ``(chain,
         draw)`` are the loss above that of the checkpoint and the distance from it, burn-in included; ``"minibatch"``
         measures the loss at some of the draws, and has NaN at the others. ``influence`` ``(chain, example)`` is how the
         coefficient changes with the weight of each example, as each chain has it (with the error of examples).
@@ -343,6 +346,7 @@ def _of_chains(
     plan = replace(plan, burn_in=burn_in, n_draws=n_draws)
     with progress_bar(f"chains of {label}", burn_in + n_draws, progress) as advance:
         found = sample(anchor, plan, advance, state)
+    _warn_of_steps(found, label)
     rows = iter(found.isel(posterior=i) for i in range(len(grid)))
     table = [xr.concat([next(rows) for _ in options.step_sizes], "step_size") for _ in options.localizations]
     ds = xr.concat(table, "localization").assign_coords(localization=list(options.localizations))
@@ -350,6 +354,19 @@ def _of_chains(
     gaussian = [_gaussian(spectrum, gamma / nbeta) for gamma in options.localizations]
     columns = {name: ("localization", [one[name] for one in gaussian]) for name in gaussian[0]}
     return ds.assign(columns).assign(loss=found.loss, burn_in=burn_in)
+
+
+def _warn_of_steps(found: xr.Dataset, label: str) -> None:
+    """Say which draws are not those of their posterior, whatever R-hat is."""
+    columns = (found[name].values for name in ("stein_excess", "stein_excess_se", "epsilon"))
+    for excess, se, step in zip(*columns, strict=True):
+        if is_large(float(excess), float(se)):
+            off = f"by Stein's identity off by {excess:.2f} ± {se:.2f}".replace("-", "\N{MINUS SIGN}")
+            do = f"take a step_size below {step:.2g}" if excess > 0 else "take a longer burn_in"
+            warnings.warn(
+                f"{label}: draws are not those of the posterior, {off}, and so about is the coefficient; {do}",
+                stacklevel=2,
+            )
 
 
 def _hessian(
@@ -385,15 +402,17 @@ def _stiff(op: HessianOperator, options: ChainOptions, state: Unfinished | None)
 
 
 def _grid(options: ChainOptions, nbeta: float, stiff: Stiff | None, label: str) -> list[Posterior]:
-    """A posterior for each localization and step size."""
-    if stiff is None and None in options.step_sizes:
-        raise ModelError(f"{label}: it has no Hessian to choose a step size by; give step_size")
+    """A posterior for each localization and step size.
+
+    Without a Hessian, steps are chosen by the pull alone, and made to fit the curvature that chains meet.
+    """
 
     def posterior(gamma: float, step: float | None) -> Posterior:
         if step is not None:
             return Posterior(nbeta, gamma, step)
-        assert stiff is not None
-        value, courant = float(stiff.value[0]) if options.sampler == "sgld" else stiff.rest, _COURANT[options.sampler]
+        value, courant = 0.0, _COURANT[options.sampler]
+        if stiff is not None:
+            value = float(stiff.value[0]) if options.sampler == "sgld" else stiff.rest
         return Posterior(nbeta, gamma, courant / (nbeta * max(value, 0.0) + gamma), courant)
 
     return [posterior(gamma, step) for gamma, step in product(options.localizations, options.step_sizes)]

@@ -218,6 +218,20 @@ class Chains:
             size = vectors.norm(dim=1, keepdim=True)
         return size[:, 0]
 
+    def stein_sides(self, points: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The gradient of the loss times that of the potential, and the trace of the loss' Hessian, both ``(chain,)``.
+
+        Of all examples; the trace by one vector of random signs, which belongs to the step.
+        """
+        moved = points - self._centre
+        _, slope = self._whole(points)
+        down = self._nbeta * slope + self._localization * moved
+        signs = self._noise(-2 - step, points).sign()
+        length = _DIFFERENCE * moved.norm(dim=1, keepdim=True) / math.sqrt(points.shape[1])
+        (_, ahead), (_, behind) = self._whole(points + length * signs), self._whole(points - length * signs)
+        trace = ((ahead - behind).double() * signs.double()).sum(1) / (2 * length[:, 0].double())
+        return (slope.double() * down.double()).sum(1), trace
+
     def batch_noise(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """What the noise of single batches does to each chain's loss, and that loss, both ``(chain,)``, in nats.
 

@@ -20,6 +20,7 @@ from pnanalysis.sampling.anchor import Anchor
 from pnanalysis.sampling.convergence import effective_sample_size, rank_normalised_rhat
 from pnanalysis.sampling.influence import Influence, standard_error
 from pnanalysis.sampling.langevin import Chains, Draw, Posterior, Stiff, spread_over_passes
+from pnanalysis.sampling.stein import SteinIdentity
 from pnanalysis.terminal.progress import Advance
 
 #: Chains count as converged below these R-hats of the loss and of the distance, and from this many effective draws on.
@@ -98,7 +99,8 @@ def sample(
         If all chains of a posterior leave the region where the loss is finite, or the losses of the examples are not
         those of the batches.
     """
-    chains, record = _chains(anchor, plan), _Record(anchor, plan)
+    chains = _chains(anchor, plan)
+    record = _Record(anchor, plan, chains)
     first, points = record.restore(state)
     if advance is not None and first:
         advance(first)
@@ -113,7 +115,7 @@ def sample(
                 advance(1)
         noise = _share_of_batches(chains, draw.points, plan) if plan.sampler == "minibatch" else None
     parts = [
-        _estimate(one, plan, *record.traces(i), record.influences[i : i + 1], len(anchor.factors))
+        _estimate(one, plan, *record.traces(i), record.influences[i : i + 1], record.excess(i), len(anchor.factors))
         for i, one in enumerate(plan.posteriors)
     ]
     if noise is not None:
@@ -199,7 +201,8 @@ def _ends(chains: Chains, n_steps: int, n_chains: int) -> tuple[Tensor, list[boo
 
 
 def _estimate(
-    one: Posterior, plan: Plan, excess: Array, distance: Array, influences: Sequence[Influence], n_batches: int
+    one: Posterior, plan: Plan, excess: Array, distance: Array, influences: Sequence[Influence], stein: Estimate,
+    n_batches: int,
 ) -> xr.Dataset:  # fmt: skip
     """What the chains of one posterior say."""
     drawn, far = excess[:, plan.burn_in :], distance[:, plan.burn_in :]
@@ -225,7 +228,7 @@ def _estimate(
         found = dict.fromkeys(found, math.nan)
     found |= {
         "rhat": rhat, "distance_rhat": distance_rhat, "effective_draws": effective, "converged": float(converged),
-        "epsilon": one.step_size, "nbeta": one.nbeta,
+        "stein_excess": stein.value, "stein_excess_se": stein.se, "epsilon": one.step_size, "nbeta": one.nbeta,
     }  # fmt: skip
     ds = xr.Dataset(found | {"excess": (("chain", "draw"), excess), "distance": (("chain", "draw"), distance)})
     return ds if influence is None else ds.assign(influence=(("chain", "example"), influence))
@@ -240,7 +243,7 @@ def _means(draws: Array, n_batches: int) -> Array:
 class _Record:
     """What is kept of chains: traces, and all examples at some draws, for their influences and to check the batches."""
 
-    def __init__(self, anchor: Anchor, plan: Plan) -> None:
+    def __init__(self, anchor: Anchor, plan: Plan, chains: Chains) -> None:
         self._anchor, self._plan, self._n_chains = anchor, plan, plan.n_chains
         self.influences: list[Influence] = []
         self._full_steps: list[int] = []
@@ -256,6 +259,7 @@ class _Record:
             places = np.linspace(plan.burn_in, plan.n_steps - 1, min(_FULL_DRAWS, plan.n_draws))
             self._full_steps = sorted(set(places.round().astype(int).tolist()))
         self._of_examples = np.full((n_chains, len(self._full_steps)), np.nan)
+        self._stein = SteinIdentity(chains, n_chains, plan.burn_in, plan.n_draws)
 
     def add(self, step: int, draw: Draw) -> None:
         """Record a draw; one that has been recorded before an interruption stays as it is."""
@@ -269,6 +273,7 @@ class _Record:
                 if np.isfinite(losses).all():
                     mean = self.influences[i // self._n_chains].add(i % self._n_chains, losses)
                     self._of_examples[i, self._full_steps.index(step)] = mean
+        self._stein.add(step, draw)
         self._at = step, draw.points, step + 1
 
     def is_finite(self, step: int) -> bool:
@@ -277,8 +282,15 @@ class _Record:
 
     def traces(self, posterior: int) -> tuple[Array, Array]:
         """Excess and distance of the chains of one posterior, ``(chain, step)``."""
-        own = slice(posterior * self._n_chains, (posterior + 1) * self._n_chains)
+        own = self._own(posterior)
         return self._excess[own].cpu().numpy(), self._distance[own].cpu().numpy()
+
+    def excess(self, posterior: int) -> Estimate:
+        """By how much the chains of one posterior are off Stein's identity."""
+        return self._stein.excess(self._own(posterior))
+
+    def _own(self, posterior: int) -> slice:
+        return slice(posterior * self._n_chains, (posterior + 1) * self._n_chains)
 
     def save(self, state: Unfinished) -> None:
         """Write all that there is."""
@@ -314,7 +326,7 @@ class _Record:
             raise
 
     def _arrays(self) -> dict[str, Array]:
-        every = {"examples": self._of_examples}
+        every = {"examples": self._of_examples, "stein": self._stein.sides}
         for i, influence in enumerate(self.influences):
             every |= {f"{name}.{i}": array for name, array in influence.sums().items()}
         return every
@@ -335,7 +347,7 @@ class _Record:
             return
         off = abs(self._mean - loss) > _ROUND_OFF * max(abs(loss), 1.0)
         for i, part in enumerate(parts):
-            own = self._of_examples[i * self._n_chains : (i + 1) * self._n_chains].ravel()
+            own = self._of_examples[self._own(i)].ravel()
             own = own[np.isfinite(own)]
             if float(part.converged) and len(own) > 2:
                 nbeta = float(part.nbeta)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 import pnanalysis as pn
-from pnanalysis.errors import CurvatureError, ModelError, PnError
+from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.io.unfinished import Unfinished
 
 N = 60
@@ -334,7 +335,7 @@ def test_bad_options_are_one_sentence(options: dict[str, Any], message: str) -> 
         pn.learning_coefficient(network, data=data, loss="mse", **QUIET | options)
 
 
-def test_without_a_hessian_a_step_size_is_asked_for() -> None:
+def test_without_a_hessian_steps_fit_the_curvature_that_chains_meet() -> None:
     class Once(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -350,14 +351,45 @@ def test_without_a_hessian_a_step_size_is_asked_for() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return Once.apply(super().forward(x))
 
-    x, y = torch.randn(30, 2), torch.randn(30, 1)
-    options = {"data": (x, y), "loss": "mse", "n_draws": 20, "burn_in": 5, "progress": False}
-    with pytest.warns(UserWarning, match="no curvature"), pytest.raises(ModelError, match="give step_size"):
-        pn.learning_coefficient(Net(2, 1), **options)
+    fitted, data, design = regression()
+    network = Net(3, 1).double()
+    network.load_state_dict(fitted.state_dict())
+    options = {"data": data, "loss": "mse", "localization": 20.0, "batch_size": N, "data_error": "none", "n_draws": 400}
     with pytest.warns(UserWarning, match="no curvature"):
-        ds = pn.learning_coefficient(Net(2, 1), step_size=0.001, **options)
-    assert np.isfinite(ds.excess).all()
+        ds = pn.learning_coefficient(network, **options, **QUIET).squeeze("checkpoint")
+    exact = gaussian(design, float(ds.nbeta), 20.0)
+    assert abs(float(ds.learning_coefficient) - exact) < 4 * float(ds.learning_coefficient_chain_se) < 0.5
     assert np.isnan(ds.gaussian).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("widths", "nbeta"), [((2, 3, 2), 20.0), ((2, 2, 2, 2), 10.0), ((2, 2, 2, 2, 2), 10.0)])
+def test_deep_linear_networks_at_zero_have_their_exact_value(widths: tuple[int, ...], nbeta: float) -> None:
+    """The Hessian vanishes there, and E[n beta L] is a mean over the normal density of the pull alone."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(200, widths[0], generator=generator, dtype=torch.float64)
+    root = torch.linalg.cholesky(x.T @ x / len(x))
+    weighted, total = [], []
+    for _ in range(10):
+        product = root.expand(300_000, -1, -1)
+        for fan_in, fan_out in pairwise(widths):
+            product = torch.randn(300_000, fan_out, fan_in, generator=generator, dtype=torch.float64) @ product
+        energy = nbeta * product.square().sum((1, 2)) / widths[-1]
+        weighted.append(float((energy * (-energy).exp()).mean()))
+        total.append(float((-energy).exp().mean()))
+    exact = np.mean(weighted) / np.mean(total)
+    exact_se = np.std(np.divide(weighted, total), ddof=1) / math.sqrt(10)
+
+    network = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in pairwise(widths))).double()
+    for layer in network:
+        nn.init.zeros_(layer.weight)
+    ds = pn.learning_coefficient(
+        network, data=(x, network(x).detach()), loss="mse", n=None, localization=1.0, beta=nbeta / 200, batch_size=200,
+        step_size=0.004, n_chains=16, n_draws=8000, data_error="none", **QUIET,
+    ).squeeze("checkpoint")  # fmt: skip
+    assert float(ds.converged) == 1
+    se = math.hypot(float(ds.learning_coefficient_chain_se), exact_se)
+    assert abs(float(ds.learning_coefficient) - exact) < 4 * se < 0.1 * exact
 
 
 def test_chains_of_several_networks_may_differ_in_length() -> None:

@@ -1,0 +1,72 @@
+r"""Whether chains are in the posterior they were made for, by an identity that every draw of it satisfies in the mean.
+
+Integration by parts gives, for a density proportional to :math:`e^{-U}` and the gradient of the loss :math:`L` [1]_,
+
+.. math:: \mathbb E[\nabla L \cdot \nabla U] = \mathbb E[\operatorname{tr} \nabla^2 L].
+
+Steps that are too long, and the noise of single batches, spread draws wider than the density: the left side is then too
+large by about the fraction by which the loss is. Where chains have not spread yet, it is too small. R-hat sees neither
+as soon as all chains agree.
+
+References
+----------
+.. [1] J. Gorham, L. Mackey, "Measuring Sample Quality with Stein's Method", NeurIPS 2015, arXiv:1506.03039.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pnanalysis.arrays import Array
+from pnanalysis.estimates import Estimate
+from pnanalysis.sampling.convergence import effective_sample_size
+from pnanalysis.sampling.langevin import Chains, Draw
+
+#: Draws of each chain at which both sides are measured.
+_DRAWS = 50
+#: Relative differences are worth a warning from this size on, and from this many standard errors.
+_LARGE, _SIGMAS = 0.1, 3.0
+
+
+class SteinIdentity:
+    """Both sides of the identity at some steps of the chains.
+
+    Parameters
+    ----------
+    chains : Chains
+    n_chains : int
+        Of all posteriors.
+    burn_in, n_draws : int
+    """
+
+    def __init__(self, chains: Chains, n_chains: int, burn_in: int, n_draws: int) -> None:
+        self._chains = chains
+        first = max(burn_in, 1)  # at the checkpoint itself there is no length to take differences by
+        places = np.linspace(first, burn_in + n_draws - 1, min(_DRAWS, n_draws))
+        self._steps = sorted(set(places.round().astype(int).tolist()))
+        #: gradients' product and trace, (side, chain, measurement)
+        self.sides = np.full((2, n_chains, len(self._steps)), np.nan)
+
+    def add(self, step: int, draw: Draw) -> None:
+        """Measure both sides if this step is one of those."""
+        if step in self._steps:
+            sides = self._chains.stein_sides(draw.points, step)
+            self.sides[:, :, self._steps.index(step)] = [side.cpu().numpy() for side in sides]
+
+    def excess(self, own: slice) -> Estimate:
+        """How far the left side is above the right one, relative to it, for some of the chains; NaN if unknown."""
+        gradients, trace = self.sides[:, own]
+        known = np.isfinite(self.sides[:, own]).all()
+        mean = float(trace.mean()) if known else 0.0
+        if mean <= 0 or trace.shape[1] < 4:
+            return Estimate(math.nan, math.nan)
+        excess = float(gradients.mean()) / mean - 1
+        off: Array = (gradients - (1 + excess) * trace) / mean
+        return Estimate(excess, float(off.std(ddof=1)) / math.sqrt(effective_sample_size(off)))
+
+
+def is_large(excess: float, se: float) -> bool:
+    """Whether an excess is large, and no chance."""
+    return abs(excess) > max(_LARGE, _SIGMAS * se)
