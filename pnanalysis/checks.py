@@ -162,6 +162,14 @@ def human(n_bytes: float) -> str:
     return f"{n_bytes:.3g} GiB"
 
 
+def duration(seconds: float) -> str:
+    """A time as text, in its two largest units: ``1 h 02 min``."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 _SYSTEM = ("/dev", "/proc", "/sys")
 
 #: Suffixes of the formats that figures are saved in.

@@ -80,6 +80,7 @@ class DataFeed:
         basis = lanczos.basis[0, :, : len(value)]
         if not self._spaces:
             value, vector = self._hand_on_leading(self._receiver, value, vector, basis, lanczos.dtype)
+            self._leading = None  # later probes are orthogonal to them
         self._spaces.append((value, vector, basis))
 
     def plain(self, lanczos: Lanczos) -> None:
