@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
+from pnanalysis.curvature import class_structure
 from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
-from pnanalysis.curvature import class_structure
 from pnanalysis.errors import CurvatureError, Indivisible
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.averaged import is_averaged

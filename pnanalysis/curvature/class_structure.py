@@ -40,7 +40,7 @@ from pnanalysis.curvature.output_curvature import class_positions
 from pnanalysis.curvature.parameters import join_tensors, pullback, requiring_grad, split_vector
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.batches import can_cut, rows
-from pnanalysis.spectra.inner_products import coordinates
+from pnanalysis.spectra.inner_products import coordinates, norms
 
 #: The parts of the matrix, in the order of the formula above.
 LEVELS = ("class", "cross", "within", "same")
@@ -239,7 +239,7 @@ class _Sums:
     def _check(self, class_means: Tensor, expected: Tensor) -> None:
         """The means along the vectors, by reverse mode, are the mean slopes, by forward mode."""
         found = coordinates(class_means, self.V).cpu().double()
-        size = float(class_means.double().norm(dim=0).max()) or 1.0
+        size = float(norms(class_means).max()) or 1.0
         off = float((found - expected).abs().max()) / size
         if off > (1e-8 if self.op.dtype == torch.float64 else 1e-3 if self.op.amp == "no" else 5e-2):
             raise CurvatureError(f"mean gradients of classes by two ways differ by {off:.1e} of their size")
