@@ -119,9 +119,10 @@ class DataForms:
         """Take probes ``(P, b)`` of the space orthogonal to all leading vectors, and the products with them."""
         if self._leading is None:
             return
-        forms = self._forms(torch.cat([probe, probe], dim=1), torch.cat([probe, product], dim=1))
-        if forms is not None:
-            self._probes += list(forms.reshape(2, probe.shape[1], -1).swapaxes(0, 1))
+        of_trace = self._forms(probe, probe)
+        of_squares = self._forms(probe, product)
+        if of_trace is not None and of_squares is not None:
+            self._probes += list(np.stack([of_trace, of_squares], axis=1))
 
     def _forms(self, U: Tensor, V: Tensor) -> Array | None:
         """``(k, group)``, or ``None`` from the first failure on."""
