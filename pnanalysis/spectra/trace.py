@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -233,11 +232,12 @@ def _at_once(operator: LinearOperator, method: str, n_hvp: int, fewest: int, max
     """Products of each estimate, of which there are as many as it takes for the vectors of each to fit into memory."""
     limit = int(DEFAULT_FRACTION * free_bytes(operator.device)) if max_memory_bytes is None else max_memory_bytes
     limit = int(processes_of(operator).least(limit))
-    needed = partial(_BYTES[method], operator.shape[0], dtype=operator.dtype)
-    fitting = next((n for n in range(n_hvp, fewest - 1, -1) if needed(n) <= limit), 0)
+    n_parameters, needed = operator.shape[0], _BYTES[method]
+    fitting = next((n for n in range(n_hvp, fewest - 1, -1) if needed(n_parameters, n, operator.dtype) <= limit), 0)
     if not fitting:
         raise CurvatureError(
-            f"{fewest} products for {operator.shape[0]:,} parameters take {human(needed(fewest))} of vectors, the "
+            f"{fewest} products for {n_parameters:,} parameters take "
+            f"{human(needed(n_parameters, fewest, operator.dtype))} of vectors, the "
             f"bound is {human(limit)}: give method='hutchinson', which keeps {_PROBES_AT_ONCE} vectors"
         )
     n_groups = min(-(-n_hvp // fitting), n_hvp // fewest)
