@@ -89,8 +89,8 @@ def spectral_density(
     seed : int
         Of the random probes, which are the same on every device.
     progress : bool
-        Show a progress bar on a terminal, and say on standard error what time and memory are to come, after two products
-        have been measured (see :mod:`pnanalysis.spectra.forecast`); this resets the peak statistics of CUDA's allocator.
+        Show a progress bar on a terminal, and say on standard error what time and memory are to come, once two products
+        have been measured (see :mod:`pnanalysis.spectra.forecast`). This resets CUDA's statistics of peaks.
     n_hvp : int, optional
         A budget of products, 900 by default. The first probe's Ritz values decide how much of it goes into deflation,
         a fixed rule divides the rest, and each probe is deflated for those after it. At equal cost this is two to
@@ -145,9 +145,10 @@ def spectral_density(
         ``deflated_residual`` bounds on their distance to the nearest eigenvalue. For the rest see
         :func:`pnanalysis.spectra.summary.summarise`. The attribute ``method`` is
         ``"deflated"``, ``"plain"`` or, where the budget covers all P columns, ``"exact"``, and ``n_hvp`` is what was
-        spent, of ``n_hvp_planned``; vectors took up to ``basis_bytes`` of memory. The attribute ``data_error`` says which error for the choice of examples is included (see
-        :func:`pnanalysis.spectra.total_error.with_data_errors`), and ``n_hvp_data`` what it cost beyond ``n_hvp``
-        and the forms, in products over all examples.
+        spent, of ``n_hvp_planned``; vectors took up to ``basis_bytes`` of memory. The attribute ``data_error`` says
+        which error for the choice of examples is included (see
+        :func:`pnanalysis.spectra.total_error.with_data_errors`), and ``n_hvp_data`` what it cost beyond ``n_hvp`` and
+        the forms, in products over all examples.
 
     Raises
     ------
