@@ -155,11 +155,19 @@ def check_room(path: str | os.PathLike[str], n_bytes: int, what: str, advice: st
 
 def human(n_bytes: float) -> str:
     """Bytes as text: ``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if n_bytes < 1024:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 999.5:  # three digits
             return f"{n_bytes:.3g} {unit}"
         n_bytes /= 1024
-    return f"{n_bytes:.3g} GiB"
+    return f"{n_bytes:.3g} TiB"
+
+
+def duration(seconds: float) -> str:
+    """A time as text, in its two largest units: ``1 h 02 min``."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 _SYSTEM = ("/dev", "/proc", "/sys")

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import pnanalysis as pn
+from pnanalysis.inputs.data import Split
 from pnanalysis.spectra.linear_operator import DiagonalOperator
 from pnanalysis.spectra.random_vectors import random_signs
 from pnanalysis.spectra.restarted import extreme_pairs
@@ -19,6 +20,7 @@ from pnanalysis.spectra.trace import trace_estimate
 from tests.curvature.conftest import NETWORKS, images
 from tests.other_device import DEVICE, Elsewhere, other_device
 from trainers import PersistentPenalty
+from trainers.loop.batched_fit import SingleFit, fit_together
 from trainers.loop.fit import fit
 
 CPU = torch.device("cpu")
@@ -121,3 +123,56 @@ def test_training_with_a_penalty(form: str, monkeypatch: pytest.MonkeyPatch) -> 
         found = trained(device)
     for there, here in zip(found, expected, strict=True):
         torch.testing.assert_close(there.held, here, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_training_several_networks_together(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SGD", "Adam"):
+        monkeypatch.setattr(torch.optim, name, partial(_unfused, getattr(torch.optim, name)))
+    torch.manual_seed(0)
+    data = torch.randn(24, 1, 6, 6).double(), torch.randint(3, (24,))
+    starts = [NETWORKS["tanh"]() for _ in range(2)]
+
+    def trained(device: torch.device) -> list[torch.Tensor]:
+        models = [deepcopy(start).to(device) for start in starts]
+        penalty = PersistentPenalty(models[1], lam=0.1)
+        penalty.add(deepcopy(starts[0]).to(device))
+        fits = [SingleFit(models[0]), SingleFit(models[1], seed=1, penalty=penalty)]
+        split = Split(*(part.to(device) for part in data))
+        options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.1, "optimizer": optimizer}
+        for records in fit_together(fits, split, validation=split, **options):
+            assert isinstance(records, list), records
+        return [parameter.detach() for model in models for parameter in model.parameters()]
+
+    expected = trained(CPU)
+    with other_device() as device:
+        found = trained(device)
+    for there, here in zip(found, expected, strict=True):
+        torch.testing.assert_close(there.held, here, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_curvature_while_a_network_trains(name: str) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(24, 1, 6, 6).double(), torch.randint(3, (24,))
+    start = NETWORKS["tanh"]()
+
+    def watched(device: torch.device) -> Any:
+        model = deepcopy(start).to(device)
+        x, y = (part.to(device) for part in data)
+        optimizer = _unfused(getattr(torch.optim, name), model.parameters(), lr=0.01)
+        options: dict[str, Any] = {"every": 2, "top": 1, "batch_size": 12, "trace_probes": 4, "expected_products": 10}
+        with pn.CurvatureMonitor(model, optimizer, (x, y), **options) as monitor:
+            for _ in range(2):
+                optimizer.zero_grad()
+                cross_entropy(model(x), y).backward()
+                optimizer.step()
+            return monitor.dataset()
+
+    expected = watched(CPU)
+    with other_device() as device:
+        found = watched(device)
+    assert set(found.data_vars) == set(expected.data_vars)
+    for variable in expected.data_vars:
+        if "seconds" not in variable and np.issubdtype(expected[variable].dtype, np.floating):
+            np.testing.assert_allclose(found[variable], expected[variable], rtol=1e-6, atol=1e-9, err_msg=variable)

@@ -176,7 +176,9 @@ def eigenpairs(
             raise CurvatureError("an operator has no last update; leave previous out")
         with progress_bar("eigenpairs", None, progress) as advance:
             folder = None if state is None else Path(state)
-            found = finished_or_computed(as_operator(given[0]), options, folder, advance=advance)
+            found = finished_or_computed(
+                as_operator(given[0]), options, folder, advance=advance, title="eigenpairs" if progress else ""
+            )
         ds = found.with_vector if vectors else found.dataset
         return schema.finish(ds, "eigenpairs", operator=type(given[0]).__name__, k=k, which=which, seed=seed)
     torch_device = resolve_device(device)
@@ -195,7 +197,7 @@ def eigenpairs(
                 with progress_bar(item.label, None, progress) as advance:
                     one = network_eigenpairs(
                         network, source.loss, batches, options, label=item.label, device=torch_device,
-                        previous=before.get(item.label) or previous_state(item), advance=advance,
+                        previous=before.get(item.label) or previous_state(item), advance=advance, progress=progress,
                         folder=None if cache is None else cache.of(network).file("").with_suffix(""),
                     )  # fmt: skip
                 by_key[item.key] = one, weights_digest(network)
@@ -229,6 +231,7 @@ def network_eigenpairs(
     device: torch.device | str = "cpu",
     previous: Mapping[str, Tensor] | None = None,
     advance: Advance | None = None,
+    progress: bool = False,
     folder: Path | None = None,
 ) -> Found:
     """Eigenpairs of one network over batches in memory.
@@ -247,6 +250,8 @@ def network_eigenpairs(
         The state before the last update.
     advance : callable, optional
         Called with the products of each step.
+    progress : bool
+        Whether to say on standard error what is to come, after the first products.
     folder : Path, optional
         Of unfinished work, which is taken up again.
     """
@@ -259,7 +264,9 @@ def network_eigenpairs(
         update = None
         if previous is not None and isinstance(op, CurvatureOperator):
             update = op.vector_of(dict(network.named_parameters())) - op.vector_of(previous)
-        return finished_or_computed(op, options, folder, update=update, advance=advance)
+        return finished_or_computed(
+            op, options, folder, update=update, advance=advance, title=label if progress else ""
+        )
 
 
 def previous_state(item: SelectedCheckpoint) -> Mapping[str, Tensor] | None:

@@ -33,6 +33,7 @@ def finished_or_computed(
     *,
     update: Tensor | None = None,
     advance: Advance | None = None,
+    title: str = "",
 ) -> Found:
     """The eigenpairs in a folder if they are finished, else what :func:`matrix_eigenpairs` finds, which is saved there.
 
@@ -44,7 +45,7 @@ def finished_or_computed(
     options : EigenpairOptions
     folder : Path or None
         ``None`` saves nothing.
-    update, advance
+    update, advance, title
         See :func:`pnanalysis.analyses.network_eigenpairs.matrix_eigenpairs`.
 
     Raises
@@ -53,7 +54,7 @@ def finished_or_computed(
         If the folder holds the work of another operator, or of other settings.
     """
     if folder is None:
-        return matrix_eigenpairs(operator, options, update=update, advance=advance)
+        return matrix_eigenpairs(operator, options, update=update, advance=advance, title=title)
     state = _unfinished(operator, options, folder)
     about = _about(operator, options, update)
     saved = state.load(_FOUND)
@@ -62,7 +63,9 @@ def finished_or_computed(
         return known
     # a search over slightly other data or weights, which one product may not tell apart, is none to go on with
     is_other = saved is not None and not _same(saved[1]["about"], {"loss": about["loss"]})
-    found = matrix_eigenpairs(operator, options, update=update, advance=advance, state=None if is_other else state)
+    found = matrix_eigenpairs(
+        operator, options, update=update, advance=advance, state=None if is_other else state, title=title
+    )
     _save(found, state, folder, about)
     return found
 

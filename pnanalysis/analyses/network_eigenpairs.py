@@ -16,18 +16,21 @@ from torch import Tensor
 
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
+from pnanalysis.curvature import class_structure
 from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
-from pnanalysis.curvature.class_structure import LEVELS, class_structure
 from pnanalysis.errors import CurvatureError, Indivisible
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.averaged import is_averaged
 from pnanalysis.spectra.data_error import FEWEST_GROUPS, DataForms
+from pnanalysis.spectra.forecast import Forecast, Work
 from pnanalysis.spectra.inner_products import coordinates, norms
+from pnanalysis.spectra.lanczos import basis_dtype
 from pnanalysis.spectra.linear_operator import LinearOperator
+from pnanalysis.spectra.memory import Storage
 from pnanalysis.spectra.restarted import WHICH
 from pnanalysis.spectra.subspaces import chance_overlap, overlap, participation, squared_cosines
-from pnanalysis.spectra.verified_pairs import VerifiedPairs, verified_pairs
+from pnanalysis.spectra.verified_pairs import VerifiedPairs, vectors_needed, verified_pairs
 from pnanalysis.terminal.progress import Advance
 
 #: Which error for the choice of examples: of the eigenvalues, or of the spaces too.
@@ -114,6 +117,7 @@ def matrix_eigenpairs(
     update: Tensor | None = None,
     advance: Advance | None = None,
     state: Unfinished | None = None,
+    title: str = "",
 ) -> Found:
     """Eigenpairs of one operator.
 
@@ -129,14 +133,18 @@ def matrix_eigenpairs(
         Called with the products of each step.
     state : Unfinished, optional
         Where unfinished searches are saved and taken up again.
+    title : str
+        Under which it is said on standard error what is to come, after the first products; not at all by default.
 
     Raises
     ------
     CurvatureError
     """
+    forecast = Forecast(operator.device, title, bool(title))
+    watched, note = forecast.watch(operator, advance or _nothing, _work(operator, options))
     pairs = verified_pairs(
-        operator, options.k, options.which, tolerance=options.tolerance, max_hvp=options.max_hvp, seed=options.seed,
-        advance=advance, state=state,
+        watched, options.k, options.which, tolerance=options.tolerance, max_hvp=options.max_hvp, seed=options.seed,
+        advance=note, state=state,
     )  # fmt: skip
     ds = _pairs(pairs, operator.shape[0])
     halves: tuple[Tensor, ...] = ()
@@ -177,6 +185,26 @@ def matrix_eigenpairs(
     notes["data_error"] = "none" if "value_data_se" not in ds else "halves" if halves else "examples"
     ds = ds.assign_attrs({name: value for name, value in notes.items() if value not in (None, "")})
     return Found(ds, pairs.vector.cpu(), tuple(half.cpu() for half in halves), shapes)
+
+
+def _work(operator: LinearOperator, options: EigenpairOptions) -> Work:
+    """What is planned, as far as it is known."""
+    n, halves = operator.shape[0], isinstance(operator, CurvatureOperator) and options.data_error == "halves"
+    storage = Storage(basis_dtype(operator), operator.device)
+    k, n_products = min(options.k, n), options.n_products * (2 if halves else 1)
+    # those over a half of the examples come with the pairs over all of them, and those over the other half
+    kept = vectors_needed(n, k, options.max_hvp) + (2 * k if halves else 0)
+    if isinstance(operator, CurvatureOperator) and options.which == "largest" and options.classes:
+        means = class_structure.vectors_needed(operator.n_classes or 0, n, operator.dtype)
+        kept = max(kept, means + (3 * k if halves else k))
+    return Work(
+        n, n_products, storage, storage.vectors_bytes(n, kept), 0, n_read=n_products * 2 * k,
+        products=f"some {n_products:,} products",
+    )  # fmt: skip
+
+
+def _nothing(steps: float = 1, text: str = "") -> None:
+    """No progress bar."""
 
 
 def _pairs(pairs: VerifiedPairs, n_parameters: int) -> xr.Dataset:
@@ -289,7 +317,7 @@ def _gradient_errors(operator: CurvatureOperator, V: Tensor) -> tuple[float, flo
 def _with_classes(ds: xr.Dataset, operator: CurvatureOperator, V: Tensor) -> tuple[xr.Dataset, str]:
     """The class structure, and why there is none where that is so."""
     try:
-        found = class_structure(operator, V)
+        found = class_structure.class_structure(operator, V)
     except CurvatureError as error:
         return ds, str(error)
     whole = found.level_form.sum(0)
@@ -302,7 +330,7 @@ def _with_classes(ds: xr.Dataset, operator: CurvatureOperator, V: Tensor) -> tup
     )  # fmt: skip
     if len(found.cross_value):
         ds = ds.assign(cross_value=("class_pair", found.cross_value), cross_chance=found.cross_rank / n)
-    return ds.assign_coords(level=list(LEVELS)), ""
+    return ds.assign_coords(level=list(class_structure.LEVELS)), ""
 
 
 def overlaps(found: Sequence[Found], labels: Sequence[str]) -> dict[str, Any]:

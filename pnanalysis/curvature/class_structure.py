@@ -40,7 +40,7 @@ from pnanalysis.curvature.output_curvature import class_positions
 from pnanalysis.curvature.parameters import join_tensors, pullback, requiring_grad, split_vector
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.batches import can_cut, rows
-from pnanalysis.spectra.inner_products import coordinates
+from pnanalysis.spectra.inner_products import coordinates, norms
 
 #: The parts of the matrix, in the order of the formula above.
 LEVELS = ("class", "cross", "within", "same")
@@ -106,6 +106,17 @@ def class_structure(op: CurvatureOperator, V: Tensor) -> ClassStructure:
     return op._in_passes_that_fit(lambda: _Sums(op, V).structure())
 
 
+def vectors_needed(n_classes: int, n_parameters: int, dtype: torch.dtype) -> int:
+    """The vectors of P numbers that :func:`class_structure` keeps: means, and their sums over labels."""
+    if n_classes > MOST_CLASSES:
+        return 0
+    return n_classes * (n_classes if _is_by_pair(n_classes, n_parameters, dtype) else 1) + n_classes
+
+
+def _is_by_pair(n_classes: int, n_parameters: int, dtype: torch.dtype) -> bool:
+    return n_classes * (n_classes - 1) * n_parameters * dtype.itemsize <= _MOST_BYTES
+
+
 class _Sums:
     """Sums over all examples, by class and by label."""
 
@@ -113,7 +124,7 @@ class _Sums:
         self.op, self.V = op, V.to(op.device, op.dtype)
         self.n_classes = self._count()
         C, k = self.n_classes, V.shape[1]
-        self.by_pair = C * (C - 1) * len(V) * op.dtype.itemsize <= _MOST_BYTES
+        self.by_pair = _is_by_pair(C, len(V), op.dtype)
         self.weight = torch.zeros(C, C, dtype=torch.float64)
         self.first, self.second = (torch.zeros(C, C, k, dtype=torch.float64) for _ in range(2))
         labels = C if self.by_pair else 1
@@ -137,7 +148,9 @@ class _Sums:
         class_value, class_part, class_rank = self._span(class_means, w.sum(1))
         cross_value, cross_part, cross_rank = np.empty(0), np.full(k, np.nan), 0
         if self.by_pair and C > 2:
-            cross_value, cross_part, cross_rank = self._span(self.means[others.to(self.means.device)].T, w[others])
+            # those of a class with itself weigh nothing
+            cross_value, cross_part, cross_rank = self._span(self.means.flatten(0, 1).T, w.flatten())
+            cross_value = cross_value[: C * (C - 1)]
         elif self.by_pair:  # of two classes, those of pairs are those of classes
             cross_value, cross_part, cross_rank = class_value, class_part, class_rank
         return ClassStructure(
@@ -226,7 +239,7 @@ class _Sums:
     def _check(self, class_means: Tensor, expected: Tensor) -> None:
         """The means along the vectors, by reverse mode, are the mean slopes, by forward mode."""
         found = coordinates(class_means, self.V).cpu().double()
-        size = float(class_means.double().norm(dim=0).max()) or 1.0
+        size = float(norms(class_means).max()) or 1.0
         off = float((found - expected).abs().max()) / size
         if off > (1e-8 if self.op.dtype == torch.float64 else 1e-3 if self.op.amp == "no" else 5e-2):
             raise CurvatureError(f"mean gradients of classes by two ways differ by {off:.1e} of their size")
@@ -236,12 +249,13 @@ class _Sums:
 
         ``sums (P, m)`` are the means times their weights ``(m,)``.
         """
-        keep = weight > 0
-        scaled = sums[:, keep.to(sums.device)] / weight[keep].sqrt().to(sums)
-        gram = coordinates(scaled, scaled).cpu().double().numpy()
+        keep = np.flatnonzero(weight.numpy() > 0)
+        scale = 1 / np.sqrt(weight.numpy()[keep])[:, None]
+        # not the means but their inner products are scaled, of which there are fewer numbers
+        gram = coordinates(sums, sums).cpu().double().numpy()[np.ix_(keep, keep)] * scale * scale.T
         value, turn = np.linalg.eigh(gram)
         held = value > _CUTOFF.get(self.op.dtype, 1e-5) * max(value.max(initial=0.0), 0.0)
-        inner = coordinates(scaled, self.V).cpu().double().numpy()
+        inner = coordinates(sums, self.V).cpu().double().numpy()[keep] * scale
         part = np.square(turn[:, held].T @ inner / np.sqrt(value[held])[:, None]).sum(0)
         padded = np.zeros(len(weight))
         padded[: len(value)] = np.clip(value[::-1], 0, None)
@@ -252,4 +266,4 @@ def _ratio(numerator: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight > 0, numerator / weight.clamp_min(1e-300), 0.0)
 
 
-__all__ = ["LEVELS", "ClassStructure", "class_structure"]
+__all__ = ["LEVELS", "ClassStructure", "class_structure", "vectors_needed"]

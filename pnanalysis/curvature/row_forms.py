@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 _OPERATIONS_TO_TRACE = 2e8
 #: Shapes of batches that are traced.
 _TRACED_SHAPES = 4
-#: Directions that share a pass.
-_AT_ONCE = 16
+#: Directions that share a pass, and bytes that these may take: a pass holds several copies of them, and calls take
+#: little time beside what long directions do.
+_AT_ONCE, _MOST_BYTES = 16, 2**24
 
 Direction = list[Tensor]
 #: Two directions; one and the same where they are equal, which takes fewer operations.
@@ -62,7 +63,8 @@ class MappedForms:
 
     def __init__(self, op: CurvatureOperator, maps: bool) -> None:
         self.op = op
-        self._maps = maps
+        self._at_once = min(_AT_ONCE, _MOST_BYTES // (op.n_parameters * op.dtype.itemsize))
+        self._maps = maps and self._at_once > 1
         self._verified: set[bool] = set()
 
     def need_no_data(self, pairs: Sequence[Pair]) -> bool:
@@ -93,12 +95,16 @@ class MappedForms:
         return [self.op._row_forms(at, u, v) for u, v in pairs]
 
     def _mapped(self, at: LossArguments, pairs: Sequence[Pair], one: bool) -> Tensor:
+        starts = range(0, len(pairs), self._at_once)
+        return torch.cat([self._in_one_pass(at, pairs[i : i + self._at_once], one) for i in starts])
+
+    def _in_one_pass(self, at: LossArguments, pairs: Sequence[Pair], one: bool) -> Tensor:
         u, v = ([torch.stack(parts) for parts in zip(*each, strict=True)] for each in zip(*pairs, strict=True))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # vmap names operations that it repeats in a loop
             if one:
-                return vmap(lambda u: self.op._row_forms(at, u, u), chunk_size=_AT_ONCE)(u)
-            return vmap(partial(self.op._row_forms, at), chunk_size=_AT_ONCE)(u, v)
+                return vmap(lambda u: self.op._row_forms(at, u, u))(u)
+            return vmap(partial(self.op._row_forms, at))(u, v)
 
     def _is_right(self, at: LossArguments, found: Tensor, pair: Pair) -> bool:
         expected = self.op._row_forms(at, *pair)

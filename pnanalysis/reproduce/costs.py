@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from pnanalysis.checks import duration
 from pnanalysis.reproduce.cells import Result
 from pnanalysis.reproduce.markdown import UNKNOWN as DASH
 from pnanalysis.reproduce.markdown import table
-from pnanalysis.reproduce.plan import Plan, duration
+from pnanalysis.reproduce.plan import Plan
 from pnanalysis.reproduce.settings import PERSISTENT, RESTART
 
 

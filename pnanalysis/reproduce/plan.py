@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pnanalysis.checks import at_least
+from pnanalysis.checks import at_least, duration
 from pnanalysis.errors import PnError
 from pnanalysis.io.runs import open_run
 from pnanalysis.reproduce.cells import SECONDS, Cell, Result, Store, check_alike
@@ -195,14 +195,6 @@ class Forecast:
             return f"about {known} left"
         beyond = f"{unknown} cells of unknown length"
         return beyond if unknown == len(times) else f"about {known} left, and {beyond}"
-
-
-def duration(seconds: float) -> str:
-    """A time in its two largest units."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def noted_seconds(folder: Path) -> float:

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pnanalysis.checks import duration
 from pnanalysis.errors import PnError, RunError
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.lock import Lock
@@ -26,7 +27,7 @@ from pnanalysis.reproduce.cells import FINISHED, SECONDS, Cell
 from pnanalysis.reproduce.data import prepare
 from pnanalysis.reproduce.finish import STUDY, ended, is_of_setting
 from pnanalysis.reproduce.forks import Fork
-from pnanalysis.reproduce.plan import Forecast, Plan, duration, noted_seconds
+from pnanalysis.reproduce.plan import Forecast, Plan, noted_seconds
 from pnanalysis.reproduce.settings import PERSISTENT, Setting
 
 #: What trainings and measures import, some of it only when they use it: ten seconds of a cell, however small it is.

@@ -19,7 +19,7 @@ Resampling Plans (1982), ch. 6. W. G. Cochran, Sampling Techniques (1977), ch. 6
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,8 @@ class DataForms:
         self._leading: Array | None = None
         self._squares: Array | None = None
         self._probes: list[Array] = []  # (2, group) for each: the forms of the trace and of the squares
+        # ways to compute forms are compared here, while no basis takes memory
+        self._attempt(lambda: self.operator.group_weights)
 
     def add_leading(self, value: Any, vector: Tensor, scale: float | None = None) -> None:
         """Take Ritz values ``(t,)`` and their vectors ``(P, t)``: the largest ones, descending, and last the smallest.
@@ -117,21 +119,16 @@ class DataForms:
         """Take probes ``(P, b)`` of the space orthogonal to all leading vectors, and the products with them."""
         if self._leading is None:
             return
-        forms = self._forms(torch.cat([probe, probe], dim=1), torch.cat([probe, product], dim=1))
-        if forms is not None:
-            self._probes += list(forms.reshape(2, probe.shape[1], -1).swapaxes(0, 1))
+        of_trace = self._forms(probe, probe)
+        of_squares = self._forms(probe, product)
+        if of_trace is not None and of_squares is not None:
+            self._probes += list(np.stack([of_trace, of_squares], axis=1))
 
     def _forms(self, U: Tensor, V: Tensor) -> Array | None:
         """``(k, group)``, or ``None`` from the first failure on."""
-        if self.reason:
-            return None
         device, dtype = self.operator.device, self.operator.dtype
-        try:
-            forms: Array = self.operator.forms(U.to(device, dtype), V.to(device, dtype)).numpy()
-        except ProcessLost:
-            raise
-        except CurvatureError as error:
-            self.reason = str(error)
+        forms = self._attempt(lambda: self.operator.forms(U.to(device, dtype), V.to(device, dtype)).numpy())
+        if forms is None:
             return None
         if len(self.operator.group_weights) < FEWEST_GROUPS:
             self.reason = f"there are {forms.shape[1]} groups of examples, fewer than {FEWEST_GROUPS}"
@@ -139,12 +136,23 @@ class DataForms:
             self.reason = "the curvature of an example is not finite"
         return None if self.reason else forms
 
+    def _attempt(self, compute: Callable[[], Array]) -> Array | None:
+        """What is computed, or ``None`` and a reason from the first failure on."""
+        if not self.reason:
+            try:
+                return compute()
+            except ProcessLost:
+                raise
+            except CurvatureError as error:
+                self.reason = str(error)
+        return None
+
     def _without_data(self, vector: Tensor) -> Array:
-        """Quadratic forms ``(t,)`` of the part of the matrix that no example has."""
+        """Quadratic forms ``(t,)`` of the part of the matrix that no example has, one after the other."""
         vector = vector.to(self.operator.device, self.operator.dtype)
-        add = part_of(self.operator).add
-        forms: Array = inner_products(vector, self.operator.product_without_data(vector), add).cpu().numpy()
-        return forms
+        add, each = part_of(self.operator).add, torch.split(vector, 1, dim=1)
+        forms = [inner_products(one, self.operator.product_without_data(one), add) for one in each]
+        return np.asarray(torch.cat(forms).cpu().numpy())
 
     def dataset(self) -> xr.Dataset:
         """The forms, or an empty dataset and a warning where there are none.

@@ -18,8 +18,8 @@ from pnanalysis.spectra.lanczos import Lanczos
 from pnanalysis.spectra.linear_operator import LinearOperator
 from pnanalysis.spectra.sharing import part_of
 
-#: Probes that are handed on at a time.
-_AT_ONCE = 5
+#: Probes that are handed on at a time, and bytes that they may take: receivers hold several copies of them.
+_AT_ONCE, _MOST_BYTES = 5, 2**22
 
 
 class Receiver(Protocol):
@@ -80,6 +80,7 @@ class DataFeed:
         basis = lanczos.basis[0, :, : len(value)]
         if not self._spaces:
             value, vector = self._hand_on_leading(self._receiver, value, vector, basis, lanczos.dtype)
+            self._leading = None  # later probes are orthogonal to them
         self._spaces.append((value, vector, basis))
 
     def plain(self, lanczos: Lanczos) -> None:
@@ -123,8 +124,9 @@ class DataFeed:
         if self._receiver is None:
             return
         columns = columns[: self._left]
-        for begin in range(0, len(columns), _AT_ONCE):
-            some = columns[begin : begin + _AT_ONCE]
+        at_once = max(min(_AT_ONCE, _MOST_BYTES // (self._n_parameters * lanczos.dtype.itemsize)), 1)
+        for begin in range(0, len(columns), at_once):
+            some = columns[begin : begin + at_once]
             start, product = lanczos.first_products(some)
             scale = (self._n_parameters - lanczos.n_deflated) ** 0.5
             probe, image = self._combination(len(some), start)
@@ -133,7 +135,10 @@ class DataFeed:
                 along = coordinates(vector, start, self._part.add).to(start.dtype)
                 start = start - vector @ along
                 product = product - vector @ (torch.from_numpy(value).to(along)[:, None] * along)
-            self._hand_on(self._receiver, probe + scale * start, image + scale * product)
+            probe += start.mul_(scale)
+            image += product.mul_(scale)
+            del start, product
+            self._hand_on(self._receiver, probe, image)
 
     def _combination(self, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Random combinations ``(P, n)`` of the deflated Ritz vectors that are not leading, and their products."""

@@ -21,11 +21,12 @@ from pnanalysis.spectra.averaged import is_averaged
 from pnanalysis.spectra.data_error import DATA_ERRORS, DataForms
 from pnanalysis.spectra.deflation import sample_spectrum
 from pnanalysis.spectra.density_error import density_with_error
+from pnanalysis.spectra.forecast import Forecast
 from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples, sample_examples
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, round_off
 from pnanalysis.spectra.memory import MODES, Storage, basis_limit
 from pnanalysis.spectra.moments import coupling_left, moments
-from pnanalysis.spectra.plan import peak_bytes, with_basis_that_fits
+from pnanalysis.spectra.plan import peak_bytes, planned_work, with_basis_that_fits
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, all_ritz_values, averaged_rule, extremes, ritz
 from pnanalysis.spectra.sample import SamplingSettings, SpectrumSample
 from pnanalysis.spectra.sharing import part_of, processes_of
@@ -88,7 +89,8 @@ def spectral_density(
     seed : int
         Of the random probes, which are the same on every device.
     progress : bool
-        Show a progress bar on a terminal.
+        Show a progress bar on a terminal, and say on standard error what time and memory are to come, once two products
+        have been measured (see :mod:`pnanalysis.spectra.forecast`). This resets CUDA's statistics of peaks.
     n_hvp : int, optional
         A budget of products, 900 by default. The first probe's Ritz values decide how much of it goes into deflation,
         a fixed rule divides the rest, and each probe is deflated for those after it. At equal cost this is two to
@@ -143,9 +145,10 @@ def spectral_density(
         ``deflated_residual`` bounds on their distance to the nearest eigenvalue. For the rest see
         :func:`pnanalysis.spectra.summary.summarise`. The attribute ``method`` is
         ``"deflated"``, ``"plain"`` or, where the budget covers all P columns, ``"exact"``, and ``n_hvp`` is what was
-        spent. The attribute ``data_error`` says which error for the choice of examples is included (see
-        :func:`pnanalysis.spectra.total_error.with_data_errors`), and ``n_hvp_data`` what it cost beyond ``n_hvp``
-        and the forms, in products over all examples.
+        spent, of ``n_hvp_planned``; vectors took up to ``basis_bytes`` of memory. The attribute ``data_error`` says
+        which error for the choice of examples is included (see
+        :func:`pnanalysis.spectra.total_error.with_data_errors`), and ``n_hvp_data`` what it cost beyond ``n_hvp`` and
+        the forms, in products over all examples.
 
     Raises
     ------
@@ -205,16 +208,17 @@ def spectral_density(
     )
     settings = with_basis_that_fits(operator.shape[0], settings, basis, processes)
     mode = settings.storage.mode
-    forms = None
+    forms, forecast = None, Forecast(operator.device, title, progress and processes.is_first)
     if data_error != "none" and is_averaged(operator) and mode != "none":
-        forms = DataForms(operator, budget, n_classes)
+        forms = forecast.prepared(partial(DataForms, operator, budget, n_classes))
         settings = replace(settings, data=forms)
     kept = {"memory": "", "half": " in half precision", "disk": " and the disk", "none": ", none is kept"}[mode]
-    need = human(peak_bytes(operator.shape[0], settings))
+    work, need = planned_work(operator.shape[0], settings), peak_bytes(operator.shape[0], settings)
     if not part.is_all:
         kept += f", in each of {part.processes.n} processes"
-    with progress_bar(f"{title} ({need} for the basis{kept})", budget, progress) as advance:
-        sample = sample_spectrum(operator, settings, advance)
+    with progress_bar(f"{title} ({human(need)} for the basis{kept})", budget, progress) as advance:
+        watched, note = forecast.watch(operator, advance, work)
+        sample = sample_spectrum(watched, settings, note)
     by_differences = bool(getattr(operator, "by_differences", False))
     own = round_off(operator)
     of_sums = max(sample.rounding, own if by_differences else 0)
@@ -238,6 +242,7 @@ def spectral_density(
         of_data = sample_examples(forms, data_error, of_half, settings.state, title)
     ds = _dataset(sample, facts, of_data, top_k, ridge, kernel_width, grid)
     attributes: dict[str, Any] = {"seed": seed, "device": str(operator.device), "basis": mode}
+    attributes |= {"basis_bytes": need, "n_hvp_planned": work.n_products}
     if targets is not None:
         attributes |= {"until": targets, "until_reached": sample.method == "exact" or sample.until_reached}
     return schema.finish(with_data_errors(ds), "spectral_density", deflate=settings.deflate, **attributes, **ds.attrs)

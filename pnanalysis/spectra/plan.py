@@ -13,6 +13,7 @@ from pnanalysis.checks import check_room, human
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.spectra.allocation import default_steps, shares
+from pnanalysis.spectra.forecast import Work
 from pnanalysis.spectra.memory import MODES, probes_at_once, vectors_at_once
 from pnanalysis.spectra.sample import SamplingSettings
 from pnanalysis.spectra.scratch import scratch_folder
@@ -26,6 +27,8 @@ LARGEST_EXACT_UNTIL = 100
 _COPIED = 2**20
 #: Matrices in float64 that an exact spectrum takes.
 _EXACT_MATRICES = 4
+#: Vectors for the largest eigenvalue over halves of the examples: a few steps, weights and working space.
+_VECTORS_FOR_HALVES = 7
 #: A file in the folder of unfinished work.
 _MODE = "basis"
 
@@ -148,18 +151,54 @@ def check_fits(n_parameters: int, settings: SamplingSettings) -> None:
 
 def peak_bytes(n_parameters: int, settings: SamplingSettings) -> int:
     """Memory that bases take at most, with what is copied of them; the operator's own comes on top."""
+    return planned_work(n_parameters, settings).peak
+
+
+def planned_work(n_parameters: int, settings: SamplingSettings) -> Work:
+    """The products and vectors of a spectrum."""
+    storage, bound, budget = settings.storage, settings.max_memory_bytes, settings.budget
     if is_exact(n_parameters, settings):
-        return _EXACT_MATRICES * n_parameters**2 * torch.float64.itemsize
-    storage, bound = settings.storage, settings.max_memory_bytes
-    copied = min(_COPIED, n_parameters) * storage.dtype.itemsize
+        matrices = _EXACT_MATRICES * n_parameters**2 * torch.float64.itemsize
+        return Work(n_parameters, n_parameters, storage, 0, matrices, at_once=max(settings.n_probes, 1))
     phases = _phases(n_parameters, settings)
-    if settings.n_hvp is None or not settings.deflate:
-        n_steps, n_deflated = phases[-1]
+    n_steps, n_deflated = phases[-1]
+    at_once = 1
+    if not _is_in_turn(settings):
         n_probes = settings.n_probes if settings.n_hvp is None else len(equal_probes(n_parameters, settings))
         at_once = probes_at_once(storage, n_parameters, n_steps, n_probes, n_deflated, bound)
-        return storage.needed(n_parameters, n_steps, at_once, n_deflated) + copied
-    n_columns = vectors_at_once(storage, n_parameters, min(settings.budget, n_parameters), bound)
-    return storage.needed(n_parameters, max(n_columns, fewest_columns(n_parameters, settings.budget)), 1) + copied
+    else:
+        n_columns = vectors_at_once(storage, n_parameters, min(budget, n_parameters), bound)
+        n_steps = max(n_columns, fewest_columns(n_parameters, budget))
+    working = storage.needed(n_parameters, 0, at_once)
+    vectors = storage.vectors_bytes(n_parameters, at_once * storage.kept(n_steps) + n_deflated)
+    on_disk = storage.mode == "disk"
+    return Work(
+        n_parameters, budget, storage, 0 if on_disk else vectors,
+        working + min(_COPIED, n_parameters) * storage.dtype.itemsize, on_disk=vectors if on_disk else 0,
+        at_once=at_once, n_read=_vectors_read(n_parameters, settings, n_steps),
+        products=f"at most {budget:,} products" if settings.until is not None else "",
+        afterwards=0 if settings.data is None else _VECTORS_FOR_HALVES * storage.vectors_bytes(n_parameters, 1),
+    )  # fmt: skip
+
+
+def _vectors_read(n_parameters: int, settings: SamplingSettings, n_columns: int) -> int:
+    """How often a vector that is kept is projected off: once for each vector that comes after it, nearly."""
+    budget, n_steps, n_probes = settings.budget, min(settings.n_lanczos, n_parameters), settings.n_probes
+    if settings.storage.mode == "none":
+        return 2 * budget
+    if not settings.deflate:
+        return sum(n * (n + 1) // 2 for n in equal_probes(n_parameters, settings))
+    if not _is_in_turn(settings):
+        n_others = min(n_steps, n_parameters - n_steps)
+        each = n_others * n_steps + n_others * (n_others + 1) // 2
+        return n_steps * (n_steps + 1) // 2 + (n_probes - 1) * each
+    full = min(n_columns, budget)
+    return full * (full + 1) // 2 + (budget - full) * full
+
+
+def _is_in_turn(settings: SamplingSettings) -> bool:
+    """Whether probes run one after the other, each deflated for those after it."""
+    return settings.deflate and (settings.n_hvp is not None or settings.n_probes == 1)
 
 
 def _check_memory(n_parameters: int, settings: SamplingSettings) -> None:
@@ -180,7 +219,7 @@ def _phases(n_parameters: int, settings: SamplingSettings) -> list[tuple[int, in
     """Steps of a probe, and vectors that are deflated by then, in each phase."""
     if not settings.deflate:
         return [(min(max(equal_probes(n_parameters, settings)), n_parameters), 0)]
-    if settings.n_hvp is None and settings.n_probes > 1:
+    if not _is_in_turn(settings):
         n_steps = settings.n_lanczos
         return [(n_steps, 0), (max(min(n_steps, n_parameters - n_steps), 1), n_steps)]
     return [(fewest_columns(n_parameters, settings.budget), 0)]

@@ -21,8 +21,6 @@ from pnanalysis.spectra.sharing import part_of, processes_of
 
 #: Vectors that Hutchinson's estimate multiplies at a time, and keeps.
 _PROBES_AT_ONCE = 10
-#: Float64 vectors that Hutch++ and XTrace hold at a time, per product.
-_VECTORS_PER_PRODUCT = 3
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def trace_estimate(
     if n_hvp >= operator.shape[0]:
         estimate, spent = _exact(operator), operator.shape[0]
     else:
-        each = n_hvp if method == "hutchinson" else _at_once(operator, n_hvp, fewest, max_memory_bytes)
+        each = n_hvp if method == "hutchinson" else _at_once(operator, method, n_hvp, fewest, max_memory_bytes)
         found = [estimator(operator, each, seed, first) for first in range(0, n_hvp - each + 1, each)]
         estimate, spent = _mean_of([one for one, _ in found]), sum(n for _, n in found)
     low, high = estimate.interval()
@@ -122,26 +120,45 @@ def _hutchinson(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> 
 
 
 def _hutch_plus_plus(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> tuple[Estimate, int]:
-    n_sketch = n_hvp // 3
-    n_probes = n_hvp - 2 * n_sketch
-    vectors = random_unit_vectors(operator, range(first, first + n_sketch + n_probes), seed).double()
-    basis, _ = torch.linalg.qr(_product(operator, vectors[:, :n_sketch]).double())
+    n_sketch, n_probes = _shares(n_hvp)
+    sketch = random_unit_vectors(operator, range(first, first + n_sketch), seed)
+    sketch = _product(operator, sketch).double()
+    basis, _ = torch.linalg.qr(sketch)
+    del sketch
     within = float(inner_products(basis, _product(operator, basis)).sum())
-    probes = vectors[:, n_sketch:]
-    probes = probes - basis @ (basis.T @ probes)
+    probes = random_unit_vectors(operator, range(first + n_sketch, first + n_sketch + n_probes), seed).double()
+    probes -= basis @ (basis.T @ probes)
     # Normalised again, projected vectors are uniform on the sphere of the complement, which reduces the variance.
-    probes = probes / torch.linalg.vector_norm(probes, dim=0)
+    probes /= torch.linalg.vector_norm(probes, dim=0)
     rest = _mean((operator.shape[0] - n_sketch) * inner_products(probes, _product(operator, probes)))
     return Estimate(within + rest.value, rest.se, dof=rest.dof), 2 * n_sketch + n_probes
+
+
+def _shares(n_hvp: int) -> tuple[int, int]:
+    """Vectors of the sketch of Hutch++, which take two products each, and probes of the complement."""
+    return n_hvp // 3, n_hvp - 2 * (n_hvp // 3)
+
+
+def _hutch_plus_plus_bytes(n_parameters: int, n_hvp: int, dtype: torch.dtype) -> int:
+    """Of the basis, the probes, and the operator's copy of these and its products."""
+    n_sketch, n_probes = _shares(n_hvp)
+    return n_parameters * (8 * (n_sketch + n_probes) + n_probes * max(8, 2 * dtype.itemsize))
+
+
+def _xtrace_bytes(n_parameters: int, n_hvp: int, dtype: torch.dtype) -> int:
+    """Of the probes, the basis, and the operator's copy of this and its products, which float64 takes the place of."""
+    converted = 0 if dtype == torch.float64 else 8
+    return n_parameters * (n_hvp // 2) * (16 + max(2 * dtype.itemsize, dtype.itemsize + converted))
 
 
 def _xtrace(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> tuple[Estimate, int]:
     """XTrace of Epperly, Tropp and Webber: all leave-one-out estimates from a single QR factorisation."""
     m = n_hvp // 2
     n_parameters = operator.shape[0]
-    probes = random_unit_vectors(operator, range(first, first + m), seed).double() * n_parameters**0.5
+    probes = random_unit_vectors(operator, range(first, first + m), seed).double().mul_(n_parameters**0.5)
     products = _product(operator, probes).double()
     basis, triangle = torch.linalg.qr(products)
+    del products  # the basis times the triangle
     image = _product(operator, basis).double()
     core = basis.T @ image
     round_off_error = round_off(operator) * float(torch.linalg.matrix_norm(core))
@@ -152,7 +169,7 @@ def _xtrace(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> tupl
     if bool(missing.any()):
         # The probes that are left do not depend on the directions of the first ones.
         rank = min(int(missing.double().argmax()), m - 2)
-        return _widened(_in_complement(probes, products, basis, image, rank), round_off_error), 2 * m
+        return _widened(_in_complement(probes, basis, triangle, image, rank), round_off_error), 2 * m
     # Column i of `normal` is the direction of the sketch, in its basis, that is there because of probe i alone;
     # projecting it out gives the basis of the other probes.
     normal = torch.linalg.solve_triangular(triangle, torch.eye(m).to(triangle), upper=True).T
@@ -164,21 +181,23 @@ def _xtrace(operator: LinearOperator, n_hvp: int, seed: int, first: int) -> tupl
     cross = ((probes.T @ image).T * without).sum(0)
     rest = (without * (core @ without)).sum(0) - cross + along_normal * (normal * triangle).sum(0)
     # The projected probe's squared norm, to normalise it in the P - m + 1 dimensions of its complement.
-    squared_norm = (probes**2).sum(0) - (without**2).sum(0)
+    squared_norm = inner_products(probes, probes) - (without**2).sum(0)
     return _widened(_mean(within + (n_parameters - m + 1) / squared_norm * rest), round_off_error), 2 * m
 
 
 def _in_complement(
-    probes: torch.Tensor, products: torch.Tensor, basis: torch.Tensor, image: torch.Tensor, rank: int
+    probes: torch.Tensor, basis: torch.Tensor, triangle: torch.Tensor, image: torch.Tensor, rank: int
 ) -> Estimate:
     """The trace within a basis of the first few products, and Hutchinson's estimate in the complement by the others."""
-    basis, image = basis[:, :rank], image[:, :rank]
-    along = basis.T @ probes[:, rank:]
-    outside = probes[:, rank:] - basis @ along
-    forms = inner_products(outside, products[:, rank:] - image @ along)
-    n_outside = len(probes) - rank
-    rest = _mean(n_outside / torch.linalg.vector_norm(outside, dim=0) ** 2 * forms)
-    return Estimate(float((basis * image).sum()) + rest.value, rest.se, dof=rest.dof)
+    inside, its_image, n_outside = basis[:, :rank], image[:, :rank], len(probes) - rank
+    samples = []
+    for probe, column in zip(probes[:, rank:].T, triangle[:, rank:].T, strict=True):  # few vectors at a time
+        along = inside.T @ probe
+        outside = (probe - inside @ along)[:, None]
+        product = (basis @ column - its_image @ along)[:, None]
+        samples.append(n_outside * inner_products(outside, product) / inner_products(outside, outside))
+    rest = _mean(torch.cat(samples))
+    return Estimate(float((inside * its_image).sum()) + rest.value, rest.se, dof=rest.dof)
 
 
 def _widened(estimate: Estimate, error: float) -> Estimate:
@@ -195,7 +214,9 @@ def _mean(samples: torch.Tensor) -> Estimate:
 def _product(operator: LinearOperator, vectors: torch.Tensor) -> torch.Tensor:
     """Products ``(P, k)``, in the operator's dtype and finite."""
     product = checked_product(operator, vectors)
-    if not all(part_of(operator).processes.gathered(bool(torch.isfinite(product).all()))):
+    # if sums are finite, all terms are, which takes no more memory to find out
+    finite = bool(torch.isfinite(product.sum(0)).all()) or bool(torch.isfinite(product).all())
+    if not all(part_of(operator).processes.gathered(finite)):
         raise CurvatureError(NOT_FINITE)
     return product
 
@@ -207,16 +228,17 @@ def _mean_of(estimates: list[Estimate]) -> Estimate:
     return Estimate(sum(one.value for one in estimates) / n, squares**0.5 / n, dof=sum(one.dof for one in estimates))
 
 
-def _at_once(operator: LinearOperator, n_hvp: int, fewest: int, max_memory_bytes: int | None) -> int:
+def _at_once(operator: LinearOperator, method: str, n_hvp: int, fewest: int, max_memory_bytes: int | None) -> int:
     """Products of each estimate, of which there are as many as it takes for the vectors of each to fit into memory."""
     limit = int(DEFAULT_FRACTION * free_bytes(operator.device)) if max_memory_bytes is None else max_memory_bytes
     limit = int(processes_of(operator).least(limit))
-    each = _VECTORS_PER_PRODUCT * operator.shape[0] * torch.float64.itemsize
-    fitting = min(limit // each, n_hvp)
-    if fitting < fewest:
+    n_parameters, needed = operator.shape[0], _BYTES[method]
+    fitting = next((n for n in range(n_hvp, fewest - 1, -1) if needed(n_parameters, n, operator.dtype) <= limit), 0)
+    if not fitting:
         raise CurvatureError(
-            f"{fewest} products for {operator.shape[0]:,} parameters take {human(fewest * each)} of vectors in "
-            f"float64, the bound is {human(limit)}: give method='hutchinson', which keeps {_PROBES_AT_ONCE} vectors"
+            f"{fewest} products for {n_parameters:,} parameters take "
+            f"{human(needed(n_parameters, fewest, operator.dtype))} of vectors, the "
+            f"bound is {human(limit)}: give method='hutchinson', which keeps {_PROBES_AT_ONCE} vectors"
         )
     n_groups = min(-(-n_hvp // fitting), n_hvp // fewest)
     return min(n_hvp // n_groups, fitting)
@@ -229,3 +251,5 @@ _METHODS: dict[str, tuple[_Estimator, int]] = {
     "hutch++": (_hutch_plus_plus, 6),
     "hutchinson": (_hutchinson, 2),
 }
+#: Bytes that vectors take of so many parameters, for so many products of an operator's dtype.
+_BYTES: dict[str, Callable[[int, int, torch.dtype], int]] = {"xtrace": _xtrace_bytes, "hutch++": _hutch_plus_plus_bytes}

@@ -43,6 +43,8 @@ from pnanalysis.terminal.progress import Advance
 _N_SEARCH = 20
 #: Residual of a first look at the complement, relative to the last value that was found.
 _ROUGH = 0.02
+#: Vectors beside a basis, and pairs of vectors and products before and after they are turned.
+_WORKING, _ROTATING = 4, 4
 #: Length of what is left of a unit vector of the complement without what lies along those that have been found.
 _INSIDE = 0.99
 
@@ -167,14 +169,14 @@ def verified_pairs(
     n_parameters = operator.shape[0]
     k = min(k, n_parameters)
     check_limit(max_hvp, k, n_parameters)
-    # k products are kept for those that verify the pairs
-    n_vectors = min(n_vectors or 2 * k + 10, n_parameters, max_hvp - k)
+    n_vectors = min(n_vectors or _default_vectors(k, n_parameters, max_hvp), n_parameters, max_hvp - k)
     first = extreme_pairs(
         operator, k, which, n_vectors=n_vectors, tolerance=tolerance, max_hvp=max_hvp - k, seed=seed, start=start,
         advance=advance, state=state, name=name,
     )  # fmt: skip
     found = _Found(operator, first, which, advance, state, name)
     accuracy = max(tolerance, round_off(operator)) * first.scale
+    del first  # and its vectors, which have been turned
     rest: tuple[float, float] | None = None
     complete = found.size == n_parameters
     for round_ in range(1, 2 * k + 2):
@@ -195,6 +197,19 @@ def verified_pairs(
     if found.size > k:
         rest = _more_wanted(rest, (float(found.value[k]), float(found.residuals()[0][k])), which)
     return _verified(found.first(k), rest, complete, accuracy, which)
+
+
+def vectors_needed(n_parameters: int, k: int, max_hvp: int, n_vectors: int | None = None) -> int:
+    """The most vectors of P numbers that :func:`verified_pairs` holds: of a search, or of what it verifies."""
+    k = min(k, n_parameters)
+    n_vectors = n_vectors or _default_vectors(k, n_parameters, max_hvp)
+    searching = max(n_vectors + max(k, _WORKING), 2 * k + _N_SEARCH + 1 + _WORKING)
+    return max(searching, _ROTATING * k)
+
+
+def _default_vectors(k: int, n_parameters: int, max_hvp: int) -> int:
+    """Vectors in memory of a first search; ``k`` products are kept for those that verify the pairs."""
+    return min(2 * k + 10, n_parameters, max_hvp - k)
 
 
 def check_limit(max_hvp: int, k: int, n_parameters: int) -> None:
@@ -377,4 +392,4 @@ def _verified(
     )
 
 
-__all__ = ["VerifiedPairs", "check_limit", "verified_pairs"]
+__all__ = ["VerifiedPairs", "check_limit", "vectors_needed", "verified_pairs"]

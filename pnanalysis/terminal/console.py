@@ -21,7 +21,7 @@ from rich.text import Text
 
 from pnanalysis.errors import PnError, is_out_of_memory, printable, reason
 from pnanalysis.estimates import Estimate, proportion
-from pnanalysis.terminal.streams import error_stream, lasting_streams
+from pnanalysis.terminal.streams import lasting_streams, write_line
 
 #: The base class of the errors that typer raises for invalid command lines, which has no public name.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -230,9 +230,7 @@ def print_line(line: str, quiet: bool = False) -> None:
 def print_status(line: str, quiet: bool = False) -> None:
     """Print a line on standard error, about the work rather than its result, unless ``quiet``."""
     if not quiet:
-        stream = error_stream()
-        stream.write(f"{printable(line)}\n")
-        stream.flush()
+        write_line(line)
 
 
 def print_saved(quiet: bool, *files: Any) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from pnanalysis.errors import printable
+
 #: Errors of a stream that nobody reads any more: the reader has ended, the terminal is closed.
 _NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF)
 
@@ -70,6 +72,13 @@ class LastingStream:
 def error_stream() -> LastingStream:
     """Standard error as it is now."""
     return sys.stderr if isinstance(sys.stderr, LastingStream) else LastingStream(sys.stderr)
+
+
+def write_line(line: str) -> None:
+    """Write a line on standard error; above a progress bar where there is one."""
+    stream = error_stream()
+    stream.write(f"{printable(line)}\n")
+    stream.flush()
 
 
 @contextmanager

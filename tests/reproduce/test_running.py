@@ -13,12 +13,13 @@ import pytest
 import xarray as xr
 from PIL import Image
 
+from pnanalysis.checks import duration
 from pnanalysis.errors import DataError, PnError, RunError
 from pnanalysis.io.lock import Lock
 from pnanalysis.reproduce.cells import Cell
 from pnanalysis.reproduce.data import prepare
 from pnanalysis.reproduce.finish import is_of_setting
-from pnanalysis.reproduce.plan import Forecast, Plan, chosen_cells, duration, make_plan
+from pnanalysis.reproduce.plan import Forecast, Plan, chosen_cells, make_plan
 from pnanalysis.reproduce.running import Worker, run_cells, set_aside_if_other, study_command, training_command
 from pnanalysis.reproduce.settings import SCALES
 from pnanalysis.reproduce.study import reproduce

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -157,7 +160,7 @@ def test_too_little_memory_is_refused_before_any_product(monkeypatch):
 @pytest.mark.parametrize("method", ["xtrace", "hutch++"])
 def test_vectors_that_do_not_fit_are_taken_in_groups(method):
     eigenvalues = np.geomspace(1e-3, 1, 600)
-    bound = 12 * 3 * 600 * 8  # 12 products
+    bound = {"xtrace": 12 // 2 * 4, "hutch++": 4 + 3 * 4}[method] * 600 * 8  # 12 products
     assert trace_estimate(dense(eigenvalues), method, 60, max_memory_bytes=bound).n_hvp == 60
     estimates = [trace_estimate(dense(eigenvalues), method, 60, seed, bound) for seed in range(40)]
     errors = [estimate.value - eigenvalues.sum() for estimate in estimates]
@@ -171,3 +174,44 @@ def test_whole_vectors_are_not_to_be_had_where_processes_divide_them(method):
     operator.part = Part(((0, 50),), SimpleNamespace(n=2), 50)
     with pytest.raises(CurvatureError, match=r"processes divide here; give method='hutchinson'"):
         trace_estimate(operator, method, n_hvp=20)
+
+
+PEAK = """
+import sys, torch
+from pnanalysis.spectra import trace
+from pnanalysis.spectra.linear_operator import DiagonalOperator
+from pnanalysis.spectra.used_memory import PeakMemory
+
+method, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+n, n_hvp = int(sys.argv[4]), 12
+trace.trace_estimate(DiagonalOperator(torch.linspace(0, 1, 100)), method, n_hvp)
+eigenvalues = torch.linspace(0, 1, n, dtype=dtype)
+if sys.argv[3] == "low rank":
+    eigenvalues[3:] = 0
+bound = trace._BYTES[method](n, n_hvp, dtype)
+with PeakMemory(torch.device("cpu")) as memory:
+    found = trace.trace_estimate(DiagonalOperator(eigenvalues), method, n_hvp, max_memory_bytes=bound)
+assert found.n_hvp == n_hvp
+print((memory.peak - memory.before) / bound)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("method", "dtype", "spectrum", "n"),
+    [
+        ("xtrace", "float32", "full", 1_000_000),
+        pytest.param("xtrace", "float64", "full", 1_000_000, marks=pytest.mark.slow),
+        pytest.param("xtrace", "float64", "low rank", 1_000_000, marks=pytest.mark.slow),
+        pytest.param("hutch++", "float32", "full", 3_000_000, marks=pytest.mark.slow),
+        pytest.param("hutch++", "float64", "full", 3_000_000, marks=pytest.mark.slow),
+    ],
+)
+def test_peak_memory_is_the_bound(method, dtype, spectrum, n):
+    """All products are made at once where the bound is what they need, and need no more than that."""
+    # arrays of a megabyte and more are given back at once, so that the peak is that of what is in use
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, method, dtype, spectrum, str(n)], capture_output=True, text=True, check=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+    )  # fmt: skip
+    assert 0.9 < float(done.stdout) < 1.1

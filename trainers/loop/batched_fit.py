@@ -264,7 +264,8 @@ class _StackedPenalty:
         if not active:
             return
         like = next(iter(parameters.values()))
-        self.lam = like.new_tensor([0.0 if penalty is None else penalty.lam for penalty in penalties])
+        lam = [0.0 if penalty is None else penalty.lam for penalty in penalties]
+        self.lam = torch.tensor(lam, dtype=torch.float64).to(like)
         for layer, names in layers.items():
             size = sum(parameters[name][0].numel() for name in names)
             rows = like.new_zeros(len(penalties), max(len(penalty) for penalty in active), size)
