@@ -9,7 +9,7 @@ Each row is measured in a process of its own with one thread. Products take turn
 pass; times are CPU times, which do not count what else the machine does. Peaks are those of the whole process, network
 and libraries included. ``of it anonymous`` leaves out pages of mapped files, which the system takes back when memory
 is short. Writes ``results/language_model.md`` and ``.json``, and the picture ``docs/images/gpt2.png`` of the spectra
-in ``results/language_model-MATRIX.nc``. Rows that the JSON holds are not measured again: delete those that should be.
+in ``results/language_model-MATRIX.nc``. Rows that the JSON holds, and whose spectra are there, are not measured again.
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ def spectrum(folder: Path, matrix: str, basis: str, tokens: int, n_hvp: int, res
 
 
 def draw(results: Path, to: Path) -> None:
-    """The spectra of both matrices, as far as they are there, over each other."""
-    files = {matrix: _spectrum_of(results, matrix) for matrix in MATRICES}
-    found = [pn.load(file).assign_coords(checkpoint=[matrix]) for matrix, file in files.items() if file.is_file()]
+    """The spectra of both matrices over each other, or of the one that has been measured."""
+    names = [name for name in MATRICES if _spectrum_of(results, name).is_file()]
+    found = [pn.load(_spectrum_of(results, name)).assign_coords(checkpoint=[name]) for name in names]
     pn.plots.save_figure(pn.plots.plot(xr.concat(found, "checkpoint", join="outer")), to)
 
 
@@ -215,7 +215,9 @@ def main() -> None:
         save(options.folder, options.small)
         found["parameters"] = sum(p.numel() for p in pretrained(options.folder / "gpt2").parameters())
         for part in parts:
-            if list(part) not in [row["part"] for row in found["rows"]]:
+            drawn = part[-2:] == ("half", str(options.n_hvp)) and not _spectrum_of(options.output, part[1]).is_file()
+            if drawn or list(part) not in [row["part"] for row in found["rows"]]:
+                found["rows"] = [row for row in found["rows"] if row["part"] != list(part)]
                 found["rows"].append({"part": list(part)} | apart(options, part))
                 print(found["rows"][-1], flush=True)
                 stored.write_text(json.dumps(found, indent=1) + "\n")

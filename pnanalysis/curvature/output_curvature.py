@@ -68,7 +68,7 @@ def closed_form_slope(loss: InspectedLoss, outputs: object, targets: object) -> 
     """
     if class_positions(loss, outputs, targets) is None:
         return None
-    slope: Tensor = _Slope.apply(outputs, loss, targets)  # type: ignore[no-untyped-call]
+    slope: Tensor = _Slope.apply(outputs, loss, targets)
     return slope
 
 
@@ -89,11 +89,11 @@ class _Slope(Function):
         return _by_class(slope, targets.shape)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None, None]:
         return ctx.curvature(u), None, None
 
     @staticmethod
-    def jvp(ctx: Any, u: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, u: Tensor, *_: None) -> Tensor:
         with torch.no_grad():  # the outputs' derivatives have a graph of their own
             curved: Tensor = ctx.curvature(u)
         return curved
