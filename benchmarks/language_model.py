@@ -1,6 +1,6 @@
 """GPT-2 of 124 million parameters on a CPU: time of a product, memory of a spectrum, and its picture.
 
-    python benchmarks/language_model.py [--tokens 64] [--rounds 3] [--n-hvp 12] [--basis-n-hvp 6] [--small]
+    python benchmarks/language_model.py [--tokens 64] [--rounds 3] [--n-hvp 12] [--small]
 
 The network is transformers' GPT-2 with random weights, saved to a temporary folder and read from there as
 ``hf:FOLDER`` is; nothing is fetched. Its text is the documentation of Python's module ``statistics``, a token a byte.
@@ -46,7 +46,8 @@ MATRICES = {"Hessian": pn.HessianOperator, "Gauss-Newton": pn.GGNOperator}
 OPERATORS = {"Hessian": "hessian", "Gauss-Newton": "ggn"}
 #: Products to come: from 30 on they are traced.
 WAYS = {"traced": 100, "reverse mode": 10}
-BASES = ("memory", "half", "disk", "none")
+#: Matrices, and ways to keep the basis; the first of each matrix is drawn.
+SPECTRA = (("Hessian", "half"), *(("Gauss-Newton", basis) for basis in ("memory", "half", "disk", "none")))
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 256, "n_positions": 64}
 GIB = 2**30
 
@@ -206,8 +207,7 @@ def main() -> None:
         print(json.dumps(row))
         return
     parts = [("product", matrix, way) for matrix in MATRICES for way in WAYS]
-    parts += [("spectrum", matrix, "half", str(options.n_hvp)) for matrix in MATRICES]
-    parts += [("spectrum", "Gauss-Newton", basis, str(options.basis_n_hvp)) for basis in BASES]
+    parts += [("spectrum", *case, str(options.n_hvp)) for case in SPECTRA]
     stored = options.output.with_suffix(".json")
     found: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {"rows": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -215,8 +215,8 @@ def main() -> None:
         save(options.folder, options.small)
         found["parameters"] = sum(p.numel() for p in pretrained(options.folder / "gpt2").parameters())
         for part in parts:
-            drawn = part[-2:] == ("half", str(options.n_hvp)) and not _spectrum_of(options.output, part[1]).is_file()
-            if drawn or list(part) not in [row["part"] for row in found["rows"]]:
+            undrawn = part[0] == "spectrum" and not _spectrum_of(options.output, part[1]).is_file()
+            if undrawn or list(part) not in [row["part"] for row in found["rows"]]:
                 found["rows"] = [row for row in found["rows"] if row["part"] != list(part)]
                 found["rows"].append({"part": list(part)} | apart(options, part))
                 print(found["rows"][-1], flush=True)
