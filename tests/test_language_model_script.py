@@ -18,7 +18,7 @@ def test_rows_are_measured_once(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     output, picture = tmp_path / "found.md", tmp_path / "spectra.png"
     options = ["--small", "--tokens=16", "--rounds=1", "--n-hvp=6"]
-    command = [sys.executable, SCRIPT, *options, f"--output={output}", f"--picture={picture}"]
+    command = [sys.executable, str(SCRIPT), *options, f"--output={output}", f"--picture={picture}"]
     subprocess.run(command, check=True, timeout=900)
     rows = json.loads(output.with_suffix(".json").read_text())["rows"]
     assert len(rows) == 9
