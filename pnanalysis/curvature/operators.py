@@ -15,7 +15,7 @@ from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
-from pnanalysis.curvature.output_curvature import OutputCurvature, closed_form
+from pnanalysis.curvature.output_curvature import OutputCurvature, closed_form, closed_form_slope
 from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
 from pnanalysis.curvature.passes import forward_twice
 from pnanalysis.curvature.product_check import moved, tolerance
@@ -60,10 +60,10 @@ class HessianOperator(CurvatureOperator):
     def _recomputed_product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
         with forward_ad.dual_level():
             theta = dual(at.theta, v)
-            loss = self._loss(at, theta)
-            if not loss.requires_grad:
+            end, slope = self._end(at, theta)
+            if not end.requires_grad:
                 return [torch.zeros_like(part) for part in v]
-            return tangents(torch.autograd.grad(loss, list(theta.values()), materialize_grads=True))
+            return tangents(torch.autograd.grad(end, list(theta.values()), slope, materialize_grads=True))
 
     def _row_forms(self, at: LossArguments, u: list[Tensor], v: list[Tensor]) -> Tensor:
         at_theta, of_outputs, _ = _as_functions(self._loss, at)
@@ -81,11 +81,22 @@ class HessianOperator(CurvatureOperator):
     def _direct(self, at: LossArguments) -> Product:
         theta = requiring_grad(at.theta)
         leaves = list(theta.values())
-        loss = self._loss(at, theta)
-        if not loss.requires_grad:  # it depends on none of the chosen parameters
+        end, slope = self._end(at, theta)
+        if not end.requires_grad:  # it depends on none of the chosen parameters
             return lambda v: [torch.zeros_like(leaf) for leaf in leaves]
-        slope = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-        return lambda v: pullback(slope, leaves, v)
+        gradient = torch.autograd.grad(end, leaves, slope, create_graph=True, materialize_grads=True)
+        return lambda v: pullback(gradient, leaves, v)
+
+    def _end(self, at: LossArguments, theta: Named) -> tuple[Tensor, Tensor | None]:
+        """Where the gradient is pulled back from: the loss, or the outputs with its slope there where that is known.
+
+        The graph of the loss of a large vocabulary would hold several arrays of the size of the outputs.
+        """
+        if known(self._loss.loss_fn) is None:
+            return self._loss(at, theta), None
+        outputs = self._loss.outputs(at, theta)
+        slope = closed_form_slope(self._loss.loss_fn, outputs, at.targets)
+        return (self._loss.of_outputs(outputs, at.targets), None) if slope is None else (outputs, slope)
 
     def _by_differences(
         self, at: LossArguments, v: list[Tensor], product: list[Tensor], step: float
