@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from true_values import Tally, exact_density, exact_edges, exact_statistics, mas
 
 import pnanalysis as pn
 from pnanalysis.analyses.significant_differences import with_p_values
+from pnanalysis.io.hardware import cpu_name
 from pnanalysis.spectra.differences import beyond_noise, compare_spectra
 from pnanalysis.spectra.linear_operator import DiagonalOperator
 
@@ -298,7 +298,7 @@ def write(results: dict[str, Any], output: Path, baseline: dict[str, Any]) -> No
     part = output.with_suffix(".part")
     part.write_text(f"{{\n{lines}\n}}\n")
     part.replace(output.with_suffix(".json"))
-    command = "`python benchmarks/coverage.py`; " + f"{platform.machine()}, torch {torch.__version__}"
+    command = "`python benchmarks/coverage.py`; " + f"{cpu_name()}, torch {torch.__version__}"
     output.write_text("\n".join(table(results, baseline, set(GAPLESS), command)) + "\n")
 
 

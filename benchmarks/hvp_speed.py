@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import statistics
 import time
 import warnings
@@ -23,6 +22,7 @@ from torch import nn
 
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.inputs.models import build_model
+from pnanalysis.io.hardware import cpu_name
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -143,7 +143,7 @@ def main() -> None:
     lines = [
         "# Time of a Hessian-vector product, in forward passes over the same data",
         "",
-        f"{platform.machine()} CPU, {arguments.threads} thread(s), torch {metadata.version('torch')}, float32, batch "
+        f"{cpu_name()}, {arguments.threads} thread(s), torch {metadata.version('torch')}, float32, batch "
         f"normalisation in eval mode; medians of {arguments.repeats} interleaved runs. First call: tracing included.",
         "",
         "| setting | package | forward passes per product | first call, s |",

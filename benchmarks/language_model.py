@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from torch.nn.functional import cross_entropy
 import pnanalysis as pn
 from pnanalysis.inputs.data import TextFile
 from pnanalysis.inputs.hugging_face import pretrained
+from pnanalysis.io.hardware import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "language_model.md"
@@ -154,7 +154,7 @@ def table(options: argparse.Namespace, found: dict[str, Any]) -> str:
     lines = [
         f"# GPT-2 with {found['parameters']:,} parameters and random weights, {options.tokens} tokens",
         "",
-        f"`python benchmarks/language_model.py`, {platform.machine()} CPU, one thread, "
+        f"`python benchmarks/language_model.py`, {cpu_name()}, one thread, "
         f"torch {metadata.version('torch')}, transformers {metadata.version('transformers')}, float32. CPU times; "
         "peaks of the whole process in GiB.",
         "",

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -35,6 +34,7 @@ from torch.nn.functional import cross_entropy
 from pnanalysis.curvature.distributed import DistributedOperator, OwnExamples
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.inputs.models import build_model
+from pnanalysis.io.hardware import cpu_name
 from pnanalysis.spectra.inner_products import orthogonalised
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scaling.md"
@@ -168,7 +168,7 @@ def measure(networks: dict[str, tuple[str, int, int]], n: int, sizes: tuple[int,
         row["communication"] = 1 - row["computing"] / row["seconds"]
         row["cpu_ratio"] = row["cpu_seconds"] / first["cpu_seconds"]
     return {
-        "machine": platform.machine(), "torch": torch.__version__, "cores": cores, "load_before": load, **found,
+        "machine": cpu_name(), "torch": torch.__version__, "cores": cores, "load_before": load, **found,
     }  # fmt: skip
 
 

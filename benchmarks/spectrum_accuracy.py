@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from known_spectra import ANALYTIC, large_spectrum
 from networks import NETWORKS, exact_spectrum
 from scipy.stats import wasserstein_distance
 
+from pnanalysis.io.hardware import cpu_name
 from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.linear_operator import DiagonalOperator, LinearOperator, as_operator
 
@@ -129,7 +129,7 @@ def write(rows: dict[str, dict[str, float]], order: list[str], options: argparse
         "# Spectrum accuracy per product: deflated over plain",
         "",
         f"`python benchmarks/spectrum_accuracy.py --seeds {options.seeds} --coverage-seeds {options.coverage_seeds}`; "
-        f"{platform.machine()}, one thread, torch {torch.__version__}, float64.",
+        f"{cpu_name()}, one thread, torch {torch.__version__}, float64.",
         "",
         "Deflated quadrature with a budget of 100, 200, 400 and 1,000 products compared with plain quadrature with",
         "1x100, 4x50, 4x100 and 10x100 (probes x steps). W1: ratio of the medians, over seeds, of the Wasserstein-1",

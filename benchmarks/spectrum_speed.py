@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -35,6 +34,7 @@ from torch.nn.functional import cross_entropy
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.inputs.data import load_data
 from pnanalysis.inputs.models import build_model
+from pnanalysis.io.hardware import cpu_name
 from pnanalysis.spectra.density import spectral_density
 
 RESULTS = Path(__file__).resolve().parent / "results" / "spectrum_speed.md"
@@ -146,7 +146,7 @@ def compare(options: argparse.Namespace) -> list[str]:
             errors[name].append(distance(found, reference))
     lines = [
         f"Data: {data}. {options.n_probes} probes of {options.n_lanczos} steps; reference spectrum from "
-        f"{options.reference:,} products. {platform.machine()} CPU, {torch.get_num_threads()} thread(s), torch "
+        f"{options.reference:,} products. {cpu_name()}, {torch.get_num_threads()} thread(s), torch "
         f"{metadata.version('torch')}, PyHessian {metadata.version('pyhessian')}, hessian-eigenthings "
         f"{metadata.version('hessian-eigenthings')}; medians of {options.repeats} interleaved runs.",
         "",
