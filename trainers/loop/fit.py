@@ -20,6 +20,7 @@ from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.loading import first_not_finite
 from pnanalysis.inputs.models import Loss, resolve_loss
 from trainers.choices import check_choice
+from trainers.loop.layout import image_layout
 from trainers.loop.processes import OneProcess, Part, SeveralProcesses
 from trainers.seeds import derive_seed
 
@@ -140,6 +141,7 @@ def fit(
     processes = SeveralProcesses(device) if distributed else OneProcess()
     processes.check_divisible(model, split, loss_fn, batch_size)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    laid_out = image_layout(model, split.inputs)
     records = []
     with watched_by(model, optim) if watched_by is not None else nullcontext():
         for epoch in range(start_epoch + 1, epochs + 1):
@@ -152,7 +154,7 @@ def fit(
                 for step, index in enumerate(order.split(batch_size)):
                     part = processes.part_of(len(index))
                     inputs, targets = split.take(index[part.rows])
-                    inputs = augment_batch(inputs, augment, generator, part)
+                    inputs = laid_out(augment_batch(inputs, augment, generator, part))
                     with autocast(device, amp):
                         outputs = network(inputs)
                         value = loss_fn(outputs, targets)
@@ -167,8 +169,8 @@ def fit(
                         on_batch(len(index))
             processes.add_up(sums.losses, sums.errors)
             means = processes.from_first(partial(_checked_means, sums, model, epoch, len(split)))
-            validation_error = evaluate_error(network, validation, amp, loss_fn, processes)
-            test_error = evaluate_error(network, test, amp, loss_fn, processes)
+            validation_error = evaluate_error(network, validation, amp, loss_fn, processes, laid_out)
+            test_error = evaluate_error(network, test, amp, loss_fn, processes, laid_out)
             record = Epoch(epoch, *means, validation_error, test_error, time.perf_counter() - begun)
             records.append(record)
             if on_epoch is not None:
@@ -207,10 +209,11 @@ def evaluate_error(
     amp: str = "no",
     loss: Loss | None = None,
     processes: OneProcess | None = None,
+    laid_out: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """The mean error over a split, counted as by :func:`error_counter`; NaN without a split.
 
-    Several processes take batches in turn.
+    Several processes take batches in turn. Inputs are ``laid_out`` by :func:`trainers.loop.layout.image_layout`.
     """
     if split is None:
         return float("nan")
@@ -220,7 +223,7 @@ def evaluate_error(
     for start in range(processes.rank * EVALUATION_BATCH, len(split), processes.n * EVALUATION_BATCH):
         inputs, targets = split.take(slice(start, start + EVALUATION_BATCH))
         with autocast(inputs.device, amp):
-            outputs = model(inputs)
+            outputs = model(inputs if laid_out is None else laid_out(inputs))
         total += sum_of_errors(outputs, targets)
     processes.add_up(total)
     return float(total) / len(split)
