@@ -29,15 +29,18 @@ _BLOCKS = 40
 
 
 def learning_coefficient(ds: xr.Dataset) -> Figure:
-    """Estimates with 95 % intervals beside the chains they come from; of a calibration, estimates over step sizes.
+    """Estimates with 95 % intervals beside the chains they come from; of a calibration, estimates over step sizes,
+    or over localizations where these alone differ.
 
     Parameters
     ----------
     ds : xarray.Dataset
         Kind ``learning_coefficient``.
     """
-    if {"step_size", "localization"} & set(ds.dims):
+    if "step_size" in ds.dims:
         return _calibration(ds)
+    if "localization" in ds.dims:
+        return _over_localizations(ds)
     names, places = short_names(ds), np.arange(ds.sizes["checkpoint"])
     rotation = tilted(names, PAGE / 2 - 0.5)
     figure = new_figure(PAGE, 2.6 + (0.035 * max(map(len, names)) if rotation else 0))
@@ -74,7 +77,7 @@ def learning_coefficient(ds: xr.Dataset) -> Figure:
 
 def _calibration(ds: xr.Dataset) -> Figure:
     """Estimates over step sizes, a line for each localization; crosses have not converged."""
-    ds = ds.expand_dims([dim for dim in ("localization", "step_size") if dim not in ds.dims])
+    ds = ds.expand_dims("localization") if "localization" not in ds.dims else ds
     figure, axes = panels(ds.sizes["checkpoint"], height=PAGE / 2 * GOLDEN)
     for ax, name, checkpoint in zip(axes, short_names(ds), ds.checkpoint.values, strict=False):
         at = ds.sel(checkpoint=checkpoint).transpose("localization", "step_size", ...)
@@ -91,6 +94,26 @@ def _calibration(ds: xr.Dataset) -> Figure:
         ax.set_xlabel("step size")
         ax.set_ylabel("local learning coefficient")
     legend_above(figure, *axes[0].get_legend_handles_labels())
+    return figure
+
+
+def _over_localizations(ds: xr.Dataset) -> Figure:
+    """Estimates and Gaussian values over localizations, a panel for each network; crosses have not converged."""
+    figure, axes = panels(ds.sizes["checkpoint"], height=PAGE / 2 * GOLDEN)
+    for ax, name, checkpoint in zip(axes, short_names(ds), ds.checkpoint.values, strict=False):
+        one = ds.sel(checkpoint=checkpoint).sortby("localization")
+        gamma, value, bars = one.localization, one.learning_coefficient, 1.96 * one.learning_coefficient_se
+        ax.errorbar(gamma, value, bars, color=CHAMPION, marker="o", capsize=2, label="estimate, 95 % interval")
+        ax.plot(gamma, one.gaussian, "s:", color=PLAIN, mfc="white", label="Gaussian")
+        unsettled = np.where(one.converged == 1, np.nan, _mean(one))
+        if np.isfinite(unsettled).any():
+            ax.plot(gamma, unsettled, "x", color=QUIET, label="not converged")
+        ax.set_xscale("log")
+        ax.set_title(name, loc="left")
+        ax.set_xlabel("localization γ")
+        ax.set_ylabel("local learning coefficient")
+    shown = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    legend_above(figure, list(shown.values()), list(shown))
     return figure
 
 

@@ -531,6 +531,11 @@ PICTURES: dict[str, tuple[str, Callable[[], xr.Dataset], dict[str, Any]]] = {
         lambda: learning_coefficients([10.0, 100.0]),
         {},
     ),
+    "learning_coefficient_localizations": (
+        "learning_coefficient",
+        lambda: learning_coefficients([10.0, 30.0, 100.0]).isel(step_size=1),
+        {},
+    ),
     "curvature_monitor": ("curvature_monitor", curvature_along_training, {}),
     "gradients": ("gradients", gradients, {}),
     "gradients_one_epoch": ("gradients", lambda: gradients(EPOCHS[:1]), {}),
