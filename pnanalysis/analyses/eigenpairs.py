@@ -16,9 +16,10 @@ from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 from torch import Tensor, nn
 
 from pnanalysis import schema
+from pnanalysis.analyses.eigenspace_overlaps import overlaps
 from pnanalysis.analyses.finished_eigenpairs import finished_or_computed
 from pnanalysis.analyses.hessian import has_all, names_of
-from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, overlaps
+from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found
 from pnanalysis.analyses.stacking import along_checkpoints
 from pnanalysis.analyses.work_folder import WorkFolder, weights_digest
 from pnanalysis.checks import at_least, resolve_dtype, shown
@@ -92,10 +93,11 @@ def eigenpairs(
     max_hvp : int
         The most products, after which what has been found is returned, converged or not (``converged`` says which).
         Each pair takes two at least. Pairs over halves of the examples take as many over each half.
-    data_error : {"halves", "examples", "none"}
+    data_error : {"halves", "groups", "examples", "none"}
         Errors for the choice of examples: of the eigenvalues (``"examples"``, at the cost of ``k`` products or less),
         and also of the space, by the same pairs over two halves of the examples (``"halves"``, about twice the
-        products).
+        products). ``"groups"`` takes seven pairs of balanced halves (about seven times the products, and 14 times the
+        vectors in memory) and gives standard errors to all that is said of the vectors.
     classes : bool
         Whether to find the class structure, for classifiers and the largest eigenvalues.
     vectors : bool
@@ -122,7 +124,7 @@ def eigenpairs(
           within which of each value there is an eigenvalue: residual and round-off; ``value_data_se``, and the 95 %
           interval ``value_low`` to ``value_high`` of both (the attribute ``interval_covers`` says what is in it);
           ``value_form`` (pair, group), the curvature of each group of examples along each vector;
-          ``value_half``, the eigenvalues over two halves of the examples; ``converged``.
+          ``value_half``, the eigenvalues over halves of the examples; ``converged``.
         - ``vector`` (pair, parameter); ``sin_theta`` and ``space_sin_theta``, bounds of the angle of each vector, and
           of the space of its ``cluster`` (Davis and Kahan); ``layer_part`` (pair, layer), which sums to one;
           ``participation``, the inverse participation ratio.
@@ -134,6 +136,9 @@ def eigenpairs(
         - For several checkpoints, ``overlap`` (checkpoint, other) of their spaces, from 0 to 1, with
           ``overlap_chance`` for random spaces, and ``overlap_halves`` between different halves of the examples, whose
           diagonal is the ceiling: what one network's spaces have in common over different examples.
+        - With ``data_error="groups"``, ``NAME_data_se`` of ``participation``, ``layer_part``, ``gradient_part``,
+          ``update_part``, ``update_top``, ``level_part``, ``class_part``, ``cross_part`` and ``overlap``, and
+          ``gradient_top_se`` of both gradient and space: see :mod:`pnanalysis.analyses.eigenpair_halves`.
 
     Raises
     ------
@@ -210,7 +215,8 @@ def eigenpairs(
         weights_digest=("checkpoint", [by_key[item.key][1] for item in selection]),
     )
     if len(every) > 1:
-        ds = ds.assign(overlaps(every, selection.labels)).assign_coords(other=selection.labels)
+        common = overlaps(every, selection.labels, selection.shares_examples)
+        ds = ds.assign(common).assign_coords(other=selection.labels)
     n_used = n_examples(part, batches)
     return schema.finish(
         ds, "eigenpairs", **selection.sources[0].dataset_attrs(), operator=operator, k=k, which=which, split=split,
