@@ -653,8 +653,8 @@ def test_errors_of_all_numbers_of_a_classifier_are_their_scatter_over_samples() 
         scatter = np.std([ds[name] for ds in rows], axis=0)
         se = name + ("_se" if name == "gradient_top" else "_data_se")
         ratio = np.sqrt(np.mean([ds[se] ** 2 for ds in errors], axis=0)) / scatter
-        # the errors are known to a tenth, and so is the scatter; numbers bounded at 0 or 1 are not linear
-        assert ((ratio > 0.6) & (ratio < 1.6)).all(), (name, ratio)
+        # both are known to a tenth; halves move numbers that are not linear further, so that errors are rather too large
+        assert ((ratio > 0.6) & (ratio < 2.2)).all(), (name, ratio)
 
 
 def test_overlaps_have_errors_where_half_samples_are_known() -> None:
