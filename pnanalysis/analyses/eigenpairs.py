@@ -20,26 +20,22 @@ from pnanalysis.analyses.eigenspace_overlaps import overlaps
 from pnanalysis.analyses.finished_eigenpairs import finished_or_computed
 from pnanalysis.analyses.hessian import has_all, names_of
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found
+from pnanalysis.analyses.other_weights import Weights, by_label, parameters_of
 from pnanalysis.analyses.stacking import along_checkpoints
 from pnanalysis.analyses.work_folder import WorkFolder, weights_digest
-from pnanalysis.checks import at_least, resolve_dtype, shown
+from pnanalysis.checks import at_least, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.data import Batch, DataLike, n_examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import SelectedCheckpoint, select
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.runs import Checkpoint
-from pnanalysis.io.weights import State, is_state_dict, read_weights
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator
 from pnanalysis.terminal.progress import Advance, progress_bar
-
-#: A network, its state dict, or the file of one.
-Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
 
 def eigenpairs(
@@ -187,7 +183,7 @@ def eigenpairs(
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
     selection.check_weights()
-    before = _by_label(previous, selection.labels)
+    before = by_label("previous", previous, selection.labels, parameters_of)
     settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
     cache = None if state is None else WorkFolder.claim(state, settings | names_of(selection))
     by_key: dict[object, tuple[Found, str]] = {}
@@ -276,36 +272,6 @@ def previous_state(item: SelectedCheckpoint) -> Mapping[str, Tensor] | None:
     path = run.trajectory(checkpoint.iteration)
     at = next((i for i, one in enumerate(path) if one.identity == checkpoint.identity), 0)
     return dict(item.source.model(path[at - 1]).named_parameters()) if at else None
-
-
-def _by_label(previous: Weights | Mapping[str, Weights] | None, labels: Sequence[str]) -> dict[str, State]:
-    """The parameters before the last update, by the names of the networks.
-
-    Raises
-    ------
-    PnError
-        If it is not clear of which network they are, or a file holds none.
-    """
-    if previous is None:
-        return {}
-    if isinstance(previous, Mapping) and not is_state_dict(previous):
-        unknown = [name for name in previous if name not in labels]
-        if unknown:
-            raise CurvatureError(f"previous has {shown(unknown[0])}; the networks are {', '.join(map(shown, labels))}")
-        return {name: _parameters(one) for name, one in previous.items()}
-    if len(labels) != 1:
-        raise CurvatureError(f"previous is one state, of {len(labels)} networks; give a mapping by their names")
-    return {labels[0]: _parameters(previous)}
-
-
-def _parameters(given: Any) -> State:
-    if isinstance(given, nn.Module):
-        return {name: parameter.detach() for name, parameter in unwrapped(given).named_parameters()}
-    if isinstance(given, Mapping) and is_state_dict(given):
-        return dict(given)
-    if isinstance(given, str | os.PathLike):
-        return read_weights(given)
-    raise CurvatureError(f"previous is a {type(given).__name__}; give a Module, a state dict or the path of weights")
 
 
 def is_matrix(given: Any) -> bool:

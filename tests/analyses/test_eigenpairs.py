@@ -653,7 +653,7 @@ def test_errors_of_all_numbers_of_a_classifier_are_their_scatter_over_samples() 
         scatter = np.std([ds[name] for ds in rows], axis=0)
         se = name + ("_se" if name == "gradient_top" else "_data_se")
         ratio = np.sqrt(np.mean([ds[se] ** 2 for ds in errors], axis=0)) / scatter
-        # both are known to a tenth; halves move numbers that are not linear further, so that errors are rather too large
+        # both are known to a tenth; halves move numbers that are not linear further, so that errors are too large
         assert ((ratio > 0.6) & (ratio < 2.2)).all(), (name, ratio)
 
 
