@@ -48,7 +48,8 @@ def energies(H: np.ndarray, owner: np.ndarray) -> np.ndarray:
         ("conv", "hessian"),
         ("conv", "ggn"),
         ("tanh", "fisher"),
-        pytest.param("batchnorm", "hessian", marks=pytest.mark.slow),
+        ("layernorm", "hessian"),
+        *(pytest.param(name, "hessian", marks=pytest.mark.slow) for name in ("tanh", "maxpool", "batchnorm")),
     ],
 )
 def test_small_networks_are_exact(network: str, kind: str) -> None:
