@@ -64,8 +64,9 @@ fuzz: $(STAMP)
 
 # Writes docs/reference/networks.md.
 test-zoo: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[zoo]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[zoo,sinks]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.page -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/monitoring/test_sinks.py
 
 # Subprocesses are measured too. Which tests reach a line, and how long they take, is kept for `make mutation`. Takes about
 # half an hour. What fails is shown and does not end it: measuring adds warnings and files of its own, and those of killed

@@ -47,6 +47,14 @@ def _with_se(name: str, dims: str, units: str, long_name: str, required: bool = 
     }
 
 
+def _with_data_se(name: str, dims: str, units: str, long_name: str, required: bool = True) -> dict[str, Variable]:
+    """A variable with its standard error for the choice of examples, where that is known."""
+    return {
+        name: _var(dims, units, long_name, required),
+        f"{name}_data_se": _var(dims, units, f"standard error for the examples of the {long_name}", _OPTIONAL),
+    }
+
+
 def _with_ends(name: str, dims: str, units: str, long_name: str) -> dict[str, Variable]:
     """The ends of the 95 % interval of a variable, optional."""
     return {
@@ -195,9 +203,11 @@ def _with_parts(name: str, dims: str, units: str, long_name: str, required: bool
 
 
 _OVERLAP = {
-    "overlap": _var("checkpoint other", "1", "overlap of the spaces of eigenvectors (mean squared cosine)", _OPTIONAL),
+    **_with_data_se(
+        "overlap", "checkpoint other", "1", "overlap of the spaces of eigenvectors (mean squared cosine)", _OPTIONAL
+    ),
     "overlap_halves": _var("checkpoint other", "1", "overlap of spaces over different halves of examples", _OPTIONAL),
-    "overlap_halves_spread": _var("checkpoint other", "1", "half the difference of the two ways round", _OPTIONAL),
+    "overlap_halves_spread": _var("checkpoint other", "1", "standard deviation over ways round", _OPTIONAL),
     "overlap_chance": _var("checkpoint other", "1", "overlap expected of random spaces", _OPTIONAL),
     "overlap_chance_sd": _var("checkpoint other", "1", "standard deviation of the overlap of random spaces", _OPTIONAL),
 }
@@ -353,21 +363,31 @@ _EIGENPAIRS = {
     "sin_theta": _var("pair", "1", "bound of the sine of the angle to the eigenvector"),
     "cluster": _var("pair", "1", "number of the cluster of eigenvalues that the pair belongs to"),
     "space_sin_theta": _var("pair", "1", "bound of the sine of the largest angle to the space of the cluster"),
-    "participation": _var("pair", "1", "inverse participation ratio of the eigenvector"),
-    "layer_part": _var("pair layer", "1", "part of the eigenvector's squared length in the layer", _OPTIONAL),
+    **_with_data_se("participation", "pair", "1", "inverse participation ratio of the eigenvector"),
+    **_with_data_se(
+        "layer_part", "pair layer", "1", "part of the eigenvector's squared length in the layer", _OPTIONAL
+    ),
     "layer_share": _var("layer", "1", "part of the parameters that are in the layer", _OPTIONAL),
-    "gradient_part": _var("pair", "1", "part of the gradient's squared length along the eigenvector", _OPTIONAL),
+    **_with_data_se(
+        "gradient_part", "pair", "1", "part of the gradient's squared length along the eigenvector", _OPTIONAL
+    ),
     **_with_se("gradient_top", "", "1", "part of the gradient's squared length in the top space", _OPTIONAL),
     "gradient_norm": _var("", "loss", "norm of the gradient", _OPTIONAL),
     "gradient_noise": _var("", "loss", "norm that the choice of examples alone gives the gradient", _OPTIONAL),
-    "update_part": _var("pair", "1", "part of the last update's squared length along the eigenvector", _OPTIONAL),
-    "update_top": _var("", "1", "part of the last update's squared length in the top space", _OPTIONAL),
+    **_with_data_se(
+        "update_part", "pair", "1", "part of the last update's squared length along the eigenvector", _OPTIONAL
+    ),
+    **_with_data_se("update_top", "", "1", "part of the last update's squared length in the top space", _OPTIONAL),
     "update_norm": _var("", "1", "norm of the last update", _OPTIONAL),
     "top_chance": _var("", "1", "part of a random vector's squared length in the top space", _OPTIONAL),
-    "level_part": _var("level pair", "1", "part of the Gauss-Newton curvature along the eigenvector", _OPTIONAL),
+    **_with_data_se(
+        "level_part", "level pair", "1", "part of the Gauss-Newton curvature along the eigenvector", _OPTIONAL
+    ),
     "ggn_value": _var("pair", "loss", "Gauss-Newton curvature along the eigenvector", _OPTIONAL),
-    "class_part": _var("pair", "1", "part of the eigenvector in the span of the class means", _OPTIONAL),
-    "cross_part": _var("pair", "1", "part of the eigenvector in the span of the means of pairs of classes", _OPTIONAL),
+    **_with_data_se("class_part", "pair", "1", "part of the eigenvector in the span of the class means", _OPTIONAL),
+    **_with_data_se(
+        "cross_part", "pair", "1", "part of the eigenvector in the span of the means of pairs of classes", _OPTIONAL
+    ),
     "class_value": _var("class", "loss", "eigenvalue of the matrix of the class means", _OPTIONAL),
     "cross_value": _var("class_pair", "loss", "eigenvalue of the matrix of the means of pairs of classes", _OPTIONAL),
     "class_chance": _var("", "1", "part of a random vector in the span of the class means", _OPTIONAL),

@@ -16,7 +16,8 @@ from torch import nn
 from pnanalysis import schema
 from pnanalysis.analyses.eigenpairs import is_matrix
 from pnanalysis.analyses.hessian import has_all, names_of
-from pnanalysis.analyses.network_blocks import BlockOptions, matrix_blocks
+from pnanalysis.analyses.network_blocks import BlockOptions, matrix_blocks, quantisations
+from pnanalysis.analyses.other_weights import Weights, by_label, parameters_of
 from pnanalysis.analyses.spectrum_cache import SpectrumCache
 from pnanalysis.analyses.stacking import along_checkpoints
 from pnanalysis.analyses.work_folder import weights_digest
@@ -25,14 +26,21 @@ from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
 from pnanalysis.curvature.named_blocks import Blocks, blocks_of
 from pnanalysis.curvature.peers import make_operator
+from pnanalysis.curvature.quantisation import Scheme, scheme_of
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.data import Batch, DataLike, n_examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import select
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.spectra.linear_operator import as_operator
 from pnanalysis.terminal.progress import Advance, progress_bar
+
+#: A scheme, or weights after it.
+Quantised = Scheme | Weights
+#: The scheme of a network.
+SchemeOf = Callable[[nn.Module], Scheme]
 
 
 def blocks(
@@ -49,6 +57,7 @@ def blocks(
     spectra: bool = False,
     n_spectrum: int = 60,
     bits: int | Sequence[int] | None = None,
+    quantised: Quantised | Mapping[str, Quantised] | None = None,
     split: str = "train",
     n: int | None = 2048,
     batch_size: int = 512,
@@ -94,6 +103,10 @@ def blocks(
     n_spectrum : int
     bits : int or sequence of int, optional
         Also what rounding the weights of each block to so many bits does to the loss.
+    quantised : callable, Module, state dict or path, or mapping of str to these, optional
+        The same for any other quantisation: a function of a parameter's name and values that returns the values it
+        becomes, or the quantised weights themselves, as numbers of their shapes (those that are left out stay as they
+        are); of several networks by their names. It is at ``bits`` 0 in the results.
     split, n, batch_size, params, bn_mode, dtype, amp, weight, draws, method
         See :func:`pnanalysis.hessian`.
     data_error : {"examples", "none"}
@@ -125,10 +138,11 @@ def blocks(
         - with ``spectra``: ``js_divergence`` and ``wasserstein1`` (block, other) between spectra over different halves
           of the examples; on the diagonal, between those of one block: what chance alone gives. ``spectrum_node`` and
           ``spectrum_weight`` (half, block, quadrature) are the spectra;
-        - with ``bits`` (along ``bits``): ``sensitivity`` (block), the mean eigenvalue times the squared change of the
-          weights (HAWQ-V2), its ``rank`` from the largest with a 95 % interval, and ``rank_probability`` (block,
-          place); ``quadratic``, ``linear``, :math:`\tfrac12 \Delta w^\top H \Delta w` and :math:`g^\top \Delta w`, and
-          the measured ``loss_increase``; all three for all blocks together as ``NAME_all``.
+        - with ``bits`` or ``quantised`` (along ``bits``): ``sensitivity`` (block), the mean eigenvalue times the
+          squared change of the weights (HAWQ-V2), its ``rank`` from the largest with a 95 % interval, and
+          ``rank_probability`` (block, place); ``quadratic``, ``linear``, :math:`\tfrac12 \Delta w^\top H \Delta w`
+          and :math:`g^\top \Delta w`, and the measured ``loss_increase``; all three for all blocks together as
+          ``NAME_all``.
 
     Raises
     ------
@@ -163,12 +177,15 @@ def blocks(
     if len(given) == 1 and is_matrix(given[0]):
         if any(option is not None for option in (model, data, loss, checkpoints)):
             raise CurvatureError("an operator has its own network, data and loss; leave model, data and loss out")
+        schemes = by_label("quantised", quantised, ["operator"], _scheme)
         with progress_bar("blocks", None, progress) as advance:
-            ds = _of_operator(given[0], options, None if state is None else Path(state), advance)
+            folder = None if state is None else Path(state)
+            ds = _of_operator(given[0], options, schemes.get("operator"), folder, advance)
         return schema.finish(ds, "blocks", operator=type(given[0]).__name__, blocks=_as_text(blocks), seed=seed)
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
     selection.check_weights()
+    schemes = by_label("quantised", quantised, selection.labels, _scheme)
     settings = {**asdict(options), "weight": None, "split": split, "n": n, "batch_size": batch_size}
     cache = None if state is None else SpectrumCache.claim(state, settings | names_of(selection))
     found: dict[object, tuple[xr.Dataset, str]] = {}
@@ -181,6 +198,7 @@ def blocks(
                 with progress_bar(item.label, None, progress) as advance:
                     one = network_blocks(
                         network, source.loss, batches, options, label=item.label, device=torch_device,
+                        quantised=schemes.get(item.label),
                         cache=None if cache is None else cache.of(network), advance=advance,
                     )  # fmt: skip
                 found[item.key] = one, weights_digest(network)
@@ -198,7 +216,7 @@ def blocks(
         ds, "blocks", **selection.sources[0].dataset_attrs(), operator=operator, blocks=_as_text(blocks), split=split,
         n=n_used, all_examples=has_all(source, split, n, n_used), batch_size=batch_size, bn_mode=bn_mode,
         params=params, seed=seed, device=str(torch_device), dtype=dtype, amp=amp, draws=draws,
-        bits_tried=list(widths) or None,
+        bits_tried=list(widths) or None, quantised=_name_of(quantised),
     )  # fmt: skip
 
 
@@ -210,6 +228,7 @@ def network_blocks(
     *,
     label: str = "network",
     device: torch.device | str = "cpu",
+    quantised: SchemeOf | None = None,
     cache: SpectrumCache | None = None,
     advance: Advance | None = None,
 ) -> xr.Dataset:
@@ -225,6 +244,8 @@ def network_blocks(
     label : str
         What the network is called in messages.
     device : torch.device or str
+    quantised : callable, optional
+        What gives the scheme of a network.
     cache : SpectrumCache, optional
         Keeps what is finished, and what is in progress.
     advance : callable, optional
@@ -237,18 +258,21 @@ def network_blocks(
             bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device, amp=options.amp,
             weight=options.weight, draws=options.draws, method=options.method, expected_products=1,
         )  # fmt: skip
+        tried = quantisations(network, options.bits, None if quantised is None else quantised(network))
 
         def compute(state: Path | None = None) -> xr.Dataset:
             ds = matrix_blocks(
-                op, names, options, network=network, state=state, advance=advance or (lambda steps: None)
+                op, names, options, quantised=tried, state=state, advance=advance or (lambda steps: None)
             )
             return schema.finish(ds, "blocks")
 
-        return compute() if cache is None else cache.finished("", op, compute)
+        own = tried[-1].digest if quantised is not None else ""  # other weights have another file
+        return compute() if cache is None else cache.finished(own, op, compute)
 
 
 def _of_operator(
-    given: Any, options: BlockOptions, state: Path | None, advance: Callable[[float], None]
+    given: Any, options: BlockOptions, quantised: SchemeOf | None, state: Path | None,
+    advance: Callable[[float], None],
 ) -> xr.Dataset:  # fmt: skip
     """Blocks of a single operator or matrix."""
     op = as_operator(given)
@@ -256,10 +280,12 @@ def _of_operator(
         names = blocks_of(op.model, options.blocks, op.names if _by_name(options) else None)
         chosen = [one for own in names.values() for one in own]
         own = op if sorted(chosen) == sorted(op.names) else op.restricted(chosen, 1)
-        return matrix_blocks(own, names, options, state=state, advance=advance)
-    if options.spectra or options.bits or not isinstance(options.blocks, Mapping):
+        tried = quantisations(op.model, options.bits, None if quantised is None else quantised(op.model))
+        return matrix_blocks(own, names, options, quantised=tried, state=state, advance=advance)
+    if options.spectra or options.bits or quantised is not None or not isinstance(options.blocks, Mapping):
         raise CurvatureError(
-            "a matrix takes the sizes of its blocks by label, blocks={'a': 10, 'b': 20}, and neither spectra nor bits"
+            "a matrix takes the sizes of its blocks by label, blocks={'a': 10, 'b': 20}, and neither spectra nor "
+            "quantisation"
         )
     at_least(1, **{f"blocks[{label!r}]": size for label, size in options.blocks.items()})
     return matrix_blocks(op, options.blocks, options, state=state, advance=advance)
@@ -276,6 +302,28 @@ def stack(rows: Sequence[xr.Dataset], labels: Sequence[str]) -> xr.Dataset:
     return along_checkpoints(
         [ds.reindex({dim: of for dim, of in places.items() if dim in ds.dims}) for ds in rows], labels
     )
+
+
+def _scheme(option: str, given: Quantised) -> SchemeOf:
+    """What gives the scheme of a network, whose names tell whether a state dict is its own."""
+    if callable(given) and not isinstance(given, nn.Module):
+        scheme: Scheme = given
+        return lambda network: scheme
+    state = parameters_of(option, given)
+    return lambda network: scheme_of(state, _names(network))
+
+
+def _names(network: nn.Module) -> set[str]:
+    inner = unwrapped(network)
+    return {*inner.state_dict(keep_vars=True), *(name for name, _ in inner.named_parameters(remove_duplicate=False))}
+
+
+def _name_of(quantised: Any) -> str | None:
+    if quantised is None:
+        return None
+    if isinstance(quantised, str | os.PathLike):
+        return Path(quantised).name
+    return str(getattr(quantised, "__qualname__", type(quantised).__name__))
 
 
 def _as_text(blocks: Blocks) -> Any:

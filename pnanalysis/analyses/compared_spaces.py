@@ -13,7 +13,8 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.analyses.eigenpairs import network_eigenpairs
-from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, overlaps
+from pnanalysis.analyses.eigenspace_overlaps import overlaps
+from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found
 from pnanalysis.analyses.requests import each_network, read_request, settings_of
 from pnanalysis.analyses.work_folder import WorkFolder
 from pnanalysis.arrays import Array
@@ -64,7 +65,7 @@ class EigenpairRequest:
                     )  # fmt: skip
         every = [found[item.key] for item in selection]
         ds = value_differences([one.dataset for one in every], selection.shares_examples)
-        ds = ds.assign(overlaps(every, selection.labels))
+        ds = ds.assign(overlaps(every, selection.labels, selection.shares_examples))
         return ds.assign_attrs(n_pairs=self.options.k)
 
 

@@ -16,29 +16,26 @@ from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 from torch import Tensor, nn
 
 from pnanalysis import schema
+from pnanalysis.analyses.eigenspace_overlaps import overlaps
 from pnanalysis.analyses.finished_eigenpairs import finished_or_computed
 from pnanalysis.analyses.hessian import has_all, names_of
-from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, overlaps
+from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found
+from pnanalysis.analyses.other_weights import Weights, by_label, parameters_of
 from pnanalysis.analyses.stacking import along_checkpoints
 from pnanalysis.analyses.work_folder import WorkFolder, weights_digest
-from pnanalysis.checks import at_least, resolve_dtype, shown
+from pnanalysis.checks import at_least, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
-from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.data import Batch, DataLike, n_examples
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import SelectedCheckpoint, select
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.io.runs import Checkpoint
-from pnanalysis.io.weights import State, is_state_dict, read_weights
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator
 from pnanalysis.terminal.progress import Advance, progress_bar
-
-#: A network, its state dict, or the file of one.
-Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
 
 def eigenpairs(
@@ -92,10 +89,11 @@ def eigenpairs(
     max_hvp : int
         The most products, after which what has been found is returned, converged or not (``converged`` says which).
         Each pair takes two at least. Pairs over halves of the examples take as many over each half.
-    data_error : {"halves", "examples", "none"}
+    data_error : {"halves", "groups", "examples", "none"}
         Errors for the choice of examples: of the eigenvalues (``"examples"``, at the cost of ``k`` products or less),
         and also of the space, by the same pairs over two halves of the examples (``"halves"``, about twice the
-        products).
+        products). ``"groups"`` takes seven pairs of balanced halves (about seven times the products, and 14 times the
+        vectors in memory) and gives standard errors to all that is said of the vectors.
     classes : bool
         Whether to find the class structure, for classifiers and the largest eigenvalues.
     vectors : bool
@@ -122,7 +120,7 @@ def eigenpairs(
           within which of each value there is an eigenvalue: residual and round-off; ``value_data_se``, and the 95 %
           interval ``value_low`` to ``value_high`` of both (the attribute ``interval_covers`` says what is in it);
           ``value_form`` (pair, group), the curvature of each group of examples along each vector;
-          ``value_half``, the eigenvalues over two halves of the examples; ``converged``.
+          ``value_half``, the eigenvalues over halves of the examples; ``converged``.
         - ``vector`` (pair, parameter); ``sin_theta`` and ``space_sin_theta``, bounds of the angle of each vector, and
           of the space of its ``cluster`` (Davis and Kahan); ``layer_part`` (pair, layer), which sums to one;
           ``participation``, the inverse participation ratio.
@@ -134,6 +132,9 @@ def eigenpairs(
         - For several checkpoints, ``overlap`` (checkpoint, other) of their spaces, from 0 to 1, with
           ``overlap_chance`` for random spaces, and ``overlap_halves`` between different halves of the examples, whose
           diagonal is the ceiling: what one network's spaces have in common over different examples.
+        - With ``data_error="groups"``, ``NAME_data_se`` of ``participation``, ``layer_part``, ``gradient_part``,
+          ``update_part``, ``update_top``, ``level_part``, ``class_part``, ``cross_part`` and ``overlap``, and
+          ``gradient_top_se`` of both gradient and space: see :mod:`pnanalysis.analyses.eigenpair_halves`.
 
     Raises
     ------
@@ -184,7 +185,7 @@ def eigenpairs(
     torch_device = resolve_device(device)
     selection = select(given, checkpoints, model=model, data=data, loss=loss)
     selection.check_weights()
-    before = _by_label(previous, selection.labels)
+    before = by_label("previous", previous, selection.labels, parameters_of)
     settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
     cache = None if state is None else WorkFolder.claim(state, settings | names_of(selection))
     by_key: dict[object, tuple[Found, str]] = {}
@@ -212,7 +213,8 @@ def eigenpairs(
         weights_digest=("checkpoint", [by_key[item.key][1] for item in selection]),
     )
     if len(every) > 1:
-        ds = ds.assign(overlaps(every, selection.labels)).assign_coords(other=selection.labels)
+        common = overlaps(every, selection.labels, selection.shares_examples)
+        ds = ds.assign(common).assign_coords(other=selection.labels)
     n_used = n_examples(part, batches)
     return schema.finish(
         ds, "eigenpairs", **selection.sources[0].dataset_attrs(), operator=operator, k=k, which=which, split=split,
@@ -277,36 +279,6 @@ def previous_state(item: SelectedCheckpoint) -> Mapping[str, Tensor] | None:
     path = run.trajectory(checkpoint.iteration)
     at = next((i for i, one in enumerate(path) if one.identity == checkpoint.identity), 0)
     return dict(item.source.model(path[at - 1]).named_parameters()) if at else None
-
-
-def _by_label(previous: Weights | Mapping[str, Weights] | None, labels: Sequence[str]) -> dict[str, State]:
-    """The parameters before the last update, by the names of the networks.
-
-    Raises
-    ------
-    PnError
-        If it is not clear of which network they are, or a file holds none.
-    """
-    if previous is None:
-        return {}
-    if isinstance(previous, Mapping) and not is_state_dict(previous):
-        unknown = [name for name in previous if name not in labels]
-        if unknown:
-            raise CurvatureError(f"previous has {shown(unknown[0])}; the networks are {', '.join(map(shown, labels))}")
-        return {name: _parameters(one) for name, one in previous.items()}
-    if len(labels) != 1:
-        raise CurvatureError(f"previous is one state, of {len(labels)} networks; give a mapping by their names")
-    return {labels[0]: _parameters(previous)}
-
-
-def _parameters(given: Any) -> State:
-    if isinstance(given, nn.Module):
-        return {name: parameter.detach() for name, parameter in unwrapped(given).named_parameters()}
-    if isinstance(given, Mapping) and is_state_dict(given):
-        return dict(given)
-    if isinstance(given, str | os.PathLike):
-        return read_weights(given)
-    raise CurvatureError(f"previous is a {type(given).__name__}; give a Module, a state dict or the path of weights")
 
 
 def is_matrix(given: Any) -> bool:

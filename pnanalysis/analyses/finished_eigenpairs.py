@@ -96,7 +96,7 @@ def _save(found: Found, state: Unfinished, folder: Path, about: dict[str, Any]) 
     except OSError as error:
         warn_unsaved(path, error)
         return
-    tensors = {"vector": found.vector} | {f"half-{i}": half for i, half in enumerate(found.halves)}
+    tensors = {"vector": found.vector} | {f"half-{i:02d}": half for i, half in enumerate(found.halves)}
     tensors = {name: vectors.T for name, vectors in tensors.items()}  # vectors lie in memory one after the other
     state.save(_FOUND, tensors, about=about, notes=found.dataset.attrs, shapes=found.shapes)
 

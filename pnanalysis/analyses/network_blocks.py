@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
 from pnanalysis.curvature.example_groups import GroupedCurvature, alone, in_groups
 from pnanalysis.curvature.named_blocks import Blocks
-from pnanalysis.curvature.quantisation import FEWEST_BITS, MOST_BITS
+from pnanalysis.curvature.quantisation import FEWEST_BITS, MOST_BITS, Quantisation, Scheme, quantisation, rounding
 from pnanalysis.errors import CurvatureError, Indivisible
+from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.spectra.block_moments import BlockMoments, exact_moments, moments_of, trace_of
 from pnanalysis.spectra.block_products import FEWEST_PROBES, BlockForms, Partition, Plan, block_forms
 from pnanalysis.spectra.block_spectra import DiagonalBlock, spectrum_distances
@@ -80,7 +81,8 @@ class BlockOptions:
 
 def matrix_blocks(
     operator: LinearOperator, names: Mapping[str, Any], options: BlockOptions, *,
-    network: nn.Module | None = None, state: Path | None = None, advance: Callable[[float], None] = lambda steps: None,
+    quantised: Sequence[Quantisation] = (), state: Path | None = None,
+    advance: Callable[[float], None] = lambda steps: None,
 ) -> xr.Dataset:  # fmt: skip
     """Blocks of one operator.
 
@@ -91,8 +93,8 @@ def matrix_blocks(
         Of a :class:`~pnanalysis.curvature.base.CurvatureOperator`, the :attr:`names` of what belongs to each block; of
         other operators the size of each block, in the order in which they follow each other.
     options : BlockOptions
-    network : Module, optional
-        That the operator was made of, for the rounding of its weights.
+    quantised : sequence of Quantisation
+        What is tried on the weights: see :func:`quantisations`.
     state : Path, optional
         A folder for unfinished work.
     advance : callable, optional
@@ -106,12 +108,12 @@ def matrix_blocks(
     notes: dict[str, Any] = {}
     if isinstance(operator, CurvatureOperator):
         grouped = _grouped(operator, options, notes)
-        partition, cells, owner, rounded = _cells(grouped.op, names, bool(options.bits))
+        partition, cells, owner, rounded = _cells(grouped.op, names, quantised)
     else:
         if sum(names.values()) != operator.shape[0]:
             raise CurvatureError(f"the blocks have {sum(names.values())} entries, and the matrix {operator.shape[0]}")
         partition = Partition(tuple(names), tuple(range(len(names))), tuple(names.values()))
-        cells, owner, rounded = partition, np.arange(len(names)), np.zeros(len(names), dtype=bool)
+        cells, owner, rounded = partition, np.arange(len(names)), np.zeros((0, len(names)), dtype=bool)
     found, of_rounded = _moments(grouped, partition, cells, owner, rounded, options, state, advance)
     ds = _dataset(found, options)
     if found.diagonal is not None:
@@ -119,13 +121,12 @@ def matrix_blocks(
         ds["diagonal"] = ("statistic", "parameter"), np.stack([sums.value, sums.probe_se, sums.data_se])
         ds = ds.assign_coords(statistic=["value", "probe_se", "data_se"])
     if isinstance(grouped, GroupedCurvature):
-        if options.bits:
-            size = np.bincount(owner, cells.sizes * rounded, len(partition.names)).astype(np.int64)
-            rows = [
-                rounding_effects(grouped, network or grouped.op.model, partition, of_rounded, size, bits, options.seed)
-                for bits in options.bits
-            ]
-            ds = ds.merge(xr.concat(rows, "bits").assign_coords(bits=list(options.bits)))
+        if quantised:
+            rows = []
+            for one, trace, covered in zip(quantised, of_rounded, rounded, strict=True):
+                size = np.bincount(owner, cells.sizes * covered, len(partition.names)).astype(np.int64)
+                rows.append(rounding_effects(grouped, partition, trace, size, one, options.seed))
+            ds = ds.merge(xr.concat(rows, "bits").assign_coords(bits=[one.bits for one in quantised]))
             ds = ds.assign_coords(place=np.arange(1, len(partition.names) + 1))
         if options.spectra:
             spectra = _spectra(grouped.op, partition, options, state, notes, advance)
@@ -149,41 +150,54 @@ def _grouped(operator: CurvatureOperator, options: BlockOptions, notes: dict[str
     return grouped
 
 
+def quantisations(network: nn.Module, bits: Sequence[int], given: Scheme | None = None) -> list[Quantisation]:
+    """What is tried on the weights of a network: rounding to so many bits, and a scheme of one's own.
+
+    Raises
+    ------
+    CurvatureError
+        If the scheme gives no finite numbers of the same shape.
+    """
+    parameters = dict(unwrapped(network).named_parameters())
+    own = [] if given is None else [quantisation(parameters, given)]
+    return [rounding(parameters, width) for width in bits] + own
+
+
 def _cells(
-    op: CurvatureOperator, names: Mapping[str, list[str]], rounding: bool
+    op: CurvatureOperator, names: Mapping[str, list[str]], quantised: Sequence[Quantisation]
 ) -> tuple[Partition, Partition, NDArray[np.int64], NDArray[np.bool_]]:  # fmt: skip
-    """The blocks; these divided into what is rounded and what is not; which block each part belongs to; what it is."""
+    """The blocks; these divided by what is quantised alike; the block of each part; ``(scheme, part)``, what is."""
     labels = list(names)
     block_of = {name: i for i, label in enumerate(labels) for name in names[label]}
     missing = [name for name in op.names if name not in block_of]
     if missing:
         raise CurvatureError(f"{missing[0]!r} is in no block")
-    parameters = dict(op.model.named_parameters())
     owners, keys = [block_of[name] for name, _, _ in op.tensors], []
     for (name, _, _), owner in zip(op.tensors, owners, strict=True):
-        keys.append((owner, rounding and parameters[op.parameter_of(name)].ndim > 1))
+        keys.append((owner, tuple(op.parameter_of(name) in one.covered for one in quantised)))
     lengths = tuple(length for _, _, length in op.tensors)
     distinct = sorted(set(keys))
     cells = Partition(tuple(f"{labels[i]} {part}" for i, part in distinct), tuple(map(distinct.index, keys)), lengths)
     return (
         Partition(tuple(labels), tuple(owners), lengths), cells,
-        np.array([i for i, _ in distinct]), np.array([part for _, part in distinct]),
+        np.array([i for i, _ in distinct]),
+        np.array([part for _, part in distinct], dtype=bool).reshape(len(distinct), len(quantised)).T,
     )  # fmt: skip
 
 
 def _moments(
     operator: LinearOperator, partition: Partition, cells: Partition, owner: NDArray[np.int64],
     rounded: NDArray[np.bool_], options: BlockOptions, state: Path | None, advance: Callable[[float], None],
-) -> tuple[BlockMoments, Moment]:  # fmt: skip
-    """Numbers of all blocks, and the traces over what is rounded in each, of the data's part of the matrix."""
-    every, counted = (_members(owner, part, len(partition.names)) for part in (np.ones(len(owner)), rounded))
+) -> tuple[BlockMoments, list[Moment]]:  # fmt: skip
+    """Numbers of all blocks, and for each scheme traces over what it quantises, of the data's part of the matrix."""
+    every, *counted = (_members(owner, part, len(partition.names)) for part in (np.ones(len(owner)), *rounded))
     if operator.shape[0] <= options.n_hvp:
         found = exact_moments(operator, partition, options.diagonal, advance)
-        if not options.bits:
-            return found, found.trace
+        if not counted:
+            return found, []
         of_cells = exact_moments(operator, cells).trace
         of_data = replace(of_cells, value=of_cells.share @ of_cells.form)
-        return found, of_data.merged(counted)
+        return found, [of_data.merged(some) for some in counted]
 
     def is_reached(forms: BlockForms) -> bool:
         trace = trace_of(forms.merged(partition, every))  # of what is reported, not of parts
@@ -193,7 +207,8 @@ def _moments(
         options.n_hvp, options.seed, options.diagonal, state=state, is_reached=is_reached if options.until else None
     )
     forms = block_forms(operator, cells, plan, advance)
-    return moments_of(forms.merged(partition, every)), trace_of(forms.without_rest().merged(partition, counted))
+    traces = [trace_of(forms.without_rest().merged(partition, some)) for some in counted]
+    return moments_of(forms.merged(partition, every)), traces
 
 
 def _members(owner: NDArray[np.int64], counted: NDArray[Any], n_blocks: int) -> Array:
@@ -262,4 +277,4 @@ def _spectra(
     return spectrum_distances(halves)
 
 
-__all__ = ["DATA_ERRORS", "BlockOptions", "matrix_blocks"]
+__all__ = ["DATA_ERRORS", "BlockOptions", "matrix_blocks", "quantisations"]

@@ -1,4 +1,4 @@
-"""How much the loss suffers from rounding the weights of one block after the other, and how sure their order is."""
+"""How much the loss suffers from quantising the weights of one block after the other, and how sure their order is."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from pnanalysis.arrays import Array
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.example_groups import GroupedCurvature
-from pnanalysis.curvature.quantisation import rounding_error
-from pnanalysis.inputs.copies import unwrapped
+from pnanalysis.curvature.quantisation import Quantisation
 from pnanalysis.spectra.block_products import Partition
 from pnanalysis.spectra.data_error import FEWEST_GROUPS, variance_of_forms
 from pnanalysis.spectra.inner_products import inner_products
@@ -25,23 +24,23 @@ _DRAWS = 4000
 
 
 def rounding_effects(
-    grouped: GroupedCurvature, network: nn.Module, partition: Partition, trace: Moment,
-    n_rounded: NDArray[np.int64], bits: int, seed: int,
+    grouped: GroupedCurvature, partition: Partition, trace: Moment, n_rounded: NDArray[np.int64],
+    quantised: Quantisation, seed: int,
 ) -> xr.Dataset:  # fmt: skip
-    r"""Sensitivities by the trace, and what rounding each block does to the loss.
+    r"""Sensitivities by the trace, and what quantising each block does to the loss.
 
     Parameters
     ----------
     grouped : GroupedCurvature
-    network : Module
-        Whose weights are rounded.
     partition : Partition
         Into blocks.
     trace : Moment, (block,)
-        Over the entries of each block that are rounded, of the loss over the data alone.
+        Over the entries of each block that are quantised, of the loss over the data alone.
     n_rounded : ndarray, shape (block,)
         How many these are.
-    bits, seed : int
+    quantised : Quantisation
+        What is done to the weights.
+    seed : int
 
     Returns
     -------
@@ -57,8 +56,7 @@ def rounding_effects(
     Z. Dong et al., "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks", arXiv:1911.03852.
     """
     op = grouped.op
-    inner = unwrapped(network)
-    change = op.vector_of({name: rounding_error(p.detach(), bits) for name, p in inner.named_parameters()})
+    change = op.vector_of(quantised.change)
     squared = partition.products(change[:, None], change[:, None])[:, 0, 0]
     counted = np.maximum(n_rounded, 1)
     sensitivity = trace.divided(np.where(squared > 0, counted / np.where(squared > 0, squared, 1), np.inf))

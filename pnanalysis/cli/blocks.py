@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -54,6 +55,10 @@ def blocks(
         list[int] | None,
         typer.Option(help="Rank the blocks by what rounding their weights to so many bits does; may be repeated."),
     ] = None,
+    quantised: Annotated[
+        Path | None,
+        typer.Option(help="Rank the blocks by what other weights do: a file of the network's weights when quantised."),
+    ] = None,
     split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[int, typer.Option("--n", help="Examples, drawn at random by --seed.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Examples per batch, at most; changes memory use.")] = 512,
@@ -88,6 +93,8 @@ def blocks(
 
       pnanalysis blocks runs/lenet5 -c champion --bits 4 --bits 8
 
+      pnanalysis blocks runs/lenet5 -c champion --quantised champion-int4.safetensors
+
       pnanalysis blocks --model hf:gpt2 --data text:book.txt --by heads --spectra
 
       pnanalysis blocks runs/lenet5 --operator ggn --by tensors --diagonal
@@ -99,9 +106,10 @@ def blocks(
     unfinished = options.unfinished("blocks", given[0], output, quiet)
     ds = analyse(
         *given, blocks=block or by, checkpoints=checkpoint, operator=operator, n_hvp=n_hvp,
-        until=options.targets(until), diagonal=diagonal, spectra=spectra, n_spectrum=n_spectrum, bits=bits, split=split,
-        n=n, batch_size=batch_size, params=params, bn_mode=bn, dtype=dtype, amp=amp, draws=draws, method=method,
-        data_error=data_error, device=device, seed=seed, progress=not quiet, state=unfinished,
+        until=options.targets(until), diagonal=diagonal, spectra=spectra, n_spectrum=n_spectrum, bits=bits,
+        quantised=quantised, split=split, n=n, batch_size=batch_size, params=params, bn_mode=bn, dtype=dtype, amp=amp,
+        draws=draws, method=method, data_error=data_error, device=device, seed=seed, progress=not quiet,
+        state=unfinished,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)
     remove_unfinished(unfinished)
@@ -161,7 +169,9 @@ def _ranks(name: str, ds: xr.Dataset) -> Table:
         "first order",
         "measured change of the loss",
     ]
-    return make_table(f"{name}: weights rounded to {int(ds.bits)} bits, block by block", columns, rows)
+    given = ds.attrs.get("quantised", "a file")
+    what = f"rounded to {int(ds.bits)} bits" if ds.bits > 0 else f"quantised as in {given}"
+    return make_table(f"{name}: weights {what}, block by block", columns, rows)
 
 
 def _spectra(ds: xr.Dataset) -> str:

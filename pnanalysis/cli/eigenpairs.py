@@ -41,10 +41,11 @@ def eigenpairs(
     tolerance: Annotated[float, typer.Option(help="Residuals to reach, relative to the largest eigenvalue.")] = 1e-4,
     max_hvp: Annotated[int, typer.Option("--max-hvp", help="The most products, converged or not.")] = 1000,
     data_error: Annotated[
-        Literal["halves", "examples", "none"],
+        Literal["groups", "halves", "examples", "none"],
         typer.Option(
-            help="Error for the choice of examples: of eigenvalues (examples), and of spaces by two halves of the "
-            "examples (halves; about twice the products)."
+            help="Error for the choice of examples: of eigenvalues (examples), also of spaces by two halves of the "
+            "examples (halves; about twice the products), or of all numbers by fourteen halves (groups; about seven "
+            "times the products)."
         ),
     ] = "halves",
     classes: Annotated[
@@ -122,13 +123,20 @@ def _pairs(name: str, ds: xr.Dataset) -> Table:
         row = [f"{int(at.pair)}{mark}", value, float(at.residual), float(at.sin_theta), float(at.space_sin_theta)]
         if "layer_part" in ds:
             largest = int(np.nanargmax(at.layer_part.values))
-            row += [str(ds.layer.values[largest]), Estimate(float(at.layer_part[largest]), percent=True)]
+            row += [str(ds.layer.values[largest]), _with_error(at, "layer_part", largest)]
         if "class_part" in ds:
-            row += [Estimate(float(at[part]), percent=True) for part in ("class_part", "cross_part")]
+            row += [_with_error(at, part) for part in ("class_part", "cross_part")]
         rows.append(row)
     which = {"largest": "largest", "smallest": "smallest", "magnitude": "largest magnitude of the"}[ds.attrs["which"]]
     title = f"{name}: {which} eigenvalues of the {ds.attrs['operator']} over {ds.attrs['n']} examples"
     return make_table(title, columns, rows)
+
+
+def _with_error(ds: xr.Dataset, name: str, i: int | None = None, percent: bool = True) -> Estimate:
+    """A number, in the layer ``i`` if one is named, with its error for the choice of examples where it is known."""
+    at = ds if i is None else ds.isel(layer=i)
+    error = f"{name}_data_se"
+    return Estimate(float(at[name]), float(at[error]) if error in at else float("nan"), percent=percent)
 
 
 def _directions(ds: xr.Dataset) -> Table:
@@ -137,7 +145,7 @@ def _directions(ds: xr.Dataset) -> Table:
     for name in ds.checkpoint.values:
         at = ds.sel(checkpoint=name)
         gradient = Estimate(float(at.gradient_top), float(at.gradient_top_se), percent=True)
-        update = Estimate(float(at.update_top), percent=True) if "update_top" in at else None
+        update = _with_error(at, "update_top") if "update_top" in at else None
         rows.append([str(name), gradient, update, Estimate(float(at.top_chance), percent=True)])
     columns = ["checkpoint", "of the gradient", "of the last update", "of a random vector"]
     return make_table(f"part in the top {ds.attrs.get('n_top', 'k')} eigenvectors", columns, rows)
@@ -152,7 +160,8 @@ def _overlaps(ds: xr.Dataset) -> Table:
     for i in range(1, ds.sizes["checkpoint"]):
         at = first.isel(checkpoint=i)
         chance = Estimate(float(at.overlap_chance), float(at.overlap_chance_sd))
-        row = [f"{ds.checkpoint.values[i]}, {ds.checkpoint.values[0]}", float(at.overlap), chance]
+        names = f"{ds.checkpoint.values[i]}, {ds.checkpoint.values[0]}"
+        row = [names, _with_error(at, "overlap", percent=False), chance]
         if has_halves:
             own = [float(ds.overlap_halves[j, j]) for j in (0, i)]
             row += [float(at.overlap_halves), f"{min(own):.3g}" if min(own) == min(own) else None]

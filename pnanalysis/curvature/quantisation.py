@@ -1,12 +1,49 @@
-"""What uniform quantisation of a network's weights does to them, and to the loss."""
+"""What quantisation of a network's weights does to them: rounding to evenly spaced numbers, or any scheme."""
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pnanalysis.errors import CurvatureError
+
 #: Bits that weights may be rounded to.
 FEWEST_BITS, MOST_BITS = 2, 16
+#: What stands for the bits of weights that are given.
+GIVEN = 0
+#: What becomes of a parameter, by its name and values: values of the same shape.
+Scheme = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What a scheme does to a network.
+
+    Attributes
+    ----------
+    bits : int
+        That weights are rounded to; :data:`GIVEN` for any other scheme.
+    change : dict of str to Tensor
+        What is added to each parameter.
+    covered : frozenset of str
+        The parameters that are quantised.
+    """
+
+    bits: int
+    change: dict[str, Tensor]
+    covered: frozenset[str]
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal changes of equal parameters."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.change.items()):
+            found.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.double().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
 
 def rounded(weights: Tensor, bits: int) -> Tensor:
@@ -28,9 +65,68 @@ def rounded(weights: Tensor, bits: int) -> Tensor:
     return weights if not step > 0 else torch.round(weights / step) * step
 
 
-def rounding_error(weights: Tensor, bits: int) -> Tensor:
-    """What :func:`rounded` adds to weights; nothing to biases, norms and other parameters of one dim."""
-    return rounded(weights, bits) - weights if weights.ndim > 1 else torch.zeros_like(weights)
+def rounding(parameters: Mapping[str, Tensor], bits: int) -> Quantisation:
+    """By :func:`rounded`; biases, norms and other parameters of one dim stay as they are."""
+    weights = frozenset(name for name, tensor in parameters.items() if tensor.ndim > 1)
+    change = {
+        name: rounded(tensor.detach(), bits) - tensor.detach() if name in weights else torch.zeros_like(tensor)
+        for name, tensor in parameters.items()
+    }
+    return Quantisation(bits, change, weights)
 
 
-__all__ = ["FEWEST_BITS", "MOST_BITS", "rounded", "rounding_error"]
+def quantisation(parameters: Mapping[str, Tensor], scheme: Scheme) -> Quantisation:
+    """By any scheme, which covers the parameters that it changes.
+
+    Raises
+    ------
+    CurvatureError
+        If the scheme gives no finite numbers of the same shape.
+    """
+    change = {}
+    for name, parameter in parameters.items():
+        found = scheme(name, parameter.detach().clone())
+        if not isinstance(found, Tensor) or found.shape != parameter.shape:
+            what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise CurvatureError(f"{name!r} has the shape {tuple(parameter.shape)}, and is {what} when quantised")
+        found = found.dequantize() if found.is_quantized else found.detach()
+        if not found.dtype.is_floating_point:
+            raise CurvatureError(f"{name!r} is quantised to {found.dtype}; give the numbers that these stand for")
+        change[name] = found.to(parameter) - parameter.detach()
+        if not bool(torch.isfinite(change[name]).all()):
+            raise CurvatureError(f"{name!r} is not finite when quantised")
+    covered = frozenset(name for name, tensor in change.items() if bool(tensor.any()))
+    return Quantisation(GIVEN, change, covered)
+
+
+def scheme_of(state: Mapping[str, Tensor], known: Collection[str]) -> Scheme:
+    """The scheme that gives the weights of a state dict; those that it lacks stay as they are.
+
+    Parameters
+    ----------
+    state : mapping
+    known : collection of str
+        Names of all parameters and buffers of the network.
+
+    Raises
+    ------
+    CurvatureError
+        If the network has no such tensor.
+    """
+    unknown = [name for name in state if name not in known]
+    if unknown:
+        raise CurvatureError(f"the quantised weights have {unknown[0]!r}, which the network does not have")
+    return lambda name, parameter: state.get(name, parameter)
+
+
+__all__ = [
+    "FEWEST_BITS",
+    "GIVEN",
+    "MOST_BITS",
+    "Quantisation",
+    "Scheme",
+    "quantisation",
+    "rounded",
+    "rounding",
+    "scheme_of",
+]

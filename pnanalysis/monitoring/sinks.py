@@ -99,16 +99,21 @@ class WandbSink:
     ----------
     run : wandb.Run
         What ``wandb.init()`` returned: ``wandb.init(mode="offline")`` needs no network.
+    commit : bool
+        Whether each measurement is a row of its own, which moves the run's own step on. A run drops what a training
+        logs for a step that has passed, so a training that numbers its rows, ``run.log(..., step=epoch)``, takes False:
+        each of its rows then has the last measurement before the next row.
     """
 
-    def __init__(self, run: Any) -> None:
-        self.run = run
+    def __init__(self, run: Any, commit: bool = True) -> None:
+        self.run, self.commit = run, commit
         # the step of the run itself only grows, and belongs to the training
         run.define_metric("curvature/step")
         run.define_metric("curvature/*", step_metric="curvature/step")
 
     def __call__(self, step: int, numbers: Mapping[str, float]) -> None:
-        self.run.log({"curvature/step": step, **{f"curvature/{name}": value for name, value in numbers.items()}})
+        row = {"curvature/step": step, **{f"curvature/{name}": value for name, value in numbers.items()}}
+        self.run.log(row, commit=self.commit)
 
 
 def as_sink(given: Any, first_step: int = 0) -> Sink:

@@ -169,10 +169,11 @@ def _ranks(ds: xr.Dataset, figure: SubFigure) -> None:
                             xytext=(2, 0), textcoords="offset points")  # fmt: skip
         ax.axvline(0, color="#bbbbbb", lw=0.6, zorder=0)
         ax.set_xlabel("change of the loss [loss]")
-        ax.set_title(f"weights rounded to {int(bits)} bits; right: rank", loc="left", fontsize=7)
+        what = f"rounded to {int(bits)} bits" if bits > 0 else "quantised as given"
+        ax.set_title(f"weights {what}; right: rank", loc="left", fontsize=7)
         ax.grid(axis="y", color="0.92", lw=0.6)
         ax.set_axisbelow(True)
-        ax.set_label(f"rounded to {int(bits)} bits")
+        ax.set_label(what)
     _name_rows(axes[0], ds)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=6)
 

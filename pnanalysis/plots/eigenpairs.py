@@ -141,6 +141,9 @@ def _directions(ds: xr.Dataset, ax: Axes) -> None:
                 capsize=2, elinewidth=0.8, label="gradient")  # fmt: skip
     if "update_top" in ds:
         ax.plot(places + 0.1, 100 * ds.update_top, "s", color=BLUE, mfc="white", label="last update")
+        if "update_top_data_se" in ds:
+            ax.errorbar(places + 0.1, 100 * ds.update_top, 196 * ds.update_top_data_se.fillna(0), fmt="none",
+                        ecolor=BLUE, capsize=2, elinewidth=0.8)  # fmt: skip
     ax.plot(places, 100 * ds.top_chance, "_", color="black", ms=14, label="random vector")
     ax.set_xlim(-0.6, places[-1] + 0.6)
     ax.set_ylim(0, 1.45 * ax.get_ylim()[1])  # room for the legend

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,7 +48,8 @@ def energies(H: np.ndarray, owner: np.ndarray) -> np.ndarray:
         ("conv", "hessian"),
         ("conv", "ggn"),
         ("tanh", "fisher"),
-        pytest.param("batchnorm", "hessian", marks=pytest.mark.slow),
+        ("layernorm", "hessian"),
+        *(pytest.param(name, "hessian", marks=pytest.mark.slow) for name in ("tanh", "maxpool", "batchnorm")),
     ],
 )
 def test_small_networks_are_exact(network: str, kind: str) -> None:
@@ -212,6 +214,77 @@ def test_rounding_a_block_is_measured() -> None:
     assert fine.sensitivity[int(np.argmin(fine["rank"].values))] == fine.sensitivity.max()
     np.testing.assert_allclose(fine.rank_probability.sum("place"), 1)
     np.testing.assert_allclose(fine.rank_probability.sum("block"), 1)
+
+
+def by_rows(name: str, weights: Tensor) -> Tensor:
+    """Eight numbers for each row, from its least to its largest; biases to a hundredth, but for the last."""
+    if weights.ndim < 2:
+        return weights if name.startswith("4") else (100 * weights).round() / 100
+    low, high = weights.min(1, keepdim=True)[0], weights.max(1, keepdim=True)[0]
+    return low + ((weights - low) / (high - low) * 7).round() / 7 * (high - low)
+
+
+def test_any_quantisation_is_ranked(tmp_path: Path) -> None:
+    """A function, a file and a network: all against the dense matrix, biases included where they change."""
+    model, data = small(), drawn(96, 0)
+    state = {name: by_rows(name, tensor) for name, tensor in model.state_dict().items()}
+    network = copy.deepcopy(model)
+    network.load_state_dict(state)
+    save_file(state, tmp_path / "low.safetensors")
+    options: dict[str, Any] = {"data": data, "dtype": "float64", "n_hvp": 10_000} | QUIET
+    ds = pn.blocks(model, quantised=by_rows, bits=3, **options).squeeze("checkpoint")
+    assert ds.bits.values.tolist() == [3, 0]
+    assert ds.attrs["quantised"] == "by_rows"
+    H = HessianOperator(model, F.cross_entropy, [data]).to_dense().numpy()
+    pieces = [(state[name] - p.detach()).flatten().numpy() for name, p in model.named_parameters()]
+    change, covered = np.concatenate(pieces), np.concatenate([np.full(len(piece), piece.any()) for piece in pieces])
+    assert 0 < covered.sum() < len(H)
+    assert np.abs(change[np.concatenate([np.full(p.numel(), p.ndim < 2) for p in model.parameters()])]).max() > 0
+    owner, at = owners(model), ds.sel(bits=0)
+    for i in range(3):
+        own = np.where(owner == i, change, 0)
+        mean = np.diag(H)[(owner == i) & covered].mean()
+        np.testing.assert_allclose(at.sensitivity[i], mean * (own @ own), rtol=1e-9)
+        np.testing.assert_allclose(at.quadratic[i], own @ H @ own / 2, rtol=1e-9)
+    np.testing.assert_allclose(at.quadratic_all, change @ H @ change / 2, rtol=1e-9)
+    start, end = (float(F.cross_entropy(net(data[0]), data[1]).detach()) for net in (model, network))
+    np.testing.assert_allclose(at.loss_increase_all, end - start, atol=1e-12)
+    again = pn.blocks({"network": model}, quantised={"network": tmp_path / "low.safetensors"}, **options)
+    np.testing.assert_allclose(again.sensitivity[0, 0], at.sensitivity, rtol=1e-12)
+    op = HessianOperator(model, F.cross_entropy, [data])
+    np.testing.assert_allclose(pn.blocks(op, quantised=network, n_hvp=10_000, **QUIET).sensitivity[0], at.sensitivity)
+
+
+def test_sensitivities_to_any_quantisation_are_within_their_errors_and_resumed(tmp_path: Path) -> None:
+    model, data = small(), drawn(48, 0)
+    options: dict[str, Any] = {"data": data, "dtype": "float64", **QUIET}
+    exact = pn.blocks(model, quantised=by_rows, n_hvp=10_000, **options)
+    few, again, other = (
+        pn.blocks(model, quantised=scheme, n_hvp=24, state=tmp_path / "work", **options)
+        for scheme in (by_rows, by_rows, lambda name, weights: 0.9 * weights)
+    )
+    assert (few.sensitivity_probe_se > 0).all()
+    assert (np.abs(few.sensitivity - exact.sensitivity) < 4 * few.sensitivity_probe_se).all()
+    np.testing.assert_array_equal(again.sensitivity, few.sensitivity)
+    assert (other.squared_change != few.squared_change).any()
+
+
+def test_quantised_weights_that_do_not_fit_are_refused() -> None:
+    model, data = small(), drawn(32, 0)
+    state = model.state_dict()
+    for given, says in (
+        ({"weight": state["0.weight"]}, "have 'weight', which the network does not have"),
+        ({"0.weight": state["0.weight"][:2]}, "'0.weight' has the shape .* of shape"),
+        ({"0.weight": state["0.weight"].to(torch.int8)}, "quantised to torch.int8; give the numbers"),
+        (lambda name, weights: None, "a NoneType when quantised"),
+        (lambda name, weights: weights / 0, "not finite when quantised"),
+        (3, "quantised is a int"),
+        ({"other": state}, "quantised has 'other'"),
+    ):
+        with pytest.raises(PnError, match=says):
+            pn.blocks({"network": model}, data=data, quantised=given, **QUIET)
+    with pytest.raises(CurvatureError, match="neither spectra nor quantisation"):
+        pn.blocks(np.eye(3), blocks={"a": 3}, quantised=by_rows, progress=False)
 
 
 class Sum(nn.Module):

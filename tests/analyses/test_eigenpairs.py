@@ -23,6 +23,7 @@ from pnanalysis.errors import CurvatureError, ModelError, PnError
 from pnanalysis.io.runs import Run
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra import restarted
+from pnanalysis.spectra.half_samples import half_samples
 from tests.curvature.conftest import NETWORKS, images, squared_error
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -204,6 +205,7 @@ def test_a_run_with_updates_overlaps_and_classes(tiny_run: Run, tmp_path: Path) 
     expected = np.square(v @ w.T).sum() / 2
     assert float(ds.overlap.sel(checkpoint="plain", other="iter01")) == pytest.approx(expected, abs=1e-4)
     np.testing.assert_array_equal(ds.overlap, ds.overlap.T)
+    assert "overlap_data_se" not in ds
     assert float(ds.overlap_chance[0, 1]) == 2 / int(ds.n_parameters[0])
     assert ((np.diag(ds.overlap_halves) > 0.2) & (np.diag(ds.overlap_halves) <= 1)).all()
     np.testing.assert_allclose(ds.level_part.sum("level"), 1, atol=1e-9)
@@ -471,7 +473,7 @@ def test_finished_pairs_of_slightly_other_weights_are_searched_anew(tmp_path: Pa
         ({"k": 0}, "k is 0"),
         ({"which": "top"}, "unknown which 'top'"),
         ({"operator": "kfac"}, "unknown operator"),
-        ({"data_error": "groups"}, "unknown data_error"),
+        ({"data_error": "parts"}, "unknown data_error"),
         ({"tolerance": 0}, "tolerance is 0"),
         ({"loss": F.cross_entropy}, "leave model, data and loss out"),
     ],
@@ -596,3 +598,77 @@ def test_a_loss_with_the_network_in_it_has_no_classes_but_pairs() -> None:
 def test_an_operator_that_is_not_symmetric_is_refused() -> None:
     with pytest.raises(CurvatureError, match="not symmetric"):
         pn.eigenpairs(np.triu(np.random.default_rng(0).standard_normal((50, 50))), **QUIET)
+
+
+def test_errors_by_half_samples_are_the_scatter_over_samples() -> None:
+    """Of least squares without a bias, whose eigenvectors are those of the second moment of the inputs."""
+    generator = np.random.default_rng(0)
+    scale, offset = np.array([2.0, 1.2, 0.7, 0.4]), np.array([0.4, 0.8, 0.5, 0.3])
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.3, -0.2, 0.5, 0.1]]))
+    update = np.array([1.0, -1.0, 0.5, 2.0])
+    before = {"weight": model.weight.detach() - torch.from_numpy(update)[None]}
+
+    def sample() -> np.ndarray:
+        return generator.standard_normal((240, 4)) * scale + offset
+
+    rows = []
+    for _ in range(600):
+        x = sample()
+        v = np.linalg.eigh(x.T @ x)[1][:, -1]
+        gradient = x.T @ x @ model.weight.detach().numpy()[0]  # the targets are zero
+        rows.append([(v**4).sum(), (v @ update) ** 2 / (update @ update), (v @ gradient) ** 2 / (gradient @ gradient)])
+    names, errors = ("participation_data_se", "update_top_data_se", "gradient_top_se"), []
+    for seed in range(8):
+        data = torch.from_numpy(sample()), torch.zeros(240, 1).double()
+        ds = pn.eigenpairs(model, data=data, loss="mse", k=1, n=None, dtype="float64", previous=before, seed=seed,
+                           data_error="groups", **QUIET)  # fmt: skip
+        errors.append([ds[name].item() for name in names])
+    assert ds.attrs["data_error"] == "groups"
+    assert ds.value_half.shape == (1, 14, 1)
+    # 8 variances of 7 degrees of freedom each have a mean that is known to 19 %, and that of 600 samples to 6 %: the
+    # errors to half of it
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(errors), axis=0)), np.std(rows, axis=0), rtol=0.3)
+
+
+@pytest.mark.slow
+def test_errors_of_all_numbers_of_a_classifier_are_their_scatter_over_samples() -> None:
+    torch.manual_seed(0)
+    population, n = 20_000, 240
+    y = torch.randint(3, (population,))
+    x = (1.5 * torch.randn(3, 5)[y] + torch.randn(population, 5) * torch.tensor([2.0, 1.2, 0.8, 0.5, 0.3])).double()
+    nets = {name: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double() for name in "ab"}
+    nets["b"].load_state_dict({name: 1.3 * tensor for name, tensor in nets["a"].state_dict().items()})
+    before = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in nets["a"].state_dict().items()}
+    options: dict[str, Any] = {"loss": F.cross_entropy, "k": 2, "dtype": "float64", "n": None, "tolerance": 1e-6}
+    rows: list[xr.Dataset] = []
+    errors: list[xr.Dataset] = []
+    for i in range(46):
+        at = torch.randperm(population)[:n]
+        data_error, found = ("groups", errors) if i < 6 else ("none", rows)
+        ds = pn.eigenpairs(nets, data=(x[at], y[at]), previous={"a": before}, data_error=data_error, **options, **QUIET)
+        found.append(ds.sel(checkpoint="a", other="b"))
+    for name in ("participation", "layer_part", "gradient_top", "update_top", "level_part", "class_part", "overlap"):
+        scatter = np.std([ds[name] for ds in rows], axis=0)
+        se = name + ("_se" if name == "gradient_top" else "_data_se")
+        ratio = np.sqrt(np.mean([ds[se] ** 2 for ds in errors], axis=0)) / scatter
+        # both are known to a tenth; halves move numbers that are not linear further, so that errors are too large
+        assert ((ratio > 0.6) & (ratio < 2.2)).all(), (name, ratio)
+
+
+def test_overlaps_have_errors_where_half_samples_are_known() -> None:
+    torch.manual_seed(0)
+    nets = {name: nn.Linear(4, 3).double() for name in "ab"}
+    data = torch.randn(120, 4).double(), torch.randint(3, (120,))
+    options: dict[str, Any] = {"data": data, "loss": F.cross_entropy, "k": 2, "n": None, "dtype": "float64"} | QUIET
+    ds = pn.eigenpairs(nets, data_error="groups", **options)
+    np.testing.assert_array_equal(np.diag(ds.overlap_data_se), 0.0)
+    tops = []
+    for net in nets.values():
+        op = HessianOperator(net, F.cross_entropy, [data], expected_products=1)
+        tops.append([dense(op.subset(part, 8))[1][:, :2] for pair in half_samples() for part in pair])
+    common = np.array([np.square(v.T @ w).sum() / 2 for v, w in zip(*tops, strict=True)])
+    expected = np.sqrt(np.mean(np.square(common[::2] - common[1::2])) / 4)
+    np.testing.assert_allclose(ds.overlap_data_se[0, 1], expected, rtol=0.02)
+    pn.validate(ds)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from pnanalysis.io import datasets, netcdf
 from pnanalysis.io.runs import Run
@@ -117,6 +118,15 @@ def test_blocks_are_saved_drawn_and_resumed(run, own_run: Run, tmp_path: Path) -
     assert done.status == 0, done.err
     assert datasets.load(tmp_path / "own.nc").block.values.tolist() == ["fc1", "fc2.weight[0:4]"]
     assert run("pnanalysis", "blocks", own_run.path, "--by", "heads", *few).status == 2
+    weights = own_run.select(["plain"]).popitem()[1].load()
+    save_file({name: tensor.half() for name, tensor in weights.items()}, tmp_path / "half.safetensors")
+    low = ("--quantised", tmp_path / "half.safetensors", "-o", tmp_path / "low.nc")
+    done = run("pnanalysis", "blocks", own_run.path, "-c", "plain", *few, *low)
+    assert "weights quantised as in half.safetensors, block by block" in done.out
+    assert (datasets.load(tmp_path / "low.nc").squared_change > 0).all()
+    done = run("pnanalysis", "blocks", own_run.path, *both, *few, *low)
+    assert done.status == 2
+    assert "quantised is one state, of 2 networks" in done.err
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pnanalysis.curvature.named_blocks import DIVISIONS, blocks_of
 from pnanalysis.curvature.parameters import select_blocks, select_parameters
-from pnanalysis.curvature.quantisation import rounded, rounding_error
+from pnanalysis.curvature.quantisation import rounded, rounding
 from pnanalysis.errors import CurvatureError
 
 
@@ -143,10 +143,10 @@ def test_rounding_is_to_the_nearest_of_evenly_spaced_numbers(bits: int) -> None:
     levels = torch.arange(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1)) * weights.abs().max() / (2 ** (bits - 1) - 1)
     nearest = levels[(weights[..., None] - levels).abs().argmin(-1)]
     torch.testing.assert_close(rounded(weights, bits), nearest)
-    torch.testing.assert_close(rounding_error(weights, bits), nearest - weights)
+    torch.testing.assert_close(rounding({"w": weights}, bits).change["w"], nearest - weights)
 
 
 def test_what_is_not_rounded() -> None:
     zeros: Tensor = torch.zeros(2, 3)
     assert torch.equal(rounded(zeros, 4), zeros)
-    assert not rounding_error(torch.randn(5), 2).any()
+    assert not rounding({"b": torch.randn(5)}, 2).change["b"].any()

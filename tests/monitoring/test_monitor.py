@@ -22,6 +22,7 @@ from pnanalysis.errors import ModelError, PnError
 from pnanalysis.inputs.random_states import random_states
 from pnanalysis.monitoring.measurement import Measurement, Wanted, _Tracked
 from pnanalysis.monitoring.preconditioners import Preconditioner, read_preconditioner
+from tests.curvature.conftest import NETWORKS, dense_hessian, images, squared_error
 
 #: Too few products for a trace of the network to pay; and the network at its running statistics.
 FEW: dict[str, Any] = {"expected_products": 10, "bn_mode": "eval"}
@@ -148,6 +149,37 @@ def test_numbers_are_those_of_the_dense_matrices(name: str) -> None:
             assert float(ds.loss) == pytest.approx(float(loss.detach()))
             assert float(ds.gradient_norm) == pytest.approx(float(gradient.norm()))
             assert float(ds.residual.max()) <= 2e-7 * float(values.abs().max())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv",
+        "layernorm",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("linear", "tanh", "maxpool", "batchnorm")),
+    ],
+)
+def test_numbers_of_six_networks_are_those_of_the_dense_matrices(name: str) -> None:
+    loss, model, (batch,) = squared_error if name == "linear" else F.cross_entropy, NETWORKS[name](), images((24,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    options: dict[str, Any] = {"every": 2, "top": 3, "tolerance": 1e-7, "trace_probes": 1000, "data_error": "none"}
+    with pn.CurvatureMonitor(model, optimizer, batch, loss, **options, **FEW) as monitor:
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+    ds = monitor.dataset().sel(step=2)
+    dense = dense_hessian(model, [batch], loss)
+    values = torch.linalg.eigvalsh(dense).flip(0)
+    copies = 3 if name == "linear" else 1  # one for each output, which a Krylov space holds once
+    np.testing.assert_allclose(ds.eigenvalue, values[: 3 * copies : copies], rtol=1e-8)
+    assert float(ds.lambda_max) == pytest.approx(float(values[0]))
+    assert float(ds.trace) == pytest.approx(float(dense.trace()))
+    found = read_preconditioner(optimizer, dict(model.named_parameters()))
+    assert found.inverse is not None
+    inverse = torch.cat([found.inverse[key].flatten() for key, _ in model.named_parameters()])
+    scaled = inverse.sqrt()[:, None] * dense * inverse.sqrt()
+    assert float(ds.preconditioned_lambda_max) == pytest.approx(float(torch.linalg.eigvalsh(scaled)[-1]), rel=1e-8)
 
 
 def test_a_new_largest_eigenvalue_is_found_from_a_start_that_has_no_part_of_it() -> None:

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from pnanalysis.curvature.operators import HessianOperator
+from pnanalysis.perturbation.neighbourhoods import direction
 from pnanalysis.perturbation.second_order import half_forms, largest_rises, trust_region
+from tests.curvature.conftest import NETWORKS, dense_hessian, images, squared_error
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -39,6 +41,31 @@ def test_without_a_slope_the_top_eigenvector_counts() -> None:
 def test_small_and_negative_curvature_leave_the_centre_or_a_point_inside() -> None:
     assert trust_region(np.array([-2.0, -1.0]), np.array([0.0, 0.0]), 1.0) == pytest.approx(0.0, abs=1e-12)
     assert trust_region(np.array([-2.0, -1.0]), np.array([0.2, 0.1]), 1.0) == pytest.approx(0.2**2 / 4 + 0.1**2 / 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv",
+        "layernorm",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("linear", "tanh", "maxpool", "batchnorm")),
+    ],
+)
+def test_values_of_six_networks_are_those_of_dense_hessians(name: str) -> None:
+    loss, model, batches = squared_error if name == "linear" else F.cross_entropy, NETWORKS[name](), images((20, 12))
+    op = HessianOperator(model, loss, batches)
+    matrix, gradient = dense_hessian(model, batches, loss).numpy(), op.gradient()
+    scale = torch.ones_like(gradient)
+    values, vectors = np.linalg.eigh(matrix)
+    radii = [0.01, 0.1, 1.0]
+    expected = [trust_region(values, vectors.T @ gradient.numpy(), radius) for radius in radii]
+    found = largest_rises(op, gradient, "ball", scale, radii, seed=0)
+    # a lower bound, from a Krylov space of 16 dims of up to 160
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert (found <= np.array(expected) * (1 + 1e-9)).all()
+    forms = half_forms(op, "ball", scale, 3, seed=0)
+    directions = [direction("ball", len(scale), j, 0, scale).numpy() for j in range(3)]
+    np.testing.assert_allclose(forms, [delta @ matrix @ delta / 2 for delta in directions], rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["ball", "adaptive"])
