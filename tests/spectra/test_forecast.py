@@ -92,7 +92,7 @@ def test_nothing_is_said_in_silence(slow: Slow, capsys: pytest.CaptureFixture[st
     [
         ({"n_lanczos": 5, "n_probes": 4}, "20 products of 2,000 parameters, about 4 min"),
         ({"n_lanczos": 5, "n_probes": 4, "deflate": False}, "20 products of 2,000 parameters, about 4 min"),
-        ({"n_lanczos": 1, "n_probes": 1}, "1 products of 2,000 parameters, about 1 min"),
+        ({"n_lanczos": 1, "n_probes": 1}, "1 product of 2,000 parameters, about 1 min"),
         ({"n_hvp": 60, "until": {"trace": 1e-9}}, "at most 60 products of 2,000 parameters, about 11 min"),
     ],
 )
