@@ -38,7 +38,7 @@ class Receiver(Protocol):
     n_probes: int
 
     def add_leading(self, value: Array, vectors: Iterable[Tensor]) -> None:
-        """Ritz values ``(t,)``, descending, the last one the smallest; orthonormal Ritz vectors in blocks ``(P, b)``."""
+        """Ritz values ``(t,)``, descending, the last one the smallest; orthonormal vectors in blocks ``(P, b)``."""
         ...
 
     def add_probes(self, probe: Tensor, product: Tensor) -> None:

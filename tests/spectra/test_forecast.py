@@ -148,7 +148,7 @@ def test_eigenpairs_say_it_too(slow: Slow, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_parts_of_a_peak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A preparation of 500 bytes beyond what is there, a first product of 900, and later ones of 300, of which 50 stay."""
+    """A preparation of 500 bytes beyond what is there, a product of 900, and later ones of 300, of which 50 stay."""
     rises, level = [500, 900, 300, 300], [1000]
 
     class Memory:
