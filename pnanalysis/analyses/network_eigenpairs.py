@@ -145,7 +145,7 @@ def matrix_eigenpairs(
     covers = ["residual", "round-off"]
     if is_averaged(operator) and options.data_error != "none":
         forms = DataForms(operator, 0)
-        forms.add_leading(pairs.value, pairs.vector, pairs.scale)
+        forms.add_leading(pairs.value, [pairs.vector], pairs.scale)
         if influences := forms.leading_influences:
             ds["value_data_se"] = "pair", [one.se for one in influences]
             ds["value_form"] = ("pair", "group"), np.stack([one.form for one in influences])

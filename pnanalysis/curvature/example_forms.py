@@ -152,6 +152,7 @@ class _Trial:
     """Forms of a few examples, by several ways, along two random directions."""
 
     def __init__(self, op: CurvatureOperator) -> None:
+        _ = op.product_check  # takes much memory, and is made once, before vectors take more
         op._draw(0, 0)
         weights = op.batches.weighing.of_examples(op._first_examples)
         self.shares = _shares(op, EXAMPLES, weights.numpy())

@@ -32,7 +32,7 @@ _OPERATIONS_TO_TRACE = 2e8
 _TRACED_SHAPES = 4
 #: Directions that share a pass, and bytes that these may take: a pass holds several copies of them, and calls take
 #: little time beside what long directions do.
-_AT_ONCE, _MOST_BYTES = 16, 2**24
+_AT_ONCE, _MOST_BYTES = 16, 2**23
 
 Direction = list[Tensor]
 #: Two directions; one and the same where they are equal, which takes fewer operations.
@@ -99,11 +99,13 @@ class MappedForms:
         return torch.cat([self._in_one_pass(at, pairs[i : i + self._at_once], one) for i in starts])
 
     def _in_one_pass(self, at: LossArguments, pairs: Sequence[Pair], one: bool) -> Tensor:
-        u, v = ([torch.stack(parts) for parts in zip(*each, strict=True)] for each in zip(*pairs, strict=True))
+        first, second = zip(*pairs, strict=True)
+        u = [torch.stack(parts) for parts in zip(*first, strict=True)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # vmap names operations that it repeats in a loop
             if one:
                 return vmap(lambda u: self.op._row_forms(at, u, u))(u)
+            v = [torch.stack(parts) for parts in zip(*second, strict=True)]
             return vmap(partial(self.op._row_forms, at))(u, v)
 
     def _is_right(self, at: LossArguments, found: Tensor, pair: Pair) -> bool:

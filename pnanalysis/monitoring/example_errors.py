@@ -33,7 +33,7 @@ class ExampleErrors:
         if self.reason or not np.isfinite(value):
             return np.nan
         forms = DataForms(op, 1)
-        forms.add_leading([value], vector[:, None])
+        forms.add_leading([value], [vector[:, None]])
         self.n_forms += 1
         self._note(op, forms.reason)
         found = forms.leading_influences

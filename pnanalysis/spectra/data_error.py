@@ -19,7 +19,7 @@ Resampling Plans (1982), ch. 6. W. G. Cochran, Sampling Techniques (1977), ch. 6
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,17 +87,26 @@ class DataForms:
         # ways to compute forms are compared here, while no basis takes memory
         self._attempt(lambda: self.operator.group_weights)
 
-    def add_leading(self, value: Any, vector: Tensor, scale: float | None = None) -> None:
-        """Take Ritz values ``(t,)`` and their vectors ``(P, t)``: the largest ones, descending, and last the smallest.
+    def add_leading(self, value: Any, vectors: Iterable[Tensor], scale: float | None = None) -> None:
+        """Take Ritz values ``(t,)`` and their vectors: the largest ones, descending, and last the smallest.
+
+        The vectors come in blocks ``(P, b)`` of some columns, of which one is held at a time.
 
         The forms add up to the Ritz values, up to the part of the matrix that no example has: this is checked, to a
         fraction of ``scale``, the largest magnitude of the matrix's eigenvalues; by default that of the values given.
         """
         value = np.asarray(value, dtype=np.float64)
-        forms = self._forms(vector, vector)
-        if forms is None:
-            return
-        expected = value - self._without_data(vector)
+        found, without_data = [], []
+        top: Tensor | None = None
+        for block in vectors:
+            of_block = self._forms(block, block)
+            if of_block is None:
+                return
+            found.append(of_block)
+            without_data.append(self._without_data(block))
+            top = block[:, 0].clone() if top is None else top
+            del block  # before the next one is made
+        forms, expected = np.concatenate(found), value - np.concatenate(without_data)
         deviation = np.abs(forms @ self.operator.group_weights - expected).max()
         scale = float(np.abs(value).max()) if scale is None else scale
         adds_up = bool(deviation <= _TOLERANCE[self.operator.dtype] * scale)
@@ -107,7 +116,7 @@ class DataForms:
                 f"{deviation / (scale or 1.0):.1%} of the largest"
             )
             return
-        self._leading, self._squares, self.top_vector = forms, value @ forms, vector[:, 0].clone()
+        self._leading, self._squares, self.top_vector = forms, value @ forms, top
 
     @property
     def leading_influences(self) -> list[Influence]:

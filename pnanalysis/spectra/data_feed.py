@@ -6,6 +6,7 @@ of the space. Both are by-products of the sampling: nothing here costs a product
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 
 from pnanalysis.arrays import Array
-from pnanalysis.spectra.inner_products import combinations, coordinates
+from pnanalysis.spectra.inner_products import add_combinations, combinations, coordinates
 from pnanalysis.spectra.lanczos import Lanczos
-from pnanalysis.spectra.linear_operator import LinearOperator
+from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns
 from pnanalysis.spectra.sharing import part_of
 
 #: Probes that are handed on at a time, and bytes that they may take: receivers hold several copies of them.
 _AT_ONCE, _MOST_BYTES = 5, 2**22
+#: Leading vectors that are made at a time in any case: each block of them is another pass over the data.
+_FEWEST_LEADING = 4
 
 
 class Receiver(Protocol):
@@ -34,8 +37,8 @@ class Receiver(Protocol):
     n_leading: int
     n_probes: int
 
-    def add_leading(self, value: Array, vector: Tensor) -> None:
-        """Ritz values ``(t,)`` and orthonormal Ritz vectors ``(P, t)``, descending; the last one is the smallest."""
+    def add_leading(self, value: Array, vectors: Iterable[Tensor]) -> None:
+        """Ritz values ``(t,)``, descending, the last one the smallest; orthonormal vectors in blocks ``(P, b)``."""
         ...
 
     def add_probes(self, probe: Tensor, product: Tensor) -> None:
@@ -80,7 +83,6 @@ class DataFeed:
         basis = lanczos.basis[0, :, : len(value)]
         if not self._spaces:
             value, vector = self._hand_on_leading(self._receiver, value, vector, basis, lanczos.dtype)
-            self._leading = None  # later probes are orthogonal to them
         self._spaces.append((value, vector, basis))
 
     def plain(self, lanczos: Lanczos) -> None:
@@ -89,7 +91,8 @@ class DataFeed:
             return
         if self._leading is None:
             value, vector = lanczos.ritz_pairs()
-            self._hand_on_leading(self._receiver, value, vector, lanczos.basis[0, :, : len(value)], lanczos.dtype)
+            basis = lanczos.basis[0, :, : len(value)]
+            self._hand_on_leading(self._receiver, value, vector, basis, lanczos.dtype, keep=True)
             # the leading vectors are combinations of the first probe, which is a fair one only by itself
             self._probes(lanczos, list(range(1, lanczos.n_probes)) or [0])
         else:
@@ -110,13 +113,20 @@ class DataFeed:
             self._hand_on(self._receiver, *self._combination(min(self._left, _AT_ONCE), vector))
 
     def _hand_on_leading(
-        self, receiver: Receiver, value: Array, vector: Array, basis: Tensor, dtype: torch.dtype
+        self, receiver: Receiver, value: Array, vector: Array, basis: Tensor, dtype: torch.dtype, keep: bool = False
     ) -> tuple[Array, Array]:
-        """Returns the other Ritz values and the coordinates of their vectors."""
+        """Returns the other Ritz values and the coordinates of their vectors.
+
+        The leading vectors are kept where later probes are not orthogonal to them.
+        """
         n = min(receiver.n_leading, len(value) - 1)
         leading = [*range(len(value) - 1, len(value) - 1 - n, -1), 0]
-        self._leading = value[leading], _combined(basis, vector[:, leading], dtype)
-        receiver.add_leading(*self._leading)
+        if keep:
+            whole = _combined(basis, vector[:, leading], dtype)
+            self._leading = value[leading], whole
+            receiver.add_leading(value[leading], [whole])
+        else:
+            receiver.add_leading(value[leading], _blocks(basis, vector[:, leading], dtype))
         others = slice(1, len(value) - n)
         return value[others], vector[:, others]
 
@@ -127,9 +137,9 @@ class DataFeed:
         at_once = max(min(_AT_ONCE, _MOST_BYTES // (self._n_parameters * lanczos.dtype.itemsize)), 1)
         for begin in range(0, len(columns), at_once):
             some = columns[begin : begin + at_once]
-            start, product = lanczos.first_products(some)
             scale = (self._n_parameters - lanczos.n_deflated) ** 0.5
-            probe, image = self._combination(len(some), start)
+            probe, image = self._combination(len(some), lanczos.following)
+            start, product = lanczos.first_products(some)
             if self._leading is not None and not self._spaces:  # not deflated: what lies along them is taken off
                 value, vector = self._leading
                 along = coordinates(vector, start, self._part.add).to(start.dtype)
@@ -139,19 +149,27 @@ class DataFeed:
             image += product.mul_(scale)
             del start, product
             self._hand_on(self._receiver, probe, image)
+            del probe, image  # before the next ones are made
 
     def _combination(self, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Random combinations ``(P, n)`` of the deflated Ritz vectors that are not leading, and their products."""
-        probe, product = (like.new_zeros(len(like), n) for _ in range(2))
+        probe, product = (empty_columns(len(like), n, like.dtype, like.device).zero_() for _ in range(2))
         for value, vector, basis in self._spaces:
             signs = self._generator.choice([-1.0, 1.0], size=(len(value), n))
-            probe += _combined(basis, vector @ signs, like.dtype)
-            product += _combined(basis, vector @ (value[:, None] * signs), like.dtype)
+            add_combinations(probe, basis, torch.from_numpy(vector @ signs))
+            add_combinations(product, basis, torch.from_numpy(vector @ (value[:, None] * signs)))
         return probe, product
 
     def _hand_on(self, receiver: Receiver, probe: Tensor, product: Tensor) -> None:
         self._left -= probe.shape[1]
         receiver.add_probes(probe, product)
+
+
+def _blocks(basis: Tensor, coordinates: Array, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Vectors ``(P, c)`` with the given coordinates ``(m, c)`` in a basis, some columns after the other."""
+    at_once = max(_FEWEST_LEADING, _MOST_BYTES // max(len(basis) * dtype.itemsize, 1))
+    for begin in range(0, coordinates.shape[1], at_once):
+        yield _combined(basis, coordinates[:, begin : begin + at_once], dtype)
 
 
 def _combined(basis: Tensor, coordinates: Array, dtype: torch.dtype) -> Tensor:

@@ -51,6 +51,8 @@ class Work:
         How often Gram-Schmidt takes a vector that is kept, altogether.
     products : str
         How many, in words, where that is not ``n_products``.
+    beside : int
+        Bytes of further vectors that are kept meanwhile, in the same place.
     afterwards : int
         Bytes that are taken later on, when all these vectors are free again, by what checks another operator as this
         one has been.
@@ -65,6 +67,7 @@ class Work:
     at_once: int = 1
     n_read: int = 0
     products: str = ""
+    beside: int = 0
     afterwards: int = 0
 
     @property
@@ -103,7 +106,8 @@ class Forecast:
         self._last, self._end, self._rest = 0.0, 0.0, 0.0  # of the last product, when it ended, and of the step beside
         self._early = 0  # peak until the first product is done, for which ways to compute it are compared
         self._extra: int | None = None  # bytes that later products take beyond the vectors that are counted
-        self._stays = 0  # bytes that products keep
+        self._prepared = 0  # bytes that stay of what was computed before them
+        self._stays = 0  # and those that products keep
 
     def prepared(self, compute: Callable[[], T]) -> T:
         """What is computed before the first product, and counts for the peak."""
@@ -112,6 +116,8 @@ class Forecast:
         with PeakMemory(self.device) as memory:
             found = compute()
         self._early = max(self._early, memory.peak or 0)
+        if memory.before is not None and memory.after is not None:
+            self._prepared += max(memory.after - memory.before, 0)
         return found
 
     def watch(self, operator: LinearOperator, advance: Advance, work: Work) -> tuple[LinearOperator, Advance]:
@@ -134,7 +140,8 @@ class Forecast:
         """The most bytes on the operator's device, those in use before included; ``None`` where that is not known."""
         if self.before is None or self._extra is None:
             return None
-        return max(self.before + self._extra + self._vectors, self._early + self._work.afterwards)
+        later = self.before + self._prepared + self._extra + self._vectors + self._beside
+        return max(later, self._early + self._work.afterwards)
 
     @property
     def seconds(self) -> float:
@@ -193,7 +200,7 @@ class Forecast:
 
     def _line(self) -> str:
         work = self._work
-        products = work.products or f"{work.n_products:,} products"
+        products = work.products or f"{work.n_products:,} product{'s' * (work.n_products != 1)}"
         restored = f" ({self._restored:,.0f} done before)" if self._restored else ""
         what = f"{products} of {_count(work.n_parameters)} parameters{restored}"
         return f"{self.title}: {what}, about {duration(max(self.seconds, 1.0))}; {self._memory()}"
@@ -213,7 +220,16 @@ class Forecast:
     @property
     def _vectors(self) -> int:
         """Bytes of the vectors that are on the operator's device."""
-        return self._work.peak if self._work.storage.device.type == self.device.type else 0
+        return self._work.peak if self._is_there else 0
+
+    @property
+    def _beside(self) -> int:
+        return self._work.beside if self._is_there else 0
+
+    @property
+    def _is_there(self) -> bool:
+        """Whether vectors are kept on the operator's device."""
+        return self._work.storage.device.type == self.device.type
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -94,6 +94,7 @@ def lambda_max_of_halves(operator: AveragedOperator, start: torch.Tensor) -> tup
         half = operator.subset([part], 2, expected_products=n_steps)
         lanczos = Lanczos(half, start[:, None], n_steps, symmetry_tolerance=np.inf).extend(n_steps)
         values.append(float(lanczos.ritz_pairs()[0][-1]))
+        del half, lanczos  # and their vectors, before those of the other half
     return float(np.mean(values)), float(n_steps)
 
 

@@ -110,6 +110,13 @@ def combinations(basis: Tensor, coordinates: Tensor) -> Tensor:
     return found
 
 
+def add_combinations(into: Tensor, basis: Tensor, coordinates: Tensor) -> None:
+    """Add vectors with the given coordinates ``(n, c)`` in a basis ``(P, n)`` to ``(P, c)``, chunk by chunk."""
+    coordinates = coordinates.to(into)
+    for chunk in _chunks(into, [basis]):
+        into[chunk] += _combinations(basis[chunk].to(into.dtype), coordinates)
+
+
 def recombine(basis: Tensor, coordinates: Tensor) -> None:
     """Replace the first vectors of ``(P, n)`` by combinations with the coordinates ``(n, c)``, chunk by chunk."""
     for chunk in _chunks(basis, [basis]):

@@ -400,7 +400,7 @@ class Lanczos:
         start = self._basis[probes, :, 0].T.to(self.dtype)
         following = self._next[:, probes] if self.step == 1 else self._basis[probes, :, 1].T.to(self.dtype)
         alpha, beta = (part[probes, 0].to(self.dtype) for part in (self.alpha, self.beta))
-        return start, start * alpha + following * beta
+        return start, following.mul_(beta).addcmul_(start, alpha)  # a copy, as it was indexed by a list
 
     def save(self, path: str | Path, label: str = "") -> None:
         """Write the state (safetensors, atomically) under a label that :meth:`restore` compares.

@@ -39,8 +39,9 @@ DEFAULT_FRACTION = 0.6
 _OPERATOR_VECTORS = 4
 #: The current vector, its product, the work space of Gram-Schmidt and the next vector.
 _WORKING_VECTORS = 4
-#: Bytes that probes of a single product may take together: little beside what a spectrum needs in any case.
-_SINGLES = 2**26
+#: Bytes that probes of a single product may take together: little beside what a spectrum needs in any case. From the
+#: second number on, one runs at a time.
+_SINGLES, _LONG = 2**26, 2**23
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ def vectors_at_once(storage: Storage, n_parameters: int, n_wanted: int, max_memo
 
 def singles_at_once(storage: Storage, n_parameters: int) -> int:
     """How many probes of a single product run together: one where vectors are long, as its working space is counted."""
-    return max(_SINGLES // storage.needed(n_parameters, 0, 1), 1)
+    each = storage.needed(n_parameters, 0, 1)
+    return 1 if each > _LONG else _SINGLES // max(each, 1)
 
 
 def _reserve(handle: int, n_bytes: int) -> None:

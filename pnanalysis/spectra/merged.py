@@ -49,7 +49,7 @@ class Couplings:
             np.append(part, coordinates(basis, vector, lanczos.part.add)[:, 0].double().cpu().numpy())
             for part, vector in zip(self.parts, self.following, strict=True)
         ]
-        self.following.append(lanczos.following[:, :1].clone())
+        self.following.append(lanczos.following[:, :1])  # which further steps replace, and do not change
         self.parts.append(np.zeros(0))
         add = lanczos.part.add
         new = np.array([float(inner_products(vector, self.following[-1], add)) for vector in self.following])

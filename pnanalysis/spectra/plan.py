@@ -177,8 +177,17 @@ def planned_work(n_parameters: int, settings: SamplingSettings) -> Work:
         working + min(_COPIED, n_parameters) * storage.dtype.itemsize, on_disk=vectors if on_disk else 0,
         at_once=at_once, n_read=_vectors_read(n_parameters, settings, n_steps),
         products=f"at most {budget:,} products" if settings.until is not None else "",
-        afterwards=0 if settings.data is None else _VECTORS_FOR_HALVES * storage.vectors_bytes(n_parameters, 1),
+        **_for_examples(n_parameters, settings),
     )  # fmt: skip
+
+
+def _for_examples(n_parameters: int, settings: SamplingSettings) -> dict[str, int]:
+    """Bytes that the error of the choice of examples takes beside the vectors of a spectrum, and afterwards."""
+    if settings.data is None:
+        return {}
+    vector = replace(settings.storage, mode="memory").vectors_bytes(n_parameters, 1)
+    n_kept = 1 if settings.deflate else 2 + settings.data.n_leading  # the first of the leading ones, or all and a copy
+    return {"beside": n_kept * vector, "afterwards": _VECTORS_FOR_HALVES * vector}
 
 
 def _vectors_read(n_parameters: int, settings: SamplingSettings, n_columns: int) -> int:

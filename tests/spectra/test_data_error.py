@@ -189,5 +189,5 @@ def test_half_precision_forms_pass_the_check_within_its_round_off():
     forms = DataForms(operator, 100)
     operator.forms = lambda U, V: SyntheticAverage.forms(operator, U.double(), V.double())
     operator.product_without_data = torch.zeros_like
-    forms.add_leading(values[[-1, -2, 0]], operator.tensor(vectors[:, [-1, -2, 0]]))
+    forms.add_leading(values[[-1, -2, 0]], [operator.tensor(vectors[:, part]) for part in ([-1, -2], [0])])
     assert not forms.reason

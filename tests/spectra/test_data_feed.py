@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pnanalysis.spectra import data_feed
 from pnanalysis.spectra.deflation import sample_spectrum
 from pnanalysis.spectra.linear_operator import DenseOperator
 from pnanalysis.spectra.memory import Storage
@@ -32,10 +33,12 @@ class Counting(DenseOperator):
 class Recorder:
     def __init__(self, n_leading=3, n_probes=25):
         self.n_leading, self.n_probes = n_leading, n_probes
-        self.leading, self.blocks = [], []
+        self.leading, self.n_columns, self.blocks = [], [], []
 
-    def add_leading(self, value, vector):
-        self.leading.append((value, vector.clone()))
+    def add_leading(self, value, vectors):
+        blocks = list(vectors)
+        self.n_columns = [block.shape[1] for block in blocks]
+        self.leading.append((value, torch.cat(blocks, dim=1)))
 
     def add_probes(self, probe, product):
         self.blocks.append((probe.clone(), product.clone()))
@@ -83,6 +86,16 @@ def test_leading_vectors_are_the_largest_and_the_smallest_eigenvectors(way):
     np.testing.assert_allclose(value, [30, 22, 16, -9], atol=1e-6)
     torch.testing.assert_close(matrix() @ vector, vector * torch.from_numpy(value), atol=1e-3, rtol=0)
     torch.testing.assert_close(vector.T @ vector, torch.eye(4).double(), atol=1e-10, rtol=0)
+
+
+def test_long_leading_vectors_come_in_blocks(monkeypatch):
+    whole, cut = Recorder(n_leading=9), Recorder(n_leading=9)
+    sample("in turn", whole)
+    monkeypatch.setattr(data_feed, "_MOST_BYTES", 0)
+    sample("in turn", cut)
+    assert (whole.n_columns, cut.n_columns) == ([10], [4, 4, 2])
+    for one, other in zip(whole.leading[0], cut.leading[0], strict=True):
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=0, atol=1e-12)
 
 
 def test_a_single_ritz_vector_is_the_largest_and_the_smallest():

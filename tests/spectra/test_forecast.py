@@ -92,7 +92,7 @@ def test_nothing_is_said_in_silence(slow: Slow, capsys: pytest.CaptureFixture[st
     [
         ({"n_lanczos": 5, "n_probes": 4}, "20 products of 2,000 parameters, about 4 min"),
         ({"n_lanczos": 5, "n_probes": 4, "deflate": False}, "20 products of 2,000 parameters, about 4 min"),
-        ({"n_lanczos": 1, "n_probes": 1}, "1 products of 2,000 parameters, about 1 min"),
+        ({"n_lanczos": 1, "n_probes": 1}, "1 product of 2,000 parameters, about 1 min"),
         ({"n_hvp": 60, "until": {"trace": 1e-9}}, "at most 60 products of 2,000 parameters, about 11 min"),
     ],
 )
@@ -148,8 +148,8 @@ def test_eigenpairs_say_it_too(slow: Slow, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_parts_of_a_peak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A first product of 900 bytes beyond what is there, later ones of 300, of which 50 stay."""
-    rises, level = [900, 300, 300], [1000]
+    """A preparation of 500 bytes beyond what is there, a product of 900, and later ones of 300, of which 50 stay."""
+    rises, level = [500, 900, 300, 300], [1000]
 
     class Memory:
         def __init__(self, device: torch.device) -> None: ...
@@ -160,21 +160,22 @@ def test_the_parts_of_a_peak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
         def __exit__(self, *error: object) -> None:
             self.peak = self.before + rises.pop(0)
-            level[0] += 40 + 50 * (len(rises) == 2)  # the result, and what stays
+            level[0] += 40 + 50 * (len(rises) == 2)  # what was prepared or the result, and what stays
             self.after = level[0]
 
     monkeypatch.setattr(forecast, "PeakMemory", Memory)
     monkeypatch.setattr(forecast, "used_bytes", lambda device: 1000)
     told = Forecast(CPU, "it")
+    told.prepared(lambda: None)
     operator = DiagonalOperator(torch.ones(10))
-    storage = Storage(torch.float32, CPU)
-    watched, advance = told.watch(operator, lambda steps=1, text="": None, Work(10, 3, storage, 800, 160))
+    work = Work(10, 3, Storage(torch.float32, CPU), 800, 160, beside=30)
+    watched, advance = told.watch(operator, lambda steps=1, text="": None, work)
     for _ in range(2):
         watched.matmat(torch.ones(10, 1))
         advance(1)
     # beside those vectors: what stays, and a product less the space to work with that is free meanwhile
-    assert told.peak == 1000 + (800 + 160) + 50 + 300 - (160 - 2 * 40)
-    assert "memory 2.18 KiB: basis 960 B, products 270 B, in use before 0.977 KiB" in said(capsys)
+    assert told.peak == 1000 + 40 + (800 + 160) + 30 + 50 + 300 - (160 - 2 * 40)
+    assert "memory 2.25 KiB: basis 960 B, products 340 B, in use before 0.977 KiB" in said(capsys)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -224,8 +225,9 @@ threading.Thread(target=watch).start()
 if sys.argv[1] == "eigenpairs":
     pn.eigenpairs(net, data=data, loss=loss, k=5, max_hvp=60, data_error=sys.argv[3])
 else:
-    op = pn.HessianOperator(net, loss, [data], expected_products=20)
-    pn.spectral_density(op, n_hvp=20, basis=sys.argv[1], data_error=sys.argv[3])
+    n_products = int(sys.argv[4])
+    op = pn.HessianOperator(net, loss, [data], expected_products=n_products)
+    pn.spectral_density(op, n_hvp=n_products, basis=sys.argv[1], data_error=sys.argv[3])
 over.set()
 before, said = found[0]
 print(json.dumps({"rise": peak - before, "said": said - before}))
@@ -235,22 +237,25 @@ print(json.dumps({"rise": peak - before, "said": said - before}))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("kind", "width", "data_error"),
+    ("kind", "width", "data_error", "n_products"),
     [
-        ("memory", 1000, "none"),
-        ("half", 1000, "none"),
-        ("disk", 1000, "examples"),
-        ("none", 1000, "none"),
-        ("eigenpairs", 700, "halves"),
+        ("memory", 1000, "none", 20),
+        ("half", 1000, "none", 20),
+        ("disk", 1000, "examples", 20),
+        ("none", 1000, "none", 20),
+        ("eigenpairs", 700, "halves", 20),
+        ("memory", 1000, "examples", 20),
+        ("memory", 1000, "examples", 50),  # products are traced
+        ("half", 1000, "examples", 50),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_the_peak_of_networks_is_what_was_said(kind: str, width: int, data_error: str) -> None:
+def test_the_peak_of_networks_is_what_was_said(kind: str, width: int, data_error: str, n_products: int) -> None:
     """Beyond what the process takes in any case, with two million parameters (a half of that for eigenpairs)."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, kind, str(width), data_error], capture_output=True, text=True, check=True,
-        env=environment,
+        [sys.executable, "-c", PEAK, kind, str(width), data_error, str(n_products)], capture_output=True, text=True,
+        check=True, env=environment,
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
     assert np.isclose(found["said"], found["rise"], rtol=0.1), found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pnanalysis.spectra.inner_products import combinations, inner_products, norms, orthogonalised
+from pnanalysis.spectra.inner_products import add_combinations, combinations, inner_products, norms, orthogonalised
 from pnanalysis.spectra.linear_operator import empty_columns
 
 SINGLE = torch.finfo(torch.float32).eps
@@ -67,3 +67,5 @@ def test_combinations_are_in_the_precision_of_their_coordinates(dtype):
     basis, coordinates = columns(70_000, 3, dtype), torch.randn(3, 2, dtype=torch.float64)
     found = combinations(basis, coordinates)
     torch.testing.assert_close(found, basis.double() @ coordinates, rtol=1e-13, atol=1e-13)
+    add_combinations(found, basis, coordinates)
+    torch.testing.assert_close(found, 2 * basis.double() @ coordinates, rtol=1e-13, atol=1e-13)
