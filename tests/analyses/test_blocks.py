@@ -507,7 +507,8 @@ def test_differences_of_traces_are_paired_by_examples() -> None:
     assert any("Frobenius norms of the Hessian's" in sentence for sentence in pn.verdict(ds))
     with pytest.raises(PnError, match="takes no option 'spectra'"):
         pn.compare(nets, data=data, blocks={"spectra": True}, **options)
-    same = pn.compare({"a": a, "copy": copy.deepcopy(a)}, data=data, blocks={"n_hvp": 40}, **options)
+    larger = bigger()  # all of whose norms 40 products tell
+    same = pn.compare({"a": larger, "copy": copy.deepcopy(larger)}, data=data, blocks={"n_hvp": 40}, **options)
     assert (same.block_trace_difference_p == 1).all()
     assert (same.block_norm_difference_p == 1).all()
     np.testing.assert_array_equal(same.block_norm_difference, 0.0)
