@@ -47,7 +47,7 @@ from pnanalysis.curvature.product_check import (
     largest_difference,
     tolerance,
 )
-from pnanalysis.curvature.programs import Program
+from pnanalysis.curvature.programs import Batches, Program, sharing_calls
 from pnanalysis.curvature.recomputed import recomputable_blocks
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.smaller_passes import until_it_fits
@@ -419,8 +419,7 @@ class CurvatureOperator:
         V = contiguous_columns(V.to(self.device, self.dtype))
         directions = [split_vector(v, self.parameter_shapes) for v in V.T]
         with self._passes():
-            for i, weight, product in self._products(directions[0]):
-                found = product.of_many(directions) if isinstance(product, Program) else map(product, directions)
+            for i, weight, found in self._products_with(directions):
                 yield i, torch.stack([weight * join_tensors(one).to(self.dtype) for one in found]).T
         self.n_hvp += V.shape[1]
 
@@ -467,6 +466,7 @@ class CurvatureOperator:
     def release(self) -> None:
         """Give back the memory of what is kept between products at the same weights."""
         self._cache.clear()
+        self._sharing = None
         self._cached_bytes = 0
         self._forms = self._differences = None
         self._finite.fill_(True)
@@ -674,8 +674,8 @@ class CurvatureOperator:
     def _sum_of_products(self, V: Tensor) -> Tensor:
         directions = [split_vector(v, self.parameter_shapes) for v in V.T]
         result = torch.zeros_like(V)  # keeps the layout
-        for i, weight, product in self._products(directions[0]):
-            found = product.of_many(directions) if isinstance(product, Program) else map(product, directions)
+        one_vector = len(directions) == 1
+        for i, weight, found in self._in_shared_calls(*directions) if one_vector else self._products_with(directions):
             for one, into in zip(found, result.T, strict=True):
                 part = join_tensors(one).to(self.dtype)
                 # a sum is finite only if all terms are; noted on the device, for reading it back would wait for it
@@ -688,6 +688,25 @@ class CurvatureOperator:
         for _, weight, at in self._weighted():
             total.add_(join_tensors(self._loss.gradient(at, self._theta)), alpha=weight)
         return total
+
+    def _products_with(self, directions: list[list[Tensor]]) -> Iterator[tuple[int, float, Iterable[list[Tensor]]]]:
+        """Number and weight of each batch that counts, and its products with one vector after the other."""
+        for i, weight, product in self._products(directions[0]):
+            yield i, weight, product.of_many(directions) if isinstance(product, Program) else map(product, directions)
+
+    def _in_shared_calls(self, v: list[Tensor]) -> Iterator[tuple[int, float, Iterable[list[Tensor]]]]:
+        """The same for a single vector, in any order: batches share calls where that is faster."""
+        if self._sharing is None:
+            self._sharing = []
+            counting = self.batches.counting
+            if self._traces is not None and len(counting) > 1:
+                # those that are not kept end this at the first of them
+                if all(i in self._cache for i, _, _ in self._products(v)):
+                    self._sharing = sharing_calls({i: self._cache[i] for i in counting})
+        if not self._sharing:
+            yield from self._products_with([v])
+        for batches in self._sharing:
+            yield from ((i, self.batches.weights[i], [one]) for i, one in batches.products(v))
 
     def _products(self, like: list[Tensor]) -> Iterator[tuple[int, float, Product]]:
         """Number and weight of each batch that counts, and its product; those in the cache need no data."""
@@ -829,6 +848,7 @@ class CurvatureOperator:
         self._traces = TracedProducts(self) if many and traceable else None
         self._forms = None
         self._cache: dict[int, Product] = {}
+        self._sharing: list[Batches] | None = None
         self._cached_bytes = 0
         self._cache_bytes = int(_CACHE_FRACTION * free_bytes(self.device))
 
