@@ -2,7 +2,8 @@
 
 ``python benchmarks/block_traces.py [--width 48 --sequences 128 --products 60 --minutes 15]``. Takes about five
 minutes of one core by default: of the sweeps, only as many are measured as there is time for. All other ways take turns
-in several rounds, of which the shortest time of each counts. Writes ``results/block_traces.md``, ``.json`` and ``.png``.
+in several rounds, of which the shortest time of each counts. Writes ``results/block_traces.md``, ``.json`` and
+``.png``.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     way += f" ({len(errors)} of {len(names)} measured)" if scale > 1 else ""
     add(way, products * scale, (time.process_time() - start) * scale, None, float(np.median(errors)))
     return {
-        "rows": list(rows.values()), "rounds": options.rounds, "processor": processor(), "set_up": set_up, "width": options.width, "blocks": N_BLOCKS, "parameters": op.shape[0],
+        "rows": list(rows.values()), "rounds": options.rounds, "processor": processor(),
+        "set_up": set_up, "width": options.width, "blocks": N_BLOCKS, "parameters": op.shape[0],
         "sequences": len(tokens), "length": tokens.shape[1], "torch": torch.__version__,
     }  # fmt: skip
 

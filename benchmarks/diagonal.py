@@ -81,8 +81,8 @@ def main() -> None:
     lines = [
         "# Diagonals",
         "",
-        f"Root-mean-square error of the Hessian's diagonal, relative to its root mean square, over {options.seeds} seeds "
-        "(float64, against the exact matrix). In brackets: relative to that of `pn.blocks(diagonal=True)`.",
+        f"Root-mean-square error of the Hessian's diagonal, relative to its root mean square, over {options.seeds} "
+        "seeds (float64, against the exact matrix). In brackets: relative to that of `pn.blocks(diagonal=True)`.",
         "",
         "| network | products | " + " | ".join(WAYS) + " |",
         "|---|---|" + "---|" * len(WAYS),

@@ -52,7 +52,7 @@ from pnanalysis.curvature.recomputed import recomputable_blocks
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.smaller_passes import until_it_fits
 from pnanalysis.curvature.traced_products import TracedProducts
-from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
+from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.forward import prediction
 from pnanalysis.evaluation.losses import class_scores, loss_on
@@ -233,6 +233,8 @@ class CurvatureOperator:
         self._regulariser = Regulariser(
             self.model, self._theta, self._others, weight_decay, penalty, self._loss.complex_names, self._blocks
         )
+        #: What traces products. Operators on the same parameters over other examples share it, and so its programs.
+        self.linearisation = Linearisation(self._product_in_passes, self._rehearse, compile)
         self._check: ProductCheck | None = None
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._passes = partial(plain_passes, self.device, amp, recurrent, twice=not self.by_differences)
@@ -548,8 +550,11 @@ class CurvatureOperator:
         return self._blocks[name].parameter if name in self._blocks else name
 
     def _again(self, batches: Iterable[Batch], names: list[str], expected_products: int) -> Self:
-        """The same operator over other batches or parameters."""
-        return type(self)(
+        """The same operator over other batches or parameters.
+
+        On the same parameters, it takes over the programs that are traced, and the check of products.
+        """
+        other = type(self)(
             self.model, self.loss_fn, batches, params=names, dtype=self.dtype, device=self.device,
             bn_mode=self.bn_mode, reduction=self.reduction, weight=self.weight, weight_decay=self.weight_decay,
             penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
@@ -557,6 +562,9 @@ class CurvatureOperator:
             method="finite_difference" if self.by_differences else "exact", is_part=self.is_part,
             checkpoint_activations=self.checkpoint_activations, compile=self.compile,
         )  # fmt: skip
+        if names == self.names:
+            other.linearisation, other._check = self.linearisation, self._check
+        return other
 
     def trace_of_draws(self, n_probes: int = 10, seed: int = 0) -> Tensor:
         """Hutchinson's estimate of the trace for each draw, by the same probes, ``(draws,)``.
@@ -699,10 +707,10 @@ class CurvatureOperator:
         if self._sharing is None:
             self._sharing = []
             counting = self.batches.counting
-            if self._traces is not None and len(counting) > 1:
-                # those that are not kept end this at the first of them
-                if all(i in self._cache for i, _, _ in self._products(v)):
-                    self._sharing = sharing_calls({i: self._cache[i] for i in counting})
+            may_share = self._traces is not None and len(counting) > 1
+            # those that are not kept end this at the first of them
+            if may_share and all(i in self._cache for i, _, _ in self._products(v)):
+                self._sharing = sharing_calls({i: self._cache[i] for i in counting})
         if not self._sharing:
             yield from self._products_with([v])
         for batches in self._sharing:
@@ -750,6 +758,10 @@ class CurvatureOperator:
         if check.reverse and not (check.forward and self.checkpoint_activations):
             return self._reverse_mode(at)
         return lambda v: self._forward_mode(at, list(v))
+
+    def _product_in_passes(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        with self._passes():  # a trace runs in a thread of its own, which some of the settings do not reach
+            return self._product(at, v)
 
     def _forward_mode(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
         return (self._recomputed_product if self.checkpoint_activations else self._product)(at, v)

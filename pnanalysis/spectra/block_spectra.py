@@ -4,14 +4,14 @@ Every spectrum is there twice: over two halves of the examples, by different pro
 across the halves, and the distance between the two spectra of one block is what chance alone gives at the same
 precision.
 
-With the distance :math:`d_{ij}` of half :math:`i` of block :math:`k` and half :math:`j` of block :math:`l`, the one that
-is reported is :math:`(d_{01} + d_{10}) / 2`. How it varies with either half by itself gives the standard error,
+With the distance :math:`d_{ij}` of half :math:`i` of block :math:`k` and half :math:`j` of block :math:`l`, the one
+that is reported is :math:`(d_{01} + d_{10}) / 2`. How it varies with either half by itself gives the standard error,
 
 .. math:: s^2 = \tfrac{1}{16} \left[ (d_{00} + d_{01} - d_{10} - d_{11})^2 + (d_{00} + d_{10} - d_{01} - d_{11})^2
     \right],
 
-of at most two degrees of freedom, which includes probes and examples. Examples that move both blocks alike leave a distance as it
-is, and make this error too large rather than too small.
+of at most two degrees of freedom, which includes probes and examples. Examples that move both blocks alike leave a
+distance as it is, and make this error too large rather than too small.
 
 The Jensen-Shannon divergence is that of the distributions of :math:`\mathrm{asinh}(\lambda / \lambda_0)`: eigenvalues
 above :math:`\lambda_0` in size differ by their ratio, and those below by their difference. The Wasserstein-1 distance
