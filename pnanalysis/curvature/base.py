@@ -235,6 +235,7 @@ class CurvatureOperator:
         )
         #: What traces products. Operators on the same parameters over other examples share it, and so its programs.
         self.linearisation = Linearisation(self._product_in_passes, self._rehearse, compile)
+        self._sharing: list[Batches] | None = None
         self._check: ProductCheck | None = None
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._passes = partial(plain_passes, self.device, amp, recurrent, twice=not self.by_differences)
@@ -860,7 +861,7 @@ class CurvatureOperator:
         self._traces = TracedProducts(self) if many and traceable else None
         self._forms = None
         self._cache: dict[int, Product] = {}
-        self._sharing: list[Batches] | None = None
+        self._sharing = None
         self._cached_bytes = 0
         self._cache_bytes = int(_CACHE_FRACTION * free_bytes(self.device))
 

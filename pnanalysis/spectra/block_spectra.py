@@ -25,8 +25,9 @@ arXiv:2402.16788.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,16 +103,10 @@ def spectrum_distances(halves: Sequence[Sequence[xr.Dataset]]) -> xr.Dataset:
     grid, densities = _densities(measures, small)
     dims = ("block", "other")
     ds = xr.Dataset(attrs={"small_eigenvalue": small})
-    for name, distance, of in (
-        ("js_divergence", partial(_divergence, grid=grid), densities), ("wasserstein1", _wasserstein, measures),
-    ):  # fmt: skip
-        value, se = np.zeros((n, n)), np.full((n, n), np.nan)
-        for k in range(n):
-            value[k, k] = distance(of[0][k], of[1][k])
-            for m in range(k):
-                found = np.array([[distance(of[i][k], of[j][m]) for j in (0, 1)] for i in (0, 1)])
-                value[k, m] = value[m, k] = (found[0, 1] + found[1, 0]) / 2
-                se[k, m] = se[m, k] = np.hypot(*(np.diff(found.sum(axis))[0] for axis in (0, 1))) / 4
+    for name, (value, se) in (
+        ("js_divergence", _table(partial(_divergence, grid=grid), densities)),
+        ("wasserstein1", _table(_wasserstein, measures)),
+    ):
         ds[name], ds[f"{name}_se"] = (dims, value), (dims, se)
     longest = max(len(node) for half in measures for node, _ in half)
     table = np.full((2, 2, n, longest), np.nan)
@@ -122,6 +117,19 @@ def spectrum_distances(halves: Sequence[Sequence[xr.Dataset]]) -> xr.Dataset:
     for name, values in zip(("spectrum_node", "spectrum_weight"), table, strict=True):
         ds[name] = ("half", "block", "quadrature"), values
     return ds
+
+
+def _table(distance: Callable[[Any, Any], float], of: Sequence[Sequence[Any]]) -> tuple[Array, Array]:
+    """Distances between the halves of all pairs of blocks, and their standard errors, ``(block, other)`` each."""
+    n = len(of[0])
+    value, se = np.zeros((n, n)), np.full((n, n), np.nan)
+    for k in range(n):
+        value[k, k] = distance(of[0][k], of[1][k])
+        for m in range(k):
+            found = np.array([[distance(of[i][k], of[j][m]) for j in (0, 1)] for i in (0, 1)])
+            value[k, m] = value[m, k] = (found[0, 1] + found[1, 0]) / 2
+            se[k, m] = se[m, k] = np.hypot(*(np.diff(found.sum(axis))[0] for axis in (0, 1))) / 4
+    return value, se
 
 
 def _measure(ds: xr.Dataset) -> tuple[Array, Array]:
