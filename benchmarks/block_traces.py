@@ -1,14 +1,16 @@
 """Traces of all 12 blocks of a transformer from one set of products, beside one trace of all, and one sweep each.
 
 ``python benchmarks/block_traces.py [--width 48 --sequences 128 --products 60 --minutes 15]``. Takes about five
-minutes of one core by default: of the sweeps, only as many are measured as there is time for. Writes
-``results/block_traces.md``, ``.json`` and ``.png``.
+minutes of one core by default: of the sweeps, only as many are measured as there is time for. All other ways take turns
+in several rounds, of which the shortest time of each counts. Writes ``results/block_traces.md``, ``.json`` and
+``.png``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, (tokens, targets) = trained(options.width, options.steps)
     tokens, targets = tokens[: options.sequences], targets.view(tokens.shape)[: options.sequences]
     batches = list(zip(tokens.split(64), targets.split(64), strict=True))
-    n, rows = options.products, []
+    n = options.products
+    rows: dict[str, dict[str, Any]] = {}
     divided = {f"blocks.{i}": f"blocks.{i}" for i in range(N_BLOCKS)} | {"rest": ["tokens", "places", "norm"]}
     names = blocks_of(model, divided)
 
@@ -65,27 +68,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return pn.HessianOperator(model, loss, batches, expected_products=n, weight="examples", **more)
 
     def add(way: str, products: float, seconds: float, network: float | None, block: float | None) -> None:
-        rows.append({"way": way, "products": products, "seconds": seconds, "network": network, "block": block})
-        print(rows[-1], flush=True)
+        rows.setdefault(way, {"seconds": seconds})
+        seconds = min(seconds, rows[way]["seconds"])
+        rows[way] = {"way": way, "products": products, "seconds": seconds, "network": network, "block": block}
+        print(rows[way], flush=True)
 
     start = time.process_time()
     op = operator()
     op.matvec(torch.ones(op.shape[0]))
     set_up = time.process_time() - start
-    for method in ("hutchinson", "xtrace"):
-        start = time.process_time()
-        found = trace_estimate(operator(), method, n_hvp=n)
-        add(f"trace of the network, {method}", n, time.process_time() - start, found.se / abs(found.value), None)
-    for data_error, way in (("none", "all blocks, pn.blocks"), ("examples", "all blocks, with the error of examples")):
-        start = time.process_time()
-        whole = pn.HessianOperator(
-            model, loss, batches, params=[name for own in names.values() for name in own], expected_products=1,
-            weight="examples",
-        )  # fmt: skip
-        ds = matrix_blocks(whole, names, BlockOptions(n_hvp=n, data_error=data_error))
-        spent = time.process_time() - start
-        own = float((ds.trace_probe_se / abs(ds.trace)).median())
-        add(way, int(ds.n_hvp), spent, float(ds.network_trace_probe_se / abs(ds.network_trace)), own)
+    for _ in range(options.rounds):
+        for method in ("hutchinson", "xtrace"):
+            start = time.process_time()
+            found = trace_estimate(operator(), method, n_hvp=n)
+            spent = time.process_time() - start
+            add(f"trace of the network, {method}", n, spent, found.se / abs(found.value), None)
+        for data_error, way in (
+            ("none", "all blocks, without the error of examples"),
+            ("examples", "all blocks, with the error of examples (the default)"),
+        ):
+            start = time.process_time()
+            whole = pn.HessianOperator(
+                model, loss, batches, params=[name for own in names.values() for name in own], expected_products=1,
+                weight="examples",
+            )  # fmt: skip
+            ds = matrix_blocks(whole, names, BlockOptions(n_hvp=n, data_error=data_error))
+            spent = time.process_time() - start
+            own = float((ds.trace_probe_se / abs(ds.trace)).median())
+            add(way, int(ds.n_hvp), spent, float(ds.network_trace_probe_se / abs(ds.network_trace)), own)
     start, products, errors = time.process_time(), 0, []
     for own_names in names.values():
         found = trace_estimate(operator(params=own_names), "xtrace", n_hvp=n)
@@ -98,9 +108,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     way += f" ({len(errors)} of {len(names)} measured)" if scale > 1 else ""
     add(way, products * scale, (time.process_time() - start) * scale, None, float(np.median(errors)))
     return {
-        "rows": rows, "set_up": set_up, "width": options.width, "blocks": N_BLOCKS, "parameters": op.shape[0],
+        "rows": list(rows.values()), "rounds": options.rounds, "processor": processor(),
+        "set_up": set_up, "width": options.width, "blocks": N_BLOCKS, "parameters": op.shape[0],
         "sequences": len(tokens), "length": tokens.shape[1], "torch": torch.__version__,
     }  # fmt: skip
+
+
+def processor() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -114,7 +134,8 @@ def table(found: dict[str, Any]) -> list[str]:
         "# Traces of blocks",
         "",
         f"A transformer of {found['blocks']} blocks, width {found['width']}, {found['parameters']:,} parameters, "
-        f"{found['sequences']} sequences of {found['length']} tokens, one CPU thread, torch {found['torch']}. CPU time "
+        f"{found['sequences']} sequences of {found['length']} tokens, one thread of {found['processor']}, torch "
+        f"{found['torch']}. Times are the shortest of {found['rounds']} rounds in which the ways take turns. CPU time "
         f"includes that for tracing the network ({found['set_up']:.0f} s for that of all parameters). Errors are "
         "standard errors for the random vectors, relative to the trace; of blocks, the median. The error of examples "
         f"takes passes over {N_GROUPS} groups, here of {found['sequences'] // N_GROUPS} sequences each.",
@@ -156,6 +177,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--products", type=int, default=40)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=5, help="of CPU time, after which no further sweep begins")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -120,6 +120,7 @@ def matrix_blocks(
         sums = found.diagonal
         ds["diagonal"] = ("statistic", "parameter"), np.stack([sums.value, sums.probe_se, sums.data_se])
         ds = ds.assign_coords(statistic=["value", "probe_se", "data_se"])
+<<<<<<< HEAD
     if isinstance(grouped, GroupedCurvature):
         if quantised:
             rows = []
@@ -127,9 +128,19 @@ def matrix_blocks(
                 size = np.bincount(owner, cells.sizes * covered, len(partition.names)).astype(np.int64)
                 rows.append(rounding_effects(grouped, partition, trace, size, one, options.seed))
             ds = ds.merge(xr.concat(rows, "bits").assign_coords(bits=[one.bits for one in quantised]))
+=======
+    if isinstance(operator, CurvatureOperator) and isinstance(grouped, GroupedCurvature):
+        if options.bits:
+            size = np.bincount(owner, cells.sizes * rounded, len(partition.names)).astype(np.int64)
+            rows = [
+                rounding_effects(grouped, network or grouped.op.model, partition, of_rounded, size, bits, options.seed)
+                for bits in options.bits
+            ]
+            ds = ds.merge(xr.concat(rows, "bits").assign_coords(bits=list(options.bits)))
+>>>>>>> c5
             ds = ds.assign_coords(place=np.arange(1, len(partition.names) + 1))
         if options.spectra:
-            spectra = _spectra(grouped.op, partition, options, state, notes, advance)
+            spectra = _spectra(operator, partition, options, state, notes, advance)
             notes |= spectra.attrs
             ds = ds.merge(spectra.drop_attrs())
         notes |= {"hvp_method": grouped.op.method}
@@ -250,7 +261,11 @@ def _spectra(
     op: CurvatureOperator, partition: Partition, options: BlockOptions, state: Path | None, notes: dict[str, Any],
     advance: Callable[[float], None],
 ) -> xr.Dataset:  # fmt: skip
-    """Spectra of all blocks over two halves of the examples, and how far they differ."""
+    """Spectra of all blocks over two halves of the examples, and how far they differ.
+
+    The operator is that of the batches as given, which are larger than those of groups of examples. Both halves, and
+    all blocks, share one traced program, and all blocks the passes over each batch.
+    """
     halves = []
     for half in (0, 1):
         try:

@@ -47,12 +47,12 @@ from pnanalysis.curvature.product_check import (
     largest_difference,
     tolerance,
 )
-from pnanalysis.curvature.programs import Program
+from pnanalysis.curvature.programs import Batches, Program, sharing_calls
 from pnanalysis.curvature.recomputed import recomputable_blocks
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.smaller_passes import until_it_fits
 from pnanalysis.curvature.traced_products import TracedProducts
-from pnanalysis.curvature.tracing import Product, Untraceable, rehearse
+from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable, rehearse
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.forward import prediction
 from pnanalysis.evaluation.losses import class_scores, loss_on
@@ -233,6 +233,9 @@ class CurvatureOperator:
         self._regulariser = Regulariser(
             self.model, self._theta, self._others, weight_decay, penalty, self._loss.complex_names, self._blocks
         )
+        #: What traces products. Operators on the same parameters over other examples share it, and so its programs.
+        self.linearisation = Linearisation(self._product_in_passes, self._rehearse, compile)
+        self._sharing: list[Batches] | None = None
         self._check: ProductCheck | None = None
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._passes = partial(plain_passes, self.device, amp, recurrent, twice=not self.by_differences)
@@ -419,8 +422,7 @@ class CurvatureOperator:
         V = contiguous_columns(V.to(self.device, self.dtype))
         directions = [split_vector(v, self.parameter_shapes) for v in V.T]
         with self._passes():
-            for i, weight, product in self._products(directions[0]):
-                found = product.of_many(directions) if isinstance(product, Program) else map(product, directions)
+            for i, weight, found in self._products_with(directions):
                 yield i, torch.stack([weight * join_tensors(one).to(self.dtype) for one in found]).T
         self.n_hvp += V.shape[1]
 
@@ -467,6 +469,7 @@ class CurvatureOperator:
     def release(self) -> None:
         """Give back the memory of what is kept between products at the same weights."""
         self._cache.clear()
+        self._sharing = None
         self._cached_bytes = 0
         self._forms = self._differences = None
         self._finite.fill_(True)
@@ -548,8 +551,11 @@ class CurvatureOperator:
         return self._blocks[name].parameter if name in self._blocks else name
 
     def _again(self, batches: Iterable[Batch], names: list[str], expected_products: int) -> Self:
-        """The same operator over other batches or parameters."""
-        return type(self)(
+        """The same operator over other batches or parameters.
+
+        On the same parameters, it takes over the programs that are traced, and the check of products.
+        """
+        other = type(self)(
             self.model, self.loss_fn, batches, params=names, dtype=self.dtype, device=self.device,
             bn_mode=self.bn_mode, reduction=self.reduction, weight=self.weight, weight_decay=self.weight_decay,
             penalty=self.penalty, micro_batch=self.micro_batch, amp=self.amp,
@@ -557,6 +563,9 @@ class CurvatureOperator:
             method="finite_difference" if self.by_differences else "exact", is_part=self.is_part,
             checkpoint_activations=self.checkpoint_activations, compile=self.compile,
         )  # fmt: skip
+        if names == self.names:
+            other.linearisation, other._check = self.linearisation, self._check
+        return other
 
     def trace_of_draws(self, n_probes: int = 10, seed: int = 0) -> Tensor:
         """Hutchinson's estimate of the trace for each draw, by the same probes, ``(draws,)``.
@@ -674,8 +683,8 @@ class CurvatureOperator:
     def _sum_of_products(self, V: Tensor) -> Tensor:
         directions = [split_vector(v, self.parameter_shapes) for v in V.T]
         result = torch.zeros_like(V)  # keeps the layout
-        for i, weight, product in self._products(directions[0]):
-            found = product.of_many(directions) if isinstance(product, Program) else map(product, directions)
+        one_vector = len(directions) == 1
+        for i, weight, found in self._in_shared_calls(*directions) if one_vector else self._products_with(directions):
             for one, into in zip(found, result.T, strict=True):
                 part = join_tensors(one).to(self.dtype)
                 # a sum is finite only if all terms are; noted on the device, for reading it back would wait for it
@@ -688,6 +697,25 @@ class CurvatureOperator:
         for _, weight, at in self._weighted():
             total.add_(join_tensors(self._loss.gradient(at, self._theta)), alpha=weight)
         return total
+
+    def _products_with(self, directions: list[list[Tensor]]) -> Iterator[tuple[int, float, Iterable[list[Tensor]]]]:
+        """Number and weight of each batch that counts, and its products with one vector after the other."""
+        for i, weight, product in self._products(directions[0]):
+            yield i, weight, product.of_many(directions) if isinstance(product, Program) else map(product, directions)
+
+    def _in_shared_calls(self, v: list[Tensor]) -> Iterator[tuple[int, float, Iterable[list[Tensor]]]]:
+        """The same for a single vector, in any order: batches share calls where that is faster."""
+        if self._sharing is None:
+            self._sharing = []
+            counting = self.batches.counting
+            may_share = self._traces is not None and len(counting) > 1
+            # those that are not kept end this at the first of them
+            if may_share and all(i in self._cache for i, _, _ in self._products(v)):
+                self._sharing = sharing_calls({i: self._cache[i] for i in counting})
+        if not self._sharing:
+            yield from self._products_with([v])
+        for batches in self._sharing:
+            yield from ((i, self.batches.weights[i], [one]) for i, one in batches.products(v))
 
     def _products(self, like: list[Tensor]) -> Iterator[tuple[int, float, Product]]:
         """Number and weight of each batch that counts, and its product; those in the cache need no data."""
@@ -731,6 +759,10 @@ class CurvatureOperator:
         if check.reverse and not (check.forward and self.checkpoint_activations):
             return self._reverse_mode(at)
         return lambda v: self._forward_mode(at, list(v))
+
+    def _product_in_passes(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
+        with self._passes():  # a trace runs in a thread of its own, which some of the settings do not reach
+            return self._product(at, v)
 
     def _forward_mode(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
         return (self._recomputed_product if self.checkpoint_activations else self._product)(at, v)
@@ -829,6 +861,7 @@ class CurvatureOperator:
         self._traces = TracedProducts(self) if many and traceable else None
         self._forms = None
         self._cache: dict[int, Product] = {}
+        self._sharing = None
         self._cached_bytes = 0
         self._cache_bytes = int(_CACHE_FRACTION * free_bytes(self.device))
 

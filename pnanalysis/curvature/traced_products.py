@@ -13,7 +13,7 @@ from torch import Tensor
 from pnanalysis.curvature.batches import Shapes, shapes_of
 from pnanalysis.curvature.network_loss import LossArguments
 from pnanalysis.curvature.product_check import in_double, largest_difference, random_direction, tolerance
-from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable
+from pnanalysis.curvature.tracing import Product, Untraceable
 
 if TYPE_CHECKING:
     from pnanalysis.curvature.base import CurvatureOperator
@@ -37,7 +37,6 @@ class TracedProducts:
 
     def __init__(self, op: CurvatureOperator) -> None:
         self.op = op
-        self._linearisation = Linearisation(self._product, op._rehearse, op.compile)
         self._counts = Counter(op.batches.shapes)
         self._always = {shapes for shapes, _ in self._counts.most_common(_ALWAYS)}
         self._verified: set[Shapes] = set()
@@ -51,7 +50,7 @@ class TracedProducts:
             return None
         start = time.perf_counter()
         try:
-            product, n_bytes = self._linearisation.at(at, like)
+            product, n_bytes = self.op.linearisation.at(at, like)
             if shapes not in self._verified:
                 self._seconds_to_trace = time.perf_counter() - start
                 self._verify(at, product)
@@ -67,10 +66,6 @@ class TracedProducts:
     def n_programs(self) -> int:
         """How many have been traced and verified."""
         return len(self._verified)
-
-    def _product(self, at: LossArguments, v: list[Tensor]) -> list[Tensor]:
-        with self.op._passes():  # the trace runs in a thread of its own, which some of the settings do not reach
-            return self.op._product(at, v)
 
     def _pays(self, shapes: Shapes) -> bool:
         if shapes in self._always or not self._verified:

@@ -4,6 +4,15 @@ Every spectrum is there twice: over two halves of the examples, by different pro
 across the halves, and the distance between the two spectra of one block is what chance alone gives at the same
 precision.
 
+With the distance :math:`d_{ij}` of half :math:`i` of block :math:`k` and half :math:`j` of block :math:`l`, the one
+that is reported is :math:`(d_{01} + d_{10}) / 2`. How it varies with either half by itself gives the standard error,
+
+.. math:: s^2 = \tfrac{1}{16} \left[ (d_{00} + d_{01} - d_{10} - d_{11})^2 + (d_{00} + d_{10} - d_{01} - d_{11})^2
+    \right],
+
+of at most two degrees of freedom, which includes probes and examples. Examples that move both blocks alike leave a
+distance as it is, and make this error too large rather than too small.
+
 The Jensen-Shannon divergence is that of the distributions of :math:`\mathrm{asinh}(\lambda / \lambda_0)`: eigenvalues
 above :math:`\lambda_0` in size differ by their ratio, and those below by their difference. The Wasserstein-1 distance
 is in units of eigenvalues.
@@ -16,7 +25,9 @@ arXiv:2402.16788.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +92,8 @@ def spectrum_distances(halves: Sequence[Sequence[xr.Dataset]]) -> xr.Dataset:
     Returns
     -------
     xarray.Dataset
-        ``js_divergence`` and ``wasserstein1`` (block, other), on whose diagonals stands what chance alone gives;
+        ``js_divergence`` and ``wasserstein1`` (block, other), on whose diagonals stands what chance alone gives; their
+        standard errors ``NAME_se``, NaN on the diagonal;
         ``spectrum_node`` and ``spectrum_weight`` (half, block, quadrature), padded with NaN; and the attribute
         ``small_eigenvalue``.
     """
@@ -89,26 +101,35 @@ def spectrum_distances(halves: Sequence[Sequence[xr.Dataset]]) -> xr.Dataset:
     n = len(measures[0])
     small = _SMALL * max(float(np.abs(node).max()) for half in measures for node, _ in half) or 1.0
     grid, densities = _densities(measures, small)
-    js, w1 = np.zeros((n, n)), np.zeros((n, n))
-    for k in range(n):
-        for m in range(k + 1):
-            ways = ((0, 1),) if k == m else ((0, 1), (1, 0))
-            js[k, m] = js[m, k] = np.mean([_divergence(densities[i][k], densities[j][m], grid) for i, j in ways])
-            w1[k, m] = w1[m, k] = np.mean([_wasserstein(measures[i][k], measures[j][m]) for i, j in ways])
+    dims = ("block", "other")
+    ds = xr.Dataset(attrs={"small_eigenvalue": small})
+    for name, (value, se) in (
+        ("js_divergence", _table(partial(_divergence, grid=grid), densities)),
+        ("wasserstein1", _table(_wasserstein, measures)),
+    ):
+        ds[name], ds[f"{name}_se"] = (dims, value), (dims, se)
     longest = max(len(node) for half in measures for node, _ in half)
     table = np.full((2, 2, n, longest), np.nan)
     for i, half in enumerate(measures):
         for k, parts in enumerate(half):
             for of, values in zip(table, parts, strict=True):
                 of[i, k, : len(values)] = values
-    dims = ("half", "block", "quadrature")
-    return xr.Dataset(
-        {
-            "js_divergence": (("block", "other"), js), "wasserstein1": (("block", "other"), w1),
-            "spectrum_node": (dims, table[0]), "spectrum_weight": (dims, table[1]),
-        },
-        attrs={"small_eigenvalue": small},
-    )  # fmt: skip
+    for name, values in zip(("spectrum_node", "spectrum_weight"), table, strict=True):
+        ds[name] = ("half", "block", "quadrature"), values
+    return ds
+
+
+def _table(distance: Callable[[Any, Any], float], of: Sequence[Sequence[Any]]) -> tuple[Array, Array]:
+    """Distances between the halves of all pairs of blocks, and their standard errors, ``(block, other)`` each."""
+    n = len(of[0])
+    value, se = np.zeros((n, n)), np.full((n, n), np.nan)
+    for k in range(n):
+        value[k, k] = distance(of[0][k], of[1][k])
+        for m in range(k):
+            found = np.array([[distance(of[i][k], of[j][m]) for j in (0, 1)] for i in (0, 1)])
+            value[k, m] = value[m, k] = (found[0, 1] + found[1, 0]) / 2
+            se[k, m] = se[m, k] = np.hypot(*(np.diff(found.sum(axis))[0] for axis in (0, 1))) / 4
+    return value, se
 
 
 def _measure(ds: xr.Dataset) -> tuple[Array, Array]:

@@ -279,13 +279,13 @@ def test_functions_without_any_second_derivative_are_one_sentence() -> None:
 def test_a_traced_program_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = NETWORKS["tanh"]()
     op = HessianOperator(model, cross_entropy, BATCHES)
-    at = op._traces._linearisation.at
+    at = op.linearisation.at
 
     def scaled(fixed: Any, like: Any) -> Any:
         product, n_bytes = at(fixed, like)
         return (lambda v: [1.01 * part for part in product(v)]), n_bytes
 
-    monkeypatch.setattr(op._traces._linearisation, "at", scaled)
+    monkeypatch.setattr(op.linearisation, "at", scaled)
     with pytest.warns(UserWarning, match="traced product .* differs from the untraced one"):
         dense = op.to_dense()
     assert relative(dense, dense_hessian(model, BATCHES)) < 1e-10

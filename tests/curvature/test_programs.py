@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import cross_entropy
 
 from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
-from pnanalysis.curvature.programs import Program, SecondProgram
+from pnanalysis.curvature.programs import Program, SecondProgram, sharing_calls
 from pnanalysis.errors import CurvatureError
 from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative
 
@@ -46,6 +46,35 @@ def test_all_matrices_map_vectors(kind: type[GGNOperator | EmpiricalFisherOperat
     assert relative(found, torch.stack([op.matvec(v) for v in V.T], dim=1)) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["tanh", "conv"])
+def test_batches_that_share_a_call_have_the_products_of_single_ones(name: str) -> None:
+    model, batches = NETWORKS[name](), images((5, 3, *[5] * 17))  # more than share a call, and another shape
+    op = HessianOperator(model, cross_entropy, batches)
+    v = torch.randn(op.shape[0], dtype=torch.float64)
+    found = op.matvec(v)
+    assert [len(one._programs) for one in op._sharing] == [16, 2, 1]
+    assert program_of(op)._verified == {"batches"}
+    one_by_one = sum(product for _, product in op.products_by_batch(v[:, None]))[:, 0]
+    assert relative(found, one_by_one) < 1e-12
+    assert relative(found, dense_hessian(model, batches) @ v) < 1e-10
+    with torch.no_grad():
+        model.get_parameter(op.names[0]).mul_(1.5)
+    op.take_weights(model)
+    assert relative(op.matvec(v), dense_hessian(model, batches) @ v) < 1e-10
+
+
+def test_what_batches_have_in_common_is_there_once() -> None:
+    op = HessianOperator(NETWORKS["tanh"](), cross_entropy, images((5, 5, 5)))
+    op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+    (together,) = op._sharing
+    shared = {tuple(part.shape) for part, dim in zip(together._kept, together._dims, strict=True) if dim is None}
+    assert shared  # weights and their transposes
+    assert all(5 not in shape for shape in shared)
+    for i, one in op._cache.items():
+        for part, whole, dim in zip(one._kept, together._kept, together._dims, strict=True):
+            assert part.data_ptr() == (whole if dim is None else whole[i]).data_ptr()
+
+
 def traced(function: object, *sizes: int) -> fx.GraphModule:
     """A program of a kept tensor and one vector, of these sizes."""
     from pnanalysis.torch_internals import make_fx
@@ -59,8 +88,10 @@ def test_large_operations_take_one_vector_at_a_time() -> None:
 
     assert SecondProgram(traced(times, 1000, 1000)).at_once == 16
     assert SecondProgram(traced(times, 2**14 + 1, 2**14 + 1)).at_once == 1  # 64 KiB in float32
-    many = traced(lambda a, v: [sum((a * v).sin() * i for i in range(64))], 15_625, 15_625)
-    assert 1 < SecondProgram(many).at_once < 8  # all results together stay within 64 MiB
+    few = traced(lambda a, v: [sum((a * v).sin() * i for i in range(64))], 15_625, 15_625)
+    assert SecondProgram(few).at_once == 16  # each result is let go of once it has been added
+    many = traced(lambda a, v: [sum([(a * v).sin() * i for i in range(256)])], 15_625, 15_625)
+    assert 1 < SecondProgram(many).at_once < 8  # those that are held at a time stay within 64 MiB
     assert SecondProgram(traced(times, 1000, 1000), compile=True).at_once == 1
 
 
@@ -83,6 +114,12 @@ def test_wrong_rules_of_vmap_are_found_out(monkeypatch: pytest.MonkeyPatch) -> N
     for (product,), (v,) in zip(second.of_many([torch.arange(4.0)], directions), directions, strict=True):
         torch.testing.assert_close(product, torch.arange(4.0) * v)
     assert second.at_once == 1
+    second.at_once = 2
+    programs = {i: Program(second, [torch.arange(4.0) + i]) for i in range(2)}
+    (together,) = sharing_calls(programs)
+    for i, (product,) in together.products(directions[0]):
+        torch.testing.assert_close(product, (torch.arange(4.0) + i) * directions[0][0])
+    assert sharing_calls(programs) == []  # from now on none
 
 
 @pytest.mark.slow

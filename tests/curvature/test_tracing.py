@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -12,6 +13,8 @@ from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.curvature.tracing import Linearisation
 from pnanalysis.torch_internals import UNSAFE_VIEW
 from tests.curvature.conftest import NETWORKS, dense_hessian, images, relative
+
+trace = Linearisation._trace
 
 
 class Branching(nn.Module):
@@ -31,6 +34,24 @@ def test_a_model_that_cannot_be_traced_takes_the_direct_way() -> None:
     op = HessianOperator(model, cross_entropy, batches)
     assert relative(op.to_dense(), dense_hessian(model, batches)) < 1e-10
     assert op.method == "reverse mode"
+
+
+def test_operators_over_other_examples_share_traced_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = []
+    monkeypatch.setattr(Linearisation, "_trace", lambda self, *given: traced.append(self) or trace(self, *given))
+    model, batches = NETWORKS["tanh"](), images((6, 6))
+    op = HessianOperator(model, cross_entropy, batches)
+    halves = [op.subset([half], 2) for half in (0, 1)]  # a batch of six each
+    dense = [half.to_dense() for half in halves]
+    assert len(traced) == 1
+    assert relative(dense[0], dense[1]) > 0.01
+    assert relative(sum(dense) / 2, dense_hessian(model, batches)) < 1e-10
+    assert relative(op.to_dense(), dense_hessian(model, batches)) < 1e-10
+    assert len(traced) == 1
+    own = op.restricted(op.names[:1])
+    size = own.shape[0]
+    assert relative(own.to_dense(), dense_hessian(model, batches)[:size, :size]) < 1e-10
+    assert len(traced) == 2  # another function
 
 
 class Constant(nn.Module):
