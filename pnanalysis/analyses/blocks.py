@@ -136,23 +136,14 @@ def blocks(
         - ``n_parameters`` (block); ``n_hvp``;
         - with ``diagonal``: ``diagonal`` (statistic, parameter): value, and standard errors for signs and examples;
         - with ``spectra``: ``js_divergence`` and ``wasserstein1`` (block, other) between spectra over different halves
-<<<<<<< HEAD
-          of the examples; on the diagonal, between those of one block: what chance alone gives. ``spectrum_node`` and
-          ``spectrum_weight`` (half, block, quadrature) are the spectra;
+          of the examples, and off the diagonal their standard errors ``NAME_se``, for probes and examples; on the
+          diagonal, between those of one block: what chance alone gives. ``spectrum_node`` and ``spectrum_weight``
+          (half, block, quadrature) are the spectra;
         - with ``bits`` or ``quantised`` (along ``bits``): ``sensitivity`` (block), the mean eigenvalue times the
           squared change of the weights (HAWQ-V2), its ``rank`` from the largest with a 95 % interval, and
           ``rank_probability`` (block, place); ``quadratic``, ``linear``, :math:`\tfrac12 \Delta w^\top H \Delta w`
           and :math:`g^\top \Delta w`, and the measured ``loss_increase``; all three for all blocks together as
           ``NAME_all``.
-=======
-          of the examples, and off the diagonal their standard errors ``NAME_se``, for probes and examples; on the
-          diagonal, between those of one block: what chance alone gives. ``spectrum_node`` and ``spectrum_weight``
-          (half, block, quadrature) are the spectra;
-        - with ``bits`` (along ``bits``): ``sensitivity`` (block), the mean eigenvalue times the squared change of the
-          weights (HAWQ-V2), its ``rank`` from the largest with a 95 % interval, and ``rank_probability`` (block,
-          place); ``quadratic``, ``linear``, :math:`\tfrac12 \Delta w^\top H \Delta w` and :math:`g^\top \Delta w`, and
-          the measured ``loss_increase``; all three for all blocks together as ``NAME_all``.
->>>>>>> c5
 
     Raises
     ------

@@ -120,24 +120,13 @@ def matrix_blocks(
         sums = found.diagonal
         ds["diagonal"] = ("statistic", "parameter"), np.stack([sums.value, sums.probe_se, sums.data_se])
         ds = ds.assign_coords(statistic=["value", "probe_se", "data_se"])
-<<<<<<< HEAD
-    if isinstance(grouped, GroupedCurvature):
+    if isinstance(operator, CurvatureOperator) and isinstance(grouped, GroupedCurvature):
         if quantised:
             rows = []
             for one, trace, covered in zip(quantised, of_rounded, rounded, strict=True):
                 size = np.bincount(owner, cells.sizes * covered, len(partition.names)).astype(np.int64)
                 rows.append(rounding_effects(grouped, partition, trace, size, one, options.seed))
             ds = ds.merge(xr.concat(rows, "bits").assign_coords(bits=[one.bits for one in quantised]))
-=======
-    if isinstance(operator, CurvatureOperator) and isinstance(grouped, GroupedCurvature):
-        if options.bits:
-            size = np.bincount(owner, cells.sizes * rounded, len(partition.names)).astype(np.int64)
-            rows = [
-                rounding_effects(grouped, network or grouped.op.model, partition, of_rounded, size, bits, options.seed)
-                for bits in options.bits
-            ]
-            ds = ds.merge(xr.concat(rows, "bits").assign_coords(bits=list(options.bits)))
->>>>>>> c5
             ds = ds.assign_coords(place=np.arange(1, len(partition.names) + 1))
         if options.spectra:
             spectra = _spectra(operator, partition, options, state, notes, advance)
