@@ -25,7 +25,7 @@ from pnanalysis.terminal.progress import progress_bar
 #: Options of :func:`pnanalysis.blocks` where none are given.
 BLOCKS = {"n": 1024, "n_hvp": 100}
 #: Options that a comparison has no use for.
-_OTHERS = {"diagonal", "spectra", "n_spectrum", "bits"}
+_OTHERS = {"diagonal", "spectra", "n_spectrum", "bits", "quantised"}
 #: Numbers of single blocks, and what they are called in a comparison.
 _OF_BLOCKS = {"trace": "block_trace", "frobenius_norm": "block_norm"}
 #: Numbers of the network.

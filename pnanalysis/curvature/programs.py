@@ -173,7 +173,8 @@ class Batches:
 
     def products(self, v: Direction) -> Iterator[tuple[int, list[Tensor]]]:
         """Number of each batch, and its product with one vector."""
-        found = self._second.of_batches(self._kept, self._dims, v) if self._second.at_once > 1 else None
+        several = self._second.at_once > 1 and 0 in self._dims  # a batch by itself leaves nothing to map over
+        found = self._second.of_batches(self._kept, self._dims, v) if several else None
         for j, (i, one) in enumerate(self._programs.items()):
             yield i, one(v) if found is None else [part[j] for part in found]
 

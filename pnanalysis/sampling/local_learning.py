@@ -259,7 +259,8 @@ class _Record:
             places = np.linspace(plan.burn_in, plan.n_steps - 1, min(_FULL_DRAWS, plan.n_draws))
             self._full_steps = sorted(set(places.round().astype(int).tolist()))
         self._of_examples = np.full((n_chains, len(self._full_steps)), np.nan)
-        self._stein = SteinIdentity(chains, n_chains, plan.burn_in, plan.n_draws)
+        n_passes = plan.n_steps / (1 if plan.sampler == "full" else len(anchor.factors))
+        self._stein = SteinIdentity(chains, n_chains, plan.burn_in, plan.n_draws, n_passes)
 
     def add(self, step: int, draw: Draw) -> None:
         """Record a draw; one that has been recorded before an interruption stays as it is."""

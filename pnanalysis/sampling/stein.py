@@ -24,8 +24,10 @@ from pnanalysis.estimates import Estimate
 from pnanalysis.sampling.convergence import effective_sample_size
 from pnanalysis.sampling.langevin import Chains, Draw
 
-#: Draws of each chain at which both sides are measured.
-_DRAWS = 50
+#: Draws of each chain at which both sides are measured: at most, and at least.
+_MOST_DRAWS, _FEWEST_DRAWS = 50, 2
+#: Passes over the data that a measurement takes, and what share of those of all steps measurements may take.
+_PASSES, _SHARE = 3, 0.1
 #: Relative differences are worth a warning from this size on, and from this many standard errors.
 _LARGE, _SIGMAS = 0.1, 3.0
 
@@ -39,12 +41,15 @@ class SteinIdentity:
     n_chains : int
         Of all posteriors.
     burn_in, n_draws : int
+    n_passes : float
+        Over the data, by all steps of a chain.
     """
 
-    def __init__(self, chains: Chains, n_chains: int, burn_in: int, n_draws: int) -> None:
+    def __init__(self, chains: Chains, n_chains: int, burn_in: int, n_draws: int, n_passes: float) -> None:
         self._chains = chains
+        n = int(np.clip(_SHARE * n_passes / _PASSES, _FEWEST_DRAWS, _MOST_DRAWS))
         first = max(burn_in, 1)  # at the checkpoint itself there is no length to take differences by
-        places = np.linspace(first, burn_in + n_draws - 1, min(_DRAWS, n_draws))
+        places = np.linspace(first, burn_in + n_draws - 1, min(n, n_draws))
         self._steps = sorted(set(places.round().astype(int).tolist()))
         #: gradients' product and trace, (side, chain, measurement)
         self.sides = np.full((2, n_chains, len(self._steps)), np.nan)
@@ -60,11 +65,13 @@ class SteinIdentity:
         gradients, trace = self.sides[:, own]
         known = np.isfinite(self.sides[:, own]).all()
         mean = float(trace.mean()) if known else 0.0
-        if mean <= 0 or trace.shape[1] < 4:
+        if mean <= 0 or trace.size < 2:
             return Estimate(math.nan, math.nan)
         excess = float(gradients.mean()) / mean - 1
         off: Array = (gradients - (1 + excess) * trace) / mean
-        return Estimate(excess, float(off.std(ddof=1)) / math.sqrt(effective_sample_size(off)))
+        # very few are so far apart that they count as independent
+        n_effective = effective_sample_size(off) if off.shape[1] >= 4 else off.size
+        return Estimate(excess, float(off.std(ddof=1)) / math.sqrt(n_effective))
 
 
 def is_large(excess: float, se: float) -> bool:

@@ -122,6 +122,17 @@ def test_wrong_rules_of_vmap_are_found_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert sharing_calls(programs) == []  # from now on none
 
 
+def test_a_batch_that_is_left_over_does_not_end_sharing() -> None:
+    second = SecondProgram(traced(lambda a, v: [a * v], 4, 4))
+    second.at_once = 2
+    programs = {i: Program(second, [torch.arange(4.0) + i]) for i in range(3)}
+    groups, v = sharing_calls(programs), torch.randn(4)
+    assert len(groups) == 2
+    for i, (product,) in (each for group in groups for each in group.products([v])):
+        torch.testing.assert_close(product, (torch.arange(4.0) + i) * v)
+    assert second.at_once == 2
+
+
 @pytest.mark.slow
 def test_compiled_products_are_one_graph_and_right() -> None:
     import torch._dynamo
