@@ -16,6 +16,7 @@ from pnanalysis.analyses.blocks import network_blocks, stack
 from pnanalysis.analyses.network_blocks import BlockOptions
 from pnanalysis.analyses.requests import each_network, read_request, settings_of
 from pnanalysis.analyses.spectrum_cache import SpectrumCache
+from pnanalysis.analyses.stacking import independent_differences
 from pnanalysis.arrays import Array
 from pnanalysis.errors import PnError
 from pnanalysis.inputs.selection import Selection
@@ -121,15 +122,7 @@ def block_differences(ds: xr.Dataset, shared_examples: bool = True) -> xr.Datase
             variables |= _differences(ds, name, compared, shared_examples)
     for name in _OF_NETWORK:
         if name in ds:
-            value, se = ds[name].values, ds[f"{name}_se"].values
-            difference, error = value[:, None] - value, np.hypot(se[:, None], se)
-            on = np.arange(len(value))
-            error[on, on] = 0.0
-            pair = ("checkpoint", "other")
-            variables |= {
-                name: ("checkpoint", value), f"{name}_se": ("checkpoint", se),
-                f"{name}_difference": (pair, difference), f"{name}_difference_se": (pair, error),
-            }  # fmt: skip
+            variables |= independent_differences(name, ds[name].values, ds[f"{name}_se"].values)
     return xr.Dataset(variables, {"block": ds.block.values})
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.analyses.monitored_curvature import KIND, monitored
+from pnanalysis.analyses.stacking import independent_differences
 from pnanalysis.errors import SchemaError
 from pnanalysis.inputs.selection import SelectedCheckpoint, Selection
 from pnanalysis.inputs.sources import Source
@@ -46,21 +47,13 @@ def differences_of(found: Sequence[xr.Dataset | None]) -> xr.Dataset:
         numbers, which are too large where both were measured on the same examples.
     """
     variables: dict[str, Any] = {}
-    on = np.arange(len(found))
     for name in NUMBERS:
         value, se = (
             np.array([np.nan if ds is None else float(ds.get(f"{name}{end}", np.nan)) for ds in found])
             for end in ("", "_se")
         )
-        if not np.isfinite(value).any():
-            continue
-        difference, error = value[:, None] - value, np.hypot(se[:, None], se)
-        error[on, on] = np.where(np.isnan(value), np.nan, 0.0)
-        pair = ("checkpoint", "other")
-        variables |= {
-            name: ("checkpoint", value), f"{name}_se": ("checkpoint", se),
-            f"{name}_difference": (pair, difference), f"{name}_difference_se": (pair, error),
-        }  # fmt: skip
+        if np.isfinite(value).any():
+            variables |= independent_differences(name, value, se)
     return xr.Dataset(variables)
 
 

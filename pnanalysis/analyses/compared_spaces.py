@@ -16,6 +16,7 @@ from pnanalysis.analyses.eigenpairs import network_eigenpairs
 from pnanalysis.analyses.eigenspace_overlaps import overlaps
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found
 from pnanalysis.analyses.requests import each_network, read_request, settings_of
+from pnanalysis.analyses.stacking import independent_differences
 from pnanalysis.analyses.work_folder import WorkFolder
 from pnanalysis.arrays import Array
 from pnanalysis.inputs.selection import Selection
@@ -114,13 +115,7 @@ def value_differences(found: Sequence[xr.Dataset], shared_examples: bool = True)
         }  # fmt: skip
     if all("gradient_top" in ds for ds in found):
         top, se = (np.array([float(ds[f"gradient_top{end}"]) for ds in found]) for end in ("", "_se"))
-        error = np.hypot(se[:, None], se)
-        error[on, on] = 0.0
-        both = ("checkpoint", "other")
-        variables |= {
-            "gradient_top": ("checkpoint", top), "gradient_top_se": ("checkpoint", se),
-            "gradient_top_difference": (both, top[:, None] - top), "gradient_top_difference_se": (both, error),
-        }  # fmt: skip
+        variables |= independent_differences("gradient_top", top, se)
     return xr.Dataset(variables, {"pair": np.arange(1, n + 1)})
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import xarray as xr
 
+from pnanalysis.arrays import Array
 from pnanalysis.io.collection import padded
 
 
@@ -26,3 +29,27 @@ def along_checkpoints(rows: Sequence[xr.Dataset], labels: Sequence[str]) -> xr.D
     if "tensors" in together.coords and together["tensors"].ndim == 0:  # the same for all
         together = together.assign_coords(tensors=("checkpoint", [str(together["tensors"].item())] * len(rows)))
     return together.assign_coords(checkpoint=list(labels))
+
+
+def independent_differences(name: str, value: Array, se: Array) -> dict[str, Any]:
+    """A number of each network, and how it differs between all pairs, with the errors of independent numbers.
+
+    Parameters
+    ----------
+    name : str
+    value, se : ndarray, shape (checkpoint,)
+        The errors are too large where two networks have much in common.
+
+    Returns
+    -------
+    dict
+        ``NAME`` and ``NAME_se`` (checkpoint), ``NAME_difference`` and ``NAME_difference_se`` (checkpoint, other),
+        checkpoint minus other: none from itself, and unknown where the number is.
+    """
+    difference, error = value[:, None] - value, np.hypot(se[:, None], se)
+    np.fill_diagonal(error, np.where(np.isnan(value), np.nan, 0.0))
+    pair = ("checkpoint", "other")
+    return {
+        name: ("checkpoint", value), f"{name}_se": ("checkpoint", se),
+        f"{name}_difference": (pair, difference), f"{name}_difference_se": (pair, error),
+    }  # fmt: skip

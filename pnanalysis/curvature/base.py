@@ -16,7 +16,7 @@ from pnanalysis.arrays import Array
 from pnanalysis.checks import resolve_dtype
 from pnanalysis.curvature.batch_matrix import BatchMatrix
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
-from pnanalysis.curvature.batches import Batch, WeightedBatches, channels_last, has_batch_norm
+from pnanalysis.curvature.batches import Batch, WeightedBatches, has_batch_norm
 from pnanalysis.curvature.blocks import Block
 from pnanalysis.curvature.example_forms import EXAMPLES as EXAMPLE_UNIT
 from pnanalysis.curvature.example_forms import ExampleForms
@@ -57,7 +57,7 @@ from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.evaluation.forward import prediction
 from pnanalysis.evaluation.losses import class_scores, loss_on
 from pnanalysis.evaluation.randomness import differs_between_passes
-from pnanalysis.inputs.batches import can_cut, cut, map_tensors, move
+from pnanalysis.inputs.batches import can_cut, channels_last, cut, map_tensors, move
 from pnanalysis.inputs.copies import as_real, in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.inputs.random_states import random_states_kept

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pnanalysis.curvature.batch_weights import RULES, BatchWeights
 from pnanalysis.curvature.example_subset import ExampleSubset
 from pnanalysis.errors import CurvatureError
-from pnanalysis.inputs.batches import as_pair, batch_size, can_cut, cut, map_tensors, move, tensors
+from pnanalysis.inputs.batches import as_pair, batch_size, can_cut, channels_last, cut, map_tensors, move, tensors
 from pnanalysis.inputs.repeatable import SameBatches
 from pnanalysis.inputs.splits import Batches
 from pnanalysis.torch_internals import BatchNormBase
@@ -175,8 +175,3 @@ def shapes_of(nest: Any) -> Shapes:
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any layer is a batch normalisation."""
     return any(isinstance(module, BatchNormBase) for module in model.modules())
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """Images and filters with their channels last in memory; other tensors unchanged."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor

@@ -228,3 +228,8 @@ def contents(tensor: Tensor) -> np.ndarray:
     """The bytes of the numbers that a tensor stores, in order."""
     stored = numbers(tensor.detach()).cpu().contiguous().resolve_conj().resolve_neg()
     return stored.view(-1).view(torch.uint8).numpy()
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """Images and filters with their channels last in memory; other tensors unchanged."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor

@@ -26,7 +26,7 @@ from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples
 from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, round_off
 from pnanalysis.spectra.memory import MODES, Storage, basis_limit
 from pnanalysis.spectra.moments import coupling_left, moments
-from pnanalysis.spectra.plan import peak_bytes, planned_work, with_basis_that_fits
+from pnanalysis.spectra.plan import planned_work, with_basis_that_fits
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, all_ritz_values, averaged_rule, extremes, ritz
 from pnanalysis.spectra.sample import SamplingSettings, SpectrumSample
 from pnanalysis.spectra.sharing import part_of, processes_of
@@ -213,10 +213,10 @@ def spectral_density(
         forms = forecast.prepared(partial(DataForms, operator, budget, n_classes))
         settings = replace(settings, data=forms)
     kept = {"memory": "", "half": " in half precision", "disk": " and the disk", "none": ", none is kept"}[mode]
-    work, need = planned_work(operator.shape[0], settings), peak_bytes(operator.shape[0], settings)
+    work = planned_work(operator.shape[0], settings)
     if not part.is_all:
         kept += f", in each of {part.processes.n} processes"
-    with progress_bar(f"{title} ({human(need)} for the basis{kept})", budget, progress) as advance:
+    with progress_bar(f"{title} ({human(work.peak)} for the basis{kept})", budget, progress) as advance:
         watched, note = forecast.watch(operator, advance, work)
         sample = sample_spectrum(watched, settings, note)
     by_differences = bool(getattr(operator, "by_differences", False))
@@ -242,7 +242,7 @@ def spectral_density(
         of_data = sample_examples(forms, data_error, of_half, settings.state, title)
     ds = _dataset(sample, facts, of_data, top_k, ridge, kernel_width, grid)
     attributes: dict[str, Any] = {"seed": seed, "device": str(operator.device), "basis": mode}
-    attributes |= {"basis_bytes": need, "n_hvp_planned": work.n_products}
+    attributes |= {"basis_bytes": work.peak, "n_hvp_planned": work.n_products}
     if targets is not None:
         attributes |= {"until": targets, "until_reached": sample.method == "exact" or sample.until_reached}
     return schema.finish(with_data_errors(ds), "spectral_density", deflate=settings.deflate, **attributes, **ds.attrs)

@@ -149,13 +149,8 @@ def check_fits(n_parameters: int, settings: SamplingSettings) -> None:
             raise CurvatureError(str(error)) from error
 
 
-def peak_bytes(n_parameters: int, settings: SamplingSettings) -> int:
-    """Memory that bases take at most, with what is copied of them; the operator's own comes on top."""
-    return planned_work(n_parameters, settings).peak
-
-
 def planned_work(n_parameters: int, settings: SamplingSettings) -> Work:
-    """The products and vectors of a spectrum."""
+    """The products and vectors of a spectrum; what its operator takes comes on top."""
     storage, bound, budget = settings.storage, settings.max_memory_bytes, settings.budget
     if is_exact(n_parameters, settings):
         matrices = _EXACT_MATRICES * n_parameters**2 * torch.float64.itemsize

@@ -293,10 +293,11 @@ def watch():
         time.sleep(0.001)
 
 def noted(*arguments):
-    said.append(plan.peak_bytes(*arguments))
-    return said[-1]
+    work = plan.planned_work(*arguments)
+    said.append(work.peak)
+    return work
 
-density.peak_bytes = noted
+density.planned_work = noted
 n = 4_000_000
 op = DiagonalOperator(torch.linspace(0, 1, n))
 pn.spectral_density(DiagonalOperator(torch.ones(50)), n_hvp=20, progress=False)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pnanalysis.inputs.batches import channels_last
+
 #: Examples that are tried, and how far outputs may be apart for them, relative to the largest.
 _TRIED, _ROUND_OFF = 2, 1e-3
 
@@ -33,7 +35,7 @@ def image_layout(model: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
-            usual, other = model(some), model(_channels_last(some))
+            usual, other = model(some), model(channels_last(some))
     except RuntimeError:  # a view of numbers that are not in that order
         return _as_they_are
     finally:
@@ -42,11 +44,7 @@ def image_layout(model: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]
     if not isinstance(usual, Tensor) or usual.shape != other.shape:
         return _as_they_are
     agree = (usual - other).abs().max() <= _ROUND_OFF * usual.abs().max()  # not so for NaN, either
-    return _channels_last if agree else _as_they_are
-
-
-def _channels_last(inputs: Tensor) -> Tensor:
-    return inputs.contiguous(memory_format=torch.channels_last)
+    return channels_last if agree else _as_they_are
 
 
 def _as_they_are(inputs: Tensor) -> Tensor:
