@@ -76,8 +76,9 @@ class CurvatureMonitor:
     batches : bool
         Whether to find the largest eigenvalue of each batch, too, which keeps an eigenvector for each.
     data_error : {"examples", "none"}
-        Whether to find standard errors of the eigenvalues and the trace for the choice of examples, for one or two
-        products more for each. Batch normalisation by batches has none, as every example depends on its batch.
+        Whether to find standard errors of the largest eigenvalues, with and without preconditioner, and the trace for
+        the choice of examples, for one or two products more for each. Batch normalisation by batches has none, as every
+        example depends on its batch.
     tolerance : float
         Largest residual of an eigenvalue relative to the largest magnitude; others are NaN.
     max_hvp : int
