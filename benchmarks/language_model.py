@@ -1,6 +1,6 @@
 """GPT-2 of 124 million parameters on a CPU: time of a product, memory of a spectrum, and its picture.
 
-    python benchmarks/language_model.py [--tokens 64] [--rounds 3] [--n-hvp 12] [--small]
+    python benchmarks/language_model.py [--tokens 64] [--rounds 3] [--n-hvp 100] [--basis-n-hvp 12] [--small]
 
 The network is transformers' GPT-2 with random weights, saved to a temporary folder and read from there as
 ``hf:FOLDER`` is; nothing is fetched. Its text is the documentation of Python's module ``statistics``, a token a byte.
@@ -46,8 +46,10 @@ MATRICES = {"Hessian": pn.HessianOperator, "Gauss-Newton": pn.GGNOperator}
 OPERATORS = {"Hessian": "hessian", "Gauss-Newton": "ggn"}
 #: Products to come: from 30 on they are traced.
 WAYS = {"traced": 100, "reverse mode": 10}
-#: Matrices, and ways to keep the basis; the first of each matrix is drawn.
-SPECTRA = (("Hessian", "half"), *(("Gauss-Newton", basis) for basis in ("memory", "half", "disk", "none")))
+#: Matrices, and ways to keep the basis: those of the spectra that are drawn, which have many products, and those that
+#: are compared.
+DRAWN = (("Hessian", "none"), ("Gauss-Newton", "none"))
+COMPARED = (("Hessian", "half"), *(("Gauss-Newton", basis) for basis in ("memory", "half", "disk", "none")))
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 256, "n_positions": 64}
 GIB = 2**30
 
@@ -110,8 +112,8 @@ def product(folder: Path, matrix: str, way: str, tokens: int, rounds: int) -> di
     return {"first": first, "pass": passes, "product": products, "ratio": products / passes} | peak
 
 
-def spectrum(folder: Path, matrix: str, basis: str, tokens: int, n_hvp: int, results: Path) -> dict[str, Any]:
-    """A spectrum with one way of keeping the basis: its ends, time and memory."""
+def spectrum(folder: Path, matrix: str, basis: str, tokens: int, n_hvp: int, to: Path | None) -> dict[str, Any]:
+    """A spectrum with one way of keeping the basis, saved where it is to be drawn: its ends, time and memory."""
     start, begun = time.perf_counter(), time.process_time()
     with peaks() as peak:
         ds = pn.hessian(
@@ -119,9 +121,8 @@ def spectrum(folder: Path, matrix: str, basis: str, tokens: int, n_hvp: int, res
             n_hvp=n_hvp, basis=basis, max_memory_bytes=14 * GIB, data_error="none", progress=False,
         )  # fmt: skip
     used = {"minutes": (time.perf_counter() - start) / 60, "cpu": (time.process_time() - begun) / 60}
-    file = _spectrum_of(results, matrix)
-    if not file.is_file():  # the first one is drawn
-        pn.save(ds, file)
+    if to is not None:
+        pn.save(ds, to)
     one = ds.squeeze("checkpoint")
     names = ("lambda_max", "lambda_min", "trace", "trace_se")
     return {name: float(one[name]) for name in names} | used | peak
@@ -150,7 +151,8 @@ def apart(options: argparse.Namespace, part: tuple[str, ...]) -> dict[str, Any]:
 
 def table(options: argparse.Namespace, found: dict[str, Any]) -> str:
     """Everything as Markdown."""
-    products, spectra = ([row for row in found["rows"] if row["part"][0] == kind] for kind in ("product", "spectrum"))
+    products = [row for row in found["rows"] if row["part"][0] == "product"]
+    spectra = [row for row in found["rows"] if row["part"][0] != "product"]
     lines = [
         f"# GPT-2 with {found['parameters']:,} parameters and random weights, {options.tokens} tokens",
         "",
@@ -187,10 +189,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--n-hvp", type=int, default=12, help="products of the spectra that are drawn")
-    parser.add_argument(
-        "--basis-n-hvp", type=int, default=6, help="products of those that compare ways to keep a basis"
-    )
+    parser.add_argument("--n-hvp", type=int, default=100, help="products of the spectra that are drawn")
+    parser.add_argument("--basis-n-hvp", type=int, default=12, help="of those that compare ways to keep a basis")
     parser.add_argument("--small", action="store_true", help="a network of two layers, to try the script")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
@@ -199,23 +199,26 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.part:
-        kind, matrix, how, *more = options.part
+        kind, matrix, how, *n_hvp = options.part
         if kind == "product":
             row = product(options.folder, matrix, how, options.tokens, options.rounds)
         else:
-            row = spectrum(options.folder, matrix, how, options.tokens, int(more[0]), options.output)
+            to = _spectrum_of(options.output, matrix) if kind == "drawn" else None
+            row = spectrum(options.folder, matrix, how, options.tokens, int(n_hvp[0]), to)
         print(json.dumps(row))
         return
     parts = [("product", matrix, way) for matrix in MATRICES for way in WAYS]
-    parts += [("spectrum", *case, str(options.n_hvp)) for case in SPECTRA]
+    parts += [("drawn", *case, str(options.n_hvp)) for case in DRAWN]
+    parts += [("compared", *case, str(options.basis_n_hvp)) for case in COMPARED]
     stored = options.output.with_suffix(".json")
     found: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {"rows": []}
+    found["rows"] = [row for part in parts for row in found["rows"] if row["part"] == list(part)]
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
         save(options.folder, options.small)
         found["parameters"] = sum(p.numel() for p in pretrained(options.folder / "gpt2").parameters())
         for part in parts:
-            undrawn = part[0] == "spectrum" and not _spectrum_of(options.output, part[1]).is_file()
+            undrawn = part[0] == "drawn" and not _spectrum_of(options.output, part[1]).is_file()
             if undrawn or list(part) not in [row["part"] for row in found["rows"]]:
                 found["rows"] = [row for row in found["rows"] if row["part"] != list(part)]
                 found["rows"].append({"part": list(part)} | apart(options, part))

@@ -120,7 +120,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def analyse(folder: Path, command: list[str], picture: Path) -> dict[str, Any]:
-    """Run one command; what it says beforehand, its CPU minutes, and the peak memory of its process in GiB without and with files."""
+    """Run one command; what it says beforehand, its CPU minutes, and the peak memory of its process in GiB."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ran = subprocess.Popen(
         [sys.executable, "-m", "pnanalysis", *command, "--output", f"{picture.stem}.nc", "--plot", str(picture)],
