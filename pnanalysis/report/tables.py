@@ -12,9 +12,10 @@ import xarray as xr
 
 from pnanalysis.analyses.diagnostics import estimate_of
 from pnanalysis.analyses.significant_differences import with_p_values
+from pnanalysis.analyses.verdict import verdict
 from pnanalysis.estimates import Estimate, proportion
 from pnanalysis.io.runs import Checkpoint, Run
-from pnanalysis.report.datasets import RunDatasets, Study, own_rows, studies
+from pnanalysis.report.datasets import Given, GivenDatasets, RunDatasets, Study, own_rows, studies
 from pnanalysis.schema import error_kind
 
 
@@ -27,11 +28,11 @@ class _End(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One end point in the table."""
+    """One end point in the table, or a network that belongs to no run: these have neither study nor iteration."""
 
     study: str
     name: str
-    iteration: int
+    iteration: int | None
     loss: Estimate
     validation: Estimate
     test: Estimate
@@ -41,8 +42,8 @@ class Row:
     def cells(self) -> dict[str, str]:
         """Column title to printed value."""
         return {
-            "network": f"{self.study}: {self.name}",
-            "iteration": str(self.iteration),
+            "network": f"{self.study}: {self.name}" if self.study else self.name,
+            "iteration": "–" if self.iteration is None else str(self.iteration),
             "training loss": self.loss.text(),
             "validation error": self.validation.text(),
             "test error": self.test.text(),
@@ -51,19 +52,31 @@ class Row:
         }
 
 
-def summary_table(runs: Sequence[Run]) -> list[dict[str, str]]:
+def summary_table(given: Sequence[Given]) -> list[dict[str, str]]:
     """The table as printed, a mapping from column title to text for each end point."""
-    return [row.cells() for study in studies(runs) for row in rows(study)]
+    return cells(studies(given))
 
 
-def summary_sentences(runs: Sequence[Run]) -> list[str]:
+def cells(found: Sequence[Study]) -> list[dict[str, str]]:
+    """The table as printed, without the columns that are for runs if there is no run."""
+    table = [row for study in found for row in rows(study)]
+    for_runs = {"iteration"} if all(row.iteration is None for row in table) else set()
+    return [{title: text for title, text in row.cells().items() if title not in for_runs} for row in table]
+
+
+def summary_sentences(given: Sequence[Given]) -> list[str]:
     """The table in words, as the report has them."""
-    return [sentence for study in studies(runs) for sentence in sentences(study)]
+    return [sentence for study in studies(given) for sentence in sentences(study)]
 
 
 def rows(study: Study) -> list[Row]:
-    """Plain model, champion and best restart of a study; the challenger where the champion is the plain model."""
+    """Plain model, champion and best restart of a study; the challenger where the champion is the plain model.
+
+    Of datasets that belong to no run, every checkpoint.
+    """
     main, control = study
+    if isinstance(main, GivenDatasets):
+        return network_rows(main)
     run, strategy = main.run, main.run.manifest.get("strategy", "")
     if strategy == "restart":
         table = [_row(main, "plain", run.plain), _row(main, "best restart", run.champion)]
@@ -84,6 +97,9 @@ def rows(study: Study) -> list[Row]:
 def sentences(study: Study) -> Iterator[str]:
     """The table in words; what may be chance is called not significant."""
     main, control = study
+    if isinstance(main, GivenDatasets):
+        yield from network_sentences(main)
+        return
     name, run = main.name, main.run
     plain, (best, role) = _End(main, run.plain), _best(main, run.contenders[1])
     is_other = best.checkpoint != plain.checkpoint
@@ -105,7 +121,58 @@ def sentences(study: Study) -> Iterator[str]:
             )
     spectra = [_spectrum_at(end) for end in (plain, best)]
     if is_other and spectra[0] is not None and spectra[1] is not None:
-        yield _spectrum_sentence(name, role, spectra[0], spectra[1])
+        text = _spectrum_sentence(("the plain model", role), (spectra[0], spectra[1]))
+        yield f"{name}: {text[0].lower()}{text[1:]}"
+
+
+def network_rows(datasets: GivenDatasets) -> list[Row]:
+    """The checkpoints of a comparison or of spectra, with as much as these tell."""
+    comparison, spectra = datasets.get("comparison"), _of_networks(datasets.get("hessian"))
+    found = {name: at for ds in (spectra, comparison) if ds is not None for name, at in _by_checkpoint(ds).items()}
+    curved = {} if spectra is None else _by_checkpoint(spectra)
+    return [
+        Row(
+            study="",
+            name=name,
+            iteration=None,
+            loss=_at_split(at, "loss", "train"),
+            validation=_at_split(at, "error", "validation"),
+            test=_at_split(at, "error", "test"),
+            lambda_max=_number(curved.get(name, at), "lambda_max"),
+            trace=_number(curved.get(name, at), "trace"),
+        )
+        for name, at in found.items()
+    ]
+
+
+def network_sentences(datasets: GivenDatasets) -> Iterator[str]:
+    """What a comparison finds; without one, the spectra of each network beside that of the first."""
+    comparison, spectra = datasets.get("comparison"), _of_networks(datasets.get("hessian"))
+    if comparison is not None:
+        yield from verdict(comparison)
+    elif spectra is not None:
+        (first, at_first), *others = _by_checkpoint(spectra).items()
+        for name, at in others:
+            yield _spectrum_sentence((first, name), (at_first, at))
+
+
+def _by_checkpoint(ds: xr.Dataset) -> dict[str, xr.Dataset]:
+    return {str(name): ds.isel(checkpoint=i) for i, name in enumerate(ds.checkpoint.values)}
+
+
+def _of_networks(ds: xr.Dataset | None) -> xr.Dataset | None:
+    """Spectra, if they are of whole networks."""
+    return None if ds is None or "layer" in ds.coords else ds
+
+
+def _number(at: xr.Dataset, name: str) -> Estimate:
+    return estimate_of(at, name) if name in at else Estimate(math.nan)
+
+
+def _at_split(at: xr.Dataset, name: str, split: str) -> Estimate:
+    if name not in at or split not in at.split.values:
+        return Estimate(math.nan)
+    return estimate_of(at.sel(split=split), name)
 
 
 def _best(datasets: RunDatasets, name: str) -> tuple[_End, str]:
@@ -206,13 +273,11 @@ def _spectrum_at(end: _End) -> xr.Dataset | None:
     return spectra.isel(checkpoint=int(np.argmax(is_end))) if is_end.any() else None
 
 
-def _spectrum_sentence(name: str, role: str, plain: xr.Dataset, best: xr.Dataset) -> str:
-    top, trace = (
-        " and ".join(estimate_of(at, number).text() for at in (plain, best)) for number in ("lambda_max", "trace")
-    )
+def _spectrum_sentence(names: tuple[str, str], spectra: tuple[xr.Dataset, xr.Dataset]) -> str:
+    top, trace = (" and ".join(estimate_of(at, number).text() for at in spectra) for number in ("lambda_max", "trace"))
     return (
-        f"{name}: the largest Hessian eigenvalues of the plain model and {role} are {top}, the traces {trace}. "
-        f"{_outliers_in_words([plain, best])}."
+        f"The largest Hessian eigenvalues of {' and '.join(names)} are {top}, the traces {trace}. "
+        f"{_outliers_in_words(spectra)}."
     )
 
 
