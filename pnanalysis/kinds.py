@@ -421,7 +421,9 @@ _BLOCKS = {
     "n_hvp": _var("", "1", "products with the matrix"),
     "diagonal": _var("statistic parameter", "loss", "diagonal of the matrix, with its standard errors", _OPTIONAL),
     **_with_se("js_divergence", "block other", "nat", "Jensen-Shannon divergence of the spectra of blocks", _OPTIONAL),
+    **_with_ends("js_divergence", "block other", "nat", "Jensen-Shannon divergence of the spectra of blocks"),
     **_with_se("wasserstein1", "block other", "loss", "Wasserstein-1 distance of the spectra of blocks", _OPTIONAL),
+    **_with_ends("wasserstein1", "block other", "loss", "Wasserstein-1 distance of the spectra of blocks"),
     "spectrum_node": _var("half block quadrature", "loss", "quadrature node of a block's spectrum", _OPTIONAL),
     "spectrum_weight": _var("half block quadrature", "1", "quadrature weight of a block's spectrum", _OPTIONAL),
     "squared_change": _var("bits block", "1", "squared change of the weights by rounding", _OPTIONAL),
@@ -572,7 +574,9 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         **_with_se("one_step", "neighbourhood", "nat", "rise of the loss after one step to the boundary", _OPTIONAL),
         "relative": _var("neighbourhood", "%", "largest rise of the loss found, relative to 1 + loss", _OPTIONAL),
         "rise_start": _var("neighbourhood start", "nat", "rise of the loss that each ascent found", _OPTIONAL),
-        "rise_quadratic": _var("neighbourhood", "nat", "largest rise of its second-order expansion found", _OPTIONAL),
+        **_with_se(
+            "rise_quadratic", "neighbourhood", "nat", "largest rise of its second-order expansion found", _OPTIONAL
+        ),
         "radius": _var("neighbourhood", "1", "radius of the neighbourhood", _OPTIONAL),
         **_with_se("average", "neighbourhood", "nat", "mean rise of the loss", _OPTIONAL),
         "average_direction_se": _var(
@@ -583,6 +587,15 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         ),
         **_with_ends("average", "neighbourhood", "nat", "mean rise of the loss"),
         **_with_se("average_quadratic", "neighbourhood", "nat", "mean rise of its second-order expansion", _OPTIONAL),
+        **{
+            f"average_quadratic_{part}_se": _var(
+                "neighbourhood",
+                "nat",
+                f"standard error of the mean rise of its second-order expansion for the choice of {what}",
+                _OPTIONAL,
+            )
+            for part, what in (("direction", "directions"), ("data", "examples"))
+        },
         "average_radius": _var("neighbourhood", "1", "radius of the average case", _OPTIONAL),
         **_with_se("relative_flatness", "", "nat", "relative flatness", _OPTIONAL),
         "relative_flatness_probe_se": _var(
