@@ -106,9 +106,46 @@ class ExampleForms:
         found = np.zeros((len(pairs), int(self._ends[-1])))
         with op._passes():
             for i, weight, forms in self._by_batch(pairs):
-                found[:, self._ends[i] : self._ends[i + 1]] += weight * forms(pairs).detach().double().cpu().numpy()
+                found[:, self._of_batch(i)] += weight * forms(pairs).detach().double().cpu().numpy()
+        return self._by_group(found, "quadratic forms")
+
+    def slopes(self, V: Tensor) -> Tensor:
+        """Derivatives of the losses of the same groups along the columns of a ``(P, k)`` matrix, ``(k, G)``.
+
+        Raises
+        ------
+        CurvatureError
+            If they are not finite.
+        """
+        op = self.op
+        directions = [split_vector(v, op.parameter_shapes) for v in V.T]
+        found = np.zeros((len(directions), int(self._ends[-1])))
+        with op._passes():
+            for i, weight, at in op._weighted():
+                if self.unit == EXAMPLES:
+                    slopes = torch.stack([op._row_slopes(at, v) for v in directions])
+                else:
+                    slopes = self._slopes_of_parts(i, at, directions)
+                found[:, self._of_batch(i)] += weight * slopes.detach().double().cpu().numpy()
+        return self._by_group(found, "derivatives")
+
+    def _slopes_of_parts(self, i: int, at: LossArguments, directions: Sequence[Direction]) -> Tensor:
+        """Of parts of a batch, or of all of it, by a gradient of each."""
+        shares, theta = self._shares[i], self.op._theta
+        found = torch.zeros(len(directions), len(shares), dtype=torch.float64)
+        for g, piece in enumerate(_pieces(self.op.batches.sizes[i], len(shares))):
+            if shares[g]:
+                gradient = self.op._loss.gradient(at if len(shares) == 1 else _part(at, piece), theta)
+                found[:, g] = shares[g] * torch.stack([_inner(v, gradient) for v in directions])
+        return found
+
+    def _of_batch(self, i: int) -> slice:
+        return slice(self._ends[i], self._ends[i + 1])
+
+    def _by_group(self, found: Array, what: str) -> Tensor:
+        """What units add, ``(k, n)``, as numbers of the groups that they are in."""
         if not np.isfinite(found).all():
-            raise CurvatureError(f"the quadratic forms of single {self.unit} are not finite; look at the data")
+            raise CurvatureError(f"the {what} of single {self.unit} are not finite; look at the data")
         sums = np.stack([np.bincount(self._groups, row) for row in found])
         return torch.from_numpy(np.divide(sums, self.weights, out=np.zeros_like(sums), where=self.weights > 0))
 

@@ -78,6 +78,34 @@ class HessianOperator(CurvatureOperator):
         n = batch_size((at.inputs, at.targets))
         return _by_row(by_u, curved, n) + _by_row(slope, second, n)
 
+    def slopes(self, V: Tensor) -> Tensor:
+        r"""The derivatives :math:`v_j^\top g_g` of the losses of groups of examples, without the regulariser.
+
+        The gradient is :math:`\sum_g w_g g_g` plus that of the regulariser, with groups and weights of :meth:`forms`.
+
+        Parameters
+        ----------
+        V : Tensor, shape (P, k)
+
+        Returns
+        -------
+        Tensor, shape (k, G), float64, on the CPU
+
+        Raises
+        ------
+        CurvatureError
+            If the shape does not fit, or derivatives are not finite.
+        """
+        if V.ndim != 2 or V.shape[0] != self.n_parameters:
+            raise CurvatureError(f"slopes takes {self.n_parameters} rows, not shape {tuple(V.shape)}")
+        V = V.to(self.device, self.dtype)
+        return self._in_passes_that_fit(lambda: self.example_forms.slopes(V))
+
+    def _row_slopes(self, at: LossArguments, v: list[Tensor]) -> Tensor:
+        at_theta, of_outputs, _ = _as_functions(self._loss, at)
+        outputs, by_v = jvp(at_theta, (at.theta,), (dict(zip(self.names, v, strict=True)),))[:2]
+        return _by_row(by_v, grad(of_outputs)(outputs), batch_size((at.inputs, at.targets)))
+
     def _direct(self, at: LossArguments) -> Product:
         theta = requiring_grad(at.theta)
         leaves = list(theta.values())
