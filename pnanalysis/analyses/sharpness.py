@@ -127,8 +127,9 @@ def sharpness(
     -----
     Standard errors of rises, measured and of second order, are paired, over examples, at the points found. To first
     order, these are the errors of the largest rises themselves, since the point where a maximum is taken does not
-    matter for its derivative by the weights of examples (Danskin). That the maximum was searched over the same examples makes it too large by an amount of order
-    one over their number, which they leave out, as they do what ascents have missed.
+    matter for its derivative by the weights of examples (Danskin). That the maximum was searched over the same examples
+    makes it too large by an amount of order one over their number, which they leave out, as they do what ascents have
+    missed.
 
     Running statistics of batch normalisation stay those of the checkpoint. Scales of biases and of the parameters of
     normalisation layers are formed like those of weights, but in ``filter``, where they stay as they are.

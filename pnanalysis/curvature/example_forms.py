@@ -34,11 +34,12 @@ from pnanalysis.arrays import Array
 from pnanalysis.curvature.batches import Batch, has_batch_norm
 from pnanalysis.curvature.example_subset import random_parts
 from pnanalysis.curvature.network_loss import LossArguments
-from pnanalysis.curvature.parameters import split_vector
+from pnanalysis.curvature.parameters import Named, split_vector
 from pnanalysis.curvature.product_check import in_double, random_direction, tolerance
 from pnanalysis.curvature.row_forms import Direction, Forms, Pair, close, row_forms
 from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError, Indivisible
+from pnanalysis.evaluation.losses import example_losses
 from pnanalysis.inputs.batches import can_cut, contents, cut, tensors
 
 if TYPE_CHECKING:
@@ -128,6 +129,48 @@ class ExampleForms:
                     slopes = self._slopes_of_parts(i, at, directions)
                 found[:, self._of_batch(i)] += weight * slopes.detach().double().cpu().numpy()
         return self._by_group(found, "derivatives")
+
+    def losses(self, theta: Named) -> Tensor:
+        """Losses of the same groups at some parameters, ``(G,)``.
+
+        Raises
+        ------
+        PnError
+            If examples have no losses of their own, or these are not finite.
+        """
+        op = self.op
+        found = np.zeros((1, int(self._ends[-1])))
+        with op._passes():
+            for i, weight, at in op._weighted():
+                losses = self._losses_of_rows(i, at, theta) if self.unit == EXAMPLES else self._of_parts(i, at, theta)
+                found[:, self._of_batch(i)] += weight * losses.detach().double().cpu().numpy()
+        return self._by_group(found, "losses")[0]
+
+    def _losses_of_rows(self, i: int, at: LossArguments, theta: Named) -> Tensor:
+        """Of single examples, times their factors."""
+        op = self.op
+        outputs = op._loss.outputs(at, theta)
+        whole = float(op._loss.of_outputs(outputs, at.targets).detach())
+        if op.amp == "bf16" and isinstance(outputs, Tensor):
+            outputs = outputs.float()
+        each = example_losses(op.loss_fn, outputs, at.targets, check=False)[0].detach().double().cpu()
+        parts = each * torch.from_numpy(self._shares[i])
+        total = float(parts.sum())
+        if not abs(total - whole) <= 10 * tolerance(op.dtype, op.amp) * float(parts.abs().sum()):
+            raise CurvatureError(f"the losses of single examples add up to {total:.6g}, not to {whole:.6g}")
+        return parts
+
+    def _of_parts(self, i: int, at: LossArguments, theta: Named) -> Tensor:
+        """Losses of parts of a batch, or of all of it, times their factors."""
+        shares = self._shares[i]
+        pieces = _pieces(self.op.batches.sizes[i], len(shares))
+        found = [
+            float(share) * self.op._loss(at if len(shares) == 1 else _part(at, piece), theta).detach().double().cpu()
+            if share
+            else torch.zeros((), dtype=torch.float64)
+            for piece, share in zip(pieces, shares, strict=True)
+        ]
+        return torch.stack(found)
 
     def _slopes_of_parts(self, i: int, at: LossArguments, directions: Sequence[Direction]) -> Tensor:
         """Of parts of a batch, or of all of it, by a gradient of each."""

@@ -119,8 +119,8 @@ def spectrum_distances(halves: Sequence[Sequence[xr.Dataset]]) -> xr.Dataset:
     table = np.full((2, 2, n, longest), np.nan)
     for i, half in enumerate(measures):
         for k, parts in enumerate(half):
-            for of, values in zip(table, parts, strict=True):
-                of[i, k, : len(values)] = values
+            for into, own in zip(table, parts, strict=True):
+                into[i, k, : len(own)] = own
     for name, values in zip(("spectrum_node", "spectrum_weight"), table, strict=True):
         ds[name] = ("half", "block", "quadrature"), values
     return ds

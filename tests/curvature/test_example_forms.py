@@ -131,6 +131,10 @@ def test_slopes_of_examples_are_those_of_their_losses() -> None:
     x, y = batches[1]
     alone = HessianOperator(model, cross_entropy, [(x[1:2], y[1:2])])
     assert relative(found[:, 6], V.T @ alone.gradient()) < 1e-10
+    losses, whole = op.group_losses(V[:, 0]), op.batch_losses(V[:, 0]).sum()
+    assert float(losses @ torch.from_numpy(op.group_weights)) == pytest.approx(whole, rel=1e-10)
+    assert losses[0] == 0
+    assert float(losses[6]) == pytest.approx(alone.loss_at(V[:, 0]), rel=1e-10)
     with pytest.raises(CurvatureError, match="slopes takes"):
         op.slopes(V[1:])
 
@@ -148,6 +152,7 @@ def test_slopes_of_parts_and_batches_add_up_to_the_gradient(unit: str) -> None:
     V = directions(op.shape[0])[1]
     found = op.slopes(V) @ torch.from_numpy(op.group_weights)
     assert relative(found, V.T @ op.gradient()) < 1e-10
+    assert float(op.group_losses() @ torch.from_numpy(op.group_weights)) == pytest.approx(op.loss(), rel=1e-10)
 
 
 def masked_mean(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -439,6 +439,9 @@ def curvature_along_training() -> xr.Dataset:
     critical = np.where(step > 0, 0.8 * top, np.nan)
     for name, factor in (("", 1.0), ("_low", 0.975), ("_high", 1.025)):
         variables[f"critical_sharpness{name}"] = ("step", factor * critical)
+    for name in ("eigenvalue", "critical_sharpness", *(name for name in names if name != "threshold")):
+        dims, value = variables[name]
+        variables[f"{name}_se"] = (dims, 0.08 * value)
     return dataset("curvature_monitor", {"step": step, "pair": [1, 2]}, variables, optimizer="SGD")
 
 
