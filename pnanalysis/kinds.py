@@ -372,6 +372,10 @@ _EIGENPAIRS = {
         "gradient_part", "pair", "1", "part of the gradient's squared length along the eigenvector", _OPTIONAL
     ),
     **_with_se("gradient_top", "", "1", "part of the gradient's squared length in the top space", _OPTIONAL),
+    "gradient_top_without": _var(
+        "without_group", "1", "the same part without one of eight groups of the examples", _OPTIONAL
+    ),
+    "gradient_top_half": _var("half", "1", "part of half of the examples' gradient in their own top space", _OPTIONAL),
     "gradient_norm": _var("", "loss", "norm of the gradient", _OPTIONAL),
     "gradient_noise": _var("", "loss", "norm that the choice of examples alone gives the gradient", _OPTIONAL),
     **_with_data_se(
