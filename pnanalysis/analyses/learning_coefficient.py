@@ -198,7 +198,7 @@ def learning_coefficient(
     -----
     For a quadratic minimum of :math:`d` parameters, :math:`\hat\lambda` tends to :math:`d/2` as :math:`n` grows, and to
     less where parameters are redundant [1]_. In a singular minimum it is below its limit as long as the pull
-    :math:`\gamma` holds the chains where the loss is nearly quadratic: in deep linear networks at the defaults, a half or
+    :math:`\gamma` holds the chains where the loss is nearly quadratic: in deep linear networks at the defaults, half or
     a third of it. A negative value means that the checkpoint is no minimum: chains find lower losses nearby.
 
     The error of examples is that of the infinitesimal jackknife: of how :math:`\hat\lambda` changes with the weight of
