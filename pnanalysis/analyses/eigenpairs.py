@@ -127,12 +127,15 @@ def eigenpairs(
         - For ``which="largest"``: parts of the gradient and of the last update (between the last two stored checkpoints
           of a run, or from ``previous``) along each vector (``gradient_part``, ``update_part``), and in the top space
           of as many dimensions as classes (``gradient_top``, ``update_top``), with ``top_chance`` for a random vector.
+          ``gradient_top_without`` (without_group) is ``gradient_top`` without one of eight groups of the examples, and
+          ``gradient_top_half`` (half) that over half samples, with ``data_error="groups"``: differences between
+          networks are paired by them.
         - For classifiers: ``level_part`` (level, pair), ``class_part``, ``cross_part``, ``class_value``,
           ``cross_value``: see :mod:`pnanalysis.curvature.class_structure`.
         - For several checkpoints, ``overlap`` (checkpoint, other) of their spaces, from 0 to 1, with
           ``overlap_chance`` for random spaces, and ``overlap_halves`` between different halves of the examples, whose
           diagonal is the ceiling: what one network's spaces have in common over different examples.
-        - With ``data_error="groups"``, ``NAME_data_se`` of ``participation``, ``layer_part``, ``gradient_part``,
+        - With ``data_error="groups"`` alone, ``NAME_data_se`` of ``participation``, ``layer_part``, ``gradient_part``,
           ``update_part``, ``update_top``, ``level_part``, ``class_part``, ``cross_part`` and ``overlap``, and
           ``gradient_top_se`` of both gradient and space: see :mod:`pnanalysis.analyses.eigenpair_halves`.
 

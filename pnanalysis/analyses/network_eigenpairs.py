@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from pnanalysis.analyses.eigenpair_halves import PAIRS_OF_HALVES, pairs_over_halves
-from pnanalysis.analyses.eigenpair_numbers import gradient_errors, numbers_of
+from pnanalysis.analyses.eigenpair_numbers import gradient_errors, jackknife_se, numbers_of
 from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
 from pnanalysis.curvature import class_structure
 from pnanalysis.curvature.base import METHODS, CurvatureOperator
@@ -170,8 +170,10 @@ def matrix_eigenpairs(
         own = numbers(operator, pairs.vector)
         ds = ds.drop_vars("participation").merge(own).assign_attrs(own.attrs)
         if directions:
-            errors = gradient_errors(operator, pairs.vector[:, : own.attrs["n_top"]])
-            ds = ds.assign(gradient_top_se=errors[0], gradient_noise=errors[1])
+            parts, noise = gradient_errors(operator, pairs.vector[:, : own.attrs["n_top"]])
+            ds = ds.assign(
+                gradient_top_se=jackknife_se(parts), gradient_noise=noise, gradient_top_without=("without_group", parts)
+            )
         if options.data_error in ("halves", "groups"):
             found = pairs_over_halves(
                 operator, pairs, options.which, all_half_samples=options.data_error == "groups", numbers=numbers,
@@ -181,6 +183,8 @@ def matrix_eigenpairs(
             halves = found.vectors
             if halves:
                 ds = ds.assign(found.errors.data_vars)  # that of the gradient with its space
+                if len(found.gradient_top):
+                    ds["gradient_top_half"] = "half", found.gradient_top
                 ds["value_half"] = ("half", "pair"), found.value
                 ds["n_hvp"] = ds.n_hvp + found.n_hvp
             else:

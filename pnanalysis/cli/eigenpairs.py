@@ -166,4 +166,6 @@ def _overlaps(ds: xr.Dataset) -> Table:
             own = [float(ds.overlap_halves[j, j]) for j in (0, i)]
             row += [float(at.overlap_halves), f"{min(own):.3g}" if min(own) == min(own) else None]
         rows.append(row)
-    return make_table("overlap of the spaces with that of the first", columns, rows)
+    known = "overlap_data_se" in ds
+    title = "overlap of the spaces with that of the first" + (" (errors: --data-error groups)" if not known else "")
+    return make_table(title, columns, rows)

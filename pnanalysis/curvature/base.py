@@ -668,6 +668,10 @@ class CurvatureOperator:
         """
         raise NotImplementedError
 
+    def _row_slopes(self, at: LossArguments, v: list[Tensor]) -> Tensor:
+        """What each example adds to the derivative of the loss of one batch along ``v``, ``(n,)``, by forward mode."""
+        raise NotImplementedError
+
     def _rehearse(self, at: LossArguments) -> object:
         """Run what a product runs of the user's code, without transforms."""
         return self._loss_at_theta(at)

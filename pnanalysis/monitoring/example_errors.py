@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from pnanalysis.arrays import Array
 from pnanalysis.curvature.operators import HessianOperator
-from pnanalysis.errors import CurvatureError
+from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.spectra.data_error import FEWEST_GROUPS, DataForms, Influence
 from pnanalysis.spectra.inner_products import inner_products
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.trace import trace_estimate
 
+#: How far ahead of the critical step and behind it the loss is taken for its slope there, relative to that step.
+_AHEAD = 0.05
+
 
 class ExampleErrors:
-    """Standard errors of eigenvalues and of the trace, for a network that is measured again and again.
+    """Standard errors of what is measured of a network again and again.
 
     Attributes
     ----------
@@ -28,16 +34,59 @@ class ExampleErrors:
     def __init__(self, reason: str = "") -> None:
         self.reason, self.n_forms = reason, 0
 
-    def of_eigenvalue(self, op: HessianOperator, value: float, vector: Tensor) -> float:
-        """Of the quadratic form ``value`` of a vector ``(P,)`` that belongs to an eigenvalue; NaN without one."""
-        if self.reason or not np.isfinite(value):
-            return np.nan
+    def of_eigenvalues(self, op: HessianOperator, values: Array, vectors: Tensor) -> Array:
+        """Of eigenvalues ``(k,)``, which are the quadratic forms of vectors ``(P, k)``; NaN for those that are NaN."""
+        found = np.full(len(values), np.nan)
+        known = np.flatnonzero(np.isfinite(values))
+        if self.reason or not len(known):
+            return found
         forms = DataForms(op, 1)
-        forms.add_leading([value], [vector[:, None]])
-        self.n_forms += 1
+        forms.add_leading(values[known], [vectors[:, torch.from_numpy(known).to(vectors.device)]])
+        self.n_forms += len(known)
         self._note(op, forms.reason)
-        found = forms.leading_influences
-        return found[0].se if found else np.nan
+        if influences := forms.leading_influences:
+            found[known] = [one.se for one in influences]
+        return found
+
+    def of_loss(self, op: HessianOperator) -> float:
+        """Of the loss."""
+        return self._of_mean(op, lambda: op.group_losses().numpy())
+
+    def of_gradient_norm(self, op: HessianOperator, gradient: Tensor) -> float:
+        """Of the norm of the gradient ``(P,)``: to first order that of the gradient's part along itself."""
+        norm = gradient.norm()
+        if not float(norm) > 0:
+            return np.nan
+        return self._of_mean(op, lambda: op.slopes((gradient / norm)[:, None])[0].numpy())
+
+    def of_critical_sharpness(
+        self, op: HessianOperator, back: Tensor, scale: float, sharpness: float, round_off: float
+    ) -> float:
+        r"""Of the critical sharpness, given the last step backwards ``(P,)`` and the critical multiple of it.
+
+        The multiple :math:`s` is where :math:`L(s) = L(0)`. With the weight of an example, whose loss is
+        :math:`\ell_i`, it changes by :math:`-(\ell_i(s) - \ell_i(0)) / L'(s)`.
+        """
+        if not np.isfinite(scale):
+            return np.nan
+        ahead, behind = ((1 - scale * factor) * back for factor in (1 + _AHEAD, 1 - _AHEAD))
+        rise = op.loss_at(ahead) - op.loss_at(behind)
+        if not rise > round_off:
+            return np.nan
+        slope = rise / (2 * _AHEAD)  # by the logarithm of s, as is that of the sharpness, but for its sign
+        change = self._of_mean(op, lambda: (op.group_losses((1 - scale) * back) - op.group_losses(back)).numpy())
+        return sharpness * change / slope
+
+    def _of_mean(self, op: HessianOperator, compute: Callable[[], Array]) -> float:
+        """Of the mean of numbers ``(G,)`` of groups of examples; NaN where they cannot be had."""
+        if self.reason:
+            return np.nan
+        try:
+            each, weight = compute(), op.group_weights
+        except PnError as error:
+            self._note(op, str(error))
+            return np.nan
+        return Influence(weight, each, np.zeros(len(weight))).se
 
     def trace(self, op: HessianOperator, n_probes: int, seed: int) -> dict[str, float]:
         """Hutchinson's estimate with its errors: for probes, for examples, and both; exact with P probes."""
