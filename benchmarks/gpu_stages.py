@@ -211,6 +211,7 @@ def products(setup: Setup) -> Iterator[Row]:
         name: network for name, network in networks(setup).items()
         if not setup.networks or short(name) in setup.networks
     }  # fmt: skip
+    _warm_up(setup)
     with _full_float32():
         for i, (name, network) in enumerate(chosen.items()):
             with setup.share(1 / (len(chosen) - i)):
@@ -257,6 +258,14 @@ def _products_of(name: str, network: Callable[[], Network], setup: Setup) -> Ite
         release(setup)
 
 
+def _warm_up(setup: Setup) -> None:
+    """Compile something small: nobody's first call includes the start of the compiler, or is interrupted in it."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=setup.device))
+    except Exception as error:  # as the contenders will say, too
+        warnings.warn(f"torch.compile fails: {error}", stacklevel=2)
+
+
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """No TensorFloat-32, torch's default in convolutions, which our products leave out and peers do not."""
@@ -280,6 +289,9 @@ def _reason(error: Exception) -> str:
 def _ours(model: nn.Module, batch: tuple[Tensor, Tensor], compiled: bool = False) -> Callable[[], object]:
     op = HessianOperator(model, cross_entropy, [batch], compile=compiled)
     v = torch.randn(op.shape[0], device=op.device)
+    with warnings.catch_warnings():  # what is not compiled must not be taken for it
+        warnings.filterwarnings("error", message="(products are not compiled|the traced product)")
+        op.matvec(v)
     return lambda: op.matvec(v)
 
 
@@ -390,10 +402,12 @@ def whole(setup: Setup) -> Iterator[Row]:
         lanczos.extend(1)
         setup.wait()
         done += 1
+    if not done:
+        return
     spent = time.perf_counter() - start
     yield {
         "what": f"{model}, {n:,} images, 10 probes in lockstep", "steps": done, "seconds": spent,
-        "seconds_for_90": 90 * spent / max(done, 1), "products_per_s": 10 * done / spent,
+        "seconds_for_90": 90 * spent / done, "products_per_s": 10 * done / spent,
     }  # fmt: skip
 
 
