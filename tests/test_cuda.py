@@ -89,7 +89,7 @@ def test_every_way_to_keep_a_basis_gives_the_spectrum(mode: str) -> None:
 def test_no_step_of_lanczos_waits_for_the_device(mode: str, matrix: str) -> None:
     op = DiagonalOperator(torch.linspace(-1, 3, 5000, device=DEVICE))
     if matrix == "network":
-        op, _ = products(NETWORKS["conv"](), DEVICE)
+        op, _ = products(NETWORKS["conv"]().float(), DEVICE)
     start = random_unit_vectors(op, [0, 1], 0)
     storage = Storage(op.dtype, DEVICE, mode)
     columns = storage.columns(op.shape[0], 2 * storage.kept(20))
