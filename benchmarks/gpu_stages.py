@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import os
 import re
 import signal
@@ -259,9 +260,15 @@ def _products_of(name: str, network: Callable[[], Network], setup: Setup) -> Ite
 
 
 def _warm_up(setup: Setup) -> None:
-    """Compile something small: nobody's first call includes the start of the compiler, or is interrupted in it."""
+    """Compile something small: nobody's first call includes the start of the compiler.
+
+    Its modules are imported first, since an import that a limit interrupts fails from then on.
+    """
     try:
-        torch.compile(torch.sin)(torch.ones(2, device=setup.device))
+        importlib.import_module("torch._dynamo.convert_frame")
+        importlib.import_module("torch._inductor.compile_fx")
+        with setup.limit():
+            torch.compile(torch.sin)(torch.ones(2, device=setup.device))
     except Exception as error:  # as the contenders will say, too
         warnings.warn(f"torch.compile fails: {error}", stacklevel=2)
 
