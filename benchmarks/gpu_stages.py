@@ -267,7 +267,7 @@ def _warm_up(setup: Setup) -> None:
     try:
         importlib.import_module("torch._dynamo.convert_frame")
         importlib.import_module("torch._inductor.compile_fx")
-        with setup.limit():
+        with setup.share(0.25), setup.limit():
             torch.compile(torch.sin)(torch.ones(2, device=setup.device))
     except Exception as error:  # as the contenders will say, too
         warnings.warn(f"torch.compile fails: {error}", stacklevel=2)
