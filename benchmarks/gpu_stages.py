@@ -212,7 +212,7 @@ def products(setup: Setup) -> Iterator[Row]:
         name: network for name, network in networks(setup).items()
         if not setup.networks or short(name) in setup.networks
     }  # fmt: skip
-    _warm_up(setup)
+    _import_compiler()
     with _full_float32():
         for i, (name, network) in enumerate(chosen.items()):
             with setup.share(1 / (len(chosen) - i)):
@@ -259,18 +259,10 @@ def _products_of(name: str, network: Callable[[], Network], setup: Setup) -> Ite
         release(setup)
 
 
-def _warm_up(setup: Setup) -> None:
-    """Compile something small: nobody's first call includes the start of the compiler.
-
-    Its modules are imported first, since an import that a limit interrupts fails from then on.
-    """
-    try:
-        importlib.import_module("torch._dynamo.convert_frame")
-        importlib.import_module("torch._inductor.compile_fx")
-        with setup.share(0.25), setup.limit():
-            torch.compile(torch.sin)(torch.ones(2, device=setup.device))
-    except Exception as error:  # as the contenders will say, too
-        warnings.warn(f"torch.compile fails: {error}", stacklevel=2)
+def _import_compiler() -> None:
+    """Import what ``torch.compile`` would: an import that a limit interrupts fails from then on."""
+    for name in ("torch._dynamo.convert_frame", "torch._inductor.compile_fx"):
+        importlib.import_module(name)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def stages(scripts: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         gpu_stages, "networks", lambda setup: {"missing": _missing, "tiny, batch 4": lambda: (model, batch)}
     )
-    monkeypatch.setattr(gpu_stages, "_warm_up", lambda setup: None)
+    monkeypatch.setattr(gpu_stages, "_import_compiler", lambda: None)
     monkeypatch.setattr(gpu_stages, "build_model", lambda name: model)
     monkeypatch.setattr(gpu_stages, "images", lambda *_: batch)
     return gpu_stages
