@@ -160,6 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = report.stored(output, environment(setup))
     except PnError as error:
         parser.error(str(error))
+    gpu_stages.import_compiler()
     chosen = [stage for stage in gpu_stages.STAGES if stage in (options.only or gpu_stages.STAGES)]
     end = time.perf_counter() + 60 * options.minutes
     for i, stage in enumerate(chosen):

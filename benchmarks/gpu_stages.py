@@ -212,7 +212,6 @@ def products(setup: Setup) -> Iterator[Row]:
         name: network for name, network in networks(setup).items()
         if not setup.networks or short(name) in setup.networks
     }  # fmt: skip
-    _import_compiler()
     with _full_float32():
         for i, (name, network) in enumerate(chosen.items()):
             with setup.share(1 / (len(chosen) - i)):
@@ -259,9 +258,14 @@ def _products_of(name: str, network: Callable[[], Network], setup: Setup) -> Ite
         release(setup)
 
 
-def _import_compiler() -> None:
-    """Import what ``torch.compile`` would: an import that a limit interrupts fails from then on."""
-    for name in ("torch._dynamo.convert_frame", "torch._inductor.compile_fx"):
+def import_compiler() -> None:
+    """Import what tracing and ``torch.compile`` would: an import that a limit interrupts fails from then on."""
+    for name in (
+        "sympy",
+        "torch.fx.experimental.symbolic_shapes",
+        "torch._dynamo.convert_frame",
+        "torch._inductor.compile_fx",
+    ):
         importlib.import_module(name)
 
 

@@ -39,7 +39,7 @@ def stages(scripts: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         gpu_stages, "networks", lambda setup: {"missing": _missing, "tiny, batch 4": lambda: (model, batch)}
     )
-    monkeypatch.setattr(gpu_stages, "_import_compiler", lambda: None)
+    monkeypatch.setattr(gpu_stages, "import_compiler", lambda: None)
     monkeypatch.setattr(gpu_stages, "build_model", lambda name: model)
     monkeypatch.setattr(gpu_stages, "images", lambda *_: batch)
     return gpu_stages
@@ -66,7 +66,7 @@ def test_stages_write_what_they_find(stages: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(stages, "CONTENDERS", ours)
     output = tmp_path / "gpu.md"
     only = ["products", "arithmetic", "recurrent", "syncs", "memory"]
-    run("--longest", "1", "--output", str(output), "--only", *only)
+    run("--longest", "10", "--output", str(output), "--only", *only)
     found = json.loads(output.with_suffix(".json").read_text())
     missing, product, endless = found["stages"]["products"]
     assert missing == {"what": "missing", "failed": "ImportError: no such package"}  # and the other networks go on
