@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import Tensor
 
@@ -12,10 +11,13 @@ from pnanalysis.curvature.class_structure import LEVELS, class_structure
 from pnanalysis.errors import CurvatureError, Indivisible
 from pnanalysis.spectra.data_error import FEWEST_GROUPS
 from pnanalysis.spectra.inner_products import coordinates, norms
+from pnanalysis.spectra.linear_operator import empty_columns
 from pnanalysis.spectra.subspaces import participation, squared_cosines
 
 #: Groups of examples whose gradients are compared.
 _GROUPS = FEWEST_GROUPS
+#: Vectors that are kept meanwhile.
+GRADIENTS_KEPT = _GROUPS
 
 
 def numbers_of(
@@ -51,10 +53,12 @@ def gradient_errors(operator: CurvatureOperator, V: Tensor) -> tuple[float, floa
     Both are for the choice of examples, by leaving out one of eight groups of them at a time; the space stays.
     """
     try:
-        parts = [operator.subset([i], _GROUPS, expected_products=1).gradient() for i in range(_GROUPS)]
+        parts = [operator.subset([i], _GROUPS, expected_products=1) for i in range(_GROUPS)]
     except Indivisible:
         return np.nan, np.nan
-    each = torch.stack(parts, dim=1)
+    each = empty_columns(operator.shape[0], _GROUPS, operator.dtype, operator.device)
+    for i, part in enumerate(parts):
+        each[:, i] = part.gradient()
     gram = coordinates(each, each).cpu().double().numpy()
     inner = coordinates(V.to(each), each).cpu().double().numpy()
     others = (1 - np.eye(_GROUPS)) / (_GROUPS - 1)
@@ -122,4 +126,4 @@ def _classes(ds: xr.Dataset, operator: CurvatureOperator, V: Tensor) -> xr.Datas
     return ds.assign_coords(level=list(LEVELS))
 
 
-__all__ = ["gradient_errors", "numbers_of"]
+__all__ = ["GRADIENTS_KEPT", "gradient_errors", "numbers_of"]

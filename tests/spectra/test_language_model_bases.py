@@ -1,7 +1,8 @@
-"""Every way to keep the Lanczos basis, on the Hessian of a transformer of ten million parameters."""
+"""Ways to keep the Lanczos basis, and pairs in few vectors, on the Hessian of a transformer of ten million parameters."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import xarray as xr
@@ -9,6 +10,9 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 
 import pnanalysis as pn
+from pnanalysis.spectra.inner_products import coordinates
+from pnanalysis.spectra.restarted import extreme_pairs
+from pnanalysis.spectra.verified_pairs import verified_pairs
 
 VOCABULARY, LENGTH, WIDTH = 65, 16, 384
 
@@ -63,3 +67,19 @@ def test_every_way_gives_the_spectrum(
         assert float(found[name]) == pytest.approx(float(whole[name]), rel=1e-2)
     distance = wasserstein_distance(found.node, whole.node, found.weight, whole.weight)
     assert distance <= tolerance * scale
+
+
+@pytest.mark.slow
+def test_pairs_in_few_vectors_are_those_of_the_whole_basis(operator: pn.HessianOperator) -> None:
+    k, tolerance = 3, 1e-3
+    whole = extreme_pairs(operator, k, n_vectors=40, tolerance=tolerance, max_hvp=40)  # never restarted
+    assert whole.converged
+    few = verified_pairs(operator, k, max_memory_bytes=18 * 4 * operator.shape[0], tolerance=tolerance)
+    assert few.complete
+    assert few.converged.all()
+    error = np.maximum(whole.residual, few.bound)
+    assert (np.abs(few.value - whole.value) <= 2 * error).all()
+    # either space is as near to the eigenvectors as its residuals are small beside the gap to the next eigenvalue
+    assert few.angles.space.max() < 0.1
+    cosines = np.linalg.svd(coordinates(few.vector, whole.vector).numpy(), compute_uv=False)
+    assert cosines.min() > 1 - (2 * few.angles.space.max()) ** 2
