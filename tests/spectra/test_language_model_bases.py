@@ -1,4 +1,4 @@
-"""Ways to keep the Lanczos basis, and pairs in few vectors, on the Hessian of a transformer of ten million parameters."""
+"""Ways to keep the Lanczos basis, and pairs in few vectors: the Hessian of a transformer of ten million parameters."""
 
 from __future__ import annotations
 
