@@ -21,6 +21,7 @@ from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.errors import Indivisible
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.half_samples import N_PARTS, Contrasts, half_samples
+from pnanalysis.spectra.pairs_plan import PairsPlan
 from pnanalysis.spectra.subspaces import overlap
 from pnanalysis.spectra.verified_pairs import VerifiedPairs, verified_pairs
 from pnanalysis.terminal.progress import Advance
@@ -80,6 +81,7 @@ def pairs_over_halves(
     seed: int,
     advance: Advance | None = None,
     state: Unfinished | None = None,
+    plan: PairsPlan | None = None,
 ) -> Halves:
     """The same eigenpairs over halves of the examples, searched from those over all of them.
 
@@ -93,7 +95,7 @@ def pairs_over_halves(
         Seven pairs of balanced half samples, which tell errors, or one pair of halves.
     numbers : callable
         What errors are wanted of: a function of an operator and its eigenvectors.
-    tolerance, max_hvp, seed, advance, state
+    tolerance, max_hvp, seed, advance, state, plan
         See :func:`pnanalysis.spectra.verified_pairs.verified_pairs`.
     n_products : int
         Roughly how many products each half takes.
@@ -118,6 +120,7 @@ def pairs_over_halves(
             one = verified_pairs(
                 half, len(pairs.value), which, tolerance=max(tolerance, _TOLERANCE), max_hvp=max_hvp, seed=seed,
                 start=pairs.vector, advance=advance, state=state, name=f"half-{i}",
+                plan=plan,
             )  # fmt: skip
         found.append(one)
         if all_half_samples:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import Tensor
 
@@ -13,10 +12,13 @@ from pnanalysis.curvature.class_structure import LEVELS, class_structure
 from pnanalysis.errors import CurvatureError, Indivisible
 from pnanalysis.spectra.data_error import FEWEST_GROUPS
 from pnanalysis.spectra.inner_products import coordinates, norms
+from pnanalysis.spectra.linear_operator import empty_columns
 from pnanalysis.spectra.subspaces import participation, squared_cosines
 
 #: Groups of examples whose gradients are compared.
 _GROUPS = FEWEST_GROUPS
+#: Vectors that are kept meanwhile.
+GRADIENTS_KEPT = _GROUPS
 
 
 def numbers_of(
@@ -51,10 +53,17 @@ def gradient_errors(operator: CurvatureOperator, V: Tensor) -> tuple[Array, floa
     the gradient's own error for the choice of examples; the space stays. NaN where examples cannot be divided.
     """
     try:
-        parts = [operator.subset([i], _GROUPS, expected_products=1).gradient() for i in range(_GROUPS)]
+        parts = [operator.subset([i], _GROUPS, expected_products=1) for i in range(_GROUPS)]
     except Indivisible:
+<<<<<<< HEAD
         return np.full(_GROUPS, np.nan), np.nan
     each = torch.stack(parts, dim=1)
+=======
+        return np.nan, np.nan
+    each = empty_columns(operator.shape[0], _GROUPS, operator.dtype, operator.device)
+    for i, part in enumerate(parts):
+        each[:, i] = part.gradient()
+>>>>>>> thick
     gram = coordinates(each, each).cpu().double().numpy()
     inner = coordinates(V.to(each), each).cpu().double().numpy()
     others = (1 - np.eye(_GROUPS)) / (_GROUPS - 1)
@@ -124,4 +133,8 @@ def _classes(ds: xr.Dataset, operator: CurvatureOperator, V: Tensor) -> xr.Datas
     return ds.assign_coords(level=list(LEVELS))
 
 
+<<<<<<< HEAD
 __all__ = ["gradient_errors", "jackknife_se", "numbers_of"]
+=======
+__all__ = ["GRADIENTS_KEPT", "gradient_errors", "numbers_of"]
+>>>>>>> thick
