@@ -55,15 +55,10 @@ def gradient_errors(operator: CurvatureOperator, V: Tensor) -> tuple[Array, floa
     try:
         parts = [operator.subset([i], _GROUPS, expected_products=1) for i in range(_GROUPS)]
     except Indivisible:
-<<<<<<< HEAD
         return np.full(_GROUPS, np.nan), np.nan
-    each = torch.stack(parts, dim=1)
-=======
-        return np.nan, np.nan
     each = empty_columns(operator.shape[0], _GROUPS, operator.dtype, operator.device)
     for i, part in enumerate(parts):
         each[:, i] = part.gradient()
->>>>>>> thick
     gram = coordinates(each, each).cpu().double().numpy()
     inner = coordinates(V.to(each), each).cpu().double().numpy()
     others = (1 - np.eye(_GROUPS)) / (_GROUPS - 1)
@@ -133,8 +128,4 @@ def _classes(ds: xr.Dataset, operator: CurvatureOperator, V: Tensor) -> xr.Datas
     return ds.assign_coords(level=list(LEVELS))
 
 
-<<<<<<< HEAD
-__all__ = ["gradient_errors", "jackknife_se", "numbers_of"]
-=======
-__all__ = ["GRADIENTS_KEPT", "gradient_errors", "numbers_of"]
->>>>>>> thick
+__all__ = ["GRADIENTS_KEPT", "gradient_errors", "jackknife_se", "numbers_of"]

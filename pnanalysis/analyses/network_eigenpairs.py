@@ -12,13 +12,8 @@ import xarray as xr
 from torch import Tensor
 
 from pnanalysis.analyses.eigenpair_halves import PAIRS_OF_HALVES, pairs_over_halves
-<<<<<<< HEAD
-from pnanalysis.analyses.eigenpair_numbers import gradient_errors, jackknife_se, numbers_of
-from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
-=======
-from pnanalysis.analyses.eigenpair_numbers import GRADIENTS_KEPT, gradient_errors, numbers_of
+from pnanalysis.analyses.eigenpair_numbers import GRADIENTS_KEPT, gradient_errors, jackknife_se, numbers_of
 from pnanalysis.checks import at_least, check_room, check_seed, human, one_of, positive, resolve_dtype
->>>>>>> thick
 from pnanalysis.curvature import class_structure
 from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
