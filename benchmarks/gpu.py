@@ -30,7 +30,7 @@ arithmetic
     One spectrum in float32, TensorFloat-32 and bfloat16: times, and distances from that in float64, and a figure of
     all of them.
 bases
-    One spectrum with each way to keep the basis: times, peak memory and what was said beforehand.
+    One spectrum with each way to keep the basis: times, peak memory, and errors of the trace.
 whole
     Ghorbani et al.'s setting, 50,000 images and 90 steps of 10 probes, for as long as its share of the time lasts.
 

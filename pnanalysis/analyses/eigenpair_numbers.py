@@ -52,13 +52,12 @@ def gradient_errors(operator: CurvatureOperator, V: Tensor) -> tuple[Array, floa
     """Parts ``(8,)`` of the gradient in a space without one of eight groups of the examples at a time, and the norm of
     the gradient's own error for the choice of examples; the space stays. NaN where examples cannot be divided.
     """
+    each = empty_columns(operator.shape[0], _GROUPS, operator.dtype, operator.device)
     try:
-        parts = [operator.subset([i], _GROUPS, expected_products=1) for i in range(_GROUPS)]
+        for i in range(_GROUPS):
+            each[:, i] = operator.subset([i], _GROUPS, expected_products=1).gradient()
     except Indivisible:
         return np.full(_GROUPS, np.nan), np.nan
-    each = empty_columns(operator.shape[0], _GROUPS, operator.dtype, operator.device)
-    for i, part in enumerate(parts):
-        each[:, i] = part.gradient()
     gram = coordinates(each, each).cpu().double().numpy()
     inner = coordinates(V.to(each), each).cpu().double().numpy()
     others = (1 - np.eye(_GROUPS)) / (_GROUPS - 1)

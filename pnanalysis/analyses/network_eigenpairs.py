@@ -242,20 +242,27 @@ def _for_numbers(operator: LinearOperator, options: EigenpairOptions, n_pairs: i
     Raises
     ------
     CurvatureError
-        If there is no room for those of the class structure.
+        If there is no room for them.
     """
     if not isinstance(operator, CurvatureOperator) or options.which != "largest":
         return 0
     n, dtype = operator.shape[0], operator.dtype
-    means = class_structure.vectors_needed(operator.n_classes or 0, n, dtype) if options.classes else 0
+    has_classes = options.classes and not class_structure.why_none(operator)
+    means = class_structure.vectors_needed(operator.n_classes or 0, n, dtype) if has_classes else 0
     limit = memory_limit(operator, dtype, operator.device, options.max_memory_bytes)
-    need = (n_pairs + means) * n * dtype.itemsize
-    if means and need > limit:
+    kept = n_pairs + max(means, GRADIENTS_KEPT)
+    need = kept * n * dtype.itemsize
+    if need > limit and means <= GRADIENTS_KEPT:
+        raise CurvatureError(
+            f"pairs and gradients of {n:,} parameters take {human(need)} ({kept} vectors), the bound is "
+            f"{human(limit)}: look for fewer pairs (k, -k), or raise max_memory_bytes (--memory)"
+        )
+    if need > limit:
         raise CurvatureError(
             f"the class structure of {operator.n_classes} classes and {n:,} parameters takes {human(need)}, the bound "
             f"is {human(limit)}: leave it out (classes=False, --no-classes), or raise max_memory_bytes (--memory)"
         )
-    return n_pairs + max(means, GRADIENTS_KEPT)
+    return kept
 
 
 def _nothing(steps: float = 1, text: str = "") -> None:

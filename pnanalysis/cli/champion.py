@@ -38,7 +38,7 @@ def champion(
         int | None, typer.Option("--n", help="Examples of each split, drawn at random by --seed; all by default.")
     ] = None,
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Hessian spectra of all networks.")] = True,
-    n_hvp: options.Budget = None,
+    n_hvp: options.BudgetOfEach = None,
     n_hessian: Annotated[
         int | None,
         typer.Option(help="Training examples for spectra and all that is measured like them; 1,024 by default."),
@@ -99,7 +99,7 @@ def champion(
     spectra: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     spectra = (QUICK["hessian"] if quick else {}) | {"data_error": data_error} | spectra
     further = options.further(
-        everything, spectra.get("n", 1024), spectra.get("n_hvp"),
+        everything, spectra.get("n", 1024), n_hvp,
         eigenpairs=eigenpairs, sharpness=sharpness, blocks=blocks, learning_coefficient=learning_coefficient,
     )  # fmt: skip
     unfinished = options.unfinished("champion", given[0], output, quiet)

@@ -29,7 +29,7 @@ def compare(
     ] = None,
     split: Annotated[options.Split, typer.Option(help="Split on which outputs are compared.")] = "test",
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Compare Hessian spectra.")] = True,
-    n_hvp: options.Budget = None,
+    n_hvp: options.BudgetOfEach = None,
     until: options.Until = None,
     n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
     data_error: options.DataError = "examples",

@@ -140,10 +140,13 @@ DataError = Annotated[
 ]
 Budget = Annotated[
     int | None,
+    typer.Option("--n-hvp", help="The most products to spend on each spectrum, 900 by default."),
+]
+BudgetOfEach = Annotated[
+    int | None,
     typer.Option(
         "--n-hvp",
-        help="The most products to spend on each spectrum (and on all blocks of a network); hessian: 900, compare: 200 "
-        "(blocks: 100) by default.",
+        help="The most products to spend on each spectrum, and on all blocks of a network; 200 and 100 by default.",
     ),
 ]
 #: What compare and champion measure where they are asked to, one by one or all at once.

@@ -56,7 +56,7 @@ class FilterNormalised:
         norms = torch.linalg.vector_norm(filters, dim=1, keepdim=True, dtype=wide)
         drawn = torch.empty(self.n, *filters.shape, dtype=wide, device=tensor.device)
         for i, direction in enumerate(drawn):
-            numbers = normal_numbers(filters.numel(), i, self.seed, tensor.device, self._place)
+            numbers = normal_numbers(filters.numel(), i, self.seed, tensor.device, first=self._place)
             direction.copy_(numbers.view(filters.shape))
             direction.mul_(norms / direction.norm(dim=1, keepdim=True))
         self._place += (filters.numel() + 1) // 2

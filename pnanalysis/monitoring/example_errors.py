@@ -11,7 +11,7 @@ from torch import Tensor
 from pnanalysis.arrays import Array
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import CurvatureError, PnError
-from pnanalysis.spectra.data_error import FEWEST_GROUPS, DataForms, Influence
+from pnanalysis.spectra.data_error import FEWEST_GROUPS, DataForms, Influence, weights_of_groups
 from pnanalysis.spectra.inner_products import inner_products
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.trace import trace_estimate
@@ -27,12 +27,14 @@ class ExampleErrors:
     ----------
     reason : str
         Why there are none; empty as long as there are.
+    note : str
+        The last reason why a number had no error.
     n_forms : int
         Quadratic forms so far, each of which costs about a product.
     """
 
     def __init__(self, reason: str = "") -> None:
-        self.reason, self.n_forms = reason, 0
+        self.reason, self.note, self.n_forms = reason, reason, 0
 
     def of_eigenvalues(self, op: HessianOperator, values: Array, vectors: Tensor) -> Array:
         """Of eigenvalues ``(k,)``, which are the quadratic forms of vectors ``(P, k)``; NaN for those that are NaN."""
@@ -106,9 +108,8 @@ class ExampleErrors:
             probes = torch.eye(p, dtype=op.dtype, device=op.device)
         else:
             probes = random_unit_vectors(op, range(n_probes), seed) * p**0.5
-        forms, weight = op.forms(probes, probes).numpy(), op.group_weights
-        if len(weight) < FEWEST_GROUPS:
-            raise CurvatureError(f"there are {len(weight)} groups of examples, fewer than {FEWEST_GROUPS}")
+        weight = weights_of_groups(op)
+        forms = op.forms(probes, probes).numpy()
         self.n_forms += probes.shape[1]
         samples = forms @ weight + inner_products(probes, op.product_without_data(probes)).cpu().numpy()
         if is_exact:
@@ -124,7 +125,8 @@ class ExampleErrors:
         }  # fmt: skip
 
     def _note(self, op: HessianOperator, reason: str) -> None:
-        """Give up where matrices of examples cannot be had at all, which will not change."""
+        """Keep the reason; give up where matrices of examples cannot be had at all, which will not change."""
+        self.note = reason or self.note
         try:
             if reason and len(op.group_weights) < FEWEST_GROUPS:
                 self.reason = reason

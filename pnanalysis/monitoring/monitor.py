@@ -78,8 +78,8 @@ class CurvatureMonitor:
     data_error : {"examples", "none"}
         Whether to find standard errors for the choice of examples, ``NAME_se``: of the eigenvalues, with and without
         preconditioner, for one or two products more for each; of the trace (its part ``trace_data_se``), the loss, the
-        norm of the gradient and the critical sharpness, for a few forward passes. ``batch_lambda_max`` has none, and
-        neither has anything in networks with batch normalisation by batches, where every example depends on its batch.
+        norm of the gradient and the critical sharpness, for a few forward passes. ``batch_lambda_max`` has none.
+        In networks with batch normalisation by batches, whole batches take the place of examples, if there are eight.
     tolerance : float
         Largest residual of an eigenvalue relative to the largest magnitude; others are NaN.
     max_hvp : int
@@ -321,7 +321,7 @@ class CurvatureMonitor:
         return schema.finish(
             ds, "curvature_monitor", **self._attrs, cost=cost if np.isfinite(cost) else None,
             n_failed=self._n_failed or None, data_error="none" if errors.reason else "examples",
-            no_data_error=errors.reason or None,
+            no_data_error=errors.note or None,
             training_seconds=self._cost.training,
         )  # fmt: skip
 

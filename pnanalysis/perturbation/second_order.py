@@ -31,10 +31,11 @@ from pnanalysis.arrays import Array
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.errors import CurvatureError
 from pnanalysis.perturbation.average_case import Crossed
-from pnanalysis.perturbation.neighbourhoods import KINDS, STARTS, direction, gaussian
-from pnanalysis.spectra.data_error import Influence
+from pnanalysis.perturbation.neighbourhoods import KINDS, STARTS, direction
+from pnanalysis.spectra.data_error import Influence, weights_of_groups
 from pnanalysis.spectra.inner_products import orthogonalised
 from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns
+from pnanalysis.spectra.random_vectors import normal_numbers
 
 #: Steps of block Lanczos on the gradient and a random vector.
 _STEPS = 8
@@ -63,9 +64,11 @@ def example_half_forms(op: HessianOperator, kind: str, scale: Tensor, n_directio
     Raises
     ------
     CurvatureError
-        If the forms of examples are not finite, or do not add up to that of a product.
+        If there are fewer than eight groups of examples, or their forms are not finite or do not add up to that of a
+        product.
     """
-    weight = np.asarray(op.group_weights) / float(np.sum(op.group_weights))
+    weight = weights_of_groups(op)
+    weight = weight / weight.sum()
     counts = weight > 0
     by_example, by_direction = np.zeros(int(counts.sum())), np.zeros(n_directions)
     squares = 0.0
@@ -78,7 +81,7 @@ def example_half_forms(op: HessianOperator, kind: str, scale: Tensor, n_directio
         if begin == 0:
             first = deltas[:, 0]
             whole = float(first.double() @ op.matvec(first).double()) / 2
-            _check_sum(op, forms[0], np.asarray(op.group_weights), whole)
+            _check_sum(op, forms[0], weights_of_groups(op), whole)
         means = forms @ weight
         by_direction[begin : begin + at_once] = means
         # the numbers of equal weight whose mean, and its error, are those of the weighted ones
@@ -94,9 +97,10 @@ def rise_influences(op: HessianOperator, points: Tensor, rises: Array) -> list[I
     Raises
     ------
     CurvatureError
-        If what the examples add is not finite, or does not add up to the rises.
+        If there are fewer than eight groups of examples, or what they add is not finite or does not add up to the
+        rises.
     """
-    weight = np.asarray(op.group_weights)
+    weight = weights_of_groups(op)
     each = (op.slopes(points) + op.forms(points, points) / 2).numpy()
     for own, rise in zip(each, rises, strict=True):
         _check_sum(op, own, weight, float(rise))
@@ -124,18 +128,18 @@ def largest_rises(op: LinearOperator, gradient: Tensor, kind: str, scale: Tensor
         return np.full(len(radii), np.nan), torch.full((len(scale), len(radii)), torch.nan, dtype=op.dtype)
     scale = scale.to(op.device, op.dtype)
     slope = scale * gradient.to(op.device, op.dtype)
-    random = gaussian(len(scale), _RANDOM, seed, STARTS, scale.device).to(scale)
+    random = normal_numbers(len(scale), _RANDOM, seed, scale.device, stream=STARTS).to(scale)
     basis, matrix, along = _projected(op, scale, [slope, torch.where(scale > 0, random, 0.0)], slope)
     values, vectors = np.linalg.eigh(matrix)
     along = vectors.T @ along
     highest = np.stack([highest_point(values, along, radius) for radius in radii], axis=1)
     points = scale[:, None] * (basis @ torch.from_numpy(vectors @ highest).to(basis))
-    return np.array([trust_region(values, along, radius) for radius in radii]), points
+    return along @ highest + values @ highest**2 / 2, points
 
 
 def trust_region(values: Array, along: Array, radius: float) -> float:
-    r"""The largest :math:`b^\top y + \tfrac12 y^\top \Lambda y` of :math:`\lVert y\rVert \le r`; see
-    :func:`highest_point`.
+    r"""The largest :math:`b^\top y + \tfrac12 y^\top \Lambda y` of :math:`\lVert y\rVert \le r`, at the point of
+    :func:`highest_point`, which describes the parameters.
     """
     y = highest_point(values, along, radius)
     return float(along @ y + (values * y**2).sum() / 2)

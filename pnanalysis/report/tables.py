@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -126,43 +126,60 @@ def sentences(study: Study) -> Iterator[str]:
 
 
 def network_rows(datasets: GivenDatasets) -> list[Row]:
-    """The checkpoints of a comparison or of spectra, with as much as these tell."""
-    comparison, spectra = datasets.get("comparison"), _of_networks(datasets.get("hessian"))
-    found = {name: at for ds in (spectra, comparison) if ds is not None for name, at in _by_checkpoint(ds).items()}
-    curved = {} if spectra is None else _by_checkpoint(spectra)
-    return [
-        Row(
-            study="",
-            name=name,
-            iteration=None,
-            loss=_at_split(at, "loss", "train"),
-            validation=_at_split(at, "error", "validation"),
-            test=_at_split(at, "error", "test"),
-            lambda_max=_number(curved.get(name, at), "lambda_max"),
-            trace=_number(curved.get(name, at), "trace"),
-        )
-        for name, at in found.items()
-    ]
+    """The checkpoints of comparisons and spectra, with as much as these tell.
+
+    The first of each are put together; those of further datasets have the dataset's name.
+    """
+    compared, curved = _of_kind(datasets, "comparison"), _of_kind(datasets, "hessian")
+    (_, first), (_, spectra) = (next(iter(found.items()), ("", None)) for found in (compared, curved))
+    rows = _rows_of(first, spectra)
+    for found in (compared, curved):
+        for key, ds in list(found.items())[1:]:
+            own = _rows_of(ds, None) if found is compared else _rows_of(None, ds)
+            rows += [replace(row, name=f"{row.name} ({key})") for row in own]
+    return rows
 
 
 def network_sentences(datasets: GivenDatasets) -> Iterator[str]:
-    """What a comparison finds; without one, the spectra of each network beside that of the first."""
-    comparison, spectra = datasets.get("comparison"), _of_networks(datasets.get("hessian"))
-    if comparison is not None:
-        yield from verdict(comparison)
-    elif spectra is not None:
+    """What comparisons find; without one, the spectra of each network beside that of the first."""
+    judged = [*_of_kind(datasets, "champion").values(), *_of_kind(datasets, "comparison").values()]
+    for ds in judged:
+        yield from verdict(ds)
+    for spectra in () if judged else _of_kind(datasets, "hessian").values():
         (first, at_first), *others = _by_checkpoint(spectra).items()
         for name, at in others:
             yield _spectrum_sentence((first, name), (at_first, at))
 
 
+def _of_kind(datasets: GivenDatasets, kind: str) -> dict[str, xr.Dataset]:
+    """Those of a kind, without spectra of layers."""
+    found = {key: ds for key, ds in datasets.readable().items() if ds.attrs.get("kind") == kind}
+    return {key: ds for key, ds in found.items() if kind != "hessian" or "layer" not in ds.coords}
+
+
+def _rows_of(comparison: xr.Dataset | None, spectra: xr.Dataset | None) -> list[Row]:
+    compared, curved = ({} if ds is None else _by_checkpoint(ds) for ds in (comparison, spectra))
+    nothing = xr.Dataset()
+    rows = []
+    for name in dict.fromkeys((*curved, *compared)):
+        functions, curvature = compared.get(name, nothing), curved.get(name, compared.get(name, nothing))
+        rows.append(
+            Row(
+                study="",
+                name=name,
+                iteration=None,
+                loss=_at_split(functions, "loss", "train"),
+                validation=_error_at(functions, "validation"),
+                test=_error_at(functions, "test"),
+                lambda_max=_number(curvature, "lambda_max"),
+                trace=_number(curvature, "trace"),
+            )
+        )
+    return rows
+
+
 def _by_checkpoint(ds: xr.Dataset) -> dict[str, xr.Dataset]:
     return {str(name): ds.isel(checkpoint=i) for i, name in enumerate(ds.checkpoint.values)}
-
-
-def _of_networks(ds: xr.Dataset | None) -> xr.Dataset | None:
-    """Spectra, if they are of whole networks."""
-    return None if ds is None or "layer" in ds.coords else ds
 
 
 def _number(at: xr.Dataset, name: str) -> Estimate:
@@ -173,6 +190,11 @@ def _at_split(at: xr.Dataset, name: str, split: str) -> Estimate:
     if name not in at or split not in at.split.values:
         return Estimate(math.nan)
     return estimate_of(at.sel(split=split), name)
+
+
+def _error_at(at: xr.Dataset, split: str) -> Estimate:
+    """An error rate in per cent, or a squared error."""
+    return replace(_at_split(at, "error", split), percent="classes" in at.attrs)
 
 
 def _best(datasets: RunDatasets, name: str) -> tuple[_End, str]:

@@ -277,7 +277,7 @@ def forecasts() -> Iterator[list[Forecast]]:
     try:
         yield notes
     finally:
-        _NOTES.remove(notes)
+        _NOTES[:] = [one for one in _NOTES if one is not notes]  # equal ones may be those of another use
 
 
 def _seconds_per_vector(work: Work) -> float:

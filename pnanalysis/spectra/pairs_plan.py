@@ -19,8 +19,8 @@ from pnanalysis.spectra.sharing import part_of
 
 #: Vectors of a search for ``k`` pairs by default, and the fewest with which it gets anywhere: ``k`` and so many more.
 FURTHER, FEWEST_FURTHER = 10, 4
-#: Vectors of a search of the complement beside those that are looked for, by default and at least.
-N_SEARCH, FEWEST_SEARCH = 20, 4
+#: Vectors of a search of the complement beside those that are looked for, by default.
+N_SEARCH = 20
 #: The vector that is multiplied, the operator's copy, the product and the work space of Gram-Schmidt.
 WORKING = 4
 #: What a search of the complement holds besides: its start, what it looks for, and projections around products.
@@ -147,10 +147,11 @@ def _most(
             return n
     halves = f", {beside} of them over parts of the examples" if beside else ""
     less = ", take none over parts (data_error, --data-error examples)" if beside else ""
+    if max_memory_bytes is None or max_memory_bytes <= limit:  # else the bound is what is free
+        less += ", or raise max_memory_bytes (--memory)"
     raise CurvatureError(
         f"{k} eigenpairs of {n_parameters:,} parameters need {human(n_bytes(fewest))} ({needed(fewest) + beside} "
-        f"vectors{halves}), the bound is {human(limit)}: look for fewer pairs (k, -k){less}, or raise max_memory_bytes "
-        "(--memory)"
+        f"vectors{halves}), the bound is {human(limit)}: look for fewer pairs (k, -k){less}"
     )
 
 

@@ -304,8 +304,8 @@ class _Found:
         """Take more vectors ``(P, m)``, orthogonal to those that are there up to round-off."""
         vectors = orthogonalised(contiguous_columns(vectors), [self.vector])[0]
         vectors = vectors / norms(vectors).to(vectors.dtype)
-        self.vector = torch.cat([self.vector, vectors], dim=1)
-        self.product = torch.cat([self.product, self._times(vectors)], dim=1)
+        self.vector = _side_by_side(self.vector, vectors)
+        self.product = _side_by_side(self.product, self._times(vectors))
         self._rotate()
 
     def first(self, k: int) -> _Found:
@@ -391,6 +391,14 @@ def _verified(
     return VerifiedPairs(
         found.value, residual, found.vector, converged, noise, angles, rest, complete, found.scale, found.n_hvp
     )
+
+
+def _side_by_side(first: Tensor, second: Tensor) -> Tensor:
+    """Columns of both, each of them contiguous, which concatenation would not leave them."""
+    n = first.shape[1]
+    both = empty_columns(len(first), n + second.shape[1], first.dtype, first.device)
+    both[:, :n], both[:, n:] = first, second
+    return both
 
 
 __all__ = ["VerifiedPairs", "check_limit", "verified_pairs"]

@@ -302,12 +302,12 @@ def networks() -> dict[str, xr.Dataset]:
     """Analyses of two networks in memory, by kind."""
     torch.manual_seed(0)
     first, second = (nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)) for _ in range(2))
-    inputs, targets = torch.randn(40, 4), torch.randint(2, (40,))
+    train, test = ((torch.randn(40, 4), torch.randint(2, (40,))) for _ in range(2))
     given = {"first": first, "second": second}
-    options = {"data": (inputs, targets), "loss": nn.functional.cross_entropy, "n": None, "progress": False}
+    options = {"data": train, "loss": nn.functional.cross_entropy, "n": None, "progress": False}
     return {
         "hessian": pn.hessian(given, n_hvp=20, data_error="none", **options),
-        "comparison": pn.compare(given, hessian=False, **options),
+        "comparison": pn.compare(given, hessian=False, **options | {"data": {"train": train, "test": test}}),
     }
 
 
@@ -336,7 +336,13 @@ def test_the_table_of_networks_has_the_numbers_of_their_datasets(networks: dict[
         spectrum, compared = (ds.sel(checkpoint=name) for ds in networks.values())
         assert row["lambda_max"] == estimate_of(spectrum, "lambda_max").text()
         assert row["training loss"] == estimate_of(compared.sel(split="train"), "loss").text()
-        assert row["test error"] == "–"
+        share = 100 * float(compared.error.sel(split="test"))
+        assert row["test error"].startswith(f"{share:.2f}")
+        assert row["test error"].endswith("%")
+        assert row["validation error"] == "–"
+    further = summary_table([*networks.values(), networks["hessian"]])
+    assert [row["network"] for row in further][2:] == ["first (hessian-hessian)", "second (hessian-hessian)"]
+    assert [row["trace"] for row in further][2:] == [row["trace"] for row in table]
 
 
 def test_spectra_alone_are_put_in_words(networks: dict[str, xr.Dataset]) -> None:
