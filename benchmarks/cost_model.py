@@ -19,7 +19,8 @@ messages (the coordinates of the two passes).
 With a measurement by ``benchmarks/scaling.py`` the rates are calibrated: arithmetic by one process over all examples
 and a part of them, messages by exchanges of vectors between two, memory by the smallest basis. What the model then
 predicts for more processes and larger bases is compared with what was measured. Times are the fastest of several, which
-other work on the machine disturbs least.
+other work on the machine disturbs least. The memory of a process is its vectors, parameters and messages included, and
+activations: those are calibrated by one process, and divided as the examples are.
 """
 
 from __future__ import annotations
@@ -293,6 +294,27 @@ def predictions(found: dict[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def peaks(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The memory that the model says a process takes for a spectrum, calibrated by one process, in bytes."""
+    machine, rows = calibrated(found), []
+    spectra = found.get("spectra", [])
+    alone = {row["network"]: row for row in spectra if row["processes"] == 1}
+    for row in spectra:
+        if row["processes"] > 1:
+            first, name, examples = alone[row["network"]], row["network"], row["examples"]
+            bare = Workload(name, row["parameters"], 0.0, 0.0, examples, row["products"], examples)
+            kept = max(first["bytes"] - cost(bare, machine, 1).memory, 0.0) / examples
+            expected = cost(replace(bare, kept=kept), machine, row["processes"], row["divided"]).memory
+            basis = "divided" if row["divided"] else "whole"
+            rows.append(
+                {
+                    "what": f"{name}, {row['products']} products, {basis} basis", "processes": row["processes"],
+                    "predicted": expected, "measured": row["bytes"], "off": expected / row["bytes"] - 1,
+                }
+            )  # fmt: skip
+    return rows
+
+
 def report(found: dict[str, Any] | None) -> str:
     """The Markdown of both tables."""
     lines = ["# Cost of a spectrum on many devices", "", "`python benchmarks/cost_model.py`", ""]
@@ -316,6 +338,16 @@ def report(found: dict[str, Any] | None) -> str:
             for row in rows
         ),
     ]  # fmt: skip
+    if of_memory := peaks(found):
+        lines += [
+            "", "Memory of each process:", "",
+            "| what | processes | predicted | measured | off by |", "|---|---|---|---|---|",
+            *(
+                f"| {row['what']} | {row['processes']} | {row['predicted'] / 1e6:,.0f} MB | "
+                f"{row['measured'] / 1e6:,.0f} MB | {row['off']:+.0%} |"
+                for row in of_memory
+            ),
+        ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,9 @@ The network is transformers' GPT-2 with random weights, saved to a temporary fol
 Each row is measured in a process of its own with one thread. Products take turns with a plain forward and backward
 pass; times are CPU times, which do not count what else the machine does. Peaks are those of the whole process, network
 and libraries included. ``of it anonymous`` leaves out pages of mapped files, which the system takes back when memory
-is short. Writes ``results/language_model.md`` and ``.json``, and the picture ``docs/images/gpt2.png`` of the spectra
+is short; ``said`` is what the forecast of the command says of it after the first two products.
+
+Writes ``results/language_model.md`` and ``.json``, and the picture ``docs/images/gpt2.png`` of the spectra
 in ``results/language_model-MATRIX.nc``. Rows that the JSON holds, and whose spectra are there, are not measured again.
 """
 
@@ -21,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ import pnanalysis as pn
 from pnanalysis.inputs.data import TextFile
 from pnanalysis.inputs.hugging_face import pretrained
 from pnanalysis.io.hardware import cpu_name
+from pnanalysis.spectra.forecast import forecasts
+from pnanalysis.spectra.used_memory import PeakMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "language_model.md"
@@ -74,22 +77,11 @@ def cpu_seconds(call: Callable[[], object]) -> float:
 @contextmanager
 def peaks() -> Iterator[dict[str, float]]:
     """Peak memory of this process in GiB at the end of the body: all that is resident, and the anonymous part."""
-    found, done = {"resident": 0.0, "anonymous": 0.0}, threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.1):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            now = next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-            found["anonymous"] = max(found["anonymous"], now / GIB)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
+    found: dict[str, float] = {}
+    with PeakMemory(torch.device("cpu")) as memory:
         yield found
-    finally:
-        done.set()
-        watcher.join()
-        found["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    found["anonymous"] = (memory.peak or 0) / GIB
+    found["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def product(folder: Path, matrix: str, way: str, tokens: int, rounds: int) -> dict[str, Any]:
@@ -115,17 +107,17 @@ def product(folder: Path, matrix: str, way: str, tokens: int, rounds: int) -> di
 def spectrum(folder: Path, matrix: str, basis: str, tokens: int, n_hvp: int, to: Path | None) -> dict[str, Any]:
     """A spectrum with one way of keeping the basis, saved where it is to be drawn: its ends, time and memory."""
     start, begun = time.perf_counter(), time.process_time()
-    with peaks() as peak:
+    with peaks() as peak, forecasts() as said:
         ds = pn.hessian(
             f"hf:{folder / 'gpt2'}", data=TextFile(folder / "text.txt", tokens), n=1, operator=OPERATORS[matrix],
-            n_hvp=n_hvp, basis=basis, max_memory_bytes=14 * GIB, data_error="none", progress=False,
+            n_hvp=n_hvp, basis=basis, max_memory_bytes=14 * GIB, data_error="none",
         )  # fmt: skip
     used = {"minutes": (time.perf_counter() - start) / 60, "cpu": (time.process_time() - begun) / 60}
     if to is not None:
         pn.save(ds, to)
     one = ds.squeeze("checkpoint")
     names = ("lambda_max", "lambda_min", "trace", "trace_se")
-    return {name: float(one[name]) for name in names} | used | peak
+    return {name: float(one[name]) for name in names} | used | peak | {"said": (said[0].peak or 0) / GIB}
 
 
 def draw(results: Path, to: Path) -> None:
@@ -133,6 +125,11 @@ def draw(results: Path, to: Path) -> None:
     names = [name for name in MATRICES if _spectrum_of(results, name).is_file()]
     found = [pn.load(_spectrum_of(results, name)).assign_coords(checkpoint=[name]) for name in names]
     pn.plots.save_figure(pn.plots.plot(xr.concat(found, "checkpoint", join="outer")), to)
+
+
+def _said(row: dict[str, Any]) -> str:
+    """What was said of the peak of a row, unless it was measured before that was noted."""
+    return f"{row['said']:.1f}" if row.get("said") else ""
 
 
 def _spectrum_of(results: Path, matrix: str) -> Path:
@@ -172,12 +169,12 @@ def table(options: argparse.Namespace, found: dict[str, Any]) -> str:
         "",
         "Spectra (`--data-error none`):",
         "",
-        "| matrix | products | basis | peak | of it anonymous | CPU minutes | largest | smallest | trace |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| matrix | products | basis | peak | of it anonymous | said | CPU minutes | largest | smallest | trace |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(
             f"| {row['part'][1]} | {row['part'][3]} | {row['part'][2]} | {row['resident']:.1f} | "
-            f"{row['anonymous']:.1f} | {row['cpu']:.1f} | {row['lambda_max']:.4g} | {row['lambda_min']:.3g} | "
-            f"{row['trace']:.4g} ± {row['trace_se']:.2g} |"
+            f"{row['anonymous']:.1f} | {_said(row)} | {row['cpu']:.1f} | {row['lambda_max']:.4g} | "
+            f"{row['lambda_min']:.3g} | {row['trace']:.4g} ± {row['trace_se']:.2g} |"
             for row in spectra
         ),
     ]

@@ -23,11 +23,11 @@ SETTINGS = {"lenet5": (256, 1.0), "resnet18": (32, 0.1)}  # batch size, fraction
 N_ENDS = 20
 
 
-def measure(name: str, steps: int) -> str:
-    """One line of the table."""
-    batch_size, fraction = SETTINGS[name]
+def step_times(name: str, steps: int, device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Medians in seconds of a step without the penalty and one with it."""
+    batch_size = SETTINGS[name][0]
     torch.manual_seed(0)
-    models = [build_model(name)]
+    models = [build_model(name).to(device)]
     models.append(copy.deepcopy(models[0]))
     penalty = PersistentPenalty(models[1], lam=1e-3)
     for _ in range(N_ENDS):
@@ -37,23 +37,38 @@ def measure(name: str, steps: int) -> str:
                 parameter.add_(torch.randn_like(parameter) * parameter.square().mean().sqrt().clamp_min(0.01))
         penalty.add(end)
     optimisers = [torch.optim.Adam(model.parameters(), lr=1e-3) for model in models]
-    images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
+    images = torch.randn(batch_size, 3, 32, 32, device=device)
+    labels = torch.randint(10, (batch_size,), device=device)
 
     def seconds(side: int) -> float:
+        wait(device)
         start = time.perf_counter()
         optimisers[side].zero_grad()
         loss = cross_entropy(models[side](images), labels)
         (loss + penalty() if side else loss).backward()
         optimisers[side].step()
+        wait(device)
         return time.perf_counter() - start
 
-    for side in (0, 1):  # warm up
+    for side in (0, 1, 0, 1):  # warm up
         seconds(side)
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(max(round(fraction * steps), 5)):
+    for _ in range(steps):
         for side in (0, 1):
             times[side].append(seconds(side))
-    plain, penalised = map(statistics.median, times)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def wait(device: torch.device | str) -> None:
+    """Wait for what the device is computing."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(name: str, steps: int) -> str:
+    """One line of the table."""
+    batch_size, fraction = SETTINGS[name]
+    plain, penalised = step_times(name, max(round(fraction * steps), 5))
     return f"{name}, batch {batch_size}: {1e3 * plain:.1f} ms per step, with the penalty {penalised / plain:.3f} times"
 
 

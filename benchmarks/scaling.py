@@ -1,12 +1,16 @@
 """Strong scaling: Hessian products of LeNet-5 and ResNet-18, whose examples 1 to 4 processes divide among them.
 
-    python benchmarks/scaling.py [--small] [--output benchmarks/results/scaling.md]
+    python benchmarks/scaling.py [--small | --memory] [--output benchmarks/results/scaling.md]
 
 Processes have one thread each and exchange vectors through gloo. For every number of processes: the time of a product
 over the same examples, the part of it in which a process computes, and the rest, in which it exchanges vectors and
 waits for the others. Images are random, since the time of a product does not depend on them. Exchanges of vectors
 alone, Gram-Schmidt steps and products over a part of the examples are measured, too, by which
 ``benchmarks/cost_model.py`` predicts the times.
+
+The memory of a spectrum is the most that any process takes beyond what it took before the operator was made, of a wide
+perceptron, with whole bases and with bases divided among the processes (``--shard-basis``). ``--memory`` measures that
+alone, which other work on the machine does not change, and keeps the times that the output holds.
 
 Processes in excess of the machine's cores share them: n processes on c cores are at most c times as fast as one, and
 ``of the cores`` is the speed-up over that bound. The time that processes spent on a core (``CPU``), summed over all of
@@ -28,14 +32,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pnanalysis.curvature.distributed import DistributedOperator, OwnExamples
+from pnanalysis.curvature.distributed import DistributedOperator, OwnExamples, ShardedOperator
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.inputs.models import build_model
 from pnanalysis.io.hardware import cpu_name
+from pnanalysis.spectra.density import spectral_density
 from pnanalysis.spectra.inner_products import orthogonalised
+from pnanalysis.spectra.used_memory import PeakMemory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scaling.md"
 #: name: (model, examples, products)
@@ -49,6 +55,11 @@ SIZES = (62_006, 1_000_000, 11_173_962)
 EXCHANGES = 7
 #: Parameters and vectors of bases that do not fit in the cache.
 BASES = ((1_000_000, 16), (1_000_000, 48), (11_173_962, 8))
+#: Width of the perceptron whose peaks are measured, examples, and Lanczos steps.
+WIDTH, WIDE_EXAMPLES, STEPS = 800, 64, 40
+SMALL_WIDTH = 300
+#: Bound on the memory of a process, which is not to depend on what else the machine does.
+MOST_BYTES = 4 * 10**9
 
 
 class Clocks:
@@ -124,11 +135,37 @@ def measure_gram_schmidt(n_parameters: int, n_columns: int) -> dict[str, Any]:
     }
 
 
-def work(rank: int, n: int, folder: str, networks: dict[str, tuple[str, int, int]], sizes: tuple[int, ...]) -> None:
+def measure_spectrum(width: int, divided: bool, group: Any) -> dict[str, Any]:
+    """Time and memory of a spectrum, with a whole or a divided basis; called in all processes of the group."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)]
+    network = nn.Sequential(*layers)
+    batches = [(torch.randn(WIDE_EXAMPLES, width), torch.randint(10, (WIDE_EXAMPLES,)))]
+    dist.barrier(group)
+    begin = time.perf_counter()
+    with PeakMemory(torch.device("cpu")) as memory:
+        local = HessianOperator(network, cross_entropy, OwnExamples(batches, group=group), expected_products=STEPS)
+        operator = (ShardedOperator if divided else DistributedOperator)(local, group)
+        spectral_density(
+            operator, STEPS, 1, deflate=False, basis="memory", data_error="none", progress=False,
+            max_memory_bytes=MOST_BYTES,
+        )  # fmt: skip
+    seconds, n = time.perf_counter() - begin, dist.get_world_size(group)
+    rise = torch.tensor([float((memory.peak or 0) - (memory.before or 0))], dtype=torch.float64)
+    dist.all_reduce(rise, dist.ReduceOp.MAX, group=group)
+    return {
+        "network": f"perceptron of width {width:,}", "parameters": operator.shape[0], "examples": WIDE_EXAMPLES,
+        "processes": n, "divided": divided, "products": STEPS, "seconds": seconds, "bytes": float(rise),
+    }  # fmt: skip
+
+
+def work(
+    rank: int, n: int, folder: str, networks: dict[str, tuple[str, int, int]], sizes: tuple[int, ...], width: int
+) -> None:
     """All measurements of one process, which is idle where a group is smaller."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
-    found: dict[str, list[Any]] = {"products": [], "parts": [], "exchanges": [], "gram_schmidt": []}
+    found: dict[str, list[Any]] = {name: [] for name in ("products", "parts", "exchanges", "gram_schmidt", "spectra")}
     if rank == 0:
         found["gram_schmidt"] = [measure_gram_schmidt(*each) for each in BASES if each[0] in sizes]
     dist.barrier()
@@ -145,6 +182,8 @@ def work(rank: int, n: int, folder: str, networks: dict[str, tuple[str, int, int
                 if rank == 0:
                     row = found["products"][-1]
                     print(f"{name}, {size} processes: {row['seconds']:.3g} s a product", flush=True)
+            for divided in (False, True)[: 1 if size == 1 else 2]:
+                found["spectra"].append(measure_spectrum(width, divided, group))
         dist.barrier()
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
@@ -152,11 +191,13 @@ def work(rank: int, n: int, folder: str, networks: dict[str, tuple[str, int, int
     dist.destroy_process_group()
 
 
-def measure(networks: dict[str, tuple[str, int, int]], n: int, sizes: tuple[int, ...]) -> dict[str, Any]:
+def measure(networks: dict[str, tuple[str, int, int]], n: int, sizes: tuple[int, ...], width: int) -> dict[str, Any]:
     """Start ``n`` processes, and derive speed-ups from what they found."""
     load = os.getloadavg()[0]
+    # arrays of a megabyte and more are given back at once, so that the peak is that of what is in use
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (n, folder, networks, sizes), nprocs=n)
+        mp.spawn(work, (n, folder, networks, sizes, width), nprocs=n)
         found = json.loads((Path(folder) / "found.json").read_text())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     alone = {row["network"]: row for row in found["products"] if row["processes"] == 1}
@@ -197,6 +238,15 @@ def report(found: dict[str, Any]) -> str:
     lines += [
         f"| {row['processes']} | {row['bytes'] / 1e6:.3g} | {1e3 * row['seconds']:.3g} |" for row in found["exchanges"]
     ]
+    lines += [
+        "", "Memory of a spectrum: the most that any process takes beyond what it took before.", "",
+        "| network | products | processes | basis | MB |", "|---|---|---|---|---|",
+        *(
+            f"| {row['network']}, {row['parameters']:,} parameters | {row['products']} | {row['processes']} | "
+            f"{'divided' if row['divided'] else 'whole'} | {row['bytes'] / 1e6:,.0f} |"
+            for row in found["spectra"]
+        ),
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -229,13 +279,20 @@ def draw(found: dict[str, Any], output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="two processes and few images, to try the script")
+    parser.add_argument("--memory", action="store_true", help="measure the memory of spectra alone")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    found = measure(SMALL, 2, SIZES[:2]) if options.small else measure(NETWORKS, max(PROCESSES), SIZES)
+    stored = options.output.with_suffix(".json")
+    whole = (NETWORKS, max(PROCESSES), SIZES, WIDTH)
+    if options.memory:
+        spectra = measure({}, max(PROCESSES), (), WIDTH)["spectra"]
+        found = json.loads(stored.read_text()) | {"spectra": spectra}
+    else:
+        found = measure(*(SMALL, 2, SIZES[:2], SMALL_WIDTH) if options.small else whole)
     text = report(found)
     print(text, end="")
     options.output.write_text(text)
-    options.output.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+    stored.write_text(json.dumps(found, indent=2) + "\n")
     draw(found, options.output.with_suffix(".png"))
 
 

@@ -372,6 +372,10 @@ _EIGENPAIRS = {
         "gradient_part", "pair", "1", "part of the gradient's squared length along the eigenvector", _OPTIONAL
     ),
     **_with_se("gradient_top", "", "1", "part of the gradient's squared length in the top space", _OPTIONAL),
+    "gradient_top_without": _var(
+        "without_group", "1", "the same part without one of eight groups of the examples", _OPTIONAL
+    ),
+    "gradient_top_half": _var("half", "1", "part of half of the examples' gradient in their own top space", _OPTIONAL),
     "gradient_norm": _var("", "loss", "norm of the gradient", _OPTIONAL),
     "gradient_noise": _var("", "loss", "norm that the choice of examples alone gives the gradient", _OPTIONAL),
     **_with_data_se(
@@ -421,7 +425,9 @@ _BLOCKS = {
     "n_hvp": _var("", "1", "products with the matrix"),
     "diagonal": _var("statistic parameter", "loss", "diagonal of the matrix, with its standard errors", _OPTIONAL),
     **_with_se("js_divergence", "block other", "nat", "Jensen-Shannon divergence of the spectra of blocks", _OPTIONAL),
+    **_with_ends("js_divergence", "block other", "nat", "Jensen-Shannon divergence of the spectra of blocks"),
     **_with_se("wasserstein1", "block other", "loss", "Wasserstein-1 distance of the spectra of blocks", _OPTIONAL),
+    **_with_ends("wasserstein1", "block other", "loss", "Wasserstein-1 distance of the spectra of blocks"),
     "spectrum_node": _var("half block quadrature", "loss", "quadrature node of a block's spectrum", _OPTIONAL),
     "spectrum_weight": _var("half block quadrature", "1", "quadrature weight of a block's spectrum", _OPTIONAL),
     "squared_change": _var("bits block", "1", "squared change of the weights by rounding", _OPTIONAL),
@@ -546,6 +552,7 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "lambda_max": _var("", "loss", "largest eigenvalue of the Hessian"),
         "lambda_max_se": _var("", "loss", "standard error of it for the choice of examples", _OPTIONAL),
         "eigenvalue": _var("pair", "loss", "eigenvalue of the Hessian"),
+        "eigenvalue_se": _var("pair", "loss", "standard error of it for the choice of examples", _OPTIONAL),
         "residual": _var("pair", "loss", "residual norm of the eigenpair"),
         "preconditioned_lambda_max": _var("", "loss", "largest eigenvalue of the preconditioned Hessian", _OPTIONAL),
         "preconditioned_lambda_max_se": _var("", "loss", "standard error of it for the choice of examples", _OPTIONAL),
@@ -559,8 +566,11 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "critical_sharpness": _var("", "loss", "critical sharpness along the last step", _OPTIONAL),
         "critical_sharpness_low": _var("", "loss", "lower end of the interval that it is in", _OPTIONAL),
         "critical_sharpness_high": _var("", "loss", "upper end of the interval that it is in", _OPTIONAL),
+        "critical_sharpness_se": _var("", "loss", "standard error of it for the choice of examples", _OPTIONAL),
         "loss": _var("", "loss", "loss"),
+        "loss_se": _var("", "loss", "standard error of the loss for the choice of examples", _OPTIONAL),
         "gradient_norm": _var("", "loss", "norm of the gradient"),
+        "gradient_norm_se": _var("", "loss", "standard error of it for the choice of examples", _OPTIONAL),
         **_with_se("gradient_noise_scale", "", "examples", "gradient noise scale", _OPTIONAL),
         "n_hvp": _var("", "1", "products of the measurement"),
         "n_parameters": _var("", "1", "parameters that are trained", _OPTIONAL),
@@ -572,7 +582,9 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         **_with_se("one_step", "neighbourhood", "nat", "rise of the loss after one step to the boundary", _OPTIONAL),
         "relative": _var("neighbourhood", "%", "largest rise of the loss found, relative to 1 + loss", _OPTIONAL),
         "rise_start": _var("neighbourhood start", "nat", "rise of the loss that each ascent found", _OPTIONAL),
-        "rise_quadratic": _var("neighbourhood", "nat", "largest rise of its second-order expansion found", _OPTIONAL),
+        **_with_se(
+            "rise_quadratic", "neighbourhood", "nat", "largest rise of its second-order expansion found", _OPTIONAL
+        ),
         "radius": _var("neighbourhood", "1", "radius of the neighbourhood", _OPTIONAL),
         **_with_se("average", "neighbourhood", "nat", "mean rise of the loss", _OPTIONAL),
         "average_direction_se": _var(
@@ -583,6 +595,15 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         ),
         **_with_ends("average", "neighbourhood", "nat", "mean rise of the loss"),
         **_with_se("average_quadratic", "neighbourhood", "nat", "mean rise of its second-order expansion", _OPTIONAL),
+        **{
+            f"average_quadratic_{part}_se": _var(
+                "neighbourhood",
+                "nat",
+                f"standard error of the mean rise of its second-order expansion for the choice of {what}",
+                _OPTIONAL,
+            )
+            for part, what in (("direction", "directions"), ("data", "examples"))
+        },
         "average_radius": _var("neighbourhood", "1", "radius of the average case", _OPTIONAL),
         **_with_se("relative_flatness", "", "nat", "relative flatness", _OPTIONAL),
         "relative_flatness_probe_se": _var(

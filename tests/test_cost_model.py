@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cost_model import H100, Link, Machine, Workload, calibrated, cost, predictions, report, table
+from benchmarks.cost_model import H100, Link, Machine, Workload, calibrated, cost, peaks, predictions, report, table
 
 MACHINE = Machine("of round numbers", 1e12, 1e12, 80e9, Link(1e11, 0.0), Link(1e10, 0.0))
 WORK = Workload("example", 1e9, 1e9, 0.0, 1000, 10, 1)
@@ -78,6 +78,24 @@ def test_calibration_finds_the_rates_of_a_machine_and_predicts_its_times() -> No
     assert len(rows) == 3 + 6 + 1
     assert all(abs(row["off"]) < 1e-9 for row in rows)
     assert "3 of 3 products, 10 of all 10 predictions" in report(found)
+
+
+def test_peaks_are_predicted_from_that_of_one_process() -> None:
+    link = Link(2e9, 1e-4)
+    machine = Machine("two cores", 5e10, 1e10, 1e10, link, link, per_node=64, cores=2)
+    work = Workload("net", 1e6, 0.0, 3e4, 12, 30, 12)
+    spectra = [
+        {
+            "network": "net", "parameters": 1e6, "examples": 12, "products": 30, "processes": n, "divided": divided,
+            "bytes": cost(work, machine, n, divided).memory,
+        }
+        for n, divided in ((1, False), (2, False), (2, True), (3, True))
+    ]  # fmt: skip
+    found = measurement(machine) | {"spectra": spectra}
+    rows = peaks(found)
+    assert [row["processes"] for row in rows] == [2, 2, 3]
+    assert all(abs(row["off"]) < 1e-9 for row in rows)
+    assert "| net, 30 products, divided basis | 3 | 68 MB | 68 MB | +0% |" in report(found)
 
 
 def test_the_table_has_all_numbers_of_gpus() -> None:

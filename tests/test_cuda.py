@@ -15,7 +15,9 @@ from torch.nn.functional import cross_entropy
 import pnanalysis as pn
 from pnanalysis.curvature.distributed import DistributedOperator, ShardedOperator
 from pnanalysis.curvature.operators import EmpiricalFisherOperator
+from pnanalysis.spectra.lanczos import Lanczos
 from pnanalysis.spectra.linear_operator import DiagonalOperator, round_off
+from pnanalysis.spectra.memory import Storage
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from tests.curvature.conftest import NETWORKS, images, relative
 from trainers import PersistentPenalty
@@ -80,6 +82,25 @@ def test_every_way_to_keep_a_basis_gives_the_spectrum(mode: str) -> None:
     off = float(there.attrs.get("basis_round_off", 1e-6)) + 1e-5
     assert float(there.lambda_max) == pytest.approx(float(here.lambda_max), rel=off)
     assert abs(float(there.trace) - float(values.double().sum())) < 5 * float(there.trace_se)
+
+
+@pytest.mark.parametrize("matrix", ["diagonal", "network"])
+@pytest.mark.parametrize("mode", ["memory", "half", "none"])
+def test_no_step_of_lanczos_waits_for_the_device(mode: str, matrix: str) -> None:
+    op = DiagonalOperator(torch.linspace(-1, 3, 5000, device=DEVICE))
+    if matrix == "network":
+        op, _ = products(NETWORKS["conv"]().float(), DEVICE)
+    start = random_unit_vectors(op, [0, 1], 0)
+    storage = Storage(op.dtype, DEVICE, mode)
+    columns = storage.columns(op.shape[0], 2 * storage.kept(20))
+    run = Lanczos(op, start, 20, storage=columns, reorthogonalise=mode != "none").extend(4)  # reads products back
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(16):
+            run._advance()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.step == 20
 
 
 def test_training_gives_the_weights_of_the_cpu() -> None:

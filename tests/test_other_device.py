@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import pnanalysis as pn
+from pnanalysis.geometry.directions import random_directions
 from pnanalysis.inputs.data import Split
 from pnanalysis.spectra.linear_operator import DiagonalOperator
 from pnanalysis.spectra.random_vectors import random_signs
@@ -51,6 +52,16 @@ def test_the_device_holds_values_and_mixes_with_nothing() -> None:
                 mix()
 
 
+def test_directions_and_probes_are_drawn_there() -> None:
+    state = {"w": torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), "b": torch.ones(5)}
+    expected = random_directions(state, ["w", "b"], seed=3)[1]["w"]
+    traces = network(CPU, draws=2).trace_of_draws(3)
+    with other_device() as device:
+        there = {name: tensor.to(device) for name, tensor in state.items()}
+        torch.testing.assert_close(random_directions(there, ["w", "b"], seed=3)[1]["w"].cpu(), expected)
+        torch.testing.assert_close(network(device, draws=2).trace_of_draws(3), traces)
+
+
 @pytest.mark.parametrize("options", [{}, {"basis": "half"}, {"basis": "none"}, {"n_lanczos": 8, "n_probes": 3}])
 def test_spectra_of_any_operator(options: dict[str, Any]) -> None:
     options = {"n_hvp": None if "n_probes" in options else 40, "progress": False} | options
@@ -86,6 +97,19 @@ def test_eigenpairs_traces_and_signs() -> None:
             )
         signs = random_signs(1000, [0, 1], 3, device)
     assert torch.equal(signs.held, random_signs(1000, [0, 1], 3, CPU))
+
+
+def test_verified_eigenpairs() -> None:
+    options = {"k": 3, "progress": False}
+    expected = pn.eigenpairs(DiagonalOperator(EIGENVALUES), **options)
+    plain = {"data_error": "none", "classes": False}
+    of_network = pn.eigenpairs(network(CPU), **options, **plain)
+    with other_device() as device:
+        found = pn.eigenpairs(DiagonalOperator(EIGENVALUES.to(device)), **options)
+        np.testing.assert_allclose(found.value, expected.value, rtol=1e-9)
+        found = pn.eigenpairs(network(device), **options, **plain)
+    for name in ("value", "layer_part", "gradient_part"):
+        np.testing.assert_allclose(found[name], of_network[name], rtol=1e-6, err_msg=name)
 
 
 def _unfused(kind: Any, parameters: Any, **options: Any) -> torch.optim.Optimizer:

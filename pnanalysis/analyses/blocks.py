@@ -136,7 +136,8 @@ def blocks(
         - ``n_parameters`` (block); ``n_hvp``;
         - with ``diagonal``: ``diagonal`` (statistic, parameter): value, and standard errors for signs and examples;
         - with ``spectra``: ``js_divergence`` and ``wasserstein1`` (block, other) between spectra over different halves
-          of the examples, and off the diagonal their standard errors ``NAME_se``, for probes and examples; on the
+          of the examples, and off the diagonal their standard errors ``NAME_se``, for probes and examples, of one to
+          two degrees of freedom, and the ends ``NAME_low`` and ``NAME_high`` of their 95 % Student intervals; on the
           diagonal, between those of one block: what chance alone gives. ``spectrum_node`` and ``spectrum_weight``
           (half, block, quadrature) are the spectra;
         - with ``bits`` or ``quantised`` (along ``bits``): ``sensitivity`` (block), the mean eigenvalue times the

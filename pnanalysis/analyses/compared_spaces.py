@@ -12,6 +12,8 @@ import torch
 import xarray as xr
 from torch import nn
 
+from pnanalysis.analyses.eigenpair_halves import difference_se
+from pnanalysis.analyses.eigenpair_numbers import jackknife_se
 from pnanalysis.analyses.eigenpairs import network_eigenpairs
 from pnanalysis.analyses.eigenspace_overlaps import overlaps
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found
@@ -87,8 +89,9 @@ def value_differences(found: Sequence[xr.Dataset], shared_examples: bool = True)
         ``eigenvalue`` (checkpoint, pair) and ``eigenvalue_difference`` (checkpoint, other, pair), checkpoint minus
         other. An interval, ``NAME_low`` to ``NAME_high``, is that of the bounds of the eigenvalues, widened by 1.96
         standard errors ``NAME_data_se`` for the choice of examples: by the curvature of each group of examples along
-        the vectors, to first order. ``gradient_top`` (checkpoint) and its differences, with the errors of independent
-        numbers, which are too large where the two have much in common.
+        the vectors, to first order. ``gradient_top`` (checkpoint) and its differences: of the same examples, by half
+        samples where both have them, which move gradients and spaces, or by leaving out the same groups of examples,
+        with the spaces as they are.
     """
     k, n = len(found), max(ds.sizes["pair"] for ds in found)
     rows = [ds.reindex(pair=np.arange(1, n + 1)) for ds in found]
@@ -116,6 +119,11 @@ def value_differences(found: Sequence[xr.Dataset], shared_examples: bool = True)
     if all("gradient_top" in ds for ds in found):
         top, se = (np.array([float(ds[f"gradient_top{end}"]) for ds in found]) for end in ("", "_se"))
         variables |= independent_differences("gradient_top", top, se)
+        if shared_examples:
+            error = variables["gradient_top_difference_se"][1]
+            for i in range(k):
+                for j in range(i):
+                    error[i, j] = error[j, i] = _paired_gradient(found[i], found[j], error[i, j])
     return xr.Dataset(variables, {"pair": np.arange(1, n + 1)})
 
 
@@ -125,3 +133,13 @@ def _paired(a: xr.Dataset, b: xr.Dataset, independent: Array) -> Array:
         return independent
     forms = a.value_form.transpose("group", "pair").values - b.value_form.transpose("group", "pair").values
     return np.asarray(np.sqrt(variance_of_forms(a.group_weight.values, forms)))
+
+
+def _paired_gradient(a: xr.Dataset, b: xr.Dataset, independent: float) -> float:
+    """Standard error of the difference of the gradients' parts for the choice of the same examples."""
+    for name, error in (
+        ("gradient_top_half", difference_se), ("gradient_top_without", lambda one, other: jackknife_se(one - other)),
+    ):  # fmt: skip
+        if name in a and name in b and a[name].shape == b[name].shape:
+            return error(a[name].values, b[name].values)
+    return independent

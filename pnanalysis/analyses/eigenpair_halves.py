@@ -21,6 +21,7 @@ from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.errors import Indivisible
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.half_samples import N_PARTS, Contrasts, half_samples
+from pnanalysis.spectra.pairs_plan import PairsPlan
 from pnanalysis.spectra.subspaces import overlap
 from pnanalysis.spectra.verified_pairs import VerifiedPairs, verified_pairs
 from pnanalysis.terminal.progress import Advance
@@ -53,6 +54,8 @@ class Halves(NamedTuple):
         Standard errors of the numbers of the vectors, by the names of :data:`ERRORS`; empty for a single pair.
     n_hvp : int
         Products, of which those over half of the examples count as half.
+    gradient_top : ndarray
+        ``(half,)``, the part of each half's gradient in its own top space; empty where that is not known.
     reason : str
         Why there are no halves; empty where there are.
     """
@@ -61,6 +64,7 @@ class Halves(NamedTuple):
     value: Array
     errors: xr.Dataset
     n_hvp: int
+    gradient_top: Array
     reason: str = ""
 
 
@@ -77,6 +81,7 @@ def pairs_over_halves(
     seed: int,
     advance: Advance | None = None,
     state: Unfinished | None = None,
+    plan: PairsPlan | None = None,
 ) -> Halves:
     """The same eigenpairs over halves of the examples, searched from those over all of them.
 
@@ -90,7 +95,7 @@ def pairs_over_halves(
         Seven pairs of balanced half samples, which tell errors, or one pair of halves.
     numbers : callable
         What errors are wanted of: a function of an operator and its eigenvectors.
-    tolerance, max_hvp, seed, advance, state
+    tolerance, max_hvp, seed, advance, state, plan
         See :func:`pnanalysis.spectra.verified_pairs.verified_pairs`.
     n_products : int
         Roughly how many products each half takes.
@@ -109,12 +114,13 @@ def pairs_over_halves(
             products = min(n_products, operator.shape[0])
             half = operator.subset(parts, n_parts, seed=seed, expected_products=products)
         except Indivisible as error:  # a single graph, for example
-            return Halves((), np.empty(0), xr.Dataset(), 0, str(error))
+            return Halves((), np.empty(0), xr.Dataset(), 0, np.empty(0), str(error))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of each half by itself; see below
             one = verified_pairs(
                 half, len(pairs.value), which, tolerance=max(tolerance, _TOLERANCE), max_hvp=max_hvp, seed=seed,
                 start=pairs.vector, advance=advance, state=state, name=f"half-{i}",
+                plan=plan,
             )  # fmt: skip
         found.append(one)
         if all_half_samples:
@@ -122,7 +128,13 @@ def pairs_over_halves(
     _warn_unconverged(pairs, found)
     n_hvp = sum(one.n_hvp for one in found) // 2  # each over half of the examples
     value = np.stack([one.value for one in found])
-    return Halves(tuple(one.vector.cpu() for one in found), value, _errors(tables), n_hvp)
+    tops = np.array([float(table["gradient_top"]) for table in tables if "gradient_top" in table])
+    return Halves(tuple(one.vector.cpu() for one in found), value, _errors(tables), n_hvp, tops)
+
+
+def difference_se(halves_of_a: Array, halves_of_b: Array) -> float:
+    """Standard error of the difference of two numbers ``(half,)`` of the same half samples of the same examples."""
+    return _contrasts(halves_of_a - halves_of_b).se
 
 
 def overlap_error(
@@ -170,4 +182,4 @@ def _warn_unconverged(pairs: VerifiedPairs, found: list[VerifiedPairs]) -> None:
         )
 
 
-__all__ = ["ERRORS", "FEWEST_REPLICATES", "Halves", "overlap_error", "pairs_over_halves"]
+__all__ = ["ERRORS", "FEWEST_REPLICATES", "Halves", "difference_se", "overlap_error", "pairs_over_halves"]

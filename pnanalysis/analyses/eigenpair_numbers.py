@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import Tensor
 
+from pnanalysis.arrays import Array
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.class_structure import LEVELS, class_structure
 from pnanalysis.errors import CurvatureError, Indivisible
 from pnanalysis.spectra.data_error import FEWEST_GROUPS
 from pnanalysis.spectra.inner_products import coordinates, norms
+from pnanalysis.spectra.linear_operator import empty_columns
 from pnanalysis.spectra.subspaces import participation, squared_cosines
 
 #: Groups of examples whose gradients are compared.
 _GROUPS = FEWEST_GROUPS
+#: Vectors that are kept meanwhile.
+GRADIENTS_KEPT = _GROUPS
 
 
 def numbers_of(
@@ -45,16 +48,16 @@ def numbers_of(
     return _classes(ds, operator, V) if classes else ds
 
 
-def gradient_errors(operator: CurvatureOperator, V: Tensor) -> tuple[float, float]:
-    """Standard error of the part of the gradient in a space, and the norm of the gradient's own error.
-
-    Both are for the choice of examples, by leaving out one of eight groups of them at a time; the space stays.
+def gradient_errors(operator: CurvatureOperator, V: Tensor) -> tuple[Array, float]:
+    """Parts ``(8,)`` of the gradient in a space without one of eight groups of the examples at a time, and the norm of
+    the gradient's own error for the choice of examples; the space stays. NaN where examples cannot be divided.
     """
+    each = empty_columns(operator.shape[0], _GROUPS, operator.dtype, operator.device)
     try:
-        parts = [operator.subset([i], _GROUPS, expected_products=1).gradient() for i in range(_GROUPS)]
+        for i in range(_GROUPS):
+            each[:, i] = operator.subset([i], _GROUPS, expected_products=1).gradient()
     except Indivisible:
-        return np.nan, np.nan
-    each = torch.stack(parts, dim=1)
+        return np.full(_GROUPS, np.nan), np.nan
     gram = coordinates(each, each).cpu().double().numpy()
     inner = coordinates(V.to(each), each).cpu().double().numpy()
     others = (1 - np.eye(_GROUPS)) / (_GROUPS - 1)
@@ -62,10 +65,12 @@ def gradient_errors(operator: CurvatureOperator, V: Tensor) -> tuple[float, floa
     whole = np.einsum("ai,ab,bi->i", others, gram, others)
     part = np.divide(inside, whole, out=np.full(_GROUPS, np.nan), where=whole > 0)
     scatter = max(float(np.trace(gram) - gram.sum() / _GROUPS), 0.0)
-    return (
-        float(np.sqrt((_GROUPS - 1) * part.var())),
-        float(np.sqrt(scatter / (_GROUPS * (_GROUPS - 1)))),
-    )  # fmt: skip
+    return part, float(np.sqrt(scatter / (_GROUPS * (_GROUPS - 1))))
+
+
+def jackknife_se(parts: Array) -> float:
+    """Standard error of a number, from its values ``(group,)`` without one of the groups of examples at a time."""
+    return float(np.sqrt((len(parts) - 1) * parts.var()))
 
 
 def _by_layer(operator: CurvatureOperator, V: Tensor) -> xr.Dataset:
@@ -122,4 +127,4 @@ def _classes(ds: xr.Dataset, operator: CurvatureOperator, V: Tensor) -> xr.Datas
     return ds.assign_coords(level=list(LEVELS))
 
 
-__all__ = ["gradient_errors", "numbers_of"]
+__all__ = ["GRADIENTS_KEPT", "gradient_errors", "jackknife_se", "numbers_of"]

@@ -67,6 +67,7 @@ def eigenpairs(
     progress: bool = True,
     state: str | os.PathLike[str] | None = None,
     previous: Weights | Mapping[str, Weights] | None = None,
+    max_memory_bytes: int | None = None,
 ) -> xr.Dataset:
     r"""The ``k`` eigenpairs at one end of the spectrum, with bounds, errors, and what they say about the network.
 
@@ -110,6 +111,9 @@ def eigenpairs(
     previous : Module, state dict or path, or mapping of str to these, optional
         The weights before the last update, of several networks by their names. By default those of the checkpoint that
         a run stored before; of files and networks in memory there are none.
+    max_memory_bytes : int, optional
+        Bound on the memory for vectors, by default 60 % of what is free. There are up to ``2 k + 10`` between restarts,
+        as many as there is room for; the fewer, the more products. What products take is not in it.
 
     Returns
     -------
@@ -127,19 +131,23 @@ def eigenpairs(
         - For ``which="largest"``: parts of the gradient and of the last update (between the last two stored checkpoints
           of a run, or from ``previous``) along each vector (``gradient_part``, ``update_part``), and in the top space
           of as many dimensions as classes (``gradient_top``, ``update_top``), with ``top_chance`` for a random vector.
+          ``gradient_top_without`` (without_group) is ``gradient_top`` without one of eight groups of the examples, and
+          ``gradient_top_half`` (half) that over half samples, with ``data_error="groups"``: differences between
+          networks are paired by them.
         - For classifiers: ``level_part`` (level, pair), ``class_part``, ``cross_part``, ``class_value``,
           ``cross_value``: see :mod:`pnanalysis.curvature.class_structure`.
         - For several checkpoints, ``overlap`` (checkpoint, other) of their spaces, from 0 to 1, with
           ``overlap_chance`` for random spaces, and ``overlap_halves`` between different halves of the examples, whose
           diagonal is the ceiling: what one network's spaces have in common over different examples.
-        - With ``data_error="groups"``, ``NAME_data_se`` of ``participation``, ``layer_part``, ``gradient_part``,
+        - With ``data_error="groups"`` alone, ``NAME_data_se`` of ``participation``, ``layer_part``, ``gradient_part``,
           ``update_part``, ``update_top``, ``level_part``, ``class_part``, ``cross_part`` and ``overlap``, and
           ``gradient_top_se`` of both gradient and space: see :mod:`pnanalysis.analyses.eigenpair_halves`.
 
     Raises
     ------
     PnError
-        If a checkpoint, the data or a setting is invalid, or the operator is not symmetric.
+        If a checkpoint, the data or a setting is invalid, there is no room for the vectors, or the operator is not
+        symmetric.
 
     Warns
     -----
@@ -168,7 +176,7 @@ def eigenpairs(
     at_least(1, n=n, batch_size=batch_size)
     options = EigenpairOptions(
         k, which, operator, params, bn_mode, dtype, amp, weight, draws, method, tolerance, max_hvp, data_error, classes,
-        seed,
+        seed, max_memory_bytes,
     )  # fmt: skip
     if len(given) == 1 and is_matrix(given[0]):
         if any(option is not None for option in (model, data, loss, checkpoints)):
@@ -187,6 +195,7 @@ def eigenpairs(
     selection.check_weights()
     before = by_label("previous", previous, selection.labels, parameters_of)
     settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
+    del settings["max_memory_bytes"]  # what was begun goes on in as many vectors, whatever there is room for now
     cache = None if state is None else WorkFolder.claim(state, settings | names_of(selection))
     by_key: dict[object, tuple[Found, str]] = {}
     try:

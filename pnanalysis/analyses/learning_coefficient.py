@@ -197,8 +197,9 @@ def learning_coefficient(
     Notes
     -----
     For a quadratic minimum of :math:`d` parameters, :math:`\hat\lambda` tends to :math:`d/2` as :math:`n` grows, and to
-    less where parameters are redundant [1]_. A negative value means that the checkpoint is no minimum: chains find
-    lower losses nearby.
+    less where parameters are redundant [1]_. In a singular minimum it is below its limit as long as the pull
+    :math:`\gamma` holds the chains where the loss is nearly quadratic: in deep linear networks at the defaults, half or
+    a third of it. A negative value means that the checkpoint is no minimum: chains find lower losses nearby.
 
     The error of examples is that of the infinitesimal jackknife: of how :math:`\hat\lambda` changes with the weight of
     each example, which is a covariance under the posterior. Products of independent chains keep noise from adding to

@@ -12,21 +12,22 @@ import xarray as xr
 from torch import Tensor
 
 from pnanalysis.analyses.eigenpair_halves import PAIRS_OF_HALVES, pairs_over_halves
-from pnanalysis.analyses.eigenpair_numbers import gradient_errors, numbers_of
-from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
+from pnanalysis.analyses.eigenpair_numbers import GRADIENTS_KEPT, gradient_errors, jackknife_se, numbers_of
+from pnanalysis.checks import at_least, check_room, check_seed, human, one_of, positive, resolve_dtype
 from pnanalysis.curvature import class_structure
 from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
+from pnanalysis.errors import CurvatureError
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.spectra.averaged import is_averaged
 from pnanalysis.spectra.data_error import DataForms
 from pnanalysis.spectra.forecast import Forecast, Work
-from pnanalysis.spectra.lanczos import basis_dtype
 from pnanalysis.spectra.linear_operator import LinearOperator
-from pnanalysis.spectra.memory import Storage
+from pnanalysis.spectra.memory import memory_limit
+from pnanalysis.spectra.pairs_plan import WORKING, PairsPlan, plan_pairs, storage_of
 from pnanalysis.spectra.restarted import WHICH
 from pnanalysis.spectra.subspaces import participation
-from pnanalysis.spectra.verified_pairs import VerifiedPairs, vectors_needed, verified_pairs
+from pnanalysis.spectra.verified_pairs import VerifiedPairs, check_limit, verified_pairs
 from pnanalysis.terminal.progress import Advance
 
 #: Which error for the choice of examples: of the eigenvalues, of the spaces too, or of all that is said of them.
@@ -54,6 +55,7 @@ class EigenpairOptions:
     data_error: str = "halves"
     classes: bool = True
     seed: int = 0
+    max_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         at_least(1, k=self.k, max_hvp=self.max_hvp, draws=self.draws)
@@ -61,7 +63,7 @@ class EigenpairOptions:
         one_of(("hessian", "ggn", "fisher"), operator=self.operator)
         one_of(METHODS, method=self.method)
         one_of(DATA_ERRORS, data_error=self.data_error)
-        positive(tolerance=self.tolerance)
+        positive(tolerance=self.tolerance, max_memory_bytes=self.max_memory_bytes)
         check_seed(seed=self.seed)
         resolve_dtype(self.dtype)
 
@@ -132,15 +134,17 @@ def matrix_eigenpairs(
     ------
     CurvatureError
     """
+    plan, work = planned_work(operator, options, state)
     forecast = Forecast(operator.device, title, bool(title))
-    watched, note = forecast.watch(operator, advance or _nothing, _work(operator, options))
+    watched, note = forecast.watch(operator, advance or _nothing, work)
     pairs = verified_pairs(
         watched, options.k, options.which, tolerance=options.tolerance, max_hvp=options.max_hvp, seed=options.seed,
-        advance=note, state=state,
+        advance=note, state=state, plan=plan,
     )  # fmt: skip
     ds = _pairs(pairs, operator.shape[0])
     halves: tuple[Tensor, ...] = ()
     notes: dict[str, Any] = {"tolerance": options.tolerance, "complete": int(pairs.complete)}
+    notes |= {"basis_bytes": work.peak, "n_vectors": plan.n_vectors}
     half_width = np.zeros_like(pairs.value)
     covers = ["residual", "round-off"]
     if is_averaged(operator) and options.data_error != "none":
@@ -170,17 +174,21 @@ def matrix_eigenpairs(
         own = numbers(operator, pairs.vector)
         ds = ds.drop_vars("participation").merge(own).assign_attrs(own.attrs)
         if directions:
-            errors = gradient_errors(operator, pairs.vector[:, : own.attrs["n_top"]])
-            ds = ds.assign(gradient_top_se=errors[0], gradient_noise=errors[1])
+            parts, noise = gradient_errors(operator, pairs.vector[:, : own.attrs["n_top"]])
+            ds = ds.assign(
+                gradient_top_se=jackknife_se(parts), gradient_noise=noise, gradient_top_without=("without_group", parts)
+            )
         if options.data_error in ("halves", "groups"):
             found = pairs_over_halves(
                 operator, pairs, options.which, all_half_samples=options.data_error == "groups", numbers=numbers,
                 tolerance=options.tolerance, max_hvp=options.max_hvp, n_products=options.n_products,
-                seed=options.seed, advance=advance, state=state,
+                seed=options.seed, advance=advance, state=state, plan=plan,
             )  # fmt: skip
             halves = found.vectors
             if halves:
                 ds = ds.assign(found.errors.data_vars)  # that of the gradient with its space
+                if len(found.gradient_top):
+                    ds["gradient_top_half"] = "half", found.gradient_top
                 ds["value_half"] = ("half", "pair"), found.value
                 ds["n_hvp"] = ds.n_hvp + found.n_hvp
             else:
@@ -192,22 +200,69 @@ def matrix_eigenpairs(
     return Found(ds, pairs.vector.cpu(), halves, shapes)
 
 
-def _work(operator: LinearOperator, options: EigenpairOptions) -> Work:
-    """What is planned, as far as it is known."""
-    n, of_network = operator.shape[0], isinstance(operator, CurvatureOperator)
-    n_halves = 2 * PAIRS_OF_HALVES.get(options.data_error, 0) if of_network else 0
-    storage = Storage(basis_dtype(operator), operator.device)
-    # a product over half of the examples is half a product
-    k, n_products = min(options.k, n), options.n_products * (1 + n_halves // 2)
+def planned_work(
+    operator: LinearOperator, options: EigenpairOptions, state: Unfinished | None
+) -> tuple[PairsPlan, Work]:
+    """How many vectors to search in, and what is planned as far as it is known.
+
+    Raises
+    ------
+    CurvatureError
+        If there is no room for the vectors, or for the class structure.
+    PnError
+        If the disk cannot hold the unfinished work.
+    """
+    n, storage = operator.shape[0], storage_of(operator)
+    n_halves = 2 * PAIRS_OF_HALVES.get(options.data_error, 0) if isinstance(operator, CurvatureOperator) else 0
+    k = min(options.k, n)
     # the pairs over one half are searched while those over all the examples and over the other halves are kept
-    kept = vectors_needed(n, k, options.max_hvp) + n_halves * k
-    if isinstance(operator, CurvatureOperator) and options.which == "largest" and options.classes:
-        means = class_structure.vectors_needed(operator.n_classes or 0, n, operator.dtype)
-        kept = max(kept, means + (n_halves + 1) * k)
-    return Work(
-        n, n_products, storage, storage.vectors_bytes(n, kept), 0, n_read=n_products * 2 * k,
-        products=f"some {n_products:,} products",
+    beside = n_halves * k
+    check_limit(options.max_hvp, k, n)
+    plan = plan_pairs(
+        operator, k, options.max_hvp, beside=beside, max_memory_bytes=options.max_memory_bytes, state=state
+    )
+    kept = max(plan.kept + beside, _for_numbers(operator, options, k + beside))
+    if state is not None:
+        # the basis of a search beside the pairs that were found, which are there twice at the end
+        check_room(
+            state.folder, storage.vectors_bytes(n, plan.n_vectors + 2 * (k + beside)), "the unfinished work may take",
+            "make room, save elsewhere (--output), or look for fewer pairs (-k)",
+        )  # fmt: skip
+    n_products = options.n_products * (1 + n_halves // 2)  # a product over half of the examples is half a product
+    work = Work(
+        n, n_products, storage, storage.vectors_bytes(n, kept), storage.vectors_bytes(n, WORKING),
+        n_read=n_products * 2 * k, products=f"some {n_products:,} products",
     )  # fmt: skip
+    return plan, work
+
+
+def _for_numbers(operator: LinearOperator, options: EigenpairOptions, n_pairs: int) -> int:
+    """Vectors that are kept while it is found out what the pairs say about a network.
+
+    Raises
+    ------
+    CurvatureError
+        If there is no room for them.
+    """
+    if not isinstance(operator, CurvatureOperator) or options.which != "largest":
+        return 0
+    n, dtype = operator.shape[0], operator.dtype
+    has_classes = options.classes and not class_structure.why_none(operator)
+    means = class_structure.vectors_needed(operator.n_classes or 0, n, dtype) if has_classes else 0
+    limit = memory_limit(operator, dtype, operator.device, options.max_memory_bytes)
+    kept = n_pairs + max(means, GRADIENTS_KEPT)
+    need = kept * n * dtype.itemsize
+    if need > limit and means <= GRADIENTS_KEPT:
+        raise CurvatureError(
+            f"pairs and gradients of {n:,} parameters take {human(need)} ({kept} vectors), the bound is "
+            f"{human(limit)}: look for fewer pairs (k, -k), or raise max_memory_bytes (--memory)"
+        )
+    if need > limit:
+        raise CurvatureError(
+            f"the class structure of {operator.n_classes} classes and {n:,} parameters takes {human(need)}, the bound "
+            f"is {human(limit)}: leave it out (classes=False, --no-classes), or raise max_memory_bytes (--memory)"
+        )
+    return kept
 
 
 def _nothing(steps: float = 1, text: str = "") -> None:

@@ -18,7 +18,7 @@ from pnanalysis.analyses.work_folder import WorkFolder
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of, resolve_dtype
 from pnanalysis.curvature.operators import HessianOperator
-from pnanalysis.errors import ModelError, PnError
+from pnanalysis.errors import CurvatureError, ModelError, PnError
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.losses import counts
@@ -30,7 +30,7 @@ from pnanalysis.perturbation.average_case import Crossed, average_case
 from pnanalysis.perturbation.neighbourhoods import KINDS as NEIGHBOURHOODS
 from pnanalysis.perturbation.neighbourhoods import around, checked_radii, scale_of
 from pnanalysis.perturbation.relative_flatness import RelativeFlatness, last_weight, relative_flatness, weight_of
-from pnanalysis.perturbation.second_order import half_forms, largest_rises
+from pnanalysis.perturbation.second_order import example_half_forms, half_forms, largest_rises, rise_influences
 from pnanalysis.perturbation.worst_case import Radii, Rises, WorstCase, example_losses, worst_case
 from pnanalysis.sampling.stacked_gradients import StackedGradients
 from pnanalysis.spectra.data_error import Influence
@@ -245,12 +245,8 @@ class _Place:
             "relative": 100 * rise[0] / (1 + loss), "radius": np.array(list(options.worst.values())),
         }  # fmt: skip
         if options.second_order:
-            table["rise_quadratic"] = self._each(
-                lambda op, kind, scale: largest_rises(
-                    op, self._gradient, kind, scale, options.worst[kind], options.seed
-                ),
-                np.full(rise[0].shape, np.nan),
-            )
+            found_, se = self._each(self._largest_rises, np.full((2, *rise[0].shape), np.nan))
+            table |= {"rise_quadratic": found_, "rise_quadratic_se": se}
         ds = _table(table)
         ds = ds.assign(rise_start=(("radius_index", "neighbourhood", "start"), rises.start.swapaxes(0, 1)))
         return _with_samples(ds, "rise", found=rises.found, first=rises.first, start=rises.start)
@@ -268,20 +264,49 @@ class _Place:
             "average_data_se": data_se, "average_low": low, "average_high": high, "average_radius": radii,
         }  # fmt: skip
         if options.second_order:
-            forms = self._each(
-                lambda op, kind, scale: half_forms(op, kind, scale, options.n_directions, options.seed),
-                np.full((len(radii), options.n_directions), np.nan),
-            )
-            table["average_quadratic"] = radii**2 * forms.mean(1)[:, None]
-            table["average_quadratic_se"] = radii**2 * forms.std(1, ddof=1)[:, None] / options.n_directions**0.5
+            ends = ("", "_se", "_direction_se", "_data_se")
+            of_unit = self._each(self._mean_rise, np.full((len(ends), len(radii)), np.nan))
+            table |= {
+                f"average_quadratic{end}": radii**2 * one[:, None] for end, one in zip(ends, of_unit, strict=True)
+            }
         return _with_samples(_table(table), "average", **vars(averages))
 
-    def _each(self, measure: Callable[..., Array], unknown: Array) -> Array:
-        """A number of the Hessian in each neighbourhood, or ``unknown`` where there is no Hessian."""
+    def _each(self, measure: Callable[[HessianOperator, str, torch.Tensor], Array], unknown: Array) -> Array:
+        """Numbers of the Hessian in each neighbourhood, ``(number, kind, ...)``; ``unknown`` where there is none."""
         if self._hessian is None:
             return unknown
         scales = {kind: scale_of(kind, self.gradients.state, self.gradients.names) for kind in self.options.worst}
-        return np.stack([measure(self._hessian, kind, scale) for kind, scale in scales.items()])
+        return np.stack([measure(self._hessian, kind, scale) for kind, scale in scales.items()], axis=1)
+
+    def _largest_rises(self, op: HessianOperator, kind: str, scale: torch.Tensor) -> Array:
+        """Largest rises of the second-order expansion and their errors for examples, ``(2, radius)``."""
+        radii = self.options.worst[kind]
+        rises, points = largest_rises(op, self._gradient, kind, scale, radii, self.options.seed)
+        se = np.full(len(radii), np.nan)
+        if np.isfinite(rises).all():
+            try:
+                se = np.array([own.se for own in rise_influences(op, points, rises)])
+            except CurvatureError as error:
+                self._warn_of_no_error("largest rises", error)
+        return np.stack([rises, se])
+
+    def _mean_rise(self, op: HessianOperator, kind: str, scale: torch.Tensor) -> Array:
+        """Mean rise of the second-order expansion at radius 1, its error, and the error's parts, ``(4,)``."""
+        how = kind, scale, self.options.n_directions, self.options.seed
+        try:
+            crossed = example_half_forms(op, *how)
+        except CurvatureError as error:
+            self._warn_of_no_error("mean rises", error)
+            forms = half_forms(op, *how)
+            se = forms.std(ddof=1) / len(forms) ** 0.5
+            return np.array([forms.mean(), se, se, np.nan])
+        se, direction_se, data_se, _ = crossed.errors()
+        return np.array([crossed.mean, se, direction_se, data_se])
+
+    def _warn_of_no_error(self, of: str, error: PnError) -> None:
+        warnings.warn(
+            f"{self.label}: second-order {of} have no error for the choice of examples: {error}", stacklevel=2
+        )
 
     @cached_property
     def _batches_that_count(self) -> Iterable[Any]:

@@ -68,9 +68,11 @@ def read_request(
 def settings_of(request: Any, selection: Selection) -> dict[str, Any]:
     """What unfinished work depends on: a request's examples and ``options``, and what it is about, by names.
 
-    Functions among the options have none that would be the same in another process, and are left out.
+    Functions among the options have none that would be the same in another process, and are left out; so is the bound
+    of memory, since work goes on as it was begun, whatever there is room for now.
     """
     options = {name: None if callable(value) else value for name, value in asdict(request.options).items()}
+    options.pop("max_memory_bytes", None)
     examples = {"split": request.split, "n": request.n, "batch_size": request.batch_size}
     return options | examples | names_of(selection)
 

@@ -114,7 +114,8 @@ def sharpness(
         - ``average``: the mean rise, with its standard error ``average_se``, the parts of it from directions and from
           examples, and a 95 % interval;
         - ``rise_quadratic`` and ``average_quadratic``: the same of the second-order expansion (a lower bound; NaN for
-          rises in boxes);
+          rises in boxes), with their standard errors: ``rise_quadratic_se`` over examples, ``average_quadratic_se``
+          with its parts ``average_quadratic_direction_se`` and ``average_quadratic_data_se``;
         - ``relative_flatness`` [5]_ with its errors, for the layer ``flatness_layer``.
 
     Raises
@@ -124,10 +125,11 @@ def sharpness(
 
     Notes
     -----
-    Standard errors of rises are paired, over examples, at the points found. To first order, these are the errors of the
-    largest rises themselves, since the point where a maximum is taken does not matter for its derivative by the weights
-    of examples (Danskin). That the maximum was searched over the same examples makes it too large by an amount of order
-    one over their number, which they leave out, as they do what ascents have missed.
+    Standard errors of rises, measured and of second order, are paired, over examples, at the points found. To first
+    order, these are the errors of the largest rises themselves, since the point where a maximum is taken does not
+    matter for its derivative by the weights of examples (Danskin). That the maximum was searched over the same examples
+    makes it too large by an amount of order one over their number, which they leave out, as they do what ascents have
+    missed.
 
     Running statistics of batch normalisation stay those of the checkpoint. Scales of biases and of the parameters of
     normalisation layers are formed like those of weights, but in ``filter``, where they stay as they are.

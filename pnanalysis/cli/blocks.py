@@ -124,7 +124,9 @@ def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
         for bits in at.bits.values if "sensitivity" in at else ():
             yield _ranks(str(name), at.sel(bits=bits))
         if "js_divergence" in at:
-            yield _spectra(at)
+            yield _spectra(str(name), at)
+            if (hidden := at.sizes["block"] * (at.sizes["block"] - 1) // 2 - _MOST_ROWS) > 0:
+                yield f"and {hidden} pairs of blocks that are closer to each other, which are in the dataset"
 
 
 def _part(at: xr.Dataset, name: str) -> Estimate:
@@ -174,15 +176,21 @@ def _ranks(name: str, ds: xr.Dataset) -> Table:
     return make_table(f"{name}: weights {what}, block by block", columns, rows)
 
 
-def _spectra(ds: xr.Dataset) -> str:
-    """In a sentence: how far spectra of blocks differ, and how far those of one block do."""
+def _spectra(name: str, ds: xr.Dataset) -> Table | str:
+    """How far spectra of two blocks differ, from the largest divergence on, and how far those of one block do."""
     import numpy as np
 
-    values = ds.sel(other=ds.block.values).js_divergence.values
-    on = np.eye(len(values), dtype=bool)
-    if on.all():
+    ds = ds.sel(other=ds.block.values)
+    first, second = np.triu_indices(ds.sizes["block"], 1)
+    if not len(first):
         return "there is a single block, whose spectrum is compared with no other"
-    return (
-        f"Jensen-Shannon divergence of the spectra of two blocks: {values[~on].mean():.3g} nat on average; of one "
-        f"block over two halves of the examples: {values[on].mean():.3g}"
-    )
+    values, rows = ds.js_divergence.values, []
+    for i in np.argsort(-values[first, second], kind="stable")[:_MOST_ROWS]:
+        k, m = first[i], second[i]
+        at = ds.isel(block=k, other=m)
+        pair = [str(ds.block.values[k]), str(ds.block.values[m])]
+        rows.append([*pair, _part(at, "js_divergence"), float(max(values[k, k], values[m, m])),
+                     _part(at, "wasserstein1")])  # fmt: skip
+    title = f"{name}: distances between spectra of blocks over two halves of the examples, with 95 % intervals"
+    columns = ["block", "other block", "Jensen-Shannon divergence [nat]", "by chance", "Wasserstein-1 distance"]
+    return make_table(title, columns, rows)

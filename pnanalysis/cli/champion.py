@@ -38,25 +38,17 @@ def champion(
         int | None, typer.Option("--n", help="Examples of each split, drawn at random by --seed; all by default.")
     ] = None,
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Hessian spectra of all networks.")] = True,
-    n_hvp: options.Budget = None,
+    n_hvp: options.BudgetOfEach = None,
     n_hessian: Annotated[
         int | None,
         typer.Option(help="Training examples for spectra and all that is measured like them; 1,024 by default."),
     ] = None,
     data_error: options.DataError = "examples",
-    eigenpairs: Annotated[
-        bool,
-        typer.Option("--eigenpairs/--no-eigenpairs", help="Leading Hessian eigenvalues, and spaces of their vectors."),
-    ] = False,
-    sharpness: Annotated[
-        bool, typer.Option("--sharpness/--no-sharpness", help="Rises of the loss nearby, and relative flatness.")
-    ] = False,
-    blocks: Annotated[
-        bool, typer.Option("--blocks/--no-blocks", help="Traces of the Hessian's layers, and what lies between them.")
-    ] = False,
-    learning_coefficient: Annotated[
-        bool, typer.Option("--learning-coefficient/--no-learning-coefficient", help="Local learning coefficients.")
-    ] = False,
+    everything: options.Further = False,
+    eigenpairs: options.Eigenpairs = None,
+    sharpness: options.Sharpness = None,
+    blocks: options.Blocks = None,
+    learning_coefficient: options.LearningCoefficient = None,
     saturation: Annotated[bool, typer.Option("--saturation/--no-saturation", help="Saturation of activations.")] = True,
     cka: Annotated[
         bool | None,
@@ -94,6 +86,8 @@ def champion(
       pnanalysis champion runs/lenet5 --quick
 
       pnanalysis champion runs/lenet5 --restarts runs/lenet5-restart --restarts runs/another-seed --eigenpairs --blocks
+
+      pnanalysis champion runs/lenet5 --all --no-learning-coefficient
     """
     from pnanalysis.analyses.champion import QUICK
     from pnanalysis.analyses.champion import champion as analyse
@@ -104,14 +98,15 @@ def champion(
     own = {"n": n_hessian, "n_hvp": n_hvp}
     spectra: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     spectra = (QUICK["hessian"] if quick else {}) | {"data_error": data_error} | spectra
-    examples = {"n": spectra.get("n", 1024)}
+    further = options.further(
+        everything, spectra.get("n", 1024), n_hvp,
+        eigenpairs=eigenpairs, sharpness=sharpness, blocks=blocks, learning_coefficient=learning_coefficient,
+    )  # fmt: skip
     unfinished = options.unfinished("champion", given[0], output, quiet)
     ds = analyse(
         *given, restarts=[open_run(path) for path in restarts] if restarts else None, n=n,
-        hessian=spectra if hessian else False, eigenpairs=examples if eigenpairs else False,
-        sharpness=examples if sharpness else False, blocks=examples if blocks else False,
-        learning_coefficient=examples if learning_coefficient else False, cka=cka, saturation=saturation, align=align,
-        n_points=points, n_line=n_line, quick=quick, batch_size=batch_size, device=device, seed=seed,
+        hessian=spectra if hessian else False, **further, cka=cka, saturation=saturation, align=align, n_points=points,
+        n_line=n_line, quick=quick, batch_size=batch_size, device=device, seed=seed,
         progress=not quiet, state=unfinished,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)

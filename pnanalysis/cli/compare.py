@@ -29,20 +29,13 @@ def compare(
     ] = None,
     split: Annotated[options.Split, typer.Option(help="Split on which outputs are compared.")] = "test",
     hessian: Annotated[bool, typer.Option("--hessian/--no-hessian", help="Compare Hessian spectra.")] = True,
-    n_hvp: options.Budget = None,
+    n_hvp: options.BudgetOfEach = None,
     until: options.Until = None,
     n_hessian: Annotated[int, typer.Option(help="Training examples for the spectra.")] = 1024,
     data_error: options.DataError = "examples",
-    eigenpairs: Annotated[
-        bool,
-        typer.Option(
-            "--eigenpairs/--no-eigenpairs", help="Compare top Hessian eigenvalues, and the spaces of their vectors."
-        ),
-    ] = False,
-    sharpness: Annotated[
-        bool,
-        typer.Option("--sharpness/--no-sharpness", help="Compare rises of the loss nearby, and relative flatness."),
-    ] = False,
+    everything: options.Further = False,
+    eigenpairs: options.Eigenpairs = None,
+    sharpness: options.Sharpness = None,
     radius: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,13 +44,8 @@ def compare(
             "be repeated, with as many radii of each. adaptive=0.5 by default.",
         ),
     ] = None,
-    blocks: Annotated[
-        bool, typer.Option("--blocks/--no-blocks", help="Compare traces and norms of the Hessian's layers.")
-    ] = False,
-    learning_coefficient: Annotated[
-        bool,
-        typer.Option("--learning-coefficient/--no-learning-coefficient", help="Compare local learning coefficients."),
-    ] = False,
+    blocks: options.Blocks = None,
+    learning_coefficient: options.LearningCoefficient = None,
     cka: Annotated[bool, typer.Option("--cka/--no-cka", help="Compare layers by centred kernel alignment.")] = True,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 256,
     model: options.Model = None,
@@ -98,13 +86,17 @@ def compare(
     given = options.sources(runs, model, weights, data, loss, output, tokens)
     spectra = {"n": n_hessian, "data_error": data_error, "until": options.targets(until)}
     spectra |= {} if n_hvp is None else {"n_hvp": n_hvp}
+    further = options.further(
+        everything, n_hessian, n_hvp,
+        eigenpairs=eigenpairs, sharpness=sharpness if nearby is None else True, blocks=blocks,
+        learning_coefficient=learning_coefficient,
+    )  # fmt: skip
+    if nearby is not None:
+        further["sharpness"]["radii"] = nearby
     unfinished = options.unfinished("comparison", given[0], output, quiet)
     ds = analyse(
         *given, checkpoints=checkpoint, n=n, split=split, cka=cka,
-        hessian=spectra if hessian else False, eigenpairs={"n": n_hessian} if eigenpairs else False,
-        sharpness={"n": n_hessian} | ({} if nearby is None else {"radii": nearby}) if sharpness or nearby else False,
-        blocks={"n": n_hessian} if blocks else False,
-        learning_coefficient={"n": n_hessian} if learning_coefficient else False,
+        hessian=spectra if hessian else False, **further,
         batch_size=batch_size, device=device, seed=seed, progress=not quiet, state=unfinished,
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)

@@ -40,6 +40,14 @@ def eigenpairs(
     method: options.Method = "exact",
     tolerance: Annotated[float, typer.Option(help="Residuals to reach, relative to the largest eigenvalue.")] = 1e-4,
     max_hvp: Annotated[int, typer.Option("--max-hvp", help="The most products, converged or not.")] = 1000,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory limit of the vectors, such as 500M or 8G; the fewer fit in, the more products it takes. "
+            "Passes of the network add to it.",
+        ),
+    ] = None,
     data_error: Annotated[
         Literal["groups", "halves", "examples", "none"],
         typer.Option(
@@ -78,6 +86,8 @@ def eigenpairs(
 
       pnanalysis eigenpairs runs/lenet5 --which smallest --data-error examples
 
+      pnanalysis eigenpairs runs/resnet18 --memory 1G
+
       pnanalysis eigenpairs --model mymodels:make --weights a.safetensors b.safetensors --data mydata:make
     """
     from pnanalysis.analyses.eigenpairs import eigenpairs as analyse
@@ -89,7 +99,7 @@ def eigenpairs(
         *given, checkpoints=checkpoint, k=k, which=which, operator=operator, split=split, n=n, batch_size=batch_size,
         params=params, bn_mode=bn, dtype=dtype, amp=amp, draws=draws, method=method, tolerance=tolerance,
         max_hvp=max_hvp, data_error=data_error, classes=classes, vectors=vectors, device=device, seed=seed,
-        progress=not quiet, state=unfinished,
+        progress=not quiet, state=unfinished, max_memory_bytes=options.size(memory),
     )  # fmt: skip
     options.deliver(ds, given[0], output, plot, quiet, _tables)
     remove_unfinished(unfinished)
@@ -166,4 +176,6 @@ def _overlaps(ds: xr.Dataset) -> Table:
             own = [float(ds.overlap_halves[j, j]) for j in (0, i)]
             row += [float(at.overlap_halves), f"{min(own):.3g}" if min(own) == min(own) else None]
         rows.append(row)
-    return make_table("overlap of the spaces with that of the first", columns, rows)
+    known = "overlap_data_se" in ds
+    title = "overlap of the spaces with that of the first" + (" (errors: --data-error groups)" if not known else "")
+    return make_table(title, columns, rows)

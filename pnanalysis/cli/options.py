@@ -140,7 +140,49 @@ DataError = Annotated[
 ]
 Budget = Annotated[
     int | None,
-    typer.Option("--n-hvp", help="The most products to spend on each spectrum; hessian: 900, compare: 200 by default."),
+    typer.Option("--n-hvp", help="The most products to spend on each spectrum, 900 by default."),
+]
+BudgetOfEach = Annotated[
+    int | None,
+    typer.Option(
+        "--n-hvp",
+        help="The most products to spend on each spectrum, and on all blocks of a network; 200 and 100 by default.",
+    ),
+]
+#: What compare and champion measure where they are asked to, one by one or all at once.
+Further = Annotated[
+    bool,
+    typer.Option(
+        "--all", help="Also eigenpairs, sharpness, blocks and learning coefficients; --no-... leaves one of them out."
+    ),
+]
+Eigenpairs = Annotated[
+    bool | None,
+    typer.Option(
+        "--eigenpairs/--no-eigenpairs",
+        help="Leading Hessian eigenvalues, and spaces of their vectors.",
+        show_default=False,
+    ),
+]
+Sharpness = Annotated[
+    bool | None,
+    typer.Option(
+        "--sharpness/--no-sharpness", help="Rises of the loss nearby, and relative flatness.", show_default=False
+    ),
+]
+Blocks = Annotated[
+    bool | None,
+    typer.Option(
+        "--blocks/--no-blocks",
+        help="Traces and norms of the Hessian's layers, and what lies between them.",
+        show_default=False,
+    ),
+]
+LearningCoefficient = Annotated[
+    bool | None,
+    typer.Option(
+        "--learning-coefficient/--no-learning-coefficient", help="Local learning coefficients.", show_default=False
+    ),
 ]
 Until = Annotated[
     list[str] | None,
@@ -318,6 +360,28 @@ def radii(texts: list[str] | None, option: str) -> dict[str, float | list[float]
         chosen = kind.radius if option == "--radius" else kind.average_radius
         found[name] = values if len(values) > 1 else values[0] if values else chosen
     return found or None
+
+
+def further(everything: bool, n: int, n_hvp: int | None, **asked: bool | None) -> dict[str, Any]:
+    """Settings of the analyses that are off by default, or False, by name.
+
+    Parameters
+    ----------
+    everything : bool
+        Whether those are wanted that nothing is said about.
+    n : int
+        Examples.
+    n_hvp : int, optional
+        Products for all blocks of a network.
+    **asked : bool or None
+        By name of the analysis; None says nothing.
+    """
+    found: dict[str, Any] = {
+        name: {"n": n} if one or (everything and one is None) else False for name, one in asked.items()
+    }
+    if found.get("blocks") and n_hvp is not None:
+        found["blocks"]["n_hvp"] = n_hvp
+    return found
 
 
 class Together(NamedTuple):

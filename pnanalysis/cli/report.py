@@ -18,7 +18,12 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, and their restart controls.")],
+    given: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN|FILE...", help="Runs, and their restart controls; datasets that analyses have saved elsewhere."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", callback=check_writable)] = Path(
         "report.html"
     ),
@@ -26,14 +31,15 @@ def report(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Write one self-contained HTML page with all results of the runs.
+    """Write one self-contained HTML page with all results of the runs, or of your own networks.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       pnanalysis report runs/lenet5 runs/lenet5-restart -o report.html
+
+      pnanalysis report comparison.nc spectra.nc blocks.nc -o report.html
     """
-    from pnanalysis.io.runs import open_run
     from pnanalysis.report import write_report
 
-    path = write_report([open_run(run) for run in runs], output, title=title)
+    path = write_report(given, output, title=title)
     print_saved(quiet, path)

@@ -63,6 +63,7 @@ from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.inputs.random_states import random_states_kept
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.linear_operator import ROUND_OFF, contiguous_columns, dense_matrix
+from pnanalysis.spectra.random_vectors import random_signs
 
 T = TypeVar("T")
 #: How products may be computed.
@@ -570,16 +571,19 @@ class CurvatureOperator:
     def trace_of_draws(self, n_probes: int = 10, seed: int = 0) -> Tensor:
         """Hutchinson's estimate of the trace for each draw, by the same probes, ``(draws,)``.
 
-        Their scatter tells how far the mean over the draws is from that over all that the network may draw.
+        Their scatter tells how far the mean over the draws is from that over all that the network may draw. The probes
+        are drawn on the device, where each takes a byte for every parameter, and a whole vector in its turn.
         """
-        generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (n_probes, self.n_parameters), generator=generator) * 2.0 - 1
-        probes = [split_vector(sign.to(self.device, self.dtype), self.parameter_shapes) for sign in signs]
+        signs = random_signs(self.n_parameters, range(n_probes), seed, self.device)
         forms = torch.zeros(self.draws or 1, dtype=torch.float64)
+
+        def probe_of(i: int) -> list[Tensor]:
+            return split_vector(signs[:, i].to(self.dtype), self.parameter_shapes)
+
         with self._passes():
             for k, (_, weight, at) in enumerate(self._weighted()):
-                product, _ = self._prepare(at, probes[0])
-                for probe in probes:
+                product, _ = self._prepare(at, probe_of(0))
+                for probe in map(probe_of, range(n_probes)):
                     form = sum(float((a * b).sum()) for a, b in zip(probe, product(probe), strict=True))
                     forms[k % len(forms)] += weight * len(forms) * form / n_probes
         return forms
@@ -666,6 +670,10 @@ class CurvatureOperator:
 
         ``v`` is ``u`` itself where they are equal.
         """
+        raise NotImplementedError
+
+    def _row_slopes(self, at: LossArguments, v: list[Tensor]) -> Tensor:
+        """What each example adds to the derivative of the loss of one batch along ``v``, ``(n,)``, by forward mode."""
         raise NotImplementedError
 
     def _rehearse(self, at: LossArguments) -> object:

@@ -99,11 +99,19 @@ def class_structure(op: CurvatureOperator, V: Tensor) -> ClassStructure:
         If the loss is not torch's cross-entropy over classes, there are more than 200 classes, the network has
         statistics of whole batches or draws at random, or two ways to compute the same number differ.
     """
-    if op.bn_mode == "train" or op.draws is not None:
-        raise CurvatureError("examples have no gradients of their own with statistics of batches, or with random draws")
-    if op.loss_fn.takes_model:
-        raise CurvatureError("the class structure needs cross_entropy(outputs, classes)")
+    reason = why_none(op)
+    if reason:
+        raise CurvatureError(reason)
     return op._in_passes_that_fit(lambda: _Sums(op, V).structure())
+
+
+def why_none(op: CurvatureOperator) -> str:
+    """Why there is no class structure, as far as that is known beforehand; empty where there may be one."""
+    if op.bn_mode == "train" or op.draws is not None:
+        return "examples have no gradients of their own with statistics of batches, or with random draws"
+    if op.loss_fn.takes_model:
+        return "the class structure needs cross_entropy(outputs, classes)"
+    return ""
 
 
 def vectors_needed(n_classes: int, n_parameters: int, dtype: torch.dtype) -> int:

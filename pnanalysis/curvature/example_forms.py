@@ -34,11 +34,12 @@ from pnanalysis.arrays import Array
 from pnanalysis.curvature.batches import Batch, has_batch_norm
 from pnanalysis.curvature.example_subset import random_parts
 from pnanalysis.curvature.network_loss import LossArguments
-from pnanalysis.curvature.parameters import split_vector
+from pnanalysis.curvature.parameters import Named, split_vector
 from pnanalysis.curvature.product_check import in_double, random_direction, tolerance
 from pnanalysis.curvature.row_forms import Direction, Forms, Pair, close, row_forms
 from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError, Indivisible
+from pnanalysis.evaluation.losses import example_losses
 from pnanalysis.inputs.batches import can_cut, contents, cut, tensors
 
 if TYPE_CHECKING:
@@ -106,9 +107,88 @@ class ExampleForms:
         found = np.zeros((len(pairs), int(self._ends[-1])))
         with op._passes():
             for i, weight, forms in self._by_batch(pairs):
-                found[:, self._ends[i] : self._ends[i + 1]] += weight * forms(pairs).detach().double().cpu().numpy()
+                found[:, self._of_batch(i)] += weight * forms(pairs).detach().double().cpu().numpy()
+        return self._by_group(found, "quadratic forms")
+
+    def slopes(self, V: Tensor) -> Tensor:
+        """Derivatives of the losses of the same groups along the columns of a ``(P, k)`` matrix, ``(k, G)``.
+
+        Raises
+        ------
+        CurvatureError
+            If they are not finite.
+        """
+        op = self.op
+        directions = [split_vector(v, op.parameter_shapes) for v in V.T]
+        found = np.zeros((len(directions), int(self._ends[-1])))
+        with op._passes():
+            for i, weight, at in op._weighted():
+                if self.unit == EXAMPLES:
+                    slopes = torch.stack([op._row_slopes(at, v) for v in directions])
+                else:
+                    slopes = self._slopes_of_parts(i, at, directions)
+                found[:, self._of_batch(i)] += weight * slopes.detach().double().cpu().numpy()
+        return self._by_group(found, "derivatives")
+
+    def losses(self, theta: Named) -> Tensor:
+        """Losses of the same groups at some parameters, ``(G,)``.
+
+        Raises
+        ------
+        PnError
+            If examples have no losses of their own, or these are not finite.
+        """
+        op = self.op
+        found = np.zeros((1, int(self._ends[-1])))
+        with op._passes():
+            for i, weight, at in op._weighted():
+                losses = self._losses_of_rows(i, at, theta) if self.unit == EXAMPLES else self._of_parts(i, at, theta)
+                found[:, self._of_batch(i)] += weight * losses.detach().double().cpu().numpy()
+        return self._by_group(found, "losses")[0]
+
+    def _losses_of_rows(self, i: int, at: LossArguments, theta: Named) -> Tensor:
+        """Of single examples, times their factors."""
+        op = self.op
+        outputs = op._loss.outputs(at, theta)
+        whole = float(op._loss.of_outputs(outputs, at.targets).detach())
+        if op.amp == "bf16" and isinstance(outputs, Tensor):
+            outputs = outputs.float()
+        each = example_losses(op.loss_fn, outputs, at.targets, check=False)[0].detach().double().cpu()
+        parts = each * torch.from_numpy(self._shares[i])
+        total = float(parts.sum())
+        if not abs(total - whole) <= 10 * tolerance(op.dtype, op.amp) * float(parts.abs().sum()):
+            raise CurvatureError(f"the losses of single examples add up to {total:.6g}, not to {whole:.6g}")
+        return parts
+
+    def _of_parts(self, i: int, at: LossArguments, theta: Named) -> Tensor:
+        """Losses of parts of a batch, or of all of it, times their factors."""
+        shares = self._shares[i]
+        pieces = _pieces(self.op.batches.sizes[i], len(shares))
+        found = [
+            float(share) * self.op._loss(at if len(shares) == 1 else _part(at, piece), theta).detach().double().cpu()
+            if share
+            else torch.zeros((), dtype=torch.float64)
+            for piece, share in zip(pieces, shares, strict=True)
+        ]
+        return torch.stack(found)
+
+    def _slopes_of_parts(self, i: int, at: LossArguments, directions: Sequence[Direction]) -> Tensor:
+        """Of parts of a batch, or of all of it, by a gradient of each."""
+        shares, theta = self._shares[i], self.op._theta
+        found = torch.zeros(len(directions), len(shares), dtype=torch.float64)
+        for g, piece in enumerate(_pieces(self.op.batches.sizes[i], len(shares))):
+            if shares[g]:
+                gradient = self.op._loss.gradient(at if len(shares) == 1 else _part(at, piece), theta)
+                found[:, g] = shares[g] * torch.stack([_inner(v, gradient) for v in directions])
+        return found
+
+    def _of_batch(self, i: int) -> slice:
+        return slice(self._ends[i], self._ends[i + 1])
+
+    def _by_group(self, found: Array, what: str) -> Tensor:
+        """What units add, ``(k, n)``, as numbers of the groups that they are in."""
         if not np.isfinite(found).all():
-            raise CurvatureError(f"the quadratic forms of single {self.unit} are not finite; look at the data")
+            raise CurvatureError(f"the {what} of single {self.unit} are not finite; look at the data")
         sums = np.stack([np.bincount(self._groups, row) for row in found])
         return torch.from_numpy(np.divide(sums, self.weights, out=np.zeros_like(sums), where=self.weights > 0))
 

@@ -16,7 +16,7 @@ from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.output_curvature import OutputCurvature, closed_form, closed_form_slope
-from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
+from pnanalysis.curvature.parameters import Named, pullback, requiring_grad, split_vector
 from pnanalysis.curvature.passes import forward_twice
 from pnanalysis.curvature.product_check import moved, tolerance
 from pnanalysis.curvature.recomputed import dual, tangents
@@ -77,6 +77,54 @@ class HessianOperator(CurvatureOperator):
         slope, curved = grad(of_outputs)(outputs), _curved(of_outputs, outputs, by_v)
         n = batch_size((at.inputs, at.targets))
         return _by_row(by_u, curved, n) + _by_row(slope, second, n)
+
+    def slopes(self, V: Tensor) -> Tensor:
+        r"""The derivatives :math:`v_j^\top g_g` of the losses of groups of examples, without the regulariser.
+
+        The gradient is :math:`\sum_g w_g g_g` plus that of the regulariser, with groups and weights of :meth:`forms`.
+
+        Parameters
+        ----------
+        V : Tensor, shape (P, k)
+
+        Returns
+        -------
+        Tensor, shape (k, G), float64, on the CPU
+
+        Raises
+        ------
+        CurvatureError
+            If the shape does not fit, or derivatives are not finite.
+        """
+        if V.ndim != 2 or V.shape[0] != self.n_parameters:
+            raise CurvatureError(f"slopes takes {self.n_parameters} rows, not shape {tuple(V.shape)}")
+        V = V.to(self.device, self.dtype)
+        return self._in_passes_that_fit(lambda: self.example_forms.slopes(V))
+
+    def group_losses(self, offset: Tensor | None = None) -> Tensor:
+        r"""The losses :math:`L_g` of groups of examples, at the chosen parameters plus an offset ``(P,)``.
+
+        The loss is :math:`\sum_g w_g L_g` plus the regulariser, with groups and weights of :meth:`forms`.
+
+        Returns
+        -------
+        Tensor, shape (G,), float64, on the CPU
+
+        Raises
+        ------
+        PnError
+            If examples have no losses of their own, or these are not finite.
+        """
+        theta = self._theta
+        if offset is not None:
+            parts = split_vector(offset.to(self.device, self.dtype), self.parameter_shapes)
+            theta = {name: theta[name] + part for name, part in zip(self.names, parts, strict=True)}
+        return self._in_passes_that_fit(lambda: self.example_forms.losses(theta))
+
+    def _row_slopes(self, at: LossArguments, v: list[Tensor]) -> Tensor:
+        at_theta, of_outputs, _ = _as_functions(self._loss, at)
+        outputs, by_v = jvp(at_theta, (at.theta,), (dict(zip(self.names, v, strict=True)),))[:2]
+        return _by_row(by_v, grad(of_outputs)(outputs), batch_size((at.inputs, at.targets)))
 
     def _direct(self, at: LossArguments) -> Product:
         theta = requiring_grad(at.theta)

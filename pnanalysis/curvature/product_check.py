@@ -222,11 +222,15 @@ def _best_gap(
     op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]
 ) -> tuple[bool, float, int]:
     """The smallest gap of the steps that say something; see :func:`_gap`."""
+    if _is_rightly_zero(op, at, v, product):
+        return False, 0.0, 0
     return min(_gap(op, at, v, product, step) for step in _steps(at))
 
 
 def _confirmed_by_differences(op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]) -> bool:
     """Whether the smallest gap of the steps is small; the first step that says so spares the others."""
+    if _is_rightly_zero(op, at, v, product):
+        return True
     gaps = []
     for step in sorted(_steps(at), key=_from_the_middle):
         says_nothing, gap, _ = _gap(op, at, v, product, step)
@@ -234,6 +238,20 @@ def _confirmed_by_differences(op: CurvatureOperator, at: LossArguments, v: list[
             return True
         gaps.append((says_nothing, gap))
     return min(gaps)[1] <= _AGREED
+
+
+def _is_rightly_zero(op: CurvatureOperator, at: LossArguments, v: list[Tensor], product: list[Tensor]) -> bool:
+    """Whether a product is zero, and differences approach zero as fast as their step does.
+
+    So it is at a minimum of fourth order, where no difference is small beside the product.
+    """
+    if any(bool(part.any()) for part in product):
+        return False
+    found = []
+    for step in (steps := _steps(at)[:2]):
+        ahead, behind, _ = op._by_differences(at, v, product, step)
+        found.append(math.sqrt(sum(_length(a + b) ** 2 for a, b in zip(ahead, behind, strict=True))))
+    return found[1] <= 2 * found[0] * steps[1] / steps[0]
 
 
 def _from_the_middle(step: float) -> float:

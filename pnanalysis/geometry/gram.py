@@ -14,7 +14,7 @@ from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 
 from pnanalysis.errors import ModelError
-from pnanalysis.geometry.directions import filter_normalised
+from pnanalysis.geometry.directions import FilterNormalised
 from pnanalysis.geometry.flat_weights import FlatWeights, StateWeights
 from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.loading import WeightNames
@@ -65,7 +65,7 @@ def layer_grams(
     reference : int
         Index of the checkpoint to whose filters random directions are scaled.
     n_directions : int
-        Number R of random directions to draw (see :func:`pnanalysis.geometry.directions.filter_normalised`).
+        Number R of random directions to draw (see :class:`pnanalysis.geometry.directions.FilterNormalised`).
     seed : int
     progress : bool
 
@@ -85,14 +85,14 @@ def layer_grams(
     weights = [_reader(checkpoint, names, weight_names) for checkpoint in checkpoints]
     _check_same_architecture(weights)
     scale = weights[reference]
-    generator = torch.Generator().manual_seed(seed)
+    random = FilterNormalised(n_directions, seed)
     total = sum(prod(scale.shapes[name]) for name in names)
     with progress_bar("reading checkpoints", total, progress) as advance:
         for layer, own in layers.items():
             directions: State = {}
             if n_directions:
-                drawn = filter_normalised(((name, _whole(scale, name)) for name in own), n_directions, generator)
-                directions = {name: as_real(tensor).flatten(1) for name, tensor in drawn.items()}
+                drawn = ((name, random.of(_whole(scale, name))) for name in own)
+                directions = {name: as_real(tensor).flatten(1) for name, tensor in drawn}
             gram = _gram(weights, own, directions, n_directions, partial(advance, text=layer))
             _check_finite(gram, weights, layer)
             yield layer, gram

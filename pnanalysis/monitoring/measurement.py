@@ -149,7 +149,8 @@ class Measurement:
             values, residuals = self._hessian.pairs(op, wanted.top)
             record: Record = {"eigenvalue": values, "residual": residuals, "lambda_max": values[0]}
             if wanted.data_error:
-                record["lambda_max_se"] = self.errors.of_eigenvalue(op, values[0], self._hessian.top)
+                se = self.errors.of_eigenvalues(op, values, self._hessian.vectors)
+                record |= {"eigenvalue_se": se, "lambda_max_se": se[0]}
             record["n_parameters"] = float(op.n_parameters)
             record |= self._stability(optimizer, values[0], residuals[0], record.get("lambda_max_se"))
             if wanted.trace_probes:
@@ -160,6 +161,7 @@ class Measurement:
             if before is not None:
                 record |= self._critical(optimizer, before)
             n_hvp = op.n_hvp - n_before + self.errors.n_forms + sum(n for _, n in each)
+            record |= {"loss_se": self.errors.of_loss(op)} if wanted.data_error else {}
             return record | {"loss": op.loss(), "n_hvp": n_hvp}
         finally:
             op.release()
@@ -191,9 +193,9 @@ class Measurement:
         record |= {"preconditioned_lambda_max": values[0], "preconditioned_residual": residuals[0]}
         if se is None:
             return record
-        top = self._preconditioned.top[:, None]  # the preconditioner and the decay are no part of the examples
+        top = self._preconditioned.vectors[:, :1]  # the preconditioner and the decay are no part of the examples
         value = values[0] - float(inner_products(top, moved_operator.shift * top))
-        error = self.errors.of_eigenvalue(op, value, (moved_operator.root * top)[:, 0])
+        error = self.errors.of_eigenvalues(op, np.array([value]), moved_operator.root * top)[0]
         return record | {"preconditioned_lambda_max_se": error}
 
     def _batches(self) -> list[tuple[float, float]]:
@@ -212,14 +214,19 @@ class Measurement:
         back = op.vector_of(before) - op.vector_of(parameters)  # made with each group's own learning rate
         # each number in its own precision: a step that is lost in their round-off has no direction
         spacing = op.vector_of({name: p.detach() * torch.finfo(p.dtype).eps for name, p in parameters.items()})
-        low = high = np.nan
+        low = high = round_off = np.nan
         if rate > 0 and float(back.norm()) > float(spacing.norm()):
             round_off = self._round_off_of_loss(parameters)
             low, high = critical_scale(lambda scale: op.loss_at((1 - scale) * back), round_off)
+        scale = (low * high) ** 0.5
         low, high = 2 / (rate * high) if rate else np.nan, 2 / (rate * low) if rate else np.nan
-        return {
-            "critical_sharpness": (low * high) ** 0.5, "critical_sharpness_low": low, "critical_sharpness_high": high,
+        value = (low * high) ** 0.5
+        record: Record = {
+            "critical_sharpness": value, "critical_sharpness_low": low, "critical_sharpness_high": high,
         }  # fmt: skip
+        if self.wanted.data_error:
+            record["critical_sharpness_se"] = self.errors.of_critical_sharpness(op, back, scale, value, round_off)
+        return record
 
     def _round_off_of_loss(self, parameters: Mapping[str, Tensor]) -> float:
         """By how much the loss may change for nothing: seen where all weights move to the next numbers, up or down."""
@@ -235,6 +242,8 @@ class Measurement:
         op = self.operator
         gradient = op.gradient().double()
         record: Record = {"gradient_norm": float(gradient.norm())}
+        if self.wanted.data_error:
+            record["gradient_norm_se"] = self.errors.of_gradient_norm(op, gradient)
         sizes, weights = np.array(op.batches.sizes, dtype=float), np.array(op.batches.weights)
         if len(sizes) < 2 or not np.allclose(weights, sizes / sizes.sum()):
             return record | {"gradient_noise_scale": np.nan, "gradient_noise_scale_se": np.nan}
@@ -255,10 +264,10 @@ class _Tracked:
         self._last: Tensor | None = None
 
     @property
-    def top(self) -> Tensor:
-        """The last eigenvector ``(P,)`` of the largest eigenvalue."""
+    def vectors(self) -> Tensor:
+        """The last eigenvectors ``(P, k)``, of the largest eigenvalues."""
         assert self._last is not None
-        return self._last[:, 0]
+        return self._last
 
     def pairs(self, operator: Any, k: int) -> tuple[Array, Array]:
         """The ``k`` largest eigenvalues, NaN where they have not converged, and the residuals of all."""

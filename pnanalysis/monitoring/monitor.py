@@ -76,9 +76,10 @@ class CurvatureMonitor:
     batches : bool
         Whether to find the largest eigenvalue of each batch, too, which keeps an eigenvector for each.
     data_error : {"examples", "none"}
-        Whether to find standard errors of the largest eigenvalues, with and without preconditioner, and the trace for
-        the choice of examples, for one or two products more for each. Batch normalisation by batches has none, as every
-        example depends on its batch.
+        Whether to find standard errors for the choice of examples, ``NAME_se``: of the eigenvalues, with and without
+        preconditioner, for one or two products more for each; of the trace (its part ``trace_data_se``), the loss, the
+        norm of the gradient and the critical sharpness, for a few forward passes. ``batch_lambda_max`` has none.
+        In networks with batch normalisation by batches, whole batches take the place of examples, if there are eight.
     tolerance : float
         Largest residual of an eigenvalue relative to the largest magnitude; others are NaN.
     max_hvp : int
@@ -310,15 +311,17 @@ class CurvatureMonitor:
                     ("step", "batch"),
                     np.stack([np.pad(r, (0, most - len(r)), constant_values=np.nan) for r in rows]),
                 )
-            elif name in ("eigenvalue", "residual"):
-                ds[name] = ("step", "pair"), np.stack([record[name] for record in self._records])
+            elif name in ("eigenvalue", "eigenvalue_se", "residual"):
+                if any(name in record for record in self._records):  # not those of an earlier part without errors
+                    unknown = np.full(self._attrs["top"], np.nan)
+                    ds[name] = ("step", "pair"), np.stack([record.get(name, unknown) for record in self._records])
             elif any(name in record for record in self._records):
                 ds[name] = "step", [float(record.get(name, np.nan)) for record in self._records]
         cost, errors = self.cost, self._measurement.errors
         return schema.finish(
             ds, "curvature_monitor", **self._attrs, cost=cost if np.isfinite(cost) else None,
             n_failed=self._n_failed or None, data_error="none" if errors.reason else "examples",
-            no_data_error=errors.reason or None,
+            no_data_error=errors.note or None,
             training_seconds=self._cost.training,
         )  # fmt: skip
 

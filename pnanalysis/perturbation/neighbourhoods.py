@@ -18,7 +18,7 @@ from torch import Tensor
 from pnanalysis.errors import ModelError
 from pnanalysis.inputs.copies import as_real
 from pnanalysis.io.weights import State
-from pnanalysis.spectra.random_vectors import normal_pairs
+from pnanalysis.spectra.random_vectors import normal_numbers
 
 #: Streams of random numbers, which the seed is combined with.
 DIRECTIONS, STARTS = 1, 2
@@ -152,17 +152,10 @@ def around(radius: float, n: int) -> tuple[float, ...]:
 
 def direction(kind: str, n: int, index: int, seed: int, like: Tensor) -> Tensor:
     """A random :math:`u` ``(n,)`` for averages: the same normal numbers for all kinds, seeds and indices alike."""
-    normal = gaussian(n, index, seed, DIRECTIONS, like.device)
+    normal = normal_numbers(n, index, seed, like.device, stream=DIRECTIONS)
     if KINDS[kind].is_box:  # uniform numbers of the same ranks
         normal = torch.erf(normal / math.sqrt(2.0))
     return normal.to(like.dtype)
-
-
-def gaussian(n: int, index: int, seed: int, stream: int, device: torch.device) -> Tensor:
-    """Standard normal numbers ``(n,)`` in float64 that depend on index, seed and stream only, not on the device."""
-    key = int(np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)[0])
-    wide = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
-    return normal_pairs(torch.arange((n + 1) // 2, device=device), key, wide).flatten()[:n]
 
 
 def _is_positive(value: object) -> bool:

@@ -28,8 +28,8 @@ from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.curvature.parameters import Selection, select_parameters
 from pnanalysis.errors import CurvatureError, ModelError
 from pnanalysis.estimates import Estimate
-from pnanalysis.perturbation.neighbourhoods import gaussian
 from pnanalysis.spectra.data_error import Influence
+from pnanalysis.spectra.random_vectors import normal_numbers
 
 #: Random directions, and the most of which all are taken instead.
 N_PROBES = 64
@@ -127,7 +127,7 @@ def _probe(i: int, r: int, m: int, is_exact: bool, seed: int, device: torch.devi
         unit = torch.zeros(r * m, dtype=torch.float64, device=device)
         unit[i] = 1.0
         return unit.reshape(r, m)
-    signs = gaussian(r * m, i, seed, _PROBES, device).sign()
+    signs = normal_numbers(r * m, i, seed, device, stream=_PROBES).sign()
     return torch.where(signs == 0, 1.0, signs).double().reshape(r, m)
 
 

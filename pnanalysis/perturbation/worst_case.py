@@ -15,8 +15,9 @@ from pnanalysis.errors import DataError, ModelError
 from pnanalysis.inputs.batches import batch_size, can_cut, cut
 from pnanalysis.perturbation.ascent import Objective, ascend
 from pnanalysis.perturbation.mean_loss import MeanLoss, batch_weight
-from pnanalysis.perturbation.neighbourhoods import KINDS, STARTS, Neighbourhoods, gaussian, scale_of
+from pnanalysis.perturbation.neighbourhoods import KINDS, STARTS, Neighbourhoods, scale_of
 from pnanalysis.sampling.stacked_gradients import StackedGradients
+from pnanalysis.spectra.random_vectors import normal_numbers
 from pnanalysis.terminal.progress import Advance
 
 #: Radii of each kind of neighbourhood, ascending, as many of each.
@@ -166,7 +167,7 @@ def _starts(kind: str, within: Neighbourhoods, how: WorstCase) -> Tensor:
     n, device = len(within.centre), within.centre.device
     starts = torch.zeros(how.n_starts, n, dtype=within.centre.dtype, device=device)
     for i in range(1, how.n_starts):
-        normal = gaussian(n, i, how.seed, STARTS, device)
+        normal = normal_numbers(n, i, how.seed, device, stream=STARTS)
         u = normal.sign() if KINDS[kind].is_box else normal / normal.norm()
         starts[i] = u.to(starts.dtype)
     return starts

@@ -38,7 +38,8 @@ def blocks(ds: xr.Dataset) -> Figure:
     -------
     Figure
         Bars are 95 % intervals, whose thick part is from the random signs alone. Couplings that are not above zero by
-        two standard errors are white. Diagonals of distances between spectra are what chance alone gives.
+        two standard errors are white. Diagonals of distances between spectra are what chance alone gives; pairs with
+        a dot have 95 % intervals that reach down to that.
     """
     ds = ds if "checkpoint" in ds.dims else ds.expand_dims(checkpoint=[""])
     n = ds.sizes["block"]
@@ -116,7 +117,10 @@ def _matrices(ds: xr.Dataset, figure: SubFigure) -> None:
     for ax, name, label in zip(axes[1:], _DISTANCES, _DISTANCES.values(), strict=False) if has_spectra else ():
         values = ds[name].isel(checkpoint=0).values
         _heat_map(ax, values, ds, top=float(np.nanmax(values)) or 1.0)
-        ax.set_title(f"{label}\nof spectra; diagonal: by chance", loc="left", fontsize=7)
+        doubtful = np.argwhere(_reach_chance(ds.isel(checkpoint=0), name)) + 0.5
+        ax.plot(doubtful[:, 1], doubtful[:, 0], "o", color="white", mec="black", mew=0.4, ms=3, ls="")
+        dots = "; dot: reaches it" if len(doubtful) else ""
+        ax.set_title(f"{label}\ndiagonal: chance{dots}", loc="left", fontsize=7)
         ax.set_label(name)
 
 
@@ -126,6 +130,15 @@ def _relative(ds: xr.Dataset) -> Array:
     size = np.sqrt(np.where(values > 2 * se, values, np.nan))
     own = np.sqrt(np.diagonal(size))
     found: Array = size / np.outer(own, own)
+    return found
+
+
+def _reach_chance(ds: xr.Dataset, name: str) -> Array:
+    """Of which pairs of blocks the interval of a distance reaches down to that of one block by chance."""
+    if f"{name}_low" not in ds:
+        return np.zeros(ds[name].shape, dtype=bool)
+    own = np.diagonal(ds[name].values)
+    found: Array = ds[f"{name}_low"].values <= np.maximum(own[:, None], own)  # False on the diagonal, which has none
     return found
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from pnanalysis.plots.style import (
     BLACK,
@@ -29,6 +31,7 @@ from pnanalysis.plots.style import (
     new_figure,
 )
 
+_SAMPLE = "#555555"  # of the band in the legend
 _HESSIAN = "$\\lambda_{\\max}$ of the Hessian [loss]"
 
 
@@ -36,7 +39,8 @@ def curvature_monitor(ds: xr.Dataset) -> Figure:
     """The largest eigenvalue that the optimizer sees with its threshold, those of the Hessian, loss and gradient.
 
     Critical sharpness is beside the eigenvalue that bounds it for quadratic losses. Of several iterations of a run, the
-    plain one and the champion are in colour, the others in grey.
+    plain one and the champion are in colour, the others in grey. Bands are one standard error for the choice of
+    examples, around critical sharpness beyond the interval that it is in; of single batches, 10 to 90 %.
 
     Parameters
     ----------
@@ -61,6 +65,7 @@ def curvature_monitor(ds: xr.Dataset) -> Figure:
     spectrum.set_ylabel("eigenvalues [loss]")
     for ax, name, colour in ((loss, "loss", BLUE), (gradient, "gradient_norm", GREEN)):
         ax.plot(ds.step, ds[name], color=colour, **_marks(ds))
+        _band(ax, ds, name, colour)
         ax.set_ylabel({"loss": "loss", "gradient_norm": "norm of the gradient [loss]"}[name])
         ax.set_xlabel("step of the optimizer")
         found = ds[name].values[np.isfinite(ds[name].values)]
@@ -90,7 +95,7 @@ def _of_iterations(ds: xr.Dataset) -> Figure:
             log_axis(ax, float(heights.min()), float(heights.max()))
     for ax in axes[1]:
         ax.set_xlabel("step of the optimizer")
-    _legend(axes[0, 0])
+    _legend(axes[0, 0], ds)
     figure.align_ylabels()
     return figure
 
@@ -106,6 +111,8 @@ def _along_iterations(ds: xr.Dataset, name: str, ax: Axes) -> None:
         found = ds[name].sel(iteration=i).dropna("step")
         grey = {"color": OTHERS, "lw": 0.7, "label": "other iterations" if i == first else None}
         ax.plot(found.step, found, **looks.get(i, grey), marker=few(found.sizes["step"]), ms=3)
+        if i in looks:
+            _band(ax, ds.sel(iteration=i, step=found.step), name, looks[i]["color"])
 
 
 def _is_adaptive(ds: xr.Dataset) -> bool:
@@ -116,37 +123,45 @@ def _stability(ds: xr.Dataset, ax: Axes) -> None:
     """The preconditioned eigenvalue and its threshold; that of the Hessian where there is none."""
     if "preconditioned_lambda_max" not in ds or not bool(ds.preconditioned_lambda_max.notnull().any()):
         ax.plot(ds.step, ds.lambda_max, color=VERMILION, **_marks(ds))
+        _band(ax, ds, "lambda_max", VERMILION)
         ax.set_ylabel(_HESSIAN)
         if _critical(ds, ax):
             ax.lines[0].set_label("largest eigenvalue")
-            _legend(ax)
+            _legend(ax, ds)
         return
     ax.plot(ds.step, ds.preconditioned_lambda_max, color=VERMILION, label="largest eigenvalue", **_marks(ds))
-    if "preconditioned_lambda_max_se" in ds:
-        value, se = ds.preconditioned_lambda_max, ds.preconditioned_lambda_max_se
-        ax.fill_between(ds.step, value - se, value + se, color=VERMILION, alpha=0.25, linewidth=0)
+    _band(ax, ds, "preconditioned_lambda_max", VERMILION)
     threshold = ds.threshold.where(np.isfinite(ds.threshold))  # infinite where the learning rate is 0
     ax.plot(ds.step, threshold, color=BLACK, linestyle="--", linewidth=0.9, label="stability threshold")
     _critical(ds, ax)
     ax.set_ylabel("preconditioned $\\lambda_{\\max}$ [loss]" if _is_adaptive(ds) else _HESSIAN)
     ax.set_ylim(bottom=min(0.0, 1.1 * float(ds.preconditioned_lambda_max.min())))
-    _legend(ax)
+    _legend(ax, ds)
 
 
-def _legend(ax: Axes) -> None:
+def _legend(ax: Axes, ds: xr.Dataset) -> None:
     """Above the panels, as curves may be anywhere in this one."""
     assert isinstance(ax.figure, Figure)
-    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    handles: list[Artist] = [*ax.get_legend_handles_labels()[0]]
+    if "lambda_max_se" in ds:
+        handles.append(Patch(color=_SAMPLE, alpha=0.25, lw=0, label="± 1 standard error"))
+    ax.figure.legend(handles=handles, loc="outside upper left", ncols=4)
 
 
 def _critical(ds: xr.Dataset, ax: Axes) -> bool:
-    """Critical sharpness with the interval that it is in, where there is any; says whether it is drawn."""
+    """Critical sharpness, where there is any, with the interval that it is in and an outer band of one standard error
+    beyond; says whether it is drawn.
+    """
     if "critical_sharpness" not in ds or not bool(ds.critical_sharpness.notnull().any()):
         return False
     found = ds.dropna("step", subset=["critical_sharpness"])
     ax.fill_between(
         found.step, found.critical_sharpness_low, found.critical_sharpness_high, color=SKY, alpha=0.35, linewidth=0
     )
+    if "critical_sharpness_se" in found:
+        se = found.critical_sharpness_se
+        low, high = found.critical_sharpness_low - se, found.critical_sharpness_high + se
+        ax.fill_between(found.step, low, high, color=SKY, alpha=0.2, linewidth=0)
     ax.plot(found.step, found.critical_sharpness, color=SKY, linestyle=":", label="critical sharpness", **_marks(ds))
     return True
 
@@ -156,8 +171,16 @@ def _curves(ds: xr.Dataset, values: xr.DataArray, ax: Axes) -> None:
         looks: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
         looks["marker"] = few(ds.sizes["step"]) and MARKERS[i % len(MARKERS)]
         ax.plot(ds.step, values.sel(pair=pair), label=f"{pair}", **looks)
+        _band(ax, ds.sel(pair=pair), "eigenvalue", looks["color"])
     if ds.sizes["pair"] > 1:
         ax.legend(title="rank", ncols=min(ds.sizes["pair"], 5))
+
+
+def _band(ax: Axes, ds: xr.Dataset, name: str, colour: str) -> None:
+    """One standard error to either side, for the choice of examples, where that is known."""
+    if f"{name}_se" in ds:
+        value, se = ds[name], ds[f"{name}_se"]
+        ax.fill_between(ds.step, value - se, value + se, color=colour, alpha=0.25, linewidth=0)
 
 
 def _marks(ds: xr.Dataset) -> dict[str, Any]:

@@ -145,8 +145,8 @@ ENTRIES: dict[str, tuple[Entry, ...]] = {
             "Traces and Frobenius norms of the blocks on the diagonal, and the part of its energy that each block "
             "shares with others, with 95 % intervals whose thick part is from random signs alone; below, the norms of "
             "blocks off the diagonal relative to those on it. Where there are any, distances between the spectra of "
-            "blocks, whose diagonal is what chance alone gives, and what rounding the weights of one block does to the "
-            "loss.",
+            "blocks, whose diagonal is what chance alone gives (a dot: the 95 % interval reaches down to it), and what "
+            "rounding the weights of one block does to the loss.",
         ),
     ),
     "saturation": (

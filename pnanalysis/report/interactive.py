@@ -17,7 +17,7 @@ import xarray as xr
 
 from pnanalysis.analyses.trajectory import WHOLE
 from pnanalysis.plots.style import CHAMPION, COLOURS, PLAIN, QUIET, label
-from pnanalysis.report.datasets import BAD_DATASET, RunDatasets
+from pnanalysis.report.datasets import BAD_DATASET, GivenDatasets, RunDatasets
 
 ALL = "all"
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -55,8 +55,8 @@ class Explorer:
         return json.dumps({"data": self.traces, "layout": self.layout}).replace("<", "\\u003c")
 
 
-def explorers(datasets: RunDatasets) -> Iterator[Explorer]:
-    """Every interactive figure that the run's datasets allow."""
+def explorers(datasets: RunDatasets | GivenDatasets) -> Iterator[Explorer]:
+    """Every interactive figure that the datasets allow."""
     makers = {"history": _history, "hessian": _hessian, "saturation": _saturation, "trajectory": _trajectory}
     for kind, ds in datasets.readable().items():
         # saturation of checkpoints without a training has no epochs to follow

@@ -14,25 +14,26 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pnanalysis.errors import RunError
-from pnanalysis.io import netcdf, zarr_store
+from pnanalysis.io import netcdf
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.runs import Run
-from pnanalysis.report.datasets import RunDatasets, Study, studies
+from pnanalysis.report.datasets import Given, GivenDatasets, RunDatasets, Study, studies
 from pnanalysis.report.figures import pictures
 from pnanalysis.report.interactive import explorers
-from pnanalysis.report.tables import rows, sentences
+from pnanalysis.report.tables import cells, sentences
 from pnanalysis.schema import provenance
 
 _DOWNLOAD_LIMIT = 4_000_000  # bytes of a file above which the page only names it
 
 
-def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-    """Write one self-contained HTML page about runs and the results of their analyses.
+def write_report(given: Sequence[Given], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+    """Write one self-contained HTML page about runs and the results of their analyses, or about any datasets.
 
     Parameters
     ----------
-    runs : sequence of Run
-        A restart run with the same recipe, model and data as another run is shown as its control.
+    given : sequence of Run, Dataset, or path of a run or dataset
+        A restart run with the same recipe, model and data as another run is shown as its control. Datasets that do not
+        lie in a run, such as those of networks in memory, are shown together, after the runs.
     path : path
     title : str, optional
 
@@ -42,12 +43,12 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: st
 
     Raises
     ------
-    RunError
-        If there is no run, or one has not been trained for an epoch.
+    RunError, SchemaError
+        If there is nothing to report on, a run has not been trained for an epoch, or a dataset cannot be read.
     """
-    if not runs:
-        raise RunError("no run to report on; name at least one run")
-    found = studies(runs)
+    if not given:
+        raise RunError("nothing to report on; name at least one run or dataset")
+    found = studies(given)
     environment = Environment(
         loader=PackageLoader("pnanalysis.report"), autoescape=select_autoescape(["html", "j2"]), trim_blocks=True,
         lstrip_blocks=True,
@@ -55,7 +56,8 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: st
     html = environment.get_template("report.html.j2").render(
         title=title or "Minima of " + ", ".join(study.main.name for study in found),
         sentences=[sentence for study in found for sentence in sentences(study)],
-        table=[row.cells() for study in found for row in rows(study)],
+        table=cells(found),
+        has_runs=any(isinstance(study.main, RunDatasets) for study in found),
         studies=[_section(study) for study in found],
         plotly=Markup(get_plotlyjs()),
         made=provenance(),
@@ -76,9 +78,16 @@ def _section(study: Study) -> dict[str, Any]:
             for p in pictures(study)
         ],
         "explorers": list(explorers(study.main)),
-        "runs": [_facts(member.run) for member in members],
+        "sources": [facts for member in members for facts in _sources(member)],
         "downloads": [entry for member in members for entry in _downloads(member)],
     }
+
+
+def _sources(member: RunDatasets | GivenDatasets) -> list[dict[str, Any]]:
+    """How a run was trained, or how each of the datasets was computed."""
+    if isinstance(member, RunDatasets):
+        return [_facts(member.run)]
+    return [{"dataset": name} | ds.attrs for name, ds in member.readable().items()]
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -100,13 +109,14 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _downloads(member: RunDatasets) -> list[dict[str, Any]]:
+def _downloads(member: RunDatasets | GivenDatasets) -> list[dict[str, Any]]:
     """The datasets as files, written anew from what was read: nothing else can come into the page."""
     found: list[dict[str, Any]] = []
     for kind, ds in member.readable().items():
-        if member.run.files[kind].suffix == zarr_store.SUFFIX:  # a folder
+        if member.is_store(kind):
             continue
         content = netcdf.as_bytes(ds)
         data = base64.b64encode(content).decode() if len(content) <= _DOWNLOAD_LIMIT else ""
-        found.append({"name": f"{member.name}-{kind}.nc", "size": f"{len(content) / 1000:,.0f} kB", "data": data})
+        name = f"{member.name}-{kind}" if isinstance(member, RunDatasets) else kind
+        found.append({"name": f"{name}.nc", "size": f"{len(content) / 1000:,.0f} kB", "data": data})
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +12,10 @@ import xarray as xr
 
 from pnanalysis.analyses.diagnostics import estimate_of
 from pnanalysis.analyses.significant_differences import with_p_values
+from pnanalysis.analyses.verdict import verdict
 from pnanalysis.estimates import Estimate, proportion
 from pnanalysis.io.runs import Checkpoint, Run
-from pnanalysis.report.datasets import RunDatasets, Study, own_rows, studies
+from pnanalysis.report.datasets import Given, GivenDatasets, RunDatasets, Study, own_rows, studies
 from pnanalysis.schema import error_kind
 
 
@@ -27,11 +28,11 @@ class _End(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One end point in the table."""
+    """One end point in the table, or a network that belongs to no run: these have neither study nor iteration."""
 
     study: str
     name: str
-    iteration: int
+    iteration: int | None
     loss: Estimate
     validation: Estimate
     test: Estimate
@@ -41,8 +42,8 @@ class Row:
     def cells(self) -> dict[str, str]:
         """Column title to printed value."""
         return {
-            "network": f"{self.study}: {self.name}",
-            "iteration": str(self.iteration),
+            "network": f"{self.study}: {self.name}" if self.study else self.name,
+            "iteration": "–" if self.iteration is None else str(self.iteration),
             "training loss": self.loss.text(),
             "validation error": self.validation.text(),
             "test error": self.test.text(),
@@ -51,19 +52,31 @@ class Row:
         }
 
 
-def summary_table(runs: Sequence[Run]) -> list[dict[str, str]]:
+def summary_table(given: Sequence[Given]) -> list[dict[str, str]]:
     """The table as printed, a mapping from column title to text for each end point."""
-    return [row.cells() for study in studies(runs) for row in rows(study)]
+    return cells(studies(given))
 
 
-def summary_sentences(runs: Sequence[Run]) -> list[str]:
+def cells(found: Sequence[Study]) -> list[dict[str, str]]:
+    """The table as printed, without the columns that are for runs if there is no run."""
+    table = [row for study in found for row in rows(study)]
+    for_runs = {"iteration"} if all(row.iteration is None for row in table) else set()
+    return [{title: text for title, text in row.cells().items() if title not in for_runs} for row in table]
+
+
+def summary_sentences(given: Sequence[Given]) -> list[str]:
     """The table in words, as the report has them."""
-    return [sentence for study in studies(runs) for sentence in sentences(study)]
+    return [sentence for study in studies(given) for sentence in sentences(study)]
 
 
 def rows(study: Study) -> list[Row]:
-    """Plain model, champion and best restart of a study; the challenger where the champion is the plain model."""
+    """Plain model, champion and best restart of a study; the challenger where the champion is the plain model.
+
+    Of datasets that belong to no run, every checkpoint.
+    """
     main, control = study
+    if isinstance(main, GivenDatasets):
+        return network_rows(main)
     run, strategy = main.run, main.run.manifest.get("strategy", "")
     if strategy == "restart":
         table = [_row(main, "plain", run.plain), _row(main, "best restart", run.champion)]
@@ -84,6 +97,9 @@ def rows(study: Study) -> list[Row]:
 def sentences(study: Study) -> Iterator[str]:
     """The table in words; what may be chance is called not significant."""
     main, control = study
+    if isinstance(main, GivenDatasets):
+        yield from network_sentences(main)
+        return
     name, run = main.name, main.run
     plain, (best, role) = _End(main, run.plain), _best(main, run.contenders[1])
     is_other = best.checkpoint != plain.checkpoint
@@ -105,7 +121,80 @@ def sentences(study: Study) -> Iterator[str]:
             )
     spectra = [_spectrum_at(end) for end in (plain, best)]
     if is_other and spectra[0] is not None and spectra[1] is not None:
-        yield _spectrum_sentence(name, role, spectra[0], spectra[1])
+        text = _spectrum_sentence(("the plain model", role), (spectra[0], spectra[1]))
+        yield f"{name}: {text[0].lower()}{text[1:]}"
+
+
+def network_rows(datasets: GivenDatasets) -> list[Row]:
+    """The checkpoints of comparisons and spectra, with as much as these tell.
+
+    The first of each are put together; those of further datasets have the dataset's name.
+    """
+    compared, curved = _of_kind(datasets, "comparison"), _of_kind(datasets, "hessian")
+    (_, first), (_, spectra) = (next(iter(found.items()), ("", None)) for found in (compared, curved))
+    rows = _rows_of(first, spectra)
+    for found in (compared, curved):
+        for key, ds in list(found.items())[1:]:
+            own = _rows_of(ds, None) if found is compared else _rows_of(None, ds)
+            rows += [replace(row, name=f"{row.name} ({key})") for row in own]
+    return rows
+
+
+def network_sentences(datasets: GivenDatasets) -> Iterator[str]:
+    """What comparisons find; without one, the spectra of each network beside that of the first."""
+    judged = [*_of_kind(datasets, "champion").values(), *_of_kind(datasets, "comparison").values()]
+    for ds in judged:
+        yield from verdict(ds)
+    for spectra in () if judged else _of_kind(datasets, "hessian").values():
+        (first, at_first), *others = _by_checkpoint(spectra).items()
+        for name, at in others:
+            yield _spectrum_sentence((first, name), (at_first, at))
+
+
+def _of_kind(datasets: GivenDatasets, kind: str) -> dict[str, xr.Dataset]:
+    """Those of a kind, without spectra of layers."""
+    found = {key: ds for key, ds in datasets.readable().items() if ds.attrs.get("kind") == kind}
+    return {key: ds for key, ds in found.items() if kind != "hessian" or "layer" not in ds.coords}
+
+
+def _rows_of(comparison: xr.Dataset | None, spectra: xr.Dataset | None) -> list[Row]:
+    compared, curved = ({} if ds is None else _by_checkpoint(ds) for ds in (comparison, spectra))
+    nothing = xr.Dataset()
+    rows = []
+    for name in dict.fromkeys((*curved, *compared)):
+        functions, curvature = compared.get(name, nothing), curved.get(name, compared.get(name, nothing))
+        rows.append(
+            Row(
+                study="",
+                name=name,
+                iteration=None,
+                loss=_at_split(functions, "loss", "train"),
+                validation=_error_at(functions, "validation"),
+                test=_error_at(functions, "test"),
+                lambda_max=_number(curvature, "lambda_max"),
+                trace=_number(curvature, "trace"),
+            )
+        )
+    return rows
+
+
+def _by_checkpoint(ds: xr.Dataset) -> dict[str, xr.Dataset]:
+    return {str(name): ds.isel(checkpoint=i) for i, name in enumerate(ds.checkpoint.values)}
+
+
+def _number(at: xr.Dataset, name: str) -> Estimate:
+    return estimate_of(at, name) if name in at else Estimate(math.nan)
+
+
+def _at_split(at: xr.Dataset, name: str, split: str) -> Estimate:
+    if name not in at or split not in at.split.values:
+        return Estimate(math.nan)
+    return estimate_of(at.sel(split=split), name)
+
+
+def _error_at(at: xr.Dataset, split: str) -> Estimate:
+    """An error rate in per cent, or a squared error."""
+    return replace(_at_split(at, "error", split), percent="classes" in at.attrs)
 
 
 def _best(datasets: RunDatasets, name: str) -> tuple[_End, str]:
@@ -206,13 +295,11 @@ def _spectrum_at(end: _End) -> xr.Dataset | None:
     return spectra.isel(checkpoint=int(np.argmax(is_end))) if is_end.any() else None
 
 
-def _spectrum_sentence(name: str, role: str, plain: xr.Dataset, best: xr.Dataset) -> str:
-    top, trace = (
-        " and ".join(estimate_of(at, number).text() for at in (plain, best)) for number in ("lambda_max", "trace")
-    )
+def _spectrum_sentence(names: tuple[str, str], spectra: tuple[xr.Dataset, xr.Dataset]) -> str:
+    top, trace = (" and ".join(estimate_of(at, number).text() for at in spectra) for number in ("lambda_max", "trace"))
     return (
-        f"{name}: the largest Hessian eigenvalues of the plain model and {role} are {top}, the traces {trace}. "
-        f"{_outliers_in_words([plain, best])}."
+        f"The largest Hessian eigenvalues of {' and '.join(names)} are {top}, the traces {trace}. "
+        f"{_outliers_in_words(spectra)}."
     )
 
 

@@ -10,8 +10,10 @@ that is reported is :math:`(d_{01} + d_{10}) / 2`. How it varies with either hal
 .. math:: s^2 = \tfrac{1}{16} \left[ (d_{00} + d_{01} - d_{10} - d_{11})^2 + (d_{00} + d_{10} - d_{01} - d_{11})^2
     \right],
 
-of at most two degrees of freedom, which includes probes and examples. Examples that move both blocks alike leave a
-distance as it is, and make this error too large rather than too small.
+which includes probes and examples. Of its two terms :math:`a` and :math:`b` each has one degree of freedom, so that the
+sum has :math:`(a + b)^2 / (a^2 + b^2)` [1]_: two where both blocks scatter alike, one where all is of one of them.
+Intervals are Student's, cut off where no distance can be: below zero, and divergences above :math:`\log 2`. Examples
+that move both blocks alike leave a distance as it is, and make this error too large rather than too small.
 
 The Jensen-Shannon divergence is that of the distributions of :math:`\mathrm{asinh}(\lambda / \lambda_0)`: eigenvalues
 above :math:`\lambda_0` in size differ by their ratio, and those below by their difference. The Wasserstein-1 distance
@@ -19,6 +21,9 @@ is in units of eigenvalues.
 
 References
 ----------
+.. [1] F. E. Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics Bulletin 2
+   (1946) 110.
+
 Y. Zhang, C. Chen, T. Ding, Z. Li, R. Sun, Z.-Q. Luo, "Why Transformers Need Adam: A Hessian Perspective",
 arXiv:2402.16788.
 """
@@ -36,6 +41,7 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from pnanalysis.arrays import Array
+from pnanalysis.estimates import Estimate
 from pnanalysis.spectra.linear_operator import (
     LinearOperator,
     arithmetic,
@@ -93,7 +99,7 @@ def spectrum_distances(halves: Sequence[Sequence[xr.Dataset]]) -> xr.Dataset:
     -------
     xarray.Dataset
         ``js_divergence`` and ``wasserstein1`` (block, other), on whose diagonals stands what chance alone gives; their
-        standard errors ``NAME_se``, NaN on the diagonal;
+        standard errors ``NAME_se`` and the ends ``NAME_low`` and ``NAME_high`` of 95 % intervals, NaN on the diagonal;
         ``spectrum_node`` and ``spectrum_weight`` (half, block, quadrature), padded with NaN; and the attribute
         ``small_eigenvalue``.
     """
@@ -103,33 +109,46 @@ def spectrum_distances(halves: Sequence[Sequence[xr.Dataset]]) -> xr.Dataset:
     grid, densities = _densities(measures, small)
     dims = ("block", "other")
     ds = xr.Dataset(attrs={"small_eigenvalue": small})
-    for name, (value, se) in (
-        ("js_divergence", _table(partial(_divergence, grid=grid), densities)),
-        ("wasserstein1", _table(_wasserstein, measures)),
+    for name, distance, of, most in (
+        ("js_divergence", partial(_divergence, grid=grid), densities, np.log(2)),
+        ("wasserstein1", _wasserstein, measures, np.inf),
     ):
-        ds[name], ds[f"{name}_se"] = (dims, value), (dims, se)
+        for end, values in zip(("", "_se", "_low", "_high"), _table(distance, of, most), strict=True):
+            ds[f"{name}{end}"] = dims, values
     longest = max(len(node) for half in measures for node, _ in half)
     table = np.full((2, 2, n, longest), np.nan)
     for i, half in enumerate(measures):
         for k, parts in enumerate(half):
-            for of, values in zip(table, parts, strict=True):
-                of[i, k, : len(values)] = values
+            for into, own in zip(table, parts, strict=True):
+                into[i, k, : len(own)] = own
     for name, values in zip(("spectrum_node", "spectrum_weight"), table, strict=True):
         ds[name] = ("half", "block", "quadrature"), values
     return ds
 
 
-def _table(distance: Callable[[Any, Any], float], of: Sequence[Sequence[Any]]) -> tuple[Array, Array]:
-    """Distances between the halves of all pairs of blocks, and their standard errors, ``(block, other)`` each."""
+def _table(distance: Callable[[Any, Any], float], of: Sequence[Sequence[Any]], most: float) -> Array:
+    """Distances between the halves of all pairs of blocks, their standard errors, and the ends of their intervals.
+
+    ``(number, block, other)``; no distance is above ``most``.
+    """
     n = len(of[0])
-    value, se = np.zeros((n, n)), np.full((n, n), np.nan)
+    table = np.full((4, n, n), np.nan)
     for k in range(n):
-        value[k, k] = distance(of[0][k], of[1][k])
+        table[0, k, k] = distance(of[0][k], of[1][k])
         for m in range(k):
             found = np.array([[distance(of[i][k], of[j][m]) for j in (0, 1)] for i in (0, 1)])
-            value[k, m] = value[m, k] = (found[0, 1] + found[1, 0]) / 2
-            se[k, m] = se[m, k] = np.hypot(*(np.diff(found.sum(axis))[0] for axis in (0, 1))) / 4
-    return value, se
+            table[:, k, m] = table[:, m, k] = _across_halves(found, most)
+    return table
+
+
+def _across_halves(found: Array, most: float) -> list[float]:
+    """Of the distances ``(2, 2)`` between halves of two blocks: value, error, and the ends of the interval."""
+    parts = np.array([np.diff(found.sum(axis))[0] for axis in (0, 1)]) ** 2 / 16
+    shares = parts / (parts.max() or 1.0)
+    dof = shares.sum() ** 2 / ((shares**2).sum() or 1.0)
+    estimate = Estimate(float(found[0, 1] + found[1, 0]) / 2, float(np.sqrt(parts.sum())), dof=float(dof))
+    low, high = estimate.interval()
+    return [estimate.value, estimate.se, max(low, 0.0), min(high, most)]
 
 
 def _measure(ds: xr.Dataset) -> tuple[Array, Array]:

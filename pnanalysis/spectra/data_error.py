@@ -197,6 +197,20 @@ class DataForms:
         )
 
 
+def weights_of_groups(operator: Any) -> Array:
+    """Weights of an operator's groups of examples, ``(group,)``.
+
+    Raises
+    ------
+    CurvatureError
+        If there are too few groups to tell an error by.
+    """
+    weight: Array = np.asarray(operator.group_weights)
+    if len(weight) < FEWEST_GROUPS:
+        raise CurvatureError(f"there are {len(weight)} groups of examples, fewer than {FEWEST_GROUPS}")
+    return weight
+
+
 def variance_of_forms(weight: Array, form: Array) -> Array:
     """Variance of numbers over samples of as many groups, ``(...)``; NaN for fewer than :data:`FEWEST_GROUPS`.
 

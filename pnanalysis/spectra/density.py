@@ -23,8 +23,8 @@ from pnanalysis.spectra.deflation import sample_spectrum
 from pnanalysis.spectra.density_error import density_with_error
 from pnanalysis.spectra.forecast import Forecast
 from pnanalysis.spectra.half_samples import contrasts_of_means, has_half_samples, sample_examples
-from pnanalysis.spectra.linear_operator import LinearOperator, as_operator, round_off
-from pnanalysis.spectra.memory import MODES, Storage, basis_limit
+from pnanalysis.spectra.linear_operator import as_operator, round_off
+from pnanalysis.spectra.memory import MODES, Storage, memory_limit
 from pnanalysis.spectra.moments import coupling_left, moments
 from pnanalysis.spectra.plan import planned_work, with_basis_that_fits
 from pnanalysis.spectra.quadrature import Extremes, SpectralMeasure, all_ritz_values, averaged_rule, extremes, ritz
@@ -200,7 +200,7 @@ def spectral_density(
         deflate,
         seed,
         Storage(dtype, place, part=None if part.is_all else part),
-        _limit(operator, dtype, place, max_memory_bytes),
+        memory_limit(operator, dtype, place, max_memory_bytes),
         symmetry_tolerance,
         None if state is None else Path(state),
         save_every,
@@ -246,13 +246,6 @@ def spectral_density(
     if targets is not None:
         attributes |= {"until": targets, "until_reached": sample.method == "exact" or sample.until_reached}
     return schema.finish(with_data_errors(ds), "spectral_density", deflate=settings.deflate, **attributes, **ds.attrs)
-
-
-def _limit(operator: LinearOperator, dtype: torch.dtype, device: torch.device, max_memory_bytes: int | None) -> int:
-    """The most memory for bases; the least of several processes, which must keep them in the same way."""
-    part = part_of(operator)
-    n_held = operator.shape[0] if part.is_all or part.n_whole else part.largest
-    return int(processes_of(operator).least(basis_limit(n_held, dtype, device, max_memory_bytes)))
 
 
 def _amounts(

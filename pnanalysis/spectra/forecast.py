@@ -7,7 +7,8 @@ is checked and traced; the second tells the time, and both the memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ _MEASURED = 2
 _ALIVE = 2
 #: Entries and vectors of the basis that Gram-Schmidt is timed on: more than fits into caches, and soon done.
 _ENTRIES, _VECTORS = 2**20, 8
+#: Where forecasts are noted that are said.
+_NOTES: list[list[Forecast]] = []
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,8 @@ class Forecast:
             if len(self._steps) == _MEASURED or self._done >= self._work.n_products:
                 self.enabled = False
                 write_line(self._line())
+                for notes in _NOTES:
+                    notes.append(self)
         else:  # an interrupted call had done them, and a product has told that the operator is the same
             self._restored += steps
         self._pending = 0
@@ -264,6 +269,17 @@ class _Watched:
         return getattr(self._operator, name)
 
 
+@contextmanager
+def forecasts() -> Iterator[list[Forecast]]:
+    """Those that are said within the body, to be compared with what came."""
+    notes: list[Forecast] = []
+    _NOTES.append(notes)
+    try:
+        yield notes
+    finally:
+        _NOTES[:] = [one for one in _NOTES if one is not notes]  # equal ones may be those of another use
+
+
 def _seconds_per_vector(work: Work) -> float:
     """What Gram-Schmidt takes for each vector that it projects off, timed on a piece."""
     storage = work.storage
@@ -288,4 +304,4 @@ def _count(n: int) -> str:
     return f"{n:,}"
 
 
-__all__ = ["Forecast", "Work"]
+__all__ = ["Forecast", "Work", "forecasts"]

@@ -100,6 +100,15 @@ def coordinates(basis: Tensor, V: Tensor, add: Add = ALONE.add) -> Tensor:
     return add(total)
 
 
+def residual_gram(product: Tensor, V: Tensor, value: Tensor) -> Tensor:
+    """Inner products of the residuals ``HV - V diag(value)``, of products and vectors ``(P, k)``: ``(k, k)``."""
+    total = _zeros(V, V.shape[1], V.shape[1])
+    for chunk in _chunks(V, [V]):
+        rest = product[chunk] - V[chunk] * value
+        total = total + _widened(_coordinates(rest, rest))
+    return total
+
+
 def combinations(basis: Tensor, coordinates: Tensor) -> Tensor:
     """Vectors ``(P, c)`` with the given coordinates ``(n, c)`` in a basis ``(P, n)``; in the dtype of the former."""
     if basis.dtype == coordinates.dtype:

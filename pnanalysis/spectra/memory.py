@@ -21,6 +21,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.spectra.free_memory import free_bytes
 from pnanalysis.spectra.linear_operator import ROUND_OFF, empty_columns
 from pnanalysis.spectra.scratch import scratch_folder
-from pnanalysis.spectra.sharing import Part
+from pnanalysis.spectra.sharing import Part, part_of, processes_of
 
 #: In the order in which they are tried: from the most accurate and fastest to what fits anywhere.
 MODES = ("memory", "half", "disk", "none")
@@ -144,6 +145,13 @@ def basis_limit(n_held: int, dtype: torch.dtype, device: torch.device, max_memor
     if max_memory_bytes is None:
         return int(DEFAULT_FRACTION * free)
     return min(max_memory_bytes, max(free - _OPERATOR_VECTORS * n_held * dtype.itemsize, 0))
+
+
+def memory_limit(operator: Any, dtype: torch.dtype, device: torch.device, max_memory_bytes: int | None = None) -> int:
+    """:func:`basis_limit` for an operator; the least of several processes, which must keep bases in the same way."""
+    part = part_of(operator)
+    n_held = operator.shape[0] if part.is_all or part.n_whole else part.largest
+    return int(processes_of(operator).least(basis_limit(n_held, dtype, device, max_memory_bytes)))
 
 
 def probes_at_once(

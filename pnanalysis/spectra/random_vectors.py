@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pnanalysis.spectra.inner_products import wide_dtype
 from pnanalysis.spectra.linear_operator import LinearOperator, empty_columns
 from pnanalysis.spectra.sharing import ALONE, Part, part_of
 
 #: Pairs of entries that are drawn at a time.
 _CHUNK = 2**17
-#: Keeps the keys of sign vectors apart from those of vectors on the sphere.
-_SIGNS = 1
+#: Keep the keys of sign vectors and of normal numbers apart from those of vectors on the sphere, and these from streams
+#: that callers name.
+_SIGNS, _NORMAL = 1, 2**16
 #: Of SplitMix64, as signed numbers of 64 bits.
 _STEP, _FIRST, _SECOND = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -65,8 +67,24 @@ def random_signs(n_parameters: int, indices: Iterable[int], seed: int, device: t
     return signs
 
 
+def normal_numbers(
+    n: int, index: int, seed: int, device: torch.device, *, stream: int = _NORMAL, first: int = 0
+) -> Tensor:
+    """Independent normal numbers ``(n,)``, from place ``2 first`` on of vector ``index`` of a stream, in float64.
+
+    In float32 on Metal, which has no float64. They depend on index, seed and stream only, not on the device.
+    """
+    numbers = torch.empty(n, dtype=wide_dtype(device), device=device)
+    key = int(np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)[0])
+    for begin in range(0, n, 2 * _CHUNK):
+        end = min(begin + 2 * _CHUNK, n)
+        pairs = torch.arange(first + begin // 2, first + (end + 1) // 2, device=device)
+        numbers[begin:end] = normal_pairs(pairs, key, numbers.dtype).flatten()[: end - begin]
+    return numbers
+
+
 def _fill_on_sphere(column: Tensor, key: int, part: Part, n_parameters: int) -> None:
-    wide = torch.float32 if column.device.type == "mps" else torch.float64  # Metal has no float64
+    wide = wide_dtype(column.device)
     # numbers are far from the bounds of half precision once they are divided by about the norm
     scale, squares, at = n_parameters**-0.5, torch.zeros((), dtype=wide, device=column.device), 0
     for begin, end in part.ranges:

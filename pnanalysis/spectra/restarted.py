@@ -39,6 +39,7 @@ from pnanalysis.spectra.linear_operator import (
     empty_columns,
     round_off,
 )
+from pnanalysis.spectra.pairs_plan import default_vectors, vectors_of_search
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.sharing import part_of, processes_of
 from pnanalysis.terminal.progress import Advance
@@ -83,6 +84,7 @@ def extreme_pairs(
     n_vectors: int | None = None,
     tolerance: float = 1e-3,
     max_hvp: int = 1000,
+    max_memory_bytes: int | None = None,
     seed: int = 0,
     start: Tensor | None = None,
     advance: Advance | None = None,
@@ -98,12 +100,16 @@ def extreme_pairs(
     k : int
     which : {"largest", "smallest", "magnitude"}
     n_vectors : int, optional
-        Vectors in memory, more than ``k``; the larger their number, the fewer the products. Default: ``2 k + 10``.
+        Vectors between restarts, more than ``k``; the larger their number, the fewer the products. Default:
+        ``2 k + 10``. If there is no room for so many, as many as there is room for, but at least ``k + 4``.
     tolerance : float
         Stop when all residuals are below this fraction of the largest magnitude found. Round-off of the products bounds
         what can be reached.
     max_hvp : int
         Stop after so many products in any case.
+    max_memory_bytes : int, optional
+        Bound on the memory for these vectors, those to work with and the pairs at the end. By default 60 % of what is
+        free, unless ``n_vectors`` is given, which is then taken as it is.
     seed : int
         Of the random start vector.
     start : torch.Tensor, optional
@@ -112,7 +118,7 @@ def extreme_pairs(
         Called with the products of each step.
     state : Unfinished, optional
         Where the basis is saved, now and then and when the search is interrupted, and the pairs once they are found;
-        with what is saved there the search goes on, to end with the same numbers.
+        with what is saved there the search goes on, in as many vectors, to end with the same numbers.
     name : str
         Of this search among those that are saved there.
 
@@ -123,7 +129,7 @@ def extreme_pairs(
     Raises
     ------
     CurvatureError
-        If ``k`` or ``n_vectors`` does not fit P, or a product is not finite.
+        If ``k`` or ``n_vectors`` does not fit P, there is no room for so many vectors, or a product is not finite.
 
     Examples
     --------
@@ -137,14 +143,19 @@ def extreme_pairs(
     at_least(1, k=k, max_hvp=max_hvp, n_vectors=n_vectors)
     check_seed(seed=seed)
     one_of(WHICH, which=which)
-    n_vectors = min(2 * k + 10, n_parameters) if n_vectors is None else n_vectors
-    if not k < n_vectors <= n_parameters and not k == n_vectors == n_parameters:
+    wanted = default_vectors(k, n_parameters) if n_vectors is None else n_vectors
+    if not k < wanted <= n_parameters and not k == wanted == n_parameters:
         raise CurvatureError(
-            f"k is {k} and n_vectors {n_vectors} for {n_parameters:,} parameters; give k < n_vectors <= parameters"
+            f"k is {k} and n_vectors {wanted} for {n_parameters:,} parameters; give k < n_vectors <= parameters"
         )
     saved = None if state is None else state.load(name)
     if saved is not None and saved[1]["done"]:
         return _loaded(*saved, operator.device)
+    if saved is not None:
+        wanted = len(saved[0]["matrix"])
+    elif n_vectors is None or max_memory_bytes is not None:
+        wanted = vectors_of_search(operator, k, wanted, max_memory_bytes)
+    n_vectors = wanted
     solver = _Restarted(operator, k, which, n_vectors, tolerance)
     if saved is None:
         solver.begin(random_unit_vectors(operator, [0], seed) if start is None else start.sum(1, keepdim=True))
@@ -158,10 +169,10 @@ def extreme_pairs(
                     solver.save(state, name)
                 if advance is not None:
                     advance(1)
-            found = solver.pairs()
-            if found.converged or solver.is_invariant or solver.n_hvp + n_vectors - k > max(max_hvp, n_vectors):
+            if solver.is_invariant or solver.n_hvp + n_vectors - k > max(max_hvp, n_vectors) or solver.has_converged():
                 break
             solver.restart()
+        found = solver.pairs()
     if state is not None:
         _save(found, state, name)
     return found
@@ -251,16 +262,22 @@ class _Restarted:
                 self.matrix[j, j + 1] = self.matrix[j + 1, j] = length
         self._is_whole = True
 
+    def has_converged(self) -> bool:
+        """Whether the residuals of all wanted pairs are within the tolerance."""
+        value, _, residual = self._ritz()
+        largest = float(np.abs(value).max())
+        converged = bool((residual[: self.k] <= self.tolerance * (largest or 1.0)).all()) or self.is_invariant
+        return self.decided(converged)
+
     def pairs(self) -> EigenPairs:
         """The wanted Ritz pairs."""
         value, vector, residual = self._ritz()
         k = min(self.k, self.size)
-        largest = float(np.abs(value).max())
         vectors = combinations(self.basis[:, : self.size], torch.from_numpy(vector[:, :k].copy()).to(self.basis))
-        converged = bool((residual[:k] <= self.tolerance * (largest or 1.0)).all()) or self.is_invariant
         # the order in memory is that of a saved copy, for the round-off of products depends on it
         vectors = contiguous_columns(vectors)
-        return EigenPairs(value[:k], residual[:k], vectors, self.n_hvp, self.decided(converged), largest)
+        largest = float(np.abs(value).max())
+        return EigenPairs(value[:k], residual[:k], vectors, self.n_hvp, self.has_converged(), largest)
 
     def restart(self) -> None:
         """Replace the basis by the best Ritz vectors: the wanted ones, and half of the others to speed up the rest."""

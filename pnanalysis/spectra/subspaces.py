@@ -23,7 +23,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -159,9 +158,8 @@ def squared_cosines(V: Tensor, vector: Tensor) -> Array:
 
 def participation(V: Tensor) -> Array:
     r"""Inverse participation ratio of unit vectors ``(P, k)``: :math:`\sum_i v_i^4`, from 1/P to 1, ``(k,)``."""
-    squares = torch.stack([column.double().square() for column in V.T], dim=1)
-    found: Array = (inner_products(squares, squares) / squares.sum(0).square()).cpu().numpy()
-    return found
+    squares = (column.double().square()[:, None] for column in V.T)  # one at a time
+    return np.array([float(inner_products(each, each) / each.sum().square()) for each in squares])
 
 
 def _distance_to_rest(value: Array, rest: tuple[float, float] | None, which: str, noise: float) -> Array:

@@ -21,7 +21,7 @@ from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of, positive
 from pnanalysis.errors import CurvatureError
 from pnanalysis.io.unfinished import Unfinished
-from pnanalysis.spectra.inner_products import combinations, coordinates, norms, orthogonalised
+from pnanalysis.spectra.inner_products import coordinates, norms, orthogonalised, recombine, residual_gram
 from pnanalysis.spectra.lanczos import BREAKDOWN, largest_asymmetry
 from pnanalysis.spectra.linear_operator import (
     NOT_FINITE,
@@ -30,21 +30,20 @@ from pnanalysis.spectra.linear_operator import (
     as_operator,
     checked_product,
     contiguous_columns,
+    empty_columns,
     not_symmetric,
     round_off,
 )
+from pnanalysis.spectra.memory import singles_at_once
+from pnanalysis.spectra.pairs_plan import N_SEARCH, PairsPlan, plan_pairs, storage_of
 from pnanalysis.spectra.random_vectors import random_unit_vectors
 from pnanalysis.spectra.restarted import WHICH, EigenPairs, extreme_pairs, wanted_first
 from pnanalysis.spectra.sharing import part_of
 from pnanalysis.spectra.subspaces import AngleBounds, angle_bounds
 from pnanalysis.terminal.progress import Advance
 
-#: Vectors in memory for the search of the complement, besides those that have been found.
-_N_SEARCH = 20
 #: Residual of a first look at the complement, relative to the last value that was found.
 _ROUGH = 0.02
-#: Vectors beside a basis, and pairs of vectors and products before and after they are turned.
-_WORKING, _ROTATING = 4, 4
 #: Length of what is left of a unit vector of the complement without what lies along those that have been found.
 _INSIDE = 0.99
 
@@ -101,6 +100,8 @@ def verified_pairs(
     tolerance: float = 1e-4,
     max_hvp: int = 1000,
     n_vectors: int | None = None,
+    max_memory_bytes: int | None = None,
+    plan: PairsPlan | None = None,
     seed: int = 0,
     start: Tensor | None = None,
     advance: Advance | None = None,
@@ -121,8 +122,11 @@ def verified_pairs(
     max_hvp : int
         The most products, after which what has been found is returned, and what has not converged is said. Each pair
         takes two at least, one more where there are others.
-    n_vectors : int, optional
-        Vectors in memory at a time: see :func:`pnanalysis.spectra.restarted.extreme_pairs`.
+    n_vectors, max_memory_bytes : int, optional
+        Vectors between restarts, and the bound on the memory for all vectors that are held at a time: see
+        :func:`pnanalysis.spectra.restarted.extreme_pairs`.
+    plan : PairsPlan, optional
+        Of :func:`pnanalysis.spectra.pairs_plan.plan_pairs`, which has looked at both already.
     seed : int
         Of the random start vectors.
     start : torch.Tensor, optional
@@ -142,8 +146,8 @@ def verified_pairs(
     Raises
     ------
     CurvatureError
-        If a product is not finite, the operator is not symmetric, processes divide its vectors among them, or
-        ``max_hvp`` is too small for so many pairs.
+        If a product is not finite, the operator is not symmetric, processes divide its vectors among them,
+        ``max_hvp`` is too small for so many pairs, or there is no room for the vectors.
 
     Warns
     -----
@@ -169,12 +173,14 @@ def verified_pairs(
     n_parameters = operator.shape[0]
     k = min(k, n_parameters)
     check_limit(max_hvp, k, n_parameters)
-    n_vectors = min(n_vectors or _default_vectors(k, n_parameters, max_hvp), n_parameters, max_hvp - k)
+    plan = plan or plan_pairs(
+        operator, k, max_hvp, n_vectors=n_vectors, max_memory_bytes=max_memory_bytes, state=state, name=name
+    )
     first = extreme_pairs(
-        operator, k, which, n_vectors=n_vectors, tolerance=tolerance, max_hvp=max_hvp - k, seed=seed, start=start,
+        operator, k, which, n_vectors=plan.n_vectors, tolerance=tolerance, max_hvp=max_hvp - k, seed=seed, start=start,
         advance=advance, state=state, name=name,
     )  # fmt: skip
-    found = _Found(operator, first, which, advance, state, name)
+    found = _Found(operator, first, which, advance, state, name, plan.n_search)
     accuracy = max(tolerance, round_off(operator)) * first.scale
     del first  # and its vectors, which have been turned
     rest: tuple[float, float] | None = None
@@ -197,19 +203,6 @@ def verified_pairs(
     if found.size > k:
         rest = _more_wanted(rest, (float(found.value[k]), float(found.residuals()[0][k])), which)
     return _verified(found.first(k), rest, complete, accuracy, which)
-
-
-def vectors_needed(n_parameters: int, k: int, max_hvp: int, n_vectors: int | None = None) -> int:
-    """The most vectors of P numbers that :func:`verified_pairs` holds: of a search, or of what it verifies."""
-    k = min(k, n_parameters)
-    n_vectors = n_vectors or _default_vectors(k, n_parameters, max_hvp)
-    searching = max(n_vectors + max(k, _WORKING), 2 * k + _N_SEARCH + 1 + _WORKING)
-    return max(searching, _ROTATING * k)
-
-
-def _default_vectors(k: int, n_parameters: int, max_hvp: int) -> int:
-    """Vectors in memory of a first search; ``k`` products are kept for those that verify the pairs."""
-    return min(2 * k + 10, n_parameters, max_hvp - k)
 
 
 def check_limit(max_hvp: int, k: int, n_parameters: int) -> None:
@@ -245,7 +238,8 @@ class _Complement:
 
     def matmat(self, V: Tensor) -> Tensor:
         inside = self.off(V)
-        return self.off(checked_product(self.operator, inside)) + self.unwanted * (V - inside)
+        product = self.off(checked_product(self.operator, inside).to(inside))
+        return product.add_(inside.neg_().add_(V.to(inside)), alpha=self.unwanted)
 
 
 class _Found:
@@ -253,9 +247,10 @@ class _Found:
 
     def __init__(
         self, operator: LinearOperator, pairs: EigenPairs, which: str, advance: Advance | None,
-        state: Unfinished | None = None, name: str = "pairs",
+        state: Unfinished | None = None, name: str = "pairs", n_search: int = N_SEARCH,
     ) -> None:  # fmt: skip
         self.operator, self.which, self.advance, self.state, self.name = operator, which, advance, state, name
+        self.n_search = n_search
         self.value, self.vector, self.n_hvp, self.scale = pairs.value, pairs.vector, pairs.n_hvp, pairs.scale
         self.product = self._times(self.vector)
         self._check(pairs)
@@ -280,7 +275,7 @@ class _Found:
         # a rough answer is enough where nothing is near what has been found
         for attempt, accuracy in enumerate((max(tolerance, _ROUGH * abs(last) / (self.scale or 1.0)), tolerance)):
             left = max_hvp - self.n_hvp - k  # those that verify what is found are kept
-            n_vectors = min(k + _N_SEARCH, n_parameters, left)
+            n_vectors = min(k + self.n_search, n_parameters, left)
             if attempt and n_vectors <= k:
                 break
             more = extreme_pairs(
@@ -309,8 +304,8 @@ class _Found:
         """Take more vectors ``(P, m)``, orthogonal to those that are there up to round-off."""
         vectors = orthogonalised(contiguous_columns(vectors), [self.vector])[0]
         vectors = vectors / norms(vectors).to(vectors.dtype)
-        self.vector = torch.cat([self.vector, vectors], dim=1)
-        self.product = torch.cat([self.product, self._times(vectors)], dim=1)
+        self.vector = _side_by_side(self.vector, vectors)
+        self.product = _side_by_side(self.product, self._times(vectors))
         self._rotate()
 
     def first(self, k: int) -> _Found:
@@ -320,15 +315,20 @@ class _Found:
 
     def residuals(self) -> tuple[Array, Array]:
         """Their norms ``(k,)`` and inner products ``(k, k)``."""
-        rest = self.product - self.vector * torch.from_numpy(self.value).to(self.vector)
-        gram: Array = coordinates(rest, rest).cpu().double().numpy()
+        value = torch.from_numpy(self.value).to(self.vector)
+        gram: Array = residual_gram(self.product, self.vector, value).cpu().double().numpy()
         return np.sqrt(np.diag(gram)), gram
 
     def _times(self, vectors: Tensor) -> Tensor:
-        product = contiguous_columns(checked_product(self.operator, vectors).to(vectors))
-        self.n_hvp += vectors.shape[1]
-        if self.advance is not None:
-            self.advance(vectors.shape[1])
+        n = vectors.shape[1]
+        product = empty_columns(len(vectors), n, vectors.dtype, vectors.device)
+        together = singles_at_once(storage_of(self.operator), len(vectors))  # one at a time where they are long
+        for part in (slice(begin, begin + together) for begin in range(0, n, together)):
+            product[:, part] = checked_product(self.operator, vectors[:, part])
+            done = min(part.stop, n) - part.start
+            self.n_hvp += done
+            if self.advance is not None:
+                self.advance(done)
         if not bool(torch.isfinite(norms(product)).all()):
             raise CurvatureError(NOT_FINITE)
         return product
@@ -350,7 +350,8 @@ class _Found:
         order = wanted_first(value, self.which)
         self.value, mixing = value[order], mixing[:, order]
         turn = torch.from_numpy(mixing.copy()).to(self.vector)
-        self.vector, self.product = combinations(self.vector, turn), combinations(self.product, turn)
+        recombine(self.vector, turn)
+        recombine(self.product, turn)
 
 
 def _is_beyond(value: float, last: float, which: str, accuracy: float) -> bool:
@@ -392,4 +393,12 @@ def _verified(
     )
 
 
-__all__ = ["VerifiedPairs", "check_limit", "vectors_needed", "verified_pairs"]
+def _side_by_side(first: Tensor, second: Tensor) -> Tensor:
+    """Columns of both, each of them contiguous, which concatenation would not leave them."""
+    n = first.shape[1]
+    both = empty_columns(len(first), n + second.shape[1], first.dtype, first.device)
+    both[:, :n], both[:, n:] = first, second
+    return both
+
+
+__all__ = ["VerifiedPairs", "check_limit", "verified_pairs"]

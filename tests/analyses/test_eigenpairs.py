@@ -632,6 +632,39 @@ def test_errors_by_half_samples_are_the_scatter_over_samples() -> None:
     np.testing.assert_allclose(np.sqrt(np.mean(np.square(errors), axis=0)), np.std(rows, axis=0), rtol=0.3)
 
 
+@pytest.mark.parametrize("data_error", ["halves", "groups"])
+def test_differences_of_the_gradients_parts_are_paired_by_examples(data_error: str) -> None:
+    """Of two fits of the same examples, whose Hessian is the same and whose gradients differ little."""
+    torch.manual_seed(0)
+    x = torch.randn(240, 4).double() * torch.tensor([2.0, 1.2, 0.7, 0.4])
+    data = x, torch.zeros(240, 1).double()
+    nets = {name: nn.Linear(4, 1, bias=False).double() for name in "ab"}
+    for net, weight in zip(nets.values(), ([0.3, -0.2, 0.5, 0.1], [0.3, -0.25, 0.5, 0.3]), strict=True):
+        net.load_state_dict({"weight": torch.tensor([weight])})
+    ds = pn.compare(
+        nets, data=data, loss="mse", hessian=False, saturation=False, cka=False, progress=False,
+        eigenpairs={"k": 1, "n": None, "dtype": "float64", "tolerance": 1e-8, "data_error": data_error},
+    )  # fmt: skip
+    assert ("overlap_data_se" in ds) == (data_error == "groups")
+    parts = []
+    for net in nets.values():
+        op = HessianOperator(net, F.mse_loss, [data], expected_products=1)
+        if data_error == "groups":
+            taken = [part for pair in half_samples() for part in pair]
+        else:  # all but one of eight groups
+            taken = [[i for i in range(8) if i != one] for one in range(8)]
+        some = [op.subset(part, 8) for part in taken]
+        spaces = [dense(one if data_error == "groups" else op)[1][:, 0] for one in some]
+        gradients = [one.gradient().numpy() for one in some]
+        parts.append([(v @ g) ** 2 / (g @ g) for v, g in zip(spaces, gradients, strict=True)])
+    difference = np.subtract(*parts)
+    halves = difference[::2] - difference[1::2]
+    expected = np.sqrt(np.mean(halves**2) / 4) if data_error == "groups" else np.sqrt(7 * difference.var())
+    found = float(ds.gradient_top_difference_se[1, 0])
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found < 0.5 * np.hypot(*ds.gradient_top_se)
+
+
 @pytest.mark.slow
 def test_errors_of_all_numbers_of_a_classifier_are_their_scatter_over_samples() -> None:
     torch.manual_seed(0)

@@ -166,6 +166,8 @@ def test_averages_of_a_quadratic_are_its_trace_and_their_second_order_value() ->
         progress=False,
     ).squeeze("checkpoint")  # fmt: skip
     np.testing.assert_allclose(ds.average, ds.average_quadratic, rtol=1e-9)
+    for end in ("_se", "_direction_se", "_data_se"):
+        np.testing.assert_allclose(ds[f"average{end}"], ds[f"average_quadratic{end}"], rtol=1e-6)
     curvature = 2 * data[0].square().mean(0).numpy()
     w = network.weight.detach().abs().numpy()[0]
     for kind, sizes in radii.items():
@@ -196,6 +198,7 @@ def test_the_error_of_a_largest_rise_is_the_infinitesimal_jackknife() -> None:
     assert ds.rise.item() == pytest.approx(float(exact(torch.ones(60, dtype=torch.float64))), rel=1e-9)
     assert ds.rise_se.item() == pytest.approx(float(influence.std() / 60**0.5), rel=1e-6)
     assert ds.rise_quadratic.item() == pytest.approx(ds.rise.item(), rel=1e-9)
+    assert ds.rise_quadratic_se.item() == pytest.approx(ds.rise_se.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["frank-wolfe", pytest.param("apgd", marks=pytest.mark.slow)])

@@ -24,6 +24,7 @@ from pnanalysis.inputs.networks import open_files
 from pnanalysis.inputs.sources import as_source
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
+from pnanalysis.spectra.random_vectors import normal_numbers
 from trainers import Config, train
 
 
@@ -172,15 +173,15 @@ def test_random_planes_are_filter_normalised_and_seeded(tiny_run: Run) -> None:
     assert not np.allclose(ds.random, trajectory(tiny_run, seed=4, **options).random)
     # drawn anew by hand: a normal vector for each row of a weight matrix, as long as the row; vectors stay
     end = tiny_run.plain.load()
-    generator = torch.Generator().manual_seed(3)
     names = [f"fc{i}.{kind}" for i in range(1, 8) for kind in ("weight", "bias")]
-    parts = []
+    parts, place = [], 0
     for name in names:
         own = end[name].double()
         if own.ndim == 1:
             parts.append(torch.zeros(4, len(own), dtype=torch.float64))
             continue
-        drawn = torch.randn(4, *own.shape, generator=generator, dtype=torch.float64)
+        numbers = [normal_numbers(own.numel(), i, 3, own.device, place) for i in range(4)]
+        drawn, place = torch.stack(numbers).view(4, *own.shape), place + (own.numel() + 1) // 2
         drawn *= own.norm(dim=1, keepdim=True) / drawn.norm(dim=2, keepdim=True)
         parts.append(drawn.flatten(1))
     directions = torch.cat(parts, dim=1).numpy()

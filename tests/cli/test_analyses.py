@@ -113,10 +113,12 @@ def test_blocks_are_saved_drawn_and_resumed(run, own_run: Run, tmp_path: Path) -
     assert found.diagonal.sizes["statistic"] == 3
     assert found.sizes["block"] == 7
     assert not file.with_suffix(".unfinished").exists()
-    own = ("--block", "fc1", "--block", "fc2.weight[0:4]", "--operator", "ggn", "--json", "-o", tmp_path / "own.nc")
+    own = ("--block", "fc1", "--block", "fc2.weight[0:4]", "--operator", "ggn", "--spectra", "--n-spectrum", 6,
+           "--json", "-o", tmp_path / "own.nc")  # fmt: skip
     done = run("pnanalysis", "blocks", own_run.path, "-c", "plain", *few, *own)
     assert done.status == 0, done.err
     assert datasets.load(tmp_path / "own.nc").block.values.tolist() == ["fc1", "fc2.weight[0:4]"]
+    assert "distances between spectra of blocks over two halves of the examples, with 95 % intervals" in done.out
     assert run("pnanalysis", "blocks", own_run.path, "--by", "heads", *few).status == 2
     weights = own_run.select(["plain"]).popitem()[1].load()
     save_file({name: tensor.half() for name, tensor in weights.items()}, tmp_path / "half.safetensors")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pnanalysis.cli.options import further
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
 from pnanalysis.report import write_report
@@ -56,8 +57,8 @@ def test_an_interrupted_command_continues_with_what_all_options_measure(
         return inner(selection, replace(wanted, eigenpairs=None, blocks=None), *options)
 
     monkeypatch.setattr(champion, "compare_selected", compared)
-    command = ("pnanalysis", "champion", study.path, *FAST, "--eigenpairs", "--blocks", "--n-hessian", 50, "-o",
-               tmp_path / "c.nc")  # fmt: skip
+    command = ("pnanalysis", "champion", study.path, *FAST, "--all", "--no-sharpness", "--no-learning-coefficient",
+               "--n-hessian", 50, "-o", tmp_path / "c.nc")  # fmt: skip
     done = run(*command)
     assert done.status == 130
     lines = list((tmp_path / "c.unfinished" / "lines").glob("*.nc"))
@@ -68,6 +69,15 @@ def test_an_interrupted_command_continues_with_what_all_options_measure(
     assert "continuing from what is saved" in done.err
     assert not (tmp_path / "c.unfinished").exists()
     assert [(one.eigenpairs.n, one.blocks.n, one.sharpness) for one in given] == [(50, 50, None)] * 2
+    assert {one.learning_coefficient for one in given} == {None}
+
+
+def test_what_is_measured_besides_is_asked_for_one_by_one_or_all_at_once() -> None:
+    nothing = dict.fromkeys(("eigenpairs", "blocks"))
+    assert further(False, 9, None, **nothing) == {"eigenpairs": False, "blocks": False}
+    assert further(True, 9, 40, **nothing) == {"eigenpairs": {"n": 9}, "blocks": {"n": 9, "n_hvp": 40}}
+    assert further(True, 9, 40, eigenpairs=True, blocks=False) == {"eigenpairs": {"n": 9}, "blocks": False}
+    assert further(False, 9, None, eigenpairs=None, blocks=True) == {"eigenpairs": False, "blocks": {"n": 9}}
 
 
 def test_weights_are_plain_champion_and_restarts(run, study: Run, tmp_path: Path) -> None:

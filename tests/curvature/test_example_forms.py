@@ -119,6 +119,42 @@ def test_weights_of_classes_and_ignored_targets_weigh_examples() -> None:
     assert relative(found[:, 6], torch.einsum("pk,pk->k", U, alone.matmat(V))) < 1e-10
 
 
+def test_slopes_of_examples_are_those_of_their_losses() -> None:
+    model, batches = NETWORKS["tanh"](), images()
+    batches[0][1][0] = -100
+    op = HessianOperator(model, cross_entropy, batches, weight_decay=0.3)
+    V = directions(op.shape[0])[1]
+    found = op.slopes(V)
+    whole = V.T @ op.gradient_without_regulariser()
+    assert relative(found @ torch.from_numpy(op.group_weights), whole) < 1e-10
+    assert (found[:, 0] == 0).all()
+    x, y = batches[1]
+    alone = HessianOperator(model, cross_entropy, [(x[1:2], y[1:2])])
+    assert relative(found[:, 6], V.T @ alone.gradient()) < 1e-10
+    losses, whole = op.group_losses(V[:, 0]), op.batch_losses(V[:, 0]).sum()
+    assert float(losses @ torch.from_numpy(op.group_weights)) == pytest.approx(whole, rel=1e-10)
+    assert losses[0] == 0
+    assert float(losses[6]) == pytest.approx(alone.loss_at(V[:, 0]), rel=1e-10)
+    with pytest.raises(CurvatureError, match="slopes takes"):
+        op.slopes(V[1:])
+
+
+@pytest.mark.parametrize("unit", ["parts of batches", "batches"])
+def test_slopes_of_parts_and_batches_add_up_to_the_gradient(unit: str) -> None:
+    if unit == "batches":
+        op = HessianOperator(NETWORKS["batchnorm"](), cross_entropy, images((4,) * 6), bn_mode="train")
+    else:
+        op = HessianOperator(NETWORKS["tanh"](), masked_mean, images((12, 12)))
+        op.example_forms.unit = unit
+        op.example_forms._shares = [example_forms._shares(op, unit, np.ones(12)) for _ in range(2)]
+        op.example_forms._ends = np.array([0, 12, 24])
+    assert op.example_forms.unit == unit
+    V = directions(op.shape[0])[1]
+    found = op.slopes(V) @ torch.from_numpy(op.group_weights)
+    assert relative(found, V.T @ op.gradient()) < 1e-10
+    assert float(op.group_losses() @ torch.from_numpy(op.group_weights)) == pytest.approx(op.loss(), rel=1e-10)
+
+
 def masked_mean(outputs: Tensor, targets: Tensor) -> Tensor:
     each = cross_entropy(outputs, targets.clamp_min(0), reduction="none")
     return (each * (targets >= 0)).sum() / (targets >= 0).sum()

@@ -196,6 +196,41 @@ def test_derivatives_that_are_wrong_in_every_mode_are_refused() -> None:
         HessianOperator(model, cross_entropy, BATCHES).to_dense()
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_products_that_are_zero_are_not_taken_for_wrong(depth: int) -> None:
+    """Linear networks of zeros that learn zero: their loss is of order four or six."""
+    model = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(depth)])
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    op = HessianOperator(model, nn.functional.mse_loss, [(x, torch.zeros(20, 3))])
+    assert not op.to_dense().any()
+
+
+class ZeroSlope(torch.autograd.Function):
+    """A square whose derivative has, wrongly, none of its own."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * 2 * ctx.saved_tensors[0].detach()
+
+
+def test_products_that_are_wrongly_zero_are_refused() -> None:
+    model = nn.Linear(3, 1, bias=False).double()
+    x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    op = HessianOperator(model, lambda outputs, targets: ZeroSlope.apply(outputs).mean(), [(x, x)])
+    with pytest.raises(CurvatureError, match="derivatives of this network and loss are wrong"):
+        op.to_dense()
+
+
 class SineByReverseMode(torch.autograd.Function):
     """Has no forward mode, as most functions of users."""
 

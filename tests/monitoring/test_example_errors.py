@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 from torch import nn
 from torch.nn import functional as F
 
@@ -50,7 +51,7 @@ def jackknife(forms: np.ndarray) -> float:
 def test_they_are_those_of_the_matrices_of_single_examples(kind: Any) -> None:
     (x, y), model = data(30), network()
     optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.3)
-    with pn.CurvatureMonitor(model, optimizer, (x, y), batch_size=10, trace_probes=1000, **FEW) as monitor:
+    with pn.CurvatureMonitor(model, optimizer, (x, y), batch_size=10, top=3, trace_probes=1000, **FEW) as monitor:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     ds = monitor.dataset().sel(step=1)
@@ -58,6 +59,15 @@ def test_they_are_those_of_the_matrices_of_single_examples(kind: Any) -> None:
     whole = matrices.mean(0)
     top = torch.linalg.eigh(whole)[1][:, -1]
     assert float(ds.lambda_max_se) == pytest.approx(jackknife((matrices @ top @ top).numpy()), rel=1e-5)
+    for pair in (1, 2, 3):
+        v = torch.linalg.eigh(whole)[1][:, -pair]
+        assert float(ds.eigenvalue_se.sel(pair=pair)) == pytest.approx(jackknife((matrices @ v @ v).numpy()), rel=1e-4)
+    each = F.cross_entropy(model(x), y, reduction="none")
+    assert float(ds.loss_se) == pytest.approx(jackknife(each.detach().numpy()), rel=1e-9)
+    gradients = np.stack([torch.cat([g.flatten() for g in torch.autograd.grad(one, list(model.parameters()),
+                          retain_graph=True)]).numpy() for one in each])  # fmt: skip
+    along = gradients @ gradients.mean(0) / np.linalg.norm(gradients.mean(0))
+    assert float(ds.gradient_norm_se) == pytest.approx(jackknife(along), rel=1e-9)
     traces = torch.einsum("npp->n", matrices).numpy()
     assert float(ds.trace_data_se) == pytest.approx(jackknife(traces))
     assert float(ds.trace_se) == pytest.approx(jackknife(traces))
@@ -70,6 +80,34 @@ def test_they_are_those_of_the_matrices_of_single_examples(kind: Any) -> None:
     expected = jackknife((matrices @ top @ top).numpy())
     assert float(ds.preconditioned_lambda_max_se) == pytest.approx(expected, rel=1e-4)
     assert monitor.dataset().attrs["data_error"] == "examples"
+
+
+def test_errors_of_critical_sharpness_are_how_it_changes_with_the_weights_of_examples() -> None:
+    (x, y), model = data(30), network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: one.detach().clone() for name, one in model.state_dict().items()}
+    with pn.CurvatureMonitor(model, optimizer, (x, y), trace_probes=0, **FEW) as monitor:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    ds = monitor.dataset().sel(step=1)
+    after = model.state_dict()
+
+    def losses(scale: float) -> np.ndarray:
+        moved = {name: before[name] + scale * (after[name] - before[name]) for name in before}
+        return F.cross_entropy(torch.func.functional_call(model, moved, (x,)), y, reduction="none").detach().numpy()
+
+    def sharpness(weights: np.ndarray) -> float:
+        scale = brentq(lambda s: float(weights @ (losses(s) - losses(0.0))), 2.0, 400.0, xtol=1e-12)
+        return 2 / (0.1 * scale)
+
+    ones = np.ones(30)
+    whole = sharpness(ones)
+    assert float(ds.critical_sharpness_low) <= whole <= float(ds.critical_sharpness_high)
+    influence = np.array([30 * (sharpness(ones + 1e-4 * one) - whole) / 1e-4 for one in np.eye(30)])
+    # the monitor takes the middle of an interval of 5 %
+    assert float(ds.critical_sharpness_se) == pytest.approx(jackknife(influence), rel=0.08)
+    first = monitor.dataset().sel(step=0)  # there was no step before
+    assert np.isnan(first.get("critical_sharpness_se", np.nan))
 
 
 def test_probes_and_examples_are_told_apart() -> None:
@@ -92,12 +130,14 @@ def test_without_matrices_of_examples_there_are_none_and_the_reason_is_kept() ->
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     ds = monitor.dataset()
-    assert ds.lambda_max_se.isnull().all()
+    for name in ("lambda_max_se", "eigenvalue_se", "loss_se", "gradient_norm_se", "critical_sharpness_se"):
+        assert ds[name].isnull().all()
     assert bool((ds.trace_se > 0).all())
     assert ds.attrs["data_error"] == "none"
     assert "fewer than 8" in ds.attrs["no_data_error"]
     with pn.CurvatureMonitor(model, optimizer, (x, y), bn_mode="eval", data_error="none", **FEW) as monitor:
         pass
-    assert "lambda_max_se" not in monitor.dataset()
+    assert not [name for name in monitor.dataset() if str(name).endswith("_se") and not str(name).startswith("trace")
+                and name != "gradient_noise_scale_se"]  # fmt: skip
     with pytest.raises(PnError, match="data_error"):
         pn.CurvatureMonitor(model, optimizer, (x, y), data_error="groups", **FEW)

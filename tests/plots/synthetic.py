@@ -135,8 +135,13 @@ def blocks(bits: bool = True) -> xr.Dataset:
             "rank": (width, order), "rank_low": (width, order - (order == 3)),
             "rank_high": (width, order + (order == 2)),
         }  # fmt: skip
-        variables["js_divergence"] = (square, np.stack([variables["js_divergence"][1]] * k))
-        variables["wasserstein1"] = (square, np.stack([variables["wasserstein1"][1]] * k))
+        for name in ("js_divergence", "wasserstein1"):
+            value = np.stack([variables[name][1]] * k)
+            half = np.where(np.eye(n, dtype=bool), np.nan, 0.9 * value.mean())
+            variables |= {
+                name: (square, value), f"{name}_low": (square, np.maximum(value - half, 0)),
+                f"{name}_high": (square, value + half),
+            }  # fmt: skip
         coords["bits"] = [4, 8]
     return dataset("blocks", coords, variables, data_error="examples")
 
@@ -434,6 +439,9 @@ def curvature_along_training() -> xr.Dataset:
     critical = np.where(step > 0, 0.8 * top, np.nan)
     for name, factor in (("", 1.0), ("_low", 0.975), ("_high", 1.025)):
         variables[f"critical_sharpness{name}"] = ("step", factor * critical)
+    for name in ("eigenvalue", "critical_sharpness", *(name for name in names if name != "threshold")):
+        dims, value = variables[name]
+        variables[f"{name}_se"] = (dims, 0.08 * value)
     return dataset("curvature_monitor", {"step": step, "pair": [1, 2]}, variables, optimizer="SGD")
 
 

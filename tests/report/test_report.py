@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import xarray as xr
 from markupsafe import escape
+from torch import nn
 
 import pnanalysis as pn
 from pnanalysis import plots
@@ -22,7 +24,7 @@ from pnanalysis.errors import RunError
 from pnanalysis.estimates import Estimate
 from pnanalysis.io import netcdf
 from pnanalysis.io.runs import ANALYSIS, MANIFEST, Run, open_run
-from pnanalysis.report import summary_table, write_report
+from pnanalysis.report import summary_sentences, summary_table, write_report
 from pnanalysis.report.datasets import RunDatasets, Study, studies
 from pnanalysis.report.figures import ENTRIES, Picture, embed, pictures
 from pnanalysis.report.interactive import explorers
@@ -293,3 +295,79 @@ def test_squared_errors_are_no_percentages(tmp_path: Path, monkeypatch: pytest.M
     assert plots.errors(run.history).get_ylabel() == "squared error at the end of training"
     assert "%" not in plots.history(run.history).axes[1].yaxis.get_major_formatter()(1.0)
     assert _Page(write_report([run], tmp_path / "r.html").read_text()).tags.count("svg") == 2
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, xr.Dataset]:
+    """Analyses of two networks in memory, by kind."""
+    torch.manual_seed(0)
+    first, second = (nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)) for _ in range(2))
+    train, test = ((torch.randn(40, 4), torch.randint(2, (40,))) for _ in range(2))
+    given = {"first": first, "second": second}
+    options = {"data": train, "loss": nn.functional.cross_entropy, "n": None, "progress": False}
+    return {
+        "hessian": pn.hessian(given, n_hvp=20, data_error="none", **options),
+        "comparison": pn.compare(given, hessian=False, **options | {"data": {"train": train, "test": test}}),
+    }
+
+
+def test_networks_of_no_run_have_a_report_of_their_datasets(networks: dict[str, xr.Dataset], tmp_path: Path) -> None:
+    file = pn.save(networks["hessian"], tmp_path / "spectra.nc")
+    page = write_report([file, networks["comparison"]], tmp_path / "report.html").read_text()
+    assert "<h1>Minima of first, second</h1>" in page
+    assert "the best of the same number of trainings" not in page  # there is no training to speak of
+    (study,) = studies([file, networks["comparison"]])
+    found = {picture.key: picture for picture in pictures(study)}
+    assert {"hessian", "comparison"} <= set(found)
+    assert all(picture.markup for picture in found.values())
+    assert [explorer.key for explorer in explorers(study.main)] == ["hessian"]
+    for kind in networks:
+        content = re.search(rf'download="{kind}\.nc" href="data:application/x-netcdf;base64,([^"]+)"', page)
+        assert content is not None
+        (tmp_path / "again.nc").write_bytes(base64.b64decode(content[1]))
+        xr.testing.assert_equal(pn.load(tmp_path / "again.nc"), networks[kind])
+
+
+def test_the_table_of_networks_has_the_numbers_of_their_datasets(networks: dict[str, xr.Dataset]) -> None:
+    table = summary_table(list(networks.values()))
+    assert [row["network"] for row in table] == ["first", "second"]
+    assert "iteration" not in table[0]
+    for name, row in zip(("first", "second"), table, strict=True):
+        spectrum, compared = (ds.sel(checkpoint=name) for ds in networks.values())
+        assert row["lambda_max"] == estimate_of(spectrum, "lambda_max").text()
+        assert row["training loss"] == estimate_of(compared.sel(split="train"), "loss").text()
+        share = 100 * float(compared.error.sel(split="test"))
+        assert row["test error"].startswith(f"{share:.2f}")
+        assert row["test error"].endswith("%")
+        assert row["validation error"] == "–"
+    further = summary_table([*networks.values(), networks["hessian"]])
+    assert [row["network"] for row in further][2:] == ["first (hessian-hessian)", "second (hessian-hessian)"]
+    assert [row["trace"] for row in further][2:] == [row["trace"] for row in table]
+
+
+def test_spectra_alone_are_put_in_words(networks: dict[str, xr.Dataset]) -> None:
+    (text,) = summary_sentences([networks["hessian"]])
+    assert text.startswith("The largest Hessian eigenvalues of first and second are ")
+
+
+def test_several_datasets_of_a_kind_have_a_figure_each(networks: dict[str, xr.Dataset], tmp_path: Path) -> None:
+    other = pn.save(networks["hessian"], tmp_path / "other.nc")
+    (study,) = studies([networks["hessian"], other, other])
+    assert list(study.main.readable()) == ["hessian", "hessian-other", "hessian-other-2"]
+    titles = [picture.title for picture in pictures(study)]
+    assert titles == ["Hessian spectrum", "Hessian spectrum (hessian-other)", "Hessian spectrum (hessian-other-2)"]
+
+
+def test_datasets_are_shown_after_runs(pair: list[Run], networks: dict[str, xr.Dataset]) -> None:
+    found = studies([networks["hessian"], *pair])
+    assert [study.main.name for study in found] == ["partial", "first, second"]
+    assert [row["iteration"] for row in summary_table([networks["hessian"], pair[0]])][-2:] == ["–", "–"]
+
+
+def test_what_is_neither_run_nor_dataset_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_bytes(b"weights")
+    with pytest.raises(RunError, match="neither a run nor a dataset"):
+        write_report([tmp_path / "net.pt"], tmp_path / "report.html")
+    with pytest.raises(RunError, match="no kind"):
+        write_report([xr.Dataset()], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()

@@ -277,8 +277,8 @@ def test_a_basis_on_the_disk_needs_host_memory() -> None:
 PEAK = """
 import json, re, sys, threading, time, torch
 import pnanalysis as pn
-from pnanalysis.spectra import density, plan
-from pnanalysis.spectra.linear_operator import DenseOperator, DiagonalOperator
+from pnanalysis.spectra import density, pairs_plan, plan, verified_pairs
+from pnanalysis.spectra.linear_operator import DiagonalOperator
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -298,13 +298,20 @@ def noted(*arguments):
     return work
 
 density.planned_work = noted
-n = 4_000_000
-op = DiagonalOperator(torch.linspace(0, 1, n))
+n, k = 4_000_000, 5
+values = torch.linspace(0, 1, n)
+values[:k] = torch.arange(k) + 2.0
+op = DiagonalOperator(values)
 pn.spectral_density(DiagonalOperator(torch.ones(50)), n_hvp=20, progress=False)
 before = anonymous()
 watching = threading.Thread(target=watch)
 watching.start()
-pn.spectral_density(op, n_hvp=int(sys.argv[2]), basis=sys.argv[1], progress=False)
+if sys.argv[1] == "pairs":
+    plan = pairs_plan.plan_pairs(op, k, 1000, max_memory_bytes=4 * n * int(sys.argv[2]))
+    said.append(4 * n * (plan.kept + pairs_plan.WORKING))
+    assert verified_pairs.verified_pairs(op, k, plan=plan).complete
+else:
+    pn.spectral_density(op, n_hvp=int(sys.argv[2]), basis=sys.argv[1], progress=False)
 over.set()
 watching.join()
 print(json.dumps({"vectors": (peak - before) / (4 * n), "said": said[-1] / (4 * n)}))
@@ -322,14 +329,28 @@ print(json.dumps({"vectors": (peak - before) / (4 * n), "said": said[-1] / (4 * 
     ],
 )
 def test_peak_memory_is_what_was_said_at_four_million_parameters(mode: str, n_hvp: int, n_vectors: int) -> None:
+    found = peak(mode, n_hvp)
+    assert found["said"] == pytest.approx(n_vectors + 2**20 / 4e6)  # and pieces of vectors
+    assert found["vectors"] == pytest.approx(found["said"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("bound", "n_vectors"), [(1000, 2 * 5 + 20 + 8), (24, 24)])
+def test_peak_memory_of_eigenpairs_is_what_was_said_at_four_million_parameters(bound: int, n_vectors: int) -> None:
+    found = peak("pairs", bound)
+    assert found["said"] == n_vectors
+    assert found["vectors"] == pytest.approx(n_vectors, rel=0.1)
+
+
+def peak(mode: str, number: int) -> dict[str, float]:
+    """Vectors that a process takes, and as many as were said."""
     # arrays of a megabyte and more are given back at once, so that the peak is that of what is in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, mode, str(n_hvp)], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", PEAK, mode, str(number)], capture_output=True, text=True, check=True, env=environment
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["said"] == pytest.approx(n_vectors + 2**20 / 4e6)  # and pieces of vectors
-    assert found["vectors"] == pytest.approx(found["said"], rel=0.1)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(("bound", "n"), [(4, 0), (5, 1), (20, 10)])

@@ -9,7 +9,7 @@ from scipy import stats
 
 from pnanalysis.spectra import random_vectors
 from pnanalysis.spectra.linear_operator import DiagonalOperator
-from pnanalysis.spectra.random_vectors import hashed, random_unit_vectors
+from pnanalysis.spectra.random_vectors import hashed, normal_numbers, random_unit_vectors
 
 MASK = 2**64 - 1
 
@@ -70,3 +70,13 @@ def test_seeds_and_indices_give_other_vectors() -> None:
     first = random_unit_vectors(operator(10), [0, 1], 0)
     other = random_unit_vectors(operator(10), [0, 1], 1)
     assert len({tuple(v.tolist()) for v in (*first.T, *other.T)}) == 4
+
+
+def test_normal_numbers_go_on_where_others_end() -> None:
+    cpu, n = torch.device("cpu"), 2**18 + 6  # several chunks
+    numbers = normal_numbers(n, 3, 1, cpu)
+    assert torch.equal(numbers, torch.cat([normal_numbers(10, 3, 1, cpu), normal_numbers(n - 10, 3, 1, cpu, 5)]))
+    assert torch.equal(normal_numbers(7, 3, 1, cpu), numbers[:7])
+    assert not torch.equal(normal_numbers(n, 4, 1, cpu), numbers)
+    assert abs(float(numbers.mean())) < 4 / n**0.5
+    assert abs(float(numbers.square().mean()) - 1) < 4 * (2 / n) ** 0.5
