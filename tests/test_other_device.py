@@ -200,3 +200,41 @@ def test_curvature_while_a_network_trains(name: str) -> None:
     for variable in expected.data_vars:
         if "seconds" not in variable and np.issubdtype(expected[variable].dtype, np.floating):
             np.testing.assert_allclose(found[variable], expected[variable], rtol=1e-6, atol=1e-9, err_msg=variable)
+
+
+def _analyses(device: torch.device) -> dict[str, Any]:
+    """Whole analyses of one network, whose data come from the CPU."""
+    torch.manual_seed(0)
+    model = NETWORKS["tanh"]()
+    x, y = (torch.cat(parts) for parts in zip(*images(), strict=True))
+    options = {"loss": cross_entropy, "n": None, "device": str(device), "dtype": "float64", "progress": False}
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=10)
+    return {
+        "hessian of a loader": pn.hessian(model, data=loader, n_hvp=12, data_error="none", **options),
+        "blocks": pn.blocks(model, data=(x, y), n_hvp=16, **options),
+    }
+
+
+def test_whole_analyses() -> None:
+    expected = _analyses(CPU)
+    with other_device() as device:
+        found = _analyses(device)
+    for name, ds in expected.items():
+        assert_same(found[name], ds, 1e-6)
+
+
+def test_saturation_while_a_network_trains() -> None:
+    x, _ = images()[0]
+
+    def observed(device: torch.device) -> Any:
+        torch.manual_seed(0)
+        model = NETWORKS["tanh"]().to(device).train()
+        with pn.SaturationMonitor(model) as monitor:
+            model(x.to(device))
+        return monitor.dataset()
+
+    expected = observed(CPU)
+    with other_device() as device:
+        found = observed(device)
+    for name, variable in expected.data_vars.items():
+        np.testing.assert_allclose(found[name], variable, rtol=1e-9, err_msg=name)

@@ -147,10 +147,10 @@ def in_groups(
         return GroupedCurvature(again, np.cumsum(counts))
     if len(sizes) >= FEWEST_GROUPS:
         return GroupedCurvature(op.restricted(op.names, expected_products), np.cumsum(sizes))
-    return alone(
-        op, expected_products,
-        f"examples cannot be taken one by one, and {len(sizes)} batches are fewer than {FEWEST_GROUPS}",
-    )  # fmt: skip
+    too_few = (
+        f"there are {n} examples, fewer than {n_groups}" if n < n_groups else "examples cannot be taken one by one"
+    )
+    return alone(op, expected_products, f"{too_few}, and in fewer than {FEWEST_GROUPS} batches")
 
 
 def alone(op: CurvatureOperator, expected_products: int, reason: str = "") -> GroupedCurvature:

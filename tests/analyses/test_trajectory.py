@@ -180,7 +180,7 @@ def test_random_planes_are_filter_normalised_and_seeded(tiny_run: Run) -> None:
         if own.ndim == 1:
             parts.append(torch.zeros(4, len(own), dtype=torch.float64))
             continue
-        numbers = [normal_numbers(own.numel(), i, 3, own.device, place) for i in range(4)]
+        numbers = [normal_numbers(own.numel(), i, 3, own.device, first=place) for i in range(4)]
         drawn, place = torch.stack(numbers).view(4, *own.shape), place + (own.numel() + 1) // 2
         drawn *= own.norm(dim=1, keepdim=True) / drawn.norm(dim=2, keepdim=True)
         parts.append(drawn.flatten(1))

@@ -75,7 +75,7 @@ def test_seeds_and_indices_give_other_vectors() -> None:
 def test_normal_numbers_go_on_where_others_end() -> None:
     cpu, n = torch.device("cpu"), 2**18 + 6  # several chunks
     numbers = normal_numbers(n, 3, 1, cpu)
-    assert torch.equal(numbers, torch.cat([normal_numbers(10, 3, 1, cpu), normal_numbers(n - 10, 3, 1, cpu, 5)]))
+    assert torch.equal(numbers, torch.cat([normal_numbers(10, 3, 1, cpu), normal_numbers(n - 10, 3, 1, cpu, first=5)]))
     assert torch.equal(normal_numbers(7, 3, 1, cpu), numbers[:7])
     assert not torch.equal(normal_numbers(n, 4, 1, cpu), numbers)
     assert abs(float(numbers.mean())) < 4 / n**0.5
