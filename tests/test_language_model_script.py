@@ -1,4 +1,4 @@
-"""``benchmarks/language_model.py`` with a tiny network: that it runs, and goes on where it was stopped."""
+"""Benchmarks of language models with tiny networks: that they run, and go on where they were stopped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "language_model.py"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPT = FOLDER / "language_model.py"
 
 
 @pytest.mark.zoo
@@ -29,3 +30,27 @@ def test_rows_are_measured_once(tmp_path: Path) -> None:
     again = subprocess.run(command, check=True, timeout=300, stdout=subprocess.PIPE, text=True)
     assert again.stdout.count("'part'") == 1
     assert json.loads(output.with_suffix(".json").read_text())["rows"][:-1] == rows[:-1]
+
+
+@pytest.mark.zoo
+@pytest.mark.slow
+def test_a_network_is_trained_and_analysed(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    output, kept = tmp_path / "found.md", tmp_path / "kept"
+    kept.mkdir()
+    options = [
+        "--small",
+        "--steps=3",
+        "--tokens=16",
+        "--n=16",
+        "--n-hvp=16",
+        f"--images={tmp_path}",
+        f"--folder={kept}",
+    ]
+    command = [sys.executable, str(FOLDER / "trained_language_model.py"), *options, f"--output={output}"]
+    subprocess.run(command, check=True, timeout=900)
+    found = json.loads(output.with_suffix(".json").read_text())
+    assert found["training"]["topics"][1] < found["training"]["topics"][0]  # three steps down
+    assert len(found["values"]["lambda_max"]) == 2
+    assert {path.name for path in tmp_path.glob("*.png")} == {"gpt2-trained.png", "gpt2-blocks.png"}
+    assert len([line for line in output.read_text().splitlines() if line.startswith("| `pnanalysis")]) == 2
