@@ -14,6 +14,8 @@ from pnanalysis.plots.style import COLOURS, GREY, MARKERS, PAGE, VERMILION, new_
 
 #: Standard errors to either side that make a 95 % interval.
 _Z95 = 1.96
+#: Ratios of numbers beyond which an axis is logarithmic, and that it shows at most.
+_WIDE, _WIDEST = 30, 1e4
 #: Variables of the first row, and what they are multiplied by.
 _COLUMNS = {"trace": 1.0, "frobenius_norm": 1.0, "off_diagonal_share": 100.0}
 #: Names of blocks along an axis, at most.
@@ -39,7 +41,8 @@ def blocks(ds: xr.Dataset) -> Figure:
     Figure
         Bars are 95 % intervals, whose thick part is from the random signs alone. Couplings that are not above zero by
         two standard errors are white. Diagonals of distances between spectra are what chance alone gives; pairs with
-        a dot have 95 % intervals that reach down to that.
+        a dot have 95 % intervals that reach down to that. Traces over decades have a logarithmic axis, with a linear
+        piece about zero where some are negative.
     """
     ds = ds if "checkpoint" in ds.dims else ds.expand_dims(checkpoint=[""])
     n = ds.sizes["block"]
@@ -74,7 +77,7 @@ def _numbers(ds: xr.Dataset, figure: SubFigure) -> None:
         ax.grid(axis="y", color="0.92", lw=0.6)
         ax.set_axisbelow(True)
         ax.set_label(label.partition(" [")[0])
-    _scaled(axes[0], ds.trace.values)
+    _scaled(axes[0], ds.trace.values, ds.trace_se.values)
     _scaled(axes[1], ds.frobenius_norm.values)
     axes[2].set_xlim(0, 100)
     _name_rows(axes[0], ds)
@@ -84,12 +87,19 @@ def _numbers(ds: xr.Dataset, figure: SubFigure) -> None:
         axes[1].legend(fontsize=6, loc="best")
 
 
-def _scaled(ax: Axes, values: Array) -> None:
-    """A logarithmic axis where numbers are positive and span decades."""
+def _scaled(ax: Axes, values: Array, se: Array | None = None) -> None:
+    """A logarithmic axis where numbers span decades; with a linear piece about zero where some are not positive.
+
+    The linear piece reaches out to the smallest number that differs from zero, if errors are given.
+    """
     known = values[np.isfinite(values)]
-    if known.size and known.min() > 0 and known.max() > 30 * known.min():
+    if known.size and known.min() > 0 and known.max() > _WIDE * known.min():
         ax.set_xscale("log")
         ax.set_xlim(known.min() / 2, known.max() * 2)
+    elif known.size and known.min() <= 0 and se is not None:
+        apart = np.abs(values[np.abs(values) > _Z95 * se])
+        if apart.size and apart.max() > _WIDE * apart.min():
+            _signed_log(ax, max(apart.min(), apart.max() / _WIDEST), apart.max(), np.nanmin(values - _Z95 * se))
 
 
 def _name_rows(ax: Axes, ds: xr.Dataset) -> None:
