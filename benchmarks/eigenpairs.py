@@ -2,7 +2,7 @@
 
     python benchmarks/eigenpairs.py [--output benchmarks/results/eigenpairs.md]
 
-Three small networks trained on digits, whose Hessians (float64) are computed entry by entry. Each package is asked for
+Three perceptrons trained on digits, whose Hessians (float64) are computed entry by entry. Each package is asked for
 the ten largest eigenvalues and their vectors, with its defaults and, where it has a number of products to choose, with
 as many as this project took. Errors of eigenvalues are relative to the largest; the angle is the largest between a
 vector that was found and the space of the ten true ones. Products are counted; CPU times have tracing and checks with
@@ -35,7 +35,7 @@ import pnanalysis as pn
 from pnanalysis.io.hardware import cpu_name
 
 RESULTS = Path(__file__).resolve().parent / "results" / "eigenpairs.md"
-NETWORKS = ("digits tanh MLP", "digits ReLU MLP", "digits conv BN")
+NETWORKS = ("digits tanh MLP", "digits ReLU MLP", "digits GELU MLP")
 PEERS = ("PyHessian", "hessian-eigenthings", "skerch")
 K = 10
 Batch = tuple[Tensor, Tensor]
