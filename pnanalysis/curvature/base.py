@@ -334,8 +334,7 @@ class CurvatureOperator:
 
     def loss_at(self, offset: Tensor) -> float:
         """The same at the chosen parameters plus an offset ``(P,)``."""
-        parts = split_vector(offset.to(self.device, self.dtype), self.parameter_shapes)
-        theta = {name: self._theta[name] + part for name, part in zip(self.names, parts, strict=True)}
+        theta = self._theta_at(offset)
 
         def compute() -> float:
             return sum(weight * float(self._loss(at, theta).detach()) for _, weight, at in self._weighted())
@@ -343,6 +342,10 @@ class CurvatureOperator:
         value = self._in_passes_that_fit(compute)
         with self._passes():
             return value + float(self._regulariser.value(theta))
+
+    def _theta_at(self, offset: Tensor) -> dict[str, Tensor]:
+        parts = split_vector(offset.to(self.device, self.dtype), self.parameter_shapes)
+        return {name: self._theta[name] + part for name, part in zip(self.names, parts, strict=True)}
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all batches, ``(P,)``, weight decay and penalty included."""

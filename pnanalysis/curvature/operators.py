@@ -16,7 +16,7 @@ from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.output_curvature import OutputCurvature, closed_form, closed_form_slope
-from pnanalysis.curvature.parameters import Named, pullback, requiring_grad, split_vector
+from pnanalysis.curvature.parameters import Named, pullback, requiring_grad
 from pnanalysis.curvature.passes import forward_twice
 from pnanalysis.curvature.product_check import moved, tolerance
 from pnanalysis.curvature.recomputed import dual, tangents
@@ -115,10 +115,7 @@ class HessianOperator(CurvatureOperator):
         PnError
             If examples have no losses of their own, or these are not finite.
         """
-        theta = self._theta
-        if offset is not None:
-            parts = split_vector(offset.to(self.device, self.dtype), self.parameter_shapes)
-            theta = {name: theta[name] + part for name, part in zip(self.names, parts, strict=True)}
+        theta = self._theta if offset is None else self._theta_at(offset)
         return self._in_passes_that_fit(lambda: self.example_forms.losses(theta))
 
     def _row_slopes(self, at: LossArguments, v: list[Tensor]) -> Tensor:
