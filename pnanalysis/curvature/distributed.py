@@ -75,6 +75,7 @@ class DistributedOperator:
         dist.init_process_group()
         local = pn.HessianOperator(model, loss_fn, own_share(batches))
         ds = pn.spectral_density(DistributedOperator(local))
+        dist.destroy_process_group()
     """
 
     def __init__(self, operator: CurvatureOperator, group: Any = None, *, is_idle: bool | None = None) -> None:

@@ -5,6 +5,7 @@ What is decided and computed on the host goes through gloo, which waits for no d
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ TIMEOUT = timedelta(minutes=30)
 #: How long a wait for the others lasts before it is asked whether they are alive.
 _GLANCE = timedelta(seconds=1)
 _heartbeat: heartbeat.Heartbeat | None = None
+#: Exchanges that this process has given up waiting for.
+_given_up: list[Any] = []
 
 
 class Processes(Alone):
@@ -114,8 +117,19 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        atexit.register(leave)
         _begin_to_beat()
     return device
+
+
+def leave() -> None:
+    """Leave the group that :func:`join` has made, at the end of the process.
+
+    A thread of gloo that lets go of the last tensors while Python shuts down aborts the process; leaving ends it first.
+    It would wait, though, for an exchange that nobody finishes.
+    """
+    if dist.is_initialized() and not _given_up:
+        dist.destroy_process_group()
 
 
 def _begin_to_beat() -> None:
@@ -135,6 +149,15 @@ def complete(work: Any, tensor: Tensor) -> None:
     RuntimeError
         If one of them has ended.
     """
+    try:
+        _wait(work, tensor)
+    except BaseException:
+        if not work.is_completed():
+            _given_up.append(work)
+        raise
+
+
+def _wait(work: Any, tensor: Tensor) -> None:
     if tensor.device.type != "cpu" or _heartbeat is None:  # a device waits by itself, and lets the host go on
         work.wait()
         return

@@ -89,14 +89,17 @@ def curve(name: str, distributed: bool) -> dict[str, Any]:
     return {"state": model.state_dict(), "series": torch.tensor(series, dtype=torch.float64)}
 
 
-def curves(rank: int, n: int, folder: str, names: tuple[str, ...]) -> None:
-    join(rank, n, folder)
-    torch.save({name: curve(name, distributed=True) for name in names}, f"{folder}/{rank}.pt")
+def curves(folder: str, names: tuple[str, ...]) -> None:
+    torch.save({name: curve(name, distributed=True) for name in names}, f"{folder}/{dist.get_rank()}.pt")
 
 
-def join(rank: int, n: int, folder: str) -> None:
+def in_group(rank: int, n: int, folder: str, function: Callable[..., None], *arguments: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
+    try:
+        function(folder, *arguments)
+    finally:
+        dist.destroy_process_group()  # its threads must not outlive Python
 
 
 def check_curves(n: int, folder: Path, names: tuple[str, ...]) -> None:
@@ -114,7 +117,7 @@ def check_curves(n: int, folder: Path, names: tuple[str, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_processes_follow_the_curve_of_one_for_all_networks(n: int, tmp_path: Path) -> None:
-    mp.spawn(curves, (n, str(tmp_path), tuple(CASES)), nprocs=n)
+    mp.spawn(in_group, (n, str(tmp_path), curves, tuple(CASES)), nprocs=n)
     check_curves(n, tmp_path, tuple(CASES))
 
 
@@ -130,7 +133,7 @@ def stopping_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(outputs, targets)
 
 
-def runs(rank: int, folder: str, config: Config) -> None:
+def runs(folder: str, config: Config) -> None:
     """One run at a stretch, and one that is interrupted in its second iteration and resumed."""
     global calls, last_call
     options: dict[str, Any] = {"device": "cpu", "progress": False, "save_interval": 0.0, "distributed": True}
@@ -147,8 +150,9 @@ def runs(rank: int, folder: str, config: Config) -> None:
     train(config, f"{folder}/parts", resume=True, **options)
 
 
-def failures(rank: int, folder: str, config: Config) -> None:
+def failures(folder: str, config: Config) -> None:
     """What each process is told where the loss is not finite, a folder is taken, or the other one has gone."""
+    rank = dist.get_rank()
     inputs, targets = examples(8, 20)
     inputs[3] = torch.nan
     for name, call in {
@@ -168,10 +172,10 @@ def failures(rank: int, folder: str, config: Config) -> None:
         torch.save(str(error), f"{folder}/lost.pt")
 
 
-def work(rank: int, folder: str, config: Config) -> None:
-    curves(rank, 2, folder, FAST)
-    runs(rank, folder, config)
-    failures(rank, folder, config)
+def work(folder: str, config: Config) -> None:
+    curves(folder, FAST)
+    runs(folder, config)
+    failures(folder, config)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +190,7 @@ def config(tiny_config: Config) -> Config:
 def folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes have left; they are started once, since that takes longest."""
     path = tmp_path_factory.mktemp("processes")
-    mp.spawn(work, (str(path), config), nprocs=2)
+    mp.spawn(in_group, (2, str(path), work, config), nprocs=2)
     return path
 
 
