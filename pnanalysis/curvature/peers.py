@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ OPERATORS: dict[str, type[CurvatureOperator]] = {
     "fisher": EmpiricalFisherOperator,
 }
 ENGINES = ("native", "pyhessian", "curvlinops")
+#: Bytes that an operator keeps from which on it is worth half a second to see whether anybody still uses it.
+_MUCH = 2**26
+_made: WeakSet[CurvatureOperator] = WeakSet()
 
 
 def make_operator(
@@ -42,7 +47,10 @@ def make_operator(
         raise CurvatureError(f"unknown operator {kind!r}; there are {', '.join(OPERATORS)}")
     if engine not in ENGINES:
         raise CurvatureError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
+    if any(op._cached_bytes > _MUCH for op in _made):
+        gc.collect()  # the parts of an operator refer to it, so that one that nobody uses any more is not freed at once
     native = OPERATORS[kind](model, loss_fn, batches, **options)
+    _made.add(native)
     if engine == "native":
         return native
     whole = native.names == [name for name, _ in model.named_parameters()]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from pnanalysis.curvature import peers
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.errors import CurvatureError
 from tests.curvature.conftest import NETWORKS, images, relative
@@ -42,3 +45,29 @@ def test_what_an_engine_cannot_do_is_refused(engine: str, kind: str, options: di
 def test_pyhessian_refuses_unequal_batches() -> None:
     with pytest.raises(CurvatureError, match="equal size"):
         make_operator("pyhessian", "hessian", NETWORKS["conv"](), cross_entropy, images())
+
+
+@pytest.mark.parametrize(("much", "n_left"), [(0, 1), (2**40, 3)])
+def test_operators_that_keep_much_are_freed_before_the_next_is_made(
+    much: int, n_left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "_MUCH", much)
+    gc.collect()
+    before = len(peers._made)
+    gc.disable()
+    try:
+        for _ in range(3):
+            op = make_operator(
+                "native",
+                "hessian",
+                NETWORKS["tanh"](),
+                cross_entropy,
+                images(),
+                expected_products=1000,
+                dtype=torch.float64,
+            )
+            op.matvec(torch.ones(op.shape[0]))
+            del op
+        assert len(peers._made) == before + n_left
+    finally:
+        gc.enable()
