@@ -20,6 +20,7 @@ those of the process above what it took before the product. Data are random, sin
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import statistics
@@ -166,12 +167,19 @@ def recomputed(way: str, rounds: int, small: bool) -> Row:
     return one_product(op, rounds)
 
 
+def give_back_free_memory() -> None:
+    """Let glibc return what it has kept of freed memory, which would hide what the next product takes."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def one_product(op: pn.HessianOperator, rounds: int) -> Row:
     """Peak above what was taken before, and median CPU time."""
     v = torch.randn(op.shape[0])
     op.matvec(v)  # checked before it is used
     peaks = []
     for _ in range(rounds):
+        give_back_free_memory()
         with PeakMemory(CPU) as memory:
             op.matvec(v)
         assert memory.peak is not None

@@ -189,34 +189,24 @@ def blocks(
     selection.check_weights()
     schemes = by_label("quantised", quantised, selection.labels, _scheme)
     settings = {**asdict(options), "weight": None, "split": split, "n": n, "batch_size": batch_size}
-    cache = None if state is None else SpectrumCache.claim(state, settings | names_of(selection))
     found: dict[object, tuple[xr.Dataset, str]] = {}
-    try:
-        for source in selection.sources:
-            part = selection.split(source, split, n, seed, torch_device)
-            batches = part.batches(batch_size)
-            for item in selection.distinct(source):
-                network = selection.network(item, torch_device)
-                with progress_bar(item.label, None, progress) as advance:
-                    one = network_blocks(
-                        network, source.loss, batches, options, label=item.label, device=torch_device,
-                        quantised=schemes.get(item.label),
-                        cache=None if cache is None else cache.of(network), advance=advance,
-                    )  # fmt: skip
-                found[item.key] = one, weights_digest(network)
-    finally:
-        if cache is not None:
-            cache.release()
+    with SpectrumCache.held(state, settings | names_of(selection)) as cache:
+        for each in selection.measurable(split, n, batch_size, seed, torch_device):
+            with progress_bar(each.item.label, None, progress) as advance:
+                one = network_blocks(
+                    each.network, each.loss, each.batches, options, label=each.item.label, device=torch_device,
+                    quantised=schemes.get(each.item.label), cache=None if cache is None else cache.of(each.network),
+                    advance=advance,
+                )  # fmt: skip
+            found[each.item.key] = one, weights_digest(each.network)
     ds = stack([found[item.key][0] for item in selection], selection.labels)
     ds = ds.assign_coords(
-        iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
-        epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),
-        weights_digest=("checkpoint", [found[item.key][1] for item in selection]),
+        **selection.coordinates, weights_digest=("checkpoint", [found[item.key][1] for item in selection])
     )
-    n_used = n_examples(part, batches)
+    n_used = n_examples(each.part, each.batches)
     return schema.finish(
         ds, "blocks", **selection.sources[0].dataset_attrs(), operator=operator, blocks=_as_text(blocks), split=split,
-        n=n_used, all_examples=has_all(source, split, n, n_used), batch_size=batch_size, bn_mode=bn_mode,
+        n=n_used, all_examples=has_all(each.item.source, split, n, n_used), batch_size=batch_size, bn_mode=bn_mode,
         params=params, seed=seed, device=str(torch_device), dtype=dtype, amp=amp, draws=draws,
         bits_tried=list(widths) or None, quantised=_name_of(quantised),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import nn
 
 from pnanalysis.analyses.blocks import network_blocks, stack
 from pnanalysis.analyses.network_blocks import BlockOptions
-from pnanalysis.analyses.requests import each_network, read_request, settings_of
+from pnanalysis.analyses.requests import read_request, settings_of
 from pnanalysis.analyses.spectrum_cache import SpectrumCache
 from pnanalysis.analyses.stacking import independent_differences
 from pnanalysis.arrays import Array
@@ -68,8 +68,8 @@ class BlockRequest:
         """Traces and norms of all blocks along ``checkpoint``, and the differences of all pairs along ``other``."""
         found: dict[object, xr.Dataset] = {}
         with SpectrumCache.held(state, settings_of(self, selection)) as cache:
-            for item, network, loss, batches in each_network(
-                selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
+            for item, network, loss, batches, _ in selection.measurable(
+                self.split, self.n, self.batch_size, self.options.seed, device, networks=networks
             ):
                 with progress_bar(f"{item.label}: blocks", None, progress) as advance:
                     found[item.key] = network_blocks(

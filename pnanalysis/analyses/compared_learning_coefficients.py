@@ -15,7 +15,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.analyses.learning_coefficient import ChainOptions, network_learning_coefficient
-from pnanalysis.analyses.requests import each_network, read_request, settings_of
+from pnanalysis.analyses.requests import read_request, settings_of
 from pnanalysis.analyses.work_folder import WorkFolder
 from pnanalysis.errors import PnError
 from pnanalysis.inputs.selection import Selection
@@ -62,8 +62,8 @@ class LearningCoefficientRequest:
         """Coefficients along ``checkpoint``, and the differences of all pairs along ``other``."""
         found: dict[object, xr.Dataset] = {}
         with WorkFolder.held(state, settings_of(self, selection)) as cache:
-            for item, network, loss, batches in each_network(
-                selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
+            for item, network, loss, batches, _ in selection.measurable(
+                self.split, self.n, self.batch_size, self.options.seed, device, networks=networks
             ):
                 ds = network_learning_coefficient(
                     network, loss, batches, self.options, label=item.label, progress=progress,

@@ -15,7 +15,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.analyses.network_sharpness import NetworkSharpness, SharpnessOptions, network_sharpness
-from pnanalysis.analyses.requests import each_network, read_request, settings_of
+from pnanalysis.analyses.requests import read_request, settings_of
 from pnanalysis.analyses.work_folder import WorkFolder
 from pnanalysis.estimates import mean_and_se
 from pnanalysis.inputs.selection import Selection
@@ -62,8 +62,8 @@ class SharpnessRequest:
             progress_bar("sharpness", total, progress) as advance,
             WorkFolder.held(state, settings_of(self, selection)) as cache,
         ):
-            for item, network, loss, batches in each_network(
-                selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
+            for item, network, loss, batches, _ in selection.measurable(
+                self.split, self.n, self.batch_size, self.options.seed, device, networks=networks
             ):
                 found[item.key] = network_sharpness(
                     network, loss, batches, self.options, label=item.label, advance=advance,

@@ -17,7 +17,7 @@ from pnanalysis.analyses.eigenpair_numbers import jackknife_se
 from pnanalysis.analyses.eigenpairs import network_eigenpairs
 from pnanalysis.analyses.eigenspace_overlaps import overlaps
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found
-from pnanalysis.analyses.requests import each_network, read_request, settings_of
+from pnanalysis.analyses.requests import read_request, settings_of
 from pnanalysis.analyses.stacking import independent_differences
 from pnanalysis.analyses.work_folder import WorkFolder
 from pnanalysis.arrays import Array
@@ -58,8 +58,8 @@ class EigenpairRequest:
         """Eigenvalues along ``checkpoint``, and differences and overlaps of all pairs along ``other``."""
         found: dict[object, Found] = {}
         with WorkFolder.held(state, settings_of(self, selection)) as cache:
-            for item, network, loss, batches in each_network(
-                selection, networks, self.split, self.n, self.batch_size, self.options.seed, device
+            for item, network, loss, batches, _ in selection.measurable(
+                self.split, self.n, self.batch_size, self.options.seed, device, networks=networks
             ):
                 with progress_bar(f"{item.label}: eigenvectors", None, progress) as advance:
                     found[item.key] = network_eigenpairs(

@@ -28,7 +28,7 @@ from pnanalysis.analyses.hessian import SpectrumOptions, data_error_of, has_all,
 from pnanalysis.analyses.requests import read_request, settings_of
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
-from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests, saved_spectrum
+from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digest, saved_spectrum
 from pnanalysis.analyses.work_folder import within
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of
@@ -371,25 +371,21 @@ def _spectra(
     options = requested.options
     found: dict[tuple[str, object], xr.Dataset] = {}
     with SpectrumCache.held(state, settings_of(requested, selection)) as cache:
-        for source in selection.sources:
-            part = selection.split(source, requested.split, requested.n, options.seed, device)
-            batches = part.batches(requested.batch_size)
-            digest_of = matrix_digests(source, options.matrix_settings(), part)
-            for item in selection.distinct(source):
-                network = networks[item.label].to(device)
-                digest = digest_of(network)
-                saved = saved_spectrum(source, digest, options.n_products, options.data_error)
-                found[item.key] = saved if saved is not None else network_spectra(
-                    network, source.loss, batches, options, label=item.label, device=device, progress=progress,
-                    cache=None if cache is None else cache.of(network),
-                )[""]  # fmt: skip
-                network.cpu()
+        for item, network, loss, batches, part in selection.measurable(
+            requested.split, requested.n, requested.batch_size, options.seed, device, networks=networks
+        ):
+            digest = matrix_digest(item.source, options.matrix_settings(), part, network)
+            saved = saved_spectrum(item.source, digest, options.n_products, options.data_error)
+            found[item.key] = saved if saved is not None else network_spectra(
+                network, loss, batches, options, label=item.label, device=device, progress=progress,
+                cache=None if cache is None else cache.of(network),
+            )[""]  # fmt: skip
     ds = spectrum_differences([found[item.key] for item in selection])
     n_used = n_examples(part, batches)
     return ds.assign_attrs(
         n_hessian=n_used,
         data_error=data_error_of(found.values()),
-        all_examples=int(has_all(source, requested.split, requested.n, n_used)),
+        all_examples=int(has_all(item.source, requested.split, requested.n, n_used)),
         round_off=max(float(one.attrs.get("round_off", ROUND_OFF)) for one in found.values()),
     )
 

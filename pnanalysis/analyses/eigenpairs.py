@@ -196,38 +196,29 @@ def eigenpairs(
     before = by_label("previous", previous, selection.labels, parameters_of)
     settings = {**asdict(options), "weight": options.weight_name, "split": split, "n": n, "batch_size": batch_size}
     del settings["max_memory_bytes"]  # what was begun goes on in as many vectors, whatever there is room for now
-    cache = None if state is None else WorkFolder.claim(state, settings | names_of(selection))
     by_key: dict[object, tuple[Found, str]] = {}
-    try:
-        for source in selection.sources:
-            part = selection.split(source, split, n, seed, torch_device)
-            batches = part.batches(batch_size)
-            for item in selection.distinct(source):
-                network = selection.network(item, torch_device)
-                with progress_bar(item.label, None, progress) as advance:
-                    one = network_eigenpairs(
-                        network, source.loss, batches, options, label=item.label, device=torch_device,
-                        previous=before.get(item.label) or previous_state(item), advance=advance, progress=progress,
-                        folder=None if cache is None else cache.of(network).file("").with_suffix(""),
-                    )  # fmt: skip
-                by_key[item.key] = one, weights_digest(network)
-    finally:
-        if cache is not None:
-            cache.release()
+    with WorkFolder.held(state, settings | names_of(selection)) as cache:
+        for each in selection.measurable(split, n, batch_size, seed, torch_device):
+            with progress_bar(each.item.label, None, progress) as advance:
+                one = network_eigenpairs(
+                    each.network, each.loss, each.batches, options, label=each.item.label, device=torch_device,
+                    previous=before.get(each.item.label) or previous_state(each.item), advance=advance,
+                    progress=progress,
+                    folder=None if cache is None else cache.of(each.network).file("").with_suffix(""),
+                )  # fmt: skip
+            by_key[each.item.key] = one, weights_digest(each.network)
     every = [by_key[item.key][0] for item in selection]
     ds = along_checkpoints([one.with_vector if vectors else one.dataset for one in every], selection.labels)
     ds = ds.assign_coords(
-        iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
-        epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),
-        weights_digest=("checkpoint", [by_key[item.key][1] for item in selection]),
+        **selection.coordinates, weights_digest=("checkpoint", [by_key[item.key][1] for item in selection])
     )
     if len(every) > 1:
         common = overlaps(every, selection.labels, selection.shares_examples)
         ds = ds.assign(common).assign_coords(other=selection.labels)
-    n_used = n_examples(part, batches)
+    n_used = n_examples(each.part, each.batches)
     return schema.finish(
         ds, "eigenpairs", **selection.sources[0].dataset_attrs(), operator=operator, k=k, which=which, split=split,
-        n=n_used, all_examples=has_all(source, split, n, n_used), batch_size=batch_size, bn_mode=bn_mode,
+        n=n_used, all_examples=has_all(each.item.source, split, n, n_used), batch_size=batch_size, bn_mode=bn_mode,
         params=params, seed=seed, device=str(torch_device), dtype=dtype, amp=amp, draws=draws,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis import schema
-from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digests
+from pnanalysis.analyses.spectrum_cache import SpectrumCache, matrix_digest
 from pnanalysis.checks import at_least, check_seed, one_of, positive, resolve_dtype
 from pnanalysis.curvature.base import METHODS, CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
@@ -275,18 +275,13 @@ def hessian(
         cache = None if state is None else SpectrumCache.claim(state, settings | names_of(selection), writes)
     found: dict[tuple[str, object], dict[str, tuple[xr.Dataset, str]]] = {}
     try:
-        for source in selection.sources:
-            part = selection.split(source, split, n, seed, torch_device)
-            batches = part.batches(batch_size)
-            digest_of = matrix_digests(source, options.matrix_settings(), part)
-            for item in selection.distinct(source):
-                network = selection.network(item, torch_device)
-                digest = digest_of(network)
-                spectra = network_spectra(
-                    network, source.loss, batches, options, label=item.label, device=torch_device, progress=progress,
-                    cache=None if cache is None else cache.of(network),
-                )  # fmt: skip
-                found[item.key] = {layer: (ds, digest) for layer, ds in spectra.items()}
+        for item, network, own_loss, batches, part in selection.measurable(split, n, batch_size, seed, torch_device):
+            digest = matrix_digest(item.source, options.matrix_settings(), part, network)
+            spectra = network_spectra(
+                network, own_loss, batches, options, label=item.label, device=torch_device, progress=progress,
+                cache=None if cache is None else cache.of(network),
+            )  # fmt: skip
+            found[item.key] = {layer: (ds, digest) for layer, ds in spectra.items()}
     finally:
         if cache is not None:
             cache.release()
@@ -300,7 +295,7 @@ def hessian(
         stack_spectra(rows, per_layer), "hessian", **selection.sources[0].dataset_attrs(), operator=operator,
         engine=engine, split=split, n=n_used, batch_size=batch_size, bn_mode=bn_mode, params=params,
         seed=seed, device=str(torch_device), dtype=dtype, amp=amp, weight=options.weight_name or None, draws=draws,
-        all_examples=has_all(source, split, n, n_used), data_error=data_error_of(row.spectrum for row in rows),
+        all_examples=has_all(item.source, split, n, n_used), data_error=data_error_of(row.spectrum for row in rows),
         **products_of(row.spectrum for row in rows),
     )  # fmt: skip
 

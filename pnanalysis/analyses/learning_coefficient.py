@@ -231,33 +231,21 @@ def learning_coefficient(
     torch_dtype = resolve_dtype(dtype)
     selection, torch_device = select(given, checkpoints, model=model, data=data, loss=loss), resolve_device(device)
     settings = {**asdict(options), "split": split, "n": n, "batch_size": batch_size, "dtype": dtype}
-    cache = None if state is None else WorkFolder.claim(state, settings | names_of(selection))
     found = {}
-    try:
-        for source in selection.sources:
-            part = selection.split(source, split, n, seed, torch_device)
-            batches = part.batches(batch_size)
-            for item in selection.distinct(source):
-                network = selection.network(item, torch_device, torch_dtype)
-                found[item.key] = network_learning_coefficient(
-                    network, source.loss, batches, options, dtype=torch_dtype, label=item.label, progress=progress,
-                    cache=None if cache is None else cache.of(network),
-                )  # fmt: skip
-    finally:
-        if cache is not None:
-            cache.release()
+    with WorkFolder.held(state, settings | names_of(selection)) as cache:
+        for each in selection.measurable(split, n, batch_size, seed, torch_device, torch_dtype):
+            found[each.item.key] = network_learning_coefficient(
+                each.network, each.loss, each.batches, options, dtype=torch_dtype, label=each.item.label,
+                progress=progress, cache=None if cache is None else cache.of(each.network),
+            )  # fmt: skip
     rows = padded([found[item.key] for item in selection])  # shorter chains are filled up with NaN
-    ds = xr.concat(rows, dim="checkpoint", combine_attrs="override").assign_coords(
-        checkpoint=selection.labels,
-        iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
-        epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),
-    )
+    ds = xr.concat(rows, dim="checkpoint", combine_attrs="override").assign_coords(selection.coordinates)
     single = [name for name, value in (("step_size", step_size), ("localization", localization)) if _is_single(value)]
-    n_used = n_examples(part, batches)
+    n_used = n_examples(each.part, each.batches)
     return schema.finish(
         ds.squeeze(single), "learning_coefficient",
         **selection.sources[0].dataset_attrs(), n_chains=n_chains, sampler=sampler, params=params, split=split,
-        n=int(ds.attrs["n"]), beta=float(ds.attrs["beta"]), all_examples=has_all(source, split, n, n_used),
+        n=int(ds.attrs["n"]), beta=float(ds.attrs["beta"]), all_examples=has_all(each.item.source, split, n, n_used),
         batch_size=batch_size, data_error=data_error, seed=seed, device=str(torch_device), dtype=dtype,
     )  # fmt: skip
 

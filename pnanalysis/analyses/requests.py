@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
-
-import torch
-from torch import nn
 
 from pnanalysis.analyses.hessian import names_of
 from pnanalysis.checks import at_least, one_of
 from pnanalysis.errors import PnError
 from pnanalysis.inputs.data import SPLITS
-from pnanalysis.inputs.models import Loss
-from pnanalysis.inputs.selection import SelectedCheckpoint, Selection
+from pnanalysis.inputs.selection import Selection
 
 
 class Request(NamedTuple):
@@ -75,25 +71,3 @@ def settings_of(request: Any, selection: Selection) -> dict[str, Any]:
     options.pop("max_memory_bytes", None)
     examples = {"split": request.split, "n": request.n, "batch_size": request.batch_size}
     return options | examples | names_of(selection)
-
-
-class Measurable(NamedTuple):
-    """A network on its device, and what its source measures it with."""
-
-    item: SelectedCheckpoint
-    network: nn.Module
-    loss: Loss
-    batches: Iterable[Any]
-
-
-def each_network(
-    selection: Selection, networks: Mapping[str, nn.Module], split: str, n: int | None, batch_size: int, seed: int,
-    device: torch.device,
-) -> Iterator[Measurable]:  # fmt: skip
-    """Every distinct network of a selection with the examples of its source; on the device while it is measured."""
-    for source in selection.sources:
-        batches = selection.split(source, split, n, seed, device).batches(batch_size)
-        for item in selection.distinct(source):
-            network = networks[item.label].to(device)
-            yield Measurable(item, network, source.loss, batches)
-            network.cpu()

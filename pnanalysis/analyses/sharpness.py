@@ -161,25 +161,20 @@ def sharpness(
     torch_dtype = resolve_dtype(dtype)
     selection, torch_device = select(given, checkpoints, model=model, data=data, loss=loss), resolve_device(device)
     settings = {**asdict(options), "split": split, "n": n, "batch_size": batch_size}
-    cache = None if state is None else WorkFolder.claim(state, settings)
     found = {}
-    try:
-        with progress_bar("sharpness", len(selection.distinct()) * options.n_steps_in_all, progress) as advance:
-            for source in selection.sources:
-                batches = selection.split(source, split, n, seed, torch_device).batches(batch_size)
-                for item in selection.distinct(source):
-                    network = selection.network(item, torch_device, torch_dtype)
-                    found[item.key] = network_sharpness(
-                        network, source.loss, batches, options, label=item.label, advance=advance,
-                        cache=None if cache is None else cache.of(network),
-                    ).ds  # fmt: skip
-    finally:
-        if cache is not None:
-            cache.release()
+    with (
+        WorkFolder.held(state, settings) as cache,
+        progress_bar("sharpness", len(selection.distinct()) * options.n_steps_in_all, progress) as advance,
+    ):
+        for item, network, own_loss, batches, _ in selection.measurable(
+            split, n, batch_size, seed, torch_device, torch_dtype
+        ):
+            found[item.key] = network_sharpness(
+                network, own_loss, batches, options, label=item.label, advance=advance,
+                cache=None if cache is None else cache.of(network),
+            ).ds  # fmt: skip
     ds = xr.concat([found[item.key] for item in selection], dim="checkpoint", data_vars="all").assign_coords(
-        checkpoint=selection.labels,
-        iteration=("checkpoint", [item.checkpoint.iteration for item in selection]),
-        epoch=("checkpoint", [item.checkpoint.epoch for item in selection]),
+        selection.coordinates
     )
     shared = [name for name in ("radius", "average_radius") if name in ds]  # the same for all checkpoints
     ds = ds.assign({name: ds[name].isel(checkpoint=0, drop=True) for name in shared})

@@ -22,21 +22,19 @@ from pnanalysis.spectra.finished import saved_or_computed
 from pnanalysis.spectra.linear_operator import LinearOperator
 
 
-def matrix_digests(
-    source: Source, settings: Mapping[str, Any], part: Split | LoaderSplit
-) -> Callable[[nn.Module], str]:
-    """What gives a network's digest of all that determines its matrix: weights, architecture, loss, examples, settings.
+def matrix_digest(source: Source, settings: Mapping[str, Any], part: Split | LoaderSplit, network: nn.Module) -> str:
+    """A digest of all that determines a network's matrix: weights, architecture, loss, examples, settings.
 
-    ``part`` holds the examples, which are read once for all networks. A digest is empty, and so equal to none, where a
-    name does not tell what is behind it: custom models and losses, and loaders.
+    It is empty, and so equal to none, where a name does not tell what is behind it: custom models and losses, and
+    loaders.
     """
     model, loss = source.attrs.get("model", ""), source.attrs.get("loss", "")
     registered = source.run is not None and not any(":" in name or name.startswith("own ") for name in (model, loss))
     if not registered or not isinstance(part, Split):
-        return lambda network: ""
+        return ""
     examples = fingerprint(*tensors([part.inputs, part.targets, part.offset, part.scale]))
     text = json.dumps([model, loss, examples, dict(settings)], sort_keys=True, default=str)
-    return lambda network: hashlib.sha256((weights_digest(network) + text).encode()).hexdigest()
+    return hashlib.sha256((weights_digest(network) + text).encode()).hexdigest()
 
 
 def saved_spectrum(source: Source, digest: str, n_products: int, data_error: str = "none") -> xr.Dataset | None:

@@ -100,7 +100,7 @@ class WorkFolder:
 
     @classmethod
     @contextmanager
-    def held(cls, folder: Path | None, settings: Mapping[str, Any]) -> Iterator[Self | None]:
+    def held(cls, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> Iterator[Self | None]:
         """The folder as :meth:`claim` gives it, released after the body; ``None`` where there is none."""
         if folder is None:
             yield None

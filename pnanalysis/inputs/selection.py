@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import nn
 
 from pnanalysis.errors import ModelError, PnError, RunError
 from pnanalysis.inputs.copies import copied
-from pnanalysis.inputs.data import DataLike, LoaderSplit, Split, Splits
+from pnanalysis.inputs.data import Batch, DataLike, LoaderSplit, Split, Splits
 from pnanalysis.inputs.hugging_face import folder_of
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.networks import check_no_mixed_state, is_path, is_weights, source_of_networks
@@ -66,6 +66,26 @@ class SelectedCheckpoint:
         return first if first.epoch == 0 else None
 
 
+class Measurable(NamedTuple):
+    """A network on its device, and what its source measures it with.
+
+    Attributes
+    ----------
+    item : SelectedCheckpoint
+    network : Module
+    loss : callable
+    batches : re-iterable of (inputs, targets)
+    part : Split or LoaderSplit
+        The examples that batches have.
+    """
+
+    item: SelectedCheckpoint
+    network: nn.Module
+    loss: Loss
+    batches: Iterable[Batch]
+    part: Split | LoaderSplit
+
+
 class Selection(Sequence[SelectedCheckpoint]):
     """The checkpoints that an analysis is about; the first is the reference. Made by :func:`select`.
 
@@ -96,6 +116,15 @@ class Selection(Sequence[SelectedCheckpoint]):
     def labels(self) -> list[str]:
         """Their labels, in order."""
         return [item.label for item in self]
+
+    @property
+    def coordinates(self) -> dict[str, Any]:
+        """The coordinates of a dataset with a row for each: labels, iterations and epochs."""
+        return {
+            "checkpoint": self.labels,
+            "iteration": ("checkpoint", [item.checkpoint.iteration for item in self]),
+            "epoch": ("checkpoint", [item.checkpoint.epoch for item in self]),
+        }
 
     @property
     def shares_examples(self) -> bool:
@@ -135,6 +164,32 @@ class Selection(Sequence[SelectedCheckpoint]):
             found[item.label] = self.network(item, device, dtype) if known is None else copied(known)
             first.setdefault(item.key, found[item.label])
         return found
+
+    def measurable(
+        self, split: str, n: int | None, batch_size: int, seed: int, device: torch.device,
+        dtype: torch.dtype | None = None, networks: Mapping[str, nn.Module] | None = None,
+    ) -> Iterator[Measurable]:  # fmt: skip
+        """Every distinct network, one after the other, with the examples of its source.
+
+        Parameters
+        ----------
+        split, n, seed
+            Which examples: see :meth:`split`.
+        batch_size : int
+        device : torch.device
+        dtype : torch.dtype, optional
+        networks : mapping of str to Module, optional
+            The networks by label, where they have been made already: each is on the device in its turn, then on the
+            host.
+        """
+        for source in self.sources:
+            part = self.split(source, split, n, seed, device, dtype)
+            batches = part.batches(batch_size)
+            for item in self.distinct(source):
+                network = self.network(item, device, dtype) if networks is None else networks[item.label].to(device)
+                yield Measurable(item, network, source.loss, batches, part)
+                if networks is not None:
+                    network.cpu()
 
     def split(
         self, source: Source, name: str, n: int | None, seed: int, device: torch.device | str,

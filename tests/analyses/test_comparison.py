@@ -18,7 +18,7 @@ import pnanalysis as pn
 from pnanalysis import schema
 from pnanalysis.analyses.diagnostics import diagnostics, estimate_of
 from pnanalysis.analyses.hessian import SpectrumOptions
-from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
+from pnanalysis.analyses.spectrum_cache import matrix_digest, saved_spectrum
 from pnanalysis.analyses.verdict import verdict
 from pnanalysis.errors import DataError, RunError
 from pnanalysis.estimates import Estimate
@@ -61,7 +61,7 @@ def spectrum_of_run(item: SelectedCheckpoint, options: dict[str, Any]) -> xr.Dat
         SpectrumOptions.from_keywords(**{name: value for name, value in options.items() if name not in ("split", "n")}),
     )
     network, part = item.source.model(item.checkpoint), item.source.split(split, n, spent.seed, "cpu")
-    digest = matrix_digests(item.source, spent.matrix_settings(), part)(network)
+    digest = matrix_digest(item.source, spent.matrix_settings(), part, network)
     return saved_spectrum(item.source, digest, spent.n_products)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import pnanalysis as pn
 from pnanalysis.analyses.hessian import SpectrumOptions
-from pnanalysis.analyses.spectrum_cache import matrix_digests, saved_spectrum
+from pnanalysis.analyses.spectrum_cache import matrix_digest, saved_spectrum
 from pnanalysis.errors import RunError, TrainingError
 from pnanalysis.geometry.loss_surface import LossSurface
 from pnanalysis.inputs.models import parameter_layers
@@ -74,7 +74,7 @@ def test_a_saved_spectrum_of_another_loss_or_model_is_not_taken(namesakes: list[
 
     def found(source: Source) -> bool:
         network = source.model(run.plain)
-        digest = matrix_digests(source, settings, source.split("train", 50, 0, "cpu"))(network)
+        digest = matrix_digest(source, settings, source.split("train", 50, 0, "cpu"), network)
         return saved_spectrum(source, digest, n_products=10) is not None
 
     assert found(as_source(run))
