@@ -38,6 +38,7 @@ from torch.nn.functional import cross_entropy
 import pnanalysis as pn
 from pnanalysis.inputs.data import TextFile
 from pnanalysis.inputs.hugging_face import pretrained
+from pnanalysis.io.collection import padded
 from pnanalysis.io.hardware import cpu_name
 from pnanalysis.spectra.forecast import forecasts
 from pnanalysis.spectra.used_memory import PeakMemory
@@ -124,7 +125,7 @@ def draw(results: Path, to: Path) -> None:
     """The spectra of both matrices over each other, or of the one that has been measured."""
     names = [name for name in MATRICES if _spectrum_of(results, name).is_file()]
     found = [pn.load(_spectrum_of(results, name)).assign_coords(checkpoint=[name]) for name in names]
-    pn.plots.save_figure(pn.plots.plot(xr.concat(found, "checkpoint", join="outer")), to)
+    pn.plots.save_figure(pn.plots.plot(xr.concat(padded(found), "checkpoint", join="outer")), to)
 
 
 def _said(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +35,19 @@ from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolutionBase
 # Nests of tuples, lists, dicts and named tuples. torch.func and make_fx flatten their arguments with this very module,
 # so a nest means the same to them and to us (classes that users register included).
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+
+
+def in_own_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns that traces user code, in a thread of its own.
+
+    A trace that fails within a transform leaves the state of its thread in disorder: autograd is off.
+    """
+    if FakeTensorMode is not None:
+        # torch 2.11 crashes at the second use of fake tensors if the first was in a thread that has ended
+        with FakeTensorMode():
+            pass
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _operation(name: str) -> Any:
@@ -174,6 +188,7 @@ __all__ = [
     "TreeSpec",
     "compiler_is_loaded",
     "convolve",
+    "in_own_thread",
     "is_elementwise",
     "is_view_of",
     "is_vmapped",

@@ -263,3 +263,9 @@ def test_functions_of_single_elements_are_told_from_others() -> None:
     assert all(internals.is_elementwise(operation) for operation in elementwise)
     others = (aten.mm.default, aten.cumsum.default, aten.sum.dim_IntList, aten.sort.default, aten.flip.default, len)
     assert not any(internals.is_elementwise(operation) for operation in others)
+
+
+def test_parts_of_tensors_are_traced_in_several_threads() -> None:
+    for n in (2, 3, 4):
+        graph = internals.in_own_thread(internals.make_fx(torch.tanh, tracing_mode="fake"), torch.ones(8, 3)[1:n]).graph
+        assert [node.target for node in graph.nodes if node.op == "call_function"] == [aten.tanh.default]

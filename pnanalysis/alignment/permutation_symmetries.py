@@ -13,7 +13,6 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,7 +27,14 @@ from pnanalysis.errors import ModelError, reason
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.batches import tensors
 from pnanalysis.inputs.hugging_face import masks_without_values
-from pnanalysis.torch_internals import is_elementwise, make_fx, tree_flatten, tree_unflatten, writes_into_argument
+from pnanalysis.torch_internals import (
+    in_own_thread,
+    is_elementwise,
+    make_fx,
+    tree_flatten,
+    tree_unflatten,
+    writes_into_argument,
+)
 
 
 class Symmetries(NamedTuple):
@@ -118,8 +124,7 @@ def _trace(model: nn.Module, inputs: Any) -> tuple[fx.Graph, list[str]]:
         return graph
 
     try:
-        with ThreadPoolExecutor(1) as pool:  # a trace that fails leaves the state of its thread in disorder
-            return pool.submit(record_without_writes).result(), list(state)
+        return in_own_thread(record_without_writes), list(state)
     except Exception as error:  # a user's forward may raise anything on tensors without values
         raise ModelError(
             f"{type(model).__name__} cannot be aligned: its operations cannot be recorded ({reason(error)}); "

@@ -66,6 +66,8 @@ class ExampleForms:
         What has a matrix of its own.
     weights : ndarray, shape (G,)
         The factor of each group's matrix in the whole.
+    counted : ndarray of bool, shape (N,)
+        Which examples count in the loss.
     digest : str
         Equal where examples, their order and the groups are.
     """
@@ -81,7 +83,7 @@ class ExampleForms:
             weights = op.batches.weighing.of_examples(batch).numpy()
             counted.append(weights > 0)
             self._shares.append(_shares(op, self.unit, weights))
-        self._counted = np.concatenate(counted)
+        self.counted: NDArray[np.bool_] = np.concatenate(counted)
         sizes = [len(shares) for shares in self._shares]
         self._ends = np.cumsum([0, *sizes])
         self._groups = _groups(int(self._ends[-1]))
@@ -193,19 +195,23 @@ class ExampleForms:
         return torch.from_numpy(np.divide(sums, self.weights, out=np.zeros_like(sums), where=self.weights > 0))
 
     def chosen(self, parts: Collection[int], n_parts: int, seed: int) -> NDArray[np.bool_]:
-        """Which examples lie in some parts of a random partition, ``(N,)``; of those that count in the loss.
+        """Which examples lie in some parts of a random partition of those that count in the loss, ``(N,)``.
 
         Raises
         ------
         Indivisible
-            If there are fewer examples, or batches where these cannot be cut, than parts.
+            If there are fewer examples that count, or batches where these cannot be cut, than parts.
         """
-        sizes = self.op.batches.sizes
-        n, what = (sum(sizes), "examples") if self.cuts_batches else (len(sizes), "batches, which cannot be cut")
+        batches = self.op.batches
+        counted, what = self.counted, "examples that count"
+        if not self.cuts_batches:
+            counted, what = np.isin(np.arange(len(batches.sizes)), batches.counting), "batches, which cannot be cut"
+        n = int(counted.sum())
         if not 1 <= n_parts <= n or not set(parts) <= set(range(n_parts)) or not parts:
             raise Indivisible(f"cannot take the parts {sorted(parts)} of {n_parts} parts of {n} {what}")
-        found = np.isin(random_parts(n, n_parts, seed), list(parts))
-        return found & self._counted if self.cuts_batches else np.repeat(found, sizes)
+        found = np.zeros(len(counted), dtype=np.bool_)
+        found[counted] = np.isin(random_parts(n, n_parts, seed), list(parts))
+        return found if self.cuts_batches else np.repeat(found, batches.sizes)
 
     def _by_batch(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float, Forms]]:
         """Number and weight of each batch that counts, and the terms of its units."""

@@ -1,8 +1,8 @@
 """Products of a curvature operator by groups of examples, at the cost of products with the whole.
 
-The examples are divided at random into groups of equal size, and the batches rearranged so that none mixes groups. A
-product goes through all batches anyway: what each group adds to it is there for nothing. The matrix is still that of
-all examples, which is checked by a product.
+The examples are divided at random into groups of equal size, in each of which equally many count in the loss, and the
+batches rearranged so that none mixes groups. A product goes through all batches anyway: what each group adds to it is
+there for nothing. The matrix is still that of all examples, which is checked by a product.
 
 Where examples cannot be rearranged (statistics over batches, losses that compare examples, batches that weigh by
 themselves), the groups are the batches as they are given, if there are enough of them.
@@ -134,22 +134,26 @@ def in_groups(
         If the rearranged operator is another one.
     """
     sizes = op.batches.sizes
-    n = sum(sizes)
     if op.by_differences:
         return alone(op, expected_products, "finite differences are taken over all examples together")
-    if n >= n_groups and _can_be_rearranged(op):
-        group = random_parts(n, n_groups, seed)
+    can_be_rearranged = _can_be_rearranged(op)
+    if can_be_rearranged and (n := int(op.example_forms.counted.sum())) >= n_groups:
+        counted = op.example_forms.counted
+        group = np.empty(len(counted), dtype=np.int64)
+        group[counted], group[~counted] = (random_parts(k, n_groups, seed) for k in (n, len(counted) - n))
         counts = np.bincount(group)
         rearranged = ExampleGroups(op.batches.pairs, group, min(max(sizes), int(counts.max())))
         source = SameBatches(rearranged, prepare=as_pair, device=op.device)
         again = op._again(source, op.names, expected_products)
         _check_same(op, again)
         return GroupedCurvature(again, np.cumsum(counts))
-    if len(sizes) >= FEWEST_GROUPS:
-        return GroupedCurvature(op.restricted(op.names, expected_products), np.cumsum(sizes))
-    too_few = (
-        f"there are {n} examples, fewer than {n_groups}" if n < n_groups else "examples cannot be taken one by one"
-    )
+    if len(op.batches.counting) >= FEWEST_GROUPS:
+        ends = np.cumsum(sizes)[op.batches.counting]
+        ends[-1] = sum(sizes)  # batches of which nothing counts are part of the next group, or of the last
+        return GroupedCurvature(op.restricted(op.names, expected_products), ends)
+    too_few = "examples cannot be taken one by one"
+    if can_be_rearranged:
+        too_few = f"there are {n} examples that count, fewer than {n_groups}"
     return alone(op, expected_products, f"{too_few}, and in fewer than {FEWEST_GROUPS} batches")
 
 

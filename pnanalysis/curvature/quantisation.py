@@ -42,7 +42,10 @@ class Quantisation:
         """Equal for equal changes of equal parameters."""
         found = hashlib.sha256()
         for name, tensor in sorted(self.change.items()):
-            found.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.double().cpu().contiguous().numpy().tobytes())
+            numbers = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+            found.update(
+                f"{name}{tuple(tensor.shape)}".encode() + numbers.double().cpu().contiguous().numpy().tobytes()
+            )
         return found.hexdigest()
 
 
@@ -61,6 +64,10 @@ def rounded(weights: Tensor, bits: int) -> Tensor:
     >>> rounded(torch.tensor([1.0, -0.4, 0.1]), 2)
     tensor([1., 0., 0.])
     """
+    if weights.is_complex():
+        return torch.view_as_complex(rounded(torch.view_as_real(weights.resolve_conj()), bits))
+    if not weights.numel():
+        return weights
     step = weights.abs().max() / (2 ** (bits - 1) - 1)
     return weights if not step > 0 else torch.round(weights / step) * step
 

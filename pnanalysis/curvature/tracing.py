@@ -12,7 +12,6 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from pnanalysis.torch_internals import (
     ZEROS_WITHOUT_MEMORY,
     FakeTensorMode,
     TreeSpec,
+    in_own_thread,
     make_fx,
     returns_view,
     tree_flatten,
@@ -120,9 +120,7 @@ class Linearisation:
         try:
             with warnings.catch_warnings(), masks_without_values():
                 warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit.script
-                # a trace that fails within a transform leaves the state of its thread in disorder: autograd is off
-                with ThreadPoolExecutor(1) as pool:
-                    traced = pool.submit(make_fx(function_of_tensors, tracing_mode="fake"), *tensors, *like).result()
+                traced = in_own_thread(make_fx(function_of_tensors, tracing_mode="fake"), *tensors, *like)
         except Exception as error:  # a user's model may raise anything while it is traced
             raise Untraceable(f"{type(error).__name__}: {error}") from error
         simplify(traced.graph)

@@ -320,7 +320,8 @@ def class_scores(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:
     """A classifier's logits with the classes along dim 1; ``None`` for real-valued targets.
 
     Binary cross-entropy makes each of its outputs a choice between two classes. Else the classes lie along dim 1, as
-    torch's losses have them (N, C, ...), or along the last dim, (N, ..., C), as the targets' shape shows.
+    torch's losses have them (N, C, ...), or along the last dim, (N, ..., C), as the targets' shape shows; where it may
+    be either, only a loss of torch's own tells, and there are no scores for others.
     Real-valued targets are class probabilities under torch's cross-entropies, numbers under all other losses.
     """
     kind = kind_of(loss)
@@ -330,11 +331,13 @@ def class_scores(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:
         return None
     if targets.is_floating_point():
         return outputs if kind == "classes" and targets.shape == outputs.shape and outputs.ndim > 1 else None
-    if outputs.shape[:1] + outputs.shape[2:] == targets.shape and outputs.shape[1:2] > (1,):  # one class is none
+    along_first = outputs.shape[:1] + outputs.shape[2:] == targets.shape and outputs.shape[1:2] > (1,)  # 1 is no choice
+    along_last = outputs.shape[:-1] == targets.shape and outputs.shape[-1:] > (1,)
+    if along_first and along_last and outputs.ndim > 2 and kind is None:
+        return None
+    if along_first:
         return outputs
-    if outputs.shape[:-1] == targets.shape and outputs.shape[-1:] > (1,):
-        return outputs.movedim(-1, 1)
-    return None
+    return outputs.movedim(-1, 1) if along_last else None
 
 
 def log_probabilities(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | None:

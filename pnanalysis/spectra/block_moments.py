@@ -171,13 +171,14 @@ def exact_moments(
     share = operator.shares if hasattr(operator, "shares") else np.ones(1)
     own, rest = np.zeros((len(share), n, n)), np.zeros((n, n))
     eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
-    for columns in torch.split(torch.arange(n), _AT_ONCE):
+    for begin in range(0, n, _AT_ONCE):
+        columns = slice(begin, min(begin + _AT_ONCE, n))
         some = eye[:, columns]
         for group, product in by_group(operator, some):
             own[group][:, columns] += _numbers(product)
         if hasattr(operator, "product_without_data"):
             rest[:, columns] = _numbers(operator.product_without_data(some))
-        advance(len(columns))
+        advance(some.shape[1])
     own = (own + own.swapaxes(1, 2)) / 2
     matrix = own.sum(0) + (rest + rest.T) / 2
     own /= share[:, None, None]

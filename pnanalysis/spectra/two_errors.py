@@ -66,10 +66,10 @@ class Moment:
         return np.asarray(np.hypot(probes, examples))
 
     def root(self) -> Moment:
-        """Square roots, to first order; NaN of estimates that are not positive."""
-        size = np.sqrt(np.where(self.value > 0, self.value, np.nan))
-        twice = 2 * size
-        return replace(self.divided(twice), value=size)
+        """Square roots, to first order; NaN of estimates that are not positive, unless all they come from is zero."""
+        is_zero = (self.value == 0) & (self.probe_se == 0) & (self.form == 0).all(0)
+        size = np.sqrt(np.where((self.value > 0) | is_zero, self.value, np.nan))
+        return replace(self.divided(np.where(is_zero, 1.0, 2 * size)), value=size)
 
     def merged(self, member: Array) -> Moment:
         """Sums over blocks, of numbers without random vectors; ``member`` is (sum, block)."""

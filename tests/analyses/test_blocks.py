@@ -553,3 +553,71 @@ def test_differences_of_networks_that_took_different_numbers_of_signs() -> None:
     assert own[2] == 0
     np.testing.assert_allclose(se[:2, 2], own[:2])  # the matrix itself has no error
     assert 0 < se[0, 1] < np.hypot(*own[:2])
+
+
+def test_examples_that_count_for_nothing_change_nothing_but_the_groups() -> None:
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(400, 4).double(), torch.randint(3, (400,))
+    targets[torch.rand(400) > 0.06] = -100
+    counted = targets >= 0
+    assert N_GROUPS <= counted.sum() < 2 * N_GROUPS  # most random groups of all examples would have none of them
+    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    for options in ({"n_hvp": 200, "bits": 4}, {"n_hvp": 20}):
+        few, all_of_them = (
+            pn.blocks(network, data=data, loss=F.cross_entropy, dtype="float64", **options, **QUIET)
+            for data in ((inputs[counted], targets[counted]), (inputs, targets))
+        )
+        for name in ("trace", "trace_se", "frobenius_norm", "frobenius_norm_se"):
+            np.testing.assert_allclose(all_of_them[name], few[name], rtol=1e-9)
+        assert (all_of_them.trace_data_se > 0).all()
+
+
+def test_batches_that_count_for_nothing_join_the_next_group() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).double()
+    batches = [(torch.randn(6, 4).double(), torch.randint(3, (6,))) for _ in range(12)]
+    for i in (0, 5, 11):
+        batches[i] = batches[i][0], torch.full((6,), -100)
+    grouped = in_groups(HessianOperator(network, F.cross_entropy, batches, bn_mode="train"), 10)
+    assert grouped.ends.tolist() == [12, 18, 24, 30, 42, 48, 54, 60, 72]
+    assert grouped.shares.tolist() == pytest.approx([1 / 9] * 9)
+    few = in_groups(HessianOperator(network, F.cross_entropy, batches[:9], bn_mode="train"), 10)
+    assert len(few.ends) == 1
+    assert "fewer than 8 batches" in few.reason
+
+
+def test_a_single_parameter_is_a_block() -> None:
+    assert pn.blocks(np.array([[3.0]]), blocks={"all": 1}, progress=False).trace.item() == pytest.approx(3)
+    inputs, targets = torch.randn(30, 1), torch.randn(30, 1)
+    ds = pn.blocks(nn.Linear(1, 1, bias=False), data=(inputs, targets), loss="mse", **QUIET)
+    assert ds.trace.item() == pytest.approx(float(2 * inputs.square().mean()), rel=1e-5)
+
+
+def test_a_block_without_curvature_has_the_norm_zero() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
+    with torch.no_grad():
+        network[0].bias -= 100
+    ds = pn.blocks(network, data=(torch.randn(30, 3), torch.randint(2, (30,))), **QUIET).squeeze()
+    assert (ds.frobenius_norm[0], ds.frobenius_norm_se[0]) == (0, 0)
+    assert ds.frobenius_norm[1] > 0
+
+
+class NothingAndComplex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.nothing = nn.Linear(3, 2), nn.Parameter(torch.zeros(0, 3))
+        self.waves = nn.Parameter(torch.randn(2, 3, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.nothing.sum() + (x.to(torch.complex64) @ self.waves.T).abs()
+
+
+def test_complex_weights_are_rounded_and_empty_ones_are_not() -> None:
+    torch.manual_seed(0)
+    network, data = NothingAndComplex(), (torch.randn(30, 3), torch.randint(2, (30,)))
+    ds = pn.blocks(network, data=data, bits=3, **QUIET).squeeze()
+    waves, weights = torch.view_as_real(network.waves.detach()), network.linear.weight.detach()
+    errors = [part - (part / step).round() * step for part in (waves, weights) for step in [part.abs().max() / 3]]
+    found = sorted(ds.squared_change.values.tolist())
+    assert found == pytest.approx(sorted(float(error.square().sum()) for error in errors), rel=1e-5)

@@ -705,3 +705,17 @@ def test_overlaps_have_errors_where_half_samples_are_known() -> None:
     expected = np.sqrt(np.mean(np.square(common[::2] - common[1::2])) / 4)
     np.testing.assert_allclose(ds.overlap_data_se[0, 1], expected, rtol=0.02)
     pn.validate(ds)
+
+
+@pytest.mark.parametrize("data_error", ["none", "examples", "groups"])
+def test_examples_that_count_for_nothing_are_in_no_group(data_error: str) -> None:
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(40, 4), torch.randint(3, (40,))
+    targets[:22] = -100
+    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    options: dict[str, Any] = {"loss": F.cross_entropy, "k": 2, "data_error": data_error, "n": None, "progress": False}
+    every, counted = (
+        pn.eigenpairs(network, data=data, **options) for data in ((inputs, targets), (inputs[22:], targets[22:]))
+    )
+    for name in ("value", *(["value_data_se", "gradient_top_se"] if data_error == "groups" else [])):
+        np.testing.assert_allclose(every[name], counted[name], rtol=1e-4)

@@ -388,3 +388,45 @@ def test_targets_of_the_fisher_may_be_tuples() -> None:
 def test_lazy_parameters_are_refused() -> None:
     with pytest.raises(CurvatureError, match="has no shape yet"):
         HessianOperator(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), cross_entropy, BATCHES)
+
+
+class Scaled(nn.Embedding):
+    """As embeddings of some translators are: with a forward of their own around that of torch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Words(nn.Module):
+    """A mean over words, of which padding is one; with ``tied``, the padding's vector scores a class, too."""
+
+    def __init__(self, embedding: type[nn.Embedding], tied: bool) -> None:
+        super().__init__()
+        self.embedding = embedding(5, 4, padding_idx=0)
+        nn.init.normal_(self.embedding.weight)
+        self.hidden, self.last = nn.Linear(4, 4), nn.Linear(4, 5)
+        if tied:
+            self.last.weight = self.embedding.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.last(self.hidden(self.embedding(words).mean(1)).tanh())
+
+
+@BUDGETS
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("embedding", [nn.Embedding, Scaled])
+def test_padding_that_only_later_batches_have_has_no_curvature(
+    embedding: type[nn.Embedding], tied: bool, expected_products: int
+) -> None:
+    torch.manual_seed(0)
+    model, words, targets = Words(embedding, tied).double(), torch.randint(1, 5, (24, 6)), torch.randint(5, (24,))
+    words[8:, 2:] = 0
+    batches = list(zip(words.split(8), targets.split(8), strict=True))
+    op = HessianOperator(model, cross_entropy, batches, expected_products=expected_products)
+    assert op.product_check.note == ""
+    parameters = list(model.parameters())
+    gradient = torch.autograd.grad(cross_entropy(model(words), targets), parameters, create_graph=True)
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True) for part in gradient for g in part.flatten()
+            if g.requires_grad]  # fmt: skip
+    exact = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    assert relative(op.to_dense(), exact) < 1e-12

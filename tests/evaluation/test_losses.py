@@ -316,3 +316,16 @@ def test_targets_that_fit_and_losses_of_ones_own_pass() -> None:
     check_targets(lambda o, t: (o[:, 0] - t).square().mean(), outputs[:, :1], torch.zeros(5))
     with pytest.raises(DataError, match="the target 3 is not a class"):
         check_targets(F.cross_entropy, outputs, torch.tensor([0, 1, 2, 3, 0]))
+
+
+def test_as_many_positions_as_classes_are_told_apart_by_torchs_losses_alone() -> None:
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(40, 5, 5), torch.randint(5, (40, 5))
+
+    def of_the_last_dim(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+    assert example_errors(of_the_last_dim, outputs, targets) is None
+    wrong, _ = example_errors(F.cross_entropy, outputs, targets) or (None, None)
+    assert wrong is not None
+    torch.testing.assert_close(wrong, (outputs.argmax(1) != targets).double().mean(1))
