@@ -30,6 +30,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -40,6 +41,7 @@ from pnanalysis.inputs.data import TextFile
 from pnanalysis.inputs.hugging_face import pretrained
 from pnanalysis.io.collection import padded
 from pnanalysis.io.hardware import cpu_name
+from pnanalysis.spectra.density import smooth
 from pnanalysis.spectra.forecast import forecasts
 from pnanalysis.spectra.used_memory import PeakMemory
 
@@ -124,7 +126,12 @@ def spectrum(folder: Path, matrix: str, basis: str, tokens: int, n_hvp: int, to:
 def draw(results: Path, to: Path) -> None:
     """The spectra of both matrices over each other, or of the one that has been measured."""
     names = [name for name in MATRICES if _spectrum_of(results, name).is_file()]
-    found = [pn.load(_spectrum_of(results, name)).assign_coords(checkpoint=[name]) for name in names]
+    loaded = [pn.load(_spectrum_of(results, name)).squeeze("checkpoint") for name in names]
+    grid = np.unique(np.concatenate([ds.eigenvalue.values for ds in loaded]))  # as fine as each of them needs
+    found = [
+        smooth(ds, grid, float(ds.kernel_width)).assign_coords(checkpoint=name).expand_dims("checkpoint")
+        for name, ds in zip(names, loaded, strict=True)
+    ]
     pn.plots.save_figure(pn.plots.plot(xr.concat(padded(found), "checkpoint", join="outer")), to)
 
 
