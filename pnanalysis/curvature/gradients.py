@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pnanalysis.curvature.parameters import Named, join_tensors
 from pnanalysis.curvature.passes import plain_passes
@@ -113,6 +114,7 @@ class OperatorGradients:
         self.advice = f"{other}take exact products"
         self._first: LossArguments | None = None
         self._cut = op.micro_batch
+        self._padding: dict[str, int] | None = None
 
     def of_first(self, place: list[Tensor]) -> list[Tensor]:
         op = self.op
@@ -192,7 +194,33 @@ class OperatorGradients:
         return value
 
     def _named(self, place: list[Tensor]) -> Named:
-        return dict(zip(self.op._theta, place, strict=True))
+        named = dict(zip(self.op._theta, place, strict=True))
+        if self._padding is None:
+            self._padding = self._rows_of_padding()
+        for name, row in self._padding.items():
+            named[name] = named[name].clone()
+            named[name][row] = self.op._theta[name][row]
+        return named
+
+    def _rows_of_padding(self) -> dict[str, int]:
+        """The rows of embeddings that no gradient sees, by parameter: they must not move, as the loss does see them."""
+        op, rows = self.op, {}
+        for name, module in op.model.named_modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                rows[f"{name}.weight" if name else "weight"] = module.padding_idx
+        rows = {name: row for name, row in rows.items() if name in op._theta}
+        if not rows or (first := next(op._weighted(), None)) is None:  # a process may have no data
+            return {}
+        _, _, at = first
+        gradient = dict(zip(op._theta, op._in_passes_that_fit(lambda: op._loss.gradient(at, op._theta)), strict=True))
+        used = [name for name, row in rows.items() if bool(gradient[name][row].any())]
+        if used:
+            warnings.warn(
+                f"the vector of padding_idx in {used[0]!r} is used elsewhere, too: finite differences are right only "
+                "if the data have no padding; take exact products if they have",
+                stacklevel=2,
+            )
+        return {name: row for name, row in rows.items() if name not in used}
 
     def _moved(self, v: list[Tensor], step: float) -> Named:
         return self._named([tensor + step * part for tensor, part in zip(self.theta, v, strict=True)])

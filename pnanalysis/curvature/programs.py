@@ -73,9 +73,10 @@ class SecondProgram:
 
     def of_many(self, kept: Sequence[Any], directions: Sequence[Direction]) -> Iterator[list[Tensor]]:
         """The products with many vectors, one after the other."""
-        for start in range(0, len(directions), self.at_once):
-            chunk = directions[start : start + self.at_once]
-            mapped = self._mapped(kept, chunk) if len(chunk) > 1 else None
+        at_once = self.at_once  # which is one from now on where the first call fails
+        for start in range(0, len(directions), at_once):
+            chunk = directions[start : start + at_once]
+            mapped = self._mapped(kept, chunk) if len(chunk) > 1 and self.at_once > 1 else None
             yield from (self.of(kept, v) for v in chunk) if mapped is None else mapped
 
     def of_batches(self, kept: Sequence[Any], dims: Sequence[int | None], v: Direction) -> list[Tensor] | None:

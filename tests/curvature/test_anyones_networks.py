@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -430,3 +431,6 @@ def test_padding_that_only_later_batches_have_has_no_curvature(
             if g.requires_grad]  # fmt: skip
     exact = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
     assert relative(op.to_dense(), exact) < 1e-12
+    with pytest.warns(UserWarning, match="is used elsewhere") if tied else nullcontext():
+        differences = HessianOperator(model, cross_entropy, batches, method="finite_difference")
+    assert (relative(differences.to_dense(), exact) < 1e-5) != tied

@@ -100,7 +100,7 @@ def test_what_cannot_be_mapped_is_computed_one_by_one() -> None:
         return [a.clone().mul_(v)]  # a copy of a has no room for many vectors
 
     second = SecondProgram(traced(writing, 4, 4))
-    directions = [[torch.randn(4)] for _ in range(3)]
+    directions = [[torch.randn(4)] for _ in range(40)]
     found = list(second.of_many([torch.arange(4.0)], directions))
     assert second.at_once == 1
     for (product,), (v,) in zip(found, directions, strict=True):
@@ -110,7 +110,7 @@ def test_what_cannot_be_mapped_is_computed_one_by_one() -> None:
 def test_wrong_rules_of_vmap_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     second = SecondProgram(traced(lambda a, v: [a * v], 4, 4))
     monkeypatch.setattr(torch, "vmap", lambda function, dims: lambda a, v: (2 * a * v,))
-    directions = [[torch.randn(4)] for _ in range(3)]
+    directions = [[torch.randn(4)] for _ in range(40)]
     for (product,), (v,) in zip(second.of_many([torch.arange(4.0)], directions), directions, strict=True):
         torch.testing.assert_close(product, torch.arange(4.0) * v)
     assert second.at_once == 1
