@@ -101,6 +101,21 @@ def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     return F.hardtanh(x + 3, 0.0, 6.0) / 6
 
 
+def _embedding(
+    indices: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> Tensor:  # fmt: skip
+    """An embedding whose padding is a constant in forward mode, too.
+
+    torch gives the vector of ``padding_idx`` no gradient, but lets its tangent through: where a batch has padding, the
+    two modes would be derivatives of different functions.
+    """
+    if padding_idx is None:
+        raise _NotRewritten
+    rows = F.embedding(indices, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    return torch.where(torch.eq(indices, padding_idx % len(weight))[..., None], rows.detach(), rows)
+
+
 def _embedding_bag(
     indices: Tensor, weight: Tensor, offsets: Tensor | None = None, max_norm: float | None = None,
     norm_type: float = 2.0, scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False,
@@ -147,6 +162,7 @@ def _normalised(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
 
 _REWRITTEN: dict[Any, Callable[..., Tensor]] = {
     F.hardsigmoid: _hardsigmoid,
+    F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     WEIGHT_NORM: _weight_norm,
 }

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from pnanalysis.curvature.passes import unchanged
@@ -33,25 +32,10 @@ def prepared_copy(model: nn.Module, bn_mode: str) -> nn.Module:
                 module.register_buffer(name, value.detach(), persistent=False)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # sparse gradients have no second derivative
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            module.register_forward_hook(_without_padding_tangents, with_kwargs=True)
         if isinstance(module, BatchNormBase) and bn_mode == "train":
             module.train()
             module.track_running_stats = False  # running statistics are then neither used nor changed
     return prepared
-
-
-def _without_padding_tangents(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """The output of an embedding, whose padding is a constant in forward mode, too.
-
-    torch gives the vector of ``padding_idx`` no gradient, but lets its tangent through: where a batch has padding, the
-    two modes would be derivatives of different functions.
-    """
-    index = args[0] if args else kwargs.get("input")
-    if not isinstance(index, Tensor) or not isinstance(output, Tensor) or output.shape[:-1] != index.shape:
-        return output  # of a subclass, which computes something else
-    is_padding = torch.eq(index, module.padding_idx)[..., None]  # type: ignore[arg-type]
-    return torch.where(is_padding, output.detach(), output)
 
 
 def in_place_activations(model: nn.Module) -> list[nn.Module]:

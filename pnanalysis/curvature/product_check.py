@@ -1,10 +1,10 @@
 """Check products with a second, independent way of computing them, before any of them is used.
 
 A product can be computed by forward-mode differentiation of the gradient, which can be traced, or by reverse mode
-alone. They differ where torch's own rules do: forward mode sees through ``torch.no_grad()`` and ``.data``, ignores
-``padding_idx``, and some functions have a wrong or no second derivative in one of the modes. What is meant by the
-network's owner is what training follows, the gradient by reverse mode; so where the two differ, and finite differences
-do not say otherwise, reverse mode is right.
+alone. They differ where torch's own rules do: forward mode sees through ``torch.no_grad()`` and ``.data``, and some
+functions have a wrong or no second derivative in one of the modes. What is meant by the network's owner is what
+training follows, the gradient by reverse mode; so where the two differ, and finite differences do not say otherwise,
+reverse mode is right.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _decided(
     if op.dtype != torch.float64 or not _loss_has_the_gradient(op, at, v):
         return ProductCheck(
             False, True, difference,
-            f"{parts}: part of the computation is hidden from the gradient (torch.no_grad, .data, padding_idx, a "
+            f"{parts}: part of the computation is hidden from the gradient (torch.no_grad, .data, a "
             "custom autograd.Function); products are computed by reverse mode, which sees what the gradient sees",
         )  # fmt: skip
     errors = [_from_differences(op, at, v, product) for product in (forward, reverse)]

@@ -398,7 +398,14 @@ class Scaled(nn.Embedding):
         return 2 * super().forward(input)
 
 
-class Words(nn.Module):
+class Functional(nn.Embedding):
+    """By the function, which counts the padding from the end."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, self.weight, padding_idx=-5)
+
+
+class MeanOfWords(nn.Module):
     """A mean over words, of which padding is one; with ``tied``, the padding's vector scores a class, too."""
 
     def __init__(self, embedding: type[nn.Embedding], tied: bool) -> None:
@@ -415,12 +422,12 @@ class Words(nn.Module):
 
 @BUDGETS
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("embedding", [nn.Embedding, Scaled])
+@pytest.mark.parametrize("embedding", [nn.Embedding, Scaled, Functional])
 def test_padding_that_only_later_batches_have_has_no_curvature(
     embedding: type[nn.Embedding], tied: bool, expected_products: int
 ) -> None:
     torch.manual_seed(0)
-    model, words, targets = Words(embedding, tied).double(), torch.randint(1, 5, (24, 6)), torch.randint(5, (24,))
+    model, words, targets = MeanOfWords(embedding, tied).double(), torch.randint(1, 5, (24, 6)), torch.randint(5, (24,))
     words[8:, 2:] = 0
     batches = list(zip(words.split(8), targets.split(8), strict=True))
     op = HessianOperator(model, cross_entropy, batches, expected_products=expected_products)
