@@ -36,7 +36,7 @@ from pnanalysis.io.collection import padded
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.sampling.anchor import Anchor
 from pnanalysis.sampling.langevin import SAMPLERS, Posterior, Stiff
-from pnanalysis.sampling.local_learning import Plan, sample, with_steps_that_hold
+from pnanalysis.sampling.local_learning import Plan, sample, with_shorter_steps, with_steps_that_hold
 from pnanalysis.sampling.stacked_gradients import StackedGradients
 from pnanalysis.sampling.stein import is_large
 from pnanalysis.spectra.density import spectral_density
@@ -46,11 +46,16 @@ from pnanalysis.spectra.summary import summarise
 from pnanalysis.terminal.progress import progress_bar
 
 #: Burn-in and draws where they are chosen here: in relaxations of the flattest directions, and in steps at least.
-_RELAXATIONS, _FEWEST = (2, 4), (100, 400)
+#: Squared distances decorrelate in 2.5 of these with momentum (LeNet-5: four to five) and in one without. The R-hat of
+#: four chains that have converged is nearly always below its bound where their halves hold ten times that.
+_RELAXATIONS = {"full": (10, 90), "minibatch": (2, 16), "sgld": (2, 16)}
+_FEWEST = (100, 400)
 #: Passes over the data by single batches, at which the loss is measured once or twice.
 _FEWEST_PASSES = 50
 #: Both together, at most.
 _MOST_STEPS = 20_000
+#: How often chains start with shorter steps where they diverge.
+_ATTEMPTS = 4
 #: Step sizes that are chosen here, times the largest curvature that chains meet; 4 is where they diverge. With the
 #: noise of batches longer steps spread the draws.
 _COURANT = {"full": 1.0, "minibatch": 0.25, "sgld": 0.05}
@@ -135,9 +140,9 @@ def learning_coefficient(
     n_chains : int
         Langevin chains, all from the checkpoint; they share their passes over the network.
     n_draws, burn_in : int, optional
-        Steps of each chain that count, and those before that do not. By default four and two times what the flattest
-        directions need to relax, :math:`2/(\varepsilon\gamma)` steps, at least 400 and 100, and no more than 20,000
-        in all.
+        Steps of each chain that count, and those before that do not. By default 90 and ten times what the flattest
+        directions need to relax, :math:`1/\sqrt{\varepsilon\gamma}` steps, at least 400 and 100, and no more than
+        20,000 in all; without momentum 16 and two times :math:`2/(\varepsilon\gamma)`.
     step_size : float or sequence or array of float, optional
         :math:`\varepsilon`; by default the inverse of the largest curvature of the potential that chains meet,
         :math:`n\beta\lambda + \gamma`, apart from the ten stiffest directions at the checkpoint; a quarter of that with
@@ -149,8 +154,9 @@ def learning_coefficient(
     beta : float, optional
         Inverse temperature; by default :math:`1/\log n`.
     sampler : {"full", "minibatch", "sgld"}
-        Gradients of all examples, or of one batch a step, which costs less, with an error by the noise of batches;
-        ``"sgld"`` is that of Lau et al. See :mod:`pnanalysis.sampling.langevin`.
+        Gradients of all examples with momentum, or of one batch a step without, which costs less where there are many,
+        with an error by the noise of batches; ``"sgld"`` is that of Lau et al. See
+        :mod:`pnanalysis.sampling.langevin`.
     params : optional
         Parameters that move, as for :class:`pnanalysis.HessianOperator`; all trainable ones by default. The
         coefficient is then one of these with the others fixed [2]_.
@@ -331,10 +337,16 @@ def _of_chains(
         options.data_error == "examples",
     )  # fmt: skip
     plan = with_steps_that_hold(anchor, plan, state)
-    burn_in, n_draws = _lengths(plan.posteriors, options, n_batches)
-    plan = replace(plan, burn_in=burn_in, n_draws=n_draws)
-    with progress_bar(f"chains of {label}", burn_in + n_draws, progress) as advance:
-        found = sample(anchor, plan, advance, state)
+    for _ in range(_ATTEMPTS):
+        burn_in, n_draws = _lengths(plan.posteriors, options, n_batches)
+        plan = replace(plan, burn_in=burn_in, n_draws=n_draws)
+        _warn_of_length(plan, options, label)
+        with progress_bar(f"chains of {label}", plan.n_steps, progress) as advance:
+            found = sample(anchor, plan, advance, state)
+        shorter = with_shorter_steps(plan, found, state)
+        if shorter is None:
+            break
+        plan = shorter
     _warn_of_steps(found, label)
     rows = iter(found.isel(posterior=i) for i in range(len(grid)))
     table = [xr.concat([next(rows) for _ in options.step_sizes], "step_size") for _ in options.localizations]
@@ -422,20 +434,37 @@ def _gaussian(spectrum: xr.Dataset | None, ridge: float) -> dict[str, float]:
 
 def _lengths(grid: Sequence[Posterior], options: ChainOptions, n_batches: int) -> tuple[int, int]:
     """Burn-in and draws: what is asked for, or multiples of the slowest relaxation, and of passes by single batches."""
-    slowest = max(2 / (one.step_size * one.localization) for one in grid)
+    before, after = (relaxations * _slowest(grid, options.sampler) for relaxations in _RELAXATIONS[options.sampler])
     burn_in = options.burn_in
     if burn_in is None:
-        burn_in = int(min(max(_RELAXATIONS[0] * slowest, _FEWEST[0]), _MOST_STEPS / 4))
+        burn_in = int(min(max(before, _FEWEST[0]), _MOST_STEPS / 4))
     n_draws = options.n_draws
     if n_draws is None:
         fewest = max(_FEWEST[1], _FEWEST_PASSES * n_batches) if options.sampler == "minibatch" else _FEWEST[1]
-        n_draws = int(min(max(_RELAXATIONS[1] * slowest, fewest), _MOST_STEPS - burn_in))
+        n_draws = int(min(max(after, fewest), _MOST_STEPS - burn_in))
     return burn_in, max(n_draws, 8)
 
 
+def _slowest(grid: Sequence[Posterior], sampler: str) -> float:
+    """Steps in which directions relax that only the pull holds."""
+    rate = min(one.step_size * one.localization for one in grid)
+    return 1 / math.sqrt(rate) if sampler == "full" else 2 / rate
+
+
+def _warn_of_length(plan: Plan, options: ChainOptions, label: str) -> None:
+    """Say before they run which chains are too short to converge, as far as steps and pull tell."""
+    relaxations = plan.n_draws / _slowest(plan.posteriors, plan.sampler)
+    if options.n_draws is None and relaxations < _RELAXATIONS[plan.sampler][1] / 2:
+        warnings.warn(
+            f"{label}: {plan.n_draws:,} draws are {relaxations:.1f} relaxations of its flattest directions, and may "
+            "not converge; take a larger localization, or n_draws of your own",
+            stacklevel=2,
+        )
+
+
 def _check_memory(n_bytes: int, device: torch.device) -> None:
-    """Refuse chains that do not fit: a step holds positions, two noises, a gradient and what is added to it."""
-    needed, free = 6 * n_bytes, free_bytes(device)
+    """Refuse chains that do not fit: a step holds positions, velocities, noise, a gradient and what is added to it."""
+    needed, free = 7 * n_bytes, free_bytes(device)
     if needed > free:
         raise ModelError(
             f"these chains need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; take fewer chains, "

@@ -72,6 +72,11 @@ class Plan:
         """Burn-in and draws."""
         return self.burn_in + self.n_draws
 
+    @property
+    def steps(self) -> list[float]:
+        """Step sizes of the posteriors."""
+        return [one.step_size for one in self.posteriors]
+
     def measure_every(self, n_batches: int) -> int:
         """Steps between measurements of the loss."""
         return spread_over_passes(n_batches, self.n_draws) if self.sampler == "minibatch" else 1
@@ -101,16 +106,16 @@ def sample(
     """
     chains = _chains(anchor, plan)
     record = _Record(anchor, plan, chains)
-    first, points = record.restore(state)
+    first, start = record.restore(state)
     if advance is not None and first:
         advance(first)
     with torch.no_grad(), record.saved_on_interrupt(state):
-        for step, draw in enumerate(chains.draws(plan.n_steps, first, points), start=first):
+        for step, draw in enumerate(chains.draws(plan.n_steps, first, start), start=first):
             record.add(step, draw)
             if state is not None and state.is_due:
                 record.save(state)
-            if step % _LOOK == _LOOK - 1 and not record.is_finite(step):
-                break  # all have diverged
+            if step % _LOOK == _LOOK - 1 and record.is_lost(step):
+                break
             if advance is not None:
                 advance(1)
         noise = _share_of_batches(chains, draw.points, plan) if plan.sampler == "minibatch" else None
@@ -157,13 +162,30 @@ def with_steps_that_hold(anchor: Anchor, plan: Plan, state: Unfinished | None = 
                 longest = min(longest, one.step_size * _MOST_NOISE / share)
             too_long = one.courant > 0 and one.step_size > _MARGIN * longest
             steps.append(longest if too_long else one.step_size)
-        done = steps == [one.step_size for one in plan.posteriors]
+        done = steps == plan.steps
         plan = replace(plan, posteriors=_with_steps(plan.posteriors, steps))
         if state is not None:
             state.save("steps", {}, steps=steps, attempts=_ATTEMPTS if done else attempt + 1)
         if done:
             break
     return plan
+
+
+def with_shorter_steps(plan: Plan, found: xr.Dataset, state: Unfinished | None = None) -> Plan | None:
+    """The plan with shorter steps for posteriors whose chains diverged in steps that were chosen here.
+
+    For rarely, and late, chains meet curvatures far above those that steps were chosen by. ``None`` if all have held.
+    """
+    held = (found.distance < _LARGEST).all(("chain", "draw")).values
+    steps = [
+        one.step_size if good or not one.courant else one.step_size / _SHORTER
+        for one, good in zip(plan.posteriors, held, strict=True)
+    ]
+    if steps == plan.steps:
+        return None
+    if state is not None:
+        state.save("steps", {}, steps=steps, attempts=_ATTEMPTS)
+    return replace(plan, posteriors=_with_steps(plan.posteriors, steps))
 
 
 def _with_steps(posteriors: Sequence[Posterior], steps: Sequence[float]) -> list[Posterior]:
@@ -250,8 +272,8 @@ class _Record:
         n_chains = len(plan.posteriors) * plan.n_chains
         self._excess = torch.full((n_chains, plan.n_steps), torch.nan, dtype=torch.float64, device=anchor.point.device)
         self._distance = self._excess.clone()
-        #: the step at which chains are, where, and how many steps have been recorded
-        self._at: tuple[int, Tensor, int] | None = None
+        #: the step at which chains are, their points and velocities, and how many steps have been recorded
+        self._at: tuple[int, tuple[Tensor, Tensor], int] | None = None
         if plan.with_examples:
             (centre,) = self._losses(anchor.point[None])
             self._mean = float(centre.mean())
@@ -275,11 +297,13 @@ class _Record:
                     mean = self.influences[i // self._n_chains].add(i % self._n_chains, losses)
                     self._of_examples[i, self._full_steps.index(step)] = mean
         self._stein.add(step, draw)
-        self._at = step, draw.points, step + 1
+        self._at = step, (draw.points, draw.velocities), step + 1
 
-    def is_finite(self, step: int) -> bool:
-        """Whether any chain is."""
-        return bool((self._distance[:, step] < _LARGEST).any())
+    def is_lost(self, step: int) -> bool:
+        """Whether all chains have diverged, or one whose steps may be shorter."""
+        held = (self._distance[:, step] < _LARGEST).cpu().numpy().reshape(-1, self._n_chains)
+        chosen = np.array([one.courant > 0 for one in self._plan.posteriors])
+        return not held.any() or not held[chosen].all()
 
     def traces(self, posterior: int) -> tuple[Array, Array]:
         """Excess and distance of the chains of one posterior, ``(chain, step)``."""
@@ -297,24 +321,25 @@ class _Record:
         """Write all that there is."""
         if self._at is None:
             return
-        step, points, done = self._at
-        tensors = {"points": points, "excess": self._excess[:, :done], "distance": self._distance[:, :done]}
+        step, (points, velocities), done = self._at
+        tensors = {"points": points, "velocities": velocities}
+        tensors |= {"excess": self._excess[:, :done], "distance": self._distance[:, :done]}
         tensors |= {name: torch.from_numpy(array) for name, array in self._arrays().items()}
-        state.save("chains", tensors, step=step, done=done)
+        state.save("chains", tensors, step=step, done=done, steps=self._plan.steps)
 
-    def restore(self, state: Unfinished | None) -> tuple[int, Tensor | None]:
-        """Take up what was saved: the step to go on with, and where the chains are before it."""
+    def restore(self, state: Unfinished | None) -> tuple[int, tuple[Tensor, Tensor] | None]:
+        """Take up what was saved: the step to go on with, and points and velocities of the chains before it."""
         saved = None if state is None else state.load("chains")
-        if saved is None:
+        if saved is None or saved[1].get("steps") != self._plan.steps:  # they may be those of chains that diverged
             return 0, None
         tensors, numbers = saved
         step, done = int(numbers["step"]), int(numbers["done"])
         self._excess[:, :done], self._distance[:, :done] = tensors["excess"], tensors["distance"]
         for name, array in self._arrays().items():
             array[...] = tensors[name].numpy()
-        points = tensors["points"].to(self._anchor.point)
-        self._at = step, points, done
-        return step, points
+        start = tensors["points"].to(self._anchor.point), tensors["velocities"].to(self._anchor.point)
+        self._at = step, start, done
+        return step, start
 
     @contextmanager
     def saved_on_interrupt(self, state: Unfinished | None) -> Iterator[None]:

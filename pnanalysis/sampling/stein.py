@@ -29,7 +29,7 @@ _MOST_DRAWS, _FEWEST_DRAWS = 50, 2
 #: Passes over the data that a measurement takes, and what share of those of all steps measurements may take.
 _PASSES, _SHARE = 3, 0.1
 #: Relative differences are worth a warning from this size on, and from this many standard errors.
-_LARGE, _SIGMAS = 0.1, 3.0
+_LARGE, _SIGMAS = 0.1, 3.5
 
 
 class SteinIdentity:
@@ -69,8 +69,8 @@ class SteinIdentity:
             return Estimate(math.nan, math.nan)
         excess = float(gradients.mean()) / mean - 1
         off: Array = (gradients - (1 + excess) * trace) / mean
-        # very few are so far apart that they count as independent
-        n_effective = effective_sample_size(off) if off.shape[1] >= 4 else off.size
+        # very few are so far apart that they count as independent; that few look worth more is chance
+        n_effective = min(effective_sample_size(off), off.size) if off.shape[1] >= 4 else off.size
         return Estimate(excess, float(off.std(ddof=1)) / math.sqrt(n_effective))
 
 

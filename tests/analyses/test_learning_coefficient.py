@@ -16,6 +16,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 import pnanalysis as pn
+from pnanalysis.analyses import learning_coefficient
 from pnanalysis.errors import CurvatureError, PnError
 from pnanalysis.io.unfinished import Unfinished
 
@@ -284,6 +285,13 @@ def test_chains_that_are_too_short_give_no_number() -> None:
     assert ds.converged.item() == 0
     assert np.isnan(ds.learning_coefficient_high).all()
     assert np.isfinite(ds.excess).all()
+
+
+def test_chains_that_would_take_too_long_are_said_before_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning_coefficient, "_MOST_STEPS", 40)
+    network, data, _ = regression()
+    with pytest.warns(UserWarning, match=r"30 draws are \d\.\d relaxations of its flattest .*; take a larger localiz"):
+        pn.learning_coefficient(network, data=data, loss="mse", localization=0.5, data_error="none", **QUIET)
 
 
 def test_ignored_targets_do_not_count() -> None:

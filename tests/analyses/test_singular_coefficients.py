@@ -127,7 +127,8 @@ def test_chains_find_what_the_hessian_does_not() -> None:
     [
         ((2, 2, 2, 2), 10.0, {"n_chains": 64, "n_draws": 3000}),
         ((3, 3, 3, 3, 3), 10.0, {"n_chains": 64, "n_draws": 3000}),
-        ((2, 4, 4, 2), 3.0, {"n_chains": 32, "n_draws": 10_000, "step_size": 1e-3}),
+        ((2, 4, 4, 2), 3.0, {"n_chains": 32, "n_draws": 3000}),
+        ((2, 4, 4, 2), 1.0, {"n_chains": 32, "n_draws": 6000}),
     ],
 )
 def test_long_chains_find_the_mean_of_the_local_posterior(
@@ -139,6 +140,6 @@ def test_long_chains_find_the_mean_of_the_local_posterior(
     value, se = float(ds.learning_coefficient), math.hypot(float(ds.learning_coefficient_se), exact.se)
     assert abs(value - exact.value) < 4 * se < 0.1 * exact.value
     assert value < closed_form(widths) + 4 * se
-    if gamma == 3:  # held this loosely, chains are near the coefficient, and their distance from it is the pull's
+    if gamma <= 3:  # held this loosely, chains are near the coefficient, and their distance from it is the pull's
         assert closed_form(widths) - value < closed_form(widths) - exact.value + 4 * se < 0.1 * closed_form(widths)
         assert value - float(ds.gaussian) > 10 * se

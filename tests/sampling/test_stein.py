@@ -24,7 +24,7 @@ def test_what_a_scheme_adds_to_a_quadratic_is_seen(sampler: str) -> None:
     excess, se = float(ds.stein_excess), float(ds.stein_excess_se)
     wider = 1 / (1 - posterior.step_size * (posterior.nbeta * CURVATURES + posterior.localization) / 4)
     exact = float((CURVATURES * wider).sum() / CURVATURES.sum()) - 1 if sampler == "sgld" else 0.0
-    assert abs(excess - exact) < 4 * se < 0.08
+    assert abs(excess - exact) < 4 * se < 0.1
     assert is_large(excess, se) == (sampler == "sgld")
 
 
