@@ -34,6 +34,18 @@ def rank_normalised_rhat(draws: Array) -> float:
     return max(_rhat(_normal_scores(halves)), _rhat(_normal_scores(folded)))
 
 
+def spread_of_halves(draws: Array) -> float:
+    """The largest difference of the means of two halves of chains, relative to the mean of all draws.
+
+    Parameters
+    ----------
+    draws : ndarray, shape (chain, draw)
+        Positive numbers, at least four a chain.
+    """
+    means = _halves(draws).mean(axis=1)
+    return float(np.ptp(means) / means.mean())
+
+
 def effective_sample_size(draws: Array) -> float:
     """How many independent draws would give the mean of all draws with the same error.
 

@@ -17,7 +17,7 @@ from pnanalysis.errors import ModelError
 from pnanalysis.estimates import Estimate
 from pnanalysis.io.unfinished import Unfinished
 from pnanalysis.sampling.anchor import Anchor
-from pnanalysis.sampling.convergence import effective_sample_size, rank_normalised_rhat
+from pnanalysis.sampling.convergence import effective_sample_size, rank_normalised_rhat, spread_of_halves
 from pnanalysis.sampling.influence import Influence, standard_error
 from pnanalysis.sampling.langevin import Chains, Draw, Posterior, Stiff, spread_over_passes
 from pnanalysis.sampling.stein import SteinIdentity
@@ -25,6 +25,9 @@ from pnanalysis.terminal.progress import Advance
 
 #: Chains count as converged below these R-hats of the loss and of the distance, and from this many effective draws on.
 RHAT, DISTANCE_RHAT, LEAST_DRAWS = 1.05, 1.1, 100.0
+#: Or where the halves of all chains are as far from the checkpoint, up to this fraction: of many parameters, distances
+#: hardly fluctuate, and R-hat sees differences that are too small to matter.
+_SAME_DISTANCE = 0.01
 #: Draws of each chain at which all examples are evaluated for their error.
 _FULL_DRAWS = 100
 #: Chains that come to larger losses or distances have diverged.
@@ -235,7 +238,8 @@ def _estimate(
         drawn, far = (_means(each, n_batches) for each in (drawn, far))
     effective = effective_sample_size(drawn) if finite else 0.0
     rhat, distance_rhat = (rank_normalised_rhat(each) if finite else math.nan for each in (drawn, far))
-    converged = finite and rhat < RHAT and distance_rhat < DISTANCE_RHAT and effective >= LEAST_DRAWS
+    settled = finite and (distance_rhat < DISTANCE_RHAT or spread_of_halves(far) < _SAME_DISTANCE)
+    converged = settled and rhat < RHAT and effective >= LEAST_DRAWS
     value = one.nbeta * float(drawn.mean()) if finite else math.nan
     chain_se = one.nbeta * float(drawn.std(ddof=1)) / math.sqrt(effective) if effective else math.nan
     influence = influences[0].of_chains() if influences else None

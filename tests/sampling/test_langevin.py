@@ -131,6 +131,20 @@ def test_chains_that_diverge_late_start_again_with_shorter_steps() -> None:
     assert with_shorter_steps(own, sample_all(anchor, own)) is None  # steps that a user gave stay
 
 
+def test_distances_of_many_parameters_may_differ_by_what_does_not_matter() -> None:
+    """Of 20,000 flat directions distances fluctuate by half a per cent, and take long to do so."""
+    posterior = Posterior(nbeta=10.0, localization=0.1, step_size=0.02)
+    sizes = {"n_chains": 4, "burn_in": 200, "n_draws": 400}
+    found = [
+        sample(of(lambda w: quadratic(w[:4]), size), batches(1.0), plan(posterior, **sizes)) for size in (20, 20_000)
+    ]
+    for ds in found:
+        assert float(ds.distance_rhat) > 1.1
+        assert float(ds.rhat) < 1.05
+        assert float(ds.effective_draws) > 100
+    assert [float(ds.converged) for ds in found] == [0, 1]
+
+
 def test_shorter_steps_along_stiff_directions_leave_the_distribution_as_it_is() -> None:
     posterior = Posterior(nbeta=10.0, localization=5.0, step_size=0.06)  # beyond 4 / 95 without them
     stiff = Stiff(np.array([9.0, 4.0, 1.0]), torch.eye(4, dtype=torch.float64)[:, :2])
