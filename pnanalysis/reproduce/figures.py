@@ -194,7 +194,7 @@ def saturation(values: Mapping[str, np.ndarray]) -> Figure:
                         alpha=0.8, label=arm if i == 0 else None)  # fmt: skip
         ax.set(xlabel="iteration", ylabel="saturation measure, mean of layers")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.legend()
+        figure.legend(loc="outside upper right", ncols=2)  # lines of several seeds leave no room
     return figure
 
 
