@@ -186,9 +186,9 @@ def learning_coefficient(
         :math:`\tfrac12\sum_i h_i/(h_i + \gamma/n\beta)` over the positive eigenvalues of the Hessian: a
         :math:`\hat\lambda` far from it means that the minimum is not quadratic at this temperature. ``rhat`` (of the
         loss), ``distance_rhat`` and ``effective_draws`` say whether the chains have converged, and ``converged`` (0 or
-        1) that they have: R-hats below 1.05 and 1.1 (or distances that differ by less than 1 % between halves of chains),
-        and 100 effective draws. ``stein_excess`` shows what R-hat does not, steps that are too long: about the fraction by which the coefficient is too large, see
-        :mod:`pnanalysis.sampling.stein`. ``excess`` and ``distance`` ``(chain,
+        1) that they have: R-hats below 1.05 and 1.1 (or distances within 1 % between halves of chains), and 100
+        effective draws. ``stein_excess`` shows what R-hat does not, steps that are too long: about the fraction by
+        which the coefficient is too large, see :mod:`pnanalysis.sampling.stein`. ``excess`` and ``distance`` ``(chain,
         draw)`` are the loss above that of the checkpoint and the distance from it, burn-in included; ``"minibatch"``
         measures the loss at some of the draws, and has NaN at the others. ``influence`` ``(chain, example)`` is how the
         coefficient changes with the weight of each example, as each chain has it (with the error of examples).
