@@ -80,7 +80,7 @@ class Posterior:
     localization : float
         ``gamma``, the strength of the pull towards the checkpoint.
     step_size : float
-        ``epsilon``, the variance of the noise of a step.
+        ``epsilon``, the square of the time step; without momentum, the variance of the noise of a step.
     courant : float
         If not zero, the step size has been chosen and may be lowered: to this number over the largest curvature of the
         potential that chains meet.
@@ -184,9 +184,11 @@ class Chains:
         self._nbeta, self._localization, self._step = table.to(self._centre).T[:, :, None]
         retained = (-2 * (self._step * self._localization).sqrt()).exp()
         self._retained = retained if sampler == "full" else torch.zeros_like(retained)
+        self._renewed = (1 - self._retained**2).sqrt()
         self._directions = None if stiff is None else stiff.vector.to(self._centre)
         if stiff is not None:
-            self._scales = torch.from_numpy(np.stack([stiff.scales(one) for one in posteriors])).to(self._centre)
+            scales = np.stack([stiff.scales(one) for one in posteriors])
+            self._shortening = torch.from_numpy(np.sqrt(scales) - 1).to(self._centre)
 
     def draws(self, n_steps: int, first: int = 0, start: tuple[Tensor, Tensor] | None = None) -> Iterator[Draw]:
         """All chains before each of some steps.
@@ -213,10 +215,10 @@ class Chains:
                 excess = self._anchor.excess(points) if step % self._every == 0 else torch.full_like(excess, math.nan)
             yield Draw(points, excess, moved.double().square().sum(1), velocities)
             down = self._nbeta * slope + self._localization * moved
-            kicked = velocities - time_step * self._scaled(down, 0.5)
-            after = self._retained * kicked + (1 - self._retained**2).sqrt() * self._noise(step + 1, points)
+            kicked = velocities - time_step * self._scaled(down)
+            after = self._retained * kicked + self._renewed * self._noise(step + 1, points)
             drift = velocities + kicked if self._sampler == "sgld" else kicked + after
-            points, velocities = points + time_step / 2 * self._scaled(drift, 0.5), after
+            points, velocities = points + time_step / 2 * self._scaled(drift), after
 
     def curvature(self, points: Tensor) -> Tensor:
         """The largest curvature of each chain's potential at a point of it, ``(chain,)``, roughly, after scaling."""
@@ -224,11 +226,11 @@ class Chains:
         vectors, size = self._noise(-1, points), torch.ones_like(moved)
         for _ in range(_ITERATIONS):
             vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(points.dtype).tiny)
-            along = self._scaled(vectors, 0.5)
+            along = self._scaled(vectors)
             step = _DIFFERENCE * moved / along.norm(dim=1, keepdim=True)
             (_, ahead), (_, behind) = self._whole(points + step * along), self._whole(points - step * along)
             product = self._nbeta * (ahead - behind) / (2 * step) + self._localization * along
-            vectors = self._scaled(product, 0.5)
+            vectors = self._scaled(product)
             size = vectors.norm(dim=1, keepdim=True)
         return size[:, 0]
 
@@ -257,18 +259,18 @@ class Chains:
             factor = self._factors[index]
             _, there = self._anchor.at_point(index, inputs, targets)
             _, slope = self._anchor.of_batch(points, inputs, targets, factor)
-            off = self._scaled(factor * (slope - there), 0.5)
+            off = self._scaled(factor * (slope - there))
             mean.add_(off, alpha=1 / n)
             square += off.double().square().sum(1) / n
         scatter = (square - mean.double().square().sum(1)).clamp_min(0)
         noise = self._step[:, 0].double() / 4 * self._nbeta[:, 0].double().square() * scatter
         return noise, self._nbeta[:, 0].double() * self._anchor.excess(points)
 
-    def _scaled(self, vectors: Tensor, power: float) -> Tensor:
-        """Steps ``(chain, P)`` with their parts along stiff directions scaled."""
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        """Steps ``(chain, P)`` with their parts along stiff directions shortened."""
         if self._directions is None:
             return vectors
-        return vectors + ((vectors @ self._directions) * (self._scales**power - 1)) @ self._directions.T
+        return vectors + ((vectors @ self._directions) * self._shortening) @ self._directions.T
 
     def _whole(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Excess and gradient of the loss over all batches."""

@@ -80,6 +80,11 @@ class Plan:
         """Step sizes of the posteriors."""
         return [one.step_size for one in self.posteriors]
 
+    @property
+    def chosen(self) -> Array:
+        """Of which posteriors the step size has been chosen, and may be lowered."""
+        return np.array([one.courant > 0 for one in self.posteriors])
+
     def measure_every(self, n_batches: int) -> int:
         """Steps between measurements of the loss."""
         return spread_over_passes(n_batches, self.n_draws) if self.sampler == "minibatch" else 1
@@ -145,8 +150,7 @@ def with_steps_that_hold(anchor: Anchor, plan: Plan, state: Unfinished | None = 
     That at the checkpoint says little of it in a singular minimum. Single batches may need shorter steps than that,
     where they differ much: those that keep their noise small.
     """
-    chosen = np.array([one.courant > 0 for one in plan.posteriors])
-    if not chosen.any():
+    if not plan.chosen.any():
         return plan
     begun = 0
     if state is not None and (saved := state.load("steps")) is not None:
@@ -179,13 +183,10 @@ def with_shorter_steps(plan: Plan, found: xr.Dataset, state: Unfinished | None =
 
     For rarely, and late, chains meet curvatures far above those that steps were chosen by. ``None`` if all have held.
     """
-    held = (found.distance < _LARGEST).all(("chain", "draw")).values
-    steps = [
-        one.step_size if good or not one.courant else one.step_size / _SHORTER
-        for one, good in zip(plan.posteriors, held, strict=True)
-    ]
-    if steps == plan.steps:
+    lost = plan.chosen & ~(found.distance < _LARGEST).all(("chain", "draw")).values
+    if not lost.any():
         return None
+    steps = [step / _SHORTER if bad else step for step, bad in zip(plan.steps, lost, strict=True)]
     if state is not None:
         state.save("steps", {}, steps=steps, attempts=_ATTEMPTS)
     return replace(plan, posteriors=_with_steps(plan.posteriors, steps))
@@ -306,8 +307,7 @@ class _Record:
     def is_lost(self, step: int) -> bool:
         """Whether all chains have diverged, or one whose steps may be shorter."""
         held = (self._distance[:, step] < _LARGEST).cpu().numpy().reshape(-1, self._n_chains)
-        chosen = np.array([one.courant > 0 for one in self._plan.posteriors])
-        return not held.any() or not held[chosen].all()
+        return not held.any() or not held[self._plan.chosen].all()
 
     def traces(self, posterior: int) -> tuple[Array, Array]:
         """Excess and distance of the chains of one posterior, ``(chain, step)``."""
