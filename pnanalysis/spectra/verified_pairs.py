@@ -21,7 +21,7 @@ from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of, positive
 from pnanalysis.errors import CurvatureError
 from pnanalysis.io.unfinished import Unfinished
-from pnanalysis.spectra.inner_products import coordinates, norms, orthogonalised, recombine, residual_gram
+from pnanalysis.spectra.inner_products import combinations, coordinates, norms, orthogonalised, recombine, residual_gram
 from pnanalysis.spectra.lanczos import BREAKDOWN, largest_asymmetry
 from pnanalysis.spectra.linear_operator import (
     NOT_FINITE,
@@ -46,6 +46,8 @@ from pnanalysis.terminal.progress import Advance
 _ROUGH = 0.02
 #: Length of what is left of a unit vector of the complement without what lies along those that have been found.
 _INSIDE = 0.99
+#: Square of the same of directions of their span: as many as there are vectors, unless these depend on one another.
+_NEW = 0.5
 
 
 @dataclass(frozen=True)
@@ -301,9 +303,12 @@ class _Found:
         return more
 
     def add(self, vectors: Tensor) -> None:
-        """Take more vectors ``(P, m)``, orthogonal to those that are there up to round-off."""
+        """Take more vectors ``(P, m)``, or rather what is new in their span."""
         vectors = orthogonalised(contiguous_columns(vectors), [self.vector])[0]
-        vectors = vectors / norms(vectors).to(vectors.dtype)
+        # in an exhausted space round-off tilts them towards what was found, and what is left of them to one another
+        square, mixing = np.linalg.eigh(coordinates(vectors, vectors).cpu().double().numpy())
+        new = square > _NEW
+        vectors = combinations(vectors, torch.from_numpy(mixing[:, new] / np.sqrt(square[new])).to(vectors))
         self.vector = _side_by_side(self.vector, vectors)
         self.product = _side_by_side(self.product, self._times(vectors))
         self._rotate()

@@ -105,6 +105,7 @@ def test_random_matrices_with_repeated_eigenvalues(seed: int, n: int, k: int, wh
     if which == "magnitude":
         found, expected = np.abs(found), np.abs(expected)
     np.testing.assert_allclose(np.sort(found), np.sort(expected), atol=1e-3)
+    np.testing.assert_allclose(pairs.vector.T @ pairs.vector, np.eye(min(n, k)), atol=1e-8)
     check_bounds(pairs, values, q)
 
 
