@@ -98,6 +98,19 @@ class Similarities:
             for axis in axes
         )
 
+    def determine(self, k: int, axes: Sequence[TensorAxis]) -> bool:
+        """Whether weights along some axes of group k can determine its change, and those of the groups within it.
+
+        A rotation of n channels takes n weights of each; an order or signs take one that differs between channels.
+        """
+        places = {(axis.tensor, axis.dims) for axis in axes}
+        for j in (k, *self.within[k]):
+            own = [axis for axis in self.axes[j] if (axis.tensor, axis.dims) in places]
+            size = self.groups[j].size
+            if self.n_entries(j, own) < (size * size if self.freedoms[j] == "rotations" else size):
+                return False
+        return True
+
     def is_quadratic(self, k: int) -> bool:
         """Whether group k indexes two axes of one tensor."""
         tensors = [axis.tensor for axis in self.axes[k]]

@@ -268,13 +268,15 @@ def _anchored(matching: Similarities) -> Relabelling:
 
     First comes the group with the largest part of its weights beside inputs, outputs and biases alone. Of two networks
     that differ in the order of their channels only, that finds the order, where weights whose other axes are in
-    disorder would have a say, too.
+    disorder would have a say, too. Groups that these weights leave undetermined wait: what is arbitrary in a rotation
+    would be taken for known by all that follow, and the descent may not find its way back.
     """
     current, known = Relabelling.identity(matching.groups), set[int]()
     while remaining := [k for k in matching.visited if k not in known]:
         anchored = {k: matching.beside(k, known) for k in remaining}
         share = {k: matching.n_entries(k, own) / matching.n_entries(k, matching.axes[k]) for k, own in anchored.items()}
-        k = max(remaining, key=lambda number: share[number])
+        determined = {k: matching.determine(k, own) for k, own in anchored.items()}
+        k = max(remaining, key=lambda number: (determined[number], share[number]))
         axes = anchored[k] or matching.axes[k]
         if matching.within[k]:
             current = _nested(matching, current, k, axes)[0]

@@ -48,10 +48,20 @@ def test_groups_preserve_the_function_and_are_recovered(name: str) -> None:
     turned = Relabelling.random(groups, seed=2, rotations=True).apply(state)
     assert check_preserved(model, state, turned, inputs) < 1e-13
     back = align(model, state, turned, inputs, n_restarts=2).apply(turned)
-    if name == "learned tokens":  # linear layers in a row: the descent converges, but in no finite number of steps
-        assert state_distance(back, state, list(state)) < 1e-3 * state_distance(turned, state, list(state))
-    else:
-        assert all(torch.allclose(back[n], state[n], rtol=0, atol=1e-13) for n in state)
+    assert all(torch.allclose(back[n], state[n], rtol=0, atol=1e-13) for n in state)
+
+
+@pytest.mark.parametrize("seed", range(2, 10))
+def test_rotations_of_layers_in_a_row_are_recovered_from_networks_close_to_each_other(seed: int) -> None:
+    """No rotation is taken for known that few weights leave arbitrary (here the outputs' four for twelve units)."""
+    model, inputs = made("learned tokens")
+    state = state_of(model)
+    groups = find_groups(model, inputs)
+    generator = torch.Generator().manual_seed(seed)
+    near = {n: t + 1e-3 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for n, t in state.items()}
+    turned = Relabelling.random(groups, seed, rotations=True).apply(near)
+    back = align(model, state, turned, inputs, n_restarts=1).apply(turned)
+    assert state_distance(back, state, list(state)) <= state_distance(near, state, list(state))
 
 
 def test_no_larger_relabelling_would_do() -> None:
