@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from math import inf, isfinite
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,84 +14,16 @@ from torch import Tensor, nn
 from pnanalysis.activations.axis_rules import name_of
 from pnanalysis.activations.axis_tracker import AxisTracker, FollowAxes, Known
 from pnanalysis.activations.eager import eager
+from pnanalysis.activations.functions import ACTIVATIONS, COMPOSITES, Activation, rectifier
 from pnanalysis.errors import ModelError
 from pnanalysis.torch_internals import is_vmapped
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An activation function.
-
-    Attributes
-    ----------
-    name : str
-    low, high : float
-        Horizontal asymptotes, infinite where there is none.
-    rectifier : bool
-        Whether the output is positive exactly where the input is.
-    """
-
-    name: str
-    low: float = -inf
-    high: float = inf
-    rectifier: bool = False
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there are both asymptotes."""
-        return isfinite(self.low) and isfinite(self.high)
-
-
-def _rectifier(name: str, low: float = 0.0, high: float = inf) -> Activation:
-    return Activation(name, low, high, rectifier=True)
-
-
-_GELU, _SILU, _HARDSIGMOID = _rectifier("gelu"), _rectifier("silu"), Activation("hardsigmoid", 0.0, 1.0)
-
-#: The activation functions that are recognised, by name (see :func:`pnanalysis.activations.axis_rules.name_of`).
-ACTIVATIONS: dict[str, Activation] = {
-    "tanh": Activation("tanh", -1.0, 1.0),
-    "sigmoid": Activation("sigmoid", 0.0, 1.0),
-    "expit": Activation("sigmoid", 0.0, 1.0),
-    "relu": _rectifier("relu"),
-    "relu6": _rectifier("relu6", 0.0, 6.0),
-    "leaky_relu": _rectifier("leaky_relu", -inf),
-    "rrelu": _rectifier("rrelu", -inf),
-    "prelu": _rectifier("prelu", -inf),
-    "elu": _rectifier("elu", -1.0),
-    "selu": _rectifier("selu", -1.7580993408473766),
-    "celu": _rectifier("celu", -1.0),
-    "gelu": _GELU,
-    "silu": _SILU,
-    "mish": _rectifier("mish"),
-    "hardtanh": Activation("hardtanh", -1.0, 1.0),
-    "hardsigmoid": _HARDSIGMOID,
-    "hardswish": _rectifier("hardswish"),
-    "softplus": Activation("softplus", 0.0),
-    "softsign": Activation("softsign", -1.0, 1.0),
-    "logsigmoid": Activation("logsigmoid", high=0.0),
-    "log_sigmoid": Activation("logsigmoid", high=0.0),
-}
-
-#: Activation functions that are modules made of simpler functions, by the lower-case names of their classes without
-#: ``Activation`` at the end.
-COMPOSITES: dict[str, Activation] = {
-    **dict.fromkeys(("gelu", "newgelu", "fastgelu", "quickgelu", "accurategelu", "approxgelu"), _GELU),
-    **dict.fromkeys(("gelutanh", "pytorchgelutanh", "tanhgelu", "gelunew", "geluapprox"), _GELU),
-    **dict.fromkeys(("silu", "swish"), _SILU),
-    "mish": _rectifier("mish"),
-    **dict.fromkeys(("hardswish", "hswish"), _rectifier("hardswish")),
-    **dict.fromkeys(("hardsigmoid", "hsigmoid"), _HARDSIGMOID),
-    **dict.fromkeys(("relusquared", "squaredrelu"), _rectifier("relu_squared")),
-    "laplace": Activation("laplace", 0.0, 1.0),
-}
 
 
 def composite(module: nn.Module) -> Activation | None:
     """The activation function that a module of several functions is as a whole; ``None`` for other modules.
 
-    It is one by its class, not of torch itself: by name (:data:`COMPOSITES`), or as one of
-    ``transformers.activations``. A module with weights of two or more dims is a layer, whatever its name.
+    It is one by its class, not of torch itself: by name (:data:`~pnanalysis.activations.functions.COMPOSITES`), or as
+    one of ``transformers.activations``. A module with weights of two or more dims is a layer, whatever its name.
     """
     kind = type(module)
     name = kind.__name__.lower().replace("_", "").removesuffix("activation")
@@ -114,7 +45,14 @@ def _as_called(activation: Activation, args: Sequence[Any], kwargs: Mapping[str,
     if activation.name != "hardtanh":
         return activation
     low, high = argument(1, "min_val", -1.0), argument(2, "max_val", 1.0)
-    return _rectifier("relu6", 0.0, 6.0) if (low, high) == (0.0, 6.0) else Activation("hardtanh", low, high)
+    if (low, high) == (-1.0, 1.0):
+        return activation
+    # its own name, as figures take a hardtanh for bounded by one
+    return (
+        rectifier("relu6", 0.0, 6.0)
+        if (low, high) == (0.0, 6.0)
+        else Activation(f"hardtanh({low:g}, {high:g})", low, high)
+    )
 
 
 Observer = Callable[[str, Activation, Tensor, Known], None]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pnanalysis import schema
 from pnanalysis.activations.axis_tracker import Known
-from pnanalysis.activations.hooks import Activation, no_activations, watch_activations
+from pnanalysis.activations.functions import Activation
+from pnanalysis.activations.hooks import no_activations, watch_activations
 from pnanalysis.activations.quantile_sketch import RELATIVE_ERROR
 from pnanalysis.activations.statistics import (
     MARGIN,

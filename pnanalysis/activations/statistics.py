@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pnanalysis.activations.axis_tracker import Known
 from pnanalysis.activations.cluster_errors import CumulativeFractions, ExampleMoments
-from pnanalysis.activations.hooks import Activation
+from pnanalysis.activations.functions import Activation
 from pnanalysis.activations.quantile_sketch import QuantileSketch
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least

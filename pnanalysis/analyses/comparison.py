@@ -16,7 +16,7 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis import schema
-from pnanalysis.activations.hooks import ACTIVATIONS
+from pnanalysis.activations.functions import BOUNDED_BY_ONE
 from pnanalysis.activations.statistics import Measures, common_range
 from pnanalysis.analyses.compared_blocks import BlockRequest
 from pnanalysis.analyses.compared_learning_coefficients import LearningCoefficientRequest
@@ -54,7 +54,6 @@ HESSIAN = {"n": 1024, "n_hvp": 200}
 _PERCENTILE = 98.0
 _N_SATURATION = 1000  # examples that activations are measured on
 #: Names of activations that cannot exceed one in size, whose percentiles measure saturation.
-_BOUNDED = {activation.name for activation in ACTIVATIONS.values() if activation.low >= -1 and activation.high <= 1}
 
 
 def compare(
@@ -450,7 +449,7 @@ def _saturation(
                 values, names = found.abs_percentile.squeeze("quantile").values, found.layer.values
                 row = xr.DataArray(values, dims="activation", coords={"activation": names})
                 for name, function in zip(found.layer.values, found.activation.values, strict=True):
-                    bounded[str(name)] = bounded.get(str(name), True) and str(function) in _BOUNDED
+                    bounded[str(name)] = bounded.get(str(name), True) and str(function) in BOUNDED_BY_ONE
             rows.append(row)
             advance()
     if not bounded:

@@ -9,8 +9,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pnanalysis.activations.functions import BOUNDED_BY_ONE
 from pnanalysis.errors import PnError
-from pnanalysis.plots.saturation import BOUNDED, iteration_look, iteration_name
+from pnanalysis.plots.saturation import iteration_look, iteration_name
 from pnanalysis.plots.style import (
     CHAMPION,
     COLOURS,
@@ -185,7 +186,7 @@ def _overlay_histograms(entries: list[_Entry], layer: Any, ax: Axes) -> None:
 def _scale_densities(ds: xr.Dataset, axes: np.ndarray) -> None:
     """Linear from zero, or logarithmic for unbounded activations (a long tail) and for spikes."""
     densities = ds.histogram.values[np.isfinite(ds.histogram.values)]
-    is_bounded = set(ds.activation.values.ravel()) <= BOUNDED
+    is_bounded = set(ds.activation.values.ravel()) <= BOUNDED_BY_ONE
     is_log = not is_bounded or densities.max() > _SPIKY * densities.mean()
     for ax in axes.ravel():
         if is_log:

@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pnanalysis.activations.functions import BOUNDED_BY_ONE
 from pnanalysis.errors import PnError
 from pnanalysis.plots.style import (
     BLACK,
@@ -35,8 +36,6 @@ from pnanalysis.plots.style import (
     tilted,
 )
 
-#: Activations that cannot exceed one in size.
-BOUNDED = {"tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign"}
 _PLAIN = (PLAIN, RESTART, PURPLE, BLACK)  # one for each run
 _FINEST = 2.0**-24  # distance from one to the next smaller single-precision number
 
@@ -117,7 +116,7 @@ def saturation_gap(ds: xr.Dataset, quantile: float = 98.0) -> Figure:
 
 def bounded_layers(ds: xr.Dataset) -> np.ndarray:
     """Whether each layer's activations, ``(layer,)``, are bounded by one in size."""
-    return np.isin(ds.activation.values, sorted(BOUNDED))
+    return np.isin(ds.activation.values, sorted(BOUNDED_BY_ONE))
 
 
 def _scale_gaps(gaps: np.ndarray, axes: Sequence[Axes]) -> None:

@@ -8,7 +8,7 @@ import torch
 from scipy import integrate, stats
 
 from pnanalysis.activations.cluster_errors import CumulativeFractions, ExampleMoments
-from pnanalysis.activations.hooks import ACTIVATIONS, Activation
+from pnanalysis.activations.functions import ACTIVATIONS, Activation
 from pnanalysis.activations.statistics import LayerActivity, Measures
 
 TANH = ACTIVATIONS["tanh"]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pnanalysis.activations.axis_tracker import Known
-from pnanalysis.activations.hooks import Activation, composite, watch_activations
+from pnanalysis.activations.functions import BOUNDED_BY_ONE, Activation
+from pnanalysis.activations.hooks import composite, watch_activations
 from pnanalysis.errors import ModelError
 
 Call = tuple[str, Activation, Tensor, Known]
@@ -52,6 +53,17 @@ def test_functional_method_and_repeated_calls_are_all_seen() -> None:
     seen.clear()
     model(torch.randn(3, 4))
     assert not seen  # hooks are gone
+
+
+def test_limits_other_than_one_are_in_the_name() -> None:
+    """Whatever goes by the name alone, as figures of distances from one do, must not take them for one."""
+    model = nn.Sequential(nn.Hardtanh(), nn.Hardtanh(-5, 5), nn.Hardtanh(0, 6))
+    seen = [
+        (activation.name, activation.low, activation.high) for _, activation, *_ in watched(model, torch.randn(3, 4))
+    ]
+    assert seen == [("hardtanh", -1, 1), ("hardtanh(-5, 5)", -5, 5), ("relu6", 0, 6)]
+    assert "hardtanh" in BOUNDED_BY_ONE
+    assert not {"hardtanh(-5, 5)", "relu6", "relu", "elu"} & BOUNDED_BY_ONE
 
 
 #: Minima of the functions that dip below their asymptote, rounded down.

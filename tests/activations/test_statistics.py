@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pnanalysis.activations.hooks import ACTIVATIONS, Activation
+from pnanalysis.activations.functions import ACTIVATIONS, Activation
 from pnanalysis.activations.statistics import LayerActivity, Measures
 
 
