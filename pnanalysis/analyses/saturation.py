@@ -70,7 +70,7 @@ def saturation(
     checkpoints : sequence of str
         See :meth:`pnanalysis.io.runs.Run.select`; all by default.
     split : {"validation", "train", "test"}
-        The examples; data sets without that split fall back to ``train``.
+        The examples; of data without that split, ``train``. The dataset says which it was.
     n : int or None
         How many, drawn by ``seed``; all if ``None`` or if there are fewer.
     percentiles : sequence of float
@@ -127,6 +127,9 @@ def saturation(
     An activation function inside a module that is one itself (tanh in a GELU, sigmoid in a Swish;
     :func:`pnanalysis.activations.hooks.composite`) is not counted on its own: the output of the module is.
 
+    What a fused operation applies within itself, such as the tanh and the gates of ``nn.RNN``, ``nn.LSTM`` and
+    ``nn.GRU``, is not seen.
+
     Networks in double precision are computed in it, and so are means and standard deviations; percentiles,
     histograms and saturation are of numbers rounded to single precision. Others are computed in single precision.
 
@@ -176,7 +179,8 @@ def saturation(
         ds = ds.assign_coords(champion=("run", [run.manifest["champion"] for run in runs if run is not None]))
     precision = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return schema.finish(
-        ds.drop_attrs(deep=False), "saturation", **selection.sources[0].dataset_attrs(), split=split, n=size,
+        ds.drop_attrs(deep=False), "saturation", **selection.sources[0].dataset_attrs(),
+        split=" and ".join(sorted({_there(source, split) for source in selection.sources})), n=size,
         seed=seed, device=str(torch_device), dtype=precision, margin=MARGIN, saturation_bins=saturation_bins,
         relative_error=0.0 if exact else RELATIVE_ERROR,
         champion=None if runs[0] is None else runs[0].manifest["champion"],
@@ -284,8 +288,12 @@ def examples_of(
     selection: Selection, source: Source, split: str, n: int | None, seed: int, device: torch.device
 ) -> Split | LoaderSplit:
     """Examples of the split, or of the training data where there is no such split."""
-    there = split if getattr(source.data, split) is not None else "train"
-    return selection.split(source, there, n, seed, device)
+    return selection.split(source, _there(source, split), n, seed, device)
+
+
+def _there(source: Source, split: str) -> str:
+    """The split that a source's data have."""
+    return split if getattr(source.data, split) is not None else "train"
 
 
 def _bin_range(
@@ -293,15 +301,19 @@ def _bin_range(
 ) -> tuple[float, float]:
     """One range for the histograms of all checkpoints, from a few examples."""
     ranges: list[tuple[Activation, float, float]] = []
+    bounded: set[str] = set()  # runs whose networks have asymptotes only, which are the range at every checkpoint
     for item in selection.distinct():
+        if item.source.label in bounded:
+            continue
         network = _network(selection, item, device, last=False)
         inputs, _ = next(iter(parts[item.source.label].stream(_N_FOR_RANGE)), (None, None))
         if inputs is None:
             raise DataError("there are no examples to compute activations of; give data that are not empty")
         with clear_errors(item.origin, network, [(inputs, inputs)]):
-            ranges += activation_ranges(network, inputs)
-        if all(activation.bounded for activation, _, _ in ranges):
-            break  # their asymptotes are the range, whatever the other checkpoints show
+            own = activation_ranges(network, inputs)
+        ranges += own
+        if item.source.run is not None and all(activation.bounded for activation, _, _ in own):
+            bounded.add(item.source.label)
     return common_range(ranges)
 
 

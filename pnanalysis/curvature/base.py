@@ -792,6 +792,7 @@ class CurvatureOperator:
         """This operator and its arguments in float64."""
         twin = copy(self)
         twin._loss, twin.dtype, twin.amp = self._loss.in_double(), torch.float64, "no"
+        twin.loss_fn = twin._loss.loss_fn
         return twin, move(at, self.device, torch.float64)
 
     # -- reading the data ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from pnanalysis.evaluation.losses import InspectedLoss, TorchLoss, known
+from pnanalysis.evaluation.losses import InspectedLoss, TorchLoss, class_indices, known
 
 #: Probabilities that are held at a time, besides the outputs and the result.
 _AT_ONCE = 2**22
@@ -81,6 +81,7 @@ class _Slope(Function):
         assert found is not None
         ctx.curvature = closed_form(loss, outputs, targets)
         logits, weights = _by_position(outputs), _weights(found, targets, outputs)
+        targets = class_indices(found, targets)
         classes = torch.where(targets != found.ignored, targets, 0).flatten()[:, None]
         slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for into, z, k, target, every, total in _pieces(slope, logits, classes, *weights[:2], weights.sums):
@@ -111,6 +112,7 @@ def class_positions(loss: InspectedLoss, outputs: object, targets: object) -> tu
         return None
     if targets.is_floating_point() or outputs.ndim < 2 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
         return None
+    targets = class_indices(found, targets)
     return _by_position(outputs.detach()), targets.flatten(), _weights(found, targets, outputs).sums
 
 
@@ -156,7 +158,7 @@ class _Weights(NamedTuple):
 
 def _weights(found: TorchLoss, targets: Tensor, outputs: Tensor) -> _Weights:
     dtype = torch.promote_types(outputs.dtype, torch.float32)
-    flat, n_classes = targets.flatten()[:, None], outputs.shape[1]
+    flat, n_classes = class_indices(found, targets).flatten()[:, None], outputs.shape[1]
     counts = flat != found.ignored
     by_class = found.options.get("weight")
     if by_class is None:

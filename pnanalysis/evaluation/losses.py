@@ -86,7 +86,7 @@ class InspectedLoss:
         self.__name__ = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        value = self.function(outputs, targets)
+        value = self.function(outputs, class_indices(self.torch_loss, targets))
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             given = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise ModelError(f"the loss {self.__name__} returns a {given}; it must return a tensor of real numbers")
@@ -133,6 +133,16 @@ def recognise(loss: Loss) -> TorchLoss | None:
     if options.pop("reduction", "mean") != "mean" or not set(options) <= set(_OPTIONS):
         return None
     return TorchLoss(function, options) if function in (*_CLASS_LOSSES, *_REAL_LOSSES, *_LOGIT_LOSSES) else None
+
+
+def class_indices(found: TorchLoss | None, targets: Any) -> Any:
+    """Targets that are classes, as int64; all others as they are.
+
+    Torch takes uint8 classes in the forward pass of its cross-entropies only, and no other type but int64; as an index
+    into class weights uint8 is a mask.
+    """
+    is_classes = found is not None and isinstance(targets, Tensor) and _are_indices(found, targets)
+    return targets.long() if is_classes and targets.dtype != torch.bool else targets
 
 
 def kind_of(loss: Loss | None) -> str | None:
@@ -208,6 +218,7 @@ def example_losses(loss: Loss, outputs: Any, targets: Any, check: bool = True) -
         raise not_for(loss, outputs)
     if check:
         check_targets(loss, outputs, targets)
+    targets = class_indices(found, targets)
     values = found.function(outputs, targets, reduction="none", **found.options).reshape(len(targets), -1)
     if not _are_indices(found, targets):
         each = values.mean(1)
@@ -222,6 +233,7 @@ def example_weights(loss: Loss, targets: Any) -> Tensor:
     found = known(loss)
     if found is None or not _are_indices(found, targets):
         return torch.ones(leading_size(targets))
+    targets = class_indices(found, targets)
     valid, weight = targets != found.ignored, found.options.get("weight")
     if weight is None:
         return valid.reshape(len(targets), -1).double().mean(1)

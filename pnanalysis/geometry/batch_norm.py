@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def normalise_by_batch(norms: Mapping[str, BatchNormBase]) -> Iterator[None]:
 
 
 def reestimate(model: nn.Module, norms: Mapping[str, BatchNormBase], state: State, inputs: Iterable[Any]) -> None:
-    """Replace the running statistics in ``state``, in place, by averages over batches weighted by their sizes.
+    """Replace the running statistics in ``state``, in place, by averages over calls, weighted by sizes of batches.
 
     Parameters
     ----------
@@ -55,22 +55,25 @@ def reestimate(model: nn.Module, norms: Mapping[str, BatchNormBase], state: Stat
     ModelError
         If there is only a single example.
     """
-    momenta = {name: norm.momentum for name, norm in norms.items()}
-    n_seen = 0
-    try:
-        with normalise_by_batch(norms):
-            for batch in batches_of_two_or_more(inputs):
-                n = leading_size(batch)
-                n_seen += n
-                # The update is (1 - momentum) * running + momentum * batch: a momentum of n / n_seen makes the running
-                # value the weighted mean of all batches so far. The first is 1 and erases what the state held.
-                for norm in norms.values():
-                    norm.momentum = n / n_seen
-                forward(model, batch, state)
-    finally:
-        for name, norm in norms.items():
-            norm.momentum = momenta[name]
-    if not n_seen:
+    n_seen = dict.fromkeys(norms.values(), 0)  # a module may be called several times in a pass, or in some of them only
+    n, n_batches = 0, 0
+
+    def set_momentum(norm: nn.Module, _: Any) -> None:
+        # The update is (1 - momentum) * running + momentum * batch: a momentum of n / n_seen makes the running value
+        # the weighted mean of all calls so far. The first is 1 and erases what the state held.
+        assert isinstance(norm, BatchNormBase)
+        n_seen[norm] += n
+        norm.momentum = n / n_seen[norm]
+
+    with ExitStack() as stack:
+        for norm in n_seen:
+            stack.callback(setattr, norm, "momentum", norm.momentum)
+            stack.enter_context(norm.register_forward_pre_hook(set_momentum))
+        stack.enter_context(normalise_by_batch(norms))
+        for batch in batches_of_two_or_more(inputs):
+            n, n_batches = leading_size(batch), n_batches + 1
+            forward(model, batch, state)
+    if not n_batches:
         raise ModelError(
             "the statistics of batch normalisation cannot be estimated from a single example; "
             "use more examples (n), or bn='interpolate'"

@@ -19,7 +19,10 @@ from pnanalysis.spectra.random_vectors import normal_numbers
 
 
 class FilterNormalised:
-    """Gaussian directions, each filter (the entries of one output) scaled to the norm of the tensor's own filter.
+    """Gaussian directions, each filter scaled to the norm of the tensor's own filter.
+
+    A filter is an entry of the first axis: one output of a linear layer or a convolution, one token of an embedding,
+    but one input of a transposed convolution.
 
     They are drawn on the device of the tensors, one tensor at a time, and are the same on every device.
 

@@ -28,6 +28,8 @@ from pnanalysis.io import netcdf
 from pnanalysis.io.runs import Run
 from pnanalysis.plots.layer_activations import saturated_layers
 
+_FUNCTIONS = {"t": nn.Tanh, "r": nn.ReLU}
+
 
 def stored_activations(run: Run, iteration: int, epoch: int, layer: str) -> np.ndarray:
     """All activations of one layer over the validation images, by a forward hook."""
@@ -158,6 +160,25 @@ def test_bins_hold_what_unbounded_activations_show_at_any_checkpoint(tmp_path: P
     np.testing.assert_allclose(total, 1.0, rtol=1e-12)  # 64 images tell the range
     ds = saturation(open_files(model, files, "digits"), n=60, bin_range=(0.0, 0.5), progress=False)
     assert (ds.histogram * 0.005).sum("bin")[1] < 0.9
+
+
+def test_networks_with_and_without_asymptotes_share_a_range_in_any_order() -> None:
+    torch.manual_seed(0)
+    networks = {name: nn.Sequential(nn.Linear(4, 6), f(), nn.Linear(6, 2)) for name, f in _FUNCTIONS.items()}
+    data = (3 * torch.randn(60, 4), torch.zeros(60))
+    found = [saturation({n: networks[n] for n in names}, data=data, progress=False) for names in ("tr", "rt")]
+    for ds in found:
+        np.testing.assert_array_equal(ds.bin, found[0].bin)
+        np.testing.assert_allclose(ds.histogram.sum("bin") * float(ds.bin[1] - ds.bin[0]), 1, rtol=1e-6)
+
+
+def test_the_split_is_the_one_that_was_used() -> None:
+    network, data = nn.Sequential(nn.Linear(4, 6), nn.Tanh()), (torch.randn(20, 4), torch.zeros(20))
+    ds = saturation(network, data=data, split="test", progress=False)
+    assert ds.attrs["split"] == "train"
+    assert (
+        saturation(network, data={"train": data, "test": data}, split="test", progress=False).attrs["split"] == "test"
+    )
 
 
 def test_a_loader_is_read_a_batch_at_a_time(tmp_path: Path) -> None:

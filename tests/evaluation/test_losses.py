@@ -116,6 +116,25 @@ def test_mistakes_are_counted_where_there_is_a_class(tmp_path: Path) -> None:
     np.testing.assert_allclose(line.error.values.ravel(), wrong, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("loss", [F.cross_entropy, *WEIGHTED.values()])
+def test_classes_are_the_same_in_every_type_of_integer(loss, dtype: torch.dtype) -> None:
+    """Four images of one pixel: as indices, as many uint8 classes as there are weights would be a mask."""
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(4, 4, 1), torch.tensor([[1], [3], [0], [3]])
+    if loss is not F.cross_entropy:
+        targets[1] = VOID
+    for one, other in zip(
+        example_losses(loss, outputs, targets), example_losses(loss, outputs, targets.to(dtype)), strict=True
+    ):
+        assert torch.equal(one, other)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (4, 1)))
+    inputs, vector = torch.randn(4, 3), torch.randn(16)
+    for make in (pn.HessianOperator, pn.GGNOperator, pn.EmpiricalFisherOperator):
+        found = [make(network, loss, [(inputs, given)]).matvec(vector) for given in (targets, targets.to(dtype))]
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
 def test_the_error_of_a_weighted_mean_is_its_spread_over_data() -> None:
     """Over independent samples the ratio spreads by what the linearised numbers say."""
     rng = np.random.default_rng(0)

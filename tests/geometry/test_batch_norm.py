@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pnanalysis as pn
 from pnanalysis.errors import ModelError
@@ -43,6 +43,33 @@ def test_statistics_are_averages_over_batches_weighted_by_their_sizes() -> None:
     assert norms["0"].momentum == 0.1
     assert not norms["0"].training
     assert (model[0].running_mean == 0).all()  # the model's own are left alone
+
+
+class Twice(nn.Module):
+    """One norm for two inputs, and one that only large batches reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.seldom = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pair = self.shared(x) + self.shared(2 * x + 1)
+        return self.seldom(pair + x) if len(x) > 4 else pair
+
+
+def test_statistics_are_averages_over_all_calls_of_a_module() -> None:
+    model = Twice().double().eval()
+    state = {name: tensor.clone() + 5 for name, tensor in model.state_dict().items()}
+    batches = torch.randn(15, 3, dtype=torch.float64).split([4, 6, 5])
+    reestimate(model, norms_with_statistics(model), state, batches)
+    mean = sum(len(batch) * (batch.mean(0) + (2 * batch + 1).mean(0)) / 2 for batch in batches) / 15
+    torch.testing.assert_close(state["shared.running_mean"], mean, rtol=1e-12, atol=1e-14)
+    norm = nn.BatchNorm1d(3).double()
+    seldom = []
+    for batch in batches[1:]:
+        norm.weight.data, norm.bias.data = state["shared.weight"], state["shared.bias"]
+        seldom.append(len(batch) * (norm(batch) + norm(2 * batch + 1) + batch).mean(0) / 11)
+    torch.testing.assert_close(state["seldom.running_mean"], sum(seldom), rtol=1e-12, atol=1e-13)
 
 
 def test_a_single_example_has_no_statistics() -> None:

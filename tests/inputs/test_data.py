@@ -91,6 +91,17 @@ def test_images_are_brought_to_the_networks_size(folder: Path) -> None:
     assert load_data(f"imagefolder:{folder}", (1, 8, 8)).train.inputs.shape == (8, 1, 8, 8)
 
 
+def test_grey_levels_of_16_bits_are_scaled_to_8(folder: Path) -> None:
+    """Pillow itself clips them, which leaves black and white."""
+    levels = np.arange(30, dtype=np.uint16).reshape(6, 5) * 8
+    Image.fromarray(levels * 257).save(folder / "train/cat/0.png")
+    Image.fromarray(levels.astype(np.uint8)).save(folder / "train/cat/1.png")
+    for shape in ((1, 6, 5), (3, 6, 5)):
+        deep, plain = load_data(f"imagefolder:{folder}", shape).train.inputs[:2]
+        assert torch.equal(deep, plain)
+        assert torch.equal(deep[0], torch.from_numpy(levels.astype(np.uint8)))
+
+
 def _no_test(folder: Path) -> None:
     for file in (folder / "test").rglob("*.png"):
         file.unlink()
@@ -106,6 +117,11 @@ def _no_classes(folder: Path) -> None:
 def _huge_picture(folder: Path) -> None:
     """A file of a few bytes, whose header claims 50,000 x 50,000 pixels."""
     (folder / "train/cat/0.ppm").write_bytes(b"P6\n50000 50000\n255\n" + bytes(100))
+
+
+def _real_numbers(folder: Path) -> None:
+    """A picture of floating-point numbers, which Pillow tells by its content whatever its name."""
+    Image.fromarray(np.zeros((6, 5), dtype=np.float32)).save(folder / "train/cat/0.png", format="TIFF")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -143,6 +159,7 @@ def test_images_that_would_not_fit_in_memory_are_refused_before_any_is_read(fold
         (lambda folder: (folder / "train/cat/9.png").mkdir(), "not a regular file"),
         (lambda folder: os.truncate(folder / "train/cat/0.png", 2**40), "bytes"),
         (_huge_picture, "2500000000 pixels"),
+        (_real_numbers, "not integers of 8 or 16 bits"),
     ],
 )
 def test_a_bad_folder_gives_one_clear_error(folder: Path, damage, message: str) -> None:

@@ -34,6 +34,7 @@ from trainers.loop.fit import (
     error_counter,
     load_optimizer_tensors,
     make_optimizer,
+    n_counted,
     tensor_optimizer,
 )
 from trainers.loop.persistence import PersistentPenalty, repulsion
@@ -116,6 +117,7 @@ def fit_together(
     check_options(optimizer, augment, amp, batch_size, epochs)
     split = train if isinstance(train, Split) else Split(*train)
     stack = _Stack(fits, resolve_loss(loss), amp, compile)
+    counted = n_counted(stack.loss, split.targets)
     optim = tensor_optimizer(stack.trainable, optimizer, lr, momentum, weight_decay)
     states = [each.optimizer_state for each in fits]
     if all(states):
@@ -133,7 +135,7 @@ def fit_together(
             if isinstance(records, PnError):
                 continue
             try:
-                means = sums.means(epoch, len(split), k)
+                means = sums.means(epoch, len(split), counted, k)
                 check_weights(each.model, epoch)
                 record = Epoch(epoch, *means, validation_errors[k], test_errors[k], seconds)
                 records.append(record)
@@ -225,7 +227,7 @@ class _Stack:
                 with autocast(inputs.device, self.amp):
                     outputs = self._on_common_batch(self.parameters, self.buffers, inputs)
                 total += vmap(self.sum_of_errors, in_dims=(0, None))(outputs, targets)
-        means: list[float] = (total / len(split)).tolist()
+        means: list[float] = (total / n_counted(self.loss, split.targets)).tolist()
         return means
 
     @torch.no_grad()

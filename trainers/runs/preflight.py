@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.random import fork_rng
 
-from pnanalysis.errors import DataError, TrainingError
-from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.errors import DataError, TrainingError, is_out_of_memory
+from pnanalysis.evaluation.diagnosis import clear_errors, described
 from pnanalysis.evaluation.forward import not_for
-from pnanalysis.evaluation.losses import check_targets
+from pnanalysis.evaluation.losses import NOTHING_COUNTS, check_targets
+from pnanalysis.inputs.copies import copied
 from pnanalysis.inputs.data import SPLITS, Split, Splits
 from pnanalysis.inputs.models import Loss, resolve_loss
-from trainers.loop.fit import EVALUATION_BATCH, autocast, error_counter
+from trainers.loop.fit import EVALUATION_BATCH, autocast, error_counter, n_counted
 from trainers.recipes import Config
 
 
@@ -31,7 +33,7 @@ def check_tensors(data: Splits, config: Config) -> None:
 
 
 def check_trainable(model: nn.Module, data: Splits, config: Config) -> None:
-    """Pass two examples of every split through network and loss, and check all targets.
+    """Pass two examples of every split through network and loss, check all targets, and try a pass of training.
 
     Parameters
     ----------
@@ -47,7 +49,8 @@ def check_trainable(model: nn.Module, data: Splits, config: Config) -> None:
         If there are no examples or numbers that are not finite, network or loss cannot take the data, or the targets
         do not suit the loss (see :func:`pnanalysis.evaluation.losses.check_targets`).
     TrainingError
-        If the loss of a batch is not a single number, or inputs that are not images are to be augmented.
+        If the loss of a batch is not a single number, inputs that are not images are to be augmented, or the network
+        cannot be trained on the last batch of an epoch (batch normalisation, on a single example).
     """
     loss = resolve_loss(config.loss)
     model.eval()
@@ -64,6 +67,8 @@ def check_trainable(model: nn.Module, data: Splits, config: Config) -> None:
             )
         with clear_errors(label, model, split.batches(EVALUATION_BATCH), loss):
             _check_split(model, split, loss, config.amp, label)
+        if name == "train":
+            _check_last_batch(model, split, config, label)
 
 
 @torch.no_grad()
@@ -82,3 +87,24 @@ def _check_split(model: nn.Module, split: Split, loss: Loss, amp: str, label: st
         given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise TrainingError(f"the loss of a batch is {given}, not a single number; average it over the batch")
     error_counter(loss)(outputs, targets)  # raises an error if the two cannot be compared
+    if not n_counted(loss, split.targets):
+        raise DataError(f"{label}: {NOTHING_COUNTS}")
+
+
+@torch.no_grad()
+def _check_last_batch(model: nn.Module, split: Split, config: Config, label: str) -> None:
+    """A pass of training, of a copy, over as many examples as the last batch of an epoch has, but two at most."""
+    n = min(len(split) % config.batch_size or config.batch_size, 2)
+    inputs, _ = split.take(slice(0, n))
+    try:
+        with fork_rng([inputs.device] if inputs.is_cuda else []), autocast(inputs.device, config.amp):
+            copied(model).train()(inputs)
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        wrong, instead = (
+            ("the last batch of an epoch, of one example,", "choose a --batch-size that leaves more for it")
+            if n == 1
+            else ("these data in train mode", "look at what it does there")
+        )
+        raise TrainingError(f"{label}: the network cannot take {wrong} ({described(error)}); {instead}") from error

@@ -26,6 +26,7 @@ from trainers.zoo.kink import kink_data
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 _MOST_BYTES = 256 * 2**20  # of an image file; Pillow bounds its pixels
+_MOST_16_BITS = 65_535
 _DIGITS_TRAIN = 1197  # of 1,797; the other 600 become validation and test
 
 
@@ -95,12 +96,13 @@ def imagefolder(path: str | None = None, input_shape: tuple[int, ...] | None = N
     path : str
         The folder.
     input_shape : tuple, optional
-        ``(C, H, W)``; without it all images must have the size of the first.
+        ``(C, H, W)``; without it three channels, and the size of the first image. Others are resized to it.
 
     Raises
     ------
     DataError
-        If the folder is missing, has no class folders, no images, or an image is unreadable.
+        If the folder is missing, has no class folders, no images, or an image is unreadable or not of integers up to
+        65,535.
     """
     if not path:
         raise DataError("no folder given; write imagefolder:PATH, with images in PATH/train/CLASS and PATH/test/CLASS")
@@ -169,7 +171,7 @@ def _images(folder: Path, classes: list[str]) -> Iterator[tuple[Path, int]]:
 
 
 def _content_key(root: Path, files: dict[str, list[tuple[Path, int]]], shape: tuple[int, ...]) -> str:
-    digest = hashlib.blake2b(f"v1 {tuple(shape)}".encode(), digest_size=10)
+    digest = hashlib.blake2b(f"v2 {tuple(shape)}".encode(), digest_size=10)
     for entries in files.values():
         for file, label in entries:
             digest.update(f"\0{file.relative_to(root)}\0{label}\0".encode())
@@ -201,7 +203,7 @@ def _decode(files: list[Path], shape: tuple[int, ...]) -> Tensor:
     images = np.empty((len(files), height, width, channels), dtype=np.uint8)
 
     def decode(i: int) -> None:
-        image = _open(files[i]).convert("L" if channels == 1 else "RGB")
+        image = _eight_bits(_open(files[i]), files[i]).convert("L" if channels == 1 else "RGB")
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         images[i] = np.asarray(image).reshape(height, width, channels)
@@ -210,6 +212,16 @@ def _decode(files: list[Path], shape: tuple[int, ...]) -> Tensor:
         for _ in pool.map(decode, range(len(files)), chunksize=512):
             pass
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _eight_bits(image: Image.Image, file: Path) -> Image.Image:
+    """Grey levels of 16 bits as levels of 8, which Pillow would clip at 255 instead."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    levels = np.asarray(image)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > _MOST_16_BITS:
+        raise DataError(f"{file}: has pixels that are not integers of 8 or 16 bits; save it with levels of 8 bits")
+    return Image.fromarray(np.rint(levels * (255 / _MOST_16_BITS)).astype(np.uint8))
 
 
 def _open(file: Path) -> Image.Image:

@@ -9,6 +9,7 @@ from torch import nn
 from pnanalysis.errors import TrainingError
 from pnanalysis.inputs.data import Split, load_data
 from trainers import PersistentPenalty, fit
+from trainers.loop.batched_fit import SingleFit, fit_together
 from trainers.loop.fit import (
     augment_batch,
     error_counter,
@@ -16,6 +17,7 @@ from trainers.loop.fit import (
     evaluate_error,
     load_optimizer_tensors,
     make_optimizer,
+    n_counted,
     optimizer_tensors,
 )
 from trainers.seeds import derive_seed
@@ -122,6 +124,23 @@ def test_crops_are_shifts_of_the_reflected_image_and_flips_mirror() -> None:
     assert 5 < int(kept.sum()) < 35  # of 40 fair coins; either bound is five standard deviations away
 
 
+def test_errors_are_means_over_the_examples_that_count() -> None:
+    """As evaluated by an analysis; in one training, and of several networks together."""
+    x, y = torch.randn(100, 4, generator=torch.Generator().manual_seed(0)), torch.arange(100) % 3
+    y = torch.where(torch.arange(100) < 60, -100, y)
+    splits = [Split(x, y), Split(x[50:], y[50:]), Split(x[40:], y[40:])]
+    model, twin = (nn.Linear(4, 3) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    options = {"epochs": 1, "lr": 0.0, "validation": splits[1], "test": splits[2], "batch_size": 30}
+    (record,) = fit(model, splits[0], optimizer="sgd", **options)
+    ((together,),) = fit_together([SingleFit(twin)], splits[0], optimizer="sgd", **options)
+    for found in (record, together):
+        for split, error in zip(splits, (found.train_error, found.validation_error, found.test_error), strict=True):
+            labelled = split.targets >= 0
+            right = float((model(split.inputs[labelled]).argmax(1) != split.targets[labelled]).double().mean())
+            assert error == pytest.approx(right, rel=1e-12)
+
+
 def test_errors_are_counted_as_the_loss_defines_them() -> None:
     outputs = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
     cross_entropy = nn.functional.cross_entropy
@@ -129,7 +148,8 @@ def test_errors_are_counted_as_the_loss_defines_them() -> None:
     likely = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]])
     assert float(error_counter(cross_entropy)(outputs, likely)) == 1
     pixels, void = outputs.T[None].expand(3, -1, -1), torch.tensor([[0, 1, 0, -100], [1, 1, 0, -100], [-100] * 4])
-    assert float(error_counter(nn.CrossEntropyLoss())(pixels, void)) == pytest.approx(1 / 3)
+    wrong, counted = error_counter(nn.CrossEntropyLoss())(pixels, void), n_counted(nn.CrossEntropyLoss(), void)
+    assert (float(wrong), counted) == (1 / 4, 6 / 4)  # one of the six positions that are not ignored, of four each
     assert float(error_counter(nn.MSELoss())(outputs, torch.zeros(4, 2))) == 8
     assert float(error_counter(nn.MSELoss())(outputs[:, 0], torch.tensor([1, 0, 2, 3]))) == 10  # counts
     sides = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])

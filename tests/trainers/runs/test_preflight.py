@@ -28,11 +28,24 @@ DATA = {
     "batches": [(X, CLASSES)],
     "held_out_batches": {"train": (X, CLASSES), "validation": [(X, CLASSES)]},
     "held_out": {"train": (X, CLASSES), "validation": (X, LATE)},
+    "ignored": {"train": (X, CLASSES), "validation": (X, torch.full((60,), -100))},
+    "one_too_many": {"train": (X[:41], CLASSES[:41])},
 }
 
 
 def net(n_out: int = 3) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, n_out))
+
+
+class OnlyEvaluated(nn.Linear):
+    """A network with a fault in its training pass alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :3] if self.training else x)
+
+
+def only_evaluated(n_out: int) -> nn.Module:
+    return OnlyEvaluated(4, n_out)
 
 
 def each(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -47,8 +60,8 @@ def __getattr__(name: str):
 
 def config(data: str, n_out: int = 3, **settings) -> Config:
     return Config(
-        model=f"{__name__}:net", model_options={"n_out": n_out}, data=f"{__name__}:{data}", strategy="plain",
-        epochs=1, batch_size=20, **settings,
+        model=settings.pop("model", f"{__name__}:net"), model_options={"n_out": n_out}, data=f"{__name__}:{data}",
+        strategy="plain", epochs=1, batch_size=20, **settings,
     )  # fmt: skip
 
 
@@ -67,6 +80,12 @@ BAD = {
     "single output": (config("column", 1), "cross-entropy over a single output is always zero"),
     "broadcast": (config("flat", 1, loss="mse"), r"targets of shape \(N,\) would be broadcast"),
     "no mean": (config("good", loss=f"{__name__}:each"), r"the loss of a batch is shape \(2,\), not a single number"),
+    "nothing counts": (config("ignored"), "ignored, validation: no example counts in the loss"),
+    "single example": (
+        config("one_too_many"),
+        "cannot take the last batch of an epoch, of one example, .*--batch-size",
+    ),
+    "only evaluated": (config("good", model=f"{__name__}:only_evaluated"), "cannot take these data in train mode"),
     "no images": (config("good", augment=("flip",)), r"flip takes images \(N, C, H, W\), not inputs of shape"),
 }
 
