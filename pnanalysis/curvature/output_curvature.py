@@ -112,8 +112,8 @@ def class_positions(loss: InspectedLoss, outputs: object, targets: object) -> tu
         return None
     if targets.is_floating_point() or outputs.ndim < 2 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
         return None
-    targets = class_indices(found, targets)
-    return _by_position(outputs.detach()), targets.flatten(), _weights(found, targets, outputs).sums
+    classes: Tensor = class_indices(found, targets)
+    return _by_position(outputs.detach()), classes.flatten(), _weights(found, classes, outputs).sums
 
 
 def _times(logits: Tensor, u: Tensor, weight: Tensor) -> Tensor:
