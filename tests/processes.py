@@ -51,7 +51,10 @@ def _serve(rank: int, end: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from pnanalysis.curvature.processes import import_before_joining
+
     torch.set_num_threads(1)
+    import_before_joining()
     while (job := end.recv()) is not None:
         n, meeting, function, arguments = job
         try:

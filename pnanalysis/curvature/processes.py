@@ -6,6 +6,7 @@ What is decided and computed on the host goes through gloo, which waits for no d
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -116,10 +117,20 @@ def join(device: torch.device) -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        import_before_joining()
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         atexit.register(leave)
         _begin_to_beat()
     return device
+
+
+def import_before_joining() -> None:
+    """Import the module of torch that keeps the group which there is when it is imported, as other parts of torch do.
+
+    Its functions have that group as the default of an argument. It would outlive being left, and so would its threads,
+    which may abort the process while Python ends.
+    """
+    importlib.import_module("torch.distributed.nn")
 
 
 def leave() -> None:
@@ -253,6 +264,7 @@ __all__ = [
     "clear_errors",
     "complete",
     "first_process_first",
+    "import_before_joining",
     "is_first_process",
     "join",
     "lost",

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +67,32 @@ def test_the_group_is_left_at_the_end_unless_an_exchange_is_open(
         complete(Exchange(has_failed), torch.zeros(1))
     leave()
     assert left == [True] * has_failed
+
+
+_JOIN_AND_LEAVE = """
+import os
+from pathlib import Path
+import torch
+from pnanalysis.curvature.processes import Processes, join, leave
+
+join(torch.device("cpu"))
+import torch.distributed.nn  # as compilers of torch do, whenever they are first needed
+Processes().add(torch.zeros(3))
+leave()
+print(sorted(name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks at the threads of a process on Linux")
+def test_no_thread_of_a_group_outlives_it() -> None:
+    """It may abort the process while Python ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _JOIN_AND_LEAVE], env={**os.environ, **group, "PNANALYSIS_PATIENCE": "0"},
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

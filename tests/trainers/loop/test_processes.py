@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pnanalysis.curvature.processes import import_before_joining
 from pnanalysis.errors import PnError, ProcessLost, TrainingError
 from pnanalysis.inputs.data import Split
 from pnanalysis.io.runs import RESUME, open_run
@@ -95,6 +96,7 @@ def curves(folder: str, names: tuple[str, ...]) -> None:
 
 def in_group(rank: int, n: int, folder: str, function: Callable[..., None], *arguments: Any) -> None:
     torch.set_num_threads(1)
+    import_before_joining()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
     try:
         function(folder, *arguments)
