@@ -262,6 +262,8 @@ def _has_effect(node: Node) -> bool:
 
 def _same_values(node: Node, written: set[Node]) -> Node | None:
     """An earlier node with the same values, if there is one."""
+    if not (node.args and isinstance(node.args[0], fx.Node)):  # a number may be converted, too
+        return None
     if node.target == CONVERSION or (node.target in _RESHAPES and _layout(node.args[0]) == _layout(node)):
         return node.args[0]
     if node.target == _aten.copy_.default and node.args[0].target == _aten.new_empty_strided.default:

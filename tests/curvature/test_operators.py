@@ -206,3 +206,13 @@ def test_classes_are_counted_where_each_example_has_one() -> None:
     words = torch.nn.Sequential(torch.nn.Embedding(5, 5), torch.nn.Linear(5, 4)).double()
     tokens = torch.randint(4, (9, 5))
     assert HessianOperator(words, cross_entropy, [(tokens, tokens[:, :4])]).n_classes is None
+
+
+@pytest.mark.parametrize("loss", [lambda o, t: (o - t).square().mean() / 2, lambda o, t: 0.5 * (o - t).square().mean()])
+def test_numbers_in_a_loss_of_ones_own_can_be_traced(loss: Loss) -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Linear(3, 2), (torch.randn(20, 3), torch.randn(20, 2))
+    op = EmpiricalFisherOperator(model, loss, [batch], expected_products=1000)
+    v = torch.randn(op.shape[0])
+    theirs = EmpiricalFisherOperator(model, loss, [batch], expected_products=1).matvec(v)
+    torch.testing.assert_close(op.matvec(v), theirs, rtol=1e-5, atol=1e-6)
