@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pnanalysis.activations.axis_rules import name_of
 from pnanalysis.activations.axis_tracker import AxisTracker, FollowAxes, Known
 from pnanalysis.activations.eager import eager
-from pnanalysis.activations.functions import ACTIVATIONS, COMPOSITES, Activation, rectifier
+from pnanalysis.activations.functions import ACTIVATIONS, COMPOSITES, Activation
 from pnanalysis.errors import ModelError
 from pnanalysis.torch_internals import is_vmapped
 
@@ -45,14 +45,10 @@ def _as_called(activation: Activation, args: Sequence[Any], kwargs: Mapping[str,
     if activation.name != "hardtanh":
         return activation
     low, high = argument(1, "min_val", -1.0), argument(2, "max_val", 1.0)
-    if (low, high) == (-1.0, 1.0):
-        return activation
-    # its own name, as figures take a hardtanh for bounded by one
-    return (
-        rectifier("relu6", 0.0, 6.0)
-        if (low, high) == (0.0, 6.0)
-        else Activation(f"hardtanh({low:g}, {high:g})", low, high)
-    )
+    if (low, high) == (0.0, 6.0):
+        return ACTIVATIONS["relu6"]
+    # other limits are named: figures take a hardtanh for bounded by one
+    return activation if (low, high) == (-1.0, 1.0) else Activation(f"hardtanh({low:g}, {high:g})", low, high)
 
 
 Observer = Callable[[str, Activation, Tensor, Known], None]
