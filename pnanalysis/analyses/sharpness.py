@@ -83,7 +83,8 @@ def sharpness(
     n_starts : int
         Ascents, of which the highest counts: one from the checkpoint, the others from random points of the border.
     group : int, optional
-        Look for a worst case of each so many examples, and average over them (m-sharpness); by default one of all.
+        Look for a worst case of each so many examples, drawn by ``seed`` (those of a loader follow each other), and
+        average over them (m-sharpness); by default one of all.
     n_directions : int
         Random directions of the average case, the same for all neighbourhoods, radii and checkpoints, each with both
         signs.

@@ -16,7 +16,7 @@ from pnanalysis.arrays import Array
 from pnanalysis.checks import resolve_dtype
 from pnanalysis.curvature.batch_matrix import BatchMatrix
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
-from pnanalysis.curvature.batches import Batch, WeightedBatches, has_batch_norm
+from pnanalysis.curvature.batches import Batch, WeightedBatches, has_batch_norm, takes_batch_statistics
 from pnanalysis.curvature.blocks import Block
 from pnanalysis.curvature.example_forms import EXAMPLES as EXAMPLE_UNIT
 from pnanalysis.curvature.example_forms import ExampleForms
@@ -100,8 +100,9 @@ class CurvatureOperator:
     device : torch.device or str, optional
         Where to compute; where the first chosen parameter is by default. Batches are moved there as they are read.
     bn_mode : {"eval", "train"}
-        Batch normalisation with its running statistics, or with the statistics of each batch. All other layers
-        (dropout, for example) are in eval mode.
+        Batch normalisation with its running statistics, or as in a training step: with the statistics of each batch,
+        but for layers in eval mode in a network in train mode, which are frozen. All other layers (dropout, for
+        example) are in eval mode.
     reduction : {"mean", "sum"}
         What ``loss_fn`` does over the batch. With ``"sum"`` the matrix is that of the summed loss. A loss that turns
         out to be a sum is treated as one.
@@ -808,7 +809,8 @@ class CurvatureOperator:
             self.batches.inspect(
                 self._fit_passes,
                 weights,
-                needs_statistics=self.bn_mode == "train" and has_batch_norm(self.model),
+                self._check_batch,
+                needs_statistics=takes_batch_statistics(self.model),
             )
             if self.batches.n_cut and not self.batches.weighing.separates(self._first_examples, self.batches.reduction):
                 raise CurvatureError(
@@ -900,6 +902,9 @@ class CurvatureOperator:
             self._try_channels_last(batch)
         if self.checkpoint_activations:
             self._loss.recomputed = recomputable_blocks(self._loss, self._few, self.names)
+
+    def _check_batch(self, batch: Batch) -> None:
+        """Refuse a batch that the matrix is not defined for."""
 
     def _tried(self, batch: Batch) -> Batch:
         """A few examples of a batch, some of which count, that network and loss have been tried on; all where they

@@ -3,12 +3,15 @@
 A loss of one's own may be a mean over examples, over the tokens or positions that a mask keeps, over graphs, or a sum.
 The value of a batch is then compared with the values of its parts: a mean over things of which there are :math:`w_1`
 in one part and :math:`w_2` in the other fulfils :math:`(w_1 + w_2) L = w_1 L_1 + w_2 L_2`, and a sum
-:math:`L = L_1 + L_2`.
+:math:`L = L_1 + L_2`. Every batch is looked at, cut in two at several places, and put together with the last example
+of the batch before: examples may weigh alike within each batch and differ between batches, as they do where a loss
+weighs classes and the data come class after class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,20 +19,20 @@ from torch import Tensor
 
 from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.losses import InspectedLoss, counts, example_weights, known
-from pnanalysis.inputs.batches import IGNORED, batch_size, can_cut, cut, rows, tensors
+from pnanalysis.inputs.batches import IGNORED, batch_size, can_cut, cut, joined, map_tensors, rows, tensors
 
 #: ``weight(inputs, targets)``, or what batches weigh by.
 Weight = Callable[[Any, Any], Any] | str | None
+#: Numbers of things that a loss may be a mean over, by what they are called in messages.
+Counts = dict[str, float]
 RULES = ("examples", "batches")
-#: Batches whose parts are looked at.
-_MEASURED_BATCHES = 4
 #: What the two sides of the equation may differ by, relative to the values, by roundoff.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _OTHER_TOLERANCE = 2e-2
 _SUM = "sum"
 _WAY_OUT = (
     "say what a batch weighs with weight='examples', weight='batches', or a function weight(inputs, targets), as in "
-    "weight=lambda inputs, targets: (targets != -100).sum()"
+    "weight=lambda inputs, targets: (targets != -100).sum(), or give torch's own loss, whose weights are known"
 )
 
 
@@ -65,9 +68,10 @@ class BatchWeights:
         self.measures = weight is None and known(loss) is None
         self._measured = "examples"
         self._given: list[float] = []
-        self._counts: list[dict[str, float]] = []
+        self._counts: list[Counts] = []
         self._alive: set[str] | None = None
         self._n_measured = 0
+        self._before: list[_Losses | None] = [None, None]
 
     def counts(self, batch: Any) -> bool:
         """Whether anything in a batch counts, as far as its targets say: where nothing does, its mean is 0 / 0.
@@ -98,9 +102,8 @@ class BatchWeights:
                 )
             return
         self._counts.append(_counts(batch))
-        if self._n_measured < _MEASURED_BATCHES and _may_count(batch[1]):
-            for part in self._parts(batch):
-                self._compare(*part)
+        if _may_count(batch[1]):
+            self._measure(batch)
 
     def finish(self) -> tuple[list[float], str]:
         """The weights of all batches, and whether the loss is a ``"mean"`` or a ``"sum"`` over each.
@@ -161,10 +164,10 @@ class BatchWeights:
         """Whether the loss of a batch is that of its two halves put together; true where that cannot be found out."""
         n = batch_size(batch)
         pieces = slice(0, n // 2), slice(n // 2, n)
-        losses = self._of_parts(batch, [cut(batch, piece) for piece in pieces]) if n > 1 and can_cut(batch) else None
+        losses = _Losses(batch, batch, self.evaluate).of_parts(pieces) if n > 1 and can_cut(batch) else None
         if losses is None:
             return True
-        whole, *halves = (float(value.detach()) for value in losses)
+        whole, *halves = losses
         shares = [1.0, 1.0]
         if reduction == "mean":
             weights = self.of_examples(batch)
@@ -186,17 +189,39 @@ class BatchWeights:
             return weight
         return _known_weight(self.loss, batch)
 
-    def _parts(self, batch: Any) -> Iterator[tuple[Any, Any, list[float]]]:
-        """Two parts of a batch, and the losses of the whole and of the parts; for several ways of cutting it in two."""
-        n, outputs = batch_size(batch), self._outputs_by_example(batch)
-        for at in sorted({n // 2, n // 3} - {0}):
+    def _measure(self, batch: Any) -> None:
+        """Compare the loss of a batch with those of its parts, and with that of the example before it."""
+        ways = self._ways(batch)
+        for one, other, losses in self._in_parts(batch, ways):
+            self._compare(one, other, losses)
+        joined = (way.joined_to(before) for way, before in zip(ways, self._before, strict=True) if way and before)
+        found = next((each for each in joined if each is not None), None)
+        if found is not None:
+            self._compare(*found)
+        self._before = [way and way.last() for way in ways]
+
+    def _ways(self, batch: Any) -> list[_Losses | None]:
+        """Losses from the network's outputs, which take no pass for each part, and by passes, for losses that need one.
+
+        Either is missing where its tensors do not have a row for each example.
+        """
+        outputs = self._outputs_by_example(batch)
+        of_outputs = None if outputs is None else _Losses((outputs, batch[1]), batch, lambda at: self.of_outputs(*at))
+        return [of_outputs, _Losses(batch, batch, self.evaluate) if can_cut(batch) else None]
+
+    def _in_parts(self, batch: Any, ways: Sequence[_Losses | None]) -> Iterator[tuple[Counts, Counts, list[float]]]:
+        """What there is to count in two parts of a batch, and the losses of the whole and of the parts; for several
+        ways of cutting it in two.
+        """
+        n = batch_size(batch)
+        for at in sorted({1, n // 3, n // 2} - {0, n}):
             pieces = slice(0, at), slice(at, n)
-            parts = [cut(batch, piece) for piece in pieces] if can_cut(batch) else None
-            losses = self._of_parts_of_outputs(outputs, batch[1], pieces) or self._of_parts(batch, parts)
+            found = (way.of_parts(pieces) for way in ways if way)
+            losses = next((each for each in found if each is not None), None)
             if losses is None:
                 return
-            one, other = parts or [((), rows(batch[1], piece)) for piece in pieces]
-            yield one, other, [float(value.detach()) for value in losses]
+            one, other = (_counts(_part(batch, piece)) for piece in pieces)
+            yield one, other, losses
 
     def _outputs_by_example(self, batch: Any) -> Any:
         """What the network returns, if it has a row for each example; else ``None``."""
@@ -210,26 +235,8 @@ class BatchWeights:
         whole = any(tensor.ndim == 0 and tensor.is_floating_point() for tensor in tensors(outputs))
         return outputs if not whole and can_cut((outputs, batch[1])) else None
 
-    def _of_parts_of_outputs(self, outputs: Any, targets: Any, pieces: Sequence[slice]) -> list[Tensor] | None:
-        if outputs is None:
-            return None
-        try:
-            parts = (rows((outputs, targets), piece) for piece in pieces)
-            return [self.of_outputs(outputs, targets), *(self.of_outputs(*part) for part in parts)]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # the loss asks for outputs of the network's own class
-            return None
-
-    def _of_parts(self, batch: Any, parts: Sequence[Any] | None) -> list[Tensor] | None:
-        try:
-            return None if parts is None else [self.evaluate(part) for part in (batch, *parts)]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # network or loss need batches of one size
-            return None
-
-    def _compare(self, one: Any, other: Any, losses: Sequence[float]) -> None:
+    def _compare(self, one: Counts, other: Counts, losses: Sequence[float]) -> None:
+        """Strike out what two parts of ``losses[0]``, which have ``losses[1:]``, do not weigh by."""
         whole, *parts = losses
         finite = [abs(value) < float("inf") for value in parts]
         if not abs(whole) < float("inf") or not any(finite):
@@ -237,15 +244,73 @@ class BatchWeights:
         self._n_measured += 1
         slack = self.tolerance * (abs(whole) + sum(abs(value) for value in parts if abs(value) < float("inf")))
         fitting = {_SUM} if all(finite) and abs(whole - sum(parts)) <= slack else set()
-        found = [_counts(part) for part in (one, other)]
-        for name in found[0].keys() & found[1].keys():
-            shares = [each[name] for each in found]
+        for name in one.keys() & other.keys():
+            shares = [one[name], other[name]]
             if any(share and not is_finite for share, is_finite in zip(shares, finite, strict=True)):
                 continue  # a part is 0 / 0 where nothing in it counts
             mean = sum(share * value for share, value in zip(shares, parts, strict=True) if share)
             if sum(shares) > 0 and abs(mean / sum(shares) - whole) <= slack:
                 fitting.add(name)
         self._alive = fitting if self._alive is None else self._alive & fitting
+
+
+class _Losses:
+    """Losses of a batch, of parts of it, and of it and an example of another batch.
+
+    Parameters
+    ----------
+    nest : pair
+        What the loss is computed from: the batch, or the network's outputs for it and its targets.
+    batch : pair
+        The batch itself, or its last example.
+    loss : callable
+        ``loss(nest)``.
+    """
+
+    def __init__(self, nest: Any, batch: Any, loss: Callable[[Any], Tensor]) -> None:
+        self.nest, self.batch, self.loss = nest, batch, loss
+
+    @cached_property
+    def whole(self) -> float:
+        """The loss of the batch."""
+        return float(self.loss(self.nest).detach())
+
+    def of_parts(self, pieces: Sequence[slice]) -> list[float] | None:
+        """The losses of the batch and of some parts; ``None`` where they cannot be had."""
+        return _unless_it_fails(
+            lambda: [self.whole, *(float(self.loss(rows(self.nest, piece)).detach()) for piece in pieces)]
+        )
+
+    def joined_to(self, other: _Losses) -> tuple[Counts, Counts, list[float]] | None:
+        """What there is to count in another batch and in this, and the losses of both together and of each."""
+
+        def losses() -> list[float]:
+            together = float(self.loss(joined(other.nest, self.nest)).detach())
+            return [together, other.whole, self.whole]
+
+        found = _unless_it_fails(losses)
+        return None if found is None else (_counts(other.batch), _counts(self.batch), found)
+
+    def last(self) -> _Losses:
+        """The same of the last example alone."""
+        n = batch_size(self.batch)
+        piece = slice(n - 1, n)
+        nest, batch = (map_tensors(each, torch.clone) for each in (rows(self.nest, piece), _part(self.batch, piece)))
+        return _Losses(nest, batch, self.loss)
+
+
+def _unless_it_fails(losses: Callable[[], list[float]]) -> list[float] | None:
+    try:
+        return losses()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # network or loss need batches of one size, or outputs of the network's own class
+        return None
+
+
+def _part(batch: Any, piece: slice) -> Any:
+    """Some of the examples of a batch; those of their targets alone where its inputs cannot be cut."""
+    return cut(batch, piece) if can_cut(batch) else ((), rows(batch[1], piece))
 
 
 def _may_count(targets: Any) -> bool:
@@ -262,10 +327,10 @@ def _known_weight(loss: InspectedLoss, batch: Any) -> float:
     return float(example_weights(loss, targets).double().sum()) * targets.numel() / len(targets)
 
 
-def _counts(batch: Any) -> dict[str, float]:
+def _counts(batch: Any) -> Counts:
     """Numbers of things in a batch that a loss may be a mean over, by what they are called in messages."""
     inputs, targets = batch
-    found: dict[str, float] = {"examples": float(batch_size((inputs, targets)))}
+    found: Counts = {"examples": float(batch_size((inputs, targets)))}
     places = [("targets", tensor) for tensor in tensors(targets)] + [("inputs", tensor) for tensor in tensors(inputs)]
     for i, (place, tensor) in enumerate(places):
         if tensor.ndim == 0 or tensor.is_complex() or (place == "inputs" and tensor.is_floating_point()):

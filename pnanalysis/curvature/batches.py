@@ -115,8 +115,14 @@ class WeightedBatches:
                 yield i, weight, batch
 
     def inspect(
-        self, prepare: Callable[[Batch], None], weights: BatchWeights, needs_statistics: bool, is_part: bool = False
-    ) -> None:  # fmt: skip
+        self,
+        prepare: Callable[[Batch], None],
+        weights: BatchWeights,
+        check: Callable[[Batch], None],
+        *,
+        needs_statistics: bool,
+        is_part: bool = False,
+    ) -> None:
         """Read all batches once: note their sizes and weights, and refuse data that no operator could be computed from.
 
         Parameters
@@ -124,6 +130,8 @@ class WeightedBatches:
         prepare : callable
             Called with the first batch that counts, before its loss is evaluated by anything else.
         weights : BatchWeights
+        check : callable
+            Called with every batch that counts.
         needs_statistics : bool
             Whether the network takes statistics over each batch, which a single example does not have.
         is_part : bool
@@ -148,9 +156,11 @@ class WeightedBatches:
                     f"batch {index} holds one example, which has no batch statistics; "
                     "use bn_mode='eval' or make the last batch larger (drop_last)"
                 )
-            if not is_prepared and weights.counts(batch):
-                prepare(batch)
-                is_prepared = True
+            if weights.counts(batch):
+                if not is_prepared:
+                    prepare(batch)
+                    is_prepared = True
+                check(batch)
             if part is not None and weights.weight in RULES:  # which say what whole batches weigh
                 weights.add(whole)
                 in_mean = weights.of_examples(whole)
@@ -175,3 +185,8 @@ def shapes_of(nest: Any) -> Shapes:
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any layer is a batch normalisation."""
     return any(isinstance(module, BatchNormBase) for module in model.modules())
+
+
+def takes_batch_statistics(prepared: nn.Module) -> bool:
+    """Whether any layer of an operator's copy of a network normalises by the statistics of each batch."""
+    return any(isinstance(module, BatchNormBase) and module.training for module in prepared.modules())

@@ -268,7 +268,7 @@ class FullyShardedHessian:
                 "or a function weight(inputs, targets)"
             )
         read = WeightedBatches(batches, device, self.dtype, None, "mean")
-        read.inspect(lambda _: None, weights, needs_statistics=False, is_part=True)
+        read.inspect(lambda _: None, weights, lambda _: None, needs_statistics=False, is_part=True)
         return read
 
 

@@ -12,7 +12,6 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 from pnanalysis.curvature.base import CurvatureOperator
-from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.output_curvature import OutputCurvature, closed_form, closed_form_slope
@@ -296,7 +295,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         if options.get("bn_mode") == "train":
             raise CurvatureError("with bn_mode='train' an example's loss depends on its batch; use bn_mode='eval'")
-        self._one_by_one = "vmap"
+        self._one_by_one, self._sums = "vmap", False
         super().__init__(*arguments, **options)
 
     @property
@@ -357,7 +356,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
     def _weights(self, at: LossArguments) -> Tensor:
         """The factor of each example in the matrix of its batch, (n,)."""
         n, like = batch_size((at.inputs, at.targets)), next(iter(at.theta.values()))
-        if self.reduction == "sum":
+        if self.reduction == "sum" or self._sums:
             return like.new_ones(n)
         if known(self.loss_fn) is None:
             return like.new_full((n,), 1 / n)
@@ -386,18 +385,13 @@ class EmpiricalFisherOperator(CurvatureOperator):
             each = torch.stack([one(*_example((outputs, targets), i)) for i in range(n)])
         return each, torch.ones_like(each)
 
-    def _batch_weights(self, weight: Weight) -> BatchWeights:
-        custom = weight is None and known(self.loss_fn) is None  # checked below to be a mean over examples
-        return super()._batch_weights("examples" if custom else weight)
-
     def _fit_passes(self, batch: Batch) -> None:
         super()._fit_passes(batch)
         at = self._few
-        whole = float(self._loss.of_outputs(self._loss.outputs(at, at.theta), at.targets).detach())
         # vmap cannot map a loss that branches on values or reads sizes, and outputs may belong to the whole batch
         for self._one_by_one in ("vmap", "loop", "passes"):
             try:
-                each, weight = (part.detach() for part in self._examples(at, at.theta))
+                self._examples(at, at.theta)
                 break
             except (PnError, torch.OutOfMemoryError):
                 raise
@@ -406,15 +400,25 @@ class EmpiricalFisherOperator(CurvatureOperator):
         else:
             raise CurvatureError(f"the loss cannot be computed one example at a time ({reason(failed)})") from failed
         self._traceable = self._one_by_one != "passes"
-        total = float((each * weight).sum())
-        slack = 10 * tolerance(self.dtype, self.amp) * float((each * weight).abs().sum())
-        if self.reduction == "mean" and abs(whole * float(weight.sum()) - total) > slack:
-            if abs(whole - total) > slack:
-                raise CurvatureError(
-                    f"the loss of a batch ({whole:.6g}) is not the mean over its examples "
-                    f"({total / float(weight.sum()):.6g}), so that they have no gradients of their own"
-                )
-            self.reduction = "sum"
+
+    def _check_batch(self, batch: Batch) -> None:
+        """Refuse a loss of one's own that is neither the mean over a batch's examples, nor their sum."""
+        at = self._arguments(batch)
+        if known(self.loss_fn) is not None:
+            return
+        each, whole = self._losses(at, at.theta).detach().double(), float(self._loss_at_theta(at).detach())
+        total, n = float(each.sum()), len(each)
+        slack = 10 * tolerance(self.dtype, self.amp) * float(each.abs().sum())
+        if self.reduction == "mean" and not self._sums and abs(whole * n - total) <= slack:
+            return
+        self._sums = abs(whole - total) <= slack
+        if not self._sums:
+            mean, found = ("sum", total) if self.reduction == "sum" else ("mean", total / n)
+            raise CurvatureError(
+                f"the loss of a batch ({whole:.6g}) is not the {mean} over its examples ({found:.6g}), so that they "
+                "have no gradients of their own; where it ignores targets or weighs classes, give torch's own loss, "
+                "such as nn.CrossEntropyLoss(weight=..., ignore_index=...)"
+            )
 
 
 def _as_functions(

@@ -19,23 +19,32 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def prepared_copy(model: nn.Module, bn_mode: str) -> nn.Module:
-    """A copy in eval mode; with ``bn_mode="train"``, on the statistics of each batch.
+    """A copy in eval mode; with ``bn_mode="train"``, on the statistics of each batch but for :func:`frozen_norms`.
 
     Names of parameters and buffers stay.
     """
+    frozen = frozen_norms(model)
     prepared = copied(model).eval()
-    for module in prepared.modules():
-        for name, value in list(vars(module).items()):
+    for name, module in prepared.named_modules():
+        for attribute, value in list(vars(module).items()):
             if isinstance(value, Tensor):
                 # a constant that is not a buffer would be built into a trace, which torch refuses under transforms
-                delattr(module, name)
-                module.register_buffer(name, value.detach(), persistent=False)
+                delattr(module, attribute)
+                module.register_buffer(attribute, value.detach(), persistent=False)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False  # sparse gradients have no second derivative
-        if isinstance(module, BatchNormBase) and bn_mode == "train":
+        if isinstance(module, BatchNormBase) and bn_mode == "train" and name not in frozen:
             module.train()
             module.track_running_stats = False  # running statistics are then neither used nor changed
     return prepared
+
+
+def frozen_norms(model: nn.Module) -> set[str]:
+    """The batch normalisations whose running statistics a training step uses: in eval mode, with the network in train
+    mode, as in fine-tuning. Of a network in eval mode it is not known which these are: none.
+    """
+    norms = ((name, module) for name, module in model.named_modules() if isinstance(module, BatchNormBase))
+    return {name for name, module in norms if model.training and not module.training}
 
 
 def in_place_activations(model: nn.Module) -> list[nn.Module]:

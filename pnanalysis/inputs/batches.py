@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pnanalysis.errors import CurvatureError, DataError
 from pnanalysis.inputs.copies import matching_dtype, unwrapped
+from pnanalysis.torch_internals import tree_flatten, tree_unflatten
 
 #: Entries of a mapping that hold the targets, the first that there is.
 LABELS = ("labels", "label", "targets", "target", "y")
@@ -193,6 +194,24 @@ def cut(batch: tuple[Any, Any], part: slice) -> tuple[Any, Any]:
         )
     inputs, targets = rows(batch, part)
     return inputs, targets
+
+
+def joined(one: Any, other: Any) -> Any:
+    """Two nests of the same structure, with the rows of every tensor one after the other.
+
+    Raises
+    ------
+    RuntimeError
+        If tensors have rows of unequal shapes, or none.
+    ValueError
+        If the structures differ.
+    """
+    leaves, structure = tree_flatten(one)
+    others, other_structure = tree_flatten(other)
+    if structure != other_structure:
+        raise ValueError("the nests have unlike structures")
+    both = [torch.cat([a, b]) if isinstance(a, Tensor) else a for a, b in zip(leaves, others, strict=True)]
+    return tree_unflatten(both, structure)
 
 
 def first_examples(batch: tuple[Any, Any], n: int) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from pnanalysis.arrays import Array
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.curvature.parameters import select_parameters
+from pnanalysis.curvature.prepared_copy import frozen_norms
 from pnanalysis.errors import CurvatureError
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.models import Loss
@@ -25,6 +26,7 @@ from pnanalysis.monitoring.preconditioners import (
     PreconditionedOperator,
     Preconditioner,
     read_preconditioner,
+    trained_parameters,
     training_groups,
 )
 from pnanalysis.spectra.inner_products import inner_products, norms
@@ -89,6 +91,7 @@ class Measurement:
     loss : callable
     batches : re-iterable of (inputs, targets)
     wanted : Wanted
+    optimizer : Optimizer
     read : callable
         See :data:`Reader`.
     **options
@@ -97,16 +100,32 @@ class Measurement:
 
     def __init__(
         self, model: nn.Module, loss: Loss, batches: Iterable[Batch], wanted: Wanted,
-        read: Reader = read_preconditioner, **options: Any,
+        optimizer: torch.optim.Optimizer, read: Reader = read_preconditioner, **options: Any,
     ) -> None:  # fmt: skip
-        self.model, self.wanted, self.read = model, wanted, read
-        self._make_operator = partial(HessianOperator, model, loss, batches, **options)
-        self._follows_training = options.get("params") is None
+        self.model, self.wanted, self.optimizer, self.read = model, wanted, optimizer, read
+        self._params = options.pop("params", None)
+        self._knows_reduction = options.keys() & {"reduction", "weight"}
+        self._of_parameters = partial(HessianOperator, model, loss, batches, **options)
         self.operator = self._begin()
 
+    def _make_operator(self) -> HessianOperator:
+        """The operator of the parameters that are trained now, with batch normalisation as it is now."""
+        self._frozen_norms = frozen_norms(unwrapped(self.model))
+        return self._of_parameters(params=self._trained if self._params is None else self._params)
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return trained_parameters(self.optimizer, unwrapped(self.model))
+
     def _begin(self) -> HessianOperator:
-        """The operator of the parameters that are trained now, and nothing to start from."""
+        """A new operator, and nothing to start from."""
         operator = self._make_operator()
+        if operator.reduction == "sum" and not self._knows_reduction:
+            raise CurvatureError(
+                "the loss is a sum over the examples of a batch, so that the sharpness of a step depends on how many "
+                "it takes; give the batches of the training as data and weight='batches', or, where each step takes "
+                "all data, reduction='sum'"
+            )
         if self.wanted.top >= operator.n_parameters:
             raise CurvatureError(
                 f"top is {self.wanted.top}, but there are only {operator.n_parameters} parameters; ask for fewer"
@@ -118,24 +137,26 @@ class Measurement:
 
     def expect_many_products(self) -> None:
         """From now on, take the time to trace the network, which many products pay for."""
-        self._make_operator = partial(self._make_operator, expected_products=_MANY)
+        self._take_weights()
+        self._of_parameters = partial(self._of_parameters, expected_products=_MANY)
         self.operator = self._make_operator()
 
     def _take_weights(self) -> None:
         """Move to the weights that the network has now, with what has been frozen or unfrozen meanwhile."""
-        if self._follows_training and select_parameters(unwrapped(self.model)) != self.operator.names:
+        model = unwrapped(self.model)
+        moved = self._params is None and select_parameters(model, self._trained) != self.operator.names
+        if moved or (model.training and frozen_norms(model) != self._frozen_norms):
             self.operator = self._begin()
         else:
             self.operator.take_weights(self.model)
 
-    def __call__(self, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor] | None = None) -> Record:
+    def __call__(self, before: Mapping[str, Tensor] | None = None) -> Record:
         """Measure at the weights that the network has now.
 
         Parameters
         ----------
-        optimizer : Optimizer
         before : mapping of str to Tensor, optional
-            The parameters before its last step, for the critical sharpness.
+            The parameters before the optimizer's last step, for the critical sharpness.
 
         Raises
         ------
@@ -152,26 +173,24 @@ class Measurement:
                 se = self.errors.of_eigenvalues(op, values, self._hessian.vectors)
                 record |= {"eigenvalue_se": se, "lambda_max_se": se[0]}
             record["n_parameters"] = float(op.n_parameters)
-            record |= self._stability(optimizer, values[0], residuals[0], record.get("lambda_max_se"))
+            record |= self._stability(values[0], residuals[0], record.get("lambda_max_se"))
             if wanted.trace_probes:
                 record |= self.errors.trace(op, wanted.trace_probes, wanted.seed)
             record |= self._gradients()
             each = self._batches() if wanted.batches else ()
             record |= {"batch_lambda_max": np.array([value for value, _ in each])} if wanted.batches else {}
             if before is not None:
-                record |= self._critical(optimizer, before)
+                record |= self._critical(before)
             n_hvp = op.n_hvp - n_before + self.errors.n_forms + sum(n for _, n in each)
             record |= {"loss_se": self.errors.of_loss(op)} if wanted.data_error else {}
             return record | {"loss": op.loss(), "n_hvp": n_hvp}
         finally:
             op.release()
 
-    def _stability(
-        self, optimizer: torch.optim.Optimizer, lambda_max: float, residual: float, se: float | Array | None
-    ) -> Record:
+    def _stability(self, lambda_max: float, residual: float, se: float | Array | None) -> Record:
         """The largest eigenvalue of the preconditioned Hessian beside its threshold, given that of the Hessian."""
         parameters = dict(unwrapped(self.model).named_parameters())
-        found = self.read(optimizer, parameters)
+        found = self.read(self.optimizer, parameters)
         if found is None:
             return {}
         record: Record = {"learning_rate": found.learning_rate, "threshold": found.threshold}
@@ -206,10 +225,10 @@ class Measurement:
             found.append((float(tracked.pairs(matrix, 1)[0][0]), matrix))
         return [(value, matrix.n_hvp / len(found)) for value, matrix in found]
 
-    def _critical(self, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor]) -> Record:
+    def _critical(self, before: Mapping[str, Tensor]) -> Record:
         """The critical sharpness of the last step, and an interval that it is in."""
         op, parameters = self.operator, dict(unwrapped(self.model).named_parameters())
-        groups = training_groups(optimizer, parameters) or optimizer.param_groups
+        groups = training_groups(self.optimizer, parameters) or self.optimizer.param_groups
         rate = max(float(group["lr"]) for group in groups)
         back = op.vector_of(before) - op.vector_of(parameters)  # made with each group's own learning rate
         # each number in its own precision: a step that is lost in their round-off has no direction

@@ -17,7 +17,7 @@ from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.checks import at_least, check_seed, one_of, positive
-from pnanalysis.curvature.batches import has_batch_norm
+from pnanalysis.curvature.batches import has_batch_norm, takes_batch_statistics
 from pnanalysis.errors import ModelError, PnError, reason
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.data import DataLike, as_splits
@@ -97,13 +97,17 @@ class CurvatureMonitor:
         :class:`pnanalysis.monitoring.preconditioners.Preconditioner`.
     seed : int
     **options
-        Passed to :class:`pnanalysis.HessianOperator`: ``params``, ``dtype``, ``weight_decay``... Batch normalisation
-        takes the statistics of each batch, as the steps do, unless ``bn_mode="eval"`` or ``micro_batch`` is given.
+        Passed to :class:`pnanalysis.HessianOperator`: ``params`` (by default those that the optimizer trains),
+        ``dtype``, ``weight_decay``... Batch normalisation takes the statistics of each batch, as the steps do, but for
+        layers that are in eval mode while the network is in train mode, unless ``bn_mode="eval"`` or ``micro_batch`` is
+        given.
 
     Raises
     ------
     PnError
-        If an argument is out of range, the data or the loss do not fit the network, or it has no such parameters.
+        If an argument is out of range, the data or the loss do not fit the network, or it has no such parameters; if
+        the loss is a sum over examples, whose sharpness depends on how many a step takes, and neither ``weight`` nor
+        ``reduction`` says what to take.
 
     Examples
     --------
@@ -185,7 +189,7 @@ class CurvatureMonitor:
             size = _even(len(part), batch_size) if isinstance(part, Split) else batch_size
             wanted = Wanted(top, trace_probes, tolerance, max_hvp, seed, batches, data_error != "none")
             self._measurement = Measurement(
-                model, resolve_loss(loss), part.batches(size), wanted, self._reading, **options
+                model, resolve_loss(loss), part.batches(size), wanted, self.optimizer, self._reading, **options
             )
         if self.path is not None and first_step and self.path.exists():
             self.resume(load(self.path))
@@ -194,8 +198,9 @@ class CurvatureMonitor:
         self._attrs |= {
             "n": n_used, "n_all": n_all, "all_examples": n is None or n_used < n or n_used == n_all,
             "device": str(device), "dtype": str(operator.dtype).split(".")[-1],
-            "bn_mode": operator.bn_mode if has_batch_norm(operator.model) else None,
         }  # fmt: skip
+        if has_batch_norm(operator.model):
+            self._attrs["bn_mode"] = "train" if takes_batch_statistics(operator.model) else "eval"
 
     def __enter__(self) -> CurvatureMonitor:
         self.start()
@@ -277,7 +282,7 @@ class CurvatureMonitor:
         if self._steps and self._steps[-1] == self.step:
             return
         with self._cost.measured(), _untouched():
-            record = self._measurement(self.optimizer, self._before)
+            record = self._measurement(self._before)
         self._records.append(record)
         self._steps.append(self.step)
         self._seconds.append(self._cost.last)

@@ -134,6 +134,13 @@ def training_groups(
     return [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
 
 
+def trained_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a network that an optimizer moves; all that are not frozen where it holds copies of them."""
+    unfrozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [parameter for parameter in unfrozen if id(parameter) in held] or unfrozen
+
+
 def _momentum_factor(group: Mapping[str, Any], averaged: bool) -> float:
     """The threshold times the learning rate; infinite where gradients are dampened to nothing, NaN beyond."""
     if averaged:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pnanalysis.arrays import Array
 from pnanalysis.errors import DataError, ModelError
 from pnanalysis.inputs.batches import batch_size, can_cut, cut
+from pnanalysis.inputs.splits import Batches
 from pnanalysis.perturbation.ascent import Objective, ascend
 from pnanalysis.perturbation.mean_loss import MeanLoss, batch_weight
 from pnanalysis.perturbation.neighbourhoods import KINDS, STARTS, Neighbourhoods, scale_of
@@ -69,7 +70,8 @@ def worst_case(
 ) -> Rises:
     """Look for the largest rises around the state of ``gradients``.
 
-    With ``how.group``, each few examples have a worst case of their own, and the mean over them counts.
+    With ``how.group``, each few examples have a worst case of their own, and the mean over them counts. Which examples
+    these are is drawn by ``how.seed``; those of a loader follow each other.
 
     Raises
     ------
@@ -81,23 +83,39 @@ def worst_case(
     if how.group is None:
         return _of_group(gradients, batches, how, advance)
     n = sum(batch_size(batch) for batch in batches)
-    found, weights, sizes = [], [], []
+    order, batches = _shuffled(batches, n, how.seed)
+    found, weights, sizes, which = [], [], [], []
+    start = 0
     for group in grouped(batches, how.group):
         weight = sum(batch_weight(gradients.surface.loss, *gradients.surface.cast(batch)) for batch in group)
         size = sum(map(batch_size, group))
+        own, start = order[start : start + size], start + size
         part = None if advance is None else _Part(advance, size / n)
         if weight > 0:  # else no example counts
             found.append(_of_group(gradients, group, how, part))
             weights.append(weight)
             sizes.append(size)
+            which.append(own)
     share = np.array(weights) / sum(weights)
     # the plain mean over all examples is to be that of groups by their weights
     factors = share / (np.array(sizes) / sum(sizes))
+    back = np.argsort(np.concatenate(which))
     return Rises(
-        np.concatenate([f * one.found for f, one in zip(factors, found, strict=True)], axis=2),
-        np.concatenate([f * one.first for f, one in zip(factors, found, strict=True)], axis=2),
+        np.concatenate([f * one.found for f, one in zip(factors, found, strict=True)], axis=2)[:, :, back],
+        np.concatenate([f * one.first for f, one in zip(factors, found, strict=True)], axis=2)[:, :, back],
         np.tensordot(share, np.stack([one.start for one in found]), 1),
     )
+
+
+def _shuffled(batches: Iterable[Any], n: int, seed: int) -> tuple[Array, Iterable[Any]]:
+    """The batches with their examples in random order, and this order: data often come class after class.
+
+    Those of a loader keep theirs.
+    """
+    if not isinstance(batches, Batches):
+        return np.arange(n), batches
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order.numpy(), (batches.split.take(index) for index in order.split(batches.batch_size))
 
 
 def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -221,7 +221,8 @@ def test_groups_do_not_depend_on_the_batches() -> None:
     network, (x, y) = least_squares()
     options = {"loss": "mse", "measures": "worst", "radii": {"ball": 0.1}, "dtype": "float64", "second_order": False,
                "progress": False}  # fmt: skip
-    uneven = [(x[a:b], y[a:b]) for a, b in ((0, 7), (7, 31), (31, 32), (32, 60))]
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))  # that of a loader is kept
+    uneven = [(x[order][a:b], y[order][a:b]) for a, b in ((0, 7), (7, 31), (31, 32), (32, 60))]
     for group in (20, 30, 60):
         expected = sharpness(network, data=(x, y), batch_size=60, group=group, **options).rise.item()
         small = sharpness(network, data=(x, y), batch_size=8, group=group, **options).rise.item()
@@ -231,17 +232,18 @@ def test_groups_do_not_depend_on_the_batches() -> None:
 
 def test_groups_weigh_as_their_examples_do() -> None:
     torch.manual_seed(0)
-    network, x, y = nn.Linear(4, 3).double(), torch.randn(30, 4).double(), torch.arange(30) % 3
+    network, x, y = nn.Linear(4, 3).double(), torch.randn(30, 4).double(), torch.arange(3).repeat_interleave(10)
     loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 2.0]))
     options = {"data": (x, y), "loss": loss, "measures": "worst", "radii": {"ball": 0.1}, "dtype": "float64",
                "progress": False}  # fmt: skip
-    found = sharpness(network, group=10, batch_size=30, **options)
+    found = sharpness(network, group=10, batch_size=30, seed=5, **options)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(5))
+    x, y = x[order], y[order]
     weights = loss.weight.double()[y]
     parts = [
         float(sharpness(network, batch_size=10, **{**options, "data": (x[i : i + 10], y[i : i + 10])}).rise.item())
         for i in (0, 10, 20)
     ]
-    # examples are drawn in their order where all are taken
     expected = sum(r * float(weights[i : i + 10].sum()) for i, r in zip((0, 10, 20), parts, strict=True))
     assert found.rise.item() == pytest.approx(expected / float(weights.sum()), rel=1e-6)
 

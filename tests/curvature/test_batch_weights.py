@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pnanalysis.curvature.batch_weights import _counts
-from pnanalysis.curvature.operators import HessianOperator
+from pnanalysis.curvature.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from pnanalysis.errors import CurvatureError
 
 Loss = Callable[[Any, Any], Tensor]
@@ -131,6 +131,60 @@ def test_lengths_that_leave_a_choice_are_refused_until_it_is_made() -> None:
     by_tokens = HessianOperator(network(), tokens_loss, batches, weight=lambda inputs, targets: targets.numel())
     assert by_tokens.batches.weights == [50 / 80, 30 / 80]
     assert [op.batches.weights for _, op in by_tokens.per_layer()] == [[50 / 80, 30 / 80]] * 2
+
+
+CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 5.0]).double()
+
+
+def class_weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, weight=CLASS_WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("targets", "size"),
+    [
+        (torch.arange(3).repeat_interleave(8), 8),  # each batch of one class
+        (torch.arange(3).repeat_interleave(8), 5),
+        (torch.tensor([0] * 21 + [2, 0, 0]), 4),  # a rare class, in the last batch
+        (torch.tensor([0, 1]).repeat(12), 4),  # halves alike
+        (torch.arange(3).repeat(8), 1),
+    ],
+)
+def test_weights_of_classes_are_found_wherever_they_differ(targets: Tensor, size: int) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(4, 3).double(), torch.randn(24, 4).double()
+    batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+    for kind in (HessianOperator, EmpiricalFisherOperator):
+        with pytest.raises(CurvatureError, match=r"neither a mean nor a sum|not the mean over its examples"):
+            kind(model, class_weighted, batches)
+    right = HessianOperator(model, nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), batches).to_dense()
+    told = HessianOperator(model, class_weighted, batches, weight=lambda _, t: CLASS_WEIGHTS[t].sum())
+    torch.testing.assert_close(told.to_dense(), right, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(reduction="sum"), lambda o, t: F.cross_entropy(o, t) * len(t)])
+@pytest.mark.parametrize("size", [1, 5, 24])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_sums_are_found_in_batches_of_any_size(loss: Loss, size: int, reduction: str) -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = nn.Linear(4, 3).double(), torch.randn(24, 4).double(), torch.randint(3, (24,))
+    batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+    for kind in (HessianOperator, GGNOperator, EmpiricalFisherOperator):
+        mean = kind(model, nn.CrossEntropyLoss(), [(inputs, targets)]).to_dense()
+        found = kind(model, loss, batches, reduction=reduction)
+        assert found.reduction == "sum"
+        torch.testing.assert_close(found.to_dense(), 24 * mean, rtol=1e-10, atol=1e-13)
+
+
+def test_a_loss_that_calls_the_network_is_measured_between_batches_too() -> None:
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return class_weighted(model(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    model, inputs, targets = nn.Linear(4, 3).double(), torch.randn(24, 4).double(), torch.arange(3).repeat_interleave(8)
+    batches = list(zip(inputs.split(8), targets.split(8), strict=True))
+    with pytest.raises(CurvatureError, match="neither a mean nor a sum"):
+        HessianOperator(model, loss, batches)
 
 
 def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:

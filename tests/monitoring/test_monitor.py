@@ -415,6 +415,59 @@ def test_by_default_batches_are_normalised_as_in_the_steps() -> None:
     assert float(ds.loss[1]) == pytest.approx(operator.loss())
 
 
+def test_frozen_normalisations_keep_their_running_statistics() -> None:
+    (x, y), model = data(dtype=torch.float64), network(torch.float64)
+    model.train()(2 * x + 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"trace_probes": 0, "tolerance": 1e-7, "expected_products": 10}
+    with pn.CurvatureMonitor(model, optimizer, (x, y), every=1, **options) as monitor:
+        step(model, optimizer, x, y)
+        model[1].eval()
+        step(model, optimizer, x, y)
+        by_running = pn.HessianOperator(model, F.cross_entropy, [(x, y)], expected_products=10)
+    ds = monitor.dataset()
+    top = float(torch.linalg.eigvalsh(by_running.to_dense())[-1])
+    assert float(ds.lambda_max[2]) == pytest.approx(top, rel=1e-9)
+    assert float(ds.loss[2]) == pytest.approx(float(F.cross_entropy(model(x), y)))
+    assert float(ds.lambda_max[2]) != pytest.approx(float(ds.lambda_max[1]), rel=1e-3)
+    as_in_a_step = pn.HessianOperator(model, F.cross_entropy, [(x, y)], bn_mode="train", expected_products=10)
+    torch.testing.assert_close(as_in_a_step.to_dense(), by_running.to_dense(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad])
+def test_what_the_optimizer_does_not_hold_is_not_trained(make: Any) -> None:
+    model = network()
+    optimizer = make(model[4].parameters(), lr=0.1)
+    with pn.CurvatureMonitor(model, optimizer, data(), every=1, trace_probes=0, **FEW) as monitor:
+        step(model, optimizer, *data())
+        head = pn.HessianOperator(model, F.cross_entropy, [data()], params=["4"], **FEW).to_dense()
+        optimizer.add_param_group({"params": model[0].parameters()})
+        step(model, optimizer, *data())
+        both = pn.HessianOperator(model, F.cross_entropy, [data()], params=["0", "4"], **FEW).to_dense()
+    ds = monitor.dataset()
+    assert ds.n_parameters.values.tolist() == [len(head), len(head), len(both)]
+    for found, dense in zip(ds.lambda_max[1:].values, (head, both), strict=True):
+        assert found == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-3)
+
+
+def test_a_sum_is_measured_in_the_batches_of_the_steps_or_not_at_all() -> None:
+    (x, y), model = data(dtype=torch.float64), network(torch.float64)
+    loss = torch.nn.CrossEntropyLoss(reduction="sum")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"trace_probes": 0, "tolerance": 1e-7, **FEW}
+    with pytest.raises(PnError, match="sum over the examples .* weight='batches'"):
+        pn.CurvatureMonitor(model, optimizer, (x, y), loss, every=1, **options)
+    batches = list(zip(x.split(len(x) // 2), y.split(len(x) // 2), strict=True))
+    found = {}
+    for name, given, chosen in (("mean", F.cross_entropy, {}), ("sum", loss, {"weight": "batches"})):
+        monitor = pn.CurvatureMonitor(model, optimizer, batches, given, every=1, **chosen, **options)
+        monitor.measure()
+        found[name] = monitor.dataset().isel(step=0)
+    for variable in ("lambda_max", "lambda_max_se", "loss", "loss_se", "gradient_norm"):
+        assert float(found["sum"][variable]) == pytest.approx(float(found["mean"][variable]) * len(x) / 2, rel=1e-6)
+    assert float(found["sum"].gradient_noise_scale) == pytest.approx(float(found["mean"].gradient_noise_scale))
+
+
 def test_part_of_the_parameters_and_a_wrapped_network() -> None:
     model = network()
     wrapped = nn.DataParallel(model)
