@@ -2,8 +2,8 @@
 
     PNANALYSIS_CIFAR10=PATH python benchmarks/coverage.py [--jobs 2] [--only intervals] [--subjects Wigner]
 
-Six sections, each measured in cells (a spectrum or network at a budget) that are saved as they are done; a second call
-goes on where the first one stopped.
+Seven sections, each measured in cells (a spectrum or network at a budget) that are saved as they are done; a second
+call goes on where the first one stopped.
 
 intervals
     Spectra of diagonal matrices with known eigenvalues: those of nine trained networks (``networks.py``) and ten
@@ -15,6 +15,9 @@ spikes
 blocks
     Traces, Frobenius norms and energies of all layers of three trained networks from few products, beside those of the
     dense Hessian: how often their 95 % intervals hold the true value, and how wide they are.
+block examples
+    The same numbers of two disjoint random sets of examples, drawn anew each time: how often the 95 % interval of their
+    difference holds 0, and how wide it is.
 examples, groups
     Two networks' worth of numbers from one network: disjoint random sets of examples, drawn anew each time. How often
     they differ by more than the error stated for the difference. ``groups`` uses half samples for the error of W1.
@@ -147,18 +150,51 @@ def measure_blocks(cell: Cell) -> dict[str, Any]:
         pn.blocks(H, blocks=sizes, n_hvp=int(cell.budget), seed=seed, progress=False)
         for seed in range(cell.repetitions)
     ]
-    statistics = {}
+    statistics: dict[str, Any] = {}
     for name in BLOCK_NUMBERS:
         truth = exact[name].values.ravel()
         value, low, high = (
             np.stack([ds[f"{name}{end}"].values.ravel() for ds in found]) for end in ("", "_low", "_high")
         )
-        given = np.isfinite(low)
-        held = ((low <= truth) & (truth <= high)).sum(0) / np.maximum(given.sum(0), 1)
-        rms = np.sqrt(np.nanmean((value - truth) ** 2, 0))
-        width = np.nanmean(high - low, 0) / 2 / (1.96 * rms)
-        statistics[name] = [[rounded(one) for one in row] for row in (held, width, given.mean(0))]
+        statistics[name] = _held(value - truth, low - truth, high - truth)
     return {"n": cell.repetitions, "statistics": statistics}
+
+
+def measure_block_examples(cell: Cell) -> dict[str, Any]:
+    """Blocks of one network from disjoint sets of examples."""
+    network, (x, y, _) = trained(cell.subject), population(cell.subject)
+    rng = np.random.default_rng(0)
+    pairs = []
+    for repetition in range(cell.repetitions):
+        order = torch.from_numpy(rng.permutation(len(x))[: 2 * N_EXAMPLES])
+        pairs.append(
+            [
+                pn.blocks(
+                    network, data=(x[half], y[half]), loss=cross_entropy, n=None, n_hvp=int(cell.budget),
+                    seed=2 * repetition + index, progress=False,
+                ).isel(checkpoint=0)
+                for index, half in enumerate(order.split(N_EXAMPLES))
+            ]
+        )  # fmt: skip
+    statistics = {}
+    for name in BLOCK_NUMBERS:
+        one, other = (
+            [np.stack([ds[f"{name}{end}"].values.ravel() for ds in found]) for end in ("", "_low", "_high")]
+            for found in zip(*pairs, strict=True)
+        )
+        difference = one[0] - other[0]
+        # the distances of the ends from the values add up in squares
+        below, above = (np.hypot(one[end] - one[0], other[3 - end] - other[0]) for end in (1, 2))
+        statistics[name] = _held(difference, difference - below, difference + above)
+    return {"n": cell.repetitions, "statistics": statistics}
+
+
+def _held(error: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[list[float]]:
+    """How often intervals ``(repetition, block)`` of errors hold zero, how wide they are, how often there are any."""
+    given = np.isfinite(low)
+    held = ((low <= 0) & (high >= 0)).sum(0) / np.maximum(given.sum(0), 1)
+    width = np.nanmean(high - low, 0) / 2 / (1.96 * np.sqrt(np.nanmean(error**2, 0)))
+    return [[rounded(one) for one in row] for row in (held, width, given.mean(0))]
 
 
 def measure_examples(cell: Cell, data_error: str) -> dict[str, Any]:
@@ -249,6 +285,7 @@ MEASURE: dict[str, Callable[[Cell], dict[str, Any]]] = {
     "intervals": measure_intervals,
     "spikes": measure_spikes,
     "blocks": measure_blocks,
+    "block examples": measure_block_examples,
     "examples": partial(measure_examples, data_error="examples"),
     "groups": partial(measure_examples, data_error="groups"),
     "null": measure_null,
@@ -267,6 +304,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for budget in ("40", "100"):
         for subject in DIGITS:
             yield Cell("blocks", subject, budget, max(options.seeds // 2, 2))
+            yield Cell("block examples", subject, budget, max(options.seeds // 4, 2))
     for subject in NETWORKS:
         yield Cell("examples", subject, "100", few)
     for subject in HALF_SAMPLED:

@@ -134,7 +134,7 @@ def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
 
 
 def _table(ds: xr.Dataset) -> Table:
-    from pnanalysis.analyses.diagnostics import estimate_of
+    from pnanalysis.analyses.diagnostics import estimate_of, labelled
 
     rows = [
         [
@@ -147,7 +147,8 @@ def _table(ds: xr.Dataset) -> Table:
         for name in ds.checkpoint.values
         for at in [ds.sel(checkpoint=name)]
     ]
-    columns = ["checkpoint", "lambda_max", "lambda_min", "trace", "negative curvature"]
+    negative = labelled(ds, "negative_curvature", "negative curvature")
+    columns = ["checkpoint", "lambda_max", "lambda_min", "trace", negative]
     return make_table(f"{ds.attrs['operator']} over {ds.attrs.get('n', 'all')} examples", columns, rows)
 
 
@@ -173,8 +174,10 @@ def _within(ds: xr.Dataset, name: str, **style: bool) -> Estimate:
 
 def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
     """Each checkpoint minus the first. A W1 distance near that of noise alone is no difference."""
+    from pnanalysis.analyses.diagnostics import labelled
     from pnanalysis.spectra.differences import compare_spectra
 
+    negative = labelled(ds, "negative_curvature", "negative curvature")
     first, *others = (ds.sel(checkpoint=name) for name in ds.checkpoint.values)
     rows = []
     for other in others:
@@ -192,6 +195,6 @@ def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
                 float(change.wasserstein1_noise),
             ]
         )
-    columns = ["difference", "lambda_max", "trace", "negative curvature", "W1 distance", "W1 of noise alone"]
+    columns = ["difference", "lambda_max", "trace", negative, "W1 distance", "W1 of noise alone"]
     if rows:
         yield make_table("differences from the first checkpoint", columns, rows)

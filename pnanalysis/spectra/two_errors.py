@@ -11,7 +11,9 @@ from pnanalysis.arrays import Array
 from pnanalysis.spectra.data_error import variance_of_forms
 
 #: Of the variance over groups, at least so much is taken for that of examples: it is known to a third of itself.
-_LEAST = 0.25
+_LEAST = 0.5
+#: Degrees of freedom where next to nothing of the variance is that of examples.
+_FEWEST_DOF = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,13 @@ class Moment:
         return np.asarray(np.sqrt(np.maximum(variance - self.noise, _LEAST * variance)))
 
     @property
-    def data_dof(self) -> int:
-        """Degrees of freedom of these."""
-        return int((self.share > 0).sum()) - 1
+    def data_dof(self) -> Array:
+        """Degrees of freedom of these (Satterthwaite's): fewer, the more of the variance is noise that is taken off."""
+        variance = variance_of_forms(self.share, self.form)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            left = np.where(variance > 0, 1 - self.noise / variance, 1.0)
+        n_groups = int((self.share > 0).sum())
+        return np.asarray(np.maximum((n_groups - 1) * np.maximum(left, 0) ** 2, _FEWEST_DOF))
 
     @property
     def se(self) -> Array:
@@ -62,7 +68,7 @@ class Moment:
     def half_width(self) -> Array:
         """Of the 95 % interval."""
         probes = student_t.ppf(0.975, self.probe_dof) * self.probe_se
-        examples = student_t.ppf(0.975, max(self.data_dof, 1)) * np.nan_to_num(self.data_se)
+        examples = student_t.ppf(0.975, self.data_dof) * np.nan_to_num(self.data_se)
         return np.asarray(np.hypot(probes, examples))
 
     def root(self) -> Moment:
