@@ -881,7 +881,8 @@ class CurvatureOperator:
 
     def _batch_weights(self, weight: Weight) -> BatchWeights:
         return BatchWeights(
-            self.loss_fn, "batches" if self.reduction == "sum" else weight, self.dtype,
+            self.loss_fn, "batches" if self.reduction == "sum" else weight,
+            self.dtype if self.amp == "no" else torch.bfloat16,  # how much the loss of a part may be off by round-off
             lambda batch: self._loss_at_theta(self._arguments(batch)),
             lambda batch: self._loss.outputs(self._arguments(batch), self._theta),
             self._loss.of_outputs,

@@ -218,8 +218,8 @@ class BatchWeights:
             pieces = slice(0, at), slice(at, n)
             found = (way.of_parts(pieces) for way in ways if way)
             losses = next((each for each in found if each is not None), None)
-            if losses is None:
-                return
+            if losses is None:  # normalisation by batches takes no single example, for one
+                continue
             one, other = (_counts(_part(batch, piece)) for piece in pieces)
             yield one, other, losses
 

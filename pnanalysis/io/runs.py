@@ -217,12 +217,20 @@ class Run:
         return ({own.stem: own} if os.path.lexists(own) else {}) | {file.stem: file for file in saved}
 
     def trajectory(self, iteration: int) -> list[Checkpoint]:
-        """The checkpoints of one iteration in order, its starting point first."""
+        """The checkpoints of one iteration in order, its starting point first.
+
+        Raises
+        ------
+        RunError
+            If there are none, or its starting point or the end point of a finished iteration is missing.
+        """
         own = [c for c in self.checkpoints if c.iteration == iteration]
-        if own and own[0].epoch > 0:  # iterations that share w_ini store it once, with iteration 0
-            own.insert(0, self.start)
         if not own:
             raise RunError(f"{self.path}: no checkpoints of iteration {iteration}")
+        if own[0].epoch > 0:  # iterations that share w_ini store it once, with iteration 0
+            own.insert(0, self._at(iteration, 0) if self.manifest.get("strategy") == "restart" else self.start)
+        if iteration < len(self.manifest["ends"]):
+            self._end(iteration)
         return own
 
     def select(self, names: Iterable[str]) -> dict[str, Checkpoint]:

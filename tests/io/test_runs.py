@@ -101,6 +101,18 @@ def test_every_trajectory_starts_at_the_shared_initial_point(tiny_run: Run) -> N
         assert [checkpoint.epoch for checkpoint in path] == [0, 1, 2, 3, 4]
 
 
+def test_a_trajectory_whose_end_or_start_is_missing_is_refused(own_run: Run) -> None:
+    (end,) = own_run.select(["iter01"]).values()
+    end.path.unlink()
+    with pytest.raises(RunError, match=rf"no checkpoint iter01/epoch{end.epoch:03d}"):
+        open_run(own_run.path).trajectory(1)
+    run = open_run(own_run.path)
+    assert run.trajectory(0)[0] == run.start
+    run.manifest["strategy"] = "restart"  # whose iterations have starting points of their own
+    with pytest.raises(RunError, match="no checkpoint iter02/epoch000"):
+        run.trajectory(2)
+
+
 def test_select_gives_checkpoints_under_the_requested_names(tiny_run: Run) -> None:
     chosen = tiny_run.select(["plain", "iter02", "iter01/epoch003"])
     assert list(chosen) == ["plain", "iter02", "iter01/epoch003"]
