@@ -220,7 +220,12 @@ class LayerActivity:
         gradient = np.array([-mean, 0.5]) / std if std > 0 else np.zeros(2)
         variances = covariance[0, 0], gradient @ covariance @ gradient
         mean_se, std_se = np.sqrt(np.maximum(variances, 0.0))
-        return {"mean": ((), mean + (self._shift or 0.0)), "mean_se": ((), mean_se), "std": ((), std), "std_se": ((), std_se)}
+        return {
+            "mean": ((), mean + (self._shift or 0.0)),
+            "mean_se": ((), mean_se),
+            "std": ((), std),
+            "std_se": ((), std_se),
+        }
 
 
 def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:

@@ -69,12 +69,12 @@ def diagnostics(ds: xr.Dataset) -> list[Diagnostic]:
     return [row for row in rows if any(math.isfinite(estimate.value) for estimate in (*row.values, *row.against_first))]
 
 
-def labelled(ds: xr.Dataset, name: str, title: str) -> str:
-    """The title of a number, which says so where its error is of these examples, and that of others is of their choice.
+def is_of_these_examples(ds: xr.Dataset, name: str) -> bool:
+    """Whether the error of a number leaves out the choice of examples, which that of others includes.
 
     Forms of single examples say nothing about the negative part of a spectrum, for example.
     """
-    return title + " (these examples)" * ("trace_data_se" in ds and f"{name}_data_se" not in ds)
+    return "trace_data_se" in ds and f"{name}_data_se" not in ds
 
 
 def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
@@ -106,7 +106,7 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
     yield _row_of_each(ds, "class_trace", f"  top {classes} in the trace", percent=True)
     yield _row_of_each(ds, "effective_rank", "Hessian effective rank")
     for name, title in (("negative_curvature", "negative curvature"), ("negative_mass", "negative eigenvalues")):
-        yield _row_of_each(ds, name, labelled(ds, name, title), percent=True)
+        yield _row_of_each(ds, name, title + " (these examples)" * is_of_these_examples(ds, name), percent=True)
     yield _row_of_pairs(ds, "wasserstein1", "W1 distance of spectra")
     yield _row_of_pairs(ds, "wasserstein1_noise", "  expected from noise alone")
     kind = ds.attrs.get("sharpness_neighbourhood", "")

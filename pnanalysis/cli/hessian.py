@@ -127,14 +127,18 @@ def hessian(
 
 
 def _tables(ds: xr.Dataset) -> Iterator[Table | str]:
+    from pnanalysis.analyses.diagnostics import is_of_these_examples
+
     yield _table(ds)
     yield _largest(ds)
     if len(ds.checkpoint) > 1 and "layer" not in ds.coords:
         yield from _differences(ds)
+    if is_of_these_examples(ds, "negative_curvature"):
+        yield "intervals of the negative curvature are of these examples, without the error of choosing them"
 
 
 def _table(ds: xr.Dataset) -> Table:
-    from pnanalysis.analyses.diagnostics import estimate_of, labelled
+    from pnanalysis.analyses.diagnostics import estimate_of
 
     rows = [
         [
@@ -147,8 +151,7 @@ def _table(ds: xr.Dataset) -> Table:
         for name in ds.checkpoint.values
         for at in [ds.sel(checkpoint=name)]
     ]
-    negative = labelled(ds, "negative_curvature", "negative curvature")
-    columns = ["checkpoint", "lambda_max", "lambda_min", "trace", negative]
+    columns = ["checkpoint", "lambda_max", "lambda_min", "trace", "negative curvature"]
     return make_table(f"{ds.attrs['operator']} over {ds.attrs.get('n', 'all')} examples", columns, rows)
 
 
@@ -174,10 +177,8 @@ def _within(ds: xr.Dataset, name: str, **style: bool) -> Estimate:
 
 def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
     """Each checkpoint minus the first. A W1 distance near that of noise alone is no difference."""
-    from pnanalysis.analyses.diagnostics import labelled
     from pnanalysis.spectra.differences import compare_spectra
 
-    negative = labelled(ds, "negative_curvature", "negative curvature")
     first, *others = (ds.sel(checkpoint=name) for name in ds.checkpoint.values)
     rows = []
     for other in others:
@@ -195,6 +196,6 @@ def _differences(ds: xr.Dataset) -> Iterator[Table | str]:
                 float(change.wasserstein1_noise),
             ]
         )
-    columns = ["difference", "lambda_max", "trace", negative, "W1 distance", "W1 of noise alone"]
+    columns = ["difference", "lambda_max", "trace", "negative curvature", "W1 distance", "W1 of noise alone"]
     if rows:
         yield make_table("differences from the first checkpoint", columns, rows)
