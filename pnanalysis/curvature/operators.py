@@ -279,8 +279,9 @@ class EmpiricalFisherOperator(CurvatureOperator):
     r"""The empirical Fisher matrix :math:`\sum_i w_i\, g_i g_i^\top / \sum_i w_i` of single examples' gradients.
 
     The gradient of the loss is :math:`\sum_i w_i\, g_i / \sum_i w_i`; the weights are 1 unless the loss weighs classes
-    or ignores targets. Each example's loss must depend on that example alone, so batch normalisation in train mode is
-    refused. The gradients are those of the data alone; weight decay and penalty, where given, add their Hessian.
+    or ignores targets. Of a loss that is a sum it is :math:`\sum_i g_i g_i^\top`. Each example's loss must depend on
+    that example alone, so batch normalisation in train mode is refused. The gradients are those of the data alone;
+    weight decay and penalty, where given, add their Hessian.
 
     Raises
     ------

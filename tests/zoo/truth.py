@@ -98,7 +98,7 @@ class Truth:
         return self._mean(lambda inputs, targets: self._gauss_newton(inputs, targets, v))
 
     def fisher(self, v: Tensor) -> Tensor:
-        """The mean over examples of the outer products of their own gradients, times ``v``."""
+        """The mean over examples of the outer products of their own gradients, times ``v``; the sum, under a sum."""
         total, weight = torch.zeros(self.size, dtype=torch.float64), 0.0
         for inputs, targets in self.batches:
             given = self.entry.example_weights
@@ -110,7 +110,8 @@ class Truth:
                 slope = self._flat(self._grad(self._loss_of_example(inputs, targets, slice(i, i + 1))))
                 total += weights[i] * slope * (slope @ v)
             weight += float(weights.sum())
-        return total / weight
+        is_sum = sum(self.entry.batch_weights()) > 1 + ROUND_OFF  # else they share the loss
+        return total if is_sum else total / weight
 
     def _loss_of_example(self, inputs: Any, targets: Any, part: slice) -> Tensor:
         one = mapped(targets, lambda t: t[part])
