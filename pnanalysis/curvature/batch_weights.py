@@ -3,9 +3,9 @@
 A loss of one's own may be a mean over examples, over the tokens or positions that a mask keeps, over graphs, or a sum.
 The value of a batch is then compared with the values of its parts: a mean over things of which there are :math:`w_1`
 in one part and :math:`w_2` in the other fulfils :math:`(w_1 + w_2) L = w_1 L_1 + w_2 L_2`, and a sum
-:math:`L = L_1 + L_2`. Every batch is looked at, cut in two at several places, and put together with the last example
-of the batch before: examples may weigh alike within each batch and differ between batches, as they do where a loss
-weighs classes and the data come class after class.
+:math:`L = L_1 + L_2`. Every batch is looked at, cut in two at several places, and its first example put together
+with the last one of the batch before: examples may weigh alike within each batch and differ between batches, as they
+do where a loss weighs classes and the data come class after class.
 """
 
 from __future__ import annotations
@@ -190,15 +190,17 @@ class BatchWeights:
         return _known_weight(self.loss, batch)
 
     def _measure(self, batch: Any) -> None:
-        """Compare the loss of a batch with those of its parts, and with that of the example before it."""
+        """Compare the loss of a batch with those of its parts, and that of its first example with the one before it."""
         ways = self._ways(batch)
         for one, other, losses in self._in_parts(batch, ways):
             self._compare(one, other, losses)
-        joined = (way.joined_to(before) for way, before in zip(ways, self._before, strict=True) if way and before)
+        first, last = _first_and_last(batch)
+        pairs = zip(ways, self._before, strict=True)
+        joined = (way.alone(first).joined_to(before) for way, before in pairs if way and before)
         found = next((each for each in joined if each is not None), None)
         if found is not None:
             self._compare(*found)
-        self._before = [way and way.last() for way in ways]
+        self._before = [way and way.alone(last) for way in ways]
 
     def _ways(self, batch: Any) -> list[_Losses | None]:
         """Losses from the network's outputs, which take no pass for each part, and by passes, for losses that need one.
@@ -255,14 +257,14 @@ class BatchWeights:
 
 
 class _Losses:
-    """Losses of a batch, of parts of it, and of it and an example of another batch.
+    """Losses of a batch, of parts of it, and of it and another one.
 
     Parameters
     ----------
     nest : pair
         What the loss is computed from: the batch, or the network's outputs for it and its targets.
     batch : pair
-        The batch itself, or its last example.
+        The batch itself.
     loss : callable
         ``loss(nest)``.
     """
@@ -291,10 +293,9 @@ class _Losses:
         found = _unless_it_fails(losses)
         return None if found is None else (_counts(other.batch), _counts(self.batch), found)
 
-    def last(self) -> _Losses:
-        """The same of the last example alone."""
-        n = batch_size(self.batch)
-        piece = slice(n - 1, n)
+    def alone(self, i: int) -> _Losses:
+        """The same of one example."""
+        piece = slice(i, i + 1)
         nest, batch = (map_tensors(each, torch.clone) for each in (rows(self.nest, piece), _part(self.batch, piece)))
         return _Losses(nest, batch, self.loss)
 
@@ -306,6 +307,16 @@ def _unless_it_fails(losses: Callable[[], list[float]]) -> list[float] | None:
         raise
     except Exception:  # network or loss need batches of one size, or outputs of the network's own class
         return None
+
+
+def _first_and_last(batch: Any) -> tuple[int, int]:
+    """The first and the last example of a batch that count, as far as their targets say."""
+    places = range(batch_size(batch))
+    first, last = (
+        next((i for i in order if _may_count(rows(batch[1], slice(i, i + 1)))), order[0])
+        for order in (places, places[::-1])
+    )
+    return first, last
 
 
 def _part(batch: Any, piece: slice) -> Any:

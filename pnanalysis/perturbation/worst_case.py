@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pnanalysis.arrays import Array
@@ -107,7 +108,7 @@ def worst_case(
     )
 
 
-def _shuffled(batches: Iterable[Any], n: int, seed: int) -> tuple[Array, Iterable[Any]]:
+def _shuffled(batches: Iterable[Any], n: int, seed: int) -> tuple[NDArray[np.int64], Iterable[Any]]:
     """The batches with their examples in random order, and this order: data often come class after class.
 
     Those of a loader keep theirs.
