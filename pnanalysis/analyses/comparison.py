@@ -266,7 +266,7 @@ def compare_selected(
     distances = parameter_distances(list(networks.values()))
     own_layers: list[str] = distances.pop("layer")
     distances["distance_from_start"] = ("checkpoint", _from_start(selection, networks))
-    parts, sizes, function, classes = [], {}, xr.Dataset(), None
+    parts, function, classes = [], xr.Dataset(), None
     for name in examples.splits:
         total, batches = examples.batches(name, n, batch_size, seed)
         with progress_bar(f"{name} examples", total, progress) as advance:
@@ -277,10 +277,10 @@ def compare_selected(
             else:
                 scores = evaluate(networks, batches, loss_on(loss, device, torch.float32), advance)
         parts.append(_split_scores(scores))
-        sizes[name], classes = scores.n, scores.classes
+        classes = scores.classes
     layers = list(dict.fromkeys([*own_layers, *function.coords.get("layer", xr.DataArray([])).values.tolist()]))
     function = function.reindex(layer=layers) if "layer" in function.dims else function
-    found = [xr.concat(parts, dim="split").assign(n_examples=("split", list(sizes.values()))), function]
+    found = [xr.concat(parts, dim="split"), function]
     spectra = xr.Dataset()
     if wanted.spectra is not None:
         for network in networks.values():
@@ -298,7 +298,7 @@ def compare_selected(
         found.append(_saturation(selection, networks, split, device, seed, progress))
     ds = xr.merge([xr.Dataset(distances, {"layer": own_layers}).reindex(layer=layers), *found], compat="no_conflicts")
     ds = ds.assign_coords(
-        checkpoint=selection.labels, other=selection.labels, split=list(sizes),
+        checkpoint=selection.labels, other=selection.labels, split=list(examples.splits),
         description=("checkpoint", [item.description for item in selection]),
     )  # fmt: skip
     order = ("rise", "checkpoint", "other", "split", "layer", "activation", "block", "pair")
@@ -337,16 +337,18 @@ class _SpectrumRequest:
 def _split_scores(scores: Scores) -> xr.Dataset:
     """Means and differences of one split."""
     variables: dict[str, Any] = {}
-    for name, values in (("loss", scores.losses), ("error", scores.errors)):
+    losses, errors = scores.losses, scores.errors
+    n = errors.shape[1]
+    for name, values in (("loss", losses), ("error", errors)):
         for end, numbers in paired(values).items():
             dims = ("checkpoint",) if numbers.ndim == 1 else ("checkpoint", "other")
             variables[f"{name}{end}"] = (dims, numbers)
     if scores.classes is not None:
-        low, high = share_interval(variables["error"][1], variables["error_se"][1], scores.n)
+        low, high = share_interval(variables["error"][1], variables["error_se"][1], n)
         variables |= {"error_low": ("checkpoint", low), "error_high": ("checkpoint", high)}
         only = [[float((a > b).sum()) for b in scores.example_errors] for a in scores.example_errors]
         variables["only_wrong"] = (("checkpoint", "other"), only)
-    return xr.Dataset(variables)
+    return xr.Dataset(variables | {"n_examples": n, "n_loss_examples": losses.shape[1]})
 
 
 def _from_start(selection: Selection, networks: Mapping[str, nn.Module]) -> Array:

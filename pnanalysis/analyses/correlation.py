@@ -95,7 +95,7 @@ def correlate(
         Which one of each run: see :meth:`pnanalysis.io.runs.Run.select`.
     axes : sequence of str, optional
         Settings for the coefficients by settings; by default all in which the runs differ but ``seed``. Of a table,
-        the columns that are settings.
+        the columns that are settings; its column ``seed``, if it has one, numbers repetitions.
     compute : sequence of str
         Analyses (``hessian``, ``eigenpairs``, ``blocks``, ``sharpness``, ``saturation``, ``learning_coefficient``) to
         run first, with their defaults (``eigenpairs`` without vectors), where they are not stored of the
@@ -268,17 +268,19 @@ def _from_runs(runs: Sequence[Run], checkpoint: str) -> RunTable:
 
 
 def _from_frame(frame: pd.DataFrame, axes: Sequence[str]) -> RunTable:
-    """A user's own table."""
+    """A user's own table, in which a column of repetitions is a setting that is no axis."""
+    frame, axes = frame.rename(columns=str), list(map(str, axes))
     missing = [name for name in axes if name not in frame]
     if missing:
-        raise RunError(f"the table has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}")
-    numeric = frame.drop(columns=list(axes)).select_dtypes("number").astype(float)
-    names = [name for name in map(str, numeric.columns) if not (name.endswith("_se") and name[:-3] in numeric)]
+        raise RunError(f"the table has no column {missing[0]!r}; it has {', '.join(frame.columns)}")
+    settings = [*axes, *(name for name in _REPETITIONS if name in frame and name not in axes)]
+    numeric = frame.drop(columns=settings).select_dtypes("number").astype(float)
+    names = [name for name in numeric.columns if not (name.endswith("_se") and name[:-3] in numeric)]
     value = {name: numeric[name].to_numpy() for name in names}
     unknown = np.full(len(frame), np.nan)
     se = {name: numeric[f"{name}_se"].to_numpy() if f"{name}_se" in numeric else unknown for name in names}
     labels = distinct_labels([str(label) for label in frame.index])
-    return RunTable(labels, value, se, dict.fromkeys(names, "table"), {name: list(frame[name]) for name in axes})
+    return RunTable(labels, value, se, dict.fromkeys(names, "table"), {name: list(frame[name]) for name in settings})
 
 
 def _target(table: RunTable, target: str) -> tuple[Array, Array]:

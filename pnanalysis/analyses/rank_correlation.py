@@ -186,6 +186,8 @@ def granulated(
 ) -> Granulated:  # fmt: skip
     """Tau among runs that differ in one setting only, averaged over their groups, then over the settings.
 
+    Pairs of runs that do not differ in it, repetitions, do not count.
+
     Parameters
     ----------
     x, y : ndarray, shape (n,)
@@ -198,9 +200,11 @@ def granulated(
     """
     agree = signs(x) * signs(y)
     groups = [_groups(settings, axis) for axis in axes]
+    differ = [np.not_equal.outer(codes, codes) for codes in (_codes(settings[axis]) for axis in axes)]
     counts = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=n_bootstrap)
-    of_axis = np.array([_mean_tau(agree, own, np.ones((1, len(x))))[0] for own in groups])
-    replicates = np.array([_mean_tau(agree, own, counts.astype(float)) for own in groups])
+    found = list(zip(differ, groups, strict=True))
+    of_axis = np.array([_mean_tau(agree, apart, own, np.ones((1, len(x))))[0] for apart, own in found])
+    replicates = np.array([_mean_tau(agree, apart, own, counts.astype(float)) for apart, own in found])
     known = np.isfinite(of_axis)
     if not known.any():
         return Granulated(math.nan, math.nan, math.nan, of_axis)
@@ -221,7 +225,7 @@ def conditional_information(x: Array, y: Array, settings: Mapping[str, Sequence[
     """
     first, second = np.nonzero(~np.eye(len(x), dtype=bool))
     of_x, of_y = (np.sign(v[first] - v[second]).astype(int) for v in (x, y))
-    coded = {axis: np.unique([str(v) for v in settings[axis]], return_inverse=True)[1] for axis in axes}
+    coded = {axis: _codes(settings[axis]) for axis in axes}
     found = []
     for size in range(3):
         for chosen in combinations(axes, size):
@@ -243,12 +247,22 @@ def _groups(settings: Mapping[str, Sequence[object]], axis: str) -> list[NDArray
     return [own for own in groups if len({str(settings[axis][i]) for i in own}) > 1]
 
 
-def _mean_tau(agree: Array, groups: Sequence[NDArray[np.intp]], counts: Array) -> Array:
-    """The mean over groups of the mean agreement of their pairs, for each row of counts; NaN where there is no pair."""
+def _codes(values: Sequence[object]) -> NDArray[np.intp]:
+    """Equal numbers for equal settings."""
+    return np.unique([str(value) for value in values], return_inverse=True)[1]
+
+
+def _mean_tau(
+    agree: Array, differ: NDArray[np.bool_], groups: Sequence[NDArray[np.intp]], counts: Array
+) -> Array:  # fmt: skip
+    """The mean over groups of the mean agreement of their pairs that differ, for each row of counts; NaN where there is
+    no such pair.
+    """
     total, n = np.zeros(len(counts)), np.zeros(len(counts))
     for own in groups:
-        w, pairs = counts[:, own], agree[np.ix_(own, own)]
-        n_pairs = w.sum(1) ** 2 - (w**2).sum(1)
+        w, apart = counts[:, own], differ[np.ix_(own, own)].astype(float)
+        pairs = apart * agree[np.ix_(own, own)]
+        n_pairs = ((w @ apart) * w).sum(1)
         tau = np.divide(((w @ pairs) * w).sum(1), n_pairs, out=np.zeros(len(w)), where=n_pairs > 0)
         total, n = total + tau, n + (n_pairs > 0)
     return np.divide(total, n, out=np.full(len(counts), np.nan), where=n > 0)

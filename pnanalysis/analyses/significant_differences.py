@@ -74,12 +74,12 @@ def _computed(ds: xr.Dataset) -> xr.Dataset:
 
 def single_p_values(ds: xr.Dataset) -> Iterator[tuple[str, Array]]:
     """The variables that are tested, with a p-value by itself for each pair of checkpoints (and split)."""
-    dof = np.fmax(ds.n_examples.values - 1.0, 1.0)
+    counted = {"error": ds.n_examples.values, "loss": ds.get("n_loss_examples", ds.n_examples).values}
     is_of_classes = "classes" in ds.attrs
     for name in ("loss", "error"):
         difference, se = (_values(ds, f"{name}_difference{end}") for end in ("", "_se"))
         floor = np.maximum(_larger(ds, name), float(is_of_classes)) if name == "loss" else _larger(ds, name)
-        p = p_value(difference, se, dof=dof, floor=ROUND_OFF * floor)
+        p = p_value(difference, se, dof=np.fmax(counted[name] - 1.0, 1.0), floor=ROUND_OFF * floor)
         yield f"{name}_difference", _mcnemar_where_few(ds, p) if name == "error" else p
     round_off = float(ds.attrs.get("round_off", ROUND_OFF))
     if "lambda_max_difference" in ds:

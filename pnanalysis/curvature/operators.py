@@ -21,7 +21,7 @@ from pnanalysis.curvature.product_check import moved, tolerance
 from pnanalysis.curvature.recomputed import dual, tangents
 from pnanalysis.curvature.tracing import Product
 from pnanalysis.errors import CurvatureError, PnError, reason
-from pnanalysis.evaluation.losses import example_losses, example_weights, known
+from pnanalysis.evaluation.losses import check_own_weights, example_losses, example_weights, known
 from pnanalysis.inputs.batches import batch_size, cut
 from pnanalysis.inputs.copies import as_real
 from pnanalysis.torch_internals import tree_flatten, tree_map_only, tree_unflatten
@@ -403,10 +403,11 @@ class EmpiricalFisherOperator(CurvatureOperator):
         self._traceable = self._one_by_one != "passes"
 
     def _check_batch(self, batch: Batch) -> None:
-        """Refuse a loss of one's own that is neither the mean over a batch's examples, nor their sum."""
-        at = self._arguments(batch)
+        """Refuse a loss that is neither the mean over a batch's examples, nor their sum."""
         if known(self.loss_fn) is not None:
+            check_own_weights(self.loss_fn, batch[1])
             return
+        at = self._arguments(batch)
         each, whole = self._losses(at, at.theta).detach().double(), float(self._loss_at_theta(at).detach())
         total, n = float(each.sum()), len(each)
         slack = 10 * tolerance(self.dtype, self.amp) * float(each.abs().sum())

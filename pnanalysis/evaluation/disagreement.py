@@ -16,7 +16,7 @@ from pnanalysis.evaluation.batch_pass import BatchPass
 from pnanalysis.evaluation.cka import CentredKernelAlignment
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.forward import required_prediction
-from pnanalysis.evaluation.losses import InspectedLoss, log_probabilities
+from pnanalysis.evaluation.losses import InspectedLoss, counted_positions, log_probabilities
 from pnanalysis.evaluation.randomness import check_repeatable
 from pnanalysis.evaluation.scores import Scores
 from pnanalysis.inputs.batches import map_tensors
@@ -80,32 +80,47 @@ class FunctionPairs:
     """
 
     def __init__(self, loss: InspectedLoss, k: int) -> None:
-        self.loss, self.k, self.n = loss, k, 0
+        self.loss, self.k = loss, k
         self._sums: dict[str, Array] = {}
+        self._weights: Array = np.zeros(3)  # sum, sum of squares, how many are not zero
 
     def add(self, passes: Sequence[BatchPass]) -> None:
-        """Add the passes of every network over a batch; without predictions, their differences are NaN."""
+        """Add the passes of every network over a batch; without predictions, their differences are NaN.
+
+        Positions that the loss ignores do not count.
+        """
         n, targets = passes[0].n, passes[0].targets
-        self.n += n
         found = [one.prediction for one in passes]
         tensors = [torch.full((n, 1), torch.nan) if one is None else one for one in found]
         logs = [log_probabilities(one, targets, self.loss) for one in tensors]
         if logs[0] is None:
-            self._tally("square", [one.double() for one in tensors], lambda a, b: (a - b).square())
-            return
-        self._tally("disagreement", [p.argmax(1) for p in logs if p is not None], lambda a, b: (a != b).double())
-        self._tally("js_divergence", [p for p in logs if p is not None], js_divergence)
+            counted = torch.ones_like(tensors[0], dtype=torch.float64)
+            self._tally("square", [one.double() for one in tensors], lambda a, b: (a - b).square(), counted)
+        else:
+            scores = [p for p in logs if p is not None]
+            counted = counted_positions(scores[0], targets, self.loss).double()
+            self._tally("disagreement", [p.argmax(1) for p in scores], lambda a, b: (a != b).double(), counted)
+            self._tally("js_divergence", scores, js_divergence, counted)
+        weights = counted.reshape(n, -1).mean(1)
+        self._weights += (
+            torch.stack([weights.sum(), weights.square().sum(), (weights > 0).sum().double()]).cpu().numpy()
+        )
 
-    def _tally(self, name: str, each: list[Tensor], measure: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Add the sum and the sum of squares over examples of ``measure(a, b)`` for every pair."""
-        sums = self._sums.setdefault(name, np.zeros((2, self.k, self.k)))
+    def _tally(
+        self, name: str, each: list[Tensor], measure: Callable[[Tensor, Tensor], Tensor], counted: Tensor
+    ) -> None:  # fmt: skip
+        """Add sums over examples for ``measure(a, b)`` of every pair: of the means over the positions that count, by
+        their number, and of products of these by the square of that number.
+        """
+        sums = self._sums.setdefault(name, np.zeros((3, self.k, self.k)))
+        weights = counted.reshape(len(counted), -1).mean(1)
         for i in range(self.k):
             for j in range(i):
-                values = measure(each[i], each[j])
-                values = values.reshape(len(values), -1).mean(1)
-                both = torch.stack([values.sum(), values.square().sum()]).cpu().numpy()
-                sums[:, i, j] += both
-                sums[:, j, i] += both
+                values = torch.where(counted > 0, measure(each[i], each[j]), 0.0)
+                whole = values.reshape(len(values), -1).mean(1)  # weight times mean
+                found = torch.stack([whole.sum(), (weights * whole).sum(), whole.square().sum()]).cpu().numpy()
+                sums[:, i, j] += found
+                sums[:, j, i] += found
 
     def variables(self, accuracy: Array, classes: int | None) -> dict[str, Any]:
         """The results, as variables along (checkpoint, other).
@@ -118,17 +133,20 @@ class FunctionPairs:
             Number of classes; ``None`` for real-valued targets.
         """
         found: dict[str, Array] = {}
-        for name, (total, squares) in self._sums.items():
-            mean = total / self.n
-            spread = np.maximum(squares / self.n - mean**2, 0.0)
-            se = np.sqrt(spread / (self.n - 1)) if self.n > 1 else np.full(mean.shape, np.nan)
+        weight, weight2, n = self._weights
+        for name, (total, by_weight, squares) in self._sums.items():
+            # of a ratio of two sums (W. Cochran, Sampling Techniques, section 2.11)
+            with np.errstate(divide="ignore", invalid="ignore"):  # nothing may count
+                mean = total / weight
+                spread = np.maximum(squares - 2 * mean * by_weight + mean**2 * weight2, 0.0) / weight**2
+            se = np.sqrt(spread * n / (n - 1)) if n > 1 else np.full(mean.shape, np.nan)
             if name == "square":
                 root = np.sqrt(mean)
                 name, mean = "rms_difference", root
                 se = np.divide(se, 2 * root, out=np.zeros_like(se), where=root > 0)
             found |= {name: mean, f"{name}_se": se}
             if name == "disagreement":
-                found["disagreement_low"], found["disagreement_high"] = share_interval(mean, se, self.n)
+                found["disagreement_low"], found["disagreement_high"] = share_interval(mean, se, n)
         if classes is not None:
             found["expected_disagreement"] = expected_disagreement(accuracy, classes)
         return {name: (("checkpoint", "other"), values) for name, values in found.items()}

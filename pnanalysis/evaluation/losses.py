@@ -187,6 +187,27 @@ def check_targets(loss: Loss, outputs: Any, targets: Any) -> None:
             raise DataError(f"the loss cannot take these data: {wrong}")
 
 
+def check_own_weights(loss: Loss, targets: Any) -> None:
+    """Refuse examples that add to a mean without a weight in it: label smoothing of a class whose weight is zero.
+
+    Raises
+    ------
+    ModelError
+    """
+    found = known(loss)
+    if found is None or not _are_indices(found, targets):
+        return
+    weight, targets = found.options.get("weight"), class_indices(found, targets)
+    if weight is None or not found.options.get("label_smoothing"):
+        return
+    lost = {int(target) for target in targets.unique() if target != found.ignored and weight[target] == 0}
+    if lost:
+        raise ModelError(
+            f"class {min(lost)} has no weight in the loss, but its examples add to it by label smoothing, so that they "
+            "have no losses of their own; leave them out, ignore them (ignore_index), or give the class a small weight"
+        )
+
+
 def example_losses(loss: Loss, outputs: Any, targets: Any, check: bool = True) -> tuple[Tensor, Tensor]:
     """The loss of each example of a batch, and its weight in the batch's mean.
 
@@ -218,6 +239,7 @@ def example_losses(loss: Loss, outputs: Any, targets: Any, check: bool = True) -
         raise not_for(loss, outputs)
     if check:
         check_targets(loss, outputs, targets)
+        check_own_weights(loss, targets)
     targets = class_indices(found, targets)
     values = found.function(outputs, targets, reduction="none", **found.options).reshape(len(targets), -1)
     if not _are_indices(found, targets):
@@ -358,6 +380,22 @@ def log_probabilities(outputs: Tensor, targets: Any, loss: Loss) -> Tensor | Non
     return None if scores is None else F.log_softmax(scores.double(), dim=1)
 
 
+def counted_positions(scores: Tensor, targets: Any, loss: Loss) -> Tensor:
+    """Where :func:`class_scores` ``(N, C, ...)`` count: not where the loss ignores the target, or it is no class.
+
+    Returns
+    -------
+    Tensor of bool, shape (N, ...)
+    """
+    shape = scores.shape[:1] + scores.shape[2:]
+    are_classes = isinstance(targets, Tensor) and targets.shape == shape and not targets.is_floating_point()
+    if not are_classes or kind_of(loss) == "sides":
+        return torch.ones(shape, dtype=torch.bool, device=scores.device)
+    found = known(loss)
+    ignored = IGNORED if found is None else found.ignored
+    return (targets >= 0) & (targets < scores.shape[1]) & (targets != ignored)
+
+
 def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Tensor, Tensor] | None:
     """The fraction of an example's positions that are misclassified, and the number of positions, (N,) each.
 
@@ -370,15 +408,13 @@ def example_errors(loss: Loss, outputs: Tensor | None, targets: Any) -> tuple[Te
     scores = class_scores(outputs, targets, loss)
     if scores is None:
         return None
-    valid = torch.ones(scores.shape[:1] + scores.shape[2:], dtype=torch.bool, device=scores.device)
+    valid = counted_positions(scores, targets, loss)
     if kind_of(loss) == "sides":
         true = (targets > 0.5).long()
     elif targets.is_floating_point():
         true = targets.argmax(1)
     elif outputs.shape[:1] + outputs.shape[2:] == targets.shape:
-        found = known(loss)
-        counted = targets != (IGNORED if found is None else found.ignored)
-        true, valid = targets, (targets >= 0) & (targets < outputs.shape[1]) & counted
+        true = targets
     else:
         return None
     wrong, valid = (part.reshape(len(targets), -1).double() for part in ((scores.argmax(1) != true) & valid, valid))
@@ -404,11 +440,14 @@ def linearised(values: Array, weights: Array) -> Array:
     Returns
     -------
     ndarray, shape (..., N)
-        ``values`` themselves where the weights are equal.
+        ``values`` themselves where the weights are equal. Examples of no weight are represented by the mean, and the
+        others scatter by so much more that the standard error is that of these alone.
     """
     total = weights.sum(-1, keepdims=True)
     if np.ptp(weights) == 0 or not (total > 0).all():
         return values
+    n, counted = values.shape[-1], (weights > 0).sum(-1, keepdims=True)
+    stretch = np.sqrt(counted / np.maximum(counted - 1, 1) * (n - 1) / n)
     with np.errstate(invalid="ignore", over="ignore"):  # losses far out may overflow
         mean = (values * weights).sum(-1, keepdims=True) / total
-        return mean + weights * values.shape[-1] / total * (values - mean)
+        return mean + stretch * weights * n / total * (values - mean)

@@ -58,25 +58,33 @@ class Scores:
 
     @property
     def n(self) -> int:
-        """Number of examples."""
+        """Number of examples, those that do not count included."""
         return sum(part.shape[-1] for part in self._parts)
 
     @property
     def losses(self) -> Array:
-        """``(k, N)``; of weighted means, what :func:`pnanalysis.evaluation.losses.linearised` makes of them."""
+        """``(k, n)`` of the examples that count; of weighted means, what
+        :func:`pnanalysis.evaluation.losses.linearised` makes of them.
+        """
         each, weight, _, _ = self._all()
-        return linearised(each, weight)
+        return _linearised(each, weight)
 
     @property
     def errors(self) -> Array:
-        """``(k, N)``, as for :attr:`losses`."""
+        """The same of errors; other examples may count in them."""
         _, _, each, weight = self._all()
-        return linearised(each, weight)
+        return _linearised(each, weight)
 
     @property
     def example_errors(self) -> Array:
         """``(k, N)``: the error of each example, not weighted."""
         return self._all()[2]
+
+
+def _linearised(each: Array, weight: Array) -> Array:
+    """Of the examples that have a weight: the others are no evidence; all where none has."""
+    counted = (weight > 0).any(0)
+    return linearised(each[:, counted], weight[:, counted]) if counted.any() else each
 
 
 def paired(values: Array) -> dict[str, Any]:

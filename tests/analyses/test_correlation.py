@@ -129,6 +129,29 @@ def test_tau_of_one_setting_at_a_time_by_hand() -> None:
     assert np.isnan(granulated(X, Y, {}, [], n_bootstrap=100).value)
 
 
+def test_repetitions_are_no_pairs_of_a_setting() -> None:
+    rng = np.random.default_rng(0)
+    lr, seed = np.repeat([0.1, 0.2], 8), np.tile(np.arange(8), 2)
+    x, y = (10 * (lr > 0.15) + rng.normal(size=16) for _ in "xy")
+    found = granulated(x, y, {"lr": lr.tolist()}, ["lr"], n_bootstrap=100)
+    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+    # repetitions drive both numbers, and the setting moves them apart: runs of one seed tell
+    noise = rng.normal(size=8)
+    table = pd.DataFrame(
+        {"lr": lr, "sharpness": [*noise, *(noise + 1e-3)], "test_error": [*noise, *(noise - 1e-3)], "seed": seed}
+    )
+    ds = pn.correlate(table, axes=["lr"], n_bootstrap=100, progress=False)
+    assert ds.diagnostic.values.tolist() == ["sharpness"]
+    assert float(ds.psi.item()) == -1.0
+    assert float(ds.tau.item()) > 0.5
+
+
+def test_columns_may_be_numbers() -> None:
+    table = pd.DataFrame({0: np.arange(6.0), "test_error": np.arange(6.0) ** 2})
+    ds = pn.correlate(table, n_bootstrap=100, progress=False)
+    assert ds.diagnostic.values.tolist() == ["0"]
+
+
 def test_information_is_all_nothing_or_what_a_setting_knows() -> None:
     rng = np.random.default_rng(0)
     settings = {"lr": [1, 1, 1, 1, 2, 2, 2, 2] * 4}

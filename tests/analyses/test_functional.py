@@ -13,6 +13,7 @@ import pnanalysis as pn
 from pnanalysis.analyses.functional import functional_distance
 from pnanalysis.errors import DataError, ModelError, RunError
 from pnanalysis.evaluation.cka import OUTPUT
+from pnanalysis.evaluation.disagreement import js_divergence
 from pnanalysis.evaluation.losses import example_losses, log_probabilities
 from pnanalysis.inputs.models import LOSSES
 from pnanalysis.inputs.networks import open_files
@@ -169,3 +170,25 @@ def test_bad_input_is_one_clear_sentence(three: Source, tiny_run: Run, tmp_path:
         functional_distance(three, wide, progress=False)
     with pytest.raises(DataError, match="different data sets"):
         functional_distance(three, as_source(tiny_run), progress=False)
+
+
+def test_positions_that_the_loss_ignores_do_not_count() -> None:
+    torch.manual_seed(0)
+    x, counted = torch.randn(30, 4, 6), torch.rand(30, 6) < 0.6
+    counted[:5] = False
+    targets = torch.randint(3, (30, 6)).masked_fill(~counted, 9)
+    networks = [nn.Conv1d(4, 3, 1) for _ in range(2)]
+    loss = nn.CrossEntropyLoss(ignore_index=9)
+    ds = functional_distance(networks, data=(x, targets), loss=loss, cka=False, progress=False)
+    with torch.no_grad():
+        logs = [log_probabilities(network(x), targets, loss) for network in networks]
+    assert logs[0] is not None
+    assert logs[1] is not None
+    differ = (logs[0].argmax(1) != logs[1].argmax(1))[counted].double()
+    assert float(ds.disagreement[0, 1]) == pytest.approx(float(differ.mean()), rel=1e-9)
+    divergence = js_divergence(*logs)[counted]
+    assert float(ds.js_divergence[0, 1]) == pytest.approx(float(divergence.mean()), rel=1e-5)
+    # examples of which nothing counts are no evidence
+    alone = functional_distance(networks, data=(x[5:], targets[5:]), loss=loss, cka=False, progress=False)
+    for name in ("disagreement", "disagreement_se", "disagreement_low", "js_divergence", "js_divergence_se"):
+        np.testing.assert_allclose(ds[name], alone[name], rtol=1e-9)

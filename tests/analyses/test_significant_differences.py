@@ -168,3 +168,17 @@ def test_a_network_does_not_differ_from_itself_with_units_permuted(make: Any, n_
     assert float(ds.distance[0, 1]) > 1
     assert claims(ds) == []
     assert any("compute the same function" in line for line in verdict(ds))
+
+
+def test_ignored_examples_are_no_evidence() -> None:
+    """Four labelled examples of a hundred: the numbers and p-values are those of the four alone."""
+    torch.manual_seed(0)
+    x, y = torch.randn(100, 4), torch.randint(2, (100,))
+    y[4:] = -100
+    networks = {"a": torch.nn.Linear(4, 2), "b": torch.nn.Linear(4, 2)}
+    options = {"loss": cross_entropy, "hessian": False, "saturation": False, "cka": False, "progress": False}
+    masked, alone = (pn.compare(networks, data=data, **options) for data in ((x, y), (x[:4], y[:4])))
+    for name in alone.data_vars:
+        if alone[name].dtype.kind in "fi":
+            np.testing.assert_allclose(masked[name], alone[name], rtol=1e-6, atol=1e-12, err_msg=str(name))
+    assert masked.n_examples.values.tolist() == [4]

@@ -157,6 +157,7 @@ def test_differences_of_weighted_means_are_paired(tmp_path: Path) -> None:
     inputs, targets = masks()
     valid = (targets != VOID).double()
     w = valid.sum((1, 2)).numpy()
+    n = (w > 0).sum()
     with torch.no_grad():
         each = [
             (F.cross_entropy(source.model(c)(inputs), targets, ignore_index=VOID, reduction="none") * valid).sum((1, 2))
@@ -167,8 +168,30 @@ def test_differences_of_weighted_means_are_paired(tmp_path: Path) -> None:
     residual = w / w.mean() * ((b - a) - difference)
     assert float(ds.loss_difference[1, 0]) == pytest.approx(difference, rel=1e-4)
     assert float(ds.loss_difference_se[1, 0]) == pytest.approx(
-        np.sqrt((residual**2).sum() / (len(w) * (len(w) - 1))), rel=1e-4
+        np.sqrt((residual**2).sum() / len(w) ** 2 * n / (n - 1)), rel=1e-4
     )
+
+
+def test_examples_that_do_not_count_are_no_evidence() -> None:
+    rng = np.random.default_rng(0)
+    values, weights = rng.standard_normal(9), np.array([1.0, 3.0, 0.5, 1.0, 0, 0, 0, 0, 0])
+    found = linearised(values, weights)
+    alone = linearised(values[:4], weights[:4])
+    assert found.mean() == pytest.approx(alone.mean())
+    assert found.std(ddof=1) / 3 == pytest.approx(alone.std(ddof=1) / 2)
+    assert alone.mean() == pytest.approx(np.average(values, weights=weights))
+
+
+def test_smoothing_of_a_class_without_weight_gives_no_losses_of_examples() -> None:
+    outputs, targets = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, -100])
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 2.0]), label_smoothing=0.2)
+    with pytest.raises(ModelError, match="class 0 has no weight .* label smoothing"):
+        example_losses(loss, outputs, targets)
+    with pytest.raises(PnError, match="class 0 has no weight"):
+        pn.EmpiricalFisherOperator(nn.Linear(4, 3), loss, [(torch.randn(6, 4), targets)])
+    counted = targets > 0
+    each, weight = example_losses(loss, outputs[counted], targets[counted])
+    assert float((each * weight).sum() / weight.sum()) == pytest.approx(float(loss(outputs[counted], targets[counted])))
 
 
 def soft(n: int = 30) -> tuple[Tensor, Tensor]:
