@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.stats import norm
+from scipy.stats import t as student_t
 
 from pnanalysis.arrays import Array
 from pnanalysis.estimates import Estimate
@@ -71,7 +73,10 @@ class SteinIdentity:
         off: Array = (gradients - (1 + excess) * trace) / mean
         # very few are so far apart that they count as independent; that few look worth more is chance
         n_effective = min(effective_sample_size(off), off.size) if off.shape[1] >= 4 else off.size
-        return Estimate(excess, float(off.std(ddof=1)) / math.sqrt(n_effective))
+        # of few, so wide that as many standard errors are as rare as of a normal distribution
+        rare = norm.sf(_SIGMAS)
+        stretch = float(student_t.isf(rare, max(n_effective - 1, 1))) / _SIGMAS
+        return Estimate(excess, stretch * float(off.std(ddof=1)) / math.sqrt(n_effective))
 
 
 def is_large(excess: float, se: float) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from pnanalysis.errors import PnError, TrainingError
+from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.data import Split
 from pnanalysis.inputs.models import Loss, resolve_loss
 from trainers.loop.fit import (
@@ -265,11 +266,11 @@ class _StackedPenalty:
         layers = {layer: names for penalty in active for layer, names in penalty.layers.items()}
         if not active:
             return
-        like = next(iter(parameters.values()))
+        like = as_real(next(iter(parameters.values())))
         lam = [0.0 if penalty is None else penalty.lam for penalty in penalties]
         self.lam = torch.tensor(lam, dtype=torch.float64).to(like)
         for layer, names in layers.items():
-            size = sum(parameters[name][0].numel() for name in names)
+            size = sum(as_real(parameters[name][0]).numel() for name in names)
             rows = like.new_zeros(len(penalties), max(len(penalty) for penalty in active), size)
             origin = like.new_zeros(len(penalties), size)
             for k, penalty in enumerate(penalties):
@@ -282,7 +283,7 @@ class _StackedPenalty:
     def __call__(self, parameters: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros_like(self.lam)
         for names, rows, origin in self.terms:
-            theta = torch.cat([parameters[name].flatten(1) for name in names], dim=1) - origin
+            theta = torch.cat([as_real(parameters[name]).flatten(1) for name in names], dim=1) - origin
             total = total + repulsion(self.form, rows, theta)
         return self.lam * total
 

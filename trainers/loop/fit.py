@@ -240,9 +240,10 @@ def tensor_optimizer(
     parameters: list[Tensor], name: str = "adam", lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     """As :func:`make_optimizer`, over the given tensors."""
+    fused = not any(parameter.is_complex() for parameter in parameters)  # which torch does not fuse
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

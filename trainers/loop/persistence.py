@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pnanalysis.errors import TrainingError
+from pnanalysis.inputs.copies import as_real
 from pnanalysis.inputs.models import parameter_layers
 from trainers.choices import check_choice
 from trainers.loop import long_sums
@@ -54,12 +55,12 @@ class PersistentPenalty:
     ------
     TrainingError
         If ``lam`` is negative or not finite, the form is unknown, a layer does not exist (the message lists them), or
-        the origin has other parameters than the network.
+        the origin has other parameters than the network; if the network has none that are trainable.
 
     Notes
     -----
-    The sign of a zero inner product counts as zero. A layer of an end point that is all zeros has no direction: it is
-    left out, with one warning.
+    A complex parameter counts as two real ones. The sign of a zero inner product counts as zero. A layer of an end
+    point that is all zeros has no direction: it is left out, with one warning.
 
     References
     ----------
@@ -91,6 +92,8 @@ class PersistentPenalty:
         self.lam = float(lam)
         self.form = form
         found = {name: [full for full, _ in own] for name, own in parameter_layers(model)}
+        if not found:
+            raise TrainingError("the network has no trainable parameters, so that there is no layer to repel")
         self.layers: dict[str, list[str]] = {name: found[name] for name in choose_layers(list(found), layers, seed)}
         self._anchors: dict[str, Tensor] = {}
         self._sums: dict[str, _SignedSum] = {}
@@ -154,7 +157,7 @@ class PersistentPenalty:
         return self._sums[layer].at(theta)
 
     def _theta(self, layer: str, model: nn.Module) -> Tensor:
-        theta = torch.cat([attrgetter(name)(model).reshape(-1) for name in self.layers[layer]])
+        theta = torch.cat([as_real(attrgetter(name)(model)).reshape(-1) for name in self.layers[layer]])
         return theta - self.origin[layer].to(theta) if self.origin else theta
 
     def rows(self, layer: str, like: Tensor) -> Tensor:
@@ -186,7 +189,7 @@ class PersistentPenalty:
             own = self.model.get_parameter(name)
             if name not in state or state[name].shape != own.shape:
                 raise TrainingError(f"the end point has no parameter {name!r} of shape {tuple(own.shape)}")
-            parts.append(state[name].detach().to(own).reshape(-1))
+            parts.append(as_real(state[name].detach().to(own)).reshape(-1))
         return torch.cat(parts)
 
 

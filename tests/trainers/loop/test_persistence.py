@@ -227,3 +227,34 @@ def test_layers_are_chosen_by_position(layers: int | list[int], chosen: list[str
 def test_positions_beyond_the_layers_are_refused(position: int) -> None:
     with pytest.raises(TrainingError, match="no layer"):
         choose_layers(["a", "b", "c"], position)
+
+
+@pytest.mark.parametrize("form", ["absolute", "squared", "cosine"])
+def test_a_complex_parameter_counts_as_two_real_ones(form: str) -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.cdouble))
+            self.bias = nn.Parameter(torch.randn(3, dtype=torch.double))
+
+    torch.manual_seed(0)
+    model, end = Spectral(), Spectral()
+    penalty = PersistentPenalty(model, 1.0, form=form)
+    penalty.add(end)
+    theta, anchor = (torch.cat([torch.view_as_real(one.weight).reshape(-1), one.bias]).detach() for one in (model, end))
+    product = (theta @ anchor).abs()
+    expected = {
+        "absolute": product / anchor.norm() ** 2,
+        "squared": (product / anchor.norm() ** 2) ** 2,
+        "cosine": product / anchor.norm() / theta.norm(),
+    }[form]
+    torch.testing.assert_close(penalty().detach(), expected)
+    penalty().backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.is_complex()
+
+
+def test_a_network_without_trainable_parameters_is_refused() -> None:
+    for layers in ("all", "random"):
+        with pytest.raises(TrainingError, match="no trainable parameters"):
+            PersistentPenalty(nn.Linear(2, 2).requires_grad_(False), layers=layers)
