@@ -544,6 +544,9 @@ SCHEMAS: dict[str, dict[str, Variable]] = {
         "influence": _var(
             "chain example", "1", "change of the coefficient with the weight of an example, by one chain", _OPTIONAL
         ),
+        "second_influence": _var(
+            "chain change example", "1", "change of the influence with a random change of all weights", _OPTIONAL
+        ),
         "epsilon": _var("", "1", "step size"),
         "nbeta": _var("", "1 / loss", "number of examples times inverse temperature"),
         "burn_in": _var("", "1", "number of steps at the start that do not count"),

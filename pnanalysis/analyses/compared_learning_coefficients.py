@@ -121,7 +121,8 @@ def coefficient_differences(found: Sequence[xr.Dataset], shared_examples: bool =
 
 def _error_of_examples(a: xr.Dataset, b: xr.Dataset, shared: bool) -> float:
     """Standard error of the difference of two coefficients for the choice of examples; 0 where none was asked for."""
-    if shared and "influence" in a and "influence" in b and a.influence.shape == b.influence.shape:
-        return standard_error(a.influence.values - b.influence.values)
+    names = "influence", "second_influence"
+    if shared and all(name in ds for ds in (a, b) for name in names) and a.influence.shape == b.influence.shape:
+        return standard_error(*(a[name].values - b[name].values.astype(float) for name in names))
     own, other = float(a.learning_coefficient_data_se), float(b.learning_coefficient_data_se)
     return math.hypot(*np.nan_to_num([own, other]))

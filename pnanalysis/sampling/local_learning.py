@@ -243,8 +243,8 @@ def _estimate(
     converged = settled and rhat < RHAT and effective >= LEAST_DRAWS
     value = one.nbeta * float(drawn.mean()) if finite else math.nan
     chain_se = one.nbeta * float(drawn.std(ddof=1)) / math.sqrt(effective) if effective else math.nan
-    influence = influences[0].of_chains() if influences else None
-    data_se = standard_error(influence) if influence is not None and finite else math.nan
+    first, second = (influences[0].of_chains(), influences[0].of_changes()) if influences else (None, None)
+    data_se = standard_error(first, second) if first is not None and second is not None and finite else math.nan
     se = math.hypot(chain_se, data_se) if influences else chain_se
     low, high = Estimate(value, se).interval()
     found = {
@@ -258,7 +258,10 @@ def _estimate(
         "stein_excess": stein.value, "stein_excess_se": stein.se, "epsilon": one.step_size, "nbeta": one.nbeta,
     }  # fmt: skip
     ds = xr.Dataset(found | {"excess": (("chain", "draw"), excess), "distance": (("chain", "draw"), distance)})
-    return ds if influence is None else ds.assign(influence=(("chain", "example"), influence))
+    if first is None or second is None:
+        return ds
+    kept = ("chain", "change", "example"), second.astype(np.float32)
+    return ds.assign(influence=(("chain", "example"), first), second_influence=kept)
 
 
 def _means(draws: Array, n_batches: int) -> Array:

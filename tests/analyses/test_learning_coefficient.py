@@ -76,10 +76,24 @@ def exact_influence(network: nn.Module, data: tuple[Tensor, Tensor], design: Ten
     return torch.func.grad(lambda weights: exact_coefficient(network, data, design, gamma, weights))(ones)
 
 
-def test_error_of_examples_is_the_infinitesimal_jackknife() -> None:
+def exact_second(network: nn.Module, data: tuple[Tensor, Tensor], design: Tensor, gamma: float) -> Tensor:
+    """The second derivatives with the weights of examples, for changes that keep their sum."""
+    ones = torch.ones(N, dtype=torch.float64)
+    found = torch.func.hessian(lambda weights: exact_coefficient(network, data, design, gamma, weights))(ones)
+    return found - found.mean(0) - found.mean(1, keepdim=True) + found.mean()
+
+
+@pytest.mark.parametrize("off", [0.0, 0.5])
+def test_error_of_examples_is_the_infinitesimal_jackknife_of_second_order(off: float) -> None:
+    """At the minimum of the examples the first order is a small part of it, and away from there nearly all."""
     network, data, design = regression()
+    with torch.no_grad():
+        network.weight.add_(off)
     gamma = 20.0
-    expected = float(exact_influence(network, data, design, gamma).std() * math.sqrt(N))
+    first = float(exact_influence(network, data, design, gamma).std() * math.sqrt(N))
+    second = float(exact_second(network, data, design, gamma).norm()) / math.sqrt(2)
+    assert (first < 0.5 * second) if off == 0 else (first > 2 * second)
+    expected = math.hypot(first, second)
     ds = pn.learning_coefficient(
         network, data=data, loss="mse", localization=gamma, batch_size=N, n_chains=32, n_draws=500, **QUIET
     ).squeeze("checkpoint")
@@ -104,7 +118,11 @@ def test_differences_of_coefficients_are_paired_by_examples() -> None:
     ones = torch.ones(N, dtype=torch.float64)
     exact = [float(exact_coefficient(one, data, design, gamma, ones)) for one in (network, other)]
     influences = [exact_influence(one, data, design, gamma) for one in (network, other)]
-    paired, single = (float(one.std() * math.sqrt(N)) for one in (influences[1] - influences[0], influences[1]))
+    seconds = [exact_second(one, data, design, gamma) for one in (network, other)]
+    paired, single = (
+        math.hypot(float(first.std()) * math.sqrt(N), float(second.norm()) / math.sqrt(2))
+        for first, second in ((influences[1] - influences[0], seconds[1] - seconds[0]), (influences[1], seconds[1]))
+    )
     alone = [
         pn.learning_coefficient(
             one, data=data, loss="mse", localization=gamma, n_chains=24, n_draws=400, batch_size=N, n=None,
