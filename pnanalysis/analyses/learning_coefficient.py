@@ -191,7 +191,8 @@ def learning_coefficient(
         which the coefficient is too large, see :mod:`pnanalysis.sampling.stein`. ``excess`` and ``distance`` ``(chain,
         draw)`` are the loss above that of the checkpoint and the distance from it, burn-in included; ``"minibatch"``
         measures the loss at some of the draws, and has NaN at the others. ``influence`` ``(chain, example)`` is how the
-        coefficient changes with the weight of each example, as each chain has it (with the error of examples).
+        coefficient changes with the weight of each example, as each chain has it (with the error of examples), and
+        ``second_influence`` ``(chain, change, example)`` how that changes with random changes of all weights.
         Attributes: ``n``, the number of examples that count, ``beta``, and ``all_examples`` (0 or 1), whether these are
         all that the split has.
 
