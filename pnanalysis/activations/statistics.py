@@ -65,8 +65,7 @@ class LayerActivity:
         self.bin_range = bin_range
         self.sketch = QuantileSketch(measures.exact_limit)
         self._fractions = CumulativeFractions()
-        self._powers = ExampleMoments(cross=True)  # of x and x^2, for x relative to the mean of the first examples
-        self._shift: float | None = None
+        self._powers = ExampleMoments(cross=True)  # of x and x^2
         self._histogram, self._saturated, self._signal = ExampleMoments(), ExampleMoments(), ExampleMoments()
         self._unit_saturated, self._unit_signal = ExampleMoments(), ExampleMoments()
         self._active: Tensor | None = None  # for each unit, whether any example has activated it
@@ -86,11 +85,8 @@ class LayerActivity:
 
     def _add_part(self, values: Tensor) -> None:
         n, _, n_positions = values.shape
-        # double precision, near the mean: the standard deviation would be a small difference of two large numbers
+        # squares in double precision: the standard deviation is a small difference of two large numbers
         double = values.view(n, -1).double()
-        if self._shift is None:
-            self._shift = float(double.mean().nan_to_num(0, 0, 0))
-        double = double - self._shift
         count = double.shape[1]
         self._powers.add(torch.stack([double.sum(1), double.square().sum(1)], dim=1), count)
         values = values.float()
@@ -214,18 +210,13 @@ class LayerActivity:
 
     def _mean_and_std(self) -> Variables:
         """Mean and standard deviation; the standard error of the latter by linearisation in the first two moments."""
-        mean, square = self._powers.mean()  # relative to the shift
+        mean, square = self._powers.mean()
         covariance = self._powers.covariance()
         std = np.sqrt(max(square - mean**2, 0.0))
         gradient = np.array([-mean, 0.5]) / std if std > 0 else np.zeros(2)
         variances = covariance[0, 0], gradient @ covariance @ gradient
         mean_se, std_se = np.sqrt(np.maximum(variances, 0.0))
-        return {
-            "mean": ((), mean + (self._shift or 0.0)),
-            "mean_se": ((), mean_se),
-            "std": ((), std),
-            "std_se": ((), std_se),
-        }
+        return {"mean": ((), mean), "mean_se": ((), mean_se), "std": ((), std), "std_se": ((), std_se)}
 
 
 def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:

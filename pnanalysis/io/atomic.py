@@ -8,6 +8,7 @@ import platform
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from pnanalysis.errors import PnError
 
 #: Ends the names of unfinished files, which no pattern for datasets or weights matches.
 PARTIAL = ".partial"
+#: Seconds after which a removed directory is looked for again.
+_PAUSES = (0.01, 0.1, 1.0, 1.0)
 
 
 @contextmanager
@@ -106,9 +109,20 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             if replaced.exists():
                 os.replace(replaced, path)
             raise
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+    except BaseException:
+        _remove_while_written(workplace)
+        raise
+    shutil.rmtree(workplace, ignore_errors=True)
     _sync_directory(path.parent)
+
+
+def _remove_while_written(path: Path) -> None:
+    """Remove a directory into which threads of a writer that has failed may still write."""
+    for seconds in _PAUSES:
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(seconds)
+        if not path.exists():
+            return
 
 
 def _unfinished_name(path: Path) -> Path:

@@ -45,15 +45,3 @@ def test_the_saturation_measure_is_the_sum_over_bins(seed: int, bins: int, shift
     assert saturation_measure(values, ACTIVATIONS["tanh"], bins) == pytest.approx(
         expected / flat.size, rel=1e-5, abs=1e-7
     )
-
-
-def test_deviations_far_below_the_mean_are_not_lost_in_round_off() -> None:
-    values = torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e7
-    layer = LayerActivity(ACTIVATIONS["softplus"], Measures(), (0.0, 1.0))
-    for part in values.split(30):
-        layer.add(part)
-    found = layer.variables()
-    assert float(found["mean"][1]) == pytest.approx(float(values.mean()), rel=1e-14)
-    assert float(found["std"][1]) == pytest.approx(float(values.std(correction=0)), rel=1e-7)
-    sums = values - values.mean()
-    assert float(found["mean_se"][1]) == pytest.approx(float(sums.mean(1).std() / 200**0.5), rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -265,3 +266,33 @@ def test_what_another_users_process_is_writing_is_left_alone(tmp_path: Path, mon
     with atomic_path(tmp_path / "file") as temporary:
         temporary.touch()
     assert sorted(tmp_path.iterdir()) == [unfinished, tmp_path / "file"]
+
+
+def test_what_threads_of_a_failed_writer_still_write_is_removed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, pauses = threading.Event(), []
+
+    def go_on(folder: Path) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "late").write_text("late")
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 1:
+            while not any(tmp_path.iterdir()):
+                pass
+        else:
+            stopped.set()
+            thread.join()
+
+    monkeypatch.setattr(atomic.time, "sleep", pause)
+    writing = atomic_directory(tmp_path / "store")
+    thread = threading.Thread(target=go_on, args=[writing.__enter__()])
+    thread.start()
+    with pytest.raises(ValueError, match="failed"):
+        writing.gen.throw(ValueError("failed"))  # type: ignore[attr-defined]
+    assert not any(tmp_path.iterdir())
+    assert len(pauses) >= 2
