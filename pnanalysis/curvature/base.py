@@ -881,11 +881,11 @@ class CurvatureOperator:
 
     def _batch_weights(self, weight: Weight) -> BatchWeights:
         return BatchWeights(
-            self.loss_fn, "batches" if self.reduction == "sum" else weight,
-            self.dtype if self.amp == "no" else torch.bfloat16,  # how much the loss of a part may be off by round-off
+            self.loss_fn, "batches" if self.reduction == "sum" else weight, self.dtype,
             lambda batch: self._loss_at_theta(self._arguments(batch)),
             lambda batch: self._loss.outputs(self._arguments(batch), self._theta),
             self._loss.of_outputs,
+            low_precision=self.amp != "no",
         )  # fmt: skip
 
     def _fit_passes(self, batch: Batch) -> None:

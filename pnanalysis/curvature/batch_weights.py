@@ -3,9 +3,10 @@
 A loss of one's own may be a mean over examples, over the tokens or positions that a mask keeps, over graphs, or a sum.
 The value of a batch is then compared with the values of its parts: a mean over things of which there are :math:`w_1`
 in one part and :math:`w_2` in the other fulfils :math:`(w_1 + w_2) L = w_1 L_1 + w_2 L_2`, and a sum
-:math:`L = L_1 + L_2`. Every batch is looked at, cut in two at several places, and its first example put together
-with the last one of the batch before: examples may weigh alike within each batch and differ between batches, as they
-do where a loss weighs classes and the data come class after class.
+:math:`L = L_1 + L_2`. Every batch is looked at, cut in two at several places, and its first examples put
+together with the last ones of the batch before: examples may weigh alike within each batch and differ between batches,
+as they do where a loss weighs classes and the data come class after class. Batches of even size are cut between pairs,
+as examples that follow each other may be one comparison.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class BatchWeights:
         ``None`` knows torch's own losses, and measures all others.
     dtype : torch.dtype
         Precision of the loss.
+    low_precision : bool
+        Whether passes are in less: a loss that fits nothing may then be off by so much.
     evaluate, outputs, of_outputs : callable
         ``evaluate(batch)`` is the loss of a batch; ``outputs(batch)`` what the network returns for it, and
         ``of_outputs(outputs, targets)`` the loss then.
@@ -59,12 +62,14 @@ class BatchWeights:
         evaluate: Callable[[Any], Tensor],
         outputs: Callable[[Any], Any],
         of_outputs: Callable[[Any, Any], Tensor],
+        low_precision: bool = False,
     ) -> None:
         if isinstance(weight, str) and weight not in RULES:
             raise CurvatureError(f"weight is {weight!r}; it must be {', '.join(RULES)} or weight(inputs, targets)")
         self.loss, self.weight = loss, weight
         self.evaluate, self.outputs, self.of_outputs = evaluate, outputs, of_outputs
         self.tolerance = _TOLERANCE.get(dtype, _OTHER_TOLERANCE)
+        self._tolerances = (self.tolerance, _OTHER_TOLERANCE) if low_precision else (self.tolerance,)
         self.measures = weight is None and known(loss) is None
         self._measured = "examples"
         self._given: list[float] = []
@@ -194,7 +199,7 @@ class BatchWeights:
         ways = self._ways(batch)
         for one, other, losses in self._in_parts(batch, ways):
             self._compare(one, other, losses)
-        first, last = _first_and_last(batch)
+        first, last = _ends(batch)
         pairs = zip(ways, self._before, strict=True)
         joined = (way.alone(first).joined_to(before) for way, before in pairs if way and before)
         found = next((each for each in joined if each is not None), None)
@@ -216,7 +221,8 @@ class BatchWeights:
         ways of cutting it in two.
         """
         n = batch_size(batch)
-        for at in sorted({1, n // 3, n // 2} - {0, n}):
+        unit = _unit(batch)
+        for at in sorted({unit, n // 3 // unit * unit, n // 2 // unit * unit} - {0, n}):
             pieces = slice(0, at), slice(at, n)
             found = (way.of_parts(pieces) for way in ways if way)
             losses = next((each for each in found if each is not None), None)
@@ -244,7 +250,15 @@ class BatchWeights:
         if not abs(whole) < float("inf") or not any(finite):
             return
         self._n_measured += 1
-        slack = self.tolerance * (abs(whole) + sum(abs(value) for value in parts if abs(value) < float("inf")))
+        size = abs(whole) + sum(abs(value) for value in parts if abs(value) < float("inf"))
+        found = (self._fitting(one, other, losses, tolerance * size) for tolerance in self._tolerances)
+        fitting = next(filter(None, found), set())
+        self._alive = fitting if self._alive is None else self._alive & fitting
+
+    def _fitting(self, one: Counts, other: Counts, losses: Sequence[float], slack: float) -> set[str]:
+        """What two parts weigh by, as far as the losses of the whole and of the parts tell, up to some slack."""
+        whole, *parts = losses
+        finite = [abs(value) < float("inf") for value in parts]
         fitting = {_SUM} if all(finite) and abs(whole - sum(parts)) <= slack else set()
         for name in one.keys() & other.keys():
             shares = [one[name], other[name]]
@@ -253,7 +267,7 @@ class BatchWeights:
             mean = sum(share * value for share, value in zip(shares, parts, strict=True) if share)
             if sum(shares) > 0 and abs(mean / sum(shares) - whole) <= slack:
                 fitting.add(name)
-        self._alive = fitting if self._alive is None else self._alive & fitting
+        return fitting
 
 
 class _Losses:
@@ -293,9 +307,8 @@ class _Losses:
         found = _unless_it_fails(losses)
         return None if found is None else (_counts(other.batch), _counts(self.batch), found)
 
-    def alone(self, i: int) -> _Losses:
-        """The same of one example."""
-        piece = slice(i, i + 1)
+    def alone(self, piece: slice) -> _Losses:
+        """The same of some of the examples."""
         nest, batch = (map_tensors(each, torch.clone) for each in (rows(self.nest, piece), _part(self.batch, piece)))
         return _Losses(nest, batch, self.loss)
 
@@ -309,12 +322,18 @@ def _unless_it_fails(losses: Callable[[], list[float]]) -> list[float] | None:
         return None
 
 
-def _first_and_last(batch: Any) -> tuple[int, int]:
-    """The first and the last example of a batch that count, as far as their targets say."""
-    places = range(batch_size(batch))
+def _unit(batch: Any) -> int:
+    """Examples that stay together: pairs, if all may be in one."""
+    return 2 - batch_size(batch) % 2
+
+
+def _ends(batch: Any) -> tuple[slice, slice]:
+    """The first and the last examples of a batch of which some count, as far as their targets say."""
+    unit = _unit(batch)
+    pieces = [slice(i, i + unit) for i in range(0, batch_size(batch), unit)]
     first, last = (
-        next((i for i in order if _may_count(rows(batch[1], slice(i, i + 1)))), order[0])
-        for order in (places, places[::-1])
+        next((piece for piece in order if _may_count(rows(batch[1], piece))), order[0])
+        for order in (pieces, pieces[::-1])
     )
     return first, last
 

@@ -204,13 +204,14 @@ def joined(one: Any, other: Any) -> Any:
     RuntimeError
         If tensors have rows of unequal shapes, or none.
     ValueError
-        If the structures differ.
+        If the structures differ, or what they hold beside tensors.
     """
     leaves, structure = tree_flatten(one)
     others, other_structure = tree_flatten(other)
-    if structure != other_structure:
+    pairs = list(zip(leaves, others, strict=structure == other_structure))
+    if structure != other_structure or any(a != b for a, b in pairs if not isinstance(a, Tensor)):
         raise ValueError("the nests have unlike structures")
-    both = [torch.cat([a, b]) if isinstance(a, Tensor) else a for a, b in zip(leaves, others, strict=True)]
+    both = [torch.cat([a, b]) if isinstance(a, Tensor) else a for a, b in pairs]
     return tree_unflatten(both, structure)
 
 

@@ -146,7 +146,6 @@ def class_weighted(outputs: Tensor, targets: Tensor) -> Tensor:
         (torch.arange(3).repeat_interleave(8), 8),  # each batch of one class
         (torch.arange(3).repeat_interleave(8), 5),
         (torch.tensor([0] * 21 + [2, 0, 0]), 4),  # a rare class, in the last batch
-        (torch.tensor([0, 1]).repeat(12), 4),  # halves alike
         (torch.arange(3).repeat(8), 1),
     ],
 )
@@ -160,6 +159,33 @@ def test_weights_of_classes_are_found_wherever_they_differ(targets: Tensor, size
     right = HessianOperator(model, nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), batches).to_dense()
     told = HessianOperator(model, class_weighted, batches, weight=lambda _, t: CLASS_WEIGHTS[t].sum())
     torch.testing.assert_close(told.to_dense(), right, rtol=1e-10, atol=1e-14)
+
+
+def test_batches_alike_weigh_alike_even_where_their_examples_do_not() -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = nn.Linear(4, 3).double(), torch.randn(24, 4).double(), torch.tensor([0, 1]).repeat(12)
+    batches = list(zip(inputs.split(4), targets.split(4), strict=True))
+    right = HessianOperator(model, nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), batches).to_dense()
+    torch.testing.assert_close(HessianOperator(model, class_weighted, batches).to_dense(), right)
+    with pytest.raises(CurvatureError, match="not the mean over its examples"):
+        EmpiricalFisherOperator(model, class_weighted, batches)
+
+
+@pytest.mark.parametrize("reduce", [torch.mean, torch.sum, lambda each: each.sum() / 8])
+def test_pairs_of_examples_that_are_compared_stay_together(reduce: Callable[[Tensor], Tensor]) -> None:
+    def preferred(outputs: Tensor, targets: Tensor) -> Tensor:
+        return reduce(F.softplus(outputs[1::2, 0] - outputs[0::2, 0]))
+
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double(), torch.randn(32, 4).double()
+    batches = [(part, torch.zeros(len(part))) for part in inputs.split(10)[:-1]]
+    op = HessianOperator(model, preferred, batches)
+    assert len(set(op.batches.weights)) == 1
+    assert op.loss() == pytest.approx(
+        (1.0 if reduce is torch.mean else 30.0 if reduce is torch.sum else 30.0 / 8)
+        * float(F.softplus(model(inputs[1:30:2]) - model(inputs[0:30:2])).mean())
+        / (1 if reduce is torch.mean else 2)
+    )
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(reduction="sum"), lambda o, t: F.cross_entropy(o, t) * len(t)])
