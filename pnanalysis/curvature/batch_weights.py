@@ -69,9 +69,11 @@ class BatchWeights:
         self.loss, self.weight = loss, weight
         self.evaluate, self.outputs, self.of_outputs = evaluate, outputs, of_outputs
         self.tolerance = _TOLERANCE.get(dtype, _OTHER_TOLERANCE)
-        self._tolerances = (self.tolerance, _OTHER_TOLERANCE) if low_precision else (self.tolerance,)
+        self._low_precision = low_precision
         self.measures = weight is None and known(loss) is None
         self._measured = "examples"
+        #: Set where it is known otherwise that the loss of each batch is the mean over its examples.
+        self.prefers_examples = False
         self._given: list[float] = []
         self._counts: list[Counts] = []
         self._alive: set[str] | None = None
@@ -134,6 +136,8 @@ class BatchWeights:
             raise CurvatureError(
                 f"the loss of a batch is neither a mean nor a sum over its parts that this package knows; {_WAY_OUT}"
             )
+        if self.prefers_examples and "examples" in alive:
+            return examples, "mean"
         found = {name: [each[name] for each in self._counts] for name in alive}
         first = found.get("examples", found[alive[0]])
         for name, weights in found.items():
@@ -197,14 +201,14 @@ class BatchWeights:
     def _measure(self, batch: Any) -> None:
         """Compare the loss of a batch with those of its parts, and that of its first example with the one before it."""
         ways = self._ways(batch)
-        for one, other, losses in self._in_parts(batch, ways):
-            self._compare(one, other, losses)
+        for one, other, losses, by_passes in self._in_parts(batch, ways):
+            self._compare(one, other, losses, by_passes)
         first, last = _ends(batch)
-        pairs = zip(ways, self._before, strict=True)
-        joined = (way.alone(first).joined_to(before) for way, before in pairs if way and before)
-        found = next((each for each in joined if each is not None), None)
+        pairs = enumerate(zip(ways, self._before, strict=True))
+        joined = ((way.alone(first).joined_to(before), i == 1) for i, (way, before) in pairs if way and before)
+        found, by_passes = next((each for each in joined if each[0] is not None), (None, False))
         if found is not None:
-            self._compare(*found)
+            self._compare(*found, by_passes)
         self._before = [way and way.alone(last) for way in ways]
 
     def _ways(self, batch: Any) -> list[_Losses | None]:
@@ -216,20 +220,22 @@ class BatchWeights:
         of_outputs = None if outputs is None else _Losses((outputs, batch[1]), batch, lambda at: self.of_outputs(*at))
         return [of_outputs, _Losses(batch, batch, self.evaluate) if can_cut(batch) else None]
 
-    def _in_parts(self, batch: Any, ways: Sequence[_Losses | None]) -> Iterator[tuple[Counts, Counts, list[float]]]:
-        """What there is to count in two parts of a batch, and the losses of the whole and of the parts; for several
-        ways of cutting it in two.
+    def _in_parts(
+        self, batch: Any, ways: Sequence[_Losses | None]
+    ) -> Iterator[tuple[Counts, Counts, list[float], bool]]:  # fmt: skip
+        """What there is to count in two parts of a batch, the losses of the whole and of the parts, and whether these
+        took passes; for several ways of cutting it in two.
         """
         n = batch_size(batch)
         unit = _unit(batch)
         for at in sorted({unit, n // 3 // unit * unit, n // 2 // unit * unit} - {0, n}):
             pieces = slice(0, at), slice(at, n)
-            found = (way.of_parts(pieces) for way in ways if way)
-            losses = next((each for each in found if each is not None), None)
+            found = ((way.of_parts(pieces), i == 1) for i, way in enumerate(ways) if way)
+            losses, by_passes = next((each for each in found if each[0] is not None), (None, False))
             if losses is None:  # normalisation by batches takes no single example, for one
                 continue
             one, other = (_counts(_part(batch, piece)) for piece in pieces)
-            yield one, other, losses
+            yield one, other, losses, by_passes
 
     def _outputs_by_example(self, batch: Any) -> Any:
         """What the network returns, if it has a row for each example; else ``None``."""
@@ -243,7 +249,7 @@ class BatchWeights:
         whole = any(tensor.ndim == 0 and tensor.is_floating_point() for tensor in tensors(outputs))
         return outputs if not whole and can_cut((outputs, batch[1])) else None
 
-    def _compare(self, one: Counts, other: Counts, losses: Sequence[float]) -> None:
+    def _compare(self, one: Counts, other: Counts, losses: Sequence[float], by_passes: bool) -> None:
         """Strike out what two parts of ``losses[0]``, which have ``losses[1:]``, do not weigh by."""
         whole, *parts = losses
         finite = [abs(value) < float("inf") for value in parts]
@@ -251,7 +257,10 @@ class BatchWeights:
             return
         self._n_measured += 1
         size = abs(whole) + sum(abs(value) for value in parts if abs(value) < float("inf"))
-        found = (self._fitting(one, other, losses, tolerance * size) for tolerance in self._tolerances)
+        # passes over few examples round off otherwise, which is much of a loss that is nearly zero
+        is_rough = self._low_precision or (by_passes and self.tolerance > _TOLERANCE[torch.float64])
+        tolerances = (self.tolerance, _OTHER_TOLERANCE) if is_rough else (self.tolerance,)
+        found = (self._fitting(one, other, losses, tolerance * size) for tolerance in tolerances)
         fitting = next(filter(None, found), set())
         self._alive = fitting if self._alive is None else self._alive & fitting
 
@@ -265,7 +274,8 @@ class BatchWeights:
             if any(share and not is_finite for share, is_finite in zip(shares, finite, strict=True)):
                 continue  # a part is 0 / 0 where nothing in it counts
             mean = sum(share * value for share, value in zip(shares, parts, strict=True) if share)
-            if sum(shares) > 0 and abs(mean / sum(shares) - whole) <= slack:
+            expected = mean / sum(shares) if sum(shares) else 0.0  # of nothing: sums that are divided by at least one
+            if abs(expected - whole) <= slack:
                 fitting.add(name)
         return fitting
 

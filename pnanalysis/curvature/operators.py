@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 from pnanalysis.curvature.base import CurvatureOperator
+from pnanalysis.curvature.batch_weights import BatchWeights, Weight
 from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.output_curvature import OutputCurvature, closed_form, closed_form_slope
@@ -385,6 +386,11 @@ class EmpiricalFisherOperator(CurvatureOperator):
             n = batch_size(targets)
             each = torch.stack([one(*_example((outputs, targets), i)) for i in range(n)])
         return each, torch.ones_like(each)
+
+    def _batch_weights(self, weight: Weight) -> BatchWeights:
+        found = super()._batch_weights(weight)
+        found.prefers_examples = True  # see _check_batch
+        return found
 
     def _fit_passes(self, batch: Batch) -> None:
         super()._fit_passes(batch)

@@ -44,7 +44,8 @@ def frozen_norms(model: nn.Module) -> set[str]:
     mode, as in fine-tuning. Of a network in eval mode it is not known which these are: none.
     """
     norms = ((name, module) for name, module in model.named_modules() if isinstance(module, BatchNormBase))
-    return {name for name, module in norms if model.training and not module.training}
+    frozen = {name for name, module in norms if not module.training and module.running_mean is not None}
+    return frozen if model.training else set()
 
 
 def in_place_activations(model: nn.Module) -> list[nn.Module]:

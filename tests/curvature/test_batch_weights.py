@@ -255,3 +255,36 @@ def test_what_is_counted_in_a_batch() -> None:
         "sum of the targets (2)": 10.5,
         "sum of the shifted targets (2)": 9,
     }
+
+
+def test_parts_in_which_nothing_counts_say_nothing() -> None:
+    """Sums over what a mask keeps, divided by its size but at least by one."""
+
+    def positives(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        values, mask = targets
+        return ((outputs[:, 0] - values).square() * mask).sum() / mask.sum().clamp(min=1)
+
+    torch.manual_seed(0)
+    model, inputs, values = nn.Linear(4, 1).double(), torch.randn(40, 4).double(), torch.randn(40).double()
+    mask = (torch.rand(40) < 0.3).double()
+    mask[:2] = mask[6:12] = 0
+    whole = HessianOperator(model, positives, [(inputs, (values, mask))])
+    parts = zip(inputs.split(8), values.split(8), mask.split(8), strict=True)
+    batches = HessianOperator(model, positives, [(x, (y, kept)) for x, y, kept in parts])
+    torch.testing.assert_close(batches.to_dense(), whole.to_dense(), rtol=1e-10, atol=1e-13)
+
+
+def test_round_off_of_passes_over_few_examples_is_no_weight() -> None:
+    """A network that fits its targets nearly exactly, under a loss that calls it."""
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 3)), torch.randn(64, 8)
+    targets = model(inputs).detach() + 1e-5 * torch.randn(64, 3)
+    batches = list(zip(inputs.split(16), targets.split(16), strict=True))
+    op = HessianOperator(model, lambda model, batch: F.mse_loss(model(batch[0]), batch[1]), batches)
+    assert op.batches.weights == [0.25] * 4
+
+
+def test_fisher_matrices_know_that_examples_count_alike() -> None:
+    batches = [(TOKENS, LABELS), (TOKENS[:, :3], LABELS[:, :3])]
+    op = EmpiricalFisherOperator(network(), tokens_loss, batches)
+    assert op.batches.weights == [0.5, 0.5]
