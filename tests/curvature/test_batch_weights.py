@@ -288,3 +288,24 @@ def test_fisher_matrices_know_that_examples_count_alike() -> None:
     batches = [(TOKENS, LABELS), (TOKENS[:, :3], LABELS[:, :3])]
     op = EmpiricalFisherOperator(network(), tokens_loss, batches)
     assert op.batches.weights == [0.5, 0.5]
+
+
+def test_batches_of_unlike_labels_are_not_put_together() -> None:
+    """Labels that are no tensors may change the loss of a whole batch."""
+
+    def of_task(outputs: Tensor, targets: tuple[Tensor, str]) -> Tensor:
+        values, task = targets
+        return (outputs - values).square().mean() if task == "squares" else (outputs - values).abs().mean()
+
+    torch.manual_seed(0)
+    model, inputs, values = nn.Linear(4, 3).double(), torch.randn(24, 4).double(), torch.randn(24, 3).double()
+    tasks = ("squares", "distances", "squares")
+    parts = zip(inputs.split(8), values.split(8), tasks, strict=True)
+    op = HessianOperator(model, of_task, [(x, (y, task)) for x, y, task in parts])
+    assert op.batches.weights == pytest.approx([1 / 3] * 3)
+
+
+def test_lower_precision_leaves_no_choice_that_there_was_not() -> None:
+    batches = list(zip(TOKENS.split((3, 7)), IGNORED.split((3, 7)), strict=True))
+    ops = [HessianOperator(network().float(), tokens_loss, batches, amp=amp) for amp in ("no", "bf16")]
+    assert ops[0].batches.weights == ops[1].batches.weights
