@@ -26,6 +26,8 @@ from pnanalysis.inputs.batches import IGNORED, batch_size, can_cut, cut, joined,
 Weight = Callable[[Any, Any], Any] | str | None
 #: Numbers of things that a loss may be a mean over, by what they are called in messages.
 Counts = dict[str, float]
+#: What there is to count in two parts, the losses of the whole and of each, and whether these took passes.
+Comparison = tuple[Counts, Counts, list[float], bool]
 RULES = ("examples", "batches")
 #: What the two sides of the equation may differ by, relative to the values, by roundoff.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -199,16 +201,16 @@ class BatchWeights:
         return _known_weight(self.loss, batch)
 
     def _measure(self, batch: Any) -> None:
-        """Compare the loss of a batch with those of its parts, and that of its first example with the one before it."""
+        """Compare the loss of a batch with those of its parts, and that of its first ones with those before it."""
         ways = self._ways(batch)
-        for one, other, losses, by_passes in self._in_parts(batch, ways):
-            self._compare(one, other, losses, by_passes)
+        for comparison in self._in_parts(batch, ways):
+            self._compare(*comparison)
         first, last = _ends(batch)
-        pairs = enumerate(zip(ways, self._before, strict=True))
-        joined = ((way.alone(first).joined_to(before), i == 1) for i, (way, before) in pairs if way and before)
-        found, by_passes = next((each for each in joined if each[0] is not None), (None, False))
-        if found is not None:
-            self._compare(*found, by_passes)
+        pairs = zip(ways, self._before, strict=True)
+        found = (way.alone(first).joined_to(before) for way, before in pairs if way and before)
+        between = next(filter(None, found), None)
+        if between is not None:
+            self._compare(*between)
         self._before = [way and way.alone(last) for way in ways]
 
     def _ways(self, batch: Any) -> list[_Losses | None]:
@@ -218,24 +220,20 @@ class BatchWeights:
         """
         outputs = self._outputs_by_example(batch)
         of_outputs = None if outputs is None else _Losses((outputs, batch[1]), batch, lambda at: self.of_outputs(*at))
-        return [of_outputs, _Losses(batch, batch, self.evaluate) if can_cut(batch) else None]
+        return [of_outputs, _Losses(batch, batch, self.evaluate, by_passes=True) if can_cut(batch) else None]
 
-    def _in_parts(
-        self, batch: Any, ways: Sequence[_Losses | None]
-    ) -> Iterator[tuple[Counts, Counts, list[float], bool]]:  # fmt: skip
-        """What there is to count in two parts of a batch, the losses of the whole and of the parts, and whether these
-        took passes; for several ways of cutting it in two.
-        """
+    def _in_parts(self, batch: Any, ways: Sequence[_Losses | None]) -> Iterator[Comparison]:
+        """A batch and two parts of it, for several ways of cutting it in two."""
         n = batch_size(batch)
         unit = _unit(batch)
         for at in sorted({unit, n // 3 // unit * unit, n // 2 // unit * unit} - {0, n}):
             pieces = slice(0, at), slice(at, n)
-            found = ((way.of_parts(pieces), i == 1) for i, way in enumerate(ways) if way)
+            found = ((way.of_parts(pieces), way.by_passes) for way in ways if way)
+            # normalisation by batches takes no single example, for one
             losses, by_passes = next((each for each in found if each[0] is not None), (None, False))
-            if losses is None:  # normalisation by batches takes no single example, for one
-                continue
-            one, other = (_counts(_part(batch, piece)) for piece in pieces)
-            yield one, other, losses, by_passes
+            if losses is not None:
+                one, other = (_counts(_part(batch, piece)) for piece in pieces)
+                yield one, other, losses, by_passes
 
     def _outputs_by_example(self, batch: Any) -> Any:
         """What the network returns, if it has a row for each example; else ``None``."""
@@ -291,10 +289,12 @@ class _Losses:
         The batch itself.
     loss : callable
         ``loss(nest)``.
+    by_passes : bool
+        Whether it takes a pass over the network.
     """
 
-    def __init__(self, nest: Any, batch: Any, loss: Callable[[Any], Tensor]) -> None:
-        self.nest, self.batch, self.loss = nest, batch, loss
+    def __init__(self, nest: Any, batch: Any, loss: Callable[[Any], Tensor], by_passes: bool = False) -> None:
+        self.nest, self.batch, self.loss, self.by_passes = nest, batch, loss, by_passes
 
     @cached_property
     def whole(self) -> float:
@@ -307,20 +307,20 @@ class _Losses:
             lambda: [self.whole, *(float(self.loss(rows(self.nest, piece)).detach()) for piece in pieces)]
         )
 
-    def joined_to(self, other: _Losses) -> tuple[Counts, Counts, list[float]] | None:
-        """What there is to count in another batch and in this, and the losses of both together and of each."""
+    def joined_to(self, other: _Losses) -> Comparison | None:
+        """Another batch and this, as two parts of both together."""
 
         def losses() -> list[float]:
             together = float(self.loss(joined(other.nest, self.nest)).detach())
             return [together, other.whole, self.whole]
 
         found = _unless_it_fails(losses)
-        return None if found is None else (_counts(other.batch), _counts(self.batch), found)
+        return None if found is None else (_counts(other.batch), _counts(self.batch), found, self.by_passes)
 
     def alone(self, piece: slice) -> _Losses:
         """The same of some of the examples."""
         nest, batch = (map_tensors(each, torch.clone) for each in (rows(self.nest, piece), _part(self.batch, piece)))
-        return _Losses(nest, batch, self.loss)
+        return _Losses(nest, batch, self.loss, self.by_passes)
 
 
 def _unless_it_fails(losses: Callable[[], list[float]]) -> list[float] | None:

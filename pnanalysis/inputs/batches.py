@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pnanalysis.errors import CurvatureError, DataError
 from pnanalysis.inputs.copies import matching_dtype, unwrapped
-from pnanalysis.torch_internals import tree_flatten, tree_unflatten
+from pnanalysis.torch_internals import tree_map
 
 #: Entries of a mapping that hold the targets, the first that there is.
 LABELS = ("labels", "label", "targets", "target", "y")
@@ -206,13 +206,15 @@ def joined(one: Any, other: Any) -> Any:
     ValueError
         If the structures differ, or what they hold beside tensors.
     """
-    leaves, structure = tree_flatten(one)
-    others, other_structure = tree_flatten(other)
-    pairs = list(zip(leaves, others, strict=structure == other_structure))
-    if structure != other_structure or any(a != b for a, b in pairs if not isinstance(a, Tensor)):
-        raise ValueError("the nests have unlike structures")
-    both = [torch.cat([a, b]) if isinstance(a, Tensor) else a for a, b in pairs]
-    return tree_unflatten(both, structure)
+
+    def both(a: Any, b: Any) -> Any:
+        if isinstance(a, Tensor):
+            return torch.cat([a, b])
+        if a != b:
+            raise ValueError(f"the nests hold {a!r} and {b!r}")
+        return a
+
+    return tree_map(both, one, other)
 
 
 def first_examples(batch: tuple[Any, Any], n: int) -> tuple[Any, Any]:
