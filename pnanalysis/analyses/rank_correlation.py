@@ -199,8 +199,9 @@ def granulated(
         Runs are resampled; the interval is that of percentiles.
     """
     agree = signs(x) * signs(y)
-    groups = [_groups(settings, axis) for axis in axes]
-    differ = [np.not_equal.outer(codes, codes) for codes in (_codes(settings[axis]) for axis in axes)]
+    coded = {name: _codes(values) for name, values in settings.items()}
+    groups = [_groups(coded, axis) for axis in axes]
+    differ = [np.not_equal.outer(coded[axis], coded[axis]) for axis in axes]
     counts = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=n_bootstrap)
     found = list(zip(differ, groups, strict=True))
     of_axis = np.array([_mean_tau(agree, apart, own, np.ones((1, len(x))))[0] for apart, own in found])
@@ -238,13 +239,13 @@ def conditional_information(x: Array, y: Array, settings: Mapping[str, Sequence[
     return min(found, default=math.nan)
 
 
-def _groups(settings: Mapping[str, Sequence[object]], axis: str) -> list[NDArray[np.intp]]:
+def _groups(coded: Mapping[str, NDArray[np.intp]], axis: str) -> list[NDArray[np.intp]]:
     """Indices of runs that agree in all settings but one, in which they differ."""
-    found: dict[tuple[str, ...], list[int]] = {}
-    for i in range(len(settings[axis])):
-        found.setdefault(tuple(str(v[i]) for name, v in settings.items() if name != axis), []).append(i)
-    groups = [np.array(own) for own in found.values()]
-    return [own for own in groups if len({str(settings[axis][i]) for i in own}) > 1]
+    rest = [codes for name, codes in coded.items() if name != axis]
+    keys = np.stack(rest) if rest else np.zeros((1, len(coded[axis])), dtype=int)
+    group = np.unique(keys, axis=1, return_inverse=True)[1].ravel()
+    every = (np.flatnonzero(group == key) for key in range(group.max() + 1))
+    return [own for own in every if np.ptp(coded[axis][own]) > 0]
 
 
 def _codes(values: Sequence[object]) -> NDArray[np.intp]:
