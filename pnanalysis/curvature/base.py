@@ -198,8 +198,6 @@ class CurvatureOperator:
             raise CurvatureError("compile is for traced products, without checkpoint_activations, draws or differences")
         if checkpoint_activations and draws is not None:
             raise CurvatureError("checkpoint_activations would draw other random numbers the second time; drop draws")
-        if micro_batch is not None and bn_mode == "train":
-            raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
         wrapped, model = model, unwrapped(model)
         if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
             raise CurvatureError(
@@ -213,10 +211,14 @@ class CurvatureOperator:
         self.dtype = resolve_dtype(dtype) if isinstance(dtype, str) else dtype or first.real.dtype
         self.device = torch.device(device) if device is not None else first.device
         self.model = in_precision(prepared_copy(model, bn_mode), self.dtype).to(self.device)
+        #: What the layers do: ``"eval"`` where none takes statistics over a batch, such as where all are frozen.
+        self.bn_mode = "train" if takes_batch_statistics(self.model) else "eval"
+        if micro_batch is not None and self.bn_mode == "train":
+            raise CurvatureError("micro-batches would change the batch statistics of bn_mode='train'; drop one of them")
         self._in_place = in_place_activations(self.model)
         self.loss_fn = loss_on(loss_fn, self.device, self.dtype)
         self.reduction, self.weight_decay, self.penalty = reduction, weight_decay, penalty
-        self.bn_mode, self.micro_batch, self.amp = bn_mode, micro_batch, amp
+        self.micro_batch, self.amp = micro_batch, amp
         self.expected_products, self.weight, self.draws = expected_products, weight, draws
         self.checkpoint_activations, self.compile = checkpoint_activations, compile
         self.by_differences, self.is_part = method == "finite_difference", is_part
@@ -810,7 +812,7 @@ class CurvatureOperator:
                 self._fit_passes,
                 weights,
                 self._check_batch,
-                needs_statistics=takes_batch_statistics(self.model),
+                needs_statistics=self.bn_mode == "train",
             )
             if self.batches.n_cut and not self.batches.weighing.separates(self._first_examples, self.batches.reduction):
                 raise CurvatureError(

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pnanalysis.arrays import Array
-from pnanalysis.curvature.batches import Batch, takes_batch_statistics
+from pnanalysis.curvature.batches import Batch
 from pnanalysis.curvature.example_subset import random_parts
 from pnanalysis.curvature.network_loss import LossArguments
 from pnanalysis.curvature.parameters import Named, split_vector
@@ -249,7 +249,7 @@ class _Trial:
         self.op, self.at, self.u = in_double(op, at, directions[0]) or (op, at, directions[0])
         self.v = [part.to(like) for part, like in zip(directions[1], self.u, strict=True)]
         self.can_cut = can_cut((at.inputs, at.targets))
-        self.coupled = takes_batch_statistics(op.model)  # every example depends on all of its batch
+        self.coupled = op.bn_mode == "train"  # every example depends on all of its batch
         self.whole = self._by_product(self.at)
 
     def by_rows(self) -> bool:

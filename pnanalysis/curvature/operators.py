@@ -295,8 +295,6 @@ class EmpiricalFisherOperator(CurvatureOperator):
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        if options.get("bn_mode") == "train":
-            raise CurvatureError("with bn_mode='train' an example's loss depends on its batch; use bn_mode='eval'")
         self._one_by_one, self._sums = "vmap", False
         super().__init__(*arguments, **options)
 
@@ -393,6 +391,8 @@ class EmpiricalFisherOperator(CurvatureOperator):
         return found
 
     def _fit_passes(self, batch: Batch) -> None:
+        if self.bn_mode == "train":
+            raise CurvatureError("with bn_mode='train' an example's loss depends on its batch; use bn_mode='eval'")
         super()._fit_passes(batch)
         at = self._few
         # vmap cannot map a loss that branches on values or reads sizes, and outputs may belong to the whole batch

@@ -40,12 +40,13 @@ def prepared_copy(model: nn.Module, bn_mode: str) -> nn.Module:
 
 
 def frozen_norms(model: nn.Module) -> set[str]:
-    """The batch normalisations whose running statistics a training step uses: in eval mode, with the network in train
-    mode, as in fine-tuning. Of a network in eval mode it is not known which these are: none.
+    """The batch normalisations whose running statistics a training step uses: in eval mode, with the network or others
+    of its normalisations in train mode, as in fine-tuning. Where all are in eval mode, it is not known: none.
     """
-    norms = ((name, module) for name, module in model.named_modules() if isinstance(module, BatchNormBase))
-    frozen = {name for name, module in norms if not module.training and module.running_mean is not None}
-    return frozen if model.training else set()
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, BatchNormBase)}
+    if not model.training and not any(module.training for module in norms.values()):
+        return set()
+    return {name for name, module in norms.items() if not module.training and module.running_mean is not None}
 
 
 def in_place_activations(model: nn.Module) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.checks import at_least, check_seed, one_of, positive
-from pnanalysis.curvature.batches import has_batch_norm, takes_batch_statistics
+from pnanalysis.curvature.batches import has_batch_norm
 from pnanalysis.errors import ModelError, PnError, reason
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.data import DataLike, as_splits
@@ -200,7 +200,7 @@ class CurvatureMonitor:
             "device": str(device), "dtype": str(operator.dtype).split(".")[-1],
         }  # fmt: skip
         if has_batch_norm(operator.model):
-            self._attrs["bn_mode"] = "train" if takes_batch_statistics(operator.model) else "eval"
+            self._attrs["bn_mode"] = operator.bn_mode
 
     def __enter__(self) -> CurvatureMonitor:
         self.start()

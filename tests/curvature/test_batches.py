@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, hessian
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
@@ -44,6 +47,44 @@ def test_ignored_targets_and_class_weights_do_not_depend_on_the_batches(operator
     torch.testing.assert_close(more.to_dense(), whole.to_dense(), rtol=1e-10, atol=1e-12)
     with pytest.raises(CurvatureError, match="no target of the data counts in the loss"):
         operator(model, loss, [(inputs[:2], torch.full((2,), -100))])
+
+
+def norms(n_frozen: int) -> nn.Module:
+    """Two normalisations in train mode, of which the first are frozen."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)]
+    model = nn.Sequential(*layers).double()
+    model(2 * torch.randn(50, 5, dtype=torch.float64) + 1)
+    for layer in (model[1], model[4])[:n_frozen]:
+        layer.eval()
+    return model
+
+
+def test_frozen_norms_stay_frozen_in_blocks_and_subsets() -> None:
+    model, batch = norms(1), (torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3)
+    whole = HessianOperator(model, cross_entropy, [batch], bn_mode="train")
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    by_torch = hessian(lambda p: cross_entropy(functional_call(copy.deepcopy(model), p, batch[0]), batch[1]))(
+        parameters
+    )
+    for layer, block in whole.per_layer():
+        rows = [
+            torch.cat([by_torch[a][b].reshape(parameters[a].numel(), -1) for b in block.names], 1) for a in block.names
+        ]
+        assert relative(block.to_dense(), torch.cat(rows)) < 1e-10, layer
+    some = whole.subset([0], 1)
+    assert relative(some.to_dense(), whole.to_dense()) < 1e-12
+
+
+def test_norms_that_are_all_frozen_allow_what_eval_mode_allows() -> None:
+    model, (inputs, targets) = norms(2), (torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3)
+    for kind in (HessianOperator, EmpiricalFisherOperator):
+        in_eval_mode = kind(model, cross_entropy, [(inputs, targets)])
+        op = kind(model, cross_entropy, [(inputs, targets)], bn_mode="train", micro_batch=5)
+        assert op.bn_mode == "eval"
+        assert relative(op.to_dense(), in_eval_mode.to_dense()) < 1e-12
+    with pytest.raises(CurvatureError, match="would change the batch statistics"):
+        HessianOperator(norms(1), cross_entropy, [(inputs, targets)], bn_mode="train", micro_batch=5)
 
 
 def test_batches_without_examples_or_statistics_are_refused() -> None:

@@ -183,7 +183,6 @@ def test_inputs_may_be_tuples_and_mappings(as_mapping: bool) -> None:
         ({"params": "fc9"}, "the layers are 0, 2, 4"),
         ({"params": []}, "no parameters chosen"),
         ({"bn_mode": "test"}, "eval or train"),
-        ({"bn_mode": "train", "micro_batch": 2}, "micro-batches"),
         ({"reduction": "none"}, "mean or sum"),
     ],
 )
