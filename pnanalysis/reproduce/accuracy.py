@@ -13,13 +13,19 @@ from pnanalysis.reproduce.cells import Result
 from pnanalysis.reproduce.markdown import UNKNOWN, Links, blocks, failures, number, table, with_interval
 from pnanalysis.reproduce.plan import Plan
 from pnanalysis.reproduce.settings import PAPER, PERSISTENT, RESTART
-from pnanalysis.reproduce.statistics import Claim, claim, over_seeds, paired
+from pnanalysis.reproduce.statistics import Claim, claim, differences, over_seeds, paired
 
 BySeed = dict[int, float]
 SPLITS = ("validation", "test")
 _ROUNDED = 1e-3  # points, below which accuracies agree: they are kept to six digits
 #: Columns of a table of claims.
 CLAIM = ("claim", "paper", "here", "seeds or starts", "verdict")
+
+
+def repelled(result: Result) -> str:
+    """The layers that a chain was repelled in."""
+    names = {tuple(layers) for layers in result.record.get("layers") or ()}
+    return "; ".join(", ".join(each) for each in sorted(names)) or UNKNOWN
 
 
 @dataclass
@@ -72,11 +78,6 @@ class Arms:
             f"versions (test accuracy, {each}). Tables show the persistent arm's."
         )
 
-    def layers(self, result: Result) -> str:
-        """The layers that a chain was repelled in."""
-        names = {tuple(layers) for layers in result.record.get("layers") or ()}
-        return "; ".join(", ".join(each) for each in sorted(names)) or UNKNOWN
-
     @property
     def is_partial(self) -> bool:
         """Whether chains are repelled in one layer, drawn for each seed."""
@@ -105,7 +106,9 @@ class Arms:
         planned = self.plan.n_seeds(self.experiment)
         arms = self.plan.setting(self.experiment).arms_of(self.variant)
         parts = [f"{arm} {len(self.finished(arm))} of {planned}" for arm in arms]
-        return f"Seeds done: {', '.join(parts)}."
+        unequal = len({frozenset(self.finished(arm)) for arm in arms}) > 1
+        note = " Means are over the seeds of each arm, differences over those that both have." if unequal else ""
+        return f"Seeds done: {', '.join(parts)}.{note}"
 
 
 def section(arms: Arms, links: Links, figure: str = "") -> str:
@@ -164,9 +167,9 @@ def claims(arms: Arms) -> list[Claim]:
         main: bool = False,
     ) -> Claim:  # fmt: skip
         text = f"{first} more accurate on the test set than {second}"
-        return claim(text, paired(of, beside), len(of.keys() & beside.keys()), paper=paper, main=main)
+        return claim(text, differences(of, beside), paper=paper, main=main)
 
-    selected = paired(arms.accuracy(PERSISTENT, "validation"), arms.plain("validation"))
+    selected = differences(arms.accuracy(PERSISTENT, "validation"), arms.plain("validation"))
     return [
         better("the champion is", "the plain model", champion, plain, said, main=True),
         better("the champion is", "the best restart", champion, best, main=True),
@@ -175,18 +178,18 @@ def claims(arms: Arms) -> list[Claim]:
         better("persistent iterations are on average", "restarts", later, others),
         better("the ensemble of iterations is", "the ensemble of restarts", chain, control, main=True),
         better("the ensemble of iterations is", "the champion", chain, champion),
-        claim("champion − plain model, validation, on which the champion is selected", selected, len(champion), sign=0,
+        claim("champion − plain model, validation, on which the champion is selected", selected, sign=0,
               paper=validation, main=False),
     ]  # fmt: skip
 
 
 def _picked_plain(arms: Arms) -> str:
-    """How often a network is compared with itself."""
+    """How often a network is compared with itself; empty where none is."""
     parts = []
     for arm, name in ((PERSISTENT, "champion"), (RESTART, "best restart")):
         found = arms.finished(arm)
-        if found:
-            n = sum(result.champion == 0 for result in found.values())
+        n = sum(result.champion == 0 for result in found.values())
+        if n:
             parts.append(f"the {name} is the plain model itself in {n} of {len(found)} seeds")
     return f"By validation error, {' and '.join(parts)}: these differences are zero by construction." if parts else ""
 
@@ -245,7 +248,7 @@ def _rows(arms: Arms, links: Links) -> list[list[str]]:
         return " / ".join(number(100 * (1 - float(result.final_errors(split)[iteration]))) for split in SPLITS)
 
     return [
-        [links.cell(result.cell), arms.layers(result) if result.cell.arm == PERSISTENT else UNKNOWN, both(result, 0),
+        [links.cell(result.cell), repelled(result) if result.cell.arm == PERSISTENT else UNKNOWN, both(result, 0),
          f"iteration {result.champion}", both(result, result.champion)]
         for result in arms.all
         if result.is_finished

@@ -71,6 +71,17 @@ class Result:
         """Loss and errors, dims (iteration, epoch)."""
         return self.dataset("history")
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The settings of its training, its recipe's included, as far as it has recorded them."""
+        if "config" in self.record:
+            return dict(self.record["config"])
+        if not self.has("ensemble"):
+            return {}
+        ds = self.dataset("ensemble")  # of S2, whose trainings have no manifest
+        found = {name: ds.attrs[name] for name in ("lr", "momentum") if name in ds.attrs}
+        return found | ({"lam": float(ds.lam[0])} if "lam" in ds.coords and ds.lam.size else {})
+
     def dataset(self, name: str) -> xr.Dataset:
         """One of its datasets.
 
@@ -156,7 +167,7 @@ def check_alike(results: Iterable[Result]) -> None:
     first: dict[str, tuple[Result, Any]] = {}
     for result in results:
         own = {"seed", "strategy", "layers", "data", *result.record["options"]}
-        config = {f"the recipe's {k}": v for k, v in result.record.get("config", {}).items() if k not in own}
+        config = {f"the recipe's {k}": v for k, v in result.config.items() if k not in own}
         data = result.record.get("data", {})
         traits = config | {f"the {k} of the data": data[k] for k in ("fingerprint", "split_hash") if data.get(k)}
         for name, value in traits.items():

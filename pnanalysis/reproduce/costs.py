@@ -36,9 +36,44 @@ def costs(plan: Plan) -> str:
     return (
         "# What the results cost\n\nWritten by `pnanalysis reproduce`, from the cells. Times are wall times of one "
         "process with one thread, summed over cells, beside whatever else the machine did; a dash is for what a cell "
-        "has not recorded. Arms of equal cost have as many trainings of the same length, which may take different "
-        "times: a chain computes a penalty, too.\n\n" + table(columns, rows) + "\n"
+        "has not recorded.\n\n" + table(columns, rows) + "\n" + _of_chains(plan)
     )  # fmt: skip
+
+
+def _of_chains(plan: Plan) -> str:
+    """How much longer a training of a chain takes than a restart, where both have been timed."""
+    rows = []
+    for experiment in plan.experiments:
+        setting = plan.setting(experiment)
+        for variant in (name for name in setting.variants if {PERSISTENT, RESTART} <= set(setting.arms_of(name))):
+            chains, restarts = (
+                {result.cell.seed: _per_training(result) for result in plan.results(experiment, variant, arm)}
+                for arm in (PERSISTENT, RESTART)
+            )
+            ratios = [chains[seed] / restarts[seed] for seed in chains.keys() & restarts.keys() if restarts[seed]]
+            known = sorted(ratio for ratio in ratios if ratio > 0)
+            if known:
+                ends = f" ({known[0]:.2f} to {known[-1]:.2f})" if len(known) > 1 else ""
+                name = " ".join(filter(None, (experiment, variant)))
+                rows.append([name, f"{sum(known) / len(known):.2f}{ends}", str(len(known))])
+    if not rows:
+        return ""
+    text = (
+        "Arms of equal cost have as many trainings of the same length. A chain computes a penalty, too, of all earlier "
+        "end points, which takes the more of a training the smaller the network is. Ratios are means over seeds, with "
+        "the smallest and the largest; what else the machine did is in them."
+    )
+    return (
+        f"\n## Chains beside restarts\n\n{text}\n\n"
+        + table(["experiment", "time of a training, chain / restarts", "seeds"], rows)
+        + "\n"
+    )
+
+
+def _per_training(result: Result) -> float:
+    """Seconds of one of a cell's trainings; 0 where they are unknown."""
+    seconds = float((result.record.get("cost") or {}).get("training_seconds") or 0.0)
+    return seconds / float(result.record["options"].get("iterations") or 1)
 
 
 def _machine(result: Result) -> str:

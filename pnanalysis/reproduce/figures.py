@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pnanalysis.estimates import Estimate
 from pnanalysis.plots.style import (
+    BLACK,
     BLUE,
     COLOURS,
     DASHES,
@@ -27,38 +29,43 @@ from pnanalysis.plots.style import (
     style,
 )
 from pnanalysis.plots.two_well import descent
+from pnanalysis.reproduce.saturated import Change
 from pnanalysis.reproduce.settings import PERSISTENT, RESTART
 
 _COLOURS = {PERSISTENT: VERMILION, RESTART: GREEN}
-_MARKERS = {PERSISTENT: "o", RESTART: "s"}
 _DASHES = {PERSISTENT: "-", RESTART: "--"}
+_PERCENTILE_DIGITS = 1e-6  # to which cells keep percentiles near 1
 
 
 def errors(ds: xr.Dataset) -> Figure:
     """Test errors of single networks by iteration, and of ensembles by their size: a line for each seed."""
     with style():
-        figure = new_figure(PAGE, 2.6)
+        figure = new_figure(PAGE, 2.8)
         single, ensemble = figure.subplots(1, 2, sharey=True)
-        _by_arm(single, ds, "test_error", "iteration", 0)
-        single.set_ylabel("test error [%]")
+        _by_arm(single, ds, "test_error", 0)
+        single.set(xlabel="iteration", ylabel="test error [%]")
         if "ensemble_error" in ds:
-            _by_arm(ensemble, ds, "ensemble_error", "number of networks averaged", 1)
-        single.legend()
+            _by_arm(ensemble, ds, "ensemble_error", 1)
+        ensemble.set_xlabel("number of networks averaged")
+        legend_above(figure, *single.get_legend_handles_labels())
     return figure
 
 
-def _by_arm(ax: Axes, ds: xr.Dataset, name: str, label: str, first: int) -> None:
+def _by_arm(ax: Axes, ds: xr.Dataset, name: str, first: int) -> None:
     for arm in (PERSISTENT, RESTART):
         rows = ds.isel(run=ds.arm.values == arm)
-        for i, row in enumerate(rows[name].values):
-            x = np.arange(len(row)) + first
-            ax.plot(x, 100 * row, color=_COLOURS[arm], ls=_DASHES[arm], marker=_MARKERS[arm], lw=0.8, alpha=0.8,
-                    label=arm if i == 0 else None)  # fmt: skip
-    ax.set_xlabel(label)
+        _by_seed(ax, arm, dict(zip(rows.seed.values.tolist(), 100 * rows[name].values, strict=True)), first)
+
+
+def _by_seed(ax: Axes, arm: str, rows: Mapping[int, np.ndarray], first: int = 0) -> None:
+    """A line for each seed of an arm, which has the seed's marker: the plain model is the same one in both arms."""
+    for seed, row in rows.items():
+        ax.plot(np.arange(len(row)) + first, row, color=_COLOURS[arm], ls=_DASHES[arm], lw=0.8,
+                marker=MARKERS[seed % len(MARKERS)], label=f"{arm}, seed {seed}")  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def two_wells(descents: xr.Dataset, starts: np.ndarray, is_deep: np.ndarray) -> Figure:
+def two_wells(descents: xr.Dataset, starts: np.ndarray, wells: np.ndarray) -> Figure:
     """The two descents of S1 over the surface, and random starts by the well that they lead to.
 
     Parameters
@@ -66,8 +73,8 @@ def two_wells(descents: xr.Dataset, starts: np.ndarray, is_deep: np.ndarray) -> 
     descents : xarray.Dataset
         Kind ``descent``.
     starts : ndarray, shape (start, 2)
-    is_deep : ndarray of bool, shape (start,)
-        Whether plain descent from there ends in the deeper well.
+    wells : ndarray of int, shape (start,)
+        Where plain descent from there ends: 2 in the deeper well, 1 in the other, 0 on the way to either.
     """
     x, y = np.linspace(-4, 4, 161), np.linspace(-4, 2, 121)[:, None]
     surface = -np.exp(-((x - 2) ** 2 + (y + 2) ** 2) / 5) - 1.5 * np.exp(-((x + 2) ** 2 + (y + 1) ** 2))
@@ -76,11 +83,13 @@ def two_wells(descents: xr.Dataset, starts: np.ndarray, is_deep: np.ndarray) -> 
         figure = new_figure(PAGE * 0.8, 4.2)
         ax = figure.add_subplot()
         descent(descents, values, ax=ax)
-        for chosen, colour, marker, text in (
-            (is_deep, GREEN, "^", "restart that finds the deeper well"), (~is_deep, "white", "v", "other restart")
+        for well, colour, marker, text in (
+            (2, GREEN, "^", "start that leads to the deeper well"), (1, "white", "v", "to the other"),
+            (0, BLACK, "X", "not arrived at the end"),
         ):  # fmt: skip
-            x_start, y_start = starts[chosen].T
-            ax.scatter(x_start, y_start, s=18, c=colour, marker=marker, label=text, zorder=3, ec="black", lw=0.5)
+            x_start, y_start = starts[wells == well].T
+            if x_start.size:
+                ax.scatter(x_start, y_start, s=18, c=colour, marker=marker, label=text, zorder=3, ec=BLACK, lw=0.5)
         handles, names = ax.get_legend_handles_labels()
         if own := ax.get_legend():
             own.remove()
@@ -89,65 +98,69 @@ def two_wells(descents: xr.Dataset, starts: np.ndarray, is_deep: np.ndarray) -> 
 
 
 def activity(ds: xr.Dataset, champion: int) -> Figure:
-    """Percentiles of activations by epoch, and their histograms at two stages: plain model, champion, last iteration.
+    """How far the 98th percentile of activations is from the asymptote, by epoch, and histograms at two stages.
 
     Parameters
     ----------
     ds : xarray.Dataset
         What is kept of a saturation dataset.
     champion : int
+        Drawn beside the plain model and the last iteration.
     """
     last = ds.sizes["iteration"] - 1
-    shown = {last: ("last iteration", ORANGE, ":"), champion: ("champion", VERMILION, "--"), 0: ("plain", BLUE, "-")}
-    if champion == 0:
-        shown[0] = ("plain, the champion", BLUE, "-")
+    shown = {0: ("plain, the champion" if champion == 0 else "plain", BLUE, "-", "o")}
+    shown |= {last: ("last iteration", ORANGE, ":", "s"), champion: ("champion", VERMILION, "--", "^")} | shown
     stages = ds.stage_epoch.values if "stage_epoch" in ds else []
     with style():
-        figure = new_figure(PAGE, 2.6)
+        figure = new_figure(PAGE, 2.8)
         axes = figure.subplots(1, 1 + len(stages), squeeze=False).ravel()
-        for iteration, (name, colour, dashes) in shown.items():
+        for iteration, (name, colour, dashes, marker) in shown.items():
             at = ds.sel(iteration=iteration)
-            percentile = at.abs_percentile.sel(quantile=98)
+            distance = 1 - at.abs_percentile.sel(quantile=98)
             for k, layer in enumerate(ds.layer.values):
                 strength = 0.3 + 0.7 * k / max(ds.sizes["layer"] - 1, 1)
-                axes[0].plot(ds.epoch, percentile.sel(layer=layer), color=colour, ls=dashes, alpha=strength, lw=1.0)
+                axes[0].plot(ds.epoch, distance.sel(layer=layer).clip(_PERCENTILE_DIGITS), color=colour, ls=dashes,
+                             marker=marker, alpha=strength, lw=1.0, label=name if strength == 1 else None)  # fmt: skip
             for stage, ax in enumerate(axes[1:]):
-                ax.plot(ds.bin, at.stage_histogram.isel(stage=stage).mean("layer"), color=colour, ls=dashes, label=name)
-        axes[0].set(xlabel="epoch", ylabel="98th percentile of |activation|", title="by layer, later ones darker")
+                ax.plot(ds.bin, at.stage_histogram.isel(stage=stage).mean("layer"), color=colour, ls=dashes)
+        axes[0].set(xlabel="epoch", ylabel="1 − 98th percentile of |activation|", title="by layer, later ones darker",
+                    yscale="log")  # fmt: skip
         for epoch, ax in zip(stages, axes[1:], strict=True):
-            ax.set(xlabel="activation", title=f"epoch {int(epoch)}, mean of layers", yscale="log")
+            ax.set(xlabel="activation", title=f"epoch {int(epoch)}, mean of layers")
+            densities = ds.stage_histogram.sel(iteration=list(shown)).mean("layer")
+            lowest, highest = float(densities.where(densities > 0).min()), float(densities.max())
+            log_axis(ax, lowest, highest)
+            ax.set_ylim(0.9 * lowest, 1.1 * highest)
         if len(stages):
             axes[1].set_ylabel("density")
-            axes[1].legend()
+        legend_above(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
-def sweep(changes: Sequence[tuple[str, str, float, Estimate]]) -> Figure:
-    """Changes of the saturation measure by strength, a panel for each width and a line for each initial scale.
-
-    Parameters
-    ----------
-    changes : sequence of (str, str, float, Estimate)
-        Width, initial scale, strength and change of each point.
+def sweep(changes: Sequence[Change]) -> Figure:
+    """Changes of the saturation measure by strength: a row for each width, a column for each layer that is repelled,
+    and a line for each initial scale.
     """
-    widths = list(dict.fromkeys(width for width, *_ in changes))
+    widths, layers, scales = (
+        list(dict.fromkeys(getattr(each, name) for each in changes)) for name in ("width", "layer", "scale")
+    )
+    lines: dict[str, Line2D] = {}
     with style():
-        figure = new_figure(PAGE, 2.6)
-        axes = figure.subplots(1, len(widths), squeeze=False, sharey=True).ravel()
-        for ax, width in zip(axes, widths, strict=True):
-            mine = [each for each in changes if each[0] == width]
-            scales = list(dict.fromkeys(scale for _, scale, *_ in mine))
+        figure = new_figure(PAGE, 0.4 + 1.9 * len(widths))
+        axes = figure.subplots(len(widths), len(layers), squeeze=False, sharex=True, sharey=True)
+        for (row, width), (column, layer) in product(enumerate(widths), enumerate(layers)):
+            ax = axes[row, column]
             for k, scale in enumerate(scales):
-                lams, found = zip(*((lam, change) for _, s, lam, change in mine if s == scale), strict=True)
-                value = np.array([change.value for change in found])
-                ends = np.array([[c.value - c.low, c.high - c.value] for c in found]).T
+                mine = [each for each in changes if (each.width, each.layer, each.scale) == (width, layer, scale)]
                 look = {"color": COLOURS[k], "ls": DASHES[k % len(DASHES)], "marker": MARKERS[k]}
-                x = np.array(lams) * 1.08 ** (k - len(scales) / 2)  # a little apart, so that no interval hides another
-                ax.errorbar(x, value, np.nan_to_num(ends), lw=0.9, capsize=2, label=scale, **look)
+                x, y = [each.lam for each in mine], [each.value for each in mine]
+                (lines[scale],) = ax.plot(x, y, lw=0.9, **look)
             ax.axhline(0, color=GREY, lw=0.7)
-            ax.set(xlabel="strength λ", xscale="log", title=f"width {width}")
-            ax.legend(title="initial std")
-        axes[0].set_ylabel("saturation, iterations − plain")
+            ax.set(xscale="log", title=f"{layer}, width {width}")
+        for ax in axes[-1]:
+            ax.set_xlabel("strength λ")
+        figure.supylabel("saturation measure, iterations − plain", fontsize="medium")
+        legend_above(figure, [*lines.values()], [f"initial std {scale}" for scale in lines])
     return figure
 
 
@@ -172,7 +185,7 @@ def kink(losses: Mapping[str, Mapping[str, np.ndarray]], left: float) -> Figure:
                 x = np.arange(1, len(values) + 1)
                 options = {"color": _COLOURS[arm], "ls": _DASHES[arm], "lw": widths[name], "label": f"{name}, {arm}"}
                 share.plot(x, (so_far < left).mean(1), **options)
-                median = np.median(so_far, axis=1)
+                median = np.quantile(so_far, 0.5, axis=1, method="inverted_cdf")  # of one start: two may lie far apart
                 best.plot(x, median, **options)
                 lowest, highest = min(lowest, float(median.min())), max(highest, float(median.max()))
         share.set(xlabel="number of trainings", ylabel="share of starts off the plateau", xscale="log")
@@ -183,18 +196,15 @@ def kink(losses: Mapping[str, Mapping[str, np.ndarray]], left: float) -> Figure:
     return figure
 
 
-def saturation(values: Mapping[str, np.ndarray]) -> Figure:
-    """The saturation measure by iteration, a line for each seed, persistent beside restarts."""
+def saturation(values: Mapping[str, Mapping[int, np.ndarray]]) -> Figure:
+    """The saturation measure by iteration, of both arms by seed."""
     with style():
-        figure = new_figure(PAGE / 2, 2.4)
+        figure = new_figure(PAGE / 2, 2.8)
         ax = figure.add_subplot()
         for arm, rows in values.items():
-            for i, row in enumerate(rows):
-                ax.plot(np.arange(len(row)), row, color=_COLOURS[arm], ls=_DASHES[arm], marker=_MARKERS[arm], lw=0.8,
-                        alpha=0.8, label=arm if i == 0 else None)  # fmt: skip
+            _by_seed(ax, arm, rows)
         ax.set(xlabel="iteration", ylabel="saturation measure, mean of layers")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside upper right", ncols=2)  # lines of several seeds leave no room
+        legend_above(figure, *ax.get_legend_handles_labels())
     return figure
 
 
@@ -211,6 +221,8 @@ def spectra(found: list[tuple[str, xr.Dataset]]) -> Figure:
                 label = "best restart" if arm == RESTART and contender == "champion" else contender
                 ax.plot(ds.eigenvalue, density, color=colour, label=label, ls="-" if contender == "plain" else "--")
             top = float(ds.contender_density.max())
+            widths = ds.kernel_width.values if "kernel_width" in ds else []
+            title += f", kernel of width {widths[0]:.2g}" if len(widths) else ""
             ax.set(xlabel="eigenvalue [loss]", yscale="log", ylim=(top * 1e-7, top * 2), title=title)
             ax.legend()
         axes[0].set_ylabel("spectral density [1 / loss]")

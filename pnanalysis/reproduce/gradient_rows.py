@@ -50,10 +50,12 @@ def gradient_split(plan: Plan, links: Links) -> str:
     rows = [row for result in finished for row in _rows(result, n)]
     columns = ["layer", "‖λC‖", "‖λd‖ / ‖λC‖ by iteration", "‖λC‖ / ‖∇L‖ at the end", "signs fixed from epoch",
                "halves differ"]  # fmt: skip
+    epochs = max(result.dataset("gradients").sizes["epoch"] for result in finished)
     text = (
         "The remainder d averages to zero over the trajectory by definition. Whether the rest is a constant is tested "
         "by its means over the two halves of the trajectory, which differ by more than chance explains if it drifts. "
-        "Layers and iterations whose gradient never changes are not tested. Norms of d are root mean squares over the "
+        f"Layers and iterations whose gradient never changes are not tested. In {epochs} epochs only large drifts are "
+        "found. Norms of d are root mean squares over the "
         "trajectory; other numbers are means over iterations, and the epoch is the latest of them."
     )
     return blocks(

@@ -23,7 +23,7 @@ from pnanalysis.reproduce.summary import summary
 
 _COSTS = "COSTS.md"
 #: What a recipe sets that a reader wants to know.
-_RECIPES_OWN = ("lam", "optimizer", "lr", "batch_size")
+_RECIPES_OWN = ("lam", "optimizer", "lr", "momentum", "batch_size")
 #: How the data of a scale are divided.
 _SPLITS = {
     "cifar10": "Of the 10,000 test images 5,000 are for validation and 5,000 for test",
@@ -59,8 +59,8 @@ def _head(plan: Plan, links: Links) -> str:
             "(https://arxiv.org/abs/2007.01419). S3 to S6 and S9 compare one plain training with the champion of a "
             "persistent chain and with the best of as many plain restarts. Both are picked by their validation error, "
             "so only test accuracies say what is gained. Equal cost means as many trainings of the same length: those "
-            "of a chain take longer, as their penalty is computed too. Every section links the cells that its numbers "
-            "come from.",
+            f"of a chain take longer, as their penalty is computed too ([how much]({costs})). Every section links the "
+            "cells that its numbers come from.",
             f"Scale `{plan.scale}`: {SCALES[plan.scale].summary}. {done} of {len(plan.cells)} cells are done; "
             f"[what they cost]({costs}).{_capped(plan)}",
             RULE,
@@ -88,7 +88,8 @@ def _section(plan: Plan, experiment: str, links: Links) -> str:
         return blocks([settings, gradient_split(plan, links), _split(plan, links)])
     if experiment == "S9-sweep":
         found = saturated.changes(plan)
-        drawn = _figure(figures.sweep(found), "S9-sweep", "changes of saturation", links) if found else ""
+        text = "changes of the saturation measure, mean of iterations less plain model, one line for each initial scale"
+        drawn = _figure(figures.sweep(found), "S9-sweep", text, links) if found else ""
         return blocks([settings, saturated.sweep(plan, links, drawn)])
     parts = [settings]
     for variant in plan.setting(experiment).variants:
@@ -103,17 +104,22 @@ def _section(plan: Plan, experiment: str, links: Links) -> str:
 def _of_variant(arms: Arms, name: str, links: Links) -> str:
     setting, parts = arms.plan.setting(arms.experiment), []
     curves = accuracy.curves(arms)
-    figure = _figure(figures.errors(curves), name, "test errors", links) if curves.sizes else ""
+    text = "test errors of single networks, and of ensembles by their size, by arm and seed"
+    figure = _figure(figures.errors(curves), name, text, links) if curves.sizes else ""
     if arms.experiment != "S8":  # its arms are not of equal cost
         parts.append(accuracy.section(arms, links, figure))
     if "saturation" in setting.measures:
         values = saturated.by_iteration(arms)
-        drawn = _figure(figures.saturation(values), f"{name}-saturation", "saturation", links) if values else ""
+        text = "saturation measure by iteration, arm and seed"
+        drawn = _figure(figures.saturation(values), f"{name}-saturation", text, links) if values else ""
         drawn = blocks([drawn, _activity(arms, name, links)])
         parts.append("### Saturation\n\n" + saturated.section(arms, links, drawn))
     if "hessian" in setting.measures:
         found = spectrum.densities(arms)
-        drawn = _figure(figures.spectra(found), f"{name}-spectra", "spectral densities", links) if found else ""
+        text = (
+            "spectral densities of the lowest seed; kernels differ between panels, and so do curves of the plain model"
+        )
+        drawn = _figure(figures.spectra(found), f"{name}-spectra", text, links) if found else ""
         heading = "" if arms.experiment == "S8" else "### Hessian spectra (as in S8)\n\n"
         parts.append(heading + spectrum.section(arms, links, drawn))
     return blocks(parts)
@@ -123,11 +129,13 @@ def _two_wells(plan: Plan, links: Links) -> str:
     chain, restarts = small_problems.descents(plan, PERSISTENT), small_problems.descents(plan, RESTART)
     if chain is None:
         return ""
-    starts, is_deep = np.empty((0, 2)), np.empty(0, dtype=bool)
+    starts, wells = np.empty((0, 2)), np.empty(0, dtype=int)
     if restarts is not None:
-        starts, is_deep = restarts.path.values[1:, 0], small_problems.is_deep(restarts)[1:]
-    figure = figures.two_wells(chain, starts, is_deep)
-    return _figure(figure, "S1", "the descents, and random starts by the well that they lead to", links)
+        starts, wells = restarts.path.values[1:, 0], small_problems.wells(restarts)[1:]
+    figure = figures.two_wells(chain, starts, wells)
+    return _figure(
+        figure, "S1", "the descents, from the dot to the stars, and random starts by the well that they lead to", links
+    )
 
 
 def _split(plan: Plan, links: Links) -> str:
@@ -137,17 +145,23 @@ def _split(plan: Plan, links: Links) -> str:
         return ""
     with style():
         figure = gradients(finished[0].dataset("gradients"))
-    text = f"gradients of the loss and of the penalty, seed {finished[0].cell.seed}"
+    text = (
+        f"gradients of the loss and of the penalty in the last iteration, seed {finished[0].cell.seed}; fluctuations "
+        "that are zero have no line"
+    )
     return _figure(figure, "S7", text, links)
 
 
 def _activity(arms: Arms, name: str, links: Links) -> str:
-    """Percentiles and histograms of the first seed's chain."""
+    """The 98th percentile and histograms of the first seed's chain."""
     found = [result for result in arms.finished(PERSISTENT).values() if result.has("saturation")]
     if not found:
         return ""
     first = min(found, key=lambda result: result.cell.seed)
-    text = f"percentiles and histograms of activations, seed {first.cell.seed}"
+    text = (
+        f"98th percentile and histograms of activations, seed {first.cell.seed}; markers are epochs that were kept, "
+        "and distances below 1e-6, which are not kept, are drawn there"
+    )
     return _figure(figures.activity(first.dataset("saturation"), first.champion), f"{name}-activity", text, links)
 
 
@@ -192,9 +206,10 @@ def _recorded(plan: Plan, experiment: str) -> list[str]:
     given = {name for variant in setting.variants.values() for name in variant} | setting.options.keys()
     for cell in (cell for cell in plan.cells if cell.experiment == experiment):
         result = plan.store.load(cell, plan.scale, setting)
-        if result is not None and "config" in result.record:
-            config = result.record["config"]
-            names = (name for name in _RECIPES_OWN if name in config and name not in given)
+        config = {} if result is None else result.config
+        if config:
+            unused = {"momentum"} if config.get("optimizer", "sgd") != "sgd" else set()
+            names = [name for name in _RECIPES_OWN if name in config and name not in given | unused]
             return [f"of the recipe: {_options({name: config[name] for name in names})}"]
     return []
 
@@ -214,7 +229,7 @@ def _deviations(plan: Plan) -> str:
         width = DASH if channels is None else str(setting.options.get("model_options", {}).get("width", channels))
         images = "all" if setting.n_train is None else f"{setting.n_train:,}"
         rows.append(
-            [experiment, f"{iterations} x {epochs}", f"{own[0]} x {own[1]}", width,
+            [experiment, f"{iterations or 'several'} x {epochs}", f"{own[0]} x {own[1]}", width,
              DASH if experiment in ("S1", "S2") else images]
         )  # fmt: skip
     results = [
@@ -236,9 +251,14 @@ def _deviations(plan: Plan) -> str:
         "The layer of partial repulsion is drawn once for each seed; the paper does not say when it is drawn.",
         f"{_SPLITS.get(SCALES[plan.scale].data, _SPLITS['cifar10'])}, the same ones for all seeds.",
         "The data of S2 are not given in the paper: two sets are used, scaled to the paper's plateau of 4.2.",
-        "AlexNet for small images and the width of the tanh network, 256 where no other is given, are choices; the "
-        "paper gives none.",
+        "AlexNet for small images, and of S9 the width (256 where no other is given), strength, optimizer, learning "
+        "rate, batch size and number of iterations are choices; the paper gives none. Its figures of S9 show every "
+        "epoch; here activations are kept at some.",
         "The paper gives no numbers for S7, nor settings: those of init 2 of S3 are used, with every epoch kept.",
+        "Spectra of S4 are an addition; the paper shows those of a ResNet-18 (S8).",
+        "No arm trains again from the same start without repulsion, in another order of batches for example. What a "
+        "chain does beyond its plain model is therefore not known to be due to repulsion rather than to any change at "
+        "all: restarts show what another start does, and the weakest strength of S9-sweep what nearly no force does.",
         *_spectra(plan),
         "The projection of two trajectories (fig. 6) needs their weights, which cells do not keep; "
         "`pnanalysis trajectory` draws it of a run.",

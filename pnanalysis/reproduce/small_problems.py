@@ -15,9 +15,11 @@ from pnanalysis.reproduce.markdown import UNKNOWN as DASH
 from pnanalysis.reproduce.markdown import Links, blocks, failures, number, significant, table
 from pnanalysis.reproduce.plan import Plan
 from pnanalysis.reproduce.settings import PERSISTENT, RESTART
-from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN, Claim, claim, over_seeds, share
+from pnanalysis.reproduce.statistics import FAILS, HOLDS, UNKNOWN, Claim, claim, share
+from pnanalysis.significance import LEVEL, mcnemar
 
-_DEEP = -1.4  # a descent that ends below this value is in the deeper well, whose bottom is at -1.534
+#: Values below which a descent has arrived in the deeper well, whose bottom is at -1.534, or in one of the two.
+_DEEP, _ARRIVED = -1.4, -0.99
 PLATEAU, _MARGIN = 4.2, 0.01  # loss of the stuck networks of S2; one has left if it is 1 % below
 _WINDOW = "x drawn from -4 to 4 and y from -4 to 2"
 _MARKS = (1, 2, 5, 12, 20, 50, 99)
@@ -54,9 +56,9 @@ def descents(plan: Plan, arm: str) -> xr.Dataset | None:
     return found[0].dataset("descent") if found else None
 
 
-def is_deep(ds: xr.Dataset) -> np.ndarray:
-    """Whether each descent ends in the deeper well, shape (iteration,)."""
-    return np.asarray(ds.end_value.values < _DEEP)
+def wells(ds: xr.Dataset) -> np.ndarray:
+    """Where each descent ends, shape (iteration,): 2 in the deeper well, 1 in the other, 0 on the way to either."""
+    return np.digitize(-ds.end_value.values, [-_ARRIVED, -_DEEP], right=True)
 
 
 def two_well_claims(plan: Plan) -> list[Claim]:
@@ -68,11 +70,13 @@ def two_well_claims(plan: Plan) -> list[Claim]:
         here = f"f = {values[0]:.3f}, then {values[1]:.3f}"
         found.append(Claim("iteration 1 leaves the plain model's well for the deeper one", "yes", here, "1", judged))
     for result in _finished(plan.results("S1", "", RESTART), RESTART):
-        values = result.dataset("descent").end_value.values[1:]  # the first one is the plain descent
-        deep = share(int((values < _DEEP).sum()), len(values))
-        text = f"a plain descent from a random start leads to the deeper well ({_WINDOW})"
-        here = f"{_percent(deep)} of {len(values)}; one of two, the cost of the chain, in {_one_of_two(deep)}"
-        found.append(Claim(text, DASH, here, f"{len(values)} starts", DASH))
+        on_the_way, _, in_deep = np.bincount(wells(result.dataset("descent"))[1:], minlength=3)  # 0 is the plain one
+        n = result.dataset("descent").sizes["iteration"] - 1
+        deep = share(int(in_deep), n)
+        text = f"a plain descent from a random start ends in the deeper well ({_WINDOW})"
+        here = f"{_percent(deep)} of {n}; one of two, the cost of the chain, in {_one_of_two(deep)}"
+        here += f"; {on_the_way} have not arrived in either well" if on_the_way else ""
+        found.append(Claim(text, DASH, here, f"{n} starts", DASH))
     return found
 
 
@@ -120,17 +124,24 @@ def kink(plan: Plan, variant: str, links: Links) -> str:
 def _about_best(plan: Plan, variant: str) -> str:
     """Why the best losses are given for two numbers of trainings."""
     chains, restarts = _common(plan, variant)
-    if len(_lengths(min(len(chains), len(restarts)))) < 2:
+    n = min(len(chains), len(restarts))
+    if len(_lengths(n)) < 2:
         return ""
-    n = _lengths(min(len(chains), len(restarts)))[-1]
-    return (
+    few = [f"{_left_by(losses, _FEW - 1)} of {losses.shape[1]}" for losses in (chains, restarts)]
+    best = [_best(losses[:n]) for losses in (chains, restarts)]
+    text = (
         f"A network has left the plateau if its loss is below {left_below():.3g}. Losses below {_ROUND_OFF:.1e}, which "
-        f"is round-off, count as that. Best losses depend on the number of trainings. After {_FEW} of them, as many as "
-        "the paper's chain took to its best loss, they tell who has left. Later they tell how low a loss can get at "
-        "all. Every iteration is pushed from its minimum by all earlier ones, which presumably is why chains level "
-        f"off, whereas a restart may train to round-off: the best losses of {n} trainings have a median of "
-        f"{significant(_best(chains[:n]))} in chains, and of {significant(_best(restarts[:n]))} among restarts."
+        "is round-off, count as that. Best losses depend on the number of trainings. Of "
+        f"{_FEW} trainings, as many as the paper's chain took to its best loss, at least one has left in {few[0]} "
+        f"chains and in {few[1]} sets of restarts. The best losses of {n} trainings have a median of "
+        f"{significant(best[0])} in chains, and of {significant(best[1])} among restarts."
     )
+    if best[0] > best[1]:
+        text += (
+            " Every iteration is pushed from its minimum by all earlier ones, which presumably is why chains level off "
+            "above what single restarts reach."
+        )
+    return text
 
 
 def kink_claims(plan: Plan, variant: str) -> list[Claim]:
@@ -147,24 +158,39 @@ def kink_claims(plan: Plan, variant: str) -> list[Claim]:
         early = share(_left_by(chains, few), chains.shape[1])
         text = f"most chains leave the plateau within {few} iterations"
         found.append(Claim(text, "one chain, which does", _of_chains(chains, few), _starts(chains), _above_half(early)))
-        if restarts.size:
-            n = min(few + 1, len(restarts))
-            early = share(_left_by(restarts, n - 1), restarts.shape[1])
-            text = f"so do most sets of as many trainings, {n} restarts (control)"
-            found.append(Claim(text, DASH, _of_chains(restarts, n - 1), _starts(restarts), _above_half(early)))
     chains, restarts = _common(plan, variant)
     n = min(len(chains), len(restarts))
-    if n:
-        sooner = over_seeds(trainings_until_off(chains[:n])[0] - trainings_until_off(restarts[:n])[0])
-        text = f"a chain is off the plateau after fewer trainings than restarts (at most {n} are counted)"
-        found.append(claim(text, sooner, _starts(chains), sign=-1))
-        for k in _lengths(n):
-            # a loss may be exactly zero: below the squared round-off of an output, one is as good as another
-            best = [np.log10(np.maximum(losses[:k].min(0), _ROUND_OFF)) for losses in (chains, restarts)]
-            text = f"the best loss of {k} trainings of a chain is lower than that of {k} restarts (log10)"
-            ratio = over_seeds(best[0] - best[1])
-            found.append(claim(text, ratio, _starts(chains), sign=-1, paper=-0.52 if k == 100 else math.nan))
+    return found + _compared(chains[:n], restarts[:n]) if n else found
+
+
+def _compared(chains: np.ndarray, restarts: np.ndarray) -> list[Claim]:
+    """Chains beside restarts of equal cost, paired by start; both of shape (iteration, start)."""
+    n = len(chains)
+    found = [_more_chains_leave(chains, restarts)]
+    sooner = trainings_until_off(chains)[0] - trainings_until_off(restarts)[0]
+    text = f"a chain is off the plateau after fewer trainings than restarts (at most {n} are counted)"
+    found.append(claim(text, sooner, sign=-1, unit="starts"))
+    for k in _lengths(n):
+        # a loss may be exactly zero: below the squared round-off of an output, one is as good as another
+        best = [np.log10(np.maximum(losses[:k].min(0), _ROUND_OFF)) for losses in (chains, restarts)]
+        text = f"the best loss of {k} trainings of a chain is lower than that of {k} restarts (log10)"
+        paper = -0.52 if k == 100 else math.nan
+        found.append(claim(text, best[0] - best[1], sign=-1, paper=paper, unit="starts"))
     return found
+
+
+def _more_chains_leave(chains: np.ndarray, restarts: np.ndarray) -> Claim:
+    """How many starts leave by their chain and not by as many restarts, among those whose plain training is stuck."""
+    k = min(_FEW + 1, len(chains))
+    stuck = chains[0] >= left_below()
+    left = [(losses[:k, stuck] < left_below()).any(0) for losses in (chains, restarts)]
+    only = [int((left[i] & ~left[1 - i]).sum()) for i in range(2)]
+    p = float(mcnemar(*only)) if sum(only) else math.nan
+    judged = UNKNOWN if not p <= LEVEL else HOLDS if only[0] > only[1] else FAILS
+    here = f"{left[0].sum()} chains and {left[1].sum()} sets of restarts; only the chain for {only[0]}, only restarts "
+    here += f"for {only[1]}"
+    text = f"of the starts that are stuck at first, more leave by {k} trainings of a chain than by {k} restarts"
+    return Claim(text, DASH, here, f"{stuck.sum()} starts", judged, p=p)
 
 
 def trainings_until_off(losses: np.ndarray) -> tuple[np.ndarray, int]:
@@ -207,7 +233,8 @@ def _finished(results: list[Result], arm: str) -> list[Result]:
 
 
 def _best(losses: np.ndarray) -> float:
-    return float(np.median(losses.min(0)))
+    """The median over starts of the best loss, as the number of one of them: between two there may be a gulf."""
+    return float(np.quantile(losses.min(0), 0.5, method="inverted_cdf"))
 
 
 def _left_by(losses: np.ndarray, iteration: int) -> int:

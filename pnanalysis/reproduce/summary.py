@@ -44,7 +44,7 @@ def _by_chance(n: int) -> str:
     if n < 2:
         return ""
     return (
-        f"{n} of these claims are judged by an interval that may miss. Were there no difference in any of them, "
+        f"{n} of these claims have a p-value. Were there no difference in any of them, "
         f"{significant(LEVEL * n, 2)} would be expected to have a verdict by chance, half of them *holds*."
     )
 

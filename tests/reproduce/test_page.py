@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 from scipy import stats
 
+from pnanalysis.reproduce import small_problems
 from pnanalysis.reproduce.accuracy import Arms, claims
 from pnanalysis.reproduce.cells import Cell, planned
+from pnanalysis.reproduce.costs import costs
 from pnanalysis.reproduce.gradient_rows import claims as gradient_claims
 from pnanalysis.reproduce.page import page_text, write_page
 from pnanalysis.reproduce.plan import Plan, make_plan
@@ -70,6 +73,35 @@ def test_the_champion_is_ranked_among_restarts(plan: Plan) -> None:
     assert "| all seeds: p of ranks so low |  | 0.00058 | 1 | 1 | 0.00058 | 0.00058 | – |" in text  # 1 / 12^3
     assert "| the champion has a smaller λ₁ (log10) than the plain model | – | -0.26" in text
     assert "the best restart has cost more" not in text
+
+
+def test_spectra_none_of_which_has_a_gap_say_so(tmp_path: Path) -> None:
+    plan = make_plan(["S8"], "smoke", 1, tmp_path)
+    put(plan, Cell("S8", "", 0, "persistent"), [(0.3, 0.3), (0.2, 0.2)], hessian=spectrum([20.0, 10.0], [0, 0]))
+    claims = {claim.text: claim for claim in spectrum_claims(Arms(plan, "S8", ""))}
+    fewer = claims["the champion has fewer outliers than the plain model"]
+    assert (fewer.paper, fewer.here, fewer.verdict) == ("yes", "undefined: no spectrum has a gap", UNKNOWN)
+    assert claims["the champion has a smaller λ₁ (log10) than the plain model"].here == "-0.30"
+
+
+def test_descents_that_have_not_arrived_are_counted(tmp_path: Path) -> None:
+    plan = make_plan(["S1"], "smoke", 1, tmp_path)
+    ends = np.array([-1.0, -1.534, -1.534, -1.0, -1.0, -1e-9, -0.5])
+    found = xr.Dataset({"end_value": ("iteration", ends)})
+    assert small_problems.wells(found).tolist() == [1, 2, 2, 1, 1, 0, 0]
+    cell = Cell("S1", "", 0, "restart")
+    record = {**planned(cell, plan.scale, plan.setting("S1")), "status": "finished", "failure": None, "cost": {}}
+    plan.store.save(cell, record, {"descent": found})
+    (deep,) = small_problems.two_well_claims(plan)
+    assert deep.here.startswith("33.3 % (9.7 to 70.0) of 6;")
+    assert deep.here.endswith("; 2 have not arrived in either well")
+
+
+def test_chains_are_timed_beside_restarts(plan: Plan) -> None:
+    for seed, seconds in enumerate((2.0, 3.0)):
+        put(plan, Cell("S4", "", seed, "persistent"), [(0.3, 0.3), (0.2, 0.2)], seconds=seconds)
+    text = costs(plan).partition("## Chains beside restarts")[2]
+    assert "| S4 | 2.00 (1.00 to 3.00) | 3 |" in text  # the third is as it was, one second as restarts are
 
 
 def test_restarts_that_cost_more_are_said_to(tmp_path: Path) -> None:
@@ -131,10 +163,11 @@ def test_claims_about_the_kink(plan: Plan) -> None:
     restarts[3, :] = np.linspace(1.0, 2.0, 10)
     put_kink(plan, "persistent", chains)
     put_kink(plan, "restart", restarts)
-    most, early, control, sooner, few, best = kink_claims(plan, "kink6")
+    most, early, more, sooner, few, best = kink_claims(plan, "kink6")
     assert (most.here, most.verdict) == ("95.0 % (91.0 to 97.3) of 200", HOLDS)
     assert (early.here, early.verdict) == ("90.0 % (59.6 to 98.2) of 10", HOLDS)
-    assert (control.here, control.verdict) == ("100.0 % (72.2 to 100.0) of 10", HOLDS)
+    here = "9 chains and 10 sets of restarts; only the chain for 0, only restarts for 1"
+    assert (more.here, more.n, more.verdict, more.p) == (here, "10 starts", UNKNOWN, 1.0)
     later = np.r_[np.full(9, 6), 20] - 4  # a chain that never leaves counts as twenty trainings
     assert sooner.here.startswith(f"{later.mean():+.2f} (")
     assert sooner.p == pytest.approx(float(stats.ttest_1samp(later, 0).pvalue), rel=1e-6)
@@ -142,6 +175,25 @@ def test_claims_about_the_kink(plan: Plan) -> None:
     expected = np.log10(chains.min(0)) - np.log10(restarts.min(0))
     assert best.here.startswith(f"{expected.mean():+.2f} (")
     assert best.verdict == HOLDS
+
+
+def test_chains_that_leave_where_restarts_do_not_are_tested_in_pairs(plan: Plan) -> None:
+    chains = np.full((20, 12), 4.2)
+    restarts = chains.copy()
+    chains[5:, :10] = 1.0
+    restarts[5:, 7:11] = 1.0
+    for losses in (chains, restarts):
+        losses[:, 11] = 1.0  # never stuck, and so no evidence
+    put_kink(plan, "persistent", chains)
+    put_kink(plan, "restart", restarts)
+    more = kink_claims(plan, "kink6")[2]
+    here = "10 chains and 4 sets of restarts; only the chain for 7, only restarts for 1"
+    assert (more.here, more.n, more.verdict) == (here, "11 starts", UNKNOWN)
+    assert more.p == pytest.approx(stats.binomtest(1, 8).pvalue)
+    restarts[5:, 10] = 4.2
+    put_kink(plan, "restart", restarts)
+    again = kink_claims(plan, "kink6")[2]
+    assert (again.verdict, again.p) == (HOLDS, pytest.approx(2 / 2**7))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +244,7 @@ def test_spectra_without_a_gap_have_no_number_of_outliers(tmp_path: Path) -> Non
     fewer = claims["the champion has fewer outliers than the plain model"]
     assert (fewer.here, fewer.n) == ("-2.00", "1")  # of seed 0 it is not known
     closer = claims["the champion has a smaller λ₁ / bulk edge (log10) than the plain model"]
-    assert (closer.here, closer.n, closer.paper) == ("+0.00", "1", "yes")
+    assert (closer.here, closer.n, closer.paper) == ("+0.00", "1", "–")  # the paper's spectra are not of this network
     assert "There is a gap in 5 of 6 networks of the persistent arm" in page_text(plan, tmp_path / "RESULTS.md")
 
 
@@ -204,7 +256,8 @@ def test_the_sweep_is_judged_for_all_points_together(tmp_path: Path) -> None:
         for seed, noise in enumerate((-1.0, 0.0, 1.0)):
             fall = (0.1, 0.1, 0.0, 0.0)[k] + (0.025, 0.0025, 0.1, 0.1)[k] * noise
             errors = [(0.3, 0.3), (0.3, 0.3)]
-            put(plan, Cell("S9-sweep", point, seed, "persistent"), errors, saturation=saturation([0.5, 0.5 - fall]))
+            layers, values = [[f"fc{seed + 1}"]], saturation([0.5, 0.5 - fall])
+            put(plan, Cell("S9-sweep", point, seed, "persistent"), errors, layers=layers, saturation=values)
             if k == 0:
                 control = Cell("S9-sweep", control_of(point), seed, "restart")
                 put(plan, control, [(0.3, 0.3), (0.3, 0.29)], saturation=saturation([0.5, 0.5 - noise / 10]))
@@ -215,9 +268,35 @@ def test_the_sweep_is_judged_for_all_points_together(tmp_path: Path) -> None:
     row = next(line for line in text.splitlines() if line.startswith("| 64 | Xavier (0.125) | 0.001 |"))
     raw = float(stats.ttest_1samp([-0.075, -0.1, -0.125], 0).pvalue)
     assert raw < 0.05 < 3 * raw
-    assert f"| {3 * raw:.2g} | {UNKNOWN} | [0 persistent](" in row
-    assert "| +1.00 | 3 |" in row  # points of test error beside restarts
+    assert f"| +1.00 | {3 * raw:.2g} | {UNKNOWN} | [seed 0](" in row  # points of test error beside restarts
+    changes = re.findall(r"\[(fc\d): (\S+)\]\(\S+\)", row)
+    assert changes == [("fc1", "-0.0750"), ("fc2", "-0.1000"), ("fc3", "-0.1250")]
+    assert "a change then has to be 15 times its standard deviation over seeds" in text
     assert (tmp_path / "figures" / "S9-sweep.png").is_file()
+
+
+def test_layers_of_the_sweep_are_compared_by_strength(tmp_path: Path) -> None:
+    plan = make_plan(["S9-sweep"], "cpu", 3, tmp_path)
+    falls = {0: (0.0, 0.0, 0.0, 0.0), 1: (0.0, 0.01, 0.02, 0.03)}  # by seed and strength
+    points = [name for name in plan.setting("S9-sweep").variants if "-lam" in name]
+    for place, point in enumerate(points):
+        for seed, fall in falls.items():
+            wobble = 0.001 * math.sin(place + 40 * seed)
+            values = saturation([0.5, 0.5 - fall[place % 4] + wobble])
+            layers = [[f"fc{seed + 1}"]]
+            cell = Cell("S9-sweep", point, seed, "persistent")
+            put(plan, cell, [(0.3, 0.3)] * 2, layers=layers, saturation=values)
+    text = page_text(plan, tmp_path / "RESULTS.md")
+    by_layer = text.partition("| layer repelled | λ | beside λ |")[2]
+    row = r"^\| (fc\d) \(seed \d\) \| (\S+) \| 0.001 \| (\S+) .*\| (\d) of 8 \| (?:< )?(\S+) \|$"
+    rows = re.findall(row, by_layer, re.MULTILINE)
+    assert [(layer, lam) for layer, lam, *_ in rows] == [
+        (f, lam) for f in ("fc1", "fc2") for lam in ("0.01", "0.1", "1")
+    ]
+    for layer, lam, change, lower, p in rows:
+        expected = 0 if layer == "fc1" else -0.01 * {"0.01": 1, "0.1": 2, "1": 3}[lam]
+        assert float(change) == pytest.approx(expected, abs=0.001)
+        assert (lower == "8", float(p) < 0.05) == ((True, True) if layer == "fc2" else (False, False))
 
 
 def test_p_values_of_the_summary_are_adjusted(plan: Plan) -> None:
@@ -229,4 +308,4 @@ def test_p_values_of_the_summary_are_adjusted(plan: Plan) -> None:
     gain = next(claim for claim in found if claim.text.endswith("test set than the plain model") and claim.main)
     (mine,) = [row for row in known if row[1] == gain.text]
     assert float(mine[-1].removesuffix(" |")) >= gain.p
-    assert f"{len(known)} of these claims are judged by an interval" in summary
+    assert f"{len(known)} of these claims have a p-value" in summary

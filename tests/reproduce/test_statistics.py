@@ -72,6 +72,19 @@ def test_verdicts(low: float, high: float, sign: int, expected: str) -> None:
     assert verdict(Estimate((low + high) / 2, low=low, high=high), sign) == expected
 
 
+def test_two_seeds_decide_nothing() -> None:
+    two, three = claim("it is better", [0.9, 1.0]), claim("it is better", [0.9, 0.95, 1.0])
+    assert (two.here, two.verdict, math.isnan(two.p)) == ("+0.95 (+0.31 to +1.59)", UNKNOWN, True)
+    assert (three.verdict, three.p < 0.05) == (HOLDS, True)
+
+
+def test_an_end_of_an_interval_is_not_rounded_to_the_zero_that_it_excludes() -> None:
+    slopes = [-5e-5, -7e-5, -6e-5]
+    assert claim("it falls", slopes, sign=-1, digits=4).here == "-0.00006 (-0.00008 to -0.00004)"
+    assert claim("it falls", slopes, sign=-1, digits=4).verdict == HOLDS
+    assert claim("it falls", [-5e-5, 7e-5, 6e-5], sign=-1, digits=4).here == "+0.0000 (-0.0001 to +0.0002)"
+
+
 def test_shares_and_ranks() -> None:
     part = share(93, 100)
     assert (part.low, part.high) == pytest.approx((0.863, 0.966), abs=1e-3)
@@ -93,8 +106,8 @@ def test_ranks_of_several_seeds_are_pooled_exactly() -> None:
     [(1.0, "+1.00, inside"), (1.84, "+1.84, outside"), (math.nan, "–"), ("yes", "yes")],
 )
 def test_the_papers_number_is_inside_the_interval_or_not(paper: float | str, said: str) -> None:
-    found = claim("it is better", over_seeds([0.9, 1.0, 1.2]), 3, paper=paper)
-    assert (found.paper, found.verdict) == (said, HOLDS)
+    found = claim("it is better", [0.9, 1.0, math.nan, 1.2], paper=paper)
+    assert (found.paper, found.verdict, found.n) == (said, HOLDS, "3")
     assert found.p == pytest.approx(float(stats.ttest_1samp([0.9, 1.0, 1.2], 0).pvalue), rel=1e-6)
-    one = claim("it is better", over_seeds([0.9]), 1, paper=1.0)
+    one = claim("it is better", [0.9], paper=1.0)
     assert (one.paper, one.verdict, math.isnan(one.p)) == ("+1.00", UNKNOWN, True)
