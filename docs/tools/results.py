@@ -24,13 +24,12 @@ def results(scale: str) -> Iterator[str]:
 def kink(scale: str) -> Iterator[str]:
     """What S2 says of chains beside restarts at equal cost, the place where repulsion should help most."""
     from pnanalysis.reproduce.plan import make_plan
-    from pnanalysis.reproduce.small_problems import kink_claims
+    from pnanalysis.reproduce.small_problems import compared_claims
 
     plan = make_plan(["S2"], scale, None, _RESULTS / scale)
     for variant in plan.setting("S2").variants:
-        for claim in kink_claims(plan, variant):
-            if claim.has_control:
-                yield f"- {variant}: {claim.text}: {claim.here} over {claim.n}, **{claim.verdict}**."
+        for claim in compared_claims(plan, variant):
+            yield f"- {variant}: {claim.text}: {claim.here} over {claim.n}, **{claim.verdict}**."
     yield ""
 
 

@@ -37,6 +37,8 @@ _PRELOAD = (
 )  # fmt: skip
 
 
+#: In the folder of a training of S2, what it was begun with.
+_STUDY_OPTIONS = "options.json"
 #: How often a line says how far cells that take hours have come.
 _REPORT_SECONDS = 600.0
 
@@ -101,7 +103,7 @@ class Worker:
     def _train(self, cell: Cell, setting: Setting, run: Path, data: str) -> None:
         set_aside_if_other(cell, setting, run)
         for _ in range(2):  # what fails twice is a result, as is what diverges; a full disk does not fail for ever
-            if ended(run) in (FINISHED, "diverged"):
+            if is_trained(cell, setting, run):
                 return
             command = training_command(cell, setting, run, data, self.device)
             failure = self._timed(run, command) if setting.recipe == "two-well" else self._run(*command)
@@ -109,7 +111,7 @@ class Worker:
                 raise RunError(f"{cell.id}: {failure}")
 
     def _train_study(self, cell: Cell, setting: Setting, run: Path) -> None:
-        run.mkdir(parents=True, exist_ok=True)
+        set_aside_if_other_study(cell, setting, run)
         failure = self._timed(run, study_command(cell, setting, run, self.device))
         if failure:
             raise RunError(f"{cell.id}: {failure}")
@@ -276,8 +278,32 @@ def set_aside_if_other(cell: Cell, setting: Setting, run: Path) -> None:
     """
     if not (run / MANIFEST).is_file():
         return
-    if is_of_setting(read_manifest(run / MANIFEST), cell, setting, goes_on=True):
-        return
+    if not is_of_setting(read_manifest(run / MANIFEST), cell, setting, goes_on=True):
+        _set_aside(run)
+
+
+def is_trained(cell: Cell, setting: Setting, run: Path) -> bool:
+    """Whether a training has come to its end: one with fewer iterations, which goes on, has not."""
+    if ended(run) not in (FINISHED, "diverged"):
+        return False
+    return is_of_setting(read_manifest(run / MANIFEST), cell, setting)
+
+
+def set_aside_if_other_study(cell: Cell, setting: Setting, run: Path) -> None:
+    """The same for S2, whose trainings have no manifest: settings are noted in a file of their own."""
+    wanted = json.loads(json.dumps({"seed": cell.seed, "arm": cell.arm, **setting.training(cell.variant, cell.arm)}))
+    noted = run / _STUDY_OPTIONS
+    if noted.is_file():
+        begun = json.loads(noted.read_text())
+        if cell.arm == PERSISTENT and begun.get("iterations", 0) < wanted["iterations"]:
+            begun["iterations"] = wanted["iterations"]  # chains go on
+        if begun != wanted:
+            _set_aside(run)
+    run.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps(wanted))
+
+
+def _set_aside(run: Path) -> None:
     names = (run.with_name(f"{run.name}.other{i or ''}") for i in itertools.count())
     run.rename(next(name for name in names if not name.exists()))
 

@@ -158,14 +158,16 @@ def kink_claims(plan: Plan, variant: str) -> list[Claim]:
         early = share(_left_by(chains, few), chains.shape[1])
         text = f"most chains leave the plateau within {few} iterations"
         found.append(Claim(text, "one chain, which does", _of_chains(chains, few), _starts(chains), _above_half(early)))
+    return found + compared_claims(plan, variant)
+
+
+def compared_claims(plan: Plan, variant: str) -> list[Claim]:
+    """Chains beside restarts of equal cost, paired by start."""
     chains, restarts = _common(plan, variant)
     n = min(len(chains), len(restarts))
-    return found + _compared(chains[:n], restarts[:n]) if n else found
-
-
-def _compared(chains: np.ndarray, restarts: np.ndarray) -> list[Claim]:
-    """Chains beside restarts of equal cost, paired by start; both of shape (iteration, start)."""
-    n = len(chains)
+    if not n:
+        return []
+    chains, restarts = chains[:n], restarts[:n]
     found = [_more_chains_leave(chains, restarts)]
     sooner = trainings_until_off(chains)[0] - trainings_until_off(restarts)[0]
     text = f"a chain is off the plateau after fewer trainings than restarts (at most {n} are counted)"

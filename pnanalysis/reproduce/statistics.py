@@ -73,11 +73,6 @@ class Claim:
     p: float = math.nan
 
     @property
-    def has_control(self) -> bool:
-        """Whether it is about a difference that has been tested."""
-        return not math.isnan(self.p)
-
-    @property
     def row(self) -> list[str]:
         """As a row of a table."""
         return [self.text, self.paper, self.here, self.n, self.verdict]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,20 @@ from PIL import Image
 from pnanalysis.checks import duration
 from pnanalysis.errors import DataError, PnError, RunError
 from pnanalysis.io.lock import Lock
+from pnanalysis.io.runs import open_run
 from pnanalysis.reproduce.cells import Cell
 from pnanalysis.reproduce.data import prepare
 from pnanalysis.reproduce.finish import is_of_setting
 from pnanalysis.reproduce.plan import Forecast, Plan, chosen_cells, make_plan
-from pnanalysis.reproduce.running import Worker, run_cells, set_aside_if_other, study_command, training_command
+from pnanalysis.reproduce.running import (
+    Worker,
+    is_trained,
+    run_cells,
+    set_aside_if_other,
+    set_aside_if_other_study,
+    study_command,
+    training_command,
+)
 from pnanalysis.reproduce.settings import SCALES
 from pnanalysis.reproduce.study import reproduce
 from tests.reproduce.handmade import put
@@ -177,6 +187,44 @@ def test_a_training_of_earlier_settings_makes_way(tmp_path: Path) -> None:
     assert not is_of_setting(begun, s5, plan.setting("S5"))
 
 
+def test_a_finished_training_with_fewer_iterations_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(["S4"], "smoke", 1, tmp_path)
+    cell, setting = Cell("S4", "", 0, "persistent"), plan.setting("S4")
+    short = replace(setting, options={**setting.options, "iterations": 1, "epochs": 1})
+    worker = Worker(plan, "digits", tmp_path / "work", "cpu")
+    run = tmp_path / "work" / cell.id
+    commands: list[str] = []
+    train = worker._run
+
+    def noted(module: str, *arguments: str) -> str:
+        commands.append(module)
+        return train(module, *arguments)
+
+    monkeypatch.setattr(worker, "_run", noted)
+    try:
+        for iterations in (1, 2, 2):
+            wanted = replace(short, options={**short.options, "iterations": iterations})
+            worker._train(cell, wanted, run, "digits")
+            assert is_trained(cell, wanted, run)
+        assert len(commands) == 2
+        assert open_run(run).history.sizes["iteration"] == 2
+    finally:
+        worker.close()
+
+
+def test_a_study_of_other_settings_makes_way(tmp_path: Path) -> None:
+    plan = make_plan(["S2"], "smoke", 1, tmp_path)
+    setting = plan.setting("S2")
+    chain, restart = (Cell("S2", "kink6", 0, arm) for arm in ("persistent", "restart"))
+    more, longer = (replace(setting, options={**setting.options, name: 5000}) for name in ("iterations", "epochs"))
+    aside = {chain.id: 1, restart.id: 2}  # a chain goes on with more iterations, its restarts do not
+    for cell in (chain, restart):
+        for wanted in (setting, setting, more, replace(longer, options={**longer.options, "iterations": 5000})):
+            set_aside_if_other_study(cell, wanted, tmp_path / cell.id)
+            (tmp_path / cell.id / "study.nc").touch()
+        assert len(list(tmp_path.glob(f"{cell.id}.other*"))) == aside[cell.id]
+
+
 def test_controls_of_the_sweep_are_trained_once_for_all_strengths(tmp_path: Path) -> None:
     cells = make_plan(["S9-sweep"], "cpu", 1, tmp_path).cells
     assert sum(cell.arm == "persistent" for cell in cells) == 32
@@ -209,6 +257,13 @@ def test_a_smaller_training_set_has_the_first_images_of_each_class(tmp_path: Pat
     assert files == {f"train/{c}/{i}.png" for c in ("cat", "dog") for i in (0, 1)} | {
         f"test/{c}/{i}.png" for c in ("cat", "dog") for i in (0, 1)
     }  # fmt: skip
+    assert prepare(f"imagefolder:{tmp_path / 'all'}", 4, tmp_path / "work") == spec
+    (tmp_path / "all" / "train" / "cat" / "0.png").write_bytes(b"changed")
+    (tmp_path / "all").rename(tmp_path / "moved")
+    moved = prepare(f"imagefolder:{tmp_path / 'moved'}", 4, tmp_path / "work")
+    assert moved != spec
+    assert Path(moved[12:], "train/cat/0.png").read_bytes() == b"changed"
+    (tmp_path / "moved").rename(tmp_path / "all")
     assert prepare("digits", None, tmp_path) == "digits"
     with pytest.raises(DataError, match="needs --data imagefolder:PATH"):
         prepare("cifar10", 10, tmp_path)

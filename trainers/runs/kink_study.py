@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import xarray as xr
 
 from pnanalysis import schema
 from pnanalysis.checks import at_least
+from pnanalysis.errors import TrainingError
 from pnanalysis.io import netcdf
 from pnanalysis.terminal.console import run_app
 from trainers.choices import Strategy
@@ -61,6 +63,11 @@ def study(
     -------
     xarray.Dataset
         Kind ``ensemble``: ``final_loss`` (iteration, member).
+
+    Raises
+    ------
+    TrainingError
+        If a setting is unusable, or the dataset was begun with others.
     """
     at_least(1, chains=chains, iterations=iterations, steps=steps)
     x, y = kink_data(data)
@@ -79,21 +86,35 @@ def study(
             x, y, seeds=starts, lams=[lam], iterations=iterations, resume=saved,
             on_iteration=save, **options,
         )  # fmt: skip
-    rows = [] if saved is None else [saved.isel(member=[k]) for k in range(saved.sizes["member"])]
+    about = {"lr": _CONFIG.lr, "momentum": _CONFIG.momentum, "steps": steps, "data": data, "strategy": strategy}
+    rows = [] if saved is None else _restored(saved, iterations, starts, about)
     for start in starts[len(rows) :]:
         others = [derive_seed(start, "restart", k) for k in range(1, iterations)]
         trained = kink_ensemble.train_restarts(x, y, seeds=[start, *others], iterations=1, **options)
-        rows.append(_as_iterations(trained))
+        rows.append(_as_iterations(trained, about))
         netcdf.save(_joined(rows), out)
     return _joined(rows)
 
 
-def _as_iterations(trained: xr.Dataset) -> xr.Dataset:
+def _as_iterations(trained: xr.Dataset, about: Mapping[str, Any]) -> xr.Dataset:
     """Members of one iteration as the iterations of one member."""
     losses = trained.final_loss.isel(iteration=0).values[:, None]
     coords = {"iteration": range(len(losses)), "seed": ("member", trained.seed.values[:1])}
     ds = xr.Dataset({"final_loss": (("iteration", "member"), losses)}, coords)
-    return schema.finish(ds, "ensemble", **{name: trained.attrs[name] for name in ("strategy", "width", "steps")})
+    return schema.finish(ds, "ensemble", width=trained.attrs["width"], **about)
+
+
+def _restored(saved: xr.Dataset, iterations: int, starts: list[int], about: Mapping[str, Any]) -> list[xr.Dataset]:
+    """The restarts of each start that is done, if they are those of these settings."""
+    schema.validate(saved, "ensemble")
+    n = saved.sizes["member"]
+    ours = {**about, "number of iterations": iterations, "seed": starts[:n]}
+    theirs = {name: saved.attrs.get(name) for name in about}
+    theirs |= {"number of iterations": saved.sizes["iteration"], "seed": saved.seed.values.tolist()}
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise TrainingError(f"cannot resume from a dataset with another {name}; use the same or begin again")
+    return [saved.isel(member=[k]) for k in range(n)]
 
 
 def _joined(rows: list[xr.Dataset]) -> xr.Dataset:
