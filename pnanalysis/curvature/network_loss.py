@@ -16,6 +16,7 @@ from pnanalysis.curvature.parameters import Named, as_given, requiring_grad
 from pnanalysis.curvature.passes import autocast, unchanged
 from pnanalysis.curvature.recomputed import recomputing
 from pnanalysis.errors import CurvatureError
+from pnanalysis.evaluation.foreign_parameters import described, foreign
 from pnanalysis.evaluation.forward import WithModel, within_model
 from pnanalysis.evaluation.losses import InspectedLoss, check_finite, check_targets, loss_on
 from pnanalysis.inputs.batches import as_arguments, map_tensors, tensors
@@ -124,18 +125,24 @@ class NetworkLoss:
             See :func:`pnanalysis.evaluation.losses.check_targets`.
         ModelError
             If the loss is not finite.
+        CurvatureError
+            If network or loss use parameters of the network other than those they are given.
         """
         copies: LossArguments = map_tensors(at, torch.clone)
         held = list(tensors(copies))
         before = [tensor._version for tensor in held]
-        if self._bound is None:
-            outputs = self.outputs(copies, copies.theta)
-            check_targets(self.loss_fn, outputs, copies.targets)
-            value = self.of_outputs(outputs, copies.targets)
-        else:
-            value = self(copies, copies.theta)
+        with torch.enable_grad():
+            if self._bound is None:
+                outputs = self.outputs(copies, copies.theta)
+                check_targets(self.loss_fn, outputs, copies.targets)
+                value = self.of_outputs(outputs, copies.targets)
+            else:
+                value = self(copies, copies.theta)
         check_finite(value)
         self.protected = [tensor._version for tensor in held] != before
+        names = foreign(value, self.model)
+        if names:
+            raise CurvatureError(described(names))
 
     def in_double(self) -> NetworkLoss:
         """The same in float64, without autocast."""

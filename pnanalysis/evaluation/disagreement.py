@@ -15,6 +15,7 @@ from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.batch_pass import BatchPass
 from pnanalysis.evaluation.cka import CentredKernelAlignment
 from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.evaluation.foreign_parameters import check_no_foreign
 from pnanalysis.evaluation.forward import required_prediction
 from pnanalysis.evaluation.losses import InspectedLoss, counted_positions, log_probabilities
 from pnanalysis.evaluation.randomness import check_repeatable
@@ -183,7 +184,7 @@ def forward_all(
     alignment : CentredKernelAlignment, optional
         Compare the layers of these passes.
     check : bool
-        Whether to see first that no network draws at random.
+        Whether to see first that no network draws at random, and that the loss holds none of their parameters.
 
     Raises
     ------
@@ -196,6 +197,7 @@ def forward_all(
         for (label, network), x in zip(networks.items(), inputs, strict=True):
             with clear_errors(label, network, [(x, targets)], loss):
                 check_repeatable(label, network, (x, targets), loss)
+                check_no_foreign(label, network, (x, targets), loss)
     passes = []
     with alignment or nullcontext():  # here alone: losses may run a network again
         for (label, network), x in zip(networks.items(), inputs, strict=True):

@@ -19,6 +19,7 @@ from torch.func import vmap
 from pnanalysis.errors import DataError, ModelError
 from pnanalysis.evaluation.batch_pass import BatchPass
 from pnanalysis.evaluation.diagnosis import clear_errors
+from pnanalysis.evaluation.foreign_parameters import check_no_foreign
 from pnanalysis.evaluation.losses import (
     NOTHING_COUNTS,
     check_finite,
@@ -303,6 +304,7 @@ def check_same_function(
     with clear_errors(names[0], network, [first], surface.loss):
         inputs, targets = surface.cast(inputs), surface.cast(targets)
         check_repeatable(names[0], network, (inputs, targets), surface.loss)
+        check_no_foreign(names[0], network, (inputs, targets), surface.loss)
         with torch.no_grad(), random_states_kept():
             passes = [
                 BatchPass.of(model, surface.loss, inputs, targets, at)
