@@ -375,7 +375,8 @@ def _spectra(
         for item, network, loss, batches, part in selection.measurable(
             requested.split, requested.n, requested.batch_size, options.seed, device, networks=networks
         ):
-            digest = matrix_digest(item.source, options.matrix_settings(), part, network)
+            settings = options.matrix_settings(requested.batch_size)
+            digest = matrix_digest(item.source, settings, part, network)
             saved = saved_spectrum(item.source, digest, options.n_products, options.data_error)
             found[item.key] = saved if saved is not None else network_spectra(
                 network, loss, batches, options, label=item.label, device=device, progress=progress,

@@ -16,7 +16,7 @@ import xarray as xr
 
 from pnanalysis import schema
 from pnanalysis.analyses.rank_correlation import conditional_information, granulated, tau_with_errors
-from pnanalysis.analyses.run_diagnostics import GAP, file_beside, has_saved, run_diagnostics
+from pnanalysis.analyses.run_diagnostics import GAP, MEANING, SIZES, file_beside, has_saved, run_diagnostics
 from pnanalysis.analyses.work_folder import remove_unfinished
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, one_of
@@ -242,11 +242,14 @@ def _from_runs(runs: Sequence[Run], checkpoint: str) -> RunTable:
         raise _too_few(len(finished), "that have finished")
     rows, names = [], distinct_labels([run.path.name for run in finished])
     lacking: dict[str, list[str]] = {}
+    settings: dict[str, dict[str, dict[str, str]]] = {}
     for name, run in zip(names, finished, strict=True):
         (found,) = run.select([checkpoint]).values()
-        numbers, problems = run_diagnostics(run, found)
-        rows.append(numbers)
-        for kind, problem in problems.items():
+        stored = run_diagnostics(run, found)
+        rows.append(stored.numbers)
+        for kind, own in stored.settings.items():
+            settings.setdefault(kind, {})[name] = own
+        for kind, problem in stored.problems.items():
             if problem:
                 warnings.warn(f"{name} counts without its {kind}: {problem}", stacklevel=3)
             else:
@@ -260,11 +263,42 @@ def _from_runs(runs: Sequence[Run], checkpoint: str) -> RunTable:
             f"({', '.join(without[:3])}{', ...' if len(without) > 3 else ''}), so that they count without it; {advice}",
             stacklevel=3,
         )
+    for kind, by_run in settings.items():
+        _check_one_quantity(kind, by_run)
     kinds = {name: number.kind for row in rows for name, number in row.items()}
     value = {name: np.array([row[name].value if name in row else np.nan for row in rows]) for name in kinds}
     se = {name: np.array([row[name].se if name in row else np.nan for row in rows]) for name in kinds}
     main = frozenset(name for row in rows for name, number in row.items() if number.is_main)
     return RunTable(names, value, se, kinds, differing_settings(finished), main)
+
+
+def _check_one_quantity(kind: str, settings: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse to rank numbers of different matrices, and warn of those of different numbers of examples.
+
+    Parameters
+    ----------
+    kind : str
+    settings : mapping
+        What the datasets of this kind were made with, by run.
+
+    Raises
+    ------
+    RunError
+    """
+    for name in (*MEANING, *SIZES):
+        runs: dict[str, str] = {}  # the first run of each value
+        for run, own in settings.items():
+            runs.setdefault(own.get(name, "none"), run)
+        if len(runs) < 2:
+            continue
+        (one, first), (other, second), *_ = runs.items()
+        found = f"the saved {kind} of {first} has {name} {one}, that of {second} {other}"
+        if name in MEANING:
+            raise RunError(
+                f"{found}: they are numbers of different quantities, which cannot be ranked; make them anew with the "
+                "same settings, or move the files of some away"
+            )
+        warnings.warn(f"{found}: differences between runs may be due to that", stacklevel=4)
 
 
 def _from_frame(frame: pd.DataFrame, axes: Sequence[str]) -> RunTable:

@@ -98,11 +98,16 @@ class SpectrumOptions:
         """Lanczos steps per probe for a matrix of this size, where they are given."""
         return min(self.n_lanczos, n_parameters) if self.n_lanczos and self.per_layer else self.n_lanczos
 
-    def matrix_settings(self) -> dict[str, Any]:
-        """Those that say which matrix it is, rather than what is spent on it."""
+    def matrix_settings(self, batch_size: int) -> dict[str, Any]:
+        """Those that say which matrix it is, rather than what is spent on it.
+
+        The size of batches is one of them where the matrix is made of whole batches.
+        """
         names = ("operator", "params", "bn_mode", "dtype", "amp", "draws")
         method = {} if self.method == "exact" else {"method": self.method}
-        return {name: getattr(self, name) for name in names} | {"weight": self.weight_name} | method
+        of_batches = self.bn_mode == "train" or self.draws is not None or self.weight not in (None, "examples")
+        batches = {"batch_size": batch_size} if of_batches else {}
+        return {name: getattr(self, name) for name in names} | {"weight": self.weight_name} | method | batches
 
     @property
     def weight_name(self) -> str:
@@ -276,7 +281,7 @@ def hessian(
     found: dict[tuple[str, object], dict[str, tuple[xr.Dataset, str]]] = {}
     try:
         for item, network, own_loss, batches, part in selection.measurable(split, n, batch_size, seed, torch_device):
-            digest = matrix_digest(item.source, options.matrix_settings(), part, network)
+            digest = matrix_digest(item.source, options.matrix_settings(batch_size), part, network)
             spectra = network_spectra(
                 network, own_loss, batches, options, label=item.label, device=torch_device, progress=progress,
                 cache=None if cache is None else cache.of(network),

@@ -19,7 +19,8 @@ from pnanalysis.io.runs import Checkpoint, Run
 from pnanalysis.schema import error_kind
 from pnanalysis.significance import share_interval
 
-#: Numbers by kind of dataset. Those that have a layer are averaged over layers, and so are their errors.
+#: Numbers by kind of dataset. Those that have a layer are averaged over layers, and so are their errors: the same
+#: examples pass through all layers, so that errors need not cancel.
 STORED: dict[str, tuple[str, ...]] = {
     "hessian": (
         "lambda_max", "lambda_min", "trace", "frobenius_norm", "effective_rank", "negative_curvature", "negative_mass",
@@ -34,6 +35,8 @@ STORED: dict[str, tuple[str, ...]] = {
     "barrier": ("barrier", "error_barrier", "distance"),
     CURVATURE: ("last_lambda_max", "highest_lambda_max", "last_threshold_ratio", "highest_threshold_ratio"),
 }  # fmt: skip
+#: Attributes that say which quantity a dataset has, and those that say of how many examples.
+MEANING, SIZES = ("operator", "params", "split", "bn_mode", "weight", "draws"), ("n", "batch_size")
 _HISTORY = ("train_loss", "train_error", "validation_error", "test_error")
 _Z95 = 1.959963984540054
 #: Dims with labels, which are part of a number's name.
@@ -62,18 +65,43 @@ class Number(NamedTuple):
     is_main: bool = True
 
 
-def run_diagnostics(run: Run, checkpoint: Checkpoint) -> tuple[dict[str, Number], dict[str, str]]:
-    """Numbers by name; and by kind why a saved dataset has none, empty where it is of other checkpoints."""
-    found = dict(_of_history(run.history, checkpoint))
-    problems: dict[str, str] = {}
+class Stored(NamedTuple):
+    """What is stored about a checkpoint.
+
+    Attributes
+    ----------
+    numbers : dict of str to Number
+        By name.
+    problems : dict of str to str
+        By kind why a saved dataset has no number, empty where it is of other checkpoints.
+    settings : dict of str to dict
+        By kind the attributes in :data:`MEANING` and :data:`SIZES`, as text.
+    """
+
+    numbers: dict[str, Number]
+    problems: dict[str, str]
+    settings: dict[str, dict[str, str]]
+
+
+def run_diagnostics(run: Run, checkpoint: Checkpoint) -> Stored:
+    """The numbers that are stored with a run about one of its checkpoints."""
+    found = Stored(dict(_of_history(run.history, checkpoint)), {}, {})
     for kind, names in STORED.items():
         row, problem = _saved_row(run, kind, checkpoint)
         if row is not None:
             for name in names:
-                found |= dict(_numbers(row, kind, name))
+                found.numbers.update(_numbers(row, kind, name))
+            found.settings[kind] = _settings(row)
         elif problem is not None:
-            problems[kind] = problem
-    return found, problems
+            found.problems[kind] = problem
+    return found
+
+
+def _settings(ds: xr.Dataset) -> dict[str, str]:
+    chosen = {name: ds.attrs[name] for name in (*MEANING, *SIZES) if name in ds.attrs}
+    if chosen.get("bn_mode") != "train":  # else the result does not depend on it
+        chosen.pop("batch_size", None)
+    return {name: str(np.asarray(value).tolist()) for name, value in chosen.items()}
 
 
 def has_saved(run: Run, kind: str, checkpoint: Checkpoint) -> bool:
@@ -172,8 +200,8 @@ def _numbers(ds: xr.Dataset, kind: str, name: str) -> Iterator[tuple[str, Number
     if f"{name}_se" not in ds and f"{name}_low" in ds:
         se = (ds[f"{name}_high"] - ds[f"{name}_low"]) / (2 * _Z95)
     if "layer" in value.dims:
-        se = (se**2).sum("layer", skipna=False) ** 0.5 / value.notnull().sum("layer")
-        value = value.mean("layer")
+        se, value = se.where(value.notnull(), 0.0).sum("layer", skipna=False), value.mean("layer")
+        se = se / ds[name].notnull().sum("layer")
     radius = {"rise": "radius", "average": "average_radius"}.get(name)
     for place in np.ndindex(*value.shape):
         at = dict(zip(value.dims, place, strict=True))

@@ -54,7 +54,9 @@ def hessian(
     ] = None,
     split: Annotated[options.Split, typer.Option()] = "train",
     n: Annotated[int, typer.Option("--n", help="Examples, drawn at random by --seed.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Examples per batch; changes memory use, not the result.")] = 512,
+    batch_size: Annotated[
+        int, typer.Option(help="Examples per batch; changes memory use, and the result with --bn train only.")
+    ] = 512,
     params: options.Params = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Analyse the diagonal block of each layer.")] = False,
     bn: options.BatchNorm = "eval",

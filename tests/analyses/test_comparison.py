@@ -61,7 +61,7 @@ def spectrum_of_run(item: SelectedCheckpoint, options: dict[str, Any]) -> xr.Dat
         SpectrumOptions.from_keywords(**{name: value for name, value in options.items() if name not in ("split", "n")}),
     )
     network, part = item.source.model(item.checkpoint), item.source.split(split, n, spent.seed, "cpu")
-    digest = matrix_digest(item.source, spent.matrix_settings(), part, network)
+    digest = matrix_digest(item.source, spent.matrix_settings(64), part, network)
     return saved_spectrum(item.source, digest, spent.n_products)
 
 
@@ -164,6 +164,14 @@ def test_a_saved_spectrum_is_used_only_if_it_is_the_same(own_run: Run) -> None:
     assert spectrum_of_run(chosen[1], options) is not None
     shutil.copyfile(own_run.start.path, chosen[1].checkpoint.path)  # trained again, to other weights
     assert spectrum_of_run(chosen[1], options) is None
+
+
+def test_the_matrix_depends_on_the_size_of_batches_where_it_is_made_of_them() -> None:
+    for made_of_batches in ({"bn_mode": "train"}, {"draws": 2}, {"weight": "batches"}):
+        options = SpectrumOptions.from_keywords(**made_of_batches)
+        assert options.matrix_settings(8) != options.matrix_settings(32), made_of_batches
+    for options in (SpectrumOptions(), SpectrumOptions(weight="examples")):
+        assert options.matrix_settings(8) == options.matrix_settings(32)
 
 
 def test_saturation_is_that_of_the_checkpoint(tiny_run: Run, ends: xr.Dataset) -> None:

@@ -28,6 +28,7 @@ from pnanalysis.analyses.rank_correlation import (
     signs,
     tau_with_errors,
 )
+from pnanalysis.analyses.run_diagnostics import run_diagnostics
 from pnanalysis.errors import PnError, RunError
 from pnanalysis.io.runs import Run
 from tests.conftest import TINY
@@ -289,6 +290,46 @@ def of_checkpoint(ds: xr.Dataset) -> xr.Dataset:
     """A dataset of one matrix as that of the end of a run's first iteration."""
     place = {"checkpoint": ["champion"], "iteration": ("checkpoint", [0]), "epoch": ("checkpoint", [1])}
     return ds.expand_dims("checkpoint").assign_coords(place)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"operator": "ggn"}, "operator hessian, that of .* ggn: they are numbers of different quantities"),
+     ({"params": "fc1"}, "params none, that of .* fc1"), ({"split": "test"}, "split train, that of .* test")],
+)  # fmt: skip
+def test_spectra_of_different_matrices_are_not_ranked(
+    changed: dict[str, str], message: str, grid: Path, tmp_path: Path
+) -> None:
+    def spectrum(run: Run, i: int) -> xr.Dataset:
+        ds = of_checkpoint(pn.spectral_density(np.diag([1.0, 2.0 + i]), progress=False))
+        ds.attrs |= {"kind": "hessian", "operator": "hessian", "split": "train", "bn_mode": "eval", "n": 16 + (i == 2)}
+        return ds.assign_attrs(changed if i == 1 else {})
+
+    out = saved_with_each(grid, tmp_path, spectrum)
+    with pytest.raises(RunError, match=message):
+        pn.correlate(out, diagnostics=["trace"], **QUIET)
+    for path in out.glob("*/analysis/hessian.nc"):
+        ds = pn.load(path)
+        del ds.attrs["operator"], ds.attrs["split"]
+        ds.attrs.pop("params", None)
+        pn.save(ds, path)
+    with pytest.warns(UserWarning, match=r"has n 16, that of .* 17: differences between runs may be due to that"):
+        assert pn.correlate(out, diagnostics=["trace"], **QUIET).n_runs == 4
+
+
+def test_the_error_of_a_mean_over_layers_takes_them_for_dependent(grid: Path, tmp_path: Path) -> None:
+    """The same images pass through all layers."""
+
+    def saturated(run: Run, i: int) -> xr.Dataset:
+        return pn.saturation(run, n=32, progress=False)
+
+    path = min(saved_with_each(grid, tmp_path, saturated).glob("*/run.json")).parent
+    run = pn.open_run(path)
+    (checkpoint,) = run.select(["champion"]).values()
+    found = run_diagnostics(run, checkpoint).numbers["saturation_measure"]
+    saved = pn.load(run.files["saturation"]).sel(iteration=0, epoch=1)
+    assert found.value == pytest.approx(float(saved.saturation_measure.mean("layer")))
+    assert found.se == pytest.approx(float(saved.saturation_measure_se.mean("layer")))
 
 
 def test_blocks_count_by_what_they_say_of_the_whole_network(grid: Path, tmp_path: Path) -> None:

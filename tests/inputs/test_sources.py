@@ -70,7 +70,7 @@ def test_runs_of_one_name_are_kept_apart(namesakes: list[Run]) -> None:
 def test_a_saved_spectrum_of_another_loss_or_model_is_not_taken(namesakes: list[Run]) -> None:
     run, spent = namesakes[0], {"n_lanczos": 5, "n_probes": 2}
     netcdf.save(pn.hessian(run, n=50, **spent, progress=False), run.path / ANALYSIS / "hessian.nc")
-    settings = SpectrumOptions().matrix_settings()
+    settings = SpectrumOptions().matrix_settings(64)
 
     def found(source: Source) -> bool:
         network = source.model(run.plain)
