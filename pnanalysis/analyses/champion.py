@@ -39,6 +39,8 @@ from pnanalysis.terminal.progress import progress_bar
 
 #: What ``quick=True`` asks for in place of the defaults.
 QUICK: dict[str, Any] = {"n": 1000, "hessian": {"n": 256, "n_hvp": 60}, "cka": False, "n_points": 7, "n_line": 512}
+#: How attributes begin that say of which matrix numbers are.
+_MATRICES = ("hessian_", "eigenpairs_", "blocks_")
 _DEFAULTS: dict[str, Any] = {"n": None, "hessian": True, "cka": True, "n_points": 11, "n_line": 2048}
 _N_RESTARTS = 5  # of the alignment
 _N_BATCHES = 8  # at least, whose gradients tell the error of their mean
@@ -220,6 +222,7 @@ def judged(found: Contest, compared: xr.Dataset, lines: xr.Dataset, gradient: xr
         ds = ds.assign(js_divergence=compared.js_divergence.isel(other=0, drop=True))
     split = str(compared.attrs["function_split"])
     kept = {key: compared.attrs[key] for key in ("classes", "function_split", "n_hessian") if key in compared.attrs}
+    kept |= {key: value for key, value in compared.attrs.items() if key.startswith(_MATRICES)}
     ds = ds.assign_attrs(kept, n_examples=int(compared.n_examples.sel(split=split)))
     ds = ds.merge(_against(found, compared, split), combine_attrs="no_conflicts")
     return _with_selection(ds, found)

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.analyses.diagnostics import Diagnostic, diagnostics, estimate_of, layers_without_output
+from pnanalysis.analyses.matrix_names import matrix_name
 from pnanalysis.analyses.significant_differences import with_p_values
 from pnanalysis.estimates import Estimate
 from pnanalysis.kinds import ERROR_ENDS
@@ -150,7 +151,7 @@ def _of_each(compared: xr.Dataset, gradient: xr.Dataset | None) -> Iterator[Numb
             values = [
                 estimate_of(smallest.isel(checkpoint=i), "lambda_min") for i in range(smallest.sizes["checkpoint"])
             ]
-            yield Number("lambda_min", "Hessian lambda_min", values)
+            yield Number("lambda_min", f"{matrix_name(compared.attrs, 'hessian')} lambda_min", values)
     if gradient is not None:
         values = [Estimate(float(value)) for value in gradient.gradient_norm]
         yield Number("gradient_norm", "norm of the gradient", values, is_log=True)

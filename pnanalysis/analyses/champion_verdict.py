@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
+from pnanalysis.analyses.matrix_names import matrix_name
 from pnanalysis.analyses.null_distribution import restarts_needed
 from pnanalysis.analyses.significant_differences import ROUND_OFF
 from pnanalysis.estimates import Estimate
@@ -227,7 +228,8 @@ def _stationary(ds: xr.Dataset) -> Iterator[str]:
         text += ")"
     low, top = (number_of(ds, name, 1) for name in ("lambda_min", "lambda_max"))
     if math.isfinite(low.value) and top.value > 0:
-        text += f"; the smallest Hessian eigenvalue is {low.value:.3g}, the largest {top.value:.3g}"
+        matrix = matrix_name(ds.attrs, "hessian")
+        text += f"; the smallest {matrix} eigenvalue is {low.value:.3g}, the largest {top.value:.3g}"
     yield text + "."
 
 

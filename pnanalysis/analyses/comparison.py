@@ -25,6 +25,7 @@ from pnanalysis.analyses.compared_sharpness import SharpnessRequest
 from pnanalysis.analyses.compared_spaces import EigenpairRequest
 from pnanalysis.analyses.functional import compare_functions
 from pnanalysis.analyses.hessian import SpectrumOptions, data_error_of, has_all, network_spectra
+from pnanalysis.analyses.matrix_names import matrix_attrs
 from pnanalysis.analyses.requests import read_request, settings_of
 from pnanalysis.analyses.saturation import activation_ranges, examples_of, network_saturation
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
@@ -233,6 +234,15 @@ class ComparisonRequest:
             LearningCoefficientRequest.of(_options(learning_coefficient), seed) if learning_coefficient else None,
         )  # fmt: skip
 
+    @property
+    def matrices(self) -> dict[str, Any]:
+        """Attributes that say which matrices spectra, eigenpairs and blocks are of."""
+        parts = {"hessian": self.spectra, "eigenpairs": self.eigenpairs, "blocks": self.blocks}
+        found: dict[str, Any] = {}
+        for name, request in parts.items():
+            found |= {} if request is None else matrix_attrs(name, request.options)
+        return {name: value for name, value in found.items() if value is not None}
+
 
 def _options(requested: bool | Mapping[str, Any]) -> Mapping[str, Any]:
     return requested if isinstance(requested, Mapping) else {}
@@ -305,7 +315,8 @@ def compare_selected(
     ds = ds.transpose(*order, missing_dims="ignore")
     return ds.assign_attrs(
         spectra.attrs | rises.attrs | ({} if classes is None else {"classes": classes}) | {"function_split": split}
-    )
+        | wanted.matrices
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xarray as xr
 
+from pnanalysis.analyses.matrix_names import matrix_name
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
 from pnanalysis.estimates import Estimate, OutlierCount
 
@@ -98,13 +99,14 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
     if "cka" in ds:
         for layer in map(str, layers_without_output(ds).layer.values):
             yield _row_of_pairs(ds.sel(layer=layer), f"cka:{layer}", f"CKA of {layer}")
-    yield _row_of_each(ds, "lambda_max", "Hessian lambda_max")
-    yield _row_of_each(ds, "trace", "Hessian trace")
+    matrix = matrix_name(ds.attrs, "hessian")
+    yield _row_of_each(ds, "lambda_max", f"{matrix} lambda_max")
+    yield _row_of_each(ds, "trace", f"{matrix} trace")
     yield _row_of_outliers(ds)
     classes = ds.attrs.get("classes", "C")
     yield _row_of_each(ds, "class_ratio", f"  lambda_1 / lambda_{classes}")
     yield _row_of_each(ds, "class_trace", f"  top {classes} in the trace", percent=True)
-    yield _row_of_each(ds, "effective_rank", "Hessian effective rank")
+    yield _row_of_each(ds, "effective_rank", f"{matrix} effective rank")
     for name, title in (("negative_curvature", "negative curvature"), ("negative_mass", "negative eigenvalues")):
         yield _row_of_each(ds, name, title + " (these examples)" * is_of_these_examples(ds, name), percent=True)
     yield _row_of_pairs(ds, "wasserstein1", "W1 distance of spectra")
@@ -124,16 +126,18 @@ def _rows(ds: xr.Dataset) -> Iterator[Diagnostic]:
     yield _row_of_each(ds, "last_threshold_ratio", "  preconditioned, over threshold")
     yield _row_of_each(ds, "learning_coefficient", "local learning coefficient")
     if "eigenvalue" in ds:
+        matrix = matrix_name(ds.attrs, "eigenpairs")
         for pair in ds.pair.values.tolist():
-            yield _row_of_each(ds.sel(pair=pair), f"eigenvalue:{pair}", f"Hessian eigenvalue {pair}")
+            yield _row_of_each(ds.sel(pair=pair), f"eigenvalue:{pair}", f"{matrix} eigenvalue {pair}")
     yield _row_of_each(ds, "gradient_top", "gradient in top eigenvectors", percent=True)
     yield _row_of_pairs(ds, "overlap", "overlap of top eigenvectors (*: not by chance)")
     yield _row_of_pairs(ds, "overlap_halves", "  over different examples")
     yield _row_of_ceilings(ds)
     yield _row_of_pairs(ds, "overlap_chance", "  expected by chance")
+    matrix = matrix_name(ds.attrs, "blocks")
     if "block_trace" in ds:
         for block in map(str, ds.block.values):
-            yield _row_of_each(ds.sel(block=block), f"block_trace:{block}", f"Hessian trace of {block}")
+            yield _row_of_each(ds.sel(block=block), f"block_trace:{block}", f"{matrix} trace of {block}")
     if "block_norm" in ds:
         for block in map(str, ds.block.values):
             yield _row_of_each(ds.sel(block=block), f"block_norm:{block}", f"Frobenius norm of {block}")
@@ -173,7 +177,7 @@ def _row_of_each(ds: xr.Dataset, key: str, title: str, percent: bool = False, wh
 
 def _row_of_outliers(ds: xr.Dataset) -> Diagnostic:
     """Outliers with the p-value of the gap; counts have no errors, so their differences are not shown."""
-    row = _row_of_each(ds, "n_outliers", "Hessian outliers", whole=True)
+    row = _row_of_each(ds, "n_outliers", f"{matrix_name(ds.attrs, 'hessian')} outliers", whole=True)
     if not row.values or "outlier_p" not in ds:
         return row
     gaps = ds.outlier_p.values

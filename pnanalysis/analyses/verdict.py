@@ -10,6 +10,7 @@ import xarray as xr
 
 from pnanalysis.analyses.champion_verdict import champion_verdict
 from pnanalysis.analyses.diagnostics import estimate_of, short_names
+from pnanalysis.analyses.matrix_names import matrix_name
 from pnanalysis.analyses.significant_differences import ROUND_OFF, with_p_values
 from pnanalysis.estimates import Estimate
 
@@ -159,8 +160,9 @@ def _curvature(pair: xr.Dataset) -> str:
     significance = "significantly larger" if distance.is_significant else "not significantly larger"
     covered = str(pair.attrs.get("wasserstein1_covers", "probes")).replace("and", "and the choice of")
     every = "all " if pair.attrs.get("all_examples") else ""
+    matrices = matrix_name(pair.attrs, "hessian", plural=True)
     return (
-        f"Hessians on {every}{int(pair.attrs['n_hessian'])} training examples: largest eigenvalue "
+        f"{matrices} on {every}{int(pair.attrs['n_hessian'])} training examples: largest eigenvalue "
         f"{_signed(top, where)}, trace {_signed(trace, where)}; the W1 distance of the spectra, {distance.value:.2g}, "
         f"is {significance} than expected from the noise of the {covered} alone ({noise:.2g})."
     )
@@ -189,11 +191,12 @@ def _blocks(pair: xr.Dataset, name: str, what: str) -> str:
     order = np.argsort(-np.abs(known[name].values), kind="stable")
     each = [estimate_of(known.isel(block=int(i)), name) for i in order]
     found = [(str(known.block.values[i]), one) for i, one in zip(order, each, strict=True) if one.is_significant]
+    matrix = matrix_name(pair.attrs, "blocks")
     if not found:
-        return f"{what} of the Hessian's {len(each)} blocks: no significant difference in any."
+        return f"{what} of the {len(each)} blocks of the {matrix}: no significant difference in any."
     named = ", ".join(f"{name} ({one.text(signed=True)})" for name, one in found[:_MOST_BLOCKS])
     more = f" and {len(found) - _MOST_BLOCKS} others" if len(found) > _MOST_BLOCKS else ""
-    return f"{what} of the Hessian's blocks differ significantly in {len(found)} of {len(each)}: {named}{more}."
+    return f"{what} of blocks of the {matrix} differ significantly in {len(found)} of {len(each)}: {named}{more}."
 
 
 def _signed(difference: Estimate, where: str) -> str:

@@ -14,6 +14,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from pnanalysis import plots
+from pnanalysis.analyses.matrix_names import matrix_name
 from pnanalysis.analyses.verdict import verdict
 from pnanalysis.plots.landscape import same_plane
 from pnanalysis.plots.saturation import bounded_layers
@@ -318,9 +319,10 @@ def _picture(entry: Entry, ds: xr.Dataset, study: Study, figure_key: str) -> Pic
             options["ax"] = new_figure(*entry.size).add_subplot()
         figure = plots.plot(ds, figure_key, **options)
     points = tuple(entry.points(ds))
-    alternative = " ".join((f"{entry.title}.", entry.caption, *points))
+    title = entry.title.replace("Hessian", matrix_name(ds.attrs)) if ds.attrs.get("kind") == "hessian" else entry.title
+    alternative = " ".join((f"{title}.", entry.caption, *points))
     markup = embed(figure, alternative, f"{study.main.name}-{entry.key}")
-    return Picture(entry.key, entry.title, entry.caption, markup, points)
+    return Picture(entry.key, title, entry.caption, markup, points)
 
 
 def embed(figure: Figure, text: str, prefix: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from pnanalysis.analyses.diagnostics import estimate_of
+from pnanalysis.analyses.matrix_names import matrix_name
 from pnanalysis.analyses.significant_differences import with_p_values
 from pnanalysis.analyses.verdict import verdict
 from pnanalysis.estimates import Estimate, proportion
@@ -38,6 +39,7 @@ class Row:
     test: Estimate
     lambda_max: Estimate
     trace: Estimate
+    matrix: str = "Hessian"
 
     def cells(self) -> dict[str, str]:
         """Column title to printed value."""
@@ -47,9 +49,14 @@ class Row:
             "training loss": self.loss.text(),
             "validation error": self.validation.text(),
             "test error": self.test.text(),
-            "lambda_max": self.lambda_max.text(),
-            "trace": self.trace.text(),
+            "lambda_max": self._of_matrix(self.lambda_max),
+            "trace": self._of_matrix(self.trace),
         }
+
+    def _of_matrix(self, estimate: Estimate) -> str:
+        """The number, and which matrix it is of where that is not the Hessian."""
+        is_plain = self.matrix == "Hessian" or math.isnan(estimate.value)
+        return estimate.text() + ("" if is_plain else f" ({self.matrix})")
 
 
 def summary_table(given: Sequence[Given]) -> list[dict[str, str]]:
@@ -173,6 +180,7 @@ def _rows_of(comparison: xr.Dataset | None, spectra: xr.Dataset | None) -> list[
                 test=_error_at(functions, "test"),
                 lambda_max=_number(curvature, "lambda_max"),
                 trace=_number(curvature, "trace"),
+                matrix=_matrix(curvature),
             )
         )
     return rows
@@ -180,6 +188,11 @@ def _rows_of(comparison: xr.Dataset | None, spectra: xr.Dataset | None) -> list[
 
 def _by_checkpoint(ds: xr.Dataset) -> dict[str, xr.Dataset]:
     return {str(name): ds.isel(checkpoint=i) for i, name in enumerate(ds.checkpoint.values)}
+
+
+def _matrix(at: xr.Dataset) -> str:
+    """The matrix of a spectrum, or of the spectra of a comparison."""
+    return matrix_name(at.attrs, "" if at.attrs.get("kind") == "hessian" else "hessian")
 
 
 def _number(at: xr.Dataset, name: str) -> Estimate:
@@ -218,6 +231,7 @@ def _row(datasets: RunDatasets, name: str, end: Checkpoint) -> Row:
         test=_error(run, float(last.test_error), "test"),
         lambda_max=Estimate(math.nan) if at is None else estimate_of(at, "lambda_max"),
         trace=Estimate(math.nan) if at is None else estimate_of(at, "trace"),
+        matrix="Hessian" if at is None else _matrix(at),
     )
 
 
@@ -296,9 +310,12 @@ def _spectrum_at(end: _End) -> xr.Dataset | None:
 
 
 def _spectrum_sentence(names: tuple[str, str], spectra: tuple[xr.Dataset, xr.Dataset]) -> str:
+    first, other = map(_matrix, spectra)
+    if first != other:
+        return f"The spectra of {' and '.join(names)} are of different matrices, {first} and {other}"
     top, trace = (" and ".join(estimate_of(at, number).text() for at in spectra) for number in ("lambda_max", "trace"))
     return (
-        f"The largest Hessian eigenvalues of {' and '.join(names)} are {top}, the traces {trace}. "
+        f"The largest {first} eigenvalues of {' and '.join(names)} are {top}, the traces {trace}. "
         f"{_outliers_in_words(spectra)}."
     )
 

@@ -419,3 +419,22 @@ def test_variables_of_one_checkpoint_become_numbers_with_errors(ends: xr.Dataset
     assert at.low < at.value < at.high
     assert at.se > 0
     assert np.isnan(estimate_of(ends.isel(checkpoint=0, other=0), "norm").se)
+
+
+def test_numbers_of_other_matrices_are_called_by_their_name() -> None:
+    networks = {"a": regression(0), "b": regression(1)}
+    options: dict[str, Any] = {"n_hvp": 20, "data_error": "none", "operator": "fisher", "params": "0"}
+    few = {"saturation": False, "cka": False, "progress": False}
+    ds = pn.compare(networks, data=points(), loss="mse", hessian=options, eigenpairs={"k": 1, "operator": "ggn"}, **few)
+    assert (ds.attrs["hessian_operator"], ds.attrs["hessian_params"]) == ("fisher", "0")
+    titles = [row.title for row in diagnostics(ds)]
+    assert {"empirical Fisher of 0 lambda_max", "empirical Fisher of 0 trace", "Gauss-Newton eigenvalue 1"} <= set(
+        titles
+    )
+    assert not any("Hessian" in title for title in titles)
+    sentences = " ".join(verdict(ds))
+    assert "empirical Fisher matrices of 0 on all" in sentences
+    assert "Hessian" not in sentences
+    plain = pn.compare(networks, data=points(), loss="mse", hessian={"n_hvp": 20, "data_error": "none"}, **few)
+    assert "Hessian trace" in [row.title for row in diagnostics(plain)]
+    assert "Hessians on all" in " ".join(verdict(plain))

@@ -350,6 +350,23 @@ def test_spectra_alone_are_put_in_words(networks: dict[str, xr.Dataset]) -> None
     assert text.startswith("The largest Hessian eigenvalues of first and second are ")
 
 
+def test_spectra_of_other_matrices_are_called_by_their_name(networks: dict[str, xr.Dataset], copies: list[Run]) -> None:
+    fisher = networks["hessian"].assign_attrs(operator="fisher", params="fc1")
+    (text,) = summary_sentences([fisher])
+    assert text.startswith("The largest empirical Fisher of fc1 eigenvalues of first and second are ")
+    plain, named = summary_table([networks["hessian"]]), summary_table([fisher])
+    assert [row["trace"] for row in named] == [f"{row['trace']} (empirical Fisher of fc1)" for row in plain]
+    (study,) = studies([fisher])
+    assert [picture.title for picture in pictures(study)] == ["empirical Fisher of fc1 spectrum"]
+    run, control = copies
+    for one, operator in ((run, "ggn"), (control, "hessian")):
+        ds = pn.load(run.path / ANALYSIS / "hessian.nc").assign_attrs(operator=operator)
+        netcdf.save(ds.assign_attrs(run=one.path.name), one.path / ANALYSIS / "hessian.nc")
+    table = summary_table([run, control])
+    assert table[0]["lambda_max"].endswith(" (Gauss-Newton)")
+    assert not any("(Hessian)" in cell for row in table for cell in row.values())
+
+
 def test_several_datasets_of_a_kind_have_a_figure_each(networks: dict[str, xr.Dataset], tmp_path: Path) -> None:
     other = pn.save(networks["hessian"], tmp_path / "other.nc")
     (study,) = studies([networks["hessian"], other, other])
