@@ -195,8 +195,8 @@ def blocks(
             with progress_bar(each.item.label, None, progress) as advance:
                 one = network_blocks(
                     each.network, each.loss, each.batches, options, label=each.item.label, device=torch_device,
-                    quantised=schemes.get(each.item.label), cache=None if cache is None else cache.of(each.network),
-                    advance=advance,
+                    quantised=schemes.get(each.item.label), advance=advance,
+                    cache=None if cache is None else cache.of(each.network, each.batches),
                 )  # fmt: skip
             found[each.item.key] = one, weights_digest(each.network)
     ds = stack([found[item.key][0] for item in selection], selection.labels)

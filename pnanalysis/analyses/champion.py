@@ -332,7 +332,7 @@ def _lines(
         loss = 0.0 if cache is None else _loss(plain, source.loss, batches["train"], device)
         for name, network in others:
             compute = partial(line, name, network, options.align and not reason)
-            ds = compute() if cache is None else cache.of(network).part("", loss, compute)
+            ds = compute() if cache is None else cache.of(network, batches["train"]).part("", loss, compute)
             reason = reason or str(ds.attrs.get("not_aligned", ""))
             rows.append(ds.isel(split=0, drop=True))
     lines = xr.concat(rows, dim="checkpoint", join="outer", combine_attrs="drop")

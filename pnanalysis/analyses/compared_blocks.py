@@ -74,7 +74,7 @@ class BlockRequest:
                 with progress_bar(f"{item.label}: blocks", None, progress) as advance:
                     found[item.key] = network_blocks(
                         network, loss, batches, self.options, label=item.label, device=device, advance=advance,
-                        cache=None if cache is None else cache.of(network),
+                        cache=None if cache is None else cache.of(network, batches),
                     )  # fmt: skip
         together = stack([found[item.key] for item in selection], selection.labels)
         return block_differences(together, selection.shares_examples)

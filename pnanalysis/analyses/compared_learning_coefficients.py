@@ -67,7 +67,7 @@ class LearningCoefficientRequest:
             ):
                 ds = network_learning_coefficient(
                     network, loss, batches, self.options, label=item.label, progress=progress,
-                    cache=None if cache is None else cache.of(network),
+                    cache=None if cache is None else cache.of(network, batches),
                 ).squeeze(["localization", "step_size"], drop=True)  # fmt: skip
                 if not float(ds.converged):
                     warnings.warn(

@@ -67,7 +67,7 @@ class SharpnessRequest:
             ):
                 found[item.key] = network_sharpness(
                     network, loss, batches, self.options, label=item.label, advance=advance,
-                    cache=None if cache is None else cache.of(network),
+                    cache=None if cache is None else cache.of(network, batches),
                 )  # fmt: skip
         every = [found[item.key] for item in selection]
         worst, means = (

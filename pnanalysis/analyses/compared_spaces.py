@@ -64,7 +64,7 @@ class EigenpairRequest:
                 with progress_bar(f"{item.label}: eigenvectors", None, progress) as advance:
                     found[item.key] = network_eigenpairs(
                         network, loss, batches, self.options, label=item.label, device=device, advance=advance,
-                        folder=None if cache is None else cache.of(network).file("").with_suffix(""),
+                        folder=None if cache is None else cache.of(network, batches).file("").with_suffix(""),
                     )  # fmt: skip
         every = [found[item.key] for item in selection]
         ds = value_differences([one.dataset for one in every], selection.shares_examples)

@@ -391,7 +391,7 @@ def _spectra(
             saved = saved_spectrum(item.source, digest, options.n_products, options.data_error)
             found[item.key] = saved if saved is not None else network_spectra(
                 network, loss, batches, options, label=item.label, device=device, progress=progress,
-                cache=None if cache is None else cache.of(network),
+                cache=None if cache is None else cache.of(network, batches),
             )[""]  # fmt: skip
     ds = spectrum_differences([found[item.key] for item in selection])
     n_used = n_examples(part, batches)

@@ -204,7 +204,7 @@ def eigenpairs(
                     each.network, each.loss, each.batches, options, label=each.item.label, device=torch_device,
                     previous=before.get(each.item.label) or previous_state(each.item), advance=advance,
                     progress=progress,
-                    folder=None if cache is None else cache.of(each.network).file("").with_suffix(""),
+                    folder=None if cache is None else cache.of(each.network, each.batches).file("").with_suffix(""),
                 )  # fmt: skip
             by_key[each.item.key] = one, weights_digest(each.network)
     every = [by_key[item.key][0] for item in selection]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pnanalysis import schema
 from pnanalysis.analyses.network_eigenpairs import EigenpairOptions, Found, matrix_eigenpairs
-from pnanalysis.analyses.work_folder import SAME_LOSS
+from pnanalysis.analyses.work_folder import loss_tolerance
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.errors import CurvatureError, SchemaError
 from pnanalysis.io import netcdf
@@ -120,7 +120,7 @@ def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
     for name, value in now.items():
         other = before.get(name)
         if isinstance(value, float) and isinstance(other, float):
-            if not abs(other - value) <= SAME_LOSS * max(abs(value), 1.0):
+            if not abs(other - value) <= loss_tolerance(value):
                 return False
         elif other != value:
             return False

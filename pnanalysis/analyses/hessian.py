@@ -284,7 +284,7 @@ def hessian(
             digest = matrix_digest(item.source, options.matrix_settings(batch_size), part, network)
             spectra = network_spectra(
                 network, own_loss, batches, options, label=item.label, device=torch_device, progress=progress,
-                cache=None if cache is None else cache.of(network),
+                cache=None if cache is None else cache.of(network, batches),
             )  # fmt: skip
             found[item.key] = {layer: (ds, digest) for layer, ds in spectra.items()}
     finally:

@@ -19,7 +19,7 @@ from torch import nn
 
 from pnanalysis import schema
 from pnanalysis.analyses.hessian import has_all, names_of
-from pnanalysis.analyses.work_folder import SAME_LOSS, WorkFolder
+from pnanalysis.analyses.work_folder import WorkFolder, loss_tolerance
 from pnanalysis.arrays import Array
 from pnanalysis.checks import at_least, check_seed, positive, resolve_dtype
 from pnanalysis.curvature.operators import HessianOperator
@@ -243,7 +243,7 @@ def learning_coefficient(
         for each in selection.measurable(split, n, batch_size, seed, torch_device, torch_dtype):
             found[each.item.key] = network_learning_coefficient(
                 each.network, each.loss, each.batches, options, dtype=torch_dtype, label=each.item.label,
-                progress=progress, cache=None if cache is None else cache.of(each.network),
+                progress=progress, cache=None if cache is None else cache.of(each.network, each.batches),
             )  # fmt: skip
     rows = padded([found[item.key] for item in selection])  # shorter chains are filled up with NaN
     ds = xr.concat(rows, dim="checkpoint", combine_attrs="override").assign_coords(selection.coordinates)
@@ -325,7 +325,7 @@ def _of_chains(
     state = None
     if folder is not None:
         names = {"names": anchor.gradients.names}
-        state = Unfinished(folder, names, [anchor.loss], SAME_LOSS * max(abs(anchor.loss), 1.0), ModelError)
+        state = Unfinished(folder, names, [anchor.loss], loss_tolerance(anchor.loss), ModelError)
     op = _hessian(network, loss, anchor.batches, options, dtype, device)
     stiff = None if op is None else _stiff(op, options, state)
     grid = _grid(options, nbeta, stiff, label)

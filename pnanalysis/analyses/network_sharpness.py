@@ -41,8 +41,8 @@ MEASURES = ("worst", "average", "flatness")
 #: Neighbourhoods where none are named, and how many radii of each.
 RADII = {name: NEIGHBOURHOODS[name].radius for name in ("ball", "adaptive", "filter", "box")}
 N_RADII = 3
-#: Relative to the larger of the loss and one: how far the loss of batches may be from that of the examples.
-_SAME_LOSS = 1e-3
+#: How far the loss of batches may be from that of the examples, relative to its size plus a little for round-off.
+_SAME_LOSS, _SMALLEST_LOSS = 1e-3, 1e-3
 #: How names of the samples begin that parts of unfinished work hold beside their numbers.
 _SAMPLES = "samples_"
 
@@ -332,7 +332,7 @@ class _Place:
             )  # fmt: skip
             _ = op.product_check
             (here,) = example_losses(self.gradients, self.gradients.centre[None], self.batches)
-            if abs(op.loss() - here.mean()) > _SAME_LOSS * max(abs(here.mean()), 1.0):
+            if abs(op.loss() - here.mean()) > _SAME_LOSS * (abs(here.mean()) + _SMALLEST_LOSS):
                 raise ModelError("the loss of its batches is not the mean over their examples")
         except PnError as error:
             warnings.warn(f"{self.label}: {without}: {error}", stacklevel=2)

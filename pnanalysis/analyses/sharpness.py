@@ -172,7 +172,7 @@ def sharpness(
         ):
             found[item.key] = network_sharpness(
                 network, own_loss, batches, options, label=item.label, advance=advance,
-                cache=None if cache is None else cache.of(network),
+                cache=None if cache is None else cache.of(network, batches),
             ).ds  # fmt: skip
     ds = xr.concat([found[item.key] for item in selection], dim="checkpoint", data_vars="all").assign_coords(
         selection.coordinates

@@ -193,10 +193,10 @@ def _blocks(pair: xr.Dataset, name: str, what: str) -> str:
     found = [(str(known.block.values[i]), one) for i, one in zip(order, each, strict=True) if one.is_significant]
     matrix = matrix_name(pair.attrs, "blocks")
     if not found:
-        return f"{what} of the {len(each)} blocks of the {matrix}: no significant difference in any."
+        return f"{what} of the {matrix}'s {len(each)} blocks: no significant difference in any."
     named = ", ".join(f"{name} ({one.text(signed=True)})" for name, one in found[:_MOST_BLOCKS])
     more = f" and {len(found) - _MOST_BLOCKS} others" if len(found) > _MOST_BLOCKS else ""
-    return f"{what} of blocks of the {matrix} differ significantly in {len(found)} of {len(each)}: {named}{more}."
+    return f"{what} of the {matrix}'s blocks differ significantly in {len(found)} of {len(each)}: {named}{more}."
 
 
 def _signed(difference: Estimate, where: str) -> str:

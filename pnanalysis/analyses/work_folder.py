@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,8 @@ import xarray as xr
 from torch import nn
 
 from pnanalysis.errors import CurvatureError, RunError, SchemaError, reason
+from pnanalysis.inputs.batches import fingerprint, tensors
+from pnanalysis.inputs.random_states import random_states_kept
 from pnanalysis.io import digest, netcdf
 from pnanalysis.io.atomic import atomic_path
 from pnanalysis.io.files import check_tree, read_regular
@@ -26,8 +28,13 @@ from pnanalysis.io.unfinished import warn_unsaved
 _LARGEST_SETTINGS = 2**24  # bytes
 #: What settings were before they could be chosen.
 _NEWER = {"method": "exact"}
-#: Losses that differ less than this, relative to the larger of their size and one, are those of the same data.
-SAME_LOSS = 1e-5
+#: Losses of the same data differ less than this, relative to their size, and up to the round-off of logarithms.
+_SAME_LOSS, _ROUND_OFF = 1e-5, 1e-7
+
+
+def loss_tolerance(loss: float) -> float:
+    """How much the loss of the same network on the same data may differ from one computation to the next."""
+    return _SAME_LOSS * abs(loss) + _ROUND_OFF
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -55,7 +62,7 @@ class WorkFolder:
     ----------
     folder : Path
     weights : str
-        Digest of the network whose parts are looked for; see :meth:`of`.
+        Digest of the network, and of the first of its batches, whose parts are looked for; see :meth:`of`.
     """
 
     folder: Path
@@ -134,9 +141,19 @@ class WorkFolder:
         if self._lock is not None:
             self._lock.release()
 
-    def of(self, network: nn.Module) -> Self:
-        """The same folder, for the parts of one network."""
-        return replace(self, weights=weights_digest(network))
+    def of(self, network: nn.Module, batches: Iterable[Any]) -> Self:
+        """The same folder, for the parts of one network on some data.
+
+        Parameters
+        ----------
+        network : Module
+        batches : re-iterable of batches
+            The first of them tells loaders apart, whose data have no name.
+        """
+        with random_states_kept():  # a loader draws the seed of its workers
+            first = next(iter(batches), ())
+        both = weights_digest(network) + fingerprint(*tensors(first))
+        return replace(self, weights=hashlib.sha256(both.encode()).hexdigest())
 
     def file(self, part: str) -> Path:
         """Where a part of the network's results is (``""`` for all of them)."""
@@ -153,7 +170,7 @@ class WorkFolder:
         if path.is_file():
             with suppress(SchemaError):  # a damaged file is computed again
                 found = netcdf.load(path)
-                if abs(float(found.attrs.pop("loss_here", float("nan"))) - loss) <= SAME_LOSS * max(abs(loss), 1.0):
+                if abs(float(found.attrs.pop("loss_here", float("nan"))) - loss) <= loss_tolerance(loss):
                     return found
         ds = compute()
         try:
