@@ -5,7 +5,7 @@ An operation that is not there loses them: an axis is known, or it is said to be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -34,6 +34,7 @@ from pnanalysis.torch_internals import is_view_of
 #: States of tensors that depend on no input: parameters and what is computed from them, and all others.
 WEIGHT, CONSTANT = "weight", "constant"
 State = Axes | str | None  # axes of data; None of a tensor that was never seen
+Origin = frozenset[int]  # the parameters that a tensor was computed with
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Call:
     kwargs: dict[str, Any]
     outputs: list[Tensor]
     state: Callable[[Tensor], State]
+    origin: Callable[[Tensor], Origin]
     n_examples: int
 
     def argument(self, position: int, *names: str, default: Any = None) -> Any:
@@ -66,6 +68,10 @@ class Call:
         """Axes of a tensor, without labels where nothing is known of it."""
         state = self.state(tensor)
         return state if isinstance(state, tuple) and len(state) == tensor.ndim else blank(tensor.shape)
+
+    def joined(self, axes: Axes, tensors: Iterable[Tensor]) -> Axes:
+        """The axes of several tensors side by side: units of different layers are not the same ones."""
+        return axes if len(set(map(self.origin, tensors))) < 2 else without(axes, (UNIT, FEATURE))
 
     def is_weight(self, tensor: Tensor) -> bool:
         return self.state(tensor) == WEIGHT
@@ -252,7 +258,8 @@ def _assignment(call: Call) -> list[Axes | None]:
     numbered = tuple((Factor(size, str(i)),) for i, size in enumerate(target.shape))
     part = read_view(numbered, torch.empty(target.shape, device="meta")[index], target.numel())[-value.ndim :]
     places = [next((int(f.label) for f in dim if f.label is not None), None) for dim in part]
-    return [merged(target.shape, [*own, (call.axes(value), places)])]
+    before = [target] if own and labels_of(axes) & {UNIT, FEATURE} else []  # else nothing has been put there yet
+    return [call.joined(merged(target.shape, [*own, (call.axes(value), places)]), [*before, value])]
 
 
 def _keeping_units(axes: Axes, dim: int, shape: Sequence[int]) -> Axes:
@@ -316,8 +323,9 @@ def _concatenation(call: Call) -> list[Axes | None]:
     out = call.outputs[0]
     at = dim % out.ndim
     places = [None if i == at else i for i in range(out.ndim)]
-    data = [call.axes(t) for t in tensors if isinstance(call.state(t), tuple)]
-    axes = merged(out.shape, [(own, places) for own in data])
+    followed = [t for t in tensors if isinstance(call.state(t), tuple)]
+    data = [call.axes(t) for t in followed]
+    axes = call.joined(merged(out.shape, [(own, places) for own in data]), followed)
     labels = {factor.label for t in tensors for factor in call.axes(t)[at]}
     (label,) = labels if len(labels) == 1 else (None,)
     elsewhere = any(label in labels_of((own[i],)) for own in data for i in range(out.ndim) if i != at)
@@ -330,7 +338,7 @@ def _stacking(call: Call) -> list[Axes | None]:
     """Tensors along a new dim."""
     out, dim = call.outputs[0], call.argument(1, "dim", default=0)
     places = [i for i in range(out.ndim) if i != dim % out.ndim]
-    return [merged(out.shape, [(call.axes(t), places) for t in call.data()])]
+    return [call.joined(merged(out.shape, [(call.axes(t), places) for t in call.data()]), call.data())]
 
 
 def _repetition(call: Call) -> list[Axes | None]:

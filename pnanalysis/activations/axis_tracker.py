@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pnanalysis.activations.axes import EXAMPLE, FEATURE, UNIT, Axes, Factor, blank, normalised
-from pnanalysis.activations.axis_rules import CONSTANT, WEIGHT, Call, State, name_of, rule_of, tensors_in
+from pnanalysis.activations.axis_rules import CONSTANT, WEIGHT, Call, Origin, State, name_of, rule_of, tensors_in
+
+#: Stands for a change of sign among the parameters of an origin: a unit and its negative are two.
+_NEGATED = -1
 
 
 class Known(NamedTuple):
@@ -36,7 +39,7 @@ class AxisTracker:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.n_examples = 0
-        self._states: dict[int, tuple[weakref.ref[Tensor], Axes | str]] = {}
+        self._states: dict[int, tuple[weakref.ref[Tensor], Axes | str, Origin]] = {}
 
     def start(self, inputs: Any) -> None:
         """Begin a pass: the first dim of each input counts examples, where it is as long as that of the first one."""
@@ -63,12 +66,13 @@ class AxisTracker:
             return
         operands = list(tensors_in((args, kwargs)))
         states = [self.state(tensor) for tensor in operands]
+        origin = frozenset[int]().union(*map(self.origin, operands), {_NEGATED} if name == "neg" else ())
         if not any(state is None or isinstance(state, tuple) for state in states):
             for tensor in outputs:
-                self._set(tensor, WEIGHT if WEIGHT in states else CONSTANT)
+                self._set(tensor, WEIGHT if WEIGHT in states else CONSTANT, origin)
             return
         rule = rule_of(name)
-        call = Call(function, name, tuple(args), dict(kwargs), outputs, self.state, self.n_examples)
+        call = Call(function, name, tuple(args), dict(kwargs), outputs, self.state, self.origin, self.n_examples)
         try:
             found = [] if rule is None else rule(call)
         except Exception:  # called in a way that the rule does not expect: nothing is known
@@ -76,21 +80,28 @@ class AxisTracker:
         for tensor, axes in zip_longest(outputs, found):
             axes = blank(tensor.shape) if axes is None else normalised(axes)
             fits = [prod(f.size for f in dim) for dim in axes] == list(tensor.shape)
-            self._set(tensor, axes if fits else blank(tensor.shape))
+            self._set(tensor, axes if fits else blank(tensor.shape), origin)
 
     def follow_like(self, inputs: Any, output: Tensor) -> None:
         """Label the output of a function of single numbers as its input, where it has not been followed itself."""
         source = next(tensors_in(inputs), None)
         state = None if source is None else self.state(source)
         if self.state(output) is None and source is not None and source.shape == output.shape and state is not None:
-            self._set(output, state)
+            self._set(output, state, self.origin(source))
 
     def state(self, tensor: Tensor) -> State:
         """What is known of a tensor."""
         if isinstance(tensor, nn.Parameter):
             return WEIGHT
-        reference, state = self._states.get(id(tensor), (None, None))
+        reference, state, _ = self._states.get(id(tensor), (None, None, None))
         return state if reference is not None and reference() is tensor else None
+
+    def origin(self, tensor: Tensor) -> Origin:
+        """All parameters that a tensor was computed with: of the units of two layers they are not the same."""
+        if isinstance(tensor, nn.Parameter):
+            return frozenset({id(tensor)})
+        reference, _, origin = self._states.get(id(tensor), (None, None, None))
+        return origin if origin is not None and reference is not None and reference() is tensor else frozenset()
 
     def arranged(self, tensor: Tensor) -> tuple[Tensor, Known]:
         """The tensor as (examples, units, rest), and which of these are known; unknown axes have size 1, all in rest.
@@ -119,8 +130,8 @@ class AxisTracker:
         only = tensor.ndim > 0 and len(tensor) == self.n_examples and list(tensor.shape).count(self.n_examples) == 1
         return tensor.reshape(len(tensor), -1) if only else None
 
-    def _set(self, tensor: Tensor, state: Axes | str) -> None:
-        self._states[id(tensor)] = (weakref.ref(tensor), state)
+    def _set(self, tensor: Tensor, state: Axes | str, origin: Origin = frozenset()) -> None:
+        self._states[id(tensor)] = (weakref.ref(tensor), state, origin)
 
 
 class FollowAxes(TorchFunctionMode):
