@@ -35,7 +35,7 @@ from pnanalysis.inputs.selection import Given, SelectedCheckpoint, Selection, se
 from pnanalysis.inputs.sources import Source, resolve_device
 from pnanalysis.io.collection import padded
 from pnanalysis.spectra.data_error import DATA_ERRORS
-from pnanalysis.spectra.density import N_HVP, N_LANCZOS, N_PROBES, default_grid, smooth, spectral_density
+from pnanalysis.spectra.density import FEWEST, N_HVP, N_LANCZOS, N_PROBES, default_grid, smooth, spectral_density
 from pnanalysis.spectra.linear_operator import LinearOperator
 from pnanalysis.spectra.stopping import checked_targets
 
@@ -73,7 +73,7 @@ class SpectrumOptions:
         one_of(DATA_ERRORS, data_error=self.data_error)
         one_of(METHODS, method=self.method)
         at_least(1, n_lanczos=self.n_lanczos, n_probes=self.n_probes, draws=self.draws)
-        at_least(4, n_hvp=self.n_hvp)
+        at_least(FEWEST, n_hvp=self.n_hvp)
         checked_targets(self.until)
         check_seed(seed=self.seed)
         positive(kernel_width=self.kernel_width)
@@ -376,10 +376,20 @@ def _spectrum(op: LinearOperator, *arguments: Any, **options: Any) -> xr.Dataset
     if op.by_differences:
         op.differences.check()
     if op.draws is not None and op.draws > 1:
-        scatter = float(op.trace_of_draws().std()) / op.draws**0.5
-        for name in {"trace_se", "trace_probe_se"} & set(ds):
-            ds[name] = np.hypot(ds[name], scatter).assign_attrs(ds[name].attrs)
+        ds = _with_scatter(ds, float(op.trace_of_draws().std()) / op.draws**0.5, op.draws)
     return ds.assign_attrs(hvp_method=op.method, hvp_difference=op.product_check.difference)
+
+
+def _with_scatter(ds: xr.Dataset, se: float, draws: int) -> xr.Dataset:
+    """With the error of the trace for the draws of a network, in standard errors and both intervals."""
+    from scipy.stats import t as student_t  # here, so that command lines start without SciPy
+
+    half = float(student_t.ppf(0.975, draws - 1)) * se
+    wider = {name: (ds[name] ** 2 + se**2) ** 0.5 for name in {"trace_se", "trace_probe_se"} & set(ds)}
+    for name in {"trace_low", "trace_high", "trace_bound_low", "trace_bound_high"} & set(ds):
+        side = ((ds[name] - ds.trace) ** 2 + half**2) ** 0.5
+        wider[name] = ds.trace + (side if name.endswith("high") else -side)
+    return ds.assign({name: array.assign_attrs(ds[name].attrs) for name, array in wider.items()})
 
 
 def has_all(source: Source, split: str, n: int | None, n_used: int) -> bool:

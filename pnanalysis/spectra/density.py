@@ -41,6 +41,8 @@ _SEVERAL = 3.0
 N_GRID = 1024
 #: Products where neither a budget nor numbers of steps and probes are given.
 N_HVP = 900
+#: Products that a budget has at least, and that some of them are spent on deflation from.
+FEWEST = 4
 #: Lanczos steps per probe, and probes, where only the other number is given.
 N_LANCZOS, N_PROBES = 90, 10
 
@@ -82,7 +84,8 @@ def spectral_density(
         as under ``n_hvp``.
     deflate : bool
         Treat the Krylov space of the first probe exactly, and run the others in its orthogonal complement (see
-        :mod:`pnanalysis.spectra.deflation`). ``False`` gives plain stochastic Lanczos quadrature.
+        :mod:`pnanalysis.spectra.deflation`). ``False`` gives plain stochastic Lanczos quadrature, and so do fewer than
+        four products.
     kernel_width : float, optional
         Standard deviation of the Gaussian kernel, in units of the eigenvalues. Default: see
         :func:`default_kernel_width`.
@@ -185,6 +188,7 @@ def spectral_density(
     targets = checked_targets(until)
     n_lanczos, n_probes, n_hvp = _amounts(operator.shape[0], n_lanczos, n_probes, n_hvp, targets is not None)
     budget = n_hvp or n_lanczos * n_probes
+    deflate = deflate and budget >= FEWEST  # of fewer products none would be left to sample with
     if getattr(operator, "by_differences", False) and "effective_rank" in (targets or {}):
         raise CurvatureError(
             "finite differences do not give the effective rank; take another target, or exact products"
@@ -234,7 +238,7 @@ def spectral_density(
     if forms is not None:
         of_half = partial(
             spectral_density, n_lanczos=n_lanczos, n_probes=n_probes, deflate=deflate, seed=seed,
-            n_hvp=None if n_hvp is None else max(sample.n_hvp, 4),
+            n_hvp=None if n_hvp is None else max(sample.n_hvp, FEWEST),
             grid=np.array([0.0, 1.0]), top_k=top_k, ridge=ridge, basis_dtype=basis_dtype, basis_device=basis_device,
             basis=basis, max_memory_bytes=max_memory_bytes, symmetry_tolerance=symmetry_tolerance,
             save_every=save_every, progress=progress, data_error="none", n_classes=n_classes,
@@ -259,8 +263,8 @@ def _amounts(
     """
     if n_hvp is None and n_lanczos is None and n_probes is None:
         n_hvp = N_HVP
-    if n_hvp is not None and n_hvp < 4:
-        raise CurvatureError(f"n_hvp is {n_hvp}; a spectrum takes at least 4 products")
+    if n_hvp is not None and n_hvp < FEWEST:
+        raise CurvatureError(f"n_hvp is {n_hvp}; a spectrum takes at least {FEWEST} products")
     if n_hvp is None and has_targets:
         raise CurvatureError(
             "until takes a budget: give n_hvp, the most products to spend, without n_lanczos, n_probes"

@@ -6,12 +6,15 @@ import errno
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from torch import nn
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import pnanalysis as pn
 from pnanalysis.errors import CurvatureError, RunError
@@ -243,3 +246,30 @@ def test_checkpoints_with_budgets_split_differently_stand_side_by_side(tiny_run:
     assert float(ds.trace[1]) == pytest.approx(float(alone.trace[0]), rel=1e-12)
     np.testing.assert_allclose(ds.weight.sum("quadrature"), 1.0, rtol=1e-12)
     assert np.isnan(ds.weight.values).any()  # they do differ in length
+
+
+class Dropping(nn.Module):
+    """A network whose dropout draws in eval mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.b(3 * F.dropout(torch.tanh(self.a(inputs)), 0.5, training=True))
+        return out
+
+
+@pytest.mark.parametrize("data_error", ["none", "examples"])
+def test_intervals_of_the_trace_include_the_scatter_of_draws(data_error: str) -> None:
+    data = (torch.randn(64, 6, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3)
+    options: dict[str, Any] = {"loss": F.cross_entropy, "draws": 4, "n_hvp": 400, "n": None, "progress": False}
+    ds = pn.hessian(Dropping(), data=data, data_error=data_error, **options).squeeze()
+    op = pn.HessianOperator(Dropping(), F.cross_entropy, [data], draws=4)
+    scatter = float(op.trace_of_draws().std()) / 2
+    half = float(ds.trace_high - ds.trace_low) / 2
+    of_examples = float(ds.trace_data_se) if data_error == "examples" else 0.0
+    assert half > 0.99 * np.hypot(stats.t.ppf(0.975, 3) * scatter, 1.9 * of_examples)
+    assert half < 1.1 * np.hypot(stats.t.ppf(0.975, 3) * scatter, 2.1 * of_examples)
+    assert float(ds.trace_se) == pytest.approx(np.hypot(scatter, of_examples), rel=0.05)

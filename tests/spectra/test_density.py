@@ -373,3 +373,14 @@ def test_cuda_equals_cpu(budget):
     cuda = spectral_density(DiagonalOperator(eigenvalues.cuda()), **budget, **QUIET)
     assert wasserstein_distance(cpu.node, cuda.node, cpu.weight, cuda.weight) < 1e-7
     assert float(cuda.trace) == pytest.approx(float(cpu.trace), rel=1e-8)
+
+
+@pytest.mark.parametrize(("n_lanczos", "n_probes"), [(1, 1), (2, 1), (3, 1)])
+def test_so_few_products_are_all_spent_on_probes(n_lanczos: int, n_probes: int) -> None:
+    values = np.r_[np.linspace(0, 1, 295), 3.0, 4, 5, 6, 7]
+    inside = 0
+    for seed in range(20):
+        ds = spectral_density(np.diag(values), n_lanczos=n_lanczos, n_probes=n_probes, seed=seed, progress=False)
+        assert float(ds.trace_high - ds.trace_low) > 1.0
+        inside += bool(ds.trace_low <= values.sum() <= ds.trace_high)
+    assert inside >= 17
