@@ -176,7 +176,14 @@ class LayerActivity:
         found |= self._unit_variables(known)
         if not self.known.examples:
             found |= {name: (dims, value * np.nan) for name, (dims, value) in found.items() if name.endswith("_se")}
+        if not self.are_numbers:  # they would count among the largest, and as not saturated
+            found = {name: (dims, np.asarray(value) * np.nan) for name, (dims, value) in found.items()}
         return found
+
+    @property
+    def are_numbers(self) -> bool:
+        """Whether no activation is NaN."""
+        return not np.isnan(self._powers.mean()[0])
 
     def _unit_variables(self, known: float) -> Variables:
         if self._active is None or not self.known.units:
@@ -222,7 +229,7 @@ class LayerActivity:
 def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:
     """The variables of all layers along ``layer``, padded with NaN to the largest number of units.
 
-    Attributes: ``exact``, and the names of layers ``without_units`` and ``without_examples``.
+    Attributes: ``exact``, and the names of layers ``without_units``, ``without_examples`` and ``without_numbers``.
     """
     first = next(iter(layers.values()))
     by_layer = [layer.variables() for layer in layers.values()]
@@ -247,16 +254,17 @@ def to_dataset(layers: Mapping[str, LayerActivity]) -> xr.Dataset:
         "exact": all(layer.sketch.exact for layer in layers.values()),
         "without_units": [name for name, layer in layers.items() if not layer.known.units],
         "without_examples": [name for name, layer in layers.items() if not layer.known.examples],
+        "without_numbers": [name for name, layer in layers.items() if not layer.are_numbers],
     }
     return xr.Dataset(data, coords=coords, attrs=attrs)
 
 
 def warn_of_unknown(datasets: Iterable[xr.Dataset], stacklevel: int) -> None:
-    """One warning about all layers of datasets (:func:`to_dataset`) whose units or examples are unknown."""
+    """One warning about all layers of datasets (:func:`to_dataset`) of which something is unknown."""
     parts = list(datasets)
-    units, examples = (
+    units, examples, numbers = (
         list(dict.fromkeys(name for ds in parts for name in ds.attrs[key]))
-        for key in ("without_units", "without_examples")
+        for key in ("without_units", "without_examples", "without_numbers")
     )
     messages = []
     if units:
@@ -265,6 +273,8 @@ def warn_of_unknown(datasets: Iterable[xr.Dataset], stacklevel: int) -> None:
         messages.append(
             f"examples cannot be told from other axes in {_listed(examples)}, so that standard errors are left out"
         )
+    if numbers:
+        messages.append(f"some activations of {_listed(numbers)} are NaN, so that nothing is known of these layers")
     if messages:
         warnings.warn(f"{'; '.join(messages)} (NaN)", stacklevel=stacklevel + 1)
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+import pnanalysis as pn
 from pnanalysis.activations.functions import ACTIVATIONS, Activation
 from pnanalysis.activations.statistics import LayerActivity, Measures
 
@@ -45,3 +47,27 @@ def test_the_saturation_measure_is_the_sum_over_bins(seed: int, bins: int, shift
     assert saturation_measure(values, ACTIVATIONS["tanh"], bins) == pytest.approx(
         expected / flat.size, rel=1e-5, abs=1e-7
     )
+
+
+class Logarithm(nn.Module):
+    """Some of its activations are NaN, and its outputs are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.out = nn.Linear(4, 50), nn.Linear(50, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.nan_to_num(torch.tanh(torch.log(self.a(inputs) + 1.2)))
+        out: Tensor = self.out(torch.relu(self.b(hidden)))
+        return out
+
+
+def test_nothing_is_said_of_activations_that_are_no_numbers() -> None:
+    data = (torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3)
+    with pytest.warns(UserWarning, match="some activations of tanh are NaN, so that nothing is known of these layers"):
+        ds = pn.saturation(Logarithm(), data=data, n=None, progress=False)
+    for name, values in ds.data_vars.items():
+        if "layer" in values.dims:
+            assert values.sel(layer="tanh").isnull().all(), name
+    assert ds.percentile.sel(layer="relu").notnull().all()
