@@ -63,8 +63,8 @@ _DEFINITIONS = (
     "The saturation measure is that of Rakitianskaia and Engelbrecht: the mean absolute activation, taken in bins "
     "between the asymptotes, 0 for activations in the middle, 1/2 for uniform and 1 for saturated ones. The saturated "
     "share is the part of activations within 0.05 of an asymptote. The paper shows the 98th percentile; claims are "
-    "judged by the saturation measure instead, which tells networks apart where that percentile is close to 1 in all of "
-    "them. Cells keep six digits of percentiles, and so their distance from 1 to about 1e-6."
+    "judged by the saturation measure instead, which tells networks apart where that percentile is close to 1 in all "
+    "of them. Cells keep six digits of percentiles, and so their distance from 1 to about 1e-6."
 )
 
 
