@@ -121,8 +121,9 @@ def saturation(
 
     The axes of units and of examples are followed from the layers and inputs through every operation
     (:mod:`pnanalysis.activations.axis_tracker`). Where one of them is lost, a warning names the activation, and what
-    depends on it is NaN: ``dead_units``, ``n_units`` and all that is per unit, or the standard errors. Positions that
-    a mask pads count like any other, since the network computes them.
+    depends on it is NaN: ``dead_units``, ``n_units`` and all that is per unit, or the standard errors. Units of
+    different layers that are stacked are unknown, too. Positions that a mask pads count like any other, since the
+    network computes them. Of a layer with activations that are NaN nothing is known, and a warning names it.
 
     An activation function inside a module that is one itself (tanh in a GELU, sigmoid in a Swish;
     :func:`pnanalysis.activations.hooks.composite`) is not counted on its own: the output of the module is.
