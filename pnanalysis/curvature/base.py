@@ -16,12 +16,13 @@ from pnanalysis.arrays import Array
 from pnanalysis.checks import resolve_dtype
 from pnanalysis.curvature.batch_matrix import BatchMatrix
 from pnanalysis.curvature.batch_weights import BatchWeights, Weight
-from pnanalysis.curvature.batches import Batch, WeightedBatches, has_batch_norm, takes_batch_statistics
+from pnanalysis.curvature.batches import Batch, WeightedBatches, takes_batch_statistics
 from pnanalysis.curvature.blocks import Block
 from pnanalysis.curvature.example_forms import EXAMPLES as EXAMPLE_UNIT
 from pnanalysis.curvature.example_forms import ExampleForms
 from pnanalysis.curvature.example_subset import ExampleSubset
 from pnanalysis.curvature.finite_differences import FiniteDifferences
+from pnanalysis.curvature.first_look import first_look
 from pnanalysis.curvature.gradients import OperatorGradients
 from pnanalysis.curvature.network_loss import LossArguments, NetworkLoss
 from pnanalysis.curvature.own_examples import OwnExamples
@@ -33,31 +34,17 @@ from pnanalysis.curvature.parameters import (
     split_vector,
 )
 from pnanalysis.curvature.passes import PRECISIONS, plain_passes
-from pnanalysis.curvature.prepared_copy import (
-    fold_norms,
-    in_place_activations,
-    prepared_copy,
-    set_in_place,
-    unfold_norms,
-)
-from pnanalysis.curvature.product_check import (
-    EXAMPLES,
-    ProductCheck,
-    check_products,
-    largest_difference,
-    tolerance,
-)
+from pnanalysis.curvature.prepared_copy import in_place_activations, prepared_copy
+from pnanalysis.curvature.product_check import ProductCheck, check_products
 from pnanalysis.curvature.programs import Batches, Program, sharing_calls
-from pnanalysis.curvature.recomputed import recomputable_blocks
 from pnanalysis.curvature.regulariser import Regulariser
 from pnanalysis.curvature.smaller_passes import until_it_fits
 from pnanalysis.curvature.traced_products import TracedProducts
-from pnanalysis.curvature.tracing import Linearisation, Product, Untraceable, rehearse
-from pnanalysis.errors import CurvatureError, PnError
+from pnanalysis.curvature.tracing import Linearisation, Product
+from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.forward import prediction
 from pnanalysis.evaluation.losses import class_scores, loss_on
-from pnanalysis.evaluation.randomness import differs_between_passes
-from pnanalysis.inputs.batches import can_cut, channels_last, cut, map_tensors, move
+from pnanalysis.inputs.batches import move
 from pnanalysis.inputs.copies import as_real, in_precision, unwrapped
 from pnanalysis.inputs.models import Loss, parameter_layers
 from pnanalysis.inputs.random_states import random_states_kept
@@ -893,54 +880,10 @@ class CurvatureOperator:
     def _fit_passes(self, batch: Batch) -> None:
         """Run network and loss for the first time, check the targets, and choose the layout and what is folded."""
         self._draw(0, 0)
-        set_in_place(self._in_place, False)
-        self._first_examples = self._tried(batch)
-        if self._in_place and self._needs_in_place(batch):
-            self._first_examples = self._tried(batch)
-        if self.draws is None:
-            self._check_repeatable(self._few)
-        if self.bn_mode == "eval" and has_batch_norm(self.model):
-            self._fold_norms(self._few)
-        if self.device.type == "cpu" and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
-            self._try_channels_last(batch)
-        if self.checkpoint_activations:
-            self._loss.recomputed = recomputable_blocks(self._loss, self._few, self.names)
+        self._first_examples = first_look(self, batch)
 
     def _check_batch(self, batch: Batch) -> None:
         """Refuse a batch that the matrix is not defined for."""
-
-    def _tried(self, batch: Batch) -> Batch:
-        """A few examples of a batch, some of which count, that network and loss have been tried on; all where they
-        need more.
-        """
-        try:
-            # the check keeps all activations
-            few = self._first_that_count(batch, 1 if self.checkpoint_activations else EXAMPLES)
-            self._loss.try_out(self._arguments(few))
-            return few
-        except (PnError, torch.OutOfMemoryError):
-            raise
-        except Exception:
-            self._loss.try_out(self._arguments(batch))  # errors of this one are the user's to see
-            return batch
-
-    def _first_that_count(self, batch: Batch, n: int) -> Batch:
-        """A few examples of a batch, from the first that counts on; the whole batch where it cannot be cut."""
-        weights = self.batches.weighing.of_examples(batch)
-        start = int((weights != 0).double().argmax())
-        return cut(batch, slice(start, start + n)) if can_cut(batch) else batch
-
-    def _needs_in_place(self, batch: Batch) -> bool:
-        """Let layers write into their arguments again, if the network is another function otherwise."""
-        at = self._arguments(batch)
-        with torch.no_grad():
-            apart = self._loss_at_theta(map_tensors(at, torch.clone))
-            set_in_place(self._in_place, True)
-            written = self._loss_at_theta(map_tensors(at, torch.clone))
-        is_same = torch.allclose(apart, written, rtol=100 * torch.finfo(written.dtype).eps, atol=0, equal_nan=True)
-        if is_same:
-            set_in_place(self._in_place, False)
-        return not is_same
 
     @property
     def n_classes(self) -> int | None:
@@ -960,33 +903,3 @@ class CurvatureOperator:
     def _few(self) -> LossArguments:
         """A few examples of the first batch that counts."""
         return self._arguments(self._first_examples)
-
-    def _check_repeatable(self, at: LossArguments) -> None:
-        """Refuse a network or loss that draws random numbers."""
-        if differs_between_passes(self.model, at.inputs) or differs_between_passes(
-            self.model, at.inputs, self.loss_fn, at.targets
-        ):
-            raise CurvatureError(
-                "the network or its loss draws at random in eval mode: two passes over the same batch differ; average "
-                "over draws=K, or make it deterministic (return the mean instead of a sample, "
-                "F.dropout(..., training=self.training))"
-            )
-
-    def _fold_norms(self, at: LossArguments) -> None:
-        """Fold batch normalisation into convolutions, if the network remains the same function."""
-        written = self._loss.gradient(at, at.theta)
-        folded = fold_norms(self.model)
-        if folded:
-            difference, _ = largest_difference(self._loss.gradient(at, at.theta), written, self.names)
-            if difference > tolerance(self.dtype, self.amp):
-                unfold_norms(folded)
-
-    def _try_channels_last(self, batch: Batch) -> None:
-        """Store images and filters with channels last, which oneDNN convolves faster, if the model can take them."""
-        at: LossArguments = map_tensors(self._arguments(batch), channels_last)
-        try:
-            rehearse(self._loss_at_theta, at)
-        except Untraceable:  # a ``view`` in the model needs channels first
-            return
-        self._theta, self._others = at.theta, at.others
-        self.batches.channels_last = True
