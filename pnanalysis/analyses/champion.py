@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pnanalysis.errors import ModelError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.disagreement import evaluate
 from pnanalysis.evaluation.losses import loss_on
+from pnanalysis.inputs.batches import batch_size, can_cut, joined, rows
 from pnanalysis.inputs.data import DataLike
 from pnanalysis.inputs.models import Loss, ModelLike
 from pnanalysis.inputs.selection import Given, Selection
@@ -350,7 +352,7 @@ def _gradients(selection: Selection, n: int, seed: int, device: torch.device, pr
     """Norm of the gradient of the training loss, and what the choice of examples contributes to it."""
     source = selection[0].source
     part = selection.split(source, "train", n, seed, device)
-    batches = part.batches(max(1, min(512, n // _N_BATCHES)))
+    batches = _mixed(part.batches(max(1, min(512, n // _N_BATCHES))), seed)
     found = []
     with progress_bar("gradients", len(selection), progress) as advance:
         for item in selection:
@@ -366,8 +368,19 @@ def _gradients(selection: Selection, n: int, seed: int, device: torch.device, pr
     )
 
 
+def _mixed(batches: Iterable[Any], seed: int) -> list[Any]:
+    """The same examples in batches of random ones, where they can be told apart: data may come class after class."""
+    given = list(batches)
+    with suppress(RuntimeError, ValueError):
+        whole = reduce(joined, given)
+        if can_cut(whole):
+            order = torch.randperm(batch_size(whole), generator=torch.Generator().manual_seed(seed))
+            return [rows(whole, chosen) for chosen in order.split(batch_size(given[0]))]
+    return given
+
+
 def _gradient(op: HessianOperator) -> tuple[float, float]:
-    """Norm of the mean gradient, and of its error: of batches of b examples with gradients g it is the root of
+    """Norm of the mean gradient, and of its error: of random batches of b examples with gradients g it is the root of
     ``sum b |g - mean|^2 / (N (K - 1))``."""
     sizes, weights = np.array(op.batches.sizes, dtype=float), np.array(op.batches.weights)
     mean, squares = torch.zeros(op.shape[0], dtype=torch.float64, device=op.device), []

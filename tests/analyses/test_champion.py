@@ -143,9 +143,14 @@ def test_a_network_that_cannot_be_aligned_is_judged_as_it_is(plain, restarts) ->
     assert "aligned_distance" not in ds.diagnostic.values
 
 
-def test_the_gradient_and_its_noise_are_those_of_the_loss(plain, restarts) -> None:
+@pytest.mark.parametrize("order", ["as drawn", "class after class"])
+def test_the_gradient_and_its_noise_are_those_of_the_loss(order: str, plain, restarts) -> None:
+    data = dict(DATA)
+    if order != "as drawn":
+        by_class = data["train"][1].argsort()
+        data["train"] = (data["train"][0][by_class], data["train"][1][by_class])
     ds = pn.champion(
-        {"plain": plain, "best": restarts["restart 1"]}, data=DATA, hessian={"n": 200, "n_hvp": 20}, cka=False,
+        {"plain": plain, "best": restarts["restart 1"]}, data=data, hessian={"n": 200, "n_hvp": 20}, cka=False,
         saturation=False, n_line=600, n_points=3, progress=False,
     )  # fmt: skip
     loss = nn.functional.cross_entropy(plain(DATA["train"][0]), DATA["train"][1])

@@ -355,6 +355,9 @@ def error_counter(loss: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
     has several. Those that torch's cross-entropies ignore are never wrong: the mean error is the sum divided by
     :func:`n_counted`. Class probabilities stand for their likeliest class; binary cross-entropy compares the side of
     zero. For real-valued targets of all other losses the error is the squared error, a mean over outputs.
+
+    The function raises a :class:`TrainingError` where a loss of one's own takes outputs of another shape, which do not
+    tell what its errors are.
     """
     # pnanalysis.evaluation.losses.example_errors counts the same example by example, and checks more. It takes four
     # times as long (56 instead of 13 microseconds for 256 examples of ten classes on a CPU), which at every step would
@@ -372,10 +375,30 @@ def error_counter(loss: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
 
     def squared_errors(outputs: Tensor, targets: Tensor) -> Tensor:
         if kind is None and not targets.is_floating_point():  # a custom loss: integers are taken for classes
+            if outputs.shape[1:2] <= (1,) or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
+                raise _not_countable(outputs, targets, "classes along dim 1, or targets that are real numbers")
             return wrong_classes(outputs, targets)
+        if outputs.shape != targets.shape:  # they would be broadcast
+            if _without_ones(outputs) != _without_ones(targets):
+                raise _not_countable(outputs, targets, "the targets' shape")
+            outputs = outputs.reshape(targets.shape)
         return (outputs - targets).square().reshape(len(targets), -1).mean(1).sum()
 
     return {"sides": wrong_sides, "classes": wrong_classes}.get(kind or "", squared_errors)
+
+
+def _without_ones(tensor: Tensor) -> tuple[int, ...]:
+    """The shape without dims of one number behind the first."""
+    return (len(tensor), *(size for size in tensor.shape[1:] if size != 1))
+
+
+def _not_countable(outputs: Tensor, targets: Tensor, wanted: str) -> TrainingError:
+    shapes = [f"(N{''.join(f', {size}' for size in tensor.shape[1:])})" for tensor in (outputs, targets)]
+    number = "real" if targets.is_floating_point() else "integer"
+    return TrainingError(
+        f"errors cannot be counted of outputs {shapes[0]} and {number} targets {shapes[1]} under a loss of one's own, "
+        f"which may mean anything by them; return outputs with {wanted}, or give one of torch's losses by name"
+    )
 
 
 def n_counted(loss: Loss | None, targets: Tensor) -> float:

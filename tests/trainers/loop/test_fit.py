@@ -154,3 +154,25 @@ def test_errors_are_counted_as_the_loss_defines_them() -> None:
     assert float(error_counter(nn.MSELoss())(outputs[:, 0], torch.tensor([1, 0, 2, 3]))) == 10  # counts
     sides = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     assert float(error_counter(nn.BCEWithLogitsLoss())(outputs, sides)) == 0.5
+
+
+def test_errors_under_a_loss_of_ones_own_are_those_of_outputs_like_the_targets() -> None:
+    outputs, targets = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 1.0, 1.0])
+
+    def own(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(outputs.squeeze(-1), targets)
+
+    count = error_counter(own)
+    assert float(count(outputs, targets)) == float(count(outputs[:, 0], targets)) == 0 + 1 + 9
+    assert float(count(torch.eye(3), torch.tensor([0, 1, 0]))) == 1
+    for given, wanted in (
+        (outputs, targets.long()), (outputs[:, 0], targets.long()), (outputs, targets.long()[:, None]),
+        (torch.eye(3), targets), (torch.zeros(3, 2, 4), torch.zeros(3, 4)),
+    ):  # fmt: skip
+        with pytest.raises(TrainingError, match=r"errors cannot be counted of outputs \(N.* under a loss of one's own"):
+            count(given, wanted)
+    model = nn.Linear(4, 1)
+    data = Split(torch.randn(40, 4), torch.randn(40))
+    record = fit(model, data, epochs=3, batch_size=10, loss=own, validation=data)[-1]
+    with torch.no_grad():
+        assert record.validation_error == pytest.approx(float(own(model(data.inputs), data.targets)), rel=1e-5)
