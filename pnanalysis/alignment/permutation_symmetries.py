@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +27,7 @@ from pnanalysis.errors import ModelError, reason
 from pnanalysis.evaluation.forward import forward
 from pnanalysis.inputs.batches import tensors
 from pnanalysis.inputs.hugging_face import masks_without_values
+from pnanalysis.inputs.models import canonical_names
 from pnanalysis.torch_internals import (
     in_own_thread,
     is_elementwise,
@@ -81,7 +82,7 @@ def find_symmetries(model: nn.Module, inputs: Any) -> Symmetries:
     """
     traced, names = _trace(model, inputs)
     aliases: dict[str, list[str]] = {}
-    for name, first in _canonical_names(model).items():
+    for name, first in canonical_names(model).items():
         aliases.setdefault(first, []).append(name)
     labels = Labels({name for name, _ in model.named_buffers()})
     followed = _follow(traced, names, labels)
@@ -220,14 +221,3 @@ def _left_alone(node: fx.Node, labels: Labels, values: dict[fx.Node, Any], unkno
     if isinstance(results, tuple | list):
         return tuple(labels.constant(part.shape) if isinstance(part, Tensor) else None for part in results)
     return labels.constant(results.shape) if isinstance(results, Tensor) else None
-
-
-def _canonical_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter or buffer to the first name of the same tensor."""
-    first: dict[int, str] = {}
-    names: dict[str, str] = {}
-    listings: list[Callable[..., Any]] = [model.named_parameters, model.named_buffers]
-    for named_tensors in listings:
-        for name, tensor in cast("list[tuple[str, Tensor]]", list(named_tensors(remove_duplicate=False))):
-            names[name] = first.setdefault(id(tensor), name)
-    return names

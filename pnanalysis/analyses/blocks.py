@@ -31,7 +31,7 @@ from pnanalysis.errors import CurvatureError
 from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.inputs.copies import unwrapped
 from pnanalysis.inputs.data import Batch, DataLike, n_examples
-from pnanalysis.inputs.models import Loss, ModelLike
+from pnanalysis.inputs.models import Loss, ModelLike, canonical_names
 from pnanalysis.inputs.selection import select
 from pnanalysis.inputs.sources import resolve_device
 from pnanalysis.spectra.linear_operator import as_operator
@@ -302,7 +302,7 @@ def _scheme(option: str, given: Quantised) -> SchemeOf:
         scheme: Scheme = given
         return lambda network: scheme
     state = parameters_of(option, given)
-    return lambda network: scheme_of(state, _names(network))
+    return lambda network: scheme_of(state, _names(network), canonical_names(unwrapped(network)))
 
 
 def _names(network: nn.Module) -> set[str]:

@@ -24,13 +24,21 @@ from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.losses import counts
 from pnanalysis.evaluation.normalised_logits import with_normalised_logits
 from pnanalysis.geometry.loss_surface import LossSurface, check_same_function
+from pnanalysis.inputs.batches import first_examples
 from pnanalysis.inputs.models import Loss, device_of
 from pnanalysis.perturbation.ascent import METHODS
 from pnanalysis.perturbation.average_case import Crossed, average_case
 from pnanalysis.perturbation.neighbourhoods import KINDS as NEIGHBOURHOODS
 from pnanalysis.perturbation.neighbourhoods import around, checked_radii, scale_of
-from pnanalysis.perturbation.relative_flatness import RelativeFlatness, last_weight, relative_flatness, weight_of
+from pnanalysis.perturbation.relative_flatness import (
+    RelativeFlatness,
+    last_weight,
+    output_dim,
+    relative_flatness,
+    weight_of,
+)
 from pnanalysis.perturbation.second_order import example_half_forms, half_forms, largest_rises, rise_influences
+from pnanalysis.perturbation.weight_uses import WeightUse, weight_uses
 from pnanalysis.perturbation.worst_case import Radii, Rises, WorstCase, example_losses, worst_case
 from pnanalysis.sampling.stacked_gradients import StackedGradients
 from pnanalysis.spectra.data_error import Influence
@@ -339,9 +347,17 @@ class _Place:
             return None
         return op
 
+    def _weight_uses(self) -> list[WeightUse]:
+        """Products of weights in a pass over a few examples; none where only the loss can call the network."""
+        try:
+            return weight_uses(self.network, first_examples(next(iter(self._batches_that_count)), 2)[0])
+        except Exception:  # of anyone's network, which has been run by its loss before
+            return []
+
     def _flatness(self, found: NetworkSharpness) -> xr.Dataset:
         network, layer = self.network, self.options.layer
-        name = last_weight(network) if layer is None else weight_of(network, layer)
+        uses = self._weight_uses()
+        name = last_weight(network, uses) if layer is None else weight_of(network, layer)
         without = "no relative flatness"
         op = None
         if name is None:
@@ -351,7 +367,9 @@ class _Place:
         values = dict.fromkeys(("", "_se", "_probe_se", "_data_se", "_low", "_high"), np.nan)
         if op is not None and name is not None:
             try:
-                flat = found.flatness = relative_flatness(op, network.get_parameter(name), self.options.seed)
+                flat = found.flatness = relative_flatness(
+                    op, network.get_parameter(name), self.options.seed, output_dim=output_dim(network, name, uses)
+                )
                 low, high = flat.interval()
                 values = {"": flat.value, "_se": flat.se, "_probe_se": flat.probe_se, "_data_se": flat.data_se,
                           "_low": low, "_high": high}  # fmt: skip

@@ -106,7 +106,7 @@ def quantisation(parameters: Mapping[str, Tensor], scheme: Scheme) -> Quantisati
     return Quantisation(GIVEN, change, covered)
 
 
-def scheme_of(state: Mapping[str, Tensor], known: Collection[str]) -> Scheme:
+def scheme_of(state: Mapping[str, Tensor], known: Collection[str], first_names: Mapping[str, str]) -> Scheme:
     """The scheme that gives the weights of a state dict; those that it lacks stay as they are.
 
     Parameters
@@ -114,16 +114,23 @@ def scheme_of(state: Mapping[str, Tensor], known: Collection[str]) -> Scheme:
     state : mapping
     known : collection of str
         Names of all parameters and buffers of the network.
+    first_names : mapping
+        Of every name of a tied tensor to its first, which schemes are asked for; a file may have another.
 
     Raises
     ------
     CurvatureError
-        If the network has no such tensor.
+        If the network has no such tensor, or one of its tensors is given with two values.
     """
     unknown = [name for name in state if name not in known]
     if unknown:
         raise CurvatureError(f"the quantised weights have {unknown[0]!r}, which the network does not have")
-    return lambda name, parameter: state.get(name, parameter)
+    for name, tensor in state.items():
+        first = first_names.get(name, name)
+        if first in state and not torch.equal(state[first], tensor):
+            raise CurvatureError(f"the quantised weights {first!r} and {name!r} differ, and are one in the network")
+    by_first_name = {first_names.get(name, name): tensor for name, tensor in state.items()}
+    return lambda name, parameter: by_first_name.get(name, parameter)
 
 
 __all__ = [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pnanalysis.errors import USER_ERRORS, ModelError, PnError
 from pnanalysis.inputs.copies import copied
@@ -157,3 +157,14 @@ def parameter_layers(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn
         seen |= {id(parameter) for _, parameter in own}
         if own:
             yield module_name or type(module).__name__, own
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer to the first name of the same tensor."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    listings: list[Callable[..., Any]] = [model.named_parameters, model.named_buffers]
+    for named_tensors in listings:
+        for name, tensor in cast("list[tuple[str, Tensor]]", list(named_tensors(remove_duplicate=False))):
+            names[name] = first.setdefault(id(tensor), name)
+    return names

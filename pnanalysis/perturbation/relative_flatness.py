@@ -1,6 +1,6 @@
 r"""Relative flatness of a layer: the trace of its Hessian, weighted by inner products of its weights.
 
-With rows :math:`w_s` of the weight ``(d, m)`` and blocks :math:`H_{ss'}` of the Hessian,
+With rows :math:`w_s` of the weight ``(d, m)``, one for each output, and blocks :math:`H_{ss'}` of the Hessian,
 
 .. math:: \kappa = \sum_{s,s'} \langle w_s, w_{s'}\rangle \operatorname{tr} H_{ss'} = \operatorname{tr}(S^\top H S),
 
@@ -17,6 +17,7 @@ arXiv:2001.00939.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ from pnanalysis.curvature.operators import HessianOperator
 from pnanalysis.curvature.parameters import Selection, select_parameters
 from pnanalysis.errors import CurvatureError, ModelError
 from pnanalysis.estimates import Estimate
+from pnanalysis.perturbation.weight_uses import WeightUse
 from pnanalysis.spectra.data_error import Influence
 from pnanalysis.spectra.random_vectors import normal_numbers
 
@@ -61,10 +63,37 @@ class RelativeFlatness:
         return Estimate(self.value, self.se, dof=self.dof).interval()
 
 
-def last_weight(model: nn.Module) -> str | None:
-    """The name of the last trainable matrix, which acts on the penultimate features."""
+def last_weight(model: nn.Module, uses: Sequence[WeightUse] = ()) -> str | None:
+    """The name of the trainable matrix that is used last and so acts on the penultimate features.
+
+    Parameters
+    ----------
+    model : Module
+    uses : sequence of WeightUse
+        In the order of a forward pass; the order in which parameters are registered takes its place without it.
+    """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.ndim > 1]
-    return names[-1] if names else None
+    order = [use.name for use in uses if use.name in names] or names
+    return order[-1] if order else None
+
+
+def output_dim(model: nn.Module, name: str, uses: Sequence[WeightUse] = ()) -> int:
+    """The dim of a weight that counts outputs: as its last product shows, or as torch's own layers have it.
+
+    Raises
+    ------
+    ModelError
+        If it counts those of one group only, or is not known.
+    """
+    found = [use for use in uses if use.name == name]
+    if any(use.is_grouped for use in found):
+        raise ModelError(f"{name!r} is of a transposed convolution in groups, whose outputs share no rows")
+    if found:
+        return found[-1].output_dim
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if not type(layer).__module__.startswith("torch.nn."):
+        raise ModelError(f"it is not seen which dim of {name!r} counts outputs; multiply with it by F.linear or matmul")
+    return 1 if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) else 0
 
 
 def weight_of(model: nn.Module, layer: Selection) -> str:
@@ -83,7 +112,9 @@ def weight_of(model: nn.Module, layer: Selection) -> str:
     return matrices[0]
 
 
-def relative_flatness(op: HessianOperator, weight: Tensor, seed: int = 0, n_probes: int = N_PROBES) -> RelativeFlatness:
+def relative_flatness(
+    op: HessianOperator, weight: Tensor, seed: int = 0, n_probes: int = N_PROBES, output_dim: int = 0
+) -> RelativeFlatness:
     """Relative flatness of a weight.
 
     Parameters
@@ -93,16 +124,19 @@ def relative_flatness(op: HessianOperator, weight: Tensor, seed: int = 0, n_prob
     weight : Tensor, shape (d, m, ...)
     seed : int
     n_probes : int
+    output_dim : int
+        The dim of ``weight`` that counts outputs, d.
     """
-    matrix = weight.detach().to(op.device, torch.float64).flatten(1)
+    by_output = weight.detach().to(op.device, torch.float64).movedim(output_dim, 0)
+    matrix = by_output.flatten(1)
     left, sizes, _ = torch.linalg.svd(matrix, full_matrices=False)
     spanned = left * sizes  # (d, r): rows have the same inner products
     n_random = spanned.shape[1] * matrix.shape[1]
     is_exact = n_random <= n_probes
     forms = []
     for i in range(n_random if is_exact else n_probes):
-        v = (spanned @ _probe(i, spanned.shape[1], matrix.shape[1], is_exact, seed, op.device)).reshape(-1)
-        v = v.to(op.dtype)[:, None]
+        rows = spanned @ _probe(i, spanned.shape[1], matrix.shape[1], is_exact, seed, op.device)
+        v = rows.reshape(by_output.shape).movedim(0, output_dim).reshape(-1).to(op.dtype)[:, None]
         forms.append(op.forms(v, v)[0].numpy())
         if i == 0:
             _check(op, v[:, 0], float(op.group_weights @ forms[0]))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -267,6 +267,42 @@ def test_sensitivities_to_any_quantisation_are_within_their_errors_and_resumed(t
     assert (np.abs(few.sensitivity - exact.sensitivity) < 4 * few.sensitivity_probe_se).all()
     np.testing.assert_array_equal(again.sensitivity, few.sensitivity)
     assert (other.squared_change != few.squared_change).any()
+
+
+class TiedWords(nn.Module):
+    """A language model whose output layer is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.inner, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.tanh(self.inner(self.words(inputs).mean(1))))
+        return out
+
+
+def test_quantised_weights_may_have_any_name_of_a_tied_weight(tmp_path: Path) -> None:
+    network, low = TiedWords(), TiedWords()
+    low.load_state_dict({name: torch.round(tensor * 4) / 4 for name, tensor in network.state_dict().items()})
+    generator = torch.Generator().manual_seed(0)
+    data = (torch.randint(7, (40, 3), generator=generator), torch.randint(7, (40,), generator=generator))
+    save_model(low, str(tmp_path / "low.safetensors"))  # which keeps one name of each tensor
+    states = [low, tmp_path / "low.safetensors"]
+    for name in ("words.weight", "head.weight"):
+        states.append({name: low.head.weight.detach(), "inner.weight": low.inner.weight.detach(),
+                       "inner.bias": low.inner.bias.detach()})  # fmt: skip
+    options: dict[str, Any] = {"data": data, "loss": F.cross_entropy, "n_hvp": 100, **QUIET}
+    found = [pn.blocks(network, quantised=state, **options).squeeze("checkpoint") for state in states]
+    with torch.no_grad():
+        rise = F.cross_entropy(low(data[0]), data[1]) - F.cross_entropy(network(data[0]), data[1])
+    for ds in found:
+        np.testing.assert_allclose(ds.loss_increase_all, float(rise), rtol=1e-4)
+        np.testing.assert_allclose(ds.loss_increase, found[0].loss_increase, rtol=1e-5)
+    both = {**states[2], "head.weight": low.head.weight.detach() + 1}
+    with pytest.raises(PnError, match="'words.weight' and 'head.weight' differ, and are one in the network"):
+        pn.blocks(network, quantised=both, **options)
 
 
 def test_quantised_weights_that_do_not_fit_are_refused() -> None:
