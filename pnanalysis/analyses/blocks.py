@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,8 @@ from pnanalysis.analyses.work_folder import weights_digest
 from pnanalysis.checks import at_least, resolve_dtype
 from pnanalysis.curvature.base import CurvatureOperator
 from pnanalysis.curvature.batch_weights import Weight
-from pnanalysis.curvature.named_blocks import Blocks, blocks_of
+from pnanalysis.curvature.fused_layout import check_fused_layouts
+from pnanalysis.curvature.named_blocks import Blocks, blocks_of, fused_layers
 from pnanalysis.curvature.peers import make_operator
 from pnanalysis.curvature.quantisation import Scheme, scheme_of
 from pnanalysis.errors import CurvatureError
@@ -34,13 +36,14 @@ from pnanalysis.inputs.data import Batch, DataLike, n_examples
 from pnanalysis.inputs.models import Loss, ModelLike, canonical_names
 from pnanalysis.inputs.selection import select
 from pnanalysis.inputs.sources import resolve_device
-from pnanalysis.spectra.linear_operator import as_operator
+from pnanalysis.spectra.linear_operator import LinearOperator, as_operator
 from pnanalysis.terminal.progress import Advance, progress_bar
 
 #: A scheme, or weights after it.
 Quantised = Scheme | Weights
 #: The scheme of a network.
 SchemeOf = Callable[[nn.Module], Scheme]
+_PART_OF_FUSED = re.compile(r"\[[qkv][.\]]")
 
 
 def blocks(
@@ -250,6 +253,7 @@ def network_blocks(
             bn_mode=options.bn_mode, dtype=resolve_dtype(options.dtype), device=device, amp=options.amp,
             weight=options.weight, draws=options.draws, method=options.method, expected_products=1,
         )  # fmt: skip
+        _check_layouts(op, options)
         tried = quantisations(network, options.bits, None if quantised is None else quantised(network))
 
         def compute(state: Path | None = None) -> xr.Dataset:
@@ -272,6 +276,7 @@ def _of_operator(
         names = blocks_of(op.model, options.blocks, op.names if _by_name(options) else None)
         chosen = [one for own in names.values() for one in own]
         own = op if sorted(chosen) == sorted(op.names) else op.restricted(chosen, 1)
+        _check_layouts(op, options)
         tried = quantisations(op.model, options.bits, None if quantised is None else quantised(op.model))
         return matrix_blocks(own, names, options, quantised=tried, state=state, advance=advance)
     if options.spectra or options.bits or quantised is not None or not isinstance(options.blocks, Mapping):
@@ -281,6 +286,21 @@ def _of_operator(
         )
     at_least(1, **{f"blocks[{label!r}]": size for label, size in options.blocks.items()})
     return matrix_blocks(op, options.blocks, options, state=state, advance=advance)
+
+
+def _check_layouts(op: LinearOperator, options: BlockOptions) -> None:
+    """See that fused layers of attention hold what the names of their parts say, where these are used."""
+    named = map(str, _selections(options.blocks))
+    uses_parts = any(name in ("qkv", "heads") or _PART_OF_FUSED.search(name) for name in named)
+    if uses_parts and isinstance(op, CurvatureOperator):
+        check_fused_layouts(op, fused_layers(op.model))
+
+
+def _selections(blocks: Blocks) -> list[Any]:
+    """What is selected, in whatever form."""
+    given = blocks.values() if isinstance(blocks, Mapping) else [blocks]
+    nested = (each if isinstance(each, Sequence) and not isinstance(each, str) else [each] for each in given)
+    return [one for each in nested for one in each]
 
 
 def _by_name(options: BlockOptions) -> bool:

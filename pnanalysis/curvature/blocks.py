@@ -140,6 +140,7 @@ def _check_fused(model: nn.Module, parameter: str, size: int, inner: bool) -> No
     # with an attribute multi_query, GPT-BigCode's c_attn has them in turn for every head; beside q_attn, in GPT-2's
     # cross-attention, c_attn has keys and values alone
     other = hasattr(owner, "multi_query") or hasattr(owner, "q_attn")
+    other |= bool(getattr(owner, "head_first", False))  # of timm: queries, keys and values of a head lie together
     if own not in _OF_TORCH:  # whose three parts are always equal
         other |= _shares_keys(owner) or not _in_three(model.get_submodule(layer))
     if (name not in _FUSED and own not in _FUSED) or inner or size % 3 or other:

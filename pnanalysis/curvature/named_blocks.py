@@ -72,6 +72,15 @@ def blocks_of(model: nn.Module, blocks: Blocks = "layers", params: Selection = N
     return found
 
 
+def fused_layers(model: nn.Module) -> dict[str, list[str]]:
+    """The parameters of each layer that computes queries, keys and values together, as far as its name says."""
+    found: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        if _is_fused(model, name):
+            found.setdefault(_layer_label(name), []).append(name)
+    return found
+
+
 def _divided(model: nn.Module, division: str, selected: Sequence[str | Block]) -> dict[str, list[str]]:
     layer_of = {name: layer for layer, own in parameter_layers(model) for name, _ in own}
     divide = {"qkv": _queries, "heads": _heads, "experts": _experts}.get(division)
@@ -188,4 +197,4 @@ def _name(one: str | Block) -> str:
     return one.label if isinstance(one, Block) else one
 
 
-__all__ = ["DIVISIONS", "Blocks", "blocks_of"]
+__all__ = ["DIVISIONS", "Blocks", "blocks_of", "fused_layers"]

@@ -269,6 +269,46 @@ def test_sensitivities_to_any_quantisation_are_within_their_errors_and_resumed(t
     assert (other.squared_change != few.squared_change).any()
 
 
+class HeadsFirst(nn.Module):
+    """Attention whose queries, keys and values of one head lie together, as in some of timm's layers."""
+
+    def __init__(self, normalised: bool = False, heads_first: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_heads, self.heads_first = 2, heads_first
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 3)
+        self.norm = nn.LayerNorm(4) if normalised else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.qkv(x)
+        if self.heads_first:
+            q, k, v = mixed.unflatten(-1, (2, 3, 4)).permute(3, 0, 2, 1, 4)
+        else:
+            q, k, v = mixed.unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(self.norm(q), self.norm(k), v).transpose(1, 2).flatten(-2)
+        out: Tensor = self.proj(attended).mean(1)
+        return out
+
+
+@pytest.mark.parametrize("blocks", ["qkv", "heads", ["qkv[q]", "qkv[k]"], {"first": "qkv[v.0/2]"}])
+def test_fused_layers_with_their_heads_first_are_refused(blocks: Any) -> None:
+    data = (torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3)
+    options: dict[str, Any] = {"data": data, "loss": F.cross_entropy, "blocks": blocks, "n_hvp": 20, **QUIET}
+    with pytest.raises(CurvatureError, match="'qkv' does not hold queries, keys and values one after the other"):
+        pn.blocks(HeadsFirst(), **options)
+    with pytest.raises(CurvatureError, match="'qkv' does not hold queries, keys and values one after the other"):
+        pn.blocks(HessianOperator(HeadsFirst(), F.cross_entropy, [data]), blocks=blocks, n_hvp=20, **QUIET)
+    for normalised in (False, True):  # which attention does not mind
+        assert pn.blocks(HeadsFirst(normalised, heads_first=False), **options).trace.notnull().all()
+    marked = HeadsFirst()
+    marked.head_first = True  # type: ignore[assignment]
+    if blocks == "heads":
+        assert "qkv" in pn.blocks(marked, **options).block  # stays whole
+    else:
+        with pytest.raises(CurvatureError, match="queries, keys and values one after the other|no .* known by name"):
+            pn.blocks(marked, **options)
+
+
 class TiedWords(nn.Module):
     """A language model whose output layer is its embedding."""
 
