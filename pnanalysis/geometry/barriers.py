@@ -59,7 +59,7 @@ def profiles(
                 profile(position[order], surface.values(anchors, weights[order], split_batches, advance))
                 for split_batches in batches.values()
             ]
-            displacements = displacement_gram(anchors, surface.parameter_names)
+            displacements = displacement_gram(anchors, surface.moved_names)
             steps = np.diff(weights[(position >= 0) & (position <= 1)], axis=0)
             length = np.sqrt(np.einsum("ka,ab,kb->k", steps, displacements, steps).clip(0)).sum()
             row = xr.concat(splits, dim="split")

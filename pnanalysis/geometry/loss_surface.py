@@ -130,6 +130,11 @@ class LossSurface:
         """Names of the trainable parameters; a state also holds buffers and frozen parameters."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
+    @property
+    def moved_names(self) -> list[str]:
+        """Names of all parameters, of which any may differ between checkpoints: those frozen in one are not in all."""
+        return [name for name, _ in self.model.named_parameters()]
+
     def anchor(self, state: Mapping[str, Tensor], origin: str = "weights") -> State:
         """A state of the model's architecture, copied to the device and precision of this surface.
 

@@ -50,7 +50,7 @@ def plane_through_three(
     RunError
         If they lie on one line.
     """
-    displacements = displacement_gram(states, surface.parameter_names)
+    displacements = displacement_gram(states, surface.moved_names)
     _, points = plane_weights(displacements, np.zeros(1), np.zeros(1))
     low, high = points.min(0), points.max(0)
     half = 0.75 * (high - low)  # half the extent and a quarter more

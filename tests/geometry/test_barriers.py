@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import pnanalysis as pn
 from pnanalysis.geometry.barriers import profile
 from pnanalysis.geometry.loss_surface import ExampleValues
 
@@ -66,3 +69,18 @@ def test_an_overflow_is_a_barrier() -> None:
     ds = profile(np.array([0, 1, 0.5]), (ExampleValues(row, row) for row in rows))
     assert np.isnan(float(ds.barrier))
     assert float(ds.barrier_position) == 0.5
+
+
+def test_a_line_is_as_long_as_all_that_moves_on_it() -> None:
+    """Layers that are frozen in one of the networks move, too."""
+    networks = {}
+    for seed, frozen in ((0, True), (1, False)):
+        torch.manual_seed(seed)
+        networks[f"net{seed}"] = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        networks[f"net{seed}"][0].requires_grad_(not frozen)
+    pairs = zip(*(net.parameters() for net in networks.values()), strict=True)
+    length = sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5
+    data = (torch.randn(20, 4), torch.arange(20) % 3)
+    for order in (networks, dict(reversed(networks.items()))):
+        ds = pn.landscape(order, data=data, loss="cross_entropy", n_points=3, progress=False).squeeze()
+        np.testing.assert_allclose([float(ds.distance), float(ds.length)], length, rtol=1e-5)
