@@ -32,7 +32,7 @@ def groups_of(labels: Labels, values: Iterable[Labelled], aliases: Mapping[str, 
     aliases : mapping of str to sequence of str
         All names of each parameter or buffer, by the first one.
     """
-    return _Extraction(labels, list(values), aliases).groups()
+    return _Extraction(labels, [*values, *labels.apart], aliases).groups()
 
 
 class _Unit(NamedTuple):

@@ -55,6 +55,7 @@ class Labels:
         self.factors, self.buffers = Factors(), buffers
         self.sources: dict[str, Labelled] = {}  # parameters and buffers by name
         self.signed: dict[str, bool] = {}  # whether their entries change sign with their channels
+        self.apart: list[Labelled] = []  # numbers within operations, which no tensor holds: see keep_apart
 
     def source(self, name: str, shape: Sequence[int]) -> Labelled:
         """A parameter or buffer, with a factor of its own along each axis."""
@@ -65,6 +66,13 @@ class Labels:
     def constant(self, shape: Sequence[int], *, wild: bool = False) -> Labelled:
         """A tensor that does not depend on the channels: an input, or (``wild``) one number everywhere."""
         return Labelled(tuple(self.fixed_axis(size, wild=wild) for size in shape))
+
+    def keep_apart(self, examples: Axis, blocks: Axis) -> None:
+        """Note that an operation computes something for each block of channels, whatever lies within.
+
+        Channels of one block can then change places with each other, and whole blocks, but not channels of two.
+        """
+        self.apart.append(Labelled((examples, blocks)))
 
     def fixed_axis(self, size: int, *, wild: bool = False) -> Axis:
         return (Atom(self.factors.new(size, fixed=True, wild=wild), False),) if size != 1 else ()

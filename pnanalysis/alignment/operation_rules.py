@@ -211,6 +211,8 @@ def convolution(call: Call) -> Labelled:
     labels.fix_axes([*weight.axes[2:], *value.axes[2:]])
     into, out = (1, 0) if not call["transposed"] else (0, 1)
     blocks, own = labels.regrouped([value.axes[1]], [groups, labels.shape(value)[1] // groups])
+    if groups > 1:
+        labels.keep_apart(value.axes[0], blocks)
     first, second = labels.regrouped([weight.axes[0]], [groups, labels.shape(weight)[0] // groups])
     by_place = {0: second, 1: weight.axes[1]}
     labels.contract(own, by_place[into])
@@ -267,6 +269,7 @@ def group_norm(call: Call) -> tuple[Labelled, None, None]:
     labels, value = call.labels, call.labels.settle(call["input"], True)
     groups, channels = call["group"], labels.shape(value)[1]
     outer, inner = labels.regrouped([value.axes[1]], [groups, channels // groups])
+    labels.keep_apart(value.axes[0], outer)
     labels.normalise([inner])
     labels.scale(outer)
     value = value.with_axes([value.axes[0], outer + inner, *value.axes[2:]])

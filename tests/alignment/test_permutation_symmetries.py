@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -131,3 +133,19 @@ def test_channels_are_followed_through_the_hook_form_of_weight_norm() -> None:
         torch.testing.assert_close(layer.weight, weight, rtol=0, atol=0)
     state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     assert check_preserved(model, state, Relabelling.random(groups, 1).apply(state), inputs) < 1e-13
+
+
+@pytest.mark.parametrize("through", ["group norm", "grouped convolution, group norm"])
+def test_channels_stay_in_the_block_that_is_normalised_together(through: str) -> None:
+    torch.manual_seed(0)
+    grouped = [nn.Conv2d(8, 8, 3, groups=4, padding=1), nn.ReLU()] if through != "group norm" else []
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *grouped, nn.GroupNorm(2, 8), nn.Tanh(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(8 * 16, 3)).double().eval()
+    inputs = torch.randn(4, 3, 4, 4, dtype=torch.float64)
+    groups = find_groups(model, inputs)
+    assert {(group.kind, group.size) for group in groups} >= {("blocks", 2), ("units", 2 if grouped else 4)}
+    other = copy.deepcopy(model)
+    for seed in range(5):
+        other.load_state_dict(Relabelling.random(groups, seed).apply(model.state_dict()))
+        assert not torch.equal(other[0].weight, model[0].weight)
+        torch.testing.assert_close(other(inputs), model(inputs), rtol=0, atol=1e-12)
