@@ -280,8 +280,8 @@ def _shortened(plan: Plan) -> list[str]:
     if not smaller:
         return []
     return [
-        f"{', '.join(smaller)}: the largest setting with which each was expected to take about an hour on two cores for "
-        "three seeds: five iterations of networks with fewer channels, on as many images and for as many epochs as 20 "
+        f"{', '.join(smaller)}: the largest setting with which each was expected to take about an hour on two cores "
+        "for three seeds: five iterations of networks with fewer channels, on as many images and for as many epochs as 20 "
         "minutes of one core allow for a chain or its restarts (30 where there are more restarts), by epochs that were "
         "timed beforehand; what they took is on the page of costs. Errors on all 10,000 test images are part of that."
     ]
