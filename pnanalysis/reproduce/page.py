@@ -281,9 +281,10 @@ def _shortened(plan: Plan) -> list[str]:
         return []
     return [
         f"{', '.join(smaller)}: the largest setting with which each was expected to take about an hour on two cores "
-        "for three seeds: five iterations of networks with fewer channels, on as many images and for as many epochs as 20 "
-        "minutes of one core allow for a chain or its restarts (30 where there are more restarts), by epochs that were "
-        "timed beforehand; what they took is on the page of costs. Errors on all 10,000 test images are part of that."
+        "for three seeds: five iterations of networks with fewer channels, on as many images and for as many epochs as "
+        "20 minutes of one core allow for a chain or its restarts (30 where there are more restarts), by epochs that "
+        "were timed beforehand; what they took is on the page of costs. Errors on all 10,000 test images are part of "
+        "that."
     ]
 
 
