@@ -111,19 +111,11 @@ def scale_of(kind: str, state: State, names: Sequence[str]) -> Tensor:
     ModelError
         If it is zero for all parameters.
     """
-    scale = torch.cat([_scale(kind, state[name]).flatten() for name in names])
+    scale = torch.cat([KINDS[kind].scale(as_real(state[name])).flatten() for name in names])
     if not bool((scale > 0).any()):
         why = "no parameter has filters" if kind == "filter" else "all parameters are zero"
         raise ModelError(f"the neighbourhood {kind!r} is a single point, for {why}; choose another, such as ball")
     return scale
-
-
-def _scale(kind: str, value: Tensor) -> Tensor:
-    """Of one parameter, whose real and imaginary parts follow each other where it is complex."""
-    real = as_real(value)
-    if kind == "filter" and value.ndim < 2:  # which the dim of the two parts does not change
-        return torch.zeros_like(real)
-    return KINDS[kind].scale(real)
 
 
 def checked_radii(radii: Mapping[str, float | Sequence[float]], what: str = "radius") -> dict[str, tuple[float, ...]]:

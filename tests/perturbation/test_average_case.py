@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from pnanalysis.perturbation.average_case import Crossed
-from pnanalysis.perturbation.neighbourhoods import scale_of
 
 
 def crossed(numbers: np.ndarray) -> Crossed:
@@ -38,10 +36,3 @@ def test_differences_of_the_same_examples_and_directions_lose_what_is_common() -
     assert float(change.mean) == pytest.approx(0.2, abs=0.01)
     assert float(change.errors()[0]) < 0.01
     assert float(one.errors()[0]) > 1
-
-
-def test_complex_biases_have_no_filters() -> None:
-    state = {"weight": torch.ones(3, 4, dtype=torch.complex64), "bias": torch.ones(3, dtype=torch.complex64)}
-    scale = scale_of("filter", state, ["weight", "bias"])
-    assert (scale[:24] > 0).all()
-    assert (scale[24:] == 0).all()
