@@ -8,6 +8,7 @@ derivatives would be missing.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,12 +35,26 @@ def check_no_foreign(label: str, network: nn.Module, batch: tuple[Any, Any], los
     ------
     ModelError
     """
-    state = {name: tensor.detach() for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
-    with torch.enable_grad(), random_states_kept():
-        value = BatchPass.of(network, loss, *batch, state, predict=False).value()
-    names = foreign(value, network)
+    if not all(parameter.is_leaf for parameter in network.parameters()):
+        return  # of a copy of a scripted network, whose parameters are computed from those of the original
+    with torch.enable_grad(), random_states_kept(), _without_gradients(network):
+        value = BatchPass.of(network, loss, *batch, predict=False).value()
+        names = foreign(value, network)
     if names:
         raise ModelError(f"{label}: {described(names)}")
+
+
+@contextmanager
+def _without_gradients(network: nn.Module) -> Iterator[None]:
+    """Within the body, none of the network's own parameters requires gradients."""
+    own = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in own:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in own:
+            parameter.requires_grad_(True)
 
 
 def foreign(value: Tensor, network: nn.Module) -> list[str]:

@@ -107,3 +107,14 @@ def test_constants_are_allowed(meant: str) -> None:
         return F.mse_loss(outputs, wanted.detach() if meant == "detached" else wanted)
 
     assert pn.HessianOperator(net, loss, [(X, Y)], weight="examples").gradient().isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*is not a leaf Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_networks_whose_parameters_are_no_leaves_are_compared() -> None:
+    networks = {name: torch.jit.script(network(seed)) for seed, name in enumerate("ab")}
+    few: dict[str, Any] = {"hessian": False, "saturation": False, "cka": False}
+    ds = pn.compare(networks, data=(X, Y), loss=F.cross_entropy, **few, **QUIET)
+    expected = (networks["a"](X).argmax(1) != networks["b"](X).argmax(1)).double().mean()
+    assert float(ds.disagreement[0, 1]) == pytest.approx(float(expected))
+    assert all(parameter.requires_grad for parameter in network().parameters())
