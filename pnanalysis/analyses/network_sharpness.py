@@ -24,7 +24,7 @@ from pnanalysis.evaluation.diagnosis import clear_errors
 from pnanalysis.evaluation.losses import counts
 from pnanalysis.evaluation.normalised_logits import with_normalised_logits
 from pnanalysis.geometry.loss_surface import LossSurface, check_same_function
-from pnanalysis.inputs.batches import first_examples
+from pnanalysis.inputs.batches import first_examples, move
 from pnanalysis.inputs.models import Loss, device_of
 from pnanalysis.perturbation.ascent import METHODS
 from pnanalysis.perturbation.average_case import Crossed, average_case
@@ -349,8 +349,10 @@ class _Place:
 
     def _weight_uses(self) -> list[WeightUse]:
         """Products of weights in a pass over a few examples; none where only the loss can call the network."""
+        surface = self.gradients.surface
         try:
-            return weight_uses(self.network, first_examples(next(iter(self._batches_that_count)), 2)[0])
+            inputs, _ = first_examples(next(iter(self._batches_that_count)), 2)
+            return weight_uses(surface.model, move(inputs, surface.device, surface.dtype))
         except Exception:  # of anyone's network, which has been run by its loss before
             return []
 
