@@ -302,7 +302,7 @@ def _by_layer(points: Sequence[_Point], plan: Plan) -> str:
         "Whether saturation changes with the strength, layer by layer: chains of the same seed, width and initial "
         "scale, which start at the same point, beside the chain of the weakest strength. Intervals are over widths and "
         "scales. A layer is known from a single seed, whose start it shares. This comparison was not planned: it was "
-        "added when changes by seed had been seen."
+        "added when the changes of seeds 0 and 1 of the scale `cpu` had been seen, and before those of others."
     )
     columns = ["layer repelled", "λ", "beside λ", "saturation measure, difference", "lower at", "p, Holm"]
     return blocks([text, table(columns, rows)])
