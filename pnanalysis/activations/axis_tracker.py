@@ -93,15 +93,20 @@ class AxisTracker:
         """What is known of a tensor."""
         if isinstance(tensor, nn.Parameter):
             return WEIGHT
-        reference, state, _ = self._states.get(id(tensor), (None, None, None))
-        return state if reference is not None and reference() is tensor else None
+        found = self._found(tensor)
+        return None if found is None else found[0]
 
     def origin(self, tensor: Tensor) -> Origin:
         """All parameters that a tensor was computed with: of the units of two layers they are not the same."""
         if isinstance(tensor, nn.Parameter):
             return frozenset({id(tensor)})
-        reference, _, origin = self._states.get(id(tensor), (None, None, None))
-        return origin if origin is not None and reference is not None and reference() is tensor else frozenset()
+        found = self._found(tensor)
+        return frozenset() if found is None else found[1]
+
+    def _found(self, tensor: Tensor) -> tuple[Axes | str, Origin] | None:
+        """What was noted of this tensor, and not of one that had its id before."""
+        entry = self._states.get(id(tensor))
+        return None if entry is None or entry[0]() is not tensor else entry[1:]
 
     def arranged(self, tensor: Tensor) -> tuple[Tensor, Known]:
         """The tensor as (examples, units, rest), and which of these are known; unknown axes have size 1, all in rest.

@@ -229,7 +229,7 @@ def _deviations(plan: Plan) -> str:
         width = DASH if channels is None else str(setting.options.get("model_options", {}).get("width", channels))
         images = "all" if setting.n_train is None else f"{setting.n_train:,}"
         rows.append(
-            [experiment, f"{iterations or 'several'} x {epochs}", f"{own[0]} x {own[1]}", width,
+            [experiment, f"{iterations or 'several'} x {epochs}", f'{own[0] or "as in the recipe"} x {own[1]}', width,
              DASH if experiment in ("S1", "S2") else images]
         )  # fmt: skip
     results = [

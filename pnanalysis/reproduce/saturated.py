@@ -167,7 +167,7 @@ class _Point:
     @cached_property
     def changes(self) -> dict[int, float]:
         """From the plain model to the mean persistent iteration, by seed."""
-        return {seed: _later(at_end(r, _measure)) - _plain(at_end(r, _measure)) for seed, r in self.results.items()}
+        return _by_seed(self.results, lambda values: _later(values) - _plain(values))
 
     @property
     def beyond_restarts(self) -> Estimate:
